@@ -1,0 +1,148 @@
+package config
+
+import (
+	"net/netip"
+	"strings"
+	"time"
+)
+
+// Client is a client's configuration file, NAME.toml. Names of files in it were
+// joined with the folder of the file.
+type Client struct {
+	Proxy string // a name, HOST:PORT or a URI template
+
+	CA, Cert, Key          string // names of PEM files
+	CAPEM, CertPEM, KeyPEM string // or PEM in the file itself
+	ServerName             string // empty: from Proxy
+
+	Token, TokenFile string // at most one is set
+
+	Target, IPProto string // "*": no preference (RFC 9484 section 4.6)
+
+	Device  string // name of the TUN interface, may hold one %d
+	MTU     int    // bytes, 0: found out
+	Offload bool
+
+	Request []netip.Prefix // asked for with ADDRESS_REQUEST
+	Static  []netip.Prefix // used instead of asking
+
+	Install         bool
+	Accept, Exclude []netip.Prefix
+
+	Reconnect bool
+	MaxDelay  time.Duration
+
+	KeyLog string // name of the file for TLS secrets, empty: none
+
+	doc *document
+}
+
+// ParseClient parses and validates the contents of a client's configuration.
+// The file name is used in messages and to resolve relative names. The error,
+// if any, is an *Error.
+func ParseClient(file string, data []byte) (*Client, error) {
+	d, root, err := parse(file, data)
+	if err != nil {
+		return nil, err
+	}
+	c := &Client{doc: d}
+	c.Proxy = root.string("proxy", "")
+	switch {
+	case !root.has("proxy"):
+		d.add("proxy", "is missing", `write for example proxy = "vpn.example.org"`)
+	case strings.Contains(c.Proxy, "://"): // a template; the client package checks it
+	case !IsHost(c.Proxy) && !(isHostPort(c.Proxy) && IsHost(hostOf(c.Proxy))):
+		root.add("proxy", "not a name, host:port or URI template", `write for example "vpn.example.org" or "[2001:db8::1]:443"`)
+	}
+
+	c.parseTLS(root.table("tls"))
+
+	auth := root.table("auth")
+	c.Token, c.TokenFile = auth.secretString("token"), auth.file("token_file", "")
+	auth.either("token_file", c.TokenFile, "token", c.Token)
+
+	scope := root.table("scope")
+	scope.unsupported("target", "*")
+	scope.unsupported("ipproto", "*")
+	c.Target, c.IPProto = "*", "*"
+
+	tun := root.table("tun")
+	c.Device, c.MTU, c.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"), tun.bool("offload", true)
+
+	root.table("tunnel").unsupported("congestion")
+
+	addresses := root.table("addresses")
+	c.Static = addresses.addresses("static")
+	if len(c.Static) == 0 {
+		c.Request = addresses.addresses("request", "0.0.0.0/32", "::/128")
+		if addresses.has("request") && len(c.Request) == 0 {
+			addresses.add("request", "no address is asked for, and none is static", `write ["0.0.0.0/32", "::/128"] or leave it out`)
+		}
+	} else if c.Request = addresses.addresses("request"); len(c.Request) > 0 {
+		addresses.add("request", "static addresses are used instead of asking", "keep one of request and static")
+	}
+
+	routes := root.table("routes")
+	c.Install = routes.bool("install", true)
+	c.Accept = routes.prefixes("accept", "0.0.0.0/0", "::/0")
+	c.Exclude = routes.prefixes("exclude")
+	routes.unsupported("advertise")
+	routes.unsupported("assign")
+
+	root.table("dns").oneOf("mode", "auto", "off")
+
+	kill := root.table("kill_switch")
+	kill.unsupported("enabled", false)
+	kill.unsupported("allow")
+
+	reconnect := root.table("reconnect")
+	c.Reconnect = reconnect.bool("enabled", true)
+	c.MaxDelay = reconnect.duration("max_delay", 30*time.Second, time.Second)
+
+	log := root.table("log")
+	log.unsupported("qlog_dir")
+	c.KeyLog = log.file("key_log", "")
+	log.unsupported("pcap")
+
+	if err := d.finish(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (c *Client) parseTLS(tls *table) {
+	c.CA, c.Cert, c.Key = tls.file("ca", ""), tls.file("cert", ""), tls.file("key", "")
+	c.CAPEM, c.CertPEM, c.KeyPEM = tls.string("ca_pem", ""), tls.string("cert_pem", ""), tls.secretString("key_pem")
+	c.ServerName = tls.string("server_name", "")
+	if c.ServerName != "" && !IsHost(c.ServerName) {
+		tls.add("server_name", "not a name or an address", `write for example "vpn.example.org"`)
+	}
+	tls.either("ca", c.CA, "ca_pem", c.CAPEM)
+	tls.either("cert", c.Cert, "cert_pem", c.CertPEM)
+	tls.either("key", c.Key, "key_pem", c.KeyPEM)
+	cert, key := c.Cert != "" || c.CertPEM != "", c.Key != "" || c.KeyPEM != ""
+	if cert && !key {
+		tls.add("key", "the key of the certificate is missing", "set tls.key or tls.key_pem")
+	}
+	if key && !cert {
+		tls.add("cert", "the certificate of the key is missing", "set tls.cert or tls.cert_pem")
+	}
+}
+
+// Secret tells whether the file itself holds a secret, so that nobody but its
+// owner may read it.
+func (c *Client) Secret() bool {
+	return c.Token != "" || c.KeyPEM != ""
+}
+
+// Problem makes an *Error about a key of the file that was found out later, as
+// when a file that it names cannot be used.
+func (c *Client) Problem(key, reason, remedy string) *Error {
+	return &Error{Problems: []Problem{c.doc.problem(key, reason, remedy)}}
+}
+
+// hostOf is the host of HOST:PORT, without brackets.
+func hostOf(hostPort string) string {
+	host := hostPort[:strings.LastIndexByte(hostPort, ':')]
+	return strings.Trim(host, "[]")
+}

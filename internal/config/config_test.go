@@ -1,0 +1,390 @@
+package config
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+)
+
+func lines(s ...string) []byte { return []byte(strings.Join(s, "\n") + "\n") }
+
+func prefixes(s ...string) (list []netip.Prefix) {
+	for _, p := range s {
+		list = append(list, netip.MustParsePrefix(p))
+	}
+	return list
+}
+
+var compare = cmp.Options{
+	cmpopts.EquateComparable(netip.Prefix{}, netip.Addr{}),
+	cmpopts.IgnoreUnexported(Client{}, Proxy{}, User{}),
+	cmpopts.EquateEmpty(),
+}
+
+func TestClientDefaults(t *testing.T) {
+	got, err := ParseClient("/etc/masque/home.toml", lines(`proxy = "vpn.example.org"`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Client{
+		Proxy: "vpn.example.org", Target: "*", IPProto: "*", Device: "masque%d", Offload: true,
+		Request: prefixes("0.0.0.0/32", "::/128"), Install: true, Accept: prefixes("0.0.0.0/0", "::/0"),
+		Reconnect: true, MaxDelay: 30 * time.Second,
+	}
+	if diff := cmp.Diff(want, got, compare); diff != "" {
+		t.Error(diff)
+	}
+	if got.Secret() {
+		t.Error("a file without a token or a key is secret")
+	}
+}
+
+// TestClientFull sets every key: those of features that this version has, and
+// those of later ones to what leaves them off.
+func TestClientFull(t *testing.T) {
+	data, err := os.ReadFile("testdata/client.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := ParseClient("/etc/masque/home.toml", data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Client{
+		Proxy: "https://vpn.example.org:4433/ip{?target,ipproto}",
+		CA:    "/etc/masque/ca.crt", Cert: "/etc/masque/keys/me.crt", Key: "/var/me.key", ServerName: "other.example.org",
+		TokenFile: "/etc/masque/token", Target: "*", IPProto: "*", Device: "masque0", MTU: 1300,
+		Static: prefixes("10.77.0.9/32", "fd77::9/64"), Accept: prefixes("10.0.0.0/8"), Exclude: prefixes("10.9.0.0/16", "fd00::/8"),
+		MaxDelay: 90 * time.Second, KeyLog: "/etc/masque/keys.log",
+	}
+	if diff := cmp.Diff(want, got, compare); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestClientInlineSecrets(t *testing.T) {
+	for _, test := range []struct {
+		data   []byte
+		secret bool
+	}{
+		{lines(`proxy = "p"`, `[auth]`, `token = "abc"`), true},
+		{lines(`proxy = "p"`, `[tls]`, `cert_pem = "c"`, `key_pem = "k"`), true},
+		{lines(`proxy = "p"`, `[tls]`, `cert = "c"`, `key = "k"`), false},
+		{lines(`proxy = "p"`, `[tls]`, `ca_pem = "c"`), false},
+	} {
+		c, err := ParseClient("c.toml", test.data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Secret() != test.secret {
+			t.Errorf("Secret() = %v for\n%s", c.Secret(), test.data)
+		}
+	}
+}
+
+func TestProxyDefaults(t *testing.T) {
+	got, err := ParseProxy("/etc/masque/proxy.toml", lines(`name = "vpn.example.org"`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Proxy{
+		Name: "vpn.example.org", Listen: []string{"[::]:443"}, Cert: "/etc/masque/proxy.crt", Key: "/etc/masque/proxy.key",
+		Methods: []string{"token"}, Users: "/etc/masque/users.toml", Device: "masque%d", Offload: true,
+		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
+		Advertise: prefixes("0.0.0.0/0", "::/0"), Masquerade: true, Sessions: 4096, SessionsPerUser: 8,
+	}
+	if diff := cmp.Diff(want, got, compare); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestProxyFull(t *testing.T) {
+	data, err := os.ReadFile("testdata/proxy.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := ParseProxy("/etc/masque/proxy.toml", data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Proxy{
+		Name: "vpn.example.org", Listen: []string{"[::]:443", "192.0.2.1:4433"}, Template: "https://vpn.example.org/t/{target}/{ipproto}/",
+		Cert: "/etc/masque/a.crt", Key: "/etc/masque/a.key", ClientCA: "/etc/masque/ca.crt",
+		Methods: []string{"mtls", "token"}, Users: "/etc/masque/people.toml", Device: "masque0", MTU: 1280,
+		Pool4: netip.MustParsePrefix("10.78.0.0/24"), Advertise: prefixes("10.0.0.0/8"), Deny: prefixes("169.254.0.0/16"),
+		ClientToClient: true, KernelHopLimit: true, Sessions: 10, SessionsPerUser: 2, KeyLog: "/tmp/keys",
+	}
+	if diff := cmp.Diff(want, got, compare); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestProxyDefaultMethods(t *testing.T) {
+	for _, test := range []struct {
+		data []byte
+		want []string
+	}{
+		{lines(`name = "p"`), []string{"token"}},
+		{lines(`name = "p"`, `[tls]`, `client_ca = "ca.crt"`), []string{"mtls", "token"}},
+		{lines(`name = "p"`, `[tls]`, `client_ca = "ca.crt"`, `[auth]`, `methods = ["token"]`), []string{"token"}},
+	} {
+		p, err := ParseProxy("p.toml", test.data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(test.want, p.Methods); diff != "" {
+			t.Error(diff)
+		}
+	}
+	p, err := ParseProxy("p.toml", lines(`name = "p"`, `[auth]`, `methods = ["none"]`))
+	if err != nil || p.Users != "" {
+		t.Errorf("methods none: users %q, %v; want no users file", p.Users, err)
+	}
+}
+
+// TestProblems has one row per error: each names the file, the line, the key
+// and, unless it is a secret, the value.
+func TestProblems(t *testing.T) {
+	const client, proxy, users = "client", "proxy", "users"
+	head := map[string]string{client: `proxy = "vpn.example.org"`, proxy: `name = "vpn.example.org"`, users: `# users`}
+	for _, test := range []struct {
+		kind string
+		data []string // below the first line, which is right
+		want string   // the one problem
+	}{
+		// The document.
+		{client, []string{`[tls`}, `f.toml:2: `},
+		{client, []string{`colour = "red"`}, `f.toml:2: colour: unknown key; remove it`},
+		{client, []string{`[colours]`, `a = 1`}, `f.toml:2: colours: unknown key; remove it`},
+		{client, []string{`[routes]`, `exlude = []`}, `f.toml:3: routes.exlude: unknown key; did you mean "routes.exclude"?`},
+		{client, []string{`mtu = 1300`}, `f.toml:2: mtu: unknown key; it belongs to [tun]`},
+		{client, []string{`[tun]`, `name = "m"`, `[scope]`, `proxy = "x"`}, `f.toml:5: scope.proxy: unknown key; it belongs at the top of the file, before the first table`},
+		{client, []string{`proxy = "again"`}, `f.toml:2: proxy: `},
+		{client, []string{`tun = "masque0"`}, `f.toml:2: tun: is a table, not a value; write [tun] on a line of its own`},
+		{client, []string{`tun.mtu = true`}, `f.toml:2: tun.mtu = true: not an MTU; write "auto" or a number from 576 to 65535`},
+		{client, []string{`tun = { mtu = 10 }`}, `f.toml:2: tun.mtu = 10: not an MTU; write "auto" or a number from 576 to 65535`},
+
+		// The client.
+		{client, []string{`[tls]`, `ca = 1`}, `f.toml:3: tls.ca = 1: not a string in quotes; write a string in quotes`},
+		{client, []string{`[tls]`, `ca = "a"`, `ca_pem = "b"`}, `f.toml:3: tls.ca = "a": tls.ca_pem says the same; keep one of the two`},
+		{client, []string{`[tls]`, `cert = "a"`, `cert_pem = "b"`, `key = "k"`}, `f.toml:3: tls.cert = "a": tls.cert_pem says the same; keep one of the two`},
+		{client, []string{`[tls]`, `cert = "a"`, `key = "b"`, `key_pem = "k"`}, `f.toml:4: tls.key = "b": tls.key_pem says the same; keep one of the two`},
+		{client, []string{`[tls]`, `cert = "a"`}, `f.toml:2: tls.key: the key of the certificate is missing; set tls.key or tls.key_pem`},
+		{client, []string{`[tls]`, `key = "a"`}, `f.toml:2: tls.cert: the certificate of the key is missing; set tls.cert or tls.cert_pem`},
+		{client, []string{`[tls]`, `server_name = "a b"`}, `f.toml:3: tls.server_name = "a b": not a name or an address; write for example "vpn.example.org"`},
+		{client, []string{`[auth]`, `token = "s3cret"`, `token_file = "t"`}, `f.toml:4: auth.token_file = "t": auth.token says the same; keep one of the two`},
+		{client, []string{`[auth]`, `token = 5`}, `f.toml:3: auth.token: not a string in quotes; write a string in quotes`},
+		{client, []string{`[auth]`, `tokn = "s3cret"`}, `f.toml:3: auth.tokn: unknown key; did you mean "auth.token"?`},
+		{client, []string{`[scope]`, `target = "192.0.2.0/24"`}, `f.toml:3: scope.target = "192.0.2.0/24": not supported by this version; remove it`},
+		{client, []string{`[scope]`, `ipproto = "17"`}, `f.toml:3: scope.ipproto = "17": not supported by this version; remove it`},
+		{client, []string{`[tun]`, `name = "a-name-that-is-too-long"`}, `f.toml:3: tun.name = "a-name-that-is-too-long": not a name of a network interface; write for example "masque0", at most 15 characters`},
+		{client, []string{`[tun]`, `name = "../x"`}, `f.toml:3: tun.name = "../x": not a name of a network interface; `},
+		{client, []string{`[tun]`, `name = "a%d%d"`}, `f.toml:3: tun.name = "a%d%d": not a name of a network interface; `},
+		{client, []string{`[tun]`, `name = ""`}, `f.toml:3: tun.name = "": not a name of a network interface; `},
+		{client, []string{`[tun]`, `mtu = 100`}, `f.toml:3: tun.mtu = 100: not an MTU; write "auto" or a number from 576 to 65535`},
+		{client, []string{`[tun]`, `mtu = "big"`}, `f.toml:3: tun.mtu = "big": not an MTU; `},
+		{client, []string{`[tun]`, `offload = "yes"`}, `f.toml:3: tun.offload = "yes": not true or false; write true or false`},
+		{client, []string{`[tunnel]`, `congestion = "outer"`}, `f.toml:3: tunnel.congestion = "outer": not supported by this version; remove it`},
+		{client, []string{`[addresses]`, `request = "0.0.0.0/32"`}, `f.toml:3: addresses.request = "0.0.0.0/32": not a list; write a list of strings: ["...", "..."]`},
+		{client, []string{`[addresses]`, `request = []`}, `f.toml:3: addresses.request = []: no address is asked for, and none is static; `},
+		{client, []string{`[addresses]`, `static = ["10.0.0.1"]`}, `f.toml:3: addresses.static[0] = "10.0.0.1": the prefix length is missing; write "10.0.0.1/32" for this one address`},
+		{client, []string{`[addresses]`, `static = ["10.0.0.1/8"]`, `request = ["::/128"]`}, `f.toml:4: addresses.request = ["::/128"]: static addresses are used instead of asking; keep one of request and static`},
+		{client, []string{`[routes]`, `install = 1`}, `f.toml:3: routes.install = 1: not true or false; write true or false`},
+		{client, []string{`[routes]`, `accept = [`, ` "0.0.0.0/0",`, ` "10.0.0.1/8",`, `]`}, `f.toml:5: routes.accept[1] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
+		{client, []string{`[routes]`, `exclude = [1]`}, `f.toml:3: routes.exclude[0] = 1: not a string in quotes; put it in quotes`},
+		{client, []string{`[routes]`, `exclude = ["lan"]`}, `f.toml:3: routes.exclude[0] = "lan": not an address prefix; write for example "192.0.2.0/24" or "2001:db8::/32"`},
+		{client, []string{`[routes]`, `exclude = ["::ffff:10.0.0.0/104"]`}, `f.toml:3: routes.exclude[0] = "::ffff:10.0.0.0/104": an IPv4 address in IPv6 form; write the IPv4 prefix`},
+		{client, []string{`[routes]`, `advertise = ["10.0.0.0/8"]`}, `f.toml:3: routes.advertise = ["10.0.0.0/8"]: not supported by this version; remove it`},
+		{client, []string{`[routes]`, `assign = ["10.0.0.0/8"]`}, `f.toml:3: routes.assign = ["10.0.0.0/8"]: not supported by this version; remove it`},
+		{client, []string{`[dns]`, `mode = "resolved"`}, `f.toml:3: dns.mode = "resolved": not known; write "auto" or "off"`},
+		{client, []string{`[kill_switch]`, `enabled = true`}, `f.toml:3: kill_switch.enabled = true: not supported by this version; remove it`},
+		{client, []string{`[kill_switch]`, `enabled = "true"`}, `f.toml:3: kill_switch.enabled = "true": not supported by this version; remove it`},
+		{client, []string{`[kill_switch]`, `allow = ["10.0.0.0/8"]`}, `f.toml:3: kill_switch.allow = ["10.0.0.0/8"]: not supported by this version; remove it`},
+		{client, []string{`[reconnect]`, `enabled = "no"`}, `f.toml:3: reconnect.enabled = "no": not true or false; write true or false`},
+		{client, []string{`[reconnect]`, `max_delay = "soon"`}, `f.toml:3: reconnect.max_delay = "soon": not a time span; write for example "30s" or "5m"`},
+		{client, []string{`[reconnect]`, `max_delay = "1ms"`}, `f.toml:3: reconnect.max_delay = "1ms": too short; write at least "1s"`},
+		{client, []string{`[log]`, `qlog_dir = "q"`}, `f.toml:3: log.qlog_dir = "q": not supported by this version; remove it`},
+		{client, []string{`[log]`, `pcap = "p"`}, `f.toml:3: log.pcap = "p": not supported by this version; remove it`},
+
+		// The proxy.
+		{proxy, []string{`listen = []`}, `f.toml:2: listen = []: empty; write for example ["[::]:443"]`},
+		{proxy, []string{`listen = ["443"]`}, `f.toml:2: listen[0] = "443": not an address and port; write for example "[::]:443" or "192.0.2.1:443"`},
+		{proxy, []string{`listen = ["a.example:443"]`}, `f.toml:2: listen[0] = "a.example:443": not an address and port; `},
+		{proxy, []string{`listen = [":0"]`}, `f.toml:2: listen[0] = ":0": not an address and port; `},
+		{proxy, []string{`listen = [":1", ":1"]`}, `f.toml:2: listen[1] = ":1": given twice; remove one`},
+		{proxy, []string{`[auth]`, `methods = []`}, `f.toml:3: auth.methods = []: empty; `},
+		{proxy, []string{`[auth]`, `methods = ["password"]`}, `f.toml:3: auth.methods[0] = "password": not known; write "mtls" or "token" or "none"`},
+		{proxy, []string{`[auth]`, `methods = ["token", "token"]`}, `f.toml:3: auth.methods[1] = "token": given twice; remove one`},
+		{proxy, []string{`[auth]`, `methods = ["token", "none"]`}, `f.toml:3: auth.methods[1] = "none": lets everyone in, whatever the other methods are; write it alone, or remove it`},
+		{proxy, []string{`[auth]`, `methods = ["mtls"]`}, `f.toml:3: auth.methods[0] = "mtls": needs the CA of the clients' certificates; set tls.client_ca, or remove "mtls"`},
+		{proxy, []string{`[auth]`, `users = ""`}, `f.toml:3: auth.users = "": empty; write the name of the users file`},
+		{proxy, []string{`[tunnel]`, `congestion = "inner"`}, `f.toml:3: tunnel.congestion = "inner": not supported by this version; remove it`},
+		{proxy, []string{`[pool]`}, `f.toml:2: pool: empty; `},
+		{proxy, []string{`[pool]`, `ipv4 = "fd77::/64"`}, `f.toml:3: pool.ipv4 = "fd77::/64": an address of the other family; put it under the other key`},
+		{proxy, []string{`[pool]`, `ipv6 = "10.0.0.0/24"`}, `f.toml:3: pool.ipv6 = "10.0.0.0/24": an address of the other family; put it under the other key`},
+		{proxy, []string{`[pool]`, `ipv4 = "10.77.0.1/24"`}, `f.toml:3: pool.ipv4 = "10.77.0.1/24": bits are set behind the prefix length; write "10.77.0.0/24"`},
+		{proxy, []string{`[pool]`, `ipv4 = "10.77.0.0/31"`}, `f.toml:3: pool.ipv4 = "10.77.0.0/31": too small for the proxy and one client; write a prefix length of 30 or less`},
+		{proxy, []string{`[pool]`, `ipv6 = "fd77::/127"`}, `f.toml:3: pool.ipv6 = "fd77::/127": too small for the proxy and one client; write a prefix length of 126 or less`},
+		{proxy, []string{`[routes]`, `advertise = ["all"]`}, `f.toml:3: routes.advertise[0] = "all": not an address prefix; `},
+		{proxy, []string{`[routes]`, `deny = ["10.0.0.1"]`}, `f.toml:3: routes.deny[0] = "10.0.0.1": the prefix length is missing; `},
+		{proxy, []string{`[routes]`, `client_to_client = 1`}, `f.toml:3: routes.client_to_client = 1: not true or false; `},
+		{proxy, []string{`[nat]`, `masquerade = "x"`}, `f.toml:3: nat.masquerade = "x": not true or false; `},
+		{proxy, []string{`[dns]`, `servers = ["10.77.0.1"]`}, `f.toml:3: dns.servers = ["10.77.0.1"]: not supported by this version; remove it`},
+		{proxy, []string{`[dns]`, `search = ["corp.example"]`}, `f.toml:3: dns.search = ["corp.example"]: not supported by this version; remove it`},
+		{proxy, []string{`[forwarding]`, `hop_limit = "keep"`}, `f.toml:3: forwarding.hop_limit = "keep": not known; write "decrement" or "kernel"`},
+		{proxy, []string{`[limits]`, `sessions = 0`}, `f.toml:3: limits.sessions = 0: out of range; write a number from 1 to 1048576`},
+		{proxy, []string{`[limits]`, `sessions_per_user = "8"`}, `f.toml:3: limits.sessions_per_user = "8": not a number from 1 to 1048576; `},
+		{proxy, []string{`[metrics]`, `listen = "127.0.0.1:9484"`}, `f.toml:3: metrics.listen = "127.0.0.1:9484": not supported by this version; remove it`},
+		{proxy, []string{`[connect_udp]`, `enabled = true`}, `f.toml:3: connect_udp.enabled = true: not supported by this version; remove it`},
+		{proxy, []string{`[log]`, `qlog_dir = "q"`}, `f.toml:3: log.qlog_dir = "q": not supported by this version; remove it`},
+		{proxy, []string{`[[site]]`, `user = "branch"`, `networks = ["192.0.2.0/24"]`}, `f.toml:2: site[0]: not supported by this version; remove it`},
+		{proxy, []string{`[site]`, `user = "branch"`}, `f.toml:2: site: is a list of tables; start each with [[site]] on a line of its own`},
+
+		// The users.
+		{users, []string{`[[user]]`}, `f.toml:2: user[0].name: is missing; write name = "..."`},
+		{users, []string{`[[user]]`, `name = "a"`, `[[user]]`, `name = "b/c"`}, `f.toml:5: user[1].name = "b/c": not a name of a user; `},
+		{users, []string{`[[user]]`, `name = "a"`, `[[user]]`, `name = "a"`}, `f.toml:5: user[1].name = "a": given twice; remove one of the entries`},
+		{users, []string{`[[user]]`, `name = "a"`, `token_sha256 = "xyz"`}, `f.toml:4: user[0].token_sha256 = "xyz": not a SHA-256; write 64 hexadecimal digits`},
+		{users, []string{`[[user]]`, `name = "a"`, `certificate_sha256 = "00"`}, `f.toml:4: user[0].certificate_sha256 = "00": not a SHA-256; `},
+		{users, []string{`[[user]]`, `name = "a"`, `addresses = ["10.0.0.0/8"]`}, `f.toml:4: user[0].addresses[0] = "10.0.0.0/8": not an address; write for example "10.77.0.9"`},
+		{users, []string{`[[user]]`, `name = "a"`, `addresses = ["10.0.0.1"]`, `[[user]]`, `name = "b"`, `addresses = ["::1", "10.0.0.1"]`}, `f.toml:7: user[1].addresses[1] = "10.0.0.1": reserved for a as well; remove one`},
+		{users, []string{`[[user]]`, `name = "a"`, `sessions = -1`}, `f.toml:4: user[0].sessions = -1: out of range; write a number from 0 to 1048576`},
+		{users, []string{`[[user]]`, `name = "a"`, `created = "now"`}, `f.toml:4: user[0].created = "now": not a time such as 2026-01-02T15:04:05Z; `},
+		{users, []string{`[[user]]`, `name = "a"`, `token = "s3cret"`}, `f.toml:4: user[0].token: unknown key; remove it`},
+	} {
+		t.Run(test.kind+" "+strings.Join(test.data, " "), func(t *testing.T) {
+			data := lines(append([]string{head[test.kind]}, test.data...)...)
+			var err error
+			switch test.kind {
+			case client:
+				_, err = ParseClient("f.toml", data)
+			case proxy:
+				_, err = ParseProxy("f.toml", data)
+			case users:
+				_, err = ParseUsers("f.toml", data)
+			}
+			e, ok := errors.AsType[*Error](err)
+			if !ok {
+				t.Fatalf("error %v; want %s", err, test.want)
+			}
+			if len(e.Problems) != 1 || !strings.HasPrefix(e.Error(), test.want) {
+				t.Errorf("got  %s\nwant %s", e, test.want)
+			}
+			if strings.Contains(e.Error(), "s3cret") {
+				t.Errorf("the message holds the secret: %s", e)
+			}
+		})
+	}
+}
+
+func TestMissingMainKey(t *testing.T) {
+	_, err := ParseClient("c.toml", nil)
+	if want := `c.toml: proxy: is missing; write for example proxy = "vpn.example.org"`; err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+	_, err = ParseProxy("p.toml", nil)
+	if want := `p.toml: name: is missing; write the name that clients dial, for example name = "vpn.example.org"`; err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+	for _, proxy := range []string{"", "a b", "host:0", "host:99999", "-x", "[::1", "host:port", "10.0.0.256", "a/b"} {
+		_, err := ParseClient("c.toml", lines(`proxy = "`+proxy+`"`))
+		if err == nil || !strings.HasPrefix(err.Error(), `c.toml:1: proxy = "`+proxy+`": not a name`) {
+			t.Errorf("proxy %q: %v", proxy, err)
+		}
+	}
+	for _, proxy := range []string{"host", "host:443", "2001:db8::1", "[2001:db8::1]:443", "192.0.2.1", "https://h/{target}/{ipproto}"} {
+		if _, err := ParseClient("c.toml", lines(`proxy = "`+proxy+`"`)); err != nil {
+			t.Errorf("proxy %q: %v", proxy, err)
+		}
+	}
+	for _, name := range []string{"", "a:1", "a b"} {
+		_, err := ParseProxy("p.toml", lines(`name = "`+name+`"`))
+		if err == nil || !strings.HasPrefix(err.Error(), `p.toml:1: name = "`+name+`": not a name`) {
+			t.Errorf("name %q: %v", name, err)
+		}
+	}
+}
+
+func TestAllProblemsAtOnce(t *testing.T) {
+	_, err := ParseClient("c.toml", lines(`[tun]`, `mtu = 1`, `[kill_switch]`, `enabled = true`, `[nonsense]`))
+	e, ok := errors.AsType[*Error](err)
+	if !ok {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, p := range e.Problems {
+		got = append(got, p.Key)
+	}
+	if diff := cmp.Diff([]string{"proxy", "tun.mtu", "kill_switch.enabled", "nonsense"}, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestLaterProblem(t *testing.T) {
+	c, err := ParseClient("c.toml", lines(`proxy = "p"`, `[tls]`, `ca = "/x/ca.crt"`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := c.Problem("tls.ca", "does not exist", "copy it").Error()
+	if want := `c.toml:3: tls.ca = "/x/ca.crt": does not exist; copy it`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	p, err := ParseProxy("p.toml", lines(`name = "p"`, `[tls]`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got = p.Problem("tls.cert", "does not exist", "copy it").Error()
+	if want := `p.toml:2: tls.cert: does not exist; copy it`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestNames(t *testing.T) {
+	for name, want := range map[string]bool{
+		"alice": true, "alice@example.org": true, "a_b-c.d": true, "9": true,
+		"": false, ".hidden": false, "-flag": false, "a/b": false, "a b": false, "ä": false, "a\n": false, strings.Repeat("a", 65): false,
+	} {
+		if got := IsName(name); got != want {
+			t.Errorf("IsName(%q) = %v", name, got)
+		}
+	}
+	for host, want := range map[string]bool{
+		"vpn.example.org": true, "vpn.example.org.": true, "localhost": true, "10.0.0.1": true, "::1": true, "xn--bcher-kva.example": true,
+		"": false, ".": false, "a..b": false, "a b": false, "1.2.3": false, "fe80::1%eth0": false, "-a": false, "a-": false,
+		strings.Repeat("a", 64): false, strings.Repeat("a.", 126) + "a": true, strings.Repeat("a.", 127) + "a": false,
+	} {
+		if got := IsHost(host); got != want {
+			t.Errorf("IsHost(%q) = %v", host, got)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	for _, name := range []string{"testdata/client.toml", "testdata/proxy.toml", "testdata/users.toml"} {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Add([]byte("[[user]]\n[user.x]\na.b.c = [{d = 1}, [2]]"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		for _, err := range []error{second(ParseClient("f", data)), second(ParseProxy("f", data)), second(ParseUsers("f", data))} {
+			if err == nil {
+				continue
+			}
+			e, ok := errors.AsType[*Error](err)
+			if !ok || len(e.Problems) == 0 {
+				t.Fatalf("error %v is not an *Error with a problem", err)
+			}
+		}
+	})
+}
+
+func second[T any](_ T, err error) error { return err }

@@ -1,0 +1,418 @@
+package config
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/pelletier/go-toml/v2/unstable"
+)
+
+// A document is a TOML file with the place of every key. Its tables hand out
+// typed values and remember which keys were asked for: what is in the file and
+// was never asked for is unknown, and refused.
+type document struct {
+	file     string
+	lines    map[string]int // by path, as in "user[1].addresses[0]"
+	values   map[string]any // scalars and arrays by path, for messages
+	secret   map[string]bool
+	tables   []*table
+	problems []Problem
+}
+
+// parse reads data as TOML. The error, if any, is an *Error.
+func parse(file string, data []byte) (*document, *table, error) {
+	d := &document{file: file, lines: make(map[string]int), values: make(map[string]any), secret: make(map[string]bool)}
+	root := make(map[string]any)
+	if err := toml.Unmarshal(data, &root); err != nil {
+		p := Problem{File: file, Reason: strings.TrimPrefix(err.Error(), "toml: ")}
+		if de, ok := errors.AsType[*toml.DecodeError](err); ok {
+			p.Line, _ = de.Position()
+			p.Key = strings.Join(de.Key(), ".")
+		}
+		return nil, nil, &Error{Problems: []Problem{p}}
+	}
+	d.index(data)
+	return d, d.newTable("", root), nil
+}
+
+// index fills d.lines. The data is known to be valid TOML.
+func (d *document) index(data []byte) {
+	var p unstable.Parser
+	p.Reset(data)
+	line := func(n *unstable.Node) int {
+		if n.Raw.Length == 0 {
+			return 0
+		}
+		return p.Shape(n.Raw).Start.Line
+	}
+	elements := make(map[string]int) // of arrays of tables, seen so far
+	// place returns the path of a dotted key below base, where the elements of
+	// arrays of tables that it passes are the latest ones.
+	place := func(base string, key unstable.Iterator) (path string, first int) {
+		path = base
+		for key.Next() {
+			if n := elements[path]; n > 0 {
+				path += "[" + strconv.Itoa(n-1) + "]"
+			}
+			path = join(path, string(key.Node().Data))
+			if l := line(key.Node()); first == 0 {
+				first = l
+			}
+			if _, ok := d.lines[path]; !ok {
+				d.lines[path] = first
+			}
+		}
+		return path, first
+	}
+	var keyValue func(base string, n *unstable.Node)
+	var value func(path string, at int, n *unstable.Node)
+	keyValue = func(base string, n *unstable.Node) {
+		path, at := place(base, n.Key())
+		d.lines[path] = at
+		value(path, at, n.Value())
+	}
+	value = func(path string, at int, n *unstable.Node) {
+		switch n.Kind {
+		case unstable.InlineTable:
+			for it := n.Children(); it.Next(); {
+				keyValue(path, it.Node())
+			}
+		case unstable.Array:
+			i := 0
+			for it := n.Children(); it.Next(); i++ {
+				element := path + "[" + strconv.Itoa(i) + "]"
+				d.lines[element] = cmp.Or(line(it.Node()), at)
+				value(element, d.lines[element], it.Node())
+			}
+		}
+	}
+	base := ""
+	for p.NextExpression() {
+		switch n := p.Expression(); n.Kind {
+		case unstable.Table:
+			path, at := place("", n.Key())
+			if n := elements[path]; n > 0 {
+				path += "[" + strconv.Itoa(n-1) + "]"
+			}
+			d.lines[path] = at
+			base = path
+		case unstable.ArrayTable:
+			path, at := place("", n.Key())
+			elements[path]++
+			base = path + "[" + strconv.Itoa(elements[path]-1) + "]"
+			d.lines[base] = at
+		case unstable.KeyValue:
+			keyValue(base, n)
+		}
+	}
+}
+
+// problem makes the Problem of the key at path. A value that the document has
+// at the path is quoted unless it is secret.
+func (d *document) problem(path, reason, remedy string) Problem {
+	p := Problem{File: d.file, Line: d.lines[path], Key: path, Reason: reason, Remedy: remedy}
+	for parent := path; p.Line == 0 && parent != ""; {
+		parent = parentOf(parent)
+		p.Line = d.lines[parent]
+	}
+	if v, ok := d.values[path]; ok && !d.secret[path] {
+		p.Value = quote(v)
+	}
+	return p
+}
+
+// add records the problem of the key at path.
+func (d *document) add(path, reason, remedy string) {
+	d.problems = append(d.problems, d.problem(path, reason, remedy))
+}
+
+// finish reports all problems, unknown keys included, as an *Error.
+func (d *document) finish() error {
+	for _, t := range d.tables {
+		for _, key := range slices.Sorted(maps.Keys(t.values)) {
+			if _, ok := t.asked[key]; !ok {
+				path := join(t.path, key)
+				delete(d.values, path) // what is behind a misspelt key may be a secret
+				d.add(path, "unknown key", d.suggest(t, key))
+			}
+		}
+	}
+	if len(d.problems) == 0 {
+		return nil
+	}
+	slices.SortStableFunc(d.problems, func(a, b Problem) int { return cmp.Compare(a.Line, b.Line) })
+	return &Error{Problems: d.problems}
+}
+
+// suggest says what may have been meant by an unknown key of t.
+func (d *document) suggest(t *table, key string) string {
+	for _, other := range d.tables {
+		if _, ok := other.asked[key]; ok && other != t {
+			if other.path == "" {
+				return "it belongs at the top of the file, before the first table"
+			}
+			return fmt.Sprintf("it belongs to [%s]", other.path)
+		}
+	}
+	best, distance := "", 3
+	for _, known := range slices.Sorted(maps.Keys(t.asked)) {
+		if n := editDistance(key, known); n < distance && n < len(known) {
+			best, distance = known, n
+		}
+	}
+	if best != "" {
+		return fmt.Sprintf("did you mean %q?", join(t.path, best))
+	}
+	return "remove it"
+}
+
+// A table is one table of a document.
+type table struct {
+	doc    *document
+	path   string
+	values map[string]any
+	asked  map[string]struct{}
+}
+
+func (d *document) newTable(path string, values map[string]any) *table {
+	t := &table{doc: d, path: path, values: values, asked: make(map[string]struct{})}
+	for key, v := range values {
+		d.values[join(path, key)] = v
+		if list, ok := v.([]any); ok {
+			for i, e := range list {
+				d.values[element(join(path, key), i)] = e
+			}
+		}
+	}
+	d.tables = append(d.tables, t)
+	return t
+}
+
+// get returns the value of a key, and marks the key as known.
+func (t *table) get(key string) (any, bool) {
+	t.asked[key] = struct{}{}
+	v, ok := t.values[key]
+	return v, ok
+}
+
+// has tells whether the file sets the key; it does not make the key known.
+func (t *table) has(key string) bool {
+	_, ok := t.values[key]
+	return ok
+}
+
+func (t *table) add(key, reason, remedy string) {
+	t.doc.add(join(t.path, key), reason, remedy)
+}
+
+// table returns the table at key, empty if the file has none.
+func (t *table) table(key string) *table {
+	v, ok := t.get(key)
+	values, isTable := v.(map[string]any)
+	if ok && !isTable {
+		delete(t.doc.values, join(t.path, key))
+		t.add(key, "is a table, not a value", fmt.Sprintf("write [%s] on a line of its own", join(t.path, key)))
+	}
+	return t.doc.newTable(join(t.path, key), values)
+}
+
+// tablesOf returns the elements of the array of tables at key.
+func (t *table) tablesOf(key string) []*table {
+	v, ok := t.get(key)
+	if !ok {
+		return nil
+	}
+	list, ok := v.([]any)
+	var tables []*table
+	for i, e := range list {
+		values, isTable := e.(map[string]any)
+		ok = ok && isTable
+		tables = append(tables, t.doc.newTable(element(join(t.path, key), i), values))
+	}
+	if !ok {
+		delete(t.doc.values, join(t.path, key))
+		t.add(key, "is a list of tables", fmt.Sprintf("start each with [[%s]] on a line of its own", join(t.path, key)))
+		return nil
+	}
+	return tables
+}
+
+// scalar returns the value of key as a T, or def when it is absent or of
+// another type, which is a problem.
+func scalar[T any](t *table, key string, def T, want string) T {
+	v, ok := t.get(key)
+	if !ok {
+		return def
+	}
+	s, ok := v.(T)
+	if !ok {
+		t.add(key, "not "+want, "write "+want)
+		return def
+	}
+	return s
+}
+
+func (t *table) string(key, def string) string {
+	return scalar(t, key, def, "a string in quotes")
+}
+
+func (t *table) bool(key string, def bool) bool {
+	return scalar(t, key, def, "true or false")
+}
+
+// secretString is a string whose value is never quoted in messages.
+func (t *table) secretString(key string) string {
+	t.doc.secret[join(t.path, key)] = true
+	return t.string(key, "")
+}
+
+// file is the name of a file, relative to the folder of the document.
+func (t *table) file(key, def string) string {
+	name := t.string(key, def)
+	if name == "" || filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(filepath.Dir(t.doc.file), name)
+}
+
+// int is a number between low and high.
+func (t *table) int(key string, def, low, high int) int {
+	want := fmt.Sprintf("a number from %d to %d", low, high)
+	n := scalar(t, key, int64(def), want)
+	if t.has(key) && (n < int64(low) || n > int64(high)) {
+		t.add(key, "out of range", "write "+want)
+		return def
+	}
+	return int(n)
+}
+
+// oneOf is a string out of a fixed set; the first is the default.
+func (t *table) oneOf(key string, words ...string) string {
+	s := t.string(key, words[0])
+	if !slices.Contains(words, s) {
+		t.add(key, "not known", "write "+alternatives(words))
+		return words[0]
+	}
+	return s
+}
+
+// strings is a list of strings.
+func (t *table) strings(key string, def []string) []string {
+	v, ok := t.get(key)
+	if !ok {
+		return def
+	}
+	list, ok := v.([]any)
+	if !ok {
+		t.add(key, "not a list", `write a list of strings: ["...", "..."]`)
+		return def
+	}
+	words := make([]string, len(list))
+	bad := false
+	for i, e := range list {
+		if words[i], ok = e.(string); !ok {
+			t.add(element(key, i), "not a string in quotes", "put it in quotes")
+			bad = true
+		}
+	}
+	if bad {
+		return def
+	}
+	return words
+}
+
+// either refuses two keys that are both set and mean the same.
+func (t *table) either(a, aValue, b, bValue string) {
+	if aValue != "" && bValue != "" {
+		t.add(a, fmt.Sprintf("%s says the same", join(t.path, b)), "keep one of the two")
+	}
+}
+
+// unsupported refuses a key of a feature that this version does not have,
+// unless its value is one of those that leave the feature off.
+func (t *table) unsupported(key string, off ...any) {
+	v, ok := t.get(key)
+	if !ok {
+		return
+	}
+	if list, ok := v.([]any); ok && len(list) == 0 {
+		return
+	}
+	if v != "" && !slices.Contains(off, v) {
+		t.add(key, "not supported by this version", "remove it")
+	}
+}
+
+func join(path, key string) string {
+	if path == "" {
+		return key
+	}
+	return path + "." + key
+}
+
+func element(path string, i int) string {
+	return path + "[" + strconv.Itoa(i) + "]"
+}
+
+func parentOf(path string) string {
+	return path[:max(strings.LastIndexAny(path, ".["), 0)]
+}
+
+// quote writes a value as TOML does, shortened to what a message can carry.
+func quote(v any) string {
+	const limit = 80
+	var s string
+	switch v := v.(type) {
+	case string:
+		s = strconv.Quote(v)
+	case []any:
+		words := make([]string, len(v))
+		for i, e := range v {
+			words[i] = quote(e)
+		}
+		s = "[" + strings.Join(words, ", ") + "]"
+	case map[string]any:
+		return ""
+	default:
+		s = fmt.Sprint(v)
+	}
+	if len(s) > limit {
+		s = strings.ToValidUTF8(s[:limit], "") + "..."
+	}
+	return s
+}
+
+func alternatives(words []string) string {
+	quoted := make([]string, len(words))
+	for i, w := range words {
+		quoted[i] = strconv.Quote(w)
+	}
+	return strings.Join(quoted, " or ")
+}
+
+// editDistance is the Levenshtein distance of two short words.
+func editDistance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := diagonal
+			if a[i] != b[j] {
+				cost = 1 + min(diagonal, row[j], row[j+1])
+			}
+			diagonal, row[j+1] = row[j+1], cost
+		}
+	}
+	return row[len(b)]
+}

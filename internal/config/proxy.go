@@ -1,0 +1,179 @@
+package config
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// The ways a proxy authenticates users, in auth.methods.
+const (
+	MethodMTLS  = "mtls"
+	MethodToken = "token"
+	MethodNone  = "none"
+)
+
+// Proxy is the proxy's configuration file, proxy.toml. Names of files in it
+// were joined with the folder of the file.
+type Proxy struct {
+	Name     string
+	Listen   []string // HOST:PORT, UDP
+	Template string   // empty: the default one of the name
+
+	Cert, Key, ClientCA string // names of PEM files; ClientCA may be empty
+
+	Methods []string
+	Users   string // name of the users file, empty when no method needs it
+
+	Device  string // name of the TUN interface, may hold one %d
+	MTU     int    // bytes, 0: found out
+	Offload bool
+
+	Pool4, Pool6 netip.Prefix // zero: none of that family
+
+	Advertise, Deny []netip.Prefix
+	ClientToClient  bool
+
+	Masquerade     bool
+	KernelHopLimit bool
+
+	Sessions, SessionsPerUser int
+
+	KeyLog string // name of the file for TLS secrets, empty: none
+
+	doc *document
+}
+
+// ParseProxy parses and validates the contents of a proxy's configuration. The
+// file name is used in messages and to resolve relative names. The error, if
+// any, is an *Error.
+func ParseProxy(file string, data []byte) (*Proxy, error) {
+	d, root, err := parse(file, data)
+	if err != nil {
+		return nil, err
+	}
+	p := &Proxy{doc: d}
+	p.Name = root.string("name", "")
+	if !root.has("name") {
+		d.add("name", "is missing", `write the name that clients dial, for example name = "vpn.example.org"`)
+	} else if !IsHost(p.Name) {
+		root.add("name", "not a name or an address", `write the name that clients dial, for example "vpn.example.org"`)
+	}
+	p.Listen = root.strings("listen", []string{"[::]:443"})
+	if len(p.Listen) == 0 {
+		root.add("listen", "empty", `write for example ["[::]:443"]`)
+	}
+	for i, s := range p.Listen {
+		if !isHostPort(s) || hostOf(s) != "" && !isAddr(hostOf(s)) {
+			root.add(element("listen", i), "not an address and port", `write for example "[::]:443" or "192.0.2.1:443"`)
+		} else if slices.Contains(p.Listen[:i], s) {
+			root.add(element("listen", i), "given twice", "remove one")
+		}
+	}
+	p.Template = root.string("template", "")
+
+	tls := root.table("tls")
+	p.Cert, p.Key, p.ClientCA = tls.file("cert", "proxy.crt"), tls.file("key", "proxy.key"), tls.file("client_ca", "")
+
+	p.parseAuth(root.table("auth"))
+
+	tun := root.table("tun")
+	p.Device, p.MTU, p.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"), tun.bool("offload", true)
+
+	root.table("tunnel").unsupported("congestion")
+
+	p.parsePool(root.table("pool"), root.has("pool"))
+
+	routes := root.table("routes")
+	p.Advertise = routes.prefixes("advertise", "0.0.0.0/0", "::/0")
+	p.Deny = routes.prefixes("deny")
+	p.ClientToClient = routes.bool("client_to_client", false)
+
+	p.Masquerade = root.table("nat").bool("masquerade", true)
+
+	dns := root.table("dns")
+	dns.unsupported("servers")
+	dns.unsupported("search")
+
+	p.KernelHopLimit = root.table("forwarding").oneOf("hop_limit", "decrement", "kernel") == "kernel"
+
+	limits := root.table("limits")
+	p.Sessions = limits.int("sessions", 4096, 1, 1<<20)
+	p.SessionsPerUser = limits.int("sessions_per_user", 8, 1, 1<<20)
+
+	root.table("metrics").unsupported("listen")
+	root.table("connect_udp").unsupported("enabled", false)
+
+	log := root.table("log")
+	log.unsupported("qlog_dir")
+	p.KeyLog = log.file("key_log", "")
+
+	for _, site := range root.tablesOf("site") {
+		site.string("user", "")
+		site.prefixes("networks")
+		d.add(site.path, "not supported by this version", "remove it")
+	}
+
+	if err := d.finish(); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+func (p *Proxy) parseAuth(auth *table) {
+	methods := []string{MethodToken}
+	if p.ClientCA != "" {
+		methods = []string{MethodMTLS, MethodToken}
+	}
+	p.Methods = auth.strings("methods", methods)
+	if len(p.Methods) == 0 {
+		auth.add("methods", "empty", `write ["mtls", "token"], or ["none"] to let everyone in`)
+	}
+	for i, m := range p.Methods {
+		key := element("methods", i)
+		switch {
+		case m != MethodMTLS && m != MethodToken && m != MethodNone:
+			auth.add(key, "not known", "write "+alternatives([]string{MethodMTLS, MethodToken, MethodNone}))
+		case slices.Contains(p.Methods[:i], m):
+			auth.add(key, "given twice", "remove one")
+		case m == MethodNone && len(p.Methods) > 1:
+			auth.add(key, "lets everyone in, whatever the other methods are", `write it alone, or remove it`)
+		case m == MethodMTLS && p.ClientCA == "":
+			auth.add(key, "needs the CA of the clients' certificates", `set tls.client_ca, or remove "mtls"`)
+		}
+	}
+	p.Users = auth.file("users", "users.toml")
+	if p.Users == "" {
+		auth.add("users", "empty", "write the name of the users file")
+	}
+	if slices.Contains(p.Methods, MethodNone) {
+		p.Users = ""
+	}
+}
+
+func (p *Proxy) parsePool(pool *table, given bool) {
+	v4, v6 := "10.77.0.0/24", "fd77::/64"
+	if given { // a pool that names one family has only that one
+		v4, v6 = "", ""
+	}
+	p.Pool4, p.Pool6 = pool.prefix("ipv4", v4, true), pool.prefix("ipv6", v6, false)
+	if given && pool.string("ipv4", "") == "" && pool.string("ipv6", "") == "" {
+		pool.doc.add("pool", "empty", `write ipv4 = "10.77.0.0/24", ipv6 = "fd77::/64" or both`)
+	}
+	if p.Pool4.IsValid() && p.Pool4.Bits() > 30 {
+		pool.add("ipv4", "too small for the proxy and one client", "write a prefix length of 30 or less")
+	}
+	if p.Pool6.IsValid() && p.Pool6.Bits() > 126 {
+		pool.add("ipv6", "too small for the proxy and one client", "write a prefix length of 126 or less")
+	}
+}
+
+// Problem makes an *Error about a key of the file that was found out later, as
+// when a file that it names cannot be used.
+func (p *Proxy) Problem(key, reason, remedy string) *Error {
+	return &Error{Problems: []Problem{p.doc.problem(key, reason, remedy)}}
+}
+
+func isAddr(s string) bool {
+	_, err := netip.ParseAddr(s)
+	return err == nil
+}

@@ -1,0 +1,180 @@
+package config
+
+import (
+	"crypto/subtle"
+	"encoding/hex"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// A User is one entry of users.toml.
+type User struct {
+	Name        string
+	TokenHash   [32]byte     // SHA-256 of the token; zero: no token
+	Certificate [32]byte     // SHA-256 of the only certificate accepted; zero: any with the user's name
+	Addresses   []netip.Addr // reserved for the user
+	Sessions    int          // at the same time; 0: the proxy's default
+	Created     time.Time
+
+	line, end int // lines of the entry, 1-based, end not included
+}
+
+// Users is the users file, users.toml. It is immutable: Add and Remove return
+// the text of a new file, with everything else in it as it was.
+type Users struct {
+	file string
+	text string
+	list []User
+}
+
+// ParseUsers parses and validates the contents of a users file. The error, if
+// any, is an *Error.
+func ParseUsers(file string, data []byte) (*Users, error) {
+	d, root, err := parse(file, data)
+	if err != nil {
+		return nil, err
+	}
+	u := &Users{file: file, text: string(data)}
+	addresses := make(map[netip.Addr]string)
+	for _, t := range root.tablesOf("user") {
+		user := User{Name: t.string("name", ""), line: d.lines[t.path]}
+		switch _, known := u.ByName(user.Name); {
+		case !t.has("name"):
+			t.add("name", "is missing", `write name = "..."`)
+		case !IsName(user.Name):
+			t.add("name", "not a name of a user", `write 1 to 64 letters, digits and any of ".-_@"`)
+		case known:
+			t.add("name", "given twice", "remove one of the entries")
+		}
+		user.TokenHash, user.Certificate = t.hash("token_sha256"), t.hash("certificate_sha256")
+		for i, s := range t.strings("addresses", nil) {
+			key := element("addresses", i)
+			a, err := netip.ParseAddr(s)
+			if err != nil || a.Zone() != "" || a.Is4In6() {
+				t.add(key, "not an address", `write for example "10.77.0.9"`)
+			} else if other, ok := addresses[a]; ok {
+				t.add(key, "reserved for "+other+" as well", "remove one")
+			} else {
+				addresses[a] = user.Name
+				user.Addresses = append(user.Addresses, a)
+			}
+		}
+		user.Sessions = t.int("sessions", 0, 0, 1<<20)
+		user.Created = scalar(t, "created", time.Time{}, "a time such as 2026-01-02T15:04:05Z")
+		u.list = append(u.list, user)
+	}
+	if err := d.finish(); err != nil {
+		return nil, err
+	}
+	u.findEnds(d)
+	return u, nil
+}
+
+// findEnds sets where the text of each entry ends: at the next entry, with the
+// comments right above it, or at the end of the file.
+func (u *Users) findEnds(d *document) {
+	lines := strings.Split(u.text, "\n")
+	for i := range u.list {
+		end := len(lines) + 1
+		if i+1 < len(u.list) {
+			end = u.list[i+1].line
+		}
+		for end-1 > u.list[i].line && strings.HasPrefix(strings.TrimSpace(lines[end-2]), "#") {
+			end--
+		}
+		u.list[i].end = end
+	}
+}
+
+func (t *table) hash(key string) (h [32]byte) {
+	s := t.string(key, "")
+	b, err := hex.DecodeString(s)
+	if s != "" && (err != nil || len(b) != len(h)) {
+		t.add(key, "not a SHA-256", fmt.Sprintf("write %d hexadecimal digits", 2*len(h)))
+		return h
+	}
+	copy(h[:], b)
+	return h
+}
+
+// All returns the users in the order of the file. The caller must not change
+// them.
+func (u *Users) All() []User { return u.list }
+
+// ByName finds a user by name.
+func (u *Users) ByName(name string) (User, bool) {
+	i := slices.IndexFunc(u.list, func(user User) bool { return user.Name == name })
+	if i < 0 {
+		return User{}, false
+	}
+	return u.list[i], true
+}
+
+// ByTokenHash finds the user whose token has the hash. It looks at all users
+// and takes the same time wherever, and whether, it finds one.
+func (u *Users) ByTokenHash(hash [32]byte) (User, bool) {
+	found := -1
+	for i := range u.list {
+		equal := subtle.ConstantTimeCompare(u.list[i].TokenHash[:], hash[:])
+		found = subtle.ConstantTimeSelect(equal, i, found)
+	}
+	if found < 0 || hash == ([32]byte{}) {
+		return User{}, false
+	}
+	return u.list[found], true
+}
+
+// Add returns the text of the file with an entry for the user at its end.
+func (u *Users) Add(user User) []byte {
+	var b strings.Builder
+	b.WriteString(u.text)
+	if u.text != "" && !strings.HasSuffix(u.text, "\n") {
+		b.WriteString("\n")
+	}
+	if u.text != "" {
+		b.WriteString("\n")
+	}
+	fmt.Fprintf(&b, "[[user]]\nname = %q\n", user.Name)
+	if user.TokenHash != ([32]byte{}) {
+		fmt.Fprintf(&b, "token_sha256 = \"%x\"\n", user.TokenHash)
+	}
+	if user.Certificate != ([32]byte{}) {
+		fmt.Fprintf(&b, "certificate_sha256 = \"%x\"\n", user.Certificate)
+	}
+	if len(user.Addresses) > 0 {
+		words := make([]string, len(user.Addresses))
+		for i, a := range user.Addresses {
+			words[i] = fmt.Sprintf("%q", a)
+		}
+		fmt.Fprintf(&b, "addresses = [%s]\n", strings.Join(words, ", "))
+	}
+	if user.Sessions > 0 {
+		fmt.Fprintf(&b, "sessions = %d\n", user.Sessions)
+	}
+	fmt.Fprintf(&b, "created = %s\n", user.Created.UTC().Format(time.RFC3339))
+	return []byte(b.String())
+}
+
+// Remove returns the text of the file without the user's entry; false if there
+// is no such user, or if its entry cannot be cut out because it was not
+// written as a table of its own, [[user]].
+func (u *Users) Remove(name string) ([]byte, bool) {
+	user, ok := u.ByName(name)
+	if !ok {
+		return nil, false
+	}
+	lines := strings.SplitAfter(u.text, "\n")
+	rest := strings.Join(slices.Concat(lines[:user.line-1], lines[user.end-1:]), "")
+	// Prove it: what is left must be valid, and be everybody else.
+	after, err := ParseUsers(u.file, []byte(rest))
+	if err != nil || len(after.list) != len(u.list)-1 {
+		return nil, false
+	}
+	if _, still := after.ByName(name); still {
+		return nil, false
+	}
+	return []byte(rest), true
+}

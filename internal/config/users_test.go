@@ -1,0 +1,125 @@
+package config
+
+import (
+	"crypto/sha256"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func readUsers(t *testing.T) (*Users, string) {
+	t.Helper()
+	data, err := os.ReadFile("testdata/users.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := ParseUsers("users.toml", data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u, string(data)
+}
+
+func TestUsersLookup(t *testing.T) {
+	u, _ := readUsers(t)
+	bob, ok := u.ByName("bob")
+	want := User{
+		Name: "bob", TokenHash: sha256.Sum256([]byte("bob")), Sessions: 2,
+		Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.9"), netip.MustParseAddr("fd77::9")},
+		Created:   time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC),
+	}
+	if diff := cmp.Diff(want, bob, compare); !ok || diff != "" {
+		t.Error(ok, diff)
+	}
+	for _, name := range []string{"alice", "bob"} {
+		if got, ok := u.ByTokenHash(sha256.Sum256([]byte(name))); !ok || got.Name != name {
+			t.Errorf("the token of %s finds %q, %v", name, got.Name, ok)
+		}
+	}
+	if got, ok := u.ByTokenHash(sha256.Sum256([]byte("carol"))); ok {
+		t.Errorf("an unknown token finds %q", got.Name)
+	}
+	if _, ok := u.ByName("carol"); ok {
+		t.Error("an unknown name is found")
+	}
+}
+
+func TestNoTokenIsNoToken(t *testing.T) {
+	u, err := ParseUsers("users.toml", []byte("[[user]]\nname = \"a\"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := u.ByTokenHash([32]byte{}); ok {
+		t.Error("a user without a token is found by the hash of none")
+	}
+}
+
+func TestUsersAddAndRemove(t *testing.T) {
+	u, text := readUsers(t)
+	carol := User{
+		Name: "carol", TokenHash: sha256.Sum256([]byte("c")), Certificate: sha256.Sum256([]byte("d")), Sessions: 3,
+		Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.10")}, Created: time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC),
+	}
+	data := u.Add(carol)
+	if !strings.HasPrefix(string(data), text) {
+		t.Error("adding changed what was there")
+	}
+	more, err := ParseUsers("users.toml", data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := more.ByName("carol"); !cmp.Equal(carol, got, compare) {
+		t.Error(cmp.Diff(carol, got, compare))
+	}
+	back, ok := more.Remove("carol")
+	if !ok || strings.TrimSpace(string(back)) != strings.TrimSpace(text) {
+		t.Errorf("adding and removing gives, %v:\n%s", ok, back)
+	}
+	rest, ok := more.Remove("alice")
+	if !ok {
+		t.Fatal("alice cannot be removed")
+	}
+	for _, want := range []string{"# People of the lab.", "# Bob keeps his address.", `name = "bob"`, `name = "carol"`} {
+		if !strings.Contains(string(rest), want) {
+			t.Errorf("%q is gone with alice:\n%s", want, rest)
+		}
+	}
+	if strings.Contains(string(rest), `"alice"`) {
+		t.Errorf("alice is still there:\n%s", rest)
+	}
+	if _, ok := u.Remove("nobody"); ok {
+		t.Error("an unknown user was removed")
+	}
+}
+
+func TestAddToEmptyAndUnfinishedFiles(t *testing.T) {
+	for _, text := range []string{"", "# no newline", "[[user]]\nname = \"a\""} {
+		u, err := ParseUsers("users.toml", []byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		more, err := ParseUsers("users.toml", u.Add(User{Name: "b", Created: time.Unix(0, 0)}))
+		if err != nil {
+			t.Fatalf("%q: %v", text, err)
+		}
+		if _, ok := more.ByName("b"); !ok || len(more.All()) != len(u.All())+1 {
+			t.Errorf("%q: %d users", text, len(more.All()))
+		}
+	}
+}
+
+// TestRemoveInline: entries that are not tables of their own cannot be cut out
+// by lines, and are left alone.
+func TestRemoveInline(t *testing.T) {
+	u, err := ParseUsers("users.toml", []byte(`user = [{name = "a"}, {name = "b"}]`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if data, ok := u.Remove("a"); ok {
+		t.Errorf("removed:\n%s", data)
+	}
+}

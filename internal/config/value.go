@@ -1,0 +1,172 @@
+package config
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// prefixes is a list of prefixes whose host bits are zero.
+func (t *table) prefixes(key string, def ...string) []netip.Prefix {
+	return t.addressList(key, def, true)
+}
+
+// addresses is a list of addresses with the length of their network, or of
+// the prefix that is asked for.
+func (t *table) addresses(key string, def ...string) []netip.Prefix {
+	return t.addressList(key, def, false)
+}
+
+func (t *table) addressList(key string, def []string, masked bool) []netip.Prefix {
+	var list []netip.Prefix
+	for i, s := range t.strings(key, def) {
+		p, reason, remedy := parsePrefix(s, masked)
+		if reason != "" {
+			t.add(element(key, i), reason, remedy)
+			continue
+		}
+		list = append(list, p)
+	}
+	return list
+}
+
+// prefix is one prefix of the family, or the zero Prefix for "".
+func (t *table) prefix(key, def string, v4 bool) netip.Prefix {
+	s := t.string(key, def)
+	if s == "" {
+		return netip.Prefix{}
+	}
+	p, reason, remedy := parsePrefix(s, true)
+	if reason == "" && p.Addr().Is4() != v4 {
+		reason, remedy = "an address of the other family", "put it under the other key"
+	}
+	if reason != "" {
+		t.add(key, reason, remedy)
+		return netip.Prefix{}
+	}
+	return p
+}
+
+func parsePrefix(s string, masked bool) (p netip.Prefix, reason, remedy string) {
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		if a, err := netip.ParseAddr(s); err == nil && a.Zone() == "" {
+			a = a.Unmap()
+			return p, "the prefix length is missing", fmt.Sprintf(`write "%s/%d" for this one address`, a, a.BitLen())
+		}
+		return p, "not an address prefix", `write for example "192.0.2.0/24" or "2001:db8::/32"`
+	}
+	if p.Addr().Is4In6() {
+		return p, "an IPv4 address in IPv6 form", "write the IPv4 prefix"
+	}
+	if masked && p != p.Masked() {
+		return p, "bits are set behind the prefix length", fmt.Sprintf("write %q", p.Masked())
+	}
+	return p, "", ""
+}
+
+// duration is a time span of at least low.
+func (t *table) duration(key string, def, low time.Duration) time.Duration {
+	s := t.string(key, def.String())
+	d, err := time.ParseDuration(s)
+	switch {
+	case err != nil:
+		t.add(key, "not a time span", `write for example "30s" or "5m"`)
+		return def
+	case d < low:
+		t.add(key, "too short", "write at least "+strconv.Quote(low.String()))
+		return def
+	}
+	return d
+}
+
+// mtu is "auto", which is 0, or a number of bytes.
+func (t *table) mtu(key string) int {
+	const low, high = 576, 65535
+	v, ok := t.get(key)
+	if !ok || v == "auto" {
+		return 0
+	}
+	if n, ok := v.(int64); ok && n >= low && n <= high {
+		return int(n)
+	}
+	t.add(key, "not an MTU", fmt.Sprintf(`write "auto" or a number from %d to %d`, low, high))
+	return 0
+}
+
+// device is the name of a network interface; it may hold one %d, for which
+// the kernel puts the first free number.
+func (t *table) device(key, def string) string {
+	const limit = 15 // IFNAMSIZ with its terminating zero
+	s := t.string(key, def)
+	name := strings.Replace(s, "%d", "0", 1)
+	bad := name == "" || name == "." || name == ".." || len(s) > limit
+	for i := range len(name) {
+		bad = bad || name[i] <= ' ' || name[i] >= 0x7f || strings.IndexByte("/:%\\\"'", name[i]) >= 0
+	}
+	if bad {
+		t.add(key, "not a name of a network interface", fmt.Sprintf(`write for example "masque0", at most %d characters`, limit))
+		return def
+	}
+	return s
+}
+
+// isHostPort tells whether s is HOST:PORT with a port from 1 to 65535. The
+// host may be empty or an address in brackets.
+func isHostPort(s string) bool {
+	_, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return false
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	return err == nil && n > 0
+}
+
+// IsHost tells whether s is a domain name or an IP address without a zone.
+func IsHost(s string) bool {
+	if a, err := netip.ParseAddr(s); err == nil {
+		return a.Zone() == ""
+	}
+	s = strings.TrimSuffix(s, ".")
+	if s == "" || len(s) > 253 {
+		return false
+	}
+	digits := true // an address that is not one, as in 256.1.1.1
+	for label := range strings.SplitSeq(s, ".") {
+		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
+			return false
+		}
+		digits = true
+		for i := range len(label) {
+			c := label[i]
+			isDigit := '0' <= c && c <= '9'
+			if !isDigit && !('a' <= c && c <= 'z') && !('A' <= c && c <= 'Z') && c != '-' && c != '_' {
+				return false
+			}
+			digits = digits && isDigit
+		}
+	}
+	return !digits
+}
+
+// IsName tells whether s can name a user or a tunnel: it goes into file names,
+// certificates and logs. It has 1 to 64 letters, digits and any of ".-_@", and
+// starts with a letter or a digit.
+func IsName(s string) bool {
+	if s == "" || len(s) > 64 {
+		return false
+	}
+	for i := range len(s) {
+		c := s[i]
+		switch {
+		case '0' <= c && c <= '9', 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z':
+		case i > 0 && strings.IndexByte(".-_@", c) >= 0:
+		default:
+			return false
+		}
+	}
+	return true
+}
