@@ -1,0 +1,326 @@
+package capsule
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net/netip"
+	"runtime"
+	"strings"
+	"testing"
+	"testing/iotest"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/quic-go/quic-go/quicvarint"
+	"pgregory.net/rapid"
+)
+
+// readAll reads capsules until an error, which it returns with them.
+func readAll(r *Reader) ([]Capsule, error) {
+	var capsules []Capsule
+	for {
+		c, err := r.Next()
+		if err != nil {
+			return capsules, err
+		}
+		if d, ok := c.(Datagram); ok {
+			c = Datagram{Payload: bytes.Clone(d.Payload)}
+		}
+		capsules = append(capsules, c)
+	}
+}
+
+// unknownCapsule returns a capsule of an unknown type.
+func unknownCapsule(value string) []byte {
+	return append(appendHeader(nil, 0x17, len(value)), value...)
+}
+
+// However the stream is cut into reads, the same capsules come out of it.
+func TestReaderSequence(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		want := rapid.SliceOf(genCapsule).Draw(t, "capsules")
+		var b []byte
+		for _, c := range want {
+			b = append(b, unknownCapsule("skip me")...)
+			b = c.Append(b)
+		}
+		readers := map[string]func(io.Reader) io.Reader{
+			"whole":     func(r io.Reader) io.Reader { return r },
+			"dripped":   iotest.OneByteReader,
+			"halved":    iotest.HalfReader,
+			"early EOF": iotest.DataErrReader,
+		}
+		for name, wrap := range readers {
+			r := NewReader(wrap(bytes.NewReader(b)), len(b))
+			got, err := readAll(r)
+			if err != io.EOF {
+				t.Fatalf("%s: %v, want io.EOF", name, err)
+			}
+			if diff := cmp.Diff(want, got, compare); diff != "" {
+				t.Fatalf("%s (-want +got):\n%s", name, diff)
+			}
+			if r.Skipped() != uint64(len(want)) {
+				t.Fatalf("%s: skipped %d, want %d", name, r.Skipped(), len(want))
+			}
+		}
+	})
+}
+
+// A stream that ends inside a capsule, known or not, is malformed wherever it ends.
+func TestReaderCut(t *testing.T) {
+	whole := AddressAssign{[]Address{address(70, "192.0.2.1/32"), address(0, "2001:db8::/64")}}.Append(nil)
+	for _, b := range [][]byte{
+		whole,
+		Datagram{Payload: make([]byte, 100)}.Append(nil),
+		unknownCapsule(strings.Repeat("x", 100)),
+		quicvarint.AppendWithLen(quicvarint.AppendWithLen(nil, 1, 8), 0, 8),
+	} {
+		for n := 1; n < len(b); n++ {
+			r := NewReader(bytes.NewReader(b[:n]), 1<<10)
+			if c, err := r.Next(); !errors.Is(err, ErrMalformed) {
+				t.Fatalf("%x: %v, %v, want ErrMalformed", b[:n], c, err)
+			}
+			if r.Skipped() != 0 {
+				t.Fatalf("%x: counted as skipped", b[:n])
+			}
+		}
+	}
+}
+
+// Types and lengths need not be encoded in the fewest bytes (RFC 9000 section 16).
+func TestReaderLongVarints(t *testing.T) {
+	b := quicvarint.AppendWithLen(nil, uint64(TypeRouteAdvertisement), 8)
+	b = quicvarint.AppendWithLen(b, 0, 4)
+	if c, err := NewReader(bytes.NewReader(b), 0).Next(); err != nil || c.Type() != TypeRouteAdvertisement {
+		t.Errorf("got %v, %v", c, err)
+	}
+}
+
+func TestReaderTransportError(t *testing.T) {
+	broken := errors.New("stream reset")
+	b := AddressAssign{[]Address{address(300, "192.0.2.1/32")}}.Append(unknownCapsule("skip me"))
+	for n := range len(b) {
+		r := NewReader(io.MultiReader(bytes.NewReader(b[:n]), iotest.ErrReader(broken)), 1<<10)
+		c, err := r.Next()
+		if !errors.Is(err, broken) || errors.Is(err, ErrMalformed) {
+			t.Fatalf("after %d bytes: %v, %v, want that the stream was reset", n, c, err)
+		}
+		if _, again := r.Next(); again != err {
+			t.Fatalf("the second time: %v, want %v", again, err)
+		}
+	}
+}
+
+// After an error the position in the stream is lost: what follows is not read as
+// if it were a capsule.
+func TestReaderErrorIsFinal(t *testing.T) {
+	good := AddressAssign{}.Append(nil)
+	bad := AddressRequest{}.Append(nil)
+	r := NewReader(bytes.NewReader(append(bad, good...)), 1<<10)
+	for range 2 {
+		if c, err := r.Next(); !errors.Is(err, ErrMalformed) {
+			t.Fatalf("got %v, %v, want ErrMalformed", c, err)
+		}
+	}
+}
+
+func TestReaderEntryErrors(t *testing.T) {
+	v4 := "\x00\x04\xc0\x00\x02\x01\x20"
+	for _, tt := range []struct {
+		name  string
+		typ   Type
+		value string
+		entry int
+		field string
+	}{
+		{"request id cut", TypeAddressAssign, v4 + "\x40", 1, fieldRequestID},
+		{"no version", TypeAddressAssign, v4 + "\x00", 1, fieldVersion},
+		{"version 0", TypeAddressAssign, v4 + "\x00\x00", 1, fieldVersion},
+		{"address cut", TypeAddressAssign, v4 + v4 + "\x00\x06\x00\x00", 2, fieldAddress},
+		{"no prefix length", TypeAddressAssign, v4[:6], 0, fieldPrefixLength},
+		{"prefix length 33", TypeAddressRequest, "\x01\x04\x00\x00\x00\x00\x21", 0, fieldPrefixLength},
+		{"prefix length 129", TypeAddressRequest, "\x01\x06" + strings.Repeat("\x00", 16) + "\x81", 0, fieldPrefixLength},
+		{"host bits", TypeAddressAssign, v4 + "\x00\x04\xc0\x00\x02\x01\x1f", 1, fieldAddress},
+		{"id 0", TypeAddressRequest, v4, 0, fieldRequestID},
+		{"id twice", TypeAddressRequest, "\x01" + v4[1:] + "\x01" + v4[1:], 1, fieldRequestID},
+		{"route version 7", TypeRouteAdvertisement, "\x07", 0, fieldVersion},
+		{"no start", TypeRouteAdvertisement, "\x06", 0, fieldStart},
+		{"end cut", TypeRouteAdvertisement, "\x04\x00\x00\x00\x00\x00", 0, fieldEnd},
+		{"no protocol", TypeRouteAdvertisement, "\x04\x00\x00\x00\x00\x00\x00\x00\x00", 0, fieldProtocol},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := append(appendHeader(nil, tt.typ, len(tt.value)), tt.value...)
+			_, err := NewReader(bytes.NewReader(b), 1<<10).Next()
+			e, ok := errors.AsType[*Error](err)
+			if !ok {
+				t.Fatalf("got %v, want an *Error", err)
+			}
+			if e.Type != tt.typ || e.Entry != tt.entry || e.Field != tt.field {
+				t.Errorf("%v: want type %s, entry %d, field %s", e, tt.typ, tt.entry, tt.field)
+			}
+		})
+	}
+}
+
+func TestReaderTooLarge(t *testing.T) {
+	const limit = 14
+	two := AddressAssign{[]Address{address(0, "192.0.2.1/32"), address(0, "192.0.2.2/32")}}
+	if _, err := NewReader(bytes.NewReader(two.Append(nil)), limit).Next(); err != nil {
+		t.Errorf("a value of the limit: %v", err)
+	}
+	for typ := TypeDatagram; typ <= TypeRouteAdvertisement; typ++ {
+		for _, length := range []uint64{limit + 1, 1 << 32, quicvarint.Max} {
+			// The value never arrives: the length alone decides.
+			b := quicvarint.Append(quicvarint.Append(nil, uint64(typ)), length)
+			r := NewReader(io.MultiReader(bytes.NewReader(b), iotest.ErrReader(errOpen)), limit)
+			if c, err := r.Next(); !errors.Is(err, ErrTooLarge) || errors.Is(err, ErrMalformed) {
+				t.Errorf("%s of %d bytes: %v, %v, want ErrTooLarge", typ, length, c, err)
+			}
+		}
+	}
+	if _, err := NewReader(bytes.NewReader(two.Append(nil)), -1).Next(); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("with a negative limit: %v, want ErrTooLarge", err)
+	}
+}
+
+// zeros is a stream of n zero bytes.
+func zeros(n int64) io.Reader { return io.LimitReader(zeroReader{}, n) }
+
+type zeroReader struct{}
+
+func (zeroReader) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
+}
+
+// allocated returns how many bytes f allocates.
+func allocated(f func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
+}
+
+// An unknown capsule without end, or unknown capsules without end, cost no memory.
+func TestReaderEndlessUnknown(t *testing.T) {
+	const n = 16 << 20
+	streams := map[string]io.Reader{
+		"one": io.MultiReader(bytes.NewReader(quicvarint.Append(quicvarint.Append(nil, 0x17), quicvarint.Max)), zeros(n), iotest.ErrReader(errOpen)),
+		"many": io.MultiReader(
+			bytes.NewReader(bytes.Repeat(unknownCapsule(""), 1<<16)), iotest.ErrReader(errOpen)),
+	}
+	for name, stream := range streams {
+		r := NewReader(stream, 1<<10)
+		used := allocated(func() {
+			if c, err := r.Next(); !errors.Is(err, errOpen) {
+				t.Errorf("%s: %v, %v, want that the stream is still open", name, c, err)
+			}
+		})
+		if used > 64<<10 {
+			t.Errorf("%s: %d bytes allocated", name, used)
+		}
+	}
+}
+
+// Memory is for what arrives, not for what is announced.
+func TestReaderAnnouncedOnly(t *testing.T) {
+	const announced = 1 << 30
+	b := quicvarint.Append(quicvarint.Append(nil, uint64(TypeRouteAdvertisement)), announced)
+	r := NewReader(io.MultiReader(bytes.NewReader(b), zeros(1000), iotest.ErrReader(errOpen)), announced)
+	used := allocated(func() {
+		if c, err := r.Next(); !errors.Is(err, errOpen) {
+			t.Errorf("got %v, %v, want that the stream is still open", c, err)
+		}
+	})
+	if used > 1<<20 {
+		t.Errorf("%d bytes allocated for 1000 bytes of a value", used)
+	}
+}
+
+// Capsules of very many entries are decoded, and the checks across entries hold up.
+func TestReaderLargestCapsules(t *testing.T) {
+	const n = 1 << 16
+	var request AddressRequest
+	var routes RouteAdvertisement
+	addr := netip.MustParseAddr("10.0.0.0")
+	for i := range n {
+		request.Addresses = append(request.Addresses, Address{uint64(i + 1), netip.PrefixFrom(addr, 32)})
+		routes.Routes = append(routes.Routes, Route{Start: addr, End: addr})
+		addr = addr.Next().Next()
+	}
+	for _, r := range routes.Routes[:n] {
+		routes.Routes = append(routes.Routes, Route{Start: r.Start.Next(), End: r.Start.Next(), Protocol: 6})
+	}
+	for _, want := range []Capsule{request, routes} {
+		b := want.Append(nil)
+		got, err := NewReader(bytes.NewReader(b), len(b)).Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got.Append(nil), b) {
+			t.Errorf("%s: not what was sent", want.Type())
+		}
+	}
+}
+
+// The buffer of a Datagram is used again: reading many of them does not allocate
+// for their payloads.
+func TestReaderDatagramBuffer(t *testing.T) {
+	const n, size = 100, 10 << 10
+	b := bytes.Repeat(Datagram{Payload: make([]byte, size)}.Append(nil), n)
+	r := NewReader(bytes.NewReader(b), size)
+	used := allocated(func() {
+		for range n {
+			if _, err := r.Next(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	if used > n*size/2 {
+		t.Errorf("%d bytes allocated for %d payloads of %d bytes", used, n, size)
+	}
+}
+
+func FuzzReader(f *testing.F) {
+	for _, v := range readVectors(f) {
+		f.Add(v.bytes(f))
+	}
+	f.Add(append(unknownCapsule("skip me"), AddressAssign{[]Address{address(0, "0.0.0.0/0")}}.Append(nil)...))
+	const limit = 1 << 10
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r := NewReader(bytes.NewReader(b), limit)
+		capsules, err := readAll(r)
+		if err != io.EOF && !errors.Is(err, ErrMalformed) && !errors.Is(err, ErrTooLarge) {
+			t.Fatalf("unexpected error: %v", err)
+		}
+
+		// However it arrives, the stream means the same.
+		dripped, drippedErr := readAll(NewReader(iotest.OneByteReader(bytes.NewReader(b)), limit))
+		if diff := cmp.Diff(capsules, dripped, compare); diff != "" {
+			t.Fatalf("byte by byte (-whole +dripped):\n%s", diff)
+		}
+		if drippedErr.Error() != err.Error() {
+			t.Fatalf("byte by byte: %v, whole: %v", drippedErr, err)
+		}
+
+		// What was received may be sent, and is received as what it was.
+		var again []byte
+		for _, c := range capsules {
+			if err := c.Validate(); err != nil {
+				t.Fatalf("%v: %v", c, err)
+			}
+			again = c.Append(again)
+		}
+		if len(again) > len(b) {
+			t.Fatalf("%d bytes became %d", len(b), len(again))
+		}
+		got, err := readAll(NewReader(bytes.NewReader(again), limit))
+		if err != io.EOF {
+			t.Fatalf("encoded again: %v", err)
+		}
+		if diff := cmp.Diff(capsules, got, compare); diff != "" {
+			t.Fatalf("encoded again (-want +got):\n%s", diff)
+		}
+	})
+}

@@ -1,0 +1,139 @@
+package capsule
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"testing"
+	"testing/iotest"
+)
+
+// vector is an entry of testdata/capsules.json.
+type vector struct {
+	ID      string
+	Hex     string
+	Verdict string // ok, malformed, or policy: the receiver's choice
+	Why     string
+	Fin     bool // the stream ends after it
+}
+
+func (v vector) bytes(t testing.TB) []byte {
+	t.Helper()
+	b, err := hex.DecodeString(v.Hex)
+	if err != nil {
+		t.Fatalf("%s: %v", v.ID, err)
+	}
+	return b
+}
+
+// unknown reports whether the vector is a capsule of a type that is skipped here:
+// those of connect-ip-dns.
+func (v vector) unknown() bool {
+	return strings.HasPrefix(v.ID, "DN") || strings.HasPrefix(v.ID, "PF")
+}
+
+func readVectors(t testing.TB) []vector {
+	t.Helper()
+	b, err := os.ReadFile("testdata/capsules.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var vectors []vector
+	if err := json.Unmarshal(b, &vectors); err != nil {
+		t.Fatal(err)
+	}
+	if len(vectors) == 0 {
+		t.Fatal("no vectors")
+	}
+	return vectors
+}
+
+// errOpen stands for a stream on which nothing more has arrived yet.
+var errOpen = errors.New("the stream is still open")
+
+// stream returns the vector as a stream that ends after it, or stays open.
+func (v vector) stream(t testing.TB) io.Reader {
+	r := io.Reader(bytes.NewReader(v.bytes(t)))
+	if !v.Fin {
+		r = io.MultiReader(r, iotest.ErrReader(errOpen))
+	}
+	return r
+}
+
+func TestVectors(t *testing.T) {
+	// How this receiver decides where the vectors leave it the choice.
+	policy := map[string]string{
+		"AR10": "malformed",
+		"RA10": "malformed",
+		"DG3":  "ok",
+	}
+	for _, v := range readVectors(t) {
+		if v.unknown() {
+			continue
+		}
+		t.Run(v.ID, func(t *testing.T) {
+			verdict := v.Verdict
+			if verdict == "policy" {
+				verdict = policy[v.ID]
+			}
+			r := NewReader(v.stream(t), 1<<10)
+			c, err := r.Next()
+			switch verdict {
+			case "ok":
+				if err != nil {
+					t.Fatalf("%s: %v", v.Why, err)
+				}
+				if got, want := c.Append(nil), v.bytes(t); !bytes.HasSuffix(want, got) || r.Skipped() == 0 && len(got) != len(want) {
+					t.Errorf("encoded again: %x, want %x", got, want)
+				}
+				if _, err := r.Next(); !errors.Is(err, errOpen) {
+					t.Errorf("after it: %v, want that the stream is still open", err)
+				}
+			case "malformed":
+				if !errors.Is(err, ErrMalformed) {
+					t.Fatalf("%s: got %v, %v, want ErrMalformed", v.Why, c, err)
+				}
+				if e, ok := errors.AsType[*Error](err); !ok {
+					t.Errorf("%v is a %T, not an *Error", err, err)
+				} else if want := Type(v.bytes(t)[0]); e.Type != want {
+					t.Errorf("%v: about a capsule of type %d, want %d", e, e.Type, want)
+				}
+			default:
+				t.Fatalf("no verdict for %q", v.Verdict)
+			}
+		})
+	}
+}
+
+// Capsules of connect-ip-dns are of an unknown type: whatever they hold, they are
+// skipped, and the capsule that follows is read.
+func TestVectorsUnknownType(t *testing.T) {
+	n := 0
+	for _, v := range readVectors(t) {
+		if !v.unknown() {
+			continue
+		}
+		n++
+		t.Run(v.ID, func(t *testing.T) {
+			want := AddressAssign{}
+			r := NewReader(bytes.NewReader(want.Append(v.bytes(t))), 0)
+			c, err := r.Next()
+			if _, ok := c.(AddressAssign); err != nil || !ok {
+				t.Fatalf("got %v, %v, want the capsule after it", c, err)
+			}
+			if r.Skipped() != 1 {
+				t.Errorf("skipped %d, want 1", r.Skipped())
+			}
+			if _, err := r.Next(); err != io.EOF {
+				t.Errorf("at the end: %v, want io.EOF", err)
+			}
+		})
+	}
+	if n == 0 {
+		t.Fatal("no vectors of unknown types")
+	}
+}
