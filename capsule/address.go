@@ -45,16 +45,16 @@ type AddressAssign struct {
 }
 
 // Type returns [TypeAddressAssign].
-func (AddressAssign) Type() Type { return TypeAddressAssign }
+func (*AddressAssign) Type() Type { return TypeAddressAssign }
 
 // Append appends the capsule to b.
-func (c AddressAssign) Append(b []byte) []byte {
+func (c *AddressAssign) Append(b []byte) []byte {
 	return appendAddresses(b, TypeAddressAssign, c.Addresses)
 }
 
 // Validate checks each entry by itself: its request ID fits, its prefix is valid
 // and has no host bits.
-func (c AddressAssign) Validate() error {
+func (c *AddressAssign) Validate() error {
 	for i, a := range c.Addresses {
 		if err := a.validate(TypeAddressAssign, i); err != nil {
 			return err
@@ -69,16 +69,16 @@ type AddressRequest struct {
 }
 
 // Type returns [TypeAddressRequest].
-func (AddressRequest) Type() Type { return TypeAddressRequest }
+func (*AddressRequest) Type() Type { return TypeAddressRequest }
 
 // Append appends the capsule to b.
-func (c AddressRequest) Append(b []byte) []byte {
+func (c *AddressRequest) Append(b []byte) []byte {
 	return appendAddresses(b, TypeAddressRequest, c.Addresses)
 }
 
 // Validate checks that there is at least one entry, that request IDs are neither
 // 0 nor used twice in this capsule, and the prefixes as for [AddressAssign].
-func (c AddressRequest) Validate() error {
+func (c *AddressRequest) Validate() error {
 	const t = TypeAddressRequest
 	if len(c.Addresses) == 0 {
 		return errorf(t, -1, "", "it has no entries")

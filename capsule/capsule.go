@@ -39,8 +39,8 @@ func (t Type) String() string {
 	return "0x" + strconv.FormatUint(uint64(t), 16)
 }
 
-// Capsule is one of [AddressAssign], [AddressRequest], [RouteAdvertisement] and
-// [Datagram], always by value.
+// Capsule is one of *[AddressAssign], *[AddressRequest], *[RouteAdvertisement] and
+// *[Datagram].
 type Capsule interface {
 	// Type returns the type of the capsule.
 	Type() Type
@@ -54,23 +54,23 @@ type Capsule interface {
 	Validate() error
 }
 
-// Datagram is an HTTP datagram carried on the stream (RFC 9297 section 3.5).
+// Datagram is an HTTP datagram carried on the stream (RFC 9297 section 3.5). One
+// that a [Reader] returned is valid, with its payload, until the next call of Next.
 type Datagram struct {
 	// Payload starts with the context ID (RFC 9484 section 6). It may be too
 	// short to hold one: such a datagram is to be dropped, and is no reason to
-	// abort the stream. When a Reader returned the Datagram, Payload is valid
-	// until the next call of Next.
+	// abort the stream.
 	Payload []byte
 }
 
 // Type returns [TypeDatagram].
-func (Datagram) Type() Type { return TypeDatagram }
+func (*Datagram) Type() Type { return TypeDatagram }
 
 // Validate returns nil: any payload may be sent.
-func (Datagram) Validate() error { return nil }
+func (*Datagram) Validate() error { return nil }
 
 // Append appends the capsule to b.
-func (d Datagram) Append(b []byte) []byte {
+func (d *Datagram) Append(b []byte) []byte {
 	b = appendHeader(b, TypeDatagram, len(d.Payload))
 	return append(b, d.Payload...)
 }

@@ -34,21 +34,21 @@ func TestEncoding(t *testing.T) {
 		capsule Capsule
 		hex     string
 	}{
-		{"no addresses", AddressAssign{}, "0100"},
-		{"both families", AddressAssign{[]Address{address(1, "192.0.2.1/32"), address(2, "2001:db8::1/128")}},
+		{"no addresses", &AddressAssign{}, "0100"},
+		{"both families", &AddressAssign{[]Address{address(1, "192.0.2.1/32"), address(2, "2001:db8::1/128")}},
 			"011a0104c000020120020620010db800000000000000000000000180"},
-		{"mapped", AddressAssign{[]Address{address(0, "::ffff:192.0.2.0/120")}},
+		{"mapped", &AddressAssign{[]Address{address(0, "::ffff:192.0.2.0/120")}},
 			"0113000600000000000000000000ffffc000020078"},
-		{"long id", AddressRequest{[]Address{address(1<<62-1, "0.0.0.0/32")}}, "020effffffffffffffff040000000020"},
-		{"any of both", AddressRequest{[]Address{address(64, "0.0.0.0/24"), address(2, "::/56")}},
+		{"long id", &AddressRequest{[]Address{address(1<<62-1, "0.0.0.0/32")}}, "020effffffffffffffff040000000020"},
+		{"any of both", &AddressRequest{[]Address{address(64, "0.0.0.0/24"), address(2, "::/56")}},
 			"021b4040040000000018" + "02060000000000000000000000000000000038"},
-		{"no routes", RouteAdvertisement{}, "0300"},
-		{"default routes", RouteAdvertisement{[]Route{route("0.0.0.0", "255.255.255.255", 0), route("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 0)}},
+		{"no routes", &RouteAdvertisement{}, "0300"},
+		{"default routes", &RouteAdvertisement{[]Route{route("0.0.0.0", "255.255.255.255", 0), route("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 0)}},
 			"032c0400000000ffffffff000600000000000000000000000000000000ffffffffffffffffffffffffffffffff00"},
-		{"protocols", RouteAdvertisement{[]Route{route("192.0.2.0", "192.0.2.255", 6), route("192.0.2.0", "192.0.2.255", 17)}},
+		{"protocols", &RouteAdvertisement{[]Route{route("192.0.2.0", "192.0.2.255", 6), route("192.0.2.0", "192.0.2.255", 17)}},
 			"031404c0000200c00002ff0604c0000200c00002ff11"},
-		{"empty datagram", Datagram{}, "0000"},
-		{"datagram", Datagram{Payload: []byte{0, 0x45}}, "00020045"},
+		{"empty datagram", &Datagram{}, "0000"},
+		{"datagram", &Datagram{Payload: []byte{0, 0x45}}, "00020045"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if err := tt.capsule.Validate(); err != nil {
@@ -82,25 +82,25 @@ func TestValidateRefuses(t *testing.T) {
 		capsule Capsule
 		want    Error // without the reason
 	}{
-		{"no prefix", AddressAssign{[]Address{valid, {}}}, Error{TypeAddressAssign, 1, fieldAddress, ""}},
-		{"host bits", AddressAssign{[]Address{address(0, "192.0.2.1/24")}}, Error{TypeAddressAssign, 0, fieldAddress, ""}},
-		{"host bits v6", AddressRequest{[]Address{address(3, "::1/127")}}, Error{TypeAddressRequest, 0, fieldAddress, ""}},
-		{"id of 63 bits", AddressAssign{[]Address{address(1<<62, "192.0.2.1/32")}}, Error{TypeAddressAssign, 0, fieldRequestID, ""}},
-		{"no requests", AddressRequest{}, Error{TypeAddressRequest, -1, "", ""}},
-		{"id 0", AddressRequest{[]Address{valid, address(0, "::/128")}}, Error{TypeAddressRequest, 1, fieldRequestID, ""}},
-		{"id twice", AddressRequest{[]Address{valid, address(2, "::/128"), valid}}, Error{TypeAddressRequest, 2, fieldRequestID, ""}},
-		{"no start", RouteAdvertisement{[]Route{{}}}, Error{TypeRouteAdvertisement, 0, fieldStart, ""}},
-		{"no end", RouteAdvertisement{[]Route{{Start: netip.IPv6Unspecified()}}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
-		{"zone", RouteAdvertisement{[]Route{zoned}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
-		{"two versions", RouteAdvertisement{[]Route{route("0.0.0.0", "::1", 0)}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
-		{"backwards", RouteAdvertisement{[]Route{route("::2", "::1", 0)}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
-		{"version order", RouteAdvertisement{[]Route{route("::", "::1", 0), route("0.0.0.0", "0.0.0.1", 0)}}, Error{TypeRouteAdvertisement, 1, fieldVersion, ""}},
-		{"protocol order", RouteAdvertisement{[]Route{route("::", "::1", 6), route("::2", "::3", 1)}}, Error{TypeRouteAdvertisement, 1, fieldProtocol, ""}},
-		{"address order", RouteAdvertisement{[]Route{route("::2", "::3", 6), route("::", "::1", 6)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
-		{"touching", RouteAdvertisement{[]Route{route("::", "::1", 6), route("::1", "::2", 6)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
-		{"all protocols below", RouteAdvertisement{[]Route{route("::", "::1", 0), route("::4", "::6", 0), route("::2", "::4", 6)}}, Error{TypeRouteAdvertisement, 2, fieldStart, ""}},
-		{"all protocols above", RouteAdvertisement{[]Route{route("::", "::1", 0), route("::4", "::6", 0), route("::7", "::7", 6), route("::6", "::8", 17)}}, Error{TypeRouteAdvertisement, 3, fieldStart, ""}},
-		{"all protocols around", RouteAdvertisement{[]Route{route("::", "::8", 0), route("::4", "::6", 255)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
+		{"no prefix", &AddressAssign{[]Address{valid, {}}}, Error{TypeAddressAssign, 1, fieldAddress, ""}},
+		{"host bits", &AddressAssign{[]Address{address(0, "192.0.2.1/24")}}, Error{TypeAddressAssign, 0, fieldAddress, ""}},
+		{"host bits v6", &AddressRequest{[]Address{address(3, "::1/127")}}, Error{TypeAddressRequest, 0, fieldAddress, ""}},
+		{"id of 63 bits", &AddressAssign{[]Address{address(1<<62, "192.0.2.1/32")}}, Error{TypeAddressAssign, 0, fieldRequestID, ""}},
+		{"no requests", &AddressRequest{}, Error{TypeAddressRequest, -1, "", ""}},
+		{"id 0", &AddressRequest{[]Address{valid, address(0, "::/128")}}, Error{TypeAddressRequest, 1, fieldRequestID, ""}},
+		{"id twice", &AddressRequest{[]Address{valid, address(2, "::/128"), valid}}, Error{TypeAddressRequest, 2, fieldRequestID, ""}},
+		{"no start", &RouteAdvertisement{[]Route{{}}}, Error{TypeRouteAdvertisement, 0, fieldStart, ""}},
+		{"no end", &RouteAdvertisement{[]Route{{Start: netip.IPv6Unspecified()}}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
+		{"zone", &RouteAdvertisement{[]Route{zoned}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
+		{"two versions", &RouteAdvertisement{[]Route{route("0.0.0.0", "::1", 0)}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
+		{"backwards", &RouteAdvertisement{[]Route{route("::2", "::1", 0)}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
+		{"version order", &RouteAdvertisement{[]Route{route("::", "::1", 0), route("0.0.0.0", "0.0.0.1", 0)}}, Error{TypeRouteAdvertisement, 1, fieldVersion, ""}},
+		{"protocol order", &RouteAdvertisement{[]Route{route("::", "::1", 6), route("::2", "::3", 1)}}, Error{TypeRouteAdvertisement, 1, fieldProtocol, ""}},
+		{"address order", &RouteAdvertisement{[]Route{route("::2", "::3", 6), route("::", "::1", 6)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
+		{"touching", &RouteAdvertisement{[]Route{route("::", "::1", 6), route("::1", "::2", 6)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
+		{"all protocols below", &RouteAdvertisement{[]Route{route("::", "::1", 0), route("::4", "::6", 0), route("::2", "::4", 6)}}, Error{TypeRouteAdvertisement, 2, fieldStart, ""}},
+		{"all protocols above", &RouteAdvertisement{[]Route{route("::", "::1", 0), route("::4", "::6", 0), route("::7", "::7", 6), route("::6", "::8", 17)}}, Error{TypeRouteAdvertisement, 3, fieldStart, ""}},
+		{"all protocols around", &RouteAdvertisement{[]Route{route("::", "::8", 0), route("::4", "::6", 255)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			err := tt.capsule.Validate()
@@ -121,7 +121,7 @@ func TestValidateRefuses(t *testing.T) {
 // Ranges for one protocol may be in the gaps between those for all protocols, and
 // versions do not overlap.
 func TestValidateAccepts(t *testing.T) {
-	c := RouteAdvertisement{[]Route{
+	c := &RouteAdvertisement{[]Route{
 		route("0.0.0.0", "0.0.0.1", 0), route("0.0.0.4", "0.0.0.5", 0),
 		route("0.0.0.2", "0.0.0.3", 6), route("0.0.0.6", "255.255.255.255", 6),
 		route("::", "::1", 6), route("::4", "::5", 6), route("::", "::9", 17),
@@ -136,7 +136,7 @@ func TestErrorNamesItsPlace(t *testing.T) {
 	if got, want := err.Error(), "malformed ADDRESS_ASSIGN capsule, entry 2, IP Prefix Length: 33 is more than 32"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	err = AddressRequest{}.Validate()
+	err = new(AddressRequest).Validate()
 	if got, want := err.Error(), "malformed ADDRESS_REQUEST capsule: it has no entries"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
@@ -213,14 +213,14 @@ var genPrefix = rapid.Custom(func(t *rapid.T) netip.Prefix {
 
 var genCapsule = rapid.OneOf(
 	rapid.Custom(func(t *rapid.T) Capsule {
-		var c AddressAssign
+		c := new(AddressAssign)
 		for range rapid.IntRange(0, 8).Draw(t, "n") {
 			c.Addresses = append(c.Addresses, Address{rapid.Uint64Range(0, math.MaxUint64>>2).Draw(t, "id"), genPrefix.Draw(t, "prefix")})
 		}
 		return c
 	}),
 	rapid.Custom(func(t *rapid.T) Capsule {
-		var c AddressRequest
+		c := new(AddressRequest)
 		for _, id := range rapid.SliceOfNDistinct(rapid.Uint64Range(1, math.MaxUint64>>2), 1, 8, rapid.ID).Draw(t, "ids") {
 			c.Addresses = append(c.Addresses, Address{id, genPrefix.Draw(t, "prefix")})
 		}
@@ -228,10 +228,10 @@ var genCapsule = rapid.OneOf(
 	}),
 	rapid.Custom(func(t *rapid.T) Capsule {
 		prefixes := rapid.SliceOfN(genPrefix, 0, 8).Draw(t, "prefixes")
-		return RouteAdvertisement{Routes(prefixes, rapid.Uint8().Draw(t, "protocol"))}
+		return &RouteAdvertisement{Routes(prefixes, rapid.Uint8().Draw(t, "protocol"))}
 	}),
 	rapid.Custom(func(t *rapid.T) Capsule {
-		return Datagram{rapid.SliceOfN(rapid.Byte(), 0, 100).Draw(t, "payload")}
+		return &Datagram{rapid.SliceOfN(rapid.Byte(), 0, 100).Draw(t, "payload")}
 	}),
 )
 
@@ -258,7 +258,7 @@ func TestRoutesProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		prefixes := rapid.SliceOf(genPrefix).Draw(t, "prefixes")
 		routes := Routes(prefixes, 17)
-		if err := (RouteAdvertisement{routes}).Validate(); err != nil {
+		if err := (&RouteAdvertisement{routes}).Validate(); err != nil {
 			t.Fatal(err)
 		}
 		for i, r := range routes[min(1, len(routes)):] {
@@ -288,7 +288,7 @@ func TestOverlapWithAllProtocols(t *testing.T) {
 		}
 		routes := append(slices.Clone(all), some...)
 		slices.SortStableFunc(routes, func(a, b Route) int { return a.Start.BitLen() - b.Start.BitLen() })
-		if err := (RouteAdvertisement{routes}).Validate(); (err != nil) != want {
+		if err := (&RouteAdvertisement{routes}).Validate(); (err != nil) != want {
 			t.Fatalf("%v: overlap %v, got %v", routes, want, err)
 		}
 	})

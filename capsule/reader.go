@@ -16,6 +16,8 @@ type Reader struct {
 	r        *bufio.Reader
 	maxValue uint64
 	value    bytes.Buffer // of the current capsule
+	limited  io.LimitedReader
+	datagram Datagram // returned by Next, again and again
 	skipped  atomic.Uint64
 	err      error // what Next returns from now on
 }
@@ -89,7 +91,7 @@ func (r *Reader) next() (Capsule, error) {
 		if err := r.read(t, length); err != nil {
 			return nil, err
 		}
-		return decode(t, r.value.Bytes())
+		return r.decode(t, r.value.Bytes())
 	}
 }
 
@@ -110,7 +112,11 @@ func (r *Reader) skip(t Type, length uint64) error {
 // which grows with what arrives, not with what was announced.
 func (r *Reader) read(t Type, length uint64) error {
 	r.value.Reset()
-	n, err := io.CopyN(&r.value, r.r, int64(length))
+	r.limited = io.LimitedReader{R: r.r, N: int64(length)}
+	n, err := r.value.ReadFrom(&r.limited)
+	if err == nil && uint64(n) < length {
+		err = io.EOF
+	}
 	if err != nil {
 		return valueError(t, uint64(n), length, err)
 	}
@@ -129,24 +135,26 @@ func valueError(t Type, n, length uint64, err error) error {
 func (t Type) known() bool { return t <= TypeRouteAdvertisement }
 
 // decode decodes and validates the value of a capsule of a known type.
-func decode(t Type, value []byte) (Capsule, error) {
+func (r *Reader) decode(t Type, value []byte) (Capsule, error) {
+	var c Capsule
+	var err error
 	switch t {
 	case TypeAddressAssign:
-		addresses, err := decodeAddresses(t, value)
-		return validated(AddressAssign{Addresses: addresses}, err)
+		a := new(AddressAssign)
+		a.Addresses, err = decodeAddresses(t, value)
+		c = a
 	case TypeAddressRequest:
-		addresses, err := decodeAddresses(t, value)
-		return validated(AddressRequest{Addresses: addresses}, err)
+		a := new(AddressRequest)
+		a.Addresses, err = decodeAddresses(t, value)
+		c = a
 	case TypeRouteAdvertisement:
-		routes, err := decodeRoutes(value)
-		return validated(RouteAdvertisement{Routes: routes}, err)
-	default:
-		return Datagram{Payload: value}, nil
+		a := new(RouteAdvertisement)
+		a.Routes, err = decodeRoutes(value)
+		c = a
+	default: // a packet, and so without allocation
+		r.datagram.Payload = value
+		c = &r.datagram
 	}
-}
-
-// validated returns c when err, of decoding it, is nil and its values are valid.
-func validated(c Capsule, err error) (Capsule, error) {
 	if err == nil {
 		err = c.Validate()
 	}

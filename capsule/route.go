@@ -25,10 +25,10 @@ type RouteAdvertisement struct {
 }
 
 // Type returns [TypeRouteAdvertisement].
-func (RouteAdvertisement) Type() Type { return TypeRouteAdvertisement }
+func (*RouteAdvertisement) Type() Type { return TypeRouteAdvertisement }
 
 // Append appends the capsule to b.
-func (c RouteAdvertisement) Append(b []byte) []byte {
+func (c *RouteAdvertisement) Append(b []byte) []byte {
 	n := 0
 	for _, r := range c.Routes {
 		n += 1 + r.Start.BitLen()/8 + r.End.BitLen()/8 + 1
@@ -46,7 +46,7 @@ func (c RouteAdvertisement) Append(b []byte) []byte {
 // Validate checks that each range is one, that ranges are in order of version,
 // protocol and address, and that none overlaps another of the same protocol or
 // of protocol 0.
-func (c RouteAdvertisement) Validate() error {
+func (c *RouteAdvertisement) Validate() error {
 	const t = TypeRouteAdvertisement
 	for i, r := range c.Routes {
 		switch {

@@ -119,10 +119,10 @@ func TestVectorsUnknownType(t *testing.T) {
 		}
 		n++
 		t.Run(v.ID, func(t *testing.T) {
-			want := AddressAssign{}
+			want := &AddressAssign{}
 			r := NewReader(bytes.NewReader(want.Append(v.bytes(t))), 0)
 			c, err := r.Next()
-			if _, ok := c.(AddressAssign); err != nil || !ok {
+			if _, ok := c.(*AddressAssign); err != nil || !ok {
 				t.Fatalf("got %v, %v, want the capsule after it", c, err)
 			}
 			if r.Skipped() != 1 {
