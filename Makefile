@@ -1,0 +1,53 @@
+# masquevpn: a CONNECT-IP (RFC 9484) VPN client and proxy. `make help` lists the targets.
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -X masquevpn/internal/cli.Version=$(VERSION)
+# How long each fuzz target runs in `make fuzz`.
+FUZZTIME ?= 60s
+# Debian packages that the end-to-end tests use as the other side: real programs, real packets.
+TOOLS := iproute2 iputils-ping iperf3 nftables tcpdump traceroute
+
+.PHONY: build demo test unit race fuzz e2e bench lint tools clean help
+
+build: ## build the three programs into bin/
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+demo: build ## a tunnel between hosts on this machine, in network namespaces
+	bin/masque-lab demo
+
+test: lint race e2e ## everything that has to pass before a change goes in
+
+race: ## unit tests with the race detector, and the seeds of the fuzz targets
+	$(GO) test -race $$($(GO) list ./... | grep -v '/test$$')
+
+e2e: build tools ## end-to-end tests in network namespaces
+	$(GO) test -count=1 -timeout 20m ./test
+
+fuzz: ## every fuzz target for FUZZTIME (60s)
+	@for pkg in $$($(GO) list ./...); do \
+		for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+			echo "$$pkg $$target"; \
+			$(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$pkg || exit 1; \
+		done; \
+	done
+
+lint: ## gofmt, go vet, staticcheck, and the rules on who imports whom
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
+	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	$(GO) tool depguard ./...
+
+tools: ## the programs that the end-to-end tests need (Debian packages; as root)
+	@missing=; for p in $(TOOLS); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+		if [ "$$(id -u)" != 0 ]; then echo "please install:$$missing"; exit 1; fi; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
+	fi
+
+clean: ## remove what the build made
+	rm -rf bin artifacts
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
