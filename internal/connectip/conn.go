@@ -1,0 +1,353 @@
+// Package connectip is one CONNECT-IP request stream (RFC 9484) after its request was accepted: the capsules that
+// assign addresses and advertise routes, the IP packets in datagrams, and the policy that follows from the capsules.
+// It is the same for both roles; client and proxy differ in what they say and in what they do with what they hear.
+package connectip
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+
+	"masquevpn/capsule"
+)
+
+const (
+	maxCapsule      = 64 << 10         // bytes of one capsule's value; some 3,600 IPv6 routes or 6,500 IPv4 routes
+	maxPeerRequests = 1024             // addresses that a peer may ask for on one stream
+	writeTimeout    = 10 * time.Second // for one capsule; a peer that does not read for so long is gone
+	mtuInterval     = time.Second      // between looks at QUIC's datagram size
+)
+
+// Protocol is the value of :protocol (RFC 9484 section 4.2).
+const Protocol = "connect-ip"
+
+// InstanceHeader is a header field of requests: a random token by which a client that comes back, perhaps before the proxy
+// noticed that it was gone, is told from a second client of the same user. It is optional and of this project only.
+const InstanceHeader = "Masque-Instance"
+
+// ErrClosedByPeer is returned by Run when the peer ended the stream in good order.
+var ErrClosedByPeer = errors.New("the peer closed the tunnel")
+
+// Device takes the packets that come out of the tunnel. Write hands over bufs[i][offset:], which it may overwrite from
+// offset-16 on but does not keep; it may be called from several goroutines.
+type Device interface {
+	Write(bufs [][]byte, offset int) (int, error)
+	BatchSize() int
+}
+
+// Handler is told of the peer's capsules, one at a time, after the policy follows them. An error aborts the stream.
+// Nil functions are skipped.
+type Handler struct {
+	Assigned  func([]capsule.Address) error // the peer's full list of addresses for this endpoint, refusals included
+	Requested func([]capsule.Address) error // the peer wants these; every one is to be answered with Assign
+	Routes    func([]capsule.Route) error   // the peer's full list of routes
+	MTU       func(int)                     // the largest packet that fits changed; called at the start too
+}
+
+// Config is what a Conn needs besides its stream.
+type Config struct {
+	Device  Device
+	Handler Handler
+	Self    []netip.Addr   // this endpoint's tunnel addresses besides those that the peer assigns
+	Static  []netip.Prefix // prefixes that count as assigned to this endpoint although the peer does not say so
+	Denied  []netip.Prefix // destinations that packets of the peer may not reach
+	// KernelHopLimit leaves the hop limit of packets to the kernel's forwarding alone.
+	KernelHopLimit bool
+	Stats          *Stats
+}
+
+// Conn is one CONNECT-IP stream. Run has to be called once; all other methods may be called at any time, from any goroutine.
+type Conn struct {
+	cfg       Config
+	str       Stream
+	datagrams datagrams
+	maxPacket atomic.Int32
+	policy    atomic.Pointer[policy]
+	closed    atomic.Bool
+	echo      echo
+	firstIn   chan struct{} // closed when the first packet came in
+	sawPacket atomic.Bool
+	toHost    errorLimits // ICMP errors about packets of the host
+	toPeer    errorLimits // and about packets of the peer
+
+	mu        sync.Mutex // guards what follows, and the order of capsules on the wire
+	link      link
+	lastID    uint64
+	peerIDs   map[uint64]struct{}
+	answers   map[uint64]netip.Prefix // our requests that are not answered yet
+	writeDead func(time.Time) error
+}
+
+// New makes a Conn of an accepted request stream on conn.
+func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
+	c := &Conn{
+		cfg:       cfg,
+		str:       str,
+		datagrams: newDatagrams(conn, str.StreamID()),
+		firstIn:   make(chan struct{}),
+		echo:      newEcho(),
+		toHost:    newErrorLimits(),
+		toPeer:    newErrorLimits(),
+		link:      link{self: cfg.Self, denied: cfg.Denied, assigned: cfg.Static},
+		peerIDs:   make(map[uint64]struct{}),
+		answers:   make(map[uint64]netip.Prefix),
+	}
+	if d, ok := str.(interface{ SetWriteDeadline(time.Time) error }); ok {
+		c.writeDead = d.SetWriteDeadline
+	}
+	_ = c.update() // an empty link has a policy
+	return c
+}
+
+// Run carries capsules and packets until the stream or ctx ends, and leaves no goroutine behind. It returns nil when
+// ctx ended, ErrClosedByPeer when the peer finished, and otherwise what went wrong. The stream is closed or reset then.
+func (c *Conn) Run(ctx context.Context) error {
+	c.updateMTU()
+	inner, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	in := make(inbox, inboxLen)
+	wg.Go(func() { c.receive(inner, in) })
+	wg.Go(func() { c.deliver(inner, in) })
+	wg.Go(func() { c.watchMTU(inner) })
+
+	done := make(chan error, 1)
+	go func() { done <- c.readCapsules(in) }()
+	var err error
+	select {
+	case err = <-done:
+		c.end(err)
+	case <-ctx.Done():
+		c.end(nil)
+		<-done
+	}
+	cancel()
+	wg.Wait()
+	return err
+}
+
+// end closes or resets the stream, as err deserves.
+func (c *Conn) end(err error) {
+	c.closed.Store(true)
+	code := http3.ErrCodeNoError
+	switch {
+	case errors.Is(err, capsule.ErrMalformed):
+		code = http3.ErrCodeMessageError // RFC 9297 section 3.3
+	case errors.Is(err, capsule.ErrTooLarge):
+		code = http3.ErrCodeExcessiveLoad
+	case err != nil && !errors.Is(err, ErrClosedByPeer):
+		code = http3.ErrCodeRequestCanceled
+	}
+	if code == http3.ErrCodeNoError {
+		_ = c.str.Close()
+	} else {
+		c.str.CancelWrite(quic.StreamErrorCode(code))
+	}
+	c.str.CancelRead(quic.StreamErrorCode(code))
+}
+
+// readCapsules handles capsules until the stream ends.
+func (c *Conn) readCapsules(in inbox) error {
+	r := capsule.NewReader(c.str, maxCapsule)
+	for {
+		next, err := r.Next()
+		if err == io.EOF {
+			return ErrClosedByPeer
+		}
+		if err != nil {
+			return err
+		}
+		switch x := next.(type) {
+		case *capsule.AddressAssign:
+			err = c.handleAssign(x.Addresses)
+		case *capsule.AddressRequest:
+			err = c.handleRequest(x.Addresses)
+		case *capsule.RouteAdvertisement:
+			err = c.handleRoutes(x.Routes)
+		case *capsule.Datagram: // RFC 9297 section 3.5
+			c.handleDatagram(slices.Clone(x.Payload), in)
+		}
+		if err != nil {
+			return fmt.Errorf("%v capsule: %w", next.Type(), err)
+		}
+	}
+}
+
+func (c *Conn) handleAssign(addrs []capsule.Address) error {
+	c.mu.Lock()
+	c.link.assigned = slices.Clone(c.cfg.Static)
+	for _, a := range addrs {
+		delete(c.answers, a.RequestID)
+		if !a.Refused() {
+			c.link.assigned = append(c.link.assigned, a.Prefix)
+		}
+	}
+	err := c.update()
+	c.mu.Unlock()
+	if err == nil && c.cfg.Handler.Assigned != nil {
+		err = c.cfg.Handler.Assigned(addrs)
+	}
+	return err
+}
+
+func (c *Conn) handleRequest(addrs []capsule.Address) error {
+	c.mu.Lock()
+	for _, a := range addrs {
+		if _, reused := c.peerIDs[a.RequestID]; reused {
+			c.mu.Unlock()
+			return fmt.Errorf("%w: request ID %d used twice", capsule.ErrMalformed, a.RequestID)
+		}
+		c.peerIDs[a.RequestID] = struct{}{}
+	}
+	n := len(c.peerIDs)
+	c.mu.Unlock()
+	if n > maxPeerRequests {
+		return fmt.Errorf("%w: more than %d addresses requested", capsule.ErrTooLarge, maxPeerRequests)
+	}
+	if c.cfg.Handler.Requested != nil {
+		return c.cfg.Handler.Requested(addrs)
+	}
+	// Every entry has to be answered (RFC 9484 section 4.7.2). An endpoint that assigns nothing refuses all.
+	refused := make([]capsule.Address, len(addrs))
+	for i, a := range addrs {
+		refused[i] = Refusal(a)
+	}
+	return c.Assign(refused)
+}
+
+// Refusal is the answer to a request for an address that is not granted: the address of all zeros (section 4.7.2).
+func Refusal(request capsule.Address) capsule.Address {
+	a := netip.IPv4Unspecified()
+	if request.Prefix.Addr().Is6() {
+		a = netip.IPv6Unspecified()
+	}
+	return capsule.Address{RequestID: request.RequestID, Prefix: netip.PrefixFrom(a, a.BitLen())}
+}
+
+func (c *Conn) handleRoutes(routes []capsule.Route) error {
+	c.mu.Lock()
+	c.link.peerSend = routes
+	err := c.update()
+	c.mu.Unlock()
+	if err == nil && c.cfg.Handler.Routes != nil {
+		err = c.cfg.Handler.Routes(routes)
+	}
+	return err
+}
+
+// update makes the policy follow the link. c.mu is held, or c not shared yet.
+func (c *Conn) update() error {
+	p, err := c.link.policy()
+	if err != nil {
+		return err
+	}
+	c.policy.Store(p)
+	return nil
+}
+
+// Assign tells the peer its addresses: the full list, which replaces the last (RFC 9484 section 4.7.1). Entries that
+// answer a request carry its ID; refusals are sent but grant nothing.
+func (c *Conn) Assign(addrs []capsule.Address) error {
+	granted := make([]netip.Prefix, 0, len(addrs))
+	for _, a := range addrs {
+		if !a.Refused() {
+			granted = append(granted, a.Prefix)
+		}
+	}
+	return c.send(&capsule.AddressAssign{Addresses: addrs}, func(l *link) { l.peer = granted })
+}
+
+// Advertise tells the peer what it can reach through this endpoint, which replaces the last advertisement (section 4.7.3).
+func (c *Conn) Advertise(routes []capsule.Route) error {
+	return c.send(&capsule.RouteAdvertisement{Routes: routes}, func(l *link) { l.routes = routes })
+}
+
+// Request asks the peer for addresses (section 4.7.2): 0.0.0.0/32 and ::/128 for any, else the preferred ones.
+func (c *Conn) Request(prefixes []netip.Prefix) error {
+	c.mu.Lock()
+	addrs := make([]capsule.Address, len(prefixes))
+	for i, p := range prefixes {
+		c.lastID++
+		addrs[i] = capsule.Address{RequestID: c.lastID, Prefix: p}
+		c.answers[c.lastID] = p
+	}
+	c.mu.Unlock()
+	return c.send(&capsule.AddressRequest{Addresses: addrs}, nil)
+}
+
+// Unanswered reports whether requests of ours wait for an answer.
+func (c *Conn) Unanswered() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.answers) > 0
+}
+
+// SetDenied replaces the destinations that packets of the peer may not reach.
+func (c *Conn) SetDenied(denied []netip.Prefix) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.link.denied = denied
+	return c.update()
+}
+
+// send writes one capsule after change was made to the link. What is granted is allowed before the peer hears of it.
+func (c *Conn) send(x capsule.Capsule, change func(*link)) error {
+	if err := x.Validate(); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if change != nil {
+		change(&c.link)
+		if err := c.update(); err != nil {
+			return err
+		}
+	}
+	if c.writeDead != nil {
+		_ = c.writeDead(time.Now().Add(writeTimeout))
+	}
+	if _, err := c.str.Write(x.Append(nil)); err != nil {
+		return fmt.Errorf("sending %v: %w", x.Type(), err)
+	}
+	return nil
+}
+
+// FirstPacket is closed once a packet, or an answer to Probe, came in through the tunnel.
+func (c *Conn) FirstPacket() <-chan struct{} { return c.firstIn }
+
+// MTU is the largest IP packet that fits in a datagram now, in bytes.
+func (c *Conn) MTU() int { return int(c.maxPacket.Load()) }
+
+func (c *Conn) updateMTU() {
+	n, err := c.datagrams.mtu()
+	if err != nil {
+		return
+	}
+	if old := c.maxPacket.Swap(int32(n)); int(old) != n && c.cfg.Handler.MTU != nil {
+		c.cfg.Handler.MTU(n)
+	}
+}
+
+// watchMTU follows QUIC's path MTU discovery, which tells nobody of its results.
+func (c *Conn) watchMTU(ctx context.Context) {
+	// Discovery begins with the connection and takes some round trips: look often at first.
+	wait := mtuInterval / 8
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		c.updateMTU()
+		wait = min(2*wait, mtuInterval)
+	}
+}

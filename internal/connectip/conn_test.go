@@ -1,0 +1,376 @@
+package connectip
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+	"github.com/quic-go/quic-go/quicvarint"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/ippacket"
+)
+
+func TestPacketsBothWays(t *testing.T) {
+	client, proxy := remoteAccess(t, Config{})
+	for _, tc := range []struct{ from, to netip.Addr }{{clientAddr4, target4}, {clientAddr6, target6}} {
+		up := echoPacket(tc.from, tc.to, 64, 100)
+		if d := client.Send(up, Headroom); d != DropNone {
+			t.Fatalf("up: dropped, %v", d)
+		}
+		if got := proxy.device.next(t); !bytes.Equal(got, up[Headroom:]) {
+			t.Errorf("up: got % x, sent % x", got, up[Headroom:])
+		}
+		down := echoPacket(tc.to, tc.from, 64, 100)
+		if d := proxy.Send(down, Headroom); d != DropNone {
+			t.Fatalf("down: dropped, %v", d)
+		}
+		if got := parse(t, client.device.next(t)); got.Src != tc.to || got.Dst != tc.from {
+			t.Errorf("down: got %+v", got)
+		}
+	}
+	if n := proxy.stats.Receive.Packets.Load(); n != 2 {
+		t.Errorf("proxy counted %d packets, want 2", n)
+	}
+}
+
+// The hop limit goes down right before a packet leaves in a datagram, unless this host made the packet (RFC 9484 section 7.2).
+func TestHopLimit(t *testing.T) {
+	for _, tc := range []struct {
+		name      string
+		src       netip.Addr
+		kernel    bool
+		sent, got uint8 // got 0: dropped
+	}{
+		{"forwarded", target4, false, 64, 63},
+		{"forwarded IPv6", target6, false, 2, 1},
+		{"used up", target4, false, 1, 0},
+		{"own address", proxyAddr4, false, 1, 1},
+		{"left to the kernel", target4, true, 1, 1},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			client, proxy := remoteAccess(t, Config{KernelHopLimit: tc.kernel})
+			dst := clientAddr4
+			if tc.src.Is6() {
+				dst = clientAddr6
+			}
+			d := proxy.Send(echoPacket(tc.src, dst, tc.sent, 64), Headroom)
+			if tc.got == 0 {
+				answer := proxy.device.next(t)
+				if p := parse(t, answer); d != DropHopLimit || p.Src != proxyAddr4 || p.Dst != tc.src || answer[p.HeaderLen] != 11 {
+					t.Errorf("%v, answered with %+v % x", d, p, answer)
+				}
+				return
+			}
+			if got := parse(t, client.device.next(t)).HopLimit; got != tc.got {
+				t.Errorf("hop limit %d, want %d", got, tc.got)
+			}
+		})
+	}
+}
+
+func TestPolicyRefuses(t *testing.T) {
+	denied := netip.MustParseAddr("169.254.169.254")
+	client, proxy := remoteAccess(t, Config{Denied: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/24"), host(netip.MustParseAddr("203.0.113.5"))}})
+	t.Run("client refuses a source that is not its own", func(t *testing.T) {
+		if d := client.Send(echoPacket(elsewhere4, target4, 64, 64), Headroom); d != DropSource {
+			t.Errorf("got %v", d)
+		}
+		wantICMP(t, client.device.next(t), elsewhere4, 3, 13)
+	})
+	t.Run("proxy refuses a spoofed source, and answers into the tunnel", func(t *testing.T) {
+		sendRaw(t, client, echoPacket(elsewhere4, target4, 64, 64))
+		waitDrop(t, &proxy.stats.Receive, DropSource)
+	})
+	t.Run("proxy refuses its own address as a source", func(t *testing.T) {
+		before := proxy.stats.Receive.drops[DropSource].Load()
+		sendRaw(t, client, echoPacket(proxyAddr4, target4, 64, 64))
+		waitCount(t, func() bool { return proxy.stats.Receive.drops[DropSource].Load() > before })
+	})
+	t.Run("client refuses packets from itself", func(t *testing.T) {
+		sendRaw(t, proxy, echoPacket(clientAddr4, clientAddr4, 64, 64))
+		waitDrop(t, &client.stats.Receive, DropSource)
+	})
+	t.Run("denied destination", func(t *testing.T) {
+		if d := client.Send(echoPacket(clientAddr4, netip.MustParseAddr("10.77.0.3"), 64, 64), Headroom); d != DropNone {
+			t.Fatalf("client dropped it, %v", d)
+		}
+		wantICMP(t, client.device.next(t), clientAddr4, 3, 13)
+		waitDrop(t, &proxy.stats.Receive, DropDestination)
+	})
+	t.Run("own tunnel address of the proxy stays reachable", func(t *testing.T) {
+		if d := client.Send(echoPacket(clientAddr4, proxyAddr4, 64, 64), Headroom); d != DropNone {
+			t.Fatalf("client dropped it, %v", d)
+		}
+		if p := parse(t, proxy.device.next(t)); p.Dst != proxyAddr4 {
+			t.Errorf("got %+v", p)
+		}
+	})
+	t.Run("link-local", func(t *testing.T) {
+		if d := client.Send(echoPacket(clientAddr4, denied, 64, 64), Headroom); d != DropLinkLocal {
+			t.Errorf("got %v", d)
+		}
+		sendRaw(t, client, echoPacket(clientAddr4, denied, 64, 64))
+		waitDrop(t, &proxy.stats.Receive, DropLinkLocal)
+	})
+	t.Run("malformed", func(t *testing.T) {
+		sendRaw(t, client, make([]byte, Headroom+20))
+		waitDrop(t, &proxy.stats.Receive, DropMalformed)
+	})
+}
+
+// Errors from any router on the path pass when the packet that they quote could have gone through the tunnel (section 7.2.1).
+func TestICMPErrorsAreJudgedByTheirQuote(t *testing.T) {
+	client, proxy := newPair(t, Config{}, Config{Self: []netip.Addr{proxyAddr4}})
+	if err := proxy.Assign([]capsule.Address{{Prefix: host(clientAddr4)}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := proxy.Advertise(capsule.Routes([]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, 0)); err != nil {
+		t.Fatal(err)
+	}
+	<-client.assigns
+	<-client.routes
+	router := netip.MustParseAddr("203.0.113.77")
+	errorAbout := func(src, dst netip.Addr) []byte {
+		invoking := echoPacket(src, dst, 1, 64)[Headroom:]
+		buf, ok := ippacket.AppendICMPError(make([]byte, Headroom), invoking, parse(t, invoking), ippacket.HopLimitExceeded, router, 0)
+		if !ok {
+			t.Fatal("no ICMP error was made")
+		}
+		return buf
+	}
+	if d := proxy.Send(errorAbout(clientAddr4, target4), Headroom); d != DropNone {
+		t.Fatalf("proxy dropped an error about a packet of the client, %v", d)
+	}
+	if p := parse(t, client.device.next(t)); p.Src != router {
+		t.Errorf("client got %+v", p)
+	}
+	if d := proxy.Send(errorAbout(clientAddr4, elsewhere4), Headroom); d != DropSource {
+		t.Errorf("error about a packet that could not have come from the client: %v", d)
+	}
+	sendRaw(t, proxy, errorAbout(clientAddr4, elsewhere4))
+	waitDrop(t, &client.stats.Receive, DropSource)
+}
+
+func TestTooBig(t *testing.T) {
+	client, proxy := remoteAccess(t, Config{})
+	mtu := proxy.MTU()
+	if mtu < 1280 {
+		t.Fatalf("MTU %d", mtu)
+	}
+	t.Run("IPv6", func(t *testing.T) {
+		if d := proxy.Send(echoPacket(target6, clientAddr6, 64, 1500), Headroom); d != DropTooBig {
+			t.Fatalf("got %v", d)
+		}
+		answer := proxy.device.next(t)
+		p := parse(t, answer)
+		if got := binary.BigEndian.Uint32(answer[p.HeaderLen+4:]); answer[p.HeaderLen] != 2 || int(got) < mtu || got >= 1500 {
+			t.Errorf("type %d, MTU %d, want %d or a little more", answer[p.HeaderLen], got, mtu)
+		}
+	})
+	t.Run("IPv4 with DF", func(t *testing.T) {
+		if d := proxy.Send(echoPacket(target4, clientAddr4, 64, 1500), Headroom); d != DropTooBig {
+			t.Fatalf("got %v", d)
+		}
+		answer := proxy.device.next(t)
+		p := parse(t, answer)
+		if got := binary.BigEndian.Uint16(answer[p.HeaderLen+6:]); answer[p.HeaderLen+1] != 4 || int(got) < mtu || got >= 1500 {
+			t.Errorf("code %d, MTU %d, want %d or a little more", answer[p.HeaderLen+1], got, mtu)
+		}
+	})
+	t.Run("IPv4 without DF", func(t *testing.T) {
+		pkt := echoPacket(target4, clientAddr4, 64, 1500)
+		clearDontFragment(pkt[Headroom:])
+		if d := proxy.Send(pkt, Headroom); d != DropNone {
+			t.Fatalf("got %v", d)
+		}
+		first, second := parse(t, client.device.next(t)), parse(t, client.device.next(t))
+		if !first.MoreFragments || second.MoreFragments || second.FragmentOffset != first.TotalLen-20 ||
+			first.TotalLen+second.TotalLen-40 != 1480 || first.HopLimit != 63 {
+			t.Errorf("fragments %+v and %+v", first, second)
+		}
+	})
+}
+
+func clearDontFragment(pkt []byte) {
+	pkt[6] &^= 0x40
+	sum := uint32(binary.BigEndian.Uint16(pkt[10:])) + 0x4000
+	binary.BigEndian.PutUint16(pkt[10:], uint16(sum+sum>>16))
+}
+
+// Each ADDRESS_ASSIGN and each ROUTE_ADVERTISEMENT replaces the last one.
+func TestCapsulesReplace(t *testing.T) {
+	client, proxy := remoteAccess(t, Config{})
+	if err := proxy.Assign([]capsule.Address{{Prefix: host(clientAddr6)}}); err != nil {
+		t.Fatal(err)
+	}
+	<-client.assigns
+	if d := client.Send(echoPacket(clientAddr4, target4, 64, 64), Headroom); d != DropSource {
+		t.Errorf("after the address was taken away: %v", d)
+	}
+	if err := proxy.Advertise(nil); err != nil {
+		t.Fatal(err)
+	}
+	<-client.routes
+	if d := client.Send(echoPacket(clientAddr6, target6, 64, 64), Headroom); d != DropDestination {
+		t.Errorf("after the routes were withdrawn: %v", d)
+	}
+}
+
+func TestRequestIsAnswered(t *testing.T) {
+	client, _ := newPair(t, Config{}, Config{}) // this proxy assigns nothing
+	if err := client.Request([]netip.Prefix{host(netip.IPv4Unspecified()), host(clientAddr6)}); err != nil {
+		t.Fatal(err)
+	}
+	got := <-client.assigns
+	if len(got) != 2 || !got[0].Refused() || !got[1].Refused() || got[0].RequestID == got[1].RequestID || client.Unanswered() {
+		t.Errorf("got %v, unanswered %v", got, client.Unanswered())
+	}
+}
+
+// What breaks the rules for capsules resets the stream with the code that RFC 9297 section 3.3 gives.
+func TestMalformedCapsuleResetsTheStream(t *testing.T) {
+	for name, tc := range map[string]struct {
+		capsules []byte
+		code     http3.ErrCode
+	}{
+		"malformed":         {(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 0, Prefix: host(clientAddr4)}}}).Append(nil), http3.ErrCodeMessageError},
+		"request ID reused": {repeat((&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: host(clientAddr4)}}}).Append(nil), 2), http3.ErrCodeMessageError},
+		"too large":         {append([]byte{1}, quicvarint.Append(nil, 1<<30)...), http3.ErrCodeExcessiveLoad},
+	} {
+		t.Run(name, func(t *testing.T) {
+			client, proxy := rawPair(t, Config{}, Config{})
+			proxy.start(t.Context())
+			if _, err := client.stream.Write(tc.capsules); err != nil {
+				t.Fatal(err)
+			}
+			if err := proxy.wait(t); err == nil {
+				t.Error("Run returned nil")
+			}
+			buf := make([]byte, 100)
+			var err error
+			for err == nil {
+				_, err = client.stream.Read(buf)
+			}
+			var reset *http3.Error
+			if !errors.As(err, &reset) || reset.ErrorCode != tc.code {
+				t.Errorf("the stream ended with %v, want %v", err, tc.code)
+			}
+			client.start(t.Context())
+			client.wait(t)
+		})
+	}
+}
+
+func repeat(b []byte, n int) []byte { return bytes.Repeat(b, n) }
+
+// A DATAGRAM capsule carries a packet like a QUIC datagram, and unknown capsules are skipped.
+func TestDatagramCapsule(t *testing.T) {
+	client, proxy := remoteAccess(t, Config{})
+	pkt := echoPacket(clientAddr4, target4, 64, 64)[Headroom:]
+	unknown := append(quicvarint.Append(nil, 0x2b), 3, 1, 2, 3)
+	b := (&capsule.Datagram{Payload: append([]byte{contextIPPacket}, pkt...)}).Append(unknown)
+	if _, err := client.stream.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	if got := proxy.device.next(t); !bytes.Equal(got, pkt) {
+		t.Errorf("got % x, sent % x", got, pkt)
+	}
+}
+
+func TestUnknownContextIsDropped(t *testing.T) {
+	client, proxy := remoteAccess(t, Config{})
+	prefix := quicvarint.Append(nil, uint64(client.stream.StreamID())/4)
+	for _, payload := range [][]byte{{2, 0x45}, {}, {0x40}} { // context 2, none, half of one
+		if err := client.quic.SendDatagram(append(bytes.Clone(prefix), payload...)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waitCount(t, func() bool { return proxy.stats.Receive.drops[DropUnknownContext].Load() == 3 })
+	if d := client.Send(echoPacket(clientAddr4, target4, 64, 64), Headroom); d != DropNone {
+		t.Fatalf("the stream does not live: %v", d)
+	}
+	proxy.device.next(t)
+}
+
+func TestProbe(t *testing.T) {
+	client, proxy := remoteAccess(t, Config{})
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	client.Probe(ctx)
+	select {
+	case <-client.FirstPacket():
+	default:
+		t.Error("Probe returned without a sign of life")
+	}
+	// The other probe is for peers that answer with their IP stack: it expires there.
+	p := parse(t, proxy.device.next(t))
+	if p.HopLimit != 1 || p.Src != clientAddr4 {
+		t.Errorf("got %+v", p)
+	}
+	select {
+	case pkt := <-client.device:
+		t.Errorf("the answer was given to the device: % x", pkt)
+	default:
+	}
+}
+
+func TestEnds(t *testing.T) {
+	t.Run("finished by the peer", func(t *testing.T) {
+		client, proxy := newPair(t, Config{}, Config{})
+		client.stop()
+		if err := client.wait(t); err != nil {
+			t.Errorf("client: %v", err)
+		}
+		if err := proxy.wait(t); !errors.Is(err, ErrClosedByPeer) {
+			t.Errorf("proxy: %v", err)
+		}
+		if d := client.Send(echoPacket(clientAddr4, target4, 64, 64), Headroom); d == DropNone {
+			t.Error("a packet was sent after the end")
+		}
+	})
+	t.Run("reset by the peer", func(t *testing.T) {
+		client, proxy := newPair(t, Config{}, Config{})
+		client.stream.CancelWrite(quic.StreamErrorCode(http3.ErrCodeInternalError))
+		if err := proxy.wait(t); err == nil || errors.Is(err, ErrClosedByPeer) {
+			t.Errorf("proxy: %v", err)
+		}
+	})
+}
+
+// wantICMP checks that pkt is an ICMP error to dst.
+func wantICMP(t *testing.T, pkt []byte, dst netip.Addr, typ, code uint8) {
+	t.Helper()
+	p := parse(t, pkt)
+	if p.Dst != dst || !ippacket.IsICMPError(pkt, p) || pkt[p.HeaderLen] != typ || pkt[p.HeaderLen+1] != code {
+		t.Errorf("got an answer to %v of type %d code %d, want to %v, %d, %d", p.Dst, pkt[p.HeaderLen], pkt[p.HeaderLen+1], dst, typ, code)
+	}
+}
+
+// sendRaw sends a packet with headroom past the sender's own policy.
+func sendRaw(t *testing.T, e *end, buf []byte) {
+	t.Helper()
+	if err := e.datagrams.send(buf, Headroom); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func waitDrop(t *testing.T, traffic *Traffic, d Drop) {
+	t.Helper()
+	waitCount(t, func() bool { return traffic.drops[d].Load() > 0 })
+}
+
+func waitCount(t *testing.T, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !done(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the packet was not counted")
+		}
+	}
+}

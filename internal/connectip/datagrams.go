@@ -1,0 +1,62 @@
+package connectip
+
+import (
+	"context"
+	"errors"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/quicvarint"
+)
+
+// Headroom is what a caller of Conn.Send leaves free before a packet, in bytes. It holds the longest prefix of a datagram.
+const Headroom = 16
+
+// contextIPPacket is the context of datagrams that are whole IP packets (RFC 9484 section 6).
+const contextIPPacket = 0
+
+// datagrams sends IP packets as HTTP Datagrams of one request stream in QUIC DATAGRAM frames (RFC 9297 section 2.1).
+// It builds the prefix in place and hands the frame to QUIC itself, which saves the copy that http3 would make.
+type datagrams struct {
+	conn   *quic.Conn
+	prefix []byte // quarter stream ID and context ID
+}
+
+func newDatagrams(conn *quic.Conn, id quic.StreamID) datagrams {
+	prefix := quicvarint.Append(nil, uint64(id)/4)
+	return datagrams{conn: conn, prefix: quicvarint.Append(prefix, contextIPPacket)}
+}
+
+// send sends buf[off:] and overwrites up to Headroom bytes before it. The buffer stays the caller's.
+// It blocks while QUIC's queue is full.
+func (d *datagrams) send(buf []byte, off int) error {
+	start := off - len(d.prefix)
+	copy(buf[start:off], d.prefix)
+	return d.conn.SendDatagram(buf[start:])
+}
+
+// oversized is larger than any datagram: sending it fails, and the error names the limit.
+var oversized = make([]byte, 1<<16)
+
+// mtu returns the largest IP packet that fits in a datagram now, in bytes; it changes as QUIC discovers the path's MTU.
+func (d *datagrams) mtu() (int, error) {
+	err := d.conn.SendDatagram(oversized)
+	var tooLarge *quic.DatagramTooLargeError
+	if errors.As(err, &tooLarge) {
+		return int(tooLarge.MaxDatagramPayloadSize) - len(d.prefix), nil
+	}
+	if err == nil {
+		err = errors.New("the peer accepts datagrams of any size")
+	}
+	return 0, err
+}
+
+// Stream is an HTTP/3 request stream after the response: *http3.Stream at the proxy, *http3.RequestStream at the client.
+type Stream interface {
+	Read([]byte) (int, error)
+	Write([]byte) (int, error)
+	Close() error
+	CancelRead(quic.StreamErrorCode)
+	CancelWrite(quic.StreamErrorCode)
+	StreamID() quic.StreamID
+	ReceiveDatagram(context.Context) ([]byte, error)
+}

@@ -1,0 +1,61 @@
+package connectip
+
+import (
+	"golang.org/x/time/rate"
+
+	"masquevpn/internal/ippacket"
+)
+
+// ICMP errors per second and in a burst, for each direction; Packet Too Big has an allowance of its own, because path MTU
+// discovery depends on it (RFC 4443 section 2.4 f).
+const (
+	errorRate  = 10
+	errorBurst = 10
+)
+
+// errorLimits are the token buckets of one direction.
+type errorLimits struct{ other, tooBig *rate.Limiter }
+
+func newErrorLimits() errorLimits {
+	return errorLimits{other: rate.NewLimiter(errorRate, errorBurst), tooBig: rate.NewLimiter(errorRate, errorBurst)}
+}
+
+func (l errorLimits) allow(kind ippacket.ICMPError) bool {
+	if kind == ippacket.TooBig {
+		return l.tooBig.Allow()
+	}
+	return l.other.Allow()
+}
+
+// maxICMPError is the size of the largest ICMP error that is made, in bytes (RFC 4443 section 2.4 c).
+const maxICMPError = 1280
+
+// icmpError makes the ICMP error about pkt behind Headroom free bytes, or returns nil when none may be sent.
+func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind ippacket.ICMPError, mtu int) []byte {
+	src := c.policy.Load().selfFor(p.Src)
+	buf, ok := ippacket.AppendICMPError(make([]byte, Headroom, Headroom+maxICMPError), pkt, p, kind, src, mtu)
+	if !ok {
+		return nil
+	}
+	if !limits.allow(kind) {
+		c.cfg.Stats.ICMPSuppressed.Add(1)
+		return nil
+	}
+	c.cfg.Stats.ICMPSent.Add(1)
+	return buf
+}
+
+// answerHost answers a packet that came from the device, through the device.
+func (c *Conn) answerHost(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError, mtu int) {
+	if buf := c.icmpError(c.toHost, pkt, p, kind, mtu); buf != nil {
+		_, _ = c.cfg.Device.Write([][]byte{buf}, Headroom) // an ICMP error may get lost
+	}
+}
+
+// answerPeer answers a packet that came from the peer, into the tunnel: never through the routing table, which might send
+// it to somebody else.
+func (c *Conn) answerPeer(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError) {
+	if buf := c.icmpError(c.toPeer, pkt, p, kind, 0); buf != nil {
+		_ = c.datagrams.send(buf, Headroom)
+	}
+}

@@ -1,0 +1,87 @@
+package connectip
+
+import (
+	"context"
+	"sync"
+)
+
+const (
+	// inboxLen is how many packets wait between QUIC and the device, at most. It only has to cover a scheduling delay.
+	inboxLen = 512
+	// mergedPacket is the room for a packet on its way to the device: the device may append the segments that follow.
+	mergedPacket = 1 << 16
+)
+
+// inbox takes packets from QUIC one by one and hands them to the device in batches, which lets the device merge the
+// segments of a flow into a single write.
+type inbox chan []byte
+
+// push queues a packet, which belongs to the inbox from then on. It never blocks: when the device does not keep up,
+// the packet is dropped here, where it is counted.
+func (in inbox) push(pkt []byte) bool {
+	select {
+	case in <- pkt:
+		return true
+	default:
+		return false
+	}
+}
+
+// receive moves datagrams into in until the stream or ctx ends.
+func (c *Conn) receive(ctx context.Context, in inbox) {
+	for {
+		b, err := c.str.ReceiveDatagram(ctx)
+		if err != nil {
+			return
+		}
+		c.handleDatagram(b, in)
+	}
+}
+
+// deliver writes the packets of in to the device until ctx ends.
+func (c *Conn) deliver(ctx context.Context, in inbox) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case pkt := <-in:
+			b := batches.Get().(*batch)
+			n := b.fill(pkt, in, c.cfg.Device.BatchSize())
+			if wrote, err := c.cfg.Device.Write(b.bufs[:n], Headroom); err != nil {
+				for range n - wrote {
+					c.cfg.Stats.Receive.Drop(DropDevice)
+				}
+			}
+			batches.Put(b)
+		}
+	}
+}
+
+// batch is the buffers of one write to a device. Untouched memory costs nothing, so the room to merge is cheap.
+type batch struct {
+	slab []byte
+	bufs [][]byte
+}
+
+var batches = sync.Pool{New: func() any { return new(batch) }}
+
+// fill copies pkt and what in holds, up to limit packets, and returns their number.
+func (b *batch) fill(pkt []byte, in inbox, limit int) int {
+	if len(b.bufs) < limit {
+		b.slab = make([]byte, limit*mergedPacket)
+		b.bufs = make([][]byte, limit)
+	}
+	for n := 0; ; {
+		buf := b.slab[n*mergedPacket : (n+1)*mergedPacket : (n+1)*mergedPacket]
+		b.bufs[n] = buf[:Headroom+copy(buf[Headroom:], pkt)]
+		n++
+		if n == limit {
+			return n
+		}
+		select {
+		case pkt = <-in:
+		default:
+			return n
+		}
+	}
+}

@@ -1,0 +1,163 @@
+package connectip
+
+import (
+	"errors"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/quicvarint"
+
+	"masquevpn/internal/ippacket"
+)
+
+// Send sends the IP packet buf[off:] to the peer, or drops it and says why. Headroom bytes before it are overwritten, and
+// its hop limit is decremented when it is forwarded; the buffer stays the caller's. Send blocks while QUIC's queue is
+// full. What a router would answer with an ICMP error is answered through the device.
+func (c *Conn) Send(buf []byte, off int) Drop {
+	d := c.forward(buf, off)
+	if d == DropNone {
+		c.cfg.Stats.Send.add(len(buf) - off)
+	} else {
+		c.cfg.Stats.Send.Drop(d)
+	}
+	return d
+}
+
+func (c *Conn) forward(buf []byte, off int) Drop {
+	pkt := buf[off:]
+	p, err := ippacket.Parse(pkt)
+	if err != nil {
+		return DropMalformed
+	}
+	if ippacket.IsLinkLocal(p.Src) || ippacket.IsLinkLocal(p.Dst) {
+		return DropLinkLocal // RFC 9484 section 7.2; kernels send router solicitations and the like
+	}
+	pol := c.policy.Load()
+	if !pol.sendFrom.Contains(p.Src) && !pol.isSelf(p.Src) && !pol.quotesReceived(pkt, p) {
+		c.answerHost(pkt, p, ippacket.SourceNotAssigned, 0)
+		return DropSource
+	}
+	if !pol.sendTo.allow(p.Dst, p.Protocol) {
+		c.answerHost(pkt, p, ippacket.NoRoute, 0)
+		return DropDestination
+	}
+	// A packet of this very host is sent, not forwarded (RFC 9484 section 7.2).
+	decrement := !c.cfg.KernelHopLimit && !pol.isSelf(p.Src)
+	if decrement && p.HopLimit <= 1 {
+		c.answerHost(pkt, p, ippacket.HopLimitExceeded, 0)
+		return DropHopLimit
+	}
+	if mtu := c.MTU(); len(pkt) > mtu {
+		return c.sendTooBig(pkt, p, mtu, decrement)
+	}
+	if decrement {
+		ippacket.DecrementHopLimit(pkt)
+	}
+	if c.closed.Load() {
+		return DropClosed
+	}
+	if err := c.datagrams.send(buf, off); err != nil {
+		var tooLarge *quic.DatagramTooLargeError
+		if errors.As(err, &tooLarge) { // the limit shrank since it was looked at
+			c.updateMTU()
+			return c.sendTooBig(pkt, p, c.MTU(), false)
+		}
+		return DropClosed
+	}
+	return DropNone
+}
+
+// sendTooBig does what a router does with a packet that the link does not carry: fragment it where IPv4 allows, otherwise
+// tell the sender what the link does carry (RFC 9484 section 10.1).
+func (c *Conn) sendTooBig(pkt []byte, p ippacket.Packet, mtu int, decrement bool) Drop {
+	if p.Version == 6 || p.DontFragment {
+		c.answerHost(pkt, p, ippacket.TooBig, mtu)
+		return DropTooBig
+	}
+	if decrement {
+		ippacket.DecrementHopLimit(pkt)
+	}
+	drop := DropNone
+	buf := make([]byte, Headroom+mtu)
+	err := ippacket.Fragment(buf[Headroom:], pkt, p, mtu, func(fragment []byte) {
+		if c.datagrams.send(buf[:Headroom+len(fragment)], Headroom) != nil {
+			drop = DropClosed
+		}
+	})
+	if err != nil {
+		return DropTooBig
+	}
+	return drop
+}
+
+// handleDatagram takes one HTTP Datagram, context ID first (RFC 9484 section 6). b belongs to the inbox afterwards.
+func (c *Conn) handleDatagram(b []byte, in inbox) {
+	context, n, err := quicvarint.Parse(b)
+	if err != nil || context != contextIPPacket {
+		c.cfg.Stats.Receive.Drop(DropUnknownContext)
+		return
+	}
+	pkt := b[n:]
+	d := c.admit(pkt)
+	if d == DropNone && !in.push(pkt) {
+		d = DropQueueFull
+	}
+	switch d {
+	case DropNone:
+		c.cfg.Stats.Receive.add(len(pkt))
+	case consumed:
+	default:
+		c.cfg.Stats.Receive.Drop(d)
+	}
+}
+
+// consumed stands for a packet that this endpoint itself took, such as an echo on the link.
+const consumed = numDrops
+
+// admit decides whether a packet of the peer may go to the host. What may not is answered into the tunnel, as a router would.
+func (c *Conn) admit(pkt []byte) Drop {
+	p, err := ippacket.Parse(pkt)
+	if err != nil {
+		if errors.Is(err, ippacket.ErrHeaderChain) && c.policy.Load().recvFrom.Contains(p.Src) {
+			c.answerPeer(pkt, p, ippacket.HeaderChain)
+		}
+		return DropMalformed
+	}
+	if ippacket.IsLinkLocal(p.Src) || ippacket.IsLinkLocal(p.Dst) {
+		if c.handleLinkLocal(pkt, p) {
+			return consumed
+		}
+		return DropLinkLocal
+	}
+	pol := c.policy.Load()
+	if pol.isSelf(p.Src) || !pol.recvFrom.Contains(p.Src) && !pol.quotesSent(pkt, p) {
+		c.answerPeer(pkt, p, ippacket.SourceNotAssigned)
+		return DropSource
+	}
+	if !pol.recvTo.allow(p.Dst, p.Protocol) && !pol.isSelf(p.Dst) {
+		c.answerPeer(pkt, p, ippacket.Prohibited)
+		return DropDestination
+	}
+	c.notePacket()
+	return DropNone
+}
+
+// quotesSent reports whether pkt is an ICMP error, from any router, about a packet that could have left through this
+// tunnel (RFC 9484 section 7.2.1).
+func (pol *policy) quotesSent(pkt []byte, p ippacket.Packet) bool {
+	q, ok := ippacket.Quoted(pkt, p)
+	return ok && q.Src == p.Dst && (pol.sendFrom.Contains(q.Src) || pol.isSelf(q.Src)) && pol.sendTo.allow(q.Dst, q.Protocol)
+}
+
+// quotesReceived is quotesSent for an ICMP error on its way to the peer: the packet it quotes came, or could have come, from
+// this very peer. With an external address shared by several peers this is what keeps errors apart (section 11).
+func (pol *policy) quotesReceived(pkt []byte, p ippacket.Packet) bool {
+	q, ok := ippacket.Quoted(pkt, p)
+	return ok && q.Src == p.Dst && pol.recvFrom.Contains(q.Src) && (pol.recvTo.allow(q.Dst, q.Protocol) || pol.isSelf(q.Dst))
+}
+
+// notePacket remembers that the tunnel carries packets.
+func (c *Conn) notePacket() {
+	if !c.sawPacket.Load() && c.sawPacket.CompareAndSwap(false, true) {
+		close(c.firstIn)
+	}
+}

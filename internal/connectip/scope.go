@@ -1,0 +1,107 @@
+package connectip
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// Scope is what a request is limited to (RFC 9484 section 4.6). The zero value is no limit at all.
+type Scope struct {
+	Prefix   netip.Prefix // destination as an address or prefix; invalid when there is none
+	Name     string       // destination as a DNS name, "" when there is none
+	Protocol uint8        // upper-layer protocol, 0 for any
+}
+
+// ParseScope parses the decoded values of the variables target and ipproto, "*" being no preference.
+func ParseScope(target, ipproto string) (Scope, error) {
+	var s Scope
+	if target == "" || ipproto == "" {
+		return s, errors.New("target and ipproto must not be empty; \"*\" stands for any")
+	}
+	if ipproto != "*" {
+		n, err := strconv.ParseUint(ipproto, 10, 8)
+		if err != nil || strconv.FormatUint(n, 10) != ipproto {
+			return s, fmt.Errorf("ipproto %q is not a number from 0 to 255", ipproto)
+		}
+		s.Protocol = uint8(n)
+	}
+	switch {
+	case target == "*":
+		return s, nil
+	case strings.Contains(target, "/"):
+		p, err := netip.ParsePrefix(target)
+		if err != nil {
+			return s, fmt.Errorf("target %q is not an address prefix", target)
+		}
+		if p.Masked() != p {
+			return s, fmt.Errorf("target %q has bits set beyond its prefix length; %s is meant", target, p.Masked())
+		}
+		if p.Addr().Is4In6() {
+			return s, fmt.Errorf("target %q is an IPv4 address in IPv6 form", target)
+		}
+		s.Prefix = p
+	default:
+		if a, err := netip.ParseAddr(target); err == nil {
+			if a.Zone() != "" || a.Is4In6() {
+				return s, fmt.Errorf("target %q has a zone, or is an IPv4 address in IPv6 form", target)
+			}
+			s.Prefix = netip.PrefixFrom(a, a.BitLen())
+			return s, nil
+		}
+		if !validName(target) {
+			return s, fmt.Errorf("target %q is neither an address, nor a prefix, nor a DNS name", target)
+		}
+		s.Name = target
+	}
+	return s, nil
+}
+
+// validName reports whether s can be a DNS host name: labels of letters, digits, hyphens and underscores.
+// Names whose last label is a number are refused, because they are mistyped addresses.
+func validName(s string) bool {
+	s = strings.TrimSuffix(s, ".")
+	if s == "" || len(s) > 253 {
+		return false
+	}
+	labels := strings.Split(s, ".")
+	for _, l := range labels {
+		if l == "" || len(l) > 63 || l[0] == '-' || l[len(l)-1] == '-' {
+			return false
+		}
+		for _, c := range []byte(l) {
+			if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '_') {
+				return false
+			}
+		}
+	}
+	_, err := strconv.Atoi(labels[len(labels)-1])
+	return err != nil
+}
+
+// IsZero reports whether s limits nothing.
+func (s Scope) IsZero() bool { return s == Scope{} }
+
+// variables returns the values of target and ipproto that stand for s.
+func (s Scope) variables() (target, ipproto string) {
+	target, ipproto = "*", "*"
+	switch {
+	case s.Name != "":
+		target = s.Name
+	case s.Prefix.IsValid() && s.Prefix.IsSingleIP():
+		target = s.Prefix.Addr().String()
+	case s.Prefix.IsValid():
+		target = s.Prefix.String()
+	}
+	if s.Protocol != 0 {
+		ipproto = strconv.Itoa(int(s.Protocol))
+	}
+	return target, ipproto
+}
+
+func (s Scope) String() string {
+	target, proto := s.variables()
+	return "target " + target + ", protocol " + proto
+}
