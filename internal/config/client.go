@@ -74,11 +74,11 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	addresses := root.table("addresses")
 	c.Static = addresses.addresses("static")
 	if len(c.Static) == 0 {
-		c.Request = addresses.addresses("request", "0.0.0.0/32", "::/128")
+		c.Request = addresses.prefixes("request", "0.0.0.0/32", "::/128")
 		if addresses.has("request") && len(c.Request) == 0 {
 			addresses.add("request", "no address is asked for, and none is static", `write ["0.0.0.0/32", "::/128"] or leave it out`)
 		}
-	} else if c.Request = addresses.addresses("request"); len(c.Request) > 0 {
+	} else if c.Request = addresses.prefixes("request"); len(c.Request) > 0 {
 		addresses.add("request", "static addresses are used instead of asking", "keep one of request and static")
 	}
 
