@@ -358,3 +358,12 @@ func TestNames(t *testing.T) {
 		t.Error("a host was made in a closed lab")
 	}
 }
+
+func TestNameNamespaces(t *testing.T) {
+	topo := newTopology(t, TopologyOptions{})
+	must(t, topo.Client.NameNamespaces())
+	out, err := topo.Client.Command(testContext(t), "ip", "netns", "exec", "proxy", "ip", "-4", "-br", "addr", "show", "eth1").CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "192.0.2.1/24") {
+		t.Errorf("got %q, %v", out, err)
+	}
+}
