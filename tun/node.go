@@ -1,0 +1,34 @@
+package tun
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+const nodePath = "/dev/net/tun"
+
+// openNode opens the node that makes TUN devices, in non-blocking mode. The
+// caller closes it.
+func openNode() (fd int, err error) {
+	fd, err = unix.Open(nodePath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("open %s: %w", nodePath, err)
+	}
+	return fd, nil
+}
+
+// createDevice makes a device from an open node and returns its name. Because
+// of IFF_TUN_EXCL the error is EBUSY when any device has the name; without
+// it, the kernel would attach the node to a persistent TUN device.
+func createDevice(fd int, name string, flags uint16) (string, error) {
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return "", err
+	}
+	ifr.SetUint16(flags | unix.IFF_TUN_EXCL)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		return "", fmt.Errorf("TUNSETIFF: %w", err)
+	}
+	return ifr.Name(), nil
+}

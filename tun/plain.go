@@ -1,0 +1,109 @@
+package tun
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"syscall"
+
+	"github.com/songgao/water"
+	"golang.org/x/sys/unix"
+)
+
+// plainQueueLen is the length in packets of the kernel's queue in front of
+// Read: the kernel's default. No packet is longer than the MTU here.
+const plainQueueLen = 500
+
+// plain is the device of songgao/water: one packet per system call, and
+// segments made by the kernel.
+type plain struct {
+	file *os.File
+
+	mu  sync.Mutex // guards buf
+	buf []byte     // as long as any packet, so that none is cut unseen
+}
+
+// openPlain makes a device without offloads and returns its name. EBUSY,
+// EPERM and so on are left for openError.
+func openPlain(name string) (*plain, string, error) {
+	if err := checkCreate(name); err != nil {
+		return nil, "", err
+	}
+	// water does not set close-on-exec; holding the lock keeps a child that
+	// is started meanwhile from inheriting the device.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	dev, err := water.New(water.Config{
+		DeviceType:             water.TUN,
+		PlatformSpecificParams: water.PlatformSpecificParams{Name: name},
+	})
+	if err != nil {
+		return nil, "", err
+	}
+	// water opens in non-blocking mode and calls os.NewFile after TUNSETIFF,
+	// so that the runtime polls the descriptor and Close ends a Read.
+	file, ok := dev.ReadWriteCloser.(*os.File)
+	if !ok {
+		dev.Close()
+		return nil, "", fmt.Errorf("water returned a %T instead of a file", dev.ReadWriteCloser)
+	}
+	conn, err := file.SyscallConn()
+	if err == nil {
+		err = conn.Control(func(fd uintptr) { unix.CloseOnExec(int(fd)) })
+	}
+	if err != nil {
+		file.Close()
+		return nil, "", fmt.Errorf("set close-on-exec: %w", err)
+	}
+	return &plain{file: file, buf: make([]byte, MaxPacketLen+1)}, dev.Name(), nil
+}
+
+// checkCreate asks the kernel whether a device with this name could be made,
+// without making one: flags that name no kind of device are refused with
+// EINVAL, but only after the name and the permission were checked. water
+// would attach to a persistent TUN device of that name and make it vanish
+// with ours, and it leaks its descriptor when it fails.
+func checkCreate(name string) error {
+	fd, err := openNode()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	_, err = createDevice(fd, name, 0)
+	if errors.Is(err, unix.EINVAL) {
+		return nil
+	}
+	return err
+}
+
+func (p *plain) close() error { return p.file.Close() }
+
+func (p *plain) read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n, err := p.file.Read(p.buf)
+	if err != nil {
+		return 0, err
+	}
+	if n > len(bufs[0])-offset {
+		return 0, errPacket
+	}
+	sizes[0] = copy(bufs[0][offset:], p.buf[:n])
+	return 1, nil
+}
+
+func (p *plain) write(bufs [][]byte, offset int) (n int, err error) {
+	for _, b := range bufs {
+		if !validLen(b, offset) {
+			err = firstError(err, errPacketLen)
+			continue
+		}
+		if _, werr := p.file.Write(b[offset:]); werr != nil {
+			err = firstError(err, werr)
+			continue
+		}
+		n++
+	}
+	return n, err
+}

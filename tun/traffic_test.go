@@ -1,0 +1,211 @@
+package tun
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// eachFamily runs test for both IP versions on one device.
+func eachFamily(t *testing.T, test func(t *testing.T, host, peer netip.Addr)) {
+	t.Run("ipv4", func(t *testing.T) { test(t, host4, peer4) })
+	t.Run("ipv6", func(t *testing.T) { test(t, host6, peer6) })
+}
+
+func TestPing(t *testing.T) {
+	eachBackend(t, func(t *testing.T, offload bool) {
+		d := openDevice(t, Config{MTU: 1400, Offload: offload})
+		bringUp(t, d)
+		startMirror(t, d)
+		eachFamily(t, func(t *testing.T, _, peer netip.Addr) {
+			network, request, reply := "ip4:icmp", byte(8), byte(0)
+			if peer.Is6() {
+				network, request, reply = "ip6:ipv6-icmp", 128, 129
+			}
+			conn, err := net.DialIP(network, nil, &net.IPAddr{IP: peer.AsSlice()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(patience))
+			echo := []byte{request, 0, 0, 0, 0x12, 0x34, 0, 1, 'p', 'i', 'n', 'g'}
+			if peer.Is4() { // for IPv6 the kernel does it
+				sum := ^onesSum(echo)
+				echo[2], echo[3] = byte(sum>>8), byte(sum)
+			}
+			if _, err := conn.Write(echo); err != nil {
+				t.Fatal(err)
+			}
+			buf := make([]byte, 1500)
+			for {
+				n, _, err := conn.ReadFromIP(buf) // without the IP header
+				if err != nil {
+					t.Fatal(err)
+				}
+				if buf[0] != reply {
+					continue // the mirrored request
+				}
+				if !bytes.Equal(buf[4:n], echo[4:]) {
+					t.Errorf("echo reply %x, want %x", buf[4:n], echo[4:])
+				}
+				return
+			}
+		})
+	})
+}
+
+// onesSum is the ones' complement sum of b (RFC 1071).
+func onesSum(b []byte) uint16 {
+	var sum uint32
+	for i, v := range b {
+		sum += uint32(v) << (8 * (1 - i%2))
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return uint16(sum)
+}
+
+// TestUDP also sends many datagrams with one call: they arrive in the device
+// as one packet where the kernel can do that, and leave Read cut.
+func TestUDP(t *testing.T) {
+	const size, count = 300, 40
+	eachBackend(t, func(t *testing.T, offload bool) {
+		d := openDevice(t, Config{MTU: 1400, Offload: offload})
+		bringUp(t, d)
+		startMirror(t, d)
+		eachFamily(t, func(t *testing.T, host, peer netip.Addr) {
+			server, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(host, 0)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer server.Close()
+			port := server.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+			client, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer, port)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer client.Close()
+			server.SetDeadline(time.Now().Add(patience))
+			setSegmentSize(t, client, size)
+
+			sent := randomBytes(size*count - size/2) // the last one is shorter
+			if _, err := client.Write(sent); err != nil {
+				t.Fatal(err)
+			}
+			var got []byte
+			buf := make([]byte, MaxPacketLen)
+			for range count {
+				n, from, err := server.ReadFromUDPAddrPort(buf)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if n > size || from.Addr().Unmap() != peer {
+					t.Errorf("%d bytes from %v, want at most %d from %v", n, from, size, peer)
+				}
+				got = append(got, buf[:n]...)
+			}
+			if !bytes.Equal(got, sent) {
+				t.Error("datagrams differ from what was sent")
+			}
+		})
+	})
+}
+
+func setSegmentSize(t *testing.T, conn syscall.Conn, size int) {
+	t.Helper()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var serr error
+	err = raw.Control(func(fd uintptr) {
+		serr = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, size)
+	})
+	if err := errors.Join(err, serr); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestTCP sends many megabytes through the device and back.
+func TestTCP(t *testing.T) {
+	eachBackend(t, func(t *testing.T, offload bool) {
+		d := openDevice(t, Config{MTU: 1400, Offload: offload})
+		bringUp(t, d)
+		m := startMirror(t, d)
+		eachFamily(t, func(t *testing.T, host, peer netip.Addr) { echoTCP(t, host, peer, 8<<20) })
+
+		batch, written := m.maxBatch.Load(), m.written.Load()
+		link, err := netlink.LinkByIndex(d.Index())
+		if err != nil {
+			t.Fatal(err)
+		}
+		received := link.Attrs().Statistics.RxPackets
+		t.Logf("most packets in one Read: %d; %d packets in %d writes", batch, written, received)
+		if offload && (batch < 2 || received >= written) {
+			t.Error("no segmentation or no coalescing was seen")
+		}
+		if !offload && batch != 1 {
+			t.Error("the plain device read more than one packet at once")
+		}
+		if n := d.Dropped(); n != 0 {
+			t.Errorf("Read dropped %d packets", n)
+		}
+	})
+}
+
+// echoTCP sends size bytes to peer, which is the host itself, and checks what
+// it gets back.
+func echoTCP(t *testing.T, host, peer netip.Addr, size int) {
+	listener, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(host, 0)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	echoed := make(chan error, 1)
+	go func() {
+		conn, err := listener.AcceptTCP()
+		if err == nil {
+			defer conn.Close()
+			_, err = io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn})
+		}
+		echoed <- err
+	}()
+
+	port := uint16(listener.Addr().(*net.TCPAddr).Port)
+	conn, err := net.DialTCP("tcp", nil, net.TCPAddrFromAddrPort(netip.AddrPortFrom(peer, port)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	data := randomBytes(size)
+	sent := make(chan error, 1)
+	go func() {
+		_, err := conn.Write(data)
+		sent <- errors.Join(err, conn.CloseWrite())
+	}()
+	hash := sha256.New()
+	n, err := io.Copy(hash, conn)
+	if err := errors.Join(err, <-sent, <-echoed); err != nil {
+		t.Fatal(err)
+	}
+	if want := sha256.Sum256(data); int(n) != size || !bytes.Equal(hash.Sum(nil), want[:]) {
+		t.Errorf("%d bytes came back of %d, or they differ", n, size)
+	}
+}
+
+func randomBytes(n int) []byte {
+	b := make([]byte, n)
+	rand.NewChaCha8([32]byte{}).Read(b)
+	return b
+}
