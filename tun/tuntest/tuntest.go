@@ -1,76 +1,148 @@
-// Package tuntest is a TUN device in memory, with the methods of tun.Device, for tests without a kernel.
+// Package tuntest is a TUN device in memory, for tests that have no kernel to
+// talk to: it has the methods of tun.Device, and the test is the host.
 package tuntest
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
+
+	"masquevpn/tun"
 )
 
-// queueLen is how many packets wait in each direction; more are dropped, as a device does.
-const queueLen = 1024
+const (
+	// QueueLen is how many packets wait in each direction. Like a device, and
+	// so that no test can wait for itself, more are dropped.
+	QueueLen = 1024
 
-// Device is a TUN device whose host is the test. All methods may be called from any goroutine.
+	batchSize = 128
+)
+
+// Device is a TUN device whose host is the test. It is always up. Its methods
+// may be called concurrently.
 type Device struct {
-	mtu    int
-	toRead chan []byte // from the host into the tunnel
-	toHost chan []byte
-	once   sync.Once
-	closed chan struct{}
+	mtu      atomic.Int64
+	dropped  atomic.Uint64
+	fromHost chan []byte
+	toHost   chan []byte
+	once     sync.Once
+	closed   chan struct{}
 }
 
 // New makes a device with an MTU of mtu bytes.
 func New(mtu int) *Device {
-	return &Device{
-		mtu:    mtu,
-		toRead: make(chan []byte, queueLen),
-		toHost: make(chan []byte, queueLen),
-		closed: make(chan struct{}),
+	d := &Device{
+		fromHost: make(chan []byte, QueueLen),
+		toHost:   make(chan []byte, QueueLen),
+		closed:   make(chan struct{}),
 	}
+	d.mtu.Store(int64(mtu))
+	return d
 }
 
-// Inject lets the host send pkt, which it keeps, into the tunnel.
-func (d *Device) Inject(pkt []byte) {
+// Inject sends pkt from the host into the tunnel, for Read. It neither waits
+// nor retains pkt, and does nothing after Close.
+func (d *Device) Inject(pkt []byte) { d.push(d.fromHost, pkt) }
+
+// Receive waits for the next packet that was written to the device. The
+// packet belongs to the caller. The error is that of ctx, or os.ErrClosed
+// when the device is closed and has no packets left.
+func (d *Device) Receive(ctx context.Context) ([]byte, error) {
 	select {
-	case d.toRead <- append([]byte(nil), pkt...):
+	case pkt := <-d.toHost:
+		return pkt, nil
 	default:
 	}
-}
-
-// Receive waits for the next packet that came out of the tunnel. The packet belongs to the caller.
-func (d *Device) Receive(ctx context.Context) ([]byte, error) {
 	select {
 	case pkt := <-d.toHost:
 		return pkt, nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	case <-d.closed:
+		return nil, os.ErrClosed
+	}
+}
+
+func (d *Device) push(queue chan<- []byte, pkt []byte) {
+	if d.isClosed() {
+		return
+	}
+	select {
+	case queue <- append([]byte(nil), pkt...):
+	default:
+		d.dropped.Add(1)
+	}
+}
+
+func (d *Device) isClosed() bool {
+	select {
+	case <-d.closed:
+		return true
+	default:
+		return false
 	}
 }
 
 // Name returns a name that no device of the kernel has.
 func (d *Device) Name() string { return "tuntest" }
 
-// MTU returns what New was given, in bytes.
-func (d *Device) MTU() int { return d.mtu }
+// Index returns 0, which is not the index of a device of the kernel.
+func (d *Device) Index() int { return 0 }
 
-// BatchSize is as small as it can be while batches are still batches.
-func (d *Device) BatchSize() int { return 4 }
+// MTU returns the MTU in bytes. Nothing is dropped for being longer.
+func (d *Device) MTU() int { return int(d.mtu.Load()) }
 
-// Read is that of tun.Device.
+// SetMTU follows tun.Device.
+func (d *Device) SetMTU(mtu int) error {
+	if err := tun.CheckMTU(mtu); err != nil {
+		return err
+	}
+	if d.isClosed() {
+		return os.ErrClosed
+	}
+	d.mtu.Store(int64(mtu))
+	return nil
+}
+
+// Offload returns true: packets come in batches.
+func (d *Device) Offload() bool { return true }
+
+// BatchSize follows tun.Device.
+func (d *Device) BatchSize() int { return batchSize }
+
+// Dropped returns how many packets were lost, because a queue was full or a
+// buffer given to Read too short.
+func (d *Device) Dropped() uint64 { return d.dropped.Load() }
+
+// Read follows tun.Device: it waits for one packet and takes along what else
+// is there, up to BatchSize.
 func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
-	n := 0
-	select {
-	case pkt := <-d.toRead:
-		sizes[n] = copy(bufs[n][offset:], pkt)
-		n++
-	case <-d.closed:
+	if len(bufs) == 0 || len(sizes) < len(bufs) {
+		return 0, fmt.Errorf("tuntest: read: %d buffers, %d sizes: %w", len(bufs), len(sizes), tun.ErrInvalid)
+	}
+	for _, b := range bufs {
+		if offset < 0 || offset >= len(b) {
+			return 0, fmt.Errorf("tuntest: read: offset %d in a buffer of %d bytes: %w", offset, len(b), tun.ErrInvalid)
+		}
+	}
+	if d.isClosed() {
 		return 0, os.ErrClosed
 	}
-	for n < min(len(bufs), d.BatchSize()) {
+	n := 0
+	for n == 0 {
 		select {
-		case pkt := <-d.toRead:
-			sizes[n] = copy(bufs[n][offset:], pkt)
-			n++
+		case pkt := <-d.fromHost:
+			n += d.deliver(pkt, bufs[n][offset:], &sizes[n])
+		case <-d.closed:
+			return 0, os.ErrClosed
+		}
+	}
+	for n < min(len(bufs), batchSize) {
+		select {
+		case pkt := <-d.fromHost:
+			n += d.deliver(pkt, bufs[n][offset:], &sizes[n])
 		default:
 			return n, nil
 		}
@@ -78,23 +150,44 @@ func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	return n, nil
 }
 
-// Write is that of tun.Device.
-func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
-	select {
-	case <-d.closed:
-		return 0, os.ErrClosed
-	default:
+// deliver copies pkt to buf and returns 1, or drops it and returns 0.
+func (d *Device) deliver(pkt, buf []byte, size *int) int {
+	if len(pkt) > len(buf) {
+		d.dropped.Add(1)
+		return 0
 	}
-	for _, b := range bufs {
-		select {
-		case d.toHost <- append([]byte(nil), b[offset:]...):
-		default:
-		}
-	}
-	return len(bufs), nil
+	*size = copy(buf, pkt)
+	return 1
 }
 
-// Close makes Read and Write return os.ErrClosed.
+// Write follows tun.Device, and makes full use of what that allows: before it
+// returns, it overwrites the buffers from the headroom to their capacity.
+// Callers that rely on contents they do not own any more then fail their
+// tests.
+func (d *Device) Write(bufs [][]byte, offset int) (n int, err error) {
+	if offset < tun.Headroom {
+		return 0, fmt.Errorf("tuntest: write: offset %d is less than Headroom, %d: %w", offset, tun.Headroom, tun.ErrInvalid)
+	}
+	if d.isClosed() {
+		return 0, os.ErrClosed
+	}
+	for _, b := range bufs {
+		if len(b) <= offset || len(b)-offset > tun.MaxPacketLen {
+			err = fmt.Errorf("tuntest: write: packet of %d bytes: %w", len(b)-offset, tun.ErrInvalid)
+			continue
+		}
+		d.push(d.toHost, b[offset:])
+		n++
+		mine := b[offset-tun.Headroom : min(cap(b), offset+tun.MaxPacketLen)]
+		for i := range mine {
+			mine[i] = 0xee
+		}
+	}
+	return n, err
+}
+
+// Close ends Read, Write and Receive with os.ErrClosed. It may be called more
+// than once.
 func (d *Device) Close() error {
 	d.once.Do(func() { close(d.closed) })
 	return nil
