@@ -15,8 +15,10 @@ import (
 const (
 	// offloadQueueLen is the length in packets of the kernel's queue in front
 	// of Read. An entry can have 64 KiB, and the driver never pushes back on
-	// who fills it: the kernel's default of 500 would be more than a second
-	// of delay at 200 Mbit/s.
+	// who fills it: eight CUBIC flows through a reader of 200 Mbit/s were
+	// delayed by 45 ms with 128, 200 with 256 and 300 with the kernel's
+	// default of 500. Less than 128 loses datagrams whenever the reader is not
+	// scheduled for a millisecond.
 	offloadQueueLen = 128
 
 	// maxCoalesce is how many packets are given to the coalescing at once.
