@@ -1,0 +1,415 @@
+package routing
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// full is a client's state with everything in it.
+func full() State {
+	return State{
+		MTU:       1400,
+		Addresses: prefixes("10.77.0.2/32", "fd77::2/128"),
+		Routes:    prefixes("0.0.0.0/0", "::/0", "10.0.0.0/8", "172.16.0.0/12", "2001:db8:1::/48"),
+		Exclude:   prefixes("10.9.0.0/16", "2001:db8:1:9::/64"),
+	}
+}
+
+func TestCloseRestoresTheHost(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		mark  uint32
+		state State
+	}{
+		{"client", DefaultMark, full()},
+		{"proxy", 0, State{
+			MTU:        1380,
+			Addresses:  prefixes("10.77.0.1/24", "fd77::1/64"),
+			Routes:     prefixes("10.77.0.0/24", "192.0.2.0/24", "fd77::/64"),
+			Forward:    true,
+			Masquerade: prefixes("10.77.0.0/24", "fd77::/64"),
+		}},
+		{"gateway", DefaultMark, State{
+			Addresses:  prefixes("10.77.0.2/32"),
+			Routes:     prefixes("192.0.2.0/24"),
+			Forward:    true,
+			Masquerade: prefixes("198.51.100.0/24"),
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newHost(t)
+			h.uplink()
+			h.tun("masque0")
+			before := h.snapshot()
+			journal := filepath.Join(t.TempDir(), "state", "one.json")
+			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: tt.mark, Journal: journal})
+			h.apply(m, tt.state)
+			during := h.snapshot()
+			for _, what := range []string{"addr", "route", "ruleset"} {
+				if during[what] == before[what] {
+					t.Errorf("Apply changed nothing in %s", what)
+				}
+			}
+			if info, err := os.Stat(journal); err != nil || info.Mode().Perm() != 0o600 {
+				t.Errorf("journal while open: %v, %v; want mode 0600", info, err)
+			}
+			h.close(m)
+			h.same(before)
+			if _, err := os.Stat(journal); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("journal after Close: %v, want none", err)
+			}
+			h.close(m) // does nothing
+			if err := h.tryApply(m, tt.state); !errors.Is(err, os.ErrClosed) {
+				t.Errorf("Apply after Close: %v, want os.ErrClosed", err)
+			}
+		})
+	}
+}
+
+func TestCloseAfterTheInterface(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	before := h.snapshot()
+	_, closeTUN := h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, full())
+	closeTUN()
+	h.close(m)
+	h.same(before)
+}
+
+// A link that is the administrator's, with an address and set up by them.
+func TestForeignThingsStay(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	h.ip("link set masque0 mtu 1300 up")
+	h.ip("addr add 10.77.0.2/32 dev masque0")
+	h.ip("rule add fwmark 7 lookup 100 priority 9548 protocol static")
+	h.run("nft", "add table inet masque-other")
+	before := h.snapshot()
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, full())
+	h.apply(m, State{})
+	h.close(m)
+	h.same(before)
+}
+
+// changes counts the netlink notifications that f causes.
+func (h *host) changes(f func()) (n int) {
+	h.t.Helper()
+	h.do(func() {
+		groups := []uint{
+			unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
+			unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
+			unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF,
+		}
+		route, err := nl.Subscribe(unix.NETLINK_ROUTE, groups...)
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		defer route.Close()
+		filter, err := nl.Subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES)
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		defer filter.Close()
+		f()
+		// Notifications are queued before the request that causes them returns.
+		buf := make([]byte, 1<<16)
+		for _, s := range []*nl.NetlinkSocket{route, filter} {
+			for {
+				size, _, err := unix.Recvfrom(s.GetFd(), buf, unix.MSG_DONTWAIT)
+				if errors.Is(err, unix.EAGAIN) {
+					break
+				}
+				if err != nil {
+					h.t.Fatal(err)
+				}
+				msgs, err := syscall.ParseNetlinkMessage(buf[:size])
+				if err != nil {
+					h.t.Fatal(err)
+				}
+				n += len(msgs)
+			}
+		}
+	})
+	return n
+}
+
+func TestApplyAgainChangesNothing(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	apply := func(s State) func() {
+		return func() {
+			if err := m.Apply(s); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	s := full()
+	s.Forward, s.Masquerade = true, prefixes("192.0.2.0/24")
+	if n := h.changes(apply(s)); n == 0 {
+		t.Fatal("no notification of the first Apply: the monitor does not work")
+	}
+	slices.Reverse(s.Routes)
+	slices.Reverse(s.Addresses)
+	s.Routes = append(s.Routes, s.Routes[0])
+	if n := h.changes(apply(s)); n != 0 {
+		t.Errorf("the same state again: %d notifications, want none", n)
+	}
+	s.Routes = append(s.Routes, netip.MustParsePrefix("172.32.0.0/12"))
+	if n := h.changes(apply(s)); n != 1 {
+		t.Errorf("one more route of a known length: %d notifications, want 1", n)
+	}
+}
+
+// The kernel makes a secret for the interface's addresses when the MTU brings
+// IPv6 back.
+const stableSecret = "/proc/sys/net/ipv6/conf/masque0/stable_secret"
+
+func TestApplyFollowsAsDifference(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	before := h.snapshot()
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, full())
+	fresh := h.snapshot()
+	delete(before, stableSecret)
+	delete(fresh, stableSecret)
+	for _, s := range []State{
+		{MTU: 1300, Addresses: prefixes("10.77.0.3/32"), Routes: prefixes("10.0.0.0/8")},
+		{Addresses: prefixes("10.77.0.3/32", "fd77::9/128"), Routes: prefixes("::/0")},
+		{MTU: 1200, Routes: prefixes("198.51.100.0/24")}, // below 1280: IPv4 alone; unnumbered
+		{},
+		{MTU: 1000, Addresses: prefixes("10.77.0.3/24", "10.77.0.4/24", "10.77.0.5/24"), Routes: prefixes("0.0.0.0/1")},
+		{MTU: 1000, Addresses: prefixes("10.77.0.4/24", "10.77.0.5/24"), Routes: prefixes("0.0.0.0/1")}, // the primary goes
+		{Forward: true, Masquerade: prefixes("10.0.0.0/8")},
+	} {
+		h.apply(m, s)
+		addrs := h.ip("-o addr show dev masque0")
+		if got := strings.Count(addrs, "inet"); got != len(s.Addresses) {
+			t.Errorf("%+v: addresses of the interface:\n%s", s, addrs)
+		}
+		for _, a := range s.Addresses {
+			if !strings.Contains(addrs, a.String()) {
+				t.Errorf("%+v: address %v is missing:\n%s", s, a, addrs)
+			}
+		}
+	}
+	h.apply(m, full())
+	h.same(fresh)
+	h.close(m)
+	h.same(before)
+}
+
+func TestApplyRepairs(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	index, _ := h.tun("masque0")
+	h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, full())
+	good := h.snapshot()
+	for _, damage := range []string{
+		"ip route flush table all proto 94",
+		"ip -6 route flush table all proto 94",
+		"ip rule del priority 9548",
+		"ip -6 rule del priority 9741",
+		"ip addr del 10.77.0.2/32 dev masque0",
+		"ip addr flush dev masque0",
+		"ip link set masque0 down",
+		"ip link set masque0 mtu 1280",
+		"ip link set masque0 mtu 1000",
+		"nft flush ruleset",
+		"nft flush chain inet masque-one restore",
+		"nft delete chain inet masque-one guard",
+		"sysctl -w net.ipv4.conf.all.src_valid_mark=0",
+	} {
+		args := strings.Fields(damage)
+		if args[0] == "sysctl" {
+			h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
+		} else {
+			h.run(args[0], args[1:]...)
+		}
+		h.apply(m, full())
+		now := h.snapshot()
+		for what := range good {
+			if now[what] != good[what] && what != stableSecret {
+				t.Errorf("after %q and Apply, %s is\n%s\nwant\n%s", damage, what, now[what], good[what])
+			}
+		}
+	}
+	if got := h.lookup("203.0.113.9", 0); got != index {
+		t.Errorf("lookup leads to interface %d, want %d", got, index)
+	}
+}
+
+func TestRollback(t *testing.T) {
+	first := State{MTU: 1400, Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("10.0.0.0/8")}
+	for _, tt := range []struct {
+		name   string
+		before State
+	}{{"from nothing", State{}}, {"from a state", first}} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newHost(t)
+			h.uplink()
+			index, _ := h.tun("masque0")
+			// Somebody's route where ours is to go: fails when the interface, the
+			// filter and other routes are there already.
+			h.run("ip", "-6", "route", "add", "2001:db8:1::/48", "dev", "up0", "metric", "9484", "proto", "static",
+				"table", strconv.Itoa(tableID(index, 48)))
+			pristine := h.snapshot()
+			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Journal: filepath.Join(t.TempDir(), "j.json")})
+			if tt.before.MTU != 0 {
+				h.apply(m, tt.before)
+			}
+			before := h.snapshot()
+			err := h.tryApply(m, full())
+			if !errors.Is(err, syscall.EEXIST) || !strings.Contains(err.Error(), "2001:db8:1::/48") ||
+				!strings.Contains(err.Error(), "remove it") {
+				t.Errorf("Apply: %v; want file exists, with the route and a remedy", err)
+			}
+			h.same(before)
+			h.apply(m, first)
+			h.close(m)
+			h.same(pristine)
+		})
+	}
+}
+
+func TestApplyRefuses(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	before := h.snapshot()
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	many := make([]netip.Prefix, MaxRoutes+1)
+	for i := range many {
+		many[i] = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 32)
+	}
+	for _, tt := range []struct {
+		name  string
+		state State
+		is    error
+		says  string
+	}{
+		{"too many routes", State{Routes: many}, ErrTooManyRoutes, "16385"},
+		{"host bits", State{Routes: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}}, nil, "10.0.0.0/8"},
+		{"no prefix", State{Exclude: []netip.Prefix{{}}}, nil, "exclude"},
+		{"mapped", State{Masquerade: prefixes("::ffff:10.0.0.0/104")}, nil, "masquerade"},
+		{"no address", State{Addresses: prefixes("0.0.0.0/0")}, nil, "0.0.0.0/0"},
+		{"MTU", State{MTU: 67}, nil, "68"},
+		{"MTU for IPv6", State{MTU: 1279, Routes: prefixes("::/0")}, nil, "1280"},
+	} {
+		err := h.tryApply(m, tt.state)
+		if err == nil || tt.is != nil && !errors.Is(err, tt.is) || !strings.Contains(err.Error(), tt.says) {
+			t.Errorf("%s: %v, want %q, %v", tt.name, err, tt.says, tt.is)
+		}
+	}
+	h.same(before)
+	proxy := h.open(Config{Instance: "two", Interface: "masque0"})
+	if err := h.tryApply(proxy, State{Exclude: prefixes("10.0.0.0/8")}); err == nil || !strings.Contains(err.Error(), "mark") {
+		t.Errorf("exclude without mark: %v", err)
+	}
+}
+
+func TestManyRoutes(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	index, _ := h.tun("masque0")
+	before := h.snapshot()
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	s := State{Addresses: prefixes("10.77.0.2/32")}
+	for i := range MaxRoutes {
+		s.Routes = append(s.Routes, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 0}), 24))
+	}
+	h.apply(m, s)
+	if got := h.lookup("10.63.255.1", 0); got != index {
+		t.Errorf("lookup leads to interface %d, want %d", got, index)
+	}
+	h.close(m)
+	h.same(before)
+}
+
+func TestIPv6Disabled(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	index, _ := h.tun("masque0")
+	h.sysctl("net/ipv6/conf/masque0/disable_ipv6", "1")
+	before := h.snapshot()
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	err := h.tryApply(m, full())
+	if !errors.Is(err, ErrIPv6Disabled) || !strings.Contains(err.Error(), "net.ipv6.conf.masque0.disable_ipv6") {
+		t.Errorf("Apply: %v; want ErrIPv6Disabled with the sysctl", err)
+	}
+	h.same(before)
+	h.apply(m, full().ipv4Only())
+	if got := h.lookup("203.0.113.9", 0); got != index {
+		t.Errorf("lookup leads to interface %d, want %d", got, index)
+	}
+	h.close(m)
+	h.same(before)
+}
+
+// A kernel without IPv6 has no net/ipv6 in /proc/sys.
+func TestNoIPv6InTheKernel(t *testing.T) {
+	h := newHost(t)
+	index, _ := h.tun("masque0")
+	h.uplink()
+	procSys := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(procSys, "net"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/proc/thread-self/net/../../sys/net/ipv4", filepath.Join(procSys, "net/ipv4")); err != nil {
+		t.Fatal(err)
+	}
+	var log logBuffer
+	h.do(func() {
+		m, err := open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Logger: log.logger()}, procSys)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { h.do(func() { m.Close() }) })
+		for range 2 {
+			if err := m.Apply(full()); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	if got := strings.Count(log.String(), "no IPv6"); got != 1 {
+		t.Errorf("%d log lines about IPv6, want 1:\n%s", got, log.String())
+	}
+	if got := h.lookup("203.0.113.9", 0); got != index {
+		t.Errorf("lookup leads to interface %d, want %d", got, index)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	h := newHost(t)
+	h.tun("masque0")
+	for _, c := range []Config{
+		{Instance: "", Interface: "masque0"},
+		{Instance: "a b", Interface: "masque0"},
+		{Instance: strings.Repeat("x", 65), Interface: "masque0"},
+		{Instance: "one", Interface: "nosuch0"},
+		{Instance: "one", Interface: "masque0", Journal: "/proc/nowhere/j.json"},
+	} {
+		if _, err := h.tryOpen(c); err == nil {
+			t.Errorf("Open(%+v) succeeded", c)
+		}
+	}
+}

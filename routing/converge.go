@@ -1,0 +1,257 @@
+package routing
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// op is one change to the kernel.
+type op struct {
+	what string // for the log and for errors: a verb and its object
+	do   func() error
+}
+
+// converge makes the changes that lead from what the kernel has to the plan,
+// and looks again: removing one thing can take another along (the last IPv4
+// address of an interface its routes, an MTU below 1280 all of IPv6). At the
+// first error it stops, unless it is to get as far as it can.
+func (s *scope) converge(want plan, all bool) error {
+	var last string
+	for range 5 {
+		have, err := s.observe()
+		if err != nil {
+			return err
+		}
+		ops, err := s.diff(have, want)
+		if err != nil {
+			return err
+		}
+		if len(ops) == 0 {
+			return nil
+		}
+		var errs []error
+		for _, o := range ops {
+			err := o.do()
+			s.logOp(o, err)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", o.what, err))
+				if !all {
+					break
+				}
+			}
+		}
+		if err := errors.Join(errs...); err != nil {
+			return err
+		}
+		last = ops[0].what
+	}
+	return fmt.Errorf("%s: does not last: stop the program that undoes it", last)
+}
+
+func (s *scope) logOp(o op, err error) {
+	switch {
+	case err != nil:
+		s.Logger.Debug("failed to "+o.what, "error", err)
+	case s.dead:
+		s.Logger.Info("left behind by a dead process: " + o.what)
+	default:
+		s.Logger.Debug(o.what)
+	}
+}
+
+// diff lists the changes in their order: what is new comes before what goes; on
+// the way in, each thing comes after what it needs (interface, filter, routes,
+// rules that lead to them), and on the way out before.
+func (s *scope) diff(have observed, want plan) ([]op, error) {
+	var ops []op
+	add := func(do func() error, format string, args ...any) {
+		ops = append(ops, op{fmt.Sprintf(format, args...), do})
+	}
+	if want.up && have.link == nil {
+		return nil, fmt.Errorf("interface %s (index %d): %w", s.Interface, s.index, explain(unix.ENODEV))
+	}
+	mtu := func() {
+		if want.mtu != 0 && have.mtu != want.mtu {
+			add(func() error { return s.setMTU(have.link, want.mtu, have.mtu) },
+				"set the MTU of %s from %d to %d", s.Interface, have.mtu, want.mtu)
+		}
+	}
+	if want.mtu >= minMTU6 {
+		mtu()
+		if have.mtu < minMTU6 {
+			return ops, nil // brings IPv6 back, with settings of its own: look again
+		}
+	}
+	set, unset, err := s.diffSysctls(want)
+	if err != nil {
+		return nil, err
+	}
+	ops = append(ops, set...)
+	if want.up && have.gen != "" && have.gen != strconv.Itoa(addrGenNone) && (!have.up || s.rec.AddrGen != "") {
+		add(func() error { return s.quiet(have.link, have.gen) }, "let %s make no address of its own", s.Interface)
+		for p := range have.addrs {
+			// IPv6 was off and on again, as it is when the MTU goes below 1280
+			// and back: then the mode is another, and has made an address.
+			if s.rec.AddrGen != "" && isIPv6(p) && p.Addr().IsLinkLocalUnicast() && !slices.Contains(want.addrs, p) {
+				add(func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
+			}
+		}
+	}
+	if want.up && !have.up {
+		add(func() error { return s.setUp(have.link) }, "set %s up", s.Interface)
+	}
+	for _, p := range want.addrs {
+		if _, ok := have.addrs[p]; !ok {
+			add(func() error { return s.addAddr(have.link, p) }, "add address %v to %s", p, s.Interface)
+		}
+	}
+	chains := s.available(want.chains)
+	if len(chains) != 0 && !sameTable(chains, have.chains) {
+		add(func() error { return s.writeTable(chains) }, "write nftables table inet %s", s.tableName())
+	}
+	for _, group := range groupRoutes(want.routes, have.routes) {
+		add(func() error { return s.addRoutes(group) }, "add %d %s", len(group), describe(group[0]))
+	}
+	for _, r := range missing(want.rules, have.rules, compareRules) {
+		n := r.netlink(s)
+		add(func() error { return explain(s.nl.RuleAdd(n)) }, "add %s", describeRule(n))
+	}
+
+	// From here on things go.
+	for i := range have.strays {
+		n := &have.strays[i]
+		add(func() error { return unlessGone(s.nl.RuleDel(n)) }, "delete %s", describeRule(n))
+	}
+	old := missing(have.rules, want.rules, compareRules)
+	slices.Reverse(old)
+	for _, r := range old {
+		n := r.netlink(s)
+		add(func() error { return unlessGone(s.nl.RuleDel(n)) }, "delete %s", describeRule(n))
+	}
+	for _, group := range groupRoutes(have.routes, want.routes) {
+		slices.Reverse(group)
+		add(func() error { return s.delRoutes(group) }, "delete %d %s", len(group), describe(group[0]))
+	}
+	if len(chains) == 0 && have.table {
+		add(s.deleteTable, "delete nftables table inet %s", s.tableName())
+	}
+	for _, p := range slices.Clone(s.rec.Addresses) {
+		if !slices.Contains(want.addrs, p) {
+			add(func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
+		}
+	}
+	if want.mtu == 0 && s.rec.MTU != 0 {
+		add(func() error { return s.restoreMTU(have.link) }, "set the MTU of %s back to %d", s.Interface, s.rec.MTU)
+	} else if want.mtu < minMTU6 {
+		mtu() // takes IPv6 away
+	}
+	if !want.up && s.rec.Down {
+		add(func() error { return s.restoreDown(have.link) }, "set %s down", s.Interface)
+	}
+	if !want.up && s.rec.AddrGen != "" {
+		add(func() error { return s.restoreAddrGen(have.link) }, "let %s make addresses as before", s.Interface)
+	}
+	return append(ops, unset...), nil
+}
+
+// missing returns the elements of want that have does not contain, in order.
+func missing[T comparable](want, have map[T]struct{}, compare func(a, b T) int) []T {
+	var list []T
+	for v := range want {
+		if _, ok := have[v]; !ok {
+			list = append(list, v)
+		}
+	}
+	slices.SortFunc(list, compare)
+	return list
+}
+
+// groupRoutes returns the routes of want that have does not contain, those of
+// each table and family together.
+func groupRoutes(want, have map[route]struct{}) (groups [][]route) {
+	list := missing(want, have, compareRoutes)
+	for len(list) > 0 {
+		n := slices.IndexFunc(list, func(r route) bool {
+			return r.table != list[0].table || isIPv6(r.prefix) != isIPv6(list[0].prefix)
+		})
+		if n < 0 {
+			n = len(list)
+		}
+		groups = append(groups, list[:n])
+		list = list[n:]
+	}
+	return groups
+}
+
+func describe(r route) string {
+	family := "IPv4"
+	if isIPv6(r.prefix) {
+		family = "IPv6"
+	}
+	return fmt.Sprintf("%s routes of table %d", family, r.table)
+}
+
+func describeRule(n *netlink.Rule) string {
+	target := "IPv4 rule"
+	if n.Family == netlink.FAMILY_V6 {
+		target = "IPv6 rule"
+	}
+	if n.Invert {
+		return fmt.Sprintf("%s %d: not fwmark %#x lookup %d", target, n.Priority, n.Mark, n.Table)
+	}
+	return fmt.Sprintf("%s %d: lookup %d suppress_prefixlength %d", target, n.Priority, n.Table, n.SuppressPrefixlen)
+}
+
+// clean undoes what dead processes left behind: what the journal of this
+// instance says, and all that belongs to the interface, new as it is, or to
+// interfaces that are gone.
+func (s *scope) clean(old *record) error {
+	// Rules first: an interface is there before its rules, so one that has
+	// rules and is not in the later list of interfaces is gone for good.
+	rules, err := s.listRules()
+	if err != nil {
+		return err
+	}
+	links, err := repeat(s.nl.LinkList)
+	if err != nil {
+		return fmt.Errorf("list interfaces: %w", explain(err))
+	}
+	exists := make(map[int]bool)
+	for _, l := range links {
+		exists[l.Attrs().Index&indexMask] = true
+	}
+	var stale []record
+	if old != nil {
+		if !slices.ContainsFunc(links, func(l netlink.Link) bool {
+			return l.Attrs().Index == old.Index && l.Attrs().Name == old.Interface
+		}) {
+			// What belonged to the interface went with it.
+			old.MTU, old.Down, old.AddrGen, old.Addresses = 0, false, "", nil
+		}
+		stale = append(stale, *old)
+	}
+	stale = append(stale, record{Interface: s.Interface, Index: s.index})
+	for i := range rules {
+		if _, index, ok := parseRule(&rules[i]); ok && !exists[index] {
+			stale = append(stale, record{Interface: fmt.Sprintf("interface %d, gone", index), Index: index})
+		}
+	}
+	done := make(map[int]bool)
+	for _, rec := range stale {
+		if done[rec.Index] {
+			continue
+		}
+		done[rec.Index] = true
+		dead := *s
+		dead.dead, dead.index, dead.Interface, dead.rec = true, rec.Index, rec.Interface, rec
+		if err := dead.converge(plan{}, true); err != nil {
+			return err
+		}
+	}
+	return nil
+}

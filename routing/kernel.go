@@ -1,0 +1,304 @@
+package routing
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+const addrGenNone = 1 // IN6_ADDR_GEN_MODE_NONE
+
+// observed is what the kernel has: of the interface, and of ours.
+type observed struct {
+	link   netlink.Link // nil: gone
+	up     bool
+	mtu    int
+	gen    string                    // its address generation mode, "" without IPv6
+	addrs  map[netip.Prefix]struct{} // all of the interface
+	routes map[route]struct{}
+	rules  map[rule]struct{}
+	strays []netlink.Rule // rules of ours that are not as we make them
+	chains []chainText    // of our nftables table
+	table  bool           // the nftables table is there
+}
+
+// observe reads the kernel's state.
+func (s *scope) observe() (o observed, err error) {
+	if o.link, err = s.findLink(); err != nil {
+		return o, err
+	}
+	if o.link != nil {
+		o.up = o.link.Attrs().Flags&net.FlagUp != 0
+		o.mtu = o.link.Attrs().MTU
+		o.gen, _ = s.readSysctl("net/ipv6/conf/" + o.link.Attrs().Name + "/addr_gen_mode")
+		if o.addrs, err = s.listAddrs(o.link); err != nil {
+			return o, err
+		}
+	}
+	if o.routes, err = s.listRoutes(); err != nil {
+		return o, err
+	}
+	o.rules = make(map[rule]struct{})
+	rules, err := s.listRules()
+	if err != nil {
+		return o, err
+	}
+	for _, n := range rules {
+		r, index, ok := parseRule(&n)
+		switch {
+		case !ok || index != s.index&indexMask:
+		case sameRule(&n, r.netlink(s)):
+			o.rules[r] = struct{}{}
+		default:
+			o.strays = append(o.strays, n)
+		}
+	}
+	o.chains, o.table, err = s.readTable()
+	if err != nil && !hasNoTables(err) {
+		return o, err
+	}
+	return o, nil
+}
+
+// findLink returns the interface, nil when it is gone.
+func (s *scope) findLink() (netlink.Link, error) {
+	if s.index == 0 {
+		return nil, nil
+	}
+	link, err := s.nl.LinkByIndex(s.index)
+	if errors.As(err, new(netlink.LinkNotFoundError)) || errors.Is(err, unix.ENODEV) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look up interface %s (index %d): %w", s.Interface, s.index, explain(err))
+	}
+	return link, nil
+}
+
+func (s *scope) listAddrs(link netlink.Link) (map[netip.Prefix]struct{}, error) {
+	addrs, err := repeat(func() ([]netlink.Addr, error) {
+		return s.nl.AddrList(link, netlink.FAMILY_ALL)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of %s: %w", s.Interface, explain(err))
+	}
+	set := make(map[netip.Prefix]struct{})
+	for _, a := range addrs {
+		set[prefixOf(a.IPNet)] = struct{}{}
+	}
+	return set, nil
+}
+
+func (s *scope) families() []int {
+	if s.ipv6 {
+		return []int{unix.AF_INET, unix.AF_INET6}
+	}
+	return []int{unix.AF_INET}
+}
+
+// listRoutes returns the routes of ours that belong to the interface.
+func (s *scope) listRoutes() (map[route]struct{}, error) {
+	set := make(map[route]struct{})
+	for _, family := range s.families() {
+		filter := &netlink.Route{Protocol: protocol}
+		routes, err := repeat(func() ([]netlink.Route, error) {
+			return s.dump.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		})
+		if err != nil {
+			return nil, fmt.Errorf("list routes: %w", explain(err))
+		}
+		for _, r := range routes {
+			index, _, ok := tableOwner(r.Table)
+			if ok && index == s.index&indexMask || r.Table == unix.RT_TABLE_MAIN && r.LinkIndex == s.index {
+				set[route{table: r.Table, prefix: prefixOf(r.Dst), throw: r.Type == unix.RTN_THROW}] = struct{}{}
+			}
+		}
+	}
+	return set, nil
+}
+
+// listRules returns all policy rules, none where the kernel has no such thing.
+func (s *scope) listRules() ([]netlink.Rule, error) {
+	var all []netlink.Rule
+	for _, family := range s.families() {
+		rules, err := repeat(func() ([]netlink.Rule, error) { return s.nl.RuleList(family) })
+		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list policy rules: %w", explain(err))
+		}
+		all = append(all, rules...)
+	}
+	return all, nil
+}
+
+// repeat does a dump again when the kernel says that its data changed meanwhile.
+func repeat[T any](dump func() (T, error)) (T, error) {
+	for range 9 {
+		if v, err := dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return v, err
+		}
+	}
+	return dump()
+}
+
+// check refuses a state that the interface cannot have.
+func (s *scope) check(want State) error {
+	if !want.hasIPv6() {
+		return nil
+	}
+	link, err := s.findLink()
+	if err != nil || link == nil {
+		return err
+	}
+	mtu := want.MTU
+	if mtu == 0 {
+		mtu = link.Attrs().MTU
+	}
+	if mtu < minMTU6 {
+		return fmt.Errorf("interface %s: MTU %d is too small for IPv6, which needs %d: leave its addresses and routes out",
+			s.Interface, mtu, minMTU6)
+	}
+	name := "net/ipv6/conf/" + link.Attrs().Name + "/disable_ipv6"
+	if v, err := s.readSysctl(name); err == nil && v != "0" {
+		return fmt.Errorf("%w: %s is %s, as net.ipv6.conf.default.disable_ipv6 was when %s was made: "+
+			"set it to 0, or do without IPv6 in the tunnel", ErrIPv6Disabled, dotted(name), v, link.Attrs().Name)
+	}
+	return nil
+}
+
+func (s *scope) addAddr(link netlink.Link, p netip.Prefix) error {
+	a := &netlink.Addr{IPNet: ipNet(p)}
+	if isIPv6(p) {
+		a.Flags |= unix.IFA_F_NODAD
+	}
+	if s.Mark != 0 {
+		a.Flags |= unix.IFA_F_NOPREFIXROUTE
+	}
+	s.rec.addAddr(p)
+	if err := s.journal.save(s.rec); err != nil {
+		s.rec.dropAddr(p)
+		return err
+	}
+	if err := s.nl.AddrAdd(link, a); err != nil {
+		s.rec.dropAddr(p)
+		return errors.Join(explain(err), s.journal.save(s.rec))
+	}
+	return nil
+}
+
+func (s *scope) delAddr(link netlink.Link, p netip.Prefix) error {
+	if link != nil {
+		err := s.nl.AddrDel(link, &netlink.Addr{IPNet: ipNet(p)})
+		if err := unlessGone(err); err != nil {
+			return err
+		}
+	}
+	s.rec.dropAddr(p)
+	return s.journal.save(s.rec)
+}
+
+// setMTU changes the MTU, and remembers the one found.
+func (s *scope) setMTU(link netlink.Link, mtu, found int) error {
+	if s.rec.MTU == 0 {
+		s.rec.MTU = found
+		if err := s.journal.save(s.rec); err != nil {
+			s.rec.MTU = 0
+			return err
+		}
+	}
+	return explain(s.nl.LinkSetMTU(link, mtu))
+}
+
+func (s *scope) restoreMTU(link netlink.Link) error {
+	if link != nil {
+		if err := unlessGone(s.nl.LinkSetMTU(link, s.rec.MTU)); err != nil {
+			return err
+		}
+	}
+	s.rec.MTU = 0
+	return s.journal.save(s.rec)
+}
+
+// quiet keeps the kernel from giving the interface a link-local address: nobody
+// on the other end knows it, and with it the host sends router solicitations and
+// multicast reports into the tunnel. Netlink it is, as a write to the sysctl of
+// that name makes addresses.
+func (s *scope) quiet(link netlink.Link, found string) error {
+	if s.rec.AddrGen == "" {
+		s.rec.AddrGen = found
+		if err := s.journal.save(s.rec); err != nil {
+			s.rec.AddrGen = ""
+			return err
+		}
+	}
+	return explain(s.nl.LinkSetIP6AddrGenMode(link, addrGenNone))
+}
+
+func (s *scope) restoreAddrGen(link netlink.Link) error {
+	if mode, err := strconv.Atoi(s.rec.AddrGen); link != nil && err == nil {
+		if err := unlessGone(s.nl.LinkSetIP6AddrGenMode(link, mode)); err != nil {
+			return err
+		}
+	}
+	s.rec.AddrGen = ""
+	return s.journal.save(s.rec)
+}
+
+// setUp sets the interface up, and remembers that it was down.
+func (s *scope) setUp(link netlink.Link) error {
+	if !s.rec.Down {
+		s.rec.Down = true
+		if err := s.journal.save(s.rec); err != nil {
+			s.rec.Down = false
+			return err
+		}
+	}
+	return explain(s.nl.LinkSetUp(link))
+}
+
+func (s *scope) restoreDown(link netlink.Link) error {
+	if link != nil {
+		if err := unlessGone(s.nl.LinkSetDown(link)); err != nil {
+			return err
+		}
+	}
+	s.rec.Down = false
+	return s.journal.save(s.rec)
+}
+
+func (s *scope) addRoutes(routes []route) error {
+	for _, r := range routes {
+		if err := s.nl.RouteAdd(r.netlink(s)); err != nil {
+			return fmt.Errorf("%v: %w", r.prefix, explain(err))
+		}
+	}
+	return nil
+}
+
+func (s *scope) delRoutes(routes []route) error {
+	var errs []error
+	for _, r := range routes {
+		if err := unlessGone(s.nl.RouteDel(r.netlink(s))); err != nil {
+			errs = append(errs, fmt.Errorf("%v: %w", r.prefix, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// unlessGone explains the error of a removal, nil when there was nothing to
+// remove.
+func unlessGone(err error) error {
+	for _, gone := range []error{unix.ENOENT, unix.ESRCH, unix.ENODEV, unix.EADDRNOTAVAIL} {
+		if errors.Is(err, gone) {
+			return nil
+		}
+	}
+	return explain(err)
+}

@@ -1,0 +1,215 @@
+package routing
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+)
+
+// Which way a packet goes, asked of the kernel.
+func TestLongestPrefixMatch(t *testing.T) {
+	h := newHost(t)
+	up := h.uplink()
+	tunnel, _ := h.tun("masque0")
+	for _, r := range []string{
+		"10.20.0.0/16", "10.1.2.0/24", "172.16.0.0/12", "10.9.1.0/24",
+		"2001:db8:20::/48", "2001:db8:1:2::/64", "2001:db8:14::/46", "2001:db8:9:1::/64",
+	} {
+		h.ip("route add " + r + " dev up0 proto static")
+	}
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	addresses := prefixes("10.77.0.2/32", "fd77::2/128")
+	split := prefixes(
+		"10.0.0.0/8", "10.20.30.0/24", "172.16.0.0/12", "192.168.0.0/16", "198.51.100.0/25",
+		"2001:db8::/32", "2001:db8:20:30::/64", "2001:db8:14::/46", "2001:db8:5::/65",
+	)
+	exclude := prefixes("10.9.0.0/16", "10.20.30.64/26", "192.0.2.0/24", "2001:db8:9::/48", "2001:db8:20:30:8000::/65", "3fff::/20")
+	for _, tt := range []struct {
+		name  string
+		state State
+		want  map[string]int // destination: interface
+	}{
+		{
+			"split", State{Addresses: addresses, Routes: split, Exclude: exclude},
+			map[string]int{
+				"10.2.3.4":               tunnel, // in a route of the tunnel
+				"10.20.1.1":              up,     // the host's is longer
+				"10.20.30.1":             tunnel, // the tunnel's is longer still
+				"10.20.30.65":            up,     // but this part is excluded: the host's /16
+				"10.1.2.3":               up,
+				"10.9.1.1":               up, // excluded, the host has a route
+				"10.9.2.1":               up, // excluded, the host's default route
+				"172.16.5.5":             up, // a tie
+				"192.168.5.77":           up, // the LAN
+				"192.168.6.1":            tunnel,
+				"198.51.100.1":           tunnel,
+				"198.51.100.200":         up, // not in the tunnel
+				"203.0.113.1":            up,
+				"127.0.0.1":              1,
+				"10.77.0.2":              1, // the host's own address
+				"2001:db8:2::1":          tunnel,
+				"2001:db8:20:1::1":       up,
+				"2001:db8:20:30::1":      tunnel,
+				"2001:db8:20:30:8000::1": up,
+				"2001:db8:1:2::3":        up,
+				"2001:db8:9:1::1":        up,
+				"2001:db8:9:2::1":        up,
+				"2001:db8:14::5":         up,     // a tie
+				"2001:db8:5::77":         tunnel, // the tunnel has half of the LAN, with a longer prefix
+				"2001:db8:5:0:8000::77":  up,
+				"2a00::1":                up,
+				"::1":                    1,
+				"fd77::2":                1,
+			},
+		},
+		{
+			"full", State{
+				Addresses: addresses, Exclude: exclude,
+				Routes: slices.Concat(split, prefixes("0.0.0.0/0", "::/0")),
+			},
+			map[string]int{
+				"203.0.113.1":           tunnel, // the tunnel's default route beats the host's
+				"198.51.100.200":        tunnel,
+				"192.168.5.77":          up, // the LAN
+				"10.20.1.1":             up,
+				"10.20.30.1":            tunnel,
+				"10.20.30.65":           up,
+				"10.9.2.1":              up,
+				"192.0.2.1":             up, // excluded
+				"172.16.5.5":            up,
+				"2a00::1":               tunnel,
+				"2001:db8:20:1::1":      up,
+				"2001:db8:9:2::1":       up,
+				"3fff::1":               up,
+				"2001:db8:5:0:8000::77": up,
+			},
+		},
+		{
+			"everything but", State{Addresses: addresses, Routes: slices.Concat(
+				Prefixes(netip.MustParseAddr("0.0.0.0"), netip.MustParseAddr("203.0.113.6")),
+				Prefixes(netip.MustParseAddr("203.0.113.8"), netip.MustParseAddr("255.255.255.255")),
+			)},
+			map[string]int{
+				"203.0.113.6": tunnel, "203.0.113.7": up, "203.0.113.8": tunnel, "192.168.5.77": up, "8.8.8.8": tunnel, "2a00::1": up,
+			},
+		},
+		{
+			"excluded altogether", State{
+				Addresses: addresses, Routes: prefixes("10.0.0.0/8", "10.20.30.0/24", "2001:db8::/32"),
+				Exclude: prefixes("10.0.0.0/7", "2001:db8::/32"),
+			},
+			map[string]int{"10.2.3.4": up, "10.20.30.1": up, "2001:db8:2::1": up},
+		},
+		{
+			"nothing", State{Addresses: addresses},
+			map[string]int{"203.0.113.1": up, "10.2.3.4": up, "2a00::1": up},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := h.in(t)
+			h.apply(m, tt.state)
+			for dst, want := range tt.want {
+				if got := h.lookup(dst, 0); got != want {
+					t.Errorf("%s leads to interface %d, want %d", dst, got, want)
+				}
+				if want == tunnel {
+					want = up // never through itself
+				}
+				if got := h.lookup(dst, DefaultMark); got != want {
+					t.Errorf("%s with the mark leads to interface %d, want %d", dst, got, want)
+				}
+			}
+		})
+	}
+}
+
+// The host's routes may change while the tunnel is up.
+func TestHostChanges(t *testing.T) {
+	h := newHost(t)
+	up := h.uplink()
+	tunnel, _ := h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0", "10.0.0.0/8", "::/0")})
+	for _, tt := range []struct {
+		change    string
+		dst       string
+		want      int
+		wantOuter int
+	}{
+		{"addr add 10.5.0.2/16 dev up0", "10.5.1.1", up, up}, // a LAN that appears
+		{"addr del 10.5.0.2/16 dev up0", "10.5.1.1", tunnel, up},
+		{"route del default", "203.0.113.1", tunnel, 0},
+		{"route add default dev up0", "203.0.113.1", tunnel, up},
+		{"-6 route del default", "2a00::1", tunnel, 0},
+	} {
+		h.ip(tt.change)
+		if got := h.lookup(tt.dst, 0); got != tt.want {
+			t.Errorf("after ip %s: %s leads to interface %d, want %d", tt.change, tt.dst, got, tt.want)
+		}
+		if got := h.lookup(tt.dst, DefaultMark); got != tt.wantOuter {
+			t.Errorf("after ip %s: %s with the mark leads to interface %d, want %d", tt.change, tt.dst, got, tt.wantOuter)
+		}
+	}
+}
+
+// What is excluded does not fall back into the tunnel where the host has no
+// route.
+func TestExcludedWithoutRoute(t *testing.T) {
+	h := newHost(t)
+	tunnel, _ := h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, State{Routes: prefixes("0.0.0.0/0", "::/0"), Exclude: prefixes("192.0.2.0/24", "3fff::/20")})
+	for dst, want := range map[string]int{"192.0.2.1": 0, "3fff::1": 0, "192.0.3.1": tunnel, "3fff:f000::1": tunnel} {
+		if got := h.lookup(dst, 0); got != want {
+			t.Errorf("%s leads to interface %d, want %d", dst, got, want)
+		}
+	}
+}
+
+// Several tunnels on a host: the longest prefix of all of them wins, and the
+// first where they tie.
+func TestSeveralInstances(t *testing.T) {
+	h := newHost(t)
+	up := h.uplink()
+	before := h.snapshot()
+	const n = 3
+	var tunnels [n]int
+	var closeTUN [n]func()
+	var managers [n]*Manager
+	for i := range n {
+		name := fmt.Sprintf("masque%d", i)
+		tunnels[i], closeTUN[i] = h.tun(name)
+		managers[i] = h.open(Config{Instance: name, Interface: name, Mark: DefaultMark})
+	}
+	h.apply(managers[0], State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0", "10.1.2.0/24", "::/0")})
+	h.apply(managers[1], State{Addresses: prefixes("10.77.1.2/32"), Routes: prefixes("10.1.0.0/16", "0.0.0.0/0", "::/0", "fd01:2::/32")})
+	h.apply(managers[2], State{Addresses: prefixes("10.77.2.2/32"), Routes: prefixes("10.1.2.128/25", "10.0.0.0/8", "fd01::/16")})
+	check := func(want map[string]int) {
+		t.Helper()
+		for dst, want := range want {
+			if got := h.lookup(dst, 0); got != want {
+				t.Errorf("%s leads to interface %d, want %d", dst, got, want)
+			}
+			if got := h.lookup(dst, DefaultMark); got != up {
+				t.Errorf("%s with the mark leads to interface %d, want %d", dst, got, up)
+			}
+		}
+	}
+	check(map[string]int{
+		"203.0.113.1": tunnels[0], "10.1.2.3": tunnels[0], "10.1.2.200": tunnels[2], "10.1.3.3": tunnels[1],
+		"10.2.3.4": tunnels[2], "2a00::1": tunnels[0], "fd01:2::1": tunnels[1], "fd01:3::1": tunnels[2],
+	})
+	h.close(managers[0])
+	check(map[string]int{
+		"203.0.113.1": tunnels[1], "10.1.2.3": tunnels[1], "10.1.2.200": tunnels[2], "10.1.3.3": tunnels[1],
+		"10.2.3.4": tunnels[2], "2a00::1": tunnels[1], "fd01:2::1": tunnels[1], "fd01:3::1": tunnels[2],
+	})
+	h.close(managers[2])
+	h.close(managers[1])
+	check(map[string]int{"203.0.113.1": up, "10.1.2.3": up, "2a00::1": up})
+	for i := range n {
+		closeTUN[i]()
+	}
+	h.same(before)
+}

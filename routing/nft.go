@@ -1,0 +1,269 @@
+package routing
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+)
+
+// chain is a chain of our nftables table.
+type chain struct {
+	name     string
+	kind     nftables.ChainType
+	hook     *nftables.ChainHook
+	priority *nftables.ChainPriority
+	needs    string // the feature that not every kernel has; "": it must be
+	without  string // what is lost without it
+	rules    []filter
+}
+
+// filter is a rule of a chain. The comment says all that the rule does, so that
+// equal comments mean equal rules.
+type filter struct {
+	comment string
+	exprs   []expr.Any
+}
+
+func (f filter) userData() []byte {
+	return userdata.AppendString(nil, userdata.TypeComment, f.comment)
+}
+
+// chainText is a chain as read from the kernel: its name, and its rules' user
+// data with the comments.
+type chainText struct {
+	name     string
+	comments [][]byte
+}
+
+const loopback = 1 // the index of lo in every network namespace
+
+// The features that kernels may lack, with the chains that need them.
+const (
+	needsMark  = "nftables conntrack marks"
+	needsGuard = "nftables fib expression"
+)
+
+// newChains returns the chains for a state.
+func newChains(s State, sc *scope, policyRouting bool) (chains []chain) {
+	if policyRouting {
+		guard := chain{
+			name: "guard", kind: nftables.ChainTypeFilter,
+			hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw,
+			needs: needsGuard, without: "packets to tunnel addresses are accepted from other interfaces too",
+		}
+		for _, p := range s.Addresses {
+			guard.rules = append(guard.rules, filter{
+				fmt.Sprintf("%v is reached through interface %d or from this host only", p.Addr(), sc.index),
+				slices.Concat(
+					meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)),
+					address(netip.PrefixFrom(p.Addr(), p.Addr().BitLen()), false),
+					[]expr.Any{
+						&expr.Fib{Register: 1, FlagSADDR: true, ResultADDRTYPE: true},
+						&expr.Cmp{Register: 1, Op: expr.CmpOpNeq, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+						&expr.Counter{},
+						&expr.Verdict{Kind: expr.VerdictDrop},
+					},
+				),
+			})
+		}
+		if len(guard.rules) != 0 {
+			chains = append(chains, guard)
+		}
+		mark := binaryutil.NativeEndian.PutUint32(sc.Mark)
+		const lost = "strict reverse path filters may drop replies of the proxy"
+		chains = append(chains, chain{
+			name: "save", kind: nftables.ChainTypeFilter,
+			hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityMangle,
+			needs: needsMark, without: lost,
+			rules: []filter{{
+				fmt.Sprintf("mark %#x of outer sockets is kept for replies", sc.Mark),
+				append(meta(expr.MetaKeyMARK, expr.CmpOpEq, sc.Mark),
+					&expr.Ct{Register: 1, SourceRegister: true, Key: expr.CtKeyMARK}),
+			}},
+		}, chain{
+			name: "restore", kind: nftables.ChainTypeFilter,
+			hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityMangle,
+			needs: needsMark, without: lost,
+			rules: []filter{{
+				fmt.Sprintf("mark %#x of outer sockets is given to replies", sc.Mark),
+				[]expr.Any{
+					&expr.Ct{Register: 1, Key: expr.CtKeyMARK},
+					&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: mark},
+					&expr.Meta{Register: 1, SourceRegister: true, Key: expr.MetaKeyMARK},
+				},
+			}},
+		})
+	}
+	if len(s.Masquerade) != 0 {
+		nat := chain{
+			name: "nat", kind: nftables.ChainTypeNAT,
+			hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource,
+		}
+		for _, p := range s.Masquerade {
+			nat.rules = append(nat.rules, filter{
+				fmt.Sprintf("%v is masqueraded except through interface %d", p, sc.index),
+				slices.Concat(
+					address(p, true),
+					meta(expr.MetaKeyOIF, expr.CmpOpNeq, uint32(sc.index)),
+					meta(expr.MetaKeyOIF, expr.CmpOpNeq, loopback),
+					[]expr.Any{&expr.Masq{}},
+				),
+			})
+		}
+		chains = append(chains, nat)
+	}
+	return chains
+}
+
+// meta compares a property of the packet. The value stays in register 1.
+func meta(key expr.MetaKey, is expr.CmpOp, value uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: key, Register: 1},
+		&expr.Cmp{Op: is, Register: 1, Data: binaryutil.NativeEndian.PutUint32(value)},
+	}
+}
+
+// address matches packets with a source or destination in p.
+func address(p netip.Prefix, source bool) []expr.Any {
+	family, offset, size := byte(unix.NFPROTO_IPV4), uint32(16), uint32(4)
+	if isIPv6(p) {
+		family, offset, size = unix.NFPROTO_IPV6, 24, 16
+	}
+	if source {
+		offset -= size
+	}
+	exprs := []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{family}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size},
+	}
+	if !p.IsSingleIP() {
+		exprs = append(exprs, &expr.Bitwise{
+			SourceRegister: 1, DestRegister: 1, Len: size,
+			Mask: ipNet(p).Mask, Xor: make([]byte, size),
+		})
+	}
+	return append(exprs, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()})
+}
+
+func (s *scope) tableName() string { return "masque-" + s.Instance }
+
+// readTable returns the chains of our table, and whether there is one.
+func (s *scope) readTable() (chains []chainText, found bool, err error) {
+	c, err := nftables.New()
+	if err != nil {
+		return nil, false, err
+	}
+	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return nil, false, fmt.Errorf("list nftables tables: %w", explain(err))
+	}
+	if !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == s.tableName() }) {
+		return nil, false, nil
+	}
+	all, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return nil, true, fmt.Errorf("list nftables chains: %w", explain(err))
+	}
+	for _, ch := range all {
+		if ch.Table.Name != s.tableName() {
+			continue
+		}
+		rules, err := c.GetRules(ch.Table, ch)
+		if err != nil {
+			return nil, true, fmt.Errorf("list nftables rules: %w", explain(err))
+		}
+		text := chainText{name: ch.Name}
+		for _, r := range rules {
+			text.comments = append(text.comments, r.UserData)
+		}
+		chains = append(chains, text)
+	}
+	return chains, true, nil
+}
+
+// hasNoTables says whether an error of readTable means that there is no nf_tables
+// in this kernel.
+func hasNoTables(err error) bool {
+	for _, e := range []error{unix.EINVAL, unix.EOPNOTSUPP, unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// sameTable says whether the kernel has these chains.
+func sameTable(want []chain, have []chainText) bool {
+	return slices.EqualFunc(want, have, func(w chain, h chainText) bool {
+		return w.name == h.name && slices.EqualFunc(w.rules, h.comments, func(f filter, data []byte) bool {
+			return bytes.Equal(f.userData(), data)
+		})
+	})
+}
+
+// available leaves out the chains that this kernel was found to lack.
+func (s *scope) available(chains []chain) []chain {
+	return slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return s.lacking[c.needs] })
+}
+
+// writeTable replaces our table, in one transaction: there is no moment without
+// it. What the kernel lacks and what can be done without is left out.
+func (s *scope) writeTable(chains []chain) error {
+	// A kernel without nf_tables answers a batch once, not once per message,
+	// and the library would wait for the rest: ask first.
+	_, _, first := s.readTable()
+	if first == nil {
+		first = s.commit(s.tableName(), chains)
+	}
+	if first == nil {
+		return nil
+	}
+	if errors.Is(first, unix.EPERM) {
+		return explain(first)
+	}
+	for _, missing := range [][]string{{needsGuard}, {needsMark}, {needsGuard, needsMark}} {
+		rest := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return slices.Contains(missing, c.needs) })
+		if len(rest) == len(chains) || len(rest) != 0 && (hasNoTables(first) || s.commit(s.tableName(), rest) != nil) {
+			continue
+		}
+		for _, c := range chains {
+			if slices.Contains(missing, c.needs) {
+				s.lack(c.needs, c.without, first)
+			}
+		}
+		return nil
+	}
+	return explain(first)
+}
+
+// commitTable replaces a table by one with these chains, or by nothing.
+func commitTable(name string, chains []chain) error {
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	t := &nftables.Table{Name: name, Family: nftables.TableFamilyINet}
+	c.AddTable(t) // so that there is one to delete
+	c.DelTable(t)
+	if len(chains) != 0 {
+		c.AddTable(t)
+	}
+	for _, ch := range chains {
+		nc := c.AddChain(&nftables.Chain{Name: ch.name, Table: t, Type: ch.kind, Hooknum: ch.hook, Priority: ch.priority})
+		for _, f := range ch.rules {
+			c.AddRule(&nftables.Rule{Table: t, Chain: nc, Exprs: f.exprs, UserData: f.userData()})
+		}
+	}
+	return c.Flush()
+}
+
+func (s *scope) deleteTable() error { return explain(s.commit(s.tableName(), nil)) }

@@ -1,0 +1,364 @@
+package routing
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// Tests run in a process of their own with new user, mount and network
+// namespaces: root is not needed, and nothing reaches the machine. Each host
+// that a test needs is one more network namespace with a thread in it.
+
+const inNamespaces = "ROUTING_TEST_IN_NAMESPACES"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(crashChild) != "" {
+		crashMain()
+	}
+	if os.Getenv(inNamespaces) != "" {
+		os.Exit(m.Run())
+	}
+	runtime.LockOSThread() // Pdeathsig is about the thread
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), inNamespaces+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS | syscall.CLONE_NEWNET,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
+		Pdeathsig:   syscall.SIGKILL,
+	}
+	err := cmd.Run()
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		os.Exit(exit.ExitCode())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "these tests need user and network namespaces:", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// host is a network namespace.
+type host struct {
+	t  *testing.T
+	ns netns.NsHandle
+}
+
+func newHost(t *testing.T) *host {
+	t.Helper()
+	h := &host{t: t, ns: netns.None()}
+	h.do(func() {
+		var err error
+		if h.ns, err = netns.New(); err != nil {
+			t.Fatalf("make a network namespace: %v", err)
+		}
+	})
+	t.Cleanup(func() { h.ns.Close() })
+	h.ip("link set lo up")
+	return h
+}
+
+// in returns the host as a subtest uses it.
+func (h *host) in(t *testing.T) *host {
+	return &host{t: t, ns: h.ns}
+}
+
+// do runs f on the host. A t.Fatal within ends the test.
+func (h *host) do(f func()) {
+	h.t.Helper()
+	finished := false
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		if h.ns.IsOpen() {
+			if err := netns.Set(h.ns); err != nil {
+				h.t.Errorf("enter the network namespace: %v", err)
+				return
+			}
+		}
+		f()
+		finished = true
+	})
+	wg.Wait()
+	if !finished {
+		h.t.FailNow()
+	}
+}
+
+// run runs a program on the host and returns what it prints.
+func (h *host) run(name string, args ...string) string {
+	h.t.Helper()
+	var out []byte
+	h.do(func() {
+		var err error
+		if out, err = exec.Command(name, args...).CombinedOutput(); err != nil {
+			h.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+		}
+	})
+	return string(out)
+}
+
+// ip runs ip(8).
+func (h *host) ip(args string) string {
+	h.t.Helper()
+	return h.run("ip", strings.Fields(args)...)
+}
+
+// sysctl writes a sysctl, given as a path below /proc/sys.
+func (h *host) sysctl(name, value string) {
+	h.t.Helper()
+	h.do(func() {
+		if err := os.WriteFile("/proc/sys/"+name, []byte(value), 0); err != nil {
+			h.t.Fatal(err)
+		}
+	})
+}
+
+func (h *host) readSysctl(name string) (value string) {
+	h.t.Helper()
+	h.do(func() {
+		b, err := os.ReadFile("/proc/sys/" + name)
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		value = strings.TrimSpace(string(b))
+	})
+	return value
+}
+
+// tun makes a TUN device that lives until the test or close ends it.
+func (h *host) tun(name string) (index int, closeTUN func()) {
+	h.t.Helper()
+	h.do(func() {
+		t := &netlink.Tuntap{
+			LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TUN,
+			Flags: netlink.TUNTAP_NO_PI, NonPersist: true, Queues: 1,
+		}
+		if err := netlink.LinkAdd(t); err != nil {
+			h.t.Fatalf("make a TUN device: %v", err)
+		}
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		index = link.Attrs().Index
+		closeTUN = func() {
+			for _, f := range t.Fds {
+				f.Close()
+			}
+		}
+	})
+	h.t.Cleanup(func() { closeTUN() })
+	return index, closeTUN
+}
+
+// uplink gives the host a network card with a LAN and default routes, and
+// returns its index.
+func (h *host) uplink() int {
+	h.t.Helper()
+	h.ip("link add up0 type veth peer name up1")
+	for _, name := range []string{"up0", "up1"} {
+		h.ip("link set " + name + " addrgenmode none up")
+	}
+	h.waitFor("up0", netlink.OperUp)
+	h.waitFor("up1", netlink.OperUp)
+	h.ip("addr add 192.168.5.2/24 dev up0")
+	h.ip("addr add 2001:db8:5::2/64 dev up0 nodad")
+	h.ip("route add default via 192.168.5.1")
+	h.ip("-6 route add default via 2001:db8:5::1")
+	return h.index("up0")
+}
+
+func (h *host) index(name string) (index int) {
+	h.t.Helper()
+	h.do(func() {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		index = link.Attrs().Index
+	})
+	return index
+}
+
+// waitFor waits until the kernel has noticed that an interface has a carrier.
+func (h *host) waitFor(name string, state netlink.LinkOperState) {
+	h.t.Helper()
+	h.do(func() {
+		for {
+			link, err := netlink.LinkByName(name)
+			if err != nil {
+				h.t.Fatal(err)
+			}
+			if link.Attrs().OperState == state {
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+	})
+}
+
+// open opens a Manager on the host, closed at the end of the test.
+func (h *host) open(c Config) *Manager {
+	h.t.Helper()
+	m, err := h.tryOpen(c)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return m
+}
+
+func (h *host) tryOpen(c Config) (m *Manager, err error) {
+	h.t.Helper()
+	if c.Logger == nil {
+		c.Logger = testLogger(h.t)
+	}
+	h.do(func() { m, err = Open(c) })
+	if err == nil {
+		h.t.Cleanup(func() { h.do(func() { m.Close() }) })
+	}
+	return m, err
+}
+
+func (h *host) apply(m *Manager, s State) {
+	h.t.Helper()
+	if err := h.tryApply(m, s); err != nil {
+		h.t.Fatalf("Apply: %v", err)
+	}
+}
+
+func (h *host) tryApply(m *Manager, s State) (err error) {
+	h.t.Helper()
+	h.do(func() { err = m.Apply(s) })
+	return err
+}
+
+func (h *host) close(m *Manager) {
+	h.t.Helper()
+	h.do(func() {
+		if err := m.Close(); err != nil {
+			h.t.Fatalf("Close: %v", err)
+		}
+	})
+}
+
+// abandon drops a Manager as the death of its process would.
+func (h *host) abandon(m *Manager) {
+	h.t.Helper()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.closed = true
+	m.release()
+}
+
+// Changes when an interface has been up: the default queueing discipline is
+// attached, the kernel picks its way to make link-local addresses.
+var volatile = regexp.MustCompile(` qdisc \S+`)
+
+// snapshot is all that routing may change on a host, as text.
+func (h *host) snapshot() map[string]string {
+	h.t.Helper()
+	s := map[string]string{
+		"addr":    volatile.ReplaceAllString(h.ip("-d addr"), ""),
+		"route":   h.ip("-d route show table all"),
+		"route6":  h.ip("-6 -d route show table all"),
+		"rule":    h.ip("-d rule"),
+		"rule6":   h.ip("-6 -d rule"),
+		"ruleset": h.run("nft", "list", "ruleset"),
+	}
+	h.do(func() {
+		for _, dir := range []string{"/proc/sys/net/ipv4", "/proc/sys/net/ipv6"} {
+			filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+				if err == nil && d.Type().IsRegular() {
+					b, _ := os.ReadFile(path)
+					s[path] = string(b)
+				}
+				return nil
+			})
+		}
+	})
+	return s
+}
+
+func (h *host) same(want map[string]string) {
+	h.t.Helper()
+	got := h.snapshot()
+	for what := range got {
+		if _, ok := want[what]; !ok && strings.HasPrefix(what, "/proc") {
+			delete(got, what)
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		h.t.Errorf("the host is not as before (-before +after):\n%s", diff)
+	}
+}
+
+// lookup asks the kernel where a packet goes and returns the interface's index,
+// 0 when the kernel says it goes nowhere.
+func (h *host) lookup(dst string, mark uint32) (index int) {
+	h.t.Helper()
+	h.do(func() {
+		routes, err := netlink.RouteGetWithOptions(netip.MustParseAddr(dst).AsSlice(), &netlink.RouteGetOptions{Mark: mark})
+		switch {
+		case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH):
+		case err != nil:
+			h.t.Fatalf("route get %s: %v", dst, err)
+		default:
+			index = routes[0].LinkIndex
+		}
+	})
+	return index
+}
+
+func prefixes(list ...string) (ps []netip.Prefix) {
+	for _, p := range list {
+		ps = append(ps, netip.MustParsePrefix(p))
+	}
+	return ps
+}
+
+// logBuffer collects log lines.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func (l *logBuffer) logger() *slog.Logger {
+	return slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+func testLogger(t *testing.T) *slog.Logger {
+	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+}

@@ -1,0 +1,295 @@
+package routing
+
+import (
+	"cmp"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// MaxRoutes is how many routes one State may need in the kernel: its Routes, and
+// for each table the prefixes in Exclude that lie within them.
+const MaxRoutes = 16384
+
+const (
+	protocol     = 94      // rtm_protocol and FRA_PROTOCOL of what is ours
+	metric       = 9484    // of our routes: those of the host go first
+	rulePriority = 9484    // of the rules for the longest prefix
+	tableBase    = 1 << 30 // of our tables' numbers
+	indexMask    = 1<<22 - 1
+	minMTU       = 68   // RFC 791
+	minMTU6      = 1280 // RFC 8200, section 5
+	maxMTU       = 65535
+)
+
+// plan is what the kernel shall have of ours. The zero plan is nothing at all.
+type plan struct {
+	up      bool
+	mtu     int // 0: as found
+	addrs   []netip.Prefix
+	routes  map[route]struct{}
+	rules   map[rule]struct{}
+	chains  []chain // of our nftables table
+	sysctls []setting
+}
+
+// route is a route of ours: into the tunnel, or past it.
+type route struct {
+	table  int
+	prefix netip.Prefix
+	throw  bool // go on with the next rule
+}
+
+// rule is a policy rule of ours: one of the two for a prefix length.
+type rule struct {
+	v6     bool
+	bits   int
+	tunnel bool // the one that leads into the tunnel, not the host's
+}
+
+// setting is a sysctl and what it shall be.
+type setting struct {
+	name, value string // name as a path below /proc/sys
+	optional    string // what is lost without it; "": it must be
+}
+
+// tableID returns the number of the table for the tunnel's prefixes of one
+// length.
+func tableID(index, bits int) int {
+	return tableBase | (index&indexMask)<<8 | bits
+}
+
+// tableOwner takes apart what tableID made. The index is cut to 22 bits.
+func tableOwner(id int) (index, bits int, ok bool) {
+	return id >> 8 & indexMask, id & 0xff, id&^(indexMask<<8|0xff) == tableBase
+}
+
+func (s State) hasIPv6() bool {
+	return slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Exclude, s.Masquerade), isIPv6)
+}
+
+func (s State) ipv4Only() State {
+	for _, list := range []*[]netip.Prefix{&s.Addresses, &s.Routes, &s.Exclude, &s.Masquerade} {
+		*list = slices.DeleteFunc(slices.Clone(*list), isIPv6)
+	}
+	return s
+}
+
+func isIPv6(p netip.Prefix) bool { return p.Addr().Is6() }
+
+// newPlan works out what the state needs. It does not look at the kernel.
+func newPlan(s State, sc *scope) (plan, error) {
+	if s.MTU != 0 && (s.MTU < minMTU || s.MTU > maxMTU) {
+		return plan{}, fmt.Errorf("MTU %d: want %d to %d", s.MTU, minMTU, maxMTU)
+	}
+	for _, p := range s.Addresses {
+		if !p.IsValid() || p.Addr().Is4In6() || p.Addr().IsUnspecified() || p.Addr().IsMulticast() {
+			return plan{}, fmt.Errorf("address %v: not an address for an interface", p)
+		}
+	}
+	for _, list := range []struct {
+		name     string
+		prefixes []netip.Prefix
+	}{{"route", s.Routes}, {"exclude", s.Exclude}, {"masquerade", s.Masquerade}} {
+		for _, p := range list.prefixes {
+			if !p.IsValid() || p.Addr().Is4In6() {
+				return plan{}, fmt.Errorf("%s %v: not a prefix", list.name, p)
+			}
+			if p != p.Masked() {
+				return plan{}, fmt.Errorf("%s %v: bits after the prefix are set; was %v meant?", list.name, p, p.Masked())
+			}
+		}
+	}
+	if sc.Mark == 0 && len(s.Exclude) != 0 {
+		return plan{}, fmt.Errorf("exclude %v: only possible with a mark for the outer socket", s.Exclude[0])
+	}
+
+	s.Addresses, s.Masquerade = sorted(s.Addresses), sorted(s.Masquerade)
+	w := plan{up: true, mtu: s.MTU, addrs: s.Addresses}
+	w.planRoutes(s, sc)
+	if len(w.routes) > MaxRoutes {
+		return plan{}, fmt.Errorf("%w: %d needed, %d allowed", ErrTooManyRoutes, len(w.routes), MaxRoutes)
+	}
+	w.chains = newChains(s, sc, len(w.rules) != 0)
+	for r := range w.rules {
+		if !r.v6 {
+			w.sysctls = append(w.sysctls, setting{
+				name: "net/ipv4/conf/all/src_valid_mark", value: "1",
+				optional: "strict reverse path filters may drop replies of the proxy",
+			})
+			break
+		}
+	}
+	if s.Forward {
+		for _, p := range slices.Concat(s.Addresses, s.Routes, s.Masquerade) {
+			forward := setting{name: ipForward4, value: "1"}
+			if isIPv6(p) {
+				forward.name = ipForward6
+			}
+			if !slices.Contains(w.sysctls, forward) {
+				w.sysctls = append(w.sysctls, forward)
+			}
+		}
+	}
+	return w, nil
+}
+
+// sorted returns a list without order and repetition as everyone writes it.
+func sorted(list []netip.Prefix) []netip.Prefix {
+	return slices.Compact(slices.SortedFunc(slices.Values(list), netip.Prefix.Compare))
+}
+
+// planRoutes fills in routes and rules.
+func (w *plan) planRoutes(s State, sc *scope) {
+	w.routes = make(map[route]struct{})
+	w.rules = make(map[rule]struct{})
+	exclude := make(map[netip.Prefix]struct{})
+	for _, p := range s.Exclude {
+		exclude[p] = struct{}{}
+	}
+	for _, p := range s.Routes {
+		if sc.Mark == 0 {
+			w.routes[route{table: unix.RT_TABLE_MAIN, prefix: p}] = struct{}{}
+			continue
+		}
+		if covered(p, exclude, p.Bits()) {
+			continue
+		}
+		w.routes[route{table: tableID(sc.index, p.Bits()), prefix: p}] = struct{}{}
+		for _, tunnel := range []bool{false, true} {
+			w.rules[rule{v6: isIPv6(p), bits: p.Bits(), tunnel: tunnel}] = struct{}{}
+		}
+	}
+	for p := range exclude {
+		if covered(p, exclude, p.Bits()-1) {
+			continue
+		}
+		for bits := range p.Bits() {
+			table := tableID(sc.index, bits)
+			if _, ok := w.routes[route{table: table, prefix: cut(p, bits)}]; ok {
+				w.routes[route{table: table, prefix: p, throw: true}] = struct{}{}
+			}
+		}
+	}
+}
+
+// covered says whether p lies in a prefix of the set with at most bits bits.
+func covered(p netip.Prefix, set map[netip.Prefix]struct{}, bits int) bool {
+	if len(set) == 0 {
+		return false
+	}
+	for ; bits >= 0; bits-- {
+		if _, ok := set[cut(p, bits)]; ok {
+			return true
+		}
+	}
+	return false
+}
+
+func cut(p netip.Prefix, bits int) netip.Prefix {
+	return netip.PrefixFrom(p.Addr(), bits).Masked()
+}
+
+// netlink returns the rule as the kernel shall have it.
+func (r rule) netlink(sc *scope) *netlink.Rule {
+	n := netlink.NewRule()
+	n.Family, n.Protocol = unix.AF_INET, protocol
+	width := 32
+	if r.v6 {
+		n.Family, width = unix.AF_INET6, 128
+	}
+	id := tableID(sc.index, r.bits)
+	n.Priority = rulePriority + 2*(width-r.bits)
+	if r.tunnel {
+		n.Priority++
+		n.Invert, n.Mark, n.Table = true, sc.Mark, id
+		n.Mask = new(^uint32(0))
+	} else {
+		// Mask 0 matches every mark: the mark only says whose rule it is.
+		n.Mark, n.Mask = uint32(id), new(uint32)
+		n.Table, n.SuppressPrefixlen = unix.RT_TABLE_MAIN, max(r.bits-1, 0)
+	}
+	return n
+}
+
+// parseRule says whether a rule of the kernel is ours, of which interface, and
+// which of our rules it is.
+func parseRule(n *netlink.Rule) (r rule, index int, ok bool) {
+	if n.Protocol != protocol {
+		return rule{}, 0, false
+	}
+	r = rule{v6: n.Family == unix.AF_INET6, tunnel: true}
+	index, r.bits, ok = tableOwner(n.Table)
+	if !ok && n.Mask != nil && *n.Mask == 0 {
+		r.tunnel = false
+		index, r.bits, ok = tableOwner(int(n.Mark))
+	}
+	return r, index, ok
+}
+
+// sameRule compares what we set in a rule.
+func sameRule(a, b *netlink.Rule) bool {
+	return a.Family == b.Family && a.Priority == b.Priority && a.Table == b.Table &&
+		a.Mark == b.Mark && a.Mask != nil && b.Mask != nil && *a.Mask == *b.Mask &&
+		a.Invert == b.Invert && a.SuppressPrefixlen == b.SuppressPrefixlen
+}
+
+// netlink returns the route as the kernel shall have it.
+func (r route) netlink(sc *scope) *netlink.Route {
+	n := &netlink.Route{
+		Dst:      ipNet(r.prefix),
+		Table:    r.table,
+		Protocol: protocol,
+		Priority: metric,
+		Type:     unix.RTN_THROW,
+	}
+	if !r.throw {
+		n.Type, n.LinkIndex = unix.RTN_UNICAST, sc.index
+		if !isIPv6(r.prefix) {
+			n.Scope = unix.RT_SCOPE_LINK
+		}
+	}
+	return n
+}
+
+// compareRoutes puts routes of one table and family next to each other, with
+// those past the tunnel first.
+func compareRoutes(a, b route) int {
+	return cmp.Or(
+		cmp.Compare(a.prefix.Addr().BitLen(), b.prefix.Addr().BitLen()),
+		-cmp.Compare(a.table, b.table),
+		-cmp.Compare(b2i(a.throw), b2i(b.throw)),
+		a.prefix.Compare(b.prefix),
+	)
+}
+
+// compareRules puts rules in the order in which they are to be added: longest
+// prefix first, the host's before the tunnel's.
+func compareRules(a, b rule) int {
+	return cmp.Or(
+		cmp.Compare(b2i(a.v6), b2i(b.v6)),
+		-cmp.Compare(a.bits, b.bits),
+		cmp.Compare(b2i(a.tunnel), b2i(b.tunnel)),
+	)
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+func prefixOf(n *net.IPNet) netip.Prefix {
+	a, _ := netip.AddrFromSlice(n.IP)
+	ones, _ := n.Mask.Size()
+	return netip.PrefixFrom(a.Unmap(), ones) // the library writes 0.0.0.0 in 16 bytes
+}

@@ -1,0 +1,282 @@
+package routing
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+var (
+	// ErrInUse is returned by Open when a live process manages the same
+	// instance.
+	ErrInUse = errors.New("instance is in use by another process")
+
+	// ErrIPv6Disabled is returned by Apply for a state with IPv6 on an
+	// interface where the administrator turned IPv6 off. The caller may apply
+	// the IPv4 part alone.
+	ErrIPv6Disabled = errors.New("IPv6 is disabled on the interface")
+
+	// ErrTooManyRoutes is returned by Apply for a state that needs more than
+	// MaxRoutes routes.
+	ErrTooManyRoutes = errors.New("too many routes")
+)
+
+// Config says what a Manager looks after and how it is told from others.
+type Config struct {
+	// Instance names what is ours: the nftables table is
+	// "masque-INSTANCE". 1 to 64 letters, digits, '_', '.' or '-'.
+	Instance string
+
+	// Interface is the name of the tunnel's interface. It must exist.
+	Interface string
+
+	// Mark is the SO_MARK of our own outer sockets, see MarkSocket. Routes then
+	// go into tables of their own, by policy rules that packets with this mark
+	// pass by. Tunnels of one host should use the same mark, or they might
+	// run through each other in a circle. 0: routes go into the main table.
+	Mark uint32
+
+	// Journal is the path of a file that tells the next process what to put
+	// back if this one is killed; its directory is created. Instances of one
+	// host should have their journals in one directory, with the same
+	// extension. "": no journal; sysctls and, on an interface that outlives
+	// the process, addresses then stay after a crash, and nothing keeps two
+	// processes from managing the same instance.
+	Journal string
+
+	// Logger receives a line for every thing removed that a dead process left
+	// behind, for sysctls turned on, and for features that the kernel lacks.
+	// Single changes are logged at debug level. nil: nothing is logged.
+	Logger *slog.Logger
+}
+
+// State is what the kernel shall have. The zero State is a tunnel interface that
+// is up and has nothing.
+type State struct {
+	// MTU of the interface in bytes, at least 1280 with IPv6. 0: as it was at
+	// Open.
+	MTU int
+
+	// Addresses of the interface with their prefix lengths. IPv6 addresses are
+	// usable at once (no duplicate address detection). With a Config.Mark no
+	// route comes with a prefix; list it in Routes where it is wanted.
+	Addresses []netip.Prefix
+
+	// Routes are the prefixes that the tunnel leads to; see the package comment
+	// for how they compete with the host's. A route of a family of which the
+	// interface has no address is installed all the same: that is what an
+	// unnumbered link between sites is. Packets that the host itself sends
+	// there have an address of another interface, so a client that got no
+	// address of a family leaves its routes out.
+	Routes []netip.Prefix
+
+	// Exclude are prefixes that go around the tunnel. Only with a Config.Mark.
+	Exclude []netip.Prefix
+
+	// Forward makes the host a router, for the families that Addresses, Routes
+	// and Masquerade name.
+	Forward bool
+
+	// Masquerade are prefixes whose packets get the host's own address when
+	// they leave through another interface than the tunnel's.
+	Masquerade []netip.Prefix
+}
+
+// Manager keeps the kernel's side of one tunnel. Its methods may be called
+// concurrently, from threads in the network namespace in which it was opened.
+type Manager struct {
+	mu      sync.Mutex
+	applied plan // what the last successful Apply asked for
+	closed  bool
+	err     error // of Close
+	scope
+}
+
+// scope is one interface of one instance: what a plan is applied to.
+type scope struct {
+	Config
+	index   int
+	ipv6    bool            // the kernel has it
+	procSys string          // where sysctls are
+	nl      *netlink.Handle // lenient about dump requests, as old kernels are
+	dump    *netlink.Handle // strict, so that the kernel filters routes
+	journal *journal
+	rec     record                                   // what Close has to put back
+	lacking map[string]bool                          // optional features that the kernel was found to lack
+	commit  func(table string, chains []chain) error // commitTable
+	dead    bool                                     // the process that made rec is dead: say what is undone
+}
+
+var validInstance = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,64}$`)
+
+// Open starts to manage an interface, and removes what a dead process of the
+// same instance, or the interface of a dead process, left behind. It changes
+// nothing else. Errors: ErrInUse, os.ErrPermission without CAP_NET_ADMIN, an
+// interface that does not exist, a journal that cannot be written.
+func Open(c Config) (*Manager, error) {
+	return open(c, "/proc/sys")
+}
+
+func open(c Config, procSys string) (_ *Manager, err error) {
+	if !validInstance.MatchString(c.Instance) {
+		return nil, fmt.Errorf("routing: instance name %q: want 1 to 64 letters, digits, '_', '.' or '-'", c.Instance)
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	c.Logger = c.Logger.With("instance", c.Instance)
+	m := &Manager{scope: scope{Config: c, procSys: procSys, lacking: make(map[string]bool), commit: commitTable}}
+	if _, err := os.Stat(filepath.Join(procSys, "net/ipv6")); err == nil {
+		m.ipv6 = true
+	}
+
+	if m.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("routing: open a netlink socket: %w", explain(err))
+	}
+	defer func() {
+		if err != nil {
+			m.release()
+		}
+	}()
+	if m.dump, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("routing: open a netlink socket: %w", explain(err))
+	}
+	// Kernels before 4.20 do not know strict checking: they send every route,
+	// and the rest is filtered here.
+	_ = m.dump.SetStrictCheck(true)
+
+	link, err := m.nl.LinkByName(c.Interface)
+	if err != nil {
+		return nil, fmt.Errorf("routing: interface %q: %w", c.Interface, explain(err))
+	}
+	m.index = link.Attrs().Index
+
+	fresh := record{Boot: bootID(procSys), Instance: c.Instance, Interface: c.Interface, Index: m.index}
+	j, old, why, err := openJournal(c.Journal, fresh)
+	if err != nil {
+		return nil, fmt.Errorf("routing: %w", err)
+	}
+	m.journal = j
+	if why != nil {
+		m.Logger.Warn("journal ignored: what is recognised as ours is removed; sysctls stay as they are", "reason", why)
+	}
+	if err := m.clean(old); err != nil {
+		return nil, fmt.Errorf("routing: remove what a dead process left behind: %w", err)
+	}
+	m.rec = fresh
+	if err := m.journal.save(m.rec); err != nil {
+		return nil, fmt.Errorf("routing: %w", err)
+	}
+	return m, nil
+}
+
+// Apply makes the kernel's state the one wanted. It returns when that is so, or
+// with an error and the state that the last successful Apply had asked for; the
+// error says when that could not be put back either. With the state that the
+// kernel has already it changes nothing; what others removed of ours it puts
+// back. Errors: ErrIPv6Disabled, ErrTooManyRoutes, os.ErrPermission without
+// CAP_NET_ADMIN, os.ErrClosed after Close, and those of the kernel, each with
+// the object and what can be done about it.
+func (m *Manager) Apply(s State) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return fmt.Errorf("routing: %w", os.ErrClosed)
+	}
+	if !m.ipv6 && s.hasIPv6() {
+		s = s.ipv4Only()
+		m.lack("IPv6", "the kernel has no IPv6: IPv4 alone goes through the tunnel", nil)
+	}
+	want, err := newPlan(s, &m.scope)
+	if err != nil {
+		return fmt.Errorf("routing: %w", err)
+	}
+	if err := m.check(s); err != nil {
+		return fmt.Errorf("routing: %w", err)
+	}
+	if err := m.converge(want, false); err != nil {
+		if back := m.converge(m.applied, true); back != nil {
+			err = errors.Join(err, fmt.Errorf("and the state before could not be put back: %w", back))
+		}
+		return fmt.Errorf("routing: %w", err)
+	}
+	m.applied = want
+	return nil
+}
+
+// Close puts the host back as it was before Open, as far as nobody else changed
+// it meanwhile. The interface may be gone already. The error lists what could
+// not be restored; the journal then stays, and the next Open of the instance
+// tries again. Further calls do nothing and return the same error.
+func (m *Manager) Close() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return m.err
+	}
+	m.closed = true
+	if err := m.converge(plan{}, true); err != nil {
+		m.err = fmt.Errorf("routing: not restored: %w", err)
+	} else if err := m.journal.remove(); err != nil {
+		m.err = fmt.Errorf("routing: %w", err)
+	}
+	m.release()
+	return m.err
+}
+
+// release gives back what the process holds, and leaves the kernel alone.
+func (m *Manager) release() {
+	for _, h := range []*netlink.Handle{m.nl, m.dump} {
+		if h != nil {
+			h.Close()
+		}
+	}
+	m.journal.close()
+}
+
+// lack notes, and says once, that something optional is not to be had here.
+func (s *scope) lack(feature, consequence string, err error) {
+	if s.lacking[feature] {
+		return
+	}
+	s.lacking[feature] = true
+	attrs := []any{"missing", feature}
+	if err != nil {
+		attrs = append(attrs, "error", err)
+	}
+	s.Logger.Warn(consequence, attrs...)
+}
+
+// explain adds a remedy to errors of the kernel that have one.
+func explain(err error) error {
+	remedy := ""
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		remedy = "run as root or with CAP_NET_ADMIN"
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EPROTONOSUPPORT):
+		remedy = "the running kernel lacks this feature or its module"
+	case errors.Is(err, unix.EEXIST):
+		remedy = "another program has put the same there: remove it"
+	case errors.Is(err, unix.ENODEV):
+		remedy = "the interface is gone: start again"
+	case errors.Is(err, unix.ENETDOWN):
+		remedy = "the interface was set down: set it up"
+	case errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.ENOMEM):
+		remedy = "the kernel is out of memory for it: free some, or use fewer routes"
+	case errors.Is(err, unix.EROFS):
+		remedy = "the file system is mounted read-only"
+	default:
+		return err
+	}
+	return fmt.Errorf("%w (%s)", err, remedy)
+}

@@ -1,0 +1,218 @@
+package routing
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+const (
+	ipForward4 = "net/ipv4/ip_forward"
+	ipForward6 = "net/ipv6/conf/all/forwarding"
+)
+
+// sysctl is a value that was changed, as Close has to know it.
+type sysctl struct {
+	Name string `json:"name"` // path below /proc/sys
+	Old  string `json:"old"`
+	New  string `json:"new"`
+
+	// Also are values that change along with it, or, with First, that are set
+	// before it. They get Old back after it, unless somebody changed New.
+	Also  []sysctl `json:"also,omitempty"`
+	First bool     `json:"first,omitempty"`
+}
+
+// dotted returns the name as sysctl(8) prints it.
+func dotted(name string) string {
+	if strings.Contains(name, ".") { // an interface with a dot
+		return name
+	}
+	return strings.ReplaceAll(name, "/", ".")
+}
+
+func (s *scope) readSysctl(name string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(s.procSys, name))
+	return strings.TrimSpace(string(b)), err
+}
+
+func (s *scope) writeSysctl(name, value string) error {
+	// O_TRUNC, which os.WriteFile adds, means nothing to /proc.
+	return explain(os.WriteFile(filepath.Join(s.procSys, name), []byte(value+"\n"), 0o644))
+}
+
+// diffSysctls lists what is to be set and what is to be put back.
+func (s *scope) diffSysctls(want plan) (set, unset []op, err error) {
+	wanted := make(map[string]bool)
+	for _, w := range want.sysctls {
+		wanted[w.name] = true
+		held := s.rec.sysctl(w.name) >= 0
+		if s.lacking[w.name] {
+			continue
+		}
+		switch now, err := s.readSysctl(w.name); {
+		case err != nil && w.optional != "":
+		case err != nil:
+			return nil, nil, fmt.Errorf("read %s: %w", dotted(w.name), explain(err))
+		case now != w.value:
+			set = append(set, op{
+				fmt.Sprintf("set %s from %s to %s", dotted(w.name), now, w.value),
+				func() error { return s.acquire(w) },
+			})
+		case !held && s.journal.shares(w.name) != nil:
+			set = append(set, op{
+				fmt.Sprintf("share %s=%s", dotted(w.name), w.value),
+				func() error { return s.acquire(w) },
+			})
+		}
+	}
+	for _, c := range slices.Backward(s.rec.Sysctls) {
+		if !wanted[c.Name] {
+			unset = append(unset, op{
+				fmt.Sprintf("set %s back to %s", dotted(c.Name), c.Old),
+				func() error { return s.giveBack(c) },
+			})
+		}
+	}
+	return set, unset, nil
+}
+
+// acquire sets a sysctl and records what it was; or, when another instance has
+// set it, records what that one found, so that the last of them puts it back.
+func (s *scope) acquire(w setting) error {
+	err := s.journal.guard(func() error {
+		now, err := s.readSysctl(w.name)
+		if err != nil {
+			return err
+		}
+		c := sysctl{Name: w.name, Old: now, New: w.value}
+		if i := s.rec.sysctl(w.name); i >= 0 {
+			c = s.rec.Sysctls[i] // somebody set it back: once more
+		} else if other := s.journal.shares(w.name); other != nil {
+			c = *other
+		} else {
+			c.Also = s.companions(w.name)
+		}
+		s.rec.setSysctl(c)
+		if err := s.journal.write(s.rec); err != nil {
+			s.rec.dropSysctl(c.Name)
+			return err
+		}
+		if now == w.value {
+			return nil
+		}
+		command := "sysctl -w"
+		set := slices.DeleteFunc(slices.Clone(c.Also), func(also sysctl) bool {
+			v, err := s.readSysctl(also.Name)
+			return !also.First || err != nil || v == also.New
+		})
+		set = append(set, c)
+		for _, c := range set {
+			command += fmt.Sprintf(" %s=%s", dotted(c.Name), c.New)
+		}
+		for _, c := range set {
+			if err := s.writeSysctl(c.Name, c.New); err != nil {
+				return fmt.Errorf("%w: do it by hand on the host: %s", err, command)
+			}
+		}
+		s.Logger.Info("sysctl set", "name", dotted(w.name), "from", now, "to", w.value)
+		return nil
+	})
+	if err != nil && w.optional != "" {
+		s.lack(w.name, w.optional, err)
+		if i := s.rec.sysctl(w.name); i >= 0 {
+			return s.giveBack(s.rec.Sysctls[i])
+		}
+		return nil
+	}
+	return err
+}
+
+// giveBack restores a sysctl, unless somebody else has set it meanwhile or
+// another instance needs it.
+func (s *scope) giveBack(c sysctl) error {
+	return s.journal.guard(func() error {
+		if s.journal.shares(c.Name) == nil {
+			if err := s.restore(c); err != nil {
+				return fmt.Errorf("%w: do it by hand on the host: sysctl -w %s=%s", err, dotted(c.Name), c.Old)
+			}
+		}
+		s.rec.dropSysctl(c.Name)
+		return s.journal.write(s.rec)
+	})
+}
+
+func (s *scope) restore(c sysctl) error {
+	// What goes with it is looked at first, as setting the value back changes
+	// it too.
+	target := make(map[string]string)
+	for _, also := range c.Also {
+		v, err := s.readSysctl(also.Name)
+		if err != nil {
+			continue // gone with its interface
+		}
+		if v == also.New {
+			v = also.Old
+		}
+		target[also.Name] = v
+	}
+	switch now, err := s.readSysctl(c.Name); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case now == c.Old:
+	case now != c.New:
+		s.Logger.Info("sysctl was changed by somebody else and stays", "name", dotted(c.Name), "value", now)
+	default:
+		if err := s.writeSysctl(c.Name, c.Old); err != nil {
+			return err
+		}
+	}
+	var errs []error
+	for _, also := range c.Also {
+		want, ok := target[also.Name]
+		if v, err := s.readSysctl(also.Name); ok && err == nil && v != want {
+			errs = append(errs, s.writeSysctl(also.Name, want))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// companions returns what changes along with a sysctl and what must change
+// before it. Forwarding is also a switch of each interface, and turning it off
+// for all turns it off for those that had it before; IPv4 ties redirects to it.
+// A host that forwards IPv6 drops the default routes it learnt and takes no
+// router advertisements any more, except where accept_ra is 2.
+func (s *scope) companions(name string) (list []sysctl) {
+	family := ""
+	switch name {
+	case ipForward4:
+		family = "net/ipv4/conf/"
+		const redirects = "net/ipv4/conf/all/accept_redirects"
+		if v, err := s.readSysctl(redirects); err == nil {
+			list = append(list, sysctl{Name: redirects, Old: v, New: "0"})
+		}
+	case ipForward6:
+		family = "net/ipv6/conf/"
+	default:
+		return nil
+	}
+	dirs, _ := os.ReadDir(filepath.Join(s.procSys, family))
+	for _, d := range dirs {
+		if d.Name() == "all" || d.Name() == s.Interface {
+			continue
+		}
+		forwarding, ra := family+d.Name()+"/forwarding", family+d.Name()+"/accept_ra"
+		if v, _ := s.readSysctl(forwarding); v == "1" {
+			list = append(list, sysctl{Name: forwarding, Old: v, New: v})
+		} else if v, _ := s.readSysctl(ra); v == "1" {
+			list = append(list, sysctl{Name: ra, Old: v, New: "2", First: true})
+		}
+	}
+	return list
+}

@@ -1,0 +1,226 @@
+package routing
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func router() State {
+	return State{
+		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"), Routes: prefixes("10.77.0.0/24", "fd77::/64"),
+		Forward: true,
+	}
+}
+
+// Forwarding is a switch of all and of each interface, and setting the one
+// sets the others.
+func TestForwardRestoresEachInterface(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	for name, value := range map[string]string{
+		"net/ipv4/conf/up0/forwarding":              "1",
+		"net/ipv4/conf/all/accept_redirects":        "0",
+		"net/ipv6/conf/up1/forwarding":              "1",
+		"net/ipv6/conf/up1/accept_ra":               "1",
+		"net/ipv6/conf/up0/accept_ra":               "1",
+		"net/ipv6/conf/default/forwarding":          "0",
+		"net/ipv4/conf/default/forwarding":          "1",
+		"net/ipv6/conf/all/accept_redirects":        "0",
+		"net/ipv4/conf/up1/accept_redirects":        "0",
+		"net/ipv4/conf/all/secure_redirects":        "0",
+		"net/ipv4/conf/masque0/forwarding":          "0",
+		"net/ipv6/conf/default/accept_ra":           "1",
+		"net/ipv6/conf/masque0/accept_ra":           "1",
+		"net/ipv4/conf/up1/send_redirects":          "0",
+		"net/ipv6/conf/masque0/disable_ipv6":        "0",
+		"net/ipv6/conf/masque0/accept_source_route": "0",
+	} {
+		h.sysctl(name, value)
+	}
+	before := h.snapshot()
+	m := h.open(Config{Instance: "one", Interface: "masque0"})
+	h.apply(m, router())
+	for name, want := range map[string]string{
+		"net/ipv4/ip_forward":             "1",
+		"net/ipv6/conf/all/forwarding":    "1",
+		"net/ipv6/conf/up0/accept_ra":     "2", // still takes its default route from there
+		"net/ipv6/conf/up1/accept_ra":     "1", // was a router there before, and took none
+		"net/ipv6/conf/default/accept_ra": "2",
+		"net/ipv6/conf/masque0/accept_ra": "1",
+	} {
+		if got := h.readSysctl(name); got != want {
+			t.Errorf("%s while forwarding: %s, want %s", name, got, want)
+		}
+	}
+	h.close(m)
+	h.same(before)
+}
+
+func TestForwardFollowsTheState(t *testing.T) {
+	h := newHost(t)
+	h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0"})
+	check := func(want4, want6 string) {
+		t.Helper()
+		if got := h.readSysctl("net/ipv4/ip_forward"); got != want4 {
+			t.Errorf("IPv4 forwarding is %s, want %s", got, want4)
+		}
+		if got := h.readSysctl("net/ipv6/conf/all/forwarding"); got != want6 {
+			t.Errorf("IPv6 forwarding is %s, want %s", got, want6)
+		}
+	}
+	h.apply(m, State{Forward: true, Routes: prefixes("fd77::/64")})
+	check("0", "1")
+	h.apply(m, State{Forward: true, Routes: prefixes("10.77.0.0/24")})
+	check("1", "0")
+	h.apply(m, State{})
+	check("0", "0")
+
+	// What was on stays on, and what others set stays as they set it.
+	h.sysctl("net/ipv4/ip_forward", "1")
+	h.apply(m, router())
+	check("1", "1")
+	h.sysctl("net/ipv6/conf/all/forwarding", "0")
+	h.close(m)
+	check("1", "0")
+}
+
+// The last instance that needs a sysctl puts it back.
+func TestSharedSysctls(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		end  func(h *host, first *Manager, c Config) // of the first instance
+		want string                                  // after the second has closed
+	}{
+		{"closed in order", func(h *host, first *Manager, c Config) { h.close(first) }, "0"},
+		{"first one dies", func(h *host, first *Manager, c Config) { h.abandon(first) }, "1"},
+		{"first one dies and starts again", func(h *host, first *Manager, c Config) {
+			h.abandon(first)
+			h.close(h.open(c))
+		}, "0"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newHost(t)
+			dir := t.TempDir()
+			h.tun("masque0")
+			h.tun("masque1")
+			c1 := Config{Instance: "one", Interface: "masque0", Journal: filepath.Join(dir, "one.json")}
+			first := h.open(c1)
+			second := h.open(Config{Instance: "two", Interface: "masque1", Journal: filepath.Join(dir, "two.json")})
+			h.apply(first, router())
+			other := router()
+			other.Routes = prefixes("10.78.0.0/24", "fd78::/64")
+			h.apply(second, other)
+			h.apply(second, other)
+			tt.end(h, first, c1)
+			if got := h.readSysctl("net/ipv4/ip_forward"); got != "1" {
+				t.Errorf("ip_forward with one instance left: %s, want 1", got)
+			}
+			h.close(second)
+			if got := h.readSysctl("net/ipv4/ip_forward"); got != tt.want {
+				t.Errorf("ip_forward after the second: %s, want %s", got, tt.want)
+			}
+			if tt.want == "1" {
+				h.close(h.open(c1))
+				if got := h.readSysctl("net/ipv4/ip_forward"); got != "0" {
+					t.Errorf("ip_forward after the first has cleaned up: %s, want 0", got)
+				}
+			}
+		})
+	}
+}
+
+// onReadOnlySysctls runs f where /proc/sys is read-only, as in a container.
+func (h *host) onReadOnlySysctls(f func()) {
+	h.t.Helper()
+	h.do(func() {
+		const path = "/proc/sys"
+		for _, err := range []error{
+			unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS),
+			unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+			unix.Mount(path, path, "", unix.MS_BIND, ""),
+			unix.Mount("", path, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""),
+		} {
+			if err != nil {
+				h.t.Fatalf("make /proc/sys read-only: %v", err)
+			}
+		}
+		f()
+	})
+}
+
+func TestReadOnlySysctls(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	tunnel, _ := h.tun("masque0")
+	before := h.snapshot()
+	h.onReadOnlySysctls(func() {
+		m, err := Open(Config{Instance: "one", Interface: "masque0", Logger: testLogger(t)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		err = m.Apply(router())
+		if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), "sysctl -w net.ipv4.ip_forward=1") {
+			t.Errorf("Apply: %v; want a read-only file system and the command", err)
+		}
+	})
+	h.same(before)
+
+	// Done by hand: nothing is to be written.
+	h.sysctl("net/ipv4/ip_forward", "1")
+	h.sysctl("net/ipv6/conf/all/forwarding", "1")
+	h.onReadOnlySysctls(func() {
+		m, err := Open(Config{Instance: "one", Interface: "masque0", Logger: testLogger(t)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		if err := m.Apply(router()); err != nil {
+			t.Error(err)
+		}
+	})
+
+	// What a client needs it can do without.
+	var log logBuffer
+	h.onReadOnlySysctls(func() {
+		m, err := Open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Logger: log.logger()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		for range 2 {
+			if err := m.Apply(full()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := h.lookup("203.0.113.1", 0); got != tunnel {
+			t.Errorf("lookup leads to interface %d, want %d", got, tunnel)
+		}
+	})
+	if got := strings.Count(log.String(), "level=WARN"); got != 1 || !strings.Contains(log.String(), "src_valid_mark") {
+		t.Errorf("%d warnings, want one about src_valid_mark:\n%s", got, log.String())
+	}
+}
+
+func TestJournalCannotBeWritten(t *testing.T) {
+	h := newHost(t)
+	h.tun("masque0")
+	before := h.snapshot()
+	dir := t.TempDir()
+	m := h.open(Config{Instance: "one", Interface: "masque0", Journal: filepath.Join(dir, "j", "one.json")})
+	// Gone, as if the disk had been.
+	if err := os.RemoveAll(filepath.Join(dir, "j")); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.tryApply(m, router()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("Apply: %v, want no such file", err)
+	}
+	h.same(before)
+}

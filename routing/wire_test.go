@@ -1,0 +1,329 @@
+package routing
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gopacket/gopacket"
+	"github.com/gopacket/gopacket/layers"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Tests with packets: a host with an uplink to a router, behind which is the
+// proxy's address.
+
+const (
+	hostAddr4, hostAddr6     = "192.168.5.2", "2001:db8:5::2"
+	routerAddr4, routerAddr6 = "192.168.5.1", "2001:db8:5::1"
+	proxyAddr4, proxyAddr6   = "203.0.113.1", "2a00::1"
+	patience                 = 20 * time.Second // for packets that must come
+)
+
+// connect makes a host with uplink up0 and the router at the other end.
+func connect(t *testing.T) (h, router *host) {
+	t.Helper()
+	h, router = newHost(t), newHost(t)
+	h.do(func() {
+		err := netlink.LinkAdd(&netlink.Veth{
+			LinkAttrs: netlink.LinkAttrs{Name: "up0"}, PeerName: "down0", PeerNamespace: netlink.NsFd(router.ns),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
+	h.ip("link set up0 addrgenmode none up")
+	router.ip("link set down0 addrgenmode none up")
+	h.waitFor("up0", netlink.OperUp)
+	router.waitFor("down0", netlink.OperUp)
+	h.ip("addr add " + hostAddr4 + "/24 dev up0")
+	h.ip("addr add " + hostAddr6 + "/64 dev up0 nodad")
+	h.ip("route add default via " + routerAddr4)
+	h.ip("-6 route add default via " + routerAddr6)
+	router.ip("addr add " + routerAddr4 + "/24 dev down0")
+	router.ip("addr add " + routerAddr6 + "/64 dev down0 nodad")
+	router.ip("addr add " + proxyAddr4 + "/32 dev lo")
+	router.ip("addr add " + proxyAddr6 + "/128 dev lo nodad")
+	return h, router
+}
+
+// listen opens a UDP socket on the host. It fails reads after a while.
+func (h *host) listen(addr string, mark uint32) *net.UDPConn {
+	h.t.Helper()
+	var c net.PacketConn
+	h.do(func() {
+		var err error
+		lc := net.ListenConfig{Control: MarkSocket(mark)}
+		if c, err = lc.ListenPacket(context.Background(), "udp", addr); err != nil {
+			h.t.Fatal(err)
+		}
+		c.SetDeadline(time.Now().Add(patience))
+	})
+	h.t.Cleanup(func() { c.Close() })
+	return c.(*net.UDPConn)
+}
+
+func port(c *net.UDPConn) uint16 { return c.LocalAddr().(*net.UDPAddr).AddrPort().Port() }
+
+func send(t *testing.T, c *net.UDPConn, text string, to netip.AddrPort) {
+	t.Helper()
+	if _, err := c.WriteToUDPAddrPort([]byte(text), to); err != nil {
+		t.Fatalf("send %q to %v: %v", text, to, err)
+	}
+}
+
+func receive(t *testing.T, c *net.UDPConn) (text string, from netip.AddrPort) {
+	t.Helper()
+	buf := make([]byte, 2000)
+	n, from, err := c.ReadFromUDPAddrPort(buf)
+	if err != nil {
+		t.Fatalf("receive: %v", err)
+	}
+	return string(buf[:n]), netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+}
+
+// filtered is how many packets the reverse path filter has dropped.
+func (h *host) filtered() (n int) {
+	h.t.Helper()
+	h.do(func() {
+		b, err := os.ReadFile("/proc/thread-self/net/netstat")
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		var names []string
+		for line := range strings.Lines(string(b)) {
+			fields := strings.Fields(line)
+			if fields[0] != "TcpExt:" {
+				continue
+			}
+			if names == nil {
+				names = fields
+				continue
+			}
+			for i, name := range names {
+				if name == "IPReversePathFilter" {
+					n, err = strconv.Atoi(fields[i])
+				}
+			}
+		}
+		if names == nil || err != nil {
+			h.t.Fatalf("no counter of the reverse path filter: %v", err)
+		}
+	})
+	return n
+}
+
+// A full tunnel and strict reverse path filters: the outer socket gets its
+// replies and the ICMP errors, which come in where its packets went out.
+func TestStrictReversePathFilter(t *testing.T) {
+	h, router := connect(t)
+	h.tun("masque0")
+	h.sysctl("net/ipv4/conf/all/rp_filter", "1")
+	h.sysctl("net/ipv4/conf/up0/rp_filter", "1")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, full())
+
+	for _, proxy := range []string{proxyAddr4, proxyAddr6} {
+		server := router.listen(net.JoinHostPort(proxy, "0"), 0)
+		outer := h.listen(":0", DefaultMark)
+		for range 3 {
+			send(t, outer, "request", netip.AddrPortFrom(netip.MustParseAddr(proxy), port(server)))
+			text, from := receive(t, server)
+			if text != "request" {
+				t.Errorf("the proxy received %q", text)
+			}
+			send(t, server, "reply", from)
+			if text, _ := receive(t, outer); text != "reply" {
+				t.Errorf("the outer socket received %q", text)
+			}
+		}
+		// Nobody listens there any more: ICMP port unreachable.
+		to := netip.AddrPortFrom(netip.MustParseAddr(proxy), port(server))
+		server.Close()
+		var c net.Conn
+		h.do(func() {
+			d := net.Dialer{Control: MarkSocket(DefaultMark)}
+			var err error
+			if c, err = d.Dial("udp", to.String()); err != nil {
+				t.Fatal(err)
+			}
+		})
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(patience))
+		if _, err := c.Write([]byte("anyone?")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("%s: read from a socket to a closed port: %v, want connection refused", proxy, err)
+		}
+	}
+	if n := h.filtered(); n != 0 {
+		t.Errorf("%d packets were dropped by the reverse path filter", n)
+	}
+
+	// Without what Apply did for it, the filter drops the reply: so it was that.
+	h.run("nft", "flush", "chain", "inet", "masque-one", "restore")
+	server := router.listen(net.JoinHostPort(proxyAddr4, "0"), 0)
+	outer := h.listen(":0", DefaultMark)
+	send(t, outer, "request", netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)))
+	_, from := receive(t, server)
+	send(t, server, "reply", from)
+	for deadline := time.Now().Add(patience); h.filtered() == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the filter drops nothing: the test tests nothing")
+		}
+	}
+}
+
+// Packets to a tunnel address are taken from the tunnel and from the host
+// itself, not from the LAN.
+func TestTunnelAddressIsGuarded(t *testing.T) {
+	h, router := connect(t)
+	h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, full())
+	for _, tt := range []struct{ tunnel, lan, via, from string }{
+		{"10.77.0.2", hostAddr4, hostAddr4, routerAddr4},
+		{"fd77::2", hostAddr6, hostAddr6, routerAddr6},
+	} {
+		router.ip("route add " + tt.tunnel + " via " + tt.via)
+		service := h.listen(":0", 0)
+		attacker := router.listen(net.JoinHostPort(tt.from, "0"), 0)
+		send(t, attacker, "to the tunnel", netip.AddrPortFrom(netip.MustParseAddr(tt.tunnel), port(service)))
+		send(t, attacker, "to the LAN", netip.AddrPortFrom(netip.MustParseAddr(tt.lan), port(service)))
+		if text, _ := receive(t, service); text != "to the LAN" {
+			t.Errorf("received %q from the LAN at %s", text, tt.tunnel)
+		}
+		local := h.listen(net.JoinHostPort(tt.tunnel, "0"), 0)
+		send(t, local, "from the host", netip.AddrPortFrom(netip.MustParseAddr(tt.tunnel), port(service)))
+		if text, _ := receive(t, service); text != "from the host" {
+			t.Errorf("received %q from the host itself at %s", text, tt.tunnel)
+		}
+	}
+}
+
+// A proxy forwards from the tunnel to its network and back, and lends its
+// address.
+func TestForwardAndMasquerade(t *testing.T) {
+	h, router := connect(t)
+	var device *os.File
+	h.do(func() {
+		tun := &netlink.Tuntap{
+			LinkAttrs: netlink.LinkAttrs{Name: "masque0"}, Mode: netlink.TUNTAP_MODE_TUN,
+			Flags: netlink.TUNTAP_NO_PI, NonPersist: true, Queues: 1,
+		}
+		if err := netlink.LinkAdd(tun); err != nil {
+			t.Fatal(err)
+		}
+		device = tun.Fds[0]
+	})
+	t.Cleanup(func() { device.Close() })
+	m := h.open(Config{Instance: "one", Interface: "masque0"})
+	h.apply(m, State{
+		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"), Routes: prefixes("10.77.0.0/24", "fd77::/64"),
+		Forward: true, Masquerade: prefixes("10.77.0.0/24", "fd77::/64"),
+	})
+	for _, tt := range []struct{ client, server, proxy string }{
+		{"10.77.0.9", proxyAddr4, hostAddr4},
+		{"fd77::9", proxyAddr6, hostAddr6},
+	} {
+		server := router.listen(net.JoinHostPort(tt.server, "0"), 0)
+		src := netip.AddrPortFrom(netip.MustParseAddr(tt.client), 4000)
+		dst := netip.AddrPortFrom(netip.MustParseAddr(tt.server), port(server))
+		if _, err := device.Write(udpPacket(t, src, dst, "request")); err != nil {
+			t.Fatal(err)
+		}
+		text, from := receive(t, server)
+		if text != "request" || from.Addr().String() != tt.proxy {
+			t.Errorf("the server received %q from %v, want it from %s", text, from, tt.proxy)
+		}
+		send(t, server, "reply", from)
+		if got := readTUN(t, device, "reply"); !bytes.Equal(got[len(got)-5:], []byte("reply")) ||
+			!bytes.Contains(got, src.Addr().AsSlice()) {
+			t.Errorf("reply in the tunnel: %x, want it to %v", got, src)
+		}
+	}
+	// Between hosts of the tunnel nothing is rewritten.
+	if _, err := device.Write(udpPacket(t, netip.MustParseAddrPort("10.77.0.9:1"), netip.MustParseAddrPort("10.77.0.8:2"), "hello")); err != nil {
+		t.Fatal(err)
+	}
+	got := readTUN(t, device, "hello")
+	if !bytes.Contains(got, []byte{10, 77, 0, 9, 10, 77, 0, 8}) {
+		t.Errorf("between clients: %x, want source and destination unchanged", got)
+	}
+}
+
+func udpPacket(t *testing.T, src, dst netip.AddrPort, text string) []byte {
+	t.Helper()
+	udp := &layers.UDP{SrcPort: layers.UDPPort(src.Port()), DstPort: layers.UDPPort(dst.Port())}
+	var ip interface {
+		gopacket.SerializableLayer
+		gopacket.NetworkLayer
+	}
+	if src.Addr().Is4() {
+		ip = &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolUDP, SrcIP: src.Addr().AsSlice(), DstIP: dst.Addr().AsSlice()}
+	} else {
+		ip = &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: layers.IPProtocolUDP, SrcIP: src.Addr().AsSlice(), DstIP: dst.Addr().AsSlice()}
+	}
+	if err := udp.SetNetworkLayerForChecksum(ip); err != nil {
+		t.Fatal(err)
+	}
+	buf := gopacket.NewSerializeBuffer()
+	opts := gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}
+	if err := gopacket.SerializeLayers(buf, opts, ip, udp, gopacket.Payload(text)); err != nil {
+		t.Fatal(err)
+	}
+	return buf.Bytes()
+}
+
+// readTUN returns the next packet from the device that ends with text.
+func readTUN(t *testing.T, device *os.File, text string) []byte {
+	t.Helper()
+	buf := make([]byte, 2000)
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
+		p := []unix.PollFd{{Fd: int32(device.Fd()), Events: unix.POLLIN}}
+		if n, err := unix.Poll(p, 100); err != nil && !errors.Is(err, unix.EINTR) {
+			t.Fatal(err)
+		} else if n <= 0 {
+			continue
+		}
+		n, err := device.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.HasSuffix(buf[:n], []byte(text)) {
+			return buf[:n]
+		}
+	}
+	t.Fatalf("no packet with %q came out of the tunnel", text)
+	return nil
+}
+
+func TestMarkSocket(t *testing.T) {
+	h := newHost(t)
+	for _, mark := range []uint32{0, DefaultMark, 1 << 31} {
+		c := h.listen("127.0.0.1:0", mark)
+		raw, err := c.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got int
+		if cerr := raw.Control(func(fd uintptr) {
+			got, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK)
+		}); cerr != nil || err != nil {
+			t.Fatal(cerr, err)
+		}
+		if uint32(got) != mark {
+			t.Errorf("mark of the socket is %#x, want %#x", got, mark)
+		}
+	}
+}
