@@ -1,0 +1,237 @@
+package client
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/quic-go/quic-go"
+
+	"masquevpn/internal/connectip"
+	"masquevpn/routing"
+	"masquevpn/tun"
+)
+
+const (
+	headroom = connectip.Headroom
+	minMTU   = 1280 // of a link that carries IPv6 (RFC 8200 section 5)
+	maxMTU   = 1500
+	// steadyAfter is how long a session has to last for the next wait before reconnecting to be short again.
+	steadyAfter = 10 * time.Second
+	firstDelay  = 250 * time.Millisecond
+)
+
+// Client keeps one tunnel. Make it with New.
+type Client struct {
+	cfg      Config
+	to       target
+	tls      *tls.Config
+	control  controlFunc
+	resolver *net.Resolver
+	instance string // tells this run from others of the same user
+
+	device    Device
+	network   Network
+	current   atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
+	stats     connectip.Stats
+	lastAddrs []netip.AddrPort // of the proxy
+	had       []netip.Prefix   // addresses of the last session, to ask for again
+
+	mu      sync.Mutex
+	status  connectip.Status
+	live    *quic.Conn // of the session, nil while there is none
+	changed chan struct{}
+}
+
+// Status describes a tunnel; its JSON form is that of `masque-client status --json`.
+type Status = connectip.Status
+
+// The states of a tunnel.
+const (
+	StateConnecting   = "connecting"
+	StateConnected    = "connected"
+	StateReconnecting = "reconnecting"
+	StateStopping     = "stopping"
+	StateFailed       = "failed"
+)
+
+// New checks cfg and makes a Client of it; nothing is opened or sent yet. Errors are *Error of KindUsage.
+func New(cfg Config) (*Client, error) {
+	to, err := cfg.resolveTarget()
+	if err != nil {
+		return nil, err
+	}
+	withKernel := cfg.OpenNetwork == nil
+	if cfg, err = cfg.withDefaults(); err != nil {
+		return nil, err
+	}
+	c := &Client{cfg: cfg, to: to, tls: cfg.tlsConfig(to), instance: rand.Text(), changed: make(chan struct{})}
+	if withKernel {
+		c.control = routing.MarkSocket(routing.DefaultMark)
+	}
+	c.resolver = resolver(c.control)
+	c.status = connectip.Status{
+		Schema: connectip.StatusSchema, Name: cfg.Name, State: StateConnecting, Since: time.Now(),
+		Proxy:     connectip.ProxyStatus{Name: to.host, HTTP: "h3"},
+		Addresses: []netip.Prefix{}, Routes: []connectip.RouteStatus{},
+		DNS: connectip.DNSStatus{Servers: []string{}, Search: []string{}},
+	}
+	return c, nil
+}
+
+// Run keeps the tunnel until ctx ends, which gives nil, or until it fails for good, which gives an *Error. Either way
+// the host is as it was before. It may be called once.
+func (c *Client) Run(ctx context.Context) (err error) {
+	defer func() {
+		if err != nil {
+			c.setState(StateFailed, err.Error())
+		}
+	}()
+	if c.device, err = c.cfg.OpenDevice(); err != nil {
+		return privileged(err, "")
+	}
+	var uplink sync.WaitGroup
+	defer func() {
+		err = errors.Join(err, c.device.Close())
+		uplink.Wait()
+	}()
+	if c.network, err = c.cfg.OpenNetwork(c.device); err != nil {
+		return privileged(err, "setting up the network: ")
+	}
+	// Joined errors lose their kind, so only a failure to restore the host is added.
+	defer func() {
+		if closeErr := c.network.Close(); closeErr != nil {
+			err = errors.Join(err, closeErr)
+		}
+	}()
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	uplink.Go(func() {
+		if err := c.readDevice(); err != nil {
+			stop(err)
+		}
+	})
+	err = c.keepConnected(ctx)
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded) {
+		return &Error{Kind: KindFailure, Reason: cause.Error(), Err: cause}
+	}
+	c.setState(StateStopping, "")
+	return err
+}
+
+// privileged makes an Error of what opening something on this host gave.
+func privileged(err error, what string) error {
+	e := &Error{Kind: KindFailure, Reason: what + err.Error(), Err: err}
+	if errors.Is(err, tun.ErrPermission) || errors.Is(err, os.ErrPermission) {
+		e.Kind = KindPrivileges
+	}
+	return e
+}
+
+// keepConnected has one session after another until ctx ends or trying again cannot help.
+func (c *Client) keepConnected(ctx context.Context) error {
+	wait := &backoff.ExponentialBackOff{
+		InitialInterval: firstDelay, RandomizationFactor: backoff.DefaultRandomizationFactor, Multiplier: 2, MaxInterval: c.cfg.MaxDelay,
+	}
+	wait.Reset()
+	everConnected := false
+	for {
+		connected, err := c.session(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		everConnected = everConnected || connected > 0
+		var e *Error
+		if !errors.As(err, &e) {
+			e = &Error{Kind: KindFailure, Reason: err.Error(), Err: err}
+		}
+		if e.Kind.final() || e.Kind == KindRefused && !everConnected || !c.cfg.Reconnect {
+			return e
+		}
+		if connected > steadyAfter {
+			wait.Reset()
+		}
+		delay := wait.NextBackOff()
+		c.cfg.Logger.Warn("no session", "reason", e.Error(), "retry_in", delay.Round(time.Millisecond))
+		state := StateConnecting
+		if everConnected {
+			state = StateReconnecting
+			c.mu.Lock()
+			c.status.Reconnects++
+			c.mu.Unlock()
+		}
+		c.setState(state, e.Error())
+		select {
+		case <-time.After(delay):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// readDevice sends the packets of the host until the device is closed.
+func (c *Client) readDevice() error {
+	n := c.device.BatchSize()
+	bufs := make([][]byte, n)
+	slab := make([]byte, n*(headroom+maxMTU))
+	for i := range bufs {
+		bufs[i] = slab[i*(headroom+maxMTU) : (i+1)*(headroom+maxMTU)]
+	}
+	sizes := make([]int, n)
+	for {
+		count, err := c.device.Read(bufs, sizes, headroom)
+		conn := c.current.Load()
+		for i := range count {
+			if conn == nil {
+				c.stats.Send.Drop(connectip.DropClosed)
+				continue
+			}
+			conn.Send(bufs[i][:headroom+sizes[i]], headroom)
+		}
+		if errors.Is(err, os.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("reading from %s: %w", c.device.Name(), err)
+		}
+	}
+}
+
+// Changed returns a channel that is closed at the next change of state.
+func (c *Client) Changed() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.changed
+}
+
+func (c *Client) setState(state, reason string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.status.State != state {
+		c.status.Since = time.Now()
+	}
+	c.status.State, c.status.Reason = state, reason
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+// Status describes the tunnel as it is now.
+func (c *Client) Status() Status {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.status
+	if c.live != nil {
+		s.RTT = c.live.ConnectionStats().SmoothedRTT.Microseconds()
+	}
+	s.SetTraffic(&c.stats)
+	return s
+}

@@ -1,0 +1,458 @@
+package client
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"masquevpn/internal/ippacket"
+	"masquevpn/internal/pki"
+	"masquevpn/proxy"
+	"masquevpn/routing"
+	"masquevpn/tun"
+	"masquevpn/tun/tuntest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const proxyName = "proxy.example"
+
+// installation is the certificates of a proxy and of its users.
+type installation struct {
+	ca    *x509.CertPool
+	proxy tls.Certificate
+	user  tls.Certificate // of alice
+}
+
+var newInstallation = sync.OnceValue(func() installation {
+	now := time.Now()
+	ca, pair, err := pki.NewAuthority("test CA", now)
+	must(err)
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pair.Cert) {
+		panic("no CA certificate")
+	}
+	server, err := ca.Server(proxyName, nil, now)
+	must(err)
+	user, err := ca.Client("alice", now, time.Hour)
+	must(err)
+	return installation{ca: pool, proxy: keyPair(server), user: keyPair(user)}
+})
+
+func keyPair(p pki.Pair) tls.Certificate {
+	c, err := tls.X509KeyPair(p.Cert, p.Key)
+	must(err)
+	return c
+}
+
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+// users has alice, whose token is "secret".
+type users struct{ gone *atomic.Bool }
+
+func (u users) alice() proxy.User {
+	return proxy.User{Name: "alice", TokenHash: sha256.Sum256([]byte("secret"))}
+}
+
+func (u users) ByName(name string) (proxy.User, bool) {
+	return u.alice(), name == "alice" && (u.gone == nil || !u.gone.Load())
+}
+func (u users) ByToken(token string) (proxy.User, bool) { return u.alice(), token == "secret" }
+func (u users) Holder(netip.Addr) string                { return "" }
+
+// network is a kernel that keeps what it was last told.
+type network struct {
+	mu     sync.Mutex
+	states []routing.State
+	closed bool
+}
+
+func (n *network) Apply(s routing.State) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.states = append(n.states, s)
+	return nil
+}
+
+func (n *network) Close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.closed = true
+	return nil
+}
+
+func (n *network) last() routing.State {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.states) == 0 {
+		return routing.State{}
+	}
+	return n.states[len(n.states)-1]
+}
+
+// far is a proxy that runs in the test, with a device instead of a kernel.
+type far struct {
+	*proxy.Server
+	addr   string // host:port to dial
+	device *tuntest.Device
+}
+
+func startProxy(t *testing.T, change func(*proxy.Config)) *far {
+	t.Helper()
+	in := newInstallation()
+	f := &far{device: tuntest.New(1400)}
+	cfg := proxy.Config{
+		Name: proxyName, Listen: []string{"127.0.0.1:0"},
+		TLS:     &tls.Config{Certificates: []tls.Certificate{in.proxy}, ClientCAs: in.ca},
+		Methods: []string{proxy.MethodToken, proxy.MethodMTLS}, Users: users{},
+		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
+		Advertise:   []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")},
+		OpenDevice:  func() (proxy.Device, error) { return f.device, nil },
+		OpenNetwork: func(proxy.Device) (proxy.Network, error) { return &network{}, nil },
+		LocalAddrs:  func() ([]netip.Addr, error) { return nil, nil },
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	s, err := proxy.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Server = s
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	select {
+	case <-s.Ready():
+	case err := <-done:
+		t.Fatalf("the proxy ended: %v", err)
+	}
+	f.addr = s.Addrs()[0].String()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("the proxy ended with %v", err)
+		}
+	})
+	return f
+}
+
+// near is a client that runs in the test.
+type near struct {
+	*Client
+	device  *tuntest.Device
+	network *network
+	done    chan struct{}
+	err     error
+	stop    context.CancelFunc
+}
+
+func startClient(t *testing.T, f *far, change func(*Config)) *near {
+	t.Helper()
+	n := &near{device: tuntest.New(1400), network: &network{}, done: make(chan struct{})}
+	cfg := Config{
+		Name: "test", Proxy: f.addr, Token: "secret",
+		TLS:           &tls.Config{RootCAs: newInstallation().ca, ServerName: proxyName},
+		InstallRoutes: true, Reconnect: true,
+		OpenDevice:  func() (Device, error) { return n.device, nil },
+		OpenNetwork: func(Device) (Network, error) { return n.network, nil },
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	c, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Client = c
+	ctx, cancel := context.WithCancel(t.Context())
+	n.stop = cancel
+	go func() {
+		n.err = c.Run(ctx)
+		close(n.done)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-n.done
+	})
+	return n
+}
+
+// await waits until ok holds of the status.
+func (n *near) await(t *testing.T, what string, ok func(Status) bool) {
+	t.Helper()
+	timeout := time.After(20 * time.Second)
+	for {
+		changed := n.Changed()
+		s := n.Status()
+		if ok(s) {
+			return
+		}
+		select {
+		case <-changed:
+		case <-n.done:
+			t.Fatalf("the client ended with %v before it was %s", n.err, what)
+		case <-timeout:
+			t.Fatalf("the client was not %s in time: %+v", what, s)
+		}
+	}
+}
+
+func (n *near) awaitConnected(t *testing.T) {
+	t.Helper()
+	n.await(t, "connected", func(s Status) bool { return s.State == StateConnected })
+}
+
+// failure waits for the end of the client and returns why.
+func (n *near) failure(t *testing.T) *Error {
+	t.Helper()
+	select {
+	case <-n.done:
+	case <-time.After(30 * time.Second):
+		t.Fatalf("the client goes on: %+v", n.Status())
+	}
+	var e *Error
+	if !errors.As(n.err, &e) {
+		t.Fatalf("the client ended with %v, which is no *Error", n.err)
+	}
+	return e
+}
+
+func TestConnects(t *testing.T) {
+	for name, change := range map[string]func(*Config){
+		"token":       nil,
+		"certificate": func(c *Config) { c.Token, c.TLS.Certificates = "", []tls.Certificate{newInstallation().user} },
+		"both":        func(c *Config) { c.TLS.Certificates = []tls.Certificate{newInstallation().user} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := startProxy(t, nil)
+			n := startClient(t, f, change)
+			n.awaitConnected(t)
+			want := []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32"), netip.MustParsePrefix("fd77::2/128")}
+			s := n.Status()
+			state := n.network.last()
+			if !slices.Equal(s.Addresses, want) || !slices.Equal(state.Addresses, want) {
+				t.Errorf("addresses %v, in the kernel %v, want %v", s.Addresses, state.Addresses, want)
+			}
+			if all := []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}; !slices.Equal(state.Routes, all) {
+				t.Errorf("routes in the kernel %v, want %v", state.Routes, all)
+			}
+			if s.Proxy.AuthenticatedAs != proxyName || s.Proxy.Endpoint != f.addr || state.MTU < minMTU {
+				t.Errorf("status %+v, MTU in the kernel %d", s, state.MTU)
+			}
+			carries(t, n, f, "10.77.0.2", "192.0.2.2")
+			carries(t, n, f, "fd77::2", "2001:db8::2")
+			if sessions := f.Sessions(); len(sessions) != 1 || sessions[0].User != "alice" || !slices.Equal(sessions[0].Addresses, want) {
+				t.Errorf("sessions at the proxy: %+v", sessions)
+			}
+			n.stop()
+			<-n.done
+			if n.err != nil || !n.network.closed {
+				t.Errorf("ended with %v, network closed %t", n.err, n.network.closed)
+			}
+		})
+	}
+}
+
+// carries sends a packet in each direction between an address of n and one beyond f.
+func carries(t *testing.T, n *near, f *far, inside, beyond string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	a, b := netip.MustParseAddr(inside), netip.MustParseAddr(beyond)
+	n.device.Inject(ippacket.AppendEcho(nil, a, b, 64, true, 99, 1, []byte("up")))
+	receive(t, ctx, f.device, a, b)
+	f.device.Inject(ippacket.AppendEcho(nil, b, a, 64, false, 99, 1, []byte("down")))
+	receive(t, ctx, n.device, b, a)
+}
+
+// receive waits for an echo of carries; probes of the client come by as well.
+func receive(t *testing.T, ctx context.Context, d *tuntest.Device, src, dst netip.Addr) {
+	t.Helper()
+	for {
+		pkt, err := d.Receive(ctx)
+		if err != nil {
+			t.Fatalf("no packet from %v to %v: %v", src, dst, err)
+		}
+		p, err := ippacket.Parse(pkt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, id, _, _, ok := ippacket.ParseEcho(pkt, p); ok && id == 99 && p.Src == src && p.Dst == dst {
+			return
+		}
+	}
+}
+
+func TestFailures(t *testing.T) {
+	f := startProxy(t, nil)
+	other, otherCA, err := pki.NewAuthority("another CA", time.Now())
+	must(err)
+	otherCAs := x509.NewCertPool()
+	otherCAs.AppendCertsFromPEM(otherCA.Cert)
+	foreign, err := other.Client("alice", time.Now(), time.Hour)
+	must(err)
+	foreignCert := keyPair(foreign)
+	for name, tc := range map[string]struct {
+		change func(*Config)
+		kind   Kind
+		says   string
+	}{
+		"wrong token":           {func(c *Config) { c.Token = "guess" }, KindCredentials, "does not accept the credentials"},
+		"no credentials":        {func(c *Config) { c.Token = "" }, KindCredentials, "does not accept the credentials"},
+		"foreign certificate":   {func(c *Config) { c.TLS.Certificates = []tls.Certificate{foreignCert} }, KindCredentials, "client certificate"},
+		"unknown CA":            {func(c *Config) { c.TLS.RootCAs = otherCAs }, KindIdentity, "unknown authority"},
+		"wrong name":            {func(c *Config) { c.TLS.ServerName = "other.example" }, KindIdentity, "not for the name other.example"},
+		"clock beyond validity": {func(c *Config) { c.TLS.Time = func() time.Time { return time.Now().Add(100 * 365 * 24 * time.Hour) } }, KindIdentity, "expired"},
+		"no such host":          {func(c *Config) { c.Proxy, c.Reconnect = "no-such-host.invalid", false }, KindUnreachable, "cannot be resolved"},
+		"closed port":           {func(c *Config) { c.Proxy, c.Reconnect = "127.0.0.1:9", false }, KindUnreachable, "does not answer on UDP port 9"},
+		"unknown path":          {func(c *Config) { c.Proxy = "https://" + f.addr + "/other" }, KindUsage, "status 404"},
+		"missing device":        {func(c *Config) { c.OpenDevice = func() (Device, error) { return nil, os.ErrPermission } }, KindPrivileges, "permission"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := startClient(t, f, tc.change)
+			e := n.failure(t)
+			if e.Kind != tc.kind || !strings.Contains(e.Error(), tc.says) || strings.Contains(e.Error(), "\n") {
+				t.Errorf("got kind %d, %q, want kind %d and one line with %q", e.Kind, e, tc.kind, tc.says)
+			}
+			if name != "missing device" && !n.network.closed {
+				t.Error("the network was not closed")
+			}
+			if s := n.Status(); s.State != StateFailed || s.Reason == "" {
+				t.Errorf("status %+v", s)
+			}
+		})
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	for key, cfg := range map[string]Config{
+		"proxy":               {},
+		"proxy ":              {Proxy: "https://p/{+target}"},
+		"scope":               {Proxy: "p", Target: "192.0.2.1/24"},
+		"scope ":              {Proxy: "p", IPProto: "tcp"},
+		"tun.mtu":             {Proxy: "p", TUN: tun.Config{MTU: 9000}},
+		"addresses.request":   {Proxy: "p", Request: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}},
+		"reconnect.max_delay": {Proxy: "p", MaxDelay: -1},
+	} {
+		_, err := New(cfg)
+		var e *Error
+		if !errors.As(err, &e) || e.Kind != KindUsage || !strings.HasPrefix(e.Reason, strings.TrimSpace(key)+":") {
+			t.Errorf("%s: got %v", key, err)
+		}
+	}
+}
+
+// A client whose session ends comes back with the same addresses, also when another client came in between.
+func TestReconnectsWithTheSameAddresses(t *testing.T) {
+	f := startProxy(t, nil)
+	first, second := startClient(t, f, nil), (*near)(nil)
+	first.awaitConnected(t)
+	second = startClient(t, f, nil)
+	second.awaitConnected(t)
+	want := second.Status().Addresses
+	if slices.Equal(first.Status().Addresses, want) {
+		t.Fatalf("both clients have %v", want)
+	}
+	first.stop()
+	<-first.done
+	for _, s := range f.Sessions() {
+		f.Kick(s.ID)
+	}
+	second.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && s.Reconnects > 0 })
+	if got := second.Status().Addresses; !slices.Equal(got, want) {
+		t.Errorf("addresses %v after the reconnect, want %v", got, want)
+	}
+	carries(t, second, f, want[0].Addr().String(), "192.0.2.2")
+}
+
+func TestRevokedUser(t *testing.T) {
+	var gone atomic.Bool
+	f := startProxy(t, func(c *proxy.Config) { c.Users, c.Methods = users{&gone}, []string{proxy.MethodMTLS} })
+	n := startClient(t, f, func(c *Config) { c.TLS.Certificates = []tls.Certificate{newInstallation().user} })
+	n.awaitConnected(t)
+	gone.Store(true)
+	f.UsersChanged()
+	if e := n.failure(t); e.Kind != KindCredentials {
+		t.Errorf("got %v", e)
+	}
+}
+
+func TestPoolExhausted(t *testing.T) {
+	f := startProxy(t, func(c *proxy.Config) {
+		c.Pool4, c.Pool6 = netip.MustParsePrefix("10.77.0.0/30"), netip.Prefix{} // one address for clients
+	})
+	first := startClient(t, f, nil)
+	first.awaitConnected(t)
+	e := startClient(t, f, nil).failure(t)
+	if e.Kind != KindRefused || !strings.Contains(e.Error(), "assigned no address") {
+		t.Errorf("got %v", e)
+	}
+	carries(t, first, f, "10.77.0.2", "192.0.2.2")
+}
+
+func TestSessionLimit(t *testing.T) {
+	f := startProxy(t, func(c *proxy.Config) { c.MaxSessionsPerUser = 1 })
+	startClient(t, f, nil).awaitConnected(t)
+	e := startClient(t, f, func(c *Config) { c.Reconnect = false }).failure(t)
+	if e.Kind != KindFailure || !strings.Contains(e.Error(), "status 429") {
+		t.Errorf("got %v", e)
+	}
+}
+
+// Of the advertised ranges, those that are accepted are installed.
+func TestSplitTunnel(t *testing.T) {
+	f := startProxy(t, nil)
+	n := startClient(t, f, func(c *Config) {
+		c.Accept = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
+	})
+	n.awaitConnected(t)
+	if got := n.network.last().Routes; !slices.Equal(got, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}) {
+		t.Errorf("installed %v", got)
+	}
+}
+
+// Clients do not reach each other unless the proxy allows it.
+func TestIsolation(t *testing.T) {
+	f := startProxy(t, nil)
+	a, b := startClient(t, f, nil), (*near)(nil)
+	a.awaitConnected(t)
+	b = startClient(t, f, nil)
+	b.awaitConnected(t)
+	from, to := a.Status().Addresses[0].Addr(), b.Status().Addresses[0].Addr()
+	a.device.Inject(ippacket.AppendEcho(nil, from, to, 64, true, 99, 1, nil))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for {
+		pkt, err := a.device.Receive(ctx)
+		if err != nil {
+			t.Fatalf("no answer: %v", err)
+		}
+		p, err := ippacket.Parse(pkt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if q, ok := ippacket.Quoted(pkt, p); ok && q.Dst == to {
+			if pkt[p.HeaderLen] != 3 || pkt[p.HeaderLen+1] != 13 {
+				t.Errorf("answered with type %d code %d", pkt[p.HeaderLen], pkt[p.HeaderLen+1])
+			}
+			return
+		}
+	}
+}

@@ -1,0 +1,210 @@
+// Package client is a CONNECT-IP client (RFC 9484): it dials a proxy over HTTP/3, asks for addresses, applies them and the
+// advertised routes to the host, carries packets, and comes back when the connection is lost.
+package client
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"masquevpn/internal/connectip"
+	"masquevpn/routing"
+	"masquevpn/tun"
+)
+
+// DefaultMaxDelay is the longest wait between two attempts to reconnect.
+const DefaultMaxDelay = 30 * time.Second
+
+// Config is the configuration of a Client.
+type Config struct {
+	Name  string      // of the tunnel, for status, logs and what is ours on the host
+	Proxy string      // a name, host:port, or a URI template (RFC 9484 section 3)
+	TLS   *tls.Config // RootCAs (nil: the system's), Certificates, ServerName ("": from Proxy)
+	Token string      // bearer token, "" for none
+
+	Target  string // request scope (RFC 9484 section 4.6), "" and "*" for any
+	IPProto string
+
+	TUN     tun.Config     // MTU 0: what the path carries
+	Request []netip.Prefix // addresses to ask for, 0.0.0.0/32 and ::/128 for any; default: any of each family
+	Static  []netip.Prefix // addresses to use instead of asking
+
+	InstallRoutes bool
+	Accept        []netip.Prefix // of what is advertised, what is installed; default: all
+	Exclude       []netip.Prefix // goes around the tunnel
+
+	Reconnect bool
+	MaxDelay  time.Duration // default DefaultMaxDelay
+
+	Journal string // path of a file that lets the next start clean up after a crash; "" for none
+	Logger  *slog.Logger
+
+	// OpenDevice and OpenNetwork replace the TUN device and the kernel's routing, for use without privileges.
+	OpenDevice  func() (Device, error)
+	OpenNetwork func(Device) (Network, error)
+}
+
+// Device is where packets come from and go to; *tun.Device is one.
+type Device interface {
+	Name() string
+	MTU() int
+	BatchSize() int
+	Read(bufs [][]byte, sizes []int, offset int) (int, error)
+	Write(bufs [][]byte, offset int) (int, error)
+	Close() error
+}
+
+// Network is the kernel's side of a Device; *routing.Manager is one.
+type Network interface {
+	Apply(routing.State) error
+	Close() error
+}
+
+// Kind classifies an Error. Its values are the exit codes of masque-client.
+type Kind int
+
+// The kinds of Error.
+const (
+	KindFailure      Kind = 1 // it failed while running
+	KindUsage        Kind = 2 // the configuration is wrong
+	KindNotConnected Kind = 3
+	KindCredentials  Kind = 4 // the proxy refused who we are
+	KindUnreachable  Kind = 5 // the proxy does not answer
+	KindIdentity     Kind = 6 // the proxy could not prove who it is
+	KindPrivileges   Kind = 7 // a privilege is missing
+	KindRefused      Kind = 8 // no address, or no route, was granted
+)
+
+// final reports whether trying again cannot help.
+func (k Kind) final() bool {
+	return k == KindUsage || k == KindCredentials || k == KindIdentity || k == KindPrivileges
+}
+
+// Error is why a tunnel is not there: one line that says what is wrong and what to do.
+type Error struct {
+	Kind   Kind
+	Reason string
+	Remedy string // "" when there is none
+	Err    error  // cause, may be nil
+}
+
+func (e *Error) Error() string {
+	if e.Remedy == "" {
+		return e.Reason
+	}
+	return e.Reason + ": " + e.Remedy
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+func usage(key, format string, args ...any) error {
+	return &Error{Kind: KindUsage, Reason: key + ": " + fmt.Sprintf(format, args...)}
+}
+
+// target is what Config.Proxy stands for.
+type target struct {
+	template *connectip.Template
+	scope    connectip.Scope
+	host     string // to resolve
+	port     string
+	verify   string // the name that the certificate has to carry
+}
+
+// resolveTarget checks where c leads.
+func (c *Config) resolveTarget() (target, error) {
+	raw := c.Proxy
+	if raw == "" {
+		return target{}, usage("proxy", "the name of the proxy is missing")
+	}
+	if !strings.Contains(raw, "/") {
+		host := raw
+		if a, err := netip.ParseAddr(raw); err == nil && a.Is6() {
+			host = "[" + raw + "]"
+		}
+		raw = "https://" + host + connectip.DefaultPath
+	}
+	t, err := connectip.ParseTemplate(raw)
+	if err != nil {
+		return target{}, usage("proxy", "%v", err)
+	}
+	to := target{template: t, host: t.Host(), port: "443"}
+	if host, port, err := net.SplitHostPort(t.Host()); err == nil {
+		to.host, to.port = host, port
+	}
+	to.host = strings.Trim(to.host, "[]")
+	to.verify = to.host
+	if c.TLS != nil && c.TLS.ServerName != "" {
+		to.verify = c.TLS.ServerName
+	}
+	any := func(s string) string {
+		if s == "" {
+			return "*"
+		}
+		return s
+	}
+	if to.scope, err = connectip.ParseScope(any(c.Target), any(c.IPProto)); err != nil {
+		return target{}, usage("scope", "%v", err)
+	}
+	return to, nil
+}
+
+// withDefaults returns c complete and checked.
+func (c Config) withDefaults() (Config, error) {
+	if len(c.Request) == 0 && len(c.Static) == 0 {
+		c.Request = []netip.Prefix{
+			netip.PrefixFrom(netip.IPv4Unspecified(), 32),
+			netip.PrefixFrom(netip.IPv6Unspecified(), 128),
+		}
+	}
+	for _, p := range c.Request {
+		if !p.IsValid() || p != p.Masked() {
+			return c, usage("addresses.request", "%v is not an address prefix without bits beyond its length", p)
+		}
+	}
+	if c.TUN.MTU != 0 && (c.TUN.MTU < minMTU || c.TUN.MTU > maxMTU) {
+		return c, usage("tun.mtu", "%d is not between %d and %d bytes", c.TUN.MTU, minMTU, maxMTU)
+	}
+	if len(c.Accept) == 0 {
+		c.Accept = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
+	}
+	if c.MaxDelay == 0 {
+		c.MaxDelay = DefaultMaxDelay
+	}
+	if c.MaxDelay < 0 {
+		return c, usage("reconnect.max_delay", "it cannot be negative")
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.OpenDevice == nil {
+		c.OpenDevice = func() (Device, error) {
+			t := c.TUN
+			t.Logger = c.Logger
+			if t.MTU == 0 {
+				t.MTU = minMTU // until the path's is known
+			}
+			return tun.Open(t)
+		}
+	}
+	if c.OpenNetwork == nil {
+		c.OpenNetwork = func(d Device) (Network, error) {
+			return routing.Open(routing.Config{
+				Instance: c.Name, Interface: d.Name(), Mark: routing.DefaultMark, Journal: c.Journal, Logger: c.Logger,
+			})
+		}
+	}
+	return c, nil
+}
+
+// resolver asks DNS outside the tunnel, so that a dead tunnel can be dialed again by name.
+func resolver(control controlFunc) *net.Resolver {
+	d := &net.Dialer{Control: control}
+	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+		return d.DialContext(ctx, network, address)
+	}}
+}

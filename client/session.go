@@ -1,0 +1,283 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"go4.org/netipx"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/connectip"
+	"masquevpn/routing"
+)
+
+const (
+	// configTimeout is how long the proxy may take to assign addresses and to advertise routes.
+	configTimeout = 10 * time.Second
+	// settleDelay lets capsules and MTU changes that come together be applied together.
+	settleDelay = 20 * time.Millisecond
+)
+
+// session is one accepted request and what the proxy said on it.
+type session struct {
+	c    *Client
+	quic *quic.Conn
+	conn *connectip.Conn
+	wake chan struct{} // something below changed
+
+	mu        sync.Mutex
+	assigned  []capsule.Address // the last ADDRESS_ASSIGN; nil before the first
+	routes    []capsule.Route
+	hasRoutes bool
+}
+
+// session dials, keeps the session until it ends, and returns why it ended and how long it was connected.
+func (c *Client) session(ctx context.Context) (connected time.Duration, err error) {
+	d, err := c.dial(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer d.close()
+	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1)}
+	s.conn = connectip.New(d.stream, d.conn, connectip.Config{
+		Device:  c.device,
+		Handler: connectip.Handler{Assigned: s.handleAssigned, Routes: s.handleRoutes, MTU: func(int) { s.changed() }},
+		Static:  c.cfg.Static,
+		Stats:   &c.stats,
+	})
+	c.mu.Lock()
+	c.live = d.conn
+	c.status.Proxy.Endpoint = d.conn.RemoteAddr().String()
+	c.status.Proxy.AuthenticatedAs = c.to.verify
+	c.mu.Unlock()
+	c.cfg.Logger.Info("session started", "proxy", c.to.host, "endpoint", d.conn.RemoteAddr().String())
+
+	runCtx, cancel := context.WithCancel(ctx)
+	ended := make(chan error, 1)
+	go func() { ended <- s.conn.Run(runCtx) }()
+	defer func() {
+		cancel()
+		c.mu.Lock()
+		c.live = nil
+		c.mu.Unlock()
+		c.current.CompareAndSwap(s.conn, nil)
+	}()
+
+	since, err := s.keep(ctx, ended)
+	if errors.Is(err, errEnded) {
+		err = s.whyEnded(<-ended)
+	} else {
+		cancel()
+		<-ended
+	}
+	if !since.IsZero() {
+		connected = time.Since(since)
+	}
+	return connected, err
+}
+
+// errEnded stands for the end of the stream, whose reason is with its Run.
+var errEnded = errors.New("the session ended")
+
+// keep asks for addresses, applies what comes, and returns when the session or ctx ends, or cannot go on.
+func (s *session) keep(ctx context.Context, ended chan error) (connected time.Time, err error) {
+	c := s.c
+	if len(c.cfg.Static) == 0 {
+		if err := s.conn.Request(c.wanted()); err != nil {
+			return connected, s.whyEnded(err)
+		}
+	}
+	probes, stopProbes := context.WithCancel(ctx)
+	defer stopProbes()
+	configured := time.NewTimer(configTimeout)
+	defer configured.Stop()
+	firstPacket := s.conn.FirstPacket()
+	probing := false
+	for {
+		select {
+		case <-ctx.Done():
+			return connected, nil
+		case err := <-ended:
+			ended <- err
+			return connected, errEnded
+		case <-configured.C:
+			return connected, s.notConfigured()
+		case <-firstPacket:
+			firstPacket = nil
+			connected = time.Now()
+			c.setState(StateConnected, "")
+			c.cfg.Logger.Info("connected", "addresses", s.addresses(), "mtu", s.conn.MTU())
+		case <-s.wake:
+			time.Sleep(settleDelay)
+			complete, err := s.apply()
+			if err != nil {
+				return connected, err
+			}
+			if complete && !probing {
+				configured.Stop()
+				probing = true
+				go s.conn.Probe(probes)
+			}
+		}
+	}
+}
+
+// wanted is what to ask for: the addresses of the last session, where there was one, and otherwise those configured.
+func (c *Client) wanted() []netip.Prefix {
+	want := slices.Clone(c.cfg.Request)
+	used := make([]bool, len(c.had))
+	for i, w := range want {
+		if !w.Addr().IsUnspecified() {
+			continue
+		}
+		for j, h := range c.had {
+			if !used[j] && h.Addr().Is4() == w.Addr().Is4() {
+				want[i], used[j] = h, true
+				break
+			}
+		}
+	}
+	return want
+}
+
+func (s *session) changed() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (s *session) handleAssigned(addrs []capsule.Address) error {
+	s.mu.Lock()
+	s.assigned = append(make([]capsule.Address, 0, len(addrs)), addrs...)
+	s.mu.Unlock()
+	s.changed()
+	return nil
+}
+
+func (s *session) handleRoutes(routes []capsule.Route) error {
+	s.mu.Lock()
+	s.routes, s.hasRoutes = routes, true
+	s.mu.Unlock()
+	s.changed()
+	return nil
+}
+
+// addresses returns this host's addresses in the tunnel.
+func (s *session) addresses() []netip.Prefix {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := slices.Clone(s.c.cfg.Static)
+	for _, a := range s.assigned {
+		if !a.Refused() {
+			out = append(out, a.Prefix)
+		}
+	}
+	return out
+}
+
+// apply makes the kernel follow what the proxy said. complete is false while the proxy has not said enough.
+func (s *session) apply() (complete bool, err error) {
+	c := s.c
+	addrs := s.addresses()
+	s.mu.Lock()
+	routes, hasRoutes := s.routes, s.hasRoutes
+	s.mu.Unlock()
+	if !hasRoutes || len(addrs) == 0 && s.conn.Unanswered() {
+		return false, nil // more is to come
+	}
+	if len(addrs) == 0 {
+		return false, &Error{Kind: KindRefused, Reason: "the proxy assigned no address", Remedy: "its pool may be exhausted; ask its operator"}
+	}
+	state := routing.State{MTU: s.mtu(), Addresses: addrs, Exclude: c.cfg.Exclude}
+	if c.cfg.InstallRoutes {
+		if state.Routes, err = accepted(routes, c.cfg.Accept); err != nil {
+			return false, err
+		}
+	}
+	if state.MTU < minMTU {
+		c.cfg.Logger.Warn("the path is too narrow for IPv6, which is left out", "mtu", state.MTU, "needed", minMTU)
+		state.Addresses = onlyIPv4(state.Addresses)
+		state.Routes = onlyIPv4(state.Routes)
+	}
+	c.current.Store(s.conn) // before the kernel sends packets here
+	if err := c.network.Apply(state); err != nil {
+		return false, &Error{Kind: KindRefused, Err: err, Reason: fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err)}
+	}
+	c.had = addrs
+	c.mu.Lock()
+	c.status.Interface, c.status.MTU, c.status.Addresses = c.device.Name(), state.MTU, state.Addresses
+	c.status.SetRoutes(routes)
+	c.mu.Unlock()
+	return true, nil
+}
+
+// mtu is the MTU that the device should have, in bytes.
+func (s *session) mtu() int {
+	if m := s.c.cfg.TUN.MTU; m != 0 {
+		return m
+	}
+	return min(s.conn.MTU(), maxMTU)
+}
+
+// accepted returns the fewest prefixes that cover what is both advertised and accepted.
+func accepted(routes []capsule.Route, accept []netip.Prefix) ([]netip.Prefix, error) {
+	var advertised, allowed netipx.IPSetBuilder
+	for _, r := range routes {
+		advertised.AddRange(netipx.IPRangeFrom(r.Start, r.End))
+	}
+	for _, p := range accept {
+		allowed.AddPrefix(p)
+	}
+	allow, err := allowed.IPSet()
+	if err != nil {
+		return nil, err
+	}
+	advertised.Intersect(allow)
+	set, err := advertised.IPSet()
+	if err != nil {
+		return nil, err
+	}
+	return set.Prefixes(), nil
+}
+
+func onlyIPv4(prefixes []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return p.Addr().Is6() })
+}
+
+// notConfigured explains what the proxy did not say in time.
+func (s *session) notConfigured() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	what := "advertised no routes"
+	if s.assigned == nil && len(s.c.cfg.Static) == 0 {
+		what = "assigned no addresses"
+	}
+	return &Error{Kind: KindRefused, Reason: fmt.Sprintf("the proxy %s within %v", what, configTimeout), Remedy: "ask its operator"}
+}
+
+// whyEnded explains the end of the stream by that of the connection, where that ended first.
+func (s *session) whyEnded(err error) error {
+	if s.quic.Context().Err() == nil {
+		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the session ended (%v)", err), Err: err}
+	}
+	cause := context.Cause(s.quic.Context())
+	var app *quic.ApplicationError
+	var reset *quic.StatelessResetError
+	var idle *quic.IdleTimeoutError
+	switch {
+	case errors.As(cause, &app) && app.Remote:
+		return &Error{Kind: KindFailure, Reason: "the proxy closed the connection", Err: cause}
+	case errors.As(cause, &reset):
+		return &Error{Kind: KindFailure, Reason: "the proxy was restarted", Err: cause}
+	case errors.As(cause, &idle):
+		return &Error{Kind: KindUnreachable, Reason: fmt.Sprintf("nothing came from the proxy for %v", idleTimeout), Err: cause}
+	}
+	return classify(cause, s.quic, s.c.to)
+}
