@@ -1,0 +1,227 @@
+// Package proxy is a CONNECT-IP proxy (RFC 9484): an HTTP/3 server that authenticates clients, leases them addresses,
+// advertises routes and forwards their packets through one TUN device.
+package proxy
+
+import (
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+
+	"masquevpn/internal/connectip"
+	"masquevpn/routing"
+	"masquevpn/tun"
+)
+
+// The ways in which a client can prove who it is. When several are configured, any one of them is enough.
+const (
+	MethodNone  = "none"  // everybody may connect
+	MethodToken = "token" // Authorization: Bearer TOKEN (RFC 6750)
+	MethodMTLS  = "mtls"  // a client certificate whose common name is the user
+)
+
+// Defaults of Config.
+const (
+	DefaultSessions        = 4096
+	DefaultSessionsPerUser = 8
+	DefaultTemplatePath    = connectip.DefaultPath
+)
+
+// Config is the configuration of a Server. The zero value of a field without a default is an error in New.
+type Config struct {
+	Name     string      // what clients dial
+	Listen   []string    // UDP addresses, host:port; default [::]:443
+	Template string      // URI template served besides the default one; default: https://NAME/ and the default path
+	TLS      *tls.Config // the certificate; ClientCAs for MethodMTLS
+
+	Methods []string // of authentication; at least one
+	Users   Users    // nil with MethodNone alone
+
+	TUN            tun.Config   // MTU 0: automatic
+	Pool4, Pool6   netip.Prefix // addresses for clients, the first of each is the proxy's; one may be invalid: no such family
+	Advertise      []netip.Prefix
+	Deny           []netip.Prefix // destinations, besides the built-in ones
+	ClientToClient bool
+	Masquerade     bool // clients appear under the proxy's own addresses elsewhere
+	KernelHopLimit bool // the kernel alone decrements hop limits
+
+	MaxSessions        int // default DefaultSessions
+	MaxSessionsPerUser int // default DefaultSessionsPerUser
+
+	StatelessResetKey *[32]byte // kept across restarts, it lets clients notice a restart at once (RFC 9000 section 10.3)
+	Journal           string    // path of a file that lets the next start clean up after a crash; "" for none
+	Logger            *slog.Logger
+
+	// OpenDevice and OpenNetwork replace the TUN device and the kernel's routing, for use without privileges.
+	OpenDevice  func() (Device, error)
+	OpenNetwork func(Device) (Network, error)
+	// LocalAddrs returns the host's own addresses, which clients may not reach; default: those of its interfaces.
+	LocalAddrs func() ([]netip.Addr, error)
+}
+
+// Device is what the proxy forwards through; *tun.Device is one.
+type Device interface {
+	Name() string
+	MTU() int
+	BatchSize() int
+	Read(bufs [][]byte, sizes []int, offset int) (int, error)
+	Write(bufs [][]byte, offset int) (int, error)
+	Close() error
+}
+
+// Network is the kernel's side of a Device; *routing.Manager is one.
+type Network interface {
+	Apply(routing.State) error
+	Close() error
+}
+
+// User is somebody who may connect.
+type User struct {
+	Name      string
+	TokenHash [32]byte     // SHA-256 of the token; zero: none
+	Addresses []netip.Addr // reserved for this user
+	Sessions  int          // at once; 0: Config.MaxSessionsPerUser
+}
+
+// Users finds users. Its methods are called from several goroutines and answer at once.
+type Users interface {
+	ByName(name string) (User, bool)
+	ByToken(token string) (User, bool) // compares in constant time
+	Holder(a netip.Addr) string        // the user for whom a is reserved, "" for none
+}
+
+// Kind classifies an Error, in the order of the programs' exit codes.
+type Kind int
+
+// The kinds of Error.
+const (
+	KindFailure    Kind = 1 // it failed while running
+	KindUsage      Kind = 2 // the configuration is wrong
+	KindPrivileges Kind = 7 // a privilege is missing
+)
+
+// Error is a failure of the Server as a whole: one line that says what is wrong and what to do.
+type Error struct {
+	Kind   Kind
+	Reason string
+	Remedy string // "" when there is none
+	Err    error  // cause, may be nil
+}
+
+func (e *Error) Error() string {
+	if e.Remedy == "" {
+		return e.Reason
+	}
+	return e.Reason + ": " + e.Remedy
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+func usage(key, format string, args ...any) error {
+	return &Error{Kind: KindUsage, Reason: key + ": " + fmt.Sprintf(format, args...)}
+}
+
+// withDefaults returns c complete and checked.
+func (c Config) withDefaults() (Config, error) {
+	if c.Name == "" {
+		return c, usage("name", "the name that clients dial is missing")
+	}
+	if len(c.Listen) == 0 {
+		c.Listen = []string{"[::]:443"}
+	}
+	for _, l := range c.Listen {
+		if _, err := net.ResolveUDPAddr("udp", l); err != nil {
+			return c, usage("listen", "%q is not an address and a UDP port, such as [::]:443", l)
+		}
+	}
+	if c.TLS == nil || len(c.TLS.Certificates) == 0 && c.TLS.GetCertificate == nil {
+		return c, usage("tls.cert", "a certificate is needed")
+	}
+	if err := c.checkMethods(); err != nil {
+		return c, err
+	}
+	if !c.Pool4.IsValid() && !c.Pool6.IsValid() {
+		return c, usage("pool", "at least one of ipv4 and ipv6 is needed")
+	}
+	if c.Pool4.IsValid() && (!c.Pool4.Addr().Is4() || c.Pool4.Bits() > 30) {
+		return c, usage("pool.ipv4", "%v is not an IPv4 prefix of at most 30 bits", c.Pool4)
+	}
+	if c.Pool6.IsValid() && (!c.Pool6.Addr().Is6() || c.Pool6.Bits() > 126) {
+		return c, usage("pool.ipv6", "%v is not an IPv6 prefix of at most 126 bits", c.Pool6)
+	}
+	for _, p := range []netip.Prefix{c.Pool4, c.Pool6} {
+		if p.IsValid() && p != p.Masked() {
+			return c, usage("pool", "%v has bits set beyond its prefix length; %v is meant", p, p.Masked())
+		}
+	}
+	if c.TUN.MTU != 0 && (c.TUN.MTU < minMTU || c.TUN.MTU > maxMTU) {
+		return c, usage("tun.mtu", "%d is not between %d and %d bytes", c.TUN.MTU, minMTU, maxMTU)
+	}
+	if c.MaxSessions < 0 || c.MaxSessionsPerUser < 0 {
+		return c, usage("limits", "a limit cannot be negative")
+	}
+	if c.MaxSessions == 0 {
+		c.MaxSessions = DefaultSessions
+	}
+	if c.MaxSessionsPerUser == 0 {
+		c.MaxSessionsPerUser = DefaultSessionsPerUser
+	}
+	if c.LocalAddrs == nil {
+		c.LocalAddrs = interfaceAddrs
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	return c, nil
+}
+
+func (c Config) checkMethods() error {
+	if len(c.Methods) == 0 {
+		return usage("auth.methods", "at least one of %q, %q and %q is needed", MethodMTLS, MethodToken, MethodNone)
+	}
+	for _, m := range c.Methods {
+		switch m {
+		case MethodNone:
+			if len(c.Methods) > 1 {
+				return usage("auth.methods", "%q excludes the others", MethodNone)
+			}
+		case MethodToken:
+		case MethodMTLS:
+			if c.TLS.ClientCAs == nil {
+				return usage("tls.client_ca", "it is needed for the method %q", MethodMTLS)
+			}
+		default:
+			return usage("auth.methods", "%q is none of %q, %q and %q", m, MethodMTLS, MethodToken, MethodNone)
+		}
+	}
+	if !slices.Contains(c.Methods, MethodNone) && c.Users == nil {
+		return usage("auth.users", "users are needed for the methods %q", c.Methods)
+	}
+	return nil
+}
+
+// templates returns the URI templates that are served: the configured one and the default one.
+func (c Config) templates() ([]*connectip.Template, error) {
+	def, err := connectip.ParseTemplate("https://" + authority(c.Name) + connectip.DefaultPath)
+	if err != nil {
+		return nil, usage("name", "%v", err)
+	}
+	if c.Template == "" || c.Template == def.String() {
+		return []*connectip.Template{def}, nil
+	}
+	own, err := connectip.ParseTemplate(c.Template)
+	if err != nil {
+		return nil, usage("template", "%v", err)
+	}
+	return []*connectip.Template{own, def}, nil
+}
+
+// authority writes a name or an address as the host of a URI.
+func authority(name string) string {
+	if a, err := netip.ParseAddr(name); err == nil && a.Is6() {
+		return "[" + name + "]"
+	}
+	return name
+}

@@ -1,0 +1,188 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+
+	"masquevpn/internal/connectip"
+)
+
+// settingsTimeout is how long a request waits for the client's SETTINGS, which travel on a stream of their own.
+const settingsTimeout = 5 * time.Second
+
+// handler serves HTTP/3 requests while running lasts.
+type handler struct {
+	s       *Server
+	running context.Context
+}
+
+// refusal is an answer other than 2xx. Its reason goes to the log; the client sees status and proxyStatus (RFC 9209).
+type refusal struct {
+	status      int
+	proxyStatus string // error type, "" for none
+	reason      error
+}
+
+func refuse(status int, proxyStatus, format string, args ...any) *refusal {
+	return &refusal{status, proxyStatus, fmt.Errorf(format, args...)}
+}
+
+func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	ss, refused := h.accept(w, r)
+	if refused != nil {
+		h.s.requests.count(refused.status)
+		h.s.cfg.Logger.Info("request refused", "remote", r.RemoteAddr, "status", refused.status, "reason", refused.reason)
+		if refused.status == http.StatusUnauthorized {
+			w.Header().Set("WWW-Authenticate", "Bearer")
+		}
+		if refused.proxyStatus != "" {
+			w.Header().Set("Proxy-Status", fmt.Sprintf("%q; error=%s", h.s.cfg.Name, refused.proxyStatus))
+		}
+		w.WriteHeader(refused.status)
+		return
+	}
+	h.serve(w, r, ss)
+}
+
+// accept decides on a request. An accepted one has its session among the running ones, not yet started.
+func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refusal) {
+	switch {
+	case r.Method != http.MethodConnect || strings.HasPrefix(r.Proto, "HTTP/"):
+		return nil, refuse(http.StatusNotFound, "", "%s %q is not a request for IP proxying", r.Method, r.RequestURI)
+	case r.Proto != connectip.Protocol:
+		return nil, refuse(http.StatusNotImplemented, "", ":protocol %q is not known", r.Proto)
+	}
+	// Who is not known learns nothing but that.
+	user, err := h.s.authenticate(r)
+	if err != nil {
+		return nil, refuse(http.StatusUnauthorized, "", "%v", err)
+	}
+	scope, err := h.s.scope(r.RequestURI)
+	if errors.Is(err, errNotServed) {
+		return nil, refuse(http.StatusNotFound, "", "%v", err)
+	}
+	if err != nil {
+		return nil, refuse(http.StatusBadRequest, "http_request_error", "%v", err)
+	}
+	if refused := datagramsEnabled(w, r); refused != nil {
+		return nil, refused
+	}
+	routes, refused := h.s.routesFor(r.Context(), scope)
+	if refused != nil {
+		return nil, refused
+	}
+
+	ctx, stop := context.WithCancelCause(h.running)
+	ss := &session{
+		server:   h.s,
+		user:     user,
+		instance: r.Header.Get(connectip.InstanceHeader),
+		scope:    scope,
+		routes:   routes,
+		since:    time.Now(),
+		quic:     r.Context().Value(connKey{}).(*quic.Conn),
+		queue:    make(chan packet, queueLen),
+		ctx:      ctx,
+		stop:     stop,
+		done:     make(chan struct{}),
+	}
+	perUser := h.s.cfg.MaxSessionsPerUser
+	if user.Sessions > 0 {
+		perUser = user.Sessions
+	}
+	if user.Name == "" { // everybody is the same user without authentication
+		perUser = h.s.cfg.MaxSessions
+	}
+	replaced, err := h.s.sessions.add(ss, h.s.cfg.MaxSessions, perUser)
+	switch {
+	case errors.Is(err, errTooManyOfUser):
+		return nil, refuse(http.StatusTooManyRequests, "connection_limit_reached", "user %q: %v", user.Name, err)
+	case err != nil:
+		return nil, refuse(http.StatusServiceUnavailable, "connection_limit_reached", "%v", err)
+	}
+	if replaced != nil {
+		replaced.stop(errReplaced)
+		<-replaced.done
+	}
+	return ss, nil
+}
+
+// serve answers an accepted request and carries its session to its end.
+func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
+	defer ss.stop(nil)
+	defer func() {
+		h.s.sessions.remove(ss)
+		ss.stats.AddTo(&h.s.ended)
+	}()
+	w.Header().Set(http3.CapsuleProtocolHeader, "?1")
+	w.WriteHeader(http.StatusOK)
+	w.(http.Flusher).Flush()
+	h.s.requests.count(http.StatusOK)
+	ss.log = h.s.cfg.Logger.With("session", ss.id, "user", ss.user.Name)
+	ss.log.Info("session started", "remote", r.RemoteAddr, "scope", ss.scope.String())
+	err := ss.run(w.(http3.HTTPStreamer).HTTPStream())
+	ss.log.Info("session ended", "reason", err, "rx_bytes", ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())
+}
+
+// datagramsEnabled waits for the client's SETTINGS: without HTTP Datagrams no packet could be sent to it (RFC 9297 section 2.1.1).
+func datagramsEnabled(w http.ResponseWriter, r *http.Request) *refusal {
+	settings := w.(http3.Settingser)
+	timeout := time.NewTimer(settingsTimeout)
+	defer timeout.Stop()
+	select {
+	case <-settings.ReceivedSettings():
+	case <-r.Context().Done():
+		return refuse(http.StatusRequestTimeout, "", "the client went away")
+	case <-timeout.C:
+		return refuse(http.StatusRequestTimeout, "", "the client sent no SETTINGS within %v", settingsTimeout)
+	}
+	if !settings.Settings().EnableDatagrams {
+		return refuse(http.StatusBadRequest, "http_request_error", "the client does not take HTTP Datagrams")
+	}
+	return nil
+}
+
+var errNotServed = errors.New("no template has this path")
+
+// scope finds what the raw request path asks for.
+func (s *Server) scope(path string) (connectip.Scope, error) {
+	for _, t := range s.templates {
+		if scope, served, err := t.Match(path); served {
+			return scope, err
+		}
+	}
+	return connectip.Scope{}, errNotServed
+}
+
+// requestCounts counts requests by the status of their answer.
+type requestCounts struct {
+	mu sync.Mutex
+	by map[int]uint64
+}
+
+func (c *requestCounts) count(status int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.by == nil {
+		c.by = make(map[int]uint64)
+	}
+	c.by[status]++
+}
+
+func (c *requestCounts) counts() map[string]uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make(map[string]uint64, len(c.by))
+	for status, n := range c.by {
+		out[fmt.Sprint(status)] = n
+	}
+	return out
+}

@@ -1,0 +1,237 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+	"go.uber.org/goleak"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/connectip"
+	"masquevpn/internal/pki"
+	"masquevpn/routing"
+	"masquevpn/tun/tuntest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+type noNetwork struct{}
+
+func (noNetwork) Apply(routing.State) error { return nil }
+func (noNetwork) Close() error              { return nil }
+
+// start runs a proxy on loopback and returns an HTTP/3 connection to it.
+func start(t *testing.T, change func(*Config)) *http3.ClientConn {
+	t.Helper()
+	ca, caPair, err := pki.NewAuthority("test CA", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := ca.Server("localhost", nil, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := tls.X509KeyPair(pair.Cert, pair.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := Config{
+		Name: "localhost", Listen: []string{"127.0.0.1:0"}, TLS: &tls.Config{Certificates: []tls.Certificate{cert}},
+		Methods: []string{MethodNone}, Pool4: netip.MustParsePrefix("10.77.0.0/24"),
+		Advertise:   []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")},
+		OpenDevice:  func() (Device, error) { return tuntest.New(1400), nil },
+		OpenNetwork: func(Device) (Network, error) { return noNetwork{}, nil },
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("the proxy ended with %v", err)
+		}
+	})
+	<-s.Ready()
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(caPair.Cert)
+	conn, err := quic.DialAddr(t.Context(), s.Addrs()[0].String(),
+		&tls.Config{RootCAs: roots, ServerName: "localhost", NextProtos: []string{http3.NextProtoH3}}, &quic.Config{EnableDatagrams: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.CloseWithError(0, "") })
+	h3 := (&http3.Transport{EnableDatagrams: true}).NewClientConn(conn)
+	<-h3.ReceivedSettings()
+	return h3
+}
+
+// request sends one request and returns the answer and its stream.
+func request(t *testing.T, h3 *http3.ClientConn, method, protocol, path string, header http.Header) (*http.Response, *http3.RequestStream) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, "https://localhost"+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if protocol != "" {
+		req.Proto = protocol
+	}
+	for k, v := range header {
+		req.Header[k] = v
+	}
+	str, err := h3.OpenRequestStream(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := str.SendRequestHeader(req); err != nil {
+		t.Fatal(err)
+	}
+	rsp, err := str.ReadResponse()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rsp, str
+}
+
+const anyPath = "/.well-known/masque/ip/*/*/"
+
+func TestRequests(t *testing.T) {
+	h3 := start(t, func(c *Config) { c.Template = "https://localhost/vpn{?target,ipproto}" })
+	for _, tc := range []struct {
+		name, method, protocol, path string
+		status                       int
+	}{
+		{"default template", "CONNECT", "connect-ip", anyPath, 200},
+		{"configured template", "CONNECT", "connect-ip", "/vpn?target=*&ipproto=*", 200},
+		{"other protocol", "CONNECT", "websocket", anyPath, 501},
+		{"plain request", "GET", "", anyPath, 404},
+		{"other path", "CONNECT", "connect-ip", "/other", 404},
+		{"empty target", "CONNECT", "connect-ip", "/.well-known/masque/ip//*/", 400},
+		{"protocol out of range", "CONNECT", "connect-ip", "/.well-known/masque/ip/*/256/", 400},
+		{"double encoding", "CONNECT", "connect-ip", "/.well-known/masque/ip/a%252F0/*/", 400},
+		{"host bits", "CONNECT", "connect-ip", "/.well-known/masque/ip/192.0.2.1%2F24/*/", 400},
+		{"colons", "CONNECT", "connect-ip", "/.well-known/masque/ip/::1/*/", 400},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			rsp, str := request(t, h3, tc.method, tc.protocol, tc.path, nil) // no Capsule-Protocol: it is not required
+			if rsp.StatusCode != tc.status {
+				t.Errorf("status %d, want %d", rsp.StatusCode, tc.status)
+			}
+			if got := rsp.Header.Get("Capsule-Protocol"); (got == "?1") != (tc.status == 200) {
+				t.Errorf("Capsule-Protocol %q with status %d", got, tc.status)
+			}
+			str.CancelRead(quic.StreamErrorCode(http3.ErrCodeNoError))
+			str.CancelWrite(quic.StreamErrorCode(http3.ErrCodeNoError))
+		})
+	}
+}
+
+func TestUnauthenticated(t *testing.T) {
+	h3 := start(t, func(c *Config) { c.Methods, c.Users = []string{MethodToken}, noUsers{} })
+	for name, path := range map[string]string{"good path": anyPath, "bad path": "/.well-known/masque/ip/*/256/", "unknown path": "/other"} {
+		for _, authorization := range []string{"", "Bearer guess", "Basic YTpi"} {
+			rsp, _ := request(t, h3, "CONNECT", "connect-ip", path, http.Header{"Authorization": {authorization}})
+			if rsp.StatusCode != 401 || rsp.Header.Get("WWW-Authenticate") != "Bearer" {
+				t.Errorf("%s, %q: status %d, header %v", name, authorization, rsp.StatusCode, rsp.Header)
+			}
+		}
+	}
+}
+
+type noUsers struct{}
+
+func (noUsers) ByName(string) (User, bool)  { return User{}, false }
+func (noUsers) ByToken(string) (User, bool) { return User{}, false }
+func (noUsers) Holder(netip.Addr) string    { return "" }
+
+func TestSessionLimits(t *testing.T) {
+	h3 := start(t, func(c *Config) { c.MaxSessions = 2 })
+	for i, want := range []int{200, 200, 503} {
+		rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, nil)
+		if rsp.StatusCode != want {
+			t.Errorf("request %d: status %d, want %d", i+1, rsp.StatusCode, want)
+		}
+		if s := rsp.Header.Get("Proxy-Status"); want == 503 && !strings.Contains(s, "error=connection_limit_reached") {
+			t.Errorf("Proxy-Status %q", s)
+		}
+	}
+}
+
+// A client that comes back takes over from the session that it left behind, with its addresses.
+func TestTakeOver(t *testing.T) {
+	h3 := start(t, func(c *Config) { c.MaxSessions = 1 })
+	header := http.Header{connectip.InstanceHeader: {"abc"}}
+	want := netip.MustParsePrefix("10.77.0.9/32")
+	var first *http3.RequestStream
+	for i := range 2 {
+		rsp, str := request(t, h3, "CONNECT", "connect-ip", anyPath, header)
+		if rsp.StatusCode != 200 {
+			t.Fatalf("request %d: status %d", i+1, rsp.StatusCode)
+		}
+		ask := capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 7, Prefix: want}}}
+		if _, err := str.Write(ask.Append(nil)); err != nil {
+			t.Fatal(err)
+		}
+		if got := assignment(t, str); len(got) != 1 || got[0].Prefix != want || got[0].RequestID != 7 {
+			t.Fatalf("request %d: assigned %v, want %v", i+1, got, want)
+		}
+		if i == 0 {
+			first = str
+		}
+	}
+	if err := first.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, first); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the first session goes on")
+	}
+}
+
+// assignment reads capsules until addresses are assigned.
+func assignment(t *testing.T, str *http3.RequestStream) []capsule.Address {
+	t.Helper()
+	r := capsule.NewReader(str, 1<<16)
+	for {
+		c, err := r.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a, ok := c.(*capsule.AddressAssign); ok {
+			return a.Addresses
+		}
+	}
+}
+
+// The routes of a family without addresses are not advertised; the proxy's own address is.
+func TestRoutesAdvertised(t *testing.T) {
+	h3 := start(t, func(c *Config) {
+		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
+	})
+	_, str := request(t, h3, "CONNECT", "connect-ip", anyPath, nil)
+	c, err := capsule.NewReader(str, 1<<16).Next()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, ok := c.(*capsule.RouteAdvertisement)
+	want := capsule.Routes([]netip.Prefix{netip.MustParsePrefix("10.77.0.1/32"), netip.MustParsePrefix("192.0.2.0/24")}, 0)
+	if !ok || len(got.Routes) != 2 || got.Routes[0] != want[0] || got.Routes[1] != want[1] {
+		t.Errorf("advertised %v, want %v", c, want)
+	}
+}

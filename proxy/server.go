@@ -1,0 +1,365 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
+
+	"masquevpn/internal/connectip"
+	"masquevpn/routing"
+	"masquevpn/tun"
+)
+
+const (
+	idleTimeout      = 30 * time.Second
+	handshakeTimeout = 5 * time.Second
+	// initialPacketSize leaves room for an IPv6 packet of 1280 bytes in a datagram and fits, with its headers, a path of 1400 bytes.
+	initialPacketSize = 1350
+	// maxStreams is how many requests one connection may have open.
+	maxStreams = 64
+	// unvalidatedRate is how many handshakes are begun in a second for addresses that have not proved to be the sender's; what
+	// comes above it has to prove that first (Retry, RFC 9000 section 8.1.2).
+	unvalidatedRate = 100
+	// localInterval is the time between looks at the host's own addresses, which clients may not reach.
+	localInterval = 10 * time.Second
+)
+
+// Server is a proxy. Make it with New.
+type Server struct {
+	cfg       Config
+	templates []*connectip.Template
+	pool      *pool
+	table     *table
+	sessions  sessions
+	ready     chan struct{}
+	started   time.Time
+	addrs     []net.Addr
+
+	device  Device
+	network Network
+
+	errorLimit *rate.Limiter
+	icmpSent   atomic.Uint64
+	unrouted   connectip.Traffic // packets of the device that no session took
+	ended      connectip.Stats   // the sum of the sessions that ended
+	requests   requestCounts
+
+	mu     sync.Mutex
+	denied []netip.Prefix
+}
+
+// New checks cfg and makes a Server of it; nothing is opened yet.
+func New(cfg Config) (*Server, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	templates, err := cfg.templates()
+	if err != nil {
+		return nil, err
+	}
+	holder := func(netip.Addr) string { return "" }
+	if cfg.Users != nil {
+		holder = cfg.Users.Holder
+	}
+	s := &Server{
+		cfg:        cfg,
+		templates:  templates,
+		pool:       newPool(holder, cfg.Pool4, cfg.Pool6),
+		table:      newTable(),
+		sessions:   sessions{byID: make(map[string]*session)},
+		ready:      make(chan struct{}),
+		errorLimit: newErrorLimit(),
+	}
+	return s, nil
+}
+
+// Ready is closed when the proxy accepts clients.
+func (s *Server) Ready() <-chan struct{} { return s.ready }
+
+// Run serves until ctx ends, then tells the clients, restores the host and returns nil. It may be called once.
+func (s *Server) Run(ctx context.Context) (err error) {
+	if slices.Contains(s.cfg.Methods, MethodNone) {
+		s.cfg.Logger.Warn("authentication is off: everybody who reaches this proxy can use it", "methods", MethodNone)
+	}
+	sockets, err := s.listen(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		for _, c := range sockets {
+			c.Close()
+		}
+	}()
+	if err := s.openDevice(); err != nil {
+		return err
+	}
+	// The device is closed last: the kernel still removes addresses and routes from it.
+	defer func() { err = errors.Join(err, s.device.Close()) }()
+	if err := s.openNetwork(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.network.Close()) }()
+	return s.serve(ctx, sockets)
+}
+
+func (s *Server) openDevice() error {
+	open := s.cfg.OpenDevice
+	if open == nil {
+		open = func() (Device, error) {
+			c := s.cfg.TUN
+			c.Logger = s.cfg.Logger
+			if c.MTU == 0 {
+				c.MTU = autoMTU
+			}
+			return tun.Open(c)
+		}
+	}
+	d, err := open()
+	if err != nil {
+		kind := KindFailure
+		if errors.Is(err, tun.ErrPermission) {
+			kind = KindPrivileges
+		}
+		return &Error{Kind: kind, Reason: err.Error(), Err: err}
+	}
+	s.device = d
+	return nil
+}
+
+func (s *Server) openNetwork() error {
+	open := s.cfg.OpenNetwork
+	if open == nil {
+		open = func(d Device) (Network, error) {
+			return routing.Open(routing.Config{Instance: "proxy-" + d.Name(), Interface: d.Name(), Journal: s.cfg.Journal, Logger: s.cfg.Logger})
+		}
+	}
+	n, err := open(s.device)
+	if err == nil {
+		s.network = n
+		state := routing.State{MTU: s.device.MTU(), Addresses: s.pool.gateways(), Forward: true}
+		if s.cfg.Masquerade {
+			state.Masquerade = s.pool.prefixes()
+		}
+		if err = n.Apply(state); err != nil {
+			err = errors.Join(err, n.Close())
+		}
+	}
+	if err != nil {
+		kind := KindFailure
+		if errors.Is(err, os.ErrPermission) {
+			kind = KindPrivileges
+		}
+		err = errors.Join(err, s.device.Close())
+		return &Error{Kind: kind, Reason: "setting up the network: " + err.Error(), Err: err}
+	}
+	return nil
+}
+
+// listen opens the UDP sockets.
+func (s *Server) listen(ctx context.Context) ([]net.PacketConn, error) {
+	var sockets []net.PacketConn
+	for _, addr := range s.cfg.Listen {
+		var lc net.ListenConfig
+		c, err := lc.ListenPacket(ctx, "udp", addr)
+		if err != nil {
+			for _, c := range sockets {
+				c.Close()
+			}
+			e := &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %s: %v", addr, err), Err: err}
+			if errors.Is(err, os.ErrPermission) {
+				e.Kind, e.Remedy = KindPrivileges, "run as root or with the capability CAP_NET_BIND_SERVICE, or choose a port above 1023"
+			}
+			return nil, e
+		}
+		sockets = append(sockets, c)
+	}
+	return sockets, nil
+}
+
+// connKey is the key of the *quic.Conn in the context of a request.
+type connKey struct{}
+
+func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
+	if err := s.refreshDenied(); err != nil {
+		return err
+	}
+	running, stop := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer stop(nil)
+	server := &http3.Server{
+		Handler:         handler{s, running},
+		EnableDatagrams: true,
+		MaxHeaderBytes:  16 << 10,
+		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, c)
+		},
+	}
+	handshakes := rate.NewLimiter(unvalidatedRate, unvalidatedRate)
+	var transports []*quic.Transport
+	for _, c := range sockets {
+		t := &quic.Transport{Conn: c, VerifySourceAddress: func(net.Addr) bool { return !handshakes.Allow() }}
+		if s.cfg.StatelessResetKey != nil {
+			t.StatelessResetKey = (*quic.StatelessResetKey)(s.cfg.StatelessResetKey)
+		}
+		transports = append(transports, t)
+	}
+
+	g, gctx := errgroup.WithContext(ctx)
+	for _, t := range transports {
+		ln, err := t.ListenEarly(http3.ConfigureTLSConfig(s.tlsConfig()), quicConfig())
+		if err != nil {
+			return &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %s: %v", t.Conn.LocalAddr(), err), Err: err}
+		}
+		g.Go(func() error {
+			if err := server.ServeListener(ln); gctx.Err() == nil {
+				return fmt.Errorf("serving HTTP/3 on %s: %w", t.Conn.LocalAddr(), err)
+			}
+			return nil
+		})
+	}
+	g.Go(func() error { return s.readDevice() })
+	g.Go(func() error { return s.watchLocal(gctx) })
+	g.Go(func() error {
+		<-gctx.Done()
+		// Sessions end in good order, and their connections with them: clients are told and can come back at once.
+		stop(errShutdown)
+		for _, ss := range s.sessions.list() {
+			<-ss.done
+		}
+		err := server.Close()
+		for _, t := range transports {
+			err = errors.Join(err, t.Close())
+		}
+		return errors.Join(err, s.device.Close())
+	})
+	s.started = time.Now()
+	for _, c := range sockets {
+		s.addrs = append(s.addrs, c.LocalAddr())
+		s.cfg.Logger.Info("listening", "address", c.LocalAddr().String(), "template", s.templates[0].String())
+	}
+	close(s.ready)
+	return g.Wait()
+}
+
+func quicConfig() *quic.Config {
+	return &quic.Config{
+		EnableDatagrams:      true,
+		HandshakeIdleTimeout: handshakeTimeout,
+		MaxIdleTimeout:       idleTimeout,
+		MaxIncomingStreams:   maxStreams,
+		InitialPacketSize:    initialPacketSize,
+	}
+}
+
+// tlsConfig asks for client certificates as the methods need them.
+func (s *Server) tlsConfig() *tls.Config {
+	c := s.cfg.TLS.Clone()
+	c.MinVersion = tls.VersionTLS13
+	switch {
+	case !slices.Contains(s.cfg.Methods, MethodMTLS):
+		c.ClientAuth = tls.NoClientCert
+	case len(s.cfg.Methods) > 1:
+		c.ClientAuth = tls.VerifyClientCertIfGiven
+	default:
+		c.ClientAuth = tls.RequireAndVerifyClientCert
+	}
+	return c
+}
+
+// gateway returns the proxy's tunnel address of a's family; invalid when there is none.
+func (s *Server) gateway(a netip.Addr) netip.Addr {
+	if f := s.pool.family(a); f != nil {
+		return f.gateway
+	}
+	return netip.Addr{}
+}
+
+// Addrs returns the UDP addresses that the proxy listens on, once Ready is closed.
+func (s *Server) Addrs() []net.Addr { return s.addrs }
+
+// Sessions describes the running sessions, oldest first.
+func (s *Server) Sessions() []SessionStatus {
+	list := s.sessions.list()
+	out := make([]SessionStatus, len(list))
+	for i, ss := range list {
+		out[i] = ss.status()
+	}
+	return out
+}
+
+// Kick ends the session with the given ID and reports whether there was one.
+func (s *Server) Kick(id string) bool {
+	for _, ss := range s.sessions.list() {
+		if ss.id == id {
+			ss.stop(errKicked)
+			<-ss.done
+			return true
+		}
+	}
+	return false
+}
+
+// UsersChanged ends the sessions of users that are no more.
+func (s *Server) UsersChanged() {
+	if s.cfg.Users == nil {
+		return
+	}
+	for _, ss := range s.sessions.list() {
+		if _, ok := s.cfg.Users.ByName(ss.user.Name); !ok {
+			ss.stop(errRevoked)
+		}
+	}
+}
+
+// Status describes the proxy as a whole.
+type Status struct {
+	Schema    int               `json:"schema"`
+	Name      string            `json:"name"`
+	Since     time.Time         `json:"since"`
+	Listen    []string          `json:"listen"`
+	Template  string            `json:"template"`
+	Interface string            `json:"interface"`
+	Sessions  int               `json:"sessions"`
+	Leased    map[string]int    `json:"leased"` // addresses by family
+	Packets   connectip.Counts  `json:"packets"`
+	Bytes     connectip.Counts  `json:"bytes"`
+	Drops     map[string]uint64 `json:"drops"`
+	Requests  map[string]uint64 `json:"requests"` // by outcome
+	ICMPSent  uint64            `json:"icmp_sent"`
+}
+
+// Status describes the proxy; it is meaningful once Ready is closed.
+func (s *Server) Status() Status {
+	var sum connectip.Stats
+	s.ended.AddTo(&sum)
+	list := s.sessions.list()
+	for _, ss := range list {
+		ss.stats.AddTo(&sum)
+	}
+	var st connectip.Status
+	st.SetTraffic(&sum)
+	for reason, n := range s.unrouted.Drops() {
+		st.Drops[reason] += n
+	}
+	v4, v6 := s.pool.leased()
+	return Status{
+		Schema: connectip.StatusSchema, Name: s.cfg.Name, Since: s.started, Listen: s.cfg.Listen,
+		Template: s.templates[0].String(), Interface: s.device.Name(), Sessions: len(list),
+		Leased:  map[string]int{"ipv4": v4, "ipv6": v6},
+		Packets: st.Packets, Bytes: st.Bytes, Drops: st.Drops,
+		Requests: s.requests.counts(), ICMPSent: sum.ICMPSent.Load() + s.icmpSent.Load(),
+	}
+}

@@ -1,0 +1,253 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/quic-go/quic-go"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/connectip"
+)
+
+// maxAddresses is how many addresses one session may hold, of both families together.
+const maxAddresses = 8
+
+// session is one accepted request.
+type session struct {
+	server *Server
+	id     string
+	user   User
+	// instance tells the runs of a client program apart: a session replaces an older one of the same instance, which is how a
+	// client whose path broke gets its addresses back before the proxy has noticed. "" when the client sends none.
+	instance string
+	scope    connectip.Scope
+	routes   []capsule.Route
+	since    time.Time
+	quic     *quic.Conn
+	queue    chan packet
+	stats    connectip.Stats
+	log      *slog.Logger
+	ctx      context.Context // ends when the session has to
+	stop     context.CancelCauseFunc
+	done     chan struct{} // closed when everything it held is given back
+
+	mu        sync.Mutex
+	conn      *connectip.Conn   // nil until the request is answered
+	addresses []capsule.Address // granted, as assigned to the client
+}
+
+// The causes for which the proxy ends a session.
+var (
+	errKicked   = errors.New("ended by the operator")
+	errReplaced = errors.New("replaced by a newer session of the same client")
+	errRevoked  = errors.New("the user was removed")
+	errShutdown = errors.New("the proxy is stopping")
+)
+
+// run carries the session on its stream until that or ss.ctx ends, and gives back all that it held.
+func (ss *session) run(str connectip.Stream) error {
+	defer close(ss.done)
+	ss.mu.Lock()
+	conn := connectip.New(str, ss.quic, connectip.Config{
+		Device:         ss.server.device,
+		Handler:        connectip.Handler{Requested: ss.addressesRequested},
+		Self:           ss.server.pool.gatewayAddrs(),
+		Denied:         ss.server.deniedNow(),
+		KernelHopLimit: ss.server.cfg.KernelHopLimit,
+		Stats:          &ss.stats,
+	})
+	ss.conn = conn
+	ss.mu.Unlock()
+
+	inner, cancel := context.WithCancel(ss.ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { ss.sendQueued(inner, conn) })
+	err := conn.Advertise(ss.routes)
+	if runErr := conn.Run(ss.ctx); err == nil {
+		err = runErr
+	}
+	// The session leaves the table first, so that no packet for the next holder of an address comes here.
+	ss.release()
+	cancel()
+	wg.Wait()
+	if cause := context.Cause(ss.ctx); cause != nil {
+		return cause
+	}
+	return err
+}
+
+// sendQueued sends what the device handed over for this session.
+func (ss *session) sendQueued(ctx context.Context, conn *connectip.Conn) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case p := <-ss.queue:
+			conn.Send(p.buf[:headroom+p.size], headroom)
+			p.free()
+		}
+	}
+}
+
+// addressesRequested leases what the client asks for and assigns the full list, refusals included (RFC 9484 section 4.7.2).
+func (ss *session) addressesRequested(requested []capsule.Address) error {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	answer := slices.Clone(ss.addresses)
+	for _, r := range requested {
+		a, err := ss.lease(r)
+		if err != nil {
+			ss.log.Warn("address refused", "requested", r.Prefix, "reason", err)
+			answer = append(answer, connectip.Refusal(r))
+			continue
+		}
+		ss.addresses = append(ss.addresses, a)
+		answer = append(answer, a)
+	}
+	ss.log.Info("addresses assigned", "addresses", prefixes(ss.addresses))
+	return ss.conn.Assign(answer)
+}
+
+// lease takes an address for the request r and routes it here. ss.mu is held.
+func (ss *session) lease(r capsule.Address) (capsule.Address, error) {
+	if len(ss.addresses) >= maxAddresses {
+		return r, fmt.Errorf("the session has %d addresses already", maxAddresses)
+	}
+	a, err := ss.server.pool.lease(ss.user, r.Prefix.Addr())
+	if err != nil {
+		return r, err
+	}
+	p := netip.PrefixFrom(a, a.BitLen())
+	ss.server.table.insert(p, ss)
+	return capsule.Address{RequestID: r.RequestID, Prefix: p}, nil
+}
+
+// setDenied replaces the destinations that the client may not reach.
+func (ss *session) setDenied(denied []netip.Prefix) error {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	if ss.conn == nil {
+		return nil // it starts with what is denied then
+	}
+	return ss.conn.SetDenied(denied)
+}
+
+// release gives back all addresses.
+func (ss *session) release() {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	for _, a := range ss.addresses {
+		ss.server.table.remove(a.Prefix)
+	}
+	for _, a := range ss.addresses {
+		ss.server.pool.release(a.Prefix.Addr())
+	}
+	ss.addresses = nil
+}
+
+func prefixes(addrs []capsule.Address) []netip.Prefix {
+	out := make([]netip.Prefix, len(addrs))
+	for i, a := range addrs {
+		out[i] = a.Prefix
+	}
+	return out
+}
+
+// SessionStatus describes one session in the words of a client's status.
+type SessionStatus struct {
+	connectip.Status
+	ID     string `json:"id"`
+	User   string `json:"user"`
+	Remote string `json:"remote"` // address and UDP port
+}
+
+func (ss *session) status() SessionStatus {
+	s := SessionStatus{ID: ss.id, User: ss.user.Name, Remote: ss.quic.RemoteAddr().String()}
+	s.Schema, s.Name, s.State, s.Since = connectip.StatusSchema, ss.server.cfg.Name, "connected", ss.since
+	s.Proxy = connectip.ProxyStatus{Name: ss.server.cfg.Name, Endpoint: ss.quic.LocalAddr().String(), HTTP: "h3"}
+	s.Interface = ss.server.device.Name()
+	ss.mu.Lock()
+	if ss.conn != nil {
+		s.MTU = ss.conn.MTU()
+	} else {
+		s.State = "connecting"
+	}
+	s.Addresses = prefixes(ss.addresses)
+	ss.mu.Unlock()
+	s.SetRoutes(ss.routes)
+	s.RTT = ss.quic.ConnectionStats().SmoothedRTT.Microseconds()
+	s.SetTraffic(&ss.stats)
+	return s
+}
+
+// sessions is the set of running sessions, with the limits on it.
+type sessions struct {
+	mu     sync.Mutex
+	lastID uint64
+	byID   map[string]*session
+}
+
+// Refusals of a session by a limit.
+var (
+	errTooManySessions = errors.New("the proxy has as many sessions as it is configured for")
+	errTooManyOfUser   = errors.New("the user has as many sessions as allowed")
+)
+
+// add gives ss an ID and takes it in, or says which limit forbids it. It returns the session that ss replaces, which has
+// to be stopped by the caller.
+func (l *sessions) add(ss *session, limit, perUser int) (replaced *session, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	ofUser := 0
+	for _, other := range l.byID {
+		if other.user.Name != ss.user.Name {
+			continue
+		}
+		ofUser++
+		if ss.instance != "" && other.instance == ss.instance {
+			replaced = other
+		}
+	}
+	if replaced == nil {
+		if len(l.byID) >= limit {
+			return nil, errTooManySessions
+		}
+		if ofUser >= perUser {
+			return nil, errTooManyOfUser
+		}
+	}
+	l.lastID++
+	ss.id = strconv.FormatUint(l.lastID, 10)
+	l.byID[ss.id] = ss
+	return replaced, nil
+}
+
+func (l *sessions) remove(ss *session) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.byID, ss.id)
+}
+
+// list returns the sessions in the order of their IDs.
+func (l *sessions) list() []*session {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := make([]*session, 0, len(l.byID))
+	for _, ss := range l.byID {
+		out = append(out, ss)
+	}
+	slices.SortFunc(out, func(a, b *session) int {
+		x, _ := strconv.ParseUint(a.id, 10, 64)
+		y, _ := strconv.ParseUint(b.id, 10, 64)
+		return int(x) - int(y)
+	})
+	return out
+}
