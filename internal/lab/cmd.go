@@ -21,6 +21,7 @@ import (
 // they mean in [exec.Cmd]. What is not set of Stdout and Stderr goes to the
 // program's log.
 type Cmd struct {
+	Args           []string // the program and its arguments
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 	Env            []string // nil: this process's environment
@@ -32,7 +33,6 @@ type Cmd struct {
 
 	host *Host
 	ctx  context.Context
-	args []string
 	exec atomic.Pointer[exec.Cmd] // set by Start
 	log  string                   // path, set by Start
 	done chan struct{}
@@ -40,27 +40,27 @@ type Cmd struct {
 }
 
 // Command describes a program to run in the host. Its log is the artifact
-// HOST-N-NAME.log. The program, and the group of processes it leads, are
+// HOST-N-NAME.log, unless it stays empty. The program, and the group of processes it leads, are
 // killed when ctx ends; those, and whatever else it left in the host, when the
 // lab is closed.
 func (h *Host) Command(ctx context.Context, name string, args ...string) *Cmd {
-	return &Cmd{host: h, ctx: ctx, args: append([]string{name}, args...), done: make(chan struct{})}
+	return &Cmd{host: h, ctx: ctx, Args: append([]string{name}, args...), done: make(chan struct{})}
 }
 
 // String returns the command line.
-func (c *Cmd) String() string { return strings.Join(c.args, " ") }
+func (c *Cmd) String() string { return strings.Join(c.Args, " ") }
 
 // Start starts the program and does not wait for it. It may be called once.
 func (c *Cmd) Start() error {
 	ctx, cancel := context.WithCancel(c.ctx)
-	cmd := exec.CommandContext(ctx, c.args[0], c.args[1:]...)
+	cmd := exec.CommandContext(ctx, c.Args[0], c.Args[1:]...)
 	if !c.exec.CompareAndSwap(nil, cmd) {
 		cancel()
 		return fmt.Errorf("lab: host %s: %s is started already", c.host.name, c)
 	}
 	if err := c.start(cmd); err != nil {
 		cancel()
-		c.err = fmt.Errorf("lab: host %s: start %s: %w", c.host.name, c.args[0], err)
+		c.err = fmt.Errorf("lab: host %s: start %s: %w", c.host.name, c.Args[0], err)
 		close(c.done)
 		return c.err
 	}
@@ -85,7 +85,7 @@ func (c *Cmd) Start() error {
 
 // start fills in cmd and starts it on the host's thread.
 func (c *Cmd) start(cmd *exec.Cmd) error {
-	log, err := c.host.lab.artifact(c.host, filepath.Base(c.args[0]), "log")
+	log, err := c.host.lab.artifact(c.host, filepath.Base(c.Args[0]), "log")
 	if err != nil {
 		return err
 	}
@@ -160,7 +160,7 @@ func (c *Cmd) CombinedOutput() ([]byte, error) {
 func (c *Cmd) Signal(s os.Signal) error {
 	cmd := c.exec.Load()
 	if cmd == nil || cmd.Process == nil {
-		return fmt.Errorf("lab: host %s: signal %s: not started", c.host.name, c.args[0])
+		return fmt.Errorf("lab: host %s: signal %s: not started", c.host.name, c.Args[0])
 	}
 	return cmd.Process.Signal(s)
 }

@@ -102,6 +102,11 @@ func (l *Lab) Close() error {
 		<-c.done
 	}
 	errs := []error{killAll(hosts)}
+	for _, c := range cmds {
+		if info, err := os.Stat(c.log); err == nil && info.Size() == 0 {
+			errs = append(errs, os.Remove(c.log))
+		}
+	}
 	for _, c := range slices.Backward(closers) {
 		errs = append(errs, c.Close())
 	}

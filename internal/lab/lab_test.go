@@ -255,6 +255,12 @@ func TestCommandLogAndFailure(t *testing.T) {
 	if err := h.Command(testContext(t), "/does/not/exist").Run(); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a program that does not exist: %v", err)
 	}
+	must(t, l.Close())
+	files, err := os.ReadDir(dir)
+	must(t, err)
+	if len(files) != 1 {
+		t.Errorf("artifacts: %v, want the only log that is not empty", files)
+	}
 }
 
 func TestCommandStop(t *testing.T) {
