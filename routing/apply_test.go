@@ -193,7 +193,8 @@ func TestApplyFollowsAsDifference(t *testing.T) {
 	for _, s := range []State{
 		{MTU: 1300, Addresses: prefixes("10.77.0.3/32"), Routes: prefixes("10.0.0.0/8")},
 		{Addresses: prefixes("10.77.0.3/32", "fd77::9/128"), Routes: prefixes("::/0")},
-		{MTU: 1200, Routes: prefixes("198.51.100.0/24")}, // below 1280: IPv4 alone; unnumbered
+		{Addresses: prefixes("10.77.0.3/24", "fd77::9/64"), Routes: prefixes("::/0")}, // the same with other lengths
+		{MTU: 1200, Routes: prefixes("198.51.100.0/24")},                              // below 1280: IPv4 alone; unnumbered
 		{},
 		{MTU: 1000, Addresses: prefixes("10.77.0.3/24", "10.77.0.4/24", "10.77.0.5/24"), Routes: prefixes("0.0.0.0/1")},
 		{MTU: 1000, Addresses: prefixes("10.77.0.4/24", "10.77.0.5/24"), Routes: prefixes("0.0.0.0/1")}, // the primary goes
@@ -374,7 +375,7 @@ func TestNoIPv6InTheKernel(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(procSys, "net"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Symlink("/proc/thread-self/net/../../sys/net/ipv4", filepath.Join(procSys, "net/ipv4")); err != nil {
+	if err := os.Symlink("/proc/sys/net/ipv4", filepath.Join(procSys, "net/ipv4")); err != nil {
 		t.Fatal(err)
 	}
 	var log logBuffer

@@ -27,15 +27,15 @@ func (s *scope) converge(want plan, all bool) error {
 		if err != nil {
 			return err
 		}
-		ops, err := s.diff(have, want)
+		list, err := s.diff(have, want)
 		if err != nil {
 			return err
 		}
-		if len(ops) == 0 {
+		if len(list) == 0 {
 			return nil
 		}
 		var errs []error
-		for _, o := range ops {
+		for _, o := range list {
 			err := o.do()
 			s.logOp(o, err)
 			if err != nil {
@@ -48,7 +48,7 @@ func (s *scope) converge(want plan, all bool) error {
 		if err := errors.Join(errs...); err != nil {
 			return err
 		}
-		last = ops[0].what
+		last = list[0].what
 	}
 	return fmt.Errorf("%s: does not last: stop the program that undoes it", last)
 }
@@ -64,99 +64,117 @@ func (s *scope) logOp(o op, err error) {
 	}
 }
 
-// diff lists the changes in their order: what is new comes before what goes; on
-// the way in, each thing comes after what it needs (interface, filter, routes,
-// rules that lead to them), and on the way out before.
-func (s *scope) diff(have observed, want plan) ([]op, error) {
-	var ops []op
-	add := func(do func() error, format string, args ...any) {
-		ops = append(ops, op{fmt.Sprintf(format, args...), do})
-	}
+// ops is a list of changes in the making.
+type ops []op
+
+func (o *ops) add(do func() error, format string, args ...any) {
+	*o = append(*o, op{fmt.Sprintf(format, args...), do})
+}
+
+// diff lists the changes in their order: what is new comes before what goes.
+func (s *scope) diff(have observed, want plan) (ops, error) {
+	var list ops
 	if want.up && have.link == nil {
 		return nil, fmt.Errorf("interface %s (index %d): %w", s.Interface, s.index, explain(unix.ENODEV))
 	}
-	mtu := func() {
-		if want.mtu != 0 && have.mtu != want.mtu {
-			add(func() error { return s.setMTU(have.link, want.mtu, have.mtu) },
-				"set the MTU of %s from %d to %d", s.Interface, have.mtu, want.mtu)
-		}
-	}
 	if want.mtu >= minMTU6 {
-		mtu()
+		s.diffMTU(&list, have, want)
 		if have.mtu < minMTU6 {
-			return ops, nil // brings IPv6 back, with settings of its own: look again
+			return list, nil // brings IPv6 back, with settings of its own: look again
 		}
 	}
 	set, unset, err := s.diffSysctls(want)
 	if err != nil {
 		return nil, err
 	}
-	ops = append(ops, set...)
+	list = append(list, set...)
+	s.bring(&list, have, want)
+	s.take(&list, have, want)
+	if want.mtu < minMTU6 {
+		s.diffMTU(&list, have, want) // takes IPv6 away
+	}
+	if !want.up && s.rec.Down {
+		list.add(func() error { return s.restoreDown(have.link) }, "set %s down", s.Interface)
+	}
+	if !want.up && s.rec.AddrGen != "" {
+		list.add(func() error { return s.restoreAddrGen(have.link) }, "let %s make addresses as before", s.Interface)
+	}
+	return append(list, unset...), nil
+}
+
+func (s *scope) diffMTU(list *ops, have observed, want plan) {
+	switch {
+	case want.mtu == 0 && s.rec.MTU != 0:
+		list.add(func() error { return s.restoreMTU(have.link) }, "set the MTU of %s back to %d", s.Interface, s.rec.MTU)
+	case want.mtu != 0 && have.mtu != want.mtu:
+		list.add(func() error { return s.setMTU(have.link, want.mtu, have.mtu) },
+			"set the MTU of %s from %d to %d", s.Interface, have.mtu, want.mtu)
+	}
+}
+
+// bring lists what comes, each thing after what it needs: the interface and its
+// addresses, the filter, routes, and the rules that lead to them.
+func (s *scope) bring(list *ops, have observed, want plan) {
 	if want.up && have.gen != "" && have.gen != strconv.Itoa(addrGenNone) && (!have.up || s.rec.AddrGen != "") {
-		add(func() error { return s.quiet(have.link, have.gen) }, "let %s make no address of its own", s.Interface)
+		list.add(func() error { return s.quiet(have.link, have.gen) }, "let %s make no address of its own", s.Interface)
 		for p := range have.addrs {
 			// IPv6 was off and on again, as it is when the MTU goes below 1280
 			// and back: then the mode is another, and has made an address.
 			if s.rec.AddrGen != "" && isIPv6(p) && p.Addr().IsLinkLocalUnicast() && !slices.Contains(want.addrs, p) {
-				add(func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
+				list.add(func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
 			}
 		}
 	}
 	if want.up && !have.up {
-		add(func() error { return s.setUp(have.link) }, "set %s up", s.Interface)
+		list.add(func() error { return s.setUp(have.link) }, "set %s up", s.Interface)
 	}
 	for _, p := range want.addrs {
-		if _, ok := have.addrs[p]; !ok {
-			add(func() error { return s.addAddr(have.link, p) }, "add address %v to %s", p, s.Interface)
+		if _, ok := have.addrs[p]; ok {
+			continue
 		}
+		for _, old := range s.rec.Addresses {
+			if isIPv6(p) && old.Addr() == p.Addr() { // once per interface, whatever the length
+				list.add(func() error { return s.delAddr(have.link, old) }, "delete address %v of %s", old, s.Interface)
+			}
+		}
+		list.add(func() error { return s.addAddr(have.link, p) }, "add address %v to %s", p, s.Interface)
 	}
 	chains := s.available(want.chains)
 	if len(chains) != 0 && !sameTable(chains, have.chains) {
-		add(func() error { return s.writeTable(chains) }, "write nftables table inet %s", s.tableName())
+		list.add(func() error { return s.writeTable(chains) }, "write nftables table inet %s", s.tableName())
 	}
 	for _, group := range groupRoutes(want.routes, have.routes) {
-		add(func() error { return s.addRoutes(group) }, "add %d %s", len(group), describe(group[0]))
+		list.add(func() error { return s.addRoutes(group) }, "add %d %s", len(group), describe(group[0]))
 	}
 	for _, r := range missing(want.rules, have.rules, compareRules) {
 		n := r.netlink(s)
-		add(func() error { return explain(s.nl.RuleAdd(n)) }, "add %s", describeRule(n))
+		list.add(func() error { return explain(s.nl.RuleAdd(n)) }, "add %s", describeRule(n))
 	}
+}
 
-	// From here on things go.
-	for i := range have.strays {
-		n := &have.strays[i]
-		add(func() error { return unlessGone(s.nl.RuleDel(n)) }, "delete %s", describeRule(n))
-	}
+// take lists what goes, in the opposite order.
+func (s *scope) take(list *ops, have observed, want plan) {
 	old := missing(have.rules, want.rules, compareRules)
 	slices.Reverse(old)
+	rules := have.strays
 	for _, r := range old {
-		n := r.netlink(s)
-		add(func() error { return unlessGone(s.nl.RuleDel(n)) }, "delete %s", describeRule(n))
+		rules = append(rules, r.netlink(s))
+	}
+	for _, n := range rules {
+		list.add(func() error { return unlessGone(s.nl.RuleDel(n)) }, "delete %s", describeRule(n))
 	}
 	for _, group := range groupRoutes(have.routes, want.routes) {
 		slices.Reverse(group)
-		add(func() error { return s.delRoutes(group) }, "delete %d %s", len(group), describe(group[0]))
+		list.add(func() error { return s.delRoutes(group) }, "delete %d %s", len(group), describe(group[0]))
 	}
-	if len(chains) == 0 && have.table {
-		add(s.deleteTable, "delete nftables table inet %s", s.tableName())
+	if len(s.available(want.chains)) == 0 && have.table {
+		list.add(s.deleteTable, "delete nftables table inet %s", s.tableName())
 	}
-	for _, p := range slices.Clone(s.rec.Addresses) {
+	for _, p := range s.rec.Addresses {
 		if !slices.Contains(want.addrs, p) {
-			add(func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
+			list.add(func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
 		}
 	}
-	if want.mtu == 0 && s.rec.MTU != 0 {
-		add(func() error { return s.restoreMTU(have.link) }, "set the MTU of %s back to %d", s.Interface, s.rec.MTU)
-	} else if want.mtu < minMTU6 {
-		mtu() // takes IPv6 away
-	}
-	if !want.up && s.rec.Down {
-		add(func() error { return s.restoreDown(have.link) }, "set %s down", s.Interface)
-	}
-	if !want.up && s.rec.AddrGen != "" {
-		add(func() error { return s.restoreAddrGen(have.link) }, "let %s make addresses as before", s.Interface)
-	}
-	return append(ops, unset...), nil
 }
 
 // missing returns the elements of want that have does not contain, in order.

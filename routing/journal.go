@@ -77,6 +77,9 @@ type journal struct {
 	f    *os.File // locked
 }
 
+// errOtherBoot is the reason to ignore a journal that has nothing to say here.
+var errOtherBoot = errors.New("of an earlier boot or another network namespace")
+
 // openJournal takes the journal of an instance. It returns what a dead process
 // wrote there, nil if there is nothing that counts; why reports a journal that
 // had to be ignored. If there was none, the file now holds fresh.
@@ -109,7 +112,7 @@ func openJournal(path string, fresh record) (j *journal, old *record, why, err e
 		case err != nil:
 			why = fmt.Errorf("journal %s: %w", path, err)
 		case rec.Boot != fresh.Boot:
-			why = fmt.Errorf("journal %s: of an earlier boot or another network namespace", path)
+			why = fmt.Errorf("journal %s: %w", path, errOtherBoot)
 		default:
 			old = &rec
 		}
@@ -198,9 +201,10 @@ func (j *journal) write(r record) (err error) {
 	return nil
 }
 
-// shares returns the sysctl as another instance of this directory has recorded
-// it, live or dead, nil if none has.
-func (j *journal) shares(name string) *sysctl {
+// other returns the sysctl as another instance of this directory has recorded
+// it, nil if none has. With live only instances that run count; that is known
+// within guard only.
+func (j *journal) other(name string, live bool) *sysctl {
 	if j == nil {
 		return nil
 	}
@@ -214,8 +218,9 @@ func (j *journal) shares(name string) *sysctl {
 			continue
 		}
 		rec, err := readRecord(f)
+		dead := live && unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil
 		f.Close()
-		if err != nil || rec.Boot != j.boot {
+		if err != nil || dead || rec.Boot != j.boot {
 			continue
 		}
 		if i := rec.sysctl(name); i >= 0 {

@@ -22,9 +22,9 @@ type observed struct {
 	addrs  map[netip.Prefix]struct{} // all of the interface
 	routes map[route]struct{}
 	rules  map[rule]struct{}
-	strays []netlink.Rule // rules of ours that are not as we make them
-	chains []chainText    // of our nftables table
-	table  bool           // the nftables table is there
+	strays []*netlink.Rule // rules of ours that are not as we make them
+	chains []chainText     // of our nftables table
+	table  bool            // the nftables table is there
 }
 
 // observe reads the kernel's state.
@@ -55,7 +55,7 @@ func (s *scope) observe() (o observed, err error) {
 		case sameRule(&n, r.netlink(s)):
 			o.rules[r] = struct{}{}
 		default:
-			o.strays = append(o.strays, n)
+			o.strays = append(o.strays, &n)
 		}
 	}
 	o.chains, o.table, err = s.readTable()

@@ -220,29 +220,27 @@ func (s *scope) available(chains []chain) []chain {
 func (s *scope) writeTable(chains []chain) error {
 	// A kernel without nf_tables answers a batch once, not once per message,
 	// and the library would wait for the rest: ask first.
-	_, _, first := s.readTable()
-	if first == nil {
-		first = s.commit(s.tableName(), chains)
+	_, _, err := s.readTable()
+	absent := err != nil
+	if !absent {
+		err = s.commit(s.tableName(), chains)
 	}
-	if first == nil {
-		return nil
-	}
-	if errors.Is(first, unix.EPERM) {
-		return explain(first)
+	if err == nil || errors.Is(err, unix.EPERM) {
+		return explain(err)
 	}
 	for _, missing := range [][]string{{needsGuard}, {needsMark}, {needsGuard, needsMark}} {
 		rest := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return slices.Contains(missing, c.needs) })
-		if len(rest) == len(chains) || len(rest) != 0 && (hasNoTables(first) || s.commit(s.tableName(), rest) != nil) {
+		if len(rest) == len(chains) || len(rest) != 0 && (absent || s.commit(s.tableName(), rest) != nil) {
 			continue
 		}
 		for _, c := range chains {
 			if slices.Contains(missing, c.needs) {
-				s.lack(c.needs, c.without, first)
+				s.lack(c.needs, c.without, err)
 			}
 		}
 		return nil
 	}
-	return explain(first)
+	return fmt.Errorf("%w: the kernel needs nf_tables with nft_masq for masquerading (since Linux 5.2 for table inet)", err)
 }
 
 // commitTable replaces a table by one with these chains, or by nothing.

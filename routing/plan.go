@@ -65,7 +65,8 @@ func tableID(index, bits int) int {
 
 // tableOwner takes apart what tableID made. The index is cut to 22 bits.
 func tableOwner(id int) (index, bits int, ok bool) {
-	return id >> 8 & indexMask, id & 0xff, id&^(indexMask<<8|0xff) == tableBase
+	index, bits = id>>8&indexMask, id&0xff
+	return index, bits, bits <= 128 && id == tableID(index, bits)
 }
 
 func (s State) hasIPv6() bool {

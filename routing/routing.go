@@ -35,7 +35,8 @@ type Config struct {
 	// "masque-INSTANCE". 1 to 64 letters, digits, '_', '.' or '-'.
 	Instance string
 
-	// Interface is the name of the tunnel's interface. It must exist.
+	// Interface is the name of the tunnel's interface. It must exist, and no
+	// other Manager may look after it.
 	Interface string
 
 	// Mark is the SO_MARK of our own outer sockets, see MarkSocket. Routes then
@@ -165,7 +166,10 @@ func open(c Config, procSys string) (_ *Manager, err error) {
 		return nil, fmt.Errorf("routing: %w", err)
 	}
 	m.journal = j
-	if why != nil {
+	switch {
+	case errors.Is(why, errOtherBoot):
+		m.Logger.Info("journal ignored", "reason", why)
+	case why != nil:
 		m.Logger.Warn("journal ignored: what is recognised as ours is removed; sysctls stay as they are", "reason", why)
 	}
 	if err := m.clean(old); err != nil {

@@ -46,7 +46,7 @@ func (s *scope) writeSysctl(name, value string) error {
 }
 
 // diffSysctls lists what is to be set and what is to be put back.
-func (s *scope) diffSysctls(want plan) (set, unset []op, err error) {
+func (s *scope) diffSysctls(want plan) (set, unset ops, err error) {
 	wanted := make(map[string]bool)
 	for _, w := range want.sysctls {
 		wanted[w.name] = true
@@ -59,23 +59,14 @@ func (s *scope) diffSysctls(want plan) (set, unset []op, err error) {
 		case err != nil:
 			return nil, nil, fmt.Errorf("read %s: %w", dotted(w.name), explain(err))
 		case now != w.value:
-			set = append(set, op{
-				fmt.Sprintf("set %s from %s to %s", dotted(w.name), now, w.value),
-				func() error { return s.acquire(w) },
-			})
-		case !held && s.journal.shares(w.name) != nil:
-			set = append(set, op{
-				fmt.Sprintf("share %s=%s", dotted(w.name), w.value),
-				func() error { return s.acquire(w) },
-			})
+			set.add(func() error { return s.acquire(w) }, "set %s from %s to %s", dotted(w.name), now, w.value)
+		case !held && s.journal.other(w.name, false) != nil:
+			set.add(func() error { return s.acquire(w) }, "share %s=%s", dotted(w.name), w.value)
 		}
 	}
 	for _, c := range slices.Backward(s.rec.Sysctls) {
 		if !wanted[c.Name] {
-			unset = append(unset, op{
-				fmt.Sprintf("set %s back to %s", dotted(c.Name), c.Old),
-				func() error { return s.giveBack(c) },
-			})
+			unset.add(func() error { return s.giveBack(c) }, "set %s back to %s", dotted(c.Name), c.Old)
 		}
 	}
 	return set, unset, nil
@@ -92,7 +83,7 @@ func (s *scope) acquire(w setting) error {
 		c := sysctl{Name: w.name, Old: now, New: w.value}
 		if i := s.rec.sysctl(w.name); i >= 0 {
 			c = s.rec.Sysctls[i] // somebody set it back: once more
-		} else if other := s.journal.shares(w.name); other != nil {
+		} else if other := s.journal.other(w.name, false); other != nil {
 			c = *other
 		} else {
 			c.Also = s.companions(w.name)
@@ -133,10 +124,10 @@ func (s *scope) acquire(w setting) error {
 }
 
 // giveBack restores a sysctl, unless somebody else has set it meanwhile or
-// another instance needs it.
+// another live instance needs it.
 func (s *scope) giveBack(c sysctl) error {
 	return s.journal.guard(func() error {
-		if s.journal.shares(c.Name) == nil {
+		if s.journal.other(c.Name, true) == nil {
 			if err := s.restore(c); err != nil {
 				return fmt.Errorf("%w: do it by hand on the host: sysctl -w %s=%s", err, dotted(c.Name), c.Old)
 			}
@@ -204,13 +195,13 @@ func (s *scope) companions(name string) (list []sysctl) {
 	}
 	dirs, _ := os.ReadDir(filepath.Join(s.procSys, family))
 	for _, d := range dirs {
-		if d.Name() == "all" || d.Name() == s.Interface {
+		if d.Name() == "all" {
 			continue
 		}
 		forwarding, ra := family+d.Name()+"/forwarding", family+d.Name()+"/accept_ra"
 		if v, _ := s.readSysctl(forwarding); v == "1" {
 			list = append(list, sysctl{Name: forwarding, Old: v, New: v})
-		} else if v, _ := s.readSysctl(ra); v == "1" {
+		} else if v, _ := s.readSysctl(ra); v == "1" && d.Name() != "lo" && d.Name() != s.Interface {
 			list = append(list, sysctl{Name: ra, Old: v, New: "2", First: true})
 		}
 	}

@@ -91,47 +91,47 @@ func TestForwardFollowsTheState(t *testing.T) {
 	check("1", "0")
 }
 
-// The last instance that needs a sysctl puts it back.
+// The last instance that runs puts a sysctl back.
 func TestSharedSysctls(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		end  func(h *host, first *Manager, c Config) // of the first instance
-		want string                                  // after the second has closed
 	}{
-		{"closed in order", func(h *host, first *Manager, c Config) { h.close(first) }, "0"},
-		{"first one dies", func(h *host, first *Manager, c Config) { h.abandon(first) }, "1"},
-		{"first one dies and starts again", func(h *host, first *Manager, c Config) {
+		{"closed", func(h *host, first *Manager, _ Config) { h.close(first) }},
+		{"dead", func(h *host, first *Manager, _ Config) { h.abandon(first) }},
+		{"dead and cleaned", func(h *host, first *Manager, c Config) {
 			h.abandon(first)
 			h.close(h.open(c))
-		}, "0"},
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHost(t)
 			dir := t.TempDir()
 			h.tun("masque0")
 			h.tun("masque1")
-			c1 := Config{Instance: "one", Interface: "masque0", Journal: filepath.Join(dir, "one.json")}
-			first := h.open(c1)
+			before := h.snapshot()
+			c := Config{Instance: "one", Interface: "masque0", Journal: filepath.Join(dir, "one.json")}
+			first := h.open(c)
 			second := h.open(Config{Instance: "two", Interface: "masque1", Journal: filepath.Join(dir, "two.json")})
 			h.apply(first, router())
 			other := router()
 			other.Routes = prefixes("10.78.0.0/24", "fd78::/64")
 			h.apply(second, other)
 			h.apply(second, other)
-			tt.end(h, first, c1)
-			if got := h.readSysctl("net/ipv4/ip_forward"); got != "1" {
-				t.Errorf("ip_forward with one instance left: %s, want 1", got)
-			}
-			h.close(second)
-			if got := h.readSysctl("net/ipv4/ip_forward"); got != tt.want {
-				t.Errorf("ip_forward after the second: %s, want %s", got, tt.want)
-			}
-			if tt.want == "1" {
-				h.close(h.open(c1))
-				if got := h.readSysctl("net/ipv4/ip_forward"); got != "0" {
-					t.Errorf("ip_forward after the first has cleaned up: %s, want 0", got)
+			tt.end(h, first, c)
+			for _, name := range []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"} {
+				if got := h.readSysctl(name); got != "1" {
+					t.Errorf("%s with one instance left: %s, want 1", name, got)
 				}
 			}
+			h.close(second)
+			for _, name := range []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"} {
+				if got := h.readSysctl(name); got != "0" {
+					t.Errorf("%s after the last instance: %s, want 0", name, got)
+				}
+			}
+			h.close(h.open(c))
+			h.same(before)
 		})
 	}
 }

@@ -1,0 +1,118 @@
+package routing
+
+import (
+	"cmp"
+	"maps"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	"pgregory.net/rapid"
+)
+
+// The plan, followed by hand as the kernel does, against what is meant: the
+// longest prefix of the host's and the tunnel's routes, a tie to the host unless
+// it is between default routes, and what is excluded to the host.
+func TestPlanProperty(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		v6 := rapid.Bool().Draw(t, "v6")
+		// Few different bits make overlaps likely.
+		addr := rapid.Custom(func(t *rapid.T) netip.Addr {
+			size, head := 4, []byte{10, 0}
+			if v6 {
+				size, head = 16, []byte{0xfd, 0}
+			}
+			tail := rapid.SliceOfN(rapid.SampledFrom([]byte{0, 1, 0x80, 0xff}), size-2, size-2).Draw(t, "bytes")
+			a, _ := netip.AddrFromSlice(slices.Concat(head, tail))
+			return a
+		})
+		list := func(label string, most int) []netip.Prefix {
+			return rapid.SliceOfN(rapid.Custom(func(t *rapid.T) netip.Prefix {
+				a := addr.Draw(t, "address")
+				return netip.PrefixFrom(a, rapid.IntRange(0, a.BitLen()).Draw(t, "bits")).Masked()
+			}), 0, most).Draw(t, label)
+		}
+		host, s := list("host", 6), State{Routes: list("routes", 8), Exclude: list("exclude", 4)}
+		sc := &scope{index: rapid.IntRange(1, 1<<23).Draw(t, "index"), ipv6: true}
+		sc.Mark = DefaultMark
+		w, err := newPlan(s, sc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, dst := range rapid.SliceOfN(addr, 1, 8).Draw(t, "destinations") {
+			want := false
+			if longest(s.Exclude, dst) < 0 {
+				tunnel, host := longest(s.Routes, dst), longest(host, dst)
+				want = tunnel > host || tunnel == 0 && host == 0
+			}
+			if got := w.leadsToTunnel(sc, host, dst); got != want {
+				t.Fatalf("%v leads to the tunnel: %t, want %t", dst, got, want)
+			}
+		}
+	})
+}
+
+// longest returns the length of the longest prefix with the address, -1 if there
+// is none.
+func longest(list []netip.Prefix, a netip.Addr) int {
+	bits := -1
+	for _, p := range list {
+		if p.Contains(a) {
+			bits = max(bits, p.Bits())
+		}
+	}
+	return bits
+}
+
+// leadsToTunnel does what the kernel does with the rules and routes of a plan
+// and those of the host.
+func (w plan) leadsToTunnel(sc *scope, host []netip.Prefix, dst netip.Addr) bool {
+	rules := slices.SortedFunc(maps.Keys(w.rules), func(a, b rule) int {
+		return cmp.Compare(a.netlink(sc).Priority, b.netlink(sc).Priority)
+	})
+	for _, r := range rules {
+		n := r.netlink(sc)
+		if n.Family == unix.AF_INET6 != dst.Is6() {
+			continue
+		}
+		if n.Table == unix.RT_TABLE_MAIN {
+			if longest(host, dst) > n.SuppressPrefixlen {
+				return false
+			}
+			continue
+		}
+		best := route{prefix: netip.Prefix{}}
+		found := false
+		for r := range w.routes {
+			if r.table == n.Table && r.prefix.Contains(dst) && (!found || r.prefix.Bits() > best.prefix.Bits()) {
+				best, found = r, true
+			}
+		}
+		if found && !best.throw {
+			return true
+		}
+	}
+	return false
+}
+
+func TestTableNumbers(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		index := rapid.IntRange(1, indexMask).Draw(t, "index")
+		r := rule{v6: rapid.Bool().Draw(t, "v6"), bits: rapid.IntRange(0, 32).Draw(t, "bits"), tunnel: rapid.Bool().Draw(t, "tunnel")}
+		sc := &scope{index: index}
+		sc.Mark = rapid.Uint32Range(1, 1<<32-1).Draw(t, "mark")
+		n := r.netlink(sc)
+		if got, gotIndex, ok := parseRule(n); !ok || got != r || gotIndex != index {
+			t.Fatalf("parseRule(%v) = %+v, %d, %t; want %+v, %d", n, got, gotIndex, ok, r, index)
+		}
+		if n.Priority <= 0 || n.Priority >= 32766 {
+			t.Fatalf("priority %d is not between the rules for local and main", n.Priority)
+		}
+	})
+	for _, id := range []int{0, unix.RT_TABLE_MAIN, unix.RT_TABLE_LOCAL, 51820, 1<<31 - 1, 1<<30 - 1} {
+		if _, _, ok := tableOwner(id); ok {
+			t.Errorf("table %d is taken for one of ours", id)
+		}
+	}
+}
