@@ -6,7 +6,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -31,7 +33,7 @@ func eachBackend(t *testing.T, test func(t *testing.T, offload bool)) {
 }
 
 // needTUN skips the test on a kernel that has no TUN devices, and finds
-// goroutines that outlive it.
+// goroutines and descriptors that outlive it.
 func needTUN(t *testing.T) {
 	t.Helper()
 	fd, err := openNode()
@@ -39,8 +41,33 @@ func needTUN(t *testing.T) {
 		t.Skip(err)
 	}
 	unix.Close(fd)
-	ignore := goleak.IgnoreCurrent()
-	t.Cleanup(func() { goleak.VerifyNone(t, ignore) })
+	ignore, before := goleak.IgnoreCurrent(), len(nodes(t))
+	t.Cleanup(func() {
+		goleak.VerifyNone(t, ignore)
+		if n := len(nodes(t)) - before; n != 0 {
+			t.Errorf("%d descriptors of %s leaked", n, nodePath)
+		}
+	})
+}
+
+// nodes returns the process's descriptors of TUN devices.
+func nodes(t *testing.T) (fds []int) {
+	t.Helper()
+	const dir = "/proc/self/fd"
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if target, _ := os.Readlink(filepath.Join(dir, e.Name())); target == nodePath {
+			fd, err := strconv.Atoi(e.Name())
+			if err != nil {
+				t.Fatal(err)
+			}
+			fds = append(fds, fd)
+		}
+	}
+	return fds
 }
 
 // openDevice opens a device that is closed when the test ends.

@@ -42,6 +42,23 @@ func TestOpen(t *testing.T) {
 	})
 }
 
+func TestOpenNotInherited(t *testing.T) {
+	eachBackend(t, func(t *testing.T, offload bool) {
+		openDevice(t, Config{Offload: offload})
+		fds := nodes(t)
+		if len(fds) != 1 {
+			t.Fatalf("%d descriptors, want 1", len(fds))
+		}
+		flags, err := unix.FcntlInt(uintptr(fds[0]), unix.F_GETFD, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if flags&unix.FD_CLOEXEC == 0 {
+			t.Error("programs started by this one get the device")
+		}
+	})
+}
+
 func TestOpenNameTaken(t *testing.T) {
 	link := func(t *testing.T, l netlink.Link) string {
 		if err := netlink.LinkAdd(l); err != nil {

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -135,6 +136,37 @@ func setSegmentSize(t *testing.T, conn syscall.Conn, size int) {
 	if err := errors.Join(err, serr); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestAllocs: packets that come and go leave no garbage.
+func TestAllocs(t *testing.T) {
+	eachBackend(t, func(t *testing.T, offload bool) {
+		d := openDevice(t, Config{MTU: 1400, Offload: offload})
+		bringUp(t, d)
+		client, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer4, testPort)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		datagram := make([]byte, 1000)
+		in, sizes := buffers(d.BatchSize())
+		if n := testing.AllocsPerRun(100, func() {
+			client.Write(datagram)
+			d.Read(in, sizes, Headroom)
+		}); n > 0 {
+			t.Errorf("%v allocations per Read", n)
+		}
+
+		out := make([][]byte, 10)
+		for i := range out {
+			out[i] = slices.Clip(udpPacket(1000)) // coalescing allocates with -race
+		}
+		if n := testing.AllocsPerRun(100, func() {
+			d.Write(out, Headroom)
+		}); n > 0 {
+			t.Errorf("%v allocations per Write", n)
+		}
+	})
 }
 
 // TestTCP sends many megabytes through the device and back.
