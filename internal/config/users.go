@@ -25,9 +25,10 @@ type User struct {
 // Users is the users file, users.toml. It is immutable: Add and Remove return
 // the text of a new file, with everything else in it as it was.
 type Users struct {
-	file string
-	text string
-	list []User
+	file    string
+	text    string
+	list    []User
+	holders map[netip.Addr]string
 }
 
 // ParseUsers parses and validates the contents of a users file. The error, if
@@ -37,8 +38,7 @@ func ParseUsers(file string, data []byte) (*Users, error) {
 	if err != nil {
 		return nil, err
 	}
-	u := &Users{file: file, text: string(data)}
-	addresses := make(map[netip.Addr]string)
+	u := &Users{file: file, text: string(data), holders: make(map[netip.Addr]string)}
 	for _, t := range root.tablesOf("user") {
 		user := User{Name: t.string("name", ""), line: d.lines[t.path]}
 		switch _, known := u.ByName(user.Name); {
@@ -55,10 +55,10 @@ func ParseUsers(file string, data []byte) (*Users, error) {
 			a, err := netip.ParseAddr(s)
 			if err != nil || a.Zone() != "" || a.Is4In6() {
 				t.add(key, "not an address", `write for example "10.77.0.9"`)
-			} else if other, ok := addresses[a]; ok {
+			} else if other, ok := u.holders[a]; ok {
 				t.add(key, "reserved for "+other+" as well", "remove one")
 			} else {
-				addresses[a] = user.Name
+				u.holders[a] = user.Name
 				user.Addresses = append(user.Addresses, a)
 			}
 		}
@@ -112,6 +112,10 @@ func (u *Users) ByName(name string) (User, bool) {
 	}
 	return u.list[i], true
 }
+
+// Holder returns the name of the user for whom an address is reserved, empty
+// for none.
+func (u *Users) Holder(a netip.Addr) string { return u.holders[a] }
 
 // ByTokenHash finds the user whose token has the hash. It looks at all users
 // and takes the same time wherever, and whether, it finds one.

@@ -46,6 +46,11 @@ func TestUsersLookup(t *testing.T) {
 	if _, ok := u.ByName("carol"); ok {
 		t.Error("an unknown name is found")
 	}
+	for addr, want := range map[string]string{"10.77.0.9": "bob", "fd77::9": "bob", "10.77.0.10": ""} {
+		if got := u.Holder(netip.MustParseAddr(addr)); got != want {
+			t.Errorf("%s is reserved for %q, want %q", addr, got, want)
+		}
+	}
 }
 
 func TestNoTokenIsNoToken(t *testing.T) {

@@ -16,6 +16,14 @@ import (
 // ErrNotRunning is the error of a call to an instance that is not there.
 var ErrNotRunning = errors.New("not running")
 
+// StatusError is what an instance answers when it does not do what it was asked.
+type StatusError struct {
+	Status int // of HTTP
+	Reason string
+}
+
+func (e *StatusError) Error() string { return e.Reason }
+
 // maxAnswer bounds what is read of one answer, or of one line of a stream.
 const maxAnswer = 64 << 20
 
@@ -96,7 +104,8 @@ func (c *Client) do(ctx context.Context, method, path string) (io.ReadCloser, er
 	}
 	response, err := c.http.Do(r)
 	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED), // nobody there
+		errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.EOF): // died before it answered
 		return nil, fmt.Errorf("%s: %w", c.name, ErrNotRunning)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("%s: %w", SocketPath(c.dir, c.name), fs.ErrPermission)
@@ -116,7 +125,7 @@ func (c *Client) do(ctx context.Context, method, path string) (io.ReadCloser, er
 	if response.StatusCode == http.StatusForbidden {
 		return nil, fmt.Errorf("%s: %w", f.Error, fs.ErrPermission)
 	}
-	return nil, errors.New(f.Error)
+	return nil, &StatusError{Status: response.StatusCode, Reason: f.Error}
 }
 
 // WaitGone waits until no process holds the lock of the instance.

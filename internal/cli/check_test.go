@@ -1,0 +1,163 @@
+package cli
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"masquevpn/internal/config"
+	"masquevpn/internal/pki"
+)
+
+var now = time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)
+
+// report is what the checks of f say, one line each.
+func report(t *testing.T, f func(*Checks)) ([]string, error) {
+	t.Helper()
+	var c Checks
+	f(&c)
+	var out bytes.Buffer
+	err := c.Finish(&out, false)
+	return strings.Split(strings.TrimSpace(out.String()), "\n"), err
+}
+
+func TestReport(t *testing.T) {
+	checks := func(c *Checks) {
+		c.OK("all is %s", "well")
+		c.Warn("so so", "do better")
+		c.Fail("bad\nnews", "sudo mend it")
+	}
+	lines, err := report(t, checks)
+	want := "ok    all is well|warn  so so — do better|fail  bad news — sudo mend it"
+	if got := strings.Join(lines, "|"); got != want {
+		t.Errorf("got %s", got)
+	}
+	if e, ok := errors.AsType[*Error](err); !ok || e.Code != Usage || !strings.HasPrefix(e.Reason, "1 of 3 checks failed") {
+		t.Errorf("ends with %v", err)
+	}
+
+	var c Checks
+	checks(&c)
+	var out bytes.Buffer
+	if err := c.Finish(&out, true); err == nil {
+		t.Error("a failed check is no error as JSON")
+	}
+	var last Check
+	for decoder := json.NewDecoder(&out); decoder.More(); {
+		if err := decoder.Decode(&last); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if last != (Check{Verdict: "fail", What: "bad\nnews", Remedy: "sudo mend it"}) {
+		t.Errorf("the last one is %+v", last)
+	}
+	if _, err := report(t, func(c *Checks) { c.Warn("so so", "") }); err != nil {
+		t.Errorf("a warning is an error: %v", err)
+	}
+}
+
+func TestCertificateChecks(t *testing.T) {
+	ca, _, err := pki.NewAuthority("CA", now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := ca.Server("a.example", nil, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain, err := pki.ParseCertificates(pair.Cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := pki.ParseKey(pair.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	otherPair, err := ca.Server("b.example", nil, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := pki.ParseKey(otherPair.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := Credential{What: "tls.cert", Chain: chain, Key: key, Name: "a.example", Usage: x509.ExtKeyUsageServerAuth, Renewal: "renew it"}
+	change := func(f func(*Credential)) Credential { c := good; f(&c); return c }
+	for _, test := range []struct {
+		cred Credential
+		at   time.Time
+		want string
+	}{
+		{good, now, "ok    tls.cert: valid until 2028-01-02"},
+		{change(func(c *Credential) { c.Usage, c.Name, c.Key = x509.ExtKeyUsageAny, "", nil }), now, "ok    tls.cert: "},
+		{change(func(c *Credential) { c.Key = other }), now, "fail  tls.cert: its key is another one's — "},
+		{change(func(c *Credential) { c.Name = "b.example" }), now, "fail  tls.cert: not for the name b.example — "},
+		{change(func(c *Credential) { c.Usage = x509.ExtKeyUsageClientAuth }), now, "fail  tls.cert: not made for this use — "},
+		{good, now.Add(-24 * time.Hour), "fail  tls.cert: valid only from 2026-01-02T14:04:05Z, and it is 2026-01-01T15:04:05Z here — check this host's clock"},
+		{good, now.Add(pki.ServerValidity + time.Hour), "fail  tls.cert: ended on 2028-01-02T15:04:05Z, and it is 2028-01-02T16:04:05Z here — renew it; or check this host's clock"},
+		{good, now.Add(pki.ServerValidity - 24*time.Hour), "warn  tls.cert: ends on 2028-01-02 — renew it"},
+	} {
+		lines, _ := report(t, func(c *Checks) { c.Certificate(test.cred, test.at) }) // its verdict is in the line
+		if len(lines) != 1 || !strings.HasPrefix(lines[0], test.want) {
+			t.Errorf("got %q, want %q", lines, test.want)
+		}
+	}
+}
+
+func TestConfigChecks(t *testing.T) {
+	two := &config.Error{Problems: []config.Problem{
+		{File: "f", Line: 1, Key: "a", Reason: "bad", Remedy: "mend it"}, {File: "f", Line: 2, Key: "b", Reason: "worse"},
+	}}
+	for _, test := range []struct {
+		err  error
+		want string
+	}{
+		{nil, "ok    configuration: f"},
+		{two, "fail  configuration: f:1: a: bad — mend it|fail  configuration: f:2: b: worse"},
+		{Exposed("f"), "fail  configuration: f holds a secret and can be read by others: chmod 600 f"},
+	} {
+		good := false
+		lines, _ := report(t, func(c *Checks) { good = c.Config("f", test.err) })
+		if got := strings.Join(lines, "|"); got != test.want || good != (test.err == nil) {
+			t.Errorf("%v: %v, %s", test.err, good, got)
+		}
+	}
+}
+
+func TestHostChecks(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		check func(*Checks)
+		want  string
+	}{
+		{func(c *Checks) { c.Interface("lo") }, "fail  interface: lo exists already — "},
+		{func(c *Checks) { c.Interface("masque-none") }, "ok    interface: masque-none is free"},
+		{func(c *Checks) { c.Interface("masque%d") }, ""},
+		{func(c *Checks) { c.RunDir(dir) }, "ok    run directory: "},
+		{func(c *Checks) { c.RunDir(filepath.Join(dir, "a", "b")) }, "ok    run directory: "},
+		{func(c *Checks) { c.RunDir(filepath.Join(file, "a")) }, "fail  run directory: "},
+	} {
+		lines, _ := report(t, test.check)
+		if !strings.HasPrefix(lines[0], test.want) {
+			t.Errorf("got %q, want %q", lines, test.want)
+		}
+	}
+	// What these find depends on the machine; they find one thing each.
+	for _, check := range []func(*Checks){
+		func(c *Checks) { c.NetAdmin("cap_net_admin") }, func(c *Checks) { c.TUN() }, func(c *Checks) { c.UDPBuffer() },
+	} {
+		if lines, _ := report(t, check); len(lines) != 1 || lines[0] == "" {
+			t.Errorf("got %q", lines)
+		}
+	}
+}

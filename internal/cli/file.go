@@ -1,0 +1,112 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxFile bounds the files that are read: all of ours are far smaller.
+const maxFile = 16 << 20
+
+// ReadFile reads a whole file. The second result tells whether others than its
+// owner may read or change it.
+func ReadFile(path string) (data []byte, shared bool, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, false, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, false, err
+	}
+	if info.IsDir() {
+		return nil, false, &fs.PathError{Op: "read", Path: path, Err: unix.EISDIR}
+	}
+	data, err = io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err == nil && len(data) > maxFile {
+		err = &fs.PathError{Op: "read", Path: path, Err: unix.EFBIG}
+	}
+	return data, info.Mode().Perm()&0o077 != 0, err
+}
+
+// ReadSecret reads a file that nobody but its owner may read, and refuses it
+// otherwise.
+func ReadSecret(path string) ([]byte, error) {
+	data, shared, err := ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if shared {
+		return nil, Exposed(path)
+	}
+	return data, nil
+}
+
+// Exposed is the error of a secret in a file that others can read.
+func Exposed(path string) error {
+	return Errorf(Usage, "%s holds a secret and can be read by others: chmod 600 %s", path, path)
+}
+
+// WriteFile replaces a file, or makes it, as a whole or not at all, even if
+// the machine dies meanwhile.
+func WriteFile(path string, data []byte, mode fs.FileMode) error {
+	return write(path, data, mode, os.Rename)
+}
+
+// CreateFile makes a file as a whole or not at all. If there is one of that
+// name, it is left alone and the error wraps fs.ErrExist.
+func CreateFile(path string, data []byte, mode fs.FileMode) error {
+	return write(path, data, mode, os.Link)
+}
+
+func write(path string, data []byte, mode fs.FileMode, place func(from, to string) error) (err error) {
+	dir := filepath.Dir(path)
+	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // 0600
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if removeErr := os.Remove(f.Name()); !errors.Is(removeErr, fs.ErrNotExist) {
+			err = errors.Join(err, removeErr)
+		}
+	}()
+	_, err = f.Write(data)
+	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
+	if err != nil {
+		return err
+	}
+	if err := place(f.Name(), path); err != nil {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// LockDir keeps other commands that change the files of a folder away until
+// the function that it returns is called.
+func LockDir(dir string) (unlock func(), err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		if err = unix.Flock(int(d.Fd()), unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		d.Close()
+		return nil, fmt.Errorf("lock %s: %w", dir, err)
+	}
+	return func() { d.Close() }, nil
+}

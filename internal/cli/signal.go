@@ -1,0 +1,40 @@
+package cli
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+// SignalContext ends with the first SIGINT or SIGTERM. The second makes the
+// process exit at once, as a Failure: what it changed on the host is then
+// cleaned up by its next start. The caller calls the function when it has
+// stopped.
+func SignalContext(parent context.Context, logger *slog.Logger) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(parent)
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	done := make(chan struct{})
+	go func() {
+		for stopping := false; ; stopping = true {
+			select {
+			case s := <-signals:
+				if stopping {
+					logger.Error("stopped by force; what is left on the host is cleaned up by the next start", "signal", s.String())
+					os.Exit(int(Failure))
+				}
+				logger.Info("stopping; once more to force it", "signal", s.String())
+				cancel()
+			case <-done:
+				return
+			}
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(signals)
+		close(done)
+		cancel()
+	}
+}
