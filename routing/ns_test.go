@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -272,12 +273,38 @@ func (h *host) abandon(m *Manager) {
 }
 
 // Changes when an interface has been up: the default queueing discipline is
-// attached, the kernel picks its way to make link-local addresses.
+// attached.
 var volatile = regexp.MustCompile(` qdisc \S+`)
+
+// settle waits until the kernel, which does that later, has put IPv6 addresses
+// into service and into the local table.
+func (h *host) settle() {
+	h.t.Helper()
+	h.do(func() {
+		for ; ; time.Sleep(time.Millisecond) {
+			addrs, err := netlink.AddrList(nil, netlink.FAMILY_V6)
+			if err != nil {
+				h.t.Fatal(err)
+			}
+			routes, err := netlink.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+			if err != nil {
+				h.t.Fatal(err)
+			}
+			if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
+				return a.Flags&unix.IFA_F_TENTATIVE != 0 || !slices.ContainsFunc(routes, func(r netlink.Route) bool {
+					return r.Type == unix.RTN_LOCAL && r.Dst.IP.Equal(a.IP)
+				})
+			}) {
+				return
+			}
+		}
+	})
+}
 
 // snapshot is all that routing may change on a host, as text.
 func (h *host) snapshot() map[string]string {
 	h.t.Helper()
+	h.settle()
 	s := map[string]string{
 		"addr":    volatile.ReplaceAllString(h.ip("-d addr"), ""),
 		"route":   h.ip("-d route show table all"),

@@ -125,7 +125,20 @@ func newPlan(s State, sc *scope) (plan, error) {
 			break
 		}
 	}
+	if slices.ContainsFunc(s.Addresses, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
+		// ICMP errors that the tunnel's own end makes about packets of this host, or through it, come in with an address of this
+		// host as their source.
+		w.sysctls = append(w.sysctls, setting{
+			name: "net/ipv4/conf/" + sc.Interface + "/accept_local", value: "1",
+			optional: "programs of this host do not learn why the tunnel refuses a packet",
+		})
+	}
 	if s.Forward {
+		// Clients that reach each other through this host have no shorter way.
+		w.sysctls = append(w.sysctls, setting{
+			name: "net/ipv4/conf/" + sc.Interface + "/send_redirects", value: "0",
+			optional: "clients may get pointless ICMP redirects",
+		})
 		for _, p := range slices.Concat(s.Addresses, s.Routes, s.Masquerade) {
 			forward := setting{name: ipForward4, value: "1"}
 			if isIPv6(p) {

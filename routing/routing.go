@@ -66,8 +66,8 @@ type State struct {
 	// Open.
 	MTU int
 
-	// Addresses of the interface with their prefix lengths. IPv6 addresses are
-	// usable at once (no duplicate address detection). With a Config.Mark no
+	// Addresses of the interface with their prefix lengths. IPv6 addresses do
+	// not go through duplicate address detection. With a Config.Mark no
 	// route comes with a prefix; list it in Routes where it is wanted.
 	Addresses []netip.Prefix
 
