@@ -1,0 +1,205 @@
+package test
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gopacket/gopacket/layers"
+
+	"masquevpn/internal/lab"
+)
+
+// hops returns the routers between a host and an address.
+func (p *pair) hops(from *lab.Host, to netip.Addr) []netip.Addr {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.ctx, patience)
+	defer cancel()
+	hops, err := from.Traceroute(ctx, to, 8, 5*time.Second)
+	check(p.t, err)
+	var out []netip.Addr
+	for _, h := range hops {
+		out = append(out, h.From)
+	}
+	return out
+}
+
+// The hop limit goes down by one for each kernel that forwards, and by one where a forwarded packet enters the tunnel; never for
+// packets of the host that sends them (RFC 9484 section 7.2).
+func TestHopLimit(t *testing.T) {
+	p := newPair(t, options{})
+	p.connect(p.Client, "alice")
+
+	t.Run("client to target", func(t *testing.T) {
+		if got := p.hops(p.Client, lab.TargetIPv4); !slices.Equal(got, []netip.Addr{proxy4, lab.TargetIPv4}) {
+			t.Errorf("hops %v", got)
+		}
+		if got := p.hops(p.Client, lab.TargetIPv6); !slices.Equal(got, []netip.Addr{proxy6, lab.TargetIPv6}) {
+			t.Errorf("hops %v", got)
+		}
+		p.arrivesWith(p.Client, lab.TargetIPv4, p.Target, "eth0", 63)
+		p.arrivesWith(p.Client, lab.TargetIPv6, p.Target, "eth0", 63)
+	})
+	t.Run("target to client", func(t *testing.T) {
+		near4, near6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8:3::1")
+		if got := p.hops(p.Target, client4); !slices.Equal(got, []netip.Addr{near4, proxy4, client4}) {
+			t.Errorf("hops %v", got)
+		}
+		if got := p.hops(p.Target, client6); !slices.Equal(got, []netip.Addr{near6, proxy6, client6}) {
+			t.Errorf("hops %v", got)
+		}
+		p.arrivesWith(p.Target, client4, p.Client, "masque0", 62)
+		p.arrivesWith(p.Target, client6, p.Client, "masque0", 62)
+	})
+	t.Run("proxy to client", func(t *testing.T) {
+		p.arrivesWith(p.Proxy, client4, p.Client, "masque0", 64)
+	})
+}
+
+// arrivesWith checks the hop limit of an echo request, which leaves with 64, where it arrives.
+func (p *pair) arrivesWith(from *lab.Host, to netip.Addr, at *lab.Host, iface string, want uint8) {
+	p.t.Helper()
+	c, err := at.Capture(iface, nil)
+	check(p.t, err)
+	defer c.Close()
+	p.ping(from, to)
+	ctx, cancel := context.WithTimeout(p.ctx, patience)
+	defer cancel()
+	var got uint8
+	_, err = c.Wait(ctx, func(pkt lab.Packet) bool {
+		if l, ok := pkt.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok && l.DstIP.String() == to.String() {
+			got = l.TTL
+			return true
+		}
+		if l, ok := pkt.Layer(layers.LayerTypeIPv6).(*layers.IPv6); ok && l.DstIP.String() == to.String() {
+			got = l.HopLimit
+			return true
+		}
+		return false
+	})
+	if err != nil || got != want {
+		p.t.Errorf("a packet from %s to %v arrives with hop limit %d, want %d (%v)", from.Name(), to, got, want, err)
+	}
+}
+
+// A path of 1400 bytes: packets that are too big for the tunnel are answered with what it really carries, and TCP works.
+func TestPathMTU(t *testing.T) {
+	p := newPair(t, options{mtu: 1400})
+	p.connect(p.Client, "alice")
+	mtu := p.status(p.Client, "alice").MTU
+	if mtu < 1280 || mtu > 1400-48 {
+		t.Fatalf("the tunnel's MTU is %d on a path of 1400", mtu)
+	}
+	for to, size := range map[netip.Addr]int{client4: 1390, client6: 1390} {
+		ctx, cancel := context.WithTimeout(p.ctx, patience)
+		a, err := p.Target.Probe(ctx, lab.Probe{To: to, Size: size, DontFragment: true})
+		cancel()
+		typ, code := 3, 4
+		if to.Is6() {
+			typ, code = 2, 0
+		}
+		// Discovery may have gone on since mtu was read, and finds no more than fits.
+		if err != nil || a.Type != typ || a.Code != code || a.MTU < mtu || a.MTU > 1400-48 {
+			t.Errorf("%d bytes to %v: %v, %v; want type %d code %d and an MTU of %d", size, to, a, err, typ, code, mtu)
+		}
+	}
+	p.transfer(p.Client, p.Target, lab.TargetIPv4, 10<<20)
+	p.transfer(p.Target, p.Client, client6, 10<<20)
+}
+
+// A source that is not the client's is dropped, counted and answered.
+func TestSpoofedSource(t *testing.T) {
+	p := newPair(t, options{})
+	p.connect(p.Client, "alice")
+	c, err := p.Target.Capture("eth0", nil)
+	check(t, err)
+	defer c.Close()
+	out, _ := p.Client.Command(p.ctx, "ping", "-c", "2", "-i", "0.2", "-W", "2", "-I", lab.ClientIPv4.String(), lab.TargetIPv4.String()).CombinedOutput()
+	if !strings.Contains(string(out), "Packet filtered") {
+		t.Errorf("not answered with Communication Administratively Prohibited:\n%s", out)
+	}
+	if n := p.status(p.Client, "alice").Drops["source"]; n < 2 {
+		t.Errorf("%d packets counted as dropped for their source", n)
+	}
+	p.ping(p.Client, lab.TargetIPv4) // and what is right passes
+	for _, pkt := range c.Packets() {
+		if l, ok := pkt.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok && l.SrcIP.String() == lab.ClientIPv4.String() {
+			t.Errorf("a packet with the source %v reached the target", lab.ClientIPv4)
+		}
+	}
+}
+
+// Three clients at once have addresses of their own, and do not reach each other unless the proxy lets them.
+func TestThreeClients(t *testing.T) {
+	for name, open := range map[string]bool{"isolated": false, "client to client": true} {
+		t.Run(name, func(t *testing.T) {
+			o := options{clients: 3}
+			if open {
+				o.proxy = "[routes]\nadvertise = [\"0.0.0.0/0\", \"::/0\"]\nclient_to_client = true\n"
+			}
+			p := newPair(t, o)
+			var addrs []netip.Addr
+			for i, user := range []string{"alice", "bob", "carol"} {
+				p.connect(p.Clients[i], user)
+				s := p.status(p.Clients[i], user)
+				for _, a := range s.Addresses {
+					if slices.Contains(addrs, a.Addr()) {
+						t.Errorf("%v is given out twice", a)
+					}
+					addrs = append(addrs, a.Addr())
+				}
+			}
+			if len(addrs) != 6 {
+				t.Fatalf("addresses %v, want two for each client", addrs)
+			}
+			for i, host := range p.Clients {
+				p.ping(host, lab.TargetIPv4, lab.TargetIPv6)
+				other4, other6 := addrs[(2*i+2)%6], addrs[(2*i+3)%6]
+				if open {
+					p.ping(host, other4, other6)
+					continue
+				}
+				p.unreachable(host, other4, 3, 13)
+				p.unreachable(host, other6, 1, 1)
+			}
+		})
+	}
+}
+
+// What clients may not reach: the proxy's own addresses, and an address of the pool that nobody has.
+func TestUnreachable(t *testing.T) {
+	p := newPair(t, options{})
+	p.connect(p.Client, "alice")
+	p.ping(p.Client, proxy4, proxy6) // these are in the tunnel
+	p.unreachable(p.Client, netip.MustParseAddr("192.0.2.1"), 3, 13)
+	p.unreachable(p.Client, netip.MustParseAddr("2001:db8:3::1"), 1, 1)
+	p.unreachable(p.Target, netip.MustParseAddr("10.77.0.99"), 3, 1)
+	p.unreachable(p.Target, netip.MustParseAddr("fd77::99"), 1, 3)
+}
+
+// With address translation the target needs no route back, and both ends are as before afterwards.
+func TestMasquerade(t *testing.T) {
+	p := newPair(t, options{})
+	p.stopProxy()
+	before, beforeProxy := p.snapshot(p.Client), p.snapshot(p.Proxy)
+	p.editProxyConfig("masquerade = false", "masquerade = true")
+	p.startProxy()
+	p.connect(p.Client, "alice")
+	c, err := p.Target.Capture("eth0", nil)
+	check(t, err)
+	defer c.Close()
+	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+	for _, pkt := range c.Packets() {
+		if l, ok := pkt.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok && pool4.Contains(netip.AddrFrom4([4]byte(l.SrcIP.To4()))) {
+			t.Errorf("the target saw %v", l.SrcIP)
+		}
+	}
+	p.transfer(p.Client, p.Target, lab.TargetIPv4, 10<<20)
+	p.down(p.Client, "alice")
+	p.stopProxy()
+	p.unchanged(p.Client, before)
+	p.unchanged(p.Proxy, beforeProxy)
+}

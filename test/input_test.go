@@ -1,0 +1,91 @@
+package test
+
+import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"masquevpn/internal/lab"
+)
+
+// Every mistake that a user can make has its own line and its own exit code, and changes nothing on the host.
+func TestBadInput(t *testing.T) {
+	p := newPair(t, options{client: "\n[reconnect]\nenabled = false\n"})
+	good := p.invite("alice")
+	text, err := os.ReadFile(good)
+	check(t, err)
+	replace := func(pattern, with string) func(string) string {
+		re := regexp.MustCompile(pattern)
+		return func(s string) string {
+			if !re.MatchString(s) {
+				t.Fatalf("the client's file has no %q:\n%s", pattern, s)
+			}
+			return re.ReplaceAllLiteralString(s, with)
+		}
+	}
+	add := func(line string) func(string) string { return func(s string) string { return line + "\n" + s } }
+	addTable := func(table string) func(string) string {
+		return func(s string) string { return s + "\n" + table + "\n" }
+	}
+	noCertificate := func(s string) string {
+		s = replace(`(?s)cert_pem = '''.*?'''`, "")(s)
+		return replace(`(?s)key_pem = '''.*?'''`, "")(s)
+	}
+	for _, tc := range []struct {
+		name string
+		edit func(string) string
+		mode os.FileMode
+		wrap []string // what runs the program
+		exit int
+		says []string
+	}{
+		{name: "unknown key", edit: add(`prxy = "a"`), exit: 2, says: []string{"NAME.toml:1", "prxy"}},
+		{name: "no TOML", edit: add(`proxy = `), exit: 2, says: []string{"NAME.toml:1"}},
+		{name: "wrong type", edit: addTable("[tun]\nmtu = true"), exit: 2, says: []string{"mtu"}},
+		{name: "bad template", edit: replace(`(?m)^proxy = .*$`, `proxy = "https://p/{+target}"`), exit: 2, says: []string{"proxy", "operator"}},
+		{name: "readable by others", edit: add(""), mode: 0o644, exit: 2, says: []string{"NAME.toml", "chmod 600"}},
+		{name: "missing secret", edit: replace(`(?m)^token = .*$`, `token_file = "no-such-file"`), exit: 2, says: []string{"no-such-file"}},
+		{name: "wrong token", edit: func(s string) string {
+			return replace(`(?m)^token = .*$`, `token = "guess"`)(noCertificate(s))
+		}, exit: 4, says: []string{"credentials"}},
+		{name: "unknown CA", edit: replace(`(?s)ca_pem = '''.*?'''`, ""), exit: 6, says: []string{"unknown authority"}},
+		{name: "wrong name", edit: replace(`\[tls\]`, "[tls]\nserver_name = \"other.example\""), exit: 6, says: []string{"other.example"}},
+		{name: "no such host", edit: replace(`(?m)^proxy = .*$`, `proxy = "no-such-host.invalid"`), exit: 5, says: []string{"no-such-host.invalid"}},
+		{name: "closed port", edit: replace(`(?m)^proxy = .*$`, `proxy = "`+lab.ProxyName+`:9"`), exit: 5, says: []string{"9", "UDP"}},
+		{
+			name: "no privileges", edit: add(""), exit: 7, says: []string{"CAP_NET_ADMIN"},
+			wrap: []string{"setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"},
+		},
+		{name: "name taken", edit: addTable("[tun]\nname = \"eth0\""), exit: 1, says: []string{"eth0"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			before := p.snapshot(p.Client)
+			name := strings.ReplaceAll(tc.name, " ", "-")
+			file := filepath.Join(t.TempDir(), name+".toml")
+			edited := tc.edit(string(text))
+			mode := tc.mode
+			if mode == 0 {
+				mode = 0o600
+			}
+			check(t, os.WriteFile(file, []byte(edited), mode))
+			check(t, os.Chmod(file, mode))
+			args := append(append([]string{}, tc.wrap...), program("masque-client"), "run", "-c", file)
+			c := p.Client.Command(p.ctx, args[0], args[1:]...)
+			out, _ := c.CombinedOutput()
+			line := lastLine(out)
+			if c.ExitCode() != tc.exit {
+				t.Errorf("exit code %d, want %d:\n%s", c.ExitCode(), tc.exit, out)
+			}
+			for _, s := range tc.says {
+				if s = strings.ReplaceAll(s, "NAME", name); !strings.Contains(line, s) {
+					t.Errorf("the last line does not say %q: %s", s, line)
+				}
+			}
+			p.unchanged(p.Client, before)
+		})
+	}
+	p.up(p.Client, good) // and what is right still works
+	p.ping(p.Client, lab.TargetIPv4)
+}

@@ -1,0 +1,44 @@
+// Package test holds the end-to-end tests: the programs as they are installed, in hosts that are network namespaces, with
+// real packets of real programs; and the tests with foreign peers.
+package test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"masquevpn/internal/lab"
+)
+
+// patience bounds waits for things that take a second or two.
+const patience = 60 * time.Second
+
+// bin is where the programs are.
+var bin string
+
+func TestMain(m *testing.M) {
+	lab.Enter()
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "masquevpn-test-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	bin = dir
+	build := exec.Command("go", "build", "-o", dir, "masquevpn/cmd/...")
+	build.Stdout, build.Stderr = os.Stderr, os.Stderr
+	if err := build.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, "building the programs:", err)
+		return 1
+	}
+	return m.Run()
+}
+
+func program(name string) string { return filepath.Join(bin, name) }

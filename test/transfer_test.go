@@ -1,0 +1,155 @@
+package test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"masquevpn/internal/lab"
+)
+
+// content is the first n bytes of what every transfer sends.
+func content(n int64) io.Reader {
+	return io.LimitReader(rand.NewChaCha8([32]byte{7}), n)
+}
+
+// transfer sends n bytes by TCP from one host to an address of another and compares what arrives.
+func (p *pair) transfer(from, to *lab.Host, addr netip.Addr, n int64) {
+	p.t.Helper()
+	ln, err := to.Listen("tcp", netip.AddrPortFrom(addr, 0).String())
+	check(p.t, err)
+	defer ln.Close()
+	received := make(chan string, 1)
+	go func() {
+		c, err := ln.Accept()
+		if err != nil {
+			received <- err.Error()
+			return
+		}
+		defer c.Close()
+		received <- digest(c)
+	}()
+	ctx, cancel := context.WithTimeout(p.ctx, 5*patience)
+	defer cancel()
+	conn, err := from.DialContext(ctx, "tcp", ln.Addr().String())
+	if err != nil {
+		p.t.Errorf("connecting from %s to %v: %v", from.Name(), addr, err)
+		return
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	_, err = io.Copy(conn, content(n))
+	check(p.t, conn.(*net.TCPConn).CloseWrite())
+	if err != nil {
+		p.t.Errorf("sending from %s to %v: %v", from.Name(), addr, err)
+		return
+	}
+	if got, want := <-received, digest(content(n)); got != want {
+		p.t.Errorf("from %s to %v: received %s, sent %s", from.Name(), addr, got, want)
+	}
+}
+
+// digest reads r to its end, and returns how much that was and its SHA-256.
+func digest(r io.Reader) string {
+	h := sha256.New()
+	n, err := io.Copy(h, r)
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprintf("%d bytes, %s", n, hex.EncodeToString(h.Sum(nil)))
+}
+
+const split = `accept = ["192.0.2.0/24", "2001:db8:3::/64"]`
+
+func TestTransfer(t *testing.T) {
+	for name, tc := range map[string]struct {
+		options options
+		size    int64
+	}{"full tunnel": {options{}, 200 << 20}, "split tunnel": {options{routes: split}, 20 << 20}} {
+		t.Run(name, func(t *testing.T) {
+			p, size := newPair(t, tc.options), tc.size
+			before := p.snapshot(p.Client)
+			p.connect(p.Client, "alice")
+			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+			p.ping(p.Target, client4, client6)
+			p.transfer(p.Client, p.Target, lab.TargetIPv4, size)
+			p.transfer(p.Client, p.Target, lab.TargetIPv6, size)
+			p.transfer(p.Target, p.Client, client4, size)
+			p.transfer(p.Target, p.Client, client6, size)
+			p.down(p.Client, "alice")
+			p.unchanged(p.Client, before)
+		})
+	}
+}
+
+// A full tunnel takes what had no better route, and leaves the host's own network alone. A split tunnel takes what it names.
+func TestWhatGoesThroughTheTunnel(t *testing.T) {
+	router := netip.MustParseAddr("198.51.100.1")
+	beyond := netip.MustParseAddr("203.0.113.1") // the router's other side, by the client's default route
+	for name, tc := range map[string]struct {
+		o      options
+		direct []netip.Addr
+		tunnel []netip.Addr
+	}{
+		"full":  {options{}, []netip.Addr{router, lab.ProxyIPv4}, []netip.Addr{beyond, lab.TargetIPv4, lab.TargetIPv6}},
+		"split": {options{routes: split}, []netip.Addr{router, beyond, lab.ProxyIPv4}, []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}},
+		"exclude": {
+			options{routes: `exclude = ["203.0.113.0/24"]`},
+			[]netip.Addr{router, beyond}, []netip.Addr{lab.TargetIPv4, lab.TargetIPv6},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t, tc.o)
+			p.connect(p.Client, "alice")
+			for _, to := range tc.direct {
+				if name == "full" && to == lab.ProxyIPv4 {
+					continue // only the tunnel's own socket goes there directly
+				}
+				p.goesBy(to, "eth0")
+			}
+			for _, to := range tc.tunnel {
+				p.goesBy(to, "masque0")
+			}
+			p.ping(p.Client, router, lab.TargetIPv4, lab.TargetIPv6)
+		})
+	}
+}
+
+// goesBy checks by which interface the client's kernel sends a packet.
+func (p *pair) goesBy(to netip.Addr, iface string) {
+	p.t.Helper()
+	out, err := p.Client.Command(p.ctx, "ip", "route", "get", to.String()).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), " dev "+iface+" ") {
+		p.t.Errorf("to %v: %v, %s, want %s", to, err, out, iface)
+	}
+}
+
+// Real programs: iperf3 for TCP and UDP both ways.
+func TestIperf(t *testing.T) {
+	p := newPair(t, options{})
+	p.connect(p.Client, "alice")
+	server := p.Target.Command(p.ctx, "iperf3", "-s")
+	check(t, server.Start())
+	p.eventually("iperf3 listens", func() bool {
+		out, err := p.Target.Command(p.ctx, "ss", "-Hltn", "sport = :5201").Output()
+		return err == nil && len(out) > 0
+	})
+	for _, args := range [][]string{
+		{"-c", lab.TargetIPv4.String(), "-t", "2"},
+		{"-c", lab.TargetIPv6.String(), "-t", "2", "-R", "-C", "cubic"},
+		{"-c", lab.TargetIPv4.String(), "-t", "2", "-u", "-b", "20M", "-l", "1200"},
+	} {
+		out, err := p.Client.Command(p.ctx, "iperf3", args...).CombinedOutput()
+		if err != nil {
+			t.Errorf("iperf3 %v: %v\n%s", args, err, out)
+		}
+	}
+	_ = server.Stop(p.ctx) // it does not end by itself
+}
