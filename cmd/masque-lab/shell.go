@@ -1,0 +1,67 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"masquevpn/internal/cli"
+)
+
+// shellText says what can be tried.
+const shellText = `
+You are root on the host "client" now; nothing here touches your machine. Try:
+
+  ping 192.0.2.2, ping 2001:db8:3::2       the target, through the tunnel
+  ip route get 192.0.2.2, ip rule          how the kernel finds the way
+  masque-client status %[1]s --watch        the tunnel's state
+  nsenter -t %[2]d -n -m masque-proxy sessions
+                                           what the proxy sees
+  ip netns exec router tcpdump -ni client1   what goes over the internet
+  ip netns exec target bash                a shell on another host
+
+Logs are in %[3]s. "exit" takes the tunnel down.
+
+`
+
+// endShellSteps takes down what the user has left of the tunnel.
+func (p *pair) endShellSteps() []step {
+	return []step{
+		{"masque-client down", func(ctx context.Context) (string, error) {
+			c := p.command(ctx, p.topo.Client, p.programs.client, "down", user)
+			err := c.Run()
+			if c.ExitCode() == int(cli.NotConnected) {
+				return "it was down", nil
+			}
+			return "", explain(c, err)
+		}},
+		{"stop the proxy with SIGTERM", p.stopProxy},
+	}
+}
+
+// runShell runs the user's shell on the client until it ends.
+func (p *pair) runShell(out io.Writer) error {
+	if err := p.topo.Client.NameNamespaces(); err != nil {
+		return err
+	}
+	fmt.Fprintf(out, shellText, user, p.proxy.PID(), p.dir)
+	shell := os.Getenv("SHELL")
+	if shell == "" {
+		shell = "/bin/sh"
+	}
+	c := p.topo.Client.Command(p.ctx, shell)
+	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	c.Foreground = true
+	path := filepath.Dir(p.programs.client) + ":" + os.Getenv("PATH")
+	c.Env = append(os.Environ(), "PATH="+path)
+	err := c.Run()
+	// How the last command of the shell went is the user's business.
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		return nil
+	}
+	return err
+}
