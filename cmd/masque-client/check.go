@@ -1,0 +1,109 @@
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"masquevpn/client"
+	"masquevpn/internal/cli"
+	"masquevpn/internal/control"
+)
+
+func (o *options) checkCommand() *cobra.Command {
+	var file string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use: "check -c FILE", Short: "Check a configuration and this host", Args: cobra.NoArgs,
+		Long: "Check a configuration and this host, without changing anything. Each line is ok, warn or fail; the exit code\n" +
+			"is 2 if anything fails.",
+		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
+			var c cli.Checks
+			if err := o.check(cmd.Context(), &c, file); err != nil {
+				return err
+			}
+			return c.Finish(cmd.OutOrStdout(), asJSON)
+		}),
+	}
+	cmd.Flags().StringVarP(&file, "config", "c", "", "configuration `FILE`")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON, one object per line")
+	cobra.CheckErr(cmd.MarkFlagRequired("config"))
+	return cmd
+}
+
+func (o *options) check(ctx context.Context, c *cli.Checks, file string) error {
+	name, err := tunnelName(file)
+	if err != nil {
+		return err
+	}
+	var tunnel *client.Client
+	l, err := load(file, name)
+	if err == nil {
+		tunnel, err = l.newClient()
+	}
+	if c.Config(file, err) {
+		l.checkCredentials(c, time.Now())
+		checkResolves(ctx, c, tunnel.Status().Proxy.Name)
+	}
+	c.NetAdmin(capabilities)
+	c.TUN()
+	c.RunDir(o.RunDir)
+	running, err := control.Running(o.RunDir, name)
+	switch {
+	case err != nil:
+		c.Warn(fmt.Sprintf("instance: not known: %v", err), "")
+	case running:
+		c.OK("instance: %s is running", name)
+	case l != nil:
+		c.Interface(l.file.Device)
+	}
+	c.UDPBuffer()
+	return nil
+}
+
+func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
+	for _, root := range l.roots {
+		c.Certificate(cli.Credential{
+			What: "tls.ca: " + root.Subject.CommonName, Chain: []*x509.Certificate{root}, Usage: x509.ExtKeyUsageAny,
+			Renewal: "ask the operator of the proxy for the new one",
+		}, now)
+	}
+	if len(l.chain) > 0 {
+		c.Certificate(cli.Credential{
+			What: "tls.cert: " + l.chain[0].Subject.CommonName, Chain: l.chain, Usage: x509.ExtKeyUsageClientAuth,
+			Renewal: "ask the operator of the proxy for a new invitation",
+		}, now)
+	}
+	if len(l.chain) == 0 && l.config.Token == "" {
+		c.Warn("credentials: none", "the proxy will ask for some unless it lets everyone in; set tls.cert and tls.key, or auth.token")
+	}
+}
+
+// resolveTime bounds the look-up of the proxy's name.
+const resolveTime = 5 * time.Second
+
+// checkResolves checks that the name of the proxy has addresses. Nothing is
+// sent to the proxy itself.
+func checkResolves(ctx context.Context, c *cli.Checks, host string) {
+	if _, err := netip.ParseAddr(host); err == nil {
+		c.OK("proxy: %s is an address", host)
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, resolveTime)
+	defer cancel()
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		if d, ok := errors.AsType[*net.DNSError](err); ok {
+			err = errors.New(d.Err)
+		}
+		c.Warn(fmt.Sprintf("proxy: %s cannot be resolved (%v)", host, err), "check the name and this host's DNS")
+		return
+	}
+	c.OK("proxy: %s is %v", host, addrs)
+}

@@ -1,0 +1,167 @@
+package main
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+
+	"masquevpn/client"
+	"masquevpn/internal/cli"
+	"masquevpn/internal/config"
+	"masquevpn/tun"
+)
+
+// loaded is a configuration file with all that it refers to.
+type loaded struct {
+	file   *config.Client
+	config client.Config
+	roots  []*x509.Certificate // of tls.ca, empty: the system's
+	chain  []*x509.Certificate // of tls.cert, may be empty
+}
+
+// load reads the file of a tunnel and the files that it names. Nothing else is
+// touched.
+func load(path, name string) (*loaded, error) {
+	data, shared, err := cli.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist", Remedy: "copy the file that `masque-proxy invite` made there, or name another one"}
+	}
+	if err != nil {
+		return nil, err
+	}
+	f, err := config.ParseClient(path, data)
+	if err != nil {
+		return nil, err
+	}
+	if shared && f.Secret() {
+		return nil, cli.Exposed(path)
+	}
+	l := &loaded{file: f}
+	tlsConfig, err := l.tls()
+	if err != nil {
+		return nil, err
+	}
+	token, err := l.token()
+	if err != nil {
+		return nil, err
+	}
+	l.config = client.Config{
+		Name: name, Proxy: f.Proxy, TLS: tlsConfig, Token: token,
+		Target: f.Target, IPProto: f.IPProto,
+		TUN:     tun.Config{Name: f.Device, MTU: f.MTU, Offload: f.Offload},
+		Request: f.Request, Static: f.Static,
+		// An empty list would stand for its default, which is everything.
+		InstallRoutes: f.Install && len(f.Accept) > 0,
+		Accept:        f.Accept, Exclude: f.Exclude,
+		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay,
+	}
+	return l, nil
+}
+
+// pem is what a key names, or what the key with _pem holds itself; key tells
+// which of them it was.
+func (l *loaded) pem(name, path, inline string, secret bool) (key string, data []byte, err error) {
+	if inline != "" {
+		return name + "_pem", []byte(inline), nil
+	}
+	if path == "" {
+		return name, nil, nil
+	}
+	data, err = cli.ReadNamed(l.file, name, path, secret)
+	return name, data, err
+}
+
+func (l *loaded) tls() (*tls.Config, error) {
+	f := l.file
+	c := &tls.Config{MinVersion: tls.VersionTLS13, ServerName: f.ServerName}
+	key, data, err := l.pem("tls.ca", f.CA, f.CAPEM, false)
+	if err != nil {
+		return nil, err
+	}
+	if data != nil {
+		if l.roots, err = cli.ParseCertificates(f, key, data); err != nil {
+			return nil, err
+		}
+		c.RootCAs = cli.Pool(l.roots)
+	}
+	key, data, err = l.pem("tls.cert", f.Cert, f.CertPEM, false)
+	if err != nil || data == nil {
+		return c, err
+	}
+	if l.chain, err = cli.ParseCertificates(f, key, data); err != nil {
+		return nil, err
+	}
+	if key, data, err = l.pem("tls.key", f.Key, f.KeyPEM, true); err != nil {
+		return nil, err
+	}
+	pair, err := cli.ParsePrivateKey(f, key, data, l.chain)
+	if err != nil {
+		return nil, err
+	}
+	c.Certificates = []tls.Certificate{pair}
+	return c, nil
+}
+
+func (l *loaded) token() (string, error) {
+	key, token := "auth.token", l.file.Token
+	if l.file.TokenFile != "" {
+		key = "auth.token_file"
+		data, err := cli.ReadNamed(l.file, key, l.file.TokenFile, true)
+		if err != nil {
+			return "", err
+		}
+		if token = string(bytes.TrimSpace(data)); token == "" {
+			return "", l.file.Problem(key, "the file is empty", "write the token into it")
+		}
+	}
+	for _, r := range token {
+		if r <= ' ' || r >= 0x7f {
+			return "", l.file.Problem(key, "a token has no spaces, line breaks or characters beyond ASCII", "write it as it was given to you")
+		}
+	}
+	return token, nil
+}
+
+// newClient makes the client. A key that it refuses gets its place in the file.
+func (l *loaded) newClient() (*client.Client, error) {
+	c, err := client.New(l.config)
+	if e, ok := errors.AsType[*client.Error](err); ok && e.Kind == client.KindUsage {
+		if key, reason, ok := strings.Cut(e.Reason, ": "); ok {
+			return nil, l.file.Problem(key, reason, e.Remedy)
+		}
+	}
+	return c, exitError(err)
+}
+
+// exitError gives an error of the client its exit code.
+func exitError(err error) error {
+	e, ok := errors.AsType[*client.Error](err)
+	if !ok {
+		return err
+	}
+	reason := e.Reason
+	if err != error(e) { // with more, as when the host could not be restored
+		reason = err.Error()
+	}
+	return &cli.Error{Code: cli.Code(e.Kind), Reason: reason, Remedy: e.Remedy}
+}
+
+// describe says in a few words what the tunnel uses, for the log.
+func (l *loaded) describe() []any {
+	var credentials []string
+	if len(l.chain) > 0 {
+		credentials = append(credentials, fmt.Sprintf("certificate of %s", l.chain[0].Subject.CommonName))
+	}
+	if l.config.Token != "" {
+		credentials = append(credentials, "token")
+	}
+	trust := "system"
+	if len(l.roots) > 0 {
+		trust = "tls.ca"
+	}
+	return []any{"proxy", l.config.Proxy, "trust", trust, "credentials", strings.Join(credentials, ", ")}
+}

@@ -1,0 +1,259 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"masquevpn/client"
+	"masquevpn/internal/cli"
+	"masquevpn/internal/control"
+)
+
+// startGrace is how long after its start a tunnel that has not failed counts
+// as started: opening the device and setting up the network take milliseconds.
+const startGrace = 500 * time.Millisecond
+
+func (o *options) runCommand() *cobra.Command {
+	var file string
+	var notifyFD int
+	cmd := &cobra.Command{
+		Use: "run -c FILE", Short: "Connect in the foreground", Args: cobra.NoArgs,
+		Long: "Connect in the foreground until SIGINT or SIGTERM; a second one forces the end.\n" +
+			"The base name of the file is the name of the tunnel.",
+		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
+			notify, err := openNotifier(notifyFD)
+			if err != nil {
+				return err
+			}
+			err = o.run(cmd.Context(), file, notify)
+			if err != nil {
+				notify.failed(cli.FromError(cmd.ErrOrStderr(), err))
+			}
+			return err
+		}),
+	}
+	cmd.Flags().StringVarP(&file, "config", "c", "", "configuration `FILE`")
+	cmd.Flags().IntVar(&notifyFD, "notify-fd", -1, "file descriptor that `up` listens on")
+	cobra.CheckErr(cmd.MarkFlagRequired("config"))
+	cobra.CheckErr(cmd.Flags().MarkHidden("notify-fd"))
+	return cmd
+}
+
+func (o *options) run(ctx context.Context, file string, notify *notifier) error {
+	name, err := tunnelName(file)
+	if err != nil {
+		return err
+	}
+	l, err := load(file, name)
+	if err != nil {
+		return err
+	}
+	if err := cli.RequireNetAdmin(capabilities); err != nil {
+		return err
+	}
+	logger := o.Log.Logger(os.Stderr)
+	l.config.Logger = logger
+	l.config.Journal = filepath.Join(o.RunDir, name+".journal")
+	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, l.config.TLS, logger)
+	if err != nil {
+		return err
+	}
+	defer closeKeyLog()
+	c, err := l.newClient()
+	if err != nil {
+		return err
+	}
+
+	lock, err := acquire(o.RunDir, name)
+	if err != nil {
+		return err
+	}
+	defer lock.Release()
+	notify.locked()
+
+	ctx, stop := cli.SignalContext(ctx, logger)
+	defer stop()
+	t := &tunnel{client: c, stop: stop, done: make(chan struct{})}
+	server, err := control.Serve(o.RunDir, name, t.handler(), logger)
+	if err != nil {
+		return err
+	}
+	v := cli.NewVersionInfo(program)
+	logger.Info("starting", append([]any{"program", program, "version", v.Version, "go", v.Go, "name", name, "config", file}, l.describe()...)...)
+
+	reported := make(chan struct{})
+	go func() {
+		defer close(reported)
+		notify.follow(t)
+	}()
+	t.err = c.Run(ctx)
+	close(t.done)
+	<-reported
+	closeErr := server.Close()
+	if t.err == nil {
+		logger.Info("stopped", "name", name)
+	}
+	return errors.Join(exitError(t.err), closeErr)
+}
+
+// acquire takes the lock of a tunnel.
+func acquire(runDir, name string) (*control.Lock, error) {
+	lock, err := control.Acquire(runDir, name)
+	switch {
+	case errors.Is(err, control.ErrRunning):
+		return nil, &cli.Error{Code: cli.Failure, Reason: err.Error(), Remedy: "stop it first: " + program + " down " + name}
+	case errors.Is(err, os.ErrPermission):
+		return nil, &cli.Error{Code: cli.Privileges, Reason: err.Error(), Remedy: "run it with sudo, or choose another folder with --run-dir"}
+	}
+	return lock, err
+}
+
+// tunnel is a running client as the control socket sees it.
+type tunnel struct {
+	client *client.Client
+	stop   context.CancelFunc
+	done   chan struct{}
+	err    error // of Run, valid when done is closed
+}
+
+// stopped is the answer to a request to stop.
+type stopped struct {
+	Error string `json:"error,omitempty"` // what went wrong at the end
+}
+
+// Paths of the control socket.
+const (
+	statusPath = "/v1/status"
+	watchPath  = "/v1/watch"
+	stopPath   = "/v1/stop"
+)
+
+func (t *tunnel) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, _ *http.Request) {
+		control.Reply(w, t.client.Status())
+	})
+	mux.HandleFunc("GET "+watchPath, func(w http.ResponseWriter, r *http.Request) {
+		var changed <-chan struct{}
+		ended := false
+		control.Stream(w, r, func(ctx context.Context) (any, bool) {
+			if ended {
+				return nil, false
+			}
+			if changed != nil {
+				select {
+				case <-changed:
+				case <-t.done: // once more, for the last state
+					ended = true
+				case <-ctx.Done():
+					return nil, false
+				}
+			}
+			changed = t.client.Changed() // before the status, so that no change is missed
+			return t.client.Status(), true
+		})
+	})
+	mux.HandleFunc("POST "+stopPath, func(w http.ResponseWriter, r *http.Request) {
+		t.stop()
+		select {
+		case <-t.done:
+		case <-r.Context().Done():
+			return
+		}
+		var answer stopped
+		if t.err != nil {
+			answer.Error = t.err.Error()
+		}
+		control.Reply(w, answer)
+	})
+	return mux
+}
+
+// An event is what a tunnel in the background tells the `up` that started it:
+// JSON values on a pipe.
+type event struct {
+	Event  string   `json:"event"`
+	State  string   `json:"state,omitempty"`
+	Code   cli.Code `json:"code,omitempty"`
+	Reason string   `json:"reason,omitempty"`
+	Remedy string   `json:"remedy,omitempty"`
+}
+
+// Events.
+const (
+	eventStarted = "started" // the process lives and has not failed
+	eventState   = "state"   // State and Reason changed
+	eventFailed  = "failed"  // the process ends with Code
+)
+
+// notifier tells `up` how the start goes; nil tells nobody.
+type notifier struct {
+	pipe *os.File
+}
+
+func openNotifier(fd int) (*notifier, error) {
+	if fd < 0 {
+		return nil, nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
+		return nil, cli.Errorf(cli.Usage, "--notify-fd %d is not a pipe: leave the flag to `up`", fd)
+	}
+	unix.CloseOnExec(fd)
+	return &notifier{pipe: os.NewFile(uintptr(fd), "notify")}, nil
+}
+
+// locked empties the log of the run before: only now is it certain that none
+// is writing to it.
+func (n *notifier) locked() {
+	if n != nil {
+		_ = os.Stderr.Truncate(0) // a log that stays is no reason not to run
+	}
+}
+
+func (n *notifier) send(e event) {
+	if n != nil {
+		_ = json.NewEncoder(n.pipe).Encode(e) // `up` may be gone
+	}
+}
+
+func (n *notifier) failed(e *cli.Error) {
+	n.send(event{Event: eventFailed, Code: e.Code, Reason: e.Reason, Remedy: e.Remedy})
+}
+
+// follow reports the changes of the tunnel's state until its end.
+func (n *notifier) follow(t *tunnel) {
+	if n == nil {
+		return
+	}
+	grace := time.NewTimer(startGrace)
+	defer grace.Stop()
+	started := false
+	for {
+		changed := t.client.Changed()
+		s := t.client.Status()
+		if s.Interface != "" && !started {
+			started = true
+			n.send(event{Event: eventStarted})
+		}
+		n.send(event{Event: eventState, State: s.State, Reason: s.Reason})
+		select {
+		case <-changed:
+		case <-grace.C:
+			if !started {
+				started = true
+				n.send(event{Event: eventStarted})
+			}
+		case <-t.done:
+			return
+		}
+	}
+}

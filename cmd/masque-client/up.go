@@ -1,0 +1,260 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"masquevpn/client"
+	"masquevpn/internal/cli"
+	"masquevpn/internal/control"
+)
+
+// restoreTime is how long a tunnel may take to end and restore the host.
+const restoreTime = 15 * time.Second
+
+func (o *options) upCommand() *cobra.Command {
+	var wait bool
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use: "up NAME|FILE", Short: "Connect in the background", Args: cobra.ExactArgs(1),
+		Long: "Connect in the background. NAME stands for NAME.toml in the configuration folder; what has a slash or ends\n" +
+			"with .toml is a file. The log is NAME.log in the run directory.\n\n" +
+			"Without --wait it returns when the tunnel has started; it goes on trying to connect. With --wait it returns when\n" +
+			"packets flow; if that does not happen in time, or it is interrupted, the tunnel is taken down again.",
+		ValidArgsFunction: o.completeConfigured,
+		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
+			return o.up(cmd.Context(), args[0], wait, timeout)
+		}),
+	}
+	cmd.Flags().BoolVar(&wait, "wait", false, "return when packets flow")
+	cmd.Flags().DurationVar(&timeout, "timeout", 30*time.Second, "how long to wait")
+	return cmd
+}
+
+func (o *options) up(ctx context.Context, arg string, wait bool, timeout time.Duration) error {
+	name, file, err := o.resolve(arg)
+	if err != nil {
+		return err
+	}
+	// The process in the background checks all this again; here it can be said
+	// before there is one.
+	l, err := load(file, name)
+	if err != nil {
+		return err
+	}
+	if _, err := l.newClient(); err != nil {
+		return err
+	}
+	if err := cli.RequireNetAdmin(capabilities); err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+
+	b, err := o.startBackground(name, file)
+	if err != nil {
+		return err
+	}
+	defer b.events.Close()
+	result := b.await(ctx, wait)
+	if result == nil {
+		return nil
+	}
+	if b.failed {
+		return result
+	}
+	if err := b.takeDown(); err != nil {
+		result.Reason += "; " + err.Error()
+	}
+	return result
+}
+
+// background is a tunnel that was started in the background.
+type background struct {
+	options *options
+	name    string
+	process *exec.Cmd
+	events  *os.File // read end of the pipe
+	failed  bool     // the process has said why it ends
+
+	lastState, lastReason string
+}
+
+// startBackground runs `run` in a session of its own. Its standard error is
+// the log; failures of its start come through a pipe.
+func (o *options) startBackground(name, file string) (*background, error) {
+	// The lock shows early that the run directory can be used, and that the
+	// tunnel does not run; the process in the background takes it again.
+	lock, err := acquire(o.RunDir, name)
+	if err != nil {
+		return nil, err
+	}
+	if err := lock.Release(); err != nil {
+		return nil, err
+	}
+	log, err := openLog(o.logPath(name))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	read, write, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer write.Close()
+
+	// From the root folder, no file system is kept busy: names must be absolute.
+	if file, err = filepath.Abs(file); err != nil {
+		return nil, err
+	}
+	runDir, err := filepath.Abs(o.RunDir)
+	if err != nil {
+		return nil, err
+	}
+	const pipeFD = 3 // the first of ExtraFiles
+	args := []string{"run", "--config=" + file, "--run-dir=" + runDir, fmt.Sprintf("--notify-fd=%d", pipeFD)}
+	cmd := exec.Command("/proc/self/exe", append(args, o.Log.Args()...)...)
+	cmd.Args[0] = program
+	cmd.Dir = "/"
+	cmd.Stderr = log
+	cmd.ExtraFiles = []*os.File{write}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, errors.Join(fmt.Errorf("starting the tunnel in the background: %w", err), read.Close())
+	}
+	return &background{options: o, name: name, process: cmd, events: read}, nil
+}
+
+func (o *options) logPath(name string) string { return filepath.Join(o.RunDir, name+".log") }
+
+// openLog opens a log that nobody else may read. What is in it stays until the
+// tunnel has its lock.
+func openLog(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.Chmod(0o600); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// await reads events until the tunnel has started or, if wait is set, is
+// connected. The error is why that will not happen.
+func (b *background) await(ctx context.Context, wait bool) *cli.Error {
+	defer context.AfterFunc(ctx, func() { _ = b.events.SetReadDeadline(time.Unix(1, 0)) })()
+	decoder := json.NewDecoder(b.events)
+	for {
+		var e event
+		err := decoder.Decode(&e)
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded) && errors.Is(ctx.Err(), context.DeadlineExceeded):
+			return b.late()
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return cli.Errorf(cli.Failure, "interrupted: the tunnel %s is taken down again", b.name)
+		case err != nil: // it died without a word
+			b.failed = true
+			if werr := b.process.Wait(); werr != nil {
+				err = werr
+			}
+			if err == io.EOF {
+				err = errors.New("it ended")
+			}
+			return &cli.Error{Code: cli.Failure, Reason: fmt.Sprintf("the tunnel %s did not start (%v)", b.name, err), Remedy: "see " + b.options.logPath(b.name)}
+		case e.Event == eventFailed:
+			b.failed = true
+			_ = b.process.Wait() // its exit code is e.Code
+			return &cli.Error{Code: e.Code, Reason: e.Reason, Remedy: e.Remedy}
+		case e.Event == eventStarted && !wait:
+			return nil
+		case e.Event == eventState:
+			b.lastState, b.lastReason = e.State, e.Reason
+			if e.State == client.StateConnected {
+				return nil
+			}
+		}
+	}
+}
+
+// late is the error of a time limit that passed.
+func (b *background) late() *cli.Error {
+	reason := fmt.Sprintf("the tunnel %s was not connected in time and is taken down again", b.name)
+	if b.lastReason != "" {
+		reason = fmt.Sprintf("%s (%s)", reason, b.lastReason)
+	}
+	return &cli.Error{Code: cli.Unreachable, Reason: reason, Remedy: "check the proxy, or give it more time with --timeout"}
+}
+
+// takeDown ends the process, which restores the host.
+func (b *background) takeDown() error {
+	if err := b.process.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	ended := make(chan struct{})
+	go func() { _ = b.process.Wait(); close(ended) }()
+	select {
+	case <-ended:
+		return nil
+	case <-time.After(restoreTime):
+		return fmt.Errorf("process %d does not end", b.process.Process.Pid)
+	}
+}
+
+func (o *options) downCommand() *cobra.Command {
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use: "down NAME", Short: "Disconnect and restore the host", Args: cobra.ExactArgs(1),
+		Long:              "Disconnect and wait until the host is as it was before.",
+		ValidArgsFunction: o.completeRunning,
+		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
+			name, err := tunnelName(args[0])
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
+			defer cancel()
+			return o.down(ctx, name)
+		}),
+	}
+	cmd.Flags().DurationVar(&timeout, "timeout", restoreTime, "how long to wait")
+	return cmd
+}
+
+func (o *options) down(ctx context.Context, name string) error {
+	c := control.NewClient(o.RunDir, name)
+	var answer stopped
+	err := c.Post(ctx, stopPath, &answer)
+	if err == nil {
+		err = c.WaitGone(ctx)
+	}
+	switch {
+	case errors.Is(err, control.ErrNotRunning):
+		return notRunning(name)
+	case errors.Is(err, context.DeadlineExceeded):
+		return &cli.Error{Code: cli.Failure, Reason: fmt.Sprintf("%s is still stopping", name), Remedy: "see its log, or try again with a longer --timeout"}
+	case err != nil:
+		return err
+	case answer.Error != "":
+		return &cli.Error{Code: cli.Failure, Reason: fmt.Sprintf("%s stopped with an error (%s)", name, answer.Error), Remedy: "the next start cleans up what is left"}
+	}
+	return nil
+}
+
+func notRunning(name string) error {
+	return &cli.Error{Code: cli.NotConnected, Reason: name + ": not running", Remedy: fmt.Sprintf("start it with: %s up %s", program, name)}
+}

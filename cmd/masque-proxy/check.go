@@ -1,0 +1,174 @@
+package main
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/spf13/cobra"
+
+	"masquevpn/internal/cli"
+	"masquevpn/internal/control"
+)
+
+func (o *options) checkCommand() *cobra.Command {
+	var file string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use: "check -c FILE", Short: "Check a configuration and this host", Args: cobra.NoArgs,
+		Long: "Check a configuration and this host, without changing anything. Each line is ok, warn or fail; the exit code\n" +
+			"is 2 if anything fails.",
+		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
+			var c cli.Checks
+			o.check(&c, file)
+			return c.Finish(cmd.OutOrStdout(), asJSON)
+		}),
+	}
+	configFlag(cmd, &file)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON, one object per line")
+	return cmd
+}
+
+func (o *options) check(c *cli.Checks, file string) {
+	l, err := load(file, slog.New(slog.DiscardHandler))
+	if err == nil {
+		config, configErr := l.config(func() *tls.Certificate { return &l.pair })
+		if err = configErr; err == nil {
+			_, err = l.newServer(config)
+		}
+	}
+	usable := c.Config(file, err)
+	if usable {
+		l.checkCredentials(c, time.Now())
+	}
+	c.NetAdmin(capabilities)
+	c.TUN()
+	c.RunDir(o.RunDir)
+	running, err := control.Running(o.RunDir, instance)
+	switch {
+	case err != nil:
+		c.Warn(fmt.Sprintf("instance: not known: %v", err), "")
+	case running:
+		c.OK("instance: the proxy is running; its interface, addresses and ports are not checked")
+	case usable:
+		c.Interface(l.file.Device)
+		for _, addr := range l.file.Listen {
+			checkPort(c, addr)
+		}
+		addrs, err := net.InterfaceAddrs()
+		if err != nil {
+			c.Warn(fmt.Sprintf("pool: addresses of this host are not known: %v", err), "")
+			break
+		}
+		checkPool(c, addrs, l.file.Pool4, l.file.Pool6)
+	}
+	if usable {
+		l.checkForwarding(c)
+	}
+	c.UDPBuffer()
+}
+
+func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
+	const renewal = program + " init --renew DIR, or what made it"
+	c.Certificate(cli.Credential{
+		What: "tls.cert", Chain: l.chain, Name: l.file.Name, Usage: x509.ExtKeyUsageServerAuth, Renewal: renewal,
+	}, now)
+	for _, ca := range l.clientCAs {
+		c.Certificate(cli.Credential{
+			What: "tls.client_ca: " + ca.Subject.CommonName, Chain: []*x509.Certificate{ca}, Usage: x509.ExtKeyUsageAny,
+			Renewal: "make a new authority, and invite the users again",
+		}, now)
+	}
+	switch {
+	case l.users == nil:
+		c.Warn(`users: auth.methods is "none"`, "everybody who reaches this proxy can use it; set auth.methods")
+	case len(l.users.last().All()) == 0:
+		c.Warn("users: none", program+" invite NAME -c FILE")
+	default:
+		c.OK("users: %d", len(l.users.last().All()))
+	}
+}
+
+// checkPort checks that a UDP address can be listened on, by doing it.
+func checkPort(c *cli.Checks, addr string) {
+	conn, err := net.ListenPacket("udp", addr)
+	switch {
+	case err == nil:
+		conn.Close()
+		c.OK("listen: UDP %s is free", addr)
+	case errors.Is(err, syscall.EADDRINUSE):
+		c.Fail("listen: UDP "+addr+" is in use", "stop what uses it (ss -ulpn), or change listen")
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		c.Fail("listen: UDP "+addr+" is not an address of this host", "change listen")
+	case errors.Is(err, os.ErrPermission):
+		c.Fail("listen: UDP "+addr+": "+err.Error(), "run with sudo or the capability CAP_NET_BIND_SERVICE, or choose a port above 1023")
+	default:
+		c.Fail("listen: UDP "+addr+": "+err.Error(), "change listen")
+	}
+}
+
+// checkPool checks that the addresses for clients are none of those of this
+// host, nor in its networks.
+func checkPool(c *cli.Checks, addrs []net.Addr, pools ...netip.Prefix) {
+	for _, pool := range pools {
+		if !pool.IsValid() {
+			continue
+		}
+		used := ""
+		for _, a := range addrs {
+			if p, err := netip.ParsePrefix(a.String()); err == nil && p.Overlaps(pool) {
+				used = a.String()
+			}
+		}
+		if used != "" {
+			c.Fail(fmt.Sprintf("pool: %s overlaps %s of this host", pool, used), "choose a network that nobody uses")
+		} else {
+			c.OK("pool: %s is not used on this host", pool)
+		}
+	}
+}
+
+// checkForwarding checks what the kernel needs to forward and masquerade.
+func (l *loaded) checkForwarding(c *cli.Checks) {
+	for _, family := range []struct {
+		pool netip.Prefix
+		key  string
+	}{
+		{l.file.Pool4, "net.ipv4.ip_forward"},
+		{l.file.Pool6, "net.ipv6.conf.all.forwarding"},
+	} {
+		if !family.pool.IsValid() {
+			continue
+		}
+		value, err := os.ReadFile("/proc/sys/" + strings.ReplaceAll(family.key, ".", "/"))
+		switch on := strings.TrimSpace(string(value)); {
+		case err != nil:
+			c.Fail(fmt.Sprintf("forwarding: %s: %v", family.key, err), "take the address family out of [pool]")
+		case on == "0":
+			c.OK("forwarding: %s is off; the proxy turns it on while it runs", family.key)
+		default:
+			c.OK("forwarding: %s is on", family.key)
+		}
+	}
+	if !l.file.Masquerade {
+		return
+	}
+	conn, err := nftables.New()
+	if err == nil {
+		_, err = conn.ListTables()
+	}
+	if err != nil {
+		c.Fail(fmt.Sprintf("nat: nftables cannot be used (%v)", err), "sudo modprobe nf_tables nft_masq, or run check with sudo")
+		return
+	}
+	c.OK("nat: nftables answers")
+}

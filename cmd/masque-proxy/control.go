@@ -1,0 +1,216 @@
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"masquevpn/internal/cli"
+	"masquevpn/internal/control"
+	"masquevpn/internal/pki"
+	"masquevpn/proxy"
+)
+
+// Paths of the control socket.
+const (
+	statusPath   = "/v1/status"
+	sessionsPath = "/v1/sessions"
+	reloadPath   = "/v1/reload"
+)
+
+func kickPath(id string) string { return sessionsPath + "/" + id + "/kick" }
+
+// reloaded is the answer to a reload.
+type reloaded struct {
+	Restart []string `json:"restart"` // keys that have changed and need a restart
+}
+
+// kicked is the answer to a kick.
+type kicked struct {
+	ID string `json:"id"`
+}
+
+var errNoSession = errors.New("there is no such session")
+
+func (d *daemon) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, _ *http.Request) {
+		select {
+		case <-d.server.Ready():
+			control.Reply(w, d.server.Status())
+		default:
+			control.Fail(w, http.StatusServiceUnavailable, errors.New("the proxy is still starting"))
+		}
+	})
+	mux.HandleFunc("GET "+sessionsPath, func(w http.ResponseWriter, _ *http.Request) {
+		list := d.server.Sessions()
+		if list == nil {
+			list = []proxy.SessionStatus{}
+		}
+		control.Reply(w, list)
+	})
+	mux.HandleFunc("POST "+kickPath("{id}"), func(w http.ResponseWriter, r *http.Request) {
+		id := r.PathValue("id")
+		if !d.server.Kick(id) {
+			control.Fail(w, http.StatusNotFound, fmt.Errorf("%q: %w", id, errNoSession))
+			return
+		}
+		d.logger.Info("session ended by the operator", "session", id)
+		control.Reply(w, kicked{ID: id})
+	})
+	mux.HandleFunc("POST "+reloadPath, func(w http.ResponseWriter, _ *http.Request) {
+		restart, err := d.reload()
+		if err != nil {
+			control.Fail(w, http.StatusUnprocessableEntity, err)
+			return
+		}
+		control.Reply(w, reloaded{Restart: append([]string{}, restart...)})
+	})
+	return mux
+}
+
+// answerTime bounds a question to the running proxy.
+const answerTime = 10 * time.Second
+
+// ask makes a command that talks to the running proxy: call asks, show prints
+// the answer for people.
+func ask[T any](o *options, cmd *cobra.Command, call func(ctx context.Context, c *control.Client, args []string, v any) error, show func(io.Writer, T) error) *cobra.Command {
+	var asJSON bool
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	cmd.RunE = cli.Run(func(cmd *cobra.Command, args []string) error {
+		ctx, cancel := context.WithTimeout(cmd.Context(), answerTime)
+		defer cancel()
+		var raw json.RawMessage
+		err := call(ctx, control.NewClient(o.RunDir, instance), args, &raw)
+		switch {
+		case errors.Is(err, control.ErrNotRunning):
+			return &cli.Error{Code: cli.NotConnected, Reason: "no proxy is running with the run directory " + o.RunDir, Remedy: "start it with: " + program + " run -c FILE"}
+		case errors.Is(err, context.DeadlineExceeded):
+			return &cli.Error{Code: cli.Unreachable, Reason: "the proxy does not answer", Remedy: "look into its log"}
+		case err != nil:
+			return answerError(err)
+		}
+		if asJSON {
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), string(raw))
+			return err
+		}
+		var answer T
+		if err := json.Unmarshal(raw, &answer); err != nil {
+			return fmt.Errorf("reading the answer of the proxy: %w", err)
+		}
+		return show(cmd.OutOrStdout(), answer)
+	})
+	return cmd
+}
+
+// answerError gives a refusal of the running proxy its exit code.
+func answerError(err error) error {
+	e, ok := errors.AsType[*control.StatusError](err)
+	if !ok {
+		return err
+	}
+	switch e.Status {
+	case http.StatusUnprocessableEntity:
+		return &cli.Error{Code: cli.Usage, Reason: e.Reason}
+	case http.StatusNotFound:
+		return &cli.Error{Code: cli.NotConnected, Reason: e.Reason, Remedy: "list them with: " + program + " sessions"}
+	case http.StatusServiceUnavailable:
+		return &cli.Error{Code: cli.NotConnected, Reason: e.Reason, Remedy: "try again"}
+	}
+	return err
+}
+
+// get asks for a path.
+func get(path string) func(context.Context, *control.Client, []string, any) error {
+	return func(ctx context.Context, c *control.Client, _ []string, v any) error { return c.Get(ctx, path, v) }
+}
+
+func (o *options) statusCommand() *cobra.Command {
+	return ask(o, &cobra.Command{Use: "status", Short: "Show the running proxy", Args: cobra.NoArgs}, get(statusPath), showStatus)
+}
+
+func showStatus(w io.Writer, s proxy.Status) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(t, "name\t%s\n", s.Name)
+	fmt.Fprintf(t, "running for\t%s\n", time.Since(s.Since).Round(time.Second))
+	fmt.Fprintf(t, "listening on\t%s\n", strings.Join(s.Listen, ", "))
+	fmt.Fprintf(t, "template\t%s\n", s.Template)
+	fmt.Fprintf(t, "interface\t%s\n", s.Interface)
+	fmt.Fprintf(t, "sessions\t%d\n", s.Sessions)
+	fmt.Fprintf(t, "leased addresses\t%d IPv4, %d IPv6\n", s.Leased["ipv4"], s.Leased["ipv6"])
+	fmt.Fprintf(t, "received\t%d packets, %s\n", s.Packets.RX, cli.Size(s.Bytes.RX))
+	fmt.Fprintf(t, "sent\t%d packets, %s\n", s.Packets.TX, cli.Size(s.Bytes.TX))
+	if list := cli.Counts(s.Drops); list != "" {
+		fmt.Fprintf(t, "dropped\t%s\n", list)
+	}
+	if list := cli.Counts(s.Requests); list != "" {
+		fmt.Fprintf(t, "requests\t%s\n", list)
+	}
+	return t.Flush()
+}
+
+func (o *options) sessionsCommand() *cobra.Command {
+	return ask(o, &cobra.Command{Use: "sessions", Short: "List the sessions", Args: cobra.NoArgs}, get(sessionsPath), showSessions)
+}
+
+func showSessions(w io.Writer, list []proxy.SessionStatus) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "ID\tUSER\tREMOTE\tFOR\tADDRESSES\tRECEIVED\tSENT")
+	for _, s := range list {
+		addresses := make([]string, len(s.Addresses))
+		for i, a := range s.Addresses {
+			addresses[i] = a.String()
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, cli.OneLine(s.User), s.Remote, time.Since(s.Since).Round(time.Second),
+			strings.Join(addresses, ", "), cli.Size(s.Bytes.RX), cli.Size(s.Bytes.TX))
+	}
+	return t.Flush()
+}
+
+func (o *options) kickCommand() *cobra.Command {
+	return ask(o, &cobra.Command{
+		Use: "kick SESSION", Short: "End a session", Args: cobra.ExactArgs(1),
+		Long: "End a session; `sessions` has its ID. The client may connect again: to keep it away, remove its user.",
+	}, func(ctx context.Context, c *control.Client, args []string, v any) error {
+		return c.Post(ctx, kickPath(url.PathEscape(args[0])), v)
+	}, func(w io.Writer, k kicked) error {
+		_, err := fmt.Fprintf(w, "session %s ended\n", k.ID)
+		return err
+	})
+}
+
+func (o *options) reloadCommand() *cobra.Command {
+	return ask(o, &cobra.Command{
+		Use: "reload", Short: "Read the configuration again", Args: cobra.NoArgs,
+		Long: "Read the configuration again. The certificate and its key are used from the next handshake on; what else has\n" +
+			"changed is listed and needs a restart. The users file needs no reload.",
+	}, func(ctx context.Context, c *control.Client, _ []string, v any) error {
+		return c.Post(ctx, reloadPath, v)
+	}, func(w io.Writer, r reloaded) error {
+		if len(r.Restart) == 0 {
+			_, err := fmt.Fprintln(w, "reloaded")
+			return err
+		}
+		_, err := fmt.Fprintf(w, "reloaded; restart the proxy for: %s\n", strings.Join(r.Restart, ", "))
+		return err
+	})
+}
+
+// fingerprints tells one list of certificates from another.
+func fingerprints(certs []*x509.Certificate) [][32]byte {
+	var list [][32]byte
+	for _, c := range certs {
+		list = append(list, pki.Fingerprint(c))
+	}
+	return list
+}

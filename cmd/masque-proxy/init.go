@@ -1,0 +1,250 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"masquevpn/internal/cli"
+	"masquevpn/internal/config"
+	"masquevpn/internal/pki"
+)
+
+// Names of the files of an installation.
+const (
+	caCertFile = "ca.crt"
+	caKeyFile  = "ca.key"
+	certFile   = "proxy.crt"
+	keyFile    = "proxy.key"
+	usersFile  = "users.toml"
+	configFile = "proxy.toml"
+)
+
+// installation is what `init` makes.
+type installation struct {
+	name         string
+	listen       []string
+	pool4, pool6 string
+	advertise    []string
+}
+
+func initCommand() *cobra.Command {
+	var in installation
+	var renew bool
+	cmd := &cobra.Command{
+		Use: "init --name HOST DIR", Short: "Make a folder ready for a new proxy", Args: cobra.ExactArgs(1),
+		Long: "Make a folder ready for a new proxy: an authority of its own, the proxy's certificate, an empty users file and a\n" +
+			"configuration that runs as it is. What is there is never overwritten.\n\n" +
+			"With --renew, the proxy's certificate is made anew with the key that it has, for two more years; `reload` then\n" +
+			"makes the running proxy use it.",
+		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
+			if renew {
+				return renewCertificate(cmd.OutOrStdout(), args[0], in.name, time.Now())
+			}
+			return in.make(cmd.OutOrStdout(), args[0], time.Now())
+		}),
+	}
+	f := cmd.Flags()
+	f.StringVar(&in.name, "name", "", "name or address that clients dial")
+	f.StringSliceVar(&in.listen, "listen", []string{"[::]:443"}, "UDP addresses and ports to listen on")
+	f.StringVar(&in.pool4, "ipv4", "10.77.0.0/24", "IPv4 addresses for clients; empty for none")
+	f.StringVar(&in.pool6, "ipv6", "fd77::/64", "IPv6 addresses for clients; empty for none")
+	f.StringSliceVar(&in.advertise, "route", []string{"0.0.0.0/0", "::/0"}, "networks that clients reach through the proxy")
+	f.BoolVar(&renew, "renew", false, "renew the certificate of an installation")
+	return cmd
+}
+
+func (in *installation) make(w io.Writer, dir string, now time.Time) (err error) {
+	if in.name == "" {
+		return &cli.Error{Code: cli.Usage, Reason: "the name that clients dial is missing", Remedy: "give it with --name, for example --name vpn.example.org"}
+	}
+	text := in.config()
+	if _, err := config.ParseProxy(configFile, []byte(text)); err != nil {
+		return err
+	}
+	authority, ca, err := pki.NewAuthority("MASQUE CA of "+shorten(in.name, 48), now)
+	if err != nil {
+		return err
+	}
+	server, err := authority.Server(in.name, nil, now)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	unlock, err := cli.LockDir(dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	files := []struct {
+		name string
+		data []byte
+		mode fs.FileMode
+	}{
+		{caCertFile, ca.Cert, 0o644},
+		{caKeyFile, ca.Key, 0o600},
+		{certFile, server.Cert, 0o644},
+		{keyFile, server.Key, 0o600},
+		{usersFile, []byte(usersText), 0o600},
+		{configFile, []byte(text), 0o644}, // last: with it, the installation is complete
+	}
+	for _, f := range files {
+		if _, err := os.Lstat(filepath.Join(dir, f.name)); !errors.Is(err, fs.ErrNotExist) {
+			return exists(filepath.Join(dir, f.name), err)
+		}
+	}
+	for i, f := range files {
+		if err := cli.CreateFile(filepath.Join(dir, f.name), f.data, f.mode); err != nil {
+			for _, made := range files[:i] {
+				err = errors.Join(err, os.Remove(filepath.Join(dir, made.name)))
+			}
+			return err
+		}
+	}
+	file := filepath.Join(dir, configFile)
+	_, err = fmt.Fprintf(w, "made %s for %s\n\nnext:\n  %s invite NAME -c %s -o NAME.toml\n  sudo %s run -c %s\n", dir, in.name, program, file, program, file)
+	return err
+}
+
+// exists is the error of a file that would be overwritten.
+func exists(path string, err error) error {
+	if err != nil {
+		return err
+	}
+	return &cli.Error{Code: cli.Usage, Reason: path + " exists already and is left alone", Remedy: "name another folder, or remove the old installation"}
+}
+
+// shorten cuts a string for the common name of a certificate, which is 64
+// characters at most.
+func shorten(s string, limit int) string {
+	return s[:min(len(s), limit)]
+}
+
+// renewCertificate makes a new certificate with the key of the old one.
+func renewCertificate(w io.Writer, dir, name string, now time.Time) error {
+	file := filepath.Join(dir, configFile)
+	f, err := parseFile(file)
+	if err != nil {
+		return err
+	}
+	if name != "" && name != f.Name {
+		return f.Problem("name", "not the name given with --name", "leave out --name, or change the file")
+	}
+	authority, err := readAuthority(filepath.Join(dir, caCertFile), filepath.Join(dir, caKeyFile))
+	if err != nil {
+		return err
+	}
+	key, err := cli.ReadNamed(f, "tls.key", f.Key, true)
+	if err != nil {
+		return err
+	}
+	signer, err := pki.ParseKey(key)
+	if err != nil {
+		return f.Problem("tls.key", err.Error(), "write a private key in PEM form")
+	}
+	pair, err := authority.Server(f.Name, signer, now)
+	if err != nil {
+		return err
+	}
+	if err := cli.WriteFile(f.Cert, pair.Cert, 0o644); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(w, "renewed %s\n\nnext:\n  sudo %s reload\n", f.Cert, program)
+	return err
+}
+
+// readAuthority reads the authority of an installation.
+func readAuthority(cert, key string) (*pki.Authority, error) {
+	certPEM, _, err := cli.ReadFile(cert)
+	if err != nil {
+		return nil, authorityError(err)
+	}
+	keyPEM, err := cli.ReadSecret(key)
+	if err != nil {
+		return nil, authorityError(err)
+	}
+	a, err := pki.ParseAuthority(pki.Pair{Cert: certPEM, Key: keyPEM})
+	if err != nil {
+		return nil, &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%s and %s: %v", cert, key, err), Remedy: "put the files of one authority there"}
+	}
+	return a, nil
+}
+
+func authorityError(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return &cli.Error{Code: cli.Usage, Reason: "the authority is not here (" + err.Error() + ")", Remedy: "run this where its key is kept, or name it with --ca-key"}
+	}
+	return err
+}
+
+const usersText = "# Users of the proxy. `masque-proxy invite` adds them, `masque-proxy user remove` takes them out; the running\n" +
+	"# proxy notices both.\n"
+
+// config is proxy.toml. Keys that are not set have their defaults.
+func (in *installation) config() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, `# Configuration of masque-proxy. Names of files are relative to this file.
+# Check it with: masque-proxy check -c proxy.toml
+
+# What clients dial. The certificate carries it.
+name = %q
+
+# UDP.
+listen = [%s]
+
+[tls]
+cert = "proxy.crt"
+key = "proxy.key"
+client_ca = "ca.crt"                  # of the clients' certificates; leave it out to turn them off
+
+[auth]
+methods = ["mtls", "token"]           # any one of them is enough; ["none"] lets everyone in
+users = "users.toml"
+
+[tun]
+#name = "masque0"                     # the default is the first free one of masque0, masque1, ...
+mtu = "auto"
+offload = true
+
+# Addresses for clients. The proxy takes the first of each.
+[pool]
+`, in.name, quoted(in.listen))
+	if in.pool4 != "" {
+		fmt.Fprintf(&b, "ipv4 = %q\n", in.pool4)
+	}
+	if in.pool6 != "" {
+		fmt.Fprintf(&b, "ipv6 = %q\n", in.pool6)
+	}
+	fmt.Fprintf(&b, `
+[routes]
+advertise = [%s]
+deny = ["169.254.0.0/16"]             # besides the proxy's own addresses and what no proxy forwards
+client_to_client = false
+
+# Clients appear under the proxy's own addresses. This also turns forwarding on.
+[nat]
+masquerade = true
+
+[limits]
+sessions = 4096
+sessions_per_user = 8
+`, quoted(in.advertise))
+	return b.String()
+}
+
+func quoted(words []string) string {
+	list := make([]string, len(words))
+	for i, w := range words {
+		list[i] = fmt.Sprintf("%q", w)
+	}
+	return strings.Join(list, ", ")
+}

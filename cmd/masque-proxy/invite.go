@@ -1,0 +1,277 @@
+package main
+
+import (
+	"bytes"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"masquevpn/internal/cli"
+	"masquevpn/internal/config"
+	"masquevpn/internal/pki"
+)
+
+// invitation is what `invite` makes.
+type invitation struct {
+	user      string
+	config    string   // name of proxy.toml
+	out       string   // name of the client's file, empty: standard output
+	caKey     string   // name of the authority's key, empty: beside its certificate
+	proxy     string   // what the client dials, empty: from proxy.toml
+	valid     string   // of the certificate
+	addresses []string // reserved for the user
+	sessions  int
+}
+
+func inviteCommand() *cobra.Command {
+	var in invitation
+	cmd := &cobra.Command{
+		Use: "invite NAME -c FILE", Short: "Add a user and make the file for the client", Args: cobra.ExactArgs(1),
+		Long: "Add a user and make one file with all that the client needs: the proxy, its authority, and the credentials that\n" +
+			"the proxy's methods ask for. The file is a secret: give it to the user and to nobody else. The running proxy\n" +
+			"knows the user at once.",
+		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
+			in.user = args[0]
+			return in.make(cmd.OutOrStdout(), cmd.ErrOrStderr(), time.Now())
+		}),
+	}
+	configFlag(cmd, &in.config)
+	f := cmd.Flags()
+	f.StringVarP(&in.out, "out", "o", "", "`FILE` to write, readable by its owner alone, instead of standard output")
+	f.StringVar(&in.caKey, "ca-key", "", "`FILE` with the key of the clients' authority; default: beside its certificate")
+	f.StringVar(&in.proxy, "proxy", "", "what the client dials, if it is not the name and port of the configuration")
+	f.StringVar(&in.valid, "valid", "365d", "how long the certificate is good, in days (d) or hours (h)")
+	f.StringSliceVar(&in.addresses, "address", nil, "address of the pool reserved for the user")
+	f.IntVar(&in.sessions, "sessions", 0, "sessions at the same time; 0 for the proxy's default")
+	return cmd
+}
+
+func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
+	if !config.IsName(in.user) {
+		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%q cannot name a user", in.user), Remedy: `write 1 to 64 letters, digits and any of ".-_@", a letter or digit first`}
+	}
+	valid, err := parseValidity(in.valid)
+	if err != nil {
+		return err
+	}
+	f, err := parseFile(in.config)
+	if err != nil {
+		return err
+	}
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "# Connects to %s as %s. Keep it secret.\nproxy = %q\n", f.Name, in.user, in.dial(f))
+	roots, err := in.roots(f)
+	if err != nil {
+		return err
+	}
+	if roots == nil {
+		fmt.Fprintln(notes, "note: the proxy's certificate is not from the authority here; clients verify it with their system's")
+	} else {
+		fmt.Fprintf(&b, "\n[tls]\nca_pem = '''\n%s'''\n", roots)
+	}
+	if slices.Contains(f.Methods, config.MethodNone) {
+		fmt.Fprintln(notes, "note: auth.methods is \"none\": the file has no credentials, and no user was added")
+		return in.write(out, b.Bytes())
+	}
+
+	unlock, err := cli.LockDir(filepath.Dir(f.Users))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	users, err := readUsers(f.Users)
+	if err != nil {
+		return err
+	}
+	user := config.User{Name: in.user, Sessions: in.sessions, Created: now}
+	if _, known := users.ByName(in.user); known {
+		return &cli.Error{Code: cli.Usage, Reason: "there is a user " + in.user + " already", Remedy: fmt.Sprintf("choose another name, or first: %s user remove %s -c %s", program, in.user, in.config)}
+	}
+	if in.sessions < 0 {
+		return cli.Errorf(cli.Usage, "--sessions %d is negative: write a number from 0", in.sessions)
+	}
+	if user.Addresses, err = in.reserve(f, users); err != nil {
+		return err
+	}
+	if slices.Contains(f.Methods, config.MethodMTLS) {
+		pair, err := in.certificate(f, now, valid)
+		if err != nil {
+			return err
+		}
+		certs, err := pki.ParseCertificates(pair.Cert)
+		if err != nil {
+			return err
+		}
+		user.Certificate = pki.Fingerprint(certs[0])
+		if roots == nil {
+			b.WriteString("\n[tls]\n")
+		}
+		fmt.Fprintf(&b, "cert_pem = '''\n%s'''\nkey_pem = '''\n%s'''\n", pair.Cert, pair.Key)
+	}
+	if slices.Contains(f.Methods, config.MethodToken) {
+		token := pki.NewToken()
+		user.TokenHash = pki.HashToken(token)
+		fmt.Fprintf(&b, "\n[auth]\ntoken = %q\n", token)
+	}
+	return in.finish(out, b.Bytes(), f.Users, users.Add(user))
+}
+
+// finish writes the client's file and the users file, or neither.
+func (in *invitation) finish(out io.Writer, client []byte, usersPath string, users []byte) error {
+	if in.out == "" { // it cannot be taken back: it comes last
+		if err := cli.WriteFile(usersPath, users, 0o600); err != nil {
+			return err
+		}
+		return in.write(out, client)
+	}
+	if err := in.write(out, client); err != nil {
+		return err
+	}
+	if err := cli.WriteFile(usersPath, users, 0o600); err != nil {
+		return errors.Join(err, os.Remove(in.out))
+	}
+	return nil
+}
+
+// write writes the client's file.
+func (in *invitation) write(out io.Writer, client []byte) error {
+	if in.out == "" {
+		_, err := out.Write(client)
+		return err
+	}
+	err := cli.CreateFile(in.out, client, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return &cli.Error{Code: cli.Usage, Reason: in.out + " exists already and is left alone", Remedy: "name another file with -o, or remove it"}
+	}
+	return err
+}
+
+// dial is what the client dials: the name, with the port if it is not 443, or
+// the template if it is not the default one.
+func (in *invitation) dial(f *config.Proxy) string {
+	if in.proxy != "" {
+		return in.proxy
+	}
+	if f.Template != "" {
+		return f.Template
+	}
+	_, port, err := net.SplitHostPort(f.Listen[0])
+	if err != nil || port == "443" {
+		return f.Name
+	}
+	return net.JoinHostPort(f.Name, port)
+}
+
+// roots is the authority of the proxy's certificate, if it is one of the
+// installation's: the one of the clients, or ca.crt beside the configuration.
+func (in *invitation) roots(f *config.Proxy) ([]byte, error) {
+	data, err := cli.ReadNamed(f, "tls.cert", f.Cert, false)
+	if err != nil {
+		return nil, err
+	}
+	chain, err := cli.ParseCertificates(f, "tls.cert", data)
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range []string{f.ClientCA, filepath.Join(filepath.Dir(in.config), caCertFile)} {
+		if path == "" {
+			continue
+		}
+		data, _, err := cli.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		certs, err := pki.ParseCertificates(data)
+		if err != nil {
+			continue // it is not for this
+		}
+		signed := func(ca *x509.Certificate) bool {
+			return slices.ContainsFunc(chain, func(c *x509.Certificate) bool { return c.CheckSignatureFrom(ca) == nil })
+		}
+		if slices.ContainsFunc(certs, signed) {
+			return data, nil
+		}
+	}
+	return nil, nil
+}
+
+// certificate makes the user's certificate.
+func (in *invitation) certificate(f *config.Proxy, now time.Time, valid time.Duration) (pki.Pair, error) {
+	key := in.caKey
+	if key == "" {
+		key = strings.TrimSuffix(f.ClientCA, filepath.Ext(f.ClientCA)) + ".key"
+	}
+	authority, err := readAuthority(f.ClientCA, key)
+	if err != nil {
+		return pki.Pair{}, err
+	}
+	return authority.Client(in.user, now, valid)
+}
+
+// reserve checks the addresses for the user.
+func (in *invitation) reserve(f *config.Proxy, users *config.Users) ([]netip.Addr, error) {
+	var list []netip.Addr
+	for _, s := range in.addresses {
+		a, err := netip.ParseAddr(s)
+		bad := func(reason, remedy string) error {
+			return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("--address %s: %s", s, reason), Remedy: remedy}
+		}
+		pool := f.Pool4
+		if err == nil && a.Is6() {
+			pool = f.Pool6
+		}
+		switch {
+		case err != nil:
+			return nil, bad("not an address", "write for example 10.77.0.9")
+		case !pool.IsValid() || !pool.Contains(a):
+			return nil, bad("not of the pool", fmt.Sprintf("choose one of %v", pools(f)))
+		case a == pool.Addr() || a == pool.Addr().Next():
+			return nil, bad("the proxy's own", "choose another one")
+		case users.Holder(a) != "":
+			return nil, bad("reserved for "+users.Holder(a), "choose another one")
+		case slices.Contains(list, a):
+			return nil, bad("given twice", "remove one")
+		}
+		list = append(list, a)
+	}
+	return list, nil
+}
+
+func pools(f *config.Proxy) string {
+	var words []string
+	for _, p := range []netip.Prefix{f.Pool4, f.Pool6} {
+		if p.IsValid() {
+			words = append(words, p.String())
+		}
+	}
+	return strings.Join(words, " or ")
+}
+
+// parseValidity reads a number of days, as in 365d, or any duration of Go.
+func parseValidity(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if days, ok := strings.CutSuffix(s, "d"); ok {
+		var n int
+		n, err = strconv.Atoi(days)
+		d = time.Duration(n) * 24 * time.Hour
+	}
+	if err != nil || d <= 0 || d > pki.AuthorityValidity {
+		return 0, cli.Errorf(cli.Usage, "--valid %q is not a time span of at most ten years: write for example 365d", s)
+	}
+	return d, nil
+}

@@ -1,0 +1,304 @@
+package main
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"masquevpn/internal/cli"
+	"masquevpn/internal/config"
+	"masquevpn/internal/pki"
+	"masquevpn/proxy"
+)
+
+func TestInvite(t *testing.T) {
+	dir, file := install(t, "--listen", "[::]:4433")
+	out := filepath.Join(dir, "alice.toml")
+	running := mustLoad(t, file) // a proxy that was started before
+	do(t, 0, "invite", "alice", "-c", file, "-o", out, "--address", "10.77.0.9,fd77::9", "--sessions", "3", "--valid", "30d")
+
+	if m := modes(t, dir)["alice.toml"]; m != 0o600 {
+		t.Errorf("the client's file has mode %v", m)
+	}
+	client, err := config.ParseClient(out, []byte(read(t, out)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if client.Proxy != "vpn.example.org:4433" || client.CAPEM != read(t, filepath.Join(dir, caCertFile)) {
+		t.Errorf("dials %q with the authority\n%s", client.Proxy, client.CAPEM)
+	}
+	pair, err := tls.X509KeyPair([]byte(client.CertPEM), []byte(client.KeyPEM))
+	if err != nil {
+		t.Fatal(err)
+	}
+	chains, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: cli.Pool(running.clientCAs), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	if err != nil || pair.Leaf.Subject.CommonName != "alice" {
+		t.Errorf("the certificate is for %q, %v", pair.Leaf.Subject.CommonName, err)
+	}
+
+	want := proxy.User{
+		Name: "alice", TokenHash: pki.HashToken(client.Token), Sessions: 3,
+		Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.9"), netip.MustParseAddr("fd77::9")},
+	}
+	addrs := cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
+	if got, ok := running.users.ByName("alice"); !ok || !cmp.Equal(want, got, addrs) {
+		t.Errorf("by name: %v %s", ok, cmp.Diff(want, got, addrs))
+	}
+	if got, ok := running.users.ByToken(client.Token); !ok || got.Name != "alice" {
+		t.Errorf("by token: %v %+v", ok, got)
+	}
+	if got, ok := running.users.ByToken(client.Token + "x"); ok {
+		t.Errorf("by another token: %+v", got)
+	}
+	if got := running.users.Holder(netip.MustParseAddr("10.77.0.9")); got != "alice" {
+		t.Errorf("the address is reserved for %q", got)
+	}
+	if err := running.users.verify(tls.ConnectionState{VerifiedChains: chains}); err != nil {
+		t.Errorf("the certificate is refused: %v", err)
+	}
+	if strings.Contains(read(t, filepath.Join(dir, usersFile)), client.Token) {
+		t.Error("the token itself is in the users file")
+	}
+
+	// The same name again changes nothing.
+	before := read(t, filepath.Join(dir, usersFile))
+	if _, last := do(t, 2, "invite", "alice", "-c", file); !strings.Contains(last, "user remove alice") {
+		t.Errorf("a second time: %s", last)
+	}
+	if read(t, filepath.Join(dir, usersFile)) != before {
+		t.Error("the users file has changed")
+	}
+}
+
+// TestInviteAgain: who was removed does not come in again with the credentials
+// from before, not even when the name was invited a second time.
+func TestInviteAgain(t *testing.T) {
+	_, file := install(t)
+	running := mustLoad(t, file)
+	invite := func() (token string, state tls.ConnectionState) {
+		t.Helper()
+		out, _ := do(t, 0, "invite", "alice", "-c", file)
+		client, err := config.ParseClient("alice.toml", []byte(out))
+		if err != nil {
+			t.Fatal(err)
+		}
+		certs, err := pki.ParseCertificates([]byte(client.CertPEM))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return client.Token, tls.ConnectionState{VerifiedChains: [][]*x509.Certificate{certs}}
+	}
+	oldToken, oldState := invite()
+	before := running.users.current()
+	do(t, 0, "user", "remove", "alice", "-c", file)
+	if _, ok := running.users.ByName("alice"); ok {
+		t.Error("a removed user is found by name")
+	}
+	if _, ok := running.users.ByToken(oldToken); ok {
+		t.Error("a removed user is found by token")
+	}
+	token, state := invite()
+	if _, ok := running.users.ByToken(oldToken); ok {
+		t.Error("the old token is good again")
+	}
+	if err := running.users.verify(oldState); err == nil {
+		t.Error("the old certificate is good again")
+	}
+	if err := running.users.verify(state); err != nil {
+		t.Errorf("the new certificate: %v", err)
+	}
+	if _, ok := running.users.ByToken(token); !ok {
+		t.Error("the new token is not good")
+	}
+	if got := renewed(before, running.users.current()); !got["alice"] || len(got) != 1 {
+		t.Errorf("users with new credentials: %v", got)
+	}
+	if err := running.users.verify(tls.ConnectionState{}); err != nil {
+		t.Errorf("without a certificate: %v", err)
+	}
+}
+
+func TestInviteFollowsMethods(t *testing.T) {
+	for _, test := range []struct {
+		methods           string
+		cert, token, user bool
+	}{
+		{`["mtls", "token"]`, true, true, true},
+		{`["mtls"]`, true, false, true},
+		{`["token"]`, false, true, true},
+		{`["none"]`, false, false, false},
+	} {
+		dir, file := install(t)
+		replace(t, file, `["mtls", "token"]`, test.methods)
+		out, _ := do(t, 0, "invite", "alice", "-c", file)
+		client, err := config.ParseClient("alice.toml", []byte(out))
+		if err != nil {
+			t.Fatal(err)
+		}
+		user := strings.Contains(read(t, filepath.Join(dir, usersFile)), `name = "alice"`)
+		if (client.CertPEM != "") != test.cert || (client.KeyPEM != "") != test.cert || (client.Token != "") != test.token || user != test.user || client.CAPEM == "" {
+			t.Errorf("%s: user %v, file\n%s", test.methods, user, out)
+		}
+	}
+}
+
+func TestInviteDials(t *testing.T) {
+	for _, test := range []struct{ old, new, flag, want string }{
+		{"", "", "", "vpn.example.org"},
+		{`["[::]:443"]`, `["[::]:8443"]`, "", "vpn.example.org:8443"},
+		{`listen =`, "template = \"https://vpn.example.org/t/{target}/{ipproto}/\"\nlisten =", "", "https://vpn.example.org/t/{target}/{ipproto}/"},
+		{"", "", "other.example.org:1", "other.example.org:1"},
+	} {
+		_, file := install(t)
+		replace(t, file, test.old, test.new)
+		out, _ := do(t, 0, "invite", "alice", "-c", file, "--proxy", test.flag)
+		client, err := config.ParseClient("alice.toml", []byte(out))
+		if err != nil || client.Proxy != test.want {
+			t.Errorf("%q for %q: %v, %v", test.new, test.want, client, err)
+		}
+	}
+}
+
+// TestInviteForeignCertificate: a certificate from elsewhere is verified with
+// the client's own roots.
+func TestInviteForeignCertificate(t *testing.T) {
+	dir, file := install(t)
+	other, _ := install(t)
+	for _, name := range []string{certFile, keyFile} {
+		write(t, filepath.Join(dir, name), read(t, filepath.Join(other, name)))
+	}
+	out, note := do(t, 0, "invite", "alice", "-c", file)
+	client, err := config.ParseClient("alice.toml", []byte(out))
+	if err != nil || client.CAPEM != "" || client.CertPEM == "" || !strings.Contains(note, "not from the authority here") {
+		t.Errorf("%v, note %q, file\n%s", err, note, out)
+	}
+}
+
+func TestInviteErrors(t *testing.T) {
+	dir, file := install(t)
+	do(t, 0, "invite", "bob", "-c", file, "--address", "10.77.0.8", "-o", filepath.Join(dir, "bob.toml"))
+	before := read(t, filepath.Join(dir, usersFile))
+	for _, test := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"a/b"}, "cannot name a user"},
+		{[]string{"alice", "--valid", "forever"}, `--valid "forever" is not a time span`},
+		{[]string{"alice", "--valid", "0d"}, "is not a time span"},
+		{[]string{"alice", "--valid", "99999999d"}, "is not a time span"},
+		{[]string{"alice", "--sessions", "-1"}, "--sessions -1 is negative"},
+		{[]string{"alice", "--address", "x"}, "--address x: not an address"},
+		{[]string{"alice", "--address", "192.0.2.1"}, "not of the pool: choose one of 10.77.0.0/24 or fd77::/64"},
+		{[]string{"alice", "--address", "10.77.0.1"}, "the proxy's own"},
+		{[]string{"alice", "--address", "10.77.0.0"}, "the proxy's own"},
+		{[]string{"alice", "--address", "10.77.0.8"}, "reserved for bob"},
+		{[]string{"alice", "--address", "10.77.0.9,10.77.0.9"}, "given twice"},
+		{[]string{"alice", "-o", filepath.Join(dir, "bob.toml")}, "exists already"},
+		{[]string{"alice", "--ca-key", filepath.Join(dir, "none.key")}, "none.key"},
+		{[]string{"alice", "--ca-key", filepath.Join(dir, keyFile)}, "the key is not the one of the certificate"},
+		{nil, "accepts 1 arg(s), received 0"},
+	} {
+		if _, last := do(t, 2, append([]string{"invite", "-c", file}, test.args...)...); !strings.Contains(last, test.want) {
+			t.Errorf("%v: said %s, want %s", test.args, last, test.want)
+		}
+	}
+	if after := read(t, filepath.Join(dir, usersFile)); after != before {
+		t.Errorf("the users file has changed:\n%s", after)
+	}
+	if _, last := do(t, 2, "invite", "alice", "-c", filepath.Join(dir, "none.toml")); !strings.Contains(last, "none.toml does not exist: make a new installation") {
+		t.Errorf("without a configuration: %s", last)
+	}
+}
+
+func TestExposedSecrets(t *testing.T) {
+	for _, name := range []string{keyFile, usersFile} {
+		dir, file := install(t)
+		if err := os.Chmod(filepath.Join(dir, name), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		for _, command := range []string{"run", "check"} {
+			out, last := do(t, 2, command, "-c", file, "--run-dir", t.TempDir())
+			if !strings.Contains(out+last, "chmod 600 "+filepath.Join(dir, name)) {
+				t.Errorf("%s with an exposed %s: said %s%s", command, name, out, last)
+			}
+		}
+	}
+	dir, file := install(t)
+	if err := os.Chmod(filepath.Join(dir, caKeyFile), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if _, last := do(t, 2, "invite", "alice", "-c", file); !strings.Contains(last, "chmod 600") {
+		t.Errorf("invite with an exposed authority: %s", last)
+	}
+}
+
+func TestUserList(t *testing.T) {
+	dir, file := install(t)
+	do(t, 0, "invite", "alice", "-c", file, "--address", "10.77.0.9")
+	replace(t, file, `["mtls", "token"]`, `["token"]`)
+	do(t, 0, "invite", "bob", "-c", file)
+	out, _ := do(t, 0, "user", "list", "-c", file)
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	if len(lines) != 3 || !strings.Contains(lines[1], "certificate, token  10.77.0.9") || !strings.Contains(lines[2], "bob") {
+		t.Errorf("listed\n%s", out)
+	}
+	out, _ = do(t, 0, "user", "list", "-c", file, "--json")
+	var users []userEntry
+	if err := json.Unmarshal([]byte(out), &users); err != nil || len(users) != 2 || users[0].Addresses[0] != "10.77.0.9" || users[1].Certificate || !users[1].Token {
+		t.Errorf("listed %+v, %v", users, err)
+	}
+
+	if _, last := do(t, 2, "user", "remove", "carol", "-c", file); !strings.Contains(last, `there is no user "carol"`) {
+		t.Errorf("said %s", last)
+	}
+	do(t, 0, "user", "remove", "alice", "-c", file)
+	text := read(t, filepath.Join(dir, usersFile))
+	if strings.Contains(text, "alice") || !strings.Contains(text, "bob") || modes(t, dir)[usersFile] != 0o600 {
+		t.Errorf("after removing alice:\n%s", text)
+	}
+	do(t, 2, "user")
+	replace(t, file, `["token"]`, `["none"]`)
+	do(t, 2, "user", "list", "-c", file)
+}
+
+func TestUserStoreKeepsWhatItKnew(t *testing.T) {
+	dir, file := install(t)
+	do(t, 0, "invite", "alice", "-c", file)
+	path := filepath.Join(dir, usersFile)
+	good := read(t, path)
+	var log bytes.Buffer
+	s, err := openUsers(path, slog.New(slog.NewTextHandler(&log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, spoil := range map[string]func(){
+		"broken":  func() { write(t, path, "[[user]\n") },
+		"exposed": func() { write(t, path, good); _ = os.Chmod(path, 0o644) },
+		"gone":    func() { _ = os.Remove(path) },
+	} {
+		log.Reset()
+		spoil()
+		for range 3 {
+			if _, ok := s.ByName("alice"); !ok {
+				t.Errorf("%s: the user is not known any more", name)
+			}
+		}
+		if n := strings.Count(log.String(), "level=ERROR"); n != 1 {
+			t.Errorf("%s: logged %d times:\n%s", name, n, &log)
+		}
+		_ = os.Remove(path)
+		write(t, path, good)
+		if _, ok := s.ByName("alice"); !ok {
+			t.Errorf("%s: the file is not read again", name)
+		}
+	}
+}

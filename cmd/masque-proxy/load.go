@@ -1,0 +1,126 @@
+package main
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"strings"
+
+	"masquevpn/internal/cli"
+	"masquevpn/internal/config"
+	"masquevpn/internal/pki"
+	"masquevpn/proxy"
+	"masquevpn/tun"
+)
+
+// loaded is a configuration file with all that it refers to.
+type loaded struct {
+	file      *config.Proxy
+	pair      tls.Certificate     // with the chain of tls.cert
+	chain     []*x509.Certificate // of tls.cert
+	clientCAs []*x509.Certificate // of tls.client_ca, may be empty
+	users     *userStore          // nil if no method needs users
+}
+
+// parseFile reads the configuration alone.
+func parseFile(path string) (*config.Proxy, error) {
+	data, _, err := cli.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist", Remedy: "make a new installation with: " + program + " init --name HOST DIR"}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return config.ParseProxy(path, data)
+}
+
+// load reads a configuration and the files that it names. Nothing else is
+// touched.
+func load(path string, logger *slog.Logger) (*loaded, error) {
+	f, err := parseFile(path)
+	if err != nil {
+		return nil, err
+	}
+	l := &loaded{file: f}
+	cert, err := cli.ReadNamed(f, "tls.cert", f.Cert, false)
+	if err != nil {
+		return nil, err
+	}
+	if l.chain, err = cli.ParseCertificates(f, "tls.cert", cert); err != nil {
+		return nil, err
+	}
+	key, err := cli.ReadNamed(f, "tls.key", f.Key, true)
+	if err != nil {
+		return nil, err
+	}
+	if l.pair, err = cli.ParsePrivateKey(f, "tls.key", key, l.chain); err != nil {
+		return nil, err
+	}
+	if f.ClientCA != "" {
+		data, err := cli.ReadNamed(f, "tls.client_ca", f.ClientCA, false)
+		if err != nil {
+			return nil, err
+		}
+		if l.clientCAs, err = cli.ParseCertificates(f, "tls.client_ca", data); err != nil {
+			return nil, err
+		}
+	}
+	if f.Users != "" {
+		if l.users, err = openUsers(f.Users, logger); err != nil {
+			return nil, err
+		}
+	}
+	return l, nil
+}
+
+// config is what the proxy is made of. The certificate is asked for with each
+// handshake.
+func (l *loaded) config(certificate func() *tls.Certificate) (proxy.Config, error) {
+	f := l.file
+	c := proxy.Config{
+		Name: f.Name, Listen: f.Listen, Template: f.Template, Methods: f.Methods,
+		TLS: &tls.Config{
+			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return certificate(), nil },
+		},
+		TUN:   tun.Config{Name: f.Device, MTU: f.MTU, Offload: f.Offload},
+		Pool4: f.Pool4, Pool6: f.Pool6, Advertise: f.Advertise, Deny: f.Deny, ClientToClient: f.ClientToClient,
+		Masquerade: f.Masquerade, KernelHopLimit: f.KernelHopLimit,
+		MaxSessions: f.Sessions, MaxSessionsPerUser: f.SessionsPerUser,
+	}
+	if len(l.clientCAs) > 0 {
+		c.TLS.ClientCAs = cli.Pool(l.clientCAs)
+	}
+	if l.users != nil {
+		c.Users = l.users
+		c.TLS.VerifyConnection = l.users.verify
+	}
+	var err error
+	c.StatelessResetKey, err = pki.ResetKey(cli.Signer(l.pair))
+	return c, err
+}
+
+// newServer makes the proxy. A key that it refuses gets its place in the file.
+func (l *loaded) newServer(c proxy.Config) (*proxy.Server, error) {
+	s, err := proxy.New(c)
+	if e, ok := errors.AsType[*proxy.Error](err); ok && e.Kind == proxy.KindUsage {
+		if key, reason, ok := strings.Cut(e.Reason, ": "); ok {
+			return nil, l.file.Problem(key, reason, e.Remedy)
+		}
+	}
+	return s, exitError(err)
+}
+
+// exitError gives an error of the proxy its exit code.
+func exitError(err error) error {
+	e, ok := errors.AsType[*proxy.Error](err)
+	if !ok {
+		return err
+	}
+	reason := e.Reason
+	if err != error(e) { // with more, as when the host could not be restored
+		reason = err.Error()
+	}
+	return &cli.Error{Code: cli.Code(e.Kind), Reason: reason, Remedy: e.Remedy}
+}

@@ -1,0 +1,165 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"masquevpn/internal/cli"
+	"masquevpn/internal/control"
+)
+
+func TestLoadErrors(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		do   func(dir, file string)
+		want string
+	}{
+		{"no certificate", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, certFile)) }, `proxy.toml:11: tls.cert = "proxy.crt": `},
+		{"no key", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, keyFile)) }, `proxy.toml:12: tls.key = "proxy.key": `},
+		{"no client CA", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, caCertFile)) }, `proxy.toml:13: tls.client_ca = "ca.crt": `},
+		{"no users", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, usersFile)) }, `users.toml does not exist: make it with: touch `},
+		{"garbage for a certificate", func(dir, _ string) { write(t, filepath.Join(dir, certFile), "x") }, `tls.cert = "proxy.crt": holds no certificate in PEM form; write`},
+		{"garbage for a key", func(dir, _ string) { write(t, filepath.Join(dir, keyFile), "x") }, `tls.key = "proxy.key": holds no private key in PEM form; write`},
+		{"another key", func(dir, _ string) { write(t, filepath.Join(dir, keyFile), read(t, filepath.Join(dir, caKeyFile))) }, `tls.key = "proxy.key": not the key of the certificate; `},
+		{"garbage for a client CA", func(dir, _ string) { write(t, filepath.Join(dir, caCertFile), "x") }, `tls.client_ca = "ca.crt": holds no certificate`},
+		{"garbage for users", func(dir, _ string) { write(t, filepath.Join(dir, usersFile), "x") }, `users.toml:1: `},
+		{"a bad template", func(_, file string) {
+			replace(t, file, "listen =", "template = \"https://a.example/{+target}\"\nlisten =")
+		}, `proxy.toml:8: template = "https://a.example/{+target}": `},
+		{"two problems", func(_, file string) {
+			replace(t, file, "offload = true", "offload = 1")
+			replace(t, file, "masquerade = true", "masquerade = 2")
+		}, `proxy.toml has 2 problems: correct the lines above`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir, file := install(t)
+			test.do(dir, file)
+			if _, last := do(t, 2, "run", "-c", file, "--run-dir", t.TempDir()); !strings.Contains(last, test.want) {
+				t.Errorf("run said %s, want %s", last, test.want)
+			}
+			out, last := do(t, 2, "check", "-c", file, "--run-dir", t.TempDir())
+			if !strings.Contains(out, "fail  configuration: ") || !strings.Contains(last, "checks failed") {
+				t.Errorf("check said %s%s", out, last)
+			}
+		})
+	}
+}
+
+// start makes a daemon whose control socket answers; the proxy itself does not
+// run.
+func start(t *testing.T, file string) (d *daemon, runDir string) {
+	t.Helper()
+	l := mustLoad(t, file)
+	d = &daemon{path: file, logger: discard(), loaded: l, server: newServer(t, l)}
+	d.certificate.Store(&l.pair)
+	runDir = t.TempDir()
+	lock, err := control.Acquire(runDir, instance)
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket, err := control.Serve(runDir, instance, d.handler(), discard())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(socket.Close(), lock.Release()); err != nil {
+			t.Error(err)
+		}
+	})
+	return d, runDir
+}
+
+func TestControl(t *testing.T) {
+	dir, file := install(t)
+	d, runDir := start(t, file)
+	if out, _ := do(t, 0, "sessions", "--run-dir", runDir, "--json"); strings.TrimSpace(out) != "[]" {
+		t.Errorf("sessions are %s", out)
+	}
+	do(t, 0, "sessions", "--run-dir", runDir)
+	if _, last := do(t, 3, "kick", "a/b", "--run-dir", runDir); !strings.Contains(last, `"a/b": there is no such session: list them with`) {
+		t.Errorf("kick said %s", last)
+	}
+	if _, last := do(t, 3, "status", "--run-dir", runDir); !strings.Contains(last, "still starting: try again") {
+		t.Errorf("status said %s", last)
+	}
+
+	old := d.certificate.Load()
+	do(t, 0, "init", "--renew", dir)
+	if out, _ := do(t, 0, "reload", "--run-dir", runDir); out != "reloaded\n" {
+		t.Errorf("reload said %s", out)
+	}
+	renewed := d.certificate.Load()
+	if bytes.Equal(renewed.Certificate[0], old.Certificate[0]) {
+		t.Error("the certificate was not reloaded")
+	}
+	replace(t, file, "sessions = 4096", "sessions = 9")
+	replace(t, file, `"[::]:443"`, `"[::]:444"`)
+	if out, _ := do(t, 0, "reload", "--run-dir", runDir); out != "reloaded; restart the proxy for: listen, limits.sessions\n" {
+		t.Errorf("reload said %s", out)
+	}
+	if out, _ := do(t, 0, "reload", "--run-dir", runDir, "--json"); strings.TrimSpace(out) != `{"restart":["listen","limits.sessions"]}` {
+		t.Errorf("reload said %s", out)
+	}
+	write(t, filepath.Join(dir, certFile), "x")
+	if _, last := do(t, 2, "reload", "--run-dir", runDir); !strings.Contains(last, "tls.cert") {
+		t.Errorf("reload of a broken certificate said %s", last)
+	}
+	if !bytes.Equal(d.certificate.Load().Certificate[0], renewed.Certificate[0]) {
+		t.Error("a failed reload changed the certificate")
+	}
+}
+
+func TestNoProxyRuns(t *testing.T) {
+	runDir := t.TempDir()
+	for _, args := range [][]string{{"status"}, {"sessions"}, {"kick", "1"}, {"reload"}} {
+		if _, last := do(t, 3, append(args, "--run-dir", runDir)...); !strings.Contains(last, "no proxy is running") {
+			t.Errorf("%v: said %s", args, last)
+		}
+	}
+}
+
+func TestCheckFindsPortInUse(t *testing.T) {
+	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	addr := socket.LocalAddr().String()
+	_, file := install(t, "--listen", addr)
+	out, _ := do(t, 2, "check", "-c", file, "--run-dir", t.TempDir())
+	if !strings.Contains(out, "fail  listen: UDP "+addr+" is in use — ") {
+		t.Errorf("check said\n%s", out)
+	}
+	out, _ = do(t, 2, "check", "-c", file, "--run-dir", t.TempDir(), "--json")
+	for line := range strings.SplitSeq(strings.TrimSpace(out), "\n") {
+		var c cli.Check
+		if err := json.Unmarshal([]byte(line), &c); err != nil || c.What == "" {
+			t.Errorf("line %s: %v", line, err)
+		}
+	}
+}
+
+func TestPoolInUse(t *testing.T) {
+	addrs := []net.Addr{
+		&net.IPNet{IP: net.IPv4(10, 77, 3, 4).To4(), Mask: net.CIDRMask(16, 32)},
+		&net.IPNet{IP: net.ParseIP("2001:db8::1"), Mask: net.CIDRMask(64, 128)},
+	}
+	var c cli.Checks
+	checkPool(&c, addrs, netip.MustParsePrefix("10.77.0.0/24"), netip.MustParsePrefix("fd77::/64"), netip.Prefix{})
+	var out bytes.Buffer
+	if err := c.Finish(&out, false); err == nil {
+		t.Error("a pool in use passes")
+	}
+	want := "fail  pool: 10.77.0.0/24 overlaps 10.77.3.4/16 of this host — choose a network that nobody uses\n" +
+		"ok    pool: fd77::/64 is not used on this host\n"
+	if out.String() != want {
+		t.Errorf("got\n%swant\n%s", &out, want)
+	}
+}

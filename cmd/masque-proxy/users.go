@@ -1,0 +1,146 @@
+package main
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"masquevpn/internal/cli"
+	"masquevpn/internal/config"
+	"masquevpn/internal/pki"
+	"masquevpn/proxy"
+)
+
+// userStore is the users file of a running proxy. Each look-up of a user first
+// looks whether the file has changed, so that an invitation is good and a
+// removal holds from the next request on. A file that has become unusable is
+// logged, and what was known before stays.
+type userStore struct {
+	path   string
+	logger *slog.Logger
+
+	mu    sync.Mutex
+	users *config.Users
+	seen  fileVersion
+}
+
+// fileVersion tells one state of a file from another.
+type fileVersion struct {
+	device, inode uint64
+	size          int64
+	modified      unix.Timespec
+}
+
+func versionOf(path string) (fileVersion, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return fileVersion{}, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	return fileVersion{st.Dev, st.Ino, st.Size, st.Mtim}, nil
+}
+
+// openUsers reads the file, which must be usable.
+func openUsers(path string, logger *slog.Logger) (*userStore, error) {
+	s := &userStore{path: path, logger: logger}
+	var err error
+	if s.seen, err = versionOf(path); err == nil {
+		s.users, err = readUsers(path)
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist", Remedy: "make it with: touch " + path + " && chmod 600 " + path}
+	}
+	return s, err
+}
+
+// readUsers reads and parses a users file.
+func readUsers(path string) (*config.Users, error) {
+	data, err := cli.ReadSecret(path)
+	if err != nil {
+		return nil, err
+	}
+	return config.ParseUsers(path, data)
+}
+
+// current returns the users after a look at the file.
+func (s *userStore) current() *config.Users {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v, err := versionOf(s.path)
+	if err == nil && v == s.seen {
+		return s.users
+	}
+	var users *config.Users
+	if err == nil {
+		users, err = readUsers(s.path)
+	}
+	if err != nil {
+		if v != s.seen { // once per state of the file
+			s.logger.Error("the users file cannot be used; the users known before stay", "err", err)
+		}
+	} else {
+		s.users = users
+		s.logger.Info("users read", "file", s.path, "users", len(users.All()))
+	}
+	s.seen = v
+	return s.users
+}
+
+// last returns the users without a look at the file.
+func (s *userStore) last() *config.Users {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.users
+}
+
+// ByName implements proxy.Users.
+func (s *userStore) ByName(name string) (proxy.User, bool) {
+	return proxyUser(s.current().ByName(name))
+}
+
+// ByToken implements proxy.Users.
+func (s *userStore) ByToken(token string) (proxy.User, bool) {
+	return proxyUser(s.current().ByTokenHash(pki.HashToken(token)))
+}
+
+// Holder implements proxy.Users. It is asked for many addresses in a row, right
+// after a user was looked up.
+func (s *userStore) Holder(a netip.Addr) string {
+	return s.last().Holder(a)
+}
+
+func proxyUser(u config.User, ok bool) (proxy.User, bool) {
+	return proxy.User{Name: u.Name, TokenHash: u.TokenHash, Addresses: u.Addresses, Sessions: u.Sessions}, ok
+}
+
+// verify refuses a client's certificate, otherwise good, that is not the one
+// its user was invited with: a user who was removed and invited again does not
+// come in with the certificate from before.
+func (s *userStore) verify(state tls.ConnectionState) error {
+	if len(state.VerifiedChains) == 0 {
+		return nil // without a certificate, or none of an authority of ours
+	}
+	leaf := state.VerifiedChains[0][0]
+	user, ok := s.current().ByName(leaf.Subject.CommonName)
+	if ok && user.Certificate != ([32]byte{}) && user.Certificate != pki.Fingerprint(leaf) {
+		return fmt.Errorf("the certificate of %q is not the one of the invitation", user.Name)
+	}
+	return nil
+}
+
+// renewed lists the users of before whose credentials are others now.
+func renewed(before, after *config.Users) map[string]bool {
+	names := make(map[string]bool)
+	for _, was := range before.All() {
+		is, ok := after.ByName(was.Name)
+		if ok && (is.TokenHash != was.TokenHash || is.Certificate != was.Certificate) {
+			names[was.Name] = true
+		}
+	}
+	return names
+}
