@@ -154,7 +154,7 @@ func TestHostChecks(t *testing.T) {
 	}
 	// What these find depends on the machine; they find one thing each.
 	for _, check := range []func(*Checks){
-		func(c *Checks) { c.NetAdmin("cap_net_admin") }, func(c *Checks) { c.TUN() }, func(c *Checks) { c.UDPBuffer() },
+		func(c *Checks) { c.NetAdmin("cap_net_admin") }, func(c *Checks) { c.TUN() }, func(c *Checks) { c.UDPBuffer() }, func(c *Checks) { c.NFTables() },
 	} {
 		if lines, _ := report(t, check); len(lines) != 1 || lines[0] == "" {
 			t.Errorf("got %q", lines)
