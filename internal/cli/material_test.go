@@ -1,0 +1,50 @@
+package cli
+
+import (
+	"bytes"
+	"crypto/tls"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"masquevpn/internal/config"
+)
+
+func TestKeyLog(t *testing.T) {
+	dir := t.TempDir()
+	keys, err := config.ParseClient(filepath.Join(dir, "c.toml"), []byte("proxy = \"p\"\n[log]\nkey_log = \"keys\"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	logger := slog.New(slog.NewTextHandler(&log, nil))
+	c := new(tls.Config)
+	closeLog, err := OpenKeyLog(keys, keys.KeyLog, c, logger)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.KeyLogWriter.Write([]byte("secret")); err != nil {
+		t.Error(err)
+	}
+	closeLog()
+	info, err := os.Stat(filepath.Join(dir, "keys"))
+	if err != nil || info.Mode().Perm() != 0o600 || info.Size() != 6 {
+		t.Errorf("the file is %v, %v", info, err)
+	}
+	if !strings.Contains(log.String(), "level=WARN") {
+		t.Errorf("no warning is logged: %s", &log)
+	}
+
+	_, err = OpenKeyLog(keys, filepath.Join(dir, "none", "keys"), c, logger)
+	if err == nil || !strings.Contains(err.Error(), `c.toml:3: log.key_log = "keys": `) {
+		t.Errorf("a file that cannot be made: %v", err)
+	}
+	none := new(tls.Config)
+	closeLog, err = OpenKeyLog(keys, "", none, logger)
+	if err != nil || none.KeyLogWriter != nil {
+		t.Errorf("without the key: %v, %v", none.KeyLogWriter, err)
+	}
+	closeLog()
+}
