@@ -11,8 +11,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"github.com/vishvananda/netlink"
 )
 
 // crashChild is the environment variable that makes the test binary a process to
@@ -35,10 +33,9 @@ func crashMain() {
 		}
 	}
 	fail(json.Unmarshal([]byte(os.Getenv(crashChild)), &c))
-	fail(netlink.LinkAdd(&netlink.Tuntap{
-		LinkAttrs: netlink.LinkAttrs{Name: c.Config.Interface}, Mode: netlink.TUNTAP_MODE_TUN,
-		Flags: netlink.TUNTAP_NO_PI, NonPersist: true, Queues: 1,
-	}))
+	tun, err := makeTUN(c.Config.Interface)
+	fail(err)
+	defer tun.Close() // keeps it open
 	c.Config.Logger = slog.New(slog.DiscardHandler)
 	m, err := Open(c.Config)
 	fail(err)
@@ -167,6 +164,7 @@ func TestKilled(t *testing.T) {
 				h.sysctl("net/ipv4/ip_forward", "0")
 				h.sysctl("net/ipv6/conf/all/forwarding", "0")
 				h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
+				h.sysctl("net/ipv4/conf/all/send_redirects", "1")
 				for path := range before {
 					if strings.HasSuffix(path, "/accept_ra") {
 						delete(before, path)

@@ -37,6 +37,10 @@
 // ours is recognised without other records, and so is what belongs to an
 // interface that is gone.
 //
+// One limit: a route of the host's main table that is an error (blackhole,
+// unreachable, prohibit) and matches wins over shorter and longer ones of the
+// tunnel, as the kernel does not apply suppress_prefixlength to it.
+//
 // What is excluded goes around the tunnel as if there were no tunnel: routes
 // that an excluded prefix covers are left out, and excluded prefixes inside a
 // route are "throw" routes in its table, which send the lookup on to the next
@@ -52,8 +56,9 @@
 // leaves and restored when a reply or an ICMP error comes in, and
 // net.ipv4.conf.all.src_valid_mark makes the filter look at it. The same
 // nftables table drops packets to a tunnel address that come in through another
-// interface (CVE-2019-14899). Kernels without the expressions
-// needed do without, with a line in the log.
+// interface (CVE-2019-14899), and packets out of the tunnel that claim to come
+// from another address of this host. Kernels without the expressions needed do
+// without, with a line in the log.
 //
 // # Proxy: an ordinary interface
 //

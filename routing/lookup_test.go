@@ -153,6 +153,22 @@ func TestHostChanges(t *testing.T) {
 	}
 }
 
+// The documented limit: the kernel follows error routes of the host at once.
+func TestHostErrorRoutes(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	tunnel, _ := h.tun("masque0")
+	h.ip("route add unreachable 10.0.0.0/8")
+	h.ip("-6 route add unreachable fd01::/16")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, State{Routes: prefixes("0.0.0.0/0", "10.1.0.0/16", "::/0", "fd01:1::/32")})
+	for dst, want := range map[string]int{"10.1.0.1": 0, "10.2.0.1": 0, "fd01:1::1": 0, "203.0.113.1": tunnel, "2a00::1": tunnel} {
+		if got := h.lookup(dst, 0); got != want {
+			t.Errorf("%s leads to interface %d, want %d", dst, got, want)
+		}
+	}
+}
+
 // What is excluded does not fall back into the tunnel where the host has no
 // route.
 func TestExcludedWithoutRoute(t *testing.T) {

@@ -57,26 +57,27 @@ func newChains(s State, sc *scope, policyRouting bool) (chains []chain) {
 		guard := chain{
 			name: "guard", kind: nftables.ChainTypeFilter,
 			hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw,
-			needs: needsGuard, without: "packets to tunnel addresses are accepted from other interfaces too",
+			needs: needsGuard, without: "packets to tunnel addresses from elsewhere, and packets of the tunnel that claim to be of this host, are accepted",
 		}
+		inside := meta(expr.MetaKeyIIF, expr.CmpOpEq, uint32(sc.index))
 		for _, p := range s.Addresses {
+			own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())
 			guard.rules = append(guard.rules, filter{
 				fmt.Sprintf("%v is reached through interface %d or from this host only", p.Addr(), sc.index),
 				slices.Concat(
-					meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)),
-					address(netip.PrefixFrom(p.Addr(), p.Addr().BitLen()), false),
-					[]expr.Any{
-						&expr.Fib{Register: 1, FlagSADDR: true, ResultADDRTYPE: true},
-						&expr.Cmp{Register: 1, Op: expr.CmpOpNeq, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
-						&expr.Counter{},
-						&expr.Verdict{Kind: expr.VerdictDrop},
-					},
+					meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)), address(own, false),
+					source(expr.CmpOpNeq, unix.RTN_LOCAL), drop(),
 				),
+			}, filter{
+				fmt.Sprintf("%v is the tunnel's end, with ICMP errors of its own", p.Addr()),
+				slices.Concat(inside, address(own, true), []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}),
 			})
 		}
-		if len(guard.rules) != 0 {
-			chains = append(chains, guard)
-		}
+		guard.rules = append(guard.rules, filter{
+			fmt.Sprintf("other addresses of this host do not come in through interface %d", sc.index),
+			slices.Concat(inside, source(expr.CmpOpEq, unix.RTN_LOCAL), drop()),
+		})
+		chains = append(chains, guard)
 		mark := binaryutil.NativeEndian.PutUint32(sc.Mark)
 		const lost = "strict reverse path filters may drop replies of the proxy"
 		chains = append(chains, chain{
@@ -129,6 +130,18 @@ func meta(key expr.MetaKey, is expr.CmpOp, value uint32) []expr.Any {
 		&expr.Meta{Key: key, Register: 1},
 		&expr.Cmp{Op: is, Register: 1, Data: binaryutil.NativeEndian.PutUint32(value)},
 	}
+}
+
+// source compares the type of the source address in the host's routing tables.
+func source(is expr.CmpOp, kind uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Fib{Register: 1, FlagSADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Register: 1, Op: is, Data: binaryutil.NativeEndian.PutUint32(kind)},
+	}
+}
+
+func drop() []expr.Any {
+	return []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
 }
 
 // address matches packets with a source or destination in p.

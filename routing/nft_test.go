@@ -77,6 +77,8 @@ func TestTableIsReadable(t *testing.T) {
 		"type filter hook prerouting priority raw; policy accept;",
 		`iif != "masque0" ip daddr 10.77.0.2 fib saddr type != local counter packets 0 bytes 0 drop`,
 		`iif != "masque0" ip6 daddr fd77::2 fib saddr type != local counter packets 0 bytes 0 drop`,
+		`iif "masque0" ip saddr 10.77.0.2 accept`,
+		`iif "masque0" fib saddr type local counter packets 0 bytes 0 drop`,
 		"type filter hook postrouting priority mangle; policy accept;",
 		"meta mark 0x0000250c ct mark set meta mark",
 		"type filter hook prerouting priority mangle; policy accept;",

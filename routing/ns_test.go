@@ -147,30 +147,35 @@ func (h *host) readSysctl(name string) (value string) {
 	return value
 }
 
-// tun makes a TUN device that lives until the test or close ends it.
-func (h *host) tun(name string) (index int, closeTUN func()) {
+// device makes a TUN device that lives until the test ends or closes it.
+func (h *host) device(name string) (f *os.File) {
 	h.t.Helper()
 	h.do(func() {
-		t := &netlink.Tuntap{
-			LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TUN,
-			Flags: netlink.TUNTAP_NO_PI, NonPersist: true, Queues: 1,
-		}
-		if err := netlink.LinkAdd(t); err != nil {
+		var err error
+		if f, err = makeTUN(name); err != nil {
 			h.t.Fatalf("make a TUN device: %v", err)
 		}
-		link, err := netlink.LinkByName(name)
-		if err != nil {
-			h.t.Fatal(err)
-		}
-		index = link.Attrs().Index
-		closeTUN = func() {
-			for _, f := range t.Fds {
-				f.Close()
-			}
-		}
 	})
-	h.t.Cleanup(func() { closeTUN() })
-	return index, closeTUN
+	h.t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func makeTUN(name string) (*os.File, error) {
+	t := &netlink.Tuntap{
+		LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TUN,
+		Flags: netlink.TUNTAP_NO_PI, NonPersist: true, Queues: 1,
+	}
+	if err := netlink.LinkAdd(t); err != nil {
+		return nil, err
+	}
+	return t.Fds[0], nil
+}
+
+// tun makes a TUN device of which nobody reads or writes packets.
+func (h *host) tun(name string) (index int, closeTUN func()) {
+	h.t.Helper()
+	f := h.device(name)
+	return h.index(name), func() { f.Close() }
 }
 
 // uplink gives the host a network card with a LAN and default routes, and

@@ -126,8 +126,9 @@ func newPlan(s State, sc *scope) (plan, error) {
 		}
 	}
 	if slices.ContainsFunc(s.Addresses, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
-		// ICMP errors that the tunnel's own end makes about packets of this host, or through it, come in with an address of this
-		// host as their source.
+		// ICMP errors that the tunnel's own end makes about packets of this
+		// host, or through it, come in with an address of this host as their
+		// source. Others that do are for the guard chain.
 		w.sysctls = append(w.sysctls, setting{
 			name: "net/ipv4/conf/" + sc.Interface + "/accept_local", value: "1",
 			optional: "programs of this host do not learn why the tunnel refuses a packet",
@@ -135,10 +136,14 @@ func newPlan(s State, sc *scope) (plan, error) {
 	}
 	if s.Forward {
 		// Clients that reach each other through this host have no shorter way.
-		w.sysctls = append(w.sysctls, setting{
-			name: "net/ipv4/conf/" + sc.Interface + "/send_redirects", value: "0",
-			optional: "clients may get pointless ICMP redirects",
-		})
+		// The kernel sends redirects where either the interface's switch or
+		// that for all is on; other interfaces keep their own.
+		for _, name := range []string{sc.Interface, "all"} {
+			w.sysctls = append(w.sysctls, setting{
+				name: "net/ipv4/conf/" + name + "/send_redirects", value: "0",
+				optional: "clients may get pointless ICMP redirects",
+			})
+		}
 		for _, p := range slices.Concat(s.Addresses, s.Routes, s.Masquerade) {
 			forward := setting{name: ipForward4, value: "1"}
 			if isIPv6(p) {

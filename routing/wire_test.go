@@ -211,22 +211,33 @@ func TestTunnelAddressIsGuarded(t *testing.T) {
 	}
 }
 
+// Packets from the tunnel have the host's own addresses as their source only
+// where they are ICMP errors of the tunnel's own end: it has the tunnel's
+// address, and no other.
+func TestTunnelDoesNotSpoofTheHost(t *testing.T) {
+	h, _ := connect(t)
+	device := h.device("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, full())
+	for _, tt := range []struct{ own, lan string }{{"10.77.0.2", hostAddr4}, {"fd77::2", hostAddr6}} {
+		service := h.listen(":0", 0)
+		dst := netip.AddrPortFrom(netip.MustParseAddr(tt.own), port(service))
+		for _, src := range []string{tt.lan, tt.own} {
+			if _, err := device.Write(udpPacket(t, netip.AddrPortFrom(netip.MustParseAddr(src), 9), dst, "from "+src)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if text, _ := receive(t, service); text != "from "+tt.own {
+			t.Errorf("received %q out of the tunnel", text)
+		}
+	}
+}
+
 // A proxy forwards from the tunnel to its network and back, and lends its
 // address.
 func TestForwardAndMasquerade(t *testing.T) {
 	h, router := connect(t)
-	var device *os.File
-	h.do(func() {
-		tun := &netlink.Tuntap{
-			LinkAttrs: netlink.LinkAttrs{Name: "masque0"}, Mode: netlink.TUNTAP_MODE_TUN,
-			Flags: netlink.TUNTAP_NO_PI, NonPersist: true, Queues: 1,
-		}
-		if err := netlink.LinkAdd(tun); err != nil {
-			t.Fatal(err)
-		}
-		device = tun.Fds[0]
-	})
-	t.Cleanup(func() { device.Close() })
+	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, State{
 		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"), Routes: prefixes("10.77.0.0/24", "fd77::/64"),
@@ -300,7 +311,9 @@ func readTUN(t *testing.T, device *os.File, text string) []byte {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if bytes.HasSuffix(buf[:n], []byte(text)) {
+		if n > 20 && buf[0]>>4 == 4 && buf[9] == unix.IPPROTO_ICMP && buf[20] == layers.ICMPv4TypeRedirect {
+			t.Errorf("ICMP redirect into the tunnel: %x", buf[:n])
+		} else if bytes.HasSuffix(buf[:n], []byte(text)) {
 			return buf[:n]
 		}
 	}
