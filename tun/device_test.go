@@ -57,6 +57,51 @@ func TestCloseWhileReading(t *testing.T) {
 	})
 }
 
+// TestCloseAmidTraffic closes a device that others use.
+func TestCloseAmidTraffic(t *testing.T) {
+	eachBackend(t, func(t *testing.T, offload bool) {
+		d := openDevice(t, Config{Offload: offload})
+		bringUp(t, d)
+		client := dialUDP(t)
+		var users sync.WaitGroup
+		use := func(f func() error) {
+			started := make(chan struct{})
+			users.Go(func() {
+				err := f()
+				close(started)
+				for err == nil {
+					err = f()
+				}
+				if err != os.ErrClosed {
+					t.Errorf("error %v, want os.ErrClosed", err)
+				}
+			})
+			<-started
+		}
+		for range 2 {
+			bufs, sizes := buffers(d.BatchSize())
+			use(func() error {
+				client.Write(make([]byte, 100)) // something to read; an error once the device is gone
+				_, err := d.Write([][]byte{udpPacket(100), udpPacket(100)}, Headroom)
+				return err
+			})
+			use(func() error { _, err := d.Read(bufs, sizes, Headroom); return err })
+			use(func() error { d.Name(); return d.SetMTU(1300 + d.MTU()%2) })
+		}
+		for range 2 {
+			users.Go(func() {
+				if err := d.Close(); err != nil {
+					t.Error(err)
+				}
+				if n := len(descriptors(t, nodePath)); n != 0 {
+					t.Errorf("%d descriptors after Close", n)
+				}
+			})
+		}
+		users.Wait()
+	})
+}
+
 // readUntilError reads and discards packets in a goroutine, calls f, and
 // returns the error that Read ends with.
 func readUntilError(t *testing.T, d *Device, f func()) (err error) {
@@ -166,11 +211,7 @@ func TestReadLongPacket(t *testing.T) {
 	eachBackend(t, func(t *testing.T, offload bool) {
 		d := openDevice(t, Config{MTU: 1400, Offload: offload})
 		bringUp(t, d)
-		client, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer4, testPort)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
+		client := dialUDP(t)
 		for _, size := range []int{1000, 200 - 28 + 1, 200 - 28} {
 			if _, err := client.Write(make([]byte, size)); err != nil {
 				t.Fatal(err)
@@ -262,7 +303,7 @@ func TestWriteBadPackets(t *testing.T) {
 // TestWriteCoalesces gives Write many packets of one flow in buffers that have
 // room, in buffers that have none, and in one array.
 func TestWriteCoalesces(t *testing.T) {
-	const count, size = 3*maxCoalesce + 5, 100
+	const count, size = 2*maxCoalesce + 5, MaxPacketLen / maxCoalesce * 5 / 4
 	array := make([]byte, 0, count*(Headroom+MaxPacketLen))
 	layouts := map[string]func(p []byte) []byte{
 		"room":    func(p []byte) []byte { return append(make([]byte, 0, Headroom+MaxPacketLen), p...) },
@@ -274,8 +315,8 @@ func TestWriteCoalesces(t *testing.T) {
 			return array[at:len(array):len(array)]
 		},
 	}
-	eachBackend(t, func(t *testing.T, offload bool) {
-		d := openDevice(t, Config{MTU: 1400, Offload: offload})
+	eachBackend(t, func(t *testing.T, isOffload bool) {
+		d := openDevice(t, Config{MTU: 9000, Offload: isOffload})
 		bringUp(t, d)
 		server := listenUDP(t)
 		for name, layout := range layouts {
@@ -287,6 +328,9 @@ func TestWriteCoalesces(t *testing.T) {
 				}
 				if n, err := d.Write(bufs, Headroom); n != count || err != nil {
 					t.Errorf("%d packets written, error %v, want %d", n, err, count)
+				}
+				if o, ok := d.backend.(*offload); ok && slices.ContainsFunc(o.batch[:maxCoalesce], func(b []byte) bool { return b != nil }) {
+					t.Error("Write retains buffers")
 				}
 				for range count {
 					if got := receiveUDP(t, server); got != size {
@@ -308,7 +352,19 @@ func listenUDP(t *testing.T) *net.UDPConn {
 	}
 	t.Cleanup(func() { server.Close() })
 	server.SetDeadline(time.Now().Add(patience))
+	setsockopt(t, server, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20)
 	return server
+}
+
+// dialUDP returns a socket whose datagrams leave the host through a device.
+func dialUDP(t *testing.T) *net.UDPConn {
+	t.Helper()
+	client, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer4, testPort)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	return client
 }
 
 func receiveUDP(t *testing.T, server *net.UDPConn) int {

@@ -41,17 +41,19 @@ func needTUN(t *testing.T) {
 		t.Skip(err)
 	}
 	unix.Close(fd)
-	ignore, before := goleak.IgnoreCurrent(), len(nodes(t))
+	ignore := goleak.IgnoreCurrent()
+	nodes, sockets := len(descriptors(t, nodePath)), len(descriptors(t, "socket:"))
 	t.Cleanup(func() {
 		goleak.VerifyNone(t, ignore)
-		if n := len(nodes(t)) - before; n != 0 {
-			t.Errorf("%d descriptors of %s leaked", n, nodePath)
+		nodes, sockets := len(descriptors(t, nodePath))-nodes, len(descriptors(t, "socket:"))-sockets
+		if nodes != 0 || sockets != 0 {
+			t.Errorf("%d devices and %d sockets leaked", nodes, sockets)
 		}
 	})
 }
 
-// nodes returns the process's descriptors of TUN devices.
-func nodes(t *testing.T) (fds []int) {
+// descriptors returns the process's open files whose path starts with prefix.
+func descriptors(t *testing.T, prefix string) (fds []int) {
 	t.Helper()
 	const dir = "/proc/self/fd"
 	entries, err := os.ReadDir(dir)
@@ -59,7 +61,7 @@ func nodes(t *testing.T) (fds []int) {
 		t.Fatal(err)
 	}
 	for _, e := range entries {
-		if target, _ := os.Readlink(filepath.Join(dir, e.Name())); target == nodePath {
+		if target, _ := os.Readlink(filepath.Join(dir, e.Name())); strings.HasPrefix(target, prefix) {
 			fd, err := strconv.Atoi(e.Name())
 			if err != nil {
 				t.Fatal(err)
@@ -148,7 +150,7 @@ func startMirror(t *testing.T, d *Device) *mirror {
 				}
 			}
 			n, err = d.Write(out, Headroom)
-			if err != nil {
+			if err != nil && err != os.ErrClosed {
 				t.Errorf("mirror: %v", err)
 			}
 			m.written.Add(uint64(n))
@@ -214,7 +216,7 @@ func waitForRead(t *testing.T) {
 }
 
 // patience is how long tests wait for what must happen.
-const patience = time.Minute
+const patience = 20 * time.Second
 
 func waitFor(t *testing.T, what string, happened func() bool) {
 	t.Helper()

@@ -9,6 +9,7 @@ import (
 	"os"
 	"testing"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	wgtun "golang.zx2c4.com/wireguard/tun"
 )
@@ -82,6 +83,26 @@ func TestReadFails(t *testing.T) {
 		bufs, sizes := buffers(1)
 		if _, err := o.read(bufs, sizes, Headroom); err != want {
 			t.Errorf("error %v, want %v", err, want)
+		}
+	}
+}
+
+// TestReadAfterRemoval: the error of the descriptor does not tell that the
+// device is gone.
+func TestReadAfterRemoval(t *testing.T) {
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nl.Close()
+	const loopback, nothing = 1, 1 << 30
+	cause := errors.New("not pollable")
+	for index, want := range map[int]error{loopback: cause, nothing: ErrRemoved} {
+		dev := &scripted{steps: []step{fails(0, &fs.PathError{Op: "read", Path: nodePath, Err: cause})}}
+		d := &Device{backend: newOffload(dev), nl: nl, index: index}
+		bufs, sizes := buffers(1)
+		if _, err := d.Read(bufs, sizes, Headroom); !errors.Is(err, want) {
+			t.Errorf("device %d: error %v, want %v", index, err, want)
 		}
 	}
 }

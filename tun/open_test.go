@@ -45,7 +45,7 @@ func TestOpen(t *testing.T) {
 func TestOpenNotInherited(t *testing.T) {
 	eachBackend(t, func(t *testing.T, offload bool) {
 		openDevice(t, Config{Offload: offload})
-		fds := nodes(t)
+		fds := descriptors(t, nodePath)
 		if len(fds) != 1 {
 			t.Fatalf("%d descriptors, want 1", len(fds))
 		}
@@ -55,6 +55,37 @@ func TestOpenNotInherited(t *testing.T) {
 		}
 		if flags&unix.FD_CLOEXEC == 0 {
 			t.Error("programs started by this one get the device")
+		}
+	})
+}
+
+// TestOpenUndone: a device that cannot be configured does not stay. It is made
+// here, and looked for in another network namespace.
+func TestOpenUndone(t *testing.T) {
+	eachBackend(t, func(t *testing.T, offload bool) {
+		needTUN(t)
+		var nl *netlink.Handle
+		var err error
+		onThread(func() {
+			if err = unix.Unshare(unix.CLONE_NEWNET); err == nil {
+				nl, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nl.Close()
+		cfg, err := Config{Name: "undone0", Offload: offload}.withDefaults()
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := open(cfg, nl)
+		if err == nil {
+			d.Close()
+			t.Fatal("the device was found in another network namespace")
+		}
+		if _, err := netlink.LinkByName(cfg.Name); err == nil {
+			t.Errorf("%s is still there", cfg.Name)
 		}
 	})
 }

@@ -98,7 +98,7 @@ func TestUDP(t *testing.T) {
 			}
 			defer client.Close()
 			server.SetDeadline(time.Now().Add(patience))
-			setSegmentSize(t, client, size)
+			setsockopt(t, client, unix.SOL_UDP, unix.UDP_SEGMENT, size)
 
 			sent := randomBytes(size*count - size/2) // the last one is shorter
 			if _, err := client.Write(sent); err != nil {
@@ -123,7 +123,7 @@ func TestUDP(t *testing.T) {
 	})
 }
 
-func setSegmentSize(t *testing.T, conn syscall.Conn, size int) {
+func setsockopt(t *testing.T, conn syscall.Conn, level, option, value int) {
 	t.Helper()
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -131,7 +131,7 @@ func setSegmentSize(t *testing.T, conn syscall.Conn, size int) {
 	}
 	var serr error
 	err = raw.Control(func(fd uintptr) {
-		serr = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, size)
+		serr = unix.SetsockoptInt(int(fd), level, option, value)
 	})
 	if err := errors.Join(err, serr); err != nil {
 		t.Fatal(err)
@@ -143,11 +143,7 @@ func TestAllocs(t *testing.T) {
 	eachBackend(t, func(t *testing.T, offload bool) {
 		d := openDevice(t, Config{MTU: 1400, Offload: offload})
 		bringUp(t, d)
-		client, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer4, testPort)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
+		client := dialUDP(t)
 		datagram := make([]byte, 1000)
 		in, sizes := buffers(d.BatchSize())
 		if n := testing.AllocsPerRun(100, func() {

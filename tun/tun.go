@@ -324,11 +324,12 @@ func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
 // Close removes the device from the host and ends a waiting Read. It may be
 // called more than once.
 func (d *Device) Close() error {
-	if d.closed.Swap(true) {
-		return nil
-	}
+	d.closed.Store(true)
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.nl == nil {
+		return nil
+	}
 	d.refresh()
 	d.nl.Close()
 	d.nl = nil
