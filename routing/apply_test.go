@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -413,4 +414,27 @@ func TestOpenRefuses(t *testing.T) {
 			t.Errorf("Open(%+v) succeeded", c)
 		}
 	}
+}
+
+// Callers of all kinds at once: each Apply is whole, and Close ends them.
+func TestConcurrentCalls(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	before := h.snapshot()
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Journal: filepath.Join(t.TempDir(), "j.json")})
+	var wg sync.WaitGroup
+	for _, s := range []State{full(), {}, {MTU: 1300, Routes: prefixes("10.0.0.0/8")}} {
+		wg.Go(func() {
+			for range 4 {
+				if err := h.tryApply(m, s); err != nil && !errors.Is(err, os.ErrClosed) {
+					t.Errorf("Apply: %v", err)
+				}
+			}
+		})
+	}
+	wg.Go(func() { h.do(func() { _ = m.Apply(full()); _ = m.Close() }) })
+	wg.Wait()
+	h.close(m)
+	h.same(before)
 }
