@@ -19,6 +19,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/ippacket"
 	"masquevpn/internal/pki"
 	"masquevpn/routing"
 	"masquevpn/tun/tuntest"
@@ -233,5 +234,45 @@ func TestRoutesAdvertised(t *testing.T) {
 	want := capsule.Routes([]netip.Prefix{netip.MustParsePrefix("10.77.0.1/32"), netip.MustParsePrefix("192.0.2.0/24")}, 0)
 	if !ok || len(got.Routes) != 2 || got.Routes[0] != want[0] || got.Routes[1] != want[1] {
 		t.Errorf("advertised %v, want %v", c, want)
+	}
+}
+
+// A client can neither assign the proxy an address, which would be reachable though it is denied, nor advertise routes, which
+// would be sources that it may use.
+func TestClientsGrantThemselvesNothing(t *testing.T) {
+	device := tuntest.New(1400)
+	h3 := start(t, func(c *Config) {
+		c.OpenDevice = func() (Device, error) { return device, nil }
+		c.Deny = []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}
+	})
+	_, str := request(t, h3, "CONNECT", "connect-ip", anyPath, nil)
+	denied := netip.MustParsePrefix("198.51.100.7/32")
+	everything := []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
+	b := (&capsule.AddressAssign{Addresses: []capsule.Address{{Prefix: denied}}}).Append(nil)
+	b = (&capsule.RouteAdvertisement{Routes: capsule.Routes(everything, 0)}).Append(b)
+	b = (&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}).Append(b)
+	if _, err := str.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	mine := assignment(t, str)[0].Prefix.Addr()
+	target := netip.MustParseAddr("192.0.2.1")
+	for _, p := range []struct{ src, dst netip.Addr }{
+		{netip.MustParseAddr("203.0.113.9"), target}, // spoofed
+		{mine, denied.Addr()},
+		{mine, target}, // the only one that is allowed
+	} {
+		pkt := ippacket.AppendEcho([]byte{0}, p.src, p.dst, 64, true, 1, 1, nil)
+		if _, err := str.Write((&capsule.Datagram{Payload: pkt}).Append(nil)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	pkt, err := device.Receive(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, err := ippacket.Parse(pkt); err != nil || p.Src != mine || p.Dst != target {
+		t.Errorf("the proxy let a packet from %v to %v pass, %v", p.Src, p.Dst, err)
 	}
 }

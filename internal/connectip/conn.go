@@ -45,7 +45,8 @@ type Device interface {
 }
 
 // Handler is told of the peer's capsules, one at a time, after the policy follows them. An error aborts the stream.
-// Nil functions are skipped.
+// What an endpoint does not handle, it does not take: without Assigned the peer assigns nothing, and without Routes it
+// advertises nothing, so that it cannot widen the policy. Without Requested, all requests are refused.
 type Handler struct {
 	Assigned  func([]capsule.Address) error // the peer's full list of addresses for this endpoint, refusals included
 	Requested func([]capsule.Address) error // the peer wants these; every one is to be answered with Assign
@@ -183,6 +184,9 @@ func (c *Conn) readCapsules(in inbox) error {
 }
 
 func (c *Conn) handleAssign(addrs []capsule.Address) error {
+	if c.cfg.Handler.Assigned == nil {
+		return nil
+	}
 	c.mu.Lock()
 	c.link.assigned = slices.Clone(c.cfg.Static)
 	for _, a := range addrs {
@@ -193,10 +197,10 @@ func (c *Conn) handleAssign(addrs []capsule.Address) error {
 	}
 	err := c.update()
 	c.mu.Unlock()
-	if err == nil && c.cfg.Handler.Assigned != nil {
-		err = c.cfg.Handler.Assigned(addrs)
+	if err != nil {
+		return err
 	}
-	return err
+	return c.cfg.Handler.Assigned(addrs)
 }
 
 func (c *Conn) handleRequest(addrs []capsule.Address) error {
@@ -234,14 +238,17 @@ func Refusal(request capsule.Address) capsule.Address {
 }
 
 func (c *Conn) handleRoutes(routes []capsule.Route) error {
+	if c.cfg.Handler.Routes == nil {
+		return nil
+	}
 	c.mu.Lock()
 	c.link.peerSend = routes
 	err := c.update()
 	c.mu.Unlock()
-	if err == nil && c.cfg.Handler.Routes != nil {
-		err = c.cfg.Handler.Routes(routes)
+	if err != nil {
+		return err
 	}
-	return err
+	return c.cfg.Handler.Routes(routes)
 }
 
 // update makes the policy follow the link. c.mu is held, or c not shared yet.
