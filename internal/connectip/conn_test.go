@@ -198,6 +198,47 @@ func TestTooBig(t *testing.T) {
 	})
 }
 
+// fakeQUIC is a QUIC connection that carries datagrams of up to limit bytes, and keeps them.
+type fakeQUIC struct {
+	limit int
+	sent  [][]byte
+}
+
+func (f *fakeQUIC) SendDatagram(b []byte) error {
+	if len(b) > f.limit {
+		return &quic.DatagramTooLargeError{MaxDatagramPayloadSize: int64(f.limit)}
+	}
+	f.sent = append(f.sent, bytes.Clone(b))
+	return nil
+}
+
+// fakeStream is a request stream on which nothing comes in, and what is written goes nowhere.
+type fakeStream struct{ Stream }
+
+func (fakeStream) StreamID() quic.StreamID     { return 4 }
+func (fakeStream) Write(b []byte) (int, error) { return len(b), nil }
+
+// newFake makes a Conn without a network.
+func newFake(f *fakeQUIC, cfg Config) *Conn {
+	c := New(fakeStream{}, nil, cfg)
+	c.datagrams.conn = f
+	c.updateMTU()
+	return c
+}
+
+// A peer may say that it takes datagrams, but none that a packet fits in.
+func TestNoRoomForPackets(t *testing.T) {
+	c := newFake(&fakeQUIC{limit: 0}, Config{Device: make(device, 8), Stats: &Stats{}, Self: []netip.Addr{proxyAddr4}})
+	if err := c.Assign([]capsule.Address{{Prefix: host(clientAddr4)}}); err != nil {
+		t.Fatal(err)
+	}
+	pkt := echoPacket(proxyAddr4, clientAddr4, 64, 64)
+	clearDontFragment(pkt[Headroom:])
+	if d := c.Send(pkt, Headroom); d != DropTooBig || c.MTU() != 0 {
+		t.Errorf("%v with an MTU of %d", d, c.MTU())
+	}
+}
+
 func clearDontFragment(pkt []byte) {
 	pkt[6] &^= 0x40
 	sum := uint32(binary.BigEndian.Uint16(pkt[10:])) + 0x4000

@@ -17,11 +17,16 @@ const contextIPPacket = 0
 // datagrams sends IP packets as HTTP Datagrams of one request stream in QUIC DATAGRAM frames (RFC 9297 section 2.1).
 // It builds the prefix in place and hands the frame to QUIC itself, which saves the copy that http3 would make.
 type datagrams struct {
-	conn   *quic.Conn
+	conn   sender
 	prefix []byte // quarter stream ID and context ID
 }
 
-func newDatagrams(conn *quic.Conn, id quic.StreamID) datagrams {
+// sender is what is needed of a *quic.Conn.
+type sender interface {
+	SendDatagram([]byte) error
+}
+
+func newDatagrams(conn sender, id quic.StreamID) datagrams {
 	prefix := quicvarint.Append(nil, uint64(id)/4)
 	return datagrams{conn: conn, prefix: quicvarint.Append(prefix, contextIPPacket)}
 }
@@ -38,11 +43,12 @@ func (d *datagrams) send(buf []byte, off int) error {
 var oversized = make([]byte, 1<<16)
 
 // mtu returns the largest IP packet that fits in a datagram now, in bytes; it changes as QUIC discovers the path's MTU.
+// It is 0 when the peer takes only datagrams that are too short for any packet.
 func (d *datagrams) mtu() (int, error) {
 	err := d.conn.SendDatagram(oversized)
 	var tooLarge *quic.DatagramTooLargeError
 	if errors.As(err, &tooLarge) {
-		return int(tooLarge.MaxDatagramPayloadSize) - len(d.prefix), nil
+		return max(0, int(tooLarge.MaxDatagramPayloadSize)-len(d.prefix)), nil
 	}
 	if err == nil {
 		err = errors.New("the peer accepts datagrams of any size")
