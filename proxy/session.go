@@ -77,7 +77,7 @@ func (ss *session) run(str connectip.Stream) error {
 	// The session leaves the table first, so that no packet for the next holder of an address comes here.
 	ss.release()
 	cancel()
-	wg.Wait()
+	conn.Drain(&wg)
 	if cause := context.Cause(ss.ctx); cause != nil {
 		return cause
 	}

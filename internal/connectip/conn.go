@@ -24,6 +24,7 @@ const (
 	maxCapsule      = 64 << 10         // bytes of one capsule's value; some 3,600 IPv6 routes or 6,500 IPv4 routes
 	maxPeerRequests = 1024             // addresses that a peer may ask for on one stream
 	writeTimeout    = 10 * time.Second // for one capsule; a peer that does not read for so long is gone
+	drainTimeout    = 5 * time.Second  // for packets that are being sent at the end
 	mtuInterval     = time.Second      // between looks at QUIC's datagram size
 )
 
@@ -122,18 +123,26 @@ func (c *Conn) Run(ctx context.Context) error {
 	wg.Go(func() { c.watchMTU(inner) })
 
 	done := make(chan error, 1)
-	go func() { done <- c.readCapsules(in) }()
+	wg.Go(func() { done <- c.readCapsules(in) })
 	var err error
 	select {
 	case err = <-done:
-		c.end(err)
 	case <-ctx.Done():
-		c.end(nil)
-		<-done
 	}
+	c.end(err)
 	cancel()
-	wg.Wait()
+	c.Drain(&wg)
 	return err
+}
+
+// Drain waits for wg, whose goroutines may be in Send. That waits for room in QUIC's queue, however long it takes, so a
+// connection that takes no packet for some seconds is closed, with all its streams: its peer is gone, or means to hold us up.
+func (c *Conn) Drain(wg *sync.WaitGroup) {
+	stuck := time.AfterFunc(drainTimeout, func() {
+		_ = c.datagrams.conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
+	})
+	defer stuck.Stop()
+	wg.Wait()
 }
 
 // end closes or resets the stream, as err deserves.

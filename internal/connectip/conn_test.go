@@ -6,7 +6,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"net/netip"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -218,6 +220,8 @@ type fakeStream struct{ Stream }
 func (fakeStream) StreamID() quic.StreamID     { return 4 }
 func (fakeStream) Write(b []byte) (int, error) { return len(b), nil }
 
+func (f *fakeQUIC) CloseWithError(quic.ApplicationErrorCode, string) error { return nil }
+
 // newFake makes a Conn without a network.
 func newFake(f *fakeQUIC, cfg Config) *Conn {
 	c := New(fakeStream{}, nil, cfg)
@@ -382,6 +386,30 @@ func TestEnds(t *testing.T) {
 		if err := proxy.wait(t); err == nil || errors.Is(err, ErrClosedByPeer) {
 			t.Errorf("proxy: %v", err)
 		}
+	})
+}
+
+// stuckQUIC is a QUIC connection whose queue of datagrams is full until it is closed.
+type stuckQUIC struct{ closed chan struct{} }
+
+func (q stuckQUIC) SendDatagram([]byte) error {
+	<-q.closed
+	return errors.New("closed")
+}
+
+func (q stuckQUIC) CloseWithError(quic.ApplicationErrorCode, string) error {
+	close(q.closed)
+	return nil
+}
+
+// A peer that takes no packets cannot keep its session from ending.
+func TestEndsThoughPacketsAreStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New(fakeStream{}, nil, Config{})
+		c.datagrams.conn = stuckQUIC{make(chan struct{})}
+		var wg sync.WaitGroup
+		wg.Go(func() { _ = c.datagrams.send(echoPacket(clientAddr4, target4, 64, 64), Headroom) })
+		c.Drain(&wg)
 	})
 }
 

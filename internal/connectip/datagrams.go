@@ -24,6 +24,7 @@ type datagrams struct {
 // sender is what is needed of a *quic.Conn.
 type sender interface {
 	SendDatagram([]byte) error
+	CloseWithError(quic.ApplicationErrorCode, string) error
 }
 
 func newDatagrams(conn sender, id quic.StreamID) datagrams {
