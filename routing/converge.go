@@ -90,11 +90,12 @@ func (s *scope) diff(have observed, want plan) (ops, error) {
 	list = append(list, set...)
 	s.bring(&list, have, want)
 	s.take(&list, have, want)
-	if want.mtu < minMTU6 {
-		s.diffMTU(&list, have, want) // takes IPv6 away
-	}
 	if !want.up && s.rec.Down {
 		list.add(func() error { return s.restoreDown(have.link) }, "set %s down", s.Interface)
+	}
+	if want.mtu < minMTU6 {
+		// Takes IPv6 away, or, as an MTU that is put back, makes it start anew.
+		s.diffMTU(&list, have, want)
 	}
 	if !want.up && s.rec.AddrGen != "" {
 		list.add(func() error { return s.restoreAddrGen(have.link) }, "let %s make addresses as before", s.Interface)

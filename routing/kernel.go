@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 
 	"github.com/vishvananda/netlink"
@@ -150,7 +151,7 @@ func repeat[T any](dump func() (T, error)) (T, error) {
 
 // check refuses a state that the interface cannot have.
 func (s *scope) check(want State) error {
-	if !want.hasIPv6() {
+	if !slices.ContainsFunc(slices.Concat(want.Addresses, want.Routes), isIPv6) {
 		return nil
 	}
 	link, err := s.findLink()
