@@ -81,12 +81,14 @@ type Conn struct {
 	toHost    errorLimits // ICMP errors about packets of the host
 	toPeer    errorLimits // and about packets of the peer
 
-	mu        sync.Mutex // guards what follows, and the order of capsules on the wire
-	link      link
-	lastID    uint64
-	peerIDs   map[uint64]struct{}
-	answers   map[uint64]netip.Prefix // our requests that are not answered yet
+	writing   sync.Mutex // orders capsules on the wire; taken before mu, which is not held while the peer does not read
 	writeDead func(time.Time) error
+
+	mu      sync.Mutex // guards what follows
+	link    link
+	lastID  uint64
+	peerIDs map[uint64]struct{}
+	answers map[uint64]netip.Prefix // our requests that are not answered yet
 }
 
 // New makes a Conn of an accepted request stream on conn.
@@ -320,11 +322,14 @@ func (c *Conn) send(x capsule.Capsule, change func(*link)) error {
 	if err := x.Validate(); err != nil {
 		return err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.writing.Lock()
+	defer c.writing.Unlock()
 	if change != nil {
+		c.mu.Lock()
 		change(&c.link)
-		if err := c.update(); err != nil {
+		err := c.update()
+		c.mu.Unlock()
+		if err != nil {
 			return err
 		}
 	}

@@ -413,6 +413,39 @@ func TestEndsThoughPacketsAreStuck(t *testing.T) {
 	})
 }
 
+// blockedStream is a request stream whose peer does not read.
+type blockedStream struct {
+	fakeStream
+	writing, ended chan struct{}
+}
+
+func (s blockedStream) Write([]byte) (int, error) {
+	close(s.writing)
+	<-s.ended
+	return 0, errors.New("ended")
+}
+
+// A peer that does not read holds up the capsules to it, but no change of its policy.
+func TestPolicyChangesWhileTheStreamIsBlocked(t *testing.T) {
+	str := blockedStream{writing: make(chan struct{}), ended: make(chan struct{})}
+	c := New(str, nil, Config{})
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = c.Advertise(nil) })
+	<-str.writing
+	changed := make(chan error, 1)
+	go func() { changed <- c.SetDenied([]netip.Prefix{host(target4)}) }()
+	select {
+	case err := <-changed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the policy does not change")
+	}
+	close(str.ended)
+	wg.Wait()
+}
+
 // wantICMP checks that pkt is an ICMP error to dst.
 func wantICMP(t *testing.T, pkt []byte, dst netip.Addr, typ, code uint8) {
 	t.Helper()
