@@ -71,6 +71,9 @@ func (ss *session) run(str connectip.Stream) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { ss.sendQueued(inner, conn) })
 	err := conn.Advertise(ss.routes)
+	if err != nil {
+		ss.stop(err)
+	}
 	if runErr := conn.Run(ss.ctx); err == nil {
 		err = runErr
 	}
@@ -97,8 +100,14 @@ func (ss *session) sendQueued(ctx context.Context, conn *connectip.Conn) {
 	}
 }
 
-// addressesRequested leases what the client asks for and assigns the full list, refusals included (RFC 9484 section 4.7.2).
+// addressesRequested assigns the client its full list of addresses (RFC 9484 section 4.7.2). A client that does not read
+// holds up this alone: ss.mu is not held.
 func (ss *session) addressesRequested(requested []capsule.Address) error {
+	return ss.conn.Assign(ss.answer(requested))
+}
+
+// answer leases what the client asks for and returns its full list of addresses, refusals included.
+func (ss *session) answer(requested []capsule.Address) []capsule.Address {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	answer := slices.Clone(ss.addresses)
@@ -113,7 +122,7 @@ func (ss *session) addressesRequested(requested []capsule.Address) error {
 		answer = append(answer, a)
 	}
 	ss.log.Info("addresses assigned", "addresses", prefixes(ss.addresses))
-	return ss.conn.Assign(answer)
+	return answer
 }
 
 // lease takes an address for the request r and routes it here. ss.mu is held.
