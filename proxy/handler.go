@@ -108,9 +108,11 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	case err != nil:
 		return nil, refuse(http.StatusServiceUnavailable, "connection_limit_reached", "%v", err)
 	}
-	if replaced != nil {
-		replaced.stop(errReplaced)
-		<-replaced.done
+	for _, old := range replaced {
+		old.stop(errReplaced)
+	}
+	for _, old := range replaced {
+		<-old.done
 	}
 	return ss, nil
 }

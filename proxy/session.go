@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -210,9 +211,9 @@ var (
 	errTooManyOfUser   = errors.New("the user has as many sessions as allowed")
 )
 
-// add gives ss an ID and takes it in, or says which limit forbids it. It returns the session that ss replaces, which has
-// to be stopped by the caller.
-func (l *sessions) add(ss *session, limit, perUser int) (replaced *session, err error) {
+// add gives ss an ID and takes it in, or says which limit forbids it. It returns the sessions that ss replaces, which have
+// to be stopped by the caller. While they end they count: a user has one session more than allowed at most.
+func (l *sessions) add(ss *session, limit, perUser int) (replaced []*session, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	ofUser := 0
@@ -222,16 +223,17 @@ func (l *sessions) add(ss *session, limit, perUser int) (replaced *session, err 
 		}
 		ofUser++
 		if ss.instance != "" && other.instance == ss.instance {
-			replaced = other
+			replaced = append(replaced, other)
 		}
 	}
-	if replaced == nil {
-		if len(l.byID) >= limit {
-			return nil, errTooManySessions
-		}
-		if ofUser >= perUser {
-			return nil, errTooManyOfUser
-		}
+	if len(replaced) > 0 {
+		limit, perUser = math.MaxInt, perUser+1
+	}
+	if len(l.byID) >= limit {
+		return nil, errTooManySessions
+	}
+	if ofUser >= perUser {
+		return nil, errTooManyOfUser
 	}
 	l.lastID++
 	ss.id = strconv.FormatUint(l.lastID, 10)
