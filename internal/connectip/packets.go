@@ -32,12 +32,13 @@ func (c *Conn) forward(buf []byte, off int) Drop {
 		return DropLinkLocal // RFC 9484 section 7.2; kernels send router solicitations and the like
 	}
 	pol := c.policy.Load()
-	if !pol.sendFrom.Contains(p.Src) && !pol.isSelf(p.Src) && !pol.quotesReceived(pkt, p) {
-		c.answerHost(pkt, p, ippacket.SourceNotAssigned, 0)
-		return DropSource
+	if from := pol.sendFrom.judge(p.Src, p.Protocol); from != allowed && !pol.isSelf(p.Src) && !pol.quotesReceived(pkt, p) {
+		kind, drop := from.asSource()
+		c.answerHost(pkt, p, kind, 0)
+		return drop
 	}
-	if !pol.sendTo.allow(p.Dst, p.Protocol) {
-		c.answerHost(pkt, p, ippacket.NoRoute, 0)
+	if to := pol.sendTo.judge(p.Dst, p.Protocol); to != allowed {
+		c.answerHost(pkt, p, to.asDestination(), 0)
 		return DropDestination
 	}
 	// A packet of this very host is sent, not forwarded (RFC 9484 section 7.2).
@@ -110,6 +111,22 @@ func (c *Conn) handleDatagram(b []byte, in inbox) {
 	}
 }
 
+// asSource is how a packet is answered and counted whose source got the verdict v, which is not allowed.
+func (v verdict) asSource() (ippacket.ICMPError, Drop) {
+	if v == forbidden { // the address is right, the protocol is not in the scope
+		return ippacket.Prohibited, DropDestination
+	}
+	return ippacket.SourceNotAssigned, DropSource
+}
+
+// asDestination is asSource for the destination.
+func (v verdict) asDestination() ippacket.ICMPError {
+	if v == forbidden {
+		return ippacket.Prohibited
+	}
+	return ippacket.NoRoute
+}
+
 // consumed stands for a packet that this endpoint itself took, such as an echo on the link.
 const consumed = numDrops
 
@@ -117,7 +134,7 @@ const consumed = numDrops
 func (c *Conn) admit(pkt []byte) Drop {
 	p, err := ippacket.Parse(pkt)
 	if err != nil {
-		if errors.Is(err, ippacket.ErrHeaderChain) && c.policy.Load().recvFrom.Contains(p.Src) {
+		if errors.Is(err, ippacket.ErrHeaderChain) && c.policy.Load().recvFrom.covered.Contains(p.Src) {
 			c.answerPeer(pkt, p, ippacket.HeaderChain)
 		}
 		return DropMalformed
@@ -129,12 +146,17 @@ func (c *Conn) admit(pkt []byte) Drop {
 		return DropLinkLocal
 	}
 	pol := c.policy.Load()
-	if pol.isSelf(p.Src) || !pol.recvFrom.Contains(p.Src) && !pol.quotesSent(pkt, p) {
+	if pol.isSelf(p.Src) {
 		c.answerPeer(pkt, p, ippacket.SourceNotAssigned)
 		return DropSource
 	}
-	if !pol.recvTo.allow(p.Dst, p.Protocol) && !pol.isSelf(p.Dst) {
-		c.answerPeer(pkt, p, ippacket.Prohibited)
+	if from := pol.recvFrom.judge(p.Src, p.Protocol); from != allowed && !pol.quotesSent(pkt, p) {
+		kind, drop := from.asSource()
+		c.answerPeer(pkt, p, kind)
+		return drop
+	}
+	if to := pol.recvTo.judge(p.Dst, p.Protocol); to != allowed {
+		c.answerPeer(pkt, p, to.asDestination())
 		return DropDestination
 	}
 	c.notePacket()
@@ -145,14 +167,14 @@ func (c *Conn) admit(pkt []byte) Drop {
 // tunnel (RFC 9484 section 7.2.1).
 func (pol *policy) quotesSent(pkt []byte, p ippacket.Packet) bool {
 	q, ok := ippacket.Quoted(pkt, p)
-	return ok && q.Src == p.Dst && (pol.sendFrom.Contains(q.Src) || pol.isSelf(q.Src)) && pol.sendTo.allow(q.Dst, q.Protocol)
+	return ok && q.Src == p.Dst && (pol.sendFrom.allow(q.Src, q.Protocol) || pol.isSelf(q.Src)) && pol.sendTo.allow(q.Dst, q.Protocol)
 }
 
 // quotesReceived is quotesSent for an ICMP error on its way to the peer: the packet it quotes came, or could have come, from
 // this very peer. With an external address shared by several peers this is what keeps errors apart (section 11).
 func (pol *policy) quotesReceived(pkt []byte, p ippacket.Packet) bool {
 	q, ok := ippacket.Quoted(pkt, p)
-	return ok && q.Src == p.Dst && pol.recvFrom.Contains(q.Src) && (pol.recvTo.allow(q.Dst, q.Protocol) || pol.isSelf(q.Dst))
+	return ok && q.Src == p.Dst && pol.recvFrom.allow(q.Src, q.Protocol) && pol.recvTo.allow(q.Dst, q.Protocol)
 }
 
 // notePacket remembers that the tunnel carries packets.

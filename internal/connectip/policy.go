@@ -1,6 +1,7 @@
 package connectip
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -14,16 +15,16 @@ import (
 // policy says what may pass, in both directions. It is immutable: a change makes a new one.
 type policy struct {
 	self     []netip.Addr // this endpoint's own tunnel addresses
-	sendFrom *netipx.IPSet
-	sendTo   destinations
-	recvFrom *netipx.IPSet
-	recvTo   destinations
+	sendFrom ranges
+	sendTo   ranges
+	recvFrom ranges
+	recvTo   ranges
 }
 
 // link is the state of both ends of a stream, from which the policy follows.
 type link struct {
 	self     []netip.Addr    // addresses of this endpoint besides the assigned ones
-	denied   []netip.Prefix  // where the peer's packets may not go, whatever is advertised
+	denied   []netip.Prefix  // where the peer's packets may not go, whatever is advertised, but for self
 	assigned []netip.Prefix  // to this endpoint, by the peer
 	routes   []capsule.Route // advertised by this endpoint
 	peer     []netip.Prefix  // assigned to the peer, by this endpoint
@@ -36,31 +37,31 @@ func (l *link) policy() (*policy, error) {
 	for _, a := range l.assigned {
 		p.self = append(p.self, a.Addr())
 	}
-	var err error
-	build := func(prefixes []netip.Prefix, routes []capsule.Route) *netipx.IPSet {
-		var b netipx.IPSetBuilder
-		for _, x := range prefixes {
-			b.AddPrefix(x)
-		}
-		for _, r := range routes {
-			b.AddRange(netipx.IPRangeFrom(r.Start, r.End))
-		}
-		s, e := b.IPSet()
-		if e != nil && err == nil {
-			err = fmt.Errorf("policy: %w", e)
-		}
-		return s
+	var b netipx.IPSetBuilder
+	for _, x := range l.denied {
+		b.AddPrefix(x)
 	}
-	p.sendFrom = build(l.assigned, l.routes)
-	p.recvFrom = build(l.peer, l.peerSend)
+	for _, a := range l.self {
+		b.Remove(a)
+	}
+	denied, err := b.IPSet()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("policy: %w", err)
 	}
-	if p.sendTo, err = newDestinations(l.peer, l.peerSend, nil); err != nil {
-		return nil, err
-	}
-	if p.recvTo, err = newDestinations(l.assigned, l.routes, l.denied); err != nil {
-		return nil, err
+	for _, x := range []struct {
+		to       *ranges
+		prefixes []netip.Prefix
+		routes   []capsule.Route
+		denied   *netipx.IPSet
+	}{
+		{&p.sendFrom, l.assigned, l.routes, nil},
+		{&p.sendTo, l.peer, l.peerSend, nil},
+		{&p.recvFrom, l.peer, l.peerSend, nil},
+		{&p.recvTo, l.assigned, l.routes, denied},
+	} {
+		if *x.to, err = newRanges(x.prefixes, x.routes, x.denied); err != nil {
+			return nil, fmt.Errorf("policy: %w", err)
+		}
 	}
 	return p, nil
 }
@@ -78,45 +79,49 @@ func (p *policy) selfFor(a netip.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
-// destinations is a set of addresses, each for every protocol or for one (RFC 9484 section 4.8).
-type destinations struct {
+// ranges is a set of addresses, each for every protocol or for one (RFC 9484 section 4.8).
+type ranges struct {
 	any     *netipx.IPSet
 	byProto map[uint8]*netipx.IPSet // nil when no route names a protocol
 	named   *netipx.IPSet           // the union of byProto
+	covered *netipx.IPSet           // all of it, with what is denied
 }
 
-func newDestinations(prefixes []netip.Prefix, routes []capsule.Route, denied []netip.Prefix) (destinations, error) {
-	var d destinations
+// newRanges makes the set of prefixes and routes without what is denied, nil for nothing.
+func newRanges(prefixes []netip.Prefix, routes []capsule.Route, denied *netipx.IPSet) (ranges, error) {
+	var covered, named netipx.IPSetBuilder
 	builders := map[uint8]*netipx.IPSetBuilder{0: {}}
 	for _, x := range prefixes {
 		builders[0].AddPrefix(x)
+		covered.AddPrefix(x)
 	}
-	var named netipx.IPSetBuilder
 	for _, r := range routes {
 		b := builders[r.Protocol]
 		if b == nil {
 			b = &netipx.IPSetBuilder{}
 			builders[r.Protocol] = b
 		}
-		b.AddRange(netipx.IPRangeFrom(r.Start, r.End))
+		addresses := netipx.IPRangeFrom(r.Start, r.End)
+		b.AddRange(addresses)
+		covered.AddRange(addresses)
 		if r.Protocol != 0 {
-			named.AddRange(netipx.IPRangeFrom(r.Start, r.End))
+			named.AddRange(addresses)
 		}
 	}
-	finish := func(b *netipx.IPSetBuilder) (*netipx.IPSet, error) {
-		for _, x := range denied {
-			b.RemovePrefix(x)
+	var d ranges
+	var errs [3]error
+	d.covered, errs[0] = covered.IPSet()
+	without := func(b *netipx.IPSetBuilder) (*netipx.IPSet, error) {
+		if denied != nil {
+			b.RemoveSet(denied)
 		}
-		s, err := b.IPSet()
-		if err != nil {
-			return nil, fmt.Errorf("policy: %w", err)
-		}
-		return s, nil
+		return b.IPSet()
 	}
+	d.named, errs[1] = without(&named)
 	for proto, b := range builders {
-		s, err := finish(b)
+		s, err := without(b)
 		if err != nil {
-			return d, err
+			errs[2] = err
 		}
 		if proto == 0 {
 			d.any = s
@@ -127,28 +132,40 @@ func newDestinations(prefixes []netip.Prefix, routes []capsule.Route, denied []n
 		}
 		d.byProto[proto] = s
 	}
-	var err error
-	d.named, err = finish(&named)
-	return d, err
+	return d, errors.Join(errs[:]...)
 }
 
-// allow reports whether a packet of the upper-layer protocol proto may go to a. ICMP may go wherever any protocol may.
-func (d *destinations) allow(a netip.Addr, proto uint8) bool {
+// verdict is what ranges say about an address of a packet.
+type verdict uint8
+
+const (
+	outside   verdict = iota // no range covers the address
+	forbidden                // one does, but not for the protocol, or the address is denied
+	allowed
+)
+
+// judge says whether a packet of the upper-layer protocol proto may come from, or go to, a. ICMP may wherever any protocol may.
+func (d *ranges) judge(a netip.Addr, proto uint8) verdict {
 	if d.any.Contains(a) {
-		return true
+		return allowed
 	}
-	if d.byProto == nil {
-		return false
+	if d.byProto != nil {
+		s := d.byProto[proto]
+		if s != nil && s.Contains(a) || ippacket.IsICMP(proto) && d.named.Contains(a) {
+			return allowed
+		}
 	}
-	if ippacket.IsICMP(proto) {
-		return d.named.Contains(a)
+	if d.covered.Contains(a) {
+		return forbidden
 	}
-	s := d.byProto[proto]
-	return s != nil && s.Contains(a)
+	return outside
 }
+
+// allow reports whether judge allows.
+func (d *ranges) allow(a netip.Addr, proto uint8) bool { return d.judge(a, proto) == allowed }
 
 // some returns an address of d that a packet can be sent to; it prefers one that is reserved for documentation.
-func (d *destinations) some(v4 bool) (netip.Addr, bool) {
+func (d *ranges) some(v4 bool) (netip.Addr, bool) {
 	for _, set := range []*netipx.IPSet{d.any, d.named} {
 		for _, a := range []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 2, 1}), netip.MustParseAddr("2001:db8::1")} {
 			if a.Is4() == v4 && set.Contains(a) {

@@ -10,7 +10,7 @@ const (
 	DropNone           Drop = iota
 	DropMalformed           // not a valid IP packet
 	DropSource              // source address not allowed
-	DropDestination         // destination or protocol not allowed
+	DropDestination         // destination not allowed, or protocol not in the scope
 	DropHopLimit            // hop limit used up
 	DropTooBig              // larger than the link carries
 	DropLinkLocal           // link-local traffic is not forwarded
