@@ -97,7 +97,7 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 	defer stopProbes()
 	configured := time.NewTimer(configTimeout)
 	defer configured.Stop()
-	firstPacket := s.conn.FirstPacket()
+	var firstPacket <-chan struct{} // nil until the kernel follows the proxy
 	probing := false
 	for {
 		select {
@@ -122,6 +122,7 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 			if complete && !probing {
 				configured.Stop()
 				probing = true
+				firstPacket = s.conn.FirstPacket()
 				go s.conn.Probe(probes)
 			}
 		}
