@@ -61,8 +61,8 @@ func (c *Client) dial(ctx context.Context) (*dialed, error) {
 	defer cancel()
 	stop := context.AfterFunc(ctx, d.close) // unblocks the exchange
 	err = c.request(ctx, d)
-	if !stop() && err == nil {
-		err = ctx.Err()
+	if !stop() {
+		err = ctx.Err() // and not that the connection was closed for it
 	}
 	if err != nil {
 		err = classify(err, d.conn, c.to)
