@@ -194,6 +194,7 @@ func (s *session) apply() (complete bool, err error) {
 		return false, nil // more is to come
 	}
 	if len(addrs) == 0 {
+		c.had = nil // it may grant others
 		return false, &Error{Kind: KindRefused, Reason: "the proxy assigned no address", Remedy: "its pool may be exhausted; ask its operator"}
 	}
 	state := routing.State{MTU: s.mtu(), Addresses: addrs, Exclude: c.cfg.Exclude}
