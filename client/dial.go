@@ -271,7 +271,7 @@ func checkResponse(rsp *http.Response) error {
 		return &Error{Kind: KindRefused, Reason: "the proxy does not allow this request" + detail, Remedy: "check [scope], or ask its operator"}
 	case status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable:
 		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the proxy takes no more sessions now, status %d%s", status, detail)}
-	case status >= 500:
+	case status >= 500 || status == http.StatusRequestTimeout: // the latter when SETTINGS of this client got lost
 		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the proxy failed, status %d%s", status, detail)}
 	default:
 		return &Error{Kind: KindUsage, Reason: fmt.Sprintf("the proxy answered with status %d%s", status, detail), Remedy: "check the URI template in proxy"}
