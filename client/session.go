@@ -266,10 +266,10 @@ func (s *session) notConfigured() error {
 
 // whyEnded explains the end of the stream by that of the connection, where that ended first.
 func (s *session) whyEnded(err error) error {
-	if s.quic.Context().Err() == nil {
-		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the session ended (%v)", err), Err: err}
+	cause := err // that of the connection, but its context may end a little later
+	if s.quic.Context().Err() != nil {
+		cause = context.Cause(s.quic.Context())
 	}
-	cause := context.Cause(s.quic.Context())
 	var app *quic.ApplicationError
 	var reset *quic.StatelessResetError
 	var idle *quic.IdleTimeoutError
@@ -280,6 +280,9 @@ func (s *session) whyEnded(err error) error {
 		return &Error{Kind: KindFailure, Reason: "the proxy was restarted", Err: cause}
 	case errors.As(cause, &idle):
 		return &Error{Kind: KindUnreachable, Reason: fmt.Sprintf("nothing came from the proxy for %v", idleTimeout), Err: cause}
+	}
+	if s.quic.Context().Err() == nil {
+		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the session ended (%v)", err), Err: err}
 	}
 	return classify(cause, s.quic, s.c.to)
 }
