@@ -203,8 +203,8 @@ func (s *session) apply() (complete bool, err error) {
 			return false, err
 		}
 	}
-	if state.MTU < minMTU {
-		c.cfg.Logger.Warn("the path is too narrow for IPv6, which is left out", "mtu", state.MTU, "needed", minMTU)
+	if path := s.conn.MTU(); path < minMTU {
+		c.cfg.Logger.Warn("the path is too narrow for IPv6, which is left out", "mtu", path, "needed", minMTU)
 		state.Addresses = onlyIPv4(state.Addresses)
 		state.Routes = onlyIPv4(state.Routes)
 	}
