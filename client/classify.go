@@ -65,6 +65,29 @@ func classify(err error, conn *quic.Conn, to target) error {
 	return &Error{Kind: KindUnreachable, Err: err, Reason: fmt.Sprintf("connecting to %s port %s failed (%v)", to.host, to.port, err)}
 }
 
+// whyEnded explains the end of a stream on conn by that of the connection, where that ended first.
+func whyEnded(err error, conn *quic.Conn, to target) error {
+	cause := err // that of the connection, but its context may end a little later
+	if conn.Context().Err() != nil {
+		cause = context.Cause(conn.Context())
+	}
+	var app *quic.ApplicationError
+	var reset *quic.StatelessResetError
+	var idle *quic.IdleTimeoutError
+	switch {
+	case errors.As(cause, &app) && app.Remote:
+		return &Error{Kind: KindFailure, Reason: "the proxy closed the connection", Err: cause}
+	case errors.As(cause, &reset):
+		return &Error{Kind: KindFailure, Reason: "the proxy was restarted", Err: cause}
+	case errors.As(cause, &idle):
+		return &Error{Kind: KindUnreachable, Reason: fmt.Sprintf("nothing came from the proxy for %v", idleTimeout), Err: cause}
+	}
+	if conn.Context().Err() == nil {
+		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the session ended (%v)", err), Err: err}
+	}
+	return classify(cause, conn, to)
+}
+
 // isLocalClose reports whether err is the end that this side made.
 func isLocalClose(err error) bool {
 	var app *quic.ApplicationError

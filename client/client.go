@@ -3,17 +3,14 @@ package client
 import (
 	"context"
 	"crypto/rand"
-	"crypto/tls"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/cenkalti/backoff/v5"
 	"github.com/quic-go/quic-go"
 
 	"masquevpn/internal/connectip"
@@ -25,26 +22,20 @@ const (
 	headroom = connectip.Headroom
 	minMTU   = 1280 // of a link that carries IPv6 (RFC 8200 section 5)
 	maxMTU   = 1500
-	// steadyAfter is how long a session has to last for the next wait before reconnecting to be short again.
-	steadyAfter = 10 * time.Second
-	firstDelay  = 250 * time.Millisecond
 )
 
 // Client keeps one tunnel. Make it with New.
 type Client struct {
 	cfg      Config
 	to       target
-	tls      *tls.Config
-	control  controlFunc
-	resolver *net.Resolver
+	dialer   *dialer
 	instance string // tells this run from others of the same user
 
-	device    Device
-	network   Network
-	current   atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
-	stats     connectip.Stats
-	lastAddrs []netip.AddrPort // of the proxy
-	had       []netip.Prefix   // addresses of the last session, to ask for again
+	device  Device
+	network Network
+	current atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
+	stats   connectip.Stats
+	had     []netip.Prefix // addresses of the last session, to ask for again
 
 	mu      sync.Mutex
 	status  connectip.Status
@@ -74,11 +65,12 @@ func New(cfg Config) (*Client, error) {
 	if cfg, err = cfg.withDefaults(); err != nil {
 		return nil, err
 	}
-	c := &Client{cfg: cfg, to: to, tls: cfg.tlsConfig(to), instance: rand.Text(), changed: make(chan struct{})}
+	var control controlFunc
 	if withKernel {
-		c.control = routing.MarkSocket(routing.DefaultMark)
+		control = routing.MarkSocket(routing.DefaultMark)
 	}
-	c.resolver = resolver(c.control)
+	c := &Client{cfg: cfg, to: to, instance: rand.Text(), changed: make(chan struct{})}
+	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.status = connectip.Status{
 		Schema: connectip.StatusSchema, Name: cfg.Name, State: StateConnecting, Since: time.Now(),
 		Proxy:     connectip.ProxyStatus{Name: to.host, HTTP: "h3"},
@@ -139,29 +131,8 @@ func privileged(err error, what string) error {
 
 // keepConnected has one session after another until ctx ends or trying again cannot help.
 func (c *Client) keepConnected(ctx context.Context) error {
-	wait := &backoff.ExponentialBackOff{
-		InitialInterval: firstDelay, RandomizationFactor: backoff.DefaultRandomizationFactor, Multiplier: 2, MaxInterval: c.cfg.MaxDelay,
-	}
-	wait.Reset()
-	everConnected := false
-	for {
-		connected, err := c.session(ctx)
-		if ctx.Err() != nil {
-			return nil
-		}
-		everConnected = everConnected || connected > 0
-		var e *Error
-		if !errors.As(err, &e) {
-			e = &Error{Kind: KindFailure, Reason: err.Error(), Err: err}
-		}
-		if e.Kind.final() || e.Kind == KindRefused && !everConnected || !c.cfg.Reconnect {
-			return e
-		}
-		if connected > steadyAfter {
-			wait.Reset()
-		}
-		delay := wait.NextBackOff()
-		c.cfg.Logger.Warn("no session", "reason", e.Error(), "retry_in", delay.Round(time.Millisecond))
+	r := retry{enabled: c.cfg.Reconnect, maxDelay: c.cfg.MaxDelay, logger: c.cfg.Logger}
+	r.waiting = func(everConnected bool, reason string) {
 		state := StateConnecting
 		if everConnected {
 			state = StateReconnecting
@@ -169,13 +140,9 @@ func (c *Client) keepConnected(ctx context.Context) error {
 			c.status.Reconnects++
 			c.mu.Unlock()
 		}
-		c.setState(state, e.Error())
-		select {
-		case <-time.After(delay):
-		case <-ctx.Done():
-			return nil
-		}
+		c.setState(state, reason)
 	}
+	return r.run(ctx, c.session)
 }
 
 // readDevice sends the packets of the host until the device is closed.

@@ -115,9 +115,8 @@ type target struct {
 	verify   string // the name that the certificate has to carry
 }
 
-// resolveTarget checks where c leads.
-func (c *Config) resolveTarget() (target, error) {
-	raw := c.Proxy
+// parseProxy checks where raw, a Config.Proxy, leads. What config says of the name to verify goes before that in raw.
+func parseProxy(raw string, config *tls.Config) (target, error) {
 	if raw == "" {
 		return target{}, usage("proxy", "the name of the proxy is missing")
 	}
@@ -138,8 +137,17 @@ func (c *Config) resolveTarget() (target, error) {
 	}
 	to.host = strings.Trim(to.host, "[]")
 	to.verify = to.host
-	if c.TLS != nil && c.TLS.ServerName != "" {
-		to.verify = c.TLS.ServerName
+	if config != nil && config.ServerName != "" {
+		to.verify = config.ServerName
+	}
+	return to, nil
+}
+
+// resolveTarget checks where c leads, and with which scope.
+func (c *Config) resolveTarget() (target, error) {
+	to, err := parseProxy(c.Proxy, c.TLS)
+	if err != nil {
+		return target{}, err
 	}
 	any := func(s string) string {
 		if s == "" {

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -33,11 +34,25 @@ const (
 
 type controlFunc = func(network, address string, c syscall.RawConn) error
 
-// dialed is an established connection to the proxy with the request stream that it accepted.
+// dialer makes connections to one proxy. It is used by one goroutine at a time.
+type dialer struct {
+	to        target
+	tls       *tls.Config
+	token     string
+	control   controlFunc // of sockets, may be nil
+	resolver  *net.Resolver
+	logger    *slog.Logger
+	lastAddrs []netip.AddrPort // of the proxy
+}
+
+func newDialer(to target, config *tls.Config, token string, control controlFunc, logger *slog.Logger) *dialer {
+	return &dialer{to: to, tls: to.tlsConfig(config), token: token, control: control, resolver: resolver(control), logger: logger}
+}
+
+// dialed is an established connection to the proxy.
 type dialed struct {
 	transport *quic.Transport
 	conn      *quic.Conn
-	stream    *http3.RequestStream
 }
 
 // close ends the connection and frees its socket.
@@ -47,55 +62,59 @@ func (d *dialed) close() {
 	_ = d.transport.Conn.Close()
 }
 
-// dial connects to the proxy and has the request accepted.
-func (c *Client) dial(ctx context.Context) (*dialed, error) {
-	addrs, err := c.resolve(ctx)
+// dial connects to the proxy and makes the first request on the connection, for which request has answerTimeout. Its error
+// ends the connection.
+func (d *dialer) dial(ctx context.Context, request func(context.Context, *http3.ClientConn) error) (*dialed, error) {
+	addrs, err := d.resolve(ctx)
 	if err != nil {
 		return nil, err
 	}
-	d, err := c.race(ctx, addrs)
+	c, err := d.race(ctx, addrs)
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
-	stop := context.AfterFunc(ctx, d.close) // unblocks the exchange
-	err = c.request(ctx, d)
+	stop := context.AfterFunc(ctx, c.close) // unblocks the exchange
+	h3, err := d.handshake(ctx, c.conn)
+	if err == nil {
+		err = request(ctx, h3)
+	}
 	if !stop() {
 		err = ctx.Err() // and not that the connection was closed for it
 	}
 	if err != nil {
-		err = classify(err, d.conn, c.to)
-		d.close()
+		err = classify(err, c.conn, d.to)
+		c.close()
 		return nil, err
 	}
-	return d, nil
+	return c, nil
 }
 
 // resolve finds the addresses of the proxy. When DNS does not answer, those of the last time serve.
-func (c *Client) resolve(ctx context.Context) ([]netip.AddrPort, error) {
-	port, err := strconv.ParseUint(c.to.port, 10, 16)
+func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
+	port, err := strconv.ParseUint(d.to.port, 10, 16)
 	if err != nil || port == 0 {
-		return nil, usage("proxy", "%q is not a port", c.to.port)
+		return nil, usage("proxy", "%q is not a port", d.to.port)
 	}
-	if a, err := netip.ParseAddr(c.to.host); err == nil {
+	if a, err := netip.ParseAddr(d.to.host); err == nil {
 		return []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), uint16(port))}, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
-	found, err := c.resolver.LookupNetIP(ctx, "ip", c.to.host)
+	found, err := d.resolver.LookupNetIP(ctx, "ip", d.to.host)
 	if err != nil {
-		if len(c.lastAddrs) > 0 {
-			c.cfg.Logger.Info("the proxy's name could not be resolved, trying its last addresses", "error", err)
-			return c.lastAddrs, nil
+		if len(d.lastAddrs) > 0 {
+			d.logger.Info("the proxy's name could not be resolved, trying its last addresses", "error", err)
+			return d.lastAddrs, nil
 		}
 		return nil, &Error{
-			Kind: KindUnreachable, Err: err, Reason: fmt.Sprintf("the name %s of the proxy cannot be resolved (%v)", c.to.host, dnsReason(err)),
+			Kind: KindUnreachable, Err: err, Reason: fmt.Sprintf("the name %s of the proxy cannot be resolved (%v)", d.to.host, dnsReason(err)),
 			Remedy: "check its spelling in the configuration, and this host's DNS",
 		}
 	}
-	c.lastAddrs = interleave(found, uint16(port))
-	return c.lastAddrs, nil
+	d.lastAddrs = interleave(found, uint16(port))
+	return d.lastAddrs, nil
 }
 
 func dnsReason(err error) string {
@@ -129,11 +148,11 @@ func interleave(addrs []netip.Addr, port uint16) []netip.AddrPort {
 }
 
 // race dials addrs, each a moment after the one before, and returns the first connection (RFC 8305).
-func (c *Client) race(ctx context.Context, addrs []netip.AddrPort) (*dialed, error) {
+func (d *dialer) race(ctx context.Context, addrs []netip.AddrPort) (*dialed, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type result struct {
-		d   *dialed
+		c   *dialed
 		err error
 	}
 	results := make(chan result)
@@ -145,8 +164,8 @@ func (c *Client) race(ctx context.Context, addrs []netip.AddrPort) (*dialed, err
 				results <- result{nil, ctx.Err()}
 				return
 			}
-			d, err := c.dialAddr(ctx, addr)
-			results <- result{d, err}
+			c, err := d.dialAddr(ctx, addr)
+			results <- result{c, err}
 		}()
 	}
 	var won *dialed
@@ -155,10 +174,10 @@ func (c *Client) race(ctx context.Context, addrs []netip.AddrPort) (*dialed, err
 		r := <-results
 		switch {
 		case r.err == nil && won == nil:
-			won = r.d
+			won = r.c
 			cancel()
 		case r.err == nil:
-			r.d.close()
+			r.c.close()
 		case failed == nil || worse(r.err, failed):
 			failed = r.err
 		}
@@ -175,18 +194,18 @@ func worse(a, b error) bool {
 	return errors.As(a, &x) && (!errors.As(b, &y) || y.Kind == KindUnreachable && x.Kind != KindUnreachable)
 }
 
-func (c *Client) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, error) {
+func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, error) {
 	network := "udp4"
 	if addr.Addr().Is6() {
 		network = "udp6"
 	}
-	lc := net.ListenConfig{Control: c.control}
+	lc := net.ListenConfig{Control: d.control}
 	socket, err := lc.ListenPacket(ctx, network, ":0")
 	if err != nil {
-		return nil, classify(fmt.Errorf("opening a UDP socket: %w", err), nil, c.to)
+		return nil, classify(fmt.Errorf("opening a UDP socket: %w", err), nil, d.to)
 	}
 	t := &quic.Transport{Conn: socket}
-	conn, err := t.Dial(ctx, net.UDPAddrFromAddrPort(addr), c.tls, &quic.Config{
+	conn, err := t.Dial(ctx, net.UDPAddrFromAddrPort(addr), d.tls, &quic.Config{
 		EnableDatagrams:      true,
 		HandshakeIdleTimeout: handshakeTimeout,
 		MaxIdleTimeout:       idleTimeout,
@@ -196,30 +215,52 @@ func (c *Client) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 	if err != nil {
 		_ = t.Close()
 		_ = socket.Close()
-		return nil, classify(err, nil, c.to)
+		return nil, classify(err, nil, d.to)
 	}
 	return &dialed{transport: t, conn: conn}, nil
 }
 
-// request sends the Extended CONNECT request on d and checks the answer (RFC 9484 section 4).
-func (c *Client) request(ctx context.Context, d *dialed) error {
-	h3 := (&http3.Transport{EnableDatagrams: true, DisableCompression: true}).NewClientConn(d.conn)
+// handshake begins HTTP/3 on conn and checks that the far end is a proxy (RFC 9220, RFC 9297 section 2.1.1).
+func (d *dialer) handshake(ctx context.Context, conn *quic.Conn) (*http3.ClientConn, error) {
+	h3 := (&http3.Transport{EnableDatagrams: true, DisableCompression: true}).NewClientConn(conn)
 	select {
 	case <-h3.ReceivedSettings():
 	case <-h3.Context().Done():
-		return context.Cause(h3.Context())
+		return nil, context.Cause(h3.Context())
 	case <-ctx.Done():
-		return ctx.Err()
+		return nil, ctx.Err()
 	}
 	switch s := h3.Settings(); {
 	case !s.EnableExtendedConnect:
-		return &Error{Kind: KindUsage, Reason: c.to.host + " does not offer Extended CONNECT, so it is no proxy for IP", Remedy: "check the name and the port of the proxy"}
+		return nil, &Error{Kind: KindUsage, Reason: d.to.host + " does not offer Extended CONNECT, so it is no MASQUE proxy", Remedy: "check the name and the port of the proxy"}
 	case !s.EnableDatagrams:
-		return &Error{Kind: KindUsage, Reason: c.to.host + " does not offer HTTP Datagrams, so it is no proxy for IP", Remedy: "check the name and the port of the proxy"}
+		return nil, &Error{Kind: KindUsage, Reason: d.to.host + " does not offer HTTP Datagrams, so it is no MASQUE proxy", Remedy: "check the name and the port of the proxy"}
 	}
+	return h3, nil
+}
+
+// identify adds to the header of a request what tells the proxy who asks.
+func (d *dialer) identify(h http.Header) {
+	h.Set("User-Agent", "masque-client")
+	if d.token != "" {
+		h.Set("Authorization", "Bearer "+d.token)
+	}
+}
+
+// dial connects to the proxy and has the request of the tunnel accepted.
+func (c *Client) dial(ctx context.Context) (d *dialed, str *http3.RequestStream, err error) {
+	d, err = c.dialer.dial(ctx, func(ctx context.Context, h3 *http3.ClientConn) (err error) {
+		str, err = c.request(ctx, h3)
+		return err
+	})
+	return d, str, err
+}
+
+// request sends the Extended CONNECT request of the tunnel and checks the answer (RFC 9484 section 4).
+func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.RequestStream, error) {
 	u, err := c.to.template.Expand(c.to.scope)
 	if err != nil {
-		return usage("proxy", "%v", err)
+		return nil, usage("proxy", "%v", err)
 	}
 	req := (&http.Request{
 		Method: http.MethodConnect,
@@ -229,23 +270,21 @@ func (c *Client) request(ctx context.Context, d *dialed) error {
 		Header: http.Header{
 			http3.CapsuleProtocolHeader: {"?1"},
 			connectip.InstanceHeader:    {c.instance},
-			"User-Agent":                {"masque-client"},
 		},
 	}).WithContext(ctx)
-	if c.cfg.Token != "" {
-		req.Header.Set("Authorization", "Bearer "+c.cfg.Token)
-	}
-	if d.stream, err = h3.OpenRequestStream(ctx); err != nil {
-		return err
-	}
-	if err := d.stream.SendRequestHeader(req); err != nil {
-		return err
-	}
-	rsp, err := d.stream.ReadResponse()
+	c.dialer.identify(req.Header)
+	str, err := h3.OpenRequestStream(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return checkResponse(rsp)
+	if err := str.SendRequestHeader(req); err != nil {
+		return nil, err
+	}
+	rsp, err := str.ReadResponse()
+	if err != nil {
+		return nil, err
+	}
+	return str, checkResponse(rsp)
 }
 
 // checkResponse returns nil for a success (RFC 9484 section 4.5) that is well-formed (RFC 9297 section 3.2).
@@ -278,11 +317,11 @@ func checkResponse(rsp *http.Response) error {
 	}
 }
 
-// tlsConfig is what the proxy is dialed with.
-func (c *Config) tlsConfig(to target) *tls.Config {
+// tlsConfig is what the proxy is dialed with: base, which may be nil, completed.
+func (to target) tlsConfig(base *tls.Config) *tls.Config {
 	t := &tls.Config{}
-	if c.TLS != nil {
-		t = c.TLS.Clone()
+	if base != nil {
+		t = base.Clone()
 	}
 	t.ServerName = to.verify
 	t.NextProtos = []string{http3.NextProtoH3}

@@ -118,10 +118,10 @@ func TestSilentProxy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.control = nil
+	c.dialer.control = nil
 	ctx, cancel := context.WithTimeout(t.Context(), answerTimeout/20)
 	defer cancel()
-	_, err = c.dial(ctx)
+	_, _, err = c.dial(ctx)
 	var e *Error
 	if !errors.As(err, &e) || e.Kind != KindUnreachable || !strings.Contains(e.Reason, "does not answer") {
 		t.Errorf("got %v", err)

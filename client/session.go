@@ -39,13 +39,13 @@ type session struct {
 
 // session dials, keeps the session until it ends, and returns why it ended and how long it was connected.
 func (c *Client) session(ctx context.Context) (connected time.Duration, err error) {
-	d, err := c.dial(ctx)
+	d, str, err := c.dial(ctx)
 	if err != nil {
 		return 0, err
 	}
 	defer d.close()
 	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1)}
-	s.conn = connectip.New(d.stream, d.conn, connectip.Config{
+	s.conn = connectip.New(str, d.conn, connectip.Config{
 		Device:  c.device,
 		Handler: connectip.Handler{Assigned: s.handleAssigned, Routes: s.handleRoutes, MTU: func(int) { s.changed() }},
 		Static:  c.cfg.Static,
@@ -71,7 +71,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 
 	since, err := s.keep(ctx, ended)
 	if errors.Is(err, errEnded) {
-		err = s.whyEnded(<-ended)
+		err = whyEnded(<-ended, s.quic, c.to)
 	} else {
 		cancel()
 		<-ended
@@ -90,7 +90,7 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 	c := s.c
 	if len(c.cfg.Static) == 0 {
 		if err := s.conn.Request(c.wanted()); err != nil {
-			return connected, s.whyEnded(err)
+			return connected, whyEnded(err, s.quic, c.to)
 		}
 	}
 	probes, stopProbes := context.WithCancel(ctx)
@@ -262,27 +262,4 @@ func (s *session) notConfigured() error {
 		what = "assigned no addresses"
 	}
 	return &Error{Kind: KindRefused, Reason: fmt.Sprintf("the proxy %s within %v", what, configTimeout), Remedy: "ask its operator"}
-}
-
-// whyEnded explains the end of the stream by that of the connection, where that ended first.
-func (s *session) whyEnded(err error) error {
-	cause := err // that of the connection, but its context may end a little later
-	if s.quic.Context().Err() != nil {
-		cause = context.Cause(s.quic.Context())
-	}
-	var app *quic.ApplicationError
-	var reset *quic.StatelessResetError
-	var idle *quic.IdleTimeoutError
-	switch {
-	case errors.As(cause, &app) && app.Remote:
-		return &Error{Kind: KindFailure, Reason: "the proxy closed the connection", Err: cause}
-	case errors.As(cause, &reset):
-		return &Error{Kind: KindFailure, Reason: "the proxy was restarted", Err: cause}
-	case errors.As(cause, &idle):
-		return &Error{Kind: KindUnreachable, Reason: fmt.Sprintf("nothing came from the proxy for %v", idleTimeout), Err: cause}
-	}
-	if s.quic.Context().Err() == nil {
-		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the session ended (%v)", err), Err: err}
-	}
-	return classify(cause, s.quic, s.c.to)
 }

@@ -1,0 +1,59 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+)
+
+const (
+	// steadyAfter is how long a session has to last for the next wait before reconnecting to be short again.
+	steadyAfter = 10 * time.Second
+	firstDelay  = 250 * time.Millisecond
+)
+
+// retry says what follows when a session ends or none comes about.
+type retry struct {
+	enabled  bool
+	maxDelay time.Duration // between attempts
+	logger   *slog.Logger
+	waiting  func(everConnected bool, reason string) // called before each wait
+}
+
+// run has one session after another until ctx ends, which gives nil, or until trying again cannot help. session returns why
+// it ended, and how long it was connected.
+func (r retry) run(ctx context.Context, session func(context.Context) (connected time.Duration, err error)) error {
+	wait := &backoff.ExponentialBackOff{
+		InitialInterval: firstDelay, RandomizationFactor: backoff.DefaultRandomizationFactor, Multiplier: 2, MaxInterval: r.maxDelay,
+	}
+	wait.Reset()
+	everConnected := false
+	for {
+		connected, err := session(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		everConnected = everConnected || connected > 0
+		var e *Error
+		if !errors.As(err, &e) {
+			e = &Error{Kind: KindFailure, Reason: err.Error(), Err: err}
+		}
+		if e.Kind.final() || e.Kind == KindRefused && !everConnected || !r.enabled {
+			return e
+		}
+		if connected > steadyAfter {
+			wait.Reset()
+		}
+		delay := wait.NextBackOff()
+		r.logger.Warn("no session", "reason", e.Error(), "retry_in", delay.Round(time.Millisecond))
+		r.waiting(everConnected, e.Error())
+		select {
+		case <-time.After(delay):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
