@@ -329,6 +329,18 @@ func TestDatagramCapsule(t *testing.T) {
 	}
 }
 
+// What a capsule carries may be longer than any datagram.
+func TestLongestPacket(t *testing.T) {
+	client, proxy := remoteAccess(t, Config{})
+	pkt := echoPacket(clientAddr4, target4, 64, 65530)[Headroom:]
+	if _, err := client.stream.Write((&capsule.Datagram{Payload: append([]byte{contextIPPacket}, pkt...)}).Append(nil)); err != nil {
+		t.Fatal(err)
+	}
+	if got := proxy.device.next(t); !bytes.Equal(got, pkt) {
+		t.Errorf("got %d bytes of %d", len(got), len(pkt))
+	}
+}
+
 func TestUnknownContextIsDropped(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	prefix := quicvarint.Append(nil, uint64(client.stream.StreamID())/4)

@@ -8,8 +8,9 @@ import (
 const (
 	// inboxLen is how many packets wait between QUIC and the device, at most. It only has to cover a scheduling delay.
 	inboxLen = 512
-	// mergedPacket is the room for a packet on its way to the device: the device may append the segments that follow.
-	mergedPacket = 1 << 16
+	// mergedPacket is the room for the longest packet, and its headroom, on its way to the device: the device may append the
+	// segments that follow.
+	mergedPacket = Headroom + 1<<16
 )
 
 // inbox takes packets from QUIC one by one and hands them to the device in batches, which lets the device merge the
