@@ -318,7 +318,7 @@ func (s *Server) UsersChanged() {
 		return
 	}
 	for _, ss := range s.sessions.list() {
-		if _, ok := s.cfg.Users.ByName(ss.user.Name); !ok {
+		if _, ok := s.cfg.Users.ByName(ss.user.Name); !ok && ss.user.Name != "" { // "" without authentication
 			ss.stop(errRevoked)
 		}
 	}
