@@ -1,5 +1,6 @@
 // Package capsule encodes, decodes and validates the capsules of CONNECT-IP
-// (RFC 9484 section 4.7) and the DATAGRAM capsule (RFC 9297 section 3.5).
+// (RFC 9484 section 4.7, draft-ietf-masque-connect-ip-dns-06) and the DATAGRAM
+// capsule (RFC 9297 section 3.5).
 //
 // The package is strict in what it accepts: whatever RFC 9484 has a receiver
 // abort the stream for is an error that matches [ErrMalformed] and names the
@@ -22,6 +23,10 @@ const (
 	TypeAddressAssign      Type = 1 // RFC 9484 section 4.7.1
 	TypeAddressRequest     Type = 2 // RFC 9484 section 4.7.2
 	TypeRouteAdvertisement Type = 3 // RFC 9484 section 4.7.3
+
+	// These two are provisional until the draft is an RFC.
+	TypeDNSAssign Type = 0x1ace79ec // draft-ietf-masque-connect-ip-dns-06 section 3.4
+	TypePREF64    Type = 0x274c0fbc // draft-ietf-masque-connect-ip-dns-06 section 4.1
 )
 
 // String returns the registered name of the type, or its number.
@@ -35,12 +40,16 @@ func (t Type) String() string {
 		return "ADDRESS_REQUEST"
 	case TypeRouteAdvertisement:
 		return "ROUTE_ADVERTISEMENT"
+	case TypeDNSAssign:
+		return "DNS_ASSIGN"
+	case TypePREF64:
+		return "PREF64"
 	}
 	return "0x" + strconv.FormatUint(uint64(t), 16)
 }
 
-// Capsule is one of *[AddressAssign], *[AddressRequest], *[RouteAdvertisement] and
-// *[Datagram].
+// Capsule is one of *[AddressAssign], *[AddressRequest], *[RouteAdvertisement],
+// *[DNSAssign], *[PREF64] and *[Datagram].
 type Capsule interface {
 	// Type returns the type of the capsule.
 	Type() Type

@@ -148,7 +148,9 @@ func TestTypeString(t *testing.T) {
 		TypeAddressAssign:      "ADDRESS_ASSIGN",
 		TypeAddressRequest:     "ADDRESS_REQUEST",
 		TypeRouteAdvertisement: "ROUTE_ADVERTISEMENT",
-		0x1ace79ec:             "0x1ace79ec",
+		TypeDNSAssign:          "DNS_ASSIGN",
+		TypePREF64:             "PREF64",
+		0x1ace79ed:             "0x1ace79ed",
 	} {
 		if got := typ.String(); got != want {
 			t.Errorf("Type(%d) is %q, want %q", uint64(typ), got, want)
@@ -232,6 +234,12 @@ var genCapsule = rapid.OneOf(
 	}),
 	rapid.Custom(func(t *rapid.T) Capsule {
 		return &Datagram{rapid.SliceOfN(rapid.Byte(), 0, 100).Draw(t, "payload")}
+	}),
+	rapid.Custom(func(t *rapid.T) Capsule {
+		return &DNSAssign{rapid.SliceOfN(genDNS, 0, 3).Draw(t, "configurations")}
+	}),
+	rapid.Custom(func(t *rapid.T) Capsule {
+		return &PREF64{rapid.SliceOfN(genNAT64, 0, 8).Draw(t, "prefixes")}
 	}),
 )
 

@@ -19,7 +19,7 @@ var (
 // Error is a capsule that breaks the rules of its RFC. It matches [ErrMalformed].
 type Error struct {
 	Type   Type
-	Entry  int    // index of the address or route, from 0; -1: the capsule as a whole
+	Entry  int    // index of the address, route, configuration or prefix, from 0; -1: the capsule as a whole
 	Field  string // as its RFC calls it, such as "IP Prefix Length"; may be empty
 	Reason string
 }
@@ -44,7 +44,8 @@ func errorf(t Type, entry int, field, format string, args ...any) error {
 	return &Error{Type: t, Entry: entry, Field: field, Reason: fmt.Sprintf(format, args...)}
 }
 
-// The names of fields in errors, as in the figures of RFC 9484 and RFC 9297.
+// The names of fields in errors, as in the figures of RFC 9484 and RFC 9297, and
+// those of draft-ietf-masque-connect-ip-dns-06 in the last two groups.
 const (
 	fieldLength       = "Capsule Length"
 	fieldValue        = "Capsule Value"
@@ -55,4 +56,18 @@ const (
 	fieldStart        = "Start IP Address"
 	fieldEnd          = "End IP Address"
 	fieldProtocol     = "IP Protocol"
+
+	fieldNameserverCount = "Nameserver Count"
+	fieldPriority        = "Service Priority"
+	fieldIPv4Count       = "IPv4 Address Count"
+	fieldIPv6Count       = "IPv6 Address Count"
+	fieldAuthName        = "Authentication Domain Name"
+	fieldParams          = "Service Parameters"
+	fieldInternalCount   = "Internal Domain Count"
+	fieldInternalDomain  = "Internal Domain"
+	fieldSearchCount     = "Search Domain Count"
+	fieldSearchDomain    = "Search Domain"
+
+	fieldNAT64Length = "Prefix Length"
+	fieldNAT64Prefix = "Prefix"
 )

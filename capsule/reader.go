@@ -132,7 +132,9 @@ func valueError(t Type, n, length uint64, err error) error {
 }
 
 // known reports whether capsules of type t are decoded, not skipped.
-func (t Type) known() bool { return t <= TypeRouteAdvertisement }
+func (t Type) known() bool {
+	return t <= TypeRouteAdvertisement || t == TypeDNSAssign || t == TypePREF64
+}
 
 // decode decodes and validates the value of a capsule of a known type.
 func (r *Reader) decode(t Type, value []byte) (Capsule, error) {
@@ -150,6 +152,14 @@ func (r *Reader) decode(t Type, value []byte) (Capsule, error) {
 	case TypeRouteAdvertisement:
 		a := new(RouteAdvertisement)
 		a.Routes, err = decodeRoutes(value)
+		c = a
+	case TypeDNSAssign:
+		a := new(DNSAssign)
+		a.Configurations, err = decodeDNS(value)
+		c = a
+	case TypePREF64:
+		a := new(PREF64)
+		a.Prefixes, err = decodePREF64(value)
 		c = a
 	default: // a packet, and so without allocation
 		r.datagram.Payload = value

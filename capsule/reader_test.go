@@ -168,7 +168,7 @@ func TestReaderTooLarge(t *testing.T) {
 	if _, err := NewReader(bytes.NewReader(two.Append(nil)), limit).Next(); err != nil {
 		t.Errorf("a value of the limit: %v", err)
 	}
-	for typ := TypeDatagram; typ <= TypeRouteAdvertisement; typ++ {
+	for _, typ := range []Type{TypeDatagram, TypeAddressAssign, TypeAddressRequest, TypeRouteAdvertisement, TypeDNSAssign, TypePREF64} {
 		for _, length := range []uint64{limit + 1, 1 << 32, quicvarint.Max} {
 			// The value never arrives: the length alone decides.
 			b := quicvarint.Append(quicvarint.Append(nil, uint64(typ)), length)
@@ -285,6 +285,13 @@ func FuzzReader(f *testing.F) {
 		f.Add(v.bytes(f))
 	}
 	f.Add(append(unknownCapsule("skip me"), (&AddressAssign{[]Address{address(0, "0.0.0.0/0")}}).Append(nil)...))
+	f.Add((&DNSAssign{[]DNSConfiguration{{
+		Nameservers: []Nameserver{{
+			Priority: 1, Addresses: addrs("192.0.2.1", "2001:db8::1"), AuthName: "a.example", ALPN: []string{"dot"}, NoDefaultALPN: true,
+			Port: 853, DoHPath: "/", Params: []SvcParam{{0, []byte{0, 3}}, {5, []byte("x")}, {9, nil}},
+		}},
+		InternalDomains: []string{""}, SearchDomains: []string{"b.example"},
+	}}}).Append(nil))
 	const limit = 1 << 10
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r := NewReader(bytes.NewReader(b), limit)
