@@ -54,6 +54,8 @@ type Config struct {
 	Journal           string    // path of a file that lets the next start clean up after a crash; "" for none
 	Logger            *slog.Logger
 
+	// Resolver finds the addresses of the names in requests; default: what the host is configured with.
+	Resolver Resolver
 	// OpenDevice and OpenNetwork replace the TUN device and the kernel's routing, for use without privileges.
 	OpenDevice  func() (Device, error)
 	OpenNetwork func(Device) (Network, error)
@@ -167,6 +169,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.MaxSessionsPerUser == 0 {
 		c.MaxSessionsPerUser = DefaultSessionsPerUser
+	}
+	if c.Resolver == nil {
+		c.Resolver = net.DefaultResolver
 	}
 	if c.LocalAddrs == nil {
 		c.LocalAddrs = interfaceAddrs

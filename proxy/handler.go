@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dunglas/httpsfv"
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 
@@ -28,11 +29,29 @@ type handler struct {
 type refusal struct {
 	status      int
 	proxyStatus string // error type, "" for none
+	rcode       string // parameter of dns_error, "" for none
 	reason      error
 }
 
 func refuse(status int, proxyStatus, format string, args ...any) *refusal {
-	return &refusal{status, proxyStatus, fmt.Errorf(format, args...)}
+	return &refusal{status: status, proxyStatus: proxyStatus, reason: fmt.Errorf(format, args...)}
+}
+
+// field returns the value of Proxy-Status by which the proxy called name tells the client why, "" for none.
+func (r *refusal) field(name string) string {
+	if r.proxyStatus == "" {
+		return ""
+	}
+	item := httpsfv.NewItem(name)
+	item.Params.Add("error", httpsfv.Token(r.proxyStatus))
+	if r.rcode != "" {
+		item.Params.Add("rcode", r.rcode)
+	}
+	s, err := httpsfv.Marshal(httpsfv.List{item})
+	if err != nil {
+		return "" // a name that no field can carry
+	}
+	return s
 }
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -43,8 +62,8 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if refused.status == http.StatusUnauthorized {
 			w.Header().Set("WWW-Authenticate", "Bearer")
 		}
-		if refused.proxyStatus != "" {
-			w.Header().Set("Proxy-Status", fmt.Sprintf("%q; error=%s", h.s.cfg.Name, refused.proxyStatus))
+		if s := refused.field(h.s.cfg.Name); s != "" {
+			w.Header().Set("Proxy-Status", s)
 		}
 		w.WriteHeader(refused.status)
 		return
@@ -75,7 +94,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	if refused := datagramsEnabled(w, r); refused != nil {
 		return nil, refused
 	}
-	routes, refused := h.s.routesFor(r.Context(), scope)
+	reach, refused := h.s.reach(r.Context(), user, scope)
 	if refused != nil {
 		return nil, refused
 	}
@@ -86,7 +105,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		user:     user,
 		instance: r.Header.Get(connectip.InstanceHeader),
 		scope:    scope,
-		routes:   routes,
+		reach:    reach,
 		since:    time.Now(),
 		quic:     r.Context().Value(connKey{}).(*quic.Conn),
 		queue:    make(chan packet, queueLen),

@@ -84,8 +84,8 @@ func start(t *testing.T, change func(*Config)) *http3.ClientConn {
 	return h3
 }
 
-// request sends one request and returns the answer and its stream.
-func request(t *testing.T, h3 *http3.ClientConn, method, protocol, path string, header http.Header) (*http.Response, *http3.RequestStream) {
+// send sends one request and returns its stream.
+func send(t *testing.T, h3 *http3.ClientConn, method, protocol, path string, header http.Header) *http3.RequestStream {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, "https://localhost"+path, nil)
 	if err != nil {
@@ -104,6 +104,13 @@ func request(t *testing.T, h3 *http3.ClientConn, method, protocol, path string, 
 	if err := str.SendRequestHeader(req); err != nil {
 		t.Fatal(err)
 	}
+	return str
+}
+
+// request sends one request and returns the answer and its stream.
+func request(t *testing.T, h3 *http3.ClientConn, method, protocol, path string, header http.Header) (*http.Response, *http3.RequestStream) {
+	t.Helper()
+	str := send(t, h3, method, protocol, path, header)
 	rsp, err := str.ReadResponse()
 	if err != nil {
 		t.Fatal(err)

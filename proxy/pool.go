@@ -77,6 +77,9 @@ func (p *pool) contains(a netip.Addr) bool {
 	return f != nil && f.prefix.Contains(a) && a != f.gateway
 }
 
+// serves reports whether the pool has addresses of a's family.
+func (p *pool) serves(a netip.Addr) bool { return p.family(a) != nil }
+
 func (p *pool) family(a netip.Addr) *family {
 	for _, f := range p.families {
 		if f.prefix.Addr().Is4() == a.Is4() {

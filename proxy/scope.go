@@ -27,19 +27,75 @@ var builtinDenied = []netip.Prefix{
 	netip.MustParsePrefix("fd00:ec2::254/128"),
 }
 
-// routesFor returns what is advertised to a client that asked for scope (RFC 9484 section 4.6): the proxy's routes and its
-// own addresses, as far as the scope reaches.
-func (s *Server) routesFor(_ context.Context, scope connectip.Scope) ([]capsule.Route, *refusal) {
-	if !scope.IsZero() {
-		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited", "%v: scoped requests are not served", scope)
+// reach returns the addresses that a request with the given scope is about, nil for all, with its name resolved (RFC 9484
+// section 4.6). Of a name's addresses it has those that clients may reach; a scope of which they reach nothing is refused.
+func (s *Server) reach(ctx context.Context, user User, scope connectip.Scope) (*netipx.IPSet, *refusal) {
+	var b netipx.IPSetBuilder
+	switch {
+	case scope.Name != "":
+		addrs, refused := s.resolve(ctx, user, scope.Name)
+		if refused != nil {
+			return nil, refused
+		}
+		for _, a := range addrs {
+			b.Add(a)
+		}
+		for _, p := range s.deniedNow() {
+			b.RemovePrefix(p)
+		}
+	case scope.Prefix.IsValid():
+		b.AddPrefix(scope.Prefix)
+	default:
+		return nil, nil
 	}
-	advertise := slices.Clone(s.cfg.Advertise)
+	set, err := b.IPSet()
+	if err != nil {
+		return nil, refuse(http.StatusInternalServerError, "proxy_internal_error", "%v: %v", scope, err)
+	}
+	if routes, err := s.routes(set, scope.Protocol, s.pool.serves); err != nil || s.allDenied(routes) {
+		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited", "%v: the client may reach nothing of it", scope)
+	}
+	return set, nil
+}
+
+// routes returns what is advertised to a client whose request is about the addresses of reach, nil for all, and one protocol,
+// 0 for all: as far as the scope reaches, the proxy's routes and its own addresses. A family without addresses for the client
+// has no use for routes; families says which have some.
+func (s *Server) routes(reach *netipx.IPSet, protocol uint8, families func(netip.Addr) bool) ([]capsule.Route, error) {
+	var b netipx.IPSetBuilder
+	for _, p := range s.cfg.Advertise {
+		b.AddPrefix(p)
+	}
 	for _, g := range s.pool.gatewayAddrs() {
-		advertise = append(advertise, netip.PrefixFrom(g, g.BitLen()))
+		b.Add(g)
 	}
-	// A family without addresses has no use for routes.
-	advertise = slices.DeleteFunc(advertise, func(p netip.Prefix) bool { return s.pool.family(p.Addr()) == nil })
-	return capsule.Routes(advertise, scope.Protocol), nil
+	if reach != nil {
+		b.Intersect(reach)
+	}
+	set, err := b.IPSet()
+	if err != nil {
+		return nil, err
+	}
+	routes := []capsule.Route{}
+	for _, r := range set.Ranges() {
+		if families(r.From()) {
+			routes = append(routes, capsule.Route{Start: r.From(), End: r.To(), Protocol: protocol})
+		}
+	}
+	return routes, nil
+}
+
+// allDenied reports whether routes lead nowhere that a client may go.
+func (s *Server) allDenied(routes []capsule.Route) bool {
+	var b netipx.IPSetBuilder
+	for _, r := range routes {
+		b.AddRange(netipx.IPRangeFrom(r.Start, r.End))
+	}
+	for _, p := range s.deniedNow() {
+		b.RemovePrefix(p)
+	}
+	set, err := b.IPSet()
+	return err != nil || len(set.Ranges()) == 0
 }
 
 // refreshDenied works out where packets of clients may not go: the built-in and the configured destinations, the proxy's

@@ -56,6 +56,7 @@ type Server struct {
 	unrouted   connectip.Traffic // packets of the device that no session took
 	ended      connectip.Stats   // the sum of the sessions that ended
 	requests   requestCounts
+	lookups    lookups
 
 	mu     sync.Mutex
 	denied []netip.Prefix

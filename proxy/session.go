@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/quic-go/quic-go"
+	"go4.org/netipx"
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
@@ -30,7 +31,7 @@ type session struct {
 	// client whose path broke gets its addresses back before the proxy has noticed. "" when the client sends none.
 	instance string
 	scope    connectip.Scope
-	routes   []capsule.Route
+	reach    *netipx.IPSet // the addresses of scope, nil for all
 	since    time.Time
 	quic     *quic.Conn
 	queue    chan packet
@@ -40,9 +41,13 @@ type session struct {
 	stop     context.CancelCauseFunc
 	done     chan struct{} // closed when everything it held is given back
 
+	advertising sync.Mutex // orders advertisements; taken before mu, which is not held while the client does not read
+
 	mu        sync.Mutex
 	conn      *connectip.Conn   // nil until the request is answered
 	addresses []capsule.Address // granted, as assigned to the client
+	asked     bool              // the client asked for addresses
+	routes    []capsule.Route   // as advertised; nil before the first time
 }
 
 // The causes for which the proxy ends a session.
@@ -71,7 +76,7 @@ func (ss *session) run(str connectip.Stream) error {
 	inner, cancel := context.WithCancel(ss.ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { ss.sendQueued(inner, conn) })
-	err := conn.Advertise(ss.routes)
+	err := ss.advertise()
 	if err != nil {
 		ss.stop(err)
 	}
@@ -104,7 +109,10 @@ func (ss *session) sendQueued(ctx context.Context, conn *connectip.Conn) {
 // addressesRequested assigns the client its full list of addresses (RFC 9484 section 4.7.2). A client that does not read
 // holds up this alone: ss.mu is not held.
 func (ss *session) addressesRequested(requested []capsule.Address) error {
-	return ss.conn.Assign(ss.answer(requested))
+	if err := ss.conn.Assign(ss.answer(requested)); err != nil {
+		return err
+	}
+	return ss.advertise()
 }
 
 // answer leases what the client asks for and returns its full list of addresses, refusals included.
@@ -122,6 +130,7 @@ func (ss *session) answer(requested []capsule.Address) []capsule.Address {
 		ss.addresses = append(ss.addresses, a)
 		answer = append(answer, a)
 	}
+	ss.asked = true
 	ss.log.Info("addresses assigned", "addresses", prefixes(ss.addresses))
 	return answer
 }
@@ -138,6 +147,31 @@ func (ss *session) lease(r capsule.Address) (capsule.Address, error) {
 	p := netip.PrefixFrom(a, a.BitLen())
 	ss.server.table.insert(p, ss)
 	return capsule.Address{RequestID: r.RequestID, Prefix: p}, nil
+}
+
+// advertise tells the client its routes, unless they are what it was told last.
+func (ss *session) advertise() error {
+	ss.advertising.Lock()
+	defer ss.advertising.Unlock()
+	ss.mu.Lock()
+	routes, err := ss.server.routes(ss.reach, ss.scope.Protocol, ss.uses)
+	same := ss.routes != nil && slices.Equal(routes, ss.routes)
+	if err == nil {
+		ss.routes = routes
+	}
+	ss.mu.Unlock()
+	if err != nil || same {
+		return err
+	}
+	return ss.conn.Advertise(routes)
+}
+
+// uses reports whether the client has, or may still get, addresses of a's family. ss.mu is held.
+func (ss *session) uses(a netip.Addr) bool {
+	if !ss.asked {
+		return ss.server.pool.serves(a)
+	}
+	return slices.ContainsFunc(ss.addresses, func(held capsule.Address) bool { return held.Prefix.Addr().Is4() == a.Is4() })
 }
 
 // setDenied replaces the destinations that the client may not reach.
@@ -191,8 +225,8 @@ func (ss *session) status() SessionStatus {
 		s.State = "connecting"
 	}
 	s.Addresses = prefixes(ss.addresses)
-	ss.mu.Unlock()
 	s.SetRoutes(ss.routes)
+	ss.mu.Unlock()
 	s.RTT = ss.quic.ConnectionStats().SmoothedRTT.Microseconds()
 	s.SetTraffic(&ss.stats)
 	return s

@@ -1,0 +1,96 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	lookupTimeout = 5 * time.Second
+	// maxLookups and maxLookupsOfUser are how many names are being looked up at once, in all and for one user.
+	maxLookups       = 64
+	maxLookupsOfUser = 8
+	// maxResolved is how many addresses of one name count.
+	maxResolved = 64
+)
+
+// Resolver finds the addresses of DNS names; *net.Resolver is one. Errors should be, or wrap, a *net.DNSError.
+type Resolver interface {
+	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
+}
+
+// resolve returns the addresses of name, IPv4 and IPv6, or why there are none in the terms of RFC 9209 section 2.3.
+func (s *Server) resolve(ctx context.Context, user User, name string) ([]netip.Addr, *refusal) {
+	if !s.lookups.begin(user.Name) {
+		return nil, refuse(http.StatusServiceUnavailable, "connection_limit_reached", "user %q: too many names are being resolved", user.Name)
+	}
+	defer s.lookups.end(user.Name)
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
+	defer cancel()
+	found, err := s.cfg.Resolver.LookupNetIP(ctx, "ip", name)
+	if err == nil && len(found) == 0 {
+		err = &net.DNSError{Err: "it has no addresses", Name: name, IsNotFound: true}
+	}
+	if err != nil {
+		return nil, notResolved(name, err)
+	}
+	var addrs []netip.Addr
+	for _, a := range found {
+		a = a.Unmap().WithZone("")
+		if len(addrs) < maxResolved && !slices.Contains(addrs, a) {
+			addrs = append(addrs, a)
+		}
+	}
+	return addrs, nil
+}
+
+// notResolved is the answer to a request whose name was not resolved.
+func notResolved(name string, err error) *refusal {
+	var dns *net.DNSError
+	isDNS := errors.As(err, &dns)
+	if errors.Is(err, context.DeadlineExceeded) || isDNS && dns.IsTimeout {
+		return refuse(http.StatusGatewayTimeout, "dns_timeout", "resolving %q: %w", name, err)
+	}
+	r := refuse(http.StatusBadGateway, "dns_error", "resolving %q: %w", name, err)
+	if isDNS && dns.IsNotFound {
+		r.rcode = "NXDOMAIN"
+	}
+	return r
+}
+
+// lookups counts the names that are being looked up.
+type lookups struct {
+	mu     sync.Mutex
+	total  int
+	ofUser map[string]int
+}
+
+// begin reports whether one more may begin, which then has to end. Users without a name are one that has the whole limit.
+func (l *lookups) begin(user string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.total >= maxLookups || user != "" && l.ofUser[user] >= maxLookupsOfUser {
+		return false
+	}
+	if l.ofUser == nil {
+		l.ofUser = make(map[string]int)
+	}
+	l.total++
+	l.ofUser[user]++
+	return true
+}
+
+func (l *lookups) end(user string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.total--
+	if l.ofUser[user]--; l.ofUser[user] == 0 {
+		delete(l.ofUser, user)
+	}
+}
