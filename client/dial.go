@@ -28,8 +28,10 @@ const (
 	answerTimeout    = 10 * time.Second
 	// attemptDelay is the time after which the next address of the proxy is tried as well (RFC 8305 section 5).
 	attemptDelay = 250 * time.Millisecond
-	// initialPacketSize leaves room for an IPv6 packet of 1280 bytes in a datagram and fits, with its headers, a path of 1400 bytes.
+	// initialPacketSize leaves room for an IPv6 packet of 1280 bytes in a datagram and fits, with its headers, a path of 1400
+	// bytes. smallPacketSize is what every path of QUIC carries.
 	initialPacketSize = 1350
+	smallPacketSize   = 1200
 )
 
 type controlFunc = func(network, address string, c syscall.RawConn) error
@@ -43,6 +45,7 @@ type dialer struct {
 	resolver  *net.Resolver
 	logger    *slog.Logger
 	lastAddrs []netip.AddrPort // of the proxy
+	timeouts  int              // attempts that got no answer
 }
 
 func newDialer(to target, config *tls.Config, token string, control controlFunc, logger *slog.Logger) *dialer {
@@ -70,6 +73,10 @@ func (d *dialer) dial(ctx context.Context, request func(context.Context, *http3.
 		return nil, err
 	}
 	c, err := d.race(ctx, addrs)
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		d.timeouts++
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -210,7 +217,7 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 		HandshakeIdleTimeout: handshakeTimeout,
 		MaxIdleTimeout:       idleTimeout,
 		KeepAlivePeriod:      keepAlive,
-		InitialPacketSize:    initialPacketSize,
+		InitialPacketSize:    d.packetSize(),
 	})
 	if err != nil {
 		_ = t.Close()
@@ -218,6 +225,15 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 		return nil, classify(err, nil, d.to)
 	}
 	return &dialed{transport: t, conn: conn}, nil
+}
+
+// packetSize is the size of the first QUIC packets, in bytes. When an attempt gets no answer, the path may be too narrow for
+// them: two attempts with small packets follow, because it takes the proxy one of them to notice.
+func (d *dialer) packetSize() uint16 {
+	if d.timeouts%3 == 0 {
+		return initialPacketSize
+	}
+	return smallPacketSize
 }
 
 // handshake begins HTTP/3 on conn and checks that the far end is a proxy (RFC 9220, RFC 9297 section 2.1.1).

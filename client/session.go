@@ -111,13 +111,17 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 		case <-firstPacket:
 			firstPacket = nil
 			connected = time.Now()
-			c.setState(StateConnected, "")
+			c.setState(StateConnected, s.limits())
 			c.cfg.Logger.Info("connected", "addresses", s.addresses(), "mtu", s.conn.MTU())
 		case <-s.wake:
 			time.Sleep(settleDelay)
 			complete, err := s.apply()
 			if err != nil {
 				return connected, err
+			}
+			if reason := s.limits(); !connected.IsZero() && reason != c.Status().Reason {
+				c.setState(StateConnected, reason)
+				c.cfg.Logger.Warn("the path has changed", "mtu", s.conn.MTU(), "limits", reason)
 			}
 			if complete && !probing {
 				configured.Stop()
@@ -203,29 +207,34 @@ func (s *session) apply() (complete bool, err error) {
 			return false, err
 		}
 	}
-	if path := s.conn.MTU(); path < minMTU {
-		c.cfg.Logger.Warn("the path is too narrow for IPv6, which is left out", "mtu", path, "needed", minMTU)
-		state.Addresses = onlyIPv4(state.Addresses)
-		state.Routes = onlyIPv4(state.Routes)
-	}
 	c.current.Store(s.conn) // before the kernel sends packets here
 	if err := c.network.Apply(state); err != nil {
 		return false, &Error{Kind: KindRefused, Err: err, Reason: fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err)}
 	}
 	c.had = addrs
 	c.mu.Lock()
-	c.status.Interface, c.status.MTU, c.status.Addresses = c.device.Name(), state.MTU, state.Addresses
+	c.status.Interface, c.status.MTU, c.status.Addresses = c.device.Name(), min(state.MTU, s.conn.MTU()), state.Addresses
 	c.status.SetRoutes(routes)
 	c.mu.Unlock()
 	return true, nil
 }
 
-// mtu is the MTU that the device should have, in bytes.
+// mtu is the MTU that the device should have, in bytes. It never goes below what IPv6 needs, because the kernel would then
+// take IPv6 off the device, and what belongs in the tunnel would leave beside it; a link that carries less answers for
+// itself.
 func (s *session) mtu() int {
 	if m := s.c.cfg.TUN.MTU; m != 0 {
 		return m
 	}
-	return min(s.conn.MTU(), maxMTU)
+	return max(minMTU, min(s.conn.MTU(), maxMTU))
+}
+
+// limits says what a connected tunnel does not carry, "" when there is nothing to say.
+func (s *session) limits() string {
+	if mtu := s.conn.MTU(); mtu < minMTU {
+		return fmt.Sprintf("the path carries packets of %d bytes; IPv6, which needs %d, is off", mtu, minMTU)
+	}
+	return ""
 }
 
 // accepted returns the fewest prefixes that cover what is both advertised and accepted.
@@ -247,10 +256,6 @@ func accepted(routes []capsule.Route, accept []netip.Prefix) ([]netip.Prefix, er
 		return nil, err
 	}
 	return set.Prefixes(), nil
-}
-
-func onlyIPv4(prefixes []netip.Prefix) []netip.Prefix {
-	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return p.Addr().Is6() })
 }
 
 // notConfigured explains what the proxy did not say in time.

@@ -55,6 +55,7 @@ func (r *refusal) field(name string) string {
 }
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h.s.narrow.done(r.Context().Value(connKey{}).(*quic.Conn).RemoteAddr())
 	ss, refused := h.accept(w, r)
 	if refused != nil {
 		h.s.requests.count(refused.status)

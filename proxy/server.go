@@ -26,8 +26,6 @@ import (
 const (
 	idleTimeout      = 30 * time.Second
 	handshakeTimeout = 5 * time.Second
-	// initialPacketSize leaves room for an IPv6 packet of 1280 bytes in a datagram and fits, with its headers, a path of 1400 bytes.
-	initialPacketSize = 1350
 	// maxStreams is how many requests one connection may have open.
 	maxStreams = 64
 	// unvalidatedRate is how many handshakes are begun in a second for addresses that have not proved to be the sender's; what
@@ -51,6 +49,7 @@ type Server struct {
 	device  Device
 	network Network
 
+	narrow     narrowPaths
 	errorLimit *rate.Limiter
 	icmpSent   atomic.Uint64
 	unrouted   connectip.Traffic // packets of the device that no session took
@@ -220,7 +219,7 @@ func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
 
 	g, gctx := errgroup.WithContext(ctx)
 	for _, t := range transports {
-		ln, err := t.ListenEarly(http3.ConfigureTLSConfig(s.tlsConfig()), quicConfig())
+		ln, err := t.ListenEarly(http3.ConfigureTLSConfig(s.tlsConfig()), s.quicConfig())
 		if err != nil {
 			return &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %s: %v", t.Conn.LocalAddr(), err), Err: err}
 		}
@@ -255,14 +254,24 @@ func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
 	return g.Wait()
 }
 
-func quicConfig() *quic.Config {
-	return &quic.Config{
+// quicConfig is what connections begin with.
+func (s *Server) quicConfig() *quic.Config {
+	wide := &quic.Config{
 		EnableDatagrams:      true,
 		HandshakeIdleTimeout: handshakeTimeout,
 		MaxIdleTimeout:       idleTimeout,
 		MaxIncomingStreams:   maxStreams,
 		InitialPacketSize:    initialPacketSize,
 	}
+	small := wide.Clone()
+	small.InitialPacketSize = smallPacketSize
+	wide.GetConfigForClient = func(info *quic.ClientInfo) (*quic.Config, error) {
+		if s.narrow.begin(info.RemoteAddr, time.Now()) {
+			return small, nil
+		}
+		return wide, nil
+	}
+	return wide
 }
 
 // tlsConfig asks for client certificates as the methods need them.

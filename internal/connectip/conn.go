@@ -25,7 +25,6 @@ const (
 	maxPeerRequests = 1024             // addresses that a peer may ask for on one stream
 	writeTimeout    = 10 * time.Second // for one capsule; a peer that does not read for so long is gone
 	drainTimeout    = 5 * time.Second  // for packets that are being sent at the end
-	mtuInterval     = time.Second      // between looks at QUIC's datagram size
 )
 
 // Protocol is the value of :protocol (RFC 9484 section 4.2).
@@ -72,10 +71,13 @@ type Conn struct {
 	cfg       Config
 	str       Stream
 	datagrams datagrams
-	maxPacket atomic.Int32
+	maxPacket atomic.Int32 // MTU of the link: the smaller of the next two
+	quicMTU   atomic.Int32 // what fits in a datagram
+	mtuCap    atomic.Int32 // what the path was found to carry, 0 if it carries all
+	sentLarge atomic.Bool  // packets went out that a narrow path may lose
 	policy    atomic.Pointer[policy]
 	closed    atomic.Bool
-	echo      echo
+	echo      *echo
 	firstIn   chan struct{} // closed when the first packet came in
 	sawPacket atomic.Bool
 	toHost    errorLimits // ICMP errors about packets of the host
@@ -122,7 +124,7 @@ func (c *Conn) Run(ctx context.Context) error {
 	in := make(inbox, inboxLen)
 	wg.Go(func() { c.receive(inner, in) })
 	wg.Go(func() { c.deliver(inner, in) })
-	wg.Go(func() { c.watchMTU(inner) })
+	wg.Go(func() { c.watchLink(inner) })
 
 	done := make(chan error, 1)
 	wg.Go(func() { done <- c.readCapsules(in) })
@@ -344,31 +346,3 @@ func (c *Conn) send(x capsule.Capsule, change func(*link)) error {
 
 // FirstPacket is closed once a packet, or an answer to Probe, came in through the tunnel.
 func (c *Conn) FirstPacket() <-chan struct{} { return c.firstIn }
-
-// MTU is the largest IP packet that fits in a datagram now, in bytes.
-func (c *Conn) MTU() int { return int(c.maxPacket.Load()) }
-
-func (c *Conn) updateMTU() {
-	n, err := c.datagrams.mtu()
-	if err != nil {
-		return
-	}
-	if old := c.maxPacket.Swap(int32(n)); int(old) != n && c.cfg.Handler.MTU != nil {
-		c.cfg.Handler.MTU(n)
-	}
-}
-
-// watchMTU follows QUIC's path MTU discovery, which tells nobody of its results.
-func (c *Conn) watchMTU(ctx context.Context) {
-	// Discovery begins with the connection and takes some round trips: look often at first.
-	wait := mtuInterval / 8
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(wait):
-		}
-		c.updateMTU()
-		wait = min(2*wait, mtuInterval)
-	}
-}

@@ -221,6 +221,7 @@ func (fakeStream) StreamID() quic.StreamID     { return 4 }
 func (fakeStream) Write(b []byte) (int, error) { return len(b), nil }
 
 func (f *fakeQUIC) CloseWithError(quic.ApplicationErrorCode, string) error { return nil }
+func (f *fakeQUIC) ConnectionStats() quic.ConnectionStats                  { return quic.ConnectionStats{} }
 
 // newFake makes a Conn without a network.
 func newFake(f *fakeQUIC, cfg Config) *Conn {
@@ -413,6 +414,8 @@ func (q stuckQUIC) CloseWithError(quic.ApplicationErrorCode, string) error {
 	close(q.closed)
 	return nil
 }
+
+func (q stuckQUIC) ConnectionStats() quic.ConnectionStats { return quic.ConnectionStats{} }
 
 // A peer that takes no packets cannot keep its session from ending.
 func TestEndsThoughPacketsAreStuck(t *testing.T) {

@@ -25,6 +25,7 @@ type datagrams struct {
 type sender interface {
 	SendDatagram([]byte) error
 	CloseWithError(quic.ApplicationErrorCode, string) error
+	ConnectionStats() quic.ConnectionStats
 }
 
 func newDatagrams(conn sender, id quic.StreamID) datagrams {

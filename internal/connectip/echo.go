@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -23,19 +24,26 @@ var allNodes = netip.MustParseAddr("ff02::1")
 
 // echo is what a Conn needs to ask whether the link works, and to answer when the peer asks.
 type echo struct {
-	addr    netip.Addr // our link-local address
-	id      uint16
-	answers *rate.Limiter
+	addr     netip.Addr // our link-local address
+	id       uint16
+	answers  *rate.Limiter
+	answered atomic.Bool // the peer answers echoes on the link
+
+	// What follows belongs to watchLink.
+	seq     uint16
+	replies chan uint16 // sequence numbers of answers; full: dropped
 }
 
-func newEcho() echo {
+func newEcho() *echo {
 	var b [16]byte
 	copy(b[:], []byte{0xfe, 0x80})
 	rand.Read(b[8:])
-	return echo{
+	return &echo{
 		addr:    netip.AddrFrom16(b),
 		id:      uint16(b[14])<<8 | uint16(b[15]),
 		answers: rate.NewLimiter(answerRate, answerRate),
+		seq:     1 << 15, // apart from those of Probe
+		replies: make(chan uint16, 8),
 	}
 }
 
@@ -59,7 +67,7 @@ func (c *Conn) Probe(ctx context.Context) {
 
 func (c *Conn) sendProbes(seq uint16) {
 	var data [probeData]byte
-	size := max(0, min(probeData, c.MTU()-48))
+	size := max(0, min(probeData, int(c.quicMTU.Load())-48))
 	c.sendEcho(c.echo.addr, allNodes, 255, true, seq, data[:size])
 
 	pol := c.policy.Load()
@@ -93,6 +101,11 @@ func (c *Conn) handleLinkLocal(pkt []byte, p ippacket.Packet) bool {
 		return true
 	case !request && p.Dst == c.echo.addr && id == c.echo.id:
 		c.notePacket()
+		c.echo.answered.Store(true)
+		select {
+		case c.echo.replies <- seq:
+		default:
+		}
 		return true
 	}
 	return false

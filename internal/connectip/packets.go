@@ -41,13 +41,18 @@ func (c *Conn) forward(buf []byte, off int) Drop {
 		c.answerHost(pkt, p, to.asDestination(), 0)
 		return DropDestination
 	}
+	mtu := c.MTU()
+	if !carriesIPv6(p, mtu) {
+		c.answerHost(pkt, p, ippacket.NoRoute, 0)
+		return DropTooBig
+	}
 	// A packet of this very host is sent, not forwarded (RFC 9484 section 7.2).
 	decrement := !c.cfg.KernelHopLimit && !pol.isSelf(p.Src)
 	if decrement && p.HopLimit <= 1 {
 		c.answerHost(pkt, p, ippacket.HopLimitExceeded, 0)
 		return DropHopLimit
 	}
-	if mtu := c.MTU(); len(pkt) > mtu {
+	if len(pkt) > mtu {
 		return c.sendTooBig(pkt, p, mtu, decrement)
 	}
 	if decrement {
@@ -55,6 +60,9 @@ func (c *Conn) forward(buf []byte, off int) Drop {
 	}
 	if c.closed.Load() {
 		return DropClosed
+	}
+	if len(pkt) > largePacket && !c.sentLarge.Load() {
+		c.sentLarge.Store(true)
 	}
 	if err := c.datagrams.send(buf, off); err != nil {
 		var tooLarge *quic.DatagramTooLargeError

@@ -1,0 +1,136 @@
+package connectip
+
+import (
+	"context"
+	"time"
+
+	"masquevpn/internal/ippacket"
+)
+
+// QUIC finds out how large packets may be, but only ever upwards: when the path's MTU shrinks, large datagrams vanish while
+// small ones keep the connection alive. So the link itself is asked whether it carries what it is used for, by echoes of
+// that size (RFC 8899 section 4.3, RFC 9484 section 10.1). What does not pass becomes a cap on the MTU.
+
+const (
+	mtuInterval    = time.Second      // between looks at QUIC's datagram size
+	verifyInterval = 5 * time.Second  // between checks of a link that carries large packets
+	raiseInterval  = 60 * time.Second // between attempts to lift a cap
+	echoTries      = 3                // echoes that have to get lost before a size counts as too large
+	minEchoWait    = 300 * time.Millisecond
+
+	// MinIPv6MTU is the smallest MTU of a link that carries IPv6, in bytes (RFC 8200 section 5).
+	MinIPv6MTU = 1280
+	// largePacket is the size above which packets may get lost for their size: QUIC runs on every path that carries 1200 bytes.
+	largePacket = 1100
+	// mtuStep is how exactly the MTU of a narrow path is found out, in bytes.
+	mtuStep = 16
+)
+
+// watchLink keeps the MTU right until ctx ends.
+func (c *Conn) watchLink(ctx context.Context) {
+	// QUIC's discovery begins with the connection and takes some round trips: look often at first.
+	wait := mtuInterval / 8
+	checked, raised := time.Now(), time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		wait = min(2*wait, mtuInterval)
+		c.updateMTU()
+		if !c.echo.answered.Load() {
+			continue // the peer does not answer echoes, so their loss means nothing
+		}
+		switch now := time.Now(); {
+		case c.sentLarge.Load() && now.Sub(checked) >= verifyInterval:
+			checked = now
+			c.sentLarge.Store(false)
+			if c.passes(ctx, c.MTU()) || !c.passes(ctx, largePacket/2) {
+				continue // all is well, or it is not for the size
+			}
+			c.capMTU(c.largestThatPasses(ctx, largePacket/2, c.MTU()))
+			raised = time.Now()
+		case c.mtuCap.Load() > 0 && now.Sub(raised) >= raiseInterval:
+			raised = now
+			if top := int(c.quicMTU.Load()); c.passes(ctx, top) {
+				c.capMTU(0)
+			} else if n := c.largestThatPasses(ctx, c.MTU(), top); n > c.MTU() {
+				c.capMTU(n)
+			}
+		}
+	}
+}
+
+// largestThatPasses searches between low, which passes, and high, which does not, in bytes.
+func (c *Conn) largestThatPasses(ctx context.Context, low, high int) int {
+	// The sizes that matter most are tried first: those around which paths are built.
+	if low < MinIPv6MTU && MinIPv6MTU < high {
+		if c.passes(ctx, MinIPv6MTU) {
+			low = MinIPv6MTU
+		} else {
+			high = MinIPv6MTU
+		}
+	}
+	for high-low > mtuStep && ctx.Err() == nil {
+		if mid := (low + high) / 2; c.passes(ctx, mid) {
+			low = mid
+		} else {
+			high = mid
+		}
+	}
+	return low
+}
+
+// passes reports whether a packet of size bytes gets to the peer and back.
+func (c *Conn) passes(ctx context.Context, size int) bool {
+	wait := max(minEchoWait, 4*c.datagrams.conn.ConnectionStats().SmoothedRTT)
+	data := make([]byte, max(0, size-48)) // without the headers of IPv6 and ICMPv6
+	for range echoTries {
+		c.echo.seq++
+		c.sendEcho(c.echo.addr, allNodes, 255, true, c.echo.seq, data)
+		timeout := time.NewTimer(wait)
+		for waiting := true; waiting; {
+			select {
+			case seq := <-c.echo.replies:
+				if seq == c.echo.seq {
+					timeout.Stop()
+					return true
+				}
+			case <-timeout.C:
+				waiting = false
+			case <-ctx.Done():
+				timeout.Stop()
+				return false
+			}
+		}
+	}
+	return false
+}
+
+// capMTU limits the MTU to n bytes, 0 for what QUIC says.
+func (c *Conn) capMTU(n int) {
+	c.mtuCap.Store(int32(n))
+	c.updateMTU()
+}
+
+// updateMTU works out the MTU from what QUIC says and the cap.
+func (c *Conn) updateMTU() {
+	n, err := c.datagrams.mtu()
+	if err != nil {
+		return
+	}
+	c.quicMTU.Store(int32(n))
+	if limit := int(c.mtuCap.Load()); limit > 0 {
+		n = min(n, limit)
+	}
+	if old := c.maxPacket.Swap(int32(n)); int(old) != n && c.cfg.Handler.MTU != nil {
+		c.cfg.Handler.MTU(n)
+	}
+}
+
+// MTU is the largest IP packet that the link carries now, in bytes. Below MinIPv6MTU it carries no IPv6.
+func (c *Conn) MTU() int { return int(c.maxPacket.Load()) }
+
+// carriesIPv6 reports whether IPv6 packets may be sent (RFC 9484 section 10.1).
+func carriesIPv6(p ippacket.Packet, mtu int) bool { return p.Version == 4 || mtu >= MinIPv6MTU }

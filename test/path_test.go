@@ -1,0 +1,64 @@
+package test
+
+import (
+	"context"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"masquevpn/internal/lab"
+)
+
+// The path's MTU shrinks while the tunnel is in use, and large packets vanish without a word. The tunnel's MTU follows, TCP
+// goes on, IPv6 is given up with a reason once the path is too narrow for it, and comes back with the path.
+func TestPathShrinks(t *testing.T) {
+	p := newPair(t, options{impair: &lab.Impairment{}})
+	p.connect(p.Client, "alice")
+	p.eventually("the path's MTU is found", func() bool { return p.status(p.Client, "alice").MTU > 1380 })
+	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+
+	for _, step := range []struct {
+		path int
+		ipv6 bool
+	}{{1420, true}, {1300, false}, {1260, false}} {
+		p.Wires[0].Set(lab.Impairment{MTU: step.path})
+		// Traffic in both directions shows both ends that the path has shrunk.
+		p.transfer(p.Client, p.Target, lab.TargetIPv4, 1<<20)
+		p.transfer(p.Target, p.Client, client4, 1<<20)
+		s := p.status(p.Client, "alice")
+		if s.MTU >= step.path || s.MTU < step.path-110 {
+			t.Errorf("the MTU is %d on a path of %d bytes", s.MTU, step.path)
+		}
+		if off := strings.Contains(s.Reason, "IPv6"); off == step.ipv6 {
+			t.Errorf("on a path of %d bytes the status says %q", step.path, s.Reason)
+		}
+		if step.ipv6 {
+			p.transfer(p.Client, p.Target, lab.TargetIPv6, 1<<20)
+		} else {
+			p.unreachable(p.Client, lab.TargetIPv6, 1, 0) // at once, so that programs take IPv4, and not outside the tunnel
+		}
+	}
+}
+
+// A path that is too narrow for the packets that QUIC begins with still connects.
+func TestNarrowPath(t *testing.T) {
+	p := newPair(t, options{impair: &lab.Impairment{MTU: 1280}})
+	p.connect(p.Client, "alice")
+	p.ping(p.Client, lab.TargetIPv4)
+	p.transfer(p.Client, p.Target, lab.TargetIPv4, 1<<20)
+	p.transfer(p.Target, p.Client, client4, 1<<20)
+}
+
+// A packet without DF that is too big for the tunnel is fragmented.
+func TestFragmentation(t *testing.T) {
+	p := newPair(t, options{mtu: 1400})
+	p.connect(p.Client, "alice")
+	for _, to := range []netip.Addr{client4} {
+		ctx, cancel := context.WithTimeout(p.ctx, patience)
+		a, err := p.Target.Probe(ctx, lab.Probe{To: to, Size: 1400})
+		cancel()
+		if err != nil || !a.Echo {
+			t.Errorf("1400 bytes to %v: %v, %v", to, a, err)
+		}
+	}
+}
