@@ -78,6 +78,8 @@ func (u users) Holder(netip.Addr) string                { return "" }
 
 // network is a kernel that keeps what it was last told.
 type network struct {
+	noIPv6 bool // IPv6 is disabled on the host
+
 	mu     sync.Mutex
 	states []routing.State
 	closed bool
@@ -86,6 +88,9 @@ type network struct {
 func (n *network) Apply(s routing.State) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.noIPv6 && slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes), func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+		return routing.ErrIPv6Disabled
+	}
 	n.states = append(n.states, s)
 	return nil
 }
@@ -426,6 +431,19 @@ func TestSplitTunnel(t *testing.T) {
 	if got := n.network.last().Routes; !slices.Equal(got, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}) {
 		t.Errorf("installed %v", got)
 	}
+}
+
+// On a host where IPv6 is turned off, the tunnel carries IPv4.
+func TestHostWithoutIPv6(t *testing.T) {
+	f := startProxy(t, nil)
+	kernel := &network{noIPv6: true}
+	n := startClient(t, f, func(c *Config) { c.OpenNetwork = func(Device) (Network, error) { return kernel, nil } })
+	n.awaitConnected(t)
+	want := []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")}
+	if got := kernel.last().Addresses; !slices.Equal(got, want) || !slices.Equal(n.Status().Addresses, want) {
+		t.Errorf("addresses %v in the kernel, %v in the status, want %v", got, n.Status().Addresses, want)
+	}
+	carries(t, n, f, "10.77.0.2", "192.0.2.2")
 }
 
 // Clients do not reach each other unless the proxy allows it.

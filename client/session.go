@@ -208,7 +208,13 @@ func (s *session) apply() (complete bool, err error) {
 		}
 	}
 	c.current.Store(s.conn) // before the kernel sends packets here
-	if err := c.network.Apply(state); err != nil {
+	err = c.network.Apply(state)
+	if errors.Is(err, routing.ErrIPv6Disabled) && len(onlyIPv4(addrs)) > 0 {
+		// Whoever turned IPv6 off on this host meant it.
+		state.Addresses, state.Routes = onlyIPv4(state.Addresses), onlyIPv4(state.Routes)
+		err = c.network.Apply(state)
+	}
+	if err != nil {
 		return false, &Error{Kind: KindRefused, Err: err, Reason: fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err)}
 	}
 	c.had = addrs
@@ -227,6 +233,10 @@ func (s *session) mtu() int {
 		return m
 	}
 	return max(minMTU, min(s.conn.MTU(), maxMTU))
+}
+
+func onlyIPv4(prefixes []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return p.Addr().Is6() })
 }
 
 // limits says what a connected tunnel does not carry, "" when there is nothing to say.
