@@ -54,9 +54,18 @@ type Handler struct {
 	MTU       func(int)                     // the largest packet that fits changed; called at the start too
 }
 
+// Accept decides what counts of the capsules that are handled. Its functions are given each full list before the policy
+// follows, and return the part that counts: what they leave out permits no packet, neither by its source nor by its
+// destination. They are called with locks held and must not call the Conn. Nil functions accept everything.
+type Accept struct {
+	Assigned func([]capsule.Address) []capsule.Address
+	Routes   func([]capsule.Route) []capsule.Route
+}
+
 // Config is what a Conn needs besides its stream.
 type Config struct {
 	Device  Device
+	Accept  Accept
 	Handler Handler
 	Self    []netip.Addr   // this endpoint's tunnel addresses besides those that the peer assigns
 	Static  []netip.Prefix // prefixes that count as assigned to this endpoint although the peer does not say so
@@ -201,19 +210,36 @@ func (c *Conn) handleAssign(addrs []capsule.Address) error {
 		return nil
 	}
 	c.mu.Lock()
-	c.link.assigned = slices.Clone(c.cfg.Static)
 	for _, a := range addrs {
 		delete(c.answers, a.RequestID)
-		if !a.Refused() {
-			c.link.assigned = append(c.link.assigned, a.Prefix)
-		}
 	}
+	accepted := addrs
+	if accept := c.cfg.Accept.Assigned; accept != nil {
+		accepted = accept(addrs)
+	}
+	c.setAssigned(granted(accepted))
 	err := c.update()
 	c.mu.Unlock()
 	if err != nil {
 		return err
 	}
 	return c.cfg.Handler.Assigned(addrs)
+}
+
+// setAssigned replaces what the peer assigned to this endpoint. c.mu is held.
+func (c *Conn) setAssigned(prefixes []netip.Prefix) {
+	c.link.assigned = append(slices.Clone(c.cfg.Static), prefixes...)
+}
+
+// granted returns the prefixes of an ADDRESS_ASSIGN capsule without the refusals.
+func granted(addrs []capsule.Address) []netip.Prefix {
+	out := make([]netip.Prefix, 0, len(addrs))
+	for _, a := range addrs {
+		if !a.Refused() {
+			out = append(out, a.Prefix)
+		}
+	}
+	return out
 }
 
 func (c *Conn) handleRequest(addrs []capsule.Address) error {
@@ -256,6 +282,9 @@ func (c *Conn) handleRoutes(routes []capsule.Route) error {
 	}
 	c.mu.Lock()
 	c.link.peerSend = routes
+	if accept := c.cfg.Accept.Routes; accept != nil {
+		c.link.peerSend = accept(routes)
+	}
 	err := c.update()
 	c.mu.Unlock()
 	if err != nil {
@@ -277,13 +306,7 @@ func (c *Conn) update() error {
 // Assign tells the peer its addresses: the full list, which replaces the last (RFC 9484 section 4.7.1). Entries that
 // answer a request carry its ID; refusals are sent but grant nothing.
 func (c *Conn) Assign(addrs []capsule.Address) error {
-	granted := make([]netip.Prefix, 0, len(addrs))
-	for _, a := range addrs {
-		if !a.Refused() {
-			granted = append(granted, a.Prefix)
-		}
-	}
-	return c.send(&capsule.AddressAssign{Addresses: addrs}, func(l *link) { l.peer = granted })
+	return c.send(&capsule.AddressAssign{Addresses: addrs}, func(l *link) { l.peer = granted(addrs) })
 }
 
 // Advertise tells the peer what it can reach through this endpoint, which replaces the last advertisement (section 4.7.3).
@@ -309,6 +332,15 @@ func (c *Conn) Unanswered() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return len(c.answers) > 0
+}
+
+// SetAccepted replaces what counts of the peer's last capsules, for when Accept would now decide otherwise.
+func (c *Conn) SetAccepted(assigned []netip.Prefix, routes []capsule.Route) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.setAssigned(assigned)
+	c.link.peerSend = routes
+	return c.update()
 }
 
 // SetDenied replaces the destinations that packets of the peer may not reach.

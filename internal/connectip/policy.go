@@ -24,7 +24,7 @@ type policy struct {
 // link is the state of both ends of a stream, from which the policy follows.
 type link struct {
 	self     []netip.Addr    // addresses of this endpoint besides the assigned ones
-	denied   []netip.Prefix  // where the peer's packets may not go, whatever is advertised, but for self
+	denied   []netip.Prefix  // where the peer's packets may not go, whatever is advertised, but for self and assigned
 	assigned []netip.Prefix  // to this endpoint, by the peer
 	routes   []capsule.Route // advertised by this endpoint
 	peer     []netip.Prefix  // assigned to the peer, by this endpoint
@@ -41,7 +41,7 @@ func (l *link) policy() (*policy, error) {
 	for _, x := range l.denied {
 		b.AddPrefix(x)
 	}
-	for _, a := range l.self {
+	for _, a := range p.self {
 		b.Remove(a)
 	}
 	denied, err := b.IPSet()
