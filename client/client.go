@@ -99,6 +99,10 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	if c.network, err = c.cfg.OpenNetwork(c.device); err != nil {
 		return privileged(err, "setting up the network: ")
 	}
+	c.mu.Lock()
+	c.status.Interface = c.device.Name()
+	c.mu.Unlock()
+	c.setState(StateConnecting, "")
 	// Joined errors lose their kind, so only a failure to restore the host is added.
 	defer func() {
 		if closeErr := c.network.Close(); closeErr != nil {

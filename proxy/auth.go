@@ -22,7 +22,8 @@ func (s *Server) authenticate(r *http.Request) (User, error) {
 		}
 		user = u
 	}
-	token, given := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	given := strings.EqualFold(scheme, "Bearer")
 	if slices.Contains(s.cfg.Methods, MethodToken) && given {
 		u, ok := s.cfg.Users.ByToken(token)
 		if !ok {

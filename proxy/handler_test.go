@@ -154,7 +154,7 @@ func TestRequests(t *testing.T) {
 func TestUnauthenticated(t *testing.T) {
 	h3 := start(t, func(c *Config) { c.Methods, c.Users = []string{MethodToken}, noUsers{} })
 	for name, path := range map[string]string{"good path": anyPath, "bad path": "/.well-known/masque/ip/*/256/", "unknown path": "/other"} {
-		for _, authorization := range []string{"", "Bearer guess", "Basic YTpi"} {
+		for _, authorization := range []string{"", "Bearer guess", "bearer", "Basic YTpi"} {
 			rsp, _ := request(t, h3, "CONNECT", "connect-ip", path, http.Header{"Authorization": {authorization}})
 			if rsp.StatusCode != 401 || rsp.Header.Get("WWW-Authenticate") != "Bearer" {
 				t.Errorf("%s, %q: status %d, header %v", name, authorization, rsp.StatusCode, rsp.Header)

@@ -24,7 +24,15 @@ var builtinDenied = []netip.Prefix{
 	netip.MustParsePrefix("::/128"),
 	netip.MustParsePrefix("::1/128"),
 	netip.MustParsePrefix("fe80::/10"),
+	netip.MustParsePrefix("100.100.100.200/32"),
+	netip.MustParsePrefix("168.63.129.16/32"),
+	netip.MustParsePrefix("192.0.0.192/32"),
 	netip.MustParsePrefix("fd00:ec2::254/128"),
+	netip.MustParsePrefix("fd20:ce::254/128"),
+	// The first three by way of NAT64 (RFC 6052).
+	netip.MustParsePrefix("64:ff9b::/104"),
+	netip.MustParsePrefix("64:ff9b::7f00:0/104"),
+	netip.MustParsePrefix("64:ff9b::a9fe:0/112"),
 }
 
 // reach returns the addresses that a request with the given scope is about, nil for all, with its name resolved (RFC 9484
@@ -102,7 +110,7 @@ func (s *Server) allDenied(routes []capsule.Route) bool {
 // own addresses other than those in the tunnel, and other clients unless they may be reached.
 func (s *Server) refreshDenied() error {
 	var b netipx.IPSetBuilder
-	for _, p := range slices.Concat(builtinDenied, s.cfg.Deny) {
+	for _, p := range builtinDenied {
 		b.AddPrefix(p)
 	}
 	local, err := s.cfg.LocalAddrs()
@@ -121,6 +129,9 @@ func (s *Server) refreshDenied() error {
 	}
 	for _, g := range s.pool.gatewayAddrs() {
 		b.Remove(g)
+	}
+	for _, p := range s.cfg.Deny { // last: what the operator denies stays denied
+		b.AddPrefix(p)
 	}
 	set, err := b.IPSet()
 	if err != nil {

@@ -243,7 +243,8 @@ func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
 		for _, t := range transports {
 			err = errors.Join(err, t.Close())
 		}
-		return errors.Join(err, s.device.Close())
+		// The kernel's side goes before the device, which ends its reader.
+		return errors.Join(err, s.network.Close(), s.device.Close())
 	})
 	s.started = time.Now()
 	for _, c := range sockets {

@@ -491,3 +491,27 @@ func waitCount(t *testing.T, done func() bool) {
 		}
 	}
 }
+
+// What does not belong on the wire is answered as a router would (RFC 4443 section 3.1, code 2, and RFC 7112 section 5).
+func TestAnswersOfARouter(t *testing.T) {
+	client, proxy := remoteAccess(t, Config{})
+	linkLocal := netip.MustParseAddr("fe80::77")
+	if d := client.Send(echoPacket(linkLocal, target6, 64, 64), Headroom); d != DropLinkLocal {
+		t.Errorf("link-local source from the host: %v", d)
+	}
+	wantICMP(t, client.device.next(t), linkLocal, 1, 2)
+
+	cut := echoPacket(clientAddr6, target6, 64, 56)
+	cut[Headroom+6] = 60 // destination options, which claim more than the packet has
+	cut[Headroom+41] = 200
+	if d := client.Send(cut, Headroom); d != DropMalformed {
+		t.Errorf("header chain that is cut: %v", d)
+	}
+	answer := client.device.next(t)
+	if p := parse(t, answer); answer[p.HeaderLen] != 1 && answer[p.HeaderLen] != 4 {
+		t.Errorf("answered with type %d", answer[p.HeaderLen])
+	}
+	sendRaw(t, client, echoPacket(linkLocal, target6, 64, 64))
+	waitDrop(t, &proxy.stats.Receive, DropLinkLocal)
+	waitCount(t, func() bool { return proxy.stats.ICMPSent.Load() > 0 })
+}

@@ -2,7 +2,7 @@ package connectip
 
 import (
 	"context"
-	"sync"
+	"runtime"
 )
 
 const (
@@ -46,25 +46,33 @@ func (c *Conn) deliver(ctx context.Context, in inbox) {
 		case <-ctx.Done():
 			return
 		case pkt := <-in:
-			b := batches.Get().(*batch)
+			b := <-batches
 			n := b.fill(pkt, in, c.cfg.Device.BatchSize())
 			if wrote, err := c.cfg.Device.Write(b.bufs[:n], Headroom); err != nil {
 				for range n - wrote {
 					c.cfg.Stats.Receive.Drop(DropDevice)
 				}
 			}
-			batches.Put(b)
+			batches <- b
 		}
 	}
 }
 
 // batch is the buffers of one write to a device. Untouched memory costs nothing, so the room to merge is cheap.
+// More than can be written at once would only wait for each other, so there are not more.
 type batch struct {
 	slab []byte
 	bufs [][]byte
 }
 
-var batches = sync.Pool{New: func() any { return new(batch) }}
+var batches = func() chan *batch {
+	n := runtime.GOMAXPROCS(0) + 1
+	c := make(chan *batch, n)
+	for range n {
+		c <- new(batch)
+	}
+	return c
+}()
 
 // fill copies pkt and what in holds, up to limit packets, and returns their number.
 func (b *batch) fill(pkt []byte, in inbox, limit int) int {

@@ -26,9 +26,15 @@ func (c *Conn) forward(buf []byte, off int) Drop {
 	pkt := buf[off:]
 	p, err := ippacket.Parse(pkt)
 	if err != nil {
+		if errors.Is(err, ippacket.ErrHeaderChain) {
+			c.answerHost(pkt, p, ippacket.HeaderChain, 0)
+		}
 		return DropMalformed
 	}
 	if ippacket.IsLinkLocal(p.Src) || ippacket.IsLinkLocal(p.Dst) {
+		if beyondScope(p) {
+			c.answerHost(pkt, p, ippacket.BeyondScope, 0)
+		}
 		return DropLinkLocal // RFC 9484 section 7.2; kernels send router solicitations and the like
 	}
 	pol := c.policy.Load()
@@ -151,6 +157,9 @@ func (c *Conn) admit(pkt []byte) Drop {
 		if c.handleLinkLocal(pkt, p) {
 			return consumed
 		}
+		if beyondScope(p) {
+			c.answerPeer(pkt, p, ippacket.BeyondScope)
+		}
 		return DropLinkLocal
 	}
 	pol := c.policy.Load()
@@ -169,6 +178,11 @@ func (c *Conn) admit(pkt []byte) Drop {
 	}
 	c.notePacket()
 	return DropNone
+}
+
+// beyondScope reports whether p, with a link-local address, is from one to a destination beyond the link.
+func beyondScope(p ippacket.Packet) bool {
+	return p.Src.IsLinkLocalUnicast() && !ippacket.IsLinkLocal(p.Dst)
 }
 
 // quotesSent reports whether pkt is an ICMP error, from any router, about a packet that could have left through this

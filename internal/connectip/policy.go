@@ -151,7 +151,7 @@ func (d *ranges) judge(a netip.Addr, proto uint8) verdict {
 	}
 	if d.byProto != nil {
 		s := d.byProto[proto]
-		if s != nil && s.Contains(a) || ippacket.IsICMP(proto) && d.named.Contains(a) {
+		if s != nil && s.Contains(a) || ippacket.IsICMP(a, proto) && d.named.Contains(a) {
 			return allowed
 		}
 	}

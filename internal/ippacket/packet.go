@@ -33,6 +33,7 @@ var (
 	ErrChecksum      = errors.New("the IPv4 header checksum is wrong")
 	ErrHeaderChain   = errors.New("the IPv6 header chain is cut or too long")
 	ErrRoutingHeader = errors.New("IPv6 routing header of type 0") // RFC 5095
+	ErrSourceRoute   = errors.New("IPv4 source route")             // RFC 7126 section 4.3
 )
 
 // Packet is what a router needs to know of the headers of an IP packet.
@@ -92,8 +93,32 @@ func parse4(b []byte) (Packet, error) {
 		return Packet{}, ErrChecksum
 	case p.FragmentOffset+p.TotalLen > maxPacket: // would be too long once reassembled
 		return Packet{}, ErrLength
+	case hasSourceRoute(b[ipv4HeaderLen:p.HeaderLen]):
+		return Packet{}, ErrSourceRoute
 	}
 	return p, nil
+}
+
+// hasSourceRoute looks for a source route among the options of an IPv4 header
+// (RFC 791 section 3.1). Such a packet is not bound for its destination address.
+func hasSourceRoute(options []byte) bool {
+	const end, nop, loose, strict = 0, 1, 131, 137
+	for len(options) > 0 {
+		switch options[0] {
+		case end:
+			return false
+		case nop:
+			options = options[1:]
+			continue
+		case loose, strict:
+			return true
+		}
+		if len(options) < 2 || options[1] < 2 || int(options[1]) > len(options) {
+			return false // nobody can make sense of what follows
+		}
+		options = options[options[1]:]
+	}
+	return false
 }
 
 // header4 reads an IPv4 header. It checks no more than that the header is there.
@@ -143,9 +168,13 @@ func Destination(b []byte) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// IsICMP reports whether protocol is the number of ICMP or of ICMPv6.
-func IsICMP(protocol uint8) bool {
-	return protocol == protocolICMP || protocol == protocolICMPv6
+// IsICMP reports whether protocol is that of ICMP in packets between addresses of
+// a's family.
+func IsICMP(a netip.Addr, protocol uint8) bool {
+	if a.Is4() {
+		return protocol == protocolICMP
+	}
+	return protocol == protocolICMPv6
 }
 
 // IsLinkLocal reports whether packets from or to a must not leave the link they

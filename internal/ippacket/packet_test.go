@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -177,8 +178,9 @@ func TestDestination(t *testing.T) {
 
 func TestIsICMP(t *testing.T) {
 	for protocol := range 256 {
-		if got, want := IsICMP(uint8(protocol)), protocol == 1 || protocol == 58; got != want {
-			t.Errorf("protocol %d: %v, want %v", protocol, got, want)
+		v4, v6 := IsICMP(netip.IPv4Unspecified(), uint8(protocol)), IsICMP(netip.IPv6Unspecified(), uint8(protocol))
+		if v4 != (protocol == 1) || v6 != (protocol == 58) {
+			t.Errorf("protocol %d: ICMP %t in IPv4, %t in IPv6", protocol, v4, v6)
 		}
 	}
 }
@@ -221,5 +223,30 @@ func TestChecksum(t *testing.T) {
 	length := binary.BigEndian.AppendUint32(nil, 70000)
 	if got, want := checksum(b, pseudoHeader6(b[:32], 70000, 58)), referenceChecksum(b[:32], length, []byte{0, 0, 0, 58}, b); got != want {
 		t.Errorf("with pseudo-header: %#04x, want %#04x", got, want)
+	}
+}
+
+// A packet with a source route is not bound for where it seems to be.
+func TestParseRefusesSourceRoutes(t *testing.T) {
+	for _, tc := range []struct {
+		options []byte
+		want    error
+	}{
+		{[]byte{131, 7, 4, 192, 0, 2, 1, 0}, ErrSourceRoute},
+		{[]byte{1, 137, 7, 4, 192, 0, 2, 1}, ErrSourceRoute},
+		{[]byte{7, 4, 4, 0, 131, 4, 4, 0}, ErrSourceRoute}, // behind Record Route
+		{[]byte{0, 131, 7, 4}, nil},                        // behind the end
+		{[]byte{7, 7, 4, 131, 131, 131, 131, 0}, nil},      // inside Record Route
+		{[]byte{7, 99, 4, 0}, nil},                         // cut
+	} {
+		b := AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2"), 64, true, 1, 1, nil)
+		b = slices.Insert(b, 20, tc.options...)
+		b[0] += byte(len(tc.options) / 4)
+		binary.BigEndian.PutUint16(b[2:], uint16(len(b)))
+		binary.BigEndian.PutUint16(b[10:], 0)
+		binary.BigEndian.PutUint16(b[10:], checksum(b[:20+len(tc.options)], 0))
+		if _, err := Parse(b); err != tc.want {
+			t.Errorf("options % x: %v, want %v", tc.options, err, tc.want)
+		}
 	}
 }
