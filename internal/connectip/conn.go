@@ -186,6 +186,10 @@ func (c *Conn) readCapsules(in inbox) error {
 		if err == io.EOF {
 			return ErrClosedByPeer
 		}
+		var closed *http3.Error
+		if errors.As(err, &closed) && closed.Remote && closed.ErrorCode == http3.ErrCodeNoError {
+			return ErrClosedByPeer // with its connection, before the end of the stream was read
+		}
 		if err != nil {
 			return err
 		}
