@@ -350,8 +350,10 @@ func TestNewRefuses(t *testing.T) {
 	for key, cfg := range map[string]Config{
 		"proxy":               {},
 		"proxy ":              {Proxy: "https://p/{+target}"},
-		"scope":               {Proxy: "p", Target: "192.0.2.1/24"},
-		"scope ":              {Proxy: "p", IPProto: "tcp"},
+		"proxy  ":             {Proxy: "https://p/ip/{target}", IPProto: "17"},
+		"proxy   ":            {Proxy: "https://p/ip", Target: "192.0.2.0/24"},
+		"scope.target":        {Proxy: "p", Target: "192.0.2.1/24"},
+		"scope.ipproto":       {Proxy: "p", IPProto: "tcp"},
 		"tun.mtu":             {Proxy: "p", TUN: tun.Config{MTU: 9000}},
 		"addresses.request":   {Proxy: "p", Request: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}},
 		"reconnect.max_delay": {Proxy: "p", MaxDelay: -1},

@@ -155,8 +155,14 @@ func (c *Config) resolveTarget() (target, error) {
 		}
 		return s
 	}
+	if _, err := connectip.ParseScope(any(c.Target), "*"); err != nil {
+		return target{}, usage("scope.target", "%v", err)
+	}
 	if to.scope, err = connectip.ParseScope(any(c.Target), any(c.IPProto)); err != nil {
-		return target{}, usage("scope", "%v", err)
+		return target{}, usage("scope.ipproto", "%v", err)
+	}
+	if _, err := to.template.Expand(to.scope); err != nil {
+		return target{}, usage("proxy", "%v", err)
 	}
 	return to, nil
 }

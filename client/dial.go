@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/dunglas/httpsfv"
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 
@@ -306,6 +307,7 @@ func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.Requ
 // checkResponse returns nil for a success (RFC 9484 section 4.5) that is well-formed (RFC 9297 section 3.2).
 func checkResponse(rsp *http.Response) error {
 	status := rsp.StatusCode
+	kind, rcode := proxyError(rsp.Header)
 	detail := ""
 	if s := rsp.Header.Get("Proxy-Status"); s != "" {
 		detail = fmt.Sprintf(" (%.200q)", s)
@@ -326,11 +328,36 @@ func checkResponse(rsp *http.Response) error {
 		return &Error{Kind: KindRefused, Reason: "the proxy does not allow this request" + detail, Remedy: "check [scope], or ask its operator"}
 	case status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable:
 		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the proxy takes no more sessions now, status %d%s", status, detail)}
+	case kind == "dns_error" && rcode == "NXDOMAIN":
+		return &Error{Kind: KindRefused, Reason: "the proxy finds no address of the target's name", Remedy: "check its spelling"}
+	case kind == "dns_error" || kind == "dns_timeout":
+		return &Error{Kind: KindFailure, Reason: "the proxy cannot resolve the target's name now" + detail, Remedy: "ask its operator to check its DNS"}
 	case status >= 500 || status == http.StatusRequestTimeout: // the latter when SETTINGS of this client got lost
 		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the proxy failed, status %d%s", status, detail)}
 	default:
 		return &Error{Kind: KindUsage, Reason: fmt.Sprintf("the proxy answered with status %d%s", status, detail), Remedy: "check the URI template in proxy"}
 	}
+}
+
+// proxyError returns the error type in Proxy-Status, and the DNS response code with it (RFC 9209 section 2.3); "" for none.
+func proxyError(h http.Header) (kind, rcode string) {
+	list, err := httpsfv.UnmarshalList(h["Proxy-Status"])
+	if err != nil {
+		return "", ""
+	}
+	for _, member := range list {
+		item, ok := member.(httpsfv.Item)
+		if !ok {
+			continue
+		}
+		v, _ := item.Params.Get("error")
+		if token, ok := v.(httpsfv.Token); ok {
+			kind = string(token)
+			v, _ = item.Params.Get("rcode")
+			rcode, _ = v.(string)
+		}
+	}
+	return kind, rcode
 }
 
 // tlsConfig is what the proxy is dialed with: base, which may be nil, completed.

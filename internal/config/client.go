@@ -17,7 +17,7 @@ type Client struct {
 
 	Token, TokenFile string // at most one is set
 
-	Target, IPProto string // "*": no preference (RFC 9484 section 4.6)
+	Target, IPProto string // "*": no preference (RFC 9484 section 4.6); the client package checks them
 
 	Device  string // name of the TUN interface, may hold one %d
 	MTU     int    // bytes, 0: found out
@@ -62,9 +62,7 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	auth.either("token_file", c.TokenFile, "token", c.Token)
 
 	scope := root.table("scope")
-	scope.unsupported("target", "*")
-	scope.unsupported("ipproto", "*")
-	c.Target, c.IPProto = "*", "*"
+	c.Target, c.IPProto = scope.string("target", "*"), scope.stringOrInt("ipproto", "*")
 
 	tun := root.table("tun")
 	c.Device, c.MTU, c.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"), tun.bool("offload", true)

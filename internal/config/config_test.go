@@ -68,6 +68,18 @@ func TestClientFull(t *testing.T) {
 	}
 }
 
+func TestClientScope(t *testing.T) {
+	for _, ipproto := range []string{`"17"`, `17`} {
+		c, err := ParseClient("c.toml", lines(`proxy = "p"`, `[scope]`, `target = "192.0.2.0/24"`, `ipproto = `+ipproto))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Target != "192.0.2.0/24" || c.IPProto != "17" {
+			t.Errorf("target %q, ipproto %q", c.Target, c.IPProto)
+		}
+	}
+}
+
 func TestClientInlineSecrets(t *testing.T) {
 	for _, test := range []struct {
 		data   []byte
@@ -181,8 +193,8 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[auth]`, `token = "s3cret"`, `token_file = "t"`}, `f.toml:4: auth.token_file = "t": auth.token says the same; keep one of the two`},
 		{client, []string{`[auth]`, `token = 5`}, `f.toml:3: auth.token: not a string in quotes; write a string in quotes`},
 		{client, []string{`[auth]`, `tokn = "s3cret"`}, `f.toml:3: auth.tokn: unknown key; did you mean "auth.token"?`},
-		{client, []string{`[scope]`, `target = "192.0.2.0/24"`}, `f.toml:3: scope.target = "192.0.2.0/24": not supported by this version; remove it`},
-		{client, []string{`[scope]`, `ipproto = "17"`}, `f.toml:3: scope.ipproto = "17": not supported by this version; remove it`},
+		{client, []string{`[scope]`, `target = 7`}, `f.toml:3: scope.target = 7: not a string in quotes; write a string in quotes`},
+		{client, []string{`[scope]`, `ipproto = true`}, `f.toml:3: scope.ipproto = true: not a string in quotes; write a string in quotes`},
 		{client, []string{`[tun]`, `name = "a-name-that-is-too-long"`}, `f.toml:3: tun.name = "a-name-that-is-too-long": not a name of a network interface; write for example "masque0", at most 15 characters`},
 		{client, []string{`[tun]`, `name = "../x"`}, `f.toml:3: tun.name = "../x": not a name of a network interface; `},
 		{client, []string{`[tun]`, `name = "a%d%d"`}, `f.toml:3: tun.name = "a%d%d": not a name of a network interface; `},

@@ -263,6 +263,15 @@ func (t *table) string(key, def string) string {
 	return scalar(t, key, def, "a string in quotes")
 }
 
+// stringOrInt is a string, or a number without quotes.
+func (t *table) stringOrInt(key, def string) string {
+	if n, ok := t.values[key].(int64); ok {
+		t.asked[key] = struct{}{}
+		return strconv.FormatInt(n, 10)
+	}
+	return t.string(key, def)
+}
+
 func (t *table) bool(key string, def bool) bool {
 	return scalar(t, key, def, "true or false")
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/yosida95/uritemplate/v3"
@@ -136,9 +137,15 @@ func (t *Template) String() string { return t.raw }
 // Host returns the authority of the template: a name or an address, with a port if the template has one.
 func (t *Template) Host() string { return t.host }
 
-// Expand returns the URI that requests s.
+// Expand returns the URI that requests s. It is an error when s limits something that t has no variable for: the request
+// would be for more.
 func (t *Template) Expand(s Scope) (*url.URL, error) {
 	target, proto := s.variables()
+	for _, v := range [][2]string{{varTarget, target}, {varIPProto, proto}} {
+		if v[1] != "*" && !slices.Contains(t.vars, v[0]) {
+			return nil, fmt.Errorf("URI template %q: it has no variable {%s}, so it cannot ask for %s", t.raw, v[0], v[1])
+		}
+	}
 	expanded, err := t.uri.Expand(uritemplate.Values{
 		varTarget:  uritemplate.String(target),
 		varIPProto: uritemplate.String(proto),
