@@ -76,6 +76,7 @@ func newEnd(str Stream, conn *quic.Conn, cfg Config) *end {
 
 func (e *end) start(ctx context.Context) {
 	ctx, e.stop = context.WithCancel(ctx)
+	e.updateMTU() // as Run does, for tests that send before it got to that
 	go func() {
 		e.err = e.Run(ctx)
 		close(e.done)
