@@ -60,8 +60,11 @@ type dialed struct {
 }
 
 // close ends the connection and frees its socket.
-func (d *dialed) close() {
-	_ = d.conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
+func (d *dialed) close() { d.closeWith(http3.ErrCodeNoError) }
+
+// closeWith is close that tells the proxy what went wrong.
+func (d *dialed) closeWith(code http3.ErrCode) {
+	_ = d.conn.CloseWithError(quic.ApplicationErrorCode(code), "")
 	_ = d.transport.Close()
 	_ = d.transport.Conn.Close()
 }

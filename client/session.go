@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
 	"go4.org/netipx"
 
 	"masquevpn/capsule"
@@ -43,7 +44,8 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	if err != nil {
 		return 0, err
 	}
-	defer d.close()
+	code := http3.ErrCodeNoError
+	defer func() { d.closeWith(code) }()
 	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1)}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
 		Device:  c.device,
@@ -71,7 +73,12 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 
 	since, err := s.keep(ctx, ended)
 	if errors.Is(err, errEnded) {
-		err = whyEnded(<-ended, s.quic, c.to)
+		reason := <-ended
+		if errors.Is(reason, capsule.ErrMalformed) || errors.Is(reason, capsule.ErrTooLarge) {
+			// The reset of the stream may get lost with the connection, so that says it as well (RFC 9114 section 8).
+			code = connectip.ErrorCode(reason)
+		}
+		err = whyEnded(reason, s.quic, c.to)
 	} else {
 		cancel()
 		<-ended

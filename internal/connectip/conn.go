@@ -161,21 +161,26 @@ func (c *Conn) Drain(wg *sync.WaitGroup) {
 // end closes or resets the stream, as err deserves.
 func (c *Conn) end(err error) {
 	c.closed.Store(true)
-	code := http3.ErrCodeNoError
-	switch {
-	case errors.Is(err, capsule.ErrMalformed):
-		code = http3.ErrCodeMessageError // RFC 9297 section 3.3
-	case errors.Is(err, capsule.ErrTooLarge):
-		code = http3.ErrCodeExcessiveLoad
-	case err != nil && !errors.Is(err, ErrClosedByPeer):
-		code = http3.ErrCodeRequestCanceled
-	}
+	code := ErrorCode(err)
 	if code == http3.ErrCodeNoError {
 		_ = c.str.Close()
 	} else {
 		c.str.CancelWrite(quic.StreamErrorCode(code))
 	}
 	c.str.CancelRead(quic.StreamErrorCode(code))
+}
+
+// ErrorCode is that by which the peer is told that a stream ended with err, which Run returned.
+func ErrorCode(err error) http3.ErrCode {
+	switch {
+	case err == nil || errors.Is(err, ErrClosedByPeer):
+		return http3.ErrCodeNoError
+	case errors.Is(err, capsule.ErrMalformed):
+		return http3.ErrCodeMessageError // RFC 9297 section 3.3
+	case errors.Is(err, capsule.ErrTooLarge):
+		return http3.ErrCodeExcessiveLoad
+	}
+	return http3.ErrCodeRequestCanceled
 }
 
 // readCapsules handles capsules until the stream ends.
