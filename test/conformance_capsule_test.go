@@ -1,0 +1,201 @@
+package test
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"net/netip"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/quic-go/quic-go/http3"
+	"github.com/quic-go/quic-go/quicvarint"
+
+	"masquevpn/capsule"
+	"masquevpn/client"
+	"masquevpn/proxy"
+	"masquevpn/routing"
+)
+
+// vector is an entry of the test vectors.
+type vector struct {
+	ID      string
+	Hex     string
+	Verdict string // ok, malformed, or policy: the receiver's choice
+	Why     string
+	Fin     bool // the stream ends after it
+}
+
+// malformedByPolicy is the vectors that we take for malformed where the receiver has the choice.
+var malformedByPolicy = []string{"AR10", "RA10"}
+
+// vectors returns the test vectors.
+func vectors(t *testing.T) []vector {
+	t.Helper()
+	b, err := os.ReadFile("../capsule/testdata/capsules.json")
+	check(t, err)
+	var all []vector
+	check(t, json.Unmarshal(b, &all))
+	if len(all) == 0 {
+		t.Fatal("no vectors")
+	}
+	return all
+}
+
+// capsules returns what is sent.
+func (v vector) capsules(t *testing.T) []byte {
+	t.Helper()
+	t.Logf("vector %s: %s (%s)", v.ID, v.Why, v.Verdict)
+	b, err := hex.DecodeString(v.Hex)
+	check(t, err)
+	return b
+}
+
+// malformed reports whether we take the vector for malformed.
+func (v vector) malformed() bool {
+	return v.Verdict == "malformed" || slices.Contains(malformedByPolicy, v.ID)
+}
+
+// What is malformed costs a client its stream, and no other stream of the connection; everything else goes by (RFC 9297
+// section 3.3). What the stream held is free afterwards.
+func TestWireVectorsAtProxy(t *testing.T) {
+	p := startWireProxy(t, nil)
+	other := p.tunnel()
+	for _, v := range vectors(t) {
+		u := p.tunnelOn(other.conn)
+		_, err := u.Write(v.capsules(t))
+		check(t, err)
+		if v.Fin {
+			check(t, u.Close())
+		}
+		if v.malformed() {
+			u.wantReset(http3.ErrCodeMessageError)
+			other.lives()
+			continue
+		}
+		u.lives()
+		u.CancelWrite(0)
+		u.CancelRead(0)
+	}
+	awaitDone(t, "only the other tunnel is left", func() bool { return len(p.Sessions()) == 1 && p.Status().Leased["ipv4"] == 1 })
+}
+
+// The client takes capsules as the proxy does. It has one stream, and so starts over when that is reset.
+func TestWireVectorsAtClient(t *testing.T) {
+	in := newInstallation(t)
+	r := startRawServer(t, in, http3.NextProtoH3)
+	for _, v := range vectors(t) {
+		capsules := v.capsules(t)
+		c := r.startClient(func(c *client.Config) { c.Reconnect = true })
+		s := r.establish(c)
+		if !v.malformed() {
+			// Some vectors take away what the session needs, so it is granted again right behind them.
+			for _, c := range granted {
+				capsules = c.Append(capsules)
+			}
+			_, err := s.Write(capsules)
+			check(t, err)
+			s.lives()
+		} else {
+			_, err := s.Write(capsules)
+			check(t, err)
+			if v.Fin {
+				check(t, s.Close())
+			}
+			s.wantReset(http3.ErrCodeMessageError)
+			r.establish(c)
+		}
+		c.stop()
+	}
+}
+
+// Capsules arrive in whatever pieces the peer likes: every byte in a frame of its own, with frames between that mean nothing.
+func TestWireDrippedCapsules(t *testing.T) {
+	u := startWireProxy(t, nil).tunnel()
+	pkt, id := newEcho(u.addr4, beyond4)
+	for _, b := range packetCapsule(pkt).Append(nil) {
+		frames := appendFrame(appendFrame(nil, frameData, []byte{b}), 0x21, []byte("grease"))
+		_, err := u.Stream.Write(appendFrame(frames, frameData, nil))
+		check(t, err)
+	}
+	awaitID(t, u.p.device.Receive, id)
+}
+
+// Capsules of unknown types are skipped however long they are, known ones are read up to a limit; the proxy keeps nothing of
+// either, and other streams go on.
+func TestWireEndlessCapsules(t *testing.T) {
+	p := startWireProxy(t, nil)
+	u := p.tunnel()
+	other := p.tunnelOn(u.conn)
+	const long = 64 << 20
+	_, err := u.Write(quicvarint.Append(quicvarint.Append(nil, 0x2b), long))
+	check(t, err)
+	chunk := bytes.Repeat([]byte{1}, 1<<20)
+	before := heap()
+	for range long / len(chunk) {
+		_, err := u.Write(chunk)
+		check(t, err)
+	}
+	if after := heap(); after > before+long/4 {
+		t.Errorf("%d bytes are in use after a capsule of %d bytes, %d before it", after, long, before)
+	}
+	u.lives()
+	for _, typ := range []capsule.Type{capsule.TypeDatagram, capsule.TypeAddressRequest, capsule.TypeRouteAdvertisement} {
+		u := p.tunnelOn(other.conn)
+		_, err := u.Write(quicvarint.Append(quicvarint.Append(nil, uint64(typ)), long)) // none of it is sent
+		check(t, err)
+		u.wantReset(http3.ErrCodeExcessiveLoad)
+	}
+	other.lives()
+}
+
+// A client that is sent a capsule beyond the limit says so.
+func TestWireOversizedCapsuleAtClient(t *testing.T) {
+	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
+	c := r.startClient(nil)
+	s := r.establish(c)
+	_, err := s.Write(quicvarint.Append(quicvarint.Append(nil, uint64(capsule.TypeRouteAdvertisement)), 1<<20))
+	check(t, err)
+	s.wantReset(http3.ErrCodeExcessiveLoad)
+	if e := c.failure(); !bytes.Contains([]byte(e.Error()), []byte("ROUTE_ADVERTISEMENT capsule of 1048576 bytes")) {
+		t.Errorf("the client says %q", e)
+	}
+}
+
+// Both families are in one ADDRESS_ASSIGN, each of which is the full list; request IDs are echoed, and a refusal is said once
+// (RFC 9484 sections 4.7.1 and 4.7.2).
+func TestWireAssignmentsAreComplete(t *testing.T) {
+	p := startWireProxy(t, func(c *proxy.Config) { c.Pool4 = netip.MustParsePrefix("10.77.0.0/30") }) // one address for clients
+	u := p.tunnel()
+	held := []capsule.Address{{RequestID: 1000, Prefix: netip.PrefixFrom(u.addr4, 32)}, {RequestID: 1001, Prefix: netip.PrefixFrom(u.addr6, 128)}}
+	more := netip.MustParsePrefix("fd77::99/128")
+	for _, tc := range []struct{ asked, got capsule.Address }{
+		{capsule.Address{RequestID: 7, Prefix: any4}, capsule.Address{RequestID: 7, Prefix: any4}}, // refused
+		{capsule.Address{RequestID: 9, Prefix: more}, capsule.Address{RequestID: 9, Prefix: more}},
+	} {
+		u.send(&capsule.AddressRequest{Addresses: []capsule.Address{tc.asked}})
+		got := nextCapsule[*capsule.AddressAssign](t, u.capsules).Addresses
+		if want := append(slices.Clone(held), tc.got); !slices.Equal(got, want) {
+			t.Errorf("assigned %v, want %v", got, want)
+		}
+	}
+}
+
+// Each ADDRESS_ASSIGN and each ROUTE_ADVERTISEMENT replaces the last, and the kernel is told (RFC 9484 sections 4.7.1 and 4.7.3).
+func TestWireCapsulesReplaceAtClient(t *testing.T) {
+	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
+	c := r.startClient(nil)
+	s := r.establish(c)
+	address, route := netip.MustParsePrefix("10.77.0.9/32"), netip.MustParsePrefix("192.0.2.0/24")
+	s.send(&capsule.AddressAssign{Addresses: []capsule.Address{{Prefix: address}}},
+		&capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{route}, 0)})
+	c.network.await(t, func(state routing.State) bool {
+		return slices.Equal(state.Addresses, []netip.Prefix{address}) && slices.Equal(state.Routes, []netip.Prefix{route})
+	})
+	pkt, _ := newEcho(beyond4, inside4) // no longer its address
+	s.send(packetCapsule(pkt))
+	pkt, id := newEcho(beyond4, address.Addr())
+	s.send(packetCapsule(pkt))
+	awaitOnly(t, c.device.Receive, id)
+}
