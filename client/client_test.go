@@ -127,10 +127,10 @@ func startProxy(t *testing.T, change func(*proxy.Config)) *far {
 		TLS:     &tls.Config{Certificates: []tls.Certificate{in.proxy}, ClientCAs: in.ca},
 		Methods: []string{proxy.MethodToken, proxy.MethodMTLS}, Users: users{},
 		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
-		Advertise:   []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")},
-		OpenDevice:  func() (proxy.Device, error) { return f.device, nil },
-		OpenNetwork: func(proxy.Device) (proxy.Network, error) { return &network{}, nil },
-		LocalAddrs:  func() ([]netip.Addr, error) { return nil, nil },
+		Advertise:     []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")},
+		OpenDevice:    func() (proxy.Device, error) { return f.device, nil },
+		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return &network{}, nil },
+		LocalNetworks: func() ([]netip.Prefix, error) { return nil, nil },
 	}
 	if change != nil {
 		change(&cfg)

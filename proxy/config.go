@@ -44,6 +44,7 @@ type Config struct {
 	Advertise      []netip.Prefix
 	Deny           []netip.Prefix // destinations, besides the built-in ones
 	ClientToClient bool
+	Sites          []Site
 	Masquerade     bool // clients appear under the proxy's own addresses elsewhere
 	KernelHopLimit bool // the kernel alone decrements hop limits
 
@@ -59,8 +60,9 @@ type Config struct {
 	// OpenDevice and OpenNetwork replace the TUN device and the kernel's routing, for use without privileges.
 	OpenDevice  func() (Device, error)
 	OpenNetwork func(Device) (Network, error)
-	// LocalAddrs returns the host's own addresses, which clients may not reach; default: those of its interfaces.
-	LocalAddrs func() ([]netip.Addr, error)
+	// LocalNetworks returns the addresses of the host's interfaces, all but the device, with the lengths of their networks.
+	// Clients may not reach the addresses, and no site may have the networks. Default: as the kernel has them.
+	LocalNetworks func() ([]netip.Prefix, error)
 }
 
 // Device is what the proxy forwards through; *tun.Device is one.
@@ -172,9 +174,6 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Resolver == nil {
 		c.Resolver = net.DefaultResolver
-	}
-	if c.LocalAddrs == nil {
-		c.LocalAddrs = interfaceAddrs
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

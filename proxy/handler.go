@@ -114,6 +114,9 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		stop:     stop,
 		done:     make(chan struct{}),
 	}
+	if r := h.s.rights[user.Name]; r != nil && scope.IsZero() {
+		ss.claim = newClaim(ss, r)
+	}
 	perUser := h.s.cfg.MaxSessionsPerUser
 	if user.Sessions > 0 {
 		perUser = user.Sessions
@@ -127,6 +130,10 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		return nil, refuse(http.StatusTooManyRequests, "connection_limit_reached", "user %q: %v", user.Name, err)
 	case err != nil:
 		return nil, refuse(http.StatusServiceUnavailable, "connection_limit_reached", "%v", err)
+	}
+	ss.log = h.s.cfg.Logger.With("session", ss.id, "user", ss.user.Name)
+	if ss.claim != nil {
+		h.s.sites.add(ss.claim, replaced)
 	}
 	for _, old := range replaced {
 		old.stop(errReplaced)
@@ -148,7 +155,6 @@ func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 	w.WriteHeader(http.StatusOK)
 	w.(http.Flusher).Flush()
 	h.s.requests.count(http.StatusOK)
-	ss.log = h.s.cfg.Logger.With("session", ss.id, "user", ss.user.Name)
 	ss.log.Info("session started", "remote", r.RemoteAddr, "scope", ss.scope.String())
 	err := ss.run(w.(http3.HTTPStreamer).HTTPStream())
 	ss.log.Info("session ended", "reason", err, "rx_bytes", ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())

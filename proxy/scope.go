@@ -2,11 +2,8 @@ package proxy
 
 import (
 	"context"
-	"net"
 	"net/http"
 	"net/netip"
-	"slices"
-	"time"
 
 	"go4.org/netipx"
 
@@ -48,7 +45,7 @@ func (s *Server) reach(ctx context.Context, user User, scope connectip.Scope) (*
 		for _, a := range addrs {
 			b.Add(a)
 		}
-		for _, p := range s.deniedNow() {
+		for _, p := range s.deniedNow().clients {
 			b.RemovePrefix(p)
 		}
 	case scope.Prefix.IsValid():
@@ -99,95 +96,9 @@ func (s *Server) allDenied(routes []capsule.Route) bool {
 	for _, r := range routes {
 		b.AddRange(netipx.IPRangeFrom(r.Start, r.End))
 	}
-	for _, p := range s.deniedNow() {
+	for _, p := range s.deniedNow().clients {
 		b.RemovePrefix(p)
 	}
 	set, err := b.IPSet()
 	return err != nil || len(set.Ranges()) == 0
-}
-
-// refreshDenied works out where packets of clients may not go: the built-in and the configured destinations, the proxy's
-// own addresses other than those in the tunnel, and other clients unless they may be reached.
-func (s *Server) refreshDenied() error {
-	var b netipx.IPSetBuilder
-	for _, p := range builtinDenied {
-		b.AddPrefix(p)
-	}
-	local, err := s.cfg.LocalAddrs()
-	if err != nil {
-		return err
-	}
-	for _, a := range local {
-		b.Add(a)
-	}
-	for _, p := range s.pool.prefixes() {
-		if s.cfg.ClientToClient {
-			b.RemovePrefix(p)
-		} else {
-			b.AddPrefix(p)
-		}
-	}
-	for _, g := range s.pool.gatewayAddrs() {
-		b.Remove(g)
-	}
-	for _, p := range s.cfg.Deny { // last: what the operator denies stays denied
-		b.AddPrefix(p)
-	}
-	set, err := b.IPSet()
-	if err != nil {
-		return err
-	}
-	denied := set.Prefixes()
-	s.mu.Lock()
-	same := slices.Equal(denied, s.denied)
-	s.denied = denied
-	s.mu.Unlock()
-	if same {
-		return nil
-	}
-	for _, ss := range s.sessions.list() {
-		if err := ss.setDenied(denied); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// interfaceAddrs returns the addresses of this host's interfaces.
-func interfaceAddrs() ([]netip.Addr, error) {
-	addrs, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil, err
-	}
-	var out []netip.Addr
-	for _, a := range addrs {
-		if n, ok := a.(*net.IPNet); ok {
-			if local, ok := netip.AddrFromSlice(n.IP); ok {
-				out = append(out, local.Unmap())
-			}
-		}
-	}
-	return out, nil
-}
-
-func (s *Server) deniedNow() []netip.Prefix {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.denied
-}
-
-// watchLocal follows changes of the host's own addresses until ctx ends.
-func (s *Server) watchLocal(ctx context.Context) error {
-	tick := time.NewTicker(localInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-			if err := s.refreshDenied(); err != nil {
-				s.cfg.Logger.Warn("cannot read the host's own addresses", "error", err)
-			}
-		}
-	}
 }

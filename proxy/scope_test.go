@@ -49,7 +49,7 @@ func scoped(t *testing.T, change func(*Config)) *http3.ClientConn {
 		c.Pool6 = netip.MustParsePrefix("fd77::/64")
 		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
 		c.Deny = []netip.Prefix{netip.MustParsePrefix("192.0.2.128/25")}
-		c.LocalAddrs = func() ([]netip.Addr, error) { return nil, nil }
+		c.LocalNetworks = func() ([]netip.Prefix, error) { return nil, nil }
 		c.Resolver = names{
 			"target.example":  {"192.0.2.7", "2001:db8::7", "192.0.2.9", "::ffff:192.0.2.7", "192.0.2.200", "198.51.100.1"},
 			"v4.example":      {"192.0.2.7"},

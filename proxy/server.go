@@ -31,8 +31,6 @@ const (
 	// unvalidatedRate is how many handshakes are begun in a second for addresses that have not proved to be the sender's; what
 	// comes above it has to prove that first (Retry, RFC 9000 section 8.1.2).
 	unvalidatedRate = 100
-	// localInterval is the time between looks at the host's own addresses, which clients may not reach.
-	localInterval = 10 * time.Second
 )
 
 // Server is a proxy. Make it with New.
@@ -42,12 +40,16 @@ type Server struct {
 	pool      *pool
 	table     *table
 	sessions  sessions
+	sites     *sites
+	rights    map[string]*rights // of the users with sites
 	ready     chan struct{}
 	started   time.Time
 	addrs     []net.Addr
 
 	device  Device
 	network Network
+	// installed is what the kernel has been told; of Run and then of keepNetwork alone.
+	installed routing.State
 
 	narrow     narrowPaths
 	errorLimit *rate.Limiter
@@ -58,7 +60,7 @@ type Server struct {
 	lookups    lookups
 
 	mu     sync.Mutex
-	denied []netip.Prefix
+	denied denied
 }
 
 // New checks cfg and makes a Server of it; nothing is opened yet.
@@ -71,15 +73,22 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	rights, err := cfg.siteRights()
+	if err != nil {
+		return nil, err
+	}
 	holder := func(netip.Addr) string { return "" }
 	if cfg.Users != nil {
 		holder = cfg.Users.Holder
 	}
+	table := newTable()
 	s := &Server{
 		cfg:        cfg,
 		templates:  templates,
 		pool:       newPool(holder, cfg.Pool4, cfg.Pool6),
-		table:      newTable(),
+		table:      table,
+		sites:      newSites(table),
+		rights:     rights,
 		sessions:   sessions{byID: make(map[string]*session)},
 		ready:      make(chan struct{}),
 		errorLimit: newErrorLimit(),
@@ -150,11 +159,7 @@ func (s *Server) openNetwork() error {
 	n, err := open(s.device)
 	if err == nil {
 		s.network = n
-		state := routing.State{MTU: s.device.MTU(), Addresses: s.pool.gateways(), Forward: true}
-		if s.cfg.Masquerade {
-			state.Masquerade = s.pool.prefixes()
-		}
-		if err = n.Apply(state); err != nil {
+		if err = s.install(layout{}); err != nil {
 			err = errors.Join(err, n.Close())
 		}
 	}
@@ -194,7 +199,7 @@ func (s *Server) listen(ctx context.Context) ([]net.PacketConn, error) {
 type connKey struct{}
 
 func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
-	if err := s.refreshDenied(); err != nil {
+	if err := s.refresh(); err != nil {
 		return err
 	}
 	running, stop := context.WithCancelCause(context.WithoutCancel(ctx))
@@ -231,7 +236,7 @@ func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
 		})
 	}
 	g.Go(func() error { return s.readDevice() })
-	g.Go(func() error { return s.watchLocal(gctx) })
+	g.Go(func() error { return s.keepNetwork(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
 		// Sessions end in good order, and their connections with them: clients are told and can come back at once.

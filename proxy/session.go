@@ -32,6 +32,7 @@ type session struct {
 	instance string
 	scope    connectip.Scope
 	reach    *netipx.IPSet // the addresses of scope, nil for all
+	claim    *claim        // of the site that the client is the gateway of, nil for none
 	since    time.Time
 	quic     *quic.Conn
 	queue    chan packet
@@ -40,6 +41,8 @@ type session struct {
 	ctx      context.Context // ends when the session has to
 	stop     context.CancelCauseFunc
 	done     chan struct{} // closed when everything it held is given back
+
+	saidNoSite bool // of the goroutine that handles capsules
 
 	advertising sync.Mutex // orders advertisements; taken before mu, which is not held while the client does not read
 
@@ -64,9 +67,10 @@ func (ss *session) run(str connectip.Stream) error {
 	ss.mu.Lock()
 	conn := connectip.New(str, ss.quic, connectip.Config{
 		Device:         ss.server.device,
-		Handler:        connectip.Handler{Requested: ss.addressesRequested},
+		Accept:         connectip.Accept{Assigned: ss.acceptAddresses, Routes: ss.acceptRoutes},
+		Handler:        connectip.Handler{Requested: ss.addressesRequested, Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
 		Self:           ss.server.pool.gatewayAddrs(),
-		Denied:         ss.server.deniedNow(),
+		Denied:         ss.server.deniedNow().of(ss),
 		KernelHopLimit: ss.server.cfg.KernelHopLimit,
 		Stats:          &ss.stats,
 	})
@@ -76,6 +80,9 @@ func (ss *session) run(str connectip.Stream) error {
 	inner, cancel := context.WithCancel(ss.ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { ss.sendQueued(inner, conn) })
+	if ss.claim != nil {
+		wg.Go(func() { ss.followSites(inner, conn) })
+	}
 	err := ss.advertise()
 	if err != nil {
 		ss.stop(err)
@@ -115,6 +122,80 @@ func (ss *session) addressesRequested(requested []capsule.Address) error {
 	return ss.advertise()
 }
 
+// acceptAddresses returns what counts of the addresses that the client assigns to the proxy.
+func (ss *session) acceptAddresses(addrs []capsule.Address) []capsule.Address {
+	if ss.claim == nil {
+		return nil
+	}
+	return ss.server.sites.heldAddresses(ss.claim, addrs)
+}
+
+// acceptRoutes returns what counts of the routes that the client advertises: what it has already. More counts as soon as it
+// is decided upon.
+func (ss *session) acceptRoutes(routes []capsule.Route) []capsule.Route {
+	if ss.claim == nil {
+		return nil
+	}
+	return ss.server.sites.heldRoutes(ss.claim, routes)
+}
+
+func (ss *session) addressesAssigned(addrs []capsule.Address) error {
+	if ss.claim == nil {
+		ss.noSite(len(addrs))
+		return nil
+	}
+	var granted []netip.Prefix
+	for _, a := range addrs {
+		if !a.Refused() {
+			granted = append(granted, a.Prefix)
+		}
+	}
+	ss.server.sites.assign(ss.claim, granted)
+	return nil
+}
+
+func (ss *session) routesAdvertised(routes []capsule.Route) error {
+	if ss.claim == nil {
+		ss.noSite(len(routes))
+		return nil
+	}
+	ss.server.sites.advertise(ss.claim, routes)
+	return nil
+}
+
+// noSite says, once, that a client wanted to be a gateway.
+func (ss *session) noSite(entries int) {
+	if entries == 0 || ss.saidNoSite {
+		return
+	}
+	ss.saidNoSite = true
+	reason := "no [[site]] names this user"
+	if !ss.scope.IsZero() {
+		reason = "a request with a scope is not that of a gateway"
+	}
+	ss.log.Warn("networks of the client are refused", "reason", reason)
+}
+
+// followSites makes the policy and what is advertised follow each decision about sites, until ctx ends.
+func (ss *session) followSites(ctx context.Context, conn *connectip.Conn) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ss.claim.wake:
+		}
+		has := ss.server.sites.held(ss.claim)
+		err := conn.SetAccepted(has.assigned, has.routes)
+		if err == nil {
+			err = ss.advertise()
+		}
+		if err != nil {
+			ss.stop(err)
+			return
+		}
+	}
+}
+
 // answer leases what the client asks for and returns its full list of addresses, refusals included.
 func (ss *session) answer(requested []capsule.Address) []capsule.Address {
 	ss.mu.Lock()
@@ -131,6 +212,9 @@ func (ss *session) answer(requested []capsule.Address) []capsule.Address {
 		answer = append(answer, a)
 	}
 	ss.asked = true
+	if ss.claim != nil {
+		ss.server.sites.lease(ss.claim, prefixes(ss.addresses))
+	}
 	ss.log.Info("addresses assigned", "addresses", prefixes(ss.addresses))
 	return answer
 }
@@ -155,6 +239,9 @@ func (ss *session) advertise() error {
 	defer ss.advertising.Unlock()
 	ss.mu.Lock()
 	routes, err := ss.server.routes(ss.reach, ss.scope.Protocol, ss.uses)
+	if err == nil && ss.claim != nil {
+		routes, err = ss.server.sites.routesTo(ss.claim, routes, ss.server.pool.gatewayAddrs())
+	}
 	same := ss.routes != nil && slices.Equal(routes, ss.routes)
 	if err == nil {
 		ss.routes = routes
@@ -184,8 +271,11 @@ func (ss *session) setDenied(denied []netip.Prefix) error {
 	return ss.conn.SetDenied(denied)
 }
 
-// release gives back all addresses.
+// release gives back all addresses and networks.
 func (ss *session) release() {
+	if ss.claim != nil {
+		ss.server.sites.remove(ss.claim)
+	}
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	for _, a := range ss.addresses {
@@ -211,6 +301,8 @@ type SessionStatus struct {
 	ID     string `json:"id"`
 	User   string `json:"user"`
 	Remote string `json:"remote"` // address and UDP port
+	// Networks are behind the client: what it advertised and the proxy accepted.
+	Networks []netip.Prefix `json:"networks"`
 }
 
 func (ss *session) status() SessionStatus {
@@ -227,6 +319,10 @@ func (ss *session) status() SessionStatus {
 	s.Addresses = prefixes(ss.addresses)
 	s.SetRoutes(ss.routes)
 	ss.mu.Unlock()
+	s.Networks = []netip.Prefix{}
+	if ss.claim != nil {
+		s.Networks = append(s.Networks, ss.server.sites.held(ss.claim).prefixes...)
+	}
 	s.RTT = ss.quic.ConnectionStats().SmoothedRTT.Microseconds()
 	s.SetTraffic(&ss.stats)
 	return s

@@ -95,6 +95,14 @@ func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 	default:
 		c.OK("users: %d", len(l.users.last().All()))
 	}
+	for _, site := range l.file.Sites {
+		if l.users == nil {
+			continue
+		}
+		if _, ok := l.users.ByName(site.User); !ok {
+			c.Warn("site: there is no user "+site.User, program+" invite "+site.User+" -c FILE")
+		}
+	}
 }
 
 // checkPort checks that a UDP address can be listened on, by doing it.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strings"
 	"text/tabwriter"
@@ -163,18 +164,22 @@ func (o *options) sessionsCommand() *cobra.Command {
 	return ask(o, &cobra.Command{Use: "sessions", Short: "List the sessions", Args: cobra.NoArgs}, get(sessionsPath), showSessions)
 }
 
-func showSessions(w io.Writer, list []proxy.SessionStatus) error {
+func showSessions(w io.Writer, sessions []proxy.SessionStatus) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "ID\tUSER\tREMOTE\tFOR\tADDRESSES\tRECEIVED\tSENT")
-	for _, s := range list {
-		addresses := make([]string, len(s.Addresses))
-		for i, a := range s.Addresses {
-			addresses[i] = a.String()
-		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, cli.OneLine(s.User), s.Remote, time.Since(s.Since).Round(time.Second),
-			strings.Join(addresses, ", "), cli.Size(s.Bytes.RX), cli.Size(s.Bytes.TX))
+	fmt.Fprintln(t, "ID\tUSER\tREMOTE\tFOR\tADDRESSES\tNETWORKS\tRECEIVED\tSENT")
+	for _, s := range sessions {
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, cli.OneLine(s.User), s.Remote, time.Since(s.Since).Round(time.Second),
+			list(s.Addresses), list(s.Networks), cli.Size(s.Bytes.RX), cli.Size(s.Bytes.TX))
 	}
 	return t.Flush()
+}
+
+func list(prefixes []netip.Prefix) string {
+	words := make([]string, len(prefixes))
+	for i, p := range prefixes {
+		words[i] = p.String()
+	}
+	return strings.Join(words, ", ")
 }
 
 func (o *options) kickCommand() *cobra.Command {

@@ -89,6 +89,9 @@ func (l *loaded) config(certificate func() *tls.Certificate) (proxy.Config, erro
 		Masquerade: f.Masquerade, KernelHopLimit: f.KernelHopLimit,
 		MaxSessions: f.Sessions, MaxSessionsPerUser: f.SessionsPerUser,
 	}
+	for _, site := range f.Sites {
+		c.Sites = append(c.Sites, proxy.Site(site))
+	}
 	if len(l.clientCAs) > 0 {
 		c.TLS.ClientCAs = cli.Pool(l.clientCAs)
 	}

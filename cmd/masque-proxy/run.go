@@ -199,6 +199,7 @@ func changed(a, b *loaded) []string {
 	compare("routes.advertise", x.Advertise, y.Advertise)
 	compare("routes.deny", x.Deny, y.Deny)
 	compare("routes.client_to_client", x.ClientToClient, y.ClientToClient)
+	compare("site", x.Sites, y.Sites)
 	compare("nat.masquerade", x.Masquerade, y.Masquerade)
 	compare("forwarding.hop_limit", x.KernelHopLimit, y.KernelHopLimit)
 	compare("limits.sessions", x.Sessions, y.Sessions)

@@ -131,9 +131,17 @@ func TestProxyFull(t *testing.T) {
 		Methods: []string{"mtls", "token"}, Users: "/etc/masque/people.toml", Device: "masque0", MTU: 1280,
 		Pool4: netip.MustParsePrefix("10.78.0.0/24"), Advertise: prefixes("10.0.0.0/8"), Deny: prefixes("169.254.0.0/16"),
 		ClientToClient: true, KernelHopLimit: true, Sessions: 10, SessionsPerUser: 2, KeyLog: "/tmp/keys",
+		Sites: []Site{
+			{User: "branch", Networks: prefixes("192.0.2.0/24", "2001:db8:a::/64"), Peer: prefixes("10.9.0.0/24")},
+			{User: "depot", Networks: prefixes("198.51.100.0/24"), Reach: prefixes("192.0.2.0/24")},
+			{User: "kiosk", Networks: prefixes("203.0.113.0/24"), Reach: prefixes()},
+		},
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
+	}
+	if got.Sites[0].Reach != nil || got.Sites[2].Reach == nil {
+		t.Error("an empty reach is not told from none")
 	}
 }
 
@@ -255,7 +263,12 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`[metrics]`, `listen = "127.0.0.1:9484"`}, `f.toml:3: metrics.listen = "127.0.0.1:9484": not supported by this version; remove it`},
 		{proxy, []string{`[connect_udp]`, `enabled = true`}, `f.toml:3: connect_udp.enabled = true: not supported by this version; remove it`},
 		{proxy, []string{`[log]`, `qlog_dir = "q"`}, `f.toml:3: log.qlog_dir = "q": not supported by this version; remove it`},
-		{proxy, []string{`[[site]]`, `user = "branch"`, `networks = ["192.0.2.0/24"]`}, `f.toml:2: site[0]: not supported by this version; remove it`},
+		{proxy, []string{`[[site]]`, `networks = ["192.0.2.0/24"]`}, `f.toml:2: site[0].user: is missing; write the name of the user whose client is the gateway`},
+		{proxy, []string{`[[site]]`, `user = "a/b"`, `networks = ["192.0.2.0/24"]`}, `f.toml:3: site[0].user = "a/b": not a name of a user; write the name that was invited`},
+		{proxy, []string{`[[site]]`, `user = "branch"`}, `f.toml:2: site[0].networks: is missing; write the networks behind the gateway, for example networks = ["192.0.2.0/24"]`},
+		{proxy, []string{`[[site]]`, `user = "branch"`, `networks = ["192.0.2.1/24"]`}, `f.toml:4: site[0].networks[0] = "192.0.2.1/24": bits are set behind the prefix length; write "192.0.2.0/24"`},
+		{proxy, []string{`[[site]]`, `user = "branch"`, `networks = ["192.0.2.0/24"]`, `reach = ["all"]`}, `f.toml:5: site[0].reach[0] = "all": not an address prefix; `},
+		{proxy, []string{`[[site]]`, `user = "branch"`, `networks = ["192.0.2.0/24"]`, `network = []`}, `f.toml:5: site[0].network: unknown key; did you mean "site[0].networks"?`},
 		{proxy, []string{`[site]`, `user = "branch"`}, `f.toml:2: site: is a list of tables; start each with [[site]] on a line of its own`},
 
 		// The users.

@@ -38,9 +38,19 @@ type Proxy struct {
 
 	Sessions, SessionsPerUser int
 
+	Sites []Site
+
 	KeyLog string // name of the file for TLS secrets, empty: none
 
 	doc *document
+}
+
+// Site is a [[site]]: a user whose client is a gateway.
+type Site struct {
+	User     string
+	Networks []netip.Prefix // behind the gateway
+	Peer     []netip.Prefix // for addresses of the proxy, besides Networks
+	Reach    []netip.Prefix // nil: all that there is
 }
 
 // ParseProxy parses and validates the contents of a proxy's configuration. The
@@ -108,15 +118,29 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	p.KeyLog = log.file("key_log", "")
 
 	for _, site := range root.tablesOf("site") {
-		site.string("user", "")
-		site.prefixes("networks")
-		d.add(site.path, "not supported by this version", "remove it")
+		p.Sites = append(p.Sites, parseSite(site))
 	}
 
 	if err := d.finish(); err != nil {
 		return nil, err
 	}
 	return p, nil
+}
+
+func parseSite(t *table) Site {
+	s := Site{User: t.string("user", ""), Networks: t.prefixes("networks"), Peer: t.prefixes("peer"), Reach: t.prefixes("reach")}
+	if !t.has("user") {
+		t.add("user", "is missing", `write the name of the user whose client is the gateway`)
+	} else if !IsName(s.User) {
+		t.add("user", "not a name of a user", "write the name that was invited")
+	}
+	if len(s.Networks) == 0 && !t.has("networks") {
+		t.add("networks", "is missing", `write the networks behind the gateway, for example networks = ["192.0.2.0/24"]`)
+	}
+	if t.has("reach") && s.Reach == nil {
+		s.Reach = []netip.Prefix{} // it reaches nothing
+	}
+	return s
 }
 
 func (p *Proxy) parseAuth(auth *table) {

@@ -1,0 +1,332 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/connectip"
+	"masquevpn/internal/ippacket"
+	"masquevpn/routing"
+	"masquevpn/tun/tuntest"
+)
+
+// byToken are users whose token is their name.
+type byToken []string
+
+func (u byToken) ByName(name string) (User, bool)   { return User{Name: name}, slices.Contains(u, name) }
+func (u byToken) ByToken(token string) (User, bool) { return u.ByName(token) }
+func (byToken) Holder(netip.Addr) string            { return "" }
+
+// kernel keeps all that it was told.
+type kernel struct {
+	mu     sync.Mutex
+	states []routing.State
+	fail   error
+}
+
+func (k *kernel) Apply(s routing.State) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.fail != nil {
+		return k.fail
+	}
+	k.states = append(k.states, s)
+	return nil
+}
+
+func (*kernel) Close() error { return nil }
+
+// all returns the states so far.
+func (k *kernel) all() []routing.State {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.states)
+}
+
+func (k *kernel) last() routing.State {
+	all := k.all()
+	return all[len(all)-1]
+}
+
+// logs is a log that can be read while it is written.
+type logs struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logs) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logs) lines(with string) (lines []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for line := range strings.SplitSeq(l.b.String(), "\n") {
+		if strings.Contains(line, with) {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// hub is a proxy with two sites, a and b, and a client c that is none.
+type hub struct {
+	t      *testing.T
+	h3     *http3.ClientConn
+	device *tuntest.Device
+	kernel *kernel
+	log    *logs
+}
+
+var (
+	netA, netA6 = netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:a::/64")
+	netB        = netip.MustParsePrefix("10.2.0.0/24")
+	netProxy    = netip.MustParsePrefix("192.0.2.0/24") // that the proxy advertises
+	hostNetwork = netip.MustParsePrefix("172.16.0.0/24")
+)
+
+func newHub(t *testing.T, change func(*Config)) *hub {
+	h := &hub{t: t, device: tuntest.New(1400), kernel: &kernel{}, log: &logs{}}
+	h.h3 = start(t, func(c *Config) {
+		c.Methods, c.Users = []string{MethodToken}, byToken{"a", "b", "c"}
+		c.Pool6 = netip.MustParsePrefix("fd77::/64")
+		c.Advertise = []netip.Prefix{netProxy}
+		c.OpenDevice = func() (Device, error) { return h.device, nil }
+		c.OpenNetwork = func(Device) (Network, error) { return h.kernel, nil }
+		c.LocalNetworks = func() ([]netip.Prefix, error) {
+			return []netip.Prefix{netip.PrefixFrom(hostNetwork.Addr().Next(), 24), netip.MustParsePrefix("192.0.2.1/24")}, nil
+		}
+		c.Logger = slog.New(slog.NewTextHandler(h.log, nil))
+		c.Sites = []Site{
+			{User: "a", Networks: []netip.Prefix{netA, netA6, netip.MustParsePrefix("172.16.0.0/12")}, Peer: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/24")}},
+			{User: "b", Networks: []netip.Prefix{netB, netip.MustParsePrefix("10.1.0.0/16")}},
+		}
+		if change != nil {
+			change(c)
+		}
+	})
+	return h
+}
+
+// gateway is a client of a hub.
+type gateway struct {
+	hub     *hub
+	str     *http3.RequestStream
+	own     []netip.Addr // assigned
+	routes  chan []capsule.Route
+	packets chan []byte
+}
+
+// connect begins a session of user, asks for an IPv4 address, and advertises networks.
+func (h *hub) connect(user, instance string, networks ...netip.Prefix) *gateway {
+	h.t.Helper()
+	header := http.Header{"Authorization": {"Bearer " + user}}
+	if instance != "" {
+		header[connectip.InstanceHeader] = []string{instance}
+	}
+	rsp, str := request(h.t, h.h3, "CONNECT", "connect-ip", anyPath, header)
+	if rsp.StatusCode != 200 {
+		h.t.Fatalf("status %d", rsp.StatusCode)
+	}
+	g := &gateway{hub: h, str: str, routes: make(chan []capsule.Route, 100), packets: make(chan []byte, 100)}
+	assigned := make(chan []capsule.Address, 1)
+	go func() {
+		r := capsule.NewReader(str, 1<<16)
+		for {
+			c, err := r.Next()
+			if err != nil {
+				return
+			}
+			switch c := c.(type) {
+			case *capsule.AddressAssign:
+				assigned <- c.Addresses
+			case *capsule.RouteAdvertisement:
+				g.routes <- c.Routes
+			}
+		}
+	}()
+	go func() {
+		for {
+			b, err := str.ReceiveDatagram(h.t.Context())
+			if err != nil {
+				return
+			}
+			g.packets <- b[1:]
+		}
+	}()
+	g.write(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: netip.MustParsePrefix("0.0.0.0/32")}}})
+	for _, a := range <-assigned {
+		g.own = append(g.own, a.Prefix.Addr())
+	}
+	if len(networks) > 0 {
+		g.advertise(networks...)
+	}
+	return g
+}
+
+func (g *gateway) write(c capsule.Capsule) {
+	g.hub.t.Helper()
+	if _, err := g.str.Write(c.Append(nil)); err != nil {
+		g.hub.t.Fatal(err)
+	}
+}
+
+func (g *gateway) advertise(networks ...netip.Prefix) {
+	g.hub.t.Helper()
+	g.write(&capsule.RouteAdvertisement{Routes: capsule.Routes(networks, 0)})
+}
+
+func (g *gateway) close() {
+	g.str.CancelRead(quic.StreamErrorCode(http3.ErrCodeNoError))
+	if err := g.str.Close(); err != nil {
+		g.hub.t.Error(err)
+	}
+}
+
+// send sends a packet into the tunnel.
+func (g *gateway) send(src, dst string) {
+	g.hub.t.Helper()
+	pkt := ippacket.AppendEcho([]byte{0}, netip.MustParseAddr(src), netip.MustParseAddr(dst), 64, true, 1, 1, nil)
+	g.write(&capsule.Datagram{Payload: pkt})
+}
+
+// told waits until the proxy advertises want, besides its own address.
+func (g *gateway) told(want ...netip.Prefix) {
+	g.hub.t.Helper()
+	wanted := capsule.Routes(append(want, netip.MustParsePrefix("10.77.0.1/32")), 0)
+	var got []capsule.Route
+	for {
+		select {
+		case got = <-g.routes:
+			if slices.Equal(got, wanted) {
+				return
+			}
+		case <-time.After(10 * time.Second):
+			g.hub.t.Fatalf("the proxy advertised %v at last, want %v", got, wanted)
+		}
+	}
+}
+
+// receives waits for a packet from the tunnel.
+func (g *gateway) receives(src, dst string) {
+	g.hub.t.Helper()
+	for {
+		select {
+		case pkt := <-g.packets:
+			if p, err := ippacket.Parse(pkt); err == nil && p.Src.String() == src && p.Dst.String() == dst {
+				return
+			}
+		case <-time.After(10 * time.Second):
+			g.hub.t.Fatalf("no packet from %s to %s came", src, dst)
+		}
+	}
+}
+
+// isProhibited waits for the ICMP error about a packet that the proxy does not let pass.
+func (g *gateway) isProhibited(src, dst string) {
+	g.hub.t.Helper()
+	for {
+		select {
+		case pkt := <-g.packets:
+			p, err := ippacket.Parse(pkt)
+			if err != nil {
+				continue
+			}
+			if q, ok := ippacket.Quoted(pkt, p); ok && q.Src.String() == src && q.Dst.String() == dst {
+				if code := pkt[p.HeaderLen+1]; code != 13 {
+					g.hub.t.Errorf("%s to %s is answered with code %d", src, dst, code)
+				}
+				return
+			}
+		case <-time.After(10 * time.Second):
+			g.hub.t.Fatalf("a packet from %s to %s was not answered", src, dst)
+		}
+	}
+}
+
+// forwards waits for a packet that comes out of the proxy's device.
+func (h *hub) forwards(src, dst string) {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
+	defer cancel()
+	for {
+		pkt, err := h.device.Receive(ctx)
+		if err != nil {
+			h.t.Fatalf("no packet from %s to %s came out: %v", src, dst, err)
+		}
+		if p, err := ippacket.Parse(pkt); err == nil && p.Src.String() == src && p.Dst.String() == dst {
+			return
+		}
+	}
+}
+
+// leadsTo waits until packets from src to dst, which come out of the kernel, are sent to g.
+func (h *hub) leadsTo(g *gateway, src, dst string) {
+	h.t.Helper()
+	h.eventually(fmt.Sprintf("packets from %s to %s are sent on", src, dst), func() bool {
+		h.inject(src, dst)
+		select {
+		case <-g.packets:
+			return true
+		case <-time.After(10 * time.Millisecond):
+			return false
+		}
+	})
+}
+
+// lets waits until packets of g from src to dst come out of the proxy's device.
+func (h *hub) lets(g *gateway, src, dst string) {
+	h.t.Helper()
+	h.eventually(fmt.Sprintf("packets from %s to %s come out", src, dst), func() bool {
+		g.send(src, dst)
+		ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Millisecond)
+		defer cancel()
+		for {
+			pkt, err := h.device.Receive(ctx)
+			if err != nil {
+				return false
+			}
+			if p, err := ippacket.Parse(pkt); err == nil && p.Src.String() == src && p.Dst.String() == dst {
+				return true
+			}
+		}
+	})
+}
+
+// inject gives the proxy's device a packet of the kernel.
+func (h *hub) inject(src, dst string) {
+	h.device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr(src), netip.MustParseAddr(dst), 64, true, 1, 1, nil))
+}
+
+// installs waits until the kernel has exactly these routes of sites.
+func (h *hub) installs(want ...netip.Prefix) {
+	h.t.Helper()
+	slices.SortFunc(want, netip.Prefix.Compare)
+	h.eventually(fmt.Sprintf("routes %v", want), func() bool {
+		return slices.Equal(slices.SortedFunc(slices.Values(h.kernel.last().Routes), netip.Prefix.Compare), want)
+	})
+}
+
+func (h *hub) eventually(what string, ok func() bool) {
+	h.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			h.t.Fatalf("not in time: %s; the kernel has %+v\n%s", what, h.kernel.last(), strings.Join(h.log.lines(""), "\n"))
+		}
+	}
+}

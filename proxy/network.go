@@ -1,0 +1,192 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"go4.org/netipx"
+
+	"masquevpn/routing"
+)
+
+const (
+	// localInterval is the time between looks at the host's own addresses, which clients may not reach.
+	localInterval = 10 * time.Second
+	// settleDelay lets changes that come together be made together, and bounds how often what clients say has an effect.
+	settleDelay = 20 * time.Millisecond
+)
+
+// keepNetwork makes the kernel, the table and the sessions follow what sites say, and the host's own addresses, until ctx ends.
+func (s *Server) keepNetwork(ctx context.Context) error {
+	tick := time.NewTicker(localInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		case <-s.sites.changed:
+			time.Sleep(settleDelay)
+		}
+		if err := s.refresh(); err != nil {
+			s.cfg.Logger.Warn("cannot read the host's own addresses", "error", err)
+		}
+	}
+}
+
+// refresh does once what keepNetwork does.
+func (s *Server) refresh() error {
+	read := s.cfg.LocalNetworks
+	if read == nil {
+		read = func() ([]netip.Prefix, error) { return localNetworks(s.device.Name()) }
+	}
+	local, err := read()
+	if err != nil {
+		return err
+	}
+	var all []taken
+	for _, p := range s.pool.prefixes() {
+		all = append(all, taken{p, "the pool of addresses for clients"})
+	}
+	for _, p := range local {
+		all = append(all, taken{p.Masked(), "a network of the proxy's host"})
+	}
+	l := s.sites.decide(all)
+	if err := s.install(l); err != nil {
+		s.cfg.Logger.Error("the networks of the sites cannot be installed; trying again", "retry_in", localInterval, "error", err)
+	}
+	return s.deny(local, l)
+}
+
+// install makes the kernel follow l.
+func (s *Server) install(l layout) error {
+	state := s.networkState(l)
+	if slices.Equal(state.Routes, s.installed.Routes) && slices.Equal(state.Addresses, s.installed.Addresses) {
+		return nil
+	}
+	if err := s.network.Apply(state); err != nil {
+		return err
+	}
+	s.installed = state
+	return nil
+}
+
+// networkState is what the kernel shall have.
+func (s *Server) networkState(l layout) routing.State {
+	state := routing.State{
+		MTU: s.device.MTU(), Forward: true,
+		Addresses: slices.Concat(s.pool.gateways(), l.addresses),
+		Routes:    l.networks,
+	}
+	if s.cfg.Masquerade {
+		state.Masquerade = s.pool.prefixes()
+	}
+	return state
+}
+
+// denied is where packets of clients may not go, for clients that are gateways of sites and for others.
+type denied struct{ clients, sites []netip.Prefix }
+
+// of returns what is denied to ss.
+func (d denied) of(ss *session) []netip.Prefix {
+	if ss.claim != nil {
+		return d.sites
+	}
+	return d.clients
+}
+
+// deny works out where packets of clients may not go: the built-in and the configured destinations, the proxy's own addresses
+// other than those in the tunnel, and other clients, with the networks behind them, unless they may be reached. Sites reach
+// each other all the same.
+func (s *Server) deny(local []netip.Prefix, l layout) error {
+	var b netipx.IPSetBuilder
+	for _, p := range builtinDenied {
+		b.AddPrefix(p)
+	}
+	for _, p := range l.networks {
+		b.RemovePrefix(p)
+	}
+	for _, p := range slices.Concat(local, l.addresses) {
+		b.Add(p.Addr())
+	}
+	for _, p := range s.pool.prefixes() {
+		if s.cfg.ClientToClient {
+			b.RemovePrefix(p)
+		} else {
+			b.AddPrefix(p)
+		}
+	}
+	for _, g := range s.pool.gatewayAddrs() {
+		b.Remove(g)
+	}
+	forClients, forSites := b.Clone(), &b
+	if !s.cfg.ClientToClient {
+		for _, p := range l.networks {
+			forClients.AddPrefix(p)
+		}
+	}
+	for _, p := range l.leased {
+		forSites.RemovePrefix(p)
+	}
+	for _, p := range s.cfg.Deny { // last: what the operator denies stays denied
+		forClients.AddPrefix(p)
+		forSites.AddPrefix(p)
+	}
+	clients, err := forClients.IPSet()
+	if err != nil {
+		return err
+	}
+	sites, err := forSites.IPSet()
+	if err != nil {
+		return err
+	}
+	now := denied{clients.Prefixes(), sites.Prefixes()}
+	s.mu.Lock()
+	before := s.denied
+	s.denied = now
+	s.mu.Unlock()
+	for _, ss := range s.sessions.list() {
+		if d := now.of(ss); !slices.Equal(d, before.of(ss)) {
+			if err := ss.setDenied(d); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *Server) deniedNow() denied {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.denied
+}
+
+// localNetworks returns the addresses of this host's interfaces with the lengths of their networks, but for those of one.
+func localNetworks(except string) ([]netip.Prefix, error) {
+	interfaces, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	var out []netip.Prefix
+	for _, i := range interfaces {
+		if i.Name == except {
+			continue
+		}
+		addrs, err := i.Addrs()
+		if err != nil {
+			return nil, err
+		}
+		for _, a := range addrs {
+			if n, ok := a.(*net.IPNet); ok {
+				if local, ok := netip.AddrFromSlice(n.IP); ok {
+					bits, _ := n.Mask.Size()
+					out = append(out, netip.PrefixFrom(local.Unmap(), bits))
+				}
+			}
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,154 @@
+package proxy
+
+import (
+	"errors"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"go4.org/netipx"
+	"pgregory.net/rapid"
+
+	"masquevpn/capsule"
+)
+
+func TestSiteConfig(t *testing.T) {
+	good := Site{User: "a", Networks: []netip.Prefix{netA}}
+	for key, sites := range map[string][]Site{
+		"site[0].user":      {{Networks: good.Networks}},
+		"site[1].user":      {good, {User: "a", Networks: []netip.Prefix{netB}}},
+		"site[0].networks":  {{User: "a"}},
+		"site[0].networks ": {{User: "a", Networks: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}}},
+		"site[1].networks":  {good, {User: "b", Networks: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}}},
+		"site[0].peer":      {{User: "a", Networks: good.Networks, Peer: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/24")}}},
+		"site[0].reach":     {{User: "a", Networks: good.Networks, Reach: []netip.Prefix{{}}}},
+	} {
+		_, err := Config{Methods: []string{MethodToken}, Sites: sites}.siteRights()
+		var e *Error
+		if !errors.As(err, &e) || e.Kind != KindUsage || !strings.HasPrefix(e.Reason, strings.TrimSpace(key)+": ") {
+			t.Errorf("%s: got %v", key, err)
+		}
+	}
+	if _, err := (Config{Methods: []string{MethodNone}, Sites: []Site{good}}).siteRights(); err == nil {
+		t.Error("a site is taken without authentication")
+	}
+}
+
+// Whatever sites say, in whatever order, each has only what it may have and what it said, nobody else has any of it, and it is
+// none of the pool's or the host's.
+func TestSiteProperties(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		prefix := rapid.Custom(func(t *rapid.T) netip.Prefix {
+			a := netip.AddrFrom4([4]byte{10, byte(rapid.IntRange(0, 3).Draw(t, "net")), byte(rapid.IntRange(0, 3).Draw(t, "subnet")), byte(rapid.IntRange(0, 255).Draw(t, "host"))})
+			return netip.PrefixFrom(a, rapid.IntRange(13, 32).Draw(t, "bits")).Masked()
+		})
+		all := []taken{{prefix.Draw(t, "pool"), "pool"}, {prefix.Draw(t, "host"), "host"}}
+		tab := newTable()
+		s := newSites(tab)
+		quiet := slog.New(slog.DiscardHandler)
+		var running []*claim
+		for range rapid.IntRange(1, 20).Draw(t, "steps") {
+			switch n := rapid.IntRange(0, 5).Draw(t, "step"); {
+			case n == 0 || len(running) == 0:
+				user := rapid.SampledFrom([]string{"a", "b", "c"}).Draw(t, "user")
+				networks := rapid.SliceOfN(prefix, 1, 4).Draw(t, "networks")
+				c := newClaim(&session{user: User{Name: user}, log: quiet}, &rights{networks: networks, assign: setOf(networks)})
+				var replaced []*session
+				for _, old := range running {
+					if old.user() == user && rapid.Bool().Draw(t, "replaces") {
+						old.ss.claim = old
+						replaced = append(replaced, old.ss)
+					}
+				}
+				s.add(c, replaced)
+				running = append(running, c)
+			case n == 1:
+				i := rapid.IntRange(0, len(running)-1).Draw(t, "end")
+				s.remove(running[i])
+				running = slices.Delete(running, i, i+1)
+			case n == 2:
+				s.assign(rapid.SampledFrom(running).Draw(t, "who"), rapid.SliceOfN(prefix, 0, 4).Draw(t, "assigned"))
+			default:
+				s.advertise(rapid.SampledFrom(running).Draw(t, "who"), capsule.Routes(rapid.SliceOfN(prefix, 0, 6).Draw(t, "advertised"), 0))
+			}
+			l := s.decide(all)
+			var union netipx.IPSetBuilder
+			seen := new(netipx.IPSet)
+			for _, c := range running {
+				said := setOfRoutes(c.advertised)
+				for _, p := range c.has.prefixes {
+					if seen.OverlapsPrefix(p) || !said.ContainsPrefix(p) || all[0].prefix.Overlaps(p) || all[1].prefix.Overlaps(p) {
+						t.Fatalf("%s has %v, said %v", c.user(), p, c.advertised)
+					}
+					if to, ok := tab.lookup(p.Addr()); !ok || to != c.ss {
+						t.Fatalf("%v leads to %v", p, to)
+					}
+				}
+				for _, a := range c.has.assigned {
+					if !a.IsSingleIP() || !c.rights.assign.ContainsPrefix(a) || all[0].prefix.Overlaps(a) || all[1].prefix.Overlaps(a) {
+						t.Fatalf("%s assigned %v", c.user(), a)
+					}
+				}
+				if !setOf(c.rights.networks).Equal(unionOf(setOf(c.rights.networks), c.has.networks)) {
+					t.Fatalf("%s may have %v and has %v", c.user(), c.rights.networks, c.has.prefixes)
+				}
+				union.AddSet(c.has.networks)
+				seen, _ = union.IPSet()
+			}
+			if !setOf(l.networks).Equal(seen) {
+				t.Fatalf("the kernel gets %v, the sites have %v", l.networks, seen.Prefixes())
+			}
+			if n := tab.v.Load().Size(); n != len(l.networks) {
+				t.Fatalf("the table has %d entries for %v", n, l.networks)
+			}
+		}
+	})
+}
+
+func setOfRoutes(routes []capsule.Route) *netipx.IPSet {
+	var b netipx.IPSetBuilder
+	for _, r := range routes {
+		b.AddRange(netipx.IPRangeFrom(r.Start, r.End))
+	}
+	s, _ := b.IPSet()
+	return s
+}
+
+func unionOf(sets ...*netipx.IPSet) *netipx.IPSet {
+	var b netipx.IPSetBuilder
+	for _, s := range sets {
+		b.AddSet(s)
+	}
+	s, _ := b.IPSet()
+	return s
+}
+
+// What one site says, however much, makes a bounded number of routes and of words.
+func TestSiteIsBounded(t *testing.T) {
+	everything := []netip.Prefix{netip.MustParsePrefix("8000::/1")}
+	c := newClaim(&session{user: User{Name: "a"}, log: slog.New(slog.DiscardHandler)}, &rights{networks: everything, assign: setOf(everything)})
+	a := netip.MustParseAddr("8000::1")
+	for range 3000 {
+		c.advertised = append(c.advertised, capsule.Route{Start: a, End: a.Next().Next().Next()})
+		a = a.Next().Next().Next().Next().Next()
+	}
+	wide := capsule.Route{Start: netip.MustParseAddr("8000:1::1"), End: netip.MustParseAddr("ffff::ffff:ffff:ffff:fffe")}
+	for name, advertised := range map[string][]capsule.Route{"many": c.advertised, "wide": append([]capsule.Route{wide}, c.advertised...)} {
+		c.advertised = advertised
+		h := c.decide(nil, nil)
+		if len(h.prefixes) > maxSitePrefixes || len(h.routes) > maxSiteRanges || len(h.prefixes) < 256 {
+			t.Errorf("%s: %d prefixes of %d ranges", name, len(h.prefixes), len(h.routes))
+		}
+		if len(h.refused) == 0 || len(h.refused) > maxRefusals+1 || len(strings.Join(h.refused, "; ")) > 1000 {
+			t.Errorf("%s: %d words: %q", name, len(h.refused), h.refused)
+		}
+	}
+	same := newClaim(c.ss, c.rights)
+	same.advertised = c.advertised[1000:1200]
+	c.has = c.decide(nil, nil)
+	if h := same.decide(nil, []*claim{c}); len(h.prefixes)+len(c.has.prefixes) > maxSitePrefixes {
+		t.Errorf("two sessions of a site make %d prefixes", len(h.prefixes)+len(c.has.prefixes))
+	}
+}

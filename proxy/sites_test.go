@@ -1,0 +1,283 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/ippacket"
+)
+
+// What a site may advertise is routed to it, and it may send from there; what it may not is refused and said once.
+func TestSite(t *testing.T) {
+	h := newHub(t, nil)
+	a := h.connect("a", "", netA, netA6, netip.MustParsePrefix("10.5.0.0/24"))
+	h.installs(netA, netA6)
+	h.leadsTo(a, "192.0.2.9", "10.1.0.5")
+	a.send("10.5.0.5", "192.0.2.9")
+	a.isProhibited("10.5.0.5", "192.0.2.9")
+	a.send("10.1.0.5", "192.0.2.9")
+	h.forwards("10.1.0.5", "192.0.2.9")
+	h.inject("192.0.2.9", "10.1.0.6")
+	a.receives("192.0.2.9", "10.1.0.6")
+
+	for range 3 {
+		a.advertise(netA, netA6, netip.MustParsePrefix("10.5.0.0/24"))
+	}
+	a.advertise(netA, netip.MustParsePrefix("10.5.0.0/24"))
+	h.installs(netA)
+	if lines := h.log.lines("10.5.0.0/24 is not within"); len(lines) != 1 || !strings.Contains(lines[0], "user=a") {
+		t.Errorf("the refusal is logged as\n%s", strings.Join(lines, "\n"))
+	}
+	a.advertise()
+	h.installs()
+	a.send("10.1.0.5", "192.0.2.9")
+	a.isProhibited("10.1.0.5", "192.0.2.9")
+	a.advertise(netA)
+	h.installs(netA)
+	a.close()
+	h.installs()
+}
+
+// A client that is no site is refused all, with one line.
+func TestNoSite(t *testing.T) {
+	h := newHub(t, nil)
+	c := h.connect("c", "", netA)
+	c.advertise(netB)
+	c.send("10.1.0.5", "192.0.2.9")
+	c.isProhibited("10.1.0.5", "192.0.2.9")
+	if lines := h.log.lines("no [[site]] names this user"); len(lines) != 1 {
+		t.Errorf("%d lines are logged", len(lines))
+	}
+	if n := len(h.kernel.all()); n != 1 {
+		t.Errorf("the kernel was told %d times", n)
+	}
+	// Nor is one whose request is for something in particular.
+	rsp, str := request(t, h.h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/192.0.2.9/*/", http.Header{"Authorization": {"Bearer a"}})
+	if rsp.StatusCode != 200 {
+		t.Fatalf("status %d", rsp.StatusCode)
+	}
+	if _, err := str.Write((&capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{netA}, 0)}).Append(nil)); err != nil {
+		t.Fatal(err)
+	}
+	h.eventually("a line about the scope", func() bool { return len(h.log.lines("a request with a scope")) == 1 })
+}
+
+// What is in use already is not installed; that is said, and holds until it is free.
+func TestSiteConflicts(t *testing.T) {
+	h := newHub(t, func(c *Config) {
+		c.Sites[0].Networks = append(c.Sites[0].Networks, netip.MustParsePrefix("10.77.0.0/16"))
+	})
+	other := netip.MustParsePrefix("172.17.0.0/24")
+	a := h.connect("a", "", netA, hostNetwork, other, netip.MustParsePrefix("10.77.0.0/28"))
+	h.installs(netA, other)
+	for _, want := range []string{
+		`10.77.0.0/28 overlaps 10.77.0.0/24, the pool of addresses for clients`,
+		`172.16.0.0/24 overlaps 172.16.0.0/24, a network of the proxy's host`,
+	} {
+		h.eventually(want, func() bool { return len(h.log.lines(want)) == 1 })
+	}
+	b := h.connect("b", "", netB, netip.MustParsePrefix("10.1.0.0/16"))
+	want := `10.1.0.0/16 overlaps the networks of the site \"a\"`
+	h.eventually(want, func() bool { return len(h.log.lines(want)) == 1 })
+	h.installs(netA, other, netB)
+	b.send("10.1.7.5", "192.0.2.9")
+	b.isProhibited("10.1.7.5", "192.0.2.9")
+	a.close()
+	h.installs(netB, netip.MustParsePrefix("10.1.0.0/16"))
+	h.connect("a", "", netA)
+	h.eventually("a is refused now", func() bool { return len(h.log.lines(`10.1.0.0/24 overlaps the networks of the site \"b\"`)) == 1 })
+}
+
+// Sites reach each other's networks and gateways as long as they are there; other clients do not, and are not reached.
+func TestSitesReachEachOther(t *testing.T) {
+	h := newHub(t, nil)
+	a := h.connect("a", "", netA)
+	a.told(netProxy)
+	b := h.connect("b", "", netB)
+	aOwn, bOwn := netip.PrefixFrom(a.own[0], 32), netip.PrefixFrom(b.own[0], 32)
+	a.told(netProxy, netB, bOwn)
+	b.told(netProxy, netA, aOwn)
+	h.lets(a, "10.1.0.5", "10.2.0.5")
+	h.lets(a, "10.1.0.5", bOwn.Addr().String())
+	h.leadsTo(b, "10.1.0.5", "10.2.0.5")
+
+	b.advertise()
+	a.told(netProxy, bOwn)
+	b.close()
+	a.told(netProxy)
+}
+
+// Clients and sites do not reach each other, even if all that there is is advertised.
+func TestSitesAreNotForClients(t *testing.T) {
+	h := newHub(t, func(c *Config) { c.Advertise = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")} })
+	a := h.connect("a", "", netA)
+	h.installs(netA)
+	c := h.connect("c", "")
+	for _, dst := range []string{"10.1.0.5", a.own[0].String()} {
+		c.send(c.own[0].String(), dst)
+		c.isProhibited(c.own[0].String(), dst)
+	}
+	a.send(a.own[0].String(), c.own[0].String())
+	a.isProhibited(a.own[0].String(), c.own[0].String())
+	a.advertise()
+	h.installs()
+	h.lets(c, c.own[0].String(), "10.1.0.5") // it is no site's any more
+}
+
+// reach narrows what a site is told, and so what it may send to.
+func TestSiteReach(t *testing.T) {
+	h := newHub(t, func(c *Config) {
+		c.Advertise = append(c.Advertise, netip.MustParsePrefix("198.51.100.0/24"))
+		c.Sites[0].Reach = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("10.2.0.0/28")}
+	})
+	a := h.connect("a", "", netA)
+	a.told(netip.MustParsePrefix("192.0.2.0/25"))
+	h.connect("b", "", netB)
+	a.told(netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("10.2.0.0/28"))
+	a.send("10.1.0.5", "10.2.0.200")
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	select {
+	case pkt := <-a.packets:
+		if p, err := ippacket.Parse(pkt); err != nil || !ippacket.IsICMPError(pkt, p) {
+			t.Errorf("%+v, %v", p, err)
+		}
+	case <-ctx.Done():
+		t.Error("a packet beyond reach is not answered")
+	}
+}
+
+// With client_to_client, clients and sites reach each other.
+func TestSitesAndClients(t *testing.T) {
+	h := newHub(t, func(c *Config) { c.ClientToClient, c.Advertise = true, append(c.Advertise, netA) })
+	a := h.connect("a", "", netA)
+	h.installs(netA)
+	c := h.connect("c", "")
+	c.send(c.own[0].String(), "10.1.0.5")
+	h.forwards(c.own[0].String(), "10.1.0.5")
+	a.advertise()
+	h.installs()
+}
+
+// Networks of a site are not denied because of what is built in; what the operator denies stays denied.
+func TestSiteNetworksAreNotDenied(t *testing.T) {
+	ula := netip.MustParsePrefix("fd00:ec2::/64") // has the address of a metadata service
+	h := newHub(t, func(c *Config) {
+		c.Sites[0].Networks = append(c.Sites[0].Networks, ula)
+		c.Deny = []netip.Prefix{netip.MustParsePrefix("10.1.0.128/25")}
+	})
+	h.connect("a", "", netA, ula)
+	b := h.connect("b", "", netip.MustParsePrefix("10.2.0.0/24"))
+	h.installs(netA, netB, ula)
+	h.lets(b, "10.2.0.5", "10.1.0.5")
+	b.send("10.2.0.5", "10.1.0.200")
+	b.isProhibited("10.2.0.5", "10.1.0.200")
+	pkt := ippacket.AppendEcho([]byte{0}, netip.MustParseAddr("fd77::2"), netip.MustParseAddr("fd00:ec2::254"), 64, true, 1, 1, nil)
+	b.write(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 2, Prefix: netip.MustParsePrefix("fd77::2/128")}}})
+	b.write(&capsule.Datagram{Payload: pkt})
+	h.forwards("fd77::2", "fd00:ec2::254")
+}
+
+// A client that comes back has its networks at once: the kernel and the other sites notice nothing, and packets come to it.
+func TestSiteTakesOver(t *testing.T) {
+	for name, tc := range map[string]struct{ first, second string }{
+		"same client":         {"1", "1"},
+		"same user, new run":  {"1", "2"},
+		"no instance at all":  {"", ""},
+		"two gateways of one": {"1", "3"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHub(t, nil)
+			a := h.connect("a", tc.first, netA)
+			h.installs(netA)
+			b := h.connect("b", "", netip.MustParsePrefix("10.1.0.0/16")) // waits for its chance
+			told := len(h.kernel.all())
+			again := h.connect("a", tc.second)
+			if name == "same client" { // it has not said a word
+				h.leadsTo(again, "10.77.0.1", "10.1.0.5")
+			}
+			again.advertise(netA)
+			h.leadsTo(again, "10.77.0.1", "10.1.0.5")
+			if n := len(h.kernel.all()); n != told {
+				t.Errorf("the kernel was told %d more times", n-told)
+			}
+			if name == "same client" {
+				return
+			}
+			// The other session is there when this one ends.
+			again.close()
+			h.leadsTo(a, "10.77.0.1", "10.1.0.5")
+			a.close()
+			h.installs(netip.MustParsePrefix("10.1.0.0/16"))
+			b.close()
+		})
+	}
+}
+
+// The proxy takes the addresses that a site may assign, each with the length of the network that it is in, and no others.
+func TestSiteAssignsAddresses(t *testing.T) {
+	h := newHub(t, nil)
+	a := h.connect("a", "", netA)
+	h.installs(netA)
+	assign := func(prefixes ...string) {
+		var c capsule.AddressAssign
+		for _, p := range prefixes {
+			c.Addresses = append(c.Addresses, capsule.Address{Prefix: netip.MustParsePrefix(p)})
+		}
+		a.write(&c)
+	}
+	has := func(want ...string) {
+		t.Helper()
+		h.eventually(fmt.Sprintf("addresses %v", want), func() bool {
+			var got []string
+			for _, p := range h.kernel.last().Addresses {
+				got = append(got, p.String())
+			}
+			return slices.Equal(got, append([]string{"10.77.0.1/24", "fd77::1/64"}, want...))
+		})
+	}
+	assign("10.1.0.200/32", "10.9.0.7/32", "127.0.0.1/32", "172.16.0.1/32", "10.1.0.0/28", "0.0.0.0/32")
+	has("10.1.0.200/24", "10.9.0.7/32")
+	for _, refused := range []string{
+		"address 127.0.0.1 is not within", "address 172.16.0.1 is within 172.16.0.0/24, a network of the proxy's host", "10.1.0.0/28, which it assigns, is not a single address",
+	} {
+		if len(h.log.lines(refused)) != 1 {
+			t.Errorf("not said: %s", refused)
+		}
+	}
+	h.lets(a, "10.1.0.5", "10.1.0.200")
+	h.leadsTo(a, "10.1.0.200", "10.1.0.5")
+	// Another site does not reach it: it is the proxy's.
+	b := h.connect("b", "", netB)
+	b.told(netProxy, netA, netip.PrefixFrom(a.own[0], 32))
+	h.lets(b, "10.2.0.5", "10.1.0.7")
+	b.send("10.2.0.5", "10.1.0.200")
+	b.isProhibited("10.2.0.5", "10.1.0.200")
+	a.advertise()
+	has("10.1.0.200/32", "10.9.0.7/32")
+	assign()
+	has()
+}
+
+// What the kernel refuses is tried again, and does not end the proxy.
+func TestSiteInstallFails(t *testing.T) {
+	h := newHub(t, nil)
+	h.kernel.mu.Lock()
+	h.kernel.fail = errors.New("no room")
+	h.kernel.mu.Unlock()
+	a := h.connect("a", "", netA)
+	h.eventually("it is said", func() bool { return len(h.log.lines("no room")) > 0 })
+	h.kernel.mu.Lock()
+	h.kernel.fail = nil
+	h.kernel.mu.Unlock()
+	a.advertise(netA)
+	h.installs(netA)
+}
