@@ -357,10 +357,10 @@ func startWireProxy(t *testing.T, change func(*proxy.Config)) *wireProxy {
 		TLS:     &tls.Config{Certificates: []tls.Certificate{p.in.proxy}},
 		Methods: []string{proxy.MethodNone},
 		Pool4:   netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
-		Advertise:   []netip.Prefix{allIPv4, allIPv6},
-		OpenDevice:  func() (proxy.Device, error) { return p.device, nil },
-		OpenNetwork: func(proxy.Device) (proxy.Network, error) { return noKernel{}, nil },
-		LocalAddrs:  func() ([]netip.Addr, error) { return nil, nil },
+		Advertise:     []netip.Prefix{allIPv4, allIPv6},
+		OpenDevice:    func() (proxy.Device, error) { return p.device, nil },
+		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return noKernel{}, nil },
+		LocalNetworks: func() ([]netip.Prefix, error) { return nil, nil },
 	}
 	if change != nil {
 		change(&cfg)
