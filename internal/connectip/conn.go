@@ -51,7 +51,13 @@ type Handler struct {
 	Assigned  func([]capsule.Address) error // the peer's full list of addresses for this endpoint, refusals included
 	Requested func([]capsule.Address) error // the peer wants these; every one is to be answered with Assign
 	Routes    func([]capsule.Route) error   // the peer's full list of routes
-	MTU       func(int)                     // the largest packet that fits changed; called at the start too
+
+	// DNS and PREF64 get the peer's full lists (draft-ietf-masque-connect-ip-dns-06). Whether the peer is to be trusted with
+	// them is theirs to decide.
+	DNS    func([]capsule.DNSConfiguration) error
+	PREF64 func([]netip.Prefix) error
+
+	MTU func(int) // the largest packet that fits changed; called at the start too
 }
 
 // Accept decides what counts of the capsules that are handled. Its functions are given each full list before the policy
@@ -205,6 +211,14 @@ func (c *Conn) readCapsules(in inbox) error {
 			err = c.handleRequest(x.Addresses)
 		case *capsule.RouteAdvertisement:
 			err = c.handleRoutes(x.Routes)
+		case *capsule.DNSAssign:
+			if c.cfg.Handler.DNS != nil {
+				err = c.cfg.Handler.DNS(x.Configurations)
+			}
+		case *capsule.PREF64:
+			if c.cfg.Handler.PREF64 != nil {
+				err = c.cfg.Handler.PREF64(x.Prefixes)
+			}
 		case *capsule.Datagram: // RFC 9297 section 3.5
 			c.handleDatagram(slices.Clone(x.Payload), in)
 		}
@@ -321,6 +335,19 @@ func (c *Conn) Assign(addrs []capsule.Address) error {
 // Advertise tells the peer what it can reach through this endpoint, which replaces the last advertisement (section 4.7.3).
 func (c *Conn) Advertise(routes []capsule.Route) error {
 	return c.send(&capsule.RouteAdvertisement{Routes: routes}, func(l *link) { l.routes = routes })
+}
+
+// AssignDNS tells the peer how to resolve names, which replaces what it was told before; nothing at all takes it back. The
+// routes to the nameservers are to be advertised first, so that no query leaves outside the tunnel
+// (draft-ietf-masque-connect-ip-dns-06 section 5).
+func (c *Conn) AssignDNS(configurations []capsule.DNSConfiguration) error {
+	return c.send(&capsule.DNSAssign{Configurations: configurations}, nil)
+}
+
+// SendPREF64 tells the peer the prefixes of NAT64, which replace the last ones; none means that there is no NAT64 (section 4
+// of the same draft).
+func (c *Conn) SendPREF64(prefixes []netip.Prefix) error {
+	return c.send(&capsule.PREF64{Prefixes: prefixes}, nil)
 }
 
 // Request asks the peer for addresses (section 4.7.2): 0.0.0.0/32 and ::/128 for any, else the preferred ones.

@@ -288,6 +288,9 @@ func TestMalformedCapsuleResetsTheStream(t *testing.T) {
 	}{
 		"malformed":         {(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 0, Prefix: host(clientAddr4)}}}).Append(nil), http3.ErrCodeMessageError},
 		"request ID reused": {repeat((&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: host(clientAddr4)}}}).Append(nil), 2), http3.ErrCodeMessageError},
+		"malformed DNS":     {[]byte("\x9a\xce\x79\xec\x0e\x01\x00\x00\x01\xc0\x00\x02\x21\x00\x00\x00\x01\x00\x00"), http3.ErrCodeMessageError},
+		"malformed PREF64":  {[]byte("\xa7\x4c\x0f\xbc\x01\x60"), http3.ErrCodeMessageError},
+		"too large DNS":     {append([]byte("\x9a\xce\x79\xec"), quicvarint.Append(nil, maxCapsule+1)...), http3.ErrCodeExcessiveLoad},
 		"too large":         {append([]byte{1}, quicvarint.Append(nil, 1<<30)...), http3.ErrCodeExcessiveLoad},
 	} {
 		t.Run(name, func(t *testing.T) {

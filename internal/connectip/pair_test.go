@@ -59,6 +59,8 @@ type end struct {
 	err     error         // what Run returned
 	assigns chan []capsule.Address
 	routes  chan []capsule.Route
+	dns     chan []capsule.DNSConfiguration
+	pref64  chan []netip.Prefix
 	stop    context.CancelFunc
 }
 
@@ -66,10 +68,13 @@ func newEnd(str Stream, conn *quic.Conn, cfg Config) *end {
 	e := &end{
 		device: make(device, 64), stats: &Stats{}, stream: str, quic: conn, done: make(chan struct{}),
 		assigns: make(chan []capsule.Address, 16), routes: make(chan []capsule.Route, 16),
+		dns: make(chan []capsule.DNSConfiguration, 16), pref64: make(chan []netip.Prefix, 16),
 	}
 	cfg.Device, cfg.Stats = e.device, e.stats
 	cfg.Handler.Assigned = func(a []capsule.Address) error { e.assigns <- a; return nil }
 	cfg.Handler.Routes = func(r []capsule.Route) error { e.routes <- r; return nil }
+	cfg.Handler.DNS = func(d []capsule.DNSConfiguration) error { e.dns <- d; return nil }
+	cfg.Handler.PREF64 = func(p []netip.Prefix) error { e.pref64 <- p; return nil }
 	e.Conn = New(str, conn, cfg)
 	return e
 }
