@@ -47,6 +47,7 @@ type Config struct {
 	Sites          []Site
 	Masquerade     bool // clients appear under the proxy's own addresses elsewhere
 	KernelHopLimit bool // the kernel alone decrements hop limits
+	DNS            DNS  // see Server.SetDNS for later changes
 
 	MaxSessions        int // default DefaultSessions
 	MaxSessionsPerUser int // default DefaultSessionsPerUser
@@ -162,6 +163,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.TUN.MTU != 0 && (c.TUN.MTU < minMTU || c.TUN.MTU > maxMTU) {
 		return c, usage("tun.mtu", "%d is not between %d and %d bytes", c.TUN.MTU, minMTU, maxMTU)
+	}
+	if err := c.DNS.check(); err != nil {
+		return c, err
 	}
 	if c.MaxSessions < 0 || c.MaxSessionsPerUser < 0 {
 		return c, usage("limits", "a limit cannot be negative")

@@ -113,6 +113,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		ctx:      ctx,
 		stop:     stop,
 		done:     make(chan struct{}),
+		stale:    make(chan struct{}, 1),
 	}
 	if r := h.s.rights[user.Name]; r != nil && scope.IsZero() {
 		ss.claim = newClaim(ss, r)

@@ -35,6 +35,18 @@ func (noNetwork) Close() error              { return nil }
 // start runs a proxy on loopback and returns an HTTP/3 connection to it.
 func start(t *testing.T, change func(*Config)) *http3.ClientConn {
 	t.Helper()
+	_, h3 := startServer(t, change).dial(t, nil)
+	return h3
+}
+
+// running is a proxy on loopback.
+type running struct {
+	*Server
+	roots *x509.CertPool
+}
+
+func startServer(t *testing.T, change func(*Config)) running {
+	t.Helper()
 	ca, caPair, err := pki.NewAuthority("test CA", time.Now())
 	if err != nil {
 		t.Fatal(err)
@@ -73,15 +85,25 @@ func start(t *testing.T, change func(*Config)) *http3.ClientConn {
 	<-s.Ready()
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(caPair.Cert)
-	conn, err := quic.DialAddr(t.Context(), s.Addrs()[0].String(),
-		&tls.Config{RootCAs: roots, ServerName: "localhost", NextProtos: []string{http3.NextProtoH3}}, &quic.Config{EnableDatagrams: true})
+	return running{s, roots}
+}
+
+// dial connects one more client.
+func (r running) dial(t *testing.T, change func(*quic.Config)) (*quic.Conn, *http3.ClientConn) {
+	t.Helper()
+	conf := &quic.Config{EnableDatagrams: true}
+	if change != nil {
+		change(conf)
+	}
+	conn, err := quic.DialAddr(t.Context(), r.Addrs()[0].String(),
+		&tls.Config{RootCAs: r.roots, ServerName: "localhost", NextProtos: []string{http3.NextProtoH3}}, conf)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.CloseWithError(0, "") })
 	h3 := (&http3.Transport{EnableDatagrams: true}).NewClientConn(conn)
 	<-h3.ReceivedSettings()
-	return h3
+	return conn, h3
 }
 
 // send sends one request and returns its stream.

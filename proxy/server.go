@@ -58,6 +58,7 @@ type Server struct {
 	ended      connectip.Stats   // the sum of the sessions that ended
 	requests   requestCounts
 	lookups    lookups
+	dns        atomic.Pointer[DNS] // never nil
 
 	mu     sync.Mutex
 	denied denied
@@ -93,6 +94,7 @@ func New(cfg Config) (*Server, error) {
 		ready:      make(chan struct{}),
 		errorLimit: newErrorLimit(),
 	}
+	s.dns.Store(&cfg.DNS)
 	return s, nil
 }
 
@@ -202,6 +204,7 @@ func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
 	if err := s.refresh(); err != nil {
 		return err
 	}
+	s.warnOfDNS()
 	running, stop := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer stop(nil)
 	server := &http3.Server{

@@ -42,15 +42,16 @@ type session struct {
 	stop     context.CancelCauseFunc
 	done     chan struct{} // closed when everything it held is given back
 
-	saidNoSite bool // of the goroutine that handles capsules
+	stale chan struct{} // what the client was told may have changed
 
-	advertising sync.Mutex // orders advertisements; taken before mu, which is not held while the client does not read
+	saidNoSite bool // of the goroutine that handles capsules
 
 	mu        sync.Mutex
 	conn      *connectip.Conn   // nil until the request is answered
 	addresses []capsule.Address // granted, as assigned to the client
 	asked     bool              // the client asked for addresses
 	routes    []capsule.Route   // as advertised; nil before the first time
+	told      DNS               // as the client was told
 }
 
 // The causes for which the proxy ends a session.
@@ -80,16 +81,14 @@ func (ss *session) run(str connectip.Stream) error {
 	inner, cancel := context.WithCancel(ss.ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { ss.sendQueued(inner, conn) })
+	if err := ss.advertise(); err != nil {
+		ss.stop(err)
+	}
+	wg.Go(func() { ss.announce(inner) })
 	if ss.claim != nil {
 		wg.Go(func() { ss.followSites(inner, conn) })
 	}
-	err := ss.advertise()
-	if err != nil {
-		ss.stop(err)
-	}
-	if runErr := conn.Run(ss.ctx); err == nil {
-		err = runErr
-	}
+	err := conn.Run(ss.ctx)
 	// The session leaves the table first, so that no packet for the next holder of an address comes here.
 	ss.release()
 	cancel()
@@ -119,7 +118,8 @@ func (ss *session) addressesRequested(requested []capsule.Address) error {
 	if err := ss.conn.Assign(ss.answer(requested)); err != nil {
 		return err
 	}
-	return ss.advertise()
+	ss.refresh()
+	return nil
 }
 
 // acceptAddresses returns what counts of the addresses that the client assigns to the proxy.
@@ -185,14 +185,11 @@ func (ss *session) followSites(ctx context.Context, conn *connectip.Conn) {
 		case <-ss.claim.wake:
 		}
 		has := ss.server.sites.held(ss.claim)
-		err := conn.SetAccepted(has.assigned, has.routes)
-		if err == nil {
-			err = ss.advertise()
-		}
-		if err != nil {
+		if err := conn.SetAccepted(has.assigned, has.routes); err != nil {
 			ss.stop(err)
 			return
 		}
+		ss.refresh()
 	}
 }
 
@@ -233,10 +230,38 @@ func (ss *session) lease(r capsule.Address) (capsule.Address, error) {
 	return capsule.Address{RequestID: r.RequestID, Prefix: p}, nil
 }
 
-// advertise tells the client its routes, unless they are what it was told last.
+// announce tells the client its routes, and then how names are resolved, so that no query leaves outside the tunnel for want of
+// a route; again whenever they may have changed, until ctx ends. A client that does not read holds up this alone.
+func (ss *session) announce(ctx context.Context) {
+	for {
+		err := ss.advertise()
+		if err == nil {
+			err = ss.assignDNS()
+		}
+		if err != nil {
+			if ctx.Err() == nil {
+				ss.stop(err)
+			}
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ss.stale:
+		}
+	}
+}
+
+// refresh has the client told what changed. It never blocks.
+func (ss *session) refresh() {
+	select {
+	case ss.stale <- struct{}{}:
+	default:
+	}
+}
+
+// advertise tells the client its routes, unless they are what it was told last. It is not called concurrently.
 func (ss *session) advertise() error {
-	ss.advertising.Lock()
-	defer ss.advertising.Unlock()
 	ss.mu.Lock()
 	routes, err := ss.server.routes(ss.reach, ss.scope.Protocol, ss.uses)
 	if err == nil && ss.claim != nil {
@@ -318,6 +343,7 @@ func (ss *session) status() SessionStatus {
 	}
 	s.Addresses = prefixes(ss.addresses)
 	s.SetRoutes(ss.routes)
+	s.SetDNS(ss.told.configurations(), ss.told.NAT64)
 	ss.mu.Unlock()
 	s.Networks = []netip.Prefix{}
 	if ss.claim != nil {

@@ -1,7 +1,9 @@
 package connectip
 
 import (
+	"cmp"
 	"net/netip"
+	"slices"
 	"time"
 
 	"masquevpn/capsule"
@@ -47,9 +49,11 @@ type RouteStatus struct {
 
 // DNSStatus is the configuration of DNS that came through the tunnel.
 type DNSStatus struct {
-	Servers []string `json:"servers"`
-	Search  []string `json:"search"`
-	Applied bool     `json:"applied"`
+	Servers []string       `json:"servers"` // of unencrypted DNS, with a port where it is not the usual one
+	Search  []string       `json:"search"`
+	Domains []string       `json:"domains"` // what the servers resolve, with all names below; "." is all names
+	NAT64   []netip.Prefix `json:"nat64"`
+	Applied bool           `json:"applied"` // the host's resolver uses it
 }
 
 // Counts is a number for each direction.
@@ -75,3 +79,56 @@ func (st *Status) SetRoutes(routes []capsule.Route) {
 		st.Routes[i] = RouteStatus(r)
 	}
 }
+
+// dnsPort is where unencrypted DNS is served unless something else is said (RFC 1035 section 4.2).
+const dnsPort = 53
+
+// SetDNS fills in what was said about DNS and NAT64. Nameservers that take encrypted queries alone are left out.
+func (st *Status) SetDNS(configurations []capsule.DNSConfiguration, nat64 []netip.Prefix) {
+	var servers, search, domains distinct
+	for _, c := range configurations {
+		byPriority := slices.Clone(c.Nameservers)
+		slices.SortStableFunc(byPriority, func(a, b capsule.Nameserver) int { return cmp.Compare(a.Priority, b.Priority) })
+		for _, n := range byPriority {
+			for _, a := range n.Addresses {
+				switch {
+				case !n.Unencrypted():
+				case n.Port == 0 || n.Port == dnsPort:
+					servers.add(a.String())
+				default:
+					servers.add(netip.AddrPortFrom(a, n.Port).String())
+				}
+			}
+		}
+		for _, name := range c.SearchDomains {
+			search.add(name)
+		}
+		for _, name := range c.InternalDomains {
+			domains.add(cmp.Or(name, "."))
+		}
+	}
+	st.DNS = DNSStatus{
+		Servers: servers.list(), Search: search.list(), Domains: domains.list(),
+		NAT64: append([]netip.Prefix{}, nat64...), Applied: st.DNS.Applied,
+	}
+}
+
+// distinct is a list of words without repetitions.
+type distinct struct {
+	seen  map[string]struct{}
+	words []string
+}
+
+func (d *distinct) add(word string) {
+	if _, ok := d.seen[word]; ok {
+		return
+	}
+	if d.seen == nil {
+		d.seen = make(map[string]struct{})
+	}
+	d.seen[word] = struct{}{}
+	d.words = append(d.words, word)
+}
+
+// list returns the words, never nil.
+func (d *distinct) list() []string { return append([]string{}, d.words...) }
