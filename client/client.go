@@ -75,8 +75,8 @@ func New(cfg Config) (*Client, error) {
 		Schema: connectip.StatusSchema, Name: cfg.Name, State: StateConnecting, Since: time.Now(),
 		Proxy:     connectip.ProxyStatus{Name: to.host, HTTP: "h3"},
 		Addresses: []netip.Prefix{}, Routes: []connectip.RouteStatus{},
-		DNS: connectip.DNSStatus{Servers: []string{}, Search: []string{}},
 	}
+	c.status.SetDNS(nil, nil)
 	return c, nil
 }
 
@@ -177,7 +177,7 @@ func (c *Client) readDevice() error {
 	}
 }
 
-// Changed returns a channel that is closed at the next change of state.
+// Changed returns a channel that is closed at the next change of state, or of what the proxy says about DNS.
 func (c *Client) Changed() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -191,6 +191,11 @@ func (c *Client) setState(state, reason string) {
 		c.status.Since = time.Now()
 	}
 	c.status.State, c.status.Reason = state, reason
+	c.notify()
+}
+
+// notify wakes up those who wait for changes. c.mu is held.
+func (c *Client) notify() {
 	close(c.changed)
 	c.changed = make(chan struct{})
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -36,6 +37,8 @@ type session struct {
 	assigned  []capsule.Address // the last ADDRESS_ASSIGN; nil before the first
 	routes    []capsule.Route
 	hasRoutes bool
+	dns       []capsule.DNSConfiguration
+	nat64     []netip.Prefix
 }
 
 // session dials, keeps the session until it ends, and returns why it ended and how long it was connected.
@@ -48,10 +51,13 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	defer func() { d.closeWith(code) }()
 	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1)}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
-		Device:  c.device,
-		Handler: connectip.Handler{Assigned: s.handleAssigned, Routes: s.handleRoutes, MTU: func(int) { s.changed() }},
-		Static:  c.cfg.Static,
-		Stats:   &c.stats,
+		Device: c.device,
+		Handler: connectip.Handler{
+			Assigned: s.handleAssigned, Routes: s.handleRoutes, DNS: s.handleDNS, PREF64: s.handlePREF64,
+			MTU: func(int) { s.changed() },
+		},
+		Static: c.cfg.Static,
+		Stats:  &c.stats,
 	})
 	c.mu.Lock()
 	c.live = d.conn
@@ -181,6 +187,22 @@ func (s *session) handleRoutes(routes []capsule.Route) error {
 	return nil
 }
 
+func (s *session) handleDNS(configurations []capsule.DNSConfiguration) error {
+	s.mu.Lock()
+	s.dns = configurations
+	s.mu.Unlock()
+	s.changed()
+	return nil
+}
+
+func (s *session) handlePREF64(prefixes []netip.Prefix) error {
+	s.mu.Lock()
+	s.nat64 = prefixes
+	s.mu.Unlock()
+	s.changed()
+	return nil
+}
+
 // addresses returns this host's addresses in the tunnel.
 func (s *session) addresses() []netip.Prefix {
 	s.mu.Lock()
@@ -199,7 +221,7 @@ func (s *session) apply() (complete bool, err error) {
 	c := s.c
 	addrs := s.addresses()
 	s.mu.Lock()
-	routes, hasRoutes := s.routes, s.hasRoutes
+	routes, hasRoutes, dns, nat64 := s.routes, s.hasRoutes, s.dns, s.nat64
 	s.mu.Unlock()
 	if !hasRoutes || len(addrs) == 0 && s.conn.Unanswered() {
 		return false, nil // more is to come
@@ -228,6 +250,11 @@ func (s *session) apply() (complete bool, err error) {
 	c.mu.Lock()
 	c.status.Interface, c.status.MTU, c.status.Addresses = c.device.Name(), min(state.MTU, s.conn.MTU()), state.Addresses
 	c.status.SetRoutes(routes)
+	before := c.status.DNS
+	c.status.SetDNS(dns, nat64)
+	if !reflect.DeepEqual(before, c.status.DNS) {
+		c.notify()
+	}
 	c.mu.Unlock()
 	return true, nil
 }

@@ -195,6 +195,7 @@ func showText(w io.Writer, raw json.RawMessage) error {
 		row("interface", fmt.Sprintf("%s, MTU %d", s.Interface, s.MTU))
 		row("addresses", addresses(s))
 		row("routes", routes(s))
+		row("DNS", dns(s))
 		row("round trip", (time.Duration(s.RTT) * time.Microsecond).String())
 	}
 	row("received", traffic(s.Packets.RX, s.Bytes.RX))
@@ -238,6 +239,21 @@ func routes(s client.Status) string {
 		words = append(words, word)
 	}
 	return strings.Join(words, ", ")
+}
+
+// dns is what the proxy says about DNS; the host's resolver is left as it is.
+func dns(s client.Status) string {
+	if len(s.DNS.Servers) == 0 {
+		return ""
+	}
+	text := strings.Join(s.DNS.Servers, ", ")
+	if len(s.DNS.Search) > 0 {
+		text += ", search " + strings.Join(s.DNS.Search, " ")
+	}
+	if !s.DNS.Applied {
+		text += " (not applied)"
+	}
+	return text
 }
 
 func traffic(packets, bytes uint64) string {
