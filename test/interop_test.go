@@ -43,12 +43,12 @@ var (
 	echoData = []byte("interop")
 )
 
-func TestForeignClient(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
+// foreignClient runs our proxy and connects the reference library to it. Both end with the test.
+func foreignClient(t *testing.T, ctx context.Context, change func(*proxy.Config)) (*foreign.Conn, *proxy.Server, *tuntest.Device) {
+	t.Helper()
 	in := newInstallation(t)
 	device := tuntest.New(1400)
-	s, err := proxy.New(proxy.Config{
+	cfg := proxy.Config{
 		Name: proxyName, Listen: []string{"127.0.0.1:0"}, Template: "https://" + proxyName + "/vpn",
 		TLS:     &tls.Config{Certificates: []tls.Certificate{in.proxy}},
 		Methods: []string{proxy.MethodNone},
@@ -57,7 +57,11 @@ func TestForeignClient(t *testing.T) {
 		OpenDevice:    func() (proxy.Device, error) { return device, nil },
 		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return noKernel{}, nil },
 		LocalNetworks: func() ([]netip.Prefix, error) { return nil, nil },
-	})
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	s, err := proxy.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,8 +81,14 @@ func TestForeignClient(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v, answer %v", err, rsp)
 	}
-	defer conn.Close()
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn, s, device
+}
 
+func TestForeignClient(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	conn, _, device := foreignClient(t, ctx, nil)
 	if _, err := conn.RequestAddresses([]netip.Prefix{any4, any6}); err != nil {
 		t.Fatal(err)
 	}
@@ -111,15 +121,15 @@ func TestForeignClient(t *testing.T) {
 	}
 }
 
-func TestForeignProxy(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
+// foreignProxy runs the reference library as a proxy and connects our client to it, which gets addresses and routes. Both end with
+// the test.
+func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Client, *tuntest.Device) {
+	t.Helper()
 	in := newInstallation(t)
 	socket, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer socket.Close()
 	template := "https://" + socket.LocalAddr().String() + "/vpn"
 	conns := make(chan *foreign.Conn, 1)
 	server := &http3.Server{
@@ -146,10 +156,11 @@ func TestForeignProxy(t *testing.T) {
 		_ = server.Serve(socket)
 		close(served)
 	}()
-	defer func() {
+	t.Cleanup(func() {
 		_ = server.Close()
 		<-served
-	}()
+		_ = socket.Close()
+	})
 
 	device := tuntest.New(1400)
 	c, err := client.New(client.Config{
@@ -168,7 +179,7 @@ func TestForeignProxy(t *testing.T) {
 	case <-ctx.Done():
 		t.Fatalf("no request came: %+v", c.Status())
 	}
-	defer conn.Close()
+	t.Cleanup(func() { _ = conn.Close() })
 	request, err := conn.ReceiveAddressRequest(ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -185,6 +196,13 @@ func TestForeignProxy(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	return conn, c, device
+}
+
+func TestForeignProxy(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	conn, c, device := foreignProxy(t, ctx)
 	// The foreign proxy does not answer the probe on the link. Its IP stack answers the other one, here played by the test.
 	read := func(context.Context) ([]byte, error) {
 		buf := make([]byte, 1500)

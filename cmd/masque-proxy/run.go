@@ -155,8 +155,8 @@ func (d *daemon) usersChanged(before, now *config.Users) {
 }
 
 // reload reads the configuration again. The certificate and its key are used
-// from the next handshake on; the keys that it returns have changed too, but
-// need a restart. With an error, all stays as it was.
+// from the next handshake on, and [dns] at once; the keys that it returns have
+// changed too, but need a restart. With an error, all stays as it was.
 func (d *daemon) reload() (restart []string, err error) {
 	l, err := load(d.path, d.logger)
 	if err != nil {
@@ -167,6 +167,9 @@ func (d *daemon) reload() (restart []string, err error) {
 		return nil, err
 	}
 	if _, err := l.newServer(c); err != nil {
+		return nil, err
+	}
+	if err := d.server.SetDNS(c.DNS); err != nil {
 		return nil, err
 	}
 	d.certificate.Store(&l.pair)

@@ -36,6 +36,10 @@ type Proxy struct {
 	Masquerade     bool
 	KernelHopLimit bool
 
+	DNSServers            []netip.Addr // clients are told of these
+	DNSDomains, DNSSearch []string     // without the final dot
+	NAT64                 []netip.Prefix
+
 	Sessions, SessionsPerUser int
 
 	Sites []Site
@@ -100,9 +104,7 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 
 	p.Masquerade = root.table("nat").bool("masquerade", true)
 
-	dns := root.table("dns")
-	dns.unsupported("servers")
-	dns.unsupported("search")
+	p.parseDNS(root.table("dns"))
 
 	p.KernelHopLimit = root.table("forwarding").oneOf("hop_limit", "decrement", "kernel") == "kernel"
 
@@ -171,6 +173,22 @@ func (p *Proxy) parseAuth(auth *table) {
 	}
 	if slices.Contains(p.Methods, MethodNone) {
 		p.Users = ""
+	}
+}
+
+func (p *Proxy) parseDNS(dns *table) {
+	p.DNSServers = dns.hosts("servers")
+	p.DNSDomains, p.DNSSearch = dns.domains("domains"), dns.domains("search")
+	for _, key := range []string{"domains", "search"} {
+		if len(dns.strings(key, nil)) > 0 && len(dns.strings("servers", nil)) == 0 {
+			dns.add(key, "there are no servers to resolve names", "set dns.servers")
+		}
+	}
+	p.NAT64 = dns.prefixes("nat64")
+	for i, n := range p.NAT64 {
+		if n.Addr().Is4() || !slices.Contains([]int{32, 40, 48, 56, 64, 96}, n.Bits()) {
+			dns.add(element("nat64", i), "not a prefix of NAT64", `write an IPv6 prefix of length 32, 40, 48, 56, 64 or 96, for example "64:ff9b::/96"`)
+		}
 	}
 }
 

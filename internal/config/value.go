@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -29,6 +30,42 @@ func (t *table) addressList(key string, def []string, masked bool) []netip.Prefi
 			continue
 		}
 		list = append(list, p)
+	}
+	return list
+}
+
+// hosts is a list of different addresses of hosts that others can reach.
+func (t *table) hosts(key string) []netip.Addr {
+	var list []netip.Addr
+	for i, s := range t.strings(key, nil) {
+		a, err := netip.ParseAddr(s)
+		switch {
+		case err != nil:
+			t.add(element(key, i), "not an address", `write for example "10.77.0.1" or "fd77::1"`)
+		case a.IsUnspecified() || a.IsLoopback() || a.IsLinkLocalUnicast() || a.IsMulticast():
+			t.add(element(key, i), "not an address that others can reach", `write for example "10.77.0.1" or "fd77::1"`)
+		case slices.Contains(list, a.Unmap()):
+			t.add(element(key, i), "given twice", "remove one")
+		default:
+			list = append(list, a.Unmap())
+		}
+	}
+	return list
+}
+
+// domains is a list of different domain names, without their final dots.
+func (t *table) domains(key string) []string {
+	var list []string
+	for i, s := range t.strings(key, nil) {
+		name := strings.ToLower(strings.TrimSuffix(s, "."))
+		switch {
+		case !IsHost(s) || isAddr(s):
+			t.add(element(key, i), "not a domain name", `write for example "corp.example"; of other scripts, the form that starts with xn--`)
+		case slices.Contains(list, name):
+			t.add(element(key, i), "given twice", "remove one")
+		default:
+			list = append(list, name)
+		}
 	}
 	return list
 }
