@@ -33,6 +33,8 @@ const (
 	// bytes. smallPacketSize is what every path of QUIC carries.
 	initialPacketSize = 1350
 	smallPacketSize   = 1200
+	// maxInterim is how many answers may come, of which all but the last are informational (RFC 9110 section 15.2).
+	maxInterim = 8
 )
 
 type controlFunc = func(network, address string, c syscall.RawConn) error
@@ -300,11 +302,16 @@ func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.Requ
 	if err := str.SendRequestHeader(req); err != nil {
 		return nil, err
 	}
-	rsp, err := str.ReadResponse()
-	if err != nil {
-		return nil, err
+	for range maxInterim {
+		rsp, err := str.ReadResponse()
+		if err != nil {
+			return nil, err
+		}
+		if rsp.StatusCode >= 200 || rsp.StatusCode == http.StatusSwitchingProtocols { // which HTTP/3 does not have
+			return str, checkResponse(rsp)
+		}
 	}
-	return str, checkResponse(rsp)
+	return nil, fmt.Errorf("the proxy sent more than %d answers and no final one", maxInterim-1)
 }
 
 // checkResponse returns nil for a success (RFC 9484 section 4.5) that is well-formed (RFC 9297 section 3.2).
