@@ -9,7 +9,6 @@ import (
 	"io"
 	"net/netip"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -677,13 +676,17 @@ func (r *recorder) Apply(s routing.State) error {
 
 func (*recorder) Close() error { return nil }
 
+func (r *recorder) last() routing.State {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.state
+}
+
 // await waits for a state.
 func (r *recorder) await(t *testing.T, ok func(routing.State) bool) {
 	t.Helper()
 	for {
-		r.mu.Lock()
-		state := r.state
-		r.mu.Unlock()
+		state := r.last()
 		if ok(state) {
 			return
 		}
@@ -717,9 +720,4 @@ func heap() uint64 {
 func awaitDrops(t *testing.T, drops func() map[string]uint64, reason string, n uint64) {
 	t.Helper()
 	awaitDone(t, fmt.Sprintf("%d packets were dropped for %q", n, reason), func() bool { return drops()[reason] >= n })
-}
-
-// hasFields reports whether fields have every one of want.
-func hasFields(fields []string, want ...string) bool {
-	return !slices.ContainsFunc(want, func(f string) bool { return !slices.Contains(fields, f) })
 }
