@@ -71,6 +71,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	c := &Client{cfg: cfg, to: to, instance: rand.Text(), changed: make(chan struct{})}
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
+	c.dialer.congestion = cfg.Congestion
 	c.status = connectip.Status{
 		Schema: connectip.StatusSchema, Name: cfg.Name, State: StateConnecting, Since: time.Now(),
 		Proxy:     connectip.ProxyStatus{Name: to.host, HTTP: "h3"},

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
 	"masquevpn/routing"
 	"masquevpn/tun"
@@ -37,6 +38,8 @@ type Config struct {
 	InstallRoutes bool
 	Accept        []netip.Prefix // of what is advertised, what is installed; default: all
 	Exclude       []netip.Prefix // goes around the tunnel
+
+	Congestion congestion.Mode // default congestion.Inner, in builds that can
 
 	Reconnect bool
 	MaxDelay  time.Duration // default DefaultMaxDelay
@@ -191,6 +194,10 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.MaxDelay < 0 {
 		return c, usage("reconnect.max_delay", "it cannot be negative")
+	}
+	var err error
+	if c.Congestion, err = c.Congestion.Check(); err != nil {
+		return c, usage("tunnel.congestion", "%v", err)
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

@@ -17,6 +17,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 
+	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
 )
 
@@ -41,14 +42,15 @@ type controlFunc = func(network, address string, c syscall.RawConn) error
 
 // dialer makes connections to one proxy. It is used by one goroutine at a time.
 type dialer struct {
-	to        target
-	tls       *tls.Config
-	token     string
-	control   controlFunc // of sockets, may be nil
-	resolver  *net.Resolver
-	logger    *slog.Logger
-	lastAddrs []netip.AddrPort // of the proxy
-	timeouts  int              // attempts that got no answer
+	to         target
+	tls        *tls.Config
+	token      string
+	congestion congestion.Mode
+	control    controlFunc // of sockets, may be nil
+	resolver   *net.Resolver
+	logger     *slog.Logger
+	lastAddrs  []netip.AddrPort // of the proxy
+	timeouts   int              // attempts that got no answer
 }
 
 func newDialer(to target, config *tls.Config, token string, control controlFunc, logger *slog.Logger) *dialer {
@@ -218,13 +220,15 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 		return nil, classify(fmt.Errorf("opening a UDP socket: %w", err), nil, d.to)
 	}
 	t := &quic.Transport{Conn: socket}
-	conn, err := t.Dial(ctx, net.UDPAddrFromAddrPort(addr), d.tls, &quic.Config{
+	config := &quic.Config{
 		EnableDatagrams:      true,
 		HandshakeIdleTimeout: handshakeTimeout,
 		MaxIdleTimeout:       idleTimeout,
 		KeepAlivePeriod:      keepAlive,
 		InitialPacketSize:    d.packetSize(),
-	})
+	}
+	d.congestion.Apply(config)
+	conn, err := t.Dial(ctx, net.UDPAddrFromAddrPort(addr), d.tls, config)
 	if err != nil {
 		_ = t.Close()
 		_ = socket.Close()

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
 	"masquevpn/routing"
 	"masquevpn/tun"
@@ -45,9 +46,10 @@ type Config struct {
 	Deny           []netip.Prefix // destinations, besides the built-in ones
 	ClientToClient bool
 	Sites          []Site
-	Masquerade     bool // clients appear under the proxy's own addresses elsewhere
-	KernelHopLimit bool // the kernel alone decrements hop limits
-	DNS            DNS  // see Server.SetDNS for later changes
+	Masquerade     bool            // clients appear under the proxy's own addresses elsewhere
+	Congestion     congestion.Mode // default congestion.Inner, in builds that can
+	KernelHopLimit bool            // the kernel alone decrements hop limits
+	DNS            DNS             // see Server.SetDNS for later changes
 
 	MaxSessions        int // default DefaultSessions
 	MaxSessionsPerUser int // default DefaultSessionsPerUser
@@ -178,6 +180,10 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Resolver == nil {
 		c.Resolver = net.DefaultResolver
+	}
+	var err error
+	if c.Congestion, err = c.Congestion.Check(); err != nil {
+		return c, usage("tunnel.congestion", "%v", err)
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

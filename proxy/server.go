@@ -272,6 +272,7 @@ func (s *Server) quicConfig() *quic.Config {
 		MaxIncomingStreams:   maxStreams,
 		InitialPacketSize:    initialPacketSize,
 	}
+	s.cfg.Congestion.Apply(wide)
 	small := wide.Clone()
 	small.InitialPacketSize = smallPacketSize
 	wide.GetConfigForClient = func(info *quic.ClientInfo) (*quic.Config, error) {

@@ -12,6 +12,7 @@ import (
 	"masquevpn/client"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
+	"masquevpn/internal/congestion"
 	"masquevpn/tun"
 )
 
@@ -57,7 +58,7 @@ func load(path, name string) (*loaded, error) {
 		// An empty list would stand for its default, which is everything.
 		InstallRoutes: f.Install && len(f.Accept) > 0,
 		Accept:        f.Accept, Exclude: f.Exclude,
-		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay,
+		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay, Congestion: congestion.Mode(f.Congestion),
 	}
 	return l, nil
 }
@@ -163,5 +164,6 @@ func (l *loaded) describe() []any {
 	if len(l.roots) > 0 {
 		trust = "tls.ca"
 	}
-	return []any{"proxy", l.config.Proxy, "trust", trust, "credentials", strings.Join(credentials, ", ")}
+	return []any{"proxy", l.config.Proxy, "trust", trust, "credentials", strings.Join(credentials, ", "),
+		"congestion", l.config.Congestion.Describe()}
 }

@@ -10,6 +10,7 @@ import (
 
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
+	"masquevpn/internal/congestion"
 	"masquevpn/internal/pki"
 	"masquevpn/proxy"
 	"masquevpn/tun"
@@ -86,7 +87,7 @@ func (l *loaded) config(certificate func() *tls.Certificate) (proxy.Config, erro
 		},
 		TUN:   tun.Config{Name: f.Device, MTU: f.MTU, Offload: f.Offload},
 		Pool4: f.Pool4, Pool6: f.Pool6, Advertise: f.Advertise, Deny: f.Deny, ClientToClient: f.ClientToClient,
-		Masquerade: f.Masquerade, KernelHopLimit: f.KernelHopLimit,
+		Masquerade: f.Masquerade, KernelHopLimit: f.KernelHopLimit, Congestion: congestion.Mode(f.Congestion),
 		DNS:         proxy.DNS{Servers: f.DNSServers, Domains: f.DNSDomains, Search: f.DNSSearch, NAT64: f.NAT64},
 		MaxSessions: f.Sessions, MaxSessionsPerUser: f.SessionsPerUser,
 	}

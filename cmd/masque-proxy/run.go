@@ -18,6 +18,7 @@ import (
 
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
+	"masquevpn/internal/congestion"
 	"masquevpn/internal/control"
 	"masquevpn/proxy"
 )
@@ -83,7 +84,7 @@ func (o *options) run(ctx context.Context, file string) error {
 		users = len(l.users.last().All())
 	}
 	logger.Info("starting", "program", program, "version", v.Version, "go", v.Go, "name", l.file.Name, "config", file,
-		"methods", strings.Join(l.file.Methods, ","), "users", users, "certificate_until", l.chain[0].NotAfter)
+		"methods", strings.Join(l.file.Methods, ","), "users", users, "certificate_until", l.chain[0].NotAfter, "congestion", congestion.Mode(l.file.Congestion).Describe())
 	watching := make(chan struct{})
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	go func() {
@@ -205,6 +206,7 @@ func changed(a, b *loaded) []string {
 	compare("site", x.Sites, y.Sites)
 	compare("nat.masquerade", x.Masquerade, y.Masquerade)
 	compare("forwarding.hop_limit", x.KernelHopLimit, y.KernelHopLimit)
+	compare("tunnel.congestion", x.Congestion, y.Congestion)
 	compare("limits.sessions", x.Sessions, y.Sessions)
 	compare("limits.sessions_per_user", x.SessionsPerUser, y.SessionsPerUser)
 	compare("log.key_log", x.KeyLog, y.KeyLog)

@@ -29,6 +29,8 @@ type Client struct {
 	Install         bool
 	Accept, Exclude []netip.Prefix
 
+	Congestion string // inner or outer
+
 	Reconnect bool
 	MaxDelay  time.Duration
 
@@ -67,7 +69,7 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	tun := root.table("tun")
 	c.Device, c.MTU, c.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"), tun.bool("offload", true)
 
-	root.table("tunnel").unsupported("congestion")
+	c.Congestion = root.table("tunnel").oneOf("congestion", "inner", "outer")
 
 	addresses := root.table("addresses")
 	c.Static = addresses.addresses("static")

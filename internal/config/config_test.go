@@ -35,7 +35,7 @@ func TestClientDefaults(t *testing.T) {
 	want := &Client{
 		Proxy: "vpn.example.org", Target: "*", IPProto: "*", Device: "masque%d", Offload: true,
 		Request: prefixes("0.0.0.0/32", "::/128"), Install: true, Accept: prefixes("0.0.0.0/0", "::/0"),
-		Reconnect: true, MaxDelay: 30 * time.Second,
+		Congestion: "inner", Reconnect: true, MaxDelay: 30 * time.Second,
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -61,7 +61,7 @@ func TestClientFull(t *testing.T) {
 		CA:    "/etc/masque/ca.crt", Cert: "/etc/masque/keys/me.crt", Key: "/var/me.key", ServerName: "other.example.org",
 		TokenFile: "/etc/masque/token", Target: "*", IPProto: "*", Device: "masque0", MTU: 1300,
 		Static: prefixes("10.77.0.9/32", "fd77::9/64"), Accept: prefixes("10.0.0.0/8"), Exclude: prefixes("10.9.0.0/16", "fd00::/8"),
-		MaxDelay: 90 * time.Second, KeyLog: "/etc/masque/keys.log",
+		Congestion: "outer", MaxDelay: 90 * time.Second, KeyLog: "/etc/masque/keys.log",
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -109,7 +109,7 @@ func TestProxyDefaults(t *testing.T) {
 		Name: "vpn.example.org", Listen: []string{"[::]:443"}, Cert: "/etc/masque/proxy.crt", Key: "/etc/masque/proxy.key",
 		Methods: []string{"token"}, Users: "/etc/masque/users.toml", Device: "masque%d", Offload: true,
 		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
-		Advertise: prefixes("0.0.0.0/0", "::/0"), Masquerade: true, Sessions: 4096, SessionsPerUser: 8,
+		Advertise: prefixes("0.0.0.0/0", "::/0"), Congestion: "inner", Masquerade: true, Sessions: 4096, SessionsPerUser: 8,
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -132,7 +132,7 @@ func TestProxyFull(t *testing.T) {
 		Pool4: netip.MustParsePrefix("10.78.0.0/24"), Advertise: prefixes("10.0.0.0/8"), Deny: prefixes("169.254.0.0/16"),
 		DNSServers: []netip.Addr{netip.MustParseAddr("10.78.0.1"), netip.MustParseAddr("10.0.0.53")},
 		DNSDomains: []string{"corp.example"}, DNSSearch: []string{"corp.example", "a.corp.example"}, NAT64: prefixes("64:ff9b::/96"),
-		ClientToClient: true, KernelHopLimit: true, Sessions: 10, SessionsPerUser: 2, KeyLog: "/tmp/keys",
+		ClientToClient: true, KernelHopLimit: true, Congestion: "outer", Sessions: 10, SessionsPerUser: 2, KeyLog: "/tmp/keys",
 		Sites: []Site{
 			{User: "branch", Networks: prefixes("192.0.2.0/24", "2001:db8:a::/64"), Peer: prefixes("10.9.0.0/24")},
 			{User: "depot", Networks: prefixes("198.51.100.0/24"), Reach: prefixes("192.0.2.0/24")},
@@ -212,7 +212,7 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[tun]`, `mtu = 100`}, `f.toml:3: tun.mtu = 100: not an MTU; write "auto" or a number from 576 to 65535`},
 		{client, []string{`[tun]`, `mtu = "big"`}, `f.toml:3: tun.mtu = "big": not an MTU; `},
 		{client, []string{`[tun]`, `offload = "yes"`}, `f.toml:3: tun.offload = "yes": not true or false; write true or false`},
-		{client, []string{`[tunnel]`, `congestion = "outer"`}, `f.toml:3: tunnel.congestion = "outer": not supported by this version; remove it`},
+		{client, []string{`[tunnel]`, `congestion = "both"`}, `f.toml:3: tunnel.congestion = "both": `},
 		{client, []string{`[addresses]`, `request = "0.0.0.0/32"`}, `f.toml:3: addresses.request = "0.0.0.0/32": not a list; write a list of strings: ["...", "..."]`},
 		{client, []string{`[addresses]`, `request = []`}, `f.toml:3: addresses.request = []: no address is asked for, and none is static; `},
 		{client, []string{`[addresses]`, `static = ["10.0.0.1"]`}, `f.toml:3: addresses.static[0] = "10.0.0.1": the prefix length is missing; write "10.0.0.1/32" for this one address`},
@@ -246,7 +246,7 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`[auth]`, `methods = ["token", "none"]`}, `f.toml:3: auth.methods[1] = "none": lets everyone in, whatever the other methods are; write it alone, or remove it`},
 		{proxy, []string{`[auth]`, `methods = ["mtls"]`}, `f.toml:3: auth.methods[0] = "mtls": needs the CA of the clients' certificates; set tls.client_ca, or remove "mtls"`},
 		{proxy, []string{`[auth]`, `users = ""`}, `f.toml:3: auth.users = "": empty; write the name of the users file`},
-		{proxy, []string{`[tunnel]`, `congestion = "inner"`}, `f.toml:3: tunnel.congestion = "inner": not supported by this version; remove it`},
+		{proxy, []string{`[tunnel]`, `congestion = ""`}, `f.toml:3: tunnel.congestion = "": `},
 		{proxy, []string{`[pool]`}, `f.toml:2: pool: empty; `},
 		{proxy, []string{`[pool]`, `ipv4 = "fd77::/64"`}, `f.toml:3: pool.ipv4 = "fd77::/64": an address of the other family; put it under the other key`},
 		{proxy, []string{`[pool]`, `ipv6 = "10.0.0.0/24"`}, `f.toml:3: pool.ipv6 = "10.0.0.0/24": an address of the other family; put it under the other key`},

@@ -35,6 +35,7 @@ type Proxy struct {
 
 	Masquerade     bool
 	KernelHopLimit bool
+	Congestion     string // inner or outer
 
 	DNSServers            []netip.Addr // clients are told of these
 	DNSDomains, DNSSearch []string     // without the final dot
@@ -93,7 +94,7 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	tun := root.table("tun")
 	p.Device, p.MTU, p.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"), tun.bool("offload", true)
 
-	root.table("tunnel").unsupported("congestion")
+	p.Congestion = root.table("tunnel").oneOf("congestion", "inner", "outer")
 
 	p.parsePool(root.table("pool"), root.has("pool"))
 

@@ -136,7 +136,7 @@ func (c *Conn) Run(ctx context.Context) error {
 	inner, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var wg sync.WaitGroup
-	in := make(inbox, inboxLen)
+	in := inbox{make(chan []byte, inboxLen), inner.Done()}
 	wg.Go(func() { c.receive(inner, in) })
 	wg.Go(func() { c.deliver(inner, in) })
 	wg.Go(func() { c.watchLink(inner) })

@@ -87,14 +87,14 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 	maySend := func(a netip.Addr, proto uint8) bool { return pol.isSelf(a) || pol.sendFrom.allow(a, proto) }
 
 	// From the peer.
-	in := make(inbox, 1)
+	in := inbox{packets: make(chan []byte, 1)}
 	c.handleDatagram(bytes.Clone(data), in)
 	var came netip.Addr
 	if _, n, err := quicvarint.Parse(data); err == nil {
 		came = source(data[n:])
 	}
 	select {
-	case pkt := <-in:
+	case pkt := <-in.packets:
 		p := parse(t, pkt)
 		_, n, err := quicvarint.Parse(data)
 		switch {

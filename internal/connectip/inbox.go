@@ -6,8 +6,8 @@ import (
 )
 
 const (
-	// inboxLen is how many packets wait between QUIC and the device, at most. It only has to cover a scheduling delay.
-	inboxLen = 512
+	// inboxLen is how many packets wait between QUIC and the device, at most: what goes to the device in one batch.
+	inboxLen = 128
 	// mergedPacket is the room for the longest packet, and its headroom, on its way to the device: the device may append the
 	// segments that follow.
 	mergedPacket = Headroom + 1<<16
@@ -15,15 +15,18 @@ const (
 
 // inbox takes packets from QUIC one by one and hands them to the device in batches, which lets the device merge the
 // segments of a flow into a single write.
-type inbox chan []byte
+type inbox struct {
+	packets chan []byte
+	ended   <-chan struct{}
+}
 
-// push queues a packet, which belongs to the inbox from then on. It never blocks: when the device does not keep up,
-// the packet is dropped here, where it is counted.
+// push queues a packet, which belongs to the inbox from then on. While the device does not keep up it waits, and packets queue up
+// in QUIC. It returns false when nobody will take the packet any more.
 func (in inbox) push(pkt []byte) bool {
 	select {
-	case in <- pkt:
+	case in.packets <- pkt:
 		return true
-	default:
+	case <-in.ended:
 		return false
 	}
 }
@@ -45,7 +48,7 @@ func (c *Conn) deliver(ctx context.Context, in inbox) {
 		select {
 		case <-ctx.Done():
 			return
-		case pkt := <-in:
+		case pkt := <-in.packets:
 			b := <-batches
 			n := b.fill(pkt, in, c.cfg.Device.BatchSize())
 			if wrote, err := c.cfg.Device.Write(b.bufs[:n], Headroom); err != nil {
@@ -88,7 +91,7 @@ func (b *batch) fill(pkt []byte, in inbox, limit int) int {
 			return n
 		}
 		select {
-		case pkt = <-in:
+		case pkt = <-in.packets:
 		default:
 			return n
 		}

@@ -114,7 +114,7 @@ func (c *Conn) handleDatagram(b []byte, in inbox) {
 	pkt := b[n:]
 	d := c.admit(pkt)
 	if d == DropNone && !in.push(pkt) {
-		d = DropQueueFull
+		d = DropClosed
 	}
 	switch d {
 	case DropNone:
