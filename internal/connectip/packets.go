@@ -47,6 +47,9 @@ func (c *Conn) forward(buf []byte, off int) Drop {
 		c.answerHost(pkt, p, to.asDestination(), 0)
 		return DropDestination
 	}
+	if q, ok := ippacket.Quoted(pkt, p); ok && q.Src != p.Dst {
+		return DropSource // an ICMP error goes to whom it is about (RFC 9484 section 11)
+	}
 	mtu := c.MTU()
 	if !carriesIPv6(p, mtu) {
 		c.answerHost(pkt, p, ippacket.NoRoute, 0)
