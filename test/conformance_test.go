@@ -410,9 +410,12 @@ func (p *wireProxy) tunnel() *wireTunnel {
 }
 
 // tunnelOn opens a tunnel on c.
-func (p *wireProxy) tunnelOn(c *rawConn) *wireTunnel {
+func (p *wireProxy) tunnelOn(c *rawConn) *wireTunnel { return p.tunnelFor(c, connectIP(anyPath)) }
+
+// tunnelFor opens a tunnel on c with the request of the given fields.
+func (p *wireProxy) tunnelFor(c *rawConn, fields []string) *wireTunnel {
 	p.t.Helper()
-	u := &wireTunnel{rawStream: c.open(connectIP(anyPath)...), p: p}
+	u := &wireTunnel{rawStream: c.open(fields...), p: p}
 	if status, fields := u.answer(); status != "200" {
 		p.t.Fatalf("no tunnel: %v", fields)
 	}
