@@ -356,6 +356,13 @@ func TestNewRefuses(t *testing.T) {
 		"scope.ipproto":       {Proxy: "p", IPProto: "tcp"},
 		"tun.mtu":             {Proxy: "p", TUN: tun.Config{MTU: 9000}},
 		"addresses.request":   {Proxy: "p", Request: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}},
+		"routes.advertise":    {Proxy: "p", AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}},
+		"routes.advertise ":   {Proxy: "p", AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}},
+		"routes.advertise  ":  {Proxy: "p", AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}, Static: []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")}},
+		"routes.advertise   ": {Proxy: "p", AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("fd77::/64")}, Request: []netip.Prefix{netip.MustParsePrefix("fd77::9/128")}},
+		"routes.assign":       {Proxy: "p", AssignPeer: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}},
+		"routes.assign ":      {Proxy: "p", AssignPeer: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}},
+		"routes.assign  ":     {Proxy: "p", AssignPeer: []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")}, Static: []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")}},
 		"reconnect.max_delay": {Proxy: "p", MaxDelay: -1},
 	} {
 		_, err := New(cfg)

@@ -39,6 +39,11 @@ type Config struct {
 	Accept        []netip.Prefix // of what is advertised, what is installed; default: all
 	Exclude       []netip.Prefix // goes around the tunnel
 
+	// AdvertiseRoutes are networks behind this host that the proxy may send to, which makes this host a gateway and a router
+	// (RFC 9484 section 8.2). AssignPeer are single addresses that the proxy is given, usually out of those networks.
+	AdvertiseRoutes []netip.Prefix
+	AssignPeer      []netip.Prefix
+
 	Congestion congestion.Mode // default congestion.Inner, in builds that can
 
 	Reconnect bool
@@ -182,6 +187,9 @@ func (c Config) withDefaults() (Config, error) {
 		if !p.IsValid() || p != p.Masked() {
 			return c, usage("addresses.request", "%v is not an address prefix without bits beyond its length", p)
 		}
+	}
+	if err := c.checkSite(); err != nil {
+		return c, err
 	}
 	if c.TUN.MTU != 0 && (c.TUN.MTU < minMTU || c.TUN.MTU > maxMTU) {
 		return c, usage("tun.mtu", "%d is not between %d and %d bytes", c.TUN.MTU, minMTU, maxMTU)

@@ -39,6 +39,12 @@ type session struct {
 	hasRoutes bool
 	dns       []capsule.DNSConfiguration
 	nat64     []netip.Prefix
+
+	// What follows is of keep alone.
+	onlyIPv4     bool           // the host has no IPv6
+	refused      []netip.Prefix // routes of the proxy that are not installed
+	advertised   []netip.Prefix // to the proxy
+	assignedPeer []netip.Prefix // to the proxy
 }
 
 // session dials, keeps the session until it ends, and returns why it ended and how long it was connected.
@@ -52,9 +58,10 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1)}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
 		Device: c.device,
+		Accept: connectip.Accept{Routes: c.cfg.foreign},
 		Handler: connectip.Handler{
-			Assigned: s.handleAssigned, Routes: s.handleRoutes, DNS: s.handleDNS, PREF64: s.handlePREF64,
-			MTU: func(int) { s.changed() },
+			Assigned: s.handleAssigned, Requested: s.handleRequested, Routes: s.handleRoutes,
+			DNS: s.handleDNS, PREF64: s.handlePREF64, MTU: func(int) { s.changed() },
 		},
 		Static: c.cfg.Static,
 		Stats:  &c.stats,
@@ -135,6 +142,11 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 			if reason := s.limits(); !connected.IsZero() && reason != c.Status().Reason {
 				c.setState(StateConnected, reason)
 				c.cfg.Logger.Warn("the path has changed", "mtu", s.conn.MTU(), "limits", reason)
+			}
+			if complete {
+				if err := s.offer(); err != nil {
+					return connected, whyEnded(err, s.quic, c.to)
+				}
 			}
 			if complete && !probing {
 				configured.Stop()
@@ -230,16 +242,21 @@ func (s *session) apply() (complete bool, err error) {
 		c.had = nil // it may grant others
 		return false, &Error{Kind: KindRefused, Reason: "the proxy assigned no address", Remedy: "its pool may be exhausted; ask its operator"}
 	}
-	state := routing.State{MTU: s.mtu(), Addresses: addrs, Exclude: c.cfg.Exclude}
+	if err := c.cfg.checkAssigned(addrs); err != nil {
+		return false, err
+	}
+	state := routing.State{MTU: s.mtu(), Addresses: addrs, Exclude: c.cfg.Exclude, Forward: len(c.cfg.AdvertiseRoutes) > 0}
 	if c.cfg.InstallRoutes {
 		if state.Routes, err = accepted(routes, c.cfg.Accept); err != nil {
 			return false, err
 		}
+		state.Routes = append(s.beyond(state.Routes), c.cfg.AssignPeer...)
 	}
 	c.current.Store(s.conn) // before the kernel sends packets here
 	err = c.network.Apply(state)
 	if errors.Is(err, routing.ErrIPv6Disabled) && len(onlyIPv4(addrs)) > 0 {
 		// Whoever turned IPv6 off on this host meant it.
+		s.onlyIPv4 = true
 		state.Addresses, state.Routes = onlyIPv4(state.Addresses), onlyIPv4(state.Routes)
 		err = c.network.Apply(state)
 	}

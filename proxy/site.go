@@ -8,6 +8,7 @@ import (
 	"go4.org/netipx"
 
 	"masquevpn/capsule"
+	"masquevpn/internal/connectip"
 )
 
 // Site is a user whose client is a gateway to networks of its own (RFC 9484 section 8.2).
@@ -23,17 +24,6 @@ type rights struct {
 	networks []netip.Prefix // may be advertised
 	assign   *netipx.IPSet  // may be assigned to the proxy
 	reach    *netipx.IPSet  // may be reached, nil for no limit
-}
-
-// reserved are addresses that are not those of any site.
-var reserved = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/8"),
-	netip.MustParsePrefix("127.0.0.0/8"),
-	netip.MustParsePrefix("169.254.0.0/16"),
-	netip.MustParsePrefix("224.0.0.0/3"),
-	netip.MustParsePrefix("::/127"),
-	netip.MustParsePrefix("fe80::/10"),
-	netip.MustParsePrefix("ff00::/8"),
 }
 
 // siteRights checks c.Sites and returns the rights of each site's user.
@@ -54,14 +44,14 @@ func (c Config) siteRights() (map[string]*rights, error) {
 		for _, list := range []struct {
 			name     string
 			prefixes []netip.Prefix
-			reserved []netip.Prefix
-		}{{"networks", site.Networks, reserved}, {"peer", site.Peer, reserved}, {"reach", site.Reach, nil}} {
+			behind   bool // the gateway
+		}{{"networks", site.Networks, true}, {"peer", site.Peer, true}, {"reach", site.Reach, false}} {
 			for _, p := range list.prefixes {
 				if !p.IsValid() || p.Addr().Is4In6() || p != p.Masked() {
 					return nil, usage(key(list.name), "%v is not a prefix without bits beyond its length", p)
 				}
-				if j := slices.IndexFunc(list.reserved, p.Overlaps); j >= 0 {
-					return nil, usage(key(list.name), "%v overlaps %v, which is never behind a site", p, reserved[j])
+				if reserved, overlaps := connectip.Reserved(p); overlaps && list.behind {
+					return nil, usage(key(list.name), "%v overlaps %v, which is never behind a gateway", p, reserved)
 				}
 			}
 		}

@@ -58,6 +58,7 @@ func load(path, name string) (*loaded, error) {
 		// An empty list would stand for its default, which is everything.
 		InstallRoutes: f.Install && len(f.Accept) > 0,
 		Accept:        f.Accept, Exclude: f.Exclude,
+		AdvertiseRoutes: f.Advertise, AssignPeer: f.Assign,
 		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay, Congestion: congestion.Mode(f.Congestion),
 	}
 	return l, nil

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 	"time"
@@ -28,6 +29,8 @@ type Client struct {
 
 	Install         bool
 	Accept, Exclude []netip.Prefix
+	Advertise       []netip.Prefix // networks behind the client
+	Assign          []netip.Prefix // single addresses for the proxy
 
 	Congestion string // inner or outer
 
@@ -86,8 +89,13 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	c.Install = routes.bool("install", true)
 	c.Accept = routes.prefixes("accept", "0.0.0.0/0", "::/0")
 	c.Exclude = routes.prefixes("exclude")
-	routes.unsupported("advertise")
-	routes.unsupported("assign")
+	c.Advertise = routes.prefixes("advertise")
+	c.Assign = routes.addresses("assign")
+	for i, p := range c.Assign {
+		if !p.IsSingleIP() {
+			routes.add(element("assign", i), "not a single address", fmt.Sprintf("write %q", netip.PrefixFrom(p.Addr(), p.Addr().BitLen())))
+		}
+	}
 
 	root.table("dns").oneOf("mode", "auto", "off")
 

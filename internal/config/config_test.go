@@ -61,6 +61,7 @@ func TestClientFull(t *testing.T) {
 		CA:    "/etc/masque/ca.crt", Cert: "/etc/masque/keys/me.crt", Key: "/var/me.key", ServerName: "other.example.org",
 		TokenFile: "/etc/masque/token", Target: "*", IPProto: "*", Device: "masque0", MTU: 1300,
 		Static: prefixes("10.77.0.9/32", "fd77::9/64"), Accept: prefixes("10.0.0.0/8"), Exclude: prefixes("10.9.0.0/16", "fd00::/8"),
+		Advertise: prefixes("192.0.2.0/24", "2001:db8:a::/64"), Assign: prefixes("192.0.2.200/32"),
 		Congestion: "outer", MaxDelay: 90 * time.Second, KeyLog: "/etc/masque/keys.log",
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
@@ -222,8 +223,9 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[routes]`, `exclude = [1]`}, `f.toml:3: routes.exclude[0] = 1: not a string in quotes; put it in quotes`},
 		{client, []string{`[routes]`, `exclude = ["lan"]`}, `f.toml:3: routes.exclude[0] = "lan": not an address prefix; write for example "192.0.2.0/24" or "2001:db8::/32"`},
 		{client, []string{`[routes]`, `exclude = ["::ffff:10.0.0.0/104"]`}, `f.toml:3: routes.exclude[0] = "::ffff:10.0.0.0/104": an IPv4 address in IPv6 form; write the IPv4 prefix`},
-		{client, []string{`[routes]`, `advertise = ["10.0.0.0/8"]`}, `f.toml:3: routes.advertise = ["10.0.0.0/8"]: not supported by this version; remove it`},
-		{client, []string{`[routes]`, `assign = ["10.0.0.0/8"]`}, `f.toml:3: routes.assign = ["10.0.0.0/8"]: not supported by this version; remove it`},
+		{client, []string{`[routes]`, `advertise = ["10.0.0.1/8"]`}, `f.toml:3: routes.advertise[0] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
+		{client, []string{`[routes]`, `assign = ["10.1.0.200"]`}, `f.toml:3: routes.assign[0] = "10.1.0.200": the prefix length is missing; write "10.1.0.200/32" for this one address`},
+		{client, []string{`[routes]`, `assign = ["fd01::c8/64"]`}, `f.toml:3: routes.assign[0] = "fd01::c8/64": not a single address; write "fd01::c8/128"`},
 		{client, []string{`[dns]`, `mode = "resolved"`}, `f.toml:3: dns.mode = "resolved": not known; write "auto" or "off"`},
 		{client, []string{`[kill_switch]`, `enabled = true`}, `f.toml:3: kill_switch.enabled = true: not supported by this version; remove it`},
 		{client, []string{`[kill_switch]`, `enabled = "true"`}, `f.toml:3: kill_switch.enabled = "true": not supported by this version; remove it`},

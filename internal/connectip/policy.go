@@ -12,6 +12,27 @@ import (
 	"masquevpn/internal/ippacket"
 )
 
+// reserved are addresses that are not those of hosts behind a router (RFC 6890).
+var reserved = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"),
+	netip.MustParsePrefix("127.0.0.0/8"),
+	netip.MustParsePrefix("169.254.0.0/16"),
+	netip.MustParsePrefix("224.0.0.0/3"),
+	netip.MustParsePrefix("::/127"),
+	netip.MustParsePrefix("fe80::/10"),
+	netip.MustParsePrefix("ff00::/8"),
+}
+
+// Reserved returns the addresses in p that are never those of a network behind an endpoint, if there are some: loopback,
+// link-local, multicast and the like.
+func Reserved(p netip.Prefix) (netip.Prefix, bool) {
+	i := slices.IndexFunc(reserved, p.Overlaps)
+	if i < 0 {
+		return netip.Prefix{}, false
+	}
+	return reserved[i], true
+}
+
 // policy says what may pass, in both directions. It is immutable: a change makes a new one.
 type policy struct {
 	self     []netip.Addr // this endpoint's own tunnel addresses

@@ -1,0 +1,149 @@
+package client
+
+import (
+	"net/netip"
+	"slices"
+
+	"go4.org/netipx"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/connectip"
+)
+
+// checkSite checks what c says of the networks behind this host.
+func (c *Config) checkSite() error {
+	own := slices.Clone(c.Static)
+	for _, p := range c.Request {
+		if !p.Addr().IsUnspecified() {
+			own = append(own, p)
+		}
+	}
+	for _, p := range c.AdvertiseRoutes {
+		if !p.IsValid() || p.Addr().Is4In6() || p != p.Masked() {
+			return usage("routes.advertise", "%v is not a prefix without bits beyond its length", p)
+		}
+		if reserved, overlaps := connectip.Reserved(p); overlaps {
+			return usage("routes.advertise", "%v overlaps %v, which is never behind a gateway", p, reserved)
+		}
+		if i := slices.IndexFunc(own, p.Overlaps); i >= 0 {
+			return usage("routes.advertise", "%v holds %v, an address of the tunnel itself", p, own[i])
+		}
+	}
+	for i, p := range c.AssignPeer {
+		if !p.IsValid() || p.Addr().Is4In6() || !p.IsSingleIP() {
+			return usage("routes.assign", "%v is not a single address", p)
+		}
+		if reserved, overlaps := connectip.Reserved(p); overlaps {
+			return usage("routes.assign", "%v is within %v, which is never behind a gateway", p, reserved)
+		}
+		if slices.ContainsFunc(own, p.Overlaps) || slices.Contains(c.AssignPeer[:i], p) {
+			return usage("routes.assign", "%v is an address of the tunnel already", p)
+		}
+	}
+	return nil
+}
+
+// checkAssigned checks that the proxy's choice of addresses and the networks behind this host go together.
+func (c *Config) checkAssigned(addrs []netip.Prefix) error {
+	for _, a := range addrs {
+		if i := slices.IndexFunc(c.AdvertiseRoutes, a.Overlaps); i >= 0 {
+			return usage("routes.advertise", "%v holds %v, the address in the tunnel that the proxy assigned: "+
+				"correct it, or ask the operator of the proxy", c.AdvertiseRoutes[i], a.Addr())
+		}
+		if slices.ContainsFunc(c.AssignPeer, a.Overlaps) {
+			return usage("routes.assign", "%v is the address in the tunnel that the proxy assigned to this host: choose another", a.Addr())
+		}
+	}
+	return nil
+}
+
+// foreign returns routes without the networks behind this host: the proxy neither sends from there, nor is anything sent
+// through it to them, whatever it advertises.
+func (c *Config) foreign(routes []capsule.Route) []capsule.Route {
+	if len(c.AdvertiseRoutes) == 0 {
+		return routes
+	}
+	out := make([]capsule.Route, 0, len(routes))
+	for _, r := range routes {
+		var b netipx.IPSetBuilder
+		b.AddRange(netipx.IPRangeFrom(r.Start, r.End))
+		for _, p := range c.AdvertiseRoutes {
+			b.RemovePrefix(p)
+		}
+		set, _ := b.IPSet() // the ranges are valid
+		for _, part := range set.Ranges() {
+			out = append(out, capsule.Route{Start: part.From(), End: part.To(), Protocol: r.Protocol})
+		}
+	}
+	return out
+}
+
+// beyond returns the routes that are not within a network behind this host. A route that such a network is part of stays: the
+// host's own, longer one goes first.
+func (s *session) beyond(routes []netip.Prefix) []netip.Prefix {
+	var refused []netip.Prefix
+	routes = slices.DeleteFunc(routes, func(p netip.Prefix) bool {
+		within := slices.ContainsFunc(s.c.cfg.AdvertiseRoutes, func(own netip.Prefix) bool {
+			return own.Overlaps(p) && own.Bits() <= p.Bits()
+		})
+		if within {
+			refused = append(refused, p)
+		}
+		return within
+	})
+	if len(refused) > 0 && !slices.Equal(refused, s.refused) {
+		s.c.cfg.Logger.Warn("routes of the proxy are within the networks behind this host, and are not installed", "refused", refused)
+	}
+	s.refused = refused
+	return routes
+}
+
+// offer assigns the proxy its addresses and advertises the networks behind this host, as far as they changed since the last
+// time (RFC 9484 section 8.2).
+func (s *session) offer() error {
+	networks := s.c.cfg.AdvertiseRoutes
+	assign := s.c.cfg.AssignPeer
+	if s.onlyIPv4 {
+		networks, assign = onlyIPv4(networks), onlyIPv4(assign)
+	}
+	if len(assign) > 0 && !slices.Equal(assign, s.assignedPeer) {
+		if err := s.conn.Assign(unasked(assign)); err != nil {
+			return err
+		}
+		s.assignedPeer = assign
+	}
+	if len(networks) > 0 && !slices.Equal(networks, s.advertised) {
+		if err := s.conn.Advertise(capsule.Routes(networks, 0)); err != nil {
+			return err
+		}
+		s.advertised = networks
+		s.c.cfg.Logger.Info("networks are advertised to the proxy", "networks", networks)
+	}
+	return nil
+}
+
+// unasked makes the entries of an assignment that no request asked for.
+func unasked(prefixes []netip.Prefix) []capsule.Address {
+	addrs := make([]capsule.Address, len(prefixes))
+	for i, p := range prefixes {
+		addrs[i] = capsule.Address{Prefix: p}
+	}
+	return addrs
+}
+
+// handleRequested answers a proxy that asks for addresses: it gets those that it is assigned anyway, each once, and no others.
+func (s *session) handleRequested(requested []capsule.Address) error {
+	answer := unasked(s.c.cfg.AssignPeer)
+	for _, r := range requested {
+		i := slices.IndexFunc(answer, func(a capsule.Address) bool {
+			same := a.Prefix.Addr().Is4() == r.Prefix.Addr().Is4() && !a.Refused() && a.RequestID == 0
+			return same && (r.Prefix.Addr().IsUnspecified() || r.Prefix.Overlaps(a.Prefix))
+		})
+		if i < 0 {
+			answer = append(answer, connectip.Refusal(r))
+			continue
+		}
+		answer[i].RequestID = r.RequestID
+	}
+	return s.conn.Assign(answer)
+}

@@ -1,0 +1,229 @@
+package client
+
+import (
+	"context"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/quic-go/quic-go/http3"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/ippacket"
+	"masquevpn/proxy"
+)
+
+var (
+	lan4 = netip.MustParsePrefix("10.1.0.0/24")
+	lan6 = netip.MustParsePrefix("2001:db8:a::/64")
+)
+
+// startSite runs a proxy for which alice is the gateway of lan4 and lan6, and that gateway.
+func startSite(t *testing.T, changeProxy func(*proxy.Config), change func(*Config)) (*far, *near) {
+	t.Helper()
+	f := startProxy(t, func(c *proxy.Config) {
+		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
+		c.Sites = []proxy.Site{{User: "alice", Networks: []netip.Prefix{lan4, lan6}}}
+		if changeProxy != nil {
+			changeProxy(c)
+		}
+	})
+	n := startClient(t, f, func(c *Config) {
+		c.AdvertiseRoutes = []netip.Prefix{lan4, lan6}
+		if change != nil {
+			change(c)
+		}
+	})
+	return f, n
+}
+
+// awaitNetworks waits until the proxy has taken what the client advertises.
+func (f *far) awaitNetworks(t *testing.T, want ...netip.Prefix) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		sessions := f.Sessions()
+		if len(sessions) == 1 && slices.Equal(sessions[0].Networks, want) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the sessions are %+v, want networks %v", sessions, want)
+		}
+	}
+}
+
+// A gateway advertises its networks, also after a reconnect, and forwards packets of them: its host is a router, so the hop
+// limit goes down when they enter the tunnel.
+func TestGateway(t *testing.T) {
+	peer := netip.MustParsePrefix("10.1.0.200/32")
+	f, n := startSite(t, nil, func(c *Config) { c.AssignPeer = []netip.Prefix{peer} })
+	n.awaitConnected(t)
+	f.awaitNetworks(t, lan4, lan6)
+	if s := n.network.last(); !s.Forward || !slices.Contains(s.Routes, peer) || !slices.Contains(s.Routes, netip.MustParsePrefix("192.0.2.0/24")) {
+		t.Errorf("the kernel has %+v", s)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	forwarded := func() {
+		t.Helper()
+		inside, beyond := netip.MustParseAddr("10.1.0.5"), netip.MustParseAddr("192.0.2.9")
+		n.device.Inject(ippacket.AppendEcho(nil, inside, beyond, 64, true, 99, 1, nil))
+		for {
+			pkt, err := f.device.Receive(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, err := ippacket.Parse(pkt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p.Src != inside {
+				continue // a probe
+			}
+			if p.HopLimit != 63 {
+				t.Errorf("a forwarded packet arrives with the hop limit %d", p.HopLimit)
+			}
+			break
+		}
+		f.device.Inject(ippacket.AppendEcho(nil, beyond, inside, 64, false, 99, 1, nil))
+		receive(t, ctx, n.device, beyond, inside)
+	}
+	forwarded()
+	for _, s := range f.Sessions() {
+		f.Kick(s.ID)
+	}
+	n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && s.Reconnects > 0 })
+	f.awaitNetworks(t, lan4, lan6)
+	forwarded()
+}
+
+// A client that is no gateway does not make its host a router.
+func TestNoGateway(t *testing.T) {
+	n := startClient(t, startProxy(t, nil), nil)
+	n.awaitConnected(t)
+	if n.network.last().Forward {
+		t.Error("the host is made a router")
+	}
+}
+
+// Routes of the proxy into the networks behind this host are not installed, and its packets may not come from there.
+func TestOwnNetworksAreNotTheProxys(t *testing.T) {
+	within := netip.MustParsePrefix("10.1.0.128/25")
+	f, n := startSite(t, func(c *proxy.Config) {
+		c.Advertise, c.Sites[0].Networks = []netip.Prefix{within, netip.MustParsePrefix("10.2.0.0/24")}, []netip.Prefix{lan6}
+	}, nil)
+	n.awaitConnected(t)
+	f.awaitNetworks(t, lan6)
+	if routes := n.network.last().Routes; slices.Contains(routes, within) || !slices.Contains(routes, netip.MustParsePrefix("10.2.0.0/24")) {
+		t.Errorf("installed %v", routes)
+	}
+	own, spoofed, right := n.Status().Addresses[0].Addr(), netip.MustParseAddr("10.1.0.130"), netip.MustParseAddr("10.2.0.5")
+	for _, src := range []netip.Addr{spoofed, right} {
+		f.device.Inject(ippacket.AppendEcho(nil, src, own, 64, true, 99, 1, nil))
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for {
+		pkt, err := n.device.Receive(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := ippacket.Parse(pkt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Src == spoofed {
+			t.Error("a packet from the network behind this host came out of the tunnel")
+		}
+		if p.Src == right {
+			break
+		}
+	}
+	// Nor does one that the kernel has no better route for go to the proxy, where it would go round in circles.
+	n.device.Inject(ippacket.AppendEcho(nil, own, spoofed, 64, true, 99, 1, nil))
+	for {
+		pkt, err := n.device.Receive(ctx)
+		if err != nil {
+			t.Fatalf("not answered: %v", err)
+		}
+		if p, err := ippacket.Parse(pkt); err == nil && ippacket.IsICMPError(pkt, p) {
+			break
+		}
+	}
+}
+
+// Routes that lie within a network behind this host, and nothing else, are left out.
+func TestBeyond(t *testing.T) {
+	c, err := New(Config{Proxy: "p", AdvertiseRoutes: []netip.Prefix{lan4}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &session{c: c}
+	var routes []netip.Prefix
+	for _, p := range []string{"10.0.0.0/8", "10.1.0.0/24", "10.1.0.64/26", "10.1.1.0/24", "::/0"} {
+		routes = append(routes, netip.MustParsePrefix(p))
+	}
+	if got, want := s.beyond(slices.Clone(routes)), slices.Delete(slices.Clone(routes), 1, 3); !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+// A network that holds the tunnel's own address is a mistake in the configuration, and ends the client.
+func TestAdvertisesItsOwnAddress(t *testing.T) {
+	for name, change := range map[string]func(*Config){
+		"routes.advertise": func(c *Config) { c.AdvertiseRoutes = []netip.Prefix{netip.MustParsePrefix("10.77.0.0/16")} },
+		"routes.assign":    func(c *Config) { c.AssignPeer = []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")} },
+	} {
+		_, n := startSite(t, nil, change)
+		if e := n.failure(t); e.Kind != KindUsage || !strings.HasPrefix(e.Reason, name+": ") || !strings.Contains(e.Reason, "10.77.0.2") {
+			t.Errorf("got %v", e)
+		}
+	}
+}
+
+// A proxy that asks for addresses gets those that it is meant to have, each once, and refusals for the rest; the list stays
+// complete.
+func TestProxyAsksForAddresses(t *testing.T) {
+	answers := make(chan []capsule.Address, 4)
+	f := scripted(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusOK)
+		str := w.(http3.HTTPStreamer).HTTPStream()
+		reader := capsule.NewReader(str, 1<<16)
+		write(str, &capsule.AddressRequest{Addresses: []capsule.Address{
+			{RequestID: 1, Prefix: netip.MustParsePrefix("::/128")},
+			{RequestID: 2, Prefix: netip.MustParsePrefix("10.1.0.201/32")},
+			{RequestID: 3, Prefix: netip.MustParsePrefix("0.0.0.0/32")},
+			{RequestID: 4, Prefix: netip.MustParsePrefix("::/128")},
+		}})
+		for {
+			c, err := reader.Next()
+			if err != nil {
+				return
+			}
+			if a, ok := c.(*capsule.AddressAssign); ok {
+				answers <- a.Addresses
+			}
+		}
+	})
+	startClient(t, f, func(c *Config) {
+		for _, p := range []string{"10.1.0.200/32", "10.1.0.201/32", "2001:db8:a::200/128"} {
+			c.AssignPeer = append(c.AssignPeer, netip.MustParsePrefix(p))
+		}
+	})
+	want := []capsule.Address{
+		{RequestID: 3, Prefix: netip.MustParsePrefix("10.1.0.200/32")},
+		{RequestID: 2, Prefix: netip.MustParsePrefix("10.1.0.201/32")},
+		{RequestID: 1, Prefix: netip.MustParsePrefix("2001:db8:a::200/128")},
+		{RequestID: 4, Prefix: netip.MustParsePrefix("::/128")},
+	}
+	select {
+	case got := <-answers:
+		if !slices.Equal(got, want) {
+			t.Errorf("assigned %v, want %v", got, want)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("not answered")
+	}
+}
