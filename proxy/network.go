@@ -55,10 +55,19 @@ func (s *Server) refresh() error {
 		all = append(all, taken{p.Masked(), "a network of the proxy's host"})
 	}
 	l := s.sites.decide(all)
+	// What may pass is settled before the kernel sends anything.
+	if err := s.deny(local, l); err != nil {
+		return err
+	}
+	for _, ss := range s.sessions.list() {
+		if err := ss.followSites(); err != nil {
+			return err
+		}
+	}
 	if err := s.install(l); err != nil {
 		s.cfg.Logger.Error("the networks of the sites cannot be installed; trying again", "retry_in", localInterval, "error", err)
 	}
-	return s.deny(local, l)
+	return nil
 }
 
 // install makes the kernel follow l.

@@ -81,13 +81,10 @@ func (ss *session) run(str connectip.Stream) error {
 	inner, cancel := context.WithCancel(ss.ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { ss.sendQueued(inner, conn) })
-	if err := ss.advertise(); err != nil {
+	if err := errors.Join(ss.followSites(), ss.advertise()); err != nil {
 		ss.stop(err)
 	}
 	wg.Go(func() { ss.announce(inner) })
-	if ss.claim != nil {
-		wg.Go(func() { ss.followSites(inner, conn) })
-	}
 	err := conn.Run(ss.ctx)
 	// The session leaves the table first, so that no packet for the next holder of an address comes here.
 	ss.release()
@@ -176,21 +173,20 @@ func (ss *session) noSite(entries int) {
 	ss.log.Warn("networks of the client are refused", "reason", reason)
 }
 
-// followSites makes the policy and what is advertised follow each decision about sites, until ctx ends.
-func (ss *session) followSites(ctx context.Context, conn *connectip.Conn) {
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ss.claim.wake:
-		}
-		has := ss.server.sites.held(ss.claim)
-		if err := conn.SetAccepted(has.assigned, has.routes); err != nil {
-			ss.stop(err)
-			return
-		}
-		ss.refresh()
+// followSites makes the policy and what is advertised follow a decision about sites.
+func (ss *session) followSites() error {
+	ss.mu.Lock()
+	conn := ss.conn
+	ss.mu.Unlock()
+	if ss.claim == nil || conn == nil {
+		return nil // it begins with what was decided until then
 	}
+	has := ss.server.sites.held(ss.claim)
+	if err := conn.SetAccepted(has.assigned, has.routes); err != nil {
+		return err
+	}
+	ss.refresh()
+	return nil
 }
 
 // answer leases what the client asks for and returns its full list of addresses, refusals included.

@@ -31,7 +31,6 @@ type sites struct {
 type claim struct {
 	ss     *session
 	rights *rights
-	wake   chan struct{} // there was a decision
 	// rank is the place of the user among all: who came first keeps what it has. A user has one place as long as any session
 	// of it runs, and of these the newest goes first.
 	rank, number uint64
@@ -57,7 +56,7 @@ func (c *claim) user() string { return c.ss.user.Name }
 // newClaim makes the claim of a session that is about to be taken in.
 func newClaim(ss *session, r *rights) *claim {
 	return &claim{
-		ss: ss, rights: r, wake: make(chan struct{}, 1), has: holding{networks: new(netipx.IPSet)},
+		ss: ss, rights: r, has: holding{networks: new(netipx.IPSet)},
 		log: rate.NewLimiter(rate.Every(time.Minute), 10),
 	}
 }
@@ -180,7 +179,7 @@ type layout struct {
 	leased    []netip.Prefix // addresses of the sites' sessions
 }
 
-// decide works out who has what, makes the table follow, and wakes the sessions.
+// decide works out who has what, and makes the table follow.
 func (t *sites) decide(all []taken) layout {
 	t.mu.Lock()
 	var l layout
@@ -215,12 +214,6 @@ func (t *sites) decide(all []taken) layout {
 		}
 	}
 	t.routed = routed
-	for _, c := range t.claims {
-		select {
-		case c.wake <- struct{}{}:
-		default:
-		}
-	}
 	t.mu.Unlock()
 	for _, log := range logs {
 		log()
