@@ -142,7 +142,7 @@ func TestWireInitialFlood(t *testing.T) {
 		}
 	}
 	u.lives()
-	p.tunnel().lives() // who answers a Retry gets in
+	p.tunnel() // who answers a Retry gets in
 }
 
 // initial returns an Initial packet of QUIC version 1 with nothing that can be decrypted (RFC 9000 section 17.2.2).
