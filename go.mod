@@ -11,6 +11,7 @@ require (
 	github.com/gopacket/gopacket v1.7.7
 	github.com/pelletier/go-toml/v2 v2.4.3
 	github.com/quic-go/connect-ip-go v0.6.0
+	github.com/quic-go/masque-go v0.6.0
 	github.com/quic-go/qpack v0.6.0
 	github.com/quic-go/quic-go v0.64.1
 	github.com/songgao/water v0.0.0-20200317203138-2b4b6d7c09d8

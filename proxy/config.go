@@ -3,12 +3,14 @@
 package proxy
 
 import (
+	"context"
 	"crypto/tls"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
+	"time"
 
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
@@ -51,6 +53,9 @@ type Config struct {
 	KernelHopLimit bool            // the kernel alone decrements hop limits
 	DNS            DNS             // see Server.SetDNS for later changes
 
+	ConnectUDP     bool          // serve UDP proxying (RFC 9298) as well
+	UDPIdleTimeout time.Duration // after which a flow without packets ends; default DefaultUDPIdleTimeout
+
 	MaxSessions        int // default DefaultSessions
 	MaxSessionsPerUser int // default DefaultSessionsPerUser
 
@@ -63,6 +68,8 @@ type Config struct {
 	// OpenDevice and OpenNetwork replace the TUN device and the kernel's routing, for use without privileges.
 	OpenDevice  func() (Device, error)
 	OpenNetwork func(Device) (Network, error)
+	// DialUDP opens a socket to the target of a flow, whose packets must not be fragmented; default: one of the kernel's.
+	DialUDP func(context.Context, netip.AddrPort) (net.Conn, error)
 	// LocalNetworks returns the addresses of the host's interfaces, all but the device, with the lengths of their networks.
 	// Clients may not reach the addresses, and no site may have the networks. Default: as the kernel has them.
 	LocalNetworks func() ([]netip.Prefix, error)
@@ -180,6 +187,15 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Resolver == nil {
 		c.Resolver = net.DefaultResolver
+	}
+	if c.UDPIdleTimeout < 0 {
+		return c, usage("connect_udp", "a time span cannot be negative")
+	}
+	if c.UDPIdleTimeout == 0 {
+		c.UDPIdleTimeout = DefaultUDPIdleTimeout
+	}
+	if c.DialUDP == nil {
+		c.DialUDP = dialUDP
 	}
 	var err error
 	if c.Congestion, err = c.Congestion.Check(); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"strings"
 	"sync"
@@ -76,8 +77,8 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refusal) {
 	switch {
 	case r.Method != http.MethodConnect || strings.HasPrefix(r.Proto, "HTTP/"):
-		return nil, refuse(http.StatusNotFound, "", "%s %q is not a request for IP proxying", r.Method, r.RequestURI)
-	case r.Proto != connectip.Protocol:
+		return nil, refuse(http.StatusNotFound, "", "%s %q is not a request for proxying", r.Method, r.RequestURI)
+	case r.Proto != connectip.Protocol && (r.Proto != udpProtocol || !h.s.cfg.ConnectUDP):
 		return nil, refuse(http.StatusNotImplemented, "", ":protocol %q is not known", r.Proto)
 	}
 	// Who is not known learns nothing but that.
@@ -85,39 +86,41 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	if err != nil {
 		return nil, refuse(http.StatusUnauthorized, "", "%v", err)
 	}
-	scope, err := h.s.scope(r.RequestURI)
-	if errors.Is(err, errNotServed) {
-		return nil, refuse(http.StatusNotFound, "", "%v", err)
-	}
-	if err != nil {
-		return nil, refuse(http.StatusBadRequest, "http_request_error", "%v", err)
-	}
 	if refused := datagramsEnabled(w, r); refused != nil {
 		return nil, refused
 	}
-	reach, refused := h.s.reach(r.Context(), user, scope)
-	if refused != nil {
-		return nil, refused
-	}
-
-	ctx, stop := context.WithCancelCause(h.running)
 	ss := &session{
 		server:   h.s,
 		user:     user,
 		instance: r.Header.Get(connectip.InstanceHeader),
-		scope:    scope,
-		reach:    reach,
 		since:    time.Now(),
 		quic:     r.Context().Value(connKey{}).(*quic.Conn),
-		queue:    make(chan packet, queueLen),
-		ctx:      ctx,
-		stop:     stop,
 		done:     make(chan struct{}),
 		stale:    make(chan struct{}, 1),
 	}
-	if r := h.s.rights[user.Name]; r != nil && scope.IsZero() {
-		ss.claim = newClaim(ss, r)
+	var refused *refusal
+	if r.Proto == udpProtocol {
+		ss.udp, refused = h.s.openUDP(r.Context(), user, r.RequestURI)
+	} else {
+		refused = ss.setScope(r.Context(), r.RequestURI)
 	}
+	if refused != nil {
+		return nil, refused
+	}
+	ss.ctx, ss.stop = context.WithCancelCause(h.running)
+	if refused := h.admit(ss); refused != nil {
+		ss.stop(nil)
+		if ss.udp != nil {
+			ss.udp.close()
+		}
+		return nil, refused
+	}
+	return ss, nil
+}
+
+// admit takes ss in among the running sessions, in place of those that it replaces, unless a limit forbids it.
+func (h handler) admit(ss *session) *refusal {
+	user := ss.user
 	perUser := h.s.cfg.MaxSessionsPerUser
 	if user.Sessions > 0 {
 		perUser = user.Sessions
@@ -128,9 +131,9 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	replaced, err := h.s.sessions.add(ss, h.s.cfg.MaxSessions, perUser)
 	switch {
 	case errors.Is(err, errTooManyOfUser):
-		return nil, refuse(http.StatusTooManyRequests, "connection_limit_reached", "user %q: %v", user.Name, err)
+		return refuse(http.StatusTooManyRequests, "connection_limit_reached", "user %q: %v", user.Name, err)
 	case err != nil:
-		return nil, refuse(http.StatusServiceUnavailable, "connection_limit_reached", "%v", err)
+		return refuse(http.StatusServiceUnavailable, "connection_limit_reached", "%v", err)
 	}
 	ss.log = h.s.cfg.Logger.With("session", ss.id, "user", ss.user.Name)
 	if ss.claim != nil {
@@ -142,7 +145,24 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	for _, old := range replaced {
 		<-old.done
 	}
-	return ss, nil
+	return nil
+}
+
+// setScope makes ss one for IP proxying, with the scope that the raw request path asks for.
+func (ss *session) setScope(ctx context.Context, path string) *refusal {
+	scope, err := ss.server.scope(path)
+	if errors.Is(err, errNotServed) {
+		return refuse(http.StatusNotFound, "", "%v", err)
+	}
+	if err != nil {
+		return refuse(http.StatusBadRequest, "http_request_error", "%v", err)
+	}
+	reach, refused := ss.server.reach(ctx, ss.user, scope)
+	ss.scope, ss.reach, ss.queue = scope, reach, make(chan packet, queueLen)
+	if r := ss.server.rights[ss.user.Name]; r != nil && scope.IsZero() {
+		ss.claim = newClaim(ss, r)
+	}
+	return refused
 }
 
 // serve answers an accepted request and carries its session to its end.
@@ -153,12 +173,19 @@ func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 		ss.stats.AddTo(&h.s.ended)
 	}()
 	w.Header().Set(http3.CapsuleProtocolHeader, "?1")
+	if ss.udp != nil {
+		w.Header().Set("Proxy-Status", ss.udp.nextHop(h.s.cfg.Name))
+	}
 	w.WriteHeader(http.StatusOK)
 	w.(http.Flusher).Flush()
 	h.s.requests.count(http.StatusOK)
-	ss.log.Info("session started", "remote", r.RemoteAddr, "scope", ss.scope.String())
-	err := ss.run(w.(http3.HTTPStreamer).HTTPStream())
-	ss.log.Info("session ended", "reason", err, "rx_bytes", ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())
+	level, about, run := slog.LevelInfo, slog.String("scope", ss.scope.String()), ss.run
+	if ss.udp != nil { // of these a client may make many, for a packet each
+		level, about, run = slog.LevelDebug, slog.String("udp_target", ss.udp.target.String()), ss.runUDP
+	}
+	ss.log.Log(ss.ctx, level, "session started", "remote", r.RemoteAddr, about)
+	err := run(w)
+	ss.log.Log(ss.ctx, level, "session ended", "reason", err, "rx_bytes", ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())
 }
 
 // datagramsEnabled waits for the client's SETTINGS: without HTTP Datagrams no packet could be sent to it (RFC 9297 section 2.1.1).

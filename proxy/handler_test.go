@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -43,6 +44,7 @@ func start(t *testing.T, change func(*Config)) *http3.ClientConn {
 type running struct {
 	*Server
 	roots *x509.CertPool
+	stop  func() // and wait; idempotent
 }
 
 func startServer(t *testing.T, change func(*Config)) running {
@@ -76,16 +78,17 @@ func startServer(t *testing.T, change func(*Config)) running {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
-	t.Cleanup(func() {
+	r := running{Server: s, roots: x509.NewCertPool()}
+	r.roots.AppendCertsFromPEM(caPair.Cert)
+	r.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("the proxy ended with %v", err)
 		}
 	})
+	t.Cleanup(r.stop)
 	<-s.Ready()
-	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(caPair.Cert)
-	return running{s, roots}
+	return r
 }
 
 // dial connects one more client.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
 	"go4.org/netipx"
 
 	"masquevpn/capsule"
@@ -36,6 +38,7 @@ type session struct {
 	since    time.Time
 	quic     *quic.Conn
 	queue    chan packet
+	udp      *udpFlow // nil for IP proxying; else all that is about addresses and packets of the device is unused
 	stats    connectip.Stats
 	log      *slog.Logger
 	ctx      context.Context // ends when the session has to
@@ -56,15 +59,18 @@ type session struct {
 
 // The causes for which the proxy ends a session.
 var (
-	errKicked   = errors.New("ended by the operator")
-	errReplaced = errors.New("replaced by a newer session of the same client")
-	errRevoked  = errors.New("the user was removed")
-	errShutdown = errors.New("the proxy is stopping")
+	errKicked     = errors.New("ended by the operator")
+	errProhibited = errors.New("clients may not reach its target any more")
+	errReplaced   = errors.New("replaced by a newer session of the same client")
+	errRevoked    = errors.New("the user was removed")
+	errShutdown   = errors.New("the proxy is stopping")
 )
 
-// run carries the session on its stream until that or ss.ctx ends, and gives back all that it held.
-func (ss *session) run(str connectip.Stream) error {
+// run carries the session on its stream until that or ss.ctx ends, and gives back all that it held. The header of the answer
+// was written to w.
+func (ss *session) run(w http.ResponseWriter) error {
 	defer close(ss.done)
+	str := w.(http3.HTTPStreamer).HTTPStream()
 	ss.mu.Lock()
 	conn := connectip.New(str, ss.quic, connectip.Config{
 		Device:         ss.server.device,
@@ -284,6 +290,12 @@ func (ss *session) uses(a netip.Addr) bool {
 
 // setDenied replaces the destinations that the client may not reach.
 func (ss *session) setDenied(denied []netip.Prefix) error {
+	if ss.udp != nil {
+		if !ss.server.reachesByUDP(ss.udp.to.Addr()) {
+			ss.stop(errProhibited)
+		}
+		return nil
+	}
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	if ss.conn == nil {
@@ -321,16 +333,34 @@ type SessionStatus struct {
 	connectip.Status
 	ID     string `json:"id"`
 	User   string `json:"user"`
-	Remote string `json:"remote"` // address and UDP port
+	Remote string `json:"remote"`           // address and UDP port
+	Kind   string `json:"kind"`             // the :protocol of its request, KindIP or KindUDP
+	Target string `json:"target,omitempty"` // host:port that KindUDP leads to, as the client named it
 	// Networks are behind the client: what it advertised and the proxy accepted.
 	Networks []netip.Prefix `json:"networks"`
 }
+
+// The kinds of sessions.
+const (
+	KindIP  = connectip.Protocol
+	KindUDP = udpProtocol
+)
 
 func (ss *session) status() SessionStatus {
 	s := SessionStatus{ID: ss.id, User: ss.user.Name, Remote: ss.quic.RemoteAddr().String()}
 	s.Schema, s.Name, s.State, s.Since = connectip.StatusSchema, ss.server.cfg.Name, "connected", ss.since
 	s.Proxy = connectip.ProxyStatus{Name: ss.server.cfg.Name, Endpoint: ss.quic.LocalAddr().String(), HTTP: "h3"}
-	s.Interface = ss.server.device.Name()
+	s.RTT = ss.quic.ConnectionStats().SmoothedRTT.Microseconds()
+	s.SetTraffic(&ss.stats)
+	s.Networks = []netip.Prefix{}
+	if ss.udp != nil {
+		s.Kind, s.Target = KindUDP, ss.udp.target.String()
+		s.Addresses = []netip.Prefix{}
+		s.SetRoutes(nil)
+		s.SetDNS(nil, nil)
+		return s
+	}
+	s.Kind, s.Interface = KindIP, ss.server.device.Name()
 	ss.mu.Lock()
 	if ss.conn != nil {
 		s.MTU = ss.conn.MTU()
@@ -341,12 +371,9 @@ func (ss *session) status() SessionStatus {
 	s.SetRoutes(ss.routes)
 	s.SetDNS(ss.told.configurations(), ss.told.NAT64)
 	ss.mu.Unlock()
-	s.Networks = []netip.Prefix{}
 	if ss.claim != nil {
 		s.Networks = append(s.Networks, ss.server.sites.held(ss.claim).prefixes...)
 	}
-	s.RTT = ss.quic.ConnectionStats().SmoothedRTT.Microseconds()
-	s.SetTraffic(&ss.stats)
 	return s
 }
 
@@ -374,7 +401,7 @@ func (l *sessions) add(ss *session, limit, perUser int) (replaced []*session, er
 			continue
 		}
 		ofUser++
-		if ss.instance != "" && other.instance == ss.instance {
+		if ss.replaces(other) {
 			replaced = append(replaced, other)
 		}
 	}
@@ -391,6 +418,15 @@ func (l *sessions) add(ss *session, limit, perUser int) (replaced []*session, er
 	ss.id = strconv.FormatUint(l.lastID, 10)
 	l.byID[ss.id] = ss
 	return replaced, nil
+}
+
+// replaces reports whether ss, which is new, is there instead of other, of the same user. A client has one tunnel, and flows of
+// UDP on one connection.
+func (ss *session) replaces(other *session) bool {
+	if ss.instance == "" || ss.instance != other.instance || (ss.udp == nil) != (other.udp == nil) {
+		return false
+	}
+	return ss.udp == nil || ss.quic != other.quic
 }
 
 func (l *sessions) remove(ss *session) {

@@ -154,14 +154,22 @@ func (c *Conn) Run(ctx context.Context) error {
 	return err
 }
 
-// Drain waits for wg, whose goroutines may be in Send. That waits for room in QUIC's queue, however long it takes, so a
-// connection that takes no packet for some seconds is closed, with all its streams: its peer is gone, or means to hold us up.
-func (c *Conn) Drain(wg *sync.WaitGroup) {
+// Drain waits for wg, whose goroutines may be in Send, as the function Drain does.
+func (c *Conn) Drain(wg *sync.WaitGroup) { Drain(c.datagrams.conn, wg.Wait) }
+
+// Drain calls wait, which may wait for room in QUIC's queue of datagrams, however long that takes. So a connection that takes no
+// packet for some seconds is closed, with all its streams: its peer is gone, or means to hold us up.
+func Drain(conn closer, wait func()) {
 	stuck := time.AfterFunc(drainTimeout, func() {
-		_ = c.datagrams.conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
+		_ = conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
 	})
 	defer stuck.Stop()
-	wg.Wait()
+	wait()
+}
+
+// closer is what is needed of a *quic.Conn to end it.
+type closer interface {
+	CloseWithError(quic.ApplicationErrorCode, string) error
 }
 
 // end closes or resets the stream, as err deserves.

@@ -23,8 +23,8 @@ type datagrams struct {
 
 // sender is what is needed of a *quic.Conn.
 type sender interface {
+	closer
 	SendDatagram([]byte) error
-	CloseWithError(quic.ApplicationErrorCode, string) error
 	ConnectionStats() quic.ConnectionStats
 }
 
@@ -56,6 +56,12 @@ func (d *datagrams) mtu() (int, error) {
 		err = errors.New("the peer accepts datagrams of any size")
 	}
 	return 0, err
+}
+
+// MaxPayload returns the most that fits behind context ID 0 in a datagram of the request stream id on conn now, in bytes.
+func MaxPayload(conn *quic.Conn, id quic.StreamID) (int, error) {
+	d := newDatagrams(conn, id)
+	return d.mtu()
 }
 
 // Stream is an HTTP/3 request stream after the response: *http3.Stream at the proxy, *http3.RequestStream at the client.

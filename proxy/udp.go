@@ -1,0 +1,153 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"masquevpn/internal/connectip"
+)
+
+const (
+	// udpProtocol is the value of :protocol for UDP proxying (RFC 9298 section 3.4).
+	udpProtocol = "connect-udp"
+	// udpPath is what the paths of the default template for UDP proxying start with (RFC 9298 section 2).
+	udpPath = "/.well-known/masque/udp/"
+)
+
+// DefaultUDPIdleTimeout is the shortest that RFC 9298 section 3.1 recommends.
+const DefaultUDPIdleTimeout = 2 * time.Minute
+
+// udpTarget is what a request for UDP proxying asks for.
+type udpTarget struct {
+	name string     // a DNS name, "" when addr is valid
+	addr netip.Addr // without zone
+	port uint16     // not 0
+}
+
+// parseUDPTarget finds the target in a raw request path, as received and not decoded. The error is errNotServed when the path
+// is none of the template's, and otherwise one about a variable that breaks the rules of RFC 9298 section 3.
+func parseUDPTarget(path string) (udpTarget, error) {
+	rest, ok := strings.CutPrefix(path, udpPath)
+	if !ok {
+		return udpTarget{}, errNotServed
+	}
+	values := strings.Split(rest, "/")
+	if len(values) != 3 || values[2] != "" {
+		return udpTarget{}, fmt.Errorf("request path does not match the template %s{target_host}/{target_port}/", udpPath)
+	}
+	if strings.Contains(values[0], ":") {
+		return udpTarget{}, errors.New("target_host: colons must be percent-encoded")
+	}
+	host, err := url.PathUnescape(values[0])
+	if err != nil {
+		return udpTarget{}, fmt.Errorf("target_host: %w", err)
+	}
+	port, err := url.PathUnescape(values[1])
+	if err != nil {
+		return udpTarget{}, fmt.Errorf("target_port: %w", err)
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 {
+		return udpTarget{}, fmt.Errorf("target_port %q is not a number from 1 to 65535", port)
+	}
+	t := udpTarget{port: uint16(n)}
+	// A host is what IP proxying takes for one, but for its prefixes and its "*".
+	scope, err := connectip.ParseScope(host, "*")
+	if err != nil || scope.IsZero() || strings.Contains(host, "/") {
+		return udpTarget{}, fmt.Errorf("target_host %q is neither an address nor a DNS name", host)
+	}
+	if t.name = scope.Name; t.name == "" {
+		t.addr = scope.Prefix.Addr()
+	}
+	return t, nil
+}
+
+func (t udpTarget) String() string {
+	host := t.name
+	if host == "" {
+		host = t.addr.String()
+	}
+	return net.JoinHostPort(host, strconv.Itoa(int(t.port)))
+}
+
+// openUDP prepares what a request for UDP proxying asks for: a name is resolved, and a socket connected, before the answer
+// (RFC 9298 section 3.1).
+func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow, *refusal) {
+	target, err := parseUDPTarget(path)
+	if errors.Is(err, errNotServed) {
+		return nil, refuse(http.StatusNotFound, "", "%v", err)
+	}
+	if err != nil {
+		return nil, refuse(http.StatusBadRequest, "http_request_error", "%v", err)
+	}
+	addrs := []netip.Addr{target.addr}
+	if target.name != "" {
+		var refused *refusal
+		if addrs, refused = s.resolve(ctx, user, target.name); refused != nil {
+			return nil, refused
+		}
+	}
+	addrs = slices.DeleteFunc(addrs, func(a netip.Addr) bool { return !s.reachesByUDP(a) })
+	if len(addrs) == 0 {
+		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited", "%v: clients may not reach it", target)
+	}
+	var errs []error
+	for _, a := range addrs {
+		to := netip.AddrPortFrom(a, target.port)
+		socket, err := s.cfg.DialUDP(ctx, to)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		f, err := newUDPFlow(target, to, socket)
+		if err != nil {
+			return nil, refuse(http.StatusInternalServerError, "proxy_internal_error", "%v: %v", target, err)
+		}
+		return f, nil
+	}
+	err = errors.Join(errs...)
+	if errors.Is(err, os.ErrPermission) { // a broadcast address
+		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited", "%v: %v", target, err)
+	}
+	return nil, refuse(http.StatusBadGateway, "destination_ip_unroutable", "%v: %v", target, err)
+}
+
+// reachesByUDP reports whether the proxy sends UDP packets to a for its clients: where their tunnels lead as well, but for
+// multicast and the proxy's own addresses. Those packets have the source address of the proxy itself, which some trust more
+// than any client's (RFC 9298 section 7).
+func (s *Server) reachesByUDP(a netip.Addr) bool {
+	contains := func(p netip.Prefix) bool { return p.Contains(a) }
+	return slices.ContainsFunc(s.cfg.Advertise, contains) && !slices.ContainsFunc(s.deniedNow().clients, contains) &&
+		!slices.Contains(s.pool.gatewayAddrs(), a) && !a.IsMulticast()
+}
+
+// dialUDP opens a socket whose packets are never fragmented (RFC 9298 section 3.1) and do not go to broadcast addresses, for
+// which the error is os.ErrPermission.
+func dialUDP(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	d := net.Dialer{Control: func(network, _ string, c syscall.RawConn) error {
+		var err error
+		controlErr := c.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BROADCAST, 0)
+			if network == "udp6" {
+				err = errors.Join(err, unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO))
+			} else {
+				err = errors.Join(err, unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO))
+			}
+		})
+		return errors.Join(controlErr, err)
+	}}
+	return d.DialContext(ctx, "udp", to.String())
+}

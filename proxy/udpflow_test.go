@@ -1,0 +1,363 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/quic-go/masque-go"
+	"github.com/quic-go/quic-go/http3"
+	"github.com/yosida95/uritemplate/v3"
+
+	"masquevpn/internal/connectip"
+)
+
+// flow is a flow to target4 by a foreign client.
+type flow struct {
+	*masque.Conn
+	rsp *http.Response
+}
+
+func openFlow(t *testing.T, h3 *http3.ClientConn, header http.Header) flow {
+	t.Helper()
+	return openFlowTo(t, h3, target4.String(), header)
+}
+
+func openFlowTo(t *testing.T, h3 *http3.ClientConn, target string, header http.Header) flow {
+	t.Helper()
+	req, err := masque.NewRequest(t.Context(), uritemplate.MustNew("https://localhost"+udpPath+"{target_host}/{target_port}/"), target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for k, v := range header {
+		req.Header()[k] = v
+	}
+	c, rsp, err := masque.NewClientConn(h3).Dial(req)
+	if err != nil {
+		t.Fatalf("%s: %v", target, err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return flow{c, rsp}
+}
+
+// exchange sends payload and waits for the same to come back.
+func (f flow) exchange(t *testing.T, payload []byte) {
+	t.Helper()
+	if _, err := f.WriteTo(payload, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := f.receive(t); !bytes.Equal(got, payload) {
+		t.Fatalf("sent %d bytes, received %d others", len(payload), len(got))
+	}
+}
+
+func (f flow) receive(t *testing.T) []byte {
+	t.Helper()
+	if err := f.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 1<<16)
+	n, _, err := f.ReadFrom(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return buf[:n]
+}
+
+// awaitEnd waits until the proxy ends the flow.
+func (f flow) awaitEnd(t *testing.T) {
+	t.Helper()
+	if err := f.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err := f.ReadFrom(make([]byte, 1<<16))
+	if !errors.Is(err, io.EOF) {
+		t.Errorf("the flow ended with %v, want %v", err, io.EOF)
+	}
+}
+
+// awaitSessions waits until the proxy has n sessions, and returns them.
+func awaitSessions(t *testing.T, s running, n int) []SessionStatus {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		list := s.Sessions()
+		if len(list) == n {
+			return list
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d sessions, want %d", len(list), n)
+		}
+	}
+}
+
+func TestUDPCarries(t *testing.T) {
+	var log logBuffer
+	s := startServer(t, withUDP(echo(t), func(c *Config) {
+		c.Resolver = names{"dns.example": {"2001:db8::7"}}
+		c.Logger = slog.New(slog.NewTextHandler(&log, nil))
+	}))
+	_, h3 := s.dial(t, nil)
+	for target, at := range map[string]string{
+		"192.0.2.7:53":     "192.0.2.7:53",
+		"[2001:db8::7]:53": "[2001:db8::7]:53",
+		"dns.example:53":   "[2001:db8::7]:53",
+	} {
+		before := s.Status() // of the sessions that ended
+		f := openFlowTo(t, h3, target, nil)
+		if got := f.RemoteAddr().String(); got != at {
+			t.Errorf("%s: the proxy says that it sends to %s, want %s", target, got, at)
+		}
+		f.exchange(t, []byte("hello"))
+		f.exchange(t, nil)
+		f.exchange(t, bytes.Repeat([]byte{1}, 1200))
+		session := awaitSessions(t, s, 1)[0]
+		if session.Kind != KindUDP || session.Target != target || session.State != "connected" {
+			t.Errorf("session %+v", session)
+		}
+		_ = f.Close()
+		awaitSessions(t, s, 0)
+		after := s.Status()
+		if after.Packets.RX-before.Packets.RX != 3 || after.Packets.TX-before.Packets.TX != 3 ||
+			after.Bytes.RX-before.Bytes.RX != 1205 || after.Bytes.TX-before.Bytes.TX != 1205 {
+			t.Errorf("the proxy counted %+v packets, %+v bytes before, then %+v, %+v", before.Packets, before.Bytes, after.Packets, after.Bytes)
+		}
+	}
+	// What a client does in short order is no matter for the log.
+	if strings.Contains(log.String(), "session") {
+		t.Errorf("logged:\n%s", log.String())
+	}
+}
+
+// logBuffer collects a log.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+// Flows of one connection do not mix.
+func TestUDPFlowsAreApart(t *testing.T) {
+	s := startServer(t, withUDP(echo(t), nil))
+	_, h3 := s.dial(t, nil)
+	var wg sync.WaitGroup
+	for i := range 8 {
+		f := openFlow(t, h3, nil)
+		wg.Go(func() {
+			for j := range 20 {
+				f.exchange(t, []byte{byte(i), byte(j)})
+			}
+		})
+	}
+	awaitSessions(t, s, 8)
+	wg.Wait()
+}
+
+// A packet that is too large, in either direction, is dropped and counted, and the flow goes on.
+func TestUDPTooLarge(t *testing.T) {
+	target, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer target.Close()
+	s := startServer(t, withUDP(target, func(c *Config) {
+		dial := c.DialUDP
+		c.DialUDP = func(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+			conn, err := dial(ctx, to)
+			return narrow{conn}, err
+		}
+	}))
+	_, h3 := s.dial(t, nil)
+	f := openFlow(t, h3, nil)
+	for _, payload := range []string{strings.Repeat("x", 1001), "small"} {
+		if _, err := f.WriteTo([]byte(payload), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	buf := make([]byte, 1<<16)
+	n, from, err := target.ReadFrom(buf)
+	if err != nil || string(buf[:n]) != "small" {
+		t.Fatalf("the target received %d bytes, %v", n, err)
+	}
+	for _, size := range []int{1500, 2047, 2048, 9000, 5} {
+		if _, err := target.WriteTo(buf[:size], from); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := f.receive(t); len(got) != 5 {
+		t.Errorf("the client received %d bytes", len(got))
+	}
+	if drops := awaitSessions(t, s, 1)[0].Drops; drops["too_big"] != 5 || len(drops) != 1 {
+		t.Errorf("drops %v, want 5 too big", drops)
+	}
+}
+
+// narrow is a socket whose path carries 1000 bytes, and whose routers say so.
+type narrow struct{ net.Conn }
+
+func (n narrow) Write(b []byte) (int, error) {
+	if len(b) > 1000 {
+		return 0, &net.OpError{Op: "write", Err: os.NewSyscallError("write", syscall.EMSGSIZE)}
+	}
+	return n.Conn.Write(b)
+}
+
+// Whatever ends a flow, the client is told, and nothing of it stays.
+func TestUDPEnds(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change func(*Config)
+		end    func(t *testing.T, s running, target net.PacketConn)
+	}{
+		"kicked": {end: func(t *testing.T, s running, _ net.PacketConn) {
+			if !s.Kick(s.Sessions()[0].ID) {
+				t.Error("there was no session")
+			}
+		}},
+		"revoked": {
+			change: func(c *Config) { c.Methods, c.Users = []string{MethodToken}, &leaver{} },
+			end: func(t *testing.T, s running, _ net.PacketConn) {
+				s.cfg.Users.(*leaver).gone.Store(true)
+				s.UsersChanged()
+			},
+		},
+		"idle": {change: func(c *Config) { c.UDPIdleTimeout = 40 * time.Millisecond }, end: func(*testing.T, running, net.PacketConn) {}},
+		"target denied": {
+			change: func(c *Config) {
+				looks := 0
+				c.LocalNetworks = func() ([]netip.Prefix, error) {
+					if looks++; looks == 1 {
+						return nil, nil
+					}
+					return []netip.Prefix{netip.PrefixFrom(target4.Addr(), 24)}, nil
+				}
+			},
+			end: func(_ *testing.T, s running, _ net.PacketConn) { s.sites.note() }, // it looks again
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			target := echo(t)
+			s := startServer(t, withUDP(target, tc.change))
+			_, h3 := s.dial(t, nil)
+			f := openFlow(t, h3, http.Header{"Authorization": {"Bearer secret"}})
+			f.exchange(t, []byte("hello"))
+			tc.end(t, s, target)
+			f.awaitEnd(t)
+			awaitSessions(t, s, 0)
+		})
+	}
+}
+
+// leaver is somebody who is a user until gone.
+type leaver struct {
+	oneUser
+	gone atomic.Bool
+}
+
+func (l *leaver) ByName(name string) (User, bool) {
+	u, ok := l.oneUser.ByName(name)
+	return u, ok && !l.gone.Load()
+}
+
+// A target that refuses packets ends the flow (RFC 9298 section 3.1).
+func TestUDPTargetUnreachable(t *testing.T) {
+	target, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := startServer(t, withUDP(target, nil))
+	_, h3 := s.dial(t, nil)
+	f := openFlow(t, h3, nil)
+	target.Close()
+	if _, err := f.WriteTo([]byte("hello"), nil); err != nil {
+		t.Fatal(err)
+	}
+	f.awaitEnd(t)
+	awaitSessions(t, s, 0)
+}
+
+// A proxy that stops ends its flows.
+func TestUDPShutdown(t *testing.T) {
+	s := startServer(t, withUDP(echo(t), nil))
+	_, h3 := s.dial(t, nil)
+	f := openFlow(t, h3, nil)
+	f.exchange(t, []byte("hello"))
+	s.stop()
+	if _, _, err := f.ReadFrom(make([]byte, 1)); err == nil {
+		t.Error("the flow goes on")
+	}
+}
+
+// A client that comes back on a new connection takes the place of the flows that it left behind, and only of those.
+func TestUDPReplaces(t *testing.T) {
+	s := startServer(t, withUDP(echo(t), func(c *Config) { c.MaxSessions = 3 }))
+	header := http.Header{connectip.InstanceHeader: {"abc"}}
+	_, h3 := s.dial(t, nil)
+	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, header); rsp.StatusCode != 200 {
+		t.Fatalf("tunnel: status %d", rsp.StatusCode)
+	}
+	old := []flow{openFlow(t, h3, header), openFlow(t, h3, header)}
+	awaitSessions(t, s, 3)
+	_, h3 = s.dial(t, nil)
+	again := openFlow(t, h3, header)
+	for _, f := range old {
+		f.awaitEnd(t)
+	}
+	again.exchange(t, []byte("hello"))
+	list := awaitSessions(t, s, 2)
+	if list[0].Kind != KindIP || list[1].Kind != KindUDP {
+		t.Errorf("sessions left: %s, %s", list[0].Kind, list[1].Kind)
+	}
+}
+
+// A flow lives on while packets pass, in either direction, and afterwards for as long as RFC 9298 section 3.1 recommends.
+func TestUDPIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ss := &session{}
+		ss.ctx, ss.stop = context.WithCancelCause(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			ss.awaitIdle(DefaultUDPIdleTimeout)
+		}()
+		var last time.Time
+		for i := range 10 {
+			time.Sleep(DefaultUDPIdleTimeout - time.Second)
+			last = time.Now()
+			if i%2 == 0 {
+				ss.stats.Receive.Packets.Add(1)
+			} else {
+				ss.stats.Send.Packets.Add(1)
+			}
+		}
+		<-done
+		if quiet := time.Since(last); quiet < DefaultUDPIdleTimeout || quiet > DefaultUDPIdleTimeout*5/4 {
+			t.Errorf("ended %v after the last packet, want %v or a quarter more", quiet, DefaultUDPIdleTimeout)
+		}
+		if cause := context.Cause(ss.ctx); cause != errIdle {
+			t.Errorf("ended for %v", cause)
+		}
+	})
+}
