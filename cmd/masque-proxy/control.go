@@ -168,8 +168,12 @@ func showSessions(w io.Writer, sessions []proxy.SessionStatus) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "ID\tUSER\tREMOTE\tFOR\tADDRESSES\tNETWORKS\tRECEIVED\tSENT")
 	for _, s := range sessions {
+		addresses := list(s.Addresses)
+		if s.Kind == proxy.KindUDP {
+			addresses = "UDP to " + s.Target
+		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, cli.OneLine(s.User), s.Remote, time.Since(s.Since).Round(time.Second),
-			list(s.Addresses), list(s.Networks), cli.Size(s.Bytes.RX), cli.Size(s.Bytes.TX))
+			addresses, list(s.Networks), cli.Size(s.Bytes.RX), cli.Size(s.Bytes.TX))
 	}
 	return t.Flush()
 }

@@ -234,6 +234,10 @@ client_to_client = false
 [nat]
 masquerade = true
 
+# Besides tunnels, single UDP ports (RFC 9298): masque-client forward-udp.
+[connect_udp]
+enabled = true
+
 [limits]
 sessions = 4096
 sessions_per_user = 8

@@ -87,6 +87,7 @@ func (l *loaded) config(certificate func() *tls.Certificate) (proxy.Config, erro
 		},
 		TUN:   tun.Config{Name: f.Device, MTU: f.MTU, Offload: f.Offload},
 		Pool4: f.Pool4, Pool6: f.Pool6, Advertise: f.Advertise, Deny: f.Deny, ClientToClient: f.ClientToClient,
+		ConnectUDP: f.ConnectUDP,
 		Masquerade: f.Masquerade, KernelHopLimit: f.KernelHopLimit, Congestion: congestion.Mode(f.Congestion),
 		DNS:         proxy.DNS{Servers: f.DNSServers, Domains: f.DNSDomains, Search: f.DNSSearch, NAT64: f.NAT64},
 		MaxSessions: f.Sessions, MaxSessionsPerUser: f.SessionsPerUser,

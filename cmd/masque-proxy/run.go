@@ -37,6 +37,7 @@ func (o *options) runCommand() *cobra.Command {
 
 func (o *options) run(ctx context.Context, file string) error {
 	logger := o.Log.Logger(os.Stderr)
+	cli.StandardLog(logger)
 	l, err := load(file, logger)
 	if err != nil {
 		return err
@@ -205,6 +206,7 @@ func changed(a, b *loaded) []string {
 	compare("routes.client_to_client", x.ClientToClient, y.ClientToClient)
 	compare("site", x.Sites, y.Sites)
 	compare("nat.masquerade", x.Masquerade, y.Masquerade)
+	compare("connect_udp.enabled", x.ConnectUDP, y.ConnectUDP)
 	compare("forwarding.hop_limit", x.KernelHopLimit, y.KernelHopLimit)
 	compare("tunnel.congestion", x.Congestion, y.Congestion)
 	compare("limits.sessions", x.Sessions, y.Sessions)

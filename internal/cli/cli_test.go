@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -136,6 +138,25 @@ func TestLogFormats(t *testing.T) {
 	}
 	if got := strings.Join(o.Args(), " "); got != "--log-level=debug --log-format=json" {
 		t.Errorf("given on as %s", got)
+	}
+}
+
+// Lines of libraries do not fill the log, and are not there at all unless asked for.
+func TestStandardLog(t *testing.T) {
+	defer log.SetFlags(log.Flags())
+	defer log.SetOutput(log.Writer())
+	for level, want := range map[slog.Level]int{slog.LevelInfo: 0, slog.LevelDebug: linesPerSecond} {
+		synctest.Test(t, func(t *testing.T) {
+			var buf bytes.Buffer
+			StandardLog(slog.New(slog.NewTextHandler(&buf, &slog.HandlerOptions{Level: level})))
+			for i := range 1000 {
+				log.Printf("line %d", i)
+			}
+			lines := strings.Count(buf.String(), "\n")
+			if lines != want || want > 0 && !strings.Contains(buf.String(), `level=DEBUG msg="from a library" line="line 0"`) {
+				t.Errorf("at level %v: %d lines, want %d:\n%s", level, lines, want, buf.String())
+			}
+		})
 	}
 }
 

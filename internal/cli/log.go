@@ -1,13 +1,16 @@
 package cli
 
 import (
+	"context"
 	"io"
+	"log"
 	"log/slog"
 	"os"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 )
 
 // LogOptions are the flags --log-level and --log-format.
@@ -54,6 +57,33 @@ func (o LogOptions) Logger(w io.Writer) *slog.Logger {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
+}
+
+// linesPerSecond bounds what StandardLog lets through.
+const linesPerSecond = 10
+
+// StandardLog has what libraries write to the standard logger go to logger, at debug level and a few lines a second: some
+// write a line for whatever a peer does.
+func StandardLog(logger *slog.Logger) {
+	log.SetFlags(0)
+	if !logger.Enabled(context.Background(), slog.LevelDebug) {
+		log.SetOutput(io.Discard) // with which the lines are not even made
+		return
+	}
+	log.SetOutput(&standardLog{logger, rate.NewLimiter(linesPerSecond, linesPerSecond)})
+}
+
+type standardLog struct {
+	logger *slog.Logger
+	limit  *rate.Limiter
+}
+
+// Write takes one line.
+func (l *standardLog) Write(line []byte) (int, error) {
+	if l.limit.Allow() {
+		l.logger.Debug("from a library", "line", OneLine(string(line)))
+	}
+	return len(line), nil
 }
 
 // isJournal tells whether f is the stream that systemd names, as DEVICE:INODE,

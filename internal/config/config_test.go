@@ -110,7 +110,7 @@ func TestProxyDefaults(t *testing.T) {
 		Name: "vpn.example.org", Listen: []string{"[::]:443"}, Cert: "/etc/masque/proxy.crt", Key: "/etc/masque/proxy.key",
 		Methods: []string{"token"}, Users: "/etc/masque/users.toml", Device: "masque%d", Offload: true,
 		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
-		Advertise: prefixes("0.0.0.0/0", "::/0"), Congestion: "inner", Masquerade: true, Sessions: 4096, SessionsPerUser: 8,
+		Advertise: prefixes("0.0.0.0/0", "::/0"), Congestion: "inner", Masquerade: true, ConnectUDP: true, Sessions: 4096, SessionsPerUser: 8,
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -274,7 +274,7 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`[limits]`, `sessions = 0`}, `f.toml:3: limits.sessions = 0: out of range; write a number from 1 to 1048576`},
 		{proxy, []string{`[limits]`, `sessions_per_user = "8"`}, `f.toml:3: limits.sessions_per_user = "8": not a number from 1 to 1048576; `},
 		{proxy, []string{`[metrics]`, `listen = "127.0.0.1:9484"`}, `f.toml:3: metrics.listen = "127.0.0.1:9484": not supported by this version; remove it`},
-		{proxy, []string{`[connect_udp]`, `enabled = true`}, `f.toml:3: connect_udp.enabled = true: not supported by this version; remove it`},
+		{proxy, []string{`[connect_udp]`, `enabled = 1`}, `f.toml:3: connect_udp.enabled = 1: not true or false; `},
 		{proxy, []string{`[log]`, `qlog_dir = "q"`}, `f.toml:3: log.qlog_dir = "q": not supported by this version; remove it`},
 		{proxy, []string{`[[site]]`, `networks = ["192.0.2.0/24"]`}, `f.toml:2: site[0].user: is missing; write the name of the user whose client is the gateway`},
 		{proxy, []string{`[[site]]`, `user = "a/b"`, `networks = ["192.0.2.0/24"]`}, `f.toml:3: site[0].user = "a/b": not a name of a user; write the name that was invited`},

@@ -41,6 +41,8 @@ type Proxy struct {
 	DNSDomains, DNSSearch []string     // without the final dot
 	NAT64                 []netip.Prefix
 
+	ConnectUDP bool // RFC 9298
+
 	Sessions, SessionsPerUser int
 
 	Sites []Site
@@ -114,7 +116,7 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	p.SessionsPerUser = limits.int("sessions_per_user", 8, 1, 1<<20)
 
 	root.table("metrics").unsupported("listen")
-	root.table("connect_udp").unsupported("enabled", false)
+	p.ConnectUDP = root.table("connect_udp").bool("enabled", true)
 
 	log := root.table("log")
 	log.unsupported("qlog_dir")
