@@ -31,9 +31,10 @@ type options struct {
 	clients int
 	mtu     int // of the links between clients and router
 	impair  *lab.Impairment
-	routes  string // table [routes] of the client, without its heading
-	client  string // more of the client's configuration
-	proxy   string // more of the proxy's
+	behind  []netip.Prefix // networks behind the clients, which the target has routes to
+	routes  string         // table [routes] of the client, without its heading
+	client  string         // more of the client's configuration
+	proxy   string         // more of the proxy's
 }
 
 // pair is a proxy and its clients in the standard topology.
@@ -60,7 +61,7 @@ func newPair(t *testing.T, o options) *pair {
 		}
 	})
 	topo, err := lab.NewTopology(l, lab.TopologyOptions{
-		Clients: o.clients, ClientMTU: o.mtu, Impair: o.impair, Pool: []netip.Prefix{pool4, pool6},
+		Clients: o.clients, ClientMTU: o.mtu, Impair: o.impair, Pool: append([]netip.Prefix{pool4, pool6}, o.behind...),
 	})
 	check(t, err)
 	p := &pair{Topology: topo, t: t, ctx: t.Context(), dir: filepath.Join(t.TempDir(), "proxy"), opts: o}

@@ -1,0 +1,412 @@
+package test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"masquevpn/client"
+	"masquevpn/internal/lab"
+	"masquevpn/proxy"
+)
+
+// site is a gateway with two hosts behind it.
+type site struct {
+	name     string
+	gateway  *lab.Host
+	hosts    []*lab.Host
+	networks []netip.Prefix
+	addrs4   []netip.Addr // of hosts
+	addrs6   []netip.Addr
+	config   string // of the gateway, once it was invited
+}
+
+// sites is a proxy with two sites, a and b.
+type sites struct {
+	*pair
+	a, b *site
+}
+
+// siteConfig allows each site its networks.
+const siteConfig = `
+[routes]
+advertise = ["192.0.2.0/24", "2001:db8:3::/64"]
+[[site]]
+user = "a"
+networks = ["10.1.0.0/24", "2001:db8:a::/64"]
+[[site]]
+user = "b"
+networks = ["10.2.0.0/24", "2001:db8:b::/64"]
+`
+
+// newSites makes the hosts and starts the proxy, with siteConfig unless there is another.
+func newSites(t *testing.T, config string) *sites {
+	t.Helper()
+	networks := lab.Prefixes("10.1.0.0/24", "2001:db8:a::/64", "10.2.0.0/24", "2001:db8:b::/64")
+	if config == "" {
+		config = siteConfig
+	}
+	s := &sites{pair: newPair(t, options{clients: 2, proxy: config, behind: networks})}
+	s.a = s.newSite("a", s.Clients[0], networks[:2])
+	s.b = s.newSite("b", s.Clients[1], networks[2:])
+	return s
+}
+
+// newSite makes the LAN of a site: its gateway is number 1, and the hosts are numbers 11 and 12.
+func (s *sites) newSite(name string, gateway *lab.Host, networks []netip.Prefix) *site {
+	s.t.Helper()
+	x := &site{name: name, gateway: gateway, networks: networks}
+	at := func(network netip.Prefix, n byte) netip.Addr {
+		b := network.Addr().AsSlice()
+		b[len(b)-1] = n
+		a, _ := netip.AddrFromSlice(b)
+		return a
+	}
+	end := func(h *lab.Host, iface string, n byte) lab.End {
+		var addrs []netip.Prefix
+		for _, p := range networks {
+			addrs = append(addrs, netip.PrefixFrom(at(p, n), p.Bits()))
+		}
+		return lab.End{Host: h, Name: iface, Addrs: addrs}
+	}
+	ends := []lab.End{end(gateway, "lan0", 1)}
+	for i := range byte(2) {
+		h, err := s.Lab.Host(fmt.Sprintf("%s%d", name, i+1))
+		check(s.t, err)
+		x.hosts = append(x.hosts, h)
+		x.addrs4, x.addrs6 = append(x.addrs4, at(networks[0], 11+i)), append(x.addrs6, at(networks[1], 11+i))
+		ends = append(ends, end(h, "eth0", 11+i))
+	}
+	_, err := s.Lab.Bridge("lan-"+name, lab.LinkOptions{}, ends...)
+	check(s.t, err)
+	for _, h := range x.hosts {
+		for _, p := range networks {
+			check(s.t, h.AddDefaultRoute(at(p, 1)))
+		}
+	}
+	return x
+}
+
+// file makes the configuration of a site's gateway, which advertises its networks and whatever else.
+func (s *sites) file(x *site, more ...string) string {
+	s.t.Helper()
+	f := s.invite(x.name)
+	var list []string
+	for _, p := range x.networks {
+		list = append(list, fmt.Sprintf("%q", p))
+	}
+	for _, p := range more {
+		list = append(list, fmt.Sprintf("%q", p))
+	}
+	appendTo(s.t, f, "\n[routes]\nadvertise = ["+strings.Join(list, ", ")+"]\n")
+	x.config = f
+	return f
+}
+
+// accepted waits until the proxy has taken exactly these networks of a site.
+func (s *sites) accepted(x *site, want ...netip.Prefix) {
+	s.t.Helper()
+	s.eventually(fmt.Sprintf("the proxy has %v of %s", want, x.name), func() bool {
+		var list []proxy.SessionStatus
+		check(s.t, json.Unmarshal([]byte(s.must(s.Proxy, "masque-proxy", "sessions", "--json")), &list))
+		for _, ss := range list {
+			if ss.User == x.name {
+				return slices.Equal(ss.Networks, want)
+			}
+		}
+		return len(want) == 0
+	})
+}
+
+// routed waits until host sends what is for an address through an interface.
+func (s *sites) routed(host *lab.Host, to netip.Addr, iface string) {
+	s.t.Helper()
+	var out []byte
+	s.eventually(fmt.Sprintf("%s reaches %v through %s", host.Name(), to, iface), func() bool {
+		out, _ = host.Command(s.ctx, "ip", "route", "get", to.String()).CombinedOutput()
+		return strings.Contains(string(out), " dev "+iface+" ")
+	})
+}
+
+// upBoth connects both gateways and waits until each reaches the networks of the other.
+func (s *sites) upBoth() {
+	s.t.Helper()
+	s.up(s.a.gateway, s.file(s.a))
+	s.up(s.b.gateway, s.file(s.b))
+	for _, to := range []netip.Addr{s.b.addrs4[0], s.b.addrs6[0]} {
+		s.routed(s.a.gateway, to, "masque0")
+	}
+	for _, to := range []netip.Addr{s.a.addrs4[0], s.a.addrs6[0]} {
+		s.routed(s.b.gateway, to, "masque0")
+	}
+}
+
+// udp sends datagrams from one host to an address of another, and back.
+func (s *sites) udp(from, to *lab.Host, addr netip.Addr) {
+	s.t.Helper()
+	echo, err := to.ListenPacket("udp", netip.AddrPortFrom(addr, 0).String())
+	check(s.t, err)
+	defer echo.Close()
+	go func() {
+		b := make([]byte, 2000)
+		for {
+			n, peer, err := echo.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			_, _ = echo.WriteTo(b[:n], peer)
+		}
+	}()
+	conn, err := from.DialContext(s.ctx, "udp", echo.LocalAddr().String())
+	check(s.t, err)
+	defer conn.Close()
+	for _, size := range []int{1, 1000, 1900} { // the last one in fragments
+		sent, got := make([]byte, size), make([]byte, 2000)
+		ok := false
+		for range 5 {
+			_, err = conn.Write(sent)
+			check(s.t, err)
+			check(s.t, conn.SetReadDeadline(time.Now().Add(2*time.Second)))
+			var n int
+			if n, err = conn.Read(got); err == nil {
+				ok = n == size
+				break
+			}
+		}
+		if !ok {
+			s.t.Errorf("%d bytes by UDP from %s to %v and back: %v", size, from.Name(), addr, err)
+		}
+	}
+}
+
+// Hosts behind either of two gateways reach each other, and the network of the proxy, in both families, and everything is as
+// before at the end.
+func TestTwoSites(t *testing.T) {
+	s := newSites(t, "")
+	s.stopProxy()
+	before := make(map[*lab.Host]string)
+	for _, h := range []*lab.Host{s.Proxy, s.a.gateway, s.b.gateway} {
+		before[h] = s.snapshot(h)
+	}
+	s.startProxy()
+	s.upBoth()
+	s.accepted(s.a, s.a.networks...)
+	a1, a2, b1, b2 := s.a.hosts[0], s.a.hosts[1], s.b.hosts[0], s.b.hosts[1]
+	near4, near6 := netip.MustParseAddr("10.1.0.1"), netip.MustParseAddr("2001:db8:a::1")
+
+	t.Run("ping", func(t *testing.T) {
+		s.ping(a1, s.b.addrs4[0], s.b.addrs6[0], s.b.addrs4[1], s.b.addrs6[1], lab.TargetIPv4, lab.TargetIPv6)
+		s.ping(b2, s.a.addrs4[0], s.a.addrs6[0], s.a.addrs4[1], s.a.addrs6[1], lab.TargetIPv4, lab.TargetIPv6)
+		s.ping(s.Target, s.a.addrs4[1], s.a.addrs6[1], s.b.addrs4[1], s.b.addrs6[1])
+		s.ping(s.Proxy, s.a.addrs4[0], s.b.addrs6[0])
+		s.ping(s.a.gateway, s.b.addrs4[0], s.b.addrs6[0], lab.TargetIPv4)
+		s.ping(b1, near4, near6) // the other gateway, by its address in its LAN
+	})
+	t.Run("TCP", func(t *testing.T) {
+		s.transfer(a1, b1, s.b.addrs4[0], 20<<20)
+		s.transfer(b2, a2, s.a.addrs6[1], 20<<20)
+		s.transfer(s.Target, b1, s.b.addrs4[0], 20<<20)
+		s.transfer(a2, s.Target, lab.TargetIPv6, 20<<20)
+	})
+	t.Run("UDP", func(t *testing.T) {
+		s.udp(a1, b1, s.b.addrs4[0])
+		s.udp(b2, a2, s.a.addrs6[1])
+		s.udp(s.Target, b2, s.b.addrs4[1])
+	})
+	t.Run("hop limit", func(t *testing.T) {
+		// Each of the three routers counts once, and so does each entry into a tunnel; the error of a tunnel's end comes from
+		// its own address in the tunnel.
+		own := s.status(s.a.gateway, "a").Addresses
+		far := s.status(s.b.gateway, "b").Addresses
+		if got, want := s.hops(a1, s.b.addrs4[0]), []netip.Addr{near4, own[0].Addr(), proxy4, proxy4, far[0].Addr(), s.b.addrs4[0]}; !slices.Equal(got, want) {
+			t.Errorf("hops %v, want %v", got, want)
+		}
+		if got, want := s.hops(a1, s.b.addrs6[0]), []netip.Addr{near6, own[1].Addr(), proxy6, proxy6, far[1].Addr(), s.b.addrs6[0]}; !slices.Equal(got, want) {
+			t.Errorf("hops %v, want %v", got, want)
+		}
+		s.arrivesWith(a1, s.b.addrs4[0], b1, "eth0", 59)
+		s.arrivesWith(a1, lab.TargetIPv6, s.Target, "eth0", 61)
+		s.arrivesWith(s.a.gateway, s.b.addrs4[0], b1, "eth0", 61)
+	})
+
+	s.down(s.a.gateway, "a")
+	s.down(s.b.gateway, "b")
+	s.stopProxy()
+	for h, snapshot := range before {
+		s.unchanged(h, snapshot)
+	}
+}
+
+// The networks of a gateway that goes away disappear on the other side and at the proxy, and the traffic of the rest goes on.
+func TestSiteWithdrawn(t *testing.T) {
+	s := newSites(t, "")
+	s.upBoth()
+	a1 := s.a.hosts[0]
+	ctx, cancel := context.WithCancel(s.ctx)
+	defer cancel()
+	watch := a1.Command(ctx, "ping", "-i", "0.05", "-q", lab.TargetIPv4.String())
+	check(t, watch.Start())
+	s.ping(a1, s.b.addrs4[0], s.b.addrs6[0])
+
+	s.down(s.b.gateway, "b")
+	s.routed(s.a.gateway, s.b.addrs4[0], "eth0")
+	s.routed(s.a.gateway, s.b.addrs6[0], "eth0")
+	s.routed(s.Proxy, s.b.addrs4[0], "eth0")
+	s.routed(s.a.gateway, lab.TargetIPv4, "masque0")
+
+	s.up(s.b.gateway, s.b.config)
+	s.routed(s.a.gateway, s.b.addrs4[0], "masque0")
+	s.ping(a1, s.b.addrs4[0], s.b.addrs6[0])
+	check(t, watch.Signal(syscall.SIGINT))
+	<-watch.Done()
+	if text := s.log(watch); !strings.Contains(text, " 0% packet loss") {
+		t.Errorf("traffic of the other site was disturbed:\n%s", text)
+	}
+}
+
+// What a site may not have is not routed to it, and the log says why: what its [[site]] does not name, the networks of the
+// proxy's host, and those of another site.
+func TestSiteRefused(t *testing.T) {
+	s := newSites(t, strings.Replace(siteConfig, `networks = ["10.2.0.0/24", `, `networks = ["10.2.0.0/24", "10.1.0.0/16", "192.0.2.0/24", "10.77.0.0/16", `, 1))
+	s.up(s.a.gateway, s.file(s.a))
+	s.accepted(s.a, s.a.networks...)
+	before := s.snapshot(s.Proxy)
+	s.up(s.b.gateway, s.file(s.b, "10.1.0.0/25", "192.0.2.128/25", "10.77.128.0/17", "172.20.0.0/16"))
+	s.accepted(s.b, s.b.networks[0], netip.MustParsePrefix("10.77.128.0/17"), s.b.networks[1])
+	for _, want := range []string{
+		`10.1.0.0/25 overlaps the networks of the site`,
+		`192.0.2.128/25 overlaps 192.0.2.0/24, a network of the proxy's host`,
+		`172.20.0.0/16 is not within the networks of its [[site]]`,
+	} {
+		if n := strings.Count(s.log(s.server), want); n != 1 {
+			t.Errorf("said %d times: %s\n%s", n, want, s.log(s.server))
+		}
+	}
+	s.routed(s.Proxy, netip.MustParseAddr("192.0.2.200"), "eth1")
+	s.routed(s.Proxy, netip.MustParseAddr("172.20.0.1"), "eth0")
+	s.ping(s.Target, s.a.addrs4[0])
+	// A host of b that claims to be one of a does not get through.
+	check(t, s.b.hosts[0].AddAddr("eth0", netip.MustParsePrefix("10.1.0.77/32")))
+	out, _ := s.b.hosts[0].Command(s.ctx, "ping", "-c", "2", "-i", "0.2", "-W", "2", "-I", "10.1.0.77", lab.TargetIPv4.String()).CombinedOutput()
+	if !strings.Contains(string(out), "100% packet loss") {
+		t.Errorf("a source of another site gets through:\n%s", out)
+	}
+	s.down(s.b.gateway, "b")
+	s.accepted(s.b)
+	s.eventually("the proxy's kernel has what it had before b came", func() bool { return lab.Diff(before, s.snapshot(s.Proxy)) == "" })
+}
+
+// The proxy is killed and started again while hosts of two sites have a connection, which goes on.
+func TestSitesWhenTheProxyRestarts(t *testing.T) {
+	s := newSites(t, "")
+	s.upBoth()
+	a1, b1 := s.a.hosts[0], s.b.hosts[0]
+	ln, err := b1.Listen("tcp", netip.AddrPortFrom(s.b.addrs4[0], 0).String())
+	check(t, err)
+	defer ln.Close()
+	received := make(chan string, 1)
+	go func() {
+		c, err := ln.Accept()
+		if err != nil {
+			received <- err.Error()
+			return
+		}
+		defer c.Close()
+		received <- digest(c)
+	}()
+	ctx, cancel := context.WithTimeout(s.ctx, 3*patience)
+	defer cancel()
+	conn, err := a1.DialContext(ctx, "tcp", ln.Addr().String())
+	check(t, err)
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	const size = 40 << 20
+	all := content(size)
+	if _, err := io.CopyN(conn, all, size/2); err != nil {
+		t.Fatal(err)
+	}
+	check(t, s.server.Signal(syscall.SIGKILL))
+	<-s.server.Done()
+	s.startProxy()
+	for _, x := range []*site{s.a, s.b} {
+		s.eventually(x.name+" is back", func() bool {
+			st := s.status(x.gateway, x.name)
+			return st.State == client.StateConnected && st.Reconnects > 0
+		})
+		s.accepted(x, x.networks...)
+	}
+	if _, err := io.Copy(conn, all); err != nil {
+		t.Errorf("the connection broke: %v", err)
+	}
+	check(t, conn.(*net.TCPConn).CloseWrite())
+	if got, want := <-received, digest(content(size)); got != want {
+		t.Errorf("received %s, sent %s", got, want)
+	}
+	s.ping(b1, s.a.addrs4[0], s.a.addrs6[0])
+}
+
+// A gateway gives the proxy an address in its network, from which the proxy then reaches hosts that answer their own network
+// only (RFC 9484 section 8.2).
+func TestSiteAssignsAddress(t *testing.T) {
+	s := newSites(t, "")
+	given4, given6 := netip.MustParseAddr("10.1.0.200"), netip.MustParseAddr("2001:db8:a::200")
+	// The hosts of the LAN ask by ARP and neighbour discovery for the address; the gateway answers in its place.
+	s.run(s.a.gateway, "sysctl", "-w", "net.ipv6.conf.lan0.proxy_ndp=1")
+	for _, a := range []netip.Addr{given4, given6} {
+		s.run(s.a.gateway, "ip", "neigh", "add", "proxy", a.String(), "dev", "lan0")
+	}
+	a1 := s.a.hosts[0]
+	s.run(a1, "ip", "route", "del", "default")
+	s.run(a1, "ip", "-6", "route", "del", "default")
+
+	s.stopProxy()
+	before := s.snapshot(s.Proxy)
+	s.startProxy()
+	f := s.file(s.a)
+	appendTo(t, f, fmt.Sprintf("assign = [\"%v/32\", \"%v/128\"]\n", given4, given6))
+	s.up(s.a.gateway, f)
+	s.accepted(s.a, s.a.networks...)
+	s.eventually("the proxy has the addresses", func() bool {
+		out, _ := s.Proxy.Command(s.ctx, "ip", "addr", "show", "dev", "masque0").Output()
+		return strings.Contains(string(out), given4.String()) && strings.Contains(string(out), given6.String())
+	})
+	s.ping(s.Proxy, s.a.addrs4[0], s.a.addrs6[0])
+	s.ping(a1, given4, given6)
+	s.unreachable(s.a.gateway, netip.MustParseAddr("192.0.2.1"), 3, 13) // which is not in the tunnel stays denied
+	s.down(s.a.gateway, "a")
+	s.stopProxy()
+	s.unchanged(s.Proxy, before)
+}
+
+// run runs a program of the system, which has to succeed.
+func (p *pair) run(host *lab.Host, name string, args ...string) {
+	p.t.Helper()
+	if out, err := host.Command(p.ctx, name, args...).CombinedOutput(); err != nil {
+		p.t.Fatalf("%s: %s %v: %v\n%s", host.Name(), name, args, err, out)
+	}
+}
+
+// A gateway that advertises the addresses of its own tunnel is told so, and ends.
+func TestSiteMistakes(t *testing.T) {
+	s := newSites(t, "")
+	for want, networks := range map[string]string{
+		"10.77.0.0/16 holds 10.77.0.2":                 "10.77.0.0/16",
+		"127.0.0.0/8, which is never behind a gateway": "127.0.0.0/16",
+	} {
+		f := s.file(s.a, networks)
+		c := s.a.gateway.Command(s.ctx, program("masque-client"), "up", f, "--wait")
+		out, err := c.CombinedOutput()
+		if err == nil || c.ExitCode() != 2 || !strings.Contains(lastLine(out), want) {
+			t.Errorf("exit code %d, %s", c.ExitCode(), out)
+		}
+		s.must(s.Proxy, "masque-proxy", "user", "remove", "a", "-c", s.config())
+	}
+}
