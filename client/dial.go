@@ -23,7 +23,8 @@ import (
 
 const (
 	idleTimeout = 30 * time.Second
-	// keepAlive also bounds how long a restarted proxy goes unnoticed by an idle client.
+	// keepAlive is how often an idle connection is used. Tunnels do so with packets that a restarted proxy answers, so that it
+	// goes unnoticed no longer.
 	keepAlive        = 10 * time.Second
 	handshakeTimeout = 5 * time.Second
 	resolveTimeout   = 5 * time.Second

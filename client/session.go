@@ -153,6 +153,7 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 				probing = true
 				firstPacket = s.conn.FirstPacket()
 				go s.conn.Probe(probes)
+				go s.conn.KeepAlive(probes, keepAlive)
 			}
 		}
 	}

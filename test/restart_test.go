@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -71,6 +72,25 @@ func TestProxyKilledAndRestarted(t *testing.T) {
 	}
 	if got, want := <-received, digest(content(size)); got != want {
 		t.Errorf("received %s, sent %s", got, want)
+	}
+}
+
+// A client with nothing to send learns of a proxy that was killed and started again from the proxy, not by waiting in vain.
+func TestIdleClientLearnsOfRestart(t *testing.T) {
+	p := newPair(t, options{})
+	file := p.invite("alice")
+	running := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
+	check(t, running.Start())
+	p.must(p.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "30s")
+	check(t, p.server.Signal(syscall.SIGKILL))
+	<-p.server.Done()
+	p.startProxy()
+	p.eventually("the client is connected again", func() bool {
+		s := p.status(p.Client, "alice")
+		return s.State == client.StateConnected && s.Reconnects > 0
+	})
+	if text := p.log(running); !strings.Contains(text, "the proxy was restarted") {
+		t.Errorf("the client found out otherwise:\n%s", text)
 	}
 }
 

@@ -18,6 +18,8 @@ const (
 	probeData = 1232
 	// answerRate is how many echo requests on the link are answered in a second.
 	answerRate = 100
+	// keepAliveSeq is the sequence number of echoes whose answer nobody waits for.
+	keepAliveSeq = 0
 )
 
 var allNodes = netip.MustParseAddr("ff02::1")
@@ -65,6 +67,22 @@ func (c *Conn) Probe(ctx context.Context) {
 	}
 }
 
+// KeepAlive sends an echo to the peer at every interval until ctx ends. It is larger than the packets by which QUIC keeps a
+// connection alive: to those a peer that has forgotten the connection need not answer with a stateless reset (RFC 9000 section
+// 10.3.3), and an endpoint with nothing to send would not learn of the peer's restart.
+func (c *Conn) KeepAlive(ctx context.Context, interval time.Duration) {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			c.sendEcho(c.echo.addr, allNodes, 255, true, keepAliveSeq, nil)
+		}
+	}
+}
+
 func (c *Conn) sendProbes(seq uint16) {
 	var data [probeData]byte
 	size := max(0, min(probeData, int(c.quicMTU.Load())-48))
@@ -102,6 +120,9 @@ func (c *Conn) handleLinkLocal(pkt []byte, p ippacket.Packet) bool {
 	case !request && p.Dst == c.echo.addr && id == c.echo.id:
 		c.notePacket()
 		c.echo.answered.Store(true)
+		if seq == keepAliveSeq {
+			return true
+		}
 		select {
 		case c.echo.replies <- seq:
 		default:
