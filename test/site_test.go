@@ -335,6 +335,11 @@ func TestSitesWhenTheProxyRestarts(t *testing.T) {
 	}
 	check(t, s.server.Signal(syscall.SIGKILL))
 	<-s.server.Done()
+	sent := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(conn, all)
+		sent <- err
+	}()
 	s.startProxy()
 	for _, x := range []*site{s.a, s.b} {
 		s.eventually(x.name+" is back", func() bool {
@@ -343,7 +348,7 @@ func TestSitesWhenTheProxyRestarts(t *testing.T) {
 		})
 		s.accepted(x, x.networks...)
 	}
-	if _, err := io.Copy(conn, all); err != nil {
+	if err := <-sent; err != nil {
 		t.Errorf("the connection broke: %v", err)
 	}
 	check(t, conn.(*net.TCPConn).CloseWrite())
