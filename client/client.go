@@ -178,7 +178,8 @@ func (c *Client) readDevice() error {
 	}
 }
 
-// Changed returns a channel that is closed at the next change of state, or of what the proxy says about DNS.
+// Changed returns a channel that is closed at the next change of state, or of what the proxy assigned, advertised or said about
+// DNS.
 func (c *Client) Changed() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -74,7 +74,7 @@ func (u users) ByName(name string) (proxy.User, bool) {
 	return u.alice(), name == "alice" && (u.gone == nil || !u.gone.Load())
 }
 func (u users) ByToken(token string) (proxy.User, bool) { return u.alice(), token == "secret" }
-func (u users) Holder(netip.Addr) string                { return "" }
+func (u users) Reserved(netip.Prefix, string) bool      { return false }
 
 // network is a kernel that keeps what it was last told.
 type network struct {
@@ -100,6 +100,13 @@ func (n *network) Close() error {
 	defer n.mu.Unlock()
 	n.closed = true
 	return nil
+}
+
+// all returns the states so far.
+func (n *network) all() []routing.State {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Clone(n.states)
 }
 
 func (n *network) last() routing.State {

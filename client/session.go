@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -162,15 +161,18 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 // wanted is what to ask for: the addresses of the last session, where there was one, and otherwise those configured.
 func (c *Client) wanted() []netip.Prefix {
 	want := slices.Clone(c.cfg.Request)
-	used := make([]bool, len(c.had))
-	for i, w := range want {
-		if !w.Addr().IsUnspecified() {
-			continue
-		}
-		for j, h := range c.had {
-			if !used[j] && h.Addr().Is4() == w.Addr().Is4() {
-				want[i], used[j] = h, true
-				break
+	had := slices.Clone(c.had)
+	for _, sameLength := range []bool{true, false} { // a prefix for a prefix, if there was one
+		for i, w := range want {
+			if !w.Addr().IsUnspecified() {
+				continue
+			}
+			j := slices.IndexFunc(had, func(h netip.Prefix) bool {
+				return h.Addr().Is4() == w.Addr().Is4() && (!sameLength || h.Bits() == w.Bits())
+			})
+			if j >= 0 {
+				want[i] = had[j]
+				had = slices.Delete(had, j, j+1)
 			}
 		}
 	}
@@ -216,7 +218,7 @@ func (s *session) handlePREF64(prefixes []netip.Prefix) error {
 	return nil
 }
 
-// addresses returns this host's addresses in the tunnel.
+// addresses returns what of the tunnel's addresses is on this host's side.
 func (s *session) addresses() []netip.Prefix {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -224,6 +226,19 @@ func (s *session) addresses() []netip.Prefix {
 	for _, a := range s.assigned {
 		if !a.Refused() {
 			out = append(out, a.Prefix)
+		}
+	}
+	return out
+}
+
+// hostAddresses returns the addresses of the interface for what is assigned. A prefix has one; the rest of it is for whatever
+// is behind this host.
+func (s *session) hostAddresses(assigned []netip.Prefix) []netip.Prefix {
+	out := slices.Clone(assigned)
+	for i, p := range out {
+		if !slices.Contains(s.c.cfg.Static, p) {
+			a := connectip.HostAddr(p)
+			out[i] = netip.PrefixFrom(a, a.BitLen())
 		}
 	}
 	return out
@@ -246,33 +261,30 @@ func (s *session) apply() (complete bool, err error) {
 	if err := c.cfg.checkAssigned(addrs); err != nil {
 		return false, err
 	}
-	state := routing.State{MTU: s.mtu(), Addresses: addrs, Exclude: c.cfg.Exclude, Forward: len(c.cfg.AdvertiseRoutes) > 0}
+	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude, Forward: len(c.cfg.AdvertiseRoutes) > 0}
 	if c.cfg.InstallRoutes {
 		if state.Routes, err = accepted(routes, c.cfg.Accept); err != nil {
 			return false, err
 		}
 		state.Routes = append(s.beyond(state.Routes), c.cfg.AssignPeer...)
 	}
+	c.had = addrs
 	c.current.Store(s.conn) // before the kernel sends packets here
 	err = c.network.Apply(state)
 	if errors.Is(err, routing.ErrIPv6Disabled) && len(onlyIPv4(addrs)) > 0 {
 		// Whoever turned IPv6 off on this host meant it.
 		s.onlyIPv4 = true
-		state.Addresses, state.Routes = onlyIPv4(state.Addresses), onlyIPv4(state.Routes)
+		addrs, state.Addresses, state.Routes = onlyIPv4(addrs), onlyIPv4(state.Addresses), onlyIPv4(state.Routes)
 		err = c.network.Apply(state)
 	}
 	if err != nil {
 		return false, &Error{Kind: KindRefused, Err: err, Reason: fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err)}
 	}
-	c.had = addrs
 	c.mu.Lock()
-	c.status.Interface, c.status.MTU, c.status.Addresses = c.device.Name(), min(state.MTU, s.conn.MTU()), state.Addresses
+	c.status.Interface, c.status.MTU, c.status.Addresses = c.device.Name(), min(state.MTU, s.conn.MTU()), addrs
 	c.status.SetRoutes(routes)
-	before := c.status.DNS
 	c.status.SetDNS(dns, nat64)
-	if !reflect.DeepEqual(before, c.status.DNS) {
-		c.notify()
-	}
+	c.notify()
 	c.mu.Unlock()
 	return true, nil
 }

@@ -42,16 +42,19 @@ type Config struct {
 	Methods []string // of authentication; at least one
 	Users   Users    // nil with MethodNone alone
 
-	TUN            tun.Config   // MTU 0: automatic
-	Pool4, Pool6   netip.Prefix // addresses for clients, the first of each is the proxy's; one may be invalid: no such family
-	Advertise      []netip.Prefix
-	Deny           []netip.Prefix // destinations, besides the built-in ones
-	ClientToClient bool
-	Sites          []Site
-	Masquerade     bool            // clients appear under the proxy's own addresses elsewhere
-	Congestion     congestion.Mode // default congestion.Inner, in builds that can
-	KernelHopLimit bool            // the kernel alone decrements hop limits
-	DNS            DNS             // see Server.SetDNS for later changes
+	TUN          tun.Config   // MTU 0: automatic
+	Pool4, Pool6 netip.Prefix // addresses for clients, the first of each is the proxy's; one may be invalid: no such family
+	// Delegate4 and Delegate6 are the length, in bits, of the largest block that a client gets who asks for a prefix; 0: it gets
+	// a single address instead.
+	Delegate4, Delegate6 int
+	Advertise            []netip.Prefix
+	Deny                 []netip.Prefix // destinations, besides the built-in ones
+	ClientToClient       bool
+	Sites                []Site
+	Masquerade           bool            // clients appear under the proxy's own addresses elsewhere
+	Congestion           congestion.Mode // default congestion.Inner, in builds that can
+	KernelHopLimit       bool            // the kernel alone decrements hop limits
+	DNS                  DNS             // see Server.SetDNS for later changes
 
 	ConnectUDP     bool          // serve UDP proxying (RFC 9298) as well
 	UDPIdleTimeout time.Duration // after which a flow without packets ends; default DefaultUDPIdleTimeout
@@ -103,7 +106,8 @@ type User struct {
 type Users interface {
 	ByName(name string) (User, bool)
 	ByToken(token string) (User, bool) // compares in constant time
-	Holder(a netip.Addr) string        // the user for whom a is reserved, "" for none
+	// Reserved reports whether an address of p is reserved for somebody else than the user called name.
+	Reserved(p netip.Prefix, name string) bool
 }
 
 // Kind classifies an Error, in the order of the programs' exit codes.
@@ -168,6 +172,19 @@ func (c Config) withDefaults() (Config, error) {
 	for _, p := range []netip.Prefix{c.Pool4, c.Pool6} {
 		if p.IsValid() && p != p.Masked() {
 			return c, usage("pool", "%v has bits set beyond its prefix length; %v is meant", p, p.Masked())
+		}
+	}
+	for _, d := range []struct {
+		key  string
+		bits int
+		pool netip.Prefix
+	}{{"pool.delegate_ipv4", c.Delegate4, c.Pool4}, {"pool.delegate_ipv6", c.Delegate6, c.Pool6}} {
+		switch {
+		case d.bits == 0:
+		case !d.pool.IsValid():
+			return c, usage(d.key, "there is no pool of this family to take prefixes from")
+		case d.bits <= d.pool.Bits() || d.bits > d.pool.Addr().BitLen():
+			return c, usage(d.key, "%d is not a length from %d to %d, as prefixes within %v have", d.bits, d.pool.Bits()+1, d.pool.Addr().BitLen(), d.pool)
 		}
 	}
 	if c.TUN.MTU != 0 && (c.TUN.MTU < minMTU || c.TUN.MTU > maxMTU) {

@@ -190,9 +190,9 @@ func TestUnauthenticated(t *testing.T) {
 
 type noUsers struct{}
 
-func (noUsers) ByName(string) (User, bool)  { return User{}, false }
-func (noUsers) ByToken(string) (User, bool) { return User{}, false }
-func (noUsers) Holder(netip.Addr) string    { return "" }
+func (noUsers) ByName(string) (User, bool)         { return User{}, false }
+func (noUsers) ByToken(string) (User, bool)        { return User{}, false }
+func (noUsers) Reserved(netip.Prefix, string) bool { return false }
 
 func TestSessionLimits(t *testing.T) {
 	h3 := start(t, func(c *Config) { c.MaxSessions = 2 })

@@ -28,7 +28,7 @@ type byToken []string
 
 func (u byToken) ByName(name string) (User, bool)   { return User{Name: name}, slices.Contains(u, name) }
 func (u byToken) ByToken(token string) (User, bool) { return u.ByName(token) }
-func (byToken) Holder(netip.Addr) string            { return "" }
+func (byToken) Reserved(netip.Prefix, string) bool  { return false }
 
 // kernel keeps all that it was told.
 type kernel struct {

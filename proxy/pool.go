@@ -3,7 +3,9 @@ package proxy
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"sync"
+	"time"
 )
 
 var (
@@ -11,35 +13,25 @@ var (
 	errNoFamily      = errors.New("the pool has no addresses of this family")
 )
 
-// pool leases single addresses. An address is with one holder at most, and comes back into use as late as possible.
+// pool leases addresses, one by one or, where that is allowed, in aligned blocks (prefix delegation). No two leases overlap.
+// What is given back rests for a while: until then it is its last owner's again at once, and somebody else's only when nothing
+// else is free, because packets to and from the last owner may still be under way.
 type pool struct {
-	holder   func(netip.Addr) string // the user for whom an address is reserved, "" for none
+	reserved func(p netip.Prefix, user string) bool // an address of p is for somebody else than user
+	now      func() time.Time
+
 	mu       sync.Mutex
 	families []*family
 }
 
-// family is the addresses of one family.
-type family struct {
-	prefix  netip.Prefix
-	gateway netip.Addr // the proxy's own
-	leased  map[netip.Addr]struct{}
-	next    netip.Addr // where the search for a free address goes on
-}
-
-// newPool makes a pool of prefixes; invalid ones are left out. holder names the user for whom an address is reserved.
-func newPool(holder func(netip.Addr) string, prefixes ...netip.Prefix) *pool {
-	p := &pool{holder: holder}
-	for _, prefix := range prefixes {
-		if !prefix.IsValid() {
-			continue
+// newPool makes a pool of spaces; those without a valid prefix are left out. reserved reports whether an address of a prefix is
+// reserved for somebody else than a user.
+func newPool(reserved func(p netip.Prefix, user string) bool, spaces ...space) *pool {
+	p := &pool{reserved: reserved, now: time.Now}
+	for _, s := range spaces {
+		if s.prefix.IsValid() {
+			p.families = append(p.families, newFamily(s))
 		}
-		gateway := prefix.Addr().Next()
-		p.families = append(p.families, &family{
-			prefix:  prefix,
-			gateway: gateway,
-			leased:  make(map[netip.Addr]struct{}),
-			next:    gateway.Next(),
-		})
 	}
 	return p
 }
@@ -89,80 +81,68 @@ func (p *pool) family(a netip.Addr) *family {
 	return nil
 }
 
-// lease takes want for user, or when that is unspecified, not free or not in the pool, one reserved for the user, or else
-// any free address of its family.
-func (p *pool) lease(user User, want netip.Addr) (netip.Addr, error) {
+// lease takes what user wants. An unspecified address means any. A prefix is granted as a block of the wanted length, or of
+// the shortest that is allowed, where blocks are delegated and one is free; otherwise it is a wish for its first address.
+// What is not free is replaced by something that is. owner tells whose the lease is once it is given back, "" for nobody's.
+func (p *pool) lease(user User, owner string, want netip.Prefix) (netip.Prefix, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	f := p.family(want)
+	f := p.family(want.Addr())
 	if f == nil {
-		return netip.Addr{}, errNoFamily
+		return netip.Prefix{}, errNoFamily
 	}
-	take := func(a netip.Addr) bool {
-		if !f.usable(a) || !f.free(a) {
-			return false
-		}
-		if holder := p.holder(a); holder != "" && holder != user.Name {
-			return false
-		}
-		f.leased[a] = struct{}{}
-		return true
-	}
-	if take(want) {
-		return want, nil
-	}
-	for _, a := range user.Addresses {
-		if a.Is4() == want.Is4() && take(a) {
-			return a, nil
+	f.forget(p.now())
+	full := want.Addr().BitLen()
+	for _, bits := range slices.Compact([]int{f.grants(want.Bits()), full}) {
+		if got, ok := p.leaseBits(f, user, owner, want.Addr(), bits); ok {
+			f.leased.Insert(got)
+			return got, nil
 		}
 	}
-	for start := f.next; ; {
-		a := f.next
-		f.next = a.Next()
-		if !f.usable(f.next) {
-			f.next = f.gateway.Next()
-		}
-		if take(a) {
-			return a, nil
-		}
-		if f.next == start {
-			return netip.Addr{}, errPoolExhausted
-		}
-	}
+	return netip.Prefix{}, errPoolExhausted
 }
 
-// usable reports whether a can be an address of a client: not the network's, the proxy's own or IPv4's broadcast address.
-func (f *family) usable(a netip.Addr) bool {
-	if !f.prefix.Contains(a) || a == f.prefix.Addr() || a == f.gateway {
-		return false
+// leaseBits finds a free prefix of f with the given length: the wanted one if it may be, or else one that is reserved for the
+// user, the owner's last one, any, and only then one that rests for somebody else.
+func (p *pool) leaseBits(f *family, user User, owner string, want netip.Addr, bits int) (netip.Prefix, bool) {
+	free := func(x netip.Prefix) bool { return f.free(x) && !p.reserved(x, user.Name) }
+	rested := func(x netip.Prefix) bool { return free(x) && !f.restsForOthers(x, owner) }
+	if x, err := want.Prefix(bits); err == nil && rested(x) {
+		return x, true
 	}
-	return a.Is6() || f.prefix.Contains(a.Next())
+	if bits == want.BitLen() {
+		for _, a := range user.Addresses {
+			if x := netip.PrefixFrom(a, bits); a.Is4() == want.Is4() && rested(x) {
+				return x, true
+			}
+		}
+	}
+	if x, ok := f.lastOf(owner, bits, rested); ok {
+		return x, true
+	}
+	if x, ok := f.search(bits, func(r *rest) bool { return !r.of(owner) }, rested); ok {
+		return x, true
+	}
+	return f.search(bits, func(*rest) bool { return false }, free)
 }
 
-func (f *family) free(a netip.Addr) bool {
-	_, taken := f.leased[a]
-	return !taken
-}
-
-// release gives a back.
-func (p *pool) release(a netip.Addr) {
+// release gives back what owner leased.
+func (p *pool) release(lease netip.Prefix, owner string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if f := p.family(a); f != nil {
-		delete(f.leased, a)
+	if f := p.family(lease.Addr()); f != nil {
+		f.leased.Delete(lease)
+		f.rest(lease, owner, p.now())
 	}
 }
 
-// leased returns the number of leased addresses of each family.
+// leased returns the number of leases of each family.
 func (p *pool) leased() (v4, v6 int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, f := range p.families {
-		if f.prefix.Addr().Is4() {
-			v4 = len(f.leased)
-		} else {
-			v6 = len(f.leased)
-		}
+		v4 += f.leased.Size4()
+		v6 += f.leased.Size6()
 	}
 	return v4, v6
 }

@@ -240,9 +240,9 @@ func TestResolvesAfterAuthentication(t *testing.T) {
 // oneUser is somebody whose token is "secret".
 type oneUser struct{}
 
-func (oneUser) ByName(name string) (User, bool)   { return User{Name: "alice"}, name == "alice" }
-func (oneUser) ByToken(token string) (User, bool) { return User{Name: "alice"}, token == "secret" }
-func (oneUser) Holder(netip.Addr) string          { return "" }
+func (oneUser) ByName(name string) (User, bool)    { return User{Name: "alice"}, name == "alice" }
+func (oneUser) ByToken(token string) (User, bool)  { return User{Name: "alice"}, token == "secret" }
+func (oneUser) Reserved(netip.Prefix, string) bool { return false }
 
 // One user does not take up the resolver: the lookups at once are limited.
 func TestLookupsAreLimited(t *testing.T) {

@@ -78,15 +78,15 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	holder := func(netip.Addr) string { return "" }
+	reserved := func(netip.Prefix, string) bool { return false }
 	if cfg.Users != nil {
-		holder = cfg.Users.Holder
+		reserved = cfg.Users.Reserved
 	}
 	table := newTable()
 	s := &Server{
 		cfg:        cfg,
 		templates:  templates,
-		pool:       newPool(holder, cfg.Pool4, cfg.Pool6),
+		pool:       newPool(reserved, space{cfg.Pool4, cfg.Delegate4}, space{cfg.Pool6, cfg.Delegate6}),
 		table:      table,
 		sites:      newSites(table),
 		rights:     rights,
@@ -353,7 +353,7 @@ type Status struct {
 	Template  string            `json:"template"`
 	Interface string            `json:"interface"`
 	Sessions  int               `json:"sessions"`
-	Leased    map[string]int    `json:"leased"` // addresses by family
+	Leased    map[string]int    `json:"leased"` // addresses and blocks by family
 	Packets   connectip.Counts  `json:"packets"`
 	Bytes     connectip.Counts  `json:"bytes"`
 	Drops     map[string]uint64 `json:"drops"`

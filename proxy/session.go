@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,8 +22,12 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// maxAddresses is how many addresses one session may hold, of both families together.
-const maxAddresses = 8
+const (
+	// maxAddresses is how many leases one session may hold, of both families together.
+	maxAddresses = 8
+	// maxBlocks is how many of them may be blocks, of each family.
+	maxBlocks = 1
+)
 
 // session is one accepted request.
 type session struct {
@@ -199,38 +204,56 @@ func (ss *session) followSites() error {
 func (ss *session) answer(requested []capsule.Address) []capsule.Address {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	answer := slices.Clone(ss.addresses)
+	var refused []capsule.Address
+	var reason error
+	again := make([]bool, len(ss.addresses)) // asked for again, and so answered
 	for _, r := range requested {
+		if i := slices.IndexFunc(ss.addresses[:len(again)], func(a capsule.Address) bool { return a.Prefix == r.Prefix }); i >= 0 && !again[i] {
+			ss.addresses[i].RequestID, again[i] = r.RequestID, true
+			continue
+		}
 		a, err := ss.lease(r)
 		if err != nil {
-			ss.log.Warn("address refused", "requested", r.Prefix, "reason", err)
-			answer = append(answer, connectip.Refusal(r))
+			refused, reason = append(refused, connectip.Refusal(r)), err
 			continue
 		}
 		ss.addresses = append(ss.addresses, a)
-		answer = append(answer, a)
 	}
 	ss.asked = true
 	if ss.claim != nil {
 		ss.server.sites.lease(ss.claim, prefixes(ss.addresses))
 	}
+	if len(refused) > 0 {
+		ss.log.Warn("addresses refused", "requests", len(refused), "reason", reason)
+	}
 	ss.log.Info("addresses assigned", "addresses", prefixes(ss.addresses))
-	return answer
+	return slices.Concat(ss.addresses, refused)
 }
 
-// lease takes an address for the request r and routes it here. ss.mu is held.
+// lease takes an address or a block for the request r and routes it here. ss.mu is held.
 func (ss *session) lease(r capsule.Address) (capsule.Address, error) {
 	if len(ss.addresses) >= maxAddresses {
 		return r, fmt.Errorf("the session has %d addresses already", maxAddresses)
 	}
-	a, err := ss.server.pool.lease(ss.user, r.Prefix.Addr())
+	want, blocks := r.Prefix, 0
+	for _, held := range ss.addresses {
+		if !held.Prefix.IsSingleIP() && held.Prefix.Addr().Is4() == want.Addr().Is4() {
+			blocks++
+		}
+	}
+	if blocks >= maxBlocks {
+		want = netip.PrefixFrom(want.Addr(), want.Addr().BitLen())
+	}
+	p, err := ss.server.pool.lease(ss.user, ss.owner(), want)
 	if err != nil {
 		return r, err
 	}
-	p := netip.PrefixFrom(a, a.BitLen())
 	ss.server.table.insert(p, ss)
 	return capsule.Address{RequestID: r.RequestID, Prefix: p}, nil
 }
+
+// owner tells whose the leases are once they are given back: the user's, or, where nobody is a user, the client program's.
+func (ss *session) owner() string { return cmp.Or(ss.user.Name, ss.instance) }
 
 // announce tells the client its routes, and then how names are resolved, so that no query leaves outside the tunnel for want of
 // a route; again whenever they may have changed, until ctx ends. A client that does not read holds up this alone.
@@ -280,12 +303,16 @@ func (ss *session) advertise() error {
 	return ss.conn.Advertise(routes)
 }
 
-// uses reports whether the client has, or may still get, addresses of a's family. ss.mu is held.
+// uses reports whether the client has, or may still get, addresses or networks of a's family. ss.mu is held.
 func (ss *session) uses(a netip.Addr) bool {
 	if !ss.asked {
 		return ss.server.pool.serves(a)
 	}
-	return slices.ContainsFunc(ss.addresses, func(held capsule.Address) bool { return held.Prefix.Addr().Is4() == a.Is4() })
+	has := prefixes(ss.addresses)
+	if ss.claim != nil {
+		has = append(has, ss.server.sites.held(ss.claim).prefixes...)
+	}
+	return slices.ContainsFunc(has, func(p netip.Prefix) bool { return p.Addr().Is4() == a.Is4() })
 }
 
 // setDenied replaces the destinations that the client may not reach.
@@ -315,7 +342,7 @@ func (ss *session) release() {
 		ss.server.table.remove(a.Prefix)
 	}
 	for _, a := range ss.addresses {
-		ss.server.pool.release(a.Prefix.Addr())
+		ss.server.pool.release(a.Prefix, ss.owner())
 	}
 	ss.addresses = nil
 }

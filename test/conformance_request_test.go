@@ -285,7 +285,7 @@ func TestWireProxyReadsSettings(t *testing.T) {
 // wireUsers has alice, whose token is "secret".
 type wireUsers struct{}
 
-func (wireUsers) Holder(netip.Addr) string { return "" }
+func (wireUsers) Reserved(netip.Prefix, string) bool { return false }
 
 func (wireUsers) ByName(name string) (proxy.User, bool) {
 	return proxy.User{Name: name}, name == "alice"

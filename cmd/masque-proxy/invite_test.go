@@ -59,8 +59,8 @@ func TestInvite(t *testing.T) {
 	if got, ok := running.users.ByToken(client.Token + "x"); ok {
 		t.Errorf("by another token: %+v", got)
 	}
-	if got := running.users.Holder(netip.MustParseAddr("10.77.0.9")); got != "alice" {
-		t.Errorf("the address is reserved for %q", got)
+	if reserved := netip.MustParsePrefix("10.77.0.9/32"); !running.users.Reserved(reserved, "bob") || running.users.Reserved(reserved, "alice") {
+		t.Error("the address is not reserved for alice")
 	}
 	if err := running.users.verify(tls.ConnectionState{VerifiedChains: chains}); err != nil {
 		t.Errorf("the certificate is refused: %v", err)

@@ -201,6 +201,8 @@ func changed(a, b *loaded) []string {
 	compare("tun.offload", x.Offload, y.Offload)
 	compare("pool.ipv4", x.Pool4, y.Pool4)
 	compare("pool.ipv6", x.Pool6, y.Pool6)
+	compare("pool.delegate_ipv4", x.Delegate4, y.Delegate4)
+	compare("pool.delegate_ipv6", x.Delegate6, y.Delegate6)
 	compare("routes.advertise", x.Advertise, y.Advertise)
 	compare("routes.deny", x.Deny, y.Deny)
 	compare("routes.client_to_client", x.ClientToClient, y.ClientToClient)

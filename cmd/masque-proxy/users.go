@@ -108,10 +108,10 @@ func (s *userStore) ByToken(token string) (proxy.User, bool) {
 	return proxyUser(s.current().ByTokenHash(pki.HashToken(token)))
 }
 
-// Holder implements proxy.Users. It is asked for many addresses in a row, right
-// after a user was looked up.
-func (s *userStore) Holder(a netip.Addr) string {
-	return s.last().Holder(a)
+// Reserved implements proxy.Users. It is asked about many prefixes in a row,
+// right after a user was looked up.
+func (s *userStore) Reserved(p netip.Prefix, name string) bool {
+	return s.last().Reserved(p, name)
 }
 
 func proxyUser(u config.User, ok bool) (proxy.User, bool) {

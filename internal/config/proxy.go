@@ -28,7 +28,8 @@ type Proxy struct {
 	MTU     int    // bytes, 0: found out
 	Offload bool
 
-	Pool4, Pool6 netip.Prefix // zero: none of that family
+	Pool4, Pool6         netip.Prefix // zero: none of that family
+	Delegate4, Delegate6 int          // bits of the largest prefix that a client may get, 0: an address only
 
 	Advertise, Deny []netip.Prefix
 	ClientToClient  bool
@@ -210,6 +211,7 @@ func (p *Proxy) parsePool(pool *table, given bool) {
 	if p.Pool6.IsValid() && p.Pool6.Bits() > 126 {
 		pool.add("ipv6", "too small for the proxy and one client", "write a prefix length of 126 or less")
 	}
+	p.Delegate4, p.Delegate6 = pool.lengthWithin("delegate_ipv4", p.Pool4), pool.lengthWithin("delegate_ipv6", p.Pool6)
 }
 
 // Problem makes an *Error about a key of the file that was found out later, as

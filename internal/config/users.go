@@ -117,6 +117,21 @@ func (u *Users) ByName(name string) (User, bool) {
 // for none.
 func (u *Users) Holder(a netip.Addr) string { return u.holders[a] }
 
+// Reserved tells whether an address of the prefix is reserved for another user
+// than the one called name.
+func (u *Users) Reserved(p netip.Prefix, name string) bool {
+	if p.IsSingleIP() {
+		holder := u.holders[p.Addr()]
+		return holder != "" && holder != name
+	}
+	for a, holder := range u.holders {
+		if holder != name && p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
 // ByTokenHash finds the user whose token has the hash. It looks at all users
 // and takes the same time wherever, and whether, it finds one.
 func (u *Users) ByTokenHash(hash [32]byte) (User, bool) {

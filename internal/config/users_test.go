@@ -51,6 +51,14 @@ func TestUsersLookup(t *testing.T) {
 			t.Errorf("%s is reserved for %q, want %q", addr, got, want)
 		}
 	}
+	for prefix, want := range map[string]bool{"10.77.0.9/32": true, "10.77.0.8/29": true, "10.77.0.16/28": false, "10.77.0.10/32": false, "fd77::/64": true} {
+		if got := u.Reserved(netip.MustParsePrefix(prefix), "alice"); got != want {
+			t.Errorf("%s is reserved for others than alice: %v", prefix, got)
+		}
+		if u.Reserved(netip.MustParsePrefix(prefix), "bob") {
+			t.Errorf("%s is reserved for others than bob", prefix)
+		}
+	}
 }
 
 func TestNoTokenIsNoToken(t *testing.T) {

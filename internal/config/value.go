@@ -87,6 +87,17 @@ func (t *table) prefix(key, def string, v4 bool) netip.Prefix {
 	return p
 }
 
+// lengthWithin is the length of prefixes that lie in whole, or 0.
+func (t *table) lengthWithin(key string, whole netip.Prefix) int {
+	if whole.IsValid() {
+		return t.int(key, 0, whole.Bits()+1, whole.Addr().BitLen())
+	}
+	if _, ok := t.get(key); ok {
+		t.add(key, "there is no pool of this family", "set the pool too, or remove it")
+	}
+	return 0
+}
+
 func parsePrefix(s string, masked bool) (p netip.Prefix, reason, remedy string) {
 	p, err := netip.ParsePrefix(s)
 	if err != nil {

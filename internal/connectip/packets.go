@@ -50,6 +50,10 @@ func (c *Conn) forward(buf []byte, off int) Drop {
 	if q, ok := ippacket.Quoted(pkt, p); ok && q.Src != p.Dst {
 		return DropSource // an ICMP error goes to whom it is about (RFC 9484 section 11)
 	}
+	if pol.own != nil && pol.own.Contains(p.Dst) { // it would come back
+		c.answerHost(pkt, p, ippacket.NoRoute, 0)
+		return DropDestination
+	}
 	mtu := c.MTU()
 	if !carriesIPv6(p, mtu) {
 		c.answerHost(pkt, p, ippacket.NoRoute, 0)

@@ -35,7 +35,8 @@ func Reserved(p netip.Prefix) (netip.Prefix, bool) {
 
 // policy says what may pass, in both directions. It is immutable: a change makes a new one.
 type policy struct {
-	self     []netip.Addr // this endpoint's own tunnel addresses
+	self     []netip.Addr  // this endpoint's own tunnel addresses
+	own      *netipx.IPSet // prefixes assigned to this endpoint, longer than one address: they are on this side; nil for none
 	sendFrom ranges
 	sendTo   ranges
 	recvFrom ranges
@@ -55,10 +56,15 @@ type link struct {
 // policy computes what may pass on l.
 func (l *link) policy() (*policy, error) {
 	p := &policy{self: slices.Clone(l.self)}
+	var own, b netipx.IPSetBuilder
+	blocks := false
 	for _, a := range l.assigned {
-		p.self = append(p.self, a.Addr())
+		p.self = append(p.self, HostAddr(a))
+		if !a.IsSingleIP() && a == a.Masked() {
+			own.AddPrefix(a)
+			blocks = true
+		}
 	}
-	var b netipx.IPSetBuilder
 	for _, x := range l.denied {
 		b.AddPrefix(x)
 	}
@@ -66,6 +72,9 @@ func (l *link) policy() (*policy, error) {
 		b.Remove(a)
 	}
 	denied, err := b.IPSet()
+	if err == nil && blocks {
+		p.own, err = own.IPSet()
+	}
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
 	}
@@ -85,6 +94,16 @@ func (l *link) policy() (*policy, error) {
 		}
 	}
 	return p, nil
+}
+
+// HostAddr returns the address that an endpoint uses for itself of a prefix that was assigned to it: the first one that stands
+// for a host. A prefix with bits beyond its length is an address with the length of its network.
+func HostAddr(p netip.Prefix) netip.Addr {
+	a := p.Addr()
+	if p != p.Masked() || a.BitLen()-p.Bits() < 2 { // two addresses are two hosts (RFC 3021, RFC 6164)
+		return a
+	}
+	return a.Next()
 }
 
 // isSelf reports whether a is an address of this endpoint.

@@ -1,0 +1,152 @@
+package proxy
+
+import (
+	"net/http"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/quic-go/quic-go/http3"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/connectip"
+)
+
+// asker asks for addresses on one session, and reads the answers.
+type asker struct {
+	t   *testing.T
+	str *http3.RequestStream
+	r   *capsule.Reader
+	id  uint64
+}
+
+// newAsker begins a session of a client program.
+func newAsker(t *testing.T, h3 *http3.ClientConn, instance string) *asker {
+	t.Helper()
+	rsp, str := request(t, h3, "CONNECT", "connect-ip", anyPath, http.Header{connectip.InstanceHeader: {instance}})
+	if rsp.StatusCode != 200 {
+		t.Fatalf("status %d", rsp.StatusCode)
+	}
+	return &asker{t: t, str: str, r: capsule.NewReader(str, 1<<16)}
+}
+
+// ask asks for prefixes and returns the full list that comes back. It checks that each request is answered once.
+func (a *asker) ask(wants ...string) []capsule.Address {
+	a.t.Helper()
+	var c capsule.AddressRequest
+	for _, s := range wants {
+		a.id++
+		c.Addresses = append(c.Addresses, capsule.Address{RequestID: a.id, Prefix: netip.MustParsePrefix(s)})
+	}
+	if _, err := a.str.Write(c.Append(nil)); err != nil {
+		a.t.Fatal(err)
+	}
+	for {
+		x, err := a.r.Next()
+		if err != nil {
+			a.t.Fatal(err)
+		}
+		list, ok := x.(*capsule.AddressAssign)
+		if !ok {
+			continue
+		}
+		for _, asked := range c.Addresses {
+			n := 0
+			for _, got := range list.Addresses {
+				if got.RequestID == asked.RequestID {
+					n++
+				}
+			}
+			if n != 1 {
+				a.t.Errorf("the request %d for %v is answered %d times: %v", asked.RequestID, asked.Prefix, n, list.Addresses)
+			}
+		}
+		return list.Addresses
+	}
+}
+
+// want compares a list with the prefixes that it should have, "" for a refusal.
+func (a *asker) want(got []capsule.Address, want ...string) {
+	a.t.Helper()
+	var have []string
+	for _, g := range got {
+		if g.Refused() {
+			have = append(have, "")
+		} else {
+			have = append(have, g.Prefix.String())
+		}
+	}
+	if !slices.Equal(have, want) {
+		a.t.Errorf("assigned %q, want %q", have, want)
+	}
+}
+
+func delegating(t *testing.T, change func(*Config)) *http3.ClientConn {
+	return start(t, func(c *Config) {
+		c.Pool6 = netip.MustParsePrefix("fd77::/56")
+		c.Delegate4, c.Delegate6 = 28, 64
+		if change != nil {
+			change(c)
+		}
+	})
+}
+
+// Whoever asks for a prefix gets one, as long as the operator allows and no longer.
+func TestDelegation(t *testing.T) {
+	h3 := delegating(t, nil)
+	a := newAsker(t, h3, "a")
+	a.want(a.ask("0.0.0.0/24", "::/64", "0.0.0.0/32"), "10.77.0.224/28", "fd77:0:0:ff::/64", "10.77.0.2/32")
+	b := newAsker(t, h3, "b")
+	b.want(b.ask("10.77.0.64/28", "fd77:0:0:7::/64"), "10.77.0.64/28", "fd77:0:0:7::/64")
+	c := newAsker(t, h3, "c")
+	c.want(c.ask("10.77.0.64/29", "0.0.0.0/32"), "10.77.0.240/29", "10.77.0.3/32")
+	// A second one of the same family would be for too much.
+	c.want(c.ask("0.0.0.0/28", "::/60"), "10.77.0.240/29", "10.77.0.3/32", "10.77.0.4/32", "fd77:0:0:fe::/64")
+}
+
+// Without the operator's leave, a wish for a prefix is one for an address.
+func TestNoDelegation(t *testing.T) {
+	h3 := delegating(t, func(c *Config) { c.Delegate4, c.Delegate6 = 0, 0 })
+	a := newAsker(t, h3, "a")
+	a.want(a.ask("0.0.0.0/24", "10.77.0.64/28", "fd77:0:0:7::/64"), "10.77.0.2/32", "10.77.0.64/32", "fd77:0:0:7::/128")
+}
+
+// A client may ask again at any time. Each answer is the full list; a refusal is in one answer only.
+func TestAsksAgain(t *testing.T) {
+	h3 := start(t, func(c *Config) { c.Pool4 = netip.MustParsePrefix("10.77.0.0/29") }) // five addresses for clients
+	a := newAsker(t, h3, "a")
+	a.want(a.ask("0.0.0.0/32", "::/128"), "10.77.0.2/32", "")
+	a.want(a.ask("0.0.0.0/32"), "10.77.0.2/32", "10.77.0.3/32")
+	got := a.ask("10.77.0.2/32") // it has that
+	a.want(got, "10.77.0.2/32", "10.77.0.3/32")
+	if got[0].RequestID != 4 || got[1].RequestID != 3 {
+		t.Errorf("request IDs %v", got)
+	}
+	a.want(a.ask("10.77.0.3/32", "10.77.0.3/32"), "10.77.0.2/32", "10.77.0.3/32", "10.77.0.4/32") // one cannot answer both
+	a.want(a.ask("0.0.0.0/32", "0.0.0.0/32", "0.0.0.0/32"), "10.77.0.2/32", "10.77.0.3/32", "10.77.0.4/32", "10.77.0.5/32", "10.77.0.6/32", "")
+	a.want(a.ask("10.77.0.6/32"), "10.77.0.2/32", "10.77.0.3/32", "10.77.0.4/32", "10.77.0.5/32", "10.77.0.6/32")
+}
+
+func TestAddressesOfOneSession(t *testing.T) {
+	h3 := start(t, nil)
+	a := newAsker(t, h3, "a")
+	wants := slices.Repeat([]string{"0.0.0.0/32"}, maxAddresses+2)
+	got := a.ask(wants...)
+	if n := len(slices.DeleteFunc(got, capsule.Address.Refused)); n != maxAddresses {
+		t.Errorf("%d addresses, want %d", n, maxAddresses)
+	}
+}
+
+// What a session had goes back to its client at once, and to others when they have waited, or nothing else is free.
+func TestFreedAddresses(t *testing.T) {
+	h3 := start(t, func(c *Config) { c.Pool4 = netip.MustParsePrefix("10.77.0.0/29") })
+	first := newAsker(t, h3, "a")
+	first.want(first.ask("10.77.0.3/32"), "10.77.0.3/32")
+	again := newAsker(t, h3, "a") // the session before has ended, and has given back what it had
+	other := newAsker(t, h3, "b")
+	other.want(other.ask("10.77.0.3/32"), "10.77.0.2/32")
+	again.want(again.ask("0.0.0.0/32"), "10.77.0.3/32")
+	newAsker(t, h3, "a")
+	other.want(other.ask("0.0.0.0/32", "0.0.0.0/32", "0.0.0.0/32", "0.0.0.0/32"),
+		"10.77.0.2/32", "10.77.0.4/32", "10.77.0.5/32", "10.77.0.6/32", "10.77.0.3/32")
+}
