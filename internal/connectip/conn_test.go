@@ -518,3 +518,17 @@ func TestAnswersOfARouter(t *testing.T) {
 	waitDrop(t, &proxy.stats.Receive, DropLinkLocal)
 	waitCount(t, func() bool { return proxy.stats.ICMPSent.Load() > 0 })
 }
+
+// A connection that begins with small packets, as on a path that may be narrow, comes to carry IPv6 without any traffic.
+func TestIdleLinkGrows(t *testing.T) {
+	client, proxy := rawPairSize(t, Config{}, Config{}, 1200)
+	for _, e := range []*end{client, proxy} {
+		if n, err := e.datagrams.mtu(); err != nil || n >= MinIPv6MTU {
+			t.Fatalf("the MTU is %d at the start, %v", n, err)
+		}
+		e.start(t.Context())
+		defer e.wait(t)
+		defer e.stop()
+	}
+	waitCount(t, func() bool { return client.MTU() >= MinIPv6MTU && proxy.MTU() >= MinIPv6MTU })
+}

@@ -15,6 +15,7 @@ const (
 	mtuInterval    = time.Second      // between looks at QUIC's datagram size
 	verifyInterval = 5 * time.Second  // between checks of a link that carries large packets
 	raiseInterval  = 60 * time.Second // between attempts to lift a cap
+	maxNudges      = 80               // echoes that keep QUIC's discovery going
 	echoTries      = 3                // echoes that have to get lost before a size counts as too large
 	minEchoWait    = 300 * time.Millisecond
 
@@ -31,6 +32,7 @@ func (c *Conn) watchLink(ctx context.Context) {
 	// QUIC's discovery begins with the connection and takes some round trips: look often at first.
 	wait := mtuInterval / 8
 	checked, raised := time.Now(), time.Now()
+	nudges := 0
 	for {
 		select {
 		case <-ctx.Done():
@@ -39,6 +41,12 @@ func (c *Conn) watchLink(ctx context.Context) {
 		}
 		wait = min(2*wait, mtuInterval)
 		c.updateMTU()
+		if nudges < maxNudges && int(c.quicMTU.Load()) < MinIPv6MTU {
+			// QUIC discovers only while something is sent, and begins with small packets on a path that may be narrow.
+			nudges++
+			wait = mtuInterval / 8
+			c.sendEcho(c.echo.addr, allNodes, 255, true, 0, nil)
+		}
 		if !c.echo.answered.Load() {
 			continue // the peer does not answer echoes, so their loss means nothing
 		}

@@ -117,8 +117,14 @@ func newPair(t *testing.T, clientCfg, proxyCfg Config) (client, proxy *end) {
 // rawPair is newPair without running either end.
 func rawPair(t *testing.T, clientCfg, proxyCfg Config) (client, proxy *end) {
 	t.Helper()
+	return rawPairSize(t, clientCfg, proxyCfg, 1350)
+}
+
+// rawPairSize is rawPair with first packets of the given size, in bytes.
+func rawPairSize(t *testing.T, clientCfg, proxyCfg Config, packetSize uint16) (client, proxy *end) {
+	t.Helper()
 	serverTLS, clientTLS := certificates(t)
-	quicConf := &quic.Config{EnableDatagrams: true, InitialPacketSize: 1350}
+	quicConf := &quic.Config{EnableDatagrams: true, InitialPacketSize: packetSize}
 	type connKey struct{}
 	accepted := make(chan *end, 1)
 	finish := make(chan struct{})
