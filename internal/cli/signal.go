@@ -5,13 +5,14 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 )
 
 // SignalContext ends with the first SIGINT or SIGTERM. The second makes the
 // process exit at once, as a Failure: what it changed on the host is then
 // cleaned up by its next start. The caller calls the function when it has
-// stopped.
+// stopped; it ends the context too, and may be called more than once.
 func SignalContext(parent context.Context, logger *slog.Logger) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(parent)
 	signals := make(chan os.Signal, 2)
@@ -32,9 +33,9 @@ func SignalContext(parent context.Context, logger *slog.Logger) (context.Context
 			}
 		}
 	}()
-	return ctx, func() {
+	return ctx, sync.OnceFunc(func() {
 		signal.Stop(signals)
 		close(done)
 		cancel()
-	}
+	})
 }

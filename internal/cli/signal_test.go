@@ -76,3 +76,10 @@ func TestSignals(t *testing.T) {
 		}
 	}
 }
+
+func TestSignalContextIsStopped(t *testing.T) {
+	ctx, stop := SignalContext(t.Context(), slog.New(slog.DiscardHandler))
+	stop()
+	<-ctx.Done()
+	stop() // a client that is told to stop does so twice
+}
