@@ -23,10 +23,10 @@ var targets = []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}
 func (p *pair) useSteps() []step {
 	var steps []step
 	for _, to := range targets {
-		steps = append(steps, step{"ping the target, " + family(to), func(ctx context.Context) (string, error) { return p.ping(ctx, to) }})
+		steps = append(steps, step{"ping the target, " + family(to), func(ctx context.Context) (string, error) { return p.ping(ctx, p.topo.Client, to) }})
 	}
 	for _, to := range targets {
-		steps = append(steps, step{"download from the target, " + family(to), func(ctx context.Context) (string, error) { return p.download(ctx, to) }})
+		steps = append(steps, step{"download from the target, " + family(to), func(ctx context.Context) (string, error) { return p.download(ctx, p.topo.Client, p.topo.Target, to) }})
 	}
 	for _, to := range targets {
 		steps = append(steps, step{"traceroute to the target, " + family(to), func(ctx context.Context) (string, error) { return p.traceroute(ctx, to) }})
@@ -41,26 +41,26 @@ func family(a netip.Addr) string {
 	return "IPv6"
 }
 
-func (p *pair) ping(ctx context.Context, to netip.Addr) (string, error) {
+func (p *pair) ping(ctx context.Context, from *lab.Host, to netip.Addr) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	rtt, err := p.topo.Client.Ping(ctx, to)
+	rtt, err := from.Ping(ctx, to)
 	if err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("%s answers in %s", to, duration(rtt)), nil
 }
 
-// downloadSize is how many bytes the target serves.
+// downloadSize is how many bytes are served.
 const downloadSize = 32 << 20
 
-// download fetches bytes from a web server on the target and compares their
-// hash with that of what is served.
-func (p *pair) download(ctx context.Context, from netip.Addr) (string, error) {
+// download fetches bytes from a web server on a host, at one of its addresses,
+// and compares their hash with that of what is served.
+func (p *pair) download(ctx context.Context, to, from *lab.Host, at netip.Addr) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	address := net.JoinHostPort(from.String(), "80")
-	ln, err := p.topo.Target.Listen("tcp", address)
+	address := net.JoinHostPort(at.String(), "80")
+	ln, err := from.Listen("tcp", address)
 	if err != nil {
 		return "", err
 	}
@@ -74,7 +74,7 @@ func (p *pair) download(ctx context.Context, from netip.Addr) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	transport := &http.Transport{DialContext: p.topo.Client.DialContext, DisableKeepAlives: true}
+	transport := &http.Transport{DialContext: to.DialContext, DisableKeepAlives: true}
 	begin := time.Now()
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
@@ -96,7 +96,7 @@ func (p *pair) download(ctx context.Context, from netip.Addr) (string, error) {
 	return fmt.Sprintf("%s, SHA-256 is right, %.0f Mbit/s", byteCount(uint64(n)), float64(n)*8/1e6/took.Seconds()), nil
 }
 
-// content is what the target serves: the same each time.
+// content is what is served: the same each time.
 func content() io.Reader {
 	return io.LimitReader(rand.NewChaCha8([32]byte{'m', 'a', 's', 'q', 'u', 'e'}), downloadSize)
 }
@@ -108,6 +108,14 @@ func (p *pair) traceroute(ctx context.Context, to netip.Addr) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	path := hopNames(hops)
+	if len(hops) != 2 || hops[0].Silent || !hops[1].Echo || hops[1].From != to {
+		return "", fmt.Errorf("the hops are %s, and should be the proxy and %s", path, to)
+	}
+	return path, nil
+}
+
+func hopNames(hops []lab.Hop) string {
 	names := make([]string, len(hops))
 	for i, h := range hops {
 		names[i] = "no answer"
@@ -115,15 +123,11 @@ func (p *pair) traceroute(ctx context.Context, to netip.Addr) (string, error) {
 			names[i] = h.From.String()
 		}
 	}
-	path := strings.Join(names, ", ")
-	if len(hops) != 2 || hops[0].Silent || !hops[1].Echo || hops[1].From != to {
-		return "", fmt.Errorf("the hops are %s, and should be the proxy and %s", path, to)
-	}
-	return path, nil
+	return strings.Join(names, ", ")
 }
 
 func (p *pair) showStatus(ctx context.Context) (string, error) {
-	s, err := p.readStatus(ctx)
+	s, err := p.readStatus(ctx, user)
 	if err != nil {
 		return "", err
 	}

@@ -196,7 +196,7 @@ func (o *options) artifactsDir() (string, error) {
 // finish closes the lab, prints the verdict and removes the artifacts that
 // nobody asked for.
 func (o *options) finish(p *pair, r *report, err error) error {
-	for _, f := range []func() error{p.keepClientLog, p.lab.Close} {
+	for _, f := range []func() error{p.keepClientLogs, p.lab.Close} {
 		if ferr := f(); err == nil {
 			err = ferr
 		}

@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,10 +21,10 @@ import (
 )
 
 // user is who the proxy is told to expect, and the name of the client's
-// connection.
+// connection, where there is only one.
 const user = "alice"
 
-// pair is a proxy and a client that run on hosts of a lab.
+// pair is a proxy and its clients that run on hosts of a lab.
 type pair struct {
 	ctx      context.Context
 	lab      *lab.Lab
@@ -34,6 +36,7 @@ type pair struct {
 	logFiles []string // of what may explain a failure
 
 	topo   *lab.Topology
+	users  []string // of the clients of topo, in their order
 	proxy  *lab.Cmd
 	before map[*lab.Host]string // snapshots
 }
@@ -44,10 +47,17 @@ type status struct {
 	Interface string   `json:"interface"`
 	MTU       int      `json:"mtu"`
 	Addresses []string `json:"addresses"`
+	Routes    []route  `json:"routes"`
 	Packets   struct {
 		RX uint64 `json:"rx"`
 		TX uint64 `json:"tx"`
 	} `json:"packets"`
+}
+
+// route is a range that the proxy advertised.
+type route struct {
+	Start netip.Addr `json:"start"`
+	End   netip.Addr `json:"end"`
 }
 
 // connectSteps makes the hosts and the tunnel. The changes are made to the
@@ -59,38 +69,58 @@ func (p *pair) connectSteps(changes ...func(map[string]any)) []step {
 		{"masque-proxy init: keys and configuration", func(ctx context.Context) (string, error) {
 			return p.initProxy(ctx, changes)
 		}},
-		{"masque-proxy invite " + user + ": one file for the client", p.invite},
+		{"masque-proxy invite " + user + ": one file for the client", p.of(user, p.invite)},
 		{"masque-proxy run: on the host proxy", p.startProxy},
-		{"masque-client up: on the host client", p.connect},
+		{"masque-client up: on the host client", p.of(user, p.connect)},
 	}
 }
 
 // disconnectSteps takes the tunnel down and checks that nothing is left of it.
 func (p *pair) disconnectSteps() []step {
 	return []step{
-		{"masque-client down", p.disconnect},
+		{"masque-client down", p.of(user, p.disconnect)},
 		{"stop the proxy with SIGTERM", p.stopProxy},
 		{"the client's kernel is as it was", func(context.Context) (string, error) { return p.checkRestored(p.topo.Client) }},
 		{"the proxy's kernel is as it was", func(context.Context) (string, error) { return p.checkRestored(p.topo.Proxy) }},
 	}
 }
 
-func (p *pair) configDir() string  { return filepath.Join(p.dir, "proxy") }
-func (p *pair) configFile() string { return filepath.Join(p.configDir(), "proxy.toml") }
-func (p *pair) inviteFile() string { return filepath.Join(p.dir, user+".toml") }
+// of makes the action of a step out of what is done for one user.
+func (p *pair) of(user string, do func(context.Context, string) (string, error)) func(context.Context) (string, error) {
+	return func(ctx context.Context) (string, error) { return do(ctx, user) }
+}
+
+// client is the host of a user's client.
+func (p *pair) client(user string) *lab.Host { return p.topo.Clients[slices.Index(p.users, user)] }
+
+func (p *pair) configDir() string             { return filepath.Join(p.dir, "proxy") }
+func (p *pair) configFile() string            { return filepath.Join(p.configDir(), "proxy.toml") }
+func (p *pair) inviteFile(user string) string { return filepath.Join(p.dir, user+".toml") }
 
 func (p *pair) makeHosts(context.Context) (string, error) {
-	var err error
-	if p.topo, err = lab.NewTopology(p.lab, lab.TopologyOptions{}); err != nil {
+	if err := p.makeTopology(lab.TopologyOptions{}, user); err != nil {
 		return "", err
 	}
+	return "client, router, proxy, target", p.snapshot()
+}
+
+// makeTopology makes the standard hosts, with a client for each user.
+func (p *pair) makeTopology(o lab.TopologyOptions, users ...string) (err error) {
+	o.Clients = len(users)
+	p.topo, err = lab.NewTopology(p.lab, o)
+	p.users = users
+	return err
+}
+
+// snapshot remembers the kernel's state of the hosts that the VPN changes.
+func (p *pair) snapshot() (err error) {
 	p.before = make(map[*lab.Host]string)
-	for _, h := range []*lab.Host{p.topo.Client, p.topo.Proxy} {
+	for _, h := range append([]*lab.Host{p.topo.Proxy}, p.topo.Clients...) {
 		if p.before[h], err = h.Snapshot(); err != nil {
-			return "", err
+			return err
 		}
 	}
-	return "client, router, proxy, target", nil
+	return nil
 }
 
 // checkUnreachable makes sure that what reaches the target later went through
@@ -141,9 +171,9 @@ func changeConfig(name string, changes []func(map[string]any)) error {
 	return os.WriteFile(name, b, 0o600)
 }
 
-func (p *pair) invite(ctx context.Context) (string, error) {
-	_, err := p.run(ctx, p.topo.Proxy, p.programs.proxy, "invite", user, "-c", p.configFile(), "-o", p.inviteFile())
-	return filepath.Base(p.inviteFile()), err
+func (p *pair) invite(ctx context.Context, user string) (string, error) {
+	_, err := p.run(ctx, p.topo.Proxy, p.programs.proxy, "invite", user, "-c", p.configFile(), "-o", p.inviteFile(user))
+	return filepath.Base(p.inviteFile(user)), err
 }
 
 // startProxy starts the proxy and waits until it answers on its socket.
@@ -171,11 +201,11 @@ func (p *pair) startProxy(ctx context.Context) (string, error) {
 	}
 }
 
-func (p *pair) connect(ctx context.Context) (string, error) {
-	if _, err := p.run(ctx, p.topo.Client, p.programs.client, "up", p.inviteFile(), "--wait", "--timeout", "30s"); err != nil {
+func (p *pair) connect(ctx context.Context, user string) (string, error) {
+	if _, err := p.run(ctx, p.client(user), p.programs.client, "up", p.inviteFile(user), "--wait", "--timeout", "30s"); err != nil {
 		return "", err
 	}
-	s, err := p.readStatus(ctx)
+	s, err := p.readStatus(ctx, user)
 	if err != nil {
 		return "", err
 	}
@@ -185,9 +215,9 @@ func (p *pair) connect(ctx context.Context) (string, error) {
 	return fmt.Sprintf("%s, %s, MTU %d", s.Interface, strings.Join(s.Addresses, ", "), s.MTU), nil
 }
 
-func (p *pair) readStatus(ctx context.Context) (status, error) {
+func (p *pair) readStatus(ctx context.Context, user string) (status, error) {
 	var s status
-	out, err := p.run(ctx, p.topo.Client, p.programs.client, "status", user, "--json")
+	out, err := p.run(ctx, p.client(user), p.programs.client, "status", user, "--json")
 	if err != nil {
 		return s, err
 	}
@@ -197,8 +227,8 @@ func (p *pair) readStatus(ctx context.Context) (status, error) {
 	return s, nil
 }
 
-func (p *pair) disconnect(ctx context.Context) (string, error) {
-	_, err := p.run(ctx, p.topo.Client, p.programs.client, "down", user)
+func (p *pair) disconnect(ctx context.Context, user string) (string, error) {
+	_, err := p.run(ctx, p.client(user), p.programs.client, "down", user)
 	return "", err
 }
 
@@ -209,23 +239,30 @@ func (p *pair) stopProxy(ctx context.Context) (string, error) {
 	return "", nil
 }
 
-// clientLog is where the client logs in the background, on its host.
-const clientLog = "/run/masque/" + user + ".log"
+// clientLog is where a client logs in the background, on its host.
+func clientLog(user string) string { return "/run/masque/" + user + ".log" }
 
-// keepClientLog moves the log of the client in the background to the artifacts.
-func (p *pair) keepClientLog() error {
-	if p.topo == nil {
-		return nil
+// keepClientLogs moves the logs of clients in the background to the artifacts.
+func (p *pair) keepClientLogs() error {
+	var errs []error
+	for _, user := range p.users {
+		if p.topo != nil {
+			errs = append(errs, p.keepClientLog(user))
+		}
 	}
+	return errors.Join(errs...)
+}
+
+func (p *pair) keepClientLog(user string) error {
 	var content []byte
-	err := p.topo.Client.Do(func() (err error) {
-		content, err = os.ReadFile(clientLog)
+	err := p.client(user).Do(func() (err error) {
+		content, err = os.ReadFile(clientLog(user))
 		return err
 	})
 	if errors.Is(err, fs.ErrNotExist) { // it was never started
 		return nil
 	}
-	name := filepath.Join(p.dir, "client-"+filepath.Base(clientLog))
+	name := filepath.Join(p.dir, p.client(user).Name()+"-"+filepath.Base(clientLog(user)))
 	p.logFiles = append(p.logFiles, name)
 	return errors.Join(err, os.WriteFile(name, content, 0o600))
 }

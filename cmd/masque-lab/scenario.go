@@ -62,6 +62,12 @@ var scenarios = []scenario{
 		intro: picture,
 		steps: splitTunnel,
 	},
+	{
+		name:  "site-to-site",
+		about: "two gateways connect the networks behind them with each other and with the proxy's",
+		intro: sitePicture,
+		steps: siteToSite,
+	},
 }
 
 func findScenario(name string) (scenario, error) {
