@@ -94,7 +94,9 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	}
 	var uplink sync.WaitGroup
 	defer func() {
-		err = errors.Join(err, c.device.Close())
+		if closeErr := c.device.Close(); closeErr != nil {
+			err = errors.Join(err, closeErr)
+		}
 		uplink.Wait()
 	}()
 	if c.network, err = c.cfg.OpenNetwork(c.device); err != nil {

@@ -367,8 +367,8 @@ func TestExitErrors(t *testing.T) {
 		if e, ok := errors.AsType[*cli.Error](err); !ok || e.Code != code || e.Error() != "why: do this" {
 			t.Errorf("kind %d: %v", kind, err)
 		}
-		err = exitError(errors.Join(&client.Error{Kind: kind, Reason: "why"}, errors.New("a route stayed")))
-		if e, ok := errors.AsType[*cli.Error](err); !ok || e.Code != code || !strings.Contains(e.Error(), "a route stayed") {
+		err = exitError(errors.Join(&client.Error{Kind: kind, Reason: "why", Remedy: "do this"}, errors.New("a route stayed")))
+		if e, ok := errors.AsType[*cli.Error](err); !ok || e.Code != code || e.Error() != "why: do this\na route stayed" {
 			t.Errorf("kind %d with more: %v", kind, err)
 		}
 	}

@@ -145,11 +145,10 @@ func exitError(err error) error {
 	if !ok {
 		return err
 	}
-	reason := e.Reason
 	if err != error(e) { // with more, as when the host could not be restored
-		reason = err.Error()
+		return &cli.Error{Code: cli.Code(e.Kind), Reason: err.Error()}
 	}
-	return &cli.Error{Code: cli.Code(e.Kind), Reason: reason, Remedy: e.Remedy}
+	return &cli.Error{Code: cli.Code(e.Kind), Reason: e.Reason, Remedy: e.Remedy}
 }
 
 // describe says in a few words what the tunnel uses, for the log.
