@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -135,21 +136,25 @@ func (p *pair) goesBy(to netip.Addr, iface string) {
 func TestIperf(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
-	server := p.Target.Command(p.ctx, "iperf3", "-s")
-	check(t, server.Start())
-	p.eventually("iperf3 listens", func() bool {
-		out, err := p.Target.Command(p.ctx, "ss", "-Hltn", "sport = :5201").Output()
-		return err == nil && len(out) > 0
-	})
-	for _, args := range [][]string{
+	for i, args := range [][]string{
 		{"-c", lab.TargetIPv4.String(), "-t", "2"},
 		{"-c", lab.TargetIPv6.String(), "-t", "2", "-R", "-C", "cubic"},
 		{"-c", lab.TargetIPv4.String(), "-t", "2", "-u", "-b", "20M", "-l", "1200"},
 	} {
-		out, err := p.Client.Command(p.ctx, "iperf3", args...).CombinedOutput()
+		// A server for each: one that has not put the last test away refuses the next.
+		port := strconv.Itoa(5201 + i)
+		server := p.Target.Command(p.ctx, "iperf3", "-s", "-1", "-p", port)
+		check(t, server.Start())
+		p.eventually("iperf3 listens", func() bool {
+			out, err := p.Target.Command(p.ctx, "ss", "-Hltn", "sport = :"+port).Output()
+			return err == nil && len(out) > 0
+		})
+		out, err := p.Client.Command(p.ctx, "iperf3", append(args, "-p", port)...).CombinedOutput()
 		if err != nil {
-			t.Errorf("iperf3 %v: %v\n%s", args, err, out)
+			t.Errorf("iperf3 %v: %v\n%s\n%s", args, err, out, p.log(server))
 		}
+		ctx, cancel := context.WithTimeout(p.ctx, patience)
+		_ = server.Stop(ctx)
+		cancel()
 	}
-	_ = server.Stop(p.ctx) // it does not end by itself
 }
