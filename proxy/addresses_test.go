@@ -27,7 +27,7 @@ func newAsker(t *testing.T, h3 *http3.ClientConn, instance string) *asker {
 	if rsp.StatusCode != 200 {
 		t.Fatalf("status %d", rsp.StatusCode)
 	}
-	return &asker{t: t, str: str, r: capsule.NewReader(str, 1<<16)}
+	return &asker{t: t, str: str, r: reader(t, str)}
 }
 
 // ask asks for prefixes and returns the full list that comes back. It checks that each request is answered once.

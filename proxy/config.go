@@ -96,10 +96,11 @@ type Network interface {
 
 // User is somebody who may connect.
 type User struct {
-	Name      string
-	TokenHash [32]byte     // SHA-256 of the token; zero: none
-	Addresses []netip.Addr // reserved for this user
-	Sessions  int          // at once; 0: Config.MaxSessionsPerUser
+	Name        string
+	TokenHash   [32]byte     // SHA-256 of the token; zero: none
+	Certificate [32]byte     // SHA-256 of the only certificate (DER) that is accepted; zero: any that is for the name
+	Addresses   []netip.Addr // reserved for this user
+	Sessions    int          // at once; 0: Config.MaxSessionsPerUser
 }
 
 // Users finds users. Its methods are called from several goroutines and answer at once.

@@ -60,11 +60,11 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ss, refused := h.accept(w, r)
 	if refused != nil {
 		h.s.requests.count(refused.status)
-		h.s.cfg.Logger.Info("request refused", "remote", r.RemoteAddr, "status", refused.status, "reason", refused.reason)
+		h.s.cfg().Logger.Info("request refused", "remote", r.RemoteAddr, "status", refused.status, "reason", refused.reason)
 		if refused.status == http.StatusUnauthorized {
 			w.Header().Set("WWW-Authenticate", "Bearer")
 		}
-		if s := refused.field(h.s.cfg.Name); s != "" {
+		if s := refused.field(h.s.cfg().Name); s != "" {
 			w.Header().Set("Proxy-Status", s)
 		}
 		w.WriteHeader(refused.status)
@@ -78,7 +78,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	switch {
 	case r.Method != http.MethodConnect || strings.HasPrefix(r.Proto, "HTTP/"):
 		return nil, refuse(http.StatusNotFound, "", "%s %q is not a request for proxying", r.Method, r.RequestURI)
-	case r.Proto != connectip.Protocol && (r.Proto != udpProtocol || !h.s.cfg.ConnectUDP):
+	case r.Proto != connectip.Protocol && (r.Proto != udpProtocol || !h.s.cfg().ConnectUDP):
 		return nil, refuse(http.StatusNotImplemented, "", ":protocol %q is not known", r.Proto)
 	}
 	// Who is not known learns nothing but that.
@@ -121,21 +121,26 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 // admit takes ss in among the running sessions, in place of those that it replaces, unless a limit forbids it.
 func (h handler) admit(ss *session) *refusal {
 	user := ss.user
-	perUser := h.s.cfg.MaxSessionsPerUser
+	perUser := h.s.cfg().MaxSessionsPerUser
 	if user.Sessions > 0 {
 		perUser = user.Sessions
 	}
 	if user.Name == "" { // everybody is the same user without authentication
-		perUser = h.s.cfg.MaxSessions
+		perUser = h.s.cfg().MaxSessions
 	}
-	replaced, err := h.s.sessions.add(ss, h.s.cfg.MaxSessions, perUser)
+	replaced, err := h.s.sessions.add(ss, h.s.cfg().MaxSessions, perUser)
 	switch {
 	case errors.Is(err, errTooManyOfUser):
 		return refuse(http.StatusTooManyRequests, "connection_limit_reached", "user %q: %v", user.Name, err)
 	case err != nil:
 		return refuse(http.StatusServiceUnavailable, "connection_limit_reached", "%v", err)
 	}
-	ss.log = h.s.cfg.Logger.With("session", ss.id, "user", ss.user.Name)
+	// Resolving a name takes a while. Whoever is gone since was not among the sessions when those of removed users ended.
+	if err := h.s.revoked(user); err != nil {
+		h.s.sessions.remove(ss)
+		return refuse(http.StatusUnauthorized, "", "user %q: %v", user.Name, err)
+	}
+	ss.log = h.s.cfg().Logger.With("session", ss.id, "user", ss.user.Name)
 	if ss.claim != nil {
 		h.s.sites.add(ss.claim, replaced)
 	}
@@ -174,7 +179,7 @@ func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 	}()
 	w.Header().Set(http3.CapsuleProtocolHeader, "?1")
 	if ss.udp != nil {
-		w.Header().Set("Proxy-Status", ss.udp.nextHop(h.s.cfg.Name))
+		w.Header().Set("Proxy-Status", ss.udp.nextHop(h.s.cfg().Name))
 	}
 	w.WriteHeader(http.StatusOK)
 	w.(http.Flusher).Flush()

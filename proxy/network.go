@@ -32,14 +32,16 @@ func (s *Server) keepNetwork(ctx context.Context) error {
 			time.Sleep(settleDelay)
 		}
 		if err := s.refresh(); err != nil {
-			s.cfg.Logger.Warn("cannot read the host's own addresses", "error", err)
+			s.cfg().Logger.Warn("cannot read the host's own addresses", "error", err)
 		}
 	}
 }
 
 // refresh does once what keepNetwork does.
 func (s *Server) refresh() error {
-	read := s.cfg.LocalNetworks
+	s.refreshing.Lock()
+	defer s.refreshing.Unlock()
+	read := s.cfg().LocalNetworks
 	if read == nil {
 		read = func() ([]netip.Prefix, error) { return localNetworks(s.device.Name()) }
 	}
@@ -65,7 +67,7 @@ func (s *Server) refresh() error {
 		}
 	}
 	if err := s.install(l); err != nil {
-		s.cfg.Logger.Error("the networks of the sites cannot be installed; trying again", "retry_in", localInterval, "error", err)
+		s.cfg().Logger.Error("the networks of the sites cannot be installed; trying again", "retry_in", localInterval, "error", err)
 	}
 	return nil
 }
@@ -90,7 +92,7 @@ func (s *Server) networkState(l layout) routing.State {
 		Addresses: slices.Concat(s.pool.gateways(), l.addresses),
 		Routes:    l.networks,
 	}
-	if s.cfg.Masquerade {
+	if s.cfg().Masquerade {
 		state.Masquerade = s.pool.prefixes()
 	}
 	return state
@@ -121,8 +123,9 @@ func (s *Server) deny(local []netip.Prefix, l layout) error {
 	for _, p := range slices.Concat(local, l.addresses) {
 		b.Add(p.Addr())
 	}
+	cfg := s.cfg()
 	for _, p := range s.pool.prefixes() {
-		if s.cfg.ClientToClient {
+		if cfg.ClientToClient {
 			b.RemovePrefix(p)
 		} else {
 			b.AddPrefix(p)
@@ -132,7 +135,7 @@ func (s *Server) deny(local []netip.Prefix, l layout) error {
 		b.Remove(g)
 	}
 	forClients, forSites := b.Clone(), &b
-	if !s.cfg.ClientToClient {
+	if !cfg.ClientToClient {
 		for _, p := range l.networks {
 			forClients.AddPrefix(p)
 		}
@@ -140,7 +143,7 @@ func (s *Server) deny(local []netip.Prefix, l layout) error {
 	for _, p := range l.leased {
 		forSites.RemovePrefix(p)
 	}
-	for _, p := range s.cfg.Deny { // last: what the operator denies stays denied
+	for _, p := range cfg.Deny { // last: what the operator denies stays denied
 		forClients.AddPrefix(p)
 		forSites.AddPrefix(p)
 	}

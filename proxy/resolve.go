@@ -33,7 +33,7 @@ func (s *Server) resolve(ctx context.Context, user User, name string) ([]netip.A
 	defer s.lookups.end(user.Name)
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
-	found, err := s.cfg.Resolver.LookupNetIP(ctx, "ip", name)
+	found, err := s.cfg().Resolver.LookupNetIP(ctx, "ip", name)
 	if err == nil && len(found) == 0 {
 		err = &net.DNSError{Err: "it has no addresses", Name: name, IsNotFound: true}
 	}

@@ -68,7 +68,7 @@ func (s *Server) reach(ctx context.Context, user User, scope connectip.Scope) (*
 // has no use for routes; families says which have some.
 func (s *Server) routes(reach *netipx.IPSet, protocol uint8, families func(netip.Addr) bool) ([]capsule.Route, error) {
 	var b netipx.IPSetBuilder
-	for _, p := range s.cfg.Advertise {
+	for _, p := range s.cfg().Advertise {
 		b.AddPrefix(p)
 	}
 	for _, g := range s.pool.gatewayAddrs() {

@@ -122,7 +122,7 @@ func TestScopes(t *testing.T) {
 			if rsp.StatusCode != 200 {
 				t.Fatalf("status %d, %v", rsp.StatusCode, rsp.Header)
 			}
-			if got := nextRoutes(t, capsule.NewReader(str, 1<<16)); !slices.Equal(got, want) {
+			if got := nextRoutes(t, reader(t, str)); !slices.Equal(got, want) {
 				t.Errorf("advertised %v, want %v", got, want)
 			}
 		})
@@ -172,7 +172,7 @@ func TestManyAddressesOfOneName(t *testing.T) {
 	}
 	h3 := scoped(t, func(c *Config) { c.Resolver, c.Deny = many, nil })
 	_, str := request(t, h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/many.example/*/", nil)
-	if got := nextRoutes(t, capsule.NewReader(str, 1<<16)); len(got) != maxResolved {
+	if got := nextRoutes(t, reader(t, str)); len(got) != maxResolved {
 		t.Errorf("%d routes, want %d", len(got), maxResolved)
 	}
 }
@@ -183,7 +183,7 @@ func TestRoutesFollowAddresses(t *testing.T) {
 	ask := func(path string, wants ...string) ([]capsule.Address, *capsule.Reader) {
 		t.Helper()
 		_, str := request(t, h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/"+path, nil)
-		r := capsule.NewReader(str, 1<<16)
+		r := reader(t, str)
 		nextRoutes(t, r)
 		var c capsule.AddressRequest
 		for i, s := range wants {

@@ -35,7 +35,7 @@ const (
 
 // Server is a proxy. Make it with New.
 type Server struct {
-	cfg       Config
+	config    atomic.Pointer[Config] // see cfg
 	templates []*connectip.Template
 	pool      *pool
 	table     *table
@@ -48,8 +48,10 @@ type Server struct {
 
 	device  Device
 	network Network
-	// installed is what the kernel has been told; of Run and then of keepNetwork alone.
-	installed routing.State
+
+	reloading  sync.Mutex
+	refreshing sync.Mutex    // one refresh at a time; guards installed
+	installed  routing.State // what the kernel has been told
 
 	narrow     narrowPaths
 	errorLimit *rate.Limiter
@@ -84,7 +86,6 @@ func New(cfg Config) (*Server, error) {
 	}
 	table := newTable()
 	s := &Server{
-		cfg:        cfg,
 		templates:  templates,
 		pool:       newPool(reserved, space{cfg.Pool4, cfg.Delegate4}, space{cfg.Pool6, cfg.Delegate6}),
 		table:      table,
@@ -94,17 +95,21 @@ func New(cfg Config) (*Server, error) {
 		ready:      make(chan struct{}),
 		errorLimit: newErrorLimit(),
 	}
+	s.config.Store(&cfg)
 	s.dns.Store(&cfg.DNS)
 	return s, nil
 }
+
+// cfg returns the configuration as it is now. It is not to be changed.
+func (s *Server) cfg() *Config { return s.config.Load() }
 
 // Ready is closed when the proxy accepts clients.
 func (s *Server) Ready() <-chan struct{} { return s.ready }
 
 // Run serves until ctx ends, then tells the clients, restores the host and returns nil. It may be called once.
 func (s *Server) Run(ctx context.Context) (err error) {
-	if slices.Contains(s.cfg.Methods, MethodNone) {
-		s.cfg.Logger.Warn("authentication is off: everybody who reaches this proxy can use it", "methods", MethodNone)
+	if slices.Contains(s.cfg().Methods, MethodNone) {
+		s.cfg().Logger.Warn("authentication is off: everybody who reaches this proxy can use it", "methods", MethodNone)
 	}
 	sockets, err := s.listen(ctx)
 	if err != nil {
@@ -128,11 +133,11 @@ func (s *Server) Run(ctx context.Context) (err error) {
 }
 
 func (s *Server) openDevice() error {
-	open := s.cfg.OpenDevice
+	open := s.cfg().OpenDevice
 	if open == nil {
 		open = func() (Device, error) {
-			c := s.cfg.TUN
-			c.Logger = s.cfg.Logger
+			c := s.cfg().TUN
+			c.Logger = s.cfg().Logger
 			if c.MTU == 0 {
 				c.MTU = autoMTU
 			}
@@ -152,10 +157,10 @@ func (s *Server) openDevice() error {
 }
 
 func (s *Server) openNetwork() error {
-	open := s.cfg.OpenNetwork
+	open := s.cfg().OpenNetwork
 	if open == nil {
 		open = func(d Device) (Network, error) {
-			return routing.Open(routing.Config{Instance: "proxy-" + d.Name(), Interface: d.Name(), Journal: s.cfg.Journal, Logger: s.cfg.Logger})
+			return routing.Open(routing.Config{Instance: "proxy-" + d.Name(), Interface: d.Name(), Journal: s.cfg().Journal, Logger: s.cfg().Logger})
 		}
 	}
 	n, err := open(s.device)
@@ -179,7 +184,7 @@ func (s *Server) openNetwork() error {
 // listen opens the UDP sockets.
 func (s *Server) listen(ctx context.Context) ([]net.PacketConn, error) {
 	var sockets []net.PacketConn
-	for _, addr := range s.cfg.Listen {
+	for _, addr := range s.cfg().Listen {
 		var lc net.ListenConfig
 		c, err := lc.ListenPacket(ctx, "udp", addr)
 		if err != nil {
@@ -219,8 +224,8 @@ func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
 	var transports []*quic.Transport
 	for _, c := range sockets {
 		t := &quic.Transport{Conn: c, VerifySourceAddress: func(net.Addr) bool { return !handshakes.Allow() }}
-		if s.cfg.StatelessResetKey != nil {
-			t.StatelessResetKey = (*quic.StatelessResetKey)(s.cfg.StatelessResetKey)
+		if s.cfg().StatelessResetKey != nil {
+			t.StatelessResetKey = (*quic.StatelessResetKey)(s.cfg().StatelessResetKey)
 		}
 		transports = append(transports, t)
 	}
@@ -257,7 +262,7 @@ func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
 	s.started = time.Now()
 	for _, c := range sockets {
 		s.addrs = append(s.addrs, c.LocalAddr())
-		s.cfg.Logger.Info("listening", "address", c.LocalAddr().String(), "template", s.templates[0].String())
+		s.cfg().Logger.Info("listening", "address", c.LocalAddr().String(), "template", s.templates[0].String())
 	}
 	close(s.ready)
 	return g.Wait()
@@ -272,7 +277,7 @@ func (s *Server) quicConfig() *quic.Config {
 		MaxIncomingStreams:   maxStreams,
 		InitialPacketSize:    initialPacketSize,
 	}
-	s.cfg.Congestion.Apply(wide)
+	s.cfg().Congestion.Apply(wide)
 	small := wide.Clone()
 	small.InitialPacketSize = smallPacketSize
 	wide.GetConfigForClient = func(info *quic.ClientInfo) (*quic.Config, error) {
@@ -286,12 +291,12 @@ func (s *Server) quicConfig() *quic.Config {
 
 // tlsConfig asks for client certificates as the methods need them.
 func (s *Server) tlsConfig() *tls.Config {
-	c := s.cfg.TLS.Clone()
+	c := s.cfg().TLS.Clone()
 	c.MinVersion = tls.VersionTLS13
 	switch {
-	case !slices.Contains(s.cfg.Methods, MethodMTLS):
+	case !slices.Contains(s.cfg().Methods, MethodMTLS):
 		c.ClientAuth = tls.NoClientCert
-	case len(s.cfg.Methods) > 1:
+	case len(s.cfg().Methods) > 1:
 		c.ClientAuth = tls.VerifyClientCertIfGiven
 	default:
 		c.ClientAuth = tls.RequireAndVerifyClientCert
@@ -332,18 +337,6 @@ func (s *Server) Kick(id string) bool {
 	return false
 }
 
-// UsersChanged ends the sessions of users that are no more.
-func (s *Server) UsersChanged() {
-	if s.cfg.Users == nil {
-		return
-	}
-	for _, ss := range s.sessions.list() {
-		if _, ok := s.cfg.Users.ByName(ss.user.Name); !ok && ss.user.Name != "" { // "" without authentication
-			ss.stop(errRevoked)
-		}
-	}
-}
-
 // Status describes the proxy as a whole.
 type Status struct {
 	Schema    int               `json:"schema"`
@@ -376,7 +369,7 @@ func (s *Server) Status() Status {
 	}
 	v4, v6 := s.pool.leased()
 	return Status{
-		Schema: connectip.StatusSchema, Name: s.cfg.Name, Since: s.started, Listen: s.cfg.Listen,
+		Schema: connectip.StatusSchema, Name: s.cfg().Name, Since: s.started, Listen: s.cfg().Listen,
 		Template: s.templates[0].String(), Interface: s.device.Name(), Sessions: len(list),
 		Leased:  map[string]int{"ipv4": v4, "ipv6": v6},
 		Packets: st.Packets, Bytes: st.Bytes, Drops: st.Drops,

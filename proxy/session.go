@@ -66,6 +66,7 @@ type session struct {
 var (
 	errKicked     = errors.New("ended by the operator")
 	errProhibited = errors.New("clients may not reach its target any more")
+	errRenewed    = errors.New("the user has other credentials now")
 	errReplaced   = errors.New("replaced by a newer session of the same client")
 	errRevoked    = errors.New("the user was removed")
 	errShutdown   = errors.New("the proxy is stopping")
@@ -83,7 +84,7 @@ func (ss *session) run(w http.ResponseWriter) error {
 		Handler:        connectip.Handler{Requested: ss.addressesRequested, Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
 		Self:           ss.server.pool.gatewayAddrs(),
 		Denied:         ss.server.deniedNow().of(ss),
-		KernelHopLimit: ss.server.cfg.KernelHopLimit,
+		KernelHopLimit: ss.server.cfg().KernelHopLimit,
 		Stats:          &ss.stats,
 	})
 	ss.conn = conn
@@ -375,8 +376,8 @@ const (
 
 func (ss *session) status() SessionStatus {
 	s := SessionStatus{ID: ss.id, User: ss.user.Name, Remote: ss.quic.RemoteAddr().String()}
-	s.Schema, s.Name, s.State, s.Since = connectip.StatusSchema, ss.server.cfg.Name, "connected", ss.since
-	s.Proxy = connectip.ProxyStatus{Name: ss.server.cfg.Name, Endpoint: ss.quic.LocalAddr().String(), HTTP: "h3"}
+	s.Schema, s.Name, s.State, s.Since = connectip.StatusSchema, ss.server.cfg().Name, "connected", ss.since
+	s.Proxy = connectip.ProxyStatus{Name: ss.server.cfg().Name, Endpoint: ss.quic.LocalAddr().String(), HTTP: "h3"}
 	s.RTT = ss.quic.ConnectionStats().SmoothedRTT.Microseconds()
 	s.SetTraffic(&ss.stats)
 	s.Networks = []netip.Prefix{}

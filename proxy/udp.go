@@ -107,7 +107,7 @@ func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow,
 	var errs []error
 	for _, a := range addrs {
 		to := netip.AddrPortFrom(a, target.port)
-		socket, err := s.cfg.DialUDP(ctx, to)
+		socket, err := s.cfg().DialUDP(ctx, to)
 		if err != nil {
 			errs = append(errs, err)
 			continue
@@ -130,7 +130,7 @@ func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow,
 // than any client's (RFC 9298 section 7).
 func (s *Server) reachesByUDP(a netip.Addr) bool {
 	contains := func(p netip.Prefix) bool { return p.Contains(a) }
-	return slices.ContainsFunc(s.cfg.Advertise, contains) && !slices.ContainsFunc(s.deniedNow().clients, contains) &&
+	return slices.ContainsFunc(s.cfg().Advertise, contains) && !slices.ContainsFunc(s.deniedNow().clients, contains) &&
 		!slices.Contains(s.pool.gatewayAddrs(), a) && !a.IsMulticast()
 }
 

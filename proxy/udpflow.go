@@ -165,7 +165,7 @@ func (ss *session) runUDP(w http.ResponseWriter) error {
 	wg.Go(func() { ss.stop(f.up(&ss.stats.Receive)) })
 	wg.Go(func() { ss.stop(f.down(&ss.stats.Send, capacity)) })
 	wg.Go(func() {
-		ss.awaitIdle(ss.server.cfg.UDPIdleTimeout)
+		ss.awaitIdle(ss.server.cfg().UDPIdleTimeout)
 		connectip.Drain(ss.quic, func() { _ = f.relay.Close() })
 	})
 	_ = f.relay.ProxyConnectedSocket(w, &masque.ProxyRequest{Target: f.target.String()}, f.inner)

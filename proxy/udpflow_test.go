@@ -239,7 +239,7 @@ func TestUDPEnds(t *testing.T) {
 		"revoked": {
 			change: func(c *Config) { c.Methods, c.Users = []string{MethodToken}, &leaver{} },
 			end: func(t *testing.T, s running, _ net.PacketConn) {
-				s.cfg.Users.(*leaver).gone.Store(true)
+				s.cfg().Users.(*leaver).gone.Store(true)
 				s.UsersChanged()
 			},
 		},

@@ -201,8 +201,9 @@ func (o *options) kickCommand() *cobra.Command {
 func (o *options) reloadCommand() *cobra.Command {
 	return ask(o, &cobra.Command{
 		Use: "reload", Short: "Read the configuration again", Args: cobra.NoArgs,
-		Long: "Read the configuration again. The certificate and its key are used from the next handshake on, and clients are\n" +
-			"told of changes in [dns]; what else has changed is listed and needs a restart. The users file needs no reload.",
+		Long: "Read the configuration again. Sessions go on, with other routes, denied destinations and DNS if these have changed;\n" +
+			"limits count for new sessions, and the certificate and its key for new connections. What needs a restart is\n" +
+			"listed and stays as it was. The users file needs no reload.",
 	}, func(ctx context.Context, c *control.Client, _ []string, v any) error {
 		return c.Post(ctx, reloadPath, v)
 	}, func(w io.Writer, r reloaded) error {

@@ -101,7 +101,6 @@ func (l *loaded) config(certificate func() *tls.Certificate) (proxy.Config, erro
 	}
 	if l.users != nil {
 		c.Users = l.users
-		c.TLS.VerifyConnection = l.users.verify
 	}
 	var err error
 	c.StatelessResetKey, err = pki.ResetKey(cli.Signer(l.pair))

@@ -137,7 +137,7 @@ func (d *daemon) watch(ctx context.Context) {
 				continue
 			}
 			if now := d.loaded.users.current(); now != before {
-				d.usersChanged(before, now)
+				d.server.UsersChanged()
 				before = now
 			}
 		case <-ctx.Done():
@@ -146,19 +146,9 @@ func (d *daemon) watch(ctx context.Context) {
 	}
 }
 
-func (d *daemon) usersChanged(before, now *config.Users) {
-	d.server.UsersChanged()
-	names := renewed(before, now)
-	for _, s := range d.server.Sessions() {
-		if names[s.User] && d.server.Kick(s.ID) {
-			d.logger.Info("session ended: its user has new credentials", "session", s.ID, "user", s.User)
-		}
-	}
-}
-
 // reload reads the configuration again. The certificate and its key are used
-// from the next handshake on, and [dns] at once; the keys that it returns have
-// changed too, but need a restart. With an error, all stays as it was.
+// from the next handshake on, and the rest at once; the keys that it returns
+// have changed too, but need a restart. With an error, all stays as it was.
 func (d *daemon) reload() (restart []string, err error) {
 	l, err := load(d.path, d.logger)
 	if err != nil {
@@ -171,17 +161,21 @@ func (d *daemon) reload() (restart []string, err error) {
 	if _, err := l.newServer(c); err != nil {
 		return nil, err
 	}
-	if err := d.server.SetDNS(c.DNS); err != nil {
-		return nil, err
+	if restart, err = d.server.Reload(c); err != nil {
+		return nil, exitError(err)
 	}
 	d.certificate.Store(&l.pair)
-	restart = changed(d.loaded, l)
+	restart = append(restart, changed(d.loaded, l)...)
+	if users := d.loaded.users; users != nil {
+		users.current()
+		d.server.UsersChanged()
+	}
 	d.logger.Info("reloaded", "certificate_until", l.chain[0].NotAfter, "needs_restart", strings.Join(restart, ","))
 	return restart, nil
 }
 
-// changed lists the keys that differ in two configurations and are only used
-// at the start.
+// changed lists the keys that differ in two configurations, that the proxy
+// itself does not know, and that are only used at the start.
 func changed(a, b *loaded) []string {
 	var keys []string
 	compare := func(key string, a, b any) {
@@ -189,30 +183,8 @@ func changed(a, b *loaded) []string {
 			keys = append(keys, key)
 		}
 	}
-	x, y := a.file, b.file
-	compare("name", x.Name, y.Name)
-	compare("listen", x.Listen, y.Listen)
-	compare("template", x.Template, y.Template)
 	compare("tls.client_ca", fingerprints(a.clientCAs), fingerprints(b.clientCAs))
-	compare("auth.methods", x.Methods, y.Methods)
-	compare("auth.users", x.Users, y.Users)
-	compare("tun.name", x.Device, y.Device)
-	compare("tun.mtu", x.MTU, y.MTU)
-	compare("tun.offload", x.Offload, y.Offload)
-	compare("pool.ipv4", x.Pool4, y.Pool4)
-	compare("pool.ipv6", x.Pool6, y.Pool6)
-	compare("pool.delegate_ipv4", x.Delegate4, y.Delegate4)
-	compare("pool.delegate_ipv6", x.Delegate6, y.Delegate6)
-	compare("routes.advertise", x.Advertise, y.Advertise)
-	compare("routes.deny", x.Deny, y.Deny)
-	compare("routes.client_to_client", x.ClientToClient, y.ClientToClient)
-	compare("site", x.Sites, y.Sites)
-	compare("nat.masquerade", x.Masquerade, y.Masquerade)
-	compare("connect_udp.enabled", x.ConnectUDP, y.ConnectUDP)
-	compare("forwarding.hop_limit", x.KernelHopLimit, y.KernelHopLimit)
-	compare("tunnel.congestion", x.Congestion, y.Congestion)
-	compare("limits.sessions", x.Sessions, y.Sessions)
-	compare("limits.sessions_per_user", x.SessionsPerUser, y.SessionsPerUser)
-	compare("log.key_log", x.KeyLog, y.KeyLog)
+	compare("auth.users", a.file.Users, b.file.Users)
+	compare("log.key_log", a.file.KeyLog, b.file.KeyLog)
 	return keys
 }

@@ -1,9 +1,7 @@
 package main
 
 import (
-	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -115,32 +113,5 @@ func (s *userStore) Reserved(p netip.Prefix, name string) bool {
 }
 
 func proxyUser(u config.User, ok bool) (proxy.User, bool) {
-	return proxy.User{Name: u.Name, TokenHash: u.TokenHash, Addresses: u.Addresses, Sessions: u.Sessions}, ok
-}
-
-// verify refuses a client's certificate, otherwise good, that is not the one
-// its user was invited with: a user who was removed and invited again does not
-// come in with the certificate from before.
-func (s *userStore) verify(state tls.ConnectionState) error {
-	if len(state.VerifiedChains) == 0 {
-		return nil // without a certificate, or none of an authority of ours
-	}
-	leaf := state.VerifiedChains[0][0]
-	user, ok := s.current().ByName(leaf.Subject.CommonName)
-	if ok && user.Certificate != ([32]byte{}) && user.Certificate != pki.Fingerprint(leaf) {
-		return fmt.Errorf("the certificate of %q is not the one of the invitation", user.Name)
-	}
-	return nil
-}
-
-// renewed lists the users of before whose credentials are others now.
-func renewed(before, after *config.Users) map[string]bool {
-	names := make(map[string]bool)
-	for _, was := range before.All() {
-		is, ok := after.ByName(was.Name)
-		if ok && (is.TokenHash != was.TokenHash || is.Certificate != was.Certificate) {
-			names[was.Name] = true
-		}
-	}
-	return names
+	return proxy.User{Name: u.Name, TokenHash: u.TokenHash, Certificate: u.Certificate, Addresses: u.Addresses, Sessions: u.Sessions}, ok
 }

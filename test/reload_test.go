@@ -1,0 +1,110 @@
+package test
+
+import (
+	"context"
+	"io"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"masquevpn/client"
+	"masquevpn/internal/lab"
+)
+
+// A reload changes what goes through the tunnel while a transfer runs, and neither the session nor the transfer notices.
+func TestReload(t *testing.T) {
+	p := newPair(t, options{proxy: "\n[routes]\nadvertise = [\"192.0.2.0/24\"]\n"})
+	p.connect(p.Client, "alice")
+	before := p.status(p.Client, "alice")
+	other := netip.MustParseAddr("198.18.0.7") // on the target, beyond the network that is advertised
+	check(t, p.Target.AddAddr("lo", netip.PrefixFrom(other, 32)))
+	check(t, p.Proxy.AddRoute(netip.PrefixFrom(other, 32), lab.TargetIPv4))
+	p.goesBy(other, "eth0")
+
+	ln, err := p.Target.Listen("tcp", netip.AddrPortFrom(lab.TargetIPv4, 0).String())
+	check(t, err)
+	defer ln.Close()
+	const size = 200 << 20
+	received := make(chan string, 1)
+	go func() {
+		c, err := ln.Accept()
+		if err != nil {
+			received <- err.Error()
+			return
+		}
+		defer c.Close()
+		received <- digest(c)
+	}()
+	ctx, cancel := context.WithTimeout(p.ctx, 5*patience)
+	defer cancel()
+	conn, err := p.Client.DialContext(ctx, "tcp", ln.Addr().String())
+	check(t, err)
+	sent := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(conn, content(size))
+		conn.Close()
+		sent <- err
+	}()
+
+	reload := func(want string) {
+		t.Helper()
+		if out := p.must(p.Proxy, "masque-proxy", "reload"); strings.TrimSpace(out) != want {
+			t.Errorf("reload said %q, want %q", out, want)
+		}
+	}
+	p.editProxyConfig(`advertise = ["192.0.2.0/24"]`, `advertise = ["192.0.2.0/24", "198.18.0.0/24"]`)
+	reload("reloaded")
+	p.eventually("the new route is there", func() bool { return len(p.status(p.Client, "alice").Routes) == len(before.Routes)+1 })
+	p.goesBy(other, "masque0")
+	p.ping(p.Client, other)
+
+	p.editProxyConfig(`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`, `advertise = ["192.0.2.0/24", "198.18.0.0/24"]`+"\ndeny = [\"198.18.0.0/24\"]")
+	reload("reloaded")
+	p.unreachable(p.Client, other, 3, 13)
+
+	p.editProxyConfig(`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`, `advertise = ["192.0.2.0/24"]`)
+	p.editProxyConfig("masquerade = false", "masquerade = true")
+	reload("reloaded; restart the proxy for: nat.masquerade")
+	p.eventually("the route is gone", func() bool { return len(p.status(p.Client, "alice").Routes) == len(before.Routes) })
+	p.goesBy(other, "eth0")
+
+	if err := <-sent; err != nil {
+		t.Errorf("the transfer broke: %v", err)
+	}
+	if got, want := <-received, digest(content(size)); got != want {
+		t.Errorf("received %s, sent %s", got, want)
+	}
+	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 || !s.Since.Equal(before.Since) {
+		t.Errorf("the session did not last: %+v", s)
+	}
+}
+
+// A user who is removed and invited again is not let in with what was given out before.
+func TestUserInvitedAgain(t *testing.T) {
+	p := newPair(t, options{client: "\n[reconnect]\nenabled = false\n"})
+	old := p.invite("alice")
+	p.up(p.Client, old)
+	p.must(p.Proxy, "masque-proxy", "user", "remove", "alice", "-c", p.config())
+	renewed := p.invite("alice")
+	p.eventually("the client is out", func() bool {
+		c := p.Client.Command(p.ctx, program("masque-client"), "status", "alice")
+		_ = c.Run()
+		return c.ExitCode() == 3
+	})
+	text, err := os.ReadFile(old)
+	check(t, err)
+	onlyCertificate := strings.Replace(string(text), "token =", "# token =", 1)
+	if onlyCertificate == string(text) {
+		t.Fatalf("the client's file has no token:\n%s", text)
+	}
+	for name, content := range map[string]string{"all": string(text), "the certificate alone": onlyCertificate} {
+		check(t, os.WriteFile(old, []byte(content), 0o600))
+		c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", old)
+		if out, _ := c.CombinedOutput(); c.ExitCode() != 4 {
+			t.Errorf("%s: exit code %d, want 4:\n%s", name, c.ExitCode(), out)
+		}
+	}
+	p.up(p.Client, renewed)
+	p.ping(p.Client, lab.TargetIPv4)
+}
