@@ -416,53 +416,6 @@ func TestRevokedUser(t *testing.T) {
 	}
 }
 
-// oneCertificate is users whose certificate is one in particular.
-type oneCertificate struct {
-	users
-	sum *atomic.Pointer[[32]byte]
-}
-
-func (u oneCertificate) ByName(name string) (proxy.User, bool) {
-	user, ok := u.users.ByName(name)
-	user.Certificate = *u.sum.Load()
-	return user, ok
-}
-
-func (u oneCertificate) ByToken(string) (proxy.User, bool) { return u.ByName("alice") }
-
-// Of several certificates for the name of a user, all good, one is accepted: that of the last invitation.
-func TestInvitedAgain(t *testing.T) {
-	first := newInstallation().user
-	second, err := newInstallation().authority.Client("alice", time.Now(), time.Hour)
-	must(err)
-	sum := func(c tls.Certificate) *[32]byte {
-		s := sha256.Sum256(c.Certificate[0])
-		return &s
-	}
-	var current atomic.Pointer[[32]byte]
-	current.Store(sum(first))
-	f := startProxy(t, func(c *proxy.Config) {
-		c.Users, c.Methods = oneCertificate{users{}, &current}, []string{proxy.MethodMTLS, proxy.MethodToken}
-	})
-	with := func(c tls.Certificate) func(*Config) {
-		return func(cfg *Config) { cfg.Token, cfg.TLS.Certificates = "", []tls.Certificate{c} }
-	}
-	old := startClient(t, f, with(first))
-	old.awaitConnected(t)
-	if e := startClient(t, f, with(keyPair(second))).failure(t); e.Kind != KindCredentials {
-		t.Errorf("with a certificate of before: %v", e)
-	}
-	current.Store(sum(keyPair(second)))
-	f.UsersChanged()
-	if e := old.failure(t); e.Kind != KindCredentials {
-		t.Errorf("with the certificate of before: %v", e)
-	}
-	if e := startClient(t, f, func(c *Config) { c.TLS.Certificates = []tls.Certificate{first} }).failure(t); e.Kind != KindCredentials {
-		t.Errorf("with the certificate of before and a good token: %v", e)
-	}
-	startClient(t, f, with(keyPair(second))).awaitConnected(t)
-}
-
 func TestPoolExhausted(t *testing.T) {
 	f := startProxy(t, func(c *proxy.Config) {
 		c.Pool4, c.Pool6 = netip.MustParsePrefix("10.77.0.0/30"), netip.Prefix{} // one address for clients
