@@ -42,7 +42,7 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 		s.cfg().Logger.Warn("cannot read the host's own addresses", "error", err)
 	}
 	for _, ss := range s.sessions.list() {
-		if ss.udp != nil && !s.reachesByUDP(ss.udp.addr()) {
+		if ss.udp != nil && !s.reachesByUDP(ss.udp.to.Addr()) {
 			ss.stop(errProhibited)
 		}
 		ss.refresh()

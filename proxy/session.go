@@ -319,7 +319,7 @@ func (ss *session) uses(a netip.Addr) bool {
 // setDenied replaces the destinations that the client may not reach.
 func (ss *session) setDenied(denied []netip.Prefix) error {
 	if ss.udp != nil {
-		if !ss.server.reachesByUDP(ss.udp.addr()) {
+		if !ss.server.reachesByUDP(ss.udp.to.Addr()) {
 			ss.stop(errProhibited)
 		}
 		return nil

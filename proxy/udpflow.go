@@ -59,11 +59,6 @@ func (f *udpFlow) nextHop(name string) string {
 	return s
 }
 
-// addr returns the address of the target.
-func (f *udpFlow) addr() netip.Addr {
-	return f.socket.RemoteAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
-}
-
 // close frees the sockets.
 func (f *udpFlow) close() {
 	f.socket.Close()
