@@ -108,8 +108,7 @@ func (f *udpFlow) up(count *connectip.Traffic) error {
 		}
 		switch _, err := f.socket.Write(buf[:n]); {
 		case err == nil:
-			count.Packets.Add(1)
-			count.Bytes.Add(uint64(n))
+			count.Add(n)
 		case errors.Is(err, unix.EMSGSIZE):
 			count.Drop(connectip.DropTooBig)
 		default:
@@ -139,8 +138,7 @@ func (f *udpFlow) down(count *connectip.Traffic, capacity func() (int, error)) e
 			count.Drop(connectip.DropTooBig)
 			continue
 		}
-		count.Packets.Add(1)
-		count.Bytes.Add(uint64(n))
+		count.Add(n)
 		if _, err := f.outer.Write(buf[:n]); err != nil {
 			return connectip.ErrClosedByPeer
 		}

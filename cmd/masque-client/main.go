@@ -39,7 +39,7 @@ func newRoot() *cobra.Command {
 	root, globals := cli.NewRoot(program, "VPN over MASQUE: IP through HTTP/3 (RFC 9484), the client")
 	o := &options{Globals: globals}
 	root.PersistentFlags().StringVar(&o.configDir, "config-dir", configDir, "`folder` of NAME.toml files")
-	root.AddCommand(o.runCommand(), o.upCommand(), o.downCommand(), o.statusCommand(), o.waitCommand(), o.checkCommand())
+	root.AddCommand(o.runCommand(), o.upCommand(), o.downCommand(), o.statusCommand(), o.waitCommand(), o.checkCommand(), o.forwardUDPCommand())
 	return root
 }
 

@@ -15,7 +15,7 @@ import (
 func (c *Conn) Send(buf []byte, off int) Drop {
 	d := c.forward(buf, off)
 	if d == DropNone {
-		c.cfg.Stats.Send.add(len(buf) - off)
+		c.cfg.Stats.Send.Add(len(buf) - off)
 	} else {
 		c.cfg.Stats.Send.Drop(d)
 	}
@@ -125,7 +125,7 @@ func (c *Conn) handleDatagram(b []byte, in inbox) {
 	}
 	switch d {
 	case DropNone:
-		c.cfg.Stats.Receive.add(len(pkt))
+		c.cfg.Stats.Receive.Add(len(pkt))
 	case consumed:
 	default:
 		c.cfg.Stats.Receive.Drop(d)

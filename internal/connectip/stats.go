@@ -35,7 +35,8 @@ type Traffic struct {
 	drops          [numDrops]atomic.Uint64
 }
 
-func (t *Traffic) add(bytes int) {
+// Add counts one packet of so many bytes.
+func (t *Traffic) Add(bytes int) {
 	t.Packets.Add(1)
 	t.Bytes.Add(uint64(bytes))
 }

@@ -1,0 +1,250 @@
+package client
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/quic-go/masque-go"
+	"github.com/quic-go/quic-go/http3"
+	"github.com/yosida95/uritemplate/v3"
+	"golang.org/x/time/rate"
+
+	"masquevpn/internal/congestion"
+	"masquevpn/internal/connectip"
+	"masquevpn/routing"
+)
+
+const (
+	// udpPath is that of the default template for UDP proxying (RFC 9298 section 2).
+	udpPath = "/.well-known/masque/udp/{target_host}/{target_port}/"
+	// DefaultUDPIdleTimeout is the shortest that RFC 9298 section 3.1 recommends.
+	DefaultUDPIdleTimeout = 2 * time.Minute
+	// maxFlows is how many local peers are served at once. A proxy like ours takes as many requests on a connection.
+	maxFlows = 64
+)
+
+// UDPConfig is the configuration of a UDPForwarder.
+type UDPConfig struct {
+	Proxy string      // as Config.Proxy; of a template, the host
+	TLS   *tls.Config // as Config.TLS
+	Token string      // bearer token, "" for none
+
+	Listen string // local UDP address, host:port; port 0 for any that is free
+	Target string // host:port; a name is resolved by the proxy
+
+	IdleTimeout time.Duration // after which the flow of a local peer ends; default DefaultUDPIdleTimeout
+	Reconnect   bool
+	MaxDelay    time.Duration // between attempts to connect; default DefaultMaxDelay
+	Logger      *slog.Logger
+}
+
+// UDPForwarder makes a UDP port on this host stand for one beyond a proxy (RFC 9298). Each local peer has a flow of its own, all
+// of them on one connection. It needs no privileges. Make it with NewUDPForwarder.
+type UDPForwarder struct {
+	cfg      UDPConfig
+	dialer   *dialer
+	template *uritemplate.Template
+	instance string // tells this run from others of the same user
+	started  time.Time
+	answer   time.Duration // for which an answer is waited
+	ready    chan struct{}
+	socket   *net.UDPConn
+	link     atomic.Pointer[udpLink] // nil while there is no connection
+	stats    connectip.Stats
+	complain *rate.Limiter // of log lines about flows
+
+	running sync.WaitGroup // flows
+	mu      sync.Mutex
+	flows   map[*udpFlow]struct{} // that have not ended
+	hold    time.Time             // no new flow before: the last one was refused
+}
+
+// udpLink is a connection to the proxy.
+type udpLink struct {
+	*masque.ClientConn
+	ctx  context.Context // ends with the connection
+	fail context.CancelCauseFunc
+}
+
+// NewUDPForwarder checks cfg and makes a UDPForwarder of it; nothing is opened or sent yet. Errors are *Error of KindUsage.
+func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
+	to, err := parseProxy(cfg.Proxy, cfg.TLS)
+	if err != nil {
+		return nil, err
+	}
+	template, err := uritemplate.New("https://" + to.template.Host() + udpPath)
+	if err != nil {
+		return nil, usage("proxy", "%v", err)
+	}
+	if _, port, err := net.SplitHostPort(cfg.Listen); err != nil || !isPort(port, 0) {
+		return nil, usage("listen", "%q is not an address and a UDP port, such as 127.0.0.1:5353", cfg.Listen)
+	}
+	host, port, err := net.SplitHostPort(cfg.Target)
+	if err != nil || !isPort(port, 1) {
+		return nil, usage("target", "%q is not a name or an address and a UDP port, such as dns.example:53", cfg.Target)
+	}
+	if scope, err := connectip.ParseScope(host, "*"); err != nil || scope.IsZero() || strings.Contains(host, "/") {
+		return nil, usage("target", "%q is neither a name nor an address", host)
+	}
+	if cfg.IdleTimeout < 0 || cfg.MaxDelay < 0 {
+		return nil, usage("reconnect.max_delay", "a time span cannot be negative")
+	}
+	if cfg.IdleTimeout == 0 {
+		cfg.IdleTimeout = DefaultUDPIdleTimeout
+	}
+	if cfg.MaxDelay == 0 {
+		cfg.MaxDelay = DefaultMaxDelay
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	f := &UDPForwarder{
+		cfg: cfg, template: template, instance: rand.Text(), started: time.Now(), answer: answerTimeout, ready: make(chan struct{}),
+		complain: rate.NewLimiter(rate.Every(10*time.Second), 3), flows: make(map[*udpFlow]struct{}),
+	}
+	f.dialer = newDialer(to, cfg.TLS, cfg.Token, markIfAllowed, cfg.Logger)
+	f.dialer.congestion = congestion.Outer // RFC 9298 section 6: nobody knows whether what is inside controls itself
+	return f, nil
+}
+
+func isPort(s string, low uint64) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && n >= low
+}
+
+// markIfAllowed keeps the connection to the proxy out of a tunnel of this host, if this process may. Inside a tunnel to the same
+// proxy it would not work.
+func markIfAllowed(network, address string, c syscall.RawConn) error {
+	err := routing.MarkSocket(routing.DefaultMark)(network, address, c)
+	if errors.Is(err, os.ErrPermission) {
+		return nil
+	}
+	return err
+}
+
+// Ready is closed when the proxy has accepted the target for the first time.
+func (f *UDPForwarder) Ready() <-chan struct{} { return f.ready }
+
+// LocalAddr returns the local address, once Ready is closed.
+func (f *UDPForwarder) LocalAddr() netip.AddrPort {
+	return f.socket.LocalAddr().(*net.UDPAddr).AddrPort()
+}
+
+// Stats returns what was carried: Send is from local peers to the proxy, Receive from the proxy.
+func (f *UDPForwarder) Stats() *connectip.Stats { return &f.stats }
+
+// Run forwards until ctx ends, which gives nil, or until it fails for good, which gives an *Error. It may be called once.
+func (f *UDPForwarder) Run(ctx context.Context) error {
+	var lc net.ListenConfig
+	c, err := lc.ListenPacket(ctx, "udp", f.cfg.Listen)
+	if err != nil {
+		e := &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %s: %v", f.cfg.Listen, err), Err: err}
+		if errors.Is(err, os.ErrPermission) {
+			e.Kind, e.Remedy = KindPrivileges, "choose a port above 1023, or run as root"
+		}
+		return e
+	}
+	f.socket = c.(*net.UDPConn)
+	var reader sync.WaitGroup
+	var readErr error
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	reader.Go(func() {
+		defer stop()
+		readErr = f.readSocket()
+	})
+	r := retry{enabled: f.cfg.Reconnect, maxDelay: f.cfg.MaxDelay, logger: f.cfg.Logger, waiting: func(bool, string) {}}
+	err = r.run(ctx, f.session)
+	f.socket.Close()
+	reader.Wait()
+	f.running.Wait()
+	if !errors.Is(readErr, net.ErrClosed) {
+		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("reading from UDP %s: %v", f.cfg.Listen, readErr), Err: readErr}
+	}
+	return err
+}
+
+// session connects, and forwards until the connection or ctx ends. It returns why it ended and how long it lasted.
+func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, err error) {
+	link := &udpLink{}
+	d, err := f.dialer.dial(ctx, func(ctx context.Context, h3 *http3.ClientConn) error {
+		link.ClientConn = masque.NewClientConn(h3)
+		// This one flow is to see that the proxy takes the credentials and the target.
+		c, err := f.request(ctx, link)
+		if err == nil {
+			_ = c.Close()
+		}
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	defer d.close()
+	since := time.Now()
+	link.ctx, link.fail = context.WithCancelCause(ctx)
+	defer link.fail(nil)
+	f.link.Store(link)
+	defer f.link.Store(nil)
+	f.cfg.Logger.Info("connected", "proxy", f.dialer.to.host, "endpoint", d.conn.RemoteAddr().String())
+	select {
+	case <-f.ready:
+	default:
+		close(f.ready)
+	}
+	select {
+	case <-d.conn.Context().Done():
+		err = whyEnded(context.Cause(d.conn.Context()), d.conn, f.dialer.to)
+	case <-link.ctx.Done():
+		err = context.Cause(link.ctx)
+	}
+	return time.Since(since), err
+}
+
+// request opens one flow. ctx does not interrupt it once the request is sent: only the end of the connection does.
+func (f *UDPForwarder) request(ctx context.Context, link *udpLink) (*masque.Conn, error) {
+	req, err := masque.NewRequest(ctx, f.template, f.cfg.Target)
+	if err != nil {
+		return nil, usage("target", "%v", err)
+	}
+	f.dialer.identify(req.Header())
+	req.Header().Set(connectip.InstanceHeader, f.instance)
+	c, rsp, err := link.Dial(req)
+	if rsp == nil {
+		return nil, err
+	}
+	if bad := checkResponse(rsp); bad != nil {
+		if c != nil {
+			_ = c.Close()
+		}
+		var e *Error
+		switch {
+		case errors.As(bad, &e) && rsp.StatusCode == http.StatusForbidden:
+			e.Remedy = "choose another target, or ask its operator to allow this one"
+		case rsp.StatusCode == http.StatusNotImplemented || rsp.StatusCode == http.StatusNotFound:
+			bad = &Error{Kind: KindUsage, Reason: fmt.Sprintf("%s does not forward UDP, status %d", f.dialer.to.host, rsp.StatusCode), Remedy: "ask its operator to turn connect_udp on"}
+		case rsp.StatusCode == http.StatusTooManyRequests || rsp.StatusCode == http.StatusServiceUnavailable:
+			bad = &limitError{bad}
+		}
+		return nil, bad
+	}
+	return c, err
+}
+
+// limitError is a refusal for a limit on flows. It wraps an *Error.
+type limitError struct{ error }
+
+func (e *limitError) Unwrap() error { return e.error }

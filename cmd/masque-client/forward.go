@@ -1,0 +1,91 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"masquevpn/client"
+	"masquevpn/internal/cli"
+)
+
+func (o *options) forwardUDPCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use: "forward-udp LISTEN TARGET -c FILE", Short: "Forward a local UDP port through the proxy, without a tunnel", Args: cobra.ExactArgs(2),
+		Long: "Forward a local UDP port to TARGET, host:port, which the proxy reaches and resolves (RFC 9298), until SIGINT or SIGTERM.\n" +
+			"LISTEN is an address and a port, or a port alone for 127.0.0.1. There is no tunnel: no privileges are needed, and nothing\n" +
+			"on this host changes. Of FILE only the proxy, [tls], [auth] and [reconnect] count.\n\n" +
+			"A line on standard error says when it is ready.",
+		Example: "  masque-client forward-udp 5353 192.0.2.53:53 -c alice.toml",
+		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
+			return o.forwardUDP(cmd.Context(), cmd.ErrOrStderr(), file, args[0], args[1])
+		}),
+	}
+	cmd.Flags().StringVarP(&file, "config", "c", "", "configuration `FILE`")
+	cobra.CheckErr(cmd.MarkFlagRequired("config"))
+	return cmd
+}
+
+func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, target string) error {
+	name, err := tunnelName(file)
+	if err != nil {
+		return err
+	}
+	l, err := load(file, name)
+	if err != nil {
+		return err
+	}
+	logger := o.Log.Logger(os.Stderr)
+	cli.StandardLog(logger)
+	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, l.config.TLS, logger)
+	if err != nil {
+		return err
+	}
+	defer closeKeyLog()
+	if !strings.Contains(listen, ":") {
+		listen = net.JoinHostPort("127.0.0.1", listen)
+	}
+	f, err := client.NewUDPForwarder(client.UDPConfig{
+		Proxy: l.config.Proxy, TLS: l.config.TLS, Token: l.config.Token, Listen: listen, Target: target,
+		Reconnect: l.config.Reconnect, MaxDelay: l.config.MaxDelay, Logger: logger,
+	})
+	if err != nil {
+		return l.usageError(err)
+	}
+
+	ctx, stop := cli.SignalContext(ctx, logger)
+	defer stop()
+	ended := make(chan error, 1)
+	go func() { ended <- f.Run(ctx) }()
+	select {
+	case err = <-ended:
+	case <-f.Ready():
+		fmt.Fprintf(w, "%s: ready: UDP %v leads to %s by way of %s\n", program, f.LocalAddr(), target, l.config.Proxy)
+		err = <-ended
+	}
+	sent, received := &f.Stats().Send, &f.Stats().Receive
+	logger.Info("stopped", "tx_packets", sent.Packets.Load(), "rx_packets", received.Packets.Load(),
+		"tx_dropped", cli.Counts(sent.Drops()), "rx_dropped", cli.Counts(received.Drops()))
+	return exitError(err)
+}
+
+// usageError gives a refusal of what the command line or the file says its place.
+func (l *loaded) usageError(err error) error {
+	e, ok := errors.AsType[*client.Error](err)
+	if !ok {
+		return err
+	}
+	switch key, reason, _ := strings.Cut(e.Reason, ": "); key {
+	case "listen", "target":
+		return &cli.Error{Code: cli.Usage, Reason: strings.ToUpper(key) + ": " + reason, Remedy: e.Remedy}
+	default:
+		return l.file.Problem(key, reason, e.Remedy)
+	}
+}
