@@ -92,6 +92,7 @@ func TestUserInvitedAgain(t *testing.T) {
 		_ = c.Run()
 		return c.ExitCode() == 3
 	})
+	_ = p.Client.Command(p.ctx, program("masque-client"), "down", "alice").Run() // it ends by itself; this waits
 	text, err := os.ReadFile(old)
 	check(t, err)
 	onlyCertificate := strings.Replace(string(text), "token =", "# token =", 1)
