@@ -2,12 +2,14 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
 	"time"
 
 	"go4.org/netipx"
+	"golang.org/x/time/rate"
 
 	"masquevpn/routing"
 )
@@ -15,32 +17,39 @@ import (
 const (
 	// localInterval is the time between looks at the host's own addresses, which clients may not reach.
 	localInterval = 10 * time.Second
-	// settleDelay lets changes that come together be made together, and bounds how often what clients say has an effect.
+	// settleDelay lets changes that come together be made together.
 	settleDelay = 20 * time.Millisecond
+	// changeRate and changeBurst are how often in a second, and how often at once, what sites say has an effect on all others.
+	changeRate  = 1
+	changeBurst = 10
 )
 
 // keepNetwork makes the kernel, the table and the sessions follow what sites say, and the host's own addresses, until ctx ends.
 func (s *Server) keepNetwork(ctx context.Context) error {
 	tick := time.NewTicker(localInterval)
 	defer tick.Stop()
+	pace := rate.NewLimiter(changeRate, changeBurst)
 	for {
+		var err error
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+			err = s.readLocal()
 		case <-s.sites.changed:
 			time.Sleep(settleDelay)
+			if pace.Wait(ctx) != nil {
+				return nil
+			}
 		}
-		if err := s.refresh(); err != nil {
-			s.cfg().Logger.Warn("cannot read the host's own addresses", "error", err)
+		if err = errors.Join(err, s.refresh()); err != nil {
+			s.cfg().Logger.Warn("cannot follow the host's own addresses and the networks of sites", "error", err)
 		}
 	}
 }
 
-// refresh does once what keepNetwork does.
-func (s *Server) refresh() error {
-	s.refreshing.Lock()
-	defer s.refreshing.Unlock()
+// readLocal reads the host's own addresses.
+func (s *Server) readLocal() error {
 	read := s.cfg().LocalNetworks
 	if read == nil {
 		read = func() ([]netip.Prefix, error) { return localNetworks(s.device.Name()) }
@@ -49,16 +58,26 @@ func (s *Server) refresh() error {
 	if err != nil {
 		return err
 	}
+	s.refreshing.Lock()
+	defer s.refreshing.Unlock()
+	s.local = local
+	return nil
+}
+
+// refresh does once what keepNetwork does, with the host's addresses as they were read last.
+func (s *Server) refresh() error {
+	s.refreshing.Lock()
+	defer s.refreshing.Unlock()
 	var all []taken
 	for _, p := range s.pool.prefixes() {
 		all = append(all, taken{p, "the pool of addresses for clients"})
 	}
-	for _, p := range local {
+	for _, p := range s.local {
 		all = append(all, taken{p.Masked(), "a network of the proxy's host"})
 	}
 	l := s.sites.decide(all)
 	// What may pass is settled before the kernel sends anything.
-	if err := s.deny(local, l); err != nil {
+	if err := s.deny(l); err != nil {
 		return err
 	}
 	for _, ss := range s.sessions.list() {
@@ -112,7 +131,7 @@ func (d denied) of(ss *session) []netip.Prefix {
 // deny works out where packets of clients may not go: the built-in and the configured destinations, the proxy's own addresses
 // other than those in the tunnel, and other clients, with the networks behind them, unless they may be reached. Sites reach
 // each other all the same.
-func (s *Server) deny(local []netip.Prefix, l layout) error {
+func (s *Server) deny(l layout) error {
 	var b netipx.IPSetBuilder
 	for _, p := range builtinDenied {
 		b.AddPrefix(p)
@@ -120,7 +139,7 @@ func (s *Server) deny(local []netip.Prefix, l layout) error {
 	for _, p := range l.networks {
 		b.RemovePrefix(p)
 	}
-	for _, p := range slices.Concat(local, l.addresses) {
+	for _, p := range slices.Concat(s.local, l.addresses) {
 		b.Add(p.Addr())
 	}
 	cfg := s.cfg()
@@ -178,27 +197,38 @@ func (s *Server) deniedNow() denied {
 
 // localNetworks returns the addresses of this host's interfaces with the lengths of their networks, but for those of one.
 func localNetworks(except string) ([]netip.Prefix, error) {
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, err
+	}
 	interfaces, err := net.Interfaces()
 	if err != nil {
 		return nil, err
 	}
-	var out []netip.Prefix
-	for _, i := range interfaces {
-		if i.Name == except {
-			continue
-		}
-		addrs, err := i.Addrs()
-		if err != nil {
+	var own []net.Addr
+	if i := slices.IndexFunc(interfaces, func(i net.Interface) bool { return i.Name == except }); i >= 0 {
+		if own, err = interfaces[i].Addrs(); err != nil {
 			return nil, err
 		}
-		for _, a := range addrs {
-			if n, ok := a.(*net.IPNet); ok {
-				if local, ok := netip.AddrFromSlice(n.IP); ok {
-					bits, _ := n.Mask.Size()
-					out = append(out, netip.PrefixFrom(local.Unmap(), bits))
-				}
-			}
+	}
+	out := addrPrefixes(all)
+	for _, p := range addrPrefixes(own) {
+		if i := slices.Index(out, p); i >= 0 {
+			out = slices.Delete(out, i, i+1)
 		}
 	}
 	return out, nil
+}
+
+func addrPrefixes(addrs []net.Addr) []netip.Prefix {
+	var out []netip.Prefix
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok {
+			if local, ok := netip.AddrFromSlice(n.IP); ok {
+				bits, _ := n.Mask.Size()
+				out = append(out, netip.PrefixFrom(local.Unmap(), bits))
+			}
+		}
+	}
+	return out
 }

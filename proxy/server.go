@@ -50,8 +50,9 @@ type Server struct {
 	network Network
 
 	reloading  sync.Mutex
-	refreshing sync.Mutex    // one refresh at a time; guards installed
-	installed  routing.State // what the kernel has been told
+	refreshing sync.Mutex     // one refresh at a time; guards what follows
+	installed  routing.State  // what the kernel has been told
+	local      []netip.Prefix // the host's addresses with the lengths of their networks
 
 	narrow     narrowPaths
 	errorLimit *rate.Limiter
@@ -206,7 +207,7 @@ func (s *Server) listen(ctx context.Context) ([]net.PacketConn, error) {
 type connKey struct{}
 
 func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
-	if err := s.refresh(); err != nil {
+	if err := errors.Join(s.readLocal(), s.refresh()); err != nil {
 		return err
 	}
 	s.warnOfDNS()

@@ -281,3 +281,26 @@ func TestSiteInstallFails(t *testing.T) {
 	a.advertise(netA)
 	h.installs(netA)
 }
+
+// A site that changes its mind all the time does not keep the kernel and the other clients busy, and has its way in the end.
+func TestSiteChangesArePaced(t *testing.T) {
+	h := newHub(t, nil)
+	a := h.connect("a", "")
+	begin := time.Now()
+	for i := range 30 {
+		networks := []netip.Prefix{netA}
+		if i%2 == 1 {
+			networks = append(networks, netA6)
+		}
+		before := len(h.kernel.all())
+		a.advertise(networks...)
+		for wait := time.Now(); len(h.kernel.all()) == before && time.Since(wait) < 50*time.Millisecond; {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	told, most := len(h.kernel.all())-1, changeBurst+1+int(time.Since(begin).Seconds()*changeRate)
+	if told > most {
+		t.Errorf("the kernel was told %d times, want at most %d", told, most)
+	}
+	h.installs(netA, netA6)
+}
