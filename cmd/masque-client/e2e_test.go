@@ -492,12 +492,17 @@ func TestProxyReload(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	changed := strings.Replace(string(text), "sessions = 4096", "sessions = 17", 1)
-	if err := os.WriteFile(v.config, []byte(changed), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if out := v.proxyDo(0, "reload").out; !strings.Contains(out, "limits.sessions") {
-		t.Errorf("reload says %q", out)
+	for _, change := range []struct{ from, to, restart string }{
+		{"sessions = 4096", "sessions = 17", ""},
+		{"offload = true", "offload = false", "tun.offload"},
+	} {
+		text = []byte(strings.Replace(string(text), change.from, change.to, 1))
+		if err := os.WriteFile(v.config, text, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if out := v.proxyDo(0, "reload").out; strings.Contains(out, "restart") != (change.restart != "") || !strings.Contains(out, change.restart) {
+			t.Errorf("%s: reload says %q", change.to, out)
+		}
 	}
 	if err := os.WriteFile(v.config, []byte("nonsense = 1\n"), 0o644); err != nil {
 		t.Fatal(err)
