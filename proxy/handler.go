@@ -164,8 +164,8 @@ func (ss *session) setScope(ctx context.Context, path string) *refusal {
 	}
 	reach, refused := ss.server.reach(ctx, ss.user, scope)
 	ss.scope, ss.reach, ss.queue = scope, reach, make(chan packet, queueLen)
-	if r := ss.server.rights[ss.user.Name]; r != nil && scope.IsZero() {
-		ss.claim = newClaim(ss, r)
+	if scope.IsZero() && ss.server.sites.rightsOf(ss.user.Name) != nil {
+		ss.claim = newClaim(ss)
 	}
 	return refused
 }

@@ -86,8 +86,10 @@ func (l *logs) lines(with string) (lines []string) {
 
 // hub is a proxy with two sites, a and b, and a client c that is none.
 type hub struct {
+	running
 	t      *testing.T
 	h3     *http3.ClientConn
+	cfg    Config // to change and give to Reload
 	device *tuntest.Device
 	kernel *kernel
 	log    *logs
@@ -102,7 +104,7 @@ var (
 
 func newHub(t *testing.T, change func(*Config)) *hub {
 	h := &hub{t: t, device: tuntest.New(1400), kernel: &kernel{}, log: &logs{}}
-	h.h3 = start(t, func(c *Config) {
+	h.running = startServer(t, func(c *Config) {
 		c.Methods, c.Users = []string{MethodToken}, byToken{"a", "b", "c"}
 		c.Pool6 = netip.MustParsePrefix("fd77::/64")
 		c.Advertise = []netip.Prefix{netProxy}
@@ -119,7 +121,9 @@ func newHub(t *testing.T, change func(*Config)) *hub {
 		if change != nil {
 			change(c)
 		}
+		h.cfg = *c
 	})
+	_, h.h3 = h.dial(t, nil)
 	return h
 }
 

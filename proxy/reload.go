@@ -1,13 +1,11 @@
 package proxy
 
-import (
-	"reflect"
-	"slices"
-)
+import "reflect"
 
 // Reload changes the configuration of a Server, which may be running. Sessions go on, and lose no packet of what is allowed
 // before and after: they are told of their new routes and DNS, and held to what is denied from now on; a flow of UDP proxying
-// that leads where clients may not go any more ends. Limits count for new sessions.
+// that leads where clients may not go any more ends, and so does the session of a user who is, or is no more, a site's, for its
+// client to begin anew. Limits count for new sessions.
 //
 // It returns the keys of the configuration file whose values differ and need a restart; they stay as they were. With an error,
 // which is an *Error of KindUsage, all stays as it was. Of c, it does not look at TLS, Users, StatelessResetKey, Journal, Logger,
@@ -19,7 +17,8 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	if _, err := c.templates(); err != nil {
 		return nil, err
 	}
-	if _, err := c.siteRights(); err != nil {
+	rights, err := c.siteRights()
+	if err != nil {
 		return nil, err
 	}
 	s.reloading.Lock()
@@ -28,8 +27,9 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	restart = next.needRestart(c)
 	next.Advertise, next.Deny, next.ClientToClient = c.Advertise, c.Deny, c.ClientToClient
 	next.MaxSessions, next.MaxSessionsPerUser = c.MaxSessions, c.MaxSessionsPerUser
-	next.ConnectUDP = c.ConnectUDP
+	next.ConnectUDP, next.Sites = c.ConnectUDP, c.Sites
 	s.config.Store(&next)
+	s.sites.setRights(rights)
 	if err := s.SetDNS(c.DNS); err != nil {
 		return nil, err
 	}
@@ -44,6 +44,9 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	for _, ss := range s.sessions.list() {
 		if ss.udp != nil && !s.reachesByUDP(ss.udp.to.Addr()) {
 			ss.stop(errProhibited)
+		}
+		if ss.udp == nil && ss.scope.IsZero() && (ss.claim != nil) != (rights[ss.user.Name] != nil) {
+			ss.stop(errSite)
 		}
 		ss.refresh()
 	}
@@ -75,9 +78,6 @@ func (c *Config) needRestart(next Config) []string {
 		if !reflect.DeepEqual(x.is, x.was) {
 			keys = append(keys, x.key)
 		}
-	}
-	if !slices.EqualFunc(next.Sites, c.Sites, func(a, b Site) bool { return reflect.DeepEqual(a, b) }) {
-		keys = append(keys, "site")
 	}
 	return keys
 }

@@ -194,9 +194,8 @@ func TestReloadRefuses(t *testing.T) {
 	x.cfg.TUN.Name, x.cfg.TUN.MTU, x.cfg.TUN.Offload = "x", 1300, !x.cfg.TUN.Offload
 	x.cfg.Masquerade, x.cfg.KernelHopLimit = true, true
 	x.cfg.Methods, x.cfg.Users = []string{MethodToken}, noUsers{}
-	x.cfg.Sites = []Site{{User: "a", Networks: []netip.Prefix{netA}}}
 	x.reload("name", "listen", "template", "auth.methods", "tun.name", "tun.mtu", "tun.offload", "pool.ipv4", "pool.ipv6",
-		"pool.delegate_ipv4", "pool.delegate_ipv6", "nat.masquerade", "forwarding.hop_limit", "site")
+		"pool.delegate_ipv4", "pool.delegate_ipv6", "nat.masquerade", "forwarding.hop_limit")
 	if s := x.Status(); s.Name != "localhost" || len(s.Listen) != 1 || s.Listen[0] != "127.0.0.1:0" {
 		t.Errorf("status %+v", s)
 	}

@@ -41,7 +41,6 @@ type Server struct {
 	table     *table
 	sessions  sessions
 	sites     *sites
-	rights    map[string]*rights // of the users with sites
 	ready     chan struct{}
 	started   time.Time
 	addrs     []net.Addr
@@ -90,8 +89,7 @@ func New(cfg Config) (*Server, error) {
 		templates:  templates,
 		pool:       newPool(reserved, space{cfg.Pool4, cfg.Delegate4}, space{cfg.Pool6, cfg.Delegate6}),
 		table:      table,
-		sites:      newSites(table),
-		rights:     rights,
+		sites:      newSites(table, rights),
 		sessions:   sessions{byID: make(map[string]*session)},
 		ready:      make(chan struct{}),
 		errorLimit: newErrorLimit(),

@@ -68,6 +68,7 @@ var (
 	errProhibited = errors.New("clients may not reach its target any more")
 	errRenewed    = errors.New("the user has other credentials now")
 	errReplaced   = errors.New("replaced by a newer session of the same client")
+	errSite       = errors.New("its user has become a site's, or is no more")
 	errRevoked    = errors.New("the user was removed")
 	errShutdown   = errors.New("the proxy is stopping")
 )

@@ -100,7 +100,10 @@ type holding struct {
 
 // decide works out what c has when earlier, which are the claims that go first, have what they have.
 func (c *claim) decide(all []taken, earlier []*claim) holding {
-	var h holding
+	h := holding{networks: new(netipx.IPSet)}
+	if c.rights == nil {
+		return h
+	}
 	var networks netipx.IPSetBuilder
 	room := maxSitePrefixes
 	for _, e := range earlier {

@@ -46,7 +46,7 @@ func TestSiteProperties(t *testing.T) {
 		})
 		all := []taken{{prefix.Draw(t, "pool"), "pool"}, {prefix.Draw(t, "host"), "host"}}
 		tab := newTable()
-		s := newSites(tab)
+		s := newSites(tab, map[string]*rights{})
 		quiet := slog.New(slog.DiscardHandler)
 		var running []*claim
 		for range rapid.IntRange(1, 20).Draw(t, "steps") {
@@ -54,7 +54,7 @@ func TestSiteProperties(t *testing.T) {
 			case n == 0 || len(running) == 0:
 				user := rapid.SampledFrom([]string{"a", "b", "c"}).Draw(t, "user")
 				networks := rapid.SliceOfN(prefix, 1, 4).Draw(t, "networks")
-				c := newClaim(&session{user: User{Name: user}, log: quiet}, &rights{networks: networks, assign: setOf(networks)})
+				c := newClaim(&session{user: User{Name: user}, log: quiet})
 				var replaced []*session
 				for _, old := range running {
 					if old.user() == user && rapid.Bool().Draw(t, "replaces") {
@@ -63,6 +63,7 @@ func TestSiteProperties(t *testing.T) {
 					}
 				}
 				s.add(c, replaced)
+				c.rights = &rights{networks: networks, assign: setOf(networks)}
 				running = append(running, c)
 			case n == 1:
 				i := rapid.IntRange(0, len(running)-1).Draw(t, "end")
@@ -128,7 +129,8 @@ func unionOf(sets ...*netipx.IPSet) *netipx.IPSet {
 // What one site says, however much, makes a bounded number of routes and of words.
 func TestSiteIsBounded(t *testing.T) {
 	everything := []netip.Prefix{netip.MustParsePrefix("8000::/1")}
-	c := newClaim(&session{user: User{Name: "a"}, log: slog.New(slog.DiscardHandler)}, &rights{networks: everything, assign: setOf(everything)})
+	c := newClaim(&session{user: User{Name: "a"}, log: slog.New(slog.DiscardHandler)})
+	c.rights = &rights{networks: everything, assign: setOf(everything)}
 	a := netip.MustParseAddr("8000::1")
 	for range 3000 {
 		c.advertised = append(c.advertised, capsule.Route{Start: a, End: a.Next().Next().Next()})
@@ -145,7 +147,8 @@ func TestSiteIsBounded(t *testing.T) {
 			t.Errorf("%s: %d words: %q", name, len(h.refused), h.refused)
 		}
 	}
-	same := newClaim(c.ss, c.rights)
+	same := newClaim(c.ss)
+	same.rights = c.rights
 	same.advertised = c.advertised[1000:1200]
 	c.has = c.decide(nil, nil)
 	if h := same.decide(nil, []*claim{c}); len(h.prefixes)+len(c.has.prefixes) > maxSitePrefixes {

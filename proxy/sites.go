@@ -21,8 +21,9 @@ type sites struct {
 	changed chan struct{} // something was noted since the last decision
 
 	mu     sync.Mutex
-	last   uint64   // rank and number that were given out last
-	claims []*claim // in order of precedence
+	rights map[string]*rights // by user
+	last   uint64             // rank and number that were given out last
+	claims []*claim           // in order of precedence
 	routed map[netip.Prefix]*session
 	all    *netipx.IPSet // the networks and the leased addresses of all sites
 }
@@ -30,7 +31,7 @@ type sites struct {
 // claim is one session of a site: what it asks for, and what it has.
 type claim struct {
 	ss     *session
-	rights *rights
+	rights *rights // nil when they were taken away
 	// rank is the place of the user among all: who came first keeps what it has. A user has one place as long as any session
 	// of it runs, and of these the newest goes first.
 	rank, number uint64
@@ -47,16 +48,34 @@ type claim struct {
 	refusal string // and of what was refused
 }
 
-func newSites(t *table) *sites {
-	return &sites{table: t, changed: make(chan struct{}, 1), routed: make(map[netip.Prefix]*session), all: new(netipx.IPSet)}
+func newSites(t *table, r map[string]*rights) *sites {
+	return &sites{table: t, rights: r, changed: make(chan struct{}, 1), routed: make(map[netip.Prefix]*session), all: new(netipx.IPSet)}
 }
 
 func (c *claim) user() string { return c.ss.user.Name }
 
+// rightsOf returns the rights of a user, nil for one without site.
+func (t *sites) rightsOf(user string) *rights {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.rights[user]
+}
+
+// setRights replaces the rights of all users, also of those who have sessions.
+func (t *sites) setRights(all map[string]*rights) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.rights = all
+	for _, c := range t.claims {
+		c.rights = all[c.user()]
+	}
+	t.note()
+}
+
 // newClaim makes the claim of a session that is about to be taken in.
-func newClaim(ss *session, r *rights) *claim {
+func newClaim(ss *session) *claim {
 	return &claim{
-		ss: ss, rights: r, has: holding{networks: new(netipx.IPSet)},
+		ss: ss, has: holding{networks: new(netipx.IPSet)},
 		log: rate.NewLimiter(rate.Every(time.Minute), 10),
 	}
 }
@@ -65,6 +84,7 @@ func newClaim(ss *session, r *rights) *claim {
 func (t *sites) add(c *claim, replaced []*session) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	c.rights = t.rights[c.user()]
 	t.last++
 	c.rank, c.number = t.last, t.last
 	for _, other := range t.claims {
@@ -286,7 +306,7 @@ func (t *sites) routesTo(c *claim, base []capsule.Route, own []netip.Addr) ([]ca
 			}
 		}
 	}
-	if c.rights.reach != nil {
+	if c.rights != nil && c.rights.reach != nil {
 		b.Intersect(c.rights.reach)
 	}
 	for _, a := range always {

@@ -304,3 +304,36 @@ func TestSiteChangesArePaced(t *testing.T) {
 	}
 	h.installs(netA, netA6)
 }
+
+// A reload changes what sites may have at once, without an end of their sessions; who becomes a site, or is none any more, begins
+// anew.
+func TestSiteReload(t *testing.T) {
+	h := newHub(t, nil)
+	reload := func(sites ...Site) {
+		t.Helper()
+		h.cfg.Sites = sites
+		if restart, err := h.Reload(h.cfg); err != nil || restart != nil {
+			t.Fatalf("reload: %v, %v", restart, err)
+		}
+	}
+	sites := h.cfg.Sites
+	a := h.connect("a", "", netA, netA6)
+	h.connect("c", "", netB)
+	h.installs(netA, netA6)
+	reload(Site{User: "a", Networks: []netip.Prefix{netA6}}, sites[1])
+	h.installs(netA6)
+	a.send("10.1.0.5", "192.0.2.9")
+	a.isProhibited("10.1.0.5", "192.0.2.9")
+	reload(sites...)
+	h.installs(netA, netA6)
+	h.lets(a, "10.1.0.5", "192.0.2.9")
+
+	reload(sites[0], Site{User: "c", Networks: []netip.Prefix{netB}})
+	h.eventually("the session of c ends", func() bool { return len(h.Sessions()) == 1 })
+	h.connect("c", "", netB)
+	h.installs(netA, netA6, netB)
+	reload(sites[0])
+	h.eventually("the session of c ends again", func() bool { return len(h.Sessions()) == 1 })
+	h.installs(netA, netA6)
+	h.lets(a, "10.1.0.5", "192.0.2.9")
+}
