@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
@@ -33,6 +34,9 @@ func TestLoadErrors(t *testing.T) {
 		{"a bad template", func(_, file string) {
 			replace(t, file, "listen =", "template = \"https://a.example/{+target}\"\nlisten =")
 		}, `proxy.toml:8: template = "https://a.example/{+target}": `},
+		{"a site that cannot be", func(_, file string) {
+			write(t, file, read(t, file)+"\n[[site]]\nuser = \"branch\"\nnetworks = [\"192.0.2.0/24\", \"169.254.0.0/24\"]\n")
+		}, `169.254.0.0/24 overlaps 169.254.0.0/16, which is never behind a gateway`},
 		{"two problems", func(_, file string) {
 			replace(t, file, "offload = true", "offload = 1")
 			replace(t, file, "masquerade = true", "masquerade = 2")
@@ -144,6 +148,25 @@ func TestCheckFindsPortInUse(t *testing.T) {
 		if err := json.Unmarshal([]byte(line), &c); err != nil || c.What == "" {
 			t.Errorf("line %s: %v", line, err)
 		}
+	}
+}
+
+func TestCheckFindsSitesWithoutUser(t *testing.T) {
+	_, file := install(t)
+	write(t, file, read(t, file)+"\n[[site]]\nuser = \"branch\"\nnetworks = [\"192.0.2.0/24\"]\n")
+	said := func() string {
+		var c cli.Checks
+		mustLoad(t, file).checkCredentials(&c, time.Now())
+		var out bytes.Buffer
+		_ = c.Finish(&out, false) // what it warns of is no error
+		return out.String()
+	}
+	if out := said(); !strings.Contains(out, "warn  site: there is no user branch — masque-proxy invite branch -c FILE\n") {
+		t.Errorf("said\n%s", out)
+	}
+	do(t, 0, "invite", "branch", "-c", file, "-o", filepath.Join(t.TempDir(), "branch.toml"))
+	if out := said(); strings.Contains(out, "site:") {
+		t.Errorf("said\n%s", out)
 	}
 }
 
