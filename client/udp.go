@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/quic-go/masque-go"
+	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"github.com/yosida95/uritemplate/v3"
 	"golang.org/x/time/rate"
@@ -197,6 +198,7 @@ func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, er
 	since := time.Now()
 	link.ctx, link.fail = context.WithCancelCause(ctx)
 	defer link.fail(nil)
+	f.running.Go(func() { sendKeepAlives(link.ctx, d.conn) })
 	f.link.Store(link)
 	defer f.link.Store(nil)
 	f.cfg.Logger.Info("connected", "proxy", f.dialer.to.host, "endpoint", d.conn.RemoteAddr().String())
@@ -212,6 +214,33 @@ func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, er
 		err = context.Cause(link.ctx)
 	}
 	return time.Since(since), err
+}
+
+// keepAliveDatagram is for the first stream of a connection, which is over, and has a context that nobody knows (RFC 9297 section
+// 2.1, RFC 9298 section 5): it goes nowhere. A proxy that has forgotten the connection answers it with a stateless reset, which
+// it need not do with the packets by which QUIC keeps a connection alive, or with other short ones (RFC 9000 section 10.3.3).
+var keepAliveDatagram = append([]byte{0, 2}, make([]byte, 62)...)
+
+// sendKeepAlives lets conn learn of a restart of the proxy until ctx ends: soon when packets go unanswered, else now and then.
+func sendKeepAlives(ctx context.Context, conn *quic.Conn) {
+	const look = time.Second
+	tick := time.NewTicker(look)
+	defer tick.Stop()
+	last, idle := conn.ConnectionStats(), time.Duration(0)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		now := conn.ConnectionStats()
+		unanswered := now.PacketsSent > last.PacketsSent && now.PacketsReceived == last.PacketsReceived
+		if idle += look; unanswered || idle >= keepAlive {
+			_ = conn.SendDatagram(keepAliveDatagram)
+			idle = 0
+		}
+		last = conn.ConnectionStats()
+	}
 }
 
 // request opens one flow. ctx does not interrupt it once the request is sent: only the end of the connection does.

@@ -31,6 +31,10 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o755); err != nil { // for programs that run as another user
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	bin = dir
 	build := exec.Command("go", "build", "-o", dir, "masquevpn/cmd/...")
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr
