@@ -116,7 +116,7 @@ func TestLoadErrors(t *testing.T) {
 			runDir := filepath.Join(t.TempDir(), "run")
 			want := strings.ReplaceAll(test.want, "%s", dir)
 			// The message quotes names as the file has them.
-			for _, args := range [][]string{{"run", "-c", file}, {"up", file}, {"up", "home", "--config-dir", dir}} {
+			for _, args := range [][]string{{"run", "-c", file}, {"forward-udp", "5300", "a.example:53", "-c", file}, {"up", file}, {"up", "home", "--config-dir", dir}} {
 				if _, last := do(t, 2, append(args, "--run-dir", runDir)...); !strings.Contains(last, want) {
 					t.Errorf("%v said\n%s\nwant\n%s", args, last, want)
 				}
@@ -137,6 +137,9 @@ func TestBadProxy(t *testing.T) {
 	for _, proxy := range []string{"http://a.example/{target}/{ipproto}", "https://a.example/{+target}", "https://a@b.example/x"} {
 		if err := os.WriteFile(file, []byte("# mine\nproxy = \""+proxy+"\"\n"), 0o600); err != nil {
 			t.Fatal(err)
+		}
+		if _, last := do(t, 2, "forward-udp", "5300", "a.example:53", "-c", file); !strings.Contains(last, file+":2: proxy = \""+proxy+"\": ") {
+			t.Errorf("%s: forward-udp says %s", proxy, last)
 		}
 		if _, last := do(t, 2, "run", "-c", file); !strings.Contains(last, file+":2: proxy = \""+proxy+"\": ") {
 			t.Errorf("said %s", last)
@@ -159,6 +162,9 @@ func TestUsage(t *testing.T) {
 		{[]string{"up", "a", "--timeout", "soon"}, "invalid argument"},
 		{[]string{"run", "-c", "proxy.toml"}, `a tunnel cannot be named "proxy"`},
 		{[]string{"run", "-c", "/none/home.toml"}, "/none/home.toml does not exist: copy the file"},
+		{[]string{"forward-udp", "5300", "-c", "/none/home.toml"}, "accepts 2 arg(s), received 1"},
+		{[]string{"forward-udp", "5300", "a.example:53"}, `required flag(s) "config" not set`},
+		{[]string{"forward-udp", "5300", "a.example:53", "-c", "/none/home.toml"}, "/none/home.toml does not exist: copy the file"},
 		{[]string{"run", "-c", "/none/home.toml", "--notify-fd", "0"}, "--notify-fd 0 is not a pipe"},
 	} {
 		if _, last := do(t, 2, test.args...); !strings.Contains(last, test.want) {

@@ -34,11 +34,7 @@ func (o *options) forwardUDPCommand() *cobra.Command {
 }
 
 func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, target string) error {
-	name, err := tunnelName(file)
-	if err != nil {
-		return err
-	}
-	l, err := load(file, name)
+	l, err := load(file, "")
 	if err != nil {
 		return err
 	}
