@@ -159,6 +159,36 @@ func (b *logBuffer) String() string {
 	return b.buf.String()
 }
 
+// Datagrams of contexts that nobody knows go nowhere, and what is on the stream beside them does no harm (RFC 9298 section 4).
+func TestUDPContexts(t *testing.T) {
+	s := startServer(t, withUDP(echo(t), nil))
+	_, h3 := s.dial(t, nil)
+	rsp, str := request(t, h3, "CONNECT", udpProtocol, udpPath+"192.0.2.7/53/", nil)
+	if rsp.StatusCode != 200 {
+		t.Fatalf("status %d", rsp.StatusCode)
+	}
+	unknown := []byte{0x17, 0x05, 'h', 'e', 'l', 'l', 'o'} // a capsule
+	if _, err := str.Write(unknown); err != nil {
+		t.Fatal(err)
+	}
+	for _, datagram := range []string{"\x02unknown", "\x40\x03unknown", "\x00known"} {
+		if err := str.SendDatagram([]byte(datagram)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	got, err := str.ReceiveDatagram(ctx)
+	if err != nil || string(got) != "\x00known" {
+		t.Errorf("received %q, %v", got, err)
+	}
+	_ = str.Close()
+	awaitSessions(t, s, 0)
+	if n := s.Status().Packets.RX; n != 1 {
+		t.Errorf("%d packets were counted, want 1", n)
+	}
+}
+
 // Flows of one connection do not mix.
 func TestUDPFlowsAreApart(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), nil))
