@@ -14,6 +14,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 
+	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
 )
 
@@ -179,6 +180,7 @@ func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 	}()
 	w.Header().Set(http3.CapsuleProtocolHeader, "?1")
 	if ss.udp != nil {
+		congestion.Control(ss.quic) // RFC 9298 section 6: nobody knows whether what is inside controls itself
 		w.Header().Set("Proxy-Status", ss.udp.nextHop(h.s.cfg().Name))
 	}
 	w.WriteHeader(http.StatusOK)

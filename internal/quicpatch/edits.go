@@ -2,57 +2,121 @@ package main
 
 // files are added to the module.
 var files = map[string]string{
-	"internal/congestion/uncontrolled.go": `package congestion
+	"internal/congestion/optional.go": `package congestion
 
 import (
+	"sync/atomic"
+
 	"github.com/quic-go/quic-go/internal/monotime"
 	"github.com/quic-go/quic-go/internal/protocol"
 )
 
-// uncontrolled sends whatever there is to send.
-type uncontrolled struct{}
-
-// NewUncontrolledSender returns a SendAlgorithm that does not limit.
-func NewUncontrolledSender() SendAlgorithmWithDebugInfos { return uncontrolled{} }
-
-func (uncontrolled) TimeUntilSend(protocol.ByteCount) monotime.Time { return 0 }
-func (uncontrolled) HasPacingBudget(monotime.Time) bool             { return true }
-func (uncontrolled) OnPacketSent(monotime.Time, protocol.ByteCount, protocol.PacketNumber, protocol.ByteCount, bool) {
+// optional is a controller that lets everything be sent, and hears of nothing, until on is set.
+type optional struct {
+	SendAlgorithmWithDebugInfos
+	on *atomic.Bool
 }
-func (uncontrolled) CanSend(protocol.ByteCount) bool { return true }
-func (uncontrolled) MaybeExitSlowStart()             {}
-func (uncontrolled) OnPacketAcked(protocol.PacketNumber, protocol.ByteCount, protocol.ByteCount, monotime.Time) {
+
+// NewOptionalSender returns a controller that does what s does once on is set.
+func NewOptionalSender(s SendAlgorithmWithDebugInfos, on *atomic.Bool) SendAlgorithmWithDebugInfos {
+	return optional{s, on}
 }
-func (uncontrolled) OnCongestionEvent(protocol.PacketNumber, protocol.ByteCount, protocol.ByteCount) {}
-func (uncontrolled) OnSpuriousLoss(protocol.PacketNumber)                                           {}
-func (uncontrolled) OnRetransmissionTimeout(bool)                                                   {}
-func (uncontrolled) SetMaxDatagramSize(protocol.ByteCount)                                          {}
-func (uncontrolled) InSlowStart() bool                                                              { return false }
-func (uncontrolled) InRecovery() bool                                                               { return false }
-func (uncontrolled) GetCongestionWindow() protocol.ByteCount                                        { return protocol.MaxByteCount }
+
+func (o optional) TimeUntilSend(inFlight protocol.ByteCount) monotime.Time {
+	if !o.on.Load() {
+		return 0
+	}
+	return o.SendAlgorithmWithDebugInfos.TimeUntilSend(inFlight)
+}
+
+func (o optional) HasPacingBudget(now monotime.Time) bool {
+	return !o.on.Load() || o.SendAlgorithmWithDebugInfos.HasPacingBudget(now)
+}
+
+func (o optional) CanSend(inFlight protocol.ByteCount) bool {
+	return !o.on.Load() || o.SendAlgorithmWithDebugInfos.CanSend(inFlight)
+}
+
+func (o optional) GetCongestionWindow() protocol.ByteCount {
+	if !o.on.Load() {
+		return protocol.MaxByteCount
+	}
+	return o.SendAlgorithmWithDebugInfos.GetCongestionWindow()
+}
+
+func (o optional) OnPacketSent(t monotime.Time, inFlight protocol.ByteCount, pn protocol.PacketNumber, size protocol.ByteCount, retransmittable bool) {
+	if o.on.Load() {
+		o.SendAlgorithmWithDebugInfos.OnPacketSent(t, inFlight, pn, size, retransmittable)
+	}
+}
+
+func (o optional) OnPacketAcked(pn protocol.PacketNumber, size, priorInFlight protocol.ByteCount, t monotime.Time) {
+	if o.on.Load() {
+		o.SendAlgorithmWithDebugInfos.OnPacketAcked(pn, size, priorInFlight, t)
+	}
+}
+
+func (o optional) OnCongestionEvent(pn protocol.PacketNumber, lost, priorInFlight protocol.ByteCount) {
+	if o.on.Load() {
+		o.SendAlgorithmWithDebugInfos.OnCongestionEvent(pn, lost, priorInFlight)
+	}
+}
+
+func (o optional) OnSpuriousLoss(pn protocol.PacketNumber) {
+	if o.on.Load() {
+		o.SendAlgorithmWithDebugInfos.OnSpuriousLoss(pn)
+	}
+}
+
+func (o optional) MaybeExitSlowStart() {
+	if o.on.Load() {
+		o.SendAlgorithmWithDebugInfos.MaybeExitSlowStart()
+	}
+}
 `,
 	"internal/ackhandler/sender.go": `package ackhandler
 
 import (
+	"sync/atomic"
+
 	"github.com/quic-go/quic-go/internal/congestion"
 	"github.com/quic-go/quic-go/internal/protocol"
 	"github.com/quic-go/quic-go/internal/utils"
 	"github.com/quic-go/quic-go/qlogwriter"
 )
 
-// newSender chooses the congestion controller of a path.
+// congestionSwitch turns congestion control on; nil where it always is.
+type congestionSwitch = atomic.Bool
+
+// newSender makes the congestion controller of a path.
 func newSender(
-	uncontrolled bool,
+	on *congestionSwitch,
 	rttStats *utils.RTTStats,
 	connStats *utils.ConnectionStats,
 	initialMaxDatagramSize protocol.ByteCount,
 	qlogger qlogwriter.Recorder,
 ) congestion.SendAlgorithmWithDebugInfos {
-	if uncontrolled {
-		return congestion.NewUncontrolledSender()
+	reno := congestion.NewCubicSender(congestion.DefaultClock{}, rttStats, connStats, initialMaxDatagramSize, true, qlogger)
+	if on == nil {
+		return reno
 	}
-	return congestion.NewCubicSender(congestion.DefaultClock{}, rttStats, connStats, initialMaxDatagramSize, true, qlogger)
+	return congestion.NewOptionalSender(reno, on)
 }
+`,
+	"control_congestion.go": `package quic
+
+import "sync/atomic"
+
+// congestionSwitch turns congestion control on; nil where it always is.
+func (c *Conn) congestionSwitch() *atomic.Bool {
+	if !c.config.Uncontrolled {
+		return nil
+	}
+	return &c.controlled
+}
+
+// ControlCongestion turns congestion control on, for good, on a connection with Config.Uncontrolled.
+func (c *Conn) ControlCongestion() { c.controlled.Store(true) }
 `,
 	"gso_segments.go": `package quic
 
@@ -67,27 +131,28 @@ var edits = []edit{
 	{"congestion", "interface.go", "Config",
 		"	// Enable QUIC datagram support (RFC 9221).\n	EnableDatagrams bool\n",
 		"	// Enable QUIC datagram support (RFC 9221).\n	EnableDatagrams bool\n" +
-			"	// Uncontrolled turns congestion control and ECN off, for connections that carry little but datagrams with\n" +
-			"	// packets that are controlled themselves.\n	Uncontrolled bool\n"},
+			"	// Uncontrolled turns ECN off, and congestion control until Conn.ControlCongestion is called, for connections\n" +
+			"	// that carry little but datagrams with packets that are controlled themselves.\n	Uncontrolled bool\n"},
 	{"congestion", "config.go", "populateConfig",
 		"		EnableDatagrams:                  config.EnableDatagrams,\n",
 		"		EnableDatagrams:                  config.EnableDatagrams,\n		Uncontrolled: config.Uncontrolled,\n"},
-	{"congestion", "connection.go", "newConnection", newHandlerServer, "ackhandler.NewSentPacketHandler(\n		s.config.Uncontrolled,\n		0,\n"},
-	{"congestion", "connection.go", "newClientConnection", newHandlerClient, "ackhandler.NewSentPacketHandler(\n		s.config.Uncontrolled,\n		initialPacketNumber,\n"},
+	{"congestion", "connection.go", "newConnection", newHandlerServer, "ackhandler.NewSentPacketHandler(\n		s.congestionSwitch(),\n		0,\n"},
+	{"congestion", "connection.go", "newClientConnection", newHandlerClient, "ackhandler.NewSentPacketHandler(\n		s.congestionSwitch(),\n		initialPacketNumber,\n"},
+	{"congestion", "connection.go", "Conn", "	config      *Config\n", "	config      *Config\n	controlled  atomic.Bool\n"},
 	{"congestion", "internal/ackhandler/sent_packet_handler.go", "NewSentPacketHandler",
-		"	initialPN protocol.PacketNumber,\n", "	uncontrolled bool,\n	initialPN protocol.PacketNumber,\n"},
+		"	initialPN protocol.PacketNumber,\n", "	on *congestionSwitch,\n	initialPN protocol.PacketNumber,\n"},
 	{"congestion", "internal/ackhandler/sent_packet_handler.go", "NewSentPacketHandler",
 		"	congestion := congestion.NewCubicSender(\n		congestion.DefaultClock{},\n		rttStats,\n		connStats,\n		initialMaxDatagramSize,\n		true, // use Reno\n		qlogger,\n	)\n",
-		"	sender := newSender(uncontrolled, rttStats, connStats, initialMaxDatagramSize, qlogger)\n"},
+		"	sender := newSender(on, rttStats, connStats, initialMaxDatagramSize, qlogger)\n"},
 	{"congestion", "internal/ackhandler/sent_packet_handler.go", "NewSentPacketHandler",
-		"		congestion:         congestion,\n", "		congestion:         sender,\n		uncontrolled: uncontrolled,\n"},
+		"		congestion:         congestion,\n", "		congestion:         sender,\n		on: on,\n"},
 	{"congestion", "internal/ackhandler/sent_packet_handler.go", "NewSentPacketHandler",
-		"	if enableECN {\n", "	if enableECN && !uncontrolled { // RFC 9484 section 10: Not-ECT\n"},
+		"	if enableECN {\n", "	if enableECN && on == nil { // RFC 9484 section 10: Not-ECT\n"},
 	{"congestion", "internal/ackhandler/sent_packet_handler.go", "sentPacketHandler",
-		"	congestion congestion.SendAlgorithmWithDebugInfos\n", "	congestion congestion.SendAlgorithmWithDebugInfos\n	uncontrolled bool\n"},
+		"	congestion congestion.SendAlgorithmWithDebugInfos\n", "	congestion congestion.SendAlgorithmWithDebugInfos\n	on *congestionSwitch\n"},
 	{"congestion", "internal/ackhandler/sent_packet_handler.go", "sentPacketHandler.MigratedPath",
 		"congestion.NewCubicSender(\n		congestion.DefaultClock{},\n		h.rttStats,\n		h.connStats,\n		initialMaxDatagramSize,\n		true, // use Reno\n		h.qlogger,\n	)\n",
-		"newSender(h.uncontrolled, h.rttStats, h.connStats, initialMaxDatagramSize, h.qlogger)\n"},
+		"newSender(h.on, h.rttStats, h.connStats, initialMaxDatagramSize, h.qlogger)\n"},
 
 	// Queues that cover a scheduling delay at tunnel speed: what they drop was acknowledged already.
 	{"queues", "datagram_queue.go", "maxDatagramRcvQueueLen", "128", "4096"},
