@@ -23,7 +23,9 @@ import (
 const (
 	maxCapsule      = 64 << 10         // bytes of one capsule's value; some 3,600 IPv6 routes or 6,500 IPv4 routes
 	maxPeerRequests = 1024             // addresses that a peer may ask for on one stream
+	maxAssigned     = 64               // addresses that a peer may assign to this endpoint, which looks at each for every packet
 	writeTimeout    = 10 * time.Second // for one capsule; a peer that does not read for so long is gone
+	endTimeout      = time.Second      // for a capsule that is being written at the end
 	drainTimeout    = 5 * time.Second  // for packets that are being sent at the end
 )
 
@@ -98,8 +100,11 @@ type Conn struct {
 	toHost    errorLimits // ICMP errors about packets of the host
 	toPeer    errorLimits // and about packets of the peer
 
-	writing   sync.Mutex // orders capsules on the wire; taken before mu, which is not held while the peer does not read
-	writeDead func(time.Time) error
+	pace pace // of the peer's capsules
+
+	writing     sync.Mutex // orders capsules on the wire; taken before mu, which is not held while the peer does not read
+	cut         bool       // a capsule was written in part
+	writeFailed chan error // why; Run ends then
 
 	mu      sync.Mutex // guards what follows
 	link    link
@@ -114,6 +119,7 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 		cfg:       cfg,
 		str:       str,
 		datagrams: newDatagrams(conn, str.StreamID()),
+		pace:      newPace(),
 		firstIn:   make(chan struct{}),
 		echo:      newEcho(),
 		toHost:    newErrorLimits(),
@@ -122,9 +128,7 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 		peerIDs:   make(map[uint64]struct{}),
 		answers:   make(map[uint64]netip.Prefix),
 	}
-	if d, ok := str.(interface{ SetWriteDeadline(time.Time) error }); ok {
-		c.writeDead = d.SetWriteDeadline
-	}
+	c.writeFailed = make(chan error, 1)
 	_ = c.update() // an empty link has a policy
 	return c
 }
@@ -137,15 +141,29 @@ func (c *Conn) Run(ctx context.Context) error {
 	defer cancel()
 	var wg sync.WaitGroup
 	in := inbox{make(chan []byte, inboxLen), inner.Done()}
+	long := inbox{make(chan []byte), inner.Done()} // of packets in capsules: each may be so long that none may wait
 	wg.Go(func() { c.receive(inner, in) })
-	wg.Go(func() { c.deliver(inner, in) })
+	wg.Go(func() { c.deliver(inner, in, long) })
 	wg.Go(func() { c.watchLink(inner) })
 
 	done := make(chan error, 1)
-	wg.Go(func() { done <- c.readCapsules(in) })
+	wg.Go(func() { done <- c.readCapsules(inner, long) })
+	refused := make(chan error, 1)
+	defer context.AfterFunc(c.str.Context(), func() {
+		var stop *quic.StreamError // STOP_SENDING
+		switch cause := context.Cause(c.str.Context()); {
+		case !errors.As(cause, &stop) || !stop.Remote:
+		case stop.ErrorCode == quic.StreamErrorCode(http3.ErrCodeNoError):
+			refused <- ErrClosedByPeer
+		default:
+			refused <- fmt.Errorf("the peer takes no capsules any more: %w", cause)
+		}
+	})()
 	var err error
 	select {
 	case err = <-done:
+	case err = <-refused:
+	case err = <-c.writeFailed:
 	case <-ctx.Done():
 	}
 	c.end(err)
@@ -176,10 +194,18 @@ type closer interface {
 func (c *Conn) end(err error) {
 	c.closed.Store(true)
 	code := ErrorCode(err)
-	if code == http3.ErrCodeNoError {
-		_ = c.str.Close()
-	} else {
+	// The stream must not be closed while a capsule is being written, nor in the middle of one. Whoever wants to write from
+	// now on sees that it is closed.
+	_ = c.str.SetWriteDeadline(time.Now().Add(endTimeout))
+	if code != http3.ErrCodeNoError {
 		c.str.CancelWrite(quic.StreamErrorCode(code))
+	}
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	if c.cut {
+		c.str.CancelWrite(quic.StreamErrorCode(http3.ErrCodeRequestCanceled))
+	} else if code == http3.ErrCodeNoError {
+		_ = c.str.Close()
 	}
 	c.str.CancelRead(quic.StreamErrorCode(code))
 }
@@ -198,7 +224,7 @@ func ErrorCode(err error) http3.ErrCode {
 }
 
 // readCapsules handles capsules until the stream ends.
-func (c *Conn) readCapsules(in inbox) error {
+func (c *Conn) readCapsules(ctx context.Context, in inbox) error {
 	r := capsule.NewReader(c.str, maxCapsule)
 	for {
 		next, err := r.Next()
@@ -210,6 +236,9 @@ func (c *Conn) readCapsules(in inbox) error {
 			return ErrClosedByPeer // with its connection, before the end of the stream was read
 		}
 		if err != nil {
+			return err
+		}
+		if err := c.pace.wait(ctx, next); err != nil {
 			return err
 		}
 		switch x := next.(type) {
@@ -239,6 +268,9 @@ func (c *Conn) readCapsules(in inbox) error {
 func (c *Conn) handleAssign(addrs []capsule.Address) error {
 	if c.cfg.Handler.Assigned == nil {
 		return nil
+	}
+	if n := len(granted(addrs)); n > maxAssigned {
+		return fmt.Errorf("%w: %d addresses assigned, at most %d are accepted", capsule.ErrTooLarge, n, maxAssigned)
 	}
 	c.mu.Lock()
 	for _, a := range addrs {
@@ -411,11 +443,15 @@ func (c *Conn) send(x capsule.Capsule, change func(*link)) error {
 			return err
 		}
 	}
-	if c.writeDead != nil {
-		_ = c.writeDead(time.Now().Add(writeTimeout))
+	_ = c.str.SetWriteDeadline(time.Now().Add(writeTimeout))
+	if c.cut || c.closed.Load() { // which is looked at after the deadline was set, see end
+		return fmt.Errorf("sending %v: the tunnel is closed", x.Type())
 	}
 	if _, err := c.str.Write(x.Append(nil)); err != nil {
-		return fmt.Errorf("sending %v: %w", x.Type(), err)
+		err = fmt.Errorf("sending %v: %w", x.Type(), err)
+		c.cut = true
+		c.writeFailed <- err
+		return err
 	}
 	return nil
 }

@@ -217,8 +217,9 @@ func (f *fakeQUIC) SendDatagram(b []byte) error {
 // fakeStream is a request stream on which nothing comes in, and what is written goes nowhere.
 type fakeStream struct{ Stream }
 
-func (fakeStream) StreamID() quic.StreamID     { return 4 }
-func (fakeStream) Write(b []byte) (int, error) { return len(b), nil }
+func (fakeStream) StreamID() quic.StreamID          { return 4 }
+func (fakeStream) Write(b []byte) (int, error)      { return len(b), nil }
+func (fakeStream) SetWriteDeadline(time.Time) error { return nil }
 
 func (f *fakeQUIC) CloseWithError(quic.ApplicationErrorCode, string) error { return nil }
 func (f *fakeQUIC) ConnectionStats() quic.ConnectionStats                  { return quic.ConnectionStats{} }

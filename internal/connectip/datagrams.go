@@ -3,6 +3,7 @@ package connectip
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/quicvarint"
@@ -71,6 +72,8 @@ type Stream interface {
 	Close() error
 	CancelRead(quic.StreamErrorCode)
 	CancelWrite(quic.StreamErrorCode)
+	SetWriteDeadline(time.Time) error
+	Context() context.Context // ends with the sending side of the stream
 	StreamID() quic.StreamID
 	ReceiveDatagram(context.Context) ([]byte, error)
 }

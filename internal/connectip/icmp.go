@@ -20,11 +20,11 @@ func newErrorLimits() errorLimits {
 	return errorLimits{other: rate.NewLimiter(errorRate, errorBurst), tooBig: rate.NewLimiter(errorRate, errorBurst)}
 }
 
-func (l errorLimits) allow(kind ippacket.ICMPError) bool {
+func (l errorLimits) of(kind ippacket.ICMPError) *rate.Limiter {
 	if kind == ippacket.TooBig {
-		return l.tooBig.Allow()
+		return l.tooBig
 	}
-	return l.other.Allow()
+	return l.other
 }
 
 // maxICMPError is the size of the largest ICMP error that is made, in bytes (RFC 4443 section 2.4 c).
@@ -32,12 +32,17 @@ const maxICMPError = 1280
 
 // icmpError makes the ICMP error about pkt behind Headroom free bytes, or returns nil when none may be sent.
 func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind ippacket.ICMPError, mtu int) []byte {
+	limit := limits.of(kind)
+	if limit.Tokens() < 1 { // so that a flood of what deserves an error costs no memory
+		c.cfg.Stats.ICMPSuppressed.Add(1)
+		return nil
+	}
 	src := c.policy.Load().selfFor(p.Src)
 	buf, ok := ippacket.AppendICMPError(make([]byte, Headroom, Headroom+maxICMPError), pkt, p, kind, src, mtu)
 	if !ok {
 		return nil
 	}
-	if !limits.allow(kind) {
+	if !limit.Allow() {
 		c.cfg.Stats.ICMPSuppressed.Add(1)
 		return nil
 	}

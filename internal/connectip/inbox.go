@@ -42,22 +42,24 @@ func (c *Conn) receive(ctx context.Context, in inbox) {
 	}
 }
 
-// deliver writes the packets of in to the device until ctx ends.
-func (c *Conn) deliver(ctx context.Context, in inbox) {
+// deliver writes the packets of in and of long to the device until ctx ends.
+func (c *Conn) deliver(ctx context.Context, in, long inbox) {
 	for {
+		var pkt []byte
 		select {
 		case <-ctx.Done():
 			return
-		case pkt := <-in.packets:
-			b := <-batches
-			n := b.fill(pkt, in, c.cfg.Device.BatchSize())
-			if wrote, err := c.cfg.Device.Write(b.bufs[:n], Headroom); err != nil {
-				for range n - wrote {
-					c.cfg.Stats.Receive.Drop(DropDevice)
-				}
-			}
-			batches <- b
+		case pkt = <-in.packets:
+		case pkt = <-long.packets:
 		}
+		b := <-batches
+		n := b.fill(pkt, in, c.cfg.Device.BatchSize())
+		if wrote, err := c.cfg.Device.Write(b.bufs[:n], Headroom); err != nil {
+			for range n - wrote {
+				c.cfg.Stats.Receive.Drop(DropDevice)
+			}
+		}
+		batches <- b
 	}
 }
 
