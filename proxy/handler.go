@@ -61,7 +61,7 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ss, refused := h.accept(w, r)
 	if refused != nil {
 		h.s.requests.count(refused.status)
-		h.s.cfg().Logger.Info("request refused", "remote", r.RemoteAddr, "status", refused.status, "reason", refused.reason)
+		h.s.peerLog.Info("request refused", "remote", r.RemoteAddr, "status", refused.status, "reason", shorten(refused.reason))
 		if refused.status == http.StatusUnauthorized {
 			w.Header().Set("WWW-Authenticate", "Bearer")
 		}
@@ -98,6 +98,8 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		quic:     r.Context().Value(connKey{}).(*quic.Conn),
 		done:     make(chan struct{}),
 		stale:    make(chan struct{}, 1),
+
+		advertised: make(chan struct{}),
 	}
 	var refused *refusal
 	if r.Proto == udpProtocol {
@@ -141,7 +143,7 @@ func (h handler) admit(ss *session) *refusal {
 		h.s.sessions.remove(ss)
 		return refuse(http.StatusUnauthorized, "", "user %q: %v", user.Name, err)
 	}
-	ss.log = h.s.cfg().Logger.With("session", ss.id, "user", ss.user.Name)
+	ss.log = h.s.peerLog.With("session", ss.id, "user", ss.user.Name)
 	if ss.claim != nil {
 		h.s.sites.add(ss.claim, replaced)
 	}
@@ -192,7 +194,7 @@ func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 	}
 	ss.log.Log(ss.ctx, level, "session started", "remote", r.RemoteAddr, about)
 	err := run(w)
-	ss.log.Log(ss.ctx, level, "session ended", "reason", err, "rx_bytes", ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())
+	ss.log.Log(ss.ctx, level, "session ended", "reason", shorten(err), "rx_bytes", ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())
 }
 
 // datagramsEnabled waits for the client's SETTINGS: without HTTP Datagrams no packet could be sent to it (RFC 9297 section 2.1.1).

@@ -196,10 +196,10 @@ func (g *gateway) advertise(networks ...netip.Prefix) {
 }
 
 func (g *gateway) close() {
-	g.str.CancelRead(quic.StreamErrorCode(http3.ErrCodeNoError))
 	if err := g.str.Close(); err != nil {
 		g.hub.t.Error(err)
 	}
+	g.str.CancelRead(quic.StreamErrorCode(http3.ErrCodeNoError))
 }
 
 // send sends a packet into the tunnel.

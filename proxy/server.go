@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -28,6 +29,10 @@ const (
 	handshakeTimeout = 5 * time.Second
 	// maxStreams is how many requests one connection may have open.
 	maxStreams = 64
+	// streamWindow and connWindow are how many bytes a client may send on one stream, and on all of a connection, before they are
+	// read. Only capsules come on streams, the longest of which fits, and a client that sends them too fast is kept waiting.
+	streamWindow = 128 << 10
+	connWindow   = 1 << 20
 	// unvalidatedRate is how many handshakes are begun in a second for addresses that have not proved to be the sender's; what
 	// comes above it has to prove that first (Retry, RFC 9000 section 8.1.2).
 	unvalidatedRate = 100
@@ -60,6 +65,7 @@ type Server struct {
 	ended      connectip.Stats   // the sum of the sessions that ended
 	requests   requestCounts
 	lookups    lookups
+	peerLog    *slog.Logger        // for what clients cause
 	dns        atomic.Pointer[DNS] // never nil
 
 	mu     sync.Mutex
@@ -93,6 +99,7 @@ func New(cfg Config) (*Server, error) {
 		sessions:   sessions{byID: make(map[string]*session)},
 		ready:      make(chan struct{}),
 		errorLimit: newErrorLimit(),
+		peerLog:    newThrottle(cfg.Logger),
 	}
 	s.config.Store(&cfg)
 	s.dns.Store(&cfg.DNS)
@@ -275,6 +282,11 @@ func (s *Server) quicConfig() *quic.Config {
 		MaxIdleTimeout:       idleTimeout,
 		MaxIncomingStreams:   maxStreams,
 		InitialPacketSize:    initialPacketSize,
+
+		InitialStreamReceiveWindow:     streamWindow,
+		MaxStreamReceiveWindow:         streamWindow,
+		InitialConnectionReceiveWindow: connWindow,
+		MaxConnectionReceiveWindow:     connWindow,
 	}
 	s.cfg().Congestion.Apply(wide)
 	small := wide.Clone()

@@ -50,9 +50,9 @@ type session struct {
 	stop     context.CancelCauseFunc
 	done     chan struct{} // closed when everything it held is given back
 
-	stale chan struct{} // what the client was told may have changed
-
-	saidNoSite bool // of the goroutine that handles capsules
+	stale      chan struct{} // what the client was told may have changed
+	advertised chan struct{} // closed when the client was told its routes for the first time, or cannot be
+	saidNoSite bool          // of the goroutine that handles capsules
 
 	mu        sync.Mutex
 	conn      *connectip.Conn   // nil until the request is answered
@@ -94,7 +94,7 @@ func (ss *session) run(w http.ResponseWriter) error {
 	inner, cancel := context.WithCancel(ss.ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { ss.sendQueued(inner, conn) })
-	if err := errors.Join(ss.followSites(), ss.advertise()); err != nil {
+	if err := ss.followSites(); err != nil {
 		ss.stop(err)
 	}
 	wg.Go(func() { ss.announce(inner) })
@@ -125,6 +125,7 @@ func (ss *session) sendQueued(ctx context.Context, conn *connectip.Conn) {
 // addressesRequested assigns the client its full list of addresses (RFC 9484 section 4.7.2). A client that does not read
 // holds up this alone: ss.mu is not held.
 func (ss *session) addressesRequested(requested []capsule.Address) error {
+	<-ss.advertised
 	if err := ss.conn.Assign(ss.answer(requested)); err != nil {
 		return err
 	}
@@ -260,8 +261,10 @@ func (ss *session) owner() string { return cmp.Or(ss.user.Name, ss.instance) }
 // announce tells the client its routes, and then how names are resolved, so that no query leaves outside the tunnel for want of
 // a route; again whenever they may have changed, until ctx ends. A client that does not read holds up this alone.
 func (ss *session) announce(ctx context.Context) {
+	first := sync.OnceFunc(func() { close(ss.advertised) })
 	for {
 		err := ss.advertise()
+		first()
 		if err == nil {
 			err = ss.assignDNS()
 		}
