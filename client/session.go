@@ -12,6 +12,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"go4.org/netipx"
+	"golang.org/x/time/rate"
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
@@ -23,6 +24,9 @@ const (
 	configTimeout = 10 * time.Second
 	// settleDelay lets capsules and MTU changes that come together be applied together.
 	settleDelay = 20 * time.Millisecond
+	// applyRate and applyBurst are how often the kernel follows a proxy that changes its mind, in a second and at once.
+	applyRate  = 1
+	applyBurst = 10
 )
 
 // session is one accepted request and what the proxy said on it.
@@ -117,6 +121,8 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 	configured := time.NewTimer(configTimeout)
 	defer configured.Stop()
 	var firstPacket <-chan struct{} // nil until the kernel follows the proxy
+	var settled <-chan time.Time    // nil unless there is something to apply
+	applies := rate.NewLimiter(applyRate, applyBurst)
 	probing := false
 	for {
 		select {
@@ -133,7 +139,11 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 			c.setState(StateConnected, s.limits())
 			c.cfg.Logger.Info("connected", "addresses", s.addresses(), "mtu", s.conn.MTU())
 		case <-s.wake:
-			time.Sleep(settleDelay)
+			if settled == nil {
+				settled = time.After(max(settleDelay, applies.Reserve().Delay()))
+			}
+		case <-settled:
+			settled = nil
 			complete, err := s.apply()
 			if err != nil {
 				return connected, err
