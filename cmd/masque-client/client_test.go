@@ -116,7 +116,7 @@ func TestLoadErrors(t *testing.T) {
 			runDir := filepath.Join(t.TempDir(), "run")
 			want := strings.ReplaceAll(test.want, "%s", dir)
 			// The message quotes names as the file has them.
-			for _, args := range [][]string{{"run", "-c", file}, {"forward-udp", "5300", "a.example:53", "-c", file}, {"up", file}, {"up", "home", "--config-dir", dir}} {
+			for _, args := range [][]string{{"run", "-c", file}, {"up", file}, {"up", "home", "--config-dir", dir}} {
 				if _, last := do(t, 2, append(args, "--run-dir", runDir)...); !strings.Contains(last, want) {
 					t.Errorf("%v said\n%s\nwant\n%s", args, last, want)
 				}
