@@ -12,7 +12,7 @@ FUZZTIME ?= 60s
 # Debian packages that the end-to-end tests use as the other side: real programs, real packets.
 TOOLS := iproute2 iputils-ping iperf3 nftables tcpdump traceroute
 
-.PHONY: build demo test race fuzz e2e bench lint tools clean help
+.PHONY: build demo test race fuzz e2e bench bench-quick bench-tools lint tools clean help
 
 $(VENDOR): go.mod go.sum $(wildcard internal/quicpatch/*.go)
 	rm -rf vendor
@@ -42,13 +42,22 @@ fuzz: $(VENDOR) ## every fuzz target for FUZZTIME (60s)
 		done; \
 	done
 
-bench: $(VENDOR) ## Go benchmarks of the packet path
+bench: bench-tools ## our tunnel, wireguard-go and a plain reference by turns (docs/performance.md); BENCH="-case REGEXP"
+	bin/bench/bench -json artifacts/bench.json $(BENCH)
 	$(GO) test -run '^$$' -bench . -benchmem ./internal/connectip ./internal/ippacket
+
+bench-quick: bench-tools ## the most telling cases of it, in less than three minutes
+	bin/bench/bench -quick -json artifacts/bench-quick.json $(BENCH)
+
+bench-tools: build tools ## what `make bench` runs: bin/bench/bench
+	cd test/bench && GOFLAGS=-mod=readonly $(GO) build -buildvcs=false -o ../../bin/bench/ . golang.zx2c4.com/wireguard
+	mkdir -p artifacts
 
 lint: $(VENDOR) ## gofmt, go vet, staticcheck, and the rules on who imports whom
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	$(GO) vet ./...
+	cd test/bench && GOFLAGS=-mod=readonly $(GO) vet ./...
 	GOFLAGS=-mod=mod $(GO) vet ./...  # the stock quic-go
 	$(GO) tool staticcheck ./...
 	$(GO) tool depguard ./...
@@ -64,4 +73,4 @@ clean: ## remove what the build made
 	rm -rf bin artifacts vendor
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
