@@ -19,6 +19,7 @@ import (
 
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/udpconn"
 )
 
 const (
@@ -220,7 +221,12 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 	if err != nil {
 		return nil, classify(fmt.Errorf("opening a UDP socket: %w", err), nil, d.to)
 	}
-	t := &quic.Transport{Conn: socket}
+	udp, err := udpconn.New(socket.(*net.UDPConn), d.logger)
+	if err != nil {
+		_ = socket.Close()
+		return nil, classify(fmt.Errorf("preparing a UDP socket: %w", err), nil, d.to)
+	}
+	t := &quic.Transport{Conn: udp}
 	config := &quic.Config{
 		EnableDatagrams:      true,
 		HandshakeIdleTimeout: handshakeTimeout,

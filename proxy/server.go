@@ -20,6 +20,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/udpconn"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -188,11 +189,17 @@ func (s *Server) openNetwork() error {
 }
 
 // listen opens the UDP sockets.
-func (s *Server) listen(ctx context.Context) ([]net.PacketConn, error) {
-	var sockets []net.PacketConn
+func (s *Server) listen(ctx context.Context) ([]*udpconn.Conn, error) {
+	var sockets []*udpconn.Conn
 	for _, addr := range s.cfg().Listen {
 		var lc net.ListenConfig
 		c, err := lc.ListenPacket(ctx, "udp", addr)
+		var udp *udpconn.Conn
+		if err == nil {
+			if udp, err = udpconn.New(c.(*net.UDPConn), s.cfg().Logger); err != nil {
+				c.Close()
+			}
+		}
 		if err != nil {
 			for _, c := range sockets {
 				c.Close()
@@ -203,7 +210,7 @@ func (s *Server) listen(ctx context.Context) ([]net.PacketConn, error) {
 			}
 			return nil, e
 		}
-		sockets = append(sockets, c)
+		sockets = append(sockets, udp)
 	}
 	return sockets, nil
 }
@@ -211,7 +218,7 @@ func (s *Server) listen(ctx context.Context) ([]net.PacketConn, error) {
 // connKey is the key of the *quic.Conn in the context of a request.
 type connKey struct{}
 
-func (s *Server) serve(ctx context.Context, sockets []net.PacketConn) error {
+func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 	if err := errors.Join(s.readLocal(), s.refresh()); err != nil {
 		return err
 	}
