@@ -14,6 +14,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/flowqueue"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -21,7 +22,9 @@ import (
 const (
 	headroom = connectip.Headroom
 	minMTU   = 1280 // of a link that carries IPv6 (RFC 8200 section 5)
-	maxMTU   = 1500
+	maxMTU   = flowqueue.MaxSize
+	// sendBatch is how many packets are taken from the queue at once: few, because they are past what keeps the queue fair.
+	sendBatch = 16
 )
 
 // Client keeps one tunnel. Make it with New.
@@ -33,6 +36,7 @@ type Client struct {
 
 	device  Device
 	network Network
+	queue   *flowqueue.Queue               // of packets of the device
 	current atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
 	stats   connectip.Stats
 	had     []netip.Prefix // addresses of the last session, to ask for again
@@ -69,7 +73,7 @@ func New(cfg Config) (*Client, error) {
 	if withKernel {
 		control = routing.MarkSocket(routing.DefaultMark)
 	}
-	c := &Client{cfg: cfg, to: to, instance: rand.Text(), changed: make(chan struct{})}
+	c := &Client{cfg: cfg, to: to, instance: rand.Text(), queue: flowqueue.New(), changed: make(chan struct{})}
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion = cfg.Congestion
 	c.status = connectip.Status{
@@ -97,6 +101,7 @@ func (c *Client) Run(ctx context.Context) (err error) {
 		if closeErr := c.device.Close(); closeErr != nil {
 			err = errors.Join(err, closeErr)
 		}
+		c.queue.Close()
 		uplink.Wait()
 	}()
 	if c.network, err = c.cfg.OpenNetwork(c.device); err != nil {
@@ -114,6 +119,7 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	}()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
+	uplink.Go(c.sendQueued)
 	uplink.Go(func() {
 		if err := c.readDevice(); err != nil {
 			stop(err)
@@ -152,30 +158,53 @@ func (c *Client) keepConnected(ctx context.Context) error {
 	return r.run(ctx, c.session)
 }
 
-// readDevice sends the packets of the host until the device is closed.
+// readDevice queues the packets of the host until the device is closed.
 func (c *Client) readDevice() error {
 	n := c.device.BatchSize()
-	bufs := make([][]byte, n)
-	slab := make([]byte, n*(headroom+maxMTU))
-	for i := range bufs {
-		bufs[i] = slab[i*(headroom+maxMTU) : (i+1)*(headroom+maxMTU)]
-	}
-	sizes := make([]int, n)
+	packets, bufs, sizes := make([]*flowqueue.Packet, n), make([][]byte, n), make([]int, n)
 	for {
-		count, err := c.device.Read(bufs, sizes, headroom)
-		conn := c.current.Load()
-		for i := range count {
-			if conn == nil {
-				c.stats.Send.Drop(connectip.DropClosed)
-				continue
+		for i := range packets {
+			if packets[i] == nil {
+				packets[i] = flowqueue.Get()
+				bufs[i] = packets[i].Room()
 			}
-			conn.Send(bufs[i][:headroom+sizes[i]], headroom)
+		}
+		count, err := c.device.Read(bufs, sizes, headroom)
+		for i := range count {
+			packets[i].Size = sizes[i]
+		}
+		if c.current.Load() == nil {
+			c.stats.Send.DropMany(connectip.DropClosed, count)
+		} else {
+			c.stats.Send.DropMany(connectip.DropQueueFull, c.queue.Push(packets[:count]))
+			clear(packets[:count])
 		}
 		if errors.Is(err, os.ErrClosed) {
 			return nil
 		}
 		if err != nil {
 			return fmt.Errorf("reading from %s: %w", c.device.Name(), err)
+		}
+	}
+}
+
+// sendQueued sends what is queued, until the queue is closed.
+func (c *Client) sendQueued() {
+	var batch [sendBatch]*flowqueue.Packet
+	for {
+		n, late := c.queue.Pop(batch[:])
+		c.stats.Send.DropMany(connectip.DropQueueDelay, late)
+		if n == 0 {
+			return
+		}
+		conn := c.current.Load()
+		for _, p := range batch[:n] {
+			if conn == nil {
+				c.stats.Send.Drop(connectip.DropClosed)
+			} else {
+				conn.Send(p.Bytes(), headroom)
+			}
+			p.Free()
 		}
 	}
 }

@@ -5,56 +5,42 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"sync"
 
 	"golang.org/x/time/rate"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/flowqueue"
 	"masquevpn/internal/ippacket"
 )
 
 const (
 	headroom = connectip.Headroom
 	minMTU   = 1280
-	maxMTU   = 1500
+	maxMTU   = flowqueue.MaxSize
+	// sendBatch is how many packets are taken from a queue at once: few, because they are past what keeps the queue fair.
+	sendBatch = 16
 	// autoMTU is what a QUIC packet of the largest size that quic-go sends has room for. A session that carries less says so
 	// to whoever sends too much, by Packet Too Big.
 	autoMTU = 1400
-	// queueLen is how many packets wait for one session. It absorbs what the device hands over in one batch or two; a longer
-	// queue would only add delay.
-	queueLen = 256
 )
 
-// packet is an IP packet with headroom, in a buffer of the pool below.
-type packet struct {
-	buf  *[headroom + maxMTU]byte
-	size int // bytes, without the headroom
-}
-
-var buffers = sync.Pool{New: func() any { return new([headroom + maxMTU]byte) }}
-
-func (p packet) free() { buffers.Put(p.buf) }
-
 // readDevice takes packets from the device to the sessions they are for, until the device is closed. It never waits for
-// a session: a full queue drops.
+// a session: a queue that is full drops.
 func (s *Server) readDevice() error {
 	n := s.device.BatchSize()
-	bufs := make([][]byte, n)
-	held := make([]*[headroom + maxMTU]byte, n)
-	sizes := make([]int, n)
+	packets, bufs, sizes := make([]*flowqueue.Packet, n), make([][]byte, n), make([]int, n)
 	for {
-		for i := range held {
-			if held[i] == nil {
-				held[i] = buffers.Get().(*[headroom + maxMTU]byte)
-				bufs[i] = held[i][:]
+		for i := range packets {
+			if packets[i] == nil {
+				packets[i] = flowqueue.Get()
+				bufs[i] = packets[i].Room()
 			}
 		}
 		count, err := s.device.Read(bufs, sizes, headroom)
 		for i := range count {
-			if s.dispatch(packet{held[i], sizes[i]}) {
-				held[i] = nil
-			}
+			packets[i].Size = sizes[i]
 		}
+		s.dispatch(packets[:count])
 		if errors.Is(err, os.ErrClosed) {
 			return nil
 		}
@@ -64,26 +50,39 @@ func (s *Server) readDevice() error {
 	}
 }
 
-// dispatch queues p for its session, which owns it from then on when dispatch returns true.
-func (s *Server) dispatch(p packet) bool {
-	pkt := p.buf[headroom : headroom+p.size]
+// dispatch queues packets for their sessions, which own them from then on: they are set to nil. The others stay the caller's.
+func (s *Server) dispatch(packets []*flowqueue.Packet) {
+	var to *session
+	first := 0 // of those that go to it
+	queue := func(end int) {
+		if to != nil {
+			to.stats.Send.DropMany(connectip.DropQueueFull, to.queue.Push(packets[first:end]))
+			clear(packets[first:end])
+		}
+	}
+	for i, p := range packets {
+		if next := s.sessionOf(p); next != to {
+			queue(i)
+			to, first = next, i
+		}
+	}
+	queue(len(packets))
+}
+
+// sessionOf returns the session that p is for; when there is none, p is answered and counted.
+func (s *Server) sessionOf(p *flowqueue.Packet) *session {
+	pkt := p.Bytes()[headroom:]
 	dst, ok := ippacket.Destination(pkt)
 	if !ok {
 		s.unrouted.Drop(connectip.DropMalformed)
-		return false
+		return nil
 	}
 	to, ok := s.table.lookup(dst)
 	if !ok {
 		s.noSession(pkt, dst)
-		return false
+		return nil
 	}
-	select {
-	case to.queue <- p:
-		return true
-	default:
-		to.stats.Send.Drop(connectip.DropQueueFull)
-		return false
-	}
+	return to
 }
 
 // noSession answers a packet to an address of the pool that nobody holds.

@@ -16,6 +16,7 @@ import (
 
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/flowqueue"
 )
 
 // settingsTimeout is how long a request waits for the client's SETTINGS, which travel on a stream of their own.
@@ -166,7 +167,7 @@ func (ss *session) setScope(ctx context.Context, path string) *refusal {
 		return refuse(http.StatusBadRequest, "http_request_error", "%v", err)
 	}
 	reach, refused := ss.server.reach(ctx, ss.user, scope)
-	ss.scope, ss.reach, ss.queue = scope, reach, make(chan packet, queueLen)
+	ss.scope, ss.reach, ss.queue = scope, reach, flowqueue.New()
 	if scope.IsZero() && ss.server.sites.rightsOf(ss.user.Name) != nil {
 		ss.claim = newClaim(ss)
 	}

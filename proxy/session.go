@@ -20,6 +20,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/flowqueue"
 )
 
 const (
@@ -42,7 +43,7 @@ type session struct {
 	claim    *claim        // of the site that the client is the gateway of, nil for none
 	since    time.Time
 	quic     *quic.Conn
-	queue    chan packet
+	queue    *flowqueue.Queue
 	udp      *udpFlow // nil for IP proxying; else all that is about addresses and packets of the device is unused
 	stats    connectip.Stats
 	log      *slog.Logger
@@ -93,7 +94,7 @@ func (ss *session) run(w http.ResponseWriter) error {
 
 	inner, cancel := context.WithCancel(ss.ctx)
 	var wg sync.WaitGroup
-	wg.Go(func() { ss.sendQueued(inner, conn) })
+	wg.Go(func() { ss.sendQueued(conn) })
 	if err := ss.followSites(); err != nil {
 		ss.stop(err)
 	}
@@ -102,6 +103,7 @@ func (ss *session) run(w http.ResponseWriter) error {
 	// The session leaves the table first, so that no packet for the next holder of an address comes here.
 	ss.release()
 	cancel()
+	ss.queue.Close()
 	conn.Drain(&wg)
 	if cause := context.Cause(ss.ctx); cause != nil {
 		return cause
@@ -109,15 +111,18 @@ func (ss *session) run(w http.ResponseWriter) error {
 	return err
 }
 
-// sendQueued sends what the device handed over for this session.
-func (ss *session) sendQueued(ctx context.Context, conn *connectip.Conn) {
+// sendQueued sends what the device handed over for this session, until its queue is closed.
+func (ss *session) sendQueued(conn *connectip.Conn) {
+	var batch [sendBatch]*flowqueue.Packet
 	for {
-		select {
-		case <-ctx.Done():
+		n, late := ss.queue.Pop(batch[:])
+		ss.stats.Send.DropMany(connectip.DropQueueDelay, late)
+		if n == 0 {
 			return
-		case p := <-ss.queue:
-			conn.Send(p.buf[:headroom+p.size], headroom)
-			p.free()
+		}
+		for _, p := range batch[:n] {
+			conn.Send(p.Bytes(), headroom)
+			p.Free()
 		}
 	}
 }

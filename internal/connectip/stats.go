@@ -16,6 +16,7 @@ const (
 	DropLinkLocal           // link-local traffic is not forwarded
 	DropUnknownContext      // datagram of an unknown context, or without one
 	DropQueueFull           // a queue of ours was full
+	DropQueueDelay          // it had been waiting too long in a queue of ours
 	DropNoSession           // no session holds the destination
 	DropClosed              // the session was not there or ended
 	DropDevice              // the TUN device refused it
@@ -24,7 +25,7 @@ const (
 
 var dropNames = [numDrops]string{
 	"", "malformed", "source", "destination", "hop_limit", "too_big", "link_local",
-	"unknown_context", "queue_full", "no_session", "closed", "device",
+	"unknown_context", "queue_full", "queue_delay", "no_session", "closed", "device",
 }
 
 func (d Drop) String() string { return dropNames[d] }
@@ -43,6 +44,13 @@ func (t *Traffic) Add(bytes int) {
 
 // Drop counts one packet dropped for the reason d.
 func (t *Traffic) Drop(d Drop) { t.drops[d].Add(1) }
+
+// DropMany counts n packets dropped for the reason d.
+func (t *Traffic) DropMany(d Drop, n int) {
+	if n > 0 {
+		t.drops[d].Add(uint64(n))
+	}
+}
 
 // Drops returns the packets dropped so far by reason, reasons without any left out.
 func (t *Traffic) Drops() map[string]uint64 {
