@@ -46,6 +46,7 @@ type session struct {
 	// What follows is of keep alone.
 	onlyIPv4     bool           // the host has no IPv6
 	refused      []netip.Prefix // routes of the proxy that are not installed
+	blocked      string         // the family that has no way through a tunnel for everything, "" for none
 	advertised   []netip.Prefix // to the proxy
 	assignedPeer []netip.Prefix // to the proxy
 }
@@ -276,7 +277,7 @@ func (s *session) apply() (complete bool, err error) {
 		if state.Routes, err = accepted(routes, c.cfg.Accept); err != nil {
 			return false, err
 		}
-		state.Routes = append(s.beyond(state.Routes), c.cfg.AssignPeer...)
+		state.Routes = append(s.whole(s.beyond(state.Routes), addrs), c.cfg.AssignPeer...)
 	}
 	c.had = addrs
 	c.current.Store(s.conn) // before the kernel sends packets here

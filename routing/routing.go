@@ -75,8 +75,7 @@ type State struct {
 	// for how they compete with the host's. A route of a family of which the
 	// interface has no address is installed all the same: that is what an
 	// unnumbered link between sites is. Packets that the host itself sends
-	// there have an address of another interface, so a client that got no
-	// address of a family leaves its routes out.
+	// there have an address of another interface.
 	Routes []netip.Prefix
 
 	// Exclude are prefixes that go around the tunnel. Only with a Config.Mark.

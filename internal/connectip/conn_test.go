@@ -496,6 +496,34 @@ func waitCount(t *testing.T, done func() bool) {
 	}
 }
 
+// A host learns at once that a tunnel does not carry a family at all, from whatever address it sends.
+func TestFamilyWithoutAddress(t *testing.T) {
+	for _, tc := range []struct {
+		assigned, src, dst netip.Addr
+		typ, code          uint8
+	}{
+		{clientAddr4, clientAddr6, target6, 1, 0},
+		{clientAddr6, clientAddr4, target4, 3, 0},
+	} {
+		client, proxy := newPair(t, Config{}, Config{Self: []netip.Addr{proxyAddr4, proxyAddr6}})
+		if err := proxy.Assign([]capsule.Address{{Prefix: host(tc.assigned)}}); err != nil {
+			t.Fatal(err)
+		}
+		<-client.assigns
+		if d := client.Send(echoPacket(tc.src, tc.dst, 64, 100), Headroom); d != DropSource {
+			t.Errorf("from %v: %v", tc.src, d)
+		}
+		got := client.device.next(t)
+		p := parse(t, got)
+		if !ippacket.IsICMPError(got, p) || got[p.HeaderLen] != tc.typ || got[p.HeaderLen+1] != tc.code || p.Dst != tc.src {
+			t.Errorf("from %v: answered with % x", tc.src, got)
+		}
+		if tc.src.Is6() && !p.Src.IsLinkLocalUnicast() {
+			t.Errorf("answered from %v", p.Src)
+		}
+	}
+}
+
 // What does not belong on the wire is answered as a router would (RFC 4443 section 3.1, code 2, and RFC 7112 section 5).
 func TestAnswersOfARouter(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})

@@ -38,6 +38,9 @@ func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind
 		return nil
 	}
 	src := c.policy.Load().selfFor(p.Src)
+	if p.Version == 6 && !src.IsValid() {
+		src = c.echo.addr
+	}
 	buf, ok := ippacket.AppendICMPError(make([]byte, Headroom, Headroom+maxICMPError), pkt, p, kind, src, mtu)
 	if !ok {
 		return nil

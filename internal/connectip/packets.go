@@ -40,6 +40,9 @@ func (c *Conn) forward(buf []byte, off int) Drop {
 	pol := c.policy.Load()
 	if from := pol.sendFrom.judge(p.Src, p.Protocol); from != allowed && !pol.isSelf(p.Src) && !pol.quotesReceived(pkt, p) {
 		kind, drop := from.asSource()
+		if !pol.selfFor(p.Src).IsValid() { // a tunnel without this family: no source would do
+			kind = ippacket.NoRoute
+		}
 		c.answerHost(pkt, p, kind, 0)
 		return drop
 	}

@@ -1,0 +1,45 @@
+package client
+
+import (
+	"bytes"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestWholeTunnel(t *testing.T) {
+	both := prefixes("0.0.0.0/0", "::/0")
+	for name, tc := range map[string]struct {
+		cfg                 Config
+		routes, addrs, want []netip.Prefix
+		family              string
+	}{
+		"both families":     {Config{Accept: both}, both, prefixes("10.77.0.2/32", "fd77::2/128"), both, ""},
+		"IPv4 alone":        {Config{Accept: both}, prefixes("0.0.0.0/0"), prefixes("10.77.0.2/32"), both, "IPv6"},
+		"IPv6 alone":        {Config{Accept: both}, prefixes("::/0"), prefixes("fd77::2/128"), prefixes("::/0", "0.0.0.0/0"), "IPv4"},
+		"advertised anyway": {Config{Accept: both}, both, prefixes("10.77.0.2/32"), both, "IPv6"},
+		"IPv6 not advertised": {Config{Accept: both}, prefixes("0.0.0.0/0"), prefixes("10.77.0.2/32", "fd77::2/128"),
+			prefixes("0.0.0.0/0"), ""},
+		"IPv6 not accepted": {Config{Accept: prefixes("0.0.0.0/0")}, prefixes("0.0.0.0/0"), prefixes("10.77.0.2/32"), prefixes("0.0.0.0/0"), ""},
+		"not everything":    {Config{Accept: both}, prefixes("192.0.2.0/24"), prefixes("10.77.0.2/32"), prefixes("192.0.2.0/24"), ""},
+		"gateway": {Config{Accept: both, AdvertiseRoutes: prefixes("10.1.0.0/24")}, prefixes("0.0.0.0/0"), prefixes("10.77.0.2/32"),
+			prefixes("0.0.0.0/0"), ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var log bytes.Buffer
+			tc.cfg.Logger = slog.New(slog.NewTextHandler(&log, nil))
+			s := &session{c: &Client{cfg: tc.cfg}}
+			for range 3 {
+				if got := s.whole(slices.Clone(tc.routes), tc.addrs); !slices.Equal(got, tc.want) {
+					t.Errorf("%v, want %v", got, tc.want)
+				}
+			}
+			switch lines := strings.Count(log.String(), "\n"); {
+			case tc.family == "" && lines != 0, tc.family != "" && (lines != 1 || !strings.Contains(log.String(), "family="+tc.family)):
+				t.Errorf("the log has\n%s", log.String())
+			}
+		})
+	}
+}
