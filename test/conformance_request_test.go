@@ -3,7 +3,6 @@ package test
 import (
 	"bytes"
 	"context"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -20,6 +19,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/client"
+	"masquevpn/internal/cli"
 	"masquevpn/proxy"
 	"masquevpn/routing"
 )
@@ -379,25 +379,30 @@ func (l *lines) all() []string {
 
 // What a client puts into its request is one line in the log, without control characters, whatever it is.
 func TestWireLogsAreEscaped(t *testing.T) {
-	var log lines
-	c := startWireProxy(t, func(c *proxy.Config) { c.Logger = slog.New(slog.NewTextHandler(&log, nil)) }).dial(masqueSettings)
-	before := len(log.all())
 	paths := []string{
 		"/.well-known/masque/ip/a%0D%0Alevel=ERROR%20msg=forged/*/", "/.well-known/masque/ip/a%00b/*/", "/.well-known/masque/ip/a%1B[31mb/*/",
-		"/.well-known/masque/ip/*/%0A/", "/%0Aother", "/x\x85y",
+		"/.well-known/masque/ip/a%C2%9B31mb/*/", "/.well-known/masque/ip/a%7Fb/*/", "/.well-known/masque/ip/*/%0A/", "/%0Aother", "/x\x85y", "/x\u009by",
 	}
-	for _, path := range paths {
-		if status, _ := c.open(connectIP(path)...).answer(); status != "400" && status != "404" {
-			t.Errorf("%q: status %q", path, status)
-		}
-	}
-	got := log.all()[before:]
-	if len(got) != len(paths) {
-		t.Errorf("%d lines for %d requests:\n%s", len(got), len(paths), strings.Join(got, "\n"))
-	}
-	for _, line := range got {
-		if strings.ContainsFunc(line, func(r rune) bool { return !strconv.IsPrint(r) }) {
-			t.Errorf("not escaped: %q", line)
-		}
+	for _, format := range []string{cli.FormatText, cli.FormatJSON} {
+		t.Run(format, func(t *testing.T) {
+			var log lines
+			logger := cli.LogOptions{Format: format}.Logger(&log) // as the program has it
+			c := startWireProxy(t, func(c *proxy.Config) { c.Logger = logger }).dial(masqueSettings)
+			before := len(log.all())
+			for _, path := range paths {
+				if status, _ := c.open(connectIP(path)...).answer(); status != "400" && status != "404" {
+					t.Errorf("%q: status %q", path, status)
+				}
+			}
+			got := log.all()[before:]
+			if len(got) != len(paths) {
+				t.Errorf("%d lines for %d requests:\n%s", len(got), len(paths), strings.Join(got, "\n"))
+			}
+			for _, line := range got {
+				if !strings.Contains(line, "request refused") || strings.ContainsFunc(line, func(r rune) bool { return !strconv.IsPrint(r) }) {
+					t.Errorf("not escaped: %q", line)
+				}
+			}
+		})
 	}
 }
