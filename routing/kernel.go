@@ -59,7 +59,7 @@ func (s *scope) observe() (o observed, err error) {
 			o.strays = append(o.strays, &n)
 		}
 	}
-	o.chains, o.table, err = s.readTable()
+	o.chains, o.table, err = readTable(s.tableName())
 	if err != nil && !hasNoTables(err) {
 		return o, err
 	}

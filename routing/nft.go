@@ -14,14 +14,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// chain is a chain of our nftables table.
+// chain is a chain of an nftables table of ours. Without a hook, others jump to
+// it.
 type chain struct {
 	name     string
 	kind     nftables.ChainType
 	hook     *nftables.ChainHook
 	priority *nftables.ChainPriority
-	needs    string // the feature that not every kernel has; "": it must be
-	without  string // what is lost without it
+	policy   *nftables.ChainPolicy // nil: accept
+	needs    string                // the feature that not every kernel has; "": it must be
+	without  string                // what is lost without it
 	rules    []filter
 }
 
@@ -169,8 +171,8 @@ func address(p netip.Prefix, source bool) []expr.Any {
 
 func (s *scope) tableName() string { return "masque-" + s.Instance }
 
-// readTable returns the chains of our table, and whether there is one.
-func (s *scope) readTable() (chains []chainText, found bool, err error) {
+// readTable returns the chains of a table, and whether there is one.
+func readTable(name string) (chains []chainText, found bool, err error) {
 	c, err := nftables.New()
 	if err != nil {
 		return nil, false, err
@@ -179,7 +181,7 @@ func (s *scope) readTable() (chains []chainText, found bool, err error) {
 	if err != nil {
 		return nil, false, fmt.Errorf("list nftables tables: %w", explain(err))
 	}
-	if !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == s.tableName() }) {
+	if !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == name }) {
 		return nil, false, nil
 	}
 	all, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
@@ -187,7 +189,7 @@ func (s *scope) readTable() (chains []chainText, found bool, err error) {
 		return nil, true, fmt.Errorf("list nftables chains: %w", explain(err))
 	}
 	for _, ch := range all {
-		if ch.Table.Name != s.tableName() {
+		if ch.Table.Name != name {
 			continue
 		}
 		rules, err := c.GetRules(ch.Table, ch)
@@ -233,7 +235,7 @@ func (s *scope) available(chains []chain) []chain {
 func (s *scope) writeTable(chains []chain) error {
 	// A kernel without nf_tables answers a batch once, not once per message,
 	// and the library would wait for the rest: ask first.
-	_, _, err := s.readTable()
+	_, _, err := readTable(s.tableName())
 	absent := err != nil
 	if !absent {
 		err = s.commit(s.tableName(), chains)
@@ -269,7 +271,7 @@ func commitTable(name string, chains []chain) error {
 		c.AddTable(t)
 	}
 	for _, ch := range chains {
-		nc := c.AddChain(&nftables.Chain{Name: ch.name, Table: t, Type: ch.kind, Hooknum: ch.hook, Priority: ch.priority})
+		nc := c.AddChain(&nftables.Chain{Name: ch.name, Table: t, Type: ch.kind, Hooknum: ch.hook, Priority: ch.priority, Policy: ch.policy})
 		for _, f := range ch.rules {
 			c.AddRule(&nftables.Rule{Table: t, Chain: nc, Exprs: f.exprs, UserData: f.userData()})
 		}

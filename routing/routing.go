@@ -126,59 +126,102 @@ func Open(c Config) (*Manager, error) {
 }
 
 func open(c Config, procSys string) (_ *Manager, err error) {
-	if !validInstance.MatchString(c.Instance) {
-		return nil, fmt.Errorf("routing: instance name %q: want 1 to 64 letters, digits, '_', '.' or '-'", c.Instance)
-	}
-	if c.Logger == nil {
-		c.Logger = slog.New(slog.DiscardHandler)
-	}
-	c.Logger = c.Logger.With("instance", c.Instance)
-	m := &Manager{scope: scope{Config: c, procSys: procSys, lacking: make(map[string]bool), commit: commitTable}}
-	if _, err := os.Stat(filepath.Join(procSys, "net/ipv6")); err == nil {
-		m.ipv6 = true
-	}
-
-	if m.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
-		return nil, fmt.Errorf("routing: open a netlink socket: %w", explain(err))
-	}
+	m := &Manager{}
 	defer func() {
 		if err != nil {
 			m.release()
 		}
 	}()
-	if m.dump, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
-		return nil, fmt.Errorf("routing: open a netlink socket: %w", explain(err))
+	if err := m.init(c, procSys); err != nil {
+		return nil, fmt.Errorf("routing: %w", err)
 	}
-	// Kernels before 4.20 do not know strict checking: they send every route,
-	// and the rest is filtered here.
-	_ = m.dump.SetStrictCheck(true)
-
 	link, err := m.nl.LinkByName(c.Interface)
 	if err != nil {
 		return nil, fmt.Errorf("routing: interface %q: %w", c.Interface, explain(err))
 	}
 	m.index = link.Attrs().Index
-
-	fresh := record{Boot: bootID(procSys), Instance: c.Instance, Interface: c.Interface, Index: m.index}
-	j, old, why, err := openJournal(c.Journal, fresh)
-	if err != nil {
+	if _, err := m.takeOver(); err != nil {
 		return nil, fmt.Errorf("routing: %w", err)
 	}
-	m.journal = j
-	switch {
-	case errors.Is(why, errOtherBoot):
-		m.Logger.Info("journal ignored", "reason", why)
-	case why != nil:
-		m.Logger.Warn("journal ignored: what is recognised as ours is removed; sysctls stay as they are", "reason", why)
-	}
-	if err := m.clean(old); err != nil {
-		return nil, fmt.Errorf("routing: remove what a dead process left behind: %w", err)
-	}
-	m.rec = fresh
 	if err := m.journal.save(m.rec); err != nil {
 		return nil, fmt.Errorf("routing: %w", err)
 	}
 	return m, nil
+}
+
+// Clean does for an instance that does not run what its next Open would: it
+// removes what a dead process left behind. It says whether there was anything.
+// The Interface of c is not needed. Errors are those of Open.
+func Clean(c Config) (found bool, err error) {
+	var s scope
+	defer s.release()
+	if err := s.init(c, "/proc/sys"); err != nil {
+		return false, fmt.Errorf("routing: %w", err)
+	}
+	_, table, err := readTable(s.tableName())
+	if err != nil && !hasNoTables(err) {
+		return false, fmt.Errorf("routing: %w", err)
+	}
+	journal, err := s.takeOver()
+	if err == nil {
+		err = s.journal.remove()
+	}
+	if err != nil {
+		err = fmt.Errorf("routing: %w", err)
+	}
+	return table || journal, err
+}
+
+// init makes s ready to talk to the kernel.
+func (s *scope) init(c Config, procSys string) (err error) {
+	if !validInstance.MatchString(c.Instance) {
+		return errInstance(c.Instance)
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	c.Logger = c.Logger.With("instance", c.Instance)
+	*s = scope{Config: c, procSys: procSys, lacking: make(map[string]bool), commit: commitTable}
+	if _, err := os.Stat(filepath.Join(procSys, "net/ipv6")); err == nil {
+		s.ipv6 = true
+	}
+	if s.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open a netlink socket: %w", explain(err))
+	}
+	if s.dump, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open a netlink socket: %w", explain(err))
+	}
+	// Kernels before 4.20 do not know strict checking: they send every route,
+	// and the rest is filtered here.
+	_ = s.dump.SetStrictCheck(true)
+	return nil
+}
+
+// takeOver takes the journal and removes what a dead process left behind. It
+// says whether there was a journal.
+func (s *scope) takeOver() (found bool, err error) {
+	fresh := record{Boot: bootID(s.procSys), Instance: s.Instance, Interface: s.Interface, Index: s.index}
+	j, old, why, err := openJournal(s.Journal, fresh)
+	if err != nil {
+		return false, err
+	}
+	s.journal = j
+	switch {
+	case errors.Is(why, errOtherBoot):
+		s.Logger.Info("journal ignored", "reason", why)
+	case why != nil:
+		s.Logger.Warn("journal ignored: what is recognised as ours is removed; sysctls stay as they are", "reason", why)
+	}
+	found = old != nil || why != nil
+	if err := s.clean(old); err != nil {
+		return found, fmt.Errorf("remove what a dead process left behind: %w", err)
+	}
+	s.rec = fresh
+	return found, nil
+}
+
+func errInstance(name string) error {
+	return fmt.Errorf("instance name %q: want 1 to 64 letters, digits, '_', '.' or '-'", name)
 }
 
 // Apply makes the kernel's state the one wanted. It returns when that is so, or
@@ -236,13 +279,13 @@ func (m *Manager) Close() error {
 }
 
 // release gives back what the process holds, and leaves the kernel alone.
-func (m *Manager) release() {
-	for _, h := range []*netlink.Handle{m.nl, m.dump} {
+func (s *scope) release() {
+	for _, h := range []*netlink.Handle{s.nl, s.dump} {
 		if h != nil {
 			h.Close()
 		}
 	}
-	m.journal.close()
+	s.journal.close()
 }
 
 // lack notes, and says once, that something optional is not to be had here.
