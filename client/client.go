@@ -59,6 +59,12 @@ const (
 	StateFailed       = "failed"
 )
 
+// What Status says of the kill switch.
+const (
+	KillSwitchOff    = "off"    // none is configured
+	KillSwitchClosed = "closed" // nothing leaves but through the tunnel
+)
+
 // New checks cfg and makes a Client of it; nothing is opened or sent yet. Errors are *Error of KindUsage.
 func New(cfg Config) (*Client, error) {
 	to, err := cfg.resolveTarget()
@@ -76,23 +82,27 @@ func New(cfg Config) (*Client, error) {
 	c := &Client{cfg: cfg, to: to, instance: rand.Text(), queue: flowqueue.New(), changed: make(chan struct{})}
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion = cfg.Congestion
+	c.dialer.resolver = resolver(control, cfg.Nameservers)
 	c.status = connectip.Status{
 		Schema: connectip.StatusSchema, Name: cfg.Name, State: StateConnecting, Since: time.Now(),
 		Proxy:     connectip.ProxyStatus{Name: to.host, HTTP: "h3"},
-		Addresses: []netip.Prefix{}, Routes: []connectip.RouteStatus{},
+		Addresses: []netip.Prefix{}, Routes: []connectip.RouteStatus{}, KillSwitch: KillSwitchOff,
 	}
 	c.status.SetDNS(nil, nil)
 	return c, nil
 }
 
 // Run keeps the tunnel until ctx ends, which gives nil, or until it fails for good, which gives an *Error. Either way
-// the host is as it was before. It may be called once.
+// the host is as it was before, but for a kill switch, which stays closed. It may be called once.
 func (c *Client) Run(ctx context.Context) (err error) {
 	defer func() {
 		if err != nil {
 			c.setState(StateFailed, err.Error())
 		}
 	}()
+	if err := c.closeKillSwitch(""); err != nil {
+		return err
+	}
 	if c.device, err = c.cfg.OpenDevice(); err != nil {
 		return privileged(err, "")
 	}
@@ -131,6 +141,20 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	}
 	c.setState(StateStopping, "")
 	return err
+}
+
+// closeKillSwitch closes the kill switch, if there is one, but for an interface, or puts it back where others removed it.
+func (c *Client) closeKillSwitch(iface string) error {
+	if c.cfg.KillSwitch == nil {
+		return nil
+	}
+	if err := c.cfg.KillSwitch.Close(iface); err != nil {
+		return privileged(err, "closing the kill switch: ")
+	}
+	c.mu.Lock()
+	c.status.KillSwitch = KillSwitchClosed
+	c.mu.Unlock()
+	return nil
 }
 
 // privileged makes an Error of what opening something on this host gave.

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"masquevpn/internal/congestion"
@@ -38,6 +39,13 @@ type Config struct {
 	InstallRoutes bool
 	Accept        []netip.Prefix // of what is advertised, what is installed; default: all
 	Exclude       []netip.Prefix // goes around the tunnel
+
+	// KillSwitch, if there is one, is closed before anything is sent, looked after before each attempt to connect, and left
+	// closed: to lift it is up to the caller, when Run has returned.
+	KillSwitch KillSwitch
+	// Nameservers (host:port) are asked for the proxy's name instead of a resolver on this host, whose own questions a kill
+	// switch would stop. Without them that one is asked.
+	Nameservers []string
 
 	// AdvertiseRoutes are networks behind this host that the proxy may send to, which makes this host a gateway and a router
 	// (RFC 9484 section 8.2). AssignPeer are single addresses that the proxy is given, usually out of those networks.
@@ -71,6 +79,12 @@ type Device interface {
 type Network interface {
 	Apply(routing.State) error
 	Close() error
+}
+
+// KillSwitch keeps packets from leaving this host but through a tunnel; *routing.KillSwitch is one.
+type KillSwitch interface {
+	// Close lets packets leave through the interface of that name only, "" for none. It may be called again and again.
+	Close(iface string) error
 }
 
 // Kind classifies an Error. Its values are the exit codes of masque-client.
@@ -230,10 +244,15 @@ func (c Config) withDefaults() (Config, error) {
 	return c, nil
 }
 
-// resolver asks DNS outside the tunnel, so that a dead tunnel can be dialed again by name.
-func resolver(control controlFunc) *net.Resolver {
+// resolver asks DNS outside the tunnel, so that a dead tunnel can be dialed again by name. In place of a resolver on this host it
+// asks nameservers, if there are any, each time the next one.
+func resolver(control controlFunc, nameservers []string) *net.Resolver {
 	d := &net.Dialer{Control: control}
+	var asked atomic.Uint32
 	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+		if a, err := netip.ParseAddrPort(address); err == nil && a.Addr().IsLoopback() && len(nameservers) > 0 {
+			address = nameservers[int(asked.Add(1)-1)%len(nameservers)]
+		}
 		return d.DialContext(ctx, network, address)
 	}}
 }

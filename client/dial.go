@@ -56,7 +56,7 @@ type dialer struct {
 }
 
 func newDialer(to target, config *tls.Config, token string, control controlFunc, logger *slog.Logger) *dialer {
-	return &dialer{to: to, tls: to.tlsConfig(config), token: token, control: control, resolver: resolver(control), logger: logger}
+	return &dialer{to: to, tls: to.tlsConfig(config), token: token, control: control, resolver: resolver(control, nil), logger: logger}
 }
 
 // dialed is an established connection to the proxy.

@@ -53,6 +53,9 @@ type session struct {
 
 // session dials, keeps the session until it ends, and returns why it ended and how long it was connected.
 func (c *Client) session(ctx context.Context) (connected time.Duration, err error) {
+	if err := c.closeKillSwitch(c.device.Name()); err != nil {
+		return 0, err
+	}
 	d, str, err := c.dial(ctx)
 	if err != nil {
 		return 0, err

@@ -96,7 +96,7 @@ func TestLoadErrors(t *testing.T) {
 		{"garbage for a key", "[tls]\ncert = \"a.crt\"\nkey = \"empty\"\n", 0o644, "tls.key = \"empty\": holds no private key in PEM form"},
 		{"another one's key", "[tls]\ncert = \"a.crt\"\n" + inline("key_pem", bob.Key), 0o600, "%s/home.toml:4: tls.key_pem: not the key of the certificate; put certificate and key of one pair together"},
 		{"own address advertised", "[addresses]\nstatic = [\"10.1.0.9/32\"]\n[routes]\nadvertise = [\"10.1.0.0/24\"]\n", 0o644, "%s/home.toml:5: routes.advertise = [\"10.1.0.0/24\"]: 10.1.0.0/24 holds 10.1.0.9/32, an address of the tunnel itself"},
-		{"kill switch", "[kill_switch]\nenabled = true\n", 0o600, "%s/home.toml:3: kill_switch.enabled = true: not supported by this version; remove it"},
+		{"kill switch for nothing", "[kill_switch]\nenabled = true\nallow = [\"0.0.0.0/0\"]\n", 0o600, "%s/home.toml:4: kill_switch.allow[0] = \"0.0.0.0/0\": allows everything of its family; name the networks"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			dir := t.TempDir()

@@ -6,7 +6,7 @@ import (
 	"errors"
 	"net/http"
 	"os"
-	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -61,7 +61,13 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	}
 	logger := o.Log.Logger(os.Stderr)
 	l.config.Logger = logger
-	l.config.Journal = filepath.Join(o.RunDir, name+".journal")
+	l.config.Journal = o.journal(name)
+	kill := l.killSwitch(name, logger)
+	if l.file.KillSwitch {
+		l.config.KillSwitch = kill
+		l.config.Nameservers = upstreamServers()
+		l.warnHeld(logger)
+	}
 	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, l.config.TLS, logger)
 	if err != nil {
 		return err
@@ -89,19 +95,35 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	v := cli.NewVersionInfo(program)
 	logger.Info("starting", append([]any{"program", program, "version", v.Version, "go", v.Go, "name", name, "config", file}, l.describe()...)...)
 
+	if !l.file.KillSwitch { // it may have been on when this tunnel ran last
+		if _, err := kill.Lift(); err != nil {
+			logger.Warn("a kill switch that may be closed from before cannot be lifted", "error", err)
+		}
+	}
 	reported := make(chan struct{})
 	go func() {
 		defer close(reported)
 		notify.follow(t)
 	}()
-	t.err = c.Run(ctx)
+	t.err = exitError(c.Run(ctx))
+	switch closed := c.Status().KillSwitch == client.KillSwitchClosed; {
+	case !closed:
+	case t.lift.Load() || errors.Is(context.Cause(ctx), cli.ErrInterrupted):
+		if _, err := kill.Lift(); err != nil {
+			t.err = withRemedy(errors.Join(t.err, err), staysClosed(name))
+		}
+	case t.err == nil:
+		logger.Warn(staysClosed(name))
+	default:
+		t.err = withRemedy(t.err, staysClosed(name))
+	}
 	close(t.done)
 	<-reported
 	closeErr := server.Close()
 	if t.err == nil {
 		logger.Info("stopped", "name", name)
 	}
-	return errors.Join(exitError(t.err), closeErr)
+	return errors.Join(t.err, closeErr)
 }
 
 // acquire takes the lock of a tunnel.
@@ -120,6 +142,7 @@ func acquire(runDir, name string) (*control.Lock, error) {
 type tunnel struct {
 	client *client.Client
 	stop   context.CancelFunc
+	lift   atomic.Bool // the kill switch, at the end
 	done   chan struct{}
 	err    error // of Run, valid when done is closed
 }
@@ -162,6 +185,7 @@ func (t *tunnel) handler() http.Handler {
 		})
 	})
 	mux.HandleFunc("POST "+stopPath, func(w http.ResponseWriter, r *http.Request) {
+		t.lift.Store(true)
 		t.stop()
 		select {
 		case <-t.done:

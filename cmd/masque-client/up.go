@@ -77,7 +77,13 @@ func (o *options) up(ctx context.Context, arg string, wait bool, timeout time.Du
 	if b.failed {
 		return result
 	}
-	if err := b.takeDown(); err != nil {
+	end := syscall.SIGTERM // leaves a kill switch closed
+	if b.interrupted {
+		end = syscall.SIGINT
+	} else if l.file.KillSwitch {
+		result = withRemedy(result, staysClosed(name))
+	}
+	if err := b.takeDown(end); err != nil {
 		result.Reason += "; " + err.Error()
 	}
 	return result
@@ -90,6 +96,8 @@ type background struct {
 	process *exec.Cmd
 	events  *os.File // read end of the pipe
 	failed  bool     // the process has said why it ends
+
+	interrupted bool // by the user
 
 	lastState, lastReason string
 }
@@ -166,6 +174,7 @@ func (b *background) await(ctx context.Context, wait bool) *cli.Error {
 		case errors.Is(err, os.ErrDeadlineExceeded) && errors.Is(ctx.Err(), context.DeadlineExceeded):
 			return b.late()
 		case errors.Is(err, os.ErrDeadlineExceeded):
+			b.interrupted = true
 			return cli.Errorf(cli.Failure, "interrupted: the tunnel %s is taken down again", b.name)
 		case err != nil: // it died without a word
 			b.failed = true
@@ -201,8 +210,8 @@ func (b *background) late() *cli.Error {
 }
 
 // takeDown ends the process, which restores the host.
-func (b *background) takeDown() error {
-	if err := b.process.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+func (b *background) takeDown(end syscall.Signal) error {
+	if err := b.process.Process.Signal(end); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
 	ended := make(chan struct{})
@@ -219,7 +228,8 @@ func (o *options) downCommand() *cobra.Command {
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use: "down NAME", Short: "Disconnect and restore the host", Args: cobra.ExactArgs(1),
-		Long:              "Disconnect and wait until the host is as it was before.",
+		Long: "Disconnect, wait until the host is as it was before, and lift the kill switch. If the tunnel was killed, or gave up with\n" +
+			"its kill switch closed, what it left is removed.",
 		ValidArgsFunction: o.completeRunning,
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			name, err := tunnelName(args[0])
@@ -244,7 +254,7 @@ func (o *options) down(ctx context.Context, name string) error {
 	}
 	switch {
 	case errors.Is(err, control.ErrNotRunning):
-		return notRunning(name)
+		return o.cleanUp(name)
 	case errors.Is(err, context.DeadlineExceeded):
 		return &cli.Error{Code: cli.Failure, Reason: fmt.Sprintf("%s is still stopping", name), Remedy: "see its log, or try again with a longer --timeout"}
 	case err != nil:
@@ -256,5 +266,9 @@ func (o *options) down(ctx context.Context, name string) error {
 }
 
 func notRunning(name string) error {
+	if closedKillSwitch(name) {
+		return &cli.Error{Code: cli.NotConnected, Reason: name + ": not running, and its kill switch is closed",
+			Remedy: fmt.Sprintf("connect with: %s up %s, or lift it with: %s down %s", program, name, program, name)}
+	}
 	return &cli.Error{Code: cli.NotConnected, Reason: name + ": not running", Remedy: fmt.Sprintf("start it with: %s up %s", program, name)}
 }

@@ -32,6 +32,9 @@ type Client struct {
 	Advertise       []netip.Prefix // networks behind the client
 	Assign          []netip.Prefix // single addresses for the proxy
 
+	KillSwitch      bool
+	KillSwitchAllow []netip.Prefix // may be reached outside the tunnel all the same
+
 	Congestion string // inner or outer
 
 	Reconnect bool
@@ -100,8 +103,13 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	root.table("dns").oneOf("mode", "auto", "off")
 
 	kill := root.table("kill_switch")
-	kill.unsupported("enabled", false)
-	kill.unsupported("allow")
+	c.KillSwitch = kill.bool("enabled", false)
+	c.KillSwitchAllow = kill.prefixes("allow")
+	for i, p := range c.KillSwitchAllow {
+		if p.Bits() == 0 {
+			kill.add(element("allow", i), "allows everything of its family", "name the networks, such as that of the LAN, or set enabled = false")
+		}
+	}
 
 	reconnect := root.table("reconnect")
 	c.Reconnect = reconnect.bool("enabled", true)

@@ -62,6 +62,7 @@ func TestClientFull(t *testing.T) {
 		TokenFile: "/etc/masque/token", Target: "*", IPProto: "*", Device: "masque0", MTU: 1300,
 		Static: prefixes("10.77.0.9/32", "fd77::9/64"), Accept: prefixes("10.0.0.0/8"), Exclude: prefixes("10.9.0.0/16", "fd00::/8"),
 		Advertise: prefixes("192.0.2.0/24", "2001:db8:a::/64"), Assign: prefixes("192.0.2.200/32"),
+		KillSwitch: true, KillSwitchAllow: prefixes("192.168.5.0/24", "fd00:5::/64"),
 		Congestion: "outer", MaxDelay: 90 * time.Second, KeyLog: "/etc/masque/keys.log",
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
@@ -227,9 +228,9 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[routes]`, `assign = ["10.1.0.200"]`}, `f.toml:3: routes.assign[0] = "10.1.0.200": the prefix length is missing; write "10.1.0.200/32" for this one address`},
 		{client, []string{`[routes]`, `assign = ["fd01::c8/64"]`}, `f.toml:3: routes.assign[0] = "fd01::c8/64": not a single address; write "fd01::c8/128"`},
 		{client, []string{`[dns]`, `mode = "resolved"`}, `f.toml:3: dns.mode = "resolved": not known; write "auto" or "off"`},
-		{client, []string{`[kill_switch]`, `enabled = true`}, `f.toml:3: kill_switch.enabled = true: not supported by this version; remove it`},
-		{client, []string{`[kill_switch]`, `enabled = "true"`}, `f.toml:3: kill_switch.enabled = "true": not supported by this version; remove it`},
-		{client, []string{`[kill_switch]`, `allow = ["10.0.0.0/8"]`}, `f.toml:3: kill_switch.allow = ["10.0.0.0/8"]: not supported by this version; remove it`},
+		{client, []string{`[kill_switch]`, `enabled = "true"`}, `f.toml:3: kill_switch.enabled = "true": not true or false; write true or false`},
+		{client, []string{`[kill_switch]`, `allow = ["10.0.0.1/8"]`}, `f.toml:3: kill_switch.allow[0] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
+		{client, []string{`[kill_switch]`, `allow = ["fd00::/8", "::/0"]`}, `f.toml:3: kill_switch.allow[1] = "::/0": allows everything of its family; name the networks, `},
 		{client, []string{`[reconnect]`, `enabled = "no"`}, `f.toml:3: reconnect.enabled = "no": not true or false; write true or false`},
 		{client, []string{`[reconnect]`, `max_delay = "soon"`}, `f.toml:3: reconnect.max_delay = "soon": not a time span; write for example "30s" or "5m"`},
 		{client, []string{`[reconnect]`, `max_delay = "1ms"`}, `f.toml:3: reconnect.max_delay = "1ms": too short; write at least "1s"`},
@@ -352,7 +353,7 @@ func TestMissingMainKey(t *testing.T) {
 }
 
 func TestAllProblemsAtOnce(t *testing.T) {
-	_, err := ParseClient("c.toml", lines(`[tun]`, `mtu = 1`, `[kill_switch]`, `enabled = true`, `[nonsense]`))
+	_, err := ParseClient("c.toml", lines(`[tun]`, `mtu = 1`, `[log]`, `pcap = "p"`, `[nonsense]`))
 	e, ok := errors.AsType[*Error](err)
 	if !ok {
 		t.Fatal(err)
@@ -361,7 +362,7 @@ func TestAllProblemsAtOnce(t *testing.T) {
 	for _, p := range e.Problems {
 		got = append(got, p.Key)
 	}
-	if diff := cmp.Diff([]string{"proxy", "tun.mtu", "kill_switch.enabled", "nonsense"}, got); diff != "" {
+	if diff := cmp.Diff([]string{"proxy", "tun.mtu", "log.pcap", "nonsense"}, got); diff != "" {
 		t.Error(diff)
 	}
 }

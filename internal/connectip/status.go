@@ -25,7 +25,8 @@ type Status struct {
 	Addresses  []netip.Prefix    `json:"addresses"`
 	Routes     []RouteStatus     `json:"routes"`
 	DNS        DNSStatus         `json:"dns"`
-	RTT        int64             `json:"rtt_us"` // smoothed, microseconds
+	KillSwitch string            `json:"kill_switch,omitempty"` // closed, or off; of a client
+	RTT        int64             `json:"rtt_us"`                // smoothed, microseconds
 	Packets    Counts            `json:"packets"`
 	Bytes      Counts            `json:"bytes"`
 	Drops      map[string]uint64 `json:"drops"` // packets by reason, both directions
