@@ -66,7 +66,6 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	if l.file.KillSwitch {
 		l.config.KillSwitch = kill
 		l.config.Nameservers = upstreamServers()
-		l.warnHeld(logger)
 	}
 	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, l.config.TLS, logger)
 	if err != nil {
@@ -95,7 +94,9 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	v := cli.NewVersionInfo(program)
 	logger.Info("starting", append([]any{"program", program, "version", v.Version, "go", v.Go, "name", name, "config", file}, l.describe()...)...)
 
-	if !l.file.KillSwitch { // it may have been on when this tunnel ran last
+	if l.file.KillSwitch {
+		l.warnHeld(logger)
+	} else { // it may have been on when this tunnel ran last
 		if _, err := kill.Lift(); err != nil {
 			logger.Warn("a kill switch that may be closed from before cannot be lifted", "error", err)
 		}

@@ -198,6 +198,9 @@ func showText(w io.Writer, raw json.RawMessage) error {
 		row("DNS", dns(s))
 		row("round trip", (time.Duration(s.RTT) * time.Microsecond).String())
 	}
+	if s.KillSwitch != client.KillSwitchOff {
+		row("kill switch", s.KillSwitch)
+	}
 	row("received", traffic(s.Packets.RX, s.Bytes.RX))
 	row("sent", traffic(s.Packets.TX, s.Bytes.TX))
 	row("dropped", cli.Counts(s.Drops))
