@@ -44,7 +44,7 @@ fuzz: $(VENDOR) ## every fuzz target for FUZZTIME (60s)
 
 bench: bench-tools ## our tunnel, wireguard-go and a plain reference by turns (docs/performance.md); BENCH="-case REGEXP"
 	bin/bench/bench -json artifacts/bench.json $(BENCH)
-	$(GO) test -run '^$$' -bench . -benchmem ./internal/connectip ./internal/ippacket
+	$(GO) test -run '^$$' -bench . -benchmem ./internal/connectip ./internal/ippacket ./proxy
 
 bench-quick: bench-tools ## the most telling cases of it, in less than three minutes
 	bin/bench/bench -quick -json artifacts/bench-quick.json $(BENCH)

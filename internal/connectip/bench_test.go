@@ -1,6 +1,8 @@
 package connectip
 
 import (
+	"encoding/binary"
+	"fmt"
 	"net/netip"
 	"testing"
 
@@ -40,6 +42,36 @@ func BenchmarkSend(b *testing.B) {
 		if d := c.Send(buf, Headroom); d != DropNone {
 			b.Fatal(d)
 		}
+	}
+}
+
+// BenchmarkSendRoutes sends to one after the other of so many networks behind the peer.
+func BenchmarkSendRoutes(b *testing.B) {
+	for _, n := range []int{1, 100, 10_000} {
+		b.Run(fmt.Sprintf("routes=%d", n), func(b *testing.B) {
+			c := benchConn(b)
+			prefixes := make([]netip.Prefix, n)
+			pkts := make([][]byte, n)
+			for i := range prefixes {
+				// Every other /28, so that none of them join.
+				var a [4]byte
+				binary.BigEndian.PutUint32(a[:], 10<<24|uint32(i)<<5)
+				prefixes[i] = netip.PrefixFrom(netip.AddrFrom4(a), 28)
+				pkts[i] = echoPacket(target4, prefixes[i].Addr().Next(), 64, 100)
+			}
+			c.link.peerSend = capsule.Routes(prefixes, 0)
+			if err := c.update(); err != nil {
+				b.Fatal(err)
+			}
+			buf := make([]byte, len(pkts[0]))
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				copy(buf, pkts[i*7919%n])
+				if d := c.Send(buf, Headroom); d != DropNone {
+					b.Fatal(d)
+				}
+			}
+		})
 	}
 }
 

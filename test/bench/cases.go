@@ -2,6 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"slices"
 	"time"
 
 	"masquevpn/internal/lab"
@@ -20,7 +23,7 @@ type benchCase struct {
 }
 
 // allCases are the cases, in the order in which they run.
-var allCases = join(tcpCases, networkCases)
+var allCases = slices.Concat(tcpCases, networkCases, udpCases, otherCases)
 
 var tcpCases = []benchCase{
 	tcpCase("tcp/up/cubic", "one flow to the target", true, "-C", "cubic"),
@@ -42,7 +45,7 @@ func tcpCase(name, about string, quick bool, args ...string) benchCase {
 
 // networkCases are networks with delay, loss and a limit on their rate.
 var networkCases = []benchCase{
-	networkCase("net/20ms-200M/cubic8", true, 20, 200, 0, "-C", "cubic", "-P", "8"),
+	networkCase("net/20ms-200M/cubic8", false, 20, 200, 0, "-C", "cubic", "-P", "8"),
 	networkCase("net/20ms-500M-0.1%/cubic8", false, 20, 500, 0.001, "-C", "cubic", "-P", "8"),
 	networkCase("net/20ms-500M-0.1%/bbr1", true, 20, 500, 0.001, "-C", "bbr"),
 	networkCase("net/50ms-200M-1%/cubic8", false, 50, 200, 0.01, "-C", "cubic", "-P", "8"),
@@ -52,20 +55,82 @@ var networkCases = []benchCase{
 // networkCase is a case with a path of the given round trip time in ms, rate in Mbit/s, and loss in each direction.
 // Its queue takes 10 ms.
 func networkCase(name string, quick bool, rtt, mbits int, loss float64, args ...string) benchCase {
-	const settle = 2 * time.Second // which iperf3 leaves out
+	const rampUp = 2 * time.Second // which iperf3 leaves out
 	path := &lab.Impairment{
 		Delay: time.Duration(rtt) * time.Millisecond / 2, Rate: int64(mbits) * 1e6, Queue: mbits * 1e6 / 8 / 100, Loss: loss,
 	}
 	return benchCase{name: name, about: "TCP to the target over a slow path", quick: quick, path: path, time: 5 * time.Second,
 		run: func(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
-			return t.tcp(ctx, d, settle, args...)
+			return t.tcp(ctx, d, rampUp, args...)
 		}}
 }
 
-func join(lists ...[]benchCase) []benchCase {
-	var all []benchCase
-	for _, l := range lists {
-		all = append(all, l...)
+var udpCases = []benchCase{
+	udpCase("udp/1200", true, 1200),
+	udpCase("udp/64", false, 64),
+	{name: "udp/1200/1G", about: "UDP, 1200 bytes, offered at 1 Gbit/s to all", time: 2 * time.Second,
+		run: func(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
+			values, _, err := t.udpAt(ctx, "", 1200, 1e9/8/1200, d)
+			return values, err
+		}},
+}
+
+func udpCase(name string, quick bool, size int) benchCase {
+	return benchCase{name: name, about: fmt.Sprintf("UDP, %d bytes, at 50, 100 and 200 %% of what the tunnel can", size), quick: quick,
+		time: 2 * time.Second,
+		run: func(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
+			return t.udpLevels(ctx, size, d)
+		}}
+}
+
+var otherCases = []benchCase{
+	{name: "rtt/idle", about: "round trip of a ping, nothing else going on", quick: true, time: 2 * time.Second, run: idleRTT},
+	{name: "start", about: "from the start of the client's process to the first answer", quick: true, bare: true, run: startTime},
+	{name: "sessions", about: "idle sessions at the proxy: memory, and how fast they come up", oursOnly: true, bare: true, run: manySessions},
+}
+
+func idleRTT(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
+	const interval = 10 * time.Millisecond
+	rtts, err := t.ping(ctx, int(d/interval), interval)
+	return rttValues(rtts), err
+}
+
+// startTime starts a client, and a proxy where there is none, and stops the client again.
+func startTime(ctx context.Context, t *tunnel, _ time.Duration) (values []value, err error) {
+	if t.proxy == nil {
+		if err := t.kind.proxy(ctx, t); err != nil {
+			return nil, err
+		}
 	}
-	return all
+	start := time.Now()
+	if err := t.kind.client(ctx, t); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, stop(ctx, t.client)) }()
+	for {
+		pctx, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+		a, err := t.Client.Probe(pctx, lab.Probe{To: lab.TargetIPv4})
+		cancel()
+		if err == nil && a.Echo {
+			break
+		}
+		if time.Since(start) > patience {
+			return nil, fmt.Errorf("no ping is answered: %w\n%s", err, logOf(t.client))
+		}
+		if err := sleep(ctx, poll/5); err != nil {
+			return nil, err
+		}
+	}
+	values = append(values, value{"first answer after", "ms", float64(time.Since(start)) / float64(time.Millisecond)})
+	for _, end := range []struct {
+		name string
+		c    *lab.Cmd
+	}{{"client", t.client}, {"proxy", t.proxy}} {
+		used, err := memory(end.c)
+		if err != nil {
+			return values, err
+		}
+		values = append(values, value{end.name + "'s memory", "MB", used / 1e6})
+	}
+	return values, nil
 }

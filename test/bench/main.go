@@ -91,10 +91,14 @@ func main() {
 	os.Exit(run(o))
 }
 
+// quickTime is the longest measurement with -quick.
+const quickTime = 2 * time.Second
+
 // programs are what the bench runs in its hosts besides the tunnels' own programs.
 var programs = map[string]func(context.Context, []string) error{
 	"plain-proxy":  plainProxy,
 	"plain-client": plainClient,
+	"sessions":     sessions,
 }
 
 func run(o options) int {
@@ -182,6 +186,9 @@ func (r *runner) all(ctx context.Context) error {
 // one runs one case: all tunnels are set up, and then measured in turn.
 func (r *runner) one(ctx context.Context, c benchCase) (err error) {
 	d := c.time
+	if r.quick {
+		d = min(d, quickTime)
+	}
 	if r.time > 0 {
 		d = r.time
 	}
@@ -212,14 +219,14 @@ func (r *runner) one(ctx context.Context, c benchCase) (err error) {
 		for i := range up {
 			t := up[(i+round)%len(up)] // nobody always comes after the same one
 			values, err := c.run(ctx, t, d)
-			if err != nil {
-				errs = append(errs, fmt.Errorf("%s, round %d: %w", t.name, round+1, err))
-			}
-			fmt.Fprintf(os.Stderr, "%s %s %d/%d: %v\n", c.name, t.name, round+1, r.rounds, values)
-			r.report.add(c.name, t.name, round, values)
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s, round %d: %w", t.name, round+1, err))
+			}
+			fmt.Fprintf(os.Stderr, "%s %s %d/%d: %v\n", c.name, t.name, round+1, r.rounds, telling(values))
+			r.report.add(c.name, t.name, round, values)
 		}
 	}
 	return errors.Join(errs...)

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	connectip "github.com/quic-go/connect-ip-go"
@@ -34,11 +35,11 @@ const (
 
 // plainProxy serves one client. Its arguments are the name of the device and the tunnel's directory.
 func plainProxy(ctx context.Context, args []string) error {
-	device, err := openPlain(args)
+	p, err := newPlain(args)
 	if err != nil {
 		return err
 	}
-	defer device.Close()
+	defer p.device.Close()
 	ca, pair, err := pki.NewAuthority("bench", time.Now())
 	if err != nil {
 		return err
@@ -76,7 +77,7 @@ func plainProxy(ctx context.Context, args []string) error {
 				conn.AssignAddresses([]netip.Prefix{netip.PrefixFrom(clientAddr, 32)}),
 				conn.AdvertiseRoute([]connectip.IPRoute{{StartIP: netip.IPv4Unspecified(), EndIP: netip.MustParseAddr("255.255.255.255")}}))
 			if err == nil {
-				err = shovel(device, conn)
+				err = p.receive(conn)
 			}
 			fmt.Fprintln(os.Stderr, err)
 		}),
@@ -94,18 +95,18 @@ func plainProxy(ctx context.Context, args []string) error {
 
 // plainClient has the same arguments.
 func plainClient(ctx context.Context, args []string) error {
-	device, err := openPlain(args)
+	p, err := newPlain(args)
 	if err != nil {
 		return err
 	}
-	defer device.Close()
+	defer p.device.Close()
 	roots := x509.NewCertPool()
 	for {
 		pem, err := os.ReadFile(filepath.Join(args[1], plainCA))
 		if err == nil && roots.AppendCertsFromPEM(pem) {
 			break
 		}
-		if err := sleep(ctx, maxOpenWait); err != nil {
+		if err := sleep(ctx, poll); err != nil {
 			return err
 		}
 	}
@@ -128,50 +129,60 @@ func plainClient(ctx context.Context, args []string) error {
 	if _, err := conn.Routes(ctx); err != nil {
 		return err
 	}
-	return shovel(device, conn)
+	return p.receive(conn)
 }
 
-func openPlain(args []string) (*water.Interface, error) {
+// plain is a device, and the connection that it belongs to now.
+type plain struct {
+	device *water.Interface
+	conn   atomic.Pointer[connectip.Conn]
+}
+
+func newPlain(args []string) (*plain, error) {
 	if len(args) != 2 {
 		return nil, errors.New("want the name of the device and a directory")
 	}
-	return water.New(water.Config{DeviceType: water.TUN, PlatformSpecificParams: water.PlatformSpecificParams{Name: args[0]}})
+	device, err := water.New(water.Config{DeviceType: water.TUN, PlatformSpecificParams: water.PlatformSpecificParams{Name: args[0]}})
+	if err != nil {
+		return nil, err
+	}
+	p := &plain{device: device}
+	go p.send()
+	return p, nil
 }
 
-// shovel carries packets until one side fails.
-func shovel(device *water.Interface, conn *connectip.Conn) error {
-	ended := make(chan error, 2)
-	go func() {
-		buf := make([]byte, 1500)
-		for {
-			n, err := device.Read(buf)
-			if err != nil {
-				ended <- err
-				return
-			}
-			// What does not fit the policy, such as neighbour discovery, is dropped with an error.
-			if icmp, err := conn.WritePacket(buf[:n]); errors.Is(err, net.ErrClosed) {
-				ended <- err
-				return
-			} else if len(icmp) > 0 {
-				device.Write(icmp)
-			}
+// send carries packets from the device to the connection until the device is closed.
+func (p *plain) send() {
+	buf := make([]byte, 1500)
+	for {
+		n, err := p.device.Read(buf)
+		if err != nil {
+			return
 		}
-	}()
-	go func() {
-		buf := make([]byte, 1500)
-		for {
-			n, err := conn.ReadPacket(buf)
-			if err == nil {
-				_, err = device.Write(buf[:n])
-			}
-			if err != nil {
-				ended <- err
-				return
-			}
+		conn := p.conn.Load()
+		if conn == nil {
+			continue
 		}
-	}()
-	return <-ended
+		// An error is about this packet, such as neighbour discovery, or receive will see it too.
+		if icmp, _ := conn.WritePacket(buf[:n]); len(icmp) > 0 {
+			p.device.Write(icmp)
+		}
+	}
+}
+
+// receive carries packets from conn to the device until one of them fails.
+func (p *plain) receive(conn *connectip.Conn) error {
+	p.conn.Store(conn)
+	buf := make([]byte, 1500)
+	for {
+		n, err := conn.ReadPacket(buf)
+		if err == nil {
+			_, err = p.device.Write(buf[:n])
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

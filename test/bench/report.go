@@ -136,6 +136,9 @@ func (r *report) print(w io.Writer) {
 	row(heading)
 	row(strings.Split(strings.Repeat("---,", len(heading)-1)+"---", ","))
 	for _, x := range r.Results {
+		if !x.telling() {
+			continue
+		}
 		cells := []string{x.Case, x.What, x.Unit}
 		for _, t := range columns {
 			cells = append(cells, spread(x.Values[t]))
@@ -146,6 +149,24 @@ func (r *report) print(w io.Writer) {
 		row(cells)
 	}
 }
+
+// telling reports whether a result is worth a line: nothing lost at one of many places is not.
+func (x *result) telling() bool {
+	for _, values := range x.Values {
+		if slices.ContainsFunc(values, func(v *float64) bool { return v != nil && *v != 0 }) {
+			return true
+		}
+	}
+	return !strings.Contains(x.What, lostAt)
+}
+
+// telling returns the values that are worth showing.
+func telling(values []value) []value {
+	return slices.DeleteFunc(slices.Clone(values), func(v value) bool { return v.v == 0 && strings.Contains(v.what, lostAt) })
+}
+
+// lostAt is in the names of what counts losses at one place.
+const lostAt = "lost: "
 
 // spread is the median of what there is, and the range in parentheses.
 func spread(values []*float64) string {

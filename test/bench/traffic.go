@@ -14,26 +14,26 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// tcp runs iperf3 from the client to the target for d, after settle, which does not count, and pings meanwhile.
-func (t *tunnel) tcp(ctx context.Context, d, settle time.Duration, args ...string) ([]value, error) {
+// tcp runs iperf3 from the client to the target for d, after rampUp, which does not count, and pings meanwhile.
+func (t *tunnel) tcp(ctx context.Context, d, rampUp time.Duration, args ...string) ([]value, error) {
 	port, err := t.iperfServer(ctx)
 	if err != nil {
 		return nil, err
 	}
-	before, err := t.cpu()
+	before, err := t.look(ctx)
 	if err != nil {
 		return nil, err
 	}
 	pings, stop := t.pingMeanwhile(ctx, 50*time.Millisecond)
 	args = append([]string{"-J", "-c", lab.TargetIPv4.String(), "-p", port,
-		"-t", strconv.Itoa(int(d.Seconds())), "-O", strconv.Itoa(int(settle.Seconds()))}, args...)
+		"-t", strconv.Itoa(int(d.Seconds())), "-O", strconv.Itoa(int(rampUp.Seconds()))}, args...)
 	c := t.Client.Command(ctx, "iperf3", args...)
 	out, err := c.Output()
 	stop()
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s", err, iperfError(out))
 	}
-	after, err := t.cpu()
+	after, err := t.look(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -45,8 +45,12 @@ func (t *tunnel) tcp(ctx context.Context, d, settle time.Duration, args ...strin
 		{"throughput", "Mbit/s", (r.End.Received.BitsPerSecond + r.End.Reverse.BitsPerSecond) / 1e6},
 		{"retransmitted", "segments", float64(r.End.Sent.Retransmits + r.End.SentReverse.Retransmits)},
 	}
-	if bytes := r.End.Received.Bytes + r.End.Reverse.Bytes; settle == 0 && bytes > 0 {
-		values = append(values, value{"CPU", "s/GB", (after - before).Seconds() / bytes * 1e9})
+	if bytes := r.End.Received.Bytes + r.End.Reverse.Bytes; rampUp == 0 && bytes > 0 {
+		values = append(values, value{"CPU", "s/GB", (after.cpu - before.cpu).Seconds() / bytes * 1e9})
+	}
+	if t.ours {
+		lost, of := inside(before, after)
+		values = append(values, value{"lost in our processes", "%", 100 * float64(lost) / float64(max(of, 1))})
 	}
 	rtts, err := pings()
 	if err != nil {

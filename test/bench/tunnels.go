@@ -24,11 +24,15 @@ import (
 
 // Addresses inside every tunnel.
 var (
-	insidePool  = netip.MustParsePrefix("10.77.0.0/16")
-	proxyAddr   = netip.MustParseAddr("10.77.0.1")
-	clientAddr  = netip.MustParseAddr("10.77.0.2")
-	patience    = 20 * time.Second // bounds waits for what takes a second or two
-	maxOpenWait = 10 * time.Millisecond
+	insidePool = netip.MustParsePrefix("10.77.0.0/16")
+	proxyAddr  = netip.MustParseAddr("10.77.0.1")
+	clientAddr = netip.MustParseAddr("10.77.0.2")
+)
+
+const (
+	patience = 20 * time.Second      // bounds waits for what takes a second or two
+	poll     = 10 * time.Millisecond // between two looks at something that will be there soon
+	settle   = time.Second           // between the start of a tunnel and the first measurement
 )
 
 // kind is a kind of tunnel.
@@ -38,7 +42,7 @@ type kind struct {
 	bin   string // directory of our programs
 	iface string // of both ends
 	proxy func(context.Context, *tunnel) error
-	// client starts the client. When it returns, packets flow, or soon will.
+	// client starts the client. When it returns, packets will flow soon.
 	client func(context.Context, *tunnel) error
 }
 
@@ -93,7 +97,7 @@ func (k kind) open(ctx context.Context, dir string, path *lab.Impairment) (*tunn
 	return t, nil
 }
 
-// start starts both ends and waits until a ping gets through.
+// start starts both ends, and waits until a ping gets through and the ends have found out what the path carries.
 func (t *tunnel) start(ctx context.Context) error {
 	if err := t.kind.proxy(ctx, t); err != nil {
 		return err
@@ -101,12 +105,12 @@ func (t *tunnel) start(ctx context.Context) error {
 	if err := t.kind.client(ctx, t); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	pctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if _, err := t.Client.Ping(ctx, lab.TargetIPv4); err != nil {
+	if _, err := t.Client.Ping(pctx, lab.TargetIPv4); err != nil {
 		return fmt.Errorf("no ping gets through: %w\n%s%s", err, logOf(t.client), logOf(t.proxy))
 	}
-	return nil
+	return sleep(ctx, settle)
 }
 
 func logOf(c *lab.Cmd) string {
@@ -143,7 +147,7 @@ func until(ctx context.Context, c *lab.Cmd, ok func() bool) error {
 			return fmt.Errorf("%s ended: %w\n%s", c, c.Wait(), logOf(c))
 		case <-ctx.Done():
 			return fmt.Errorf("%s: not ready in %v\n%s", c, patience, logOf(c))
-		case <-time.After(maxOpenWait):
+		case <-time.After(poll):
 		}
 	}
 	return nil
@@ -193,14 +197,8 @@ sessions_per_user = 100000
 func (t *tunnel) clientFile() string { return filepath.Join(t.dir, "bench.toml") }
 
 func startOurClient(ctx context.Context, t *tunnel) (err error) {
-	program := filepath.Join(t.bin, "masque-client")
-	if t.client, err = launch(ctx, t.Client, program, "run", "-c", t.clientFile()); err != nil {
-		return err
-	}
-	if _, err := output(ctx, t.Client, program, "wait", "bench", "--for", client.StateConnected, "--timeout", patience.String()); err != nil {
-		return fmt.Errorf("%w\n%s%s", err, logOf(t.client), logOf(t.proxy))
-	}
-	return nil
+	t.client, err = launch(ctx, t.Client, filepath.Join(t.bin, "masque-client"), "run", "-c", t.clientFile())
+	return err
 }
 
 // status returns what the client, and the proxy about its only session, say.

@@ -1,0 +1,192 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"golang.org/x/net/ipv4"
+
+	"masquevpn/internal/lab"
+)
+
+const (
+	udpBatch      = 32                     // packets per system call at most
+	udpTick       = 500 * time.Microsecond // between two times of sending
+	udpDrain      = 100 * time.Millisecond // without a packet, and all that will come is there
+	socketBuffer  = 4 << 20                // of the receiver, bytes
+	probeTime     = 400 * time.Millisecond // for each rate on the way to the capacity
+	firstRate     = 5000                   // of those, packets per second
+	lastRate      = 3e6
+	carried       = 0.95 // of a rate delivered: it is within the capacity
+	farBeyond     = 0.75 // of a rate delivered: higher ones will not be within the capacity
+	generatorFair = 0.8  // of a rate sent: the generator is at its limit
+)
+
+// udpResult is what became of packets that the client sent to the target.
+type udpResult struct {
+	sent, delivered int
+	time            time.Duration // from the first to the last one sent
+}
+
+func (r udpResult) rate() float64 { return float64(r.delivered) / r.time.Seconds() }
+
+// udp sends packets with size bytes of data at rate, per second, for d. They leave one by one, not grouped by an offload, those
+// of half a millisecond together.
+func (t *tunnel) udp(ctx context.Context, size int, rate float64, d time.Duration) (r udpResult, err error) {
+	sink, err := t.Target.ListenPacket("udp4", netip.AddrPortFrom(lab.TargetIPv4, 0).String())
+	if err != nil {
+		return r, err
+	}
+	defer sink.Close()
+	if err := sink.(*net.UDPConn).SetReadBuffer(socketBuffer); err != nil {
+		return r, err
+	}
+	conn, err := t.Client.DialContext(ctx, "udp4", sink.LocalAddr().String())
+	if err != nil {
+		return r, err
+	}
+	defer conn.Close()
+
+	received := make(chan int)
+	sent := make(chan struct{})
+	go func() { received <- receiveAll(sink, sent) }()
+	r.sent, r.time, err = sendAt(ctx, conn, size, rate, d)
+	close(sent)
+	r.delivered = <-received
+	if err == nil && r.sent == 0 {
+		err = fmt.Errorf("nothing was sent")
+	}
+	return r, err
+}
+
+// sendAt sends what is due, every udpTick, and returns how many packets it sent and how long that took.
+func sendAt(ctx context.Context, conn net.Conn, size int, rate float64, d time.Duration) (int, time.Duration, error) {
+	messages := make([]ipv4.Message, udpBatch)
+	data := make([]byte, size)
+	for i := range messages {
+		messages[i].Buffers = [][]byte{data}
+	}
+	out := ipv4.NewPacketConn(conn.(*net.UDPConn))
+	sent, start := 0, time.Now()
+	for {
+		passed := min(time.Since(start), d)
+		due := int(rate*passed.Seconds()) - sent
+		// Behind by more than a few ticks, the generator is the limit; bursts would only distort.
+		for due = min(due, int(rate*4*udpTick.Seconds())+1); due > 0; {
+			n, err := out.WriteBatch(messages[:min(due, udpBatch)], 0)
+			if err != nil {
+				return sent, time.Since(start), err
+			}
+			due -= n
+			sent += n
+		}
+		if passed == d {
+			return sent, time.Since(start), nil
+		}
+		if err := sleep(ctx, udpTick); err != nil {
+			return sent, time.Since(start), err
+		}
+	}
+}
+
+// receiveAll counts packets until sent is closed and no more come.
+func receiveAll(conn net.PacketConn, sent <-chan struct{}) int {
+	in := ipv4.NewPacketConn(conn)
+	messages := make([]ipv4.Message, 2*udpBatch)
+	for i := range messages {
+		messages[i].Buffers = [][]byte{make([]byte, 1500)}
+	}
+	total := 0
+	for {
+		conn.SetReadDeadline(time.Now().Add(udpDrain))
+		if n, err := in.ReadBatch(messages, 0); err == nil {
+			total += n
+			continue
+		}
+		select {
+		case <-sent:
+			return total
+		default:
+		}
+	}
+}
+
+// udpCapacity returns how many packets per second of a size the tunnel delivers when it loses few of them, trying ever higher
+// rates the first time.
+func (t *tunnel) udpCapacity(ctx context.Context, size int) (float64, error) {
+	if t.capacity[size] > 0 {
+		return t.capacity[size], nil
+	}
+	best := 0.0
+	for rate := float64(firstRate); rate < lastRate; rate *= 1.25 {
+		r, err := t.udp(ctx, size, rate, probeTime)
+		if err != nil {
+			return 0, err
+		}
+		share := float64(r.delivered) / float64(r.sent)
+		if best == 0 || share > carried {
+			best = max(best, r.rate())
+		}
+		if share < farBeyond || float64(r.sent) < generatorFair*rate*probeTime.Seconds() {
+			break
+		}
+	}
+	t.capacity[size] = best
+	return best, nil
+}
+
+// udpLevels measures at 50, 100 and 200 % of the capacity.
+func (t *tunnel) udpLevels(ctx context.Context, size int, d time.Duration) ([]value, error) {
+	capacity, err := t.udpCapacity(ctx, size)
+	if err != nil {
+		return nil, err
+	}
+	var values []value
+	delivered := make(map[int]float64)
+	for _, percent := range []int{50, 100, 200} {
+		v, r, err := t.udpAt(ctx, fmt.Sprintf("%d %%: ", percent), size, capacity*float64(percent)/100, d)
+		values = append(values, v...)
+		if err != nil {
+			return values, err
+		}
+		delivered[percent] = r.rate()
+	}
+	return append(values, value{"delivered at 200 %, of that at 100 %", "%", 100 * delivered[200] / delivered[100]}), nil
+}
+
+// udpAt measures at one rate. What it measures is called what it is, after prefix.
+func (t *tunnel) udpAt(ctx context.Context, prefix string, size int, rate float64, d time.Duration) ([]value, udpResult, error) {
+	before, err := t.look(ctx)
+	if err != nil {
+		return nil, udpResult{}, err
+	}
+	r, err := t.udp(ctx, size, rate, d)
+	if err != nil {
+		return nil, r, err
+	}
+	after, err := t.look(ctx)
+	if err != nil {
+		return nil, r, err
+	}
+	share := func(n float64) float64 { return 100 * n / float64(r.sent) }
+	values := []value{
+		{prefix + "offered", "packets/s", float64(r.sent) / r.time.Seconds()},
+		{prefix + "delivered", "packets/s", r.rate()},
+		{prefix + "lost", "%", share(float64(r.sent - r.delivered))},
+	}
+	elsewhere := float64(r.sent - r.delivered)
+	for i, c := range after.drops {
+		n := float64(c.n - before.drops[i].n)
+		elsewhere -= n
+		values = append(values, value{prefix + lostAt + c.where, "%", share(n)})
+	}
+	// What is lost elsewhere may be less than nothing: other packets, of the tunnel's own, are lost as well.
+	values = append(values, value{prefix + lostAt + "elsewhere", "%", share(max(elsewhere, 0))})
+	if r.delivered > 0 {
+		values = append(values, value{prefix + "CPU", "s/GB", (after.cpu - before.cpu).Seconds() / float64(r.delivered*size) * 1e9})
+	}
+	return values, r, nil
+}
