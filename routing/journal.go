@@ -92,7 +92,7 @@ func openJournal(path string, fresh record) (j *journal, old *record, why, err e
 		return nil, nil, nil, fmt.Errorf("directory of the journal: %w", err)
 	}
 	err = j.guard(func() error {
-		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
 		if errors.Is(err, fs.ErrNotExist) {
 			return j.write(fresh)
 		}
@@ -135,7 +135,20 @@ func readRecord(r io.Reader) (rec record, err error) {
 	if rec.Format != journalFormat {
 		return rec, fmt.Errorf("format %q, want %q", rec.Format, journalFormat)
 	}
+	for _, c := range rec.Sysctls {
+		for _, c := range append(c.Also, c) {
+			if !isNetSysctl(c.Name) {
+				return rec, fmt.Errorf("%q is no sysctl of the network", c.Name)
+			}
+		}
+	}
 	return rec, nil
+}
+
+// isNetSysctl tells whether a path below /proc/sys is one that CAP_NET_ADMIN
+// may write to: a process of root may find the journal of one that had no more.
+func isNetSysctl(name string) bool {
+	return strings.HasPrefix(name, "net/") && filepath.Clean(name) == name
 }
 
 // guard runs f while no other instance touches a journal of the directory or a
@@ -145,7 +158,7 @@ func (j *journal) guard(f func() error) error {
 		return f()
 	}
 	path := filepath.Join(filepath.Dir(j.path), guardName)
-	lock, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	lock, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return fmt.Errorf("lock of the journals: %w", err)
 	}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -36,14 +37,11 @@ func Serve(dir, name string, h http.Handler, logger *slog.Logger) (*Server, erro
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	l, err := listenConfig.Listen(context.Background(), "unix", path)
 	if err != nil {
 		return nil, err
 	}
-	l.SetUnlinkOnClose(false) // Close does
-	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, errors.Join(err, l.Close(), os.Remove(path))
-	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false) // Close does
 	s := &Server{path: path, done: make(chan struct{})}
 	s.http = &http.Server{
 		Handler: onlyOwner(h), ConnContext: withPeer,
@@ -58,6 +56,16 @@ func Serve(dir, name string, h http.Handler, logger *slog.Logger) (*Server, erro
 	}()
 	return s, nil
 }
+
+// listenConfig makes sockets that nobody else can connect to. Their mode is set before they have a name, which in a folder of
+// another user could be that of another file by the time it is used.
+var listenConfig = net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+	var err error
+	if e := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); e != nil {
+		return e
+	}
+	return err
+}}
 
 // Close removes the socket and waits a moment for requests under way.
 func (s *Server) Close() error {
