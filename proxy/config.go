@@ -34,10 +34,11 @@ const (
 
 // Config is the configuration of a Server. The zero value of a field without a default is an error in New.
 type Config struct {
-	Name     string      // what clients dial
-	Listen   []string    // UDP addresses, host:port; default [::]:443
-	Template string      // URI template served besides the default one; default: https://NAME/ and the default path
-	TLS      *tls.Config // the certificate; ClientCAs for MethodMTLS
+	Name     string         // what clients dial
+	Listen   []string       // UDP addresses, host:port; default [::]:443
+	Sockets  []*net.UDPConn // to serve instead of Listen; Run closes them
+	Template string         // URI template served besides the default one; default: https://NAME/ and the default path
+	TLS      *tls.Config    // the certificate; ClientCAs for MethodMTLS
 
 	Methods []string // of authentication; at least one
 	Users   Users    // nil with MethodNone alone

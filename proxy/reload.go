@@ -8,7 +8,7 @@ import "reflect"
 // client to begin anew. Limits count for new sessions.
 //
 // It returns the keys of the configuration file whose values differ and need a restart; they stay as they were. With an error,
-// which is an *Error of KindUsage, all stays as it was. Of c, it does not look at TLS, Users, StatelessResetKey, Journal, Logger,
+// which is an *Error of KindUsage, all stays as it was. Of c, it does not look at Sockets, TLS, Users, StatelessResetKey, Journal, Logger,
 // Resolver and the functions.
 func (s *Server) Reload(c Config) (restart []string, err error) {
 	if c, err = c.withDefaults(); err != nil {

@@ -188,31 +188,49 @@ func (s *Server) openNetwork() error {
 	return nil
 }
 
-// listen opens the UDP sockets.
+// listen opens the UDP sockets, unless they were given.
 func (s *Server) listen(ctx context.Context) ([]*udpconn.Conn, error) {
-	var sockets []*udpconn.Conn
-	for _, addr := range s.cfg().Listen {
+	sockets := s.cfg().Sockets
+	if len(sockets) == 0 {
+		var err error
+		if sockets, err = listenUDP(ctx, s.cfg().Listen); err != nil {
+			return nil, err
+		}
+	}
+	var conns []*udpconn.Conn
+	for _, c := range sockets {
+		conn, err := udpconn.New(c, s.cfg().Logger)
+		if err != nil {
+			closeAll(sockets)
+			return nil, &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %v: %v", c.LocalAddr(), err), Err: err}
+		}
+		conns = append(conns, conn)
+	}
+	return conns, nil
+}
+
+func listenUDP(ctx context.Context, addrs []string) ([]*net.UDPConn, error) {
+	var sockets []*net.UDPConn
+	for _, addr := range addrs {
 		var lc net.ListenConfig
 		c, err := lc.ListenPacket(ctx, "udp", addr)
-		var udp *udpconn.Conn
-		if err == nil {
-			if udp, err = udpconn.New(c.(*net.UDPConn), s.cfg().Logger); err != nil {
-				c.Close()
-			}
-		}
 		if err != nil {
-			for _, c := range sockets {
-				c.Close()
-			}
+			closeAll(sockets)
 			e := &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %s: %v", addr, err), Err: err}
 			if errors.Is(err, os.ErrPermission) {
 				e.Kind, e.Remedy = KindPrivileges, "run as root or with the capability CAP_NET_BIND_SERVICE, or choose a port above 1023"
 			}
 			return nil, e
 		}
-		sockets = append(sockets, udp)
+		sockets = append(sockets, c.(*net.UDPConn))
 	}
 	return sockets, nil
+}
+
+func closeAll(sockets []*net.UDPConn) {
+	for _, c := range sockets {
+		c.Close()
+	}
 }
 
 // connKey is the key of the *quic.Conn in the context of a request.
@@ -333,6 +351,18 @@ func (s *Server) gateway(a netip.Addr) netip.Addr {
 // Addrs returns the UDP addresses that the proxy listens on, once Ready is closed.
 func (s *Server) Addrs() []net.Addr { return s.addrs }
 
+// listening is where the proxy listens: what was configured, or the addresses of the sockets that it was given.
+func (s *Server) listening() []string {
+	if len(s.cfg().Sockets) == 0 {
+		return s.cfg().Listen
+	}
+	var list []string
+	for _, a := range s.addrs {
+		list = append(list, a.String())
+	}
+	return list
+}
+
 // Sessions describes the running sessions, oldest first.
 func (s *Server) Sessions() []SessionStatus {
 	list := s.sessions.list()
@@ -387,7 +417,7 @@ func (s *Server) Status() Status {
 	}
 	v4, v6 := s.pool.leased()
 	return Status{
-		Schema: connectip.StatusSchema, Name: s.cfg().Name, Since: s.started, Listen: s.cfg().Listen,
+		Schema: connectip.StatusSchema, Name: s.cfg().Name, Since: s.started, Listen: s.listening(),
 		Template: s.templates[0].String(), Interface: s.device.Name(), Sessions: len(list),
 		Leased:  map[string]int{"ipv4": v4, "ipv6": v6},
 		Packets: st.Packets, Bytes: st.Bytes, Drops: st.Drops,

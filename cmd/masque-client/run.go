@@ -15,6 +15,7 @@ import (
 	"masquevpn/client"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/systemd"
 )
 
 // startGrace is how long after its start a tunnel that has not failed counts
@@ -106,6 +107,11 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 		defer close(reported)
 		notify.follow(t)
 	}()
+	told := make(chan struct{})
+	go func() {
+		defer close(told)
+		t.tell(ctx, systemd.NewService(logger))
+	}()
 	t.err = exitError(c.Run(ctx))
 	switch closed := c.Status().KillSwitch == client.KillSwitchClosed; {
 	case !closed:
@@ -120,6 +126,7 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	}
 	close(t.done)
 	<-reported
+	<-told
 	closeErr := server.Close()
 	if t.err == nil {
 		logger.Info("stopped", "name", name)

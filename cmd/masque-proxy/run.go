@@ -4,11 +4,14 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -20,6 +23,7 @@ import (
 	"masquevpn/internal/config"
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/control"
+	"masquevpn/internal/systemd"
 	"masquevpn/proxy"
 )
 
@@ -45,13 +49,16 @@ func (o *options) run(ctx context.Context, file string) error {
 	if err := cli.RequireNetAdmin(capabilities); err != nil {
 		return err
 	}
-	d := &daemon{path: file, logger: logger, loaded: l}
+	d := &daemon{path: file, logger: logger, loaded: l, service: systemd.NewService(logger)}
 	d.certificate.Store(&l.pair)
 	c, err := l.config(d.certificate.Load)
 	if err != nil {
 		return err
 	}
 	c.Logger = logger
+	if c.Sockets, err = l.sockets(logger); err != nil {
+		return err
+	}
 	c.Journal = filepath.Join(o.RunDir, instance+".journal")
 	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, c.TLS, logger)
 	if err != nil {
@@ -106,16 +113,18 @@ func (o *options) run(ctx context.Context, file string) error {
 type daemon struct {
 	path        string // of the configuration
 	logger      *slog.Logger
+	service     *systemd.Service
 	server      *proxy.Server
 	loaded      *loaded // what it was started with
 	certificate atomic.Pointer[tls.Certificate]
 }
 
-// watchInterval is how often the users file is looked at when nobody connects.
+// watchInterval is how often the users file is looked at when nobody connects, and systemd is told how the proxy is.
 const watchInterval = time.Second
 
-// watch reloads on SIGHUP, and ends the sessions of users whose credentials are
-// not good any more.
+// watch reloads on SIGHUP, ends the sessions of users whose credentials are
+// not good any more, and tells systemd how the proxy is. The watchdog so ends
+// a proxy that hangs in any of it, or whose sessions do not answer.
 func (d *daemon) watch(ctx context.Context) {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
@@ -126,30 +135,51 @@ func (d *daemon) watch(ctx context.Context) {
 	if d.loaded.users != nil {
 		before = d.loaded.users.last()
 	}
+	ready := d.server.Ready()
 	for {
 		select {
+		case <-ready:
+			ready = nil
+			d.service.Ready()
+			d.describe()
 		case <-hangup:
 			if _, err := d.reload(); err != nil {
 				d.logger.Error("reload failed; all stays as it was", "err", err)
 			}
 		case <-tick.C:
-			if before == nil {
-				continue
+			if before != nil {
+				if now := d.loaded.users.current(); now != before {
+					d.server.UsersChanged()
+					before = now
+				}
 			}
-			if now := d.loaded.users.current(); now != before {
-				d.server.UsersChanged()
-				before = now
+			if ready == nil {
+				d.describe()
 			}
+			d.service.Alive()
 		case <-ctx.Done():
+			d.service.Stopping()
 			return
 		}
 	}
+}
+
+// describe tells systemd what the proxy, which is ready, does.
+func (d *daemon) describe() {
+	s := d.server.Status()
+	d.service.Status(fmt.Sprintf("%d sessions, listening on %s", s.Sessions, strings.Join(s.Listen, ", ")))
 }
 
 // reload reads the configuration again. The certificate and its key are used
 // from the next handshake on, and the rest at once; the keys that it returns
 // have changed too, but need a restart. With an error, all stays as it was.
 func (d *daemon) reload() (restart []string, err error) {
+	select {
+	case <-d.server.Ready():
+		d.service.Reloading()
+		defer d.service.Ready()
+	default:
+	}
 	l, err := load(d.path, d.logger)
 	if err != nil {
 		return nil, err
@@ -187,4 +217,40 @@ func changed(a, b *loaded) []string {
 	compare("auth.users", a.file.Users, b.file.Users)
 	compare("log.key_log", a.file.KeyLog, b.file.KeyLog)
 	return keys
+}
+
+// socketName is what masque-proxy.socket calls the sockets that it opens.
+const socketName = "quic"
+
+// sockets returns the sockets that systemd opened for the proxy, none if there are none. They count instead of what the
+// configuration says.
+func (l *loaded) sockets(logger *slog.Logger) ([]*net.UDPConn, error) {
+	sockets, err := systemd.UDPSockets(socketName)
+	if err != nil {
+		return nil, &cli.Error{Code: cli.Usage, Reason: "from systemd: " + err.Error(), Remedy: "correct masque-proxy.socket"}
+	}
+	var opened []string
+	for _, c := range sockets {
+		opened = append(opened, c.LocalAddr().String())
+	}
+	if len(opened) > 0 && !slices.Equal(canonical(opened), canonical(l.file.Listen)) {
+		logger.Warn("systemd opened other sockets than the configuration says: listen is ignored", "sockets", strings.Join(opened, ", "), "listen", strings.Join(l.file.Listen, ", "))
+	}
+	return sockets, nil
+}
+
+// canonical sorts UDP addresses that are written in the same way.
+func canonical(addrs []string) []string {
+	var list []string
+	for _, s := range addrs {
+		if a, err := net.ResolveUDPAddr("udp", s); err == nil {
+			if a.IP == nil {
+				a.IP = net.IPv6unspecified
+			}
+			s = a.String()
+		}
+		list = append(list, s)
+	}
+	slices.Sort(list)
+	return list
 }

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -185,5 +186,21 @@ func TestPoolInUse(t *testing.T) {
 		"ok    pool: fd77::/64 is not used on this host\n"
 	if out.String() != want {
 		t.Errorf("got\n%swant\n%s", &out, want)
+	}
+}
+
+func TestSameSockets(t *testing.T) {
+	for _, test := range []struct {
+		a, b []string
+		same bool
+	}{
+		{[]string{"[::]:443"}, []string{":443"}, true},
+		{[]string{"[::]:443"}, []string{"[::]:8443"}, false},
+		{[]string{"192.0.2.1:443", "[2001:db8::1]:443"}, []string{"[2001:DB8:0::1]:443", "192.0.2.1:443"}, true},
+		{[]string{"192.0.2.1:443"}, []string{"192.0.2.1:443", "192.0.2.2:443"}, false},
+	} {
+		if same := slices.Equal(canonical(test.a), canonical(test.b)); same != test.same {
+			t.Errorf("%v and %v: %v", test.a, test.b, same)
+		}
 	}
 }

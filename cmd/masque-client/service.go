@@ -1,0 +1,44 @@
+package main
+
+import (
+	"context"
+	"time"
+
+	"masquevpn/internal/cli"
+	"masquevpn/internal/systemd"
+)
+
+// aliveInterval is how often systemd's watchdog is fed.
+const aliveInterval = 5 * time.Second
+
+// tell tells systemd how the tunnel is until it stops. The service is ready
+// when its interface is there: whether the proxy answers shall not hold up the
+// start of a host. The watchdog is fed as long as the tunnel answers.
+func (t *tunnel) tell(ctx context.Context, service *systemd.Service) {
+	tick := time.NewTicker(aliveInterval)
+	defer tick.Stop()
+	ready := false
+	for {
+		changed := t.client.Changed()
+		s := t.client.Status()
+		if s.Interface != "" && !ready {
+			ready = true
+			service.Ready()
+		}
+		text := s.State
+		if s.Reason != "" {
+			text += ": " + cli.OneLine(s.Reason)
+		}
+		service.Status(text)
+		select {
+		case <-changed:
+		case <-tick.C:
+			service.Alive()
+		case <-ctx.Done():
+			service.Stopping()
+			return
+		case <-t.done:
+			return
+		}
+	}
+}
