@@ -26,6 +26,7 @@ const (
 )
 
 func main() {
+	cli.KeepSecrets()
 	os.Exit(cli.Main(newRoot()))
 }
 

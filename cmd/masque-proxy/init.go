@@ -85,16 +85,17 @@ func (in *installation) make(w io.Writer, dir string, now time.Time) (err error)
 		return err
 	}
 	defer unlock()
+	secret := cli.SecretMode(filepath.Join(dir, keyFile))
 	files := []struct {
 		name string
 		data []byte
 		mode fs.FileMode
 	}{
 		{caCertFile, ca.Cert, 0o644},
-		{caKeyFile, ca.Key, 0o600},
+		{caKeyFile, ca.Key, 0o600}, // the proxy itself does not need it
 		{certFile, server.Cert, 0o644},
-		{keyFile, server.Key, 0o600},
-		{usersFile, []byte(usersText), 0o600},
+		{keyFile, server.Key, secret},
+		{usersFile, []byte(usersText), secret},
 		{configFile, []byte(text), 0o644}, // last: with it, the installation is complete
 	}
 	for _, f := range files {

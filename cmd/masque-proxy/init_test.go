@@ -206,3 +206,25 @@ func TestRenew(t *testing.T) {
 		t.Errorf("without the authority: %s", last)
 	}
 }
+
+// TestServiceFolder: what root puts into a folder for a service, the service can read, but for what it does not need.
+func TestServiceFolder(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o750|fs.ModeSetgid); err != nil {
+		t.Fatal(err)
+	}
+	secret := cli.SecretMode(filepath.Join(dir, keyFile)) // 0600 without root
+	file := filepath.Join(dir, configFile)
+	do(t, 0, "init", "--name", "vpn.example.org", dir)
+	do(t, 0, "invite", "alice", "-c", file, "-o", filepath.Join(dir, "alice.toml"))
+	do(t, 0, "invite", "bob", "-c", file)
+	do(t, 0, "user", "remove", "bob", "-c", file)
+	for name, want := range map[string]fs.FileMode{caKeyFile: 0o600, keyFile: secret, usersFile: secret, "alice.toml": secret, certFile: 0o644} {
+		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Mode().Perm() != want {
+			t.Errorf("%s: mode %v, %v; want %v", name, info.Mode(), err, want)
+		}
+	}
+	if out, _ := do(t, 0, "user", "list", "-c", file); !strings.Contains(out, "alice") {
+		t.Errorf("the users are %s", out)
+	}
+}

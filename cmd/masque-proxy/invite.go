@@ -131,7 +131,7 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 // finish writes the client's file and the users file, or neither.
 func (in *invitation) finish(out io.Writer, client []byte, usersPath string, users []byte) error {
 	if in.out == "" { // it cannot be taken back: it comes last
-		if err := cli.WriteFile(usersPath, users, 0o600); err != nil {
+		if err := cli.WriteFile(usersPath, users, cli.SecretMode(usersPath)); err != nil {
 			return err
 		}
 		return in.write(out, client)
@@ -139,7 +139,7 @@ func (in *invitation) finish(out io.Writer, client []byte, usersPath string, use
 	if err := in.write(out, client); err != nil {
 		return err
 	}
-	if err := cli.WriteFile(usersPath, users, 0o600); err != nil {
+	if err := cli.WriteFile(usersPath, users, cli.SecretMode(usersPath)); err != nil {
 		return errors.Join(err, os.Remove(in.out))
 	}
 	return nil
@@ -151,7 +151,7 @@ func (in *invitation) write(out io.Writer, client []byte) error {
 		_, err := out.Write(client)
 		return err
 	}
-	err := cli.CreateFile(in.out, client, 0o600)
+	err := cli.CreateFile(in.out, client, cli.SecretMode(in.out))
 	if errors.Is(err, fs.ErrExist) {
 		return &cli.Error{Code: cli.Usage, Reason: in.out + " exists already and is left alone", Remedy: "name another file with -o, or remove it"}
 	}

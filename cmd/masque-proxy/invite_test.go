@@ -220,7 +220,7 @@ func TestExposedSecrets(t *testing.T) {
 		}
 	}
 	dir, file := install(t)
-	if err := os.Chmod(filepath.Join(dir, caKeyFile), 0o640); err != nil {
+	if err := os.Chmod(filepath.Join(dir, caKeyFile), 0o660); err != nil {
 		t.Fatal(err)
 	}
 	if _, last := do(t, 2, "invite", "alice", "-c", file); !strings.Contains(last, "chmod 600") {

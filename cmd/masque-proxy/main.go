@@ -18,6 +18,7 @@ const (
 )
 
 func main() {
+	cli.KeepSecrets()
 	os.Exit(cli.Main(newRoot()))
 }
 

@@ -134,5 +134,5 @@ func removeUser(path, name string) error {
 	if !ok {
 		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("the entry of %s in %s is not a [[user]] table of its own", name, path), Remedy: "remove it by hand"}
 	}
-	return cli.WriteFile(path, data, 0o600)
+	return cli.WriteFile(path, data, cli.SecretMode(path))
 }

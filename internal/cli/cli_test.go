@@ -40,7 +40,7 @@ func TestExitCodes(t *testing.T) {
 		{"ours, wrapped", []string{"do"}, fmt.Errorf("x: %w", &Error{Code: Identity, Reason: "who?"}), Identity, "prog: who?\n"},
 		{"any", []string{"do"}, errors.New("it broke"), Failure, "prog: it broke\n"},
 		{"on one line", []string{"do"}, errors.New("it\nbroke\x1b[31m"), Failure, "prog: it broke [31m\n"},
-		{"permission", []string{"do"}, &fs.PathError{Op: "open", Path: "f", Err: unix.EACCES}, Privileges, "prog: open f: permission denied: run as root or as the owner\n"},
+		{"permission", []string{"do"}, &fs.PathError{Op: "open", Path: "f", Err: unix.EACCES}, Privileges, "prog: open f: permission denied: run as root or as the owner, or let the group of a service read it\n"},
 		{"one problem", []string{"do"}, problems(1), Usage, "prog: f.toml:1: k: bad\n"},
 		{"two problems", []string{"do"}, problems(2), Usage, "f.toml:1: k: bad\nf.toml:2: k: bad\nprog: f.toml has 2 problems: correct the lines above\n"},
 		{"unknown flag", []string{"do", "--nonsense"}, nil, Usage, "prog: unknown flag: --nonsense: see 'prog do --help'\n"},
@@ -165,7 +165,8 @@ func TestSecretFiles(t *testing.T) {
 	if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for mode, good := range map[fs.FileMode]bool{0o600: true, 0o400: true, 0o640: false, 0o604: false, 0o660: false, 0o644: false, 0o620: false} {
+	root := os.Geteuid() == 0 // whose group may read
+	for mode, good := range map[fs.FileMode]bool{0o600: true, 0o400: true, 0o640: root, 0o604: false, 0o660: false, 0o644: false, 0o620: false} {
 		if err := os.Chmod(path, mode); err != nil {
 			t.Fatal(err)
 		}
@@ -179,6 +180,45 @@ func TestSecretFiles(t *testing.T) {
 	}
 	if _, _, err := ReadFile(filepath.Dir(path)); !errors.Is(err, unix.EISDIR) {
 		t.Errorf("a folder: %v", err)
+	}
+}
+
+func TestSecretsOfServices(t *testing.T) {
+	dir := t.TempDir()
+	root := os.Geteuid() == 0
+	for _, test := range []struct {
+		mode fs.FileMode
+		want fs.FileMode
+	}{
+		{0o700, 0o600}, {0o750, 0o600}, {0o750 | fs.ModeSetgid, 0o640}, {0o755 | fs.ModeSetgid, 0o600}, {0o700 | fs.ModeSetgid, 0o600},
+	} {
+		if err := os.Chmod(dir, test.mode); err != nil {
+			t.Fatal(err)
+		}
+		if !root {
+			test.want = 0o600
+		}
+		if got := SecretMode(filepath.Join(dir, "f")); got != test.want {
+			t.Errorf("in a folder with mode %v: %o, want %o", test.mode, got, test.want)
+		}
+	}
+	if got := SecretMode(filepath.Join(dir, "none", "f")); got != 0o600 {
+		t.Errorf("in no folder: %o", got)
+	}
+}
+
+func TestKeepSecrets(t *testing.T) {
+	before, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	KeepSecrets()
+	now, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
+	if now != 0 || err != nil {
+		t.Errorf("this process can be dumped: %d, %v", now, err)
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, uintptr(before), 0, 0, 0); err != nil {
+		t.Error(err)
 	}
 }
 

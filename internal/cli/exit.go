@@ -97,7 +97,7 @@ func FromError(w io.Writer, err error) *Error {
 		return Errorf(Usage, "%s has %d problems: correct the lines above", e.Problems[0].File, len(e.Problems))
 	}
 	if errors.Is(err, os.ErrPermission) {
-		return Errorf(Privileges, "%v: run as root or as the owner", err)
+		return Errorf(Privileges, "%v: run as root or as the owner, or let the group of a service read it", err)
 	}
 	return Errorf(Failure, "%v", err)
 }

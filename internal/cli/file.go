@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,8 +15,9 @@ import (
 // maxFile bounds the files that are read: all of ours are far smaller.
 const maxFile = 16 << 20
 
-// ReadFile reads a whole file. The second result tells whether others than its
-// owner may read or change it.
+// ReadFile reads a whole file. The second result tells whether others may read
+// or change it than its owner and, if that is root, who may so change it
+// anyway, the members of its group: services read what belongs to root.
 func ReadFile(path string) (data []byte, shared bool, err error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -33,11 +35,31 @@ func ReadFile(path string) (data []byte, shared bool, err error) {
 	if err == nil && len(data) > maxFile {
 		err = &fs.PathError{Op: "read", Path: path, Err: unix.EFBIG}
 	}
-	return data, info.Mode().Perm()&0o077 != 0, err
+	others := fs.FileMode(0o077)
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Uid == 0 {
+		others = 0o037
+	}
+	return data, info.Mode().Perm()&others != 0, err
 }
 
-// ReadSecret reads a file that nobody but its owner may read, and refuses it
-// otherwise.
+// SecretMode is the mode of a file with a secret: 0600, and 0640 in a folder of
+// root that hands its files to its group (set-group-ID) and keeps others out.
+// Packages make such a folder for the services of that group.
+func SecretMode(path string) fs.FileMode {
+	const group, others = 0o050, 0o007
+	info, err := os.Stat(filepath.Dir(path))
+	if err != nil {
+		return 0o600
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if ok && st.Uid == 0 && info.Mode()&fs.ModeSetgid != 0 && info.Mode()&group == group && info.Mode()&others == 0 {
+		return 0o640
+	}
+	return 0o600
+}
+
+// ReadSecret reads a file that is not shared (see ReadFile), and refuses
+// others.
 func ReadSecret(path string) ([]byte, error) {
 	data, shared, err := ReadFile(path)
 	if err != nil {

@@ -7,6 +7,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// KeepSecrets keeps what this process knows, keys and tokens, out of core files and from other processes of its user.
+func KeepSecrets() {
+	// It cannot fail with these arguments (prctl(2)).
+	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+}
+
 // RequireNetAdmin tells what to do when this process may not change the
 // network of the host. The capabilities are what setcap(8) has to give to the
 // program for it to run without sudo.
