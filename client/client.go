@@ -83,6 +83,7 @@ func New(cfg Config) (*Client, error) {
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion = cfg.Congestion
 	c.dialer.resolver = resolver(control, cfg.Nameservers)
+	c.dialer.dropped = func(packets int) { c.stats.Receive.DropMany(connectip.DropSocketFull, packets) }
 	c.status = connectip.Status{
 		Schema: connectip.StatusSchema, Name: cfg.Name, State: StateConnecting, Since: time.Now(),
 		Proxy:     connectip.ProxyStatus{Name: to.host, HTTP: "h3"},
