@@ -9,8 +9,8 @@ VENDOR  := vendor/.edited
 export GOFLAGS := $(filter-out -tags=%,$(shell $(GO) env GOFLAGS)) -tags=quicpatch
 # How long each fuzz target runs in `make fuzz`.
 FUZZTIME ?= 60s
-# Debian packages that the end-to-end tests use as the other side: real programs, real packets.
-TOOLS := iproute2 iputils-ping iperf3 nftables tcpdump traceroute
+# Debian packages that the tests use as the other side: real programs, real packets.
+TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables tcpdump traceroute
 
 .PHONY: build demo test race fuzz e2e bench bench-quick bench-tools lint tools clean help
 
@@ -28,7 +28,7 @@ demo: build ## a tunnel between hosts on this machine, in network namespaces
 
 test: lint race e2e ## everything that has to pass before a change goes in
 
-race: $(VENDOR) ## unit tests with the race detector, and the seeds of the fuzz targets
+race: $(VENDOR) tools ## unit tests with the race detector, and the seeds of the fuzz targets
 	$(GO) test -race $$($(GO) list ./... | grep -v '/test$$')
 
 e2e: build tools ## end-to-end tests in network namespaces
@@ -62,7 +62,7 @@ lint: $(VENDOR) ## gofmt, go vet, staticcheck, and the rules on who imports whom
 	$(GO) tool staticcheck ./...
 	$(GO) tool depguard ./...
 
-tools: ## the programs that the end-to-end tests need (Debian packages; as root)
+tools: ## the programs that the tests need (Debian packages; as root)
 	@missing=; for p in $(TOOLS); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \
 		if [ "$$(id -u)" != 0 ]; then echo "please install:$$missing"; exit 1; fi; \

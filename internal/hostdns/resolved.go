@@ -1,0 +1,227 @@
+package hostdns
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	systemBus   = "unix:path=/run/dbus/system_bus_socket"
+	busTimeout  = 5 * time.Second // of all calls for one change
+	resolveName = "org.freedesktop.resolve1"
+	resolvePath = "/org/freedesktop/resolve1"
+	manager     = resolveName + ".Manager."
+	dnsPort     = 53
+)
+
+// resolved is systemd-resolved, see org.freedesktop.resolve1(5).
+type resolved struct{ cfg Config }
+
+func newResolved(c Config) *resolved { return &resolved{cfg: c} }
+
+func (r *resolved) name() string { return "systemd-resolved" }
+
+// bus runs f with a connection to the bus.
+func (r *resolved) bus(f func(context.Context, *dbus.Conn) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), busTimeout)
+	defer cancel()
+	conn, err := dbus.Dial(r.cfg.Bus, dbus.WithContext(ctx))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := conn.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(os.Getuid()))}); err != nil {
+		return err
+	}
+	if err := conn.Hello(); err != nil {
+		return err
+	}
+	return f(ctx, conn)
+}
+
+// running reports whether systemd-resolved is there, and is that of this network namespace: a namespace made by ip-netns(8)
+// sees the bus of the machine, whose interfaces are others.
+func (r *resolved) running() bool {
+	var pid uint32
+	err := r.bus(func(ctx context.Context, conn *dbus.Conn) error {
+		// A service that is not running is not started by this.
+		return conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.GetConnectionUnixProcessID", 0, resolveName).Store(&pid)
+	})
+	if err != nil {
+		return false
+	}
+	theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid))
+	if err != nil { // not for us to see
+		return leadsToResolved(r.cfg)
+	}
+	ours, err := os.Readlink("/proc/self/ns/net")
+	return err == nil && ours == theirs
+}
+
+// leadsToResolved reports whether who reads resolv.conf asks systemd-resolved.
+func leadsToResolved(c Config) bool {
+	content, err := readSmall(c.ResolvConf)
+	if err != nil {
+		return false
+	}
+	servers := nameservers(content)
+	stub := func(s netip.AddrPort) bool {
+		return s.Addr() == netip.AddrFrom4([4]byte{127, 0, 0, 53}) || s.Addr() == netip.AddrFrom4([4]byte{127, 0, 0, 54})
+	}
+	return len(servers) > 0 && !slices.ContainsFunc(servers, func(s netip.AddrPort) bool { return !stub(s) })
+}
+
+// Values of the bus.
+type (
+	linkServer struct {
+		Family  int32
+		Address []byte
+	}
+	linkServerPort struct {
+		Family  int32
+		Address []byte
+		Port    uint16
+		Name    string // for DNS over TLS
+	}
+	linkDomain struct {
+		Name      string
+		RouteOnly bool // not a search domain
+	}
+	server struct {
+		Index   int32 // of the interface, 0 for none
+		Family  int32
+		Address []byte
+	}
+)
+
+func family(a netip.Addr) int32 {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+// domains returns what the interface is for. All names below a search domain are the tunnel's too, because systemd-resolved
+// knows no search domains of other interfaces' servers.
+func (s Settings) domains() []linkDomain {
+	var out []linkDomain
+	for _, name := range s.Search {
+		out = append(out, linkDomain{name, false})
+	}
+	for _, name := range s.Domains {
+		if !slices.Contains(s.Search, name) {
+			out = append(out, linkDomain{name, true})
+		}
+	}
+	return out
+}
+
+func (r *resolved) set(s Settings) error {
+	link, err := net.InterfaceByName(r.cfg.Interface)
+	if err != nil {
+		return err
+	}
+	index := int32(link.Index)
+	var plain []linkServer
+	var withPort []linkServerPort
+	for _, a := range s.Servers {
+		address := a.Addr().AsSlice()
+		plain = append(plain, linkServer{family(a.Addr()), address})
+		withPort = append(withPort, linkServerPort{family(a.Addr()), address, a.Port(), ""})
+	}
+	usual := !slices.ContainsFunc(s.Servers, func(a netip.AddrPort) bool { return a.Port() != dnsPort })
+	return r.bus(func(ctx context.Context, conn *dbus.Conn) error {
+		object := conn.Object(resolveName, resolvePath)
+		call := func(method string, args ...any) error {
+			if err := object.CallWithContext(ctx, manager+method, 0, args...).Err; err != nil {
+				return fmt.Errorf("%s: %w", method, explain(err))
+			}
+			return nil
+		}
+		// The servers come last: until then the interface is not asked, and from then on about nothing but its names. They are
+		// for queries without encryption, whatever the default for other interfaces is. Older versions do not know all.
+		if err := call("SetLinkDomains", index, s.domains()); err != nil {
+			return err
+		}
+		if err := call("SetLinkDefaultRoute", index, s.Full()); err != nil && !unknown(err) {
+			return err
+		}
+		if err := call("SetLinkDNSOverTLS", index, "no"); err != nil && !unknown(err) {
+			return err
+		}
+		if usual {
+			err = call("SetLinkDNS", index, plain)
+		} else {
+			err = call("SetLinkDNSEx", index, withPort)
+		}
+		if err != nil {
+			return err
+		}
+		// What was said about internal names before does not count any more.
+		if err := call("FlushCaches"); err != nil && !unknown(err) {
+			return err
+		}
+		return nil
+	})
+}
+
+func (r *resolved) unset() error {
+	link, err := net.InterfaceByName(r.cfg.Interface)
+	if err != nil {
+		return nil // with the interface went what was said about it
+	}
+	return r.bus(func(ctx context.Context, conn *dbus.Conn) error {
+		object := conn.Object(resolveName, resolvePath)
+		if err := object.CallWithContext(ctx, manager+"RevertLink", 0, int32(link.Index)).Err; err != nil {
+			return fmt.Errorf("RevertLink: %w", explain(err))
+		}
+		_ = object.CallWithContext(ctx, manager+"FlushCaches", 0).Err // they are of no harm
+		return nil
+	})
+}
+
+func (r *resolved) upstream() ([]netip.AddrPort, error) {
+	link, err := net.InterfaceByName(r.cfg.Interface)
+	if err != nil {
+		return nil, err
+	}
+	var all []server
+	err = r.bus(func(ctx context.Context, conn *dbus.Conn) error {
+		return conn.Object(resolveName, resolvePath).StoreProperty(manager+"DNS", &all)
+	})
+	var out []netip.AddrPort
+	for _, s := range all {
+		if a, ok := netip.AddrFromSlice(s.Address); ok && int(s.Index) != link.Index {
+			if a.IsLinkLocalUnicast() && s.Index > 0 {
+				a = a.WithZone(strconv.Itoa(int(s.Index)))
+			}
+			out = append(out, netip.AddrPortFrom(a, dnsPort))
+		}
+	}
+	return out, err
+}
+
+// unknown reports whether a method is not there.
+func unknown(err error) bool {
+	var e dbus.Error
+	return errors.As(err, &e) && e.Name == "org.freedesktop.DBus.Error.UnknownMethod"
+}
+
+// explain gives errors of the bus that say so the identity of os.ErrPermission.
+func explain(err error) error {
+	var e dbus.Error
+	if errors.As(err, &e) && (e.Name == "org.freedesktop.DBus.Error.AccessDenied" || e.Name == "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired") {
+		return fmt.Errorf("%w (%w)", os.ErrPermission, err)
+	}
+	return err
+}
