@@ -13,6 +13,7 @@ import (
 
 	"github.com/quic-go/quic-go"
 
+	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
 	"masquevpn/routing"
@@ -34,12 +35,14 @@ type Client struct {
 	dialer   *dialer
 	instance string // tells this run from others of the same user
 
-	device  Device
-	network Network
-	queue   *flowqueue.Queue               // of packets of the device
-	current atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
-	stats   connectip.Stats
-	had     []netip.Prefix // addresses of the last session, to ask for again
+	device   Device
+	network  Network
+	resolver Resolver                       // may be nil
+	pushed   []capsule.DNSConfiguration     // what the last session said of DNS
+	queue    *flowqueue.Queue               // of packets of the device
+	current  atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
+	stats    connectip.Stats
+	had      []netip.Prefix // addresses of the last session, to ask for again
 
 	mu      sync.Mutex
 	status  connectip.Status
@@ -81,9 +84,8 @@ func New(cfg Config) (*Client, error) {
 	}
 	c := &Client{cfg: cfg, to: to, instance: rand.Text(), queue: flowqueue.New(), changed: make(chan struct{})}
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
-	c.dialer.congestion = cfg.Congestion
+	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
 	c.dialer.resolver = resolver(control, cfg.Nameservers)
-	c.dialer.dropped = func(packets int) { c.stats.Receive.DropMany(connectip.DropSocketFull, packets) }
 	c.status = connectip.Status{
 		Schema: connectip.StatusSchema, Name: cfg.Name, State: StateConnecting, Since: time.Now(),
 		Proxy:     connectip.ProxyStatus{Name: to.host, HTTP: "h3"},
@@ -128,6 +130,17 @@ func (c *Client) Run(ctx context.Context) (err error) {
 			err = errors.Join(err, closeErr)
 		}
 	}()
+	if c.cfg.OpenResolver != nil {
+		if c.resolver, err = c.cfg.OpenResolver(c.device); err != nil {
+			return privileged(err, "")
+		}
+		// Before the routes: nothing is to be asked that they do not lead to.
+		defer func() {
+			if closeErr := c.resolver.Close(); closeErr != nil {
+				err = errors.Join(err, closeErr)
+			}
+		}()
+	}
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	uplink.Go(c.sendQueued)

@@ -15,6 +15,7 @@ import (
 
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/hostdns"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -52,6 +53,8 @@ type Config struct {
 	AdvertiseRoutes []netip.Prefix
 	AssignPeer      []netip.Prefix
 
+	DNS DNS // what the host's resolver is told
+
 	Congestion congestion.Mode // default congestion.Inner, in builds that can
 
 	Reconnect bool
@@ -60,9 +63,11 @@ type Config struct {
 	Journal string // path of a file that lets the next start clean up after a crash; "" for none
 	Logger  *slog.Logger
 
-	// OpenDevice and OpenNetwork replace the TUN device and the kernel's routing, for use without privileges.
-	OpenDevice  func() (Device, error)
-	OpenNetwork func(Device) (Network, error)
+	// OpenDevice, OpenNetwork and OpenResolver replace the TUN device, the kernel's routing and the host's resolver, for use
+	// without privileges. With the routing replaced, and no OpenResolver, no resolver is told anything.
+	OpenDevice   func() (Device, error)
+	OpenNetwork  func(Device) (Network, error)
+	OpenResolver func(Device) (Resolver, error)
 }
 
 // Device is where packets come from and go to; *tun.Device is one.
@@ -232,6 +237,11 @@ func (c Config) withDefaults() (Config, error) {
 				t.MTU = minMTU // until the path's is known
 			}
 			return tun.Open(t)
+		}
+	}
+	if c.OpenResolver == nil && c.OpenNetwork == nil {
+		c.OpenResolver = func(d Device) (Resolver, error) {
+			return hostdns.Open(hostdns.Config{Instance: c.Name, Interface: d.Name(), Logger: c.Logger})
 		}
 	}
 	if c.OpenNetwork == nil {

@@ -50,7 +50,7 @@ type dialer struct {
 	congestion congestion.Mode
 	control    controlFunc // of sockets, may be nil
 	resolver   *net.Resolver
-	dropped    func(packets int) // of what the kernel dropped because a socket was full, may be nil
+	upstream   func() (servers []netip.AddrPort, applied bool) // see Resolver, may be nil
 	logger     *slog.Logger
 	lastAddrs  []netip.AddrPort // of the proxy
 	timeouts   int              // attempts that got no answer
@@ -120,7 +120,7 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
-	found, err := d.resolver.LookupNetIP(ctx, "ip", d.to.host)
+	found, err := d.lookup(ctx)
 	if err != nil {
 		if len(d.lastAddrs) > 0 {
 			d.logger.Info("the proxy's name could not be resolved, trying its last addresses", "error", err)
@@ -222,7 +222,7 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 	if err != nil {
 		return nil, classify(fmt.Errorf("opening a UDP socket: %w", err), nil, d.to)
 	}
-	udp, err := udpconn.New(socket.(*net.UDPConn), d.logger, d.dropped)
+	udp, err := udpconn.New(socket.(*net.UDPConn), d.logger)
 	if err != nil {
 		_ = socket.Close()
 		return nil, classify(fmt.Errorf("preparing a UDP socket: %w", err), nil, d.to)

@@ -41,14 +41,16 @@ type session struct {
 	routes    []capsule.Route
 	hasRoutes bool
 	dns       []capsule.DNSConfiguration
+	hasDNS    bool // dns is of this session, and not of the last one
 	nat64     []netip.Prefix
 
 	// What follows is of keep alone.
-	onlyIPv4     bool           // the host has no IPv6
-	refused      []netip.Prefix // routes of the proxy that are not installed
-	blocked      string         // the family that has no way through a tunnel for everything, "" for none
-	advertised   []netip.Prefix // to the proxy
-	assignedPeer []netip.Prefix // to the proxy
+	onlyIPv4     bool             // the host has no IPv6
+	refused      []netip.Prefix   // routes of the proxy that are not installed
+	skipped      []netip.AddrPort // nameservers that are not used
+	blocked      string           // the family that has no way through a tunnel for everything, "" for none
+	advertised   []netip.Prefix   // to the proxy
+	assignedPeer []netip.Prefix   // to the proxy
 }
 
 // session dials, keeps the session until it ends, and returns why it ended and how long it was connected.
@@ -62,7 +64,8 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	}
 	code := http3.ErrCodeNoError
 	defer func() { d.closeWith(code) }()
-	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1)}
+	// Until the proxy has had the time to speak of DNS, the resolver is left as it is.
+	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1), dns: c.pushed}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
 		Device: c.device,
 		Accept: connectip.Accept{Routes: c.cfg.foreign},
@@ -142,6 +145,7 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 			connected = time.Now()
 			c.setState(StateConnected, s.limits())
 			c.cfg.Logger.Info("connected", "addresses", s.addresses(), "mtu", s.conn.MTU())
+			s.forgetDNS()
 		case <-s.wake:
 			if settled == nil {
 				settled = time.After(max(settleDelay, applies.Reserve().Delay()))
@@ -218,10 +222,23 @@ func (s *session) handleRoutes(routes []capsule.Route) error {
 
 func (s *session) handleDNS(configurations []capsule.DNSConfiguration) error {
 	s.mu.Lock()
-	s.dns = configurations
+	s.dns, s.hasDNS = configurations, true
 	s.mu.Unlock()
 	s.changed()
 	return nil
+}
+
+// forgetDNS lets go of what a former session said, unless this one has said something too.
+func (s *session) forgetDNS() {
+	s.mu.Lock()
+	forget := !s.hasDNS && len(s.dns) > 0
+	if forget {
+		s.dns = nil
+	}
+	s.mu.Unlock()
+	if forget {
+		s.changed()
+	}
 }
 
 func (s *session) handlePREF64(prefixes []netip.Prefix) error {
@@ -294,10 +311,11 @@ func (s *session) apply() (complete bool, err error) {
 	if err != nil {
 		return false, &Error{Kind: KindRefused, Err: err, Reason: fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err)}
 	}
+	c.pushed = dns
+	s.applyDNS(dns, nat64)
 	c.mu.Lock()
 	c.status.Interface, c.status.MTU, c.status.Addresses = c.device.Name(), min(state.MTU, s.conn.MTU()), addrs
 	c.status.SetRoutes(routes)
-	c.status.SetDNS(dns, nat64)
 	c.notify()
 	c.mu.Unlock()
 	return true, nil

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -14,6 +15,7 @@ import (
 	"masquevpn/client"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/hostdns"
 )
 
 func (o *options) checkCommand() *cobra.Command {
@@ -51,6 +53,9 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string) error {
 		l.checkCredentials(c, time.Now())
 		checkResolves(ctx, c, tunnel.Status().Proxy.Name)
 	}
+	if l != nil {
+		l.checkDNS(c)
+	}
 	c.NetAdmin(capabilities)
 	c.TUN()
 	c.RunDir(o.RunDir)
@@ -82,6 +87,24 @@ func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 	}
 	if len(l.chain) == 0 && l.config.Token == "" {
 		c.Warn("credentials: none", "the proxy will ask for some unless it lets everyone in; set tls.cert and tls.key, or auth.token")
+	}
+}
+
+// checkDNS says how the host's resolver would be told of the tunnel's servers.
+func (l *loaded) checkDNS(c *cli.Checks) {
+	if l.config.DNS.Off {
+		c.OK("DNS: off, the host's resolver stays as it is")
+		return
+	}
+	via, splits := hostdns.Detect(hostdns.Config{})
+	switch {
+	case splits:
+		c.OK("DNS: by way of %s", via)
+	case len(l.config.DNS.Domains) > 0 && !slices.Contains(l.config.DNS.Domains, hostdns.Root):
+		c.Warn(fmt.Sprintf("DNS: %s cannot ask servers about some names only, so dns.domains will not be applied", via),
+			"use systemd-resolved, with /etc/resolv.conf a link to /run/systemd/resolve/stub-resolv.conf")
+	default:
+		c.OK("DNS: by way of %s, for all names or none", via)
 	}
 }
 

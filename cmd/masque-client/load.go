@@ -59,6 +59,7 @@ func load(path, name string) (*loaded, error) {
 		InstallRoutes: f.Install && len(f.Accept) > 0,
 		Accept:        f.Accept, Exclude: f.Exclude,
 		AdvertiseRoutes: f.Advertise, AssignPeer: f.Assign,
+		DNS:       client.DNS{Off: !f.DNS, Servers: f.DNSServers, Search: f.DNSSearch, Domains: f.DNSDomains},
 		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay, Congestion: congestion.Mode(f.Congestion),
 	}
 	return l, nil

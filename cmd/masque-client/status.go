@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -244,7 +245,7 @@ func routes(s client.Status) string {
 	return strings.Join(words, ", ")
 }
 
-// dns is what the proxy says about DNS; the host's resolver is left as it is.
+// dns is what the host's resolver is told about the tunnel, and how.
 func dns(s client.Status) string {
 	if len(s.DNS.Servers) == 0 {
 		return ""
@@ -253,7 +254,14 @@ func dns(s client.Status) string {
 	if len(s.DNS.Search) > 0 {
 		text += ", search " + strings.Join(s.DNS.Search, " ")
 	}
-	if !s.DNS.Applied {
+	switch {
+	case s.DNS.Applied && !slices.Contains(s.DNS.Domains, "."):
+		text += ", for " + strings.Join(s.DNS.Domains, " ") + " (" + s.DNS.Via + ")"
+	case s.DNS.Applied:
+		text += " (" + s.DNS.Via + ")"
+	case s.DNS.Reason != "":
+		text += " (not applied: " + s.DNS.Reason + ")"
+	default:
 		text += " (not applied)"
 	}
 	return text

@@ -35,6 +35,10 @@ type Client struct {
 	KillSwitch      bool
 	KillSwitchAllow []netip.Prefix // may be reached outside the tunnel all the same
 
+	DNS                   bool         // the host's resolver is told of the tunnel's servers
+	DNSServers            []netip.Addr // in place of what the proxy says, where there are any
+	DNSSearch, DNSDomains []string     // likewise; without the final dot, "." is all names
+
 	Congestion string // inner or outer
 
 	Reconnect bool
@@ -100,7 +104,7 @@ func ParseClient(file string, data []byte) (*Client, error) {
 		}
 	}
 
-	root.table("dns").oneOf("mode", "auto", "off")
+	c.parseDNS(root.table("dns"))
 
 	kill := root.table("kill_switch")
 	c.KillSwitch = kill.bool("enabled", false)
@@ -124,6 +128,16 @@ func ParseClient(file string, data []byte) (*Client, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+func (c *Client) parseDNS(dns *table) {
+	c.DNS = dns.oneOf("mode", "auto", "off") == "auto"
+	c.DNSServers, c.DNSSearch, c.DNSDomains = dns.hosts("servers"), dns.domains("search"), dns.domainsOrAll("domains")
+	for _, key := range []string{"servers", "search", "domains"} {
+		if list, ok := dns.values[key].([]any); ok && len(list) == 0 {
+			dns.add(key, "empty", `leave it out for what the proxy says, or write mode = "off"`)
+		}
+	}
 }
 
 func (c *Client) parseTLS(tls *table) {

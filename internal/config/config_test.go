@@ -35,7 +35,7 @@ func TestClientDefaults(t *testing.T) {
 	want := &Client{
 		Proxy: "vpn.example.org", Target: "*", IPProto: "*", Device: "masque%d", Offload: true,
 		Request: prefixes("0.0.0.0/32", "::/128"), Install: true, Accept: prefixes("0.0.0.0/0", "::/0"),
-		Congestion: "inner", Reconnect: true, MaxDelay: 30 * time.Second,
+		DNS: true, Congestion: "inner", Reconnect: true, MaxDelay: 30 * time.Second,
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -63,6 +63,8 @@ func TestClientFull(t *testing.T) {
 		Static: prefixes("10.77.0.9/32", "fd77::9/64"), Accept: prefixes("10.0.0.0/8"), Exclude: prefixes("10.9.0.0/16", "fd00::/8"),
 		Advertise: prefixes("192.0.2.0/24", "2001:db8:a::/64"), Assign: prefixes("192.0.2.200/32"),
 		KillSwitch: true, KillSwitchAllow: prefixes("192.168.5.0/24", "fd00:5::/64"),
+		DNSServers: []netip.Addr{netip.MustParseAddr("10.0.0.53"), netip.MustParseAddr("fd00::53")},
+		DNSSearch:  []string{"corp.example"}, DNSDomains: []string{"corp.example", "."},
 		Congestion: "outer", MaxDelay: 90 * time.Second, KeyLog: "/etc/masque/keys.log",
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
@@ -231,6 +233,13 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[kill_switch]`, `enabled = "true"`}, `f.toml:3: kill_switch.enabled = "true": not true or false; write true or false`},
 		{client, []string{`[kill_switch]`, `allow = ["10.0.0.1/8"]`}, `f.toml:3: kill_switch.allow[0] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
 		{client, []string{`[kill_switch]`, `allow = ["fd00::/8", "::/0"]`}, `f.toml:3: kill_switch.allow[1] = "::/0": allows everything of its family; name the networks, `},
+		{client, []string{`[dns]`, `servers = ["127.0.0.1"]`}, `f.toml:3: dns.servers[0] = "127.0.0.1": not an address that others can reach; write for example "10.77.0.1" or "fd77::1"`},
+		{client, []string{`[dns]`, `servers = []`}, `f.toml:3: dns.servers = []: empty; leave it out for what the proxy says, or write mode = "off"`},
+		{client, []string{`[dns]`, `servers = "10.77.0.1"`}, `f.toml:3: dns.servers = "10.77.0.1": not a list; write a list of strings: ["...", "..."]`},
+		{client, []string{`[dns]`, `search = ["."]`}, `f.toml:3: dns.search[0] = ".": not a domain name; `},
+		{client, []string{`[dns]`, `search = ["a\nnameserver 192.0.2.1"]`}, `f.toml:3: dns.search[0] = "a\nnameserver 192.0.2.1": not a domain name; `},
+		{client, []string{`[dns]`, `domains = ["corp.example", "CORP.example."]`}, `f.toml:3: dns.domains[1] = "CORP.example.": given twice; remove one`},
+		{client, []string{`[dns]`, `domains = ["..", "."]`}, `f.toml:3: dns.domains[0] = "..": not a domain name; `},
 		{client, []string{`[reconnect]`, `enabled = "no"`}, `f.toml:3: reconnect.enabled = "no": not true or false; write true or false`},
 		{client, []string{`[reconnect]`, `max_delay = "soon"`}, `f.toml:3: reconnect.max_delay = "soon": not a time span; write for example "30s" or "5m"`},
 		{client, []string{`[reconnect]`, `max_delay = "1ms"`}, `f.toml:3: reconnect.max_delay = "1ms": too short; write at least "1s"`},

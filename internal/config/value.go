@@ -54,12 +54,21 @@ func (t *table) hosts(key string) []netip.Addr {
 }
 
 // domains is a list of different domain names, without their final dots.
-func (t *table) domains(key string) []string {
+func (t *table) domains(key string) []string { return t.domainList(key, false) }
+
+// domainsOrAll is domains, of which "." stands for all names.
+func (t *table) domainsOrAll(key string) []string { return t.domainList(key, true) }
+
+func (t *table) domainList(key string, root bool) []string {
 	var list []string
 	for i, s := range t.strings(key, nil) {
 		name := strings.ToLower(strings.TrimSuffix(s, "."))
+		all := root && s == "."
+		if all {
+			name = s
+		}
 		switch {
-		case !IsHost(s) || isAddr(s):
+		case !all && (!IsHost(s) || isAddr(s)):
 			t.add(element(key, i), "not a domain name", `write for example "corp.example"; of other scripts, the form that starts with xn--`)
 		case slices.Contains(list, name):
 			t.add(element(key, i), "given twice", "remove one")

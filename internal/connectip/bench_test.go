@@ -77,12 +77,11 @@ func BenchmarkSendRoutes(b *testing.B) {
 
 func BenchmarkReceive(b *testing.B) {
 	c := benchConn(b)
-	in := newInbox(c, b.Context().Done())
-	go c.deliver(b.Context(), in)
+	in := inbox{packets: make(chan []byte, 1)}
 	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 1400)[Headroom:]...)
 	b.SetBytes(int64(len(datagram) - 1))
 	for b.Loop() {
-		in.HandleDatagram(datagram)
+		c.handleDatagram(datagram, in)
+		<-in.packets
 	}
-	in.FlushDatagrams()
 }

@@ -55,6 +55,8 @@ type DNSStatus struct {
 	Domains []string       `json:"domains"` // what the servers resolve, with all names below; "." is all names
 	NAT64   []netip.Prefix `json:"nat64"`
 	Applied bool           `json:"applied"` // the host's resolver uses it
+	Via     string         `json:"via"`     // which way it was told, "" if it was not
+	Reason  string         `json:"reason"`  // why it was not, "" if it was or there are no servers
 }
 
 // Counts is a number for each direction.
@@ -84,23 +86,34 @@ func (st *Status) SetRoutes(routes []capsule.Route) {
 // dnsPort is where unencrypted DNS is served unless something else is said (RFC 1035 section 4.2).
 const dnsPort = 53
 
-// SetDNS fills in what was said about DNS and NAT64. Nameservers that take encrypted queries alone are left out.
-func (st *Status) SetDNS(configurations []capsule.DNSConfiguration, nat64 []netip.Prefix) {
-	var servers, search, domains distinct
+// Nameservers returns those that take unencrypted queries, of each configuration the preferred one first.
+func Nameservers(configurations []capsule.DNSConfiguration) []netip.AddrPort {
+	var servers []netip.AddrPort
 	for _, c := range configurations {
 		byPriority := slices.Clone(c.Nameservers)
 		slices.SortStableFunc(byPriority, func(a, b capsule.Nameserver) int { return cmp.Compare(a.Priority, b.Priority) })
 		for _, n := range byPriority {
 			for _, a := range n.Addresses {
-				switch {
-				case !n.Unencrypted():
-				case n.Port == 0 || n.Port == dnsPort:
-					servers.add(a.String())
-				default:
-					servers.add(netip.AddrPortFrom(a, n.Port).String())
+				if n.Unencrypted() {
+					servers = append(servers, netip.AddrPortFrom(a, cmp.Or(n.Port, dnsPort)))
 				}
 			}
 		}
+	}
+	return servers
+}
+
+// SetDNS fills in what was said about DNS and NAT64. Nameservers that take encrypted queries alone are left out.
+func (st *Status) SetDNS(configurations []capsule.DNSConfiguration, nat64 []netip.Prefix) {
+	var servers, search, domains distinct
+	for _, a := range Nameservers(configurations) {
+		if a.Port() == dnsPort {
+			servers.add(a.Addr().String())
+		} else {
+			servers.add(a.String())
+		}
+	}
+	for _, c := range configurations {
 		for _, name := range c.SearchDomains {
 			search.add(name)
 		}
@@ -108,10 +121,8 @@ func (st *Status) SetDNS(configurations []capsule.DNSConfiguration, nat64 []neti
 			domains.add(cmp.Or(name, "."))
 		}
 	}
-	st.DNS = DNSStatus{
-		Servers: servers.list(), Search: search.list(), Domains: domains.list(),
-		NAT64: append([]netip.Prefix{}, nat64...), Applied: st.DNS.Applied,
-	}
+	st.DNS.Servers, st.DNS.Search, st.DNS.Domains = servers.list(), search.list(), domains.list()
+	st.DNS.NAT64 = append([]netip.Prefix{}, nat64...)
 }
 
 // distinct is a list of words without repetitions.

@@ -1,0 +1,183 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/connectip"
+	"masquevpn/internal/hostdns"
+)
+
+// DNS says what the host's resolver is told while the tunnel is there. The zero value is what the proxy says
+// (draft-ietf-masque-connect-ip-dns-06). Lists that are not empty count in place of the proxy's.
+type DNS struct {
+	Off     bool // nothing
+	Servers []netip.Addr
+	Search  []string // domains that are tried behind short names
+	Domains []string // what the servers resolve, with all names below; "." for all names
+}
+
+// Resolver is the host's; *hostdns.Manager is one.
+type Resolver interface {
+	Apply(hostdns.Settings) (via string, err error)
+	Reaches(server netip.AddrPort) bool                 // through the tunnel
+	Upstream() (servers []netip.AddrPort, applied bool) // besides the tunnel's
+	Close() error
+}
+
+// Limits on what the resolver is told. What is beyond is left out.
+const (
+	maxServers = 16
+	maxSearch  = 32
+	maxDomains = 256
+)
+
+// over returns what of pushed, which the proxy said, is left of it when d has its say.
+func (d DNS) over(pushed []capsule.DNSConfiguration) []capsule.DNSConfiguration {
+	if len(d.Servers) == 0 && (len(pushed) == 0 || len(d.Search)+len(d.Domains) == 0) {
+		return pushed
+	}
+	var merged capsule.DNSConfiguration
+	for _, c := range pushed {
+		merged.Nameservers = append(merged.Nameservers, c.Nameservers...)
+		merged.SearchDomains = append(merged.SearchDomains, c.SearchDomains...)
+		merged.InternalDomains = append(merged.InternalDomains, c.InternalDomains...)
+	}
+	if len(d.Servers) > 0 {
+		merged.Nameservers = []capsule.Nameserver{{Priority: 1, Addresses: d.Servers}}
+	}
+	if len(d.Search) > 0 {
+		merged.SearchDomains = d.Search
+	}
+	if len(d.Domains) > 0 {
+		merged.InternalDomains = d.Domains
+	}
+	if len(merged.InternalDomains) == 0 {
+		merged.InternalDomains = []string{hostdns.Root}
+	}
+	return []capsule.DNSConfiguration{merged}
+}
+
+// applyDNS has the host's resolver follow what is said about DNS, once the routes are there. A resolver that cannot be told
+// does not end the tunnel: the status and the log say so.
+func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Prefix) {
+	c := s.c
+	said := c.cfg.DNS.over(pushed)
+	var told connectip.Status
+	told.SetDNS(said, nat64)
+	settings, skipped := c.usable(said, told.DNS)
+	if c.cfg.DNS.Off && len(told.DNS.Servers) > 0 {
+		told.DNS.Reason = "dns.mode is off"
+	} else if c.resolver != nil {
+		via, err := c.resolver.Apply(settings) // of nothing, when there is nothing
+		if len(settings.Servers) == 0 && len(skipped) > 0 {
+			err = errors.Join(fmt.Errorf("no route into the tunnel leads to %s", join(skipped)), err)
+		}
+		told.DNS.Via, told.DNS.Reason, told.DNS.Applied = via, reason(err), err == nil && via != ""
+	}
+	c.mu.Lock()
+	before := c.status.DNS
+	c.status.DNS = told.DNS
+	c.mu.Unlock()
+	if len(skipped) > 0 && !slices.Equal(skipped, s.skipped) {
+		c.cfg.Logger.Warn("nameservers that no route into the tunnel leads to are not used", "servers", skipped)
+	}
+	s.skipped = skipped
+	switch now := told.DNS; {
+	case now.Applied && !(before.Applied && slices.Equal(before.Servers, now.Servers) && slices.Equal(before.Search, now.Search) && slices.Equal(before.Domains, now.Domains)):
+		c.cfg.Logger.Info("DNS is applied", "via", now.Via, "servers", now.Servers, "search", now.Search, "domains", now.Domains)
+	case now.Reason != "" && now.Reason != before.Reason && !c.cfg.DNS.Off:
+		c.cfg.Logger.Warn("DNS is not applied", "servers", now.Servers, "reason", now.Reason)
+	case before.Applied && !now.Applied:
+		c.cfg.Logger.Info("DNS is not applied any more")
+	}
+}
+
+// usable returns what of DNS the resolver is told. Servers that queries would not reach through the tunnel are skipped: they
+// would be asked outside.
+func (c *Client) usable(said []capsule.DNSConfiguration, status connectip.DNSStatus) (settings hostdns.Settings, skipped []netip.AddrPort) {
+	if c.cfg.DNS.Off || c.resolver == nil {
+		return settings, nil
+	}
+	for _, a := range connectip.Nameservers(said) {
+		a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+		switch {
+		case slices.Contains(settings.Servers, a) || slices.Contains(skipped, a):
+		case len(settings.Servers)+len(skipped) == maxServers:
+			return settings, skipped
+		case a.Addr().IsGlobalUnicast() && c.resolver.Reaches(a):
+			settings.Servers = append(settings.Servers, a)
+		default:
+			skipped = append(skipped, a)
+		}
+	}
+	settings.Search = status.Search[:min(len(status.Search), maxSearch)]
+	settings.Domains = status.Domains[:min(len(status.Domains), maxDomains)]
+	return settings, skipped
+}
+
+func join(servers []netip.AddrPort) string {
+	words := make([]string, len(servers))
+	for i, a := range servers {
+		words[i] = a.String()
+		if a.Port() == 53 {
+			words[i] = a.Addr().String()
+		}
+	}
+	return strings.Join(words, ", ")
+}
+
+func reason(err error) string {
+	if err == nil {
+		return ""
+	}
+	return strings.ReplaceAll(err.Error(), "\n", "; ")
+}
+
+// upstream returns the nameservers of the host besides the tunnel's. applied is false while they are those of its resolver.
+func (c *Client) upstream() (servers []netip.AddrPort, applied bool) {
+	if c.resolver == nil {
+		return nil, false
+	}
+	return c.resolver.Upstream()
+}
+
+// maxUpstream is how many nameservers are asked for the proxy's name.
+const maxUpstream = 3
+
+// lookup finds the addresses of the proxy's name, outside the tunnel, so that a dead tunnel can be dialed again. While the
+// host's resolver asks through the tunnel, the servers that it has besides are asked in turn.
+func (d *dialer) lookup(ctx context.Context) ([]netip.Addr, error) {
+	var servers []netip.AddrPort
+	applied := false
+	if d.upstream != nil {
+		servers, applied = d.upstream()
+	}
+	if !applied {
+		return d.resolver.LookupNetIP(ctx, "ip", d.to.host)
+	}
+	err := errors.New("this host has no nameservers besides those of the tunnel")
+	servers = servers[:min(len(servers), maxUpstream)]
+	deadline, _ := ctx.Deadline()
+	for i, server := range servers {
+		each, cancel := context.WithTimeout(ctx, time.Until(deadline)/time.Duration(len(servers)-i))
+		var found []netip.Addr
+		dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return (&net.Dialer{Control: d.control}).DialContext(ctx, network, server.String())
+		}
+		found, err = (&net.Resolver{PreferGo: true, Dial: dial}).LookupNetIP(each, "ip", d.to.host)
+		cancel()
+		var answer *net.DNSError
+		if err == nil || errors.As(err, &answer) && answer.IsNotFound {
+			return found, err
+		}
+	}
+	return nil, err
+}
