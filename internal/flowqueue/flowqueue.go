@@ -92,14 +92,13 @@ func (q *Queue) Push(packets []*Packet) (dropped int) {
 // drop drops n packets, the oldest of those flows that have most.
 func (q *Queue) drop(n int) {
 	for left := n; left > 0; {
-		var longest *flow
+		longest := &q.flows[0]
 		for i := range q.flows {
-			if f := &q.flows[i]; f.first != nil && (longest == nil || f.bytes > longest.bytes) {
-				longest = f
+			if q.flows[i].bytes > longest.bytes {
+				longest = &q.flows[i]
 			}
 		}
-		// As many at once as is fair, because the search takes longer than a drop.
-		for enough := longest.bytes / 2; left > 0 && longest.first != nil && longest.bytes >= enough; left-- {
+		for enough := longest.bytes / 2; left > 0 && longest.bytes > enough; left-- {
 			longest.pop().Free()
 		}
 	}
