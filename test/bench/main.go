@@ -68,8 +68,11 @@ func main() {
 	var err, err2 error
 	o.cases, err = regexp.Compile(*cases)
 	o.peers, err2 = regexp.Compile(*peers)
-	if err := errors.Join(err, err2); err != nil || flag.NArg() > 0 {
-		fmt.Fprintln(os.Stderr, "bench: wrong arguments:", err, flag.Args())
+	if flag.NArg() > 0 {
+		err = fmt.Errorf("unexpected argument %q", flag.Arg(0))
+	}
+	if err := errors.Join(err, err2); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(2)
 	}
 	if o.list {
@@ -193,6 +196,7 @@ func (r *runner) one(ctx context.Context, c benchCase) (err error) {
 		d = r.time
 	}
 	var up []*tunnel
+	var errs []error
 	defer func() {
 		for _, t := range up {
 			err = errors.Join(err, t.Lab.Close())
@@ -211,10 +215,11 @@ func (r *runner) one(ctx context.Context, c benchCase) (err error) {
 			continue
 		}
 		if err := t.start(ctx); err != nil {
-			return fmt.Errorf("%s: %w", k.name, err)
+			errs = append(errs, fmt.Errorf("%s: %w", k.name, err))
+			up = up[:len(up)-1] // the others can do without it
+			errs = append(errs, t.Lab.Close())
 		}
 	}
-	var errs []error
 	for round := range r.rounds {
 		for i := range up {
 			t := up[(i+round)%len(up)] // nobody always comes after the same one

@@ -48,7 +48,7 @@ func (t *tunnel) tcp(ctx context.Context, d, rampUp time.Duration, args ...strin
 	if bytes := r.End.Received.Bytes + r.End.Reverse.Bytes; rampUp == 0 && bytes > 0 {
 		values = append(values, value{"CPU", "s/GB", (after.cpu - before.cpu).Seconds() / bytes * 1e9})
 	}
-	if t.ours {
+	if t.ours && len(t.Wires) == 0 { // else the network loses some in between
 		lost, of := inside(before, after)
 		values = append(values, value{"lost in our processes", "%", 100 * float64(lost) / float64(max(of, 1))})
 	}
@@ -86,8 +86,8 @@ func iperfError(out []byte) string {
 
 // iperfServer starts a server for one test at the target and returns its port.
 func (t *tunnel) iperfServer(ctx context.Context) (string, error) {
-	t.port++ // a server that has not put the last test away refuses the next
-	port := strconv.Itoa(5200 + t.port)
+	t.servers++ // one that has not put the last test away refuses the next
+	port := strconv.Itoa(5200 + t.servers)
 	server, err := launch(ctx, t.Target, "iperf3", "-s", "-1", "-p", port)
 	if err != nil {
 		return "", err

@@ -71,11 +71,12 @@ const (
 type tunnel struct {
 	kind
 	*lab.Topology
-	dir            string   // for its files
-	client, proxy  *lab.Cmd // the processes of the two ends
-	port           int      // of the last iperf3 server
-	capacity       map[int]float64
-	wgClient, wgPx *ecdh.PrivateKey
+	dir           string           // for its files
+	client, proxy *lab.Cmd         // the processes of the two ends
+	servers       int              // of iperf3, so far
+	capacity      map[int]float64  // see udpCapacity
+	clientKey     *ecdh.PrivateKey // of wireguard-go
+	proxyKey      *ecdh.PrivateKey
 }
 
 // open makes the hosts for a tunnel, with path between the client and the router, or a plain link when it is nil.
@@ -230,13 +231,13 @@ func (t *tunnel) status(ctx context.Context) (c, p client.Status, err error) {
 const wireguardMTU = 1420
 
 func startWireguardProxy(ctx context.Context, t *tunnel) (err error) {
-	for _, key := range []**ecdh.PrivateKey{&t.wgClient, &t.wgPx} {
+	for _, key := range []**ecdh.PrivateKey{&t.clientKey, &t.proxyKey} {
 		if *key, err = ecdh.X25519().GenerateKey(rand.Reader); err != nil {
 			return err
 		}
 	}
 	t.proxy, err = startWireguard(ctx, t, t.Proxy, fmt.Sprintf("private_key=%x\nlisten_port=51820\npublic_key=%x\nallowed_ip=%s/32\n",
-		t.wgPx.Bytes(), t.wgClient.PublicKey().Bytes(), clientAddr))
+		t.proxyKey.Bytes(), t.clientKey.PublicKey().Bytes(), clientAddr))
 	if err != nil {
 		return err
 	}
@@ -245,7 +246,7 @@ func startWireguardProxy(ctx context.Context, t *tunnel) (err error) {
 
 func startWireguardClient(ctx context.Context, t *tunnel) (err error) {
 	t.client, err = startWireguard(ctx, t, t.Client, fmt.Sprintf("private_key=%x\npublic_key=%x\nendpoint=%s\nallowed_ip=192.0.2.0/24\n",
-		t.wgClient.Bytes(), t.wgPx.PublicKey().Bytes(), netip.AddrPortFrom(lab.ProxyIPv4, 51820)))
+		t.clientKey.Bytes(), t.proxyKey.PublicKey().Bytes(), netip.AddrPortFrom(lab.ProxyIPv4, 51820)))
 	if err != nil {
 		return err
 	}
