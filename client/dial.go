@@ -50,6 +50,7 @@ type dialer struct {
 	congestion congestion.Mode
 	control    controlFunc // of sockets, may be nil
 	resolver   *net.Resolver
+	dropped    func(packets int)                               // of what the kernel dropped because a socket was full, may be nil
 	upstream   func() (servers []netip.AddrPort, applied bool) // see Resolver, may be nil
 	logger     *slog.Logger
 	lastAddrs  []netip.AddrPort // of the proxy
@@ -222,7 +223,7 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 	if err != nil {
 		return nil, classify(fmt.Errorf("opening a UDP socket: %w", err), nil, d.to)
 	}
-	udp, err := udpconn.New(socket.(*net.UDPConn), d.logger)
+	udp, err := udpconn.New(socket.(*net.UDPConn), d.logger, d.dropped)
 	if err != nil {
 		_ = socket.Close()
 		return nil, classify(fmt.Errorf("preparing a UDP socket: %w", err), nil, d.to)

@@ -119,6 +119,7 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 	}
 	f.dialer = newDialer(to, cfg.TLS, cfg.Token, markIfAllowed, cfg.Logger)
 	f.dialer.congestion = congestion.Outer // RFC 9298 section 6: nobody knows whether what is inside controls itself
+	f.dialer.dropped = func(packets int) { f.stats.Receive.DropMany(connectip.DropSocketFull, packets) }
 	return f, nil
 }
 

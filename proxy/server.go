@@ -62,7 +62,7 @@ type Server struct {
 	narrow     narrowPaths
 	errorLimit *rate.Limiter
 	icmpSent   atomic.Uint64
-	unrouted   connectip.Traffic // packets of the device that no session took
+	unrouted   connectip.Traffic // packets that were dropped before it was known whose they are
 	ended      connectip.Stats   // the sum of the sessions that ended
 	requests   requestCounts
 	lookups    lookups
@@ -197,9 +197,10 @@ func (s *Server) listen(ctx context.Context) ([]*udpconn.Conn, error) {
 			return nil, err
 		}
 	}
+	dropped := func(packets int) { s.unrouted.DropMany(connectip.DropSocketFull, packets) }
 	var conns []*udpconn.Conn
 	for _, c := range sockets {
-		conn, err := udpconn.New(c, s.cfg().Logger)
+		conn, err := udpconn.New(c, s.cfg().Logger, dropped)
 		if err != nil {
 			closeAll(sockets)
 			return nil, &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %v: %v", c.LocalAddr(), err), Err: err}

@@ -141,14 +141,8 @@ func TestIperf(t *testing.T) {
 		{"-c", lab.TargetIPv6.String(), "-t", "2", "-R", "-C", "cubic"},
 		{"-c", lab.TargetIPv4.String(), "-t", "2", "-u", "-b", "20M", "-l", "1200"},
 	} {
-		// A server for each: one that has not put the last test away refuses the next.
 		port := strconv.Itoa(5201 + i)
-		server := p.Target.Command(p.ctx, "iperf3", "-s", "-1", "-p", port)
-		check(t, server.Start())
-		p.eventually("iperf3 listens", func() bool {
-			out, err := p.Target.Command(p.ctx, "ss", "-Hltn", "sport = :"+port).Output()
-			return err == nil && len(out) > 0
-		})
+		server := p.iperfServer(p.Target, port)
 		out, err := p.Client.Command(p.ctx, "iperf3", append(args, "-p", port)...).CombinedOutput()
 		if err != nil {
 			t.Errorf("iperf3 %v: %v\n%s\n%s", args, err, out, p.log(server))

@@ -77,11 +77,12 @@ func BenchmarkSendRoutes(b *testing.B) {
 
 func BenchmarkReceive(b *testing.B) {
 	c := benchConn(b)
-	in := inbox{packets: make(chan []byte, 1)}
+	in := newInbox(c, b.Context().Done())
+	go c.deliver(b.Context(), in)
 	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 1400)[Headroom:]...)
 	b.SetBytes(int64(len(datagram) - 1))
 	for b.Loop() {
-		c.handleDatagram(datagram, in)
-		<-in.packets
+		in.HandleDatagram(datagram)
 	}
+	in.FlushDatagrams()
 }

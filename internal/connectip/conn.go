@@ -26,6 +26,7 @@ const (
 	maxAssigned     = 64               // addresses that a peer may assign to this endpoint, which looks at each for every packet
 	writeTimeout    = 10 * time.Second // for one capsule; a peer that does not read for so long is gone
 	endTimeout      = time.Second      // for a capsule that is being written at the end
+	maxAnswers      = 16               // that wait to be sent
 	drainTimeout    = 5 * time.Second  // for packets that are being sent at the end
 )
 
@@ -99,6 +100,7 @@ type Conn struct {
 	sawPacket atomic.Bool
 	toHost    errorLimits // ICMP errors about packets of the host
 	toPeer    errorLimits // and about packets of the peer
+	toSend    chan []byte // packets of this endpoint itself that answer the peer's, behind Headroom free bytes
 
 	pace pace // of the peer's capsules
 
@@ -124,6 +126,7 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 		echo:      newEcho(),
 		toHost:    newErrorLimits(),
 		toPeer:    newErrorLimits(),
+		toSend:    make(chan []byte, maxAnswers),
 		link:      link{self: cfg.Self, denied: cfg.Denied, assigned: cfg.Static},
 		peerIDs:   make(map[uint64]struct{}),
 		answers:   make(map[uint64]netip.Prefix),
@@ -140,14 +143,15 @@ func (c *Conn) Run(ctx context.Context) error {
 	inner, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var wg sync.WaitGroup
-	in := inbox{make(chan []byte, inboxLen), inner.Done()}
-	long := inbox{make(chan []byte), inner.Done()} // of packets in capsules: each may be so long that none may wait
+	in := newInbox(c, inner.Done())
 	wg.Go(func() { c.receive(inner, in) })
-	wg.Go(func() { c.deliver(inner, in, long) })
+	wg.Go(func() { c.deliver(inner, in) })
+	wg.Go(func() { c.sendAnswers(inner) })
 	wg.Go(func() { c.watchLink(inner) })
+	defer c.datagrams.direct(in)()
 
 	done := make(chan error, 1)
-	wg.Go(func() { done <- c.readCapsules(inner, long) })
+	wg.Go(func() { done <- c.readCapsules(inner, in) })
 	refused := make(chan error, 1)
 	defer context.AfterFunc(c.str.Context(), func() {
 		var stop *quic.StreamError // STOP_SENDING
@@ -169,6 +173,7 @@ func (c *Conn) Run(ctx context.Context) error {
 	c.end(err)
 	cancel()
 	c.Drain(&wg)
+	in.close()
 	return err
 }
 
@@ -224,7 +229,7 @@ func ErrorCode(err error) http3.ErrCode {
 }
 
 // readCapsules handles capsules until the stream ends.
-func (c *Conn) readCapsules(ctx context.Context, in inbox) error {
+func (c *Conn) readCapsules(ctx context.Context, in *inbox) error {
 	r := capsule.NewReader(c.str, maxCapsule)
 	for {
 		next, err := r.Next()
@@ -257,7 +262,8 @@ func (c *Conn) readCapsules(ctx context.Context, in inbox) error {
 				err = c.cfg.Handler.PREF64(x.Prefixes)
 			}
 		case *capsule.Datagram: // RFC 9297 section 3.5
-			c.handleDatagram(slices.Clone(x.Payload), in)
+			in.HandleDatagram(x.Payload)
+			in.FlushDatagrams()
 		}
 		if err != nil {
 			return fmt.Errorf("%v capsule: %w", next.Type(), err)

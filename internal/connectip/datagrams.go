@@ -19,7 +19,8 @@ const contextIPPacket = 0
 // It builds the prefix in place and hands the frame to QUIC itself, which saves the copy that http3 would make.
 type datagrams struct {
 	conn   sender
-	prefix []byte // quarter stream ID and context ID
+	id     uint64 // quarter stream ID
+	prefix []byte // that and the context ID
 }
 
 // sender is what is needed of a *quic.Conn.
@@ -30,8 +31,8 @@ type sender interface {
 }
 
 func newDatagrams(conn sender, id quic.StreamID) datagrams {
-	prefix := quicvarint.Append(nil, uint64(id)/4)
-	return datagrams{conn: conn, prefix: quicvarint.Append(prefix, contextIPPacket)}
+	quarter := uint64(id) / 4
+	return datagrams{conn: conn, id: quarter, prefix: quicvarint.Append(quicvarint.Append(nil, quarter), contextIPPacket)}
 }
 
 // send sends buf[off:] and overwrites up to Headroom bytes before it. The buffer stays the caller's.

@@ -97,12 +97,8 @@ func (c *Conn) sendProbes(seq uint16) {
 }
 
 func (c *Conn) sendEcho(src, dst netip.Addr, hopLimit uint8, request bool, seq uint16, data []byte) {
-	c.sendEchoID(src, dst, hopLimit, request, c.echo.id, seq, data)
-}
-
-func (c *Conn) sendEchoID(src, dst netip.Addr, hopLimit uint8, request bool, id, seq uint16, data []byte) {
 	buf := make([]byte, Headroom, Headroom+48+len(data))
-	buf = ippacket.AppendEcho(buf, src, dst, hopLimit, request, id, seq, data)
+	buf = ippacket.AppendEcho(buf, src, dst, hopLimit, request, c.echo.id, seq, data)
 	_ = c.datagrams.send(buf, Headroom) // an echo may get lost
 }
 
@@ -114,7 +110,7 @@ func (c *Conn) handleLinkLocal(pkt []byte, p ippacket.Packet) bool {
 		return false
 	case request && (p.Dst == allNodes || p.Dst == c.echo.addr):
 		if c.echo.answers.Allow() {
-			c.sendEchoID(c.echo.addr, p.Src, 255, false, id, seq, data)
+			c.answer(ippacket.AppendEcho(make([]byte, Headroom, Headroom+48+len(data)), c.echo.addr, p.Src, 255, false, id, seq, data))
 		}
 		return true
 	case !request && p.Dst == c.echo.addr && id == c.echo.id:

@@ -75,7 +75,7 @@ func (s *deafStream) StreamID() quic.StreamID               { return 4 }
 // deaf runs a Conn on a deafStream, and returns what Run returned.
 func deaf(t *testing.T) (c *Conn, s *deafStream, stop func(), done chan error) {
 	s = newDeafStream()
-	c = New(s, nil, Config{Stats: &Stats{}})
+	c = New(s, nil, Config{Device: make(device, 1), Stats: &Stats{}})
 	c.datagrams.conn = &fakeQUIC{limit: 1400}
 	ctx, stop := context.WithCancel(t.Context())
 	done = make(chan error, 1)

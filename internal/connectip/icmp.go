@@ -1,6 +1,8 @@
 package connectip
 
 import (
+	"context"
+
 	"golang.org/x/time/rate"
 
 	"masquevpn/internal/ippacket"
@@ -64,6 +66,28 @@ func (c *Conn) answerHost(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError
 // it to somebody else.
 func (c *Conn) answerPeer(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError) {
 	if buf := c.icmpError(c.toPeer, pkt, p, kind, 0); buf != nil {
-		_ = c.datagrams.send(buf, Headroom)
+		c.answer(buf)
+	}
+}
+
+// answer queues a packet for the peer, behind Headroom free bytes, and drops it when many wait: those who answer the peer's packets
+// must not wait for QUIC, which may be what calls them.
+func (c *Conn) answer(buf []byte) {
+	select {
+	case c.toSend <- buf:
+	default:
+		c.cfg.Stats.Send.Drop(DropQueueFull)
+	}
+}
+
+// sendAnswers sends what answer queued, until ctx ends.
+func (c *Conn) sendAnswers(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case buf := <-c.toSend:
+			_ = c.datagrams.send(buf, Headroom)
+		}
 	}
 }

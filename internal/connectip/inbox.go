@@ -3,75 +3,129 @@ package connectip
 import (
 	"context"
 	"runtime"
+	"sync"
 )
 
 const (
-	// inboxLen is how many packets wait between QUIC and the device, at most: what goes to the device in one batch.
-	inboxLen = 128
+	// maxBatch is how many packets go to the device at once: as many as it merges into one.
+	maxBatch = 64
 	// mergedPacket is the room for the longest packet, and its headroom, on its way to the device: the device may append the
 	// segments that follow.
 	mergedPacket = Headroom + 1<<16
 )
 
-// inbox takes packets from QUIC one by one and hands them to the device in batches, which lets the device merge the
-// segments of a flow into a single write.
+// inbox collects the packets of the peer and hands them to the device in batches, which lets the device merge the segments of a
+// flow into a single write. One goroutine fills a batch while another one writes the last.
 type inbox struct {
-	packets chan []byte
-	ended   <-chan struct{}
+	conn  *Conn
+	size  int // of a batch
+	full  chan *batch
+	ended <-chan struct{}
+
+	mu    sync.Mutex // hardly ever contended: nearly all packets come from one goroutine
+	batch *batch     // that is being filled, nil for none
 }
 
-// push queues a packet, which belongs to the inbox from then on. While the device does not keep up it waits, and packets queue up
-// in QUIC. It returns false when nobody will take the packet any more.
-func (in inbox) push(pkt []byte) bool {
+func newInbox(c *Conn, ended <-chan struct{}) *inbox {
+	return &inbox{conn: c, size: min(maxBatch, c.cfg.Device.BatchSize()), full: make(chan *batch), ended: ended}
+}
+
+// HandleDatagram takes one HTTP Datagram, context ID first, and does not keep it. It waits while the device does not keep up:
+// packets are then dropped where it costs least, at the socket.
+func (in *inbox) HandleDatagram(b []byte) {
+	in.mu.Lock()
+	in.conn.handleDatagram(b, in)
+	in.mu.Unlock()
+}
+
+// FlushDatagrams hands over what there is.
+func (in *inbox) FlushDatagrams() {
+	in.mu.Lock()
+	in.flush()
+	in.mu.Unlock()
+}
+
+// push adds a packet, of which it makes a copy. It returns false when nobody will take the packet any more.
+func (in *inbox) push(pkt []byte) bool {
 	select {
-	case in.packets <- pkt:
+	case <-in.ended:
+		return false
+	default:
+	}
+	if in.batch == nil {
+		select {
+		case <-in.ended:
+			return false
+		case in.batch = <-batches:
+		}
+	}
+	in.batch.add(pkt)
+	return in.batch.n < in.size || in.flush()
+}
+
+// flush returns false when nobody takes packets any more.
+func (in *inbox) flush() bool {
+	if in.batch == nil {
+		return true
+	}
+	select {
+	case in.full <- in.batch:
+		in.batch = nil
 		return true
 	case <-in.ended:
+		in.batch.free()
+		in.batch = nil
 		return false
 	}
 }
 
-// receive moves datagrams into in until the stream or ctx ends.
-func (c *Conn) receive(ctx context.Context, in inbox) {
+// close gives back what nobody will write any more. The inbox has ended then.
+func (in *inbox) close() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.batch != nil {
+		in.batch.free()
+		in.batch = nil
+	}
+}
+
+// receive takes the datagrams that come by way of the stream, until that or ctx ends.
+func (c *Conn) receive(ctx context.Context, in *inbox) {
 	for {
 		b, err := c.str.ReceiveDatagram(ctx)
 		if err != nil {
 			return
 		}
-		c.handleDatagram(b, in)
+		in.HandleDatagram(b)
+		in.FlushDatagrams()
 	}
 }
 
-// deliver writes the packets of in and of long to the device until ctx ends.
-func (c *Conn) deliver(ctx context.Context, in, long inbox) {
+// deliver writes batches to the device until ctx ends.
+func (c *Conn) deliver(ctx context.Context, in *inbox) {
 	for {
-		var pkt []byte
 		select {
 		case <-ctx.Done():
 			return
-		case pkt = <-in.packets:
-		case pkt = <-long.packets:
-		}
-		b := <-batches
-		n := b.fill(pkt, in, c.cfg.Device.BatchSize())
-		if wrote, err := c.cfg.Device.Write(b.bufs[:n], Headroom); err != nil {
-			for range n - wrote {
-				c.cfg.Stats.Receive.Drop(DropDevice)
+		case b := <-in.full:
+			if wrote, err := c.cfg.Device.Write(b.bufs[:b.n], Headroom); err != nil {
+				c.cfg.Stats.Receive.DropMany(DropDevice, b.n-wrote)
 			}
+			b.free()
 		}
-		batches <- b
 	}
 }
 
-// batch is the buffers of one write to a device. Untouched memory costs nothing, so the room to merge is cheap.
-// More than can be written at once would only wait for each other, so there are not more.
+// batch is the packets of one write to a device. Untouched memory costs nothing, so the room to merge is cheap.
 type batch struct {
 	slab []byte
-	bufs [][]byte
+	bufs [maxBatch][]byte
+	n    int
 }
 
+// batches are all there are: two for each that can be worked on at once.
 var batches = func() chan *batch {
-	n := runtime.GOMAXPROCS(0) + 1
+	n := 2 * runtime.GOMAXPROCS(0)
 	c := make(chan *batch, n)
 	for range n {
 		c <- new(batch)
@@ -79,23 +133,18 @@ var batches = func() chan *batch {
 	return c
 }()
 
-// fill copies pkt and what in holds, up to limit packets, and returns their number.
-func (b *batch) fill(pkt []byte, in inbox, limit int) int {
-	if len(b.bufs) < limit {
-		b.slab = make([]byte, limit*mergedPacket)
-		b.bufs = make([][]byte, limit)
+// add copies pkt behind those that are there.
+func (b *batch) add(pkt []byte) {
+	if b.slab == nil {
+		b.slab = make([]byte, maxBatch*mergedPacket)
 	}
-	for n := 0; ; {
-		buf := b.slab[n*mergedPacket : (n+1)*mergedPacket : (n+1)*mergedPacket]
-		b.bufs[n] = buf[:Headroom+copy(buf[Headroom:], pkt)]
-		n++
-		if n == limit {
-			return n
-		}
-		select {
-		case pkt = <-in.packets:
-		default:
-			return n
-		}
-	}
+	buf := b.slab[b.n*mergedPacket : (b.n+1)*mergedPacket : (b.n+1)*mergedPacket]
+	b.bufs[b.n] = buf[:Headroom+copy(buf[Headroom:], pkt)]
+	b.n++
+}
+
+// free gives b back.
+func (b *batch) free() {
+	b.n = 0
+	batches <- b
 }

@@ -114,8 +114,8 @@ func (c *Conn) sendTooBig(pkt []byte, p ippacket.Packet, mtu int, decrement bool
 	return drop
 }
 
-// handleDatagram takes one HTTP Datagram, context ID first (RFC 9484 section 6). b belongs to the inbox afterwards.
-func (c *Conn) handleDatagram(b []byte, in inbox) {
+// handleDatagram takes one HTTP Datagram, context ID first (RFC 9484 section 6), and does not keep it. It must not wait for QUIC.
+func (c *Conn) handleDatagram(b []byte, in *inbox) {
 	context, n, err := quicvarint.Parse(b)
 	if err != nil || context != contextIPPacket {
 		c.cfg.Stats.Receive.Drop(DropUnknownContext)

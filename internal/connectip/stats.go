@@ -17,6 +17,7 @@ const (
 	DropUnknownContext      // datagram of an unknown context, or without one
 	DropQueueFull           // a queue of ours was full
 	DropQueueDelay          // it had been waiting too long in a queue of ours
+	DropSocketFull          // the kernel dropped it before it came to us: the receive buffer of a UDP socket was full
 	DropNoSession           // no session holds the destination
 	DropClosed              // the session was not there or ended
 	DropDevice              // the TUN device refused it
@@ -25,7 +26,7 @@ const (
 
 var dropNames = [numDrops]string{
 	"", "malformed", "source", "destination", "hop_limit", "too_big", "link_local",
-	"unknown_context", "queue_full", "queue_delay", "no_session", "closed", "device",
+	"unknown_context", "queue_full", "queue_delay", "socket_full", "no_session", "closed", "device",
 }
 
 func (d Drop) String() string { return dropNames[d] }

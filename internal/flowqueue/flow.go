@@ -28,7 +28,6 @@ type flow struct {
 }
 
 func (f *flow) push(p *Packet) {
-	p.after = nil
 	if f.first == nil {
 		f.first = p
 	} else {
@@ -42,7 +41,7 @@ func (f *flow) push(p *Packet) {
 func (f *flow) pop() *Packet {
 	p := f.first
 	if p != nil {
-		f.first = p.after
+		f.first, p.after = p.after, nil
 		f.bytes -= p.Size
 	}
 	return p

@@ -92,13 +92,14 @@ func (q *Queue) Push(packets []*Packet) (dropped int) {
 // drop drops n packets, the oldest of those flows that have most.
 func (q *Queue) drop(n int) {
 	for left := n; left > 0; {
-		longest := &q.flows[0]
+		var longest *flow
 		for i := range q.flows {
-			if q.flows[i].bytes > longest.bytes {
-				longest = &q.flows[i]
+			if f := &q.flows[i]; f.first != nil && (longest == nil || f.bytes > longest.bytes) {
+				longest = f
 			}
 		}
-		for enough := longest.bytes / 2; left > 0 && longest.bytes > enough; left-- {
+		// As many at once as is fair, because the search takes longer than a drop.
+		for enough := longest.bytes / 2; left > 0 && longest.first != nil && longest.bytes >= enough; left-- {
 			longest.pop().Free()
 		}
 	}

@@ -118,6 +118,106 @@ func (c *Conn) congestionSwitch() *atomic.Bool {
 // ControlCongestion turns congestion control on, for good, on a connection with Config.Uncontrolled.
 func (c *Conn) ControlCongestion() { c.controlled.Store(true) }
 `,
+	"datagram_handlers.go": `package quic
+
+import (
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/quic-go/quic-go/internal/ackhandler"
+	"github.com/quic-go/quic-go/internal/wire"
+	"github.com/quic-go/quic-go/quicvarint"
+)
+
+// DatagramHandler takes datagrams as they come in. Its methods are called by the goroutine that runs the connection: they must
+// not wait for it, which SendDatagram does when its queue is full.
+type DatagramHandler interface {
+	// HandleDatagram takes one datagram, without the number that it begins with. The datagram must not be kept.
+	HandleDatagram([]byte)
+	// FlushDatagrams is called after one or more datagrams when no other packet is at hand.
+	FlushDatagrams()
+}
+
+// datagramHandlers are the handlers of a connection by the number that their datagrams begin with.
+type datagramHandlers struct {
+	mu   sync.Mutex // of changes
+	by   atomic.Pointer[map[uint64]DatagramHandler]
+	busy []DatagramHandler // to be flushed
+}
+
+// HandleDatagrams gives h, from now on, the datagrams that begin with the number id, as HTTP Datagrams of one stream do (RFC 9297
+// section 2.1). With nil they go to ReceiveDatagram again.
+func (c *Conn) HandleDatagrams(id uint64, h DatagramHandler) {
+	d := &c.datagramHandlers
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	next := make(map[uint64]DatagramHandler)
+	if by := d.by.Load(); by != nil {
+		maps.Copy(next, *by)
+	}
+	next[id] = h
+	if h == nil {
+		delete(next, id)
+	}
+	d.by.Store(&next)
+}
+
+// handle reports whether there is a handler for the datagram.
+func (d *datagramHandlers) handle(datagram []byte) bool {
+	by := d.by.Load()
+	if by == nil {
+		return false
+	}
+	id, n, err := quicvarint.Parse(datagram)
+	if err != nil {
+		return false
+	}
+	h := (*by)[id]
+	if h == nil {
+		return false
+	}
+	if !slices.Contains(d.busy, h) {
+		d.busy = append(d.busy, h)
+	}
+	h.HandleDatagram(datagram[n:])
+	return true
+}
+
+func (d *datagramHandlers) flush() {
+	for _, h := range d.busy {
+		h.FlushDatagrams()
+	}
+	clear(d.busy)
+	d.busy = d.busy[:0]
+}
+
+// datagramBuffer is what datagrams wait in until they are packed.
+type datagramBuffer [1500]byte
+
+var datagramBuffers = sync.Pool{New: func() any { return new(datagramBuffer) }}
+
+func getDatagramBuffer(size int) []byte {
+	if size > len(datagramBuffer{}) {
+		return make([]byte, size)
+	}
+	return datagramBuffers.Get().(*datagramBuffer)[:size]
+}
+
+// releaseDatagrams takes the contents of datagrams back that were packed, which is once. What remains of them in the history of
+// sent packets is not looked at: a datagram has no handler for its loss.
+func releaseDatagrams(frames []ackhandler.Frame) {
+	for _, f := range frames {
+		if d, ok := f.Frame.(*wire.DatagramFrame); ok {
+			if cap(d.Data) == len(datagramBuffer{}) {
+				datagramBuffers.Put((*datagramBuffer)(d.Data[:cap(d.Data)]))
+			}
+			d.Data = nil
+		}
+	}
+}
+`,
 	"gso_segments.go": `package quic
 
 // maxGSOSegments is how many segments every kernel with UDP GSO takes in one message.
@@ -187,9 +287,29 @@ var edits = []edit{
 	{"gso", "send_queue.go", "sendQueue.WouldBlock",
 		"len(h.queue) == sendQueueCapacity", "len(h.queue) >= sendQueueCapacity"},
 
-	// The frame parser has made a copy already, which nothing else keeps.
-	{"copies", "datagram_queue.go", "datagramQueue.HandleDatagramFrame",
-		"	data := make([]byte, len(f.Data))\n	copy(data, f.Data)\n", "	data := f.Data\n"},
+	// Received datagrams go straight to their handler, from the buffer of the packet they came in: the frame does not outlive the
+	// call that handles it. What has no handler is copied once, into the queue. Packets that are at hand are handled together, as
+	// many as the kernel merges, and are acknowledged together.
+	{"datagrams", "internal/wire/datagram_frame.go", "parseDatagramFrame",
+		"	f.Data = make([]byte, length)\n	copy(f.Data, b)\n", "	f.Data = b[:length:length]\n"},
+	{"datagrams", "connection.go", "Conn", "	datagramQueue *datagramQueue\n", "	datagramQueue *datagramQueue\n	datagramHandlers datagramHandlers\n"},
+	{"datagrams", "connection.go", "Conn.handleDatagramFrame",
+		"	c.datagramQueue.HandleDatagramFrame(f)\n", "	if !c.datagramHandlers.handle(f.Data) {\n		c.datagramQueue.HandleDatagramFrame(f)\n	}\n"},
+	{"datagrams", "connection.go", "Conn.handlePackets",
+		"		default:\n		}\n	}\n	return", "		default:\n		}\n	} else {\n		c.datagramHandlers.flush()\n	}\n	return"},
+	{"datagrams", "connection.go", "maxPacketsToProcess", "32", "128"},
+
+	// Buffers of datagrams to send are used again.
+	{"copies", "connection.go", "Conn.SendDatagram", "make([]byte, len(p))", "getDatagramBuffer(len(p))"},
+	{"copies", "connection.go", "Conn.registerPackedShortHeaderPacket",
+		"	c.connIDManager.SentPacket()\n", "	releaseDatagrams(p.Frames)\n	c.connIDManager.SentPacket()\n"},
+
+	// Streams get through a queue of datagrams that fill packets: while both have something to send, every other packet is theirs.
+	{"control", "packet_packer.go", "packetPacker", "	numNonAckElicitingAcks int\n", "	numNonAckElicitingAcks int\n	streamsHadTurn bool\n"},
+	{"control", "packet_packer.go", "packetPacker.composeNextPacket",
+		"	if p.datagramQueue != nil {\n", "	p.streamsHadTurn = (hasData || hasRetransmission) && !p.streamsHadTurn\n	if p.datagramQueue != nil && !p.streamsHadTurn {\n"},
+	{"control", "packet_packer.go", "packetPacker.composeNextPacket",
+		"	}\n	return pl\n}", "	}\n	if pl.length == 0 && p.streamsHadTurn { // and had nothing to send\n		return p.composeNextPacket(maxPayloadSize, onlyAck, ackAllowed, now, v)\n	}\n	return pl\n}"},
 }
 
 const (

@@ -1,0 +1,139 @@
+package flowqueue
+
+import (
+	"testing"
+	"time"
+)
+
+// fakeClock stands still.
+func fakeClock() func() time.Duration { return func() time.Duration { return 0 } }
+
+// later returns a clock that stands still d nanoseconds after that of q.
+func later(q *Queue, d int64) func() time.Duration {
+	now := q.now() + time.Duration(d)
+	return func() time.Duration { return now }
+}
+
+// link is a queue in front of a link that takes one packet a millisecond, and a flow.
+type link struct {
+	*testing.T
+	q     *Queue
+	clock time.Duration
+	drops []time.Duration // when
+}
+
+func newLink(t *testing.T) *link {
+	l := &link{T: t, q: New()}
+	l.q.now = func() time.Duration { return l.clock }
+	return l
+}
+
+// burst pushes n packets at once.
+func (l *link) burst(n int) {
+	if l.q.Push(run(1, n, MaxSize)) != 0 {
+		l.Fatal("dropped at the entrance")
+	}
+}
+
+// send sends for so long, while packets arrive as fast as they leave, or not at all. It returns how long the last one waited.
+func (l *link) send(d time.Duration, arriving bool) (waited time.Duration) {
+	for end := l.clock + d; l.clock < end && waiting(l.q) > 0; l.clock += time.Millisecond {
+		p, dropped := popOne(l, l.q)
+		waited = l.clock - p.queued
+		p.Free()
+		for range dropped {
+			l.drops = append(l.drops, l.clock)
+		}
+		if arriving {
+			l.burst(1)
+		}
+	}
+	return waited
+}
+
+// A queue that stays is shortened: the first packet is dropped after an interval, the next ones by the square root of their number
+// sooner each, and none any more when the queue is short.
+func TestStandingQueue(t *testing.T) {
+	l := newLink(t)
+	l.burst(60)
+	waited := l.send(5*time.Second, true)
+	if len(l.drops) < 50 || waited > target {
+		t.Fatalf("%d packets dropped, and the last one waited %v", len(l.drops), waited)
+	}
+	// It takes target until a packet has waited so long.
+	want := target + interval
+	for i, gap := range []time.Duration{0, 100, 71, 58, 50, 45, 41} {
+		want += gap * time.Millisecond
+		if d := l.drops[i] - want; d < -2*time.Millisecond || d > 4*time.Millisecond {
+			t.Errorf("drop %d came at %v, want about %v; all: %v", i, l.drops[i], want, l.drops)
+		}
+	}
+	before := len(l.drops)
+	if l.send(5*time.Second, true); len(l.drops) != before {
+		t.Errorf("%d packets dropped of a short queue", len(l.drops)-before)
+	}
+}
+
+// What is gone in less than an interval is no standing queue, however long it was.
+func TestBurst(t *testing.T) {
+	for n, dropped := range map[int]bool{90: false, 300: true} {
+		l := newLink(t)
+		for range 20 {
+			l.burst(n)
+			l.send(time.Second, false)
+			l.clock += interval
+		}
+		if got := len(l.drops) > 0; got != dropped {
+			t.Errorf("bursts of %d packets: dropped at %v", n, l.drops)
+		}
+	}
+}
+
+// A queue that comes back soon meets the rate of drops that it left, one that comes back later does not.
+func TestDroppingResumes(t *testing.T) {
+	for pause, resumed := range map[time.Duration]bool{interval: true, 20 * interval: false} {
+		l := newLink(t)
+		l.burst(60)
+		l.send(2*time.Second, true)
+		l.send(time.Second, false)
+		l.clock += pause
+		l.drops = nil
+		l.burst(60)
+		l.send(time.Second, true)
+		if len(l.drops) < 2 {
+			t.Fatalf("dropped at %v", l.drops)
+		}
+		if gap := l.drops[1] - l.drops[0]; (gap < interval/2) != resumed {
+			t.Errorf("after a pause of %v the second drop came after %v", pause, gap)
+		}
+	}
+}
+
+// The delay of one flow is not that of another.
+func TestOnlyTheStandingFlowDrops(t *testing.T) {
+	q := New()
+	var clock time.Duration
+	q.now = func() time.Duration { return clock }
+	flows := ports(q, 2)
+	q.Push(run(flows[0], 200, MaxSize))
+	thins, late := 0, 0
+	for i := range 500 {
+		if i%10 == 0 {
+			q.Push([]*Packet{packet(flows[1], i/10, minSize)})
+		}
+		p, dropped := popOne(t, q)
+		late += dropped
+		if portOf(p) == flows[1] {
+			if serialOf(p) != thins {
+				t.Fatalf("packet %d of the thin flow came after %d", serialOf(p), thins-1)
+			}
+			thins++
+		} else {
+			q.Push([]*Packet{packet(flows[0], i, MaxSize)})
+		}
+		clock += time.Millisecond
+	}
+	if thins != 50 || late == 0 {
+		t.Errorf("%d packets of the thin flow came, and %d were dropped", thins, late)
+	}
+}

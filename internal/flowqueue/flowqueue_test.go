@@ -1,0 +1,408 @@
+package flowqueue
+
+import (
+	"encoding/binary"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+
+	"go.uber.org/goleak"
+	"pgregory.net/rapid"
+
+	"masquevpn/internal/ippacket"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// minSize is an IPv4 packet with UDP ports and a serial number.
+const minSize = 32
+
+// packet makes a packet of a UDP port.
+func packet(port uint16, serial, size int) *Packet {
+	p := Get()
+	p.Size = size
+	ip := p.Bytes()[Headroom:]
+	clear(ip[:minSize])
+	ip[0], ip[9] = 0x45, 17
+	binary.BigEndian.PutUint16(ip[22:], port)
+	binary.BigEndian.PutUint32(ip[28:], uint32(serial))
+	return p
+}
+
+func portOf(p *Packet) uint16 { return binary.BigEndian.Uint16(p.Bytes()[Headroom+22:]) }
+func serialOf(p *Packet) int  { return int(binary.BigEndian.Uint32(p.Bytes()[Headroom+28:])) }
+
+// run makes n packets of a port, with serial numbers from 0.
+func run(port uint16, n, size int) []*Packet {
+	packets := make([]*Packet, n)
+	for i := range packets {
+		packets[i] = packet(port, i, size)
+	}
+	return packets
+}
+
+// ports returns n ports whose flows q tells apart.
+func ports(q *Queue, n int) []uint16 {
+	var found []uint16
+	taken := make(map[uint64]bool)
+	for port := uint16(1); len(found) < n; port++ {
+		p := packet(port, 0, minSize)
+		bucket := ippacket.FlowHash(q.seed, p.Bytes()[Headroom:]) % buckets
+		p.Free()
+		if !taken[bucket] {
+			taken[bucket], found = true, append(found, port)
+		}
+	}
+	return found
+}
+
+// popOne takes one packet, of a queue that has some.
+func popOne(t testing.TB, q *Queue) (p *Packet, dropped int) {
+	t.Helper()
+	var into [1]*Packet
+	n, dropped := q.Pop(into[:])
+	if n != 1 {
+		t.Fatalf("Pop gave %d packets", n)
+	}
+	return into[0], dropped
+}
+
+func waiting(q *Queue) int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.packets
+}
+
+// Whatever is pushed is popped or counted as dropped, once, and in the order of its flow.
+func TestNothingIsLost(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		before := total.Load()
+		q := New()
+		q.now = fakeClock()
+		pushed, popped, dropped := 0, 0, 0
+		var next [8]int // serial number of the next packet of each flow
+		var last [8]int // that was popped, counted from 1
+		pop := func(n int) {
+			into := make([]*Packet, n)
+			n, late := q.Pop(into)
+			popped, dropped = popped+n, dropped+late
+			for _, p := range into[:n] {
+				port, serial := portOf(p), serialOf(p)+1
+				if serial <= last[port] {
+					t.Fatalf("packet %d of flow %d after %d", serial, port, last[port])
+				}
+				last[port] = serial
+				p.Free()
+			}
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"push": func(t *rapid.T) {
+				port := rapid.IntRange(0, len(next)-1).Draw(t, "flow")
+				size := rapid.IntRange(minSize, MaxSize).Draw(t, "size")
+				batch := make([]*Packet, rapid.OneOf(rapid.IntRange(0, 40), rapid.IntRange(0, 2*Limit)).Draw(t, "packets"))
+				for i := range batch {
+					batch[i] = packet(uint16(port), next[port], size)
+					next[port]++
+				}
+				pushed += len(batch)
+				dropped += q.Push(batch)
+			},
+			"pop": func(t *rapid.T) {
+				if waiting(q) > 0 {
+					pop(rapid.IntRange(1, 300).Draw(t, "packets"))
+				}
+			},
+			"wait": func(t *rapid.T) { q.now = later(q, rapid.Int64Range(0, int64(2*interval)).Draw(t, "nanoseconds")) },
+			"": func(t *rapid.T) {
+				left := waiting(q)
+				if pushed != popped+dropped+left || total.Load() != before+int64(left) || left > Limit {
+					t.Fatalf("%d pushed, %d popped, %d dropped, %d left, %d in all", pushed, popped, dropped, left, total.Load()-before)
+				}
+			},
+		})
+		for waiting(q) > 0 {
+			pop(100)
+		}
+		if pushed != popped+dropped || total.Load() != before {
+			t.Fatalf("at the end: %d pushed, %d popped, %d dropped, %d in all", pushed, popped, dropped, total.Load()-before)
+		}
+		for i := 0; q.flows != nil && i < buckets; i++ {
+			if f := &q.flows[i]; f.bytes != 0 {
+				t.Fatalf("a flow without packets has %d bytes", f.bytes)
+			}
+		}
+	})
+}
+
+// A flow that sends little waits no longer than the others need for what they are sending already.
+func TestThinFlow(t *testing.T) {
+	q := New()
+	q.now = fakeClock()
+	flows := ports(q, 3)
+	bulk, bulk2, thin := flows[0], flows[1], flows[2]
+	q.Push(run(bulk, 1000, MaxSize))
+	q.Push(run(bulk2, 1000, MaxSize))
+	for range 10 {
+		popOne(t, q)
+	}
+	for i := range 20 {
+		q.Push([]*Packet{packet(thin, i, minSize)})
+		if p, _ := popOne(t, q); portOf(p) != thin || serialOf(p) != i {
+			t.Fatalf("packet %d of the thin flow waits behind packet %d of flow %d", i, serialOf(p), portOf(p))
+		}
+		// The bulk flows have their turns too, so that it is not always the first.
+		for range 5 {
+			if p, _ := popOne(t, q); portOf(p) == thin {
+				t.Fatal("a packet out of nowhere")
+			}
+		}
+	}
+}
+
+// A flow cannot have more than its share by sending one packet after the other, each of which finds its queue empty.
+func TestThinFlowIsNotFavouredForEver(t *testing.T) {
+	q := New()
+	q.now = fakeClock()
+	flows := ports(q, 2)
+	q.Push(run(flows[0], 100, MaxSize))
+	for range 3 {
+		popOne(t, q)
+	}
+	var sent [2]int
+	q.Push(run(flows[1], 1, MaxSize))
+	for range 60 {
+		p, _ := popOne(t, q)
+		sent[slices.Index(flows, portOf(p))]++
+		if portOf(p) == flows[1] {
+			q.Push(run(flows[1], 1, MaxSize))
+		}
+	}
+	if d := sent[0] - sent[1]; d < -2 || d > 2 {
+		t.Errorf("%d packets of the bulk flow, %d of the other", sent[0], sent[1])
+	}
+}
+
+func TestSharesAreOfBytes(t *testing.T) {
+	q := New()
+	q.now = fakeClock()
+	sizes := []int{60, 576, 1280, MaxSize}
+	flows := ports(q, len(sizes))
+	for i, size := range sizes {
+		q.Push(run(flows[i], 60_000/size, size))
+	}
+	sent := make([]int, len(sizes)) // bytes
+	for all := 0; all < 160_000; {
+		p, _ := popOne(t, q)
+		all += p.Size
+		sent[slices.Index(flows, portOf(p))] += p.Size
+		if d := slices.Max(sent) - slices.Min(sent); d > 2*quantum+MaxSize {
+			t.Fatalf("after %d bytes the flows have sent %d", all, sent)
+		}
+	}
+}
+
+func TestLimit(t *testing.T) {
+	q := New()
+	q.now = fakeClock()
+	flows := ports(q, 3)
+	bulk, medium, thin := flows[0], flows[1], flows[2]
+	const mediums, thins, more = 500, 20, 1000
+	dropped := q.Push(run(bulk, Limit-mediums-thins, 1000))
+	dropped += q.Push(run(medium, mediums, 1000))
+	dropped += q.Push(run(thin, thins, minSize))
+	if dropped != 0 {
+		t.Fatalf("%d dropped below the limit", dropped)
+	}
+	if dropped = q.Push(run(bulk, more, 1000)); dropped != more {
+		t.Errorf("%d dropped of %d above the limit", dropped, more)
+	}
+	left := make(map[uint16]int)
+	oldest := -1
+	for waiting(q) > 0 {
+		p, _ := popOne(t, q)
+		if left[portOf(p)]++; portOf(p) == bulk && oldest < 0 {
+			oldest = serialOf(p)
+		}
+	}
+	if left[bulk] != Limit-mediums-thins || left[medium] != mediums || left[thin] != thins || oldest != more {
+		t.Errorf("left are %d, %d and %d, from packet %d of the longest", left[bulk], left[medium], left[thin], oldest)
+	}
+}
+
+// Packets without contents count as packets.
+func TestEmptyPackets(t *testing.T) {
+	q := New()
+	q.now = fakeClock()
+	batch := make([]*Packet, Limit+10)
+	for i := range batch {
+		batch[i] = Get()
+		batch[i].Size = 0
+	}
+	if dropped := q.Push(batch); dropped != 10 || waiting(q) != Limit {
+		t.Errorf("%d dropped, %d waiting", dropped, waiting(q))
+	}
+	q.Close()
+}
+
+// While many packets wait in all queues together, each may have few.
+func TestCrowded(t *testing.T) {
+	total.Add(maxTotal)
+	defer total.Add(-maxTotal)
+	q := New()
+	defer q.Close()
+	if dropped := q.Push(run(1, crowdedLimit+44, minSize)); dropped != 44 {
+		t.Errorf("%d dropped", dropped)
+	}
+	if dropped := q.Push(run(1, 1, minSize)); dropped != 1 {
+		t.Errorf("then %d dropped", dropped)
+	}
+}
+
+func TestClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		before := total.Load()
+		q := New()
+		ended := make(chan int)
+		go func() {
+			n, _ := q.Pop(make([]*Packet, 4))
+			ended <- n
+		}()
+		synctest.Wait()
+		q.Close()
+		if n := <-ended; n != 0 {
+			t.Errorf("a Pop that waited gave %d packets", n)
+		}
+		q.Close()
+
+		q = New()
+		q.Push(run(1, 10, minSize))
+		q.Close()
+		if n, dropped := q.Pop(make([]*Packet, 4)); n != 0 || dropped != 0 {
+			t.Errorf("Pop gave %d packets and dropped %d after Close", n, dropped)
+		}
+		if dropped := q.Push(run(1, 3, minSize)); dropped != 3 {
+			t.Errorf("%d of 3 dropped after Close", dropped)
+		}
+		if n := total.Load() - before; n != 0 {
+			t.Errorf("%d packets count as waiting", n)
+		}
+	})
+}
+
+// Pop waits for packets, and several pushes wake it once or more.
+func TestPopWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q := New()
+		var got atomic.Int64
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for {
+				n, _ := q.Pop(make([]*Packet, 2))
+				if n == 0 {
+					return
+				}
+				got.Add(int64(n))
+			}
+		}()
+		for _, want := range []int64{3, 6} {
+			synctest.Wait()
+			q.Push(run(1, 1, minSize))
+			q.Push(run(2, 2, minSize))
+			synctest.Wait()
+			if got.Load() != want {
+				t.Errorf("%d packets came, want %d", got.Load(), want)
+			}
+		}
+		q.Close()
+		<-done
+	})
+}
+
+// Several push while one pops; the race detector sees a packet that two own. Then the queue is closed in the midst of it.
+func TestConcurrent(t *testing.T) {
+	before := total.Load()
+	for _, early := range []bool{false, true} {
+		q := New()
+		var pushed, dropped, popped atomic.Int64
+		var pushers, popper sync.WaitGroup
+		popper.Go(func() {
+			var into [16]*Packet
+			for {
+				n, late := q.Pop(into[:])
+				popped.Add(int64(n))
+				dropped.Add(int64(late))
+				if n == 0 {
+					return
+				}
+				for _, p := range into[:n] {
+					p.Bytes()[0]++
+					p.Free()
+				}
+			}
+		})
+		for i := range 4 {
+			pushers.Go(func() {
+				for range 500 {
+					batch := run(uint16(i), 32, 200)
+					pushed.Add(int64(len(batch)))
+					dropped.Add(int64(q.Push(batch)))
+				}
+			})
+		}
+		if early {
+			for pushed.Load() < 10_000 {
+				runtime.Gosched()
+			}
+			q.Close()
+		}
+		pushers.Wait()
+		for waiting(q) > 0 {
+			runtime.Gosched()
+		}
+		q.Close()
+		popper.Wait()
+		if lost := pushed.Load() - popped.Load() - dropped.Load(); !early && lost != 0 || lost < 0 || lost > Limit {
+			t.Errorf("of %d packets %d were popped, and %d dropped", pushed.Load(), popped.Load(), dropped.Load())
+		}
+	}
+	if n := total.Load() - before; n != 0 {
+		t.Errorf("%d packets count as waiting", n)
+	}
+}
+
+func TestAllocations(t *testing.T) {
+	q := New()
+	batch := slices.Concat(run(1, 16, MaxSize), run(2, 16, minSize))
+	into := make([]*Packet, len(batch))
+	if got := testing.AllocsPerRun(100, func() {
+		q.Push(batch)
+		if n, _ := q.Pop(into); n != len(batch) {
+			t.Fatalf("%d packets came back", n)
+		}
+	}); got != 0 {
+		t.Errorf("%v allocations", got)
+	}
+}
+
+// One packet in and out, in batches as the device and QUIC have them.
+func BenchmarkPushPop(b *testing.B) {
+	q := New()
+	var batch []*Packet
+	for i := range 32 {
+		batch = append(batch, packet(uint16(i%8), i, 1400))
+	}
+	into := make([]*Packet, 16)
+	b.SetBytes(1400)
+	b.ReportAllocs()
+	for n := 0; n < b.N; n += len(batch) {
+		q.Push(batch)
+		for got := 0; got < len(batch); {
+			k, _ := q.Pop(into)
+			got += k
+		}
+	}
+}
