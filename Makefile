@@ -12,7 +12,7 @@ FUZZTIME ?= 60s
 # Debian packages that the tests use as the other side: real programs, real packets.
 TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables tcpdump traceroute
 
-.PHONY: build demo test race fuzz e2e bench bench-quick bench-tools lint tools clean help
+.PHONY: build packages demo test race fuzz e2e bench bench-quick bench-tools lint tools clean help
 
 $(VENDOR): go.mod go.sum $(wildcard internal/quicpatch/*.go)
 	rm -rf vendor
@@ -22,6 +22,26 @@ $(VENDOR): go.mod go.sum $(wildcard internal/quicpatch/*.go)
 
 build: $(VENDOR) ## build the three programs into bin/
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+# Versions of packages begin with a digit; what is not tagged comes before all that is.
+PKG_VERSION ?= $(or $(patsubst v%,%,$(shell git describe --tags --match 'v[0-9]*' 2>/dev/null)),0~git$(shell git log -1 --format=%cd.%h --date=format:%Y%m%d%H%M%S))
+export PKG_VERSION
+export ARCH ?= $(shell $(GO) env GOARCH)
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+
+packages: build ## dist/*.deb and dist/*.rpm
+	rm -rf dist
+	mkdir -p dist/root/bin $(addprefix dist/root/completion/,bash zsh fish)
+	cp bin/masque-client bin/masque-proxy dist/root/bin/
+	for p in masque-client masque-proxy; do \
+		bin/$$p man dist/root/man1 && \
+		bin/$$p completion bash > dist/root/completion/bash/$$p && \
+		bin/$$p completion zsh > dist/root/completion/zsh/_$$p && \
+		bin/$$p completion fish > dist/root/completion/fish/$$p.fish || exit 1; \
+	done
+	gzip -9n dist/root/man1/*.1
+	cd packaging && $(GO) build -o ../dist/nfpm github.com/goreleaser/nfpm/v2/cmd/nfpm
+	for format in deb rpm; do dist/nfpm package --config packaging/nfpm.yaml --packager $$format --target dist/ || exit 1; done
 
 demo: build ## a tunnel between hosts on this machine, in network namespaces
 	bin/masque-lab demo
@@ -70,7 +90,7 @@ tools: ## the programs that the tests need (Debian packages; as root)
 	fi
 
 clean: ## remove what the build made
-	rm -rf bin artifacts vendor
+	rm -rf bin dist artifacts vendor
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -32,6 +32,6 @@ func NewRoot(program, short string) (*cobra.Command, *Globals) {
 	flags.StringVar(&g.RunDir, "run-dir", control.DefaultDir, "`folder` of sockets, locks and logs of what runs")
 	flags.StringVar(&g.level, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&g.format, "log-format", FormatAuto, "auto, text or json; auto is text, and json in systemd's journal")
-	root.AddCommand(VersionCommand(program))
+	root.AddCommand(VersionCommand(program), manCommand(program))
 	return root, g
 }
