@@ -10,9 +10,9 @@ export GOFLAGS := $(filter-out -tags=%,$(shell $(GO) env GOFLAGS)) -tags=quicpat
 # How long each fuzz target runs in `make fuzz`.
 FUZZTIME ?= 60s
 # Debian packages that the tests use as the other side: real programs, real packets.
-TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables tcpdump traceroute
+TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables rpm systemd tcpdump traceroute
 
-.PHONY: build packages demo test race fuzz e2e bench bench-quick bench-tools lint tools clean help
+.PHONY: build packages demo test race fuzz e2e e2e-packages bench bench-quick bench-tools lint tools clean help
 
 $(VENDOR): go.mod go.sum $(wildcard internal/quicpatch/*.go)
 	rm -rf vendor
@@ -46,13 +46,16 @@ packages: build ## dist/*.deb and dist/*.rpm
 demo: build ## a tunnel between hosts on this machine, in network namespaces
 	bin/masque-lab demo
 
-test: lint race e2e ## everything that has to pass before a change goes in
+test: lint race e2e e2e-packages ## everything that has to pass before a change goes in
 
 race: $(VENDOR) tools ## unit tests with the race detector, and the seeds of the fuzz targets
 	$(GO) test -race $$($(GO) list ./... | grep -v '/test$$')
 
 e2e: build tools ## end-to-end tests in network namespaces
 	$(GO) test -count=1 -timeout 20m ./test
+
+e2e-packages: packages tools ## the packages installed, run as services, upgraded and removed, with systemd in namespaces (root)
+	cd packaging && $(GO) vet . && $(GO) test -count=1 -timeout 5m .
 
 fuzz: $(VENDOR) ## every fuzz target for FUZZTIME (60s)
 	@for pkg in $$($(GO) list ./...); do \
@@ -93,4 +96,4 @@ clean: ## remove what the build made
 	rm -rf bin dist artifacts vendor
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -6,13 +6,23 @@ remove | 0) ;;
 *) exit 0 ;;
 esac
 
-if [ -d /run/systemd/system ]; then
-	systemctl stop masque-proxy.socket masque-proxy.service 'masque-client@*.service'
-fi
-# Tunnels that `masque-client up` started.
+down() {
+	masque-client down "$1" || echo "masquevpn: the tunnel $1 does not stop" >&2
+}
+
+# All tunnels, also those that `masque-client up` started: what a service leaves closed when it is stopped, `down` lifts.
 for socket in /run/masque/*.sock; do
 	name=$(basename "$socket" .sock)
 	if [ -S "$socket" ] && [ "$name" != proxy ]; then
-		masque-client down "$name" || echo "masquevpn: the tunnel $name does not stop" >&2
+		down "$name"
 	fi
 done
+if [ -d /run/systemd/system ]; then
+	systemctl stop masque-proxy.socket masque-proxy.service 'masque-client@*.service'
+fi
+# And kill switches of tunnels that run no more.
+if command -v nft >/dev/null; then
+	for name in $(nft list tables inet 2>/dev/null | sed -n 's/^table inet masquevpn-kill-//p'); do
+		down "$name"
+	done
+fi
