@@ -237,6 +237,16 @@ func TestDNSIsApplied(t *testing.T) {
 	r.down(r.Client, "alice")
 	r.sameFiles(before)
 	r.unchanged(r.Client, host)
+
+	// Killed, and put right without another start.
+	running = r.Client.Command(r.ctx, program("masque-client"), "run", "-c", r.file)
+	check(t, running.Start())
+	r.must(r.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "30s")
+	r.applied("/etc/resolv.conf")
+	check(t, running.Signal(syscall.SIGKILL))
+	<-running.Done()
+	r.down(r.Client, "alice")
+	r.sameFiles(before)
 	r.asksForProxyOnly()
 	check(t, r.outside.Close())
 }

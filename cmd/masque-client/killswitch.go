@@ -15,6 +15,7 @@ import (
 
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/hostdns"
 	"masquevpn/routing"
 )
 
@@ -107,8 +108,9 @@ func (o *options) cleanUp(name string) error {
 	}
 	logger := o.Log.Logger(os.Stderr)
 	found, err := routing.Clean(routing.Config{Instance: name, Journal: o.journal(name), Logger: logger})
+	resolver, dnsErr := hostdns.Clean(hostdns.Config{Instance: name, Logger: logger})
 	closed, liftErr := (&routing.KillSwitch{Instance: name, Logger: logger}).Lift()
-	err = errors.Join(err, liftErr, lock.Release())
+	err = errors.Join(err, dnsErr, liftErr, lock.Release())
 	switch {
 	case errors.Is(err, os.ErrPermission):
 		return &cli.Error{
@@ -117,7 +119,7 @@ func (o *options) cleanUp(name string) error {
 		}
 	case err != nil:
 		return err
-	case !found && !closed:
+	case !found && !resolver && !closed:
 		return notRunning(name)
 	}
 	return nil

@@ -145,18 +145,30 @@ type Manager struct {
 // Open removes what a dead process of the same instance left behind, and changes nothing else. The caller must close the Manager.
 // The error says what could not be restored.
 func Open(c Config) (*Manager, error) {
+	m, _, err := open(c)
+	return m, err
+}
+
+// Clean removes what a dead process of the same instance left behind, as Open does. found reports whether it left a file.
+func Clean(c Config) (found bool, err error) {
+	_, found, err = open(c)
+	return found, err
+}
+
+func open(c Config) (m *Manager, found bool, err error) {
 	c = c.withDefaults()
 	if c.Instance == "" || strings.ContainsFunc(c.Instance, func(r rune) bool { return r == '/' || r <= ' ' }) {
-		return nil, fmt.Errorf("hostdns: instance name %q: want letters, digits, '.', '-', '_' or '@'", c.Instance)
+		return nil, false, fmt.Errorf("hostdns: instance name %q: want letters, digits, '.', '-', '_' or '@'", c.Instance)
 	}
-	m := &Manager{cfg: c, file: newFile(c), program: newResolvconf(c)}
-	if m.file.left() {
+	m = &Manager{cfg: c, file: newFile(c), program: newResolvconf(c)}
+	found = m.file.left()
+	if err := m.restore(); err != nil {
+		return nil, found, fmt.Errorf("hostdns: %w", err)
+	}
+	if found {
 		c.Logger.Info("removed what a dead process left behind", "file", c.ResolvConf)
 	}
-	if err := m.restore(); err != nil {
-		return nil, fmt.Errorf("hostdns: %w", err)
-	}
-	return m, nil
+	return m, found, nil
 }
 
 // restore undoes what this process or a dead one did to files.
