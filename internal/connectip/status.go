@@ -54,9 +54,9 @@ type DNSStatus struct {
 	Search  []string       `json:"search"`
 	Domains []string       `json:"domains"` // what the servers resolve, with all names below; "." is all names
 	NAT64   []netip.Prefix `json:"nat64"`
-	Applied bool           `json:"applied"` // the host's resolver uses it
-	Via     string         `json:"via"`     // which way it was told, "" if it was not
-	Reason  string         `json:"reason"`  // why it was not, "" if it was or there are no servers
+	Applied bool           `json:"applied"`          // the host's resolver uses it
+	Via     string         `json:"via,omitempty"`    // which way it was told, "" if it was not
+	Reason  string         `json:"reason,omitempty"` // why it was not, "" if it was or there are no servers
 }
 
 // Counts is a number for each direction.

@@ -25,12 +25,12 @@ func TestStatusOfDNS(t *testing.T) {
 		{Nameservers: []capsule.Nameserver{{Priority: 1, Addresses: []netip.Addr{addr("192.0.2.4")}}}, InternalDomains: []string{"corp.example"}, SearchDomains: []string{"a.example"}},
 	}, []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")})
 	const want = `{"servers":["192.0.2.1","2001:db8::1","2001:db8::2","192.0.2.3:5353","192.0.2.4"],"search":["b.example","a.example"],` +
-		`"domains":["corp.example","."],"nat64":["64:ff9b::/96"],"applied":false,"via":"","reason":""}`
+		`"domains":["corp.example","."],"nat64":["64:ff9b::/96"],"applied":false}`
 	if got, err := json.Marshal(s.DNS); err != nil || string(got) != want {
 		t.Errorf("got  %s, %v\nwant %s", got, err, want)
 	}
 	s.SetDNS(nil, nil)
-	const none = `{"servers":[],"search":[],"domains":[],"nat64":[],"applied":false,"via":"","reason":""}`
+	const none = `{"servers":[],"search":[],"domains":[],"nat64":[],"applied":false}`
 	if got, err := json.Marshal(s.DNS); err != nil || string(got) != none {
 		t.Errorf("got  %s, %v\nwant %s", got, err, none)
 	}
