@@ -140,6 +140,34 @@ func TestService(t *testing.T) {
 	m.fails(1, "test -d /etc/masque")
 }
 
+// resolvedPolicy is what systemd-resolved asks polkit about, as far as it matters here.
+const resolvedPolicy = `<?xml version="1.0"?>
+<!DOCTYPE policyconfig PUBLIC "-//freedesktop//DTD PolicyKit Policy Configuration 1.0//EN" "http://www.freedesktop.org/standards/PolicyKit/1/policyconfig.dtd">
+<policyconfig>
+  <action id="org.freedesktop.resolve1.set-dns-servers"><description>x</description><message>x</message></action>
+  <action id="org.freedesktop.resolve1.register-service"><description>x</description><message>x</message></action>
+</policyconfig>
+`
+
+// TestResolved: the user of the services may set the DNS of interfaces, and nothing else.
+func TestResolved(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.do("mkdir -p /usr/share/polkit-1/actions && cat > /usr/share/polkit-1/actions/org.freedesktop.resolve1.policy <<'END'\n" + resolvedPolicy + "END")
+	m.do(install)
+	m.do("systemctl start dbus polkit")
+	for _, test := range []struct {
+		user, action string
+		code         int
+	}{
+		{"masque", "set-dns-servers", 0},
+		{"masque", "register-service", 1},
+		{"nobody", "set-dns-servers", 1},
+	} {
+		m.fails(test.code, "setpriv --reuid="+test.user+" --clear-groups sleep 60 >/dev/null 2>&1 & pkcheck --process $! --action-id org.freedesktop.resolve1."+test.action)
+	}
+}
+
 // TestByHand: removal ends a tunnel that was started by hand.
 func TestByHand(t *testing.T) {
 	t.Parallel()
