@@ -21,14 +21,18 @@
 // length, and two rules, L descending:
 //
 //	9484+2(W-L):   from all fwmark T(L)/0 lookup main suppress_prefixlength max(L-1, 0)
-//	9485+2(W-L):   not from all fwmark MARK lookup T(L)
+//	9485+2(W-L):   not from all fwmark MARK/~1 lookup T(L)
 //
 // where W is 32 or 128. The first lets any route of the host win that is at
 // least as long as L (longer than 0 where L is 0: the tunnel's default route
 // beats the host's). The second sends what is left into the tunnel, except
 // packets of our own outer socket, which carry MARK and so never enter the
 // tunnel, whatever its routes cover. The host's LAN keeps working, and a tie
-// goes to the host.
+// goes to the host. With State.Override the first rules are left out.
+//
+// MARK+1 is for connections that came in from outside the tunnel, from where its
+// routes lead to: they are marked as they come in, and a chain in the output
+// hook gives the mark to their answers, which the kernel then routes again.
 //
 // As priorities depend on L alone, the rules of several tunnels interleave in
 // the right order. A table's number holds the index of the interface and L. The

@@ -10,6 +10,10 @@ import (
 // DefaultMark is the mark for outer sockets where nothing speaks for another.
 const DefaultMark uint32 = 9484
 
+// inboundMark is the mark of connections that came in from outside the tunnel,
+// where mark is that of our own sockets. Both stay out of the tunnel.
+func inboundMark(mark uint32) uint32 { return mark | 1 }
+
 // MarkSocket returns a function for the Control field of net.ListenConfig and
 // net.Dialer that gives a socket the mark, so that its packets stay out of every
 // tunnel opened with that mark. It needs CAP_NET_ADMIN; without, the error is

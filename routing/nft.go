@@ -51,6 +51,7 @@ const loopback = 1 // the index of lo in every network namespace
 const (
 	needsMark  = "nftables conntrack marks"
 	needsGuard = "nftables fib expression"
+	needsReply = "nftables conntrack, fib and socket expressions with rerouting"
 )
 
 // newChains returns the chains for a state.
@@ -104,6 +105,7 @@ func newChains(s State, sc *scope, policyRouting bool) (chains []chain) {
 				},
 			}},
 		})
+		chains = append(chains, newInboundChains(s, sc)...)
 	}
 	if len(s.Masquerade) != 0 {
 		nat := chain{
@@ -243,7 +245,7 @@ func (s *scope) writeTable(chains []chain) error {
 	if err == nil || errors.Is(err, unix.EPERM) {
 		return explain(err)
 	}
-	for _, missing := range [][]string{{needsGuard}, {needsMark}, {needsGuard, needsMark}} {
+	for _, missing := range [][]string{{needsReply}, {needsGuard, needsReply}, {needsMark, needsReply}, {needsGuard, needsMark, needsReply}} {
 		rest := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return slices.Contains(missing, c.needs) })
 		if len(rest) == len(chains) || len(rest) != 0 && (absent || s.commit(s.tableName(), rest) != nil) {
 			continue

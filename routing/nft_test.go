@@ -18,10 +18,11 @@ func TestKernelLacksFeatures(t *testing.T) {
 		logged  int
 		failure bool // the state with NAT fails
 	}{
-		{"nothing", nil, []string{"guard", "save", "restore", "nat"}, 0, false},
-		{"fib", []string{"guard"}, []string{"save", "restore", "nat"}, 1, false},
-		{"conntrack marks", []string{"save", "restore"}, []string{"guard", "nat"}, 1, false},
-		{"both", []string{"guard", "restore"}, []string{"nat"}, 2, false},
+		{"nothing", nil, []string{"guard", "save", "restore", "inbound", "reply", "nat"}, 0, false},
+		{"rerouting", []string{"reply"}, []string{"guard", "save", "restore", "nat"}, 1, false},
+		{"fib", []string{"guard", "inbound"}, []string{"save", "restore", "nat"}, 2, false},
+		{"conntrack marks", []string{"save", "restore", "inbound"}, []string{"guard", "nat"}, 2, false},
+		{"both", []string{"guard", "restore", "inbound"}, []string{"nat"}, 3, false},
 		{"NAT", []string{"nat"}, nil, 0, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -49,7 +50,7 @@ func TestKernelLacksFeatures(t *testing.T) {
 				return
 			}
 			ruleset := h.run("nft", "list", "ruleset")
-			for _, name := range []string{"guard", "save", "restore", "nat"} {
+			for _, name := range []string{"guard", "save", "restore", "inbound", "reply", "nat"} {
 				if got, want := strings.Contains(ruleset, "chain "+name+" "), slices.Contains(tt.chains, name); got != want {
 					t.Errorf("chain %s in the table: %t, want %t:\n%s", name, got, want, ruleset)
 				}

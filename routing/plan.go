@@ -179,8 +179,9 @@ func (w *plan) planRoutes(s State, sc *scope) {
 			continue
 		}
 		w.routes[route{table: tableID(sc.index, p.Bits()), prefix: p}] = struct{}{}
-		for _, tunnel := range []bool{false, true} {
-			w.rules[rule{v6: isIPv6(p), bits: p.Bits(), tunnel: tunnel}] = struct{}{}
+		w.rules[rule{v6: isIPv6(p), bits: p.Bits(), tunnel: true}] = struct{}{}
+		if !s.Override {
+			w.rules[rule{v6: isIPv6(p), bits: p.Bits()}] = struct{}{}
 		}
 	}
 	for p := range exclude {
@@ -226,7 +227,7 @@ func (r rule) netlink(sc *scope) *netlink.Rule {
 	if r.tunnel {
 		n.Priority++
 		n.Invert, n.Mark, n.Table = true, sc.Mark, id
-		n.Mask = new(^uint32(0))
+		n.Mask = new(^uint32(1)) // and that of what came in, see inboundMark
 	} else {
 		// Mask 0 matches every mark: the mark only says whose rule it is.
 		n.Mark, n.Mask = uint32(id), new(uint32)

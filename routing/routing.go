@@ -41,8 +41,10 @@ type Config struct {
 
 	// Mark is the SO_MARK of our own outer sockets, see MarkSocket. Routes then
 	// go into tables of their own, by policy rules that packets with this mark
-	// pass by. Tunnels of one host should use the same mark, or they might
-	// run through each other in a circle. 0: routes go into the main table.
+	// pass by, and so do those with the next higher one, which is for
+	// connections that came in from outside: an even number. Tunnels of one host
+	// should use the same mark, or they might run through each other in a
+	// circle. 0: routes go into the main table.
 	Mark uint32
 
 	// Journal is the path of a file that tells the next process what to put
@@ -78,6 +80,10 @@ type State struct {
 	// there have an address of another interface.
 	Routes []netip.Prefix
 
+	// Override makes Routes win over all routes of the host, its LAN among
+	// them, however long they are. Only with a Config.Mark.
+	Override bool
+
 	// Exclude are prefixes that go around the tunnel. Only with a Config.Mark.
 	Exclude []netip.Prefix
 
@@ -110,6 +116,8 @@ type scope struct {
 	dump    *netlink.Handle // strict, so that the kernel filters routes
 	journal *journal
 	rec     record                                   // what Close has to put back
+	ports   uint16                                   // the first that the kernel gives to connections of this host
+	told    map[string]bool                          // conflicts that were logged
 	lacking map[string]bool                          // optional features that the kernel was found to lack
 	commit  func(table string, chains []chain) error // commitTable
 	dead    bool                                     // the process that made rec is dead: say what is undone
@@ -181,7 +189,11 @@ func (s *scope) init(c Config, procSys string) (err error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	c.Logger = c.Logger.With("instance", c.Instance)
-	*s = scope{Config: c, procSys: procSys, lacking: make(map[string]bool), commit: commitTable}
+	if c.Mark&1 != 0 {
+		return fmt.Errorf("mark %#x: want an even number", c.Mark)
+	}
+	*s = scope{Config: c, procSys: procSys, told: make(map[string]bool), lacking: make(map[string]bool), commit: commitTable}
+	s.ports = s.firstPort()
 	if _, err := os.Stat(filepath.Join(procSys, "net/ipv6")); err == nil {
 		s.ipv6 = true
 	}
@@ -255,6 +267,7 @@ func (m *Manager) Apply(s State) error {
 		return fmt.Errorf("routing: %w", err)
 	}
 	m.applied = want
+	m.warnConflicts(s)
 	return nil
 }
 

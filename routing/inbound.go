@@ -1,0 +1,120 @@
+package routing
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// defaultFirstPort is what Linux has unless somebody changed it.
+const defaultFirstPort = 32768
+
+// firstPort returns the lowest port that the kernel chooses for connections of
+// this host.
+func (s *scope) firstPort() uint16 {
+	v, _ := s.readSysctl("net/ipv4/ip_local_port_range")
+	low, _, _ := strings.Cut(v, "\t")
+	if n, err := strconv.ParseUint(low, 10, 16); err == nil && n > 0 {
+		return uint16(n)
+	}
+	return defaultFirstPort
+}
+
+// newInboundChains returns the chains by which a connection that came in from
+// outside the tunnel, to an address of this host, is answered there. It is
+// recognised by its direction in connection tracking. What was there before the
+// kernel tracked connections has none: the first packet that is seen may be of
+// either end. Then a TCP connection is taken for one that came in if its port
+// here is not of those that the kernel gives to the host's own, and a UDP
+// socket that is connected for one of the host's own.
+func newInboundChains(s State, sc *scope) []chain {
+	const lost = "connections that come in from outside the tunnel are not answered where its routes lead to their source"
+	number := binaryutil.NativeEndian.PutUint32(inboundMark(sc.Mark))
+	index := uint32(sc.index)
+	port := binaryutil.BigEndian.PutUint16(sc.ports)
+	skip := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
+	set := []expr.Any{
+		&expr.Immediate{Register: 1, Data: number},
+		&expr.Ct{Register: 1, SourceRegister: true, Key: expr.CtKeyMARK},
+		&expr.Meta{Register: 1, SourceRegister: true, Key: expr.MetaKeyMARK},
+	}
+	known := slices.Concat(connection(expr.CtKeyMARK, number), []expr.Any{
+		&expr.Meta{Register: 1, SourceRegister: true, Key: expr.MetaKeyMARK}, // that of the connection
+	})
+	fresh := slices.Concat(connection(expr.CtKeyMARK, make([]byte, 4)), connection(expr.CtKeyDIRECTION, []byte{0}))
+	inbound := chain{
+		name: "inbound", kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityMangle,
+		needs: needsReply, without: lost,
+		rules: []filter{{
+			fmt.Sprintf("what interface %d brings is answered there", sc.index),
+			append(meta(expr.MetaKeyIIF, expr.CmpOpEq, index), skip...),
+		}, {
+			fmt.Sprintf("mark %#x of connections that came in is given to their packets", inboundMark(sc.Mark)), known,
+		}, {
+			fmt.Sprintf("connections of this host, from TCP port %d, that were not tracked when they began", sc.ports),
+			slices.Concat(fresh, tcp(2, expr.CmpOpGte, port), skip),
+		}, {
+			fmt.Sprintf("sockets of this host, from UDP port %d, that are connected", sc.ports),
+			slices.Concat(fresh, is(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
+				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+				&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: port},
+				&expr.Socket{Key: expr.SocketKeyWildcard, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0}},
+			}, skip),
+		}, {
+			fmt.Sprintf("what comes in from where interface %d leads to is answered outside", sc.index),
+			slices.Concat(fresh, []expr.Any{
+				&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
+				&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+				&expr.Fib{Register: 1, FlagSADDR: true, ResultOIF: true},
+				&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: binaryutil.NativeEndian.PutUint32(index)},
+			}, set),
+		}},
+	}
+	reply := chain{
+		name: "reply", kind: nftables.ChainTypeRoute,
+		hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityMangle,
+		needs: needsReply, without: lost,
+		rules: []filter{{
+			fmt.Sprintf("mark %#x of connections that came in is given to their answers", inboundMark(sc.Mark)),
+			append(meta(expr.MetaKeyMARK, expr.CmpOpEq, 0), known...),
+		}},
+	}
+	for _, p := range s.Addresses {
+		own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())
+		reply.rules = append(reply.rules, filter{
+			fmt.Sprintf("%v is the tunnel's own", p.Addr()), slices.Concat(address(own, true), skip),
+		})
+	}
+	reply.rules = append(reply.rules, filter{
+		fmt.Sprintf("connections to this host, below TCP port %d, that were not tracked when they began, and would go to interface %d", sc.ports, sc.index),
+		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), fresh, tcp(0, expr.CmpOpLt, port), source(expr.CmpOpEq, unix.RTN_LOCAL), set),
+	})
+	return []chain{inbound, reply}
+}
+
+// connection compares a property of the packet's connection.
+func connection(key expr.CtKey, value []byte) []expr.Any {
+	return []expr.Any{&expr.Ct{Register: 1, Key: key}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value}}
+}
+
+// tcp matches TCP packets, but for the first of a connection, by a port: the
+// source's is at offset 0, the destination's at 2.
+func tcp(offset uint32, op expr.CmpOp, port []byte) []expr.Any {
+	const flags, syn = 13, 2
+	return slices.Concat(is(expr.MetaKeyL4PROTO, unix.IPPROTO_TCP), []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: flags, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{syn}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+		&expr.Cmp{Op: op, Register: 1, Data: port},
+	})
+}
