@@ -40,6 +40,7 @@ type Config struct {
 	InstallRoutes bool
 	Accept        []netip.Prefix // of what is advertised, what is installed; default: all
 	Exclude       []netip.Prefix // goes around the tunnel
+	Override      bool           // routes of the tunnel go before all of the host's, its LAN among them
 
 	// KillSwitch, if there is one, is closed before anything is sent, looked after before each attempt to connect, and left
 	// closed: to lift it is up to the caller, when Run has returned.

@@ -292,7 +292,7 @@ func (s *session) apply() (complete bool, err error) {
 	if err := c.cfg.checkAssigned(addrs); err != nil {
 		return false, err
 	}
-	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude, Forward: len(c.cfg.AdvertiseRoutes) > 0}
+	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude, Override: c.cfg.Override, Forward: len(c.cfg.AdvertiseRoutes) > 0}
 	if c.cfg.InstallRoutes {
 		if state.Routes, err = accepted(routes, c.cfg.Accept); err != nil {
 			return false, err

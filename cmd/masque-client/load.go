@@ -57,7 +57,7 @@ func load(path, name string) (*loaded, error) {
 		Request: f.Request, Static: f.Static,
 		// An empty list would stand for its default, which is everything.
 		InstallRoutes: f.Install && len(f.Accept) > 0,
-		Accept:        f.Accept, Exclude: f.Exclude,
+		Accept:        f.Accept, Exclude: f.Exclude, Override: !f.LAN,
 		AdvertiseRoutes: f.Advertise, AssignPeer: f.Assign,
 		DNS:       client.DNS{Off: !f.DNS, Servers: f.DNSServers, Search: f.DNSSearch, Domains: f.DNSDomains},
 		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay, Congestion: congestion.Mode(f.Congestion),

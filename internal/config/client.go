@@ -28,6 +28,7 @@ type Client struct {
 	Static  []netip.Prefix // used instead of asking
 
 	Install         bool
+	LAN             bool // the host's own networks go before the tunnel's routes
 	Accept, Exclude []netip.Prefix
 	Advertise       []netip.Prefix // networks behind the client
 	Assign          []netip.Prefix // single addresses for the proxy
@@ -94,10 +95,14 @@ func ParseClient(file string, data []byte) (*Client, error) {
 
 	routes := root.table("routes")
 	c.Install = routes.bool("install", true)
+	c.LAN = routes.bool("lan", true)
 	c.Accept = routes.prefixes("accept", "0.0.0.0/0", "::/0")
 	c.Exclude = routes.prefixes("exclude")
 	c.Advertise = routes.prefixes("advertise")
 	c.Assign = routes.addresses("assign")
+	if !c.LAN && len(c.Advertise) > 0 {
+		routes.add("lan", "the networks behind this host, routes.advertise, would lead into the tunnel", "remove one of the two")
+	}
 	for i, p := range c.Assign {
 		if !p.IsSingleIP() {
 			routes.add(element("assign", i), "not a single address", fmt.Sprintf("write %q", netip.PrefixFrom(p.Addr(), p.Addr().BitLen())))
