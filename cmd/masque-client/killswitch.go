@@ -107,10 +107,6 @@ func (o *options) cleanUp(name string) error {
 		return err
 	}
 	logger := o.Log.Logger(os.Stderr)
-	dns, dnsErr := hostdns.Open(hostdns.Config{Instance: name, Logger: logger}) // removes what is left
-	if dnsErr == nil {
-		dnsErr = dns.Close()
-	}
 	found, err := routing.Clean(routing.Config{Instance: name, Journal: o.journal(name), Logger: logger})
 	resolver, dnsErr := hostdns.Clean(hostdns.Config{Instance: name, Logger: logger})
 	closed, liftErr := (&routing.KillSwitch{Instance: name, Logger: logger}).Lift()
