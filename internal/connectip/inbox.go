@@ -4,11 +4,14 @@ import (
 	"context"
 	"runtime"
 	"sync"
+	"sync/atomic"
 )
 
 const (
 	// maxBatch is how many packets go to the device at once: as many as it merges into one.
 	maxBatch = 64
+	// maxInline is how many packets are written at once by who brings them: waking another goroutine takes longer.
+	maxInline = 4
 	// mergedPacket is the room for the longest packet, and its headroom, on its way to the device: the device may append the
 	// segments that follow.
 	mergedPacket = Headroom + 1<<16
@@ -21,6 +24,8 @@ type inbox struct {
 	size  int // of a batch
 	full  chan *batch
 	ended <-chan struct{}
+
+	waiting atomic.Int32 // batches handed over and not written yet
 
 	mu    sync.Mutex // hardly ever contended: nearly all packets come from one goroutine
 	batch *batch     // that is being filled, nil for none
@@ -65,18 +70,22 @@ func (in *inbox) push(pkt []byte) bool {
 
 // flush returns false when nobody takes packets any more.
 func (in *inbox) flush() bool {
-	if in.batch == nil {
-		return true
+	b := in.batch
+	in.batch = nil
+	switch {
+	case b == nil:
+	case b.n <= maxInline && in.waiting.Load() == 0:
+		in.conn.write(b)
+	default:
+		in.waiting.Add(1)
+		select {
+		case in.full <- b:
+		case <-in.ended:
+			b.free()
+			return false
+		}
 	}
-	select {
-	case in.full <- in.batch:
-		in.batch = nil
-		return true
-	case <-in.ended:
-		in.batch.free()
-		in.batch = nil
-		return false
-	}
+	return true
 }
 
 // close gives back what nobody will write any more. The inbox has ended then.
@@ -108,12 +117,18 @@ func (c *Conn) deliver(ctx context.Context, in *inbox) {
 		case <-ctx.Done():
 			return
 		case b := <-in.full:
-			if wrote, err := c.cfg.Device.Write(b.bufs[:b.n], Headroom); err != nil {
-				c.cfg.Stats.Receive.DropMany(DropDevice, b.n-wrote)
-			}
-			b.free()
+			c.write(b)
+			in.waiting.Add(-1)
 		}
 	}
+}
+
+// write gives b to the device.
+func (c *Conn) write(b *batch) {
+	if wrote, err := c.cfg.Device.Write(b.bufs[:b.n], Headroom); err != nil {
+		c.cfg.Stats.Receive.DropMany(DropDevice, b.n-wrote)
+	}
+	b.free()
 }
 
 // batch is the packets of one write to a device. Untouched memory costs nothing, so the room to merge is cheap.

@@ -218,6 +218,27 @@ func releaseDatagrams(frames []ackhandler.Frame) {
 	}
 }
 `,
+	"send_now.go": `package quic
+
+import (
+	"sync/atomic"
+
+	"github.com/quic-go/quic-go/internal/protocol"
+)
+
+// unwritten counts the entries of a sendQueue that are not written yet, the one that is being written among them.
+type unwritten = atomic.Int32
+
+// sendNow writes a short packet, unless others wait to be written before it, and reports whether it did. Only the goroutine that
+// fills the queue calls it, so that nothing is written meanwhile.
+func (h *sendQueue) sendNow(p *packetBuffer, gsoSize uint16, ecn protocol.ECN) bool {
+	if p.Len() > protocol.MaxPacketBufferSize || h.unwritten.Load() > 0 || h.conn.Write(p.Data, gsoSize, ecn) != nil {
+		return false
+	}
+	p.Release()
+	return true
+}
+`,
 	"gso_segments.go": `package quic
 
 // maxGSOSegments is how many segments every kernel with UDP GSO takes in one message.
@@ -298,6 +319,13 @@ var edits = []edit{
 	{"datagrams", "connection.go", "Conn.handlePackets",
 		"		default:\n		}\n	}\n	return", "		default:\n		}\n	} else {\n		c.datagramHandlers.flush()\n	}\n	return"},
 	{"datagrams", "connection.go", "maxPacketsToProcess", "32", "128"},
+
+	// What is short goes out at once, when nothing waits before it: waking the goroutine that writes takes longer than writing. When it
+	// fails, that goroutine tries again, and deals with the error.
+	{"latency", "send_queue.go", "sendQueue", "	conn        sendConn\n", "	conn        sendConn\n	unwritten   unwritten\n"},
+	{"latency", "send_queue.go", "sendQueue.Send",
+		"	select {\n	case h.queue <-", "	if h.sendNow(p, gsoSize, ecn) {\n		return\n	}\n	h.unwritten.Add(1)\n	select {\n	case h.queue <-"},
+	{"latency", "send_queue.go", "sendQueue.Run", "			e.buf.Release()\n", "			e.buf.Release()\n			h.unwritten.Add(-1)\n"},
 
 	// Buffers of datagrams to send are used again.
 	{"copies", "connection.go", "Conn.SendDatagram", "make([]byte, len(p))", "getDatagramBuffer(len(p))"},
