@@ -84,7 +84,7 @@ func TestLoadErrors(t *testing.T) {
 		{"unknown key", "nonsense = 1\n", 0o600, "%s/home.toml:2: nonsense: unknown key; remove it"},
 		{"two problems", "a = 1\nb = 2\n", 0o600, "%s/home.toml has 2 problems: correct the lines above"},
 		{"inline token that others read", "[auth]\ntoken = \"t\"\n", 0o644, "%s/home.toml holds a secret and can be read by others: chmod 600 %s/home.toml"},
-		{"inline key that others read", "[tls]\n" + inline("cert_pem", alice.Cert) + inline("key_pem", alice.Key), 0o660, "chmod 600 %s/home.toml"},
+		{"inline key that others read", "[tls]\n" + inline("cert_pem", alice.Cert) + inline("key_pem", alice.Key), 0o644, "chmod 600 %s/home.toml"},
 		{"key file that others read", "[tls]\ncert = \"a.crt\"\nkey = \"open.key\"\n", 0o644, "%s/home.toml:4: tls.key = \"open.key\": is a secret that others can read; chmod 600 %s/open.key"},
 		{"token file that others read", "[auth]\ntoken_file = \"open.key\"\n", 0o644, "%s/home.toml:3: auth.token_file = \"open.key\": is a secret that others can read; chmod 600 %s/open.key"},
 		{"no token file", "[auth]\ntoken_file = \"none\"\n", 0o644, "%s/home.toml:3: auth.token_file = \"none\": open %s/none: no such file or directory; correct the name, or put the file there"},
