@@ -1,0 +1,61 @@
+package connectip
+
+import (
+	"errors"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/quic-go/quic-go"
+
+	"masquevpn/capsule"
+)
+
+// Capsules get through while the queue of datagrams, each of which fills a packet, never runs empty.
+func TestCapsulesThroughAFullTunnel(t *testing.T) {
+	client, proxy := remoteAccess(t, Config{})
+	mtu := func() int { n, _ := proxy.datagrams.mtu(); return n }
+	const floods, rounds = 64, 10
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	started := make(chan struct{}, floods)
+	for range floods {
+		wg.Go(func() {
+			buf := make([]byte, Headroom+1500)
+			for n := 0; !stop.Load(); n++ {
+				if n == 100 {
+					started <- struct{}{}
+				}
+				var tooLarge *quic.DatagramTooLargeError
+				if err := proxy.datagrams.send(buf[:Headroom+mtu()], Headroom); err != nil && !errors.As(err, &tooLarge) {
+					t.Errorf("sending: %v", err)
+					return
+				}
+			}
+		})
+	}
+	for range floods {
+		<-started
+	}
+	for i := range rounds {
+		route := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i), 0}), 24)
+		if err := proxy.Advertise(capsule.Routes([]netip.Prefix{route}, 0)); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case got := <-client.routes:
+			if len(got) != 1 || got[0].Start != route.Addr() {
+				t.Fatalf("routes %v, want %v", got, route)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("capsule %d did not arrive", i)
+		}
+		if t.Failed() {
+			break
+		}
+	}
+	stop.Store(true)
+	wg.Wait()
+}
