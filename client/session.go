@@ -38,6 +38,7 @@ type session struct {
 
 	mu        sync.Mutex
 	assigned  []capsule.Address // the last ADDRESS_ASSIGN; nil before the first
+	waiting   bool              // for the answer to a request for addresses
 	routes    []capsule.Route
 	hasRoutes bool
 	dns       []capsule.DNSConfiguration
@@ -119,6 +120,9 @@ var errEnded = errors.New("the session ended")
 func (s *session) keep(ctx context.Context, ended chan error) (connected time.Time, err error) {
 	c := s.c
 	if len(c.cfg.Static) == 0 {
+		s.mu.Lock()
+		s.waiting = true
+		s.mu.Unlock()
 		if err := s.conn.Request(c.wanted()); err != nil {
 			return connected, whyEnded(err, s.quic, c.to)
 		}
@@ -207,6 +211,7 @@ func (s *session) changed() {
 func (s *session) handleAssigned(addrs []capsule.Address) error {
 	s.mu.Lock()
 	s.assigned = append(make([]capsule.Address, 0, len(addrs)), addrs...)
+	s.waiting = s.conn.Unanswered()
 	s.mu.Unlock()
 	s.changed()
 	return nil
@@ -278,11 +283,11 @@ func (s *session) hostAddresses(assigned []netip.Prefix) []netip.Prefix {
 // apply makes the kernel follow what the proxy said. complete is false while the proxy has not said enough.
 func (s *session) apply() (complete bool, err error) {
 	c := s.c
-	addrs := s.addresses()
 	s.mu.Lock()
-	routes, hasRoutes, dns, nat64 := s.routes, s.hasRoutes, s.dns, s.nat64
+	routes, hasRoutes, dns, nat64, waiting := s.routes, s.hasRoutes, s.dns, s.nat64, s.waiting
 	s.mu.Unlock()
-	if !hasRoutes || len(addrs) == 0 && s.conn.Unanswered() {
+	addrs := s.addresses() // after waiting, for both may change in between
+	if !hasRoutes || len(addrs) == 0 && waiting {
 		return false, nil // more is to come
 	}
 	if len(addrs) == 0 {
