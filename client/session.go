@@ -22,7 +22,9 @@ import (
 const (
 	// configTimeout is how long the proxy may take to assign addresses and to advertise routes.
 	configTimeout = 10 * time.Second
-	// settleDelay lets capsules and MTU changes that come together be applied together.
+	// quietDelay and settleDelay let capsules and MTU changes that come together be applied together: when nothing has changed
+	// for the one, and at the latest after the other.
+	quietDelay  = 2 * time.Millisecond
 	settleDelay = 20 * time.Millisecond
 	// applyRate and applyBurst are how often the kernel follows a proxy that changes its mind, in a second and at once.
 	applyRate  = 1
@@ -133,6 +135,7 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 	defer configured.Stop()
 	var firstPacket <-chan struct{} // nil until the kernel follows the proxy
 	var settled <-chan time.Time    // nil unless there is something to apply
+	var earliest, latest time.Time  // when to apply it
 	applies := rate.NewLimiter(applyRate, applyBurst)
 	probing := false
 	for {
@@ -152,8 +155,10 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 			s.forgetDNS()
 		case <-s.wake:
 			if settled == nil {
-				settled = time.After(max(settleDelay, applies.Reserve().Delay()))
+				pace := applies.Reserve().Delay()
+				earliest, latest = time.Now().Add(pace), time.Now().Add(max(pace, settleDelay))
 			}
+			settled = time.After(min(max(quietDelay, time.Until(earliest)), time.Until(latest)))
 		case <-settled:
 			settled = nil
 			complete, err := s.apply()

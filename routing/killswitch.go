@@ -59,7 +59,7 @@ func (k *KillSwitch) Close(iface string) error {
 	if found && sameTable(want, have) {
 		return nil
 	}
-	if err := commitTable(k.table(), want); err != nil {
+	if err := commitTable(k.table(), found, want); err != nil {
 		return fmt.Errorf("routing: kill switch: write nftables table inet %s: %w", k.table(), explain(err))
 	}
 	if k.Logger != nil {
@@ -82,7 +82,7 @@ func (k *KillSwitch) Lift() (found bool, err error) {
 	if found, err = k.Closed(); err != nil || !found {
 		return false, err
 	}
-	if err := commitTable(k.table(), nil); err != nil {
+	if err := commitTable(k.table(), true, nil); err != nil {
 		return true, fmt.Errorf("routing: kill switch: delete nftables table inet %s: %w", k.table(), explain(err))
 	}
 	if k.Logger != nil {

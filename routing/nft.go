@@ -237,17 +237,17 @@ func (s *scope) available(chains []chain) []chain {
 func (s *scope) writeTable(chains []chain) error {
 	// A kernel without nf_tables answers a batch once, not once per message,
 	// and the library would wait for the rest: ask first.
-	_, _, err := readTable(s.tableName())
+	_, found, err := readTable(s.tableName())
 	absent := err != nil
 	if !absent {
-		err = s.commit(s.tableName(), chains)
+		err = s.commit(s.tableName(), found, chains)
 	}
 	if err == nil || errors.Is(err, unix.EPERM) {
 		return explain(err)
 	}
 	for _, missing := range [][]string{{needsReply}, {needsGuard, needsReply}, {needsMark, needsReply}, {needsGuard, needsMark, needsReply}} {
 		rest := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return slices.Contains(missing, c.needs) })
-		if len(rest) == len(chains) || len(rest) != 0 && (absent || s.commit(s.tableName(), rest) != nil) {
+		if len(rest) == len(chains) || len(rest) != 0 && (absent || s.commit(s.tableName(), found, rest) != nil) {
 			continue
 		}
 		for _, c := range chains {
@@ -260,15 +260,20 @@ func (s *scope) writeTable(chains []chain) error {
 	return fmt.Errorf("%w: the kernel needs nf_tables with nft_masq for masquerading (since Linux 5.2 for table inet)", err)
 }
 
-// commitTable replaces a table by one with these chains, or by nothing.
-func commitTable(name string, chains []chain) error {
+// commitTable makes a table with these chains, in place of what there is if it
+// is to replace that, or of nothing. With no chains it only deletes. Deleting
+// takes the kernel some 15 ms, in which it waits for packets that may still
+// look at what is gone.
+func commitTable(name string, replace bool, chains []chain) error {
 	c, err := nftables.New()
 	if err != nil {
 		return err
 	}
 	t := &nftables.Table{Name: name, Family: nftables.TableFamilyINet}
-	c.AddTable(t) // so that there is one to delete
-	c.DelTable(t)
+	if replace {
+		c.AddTable(t) // so that there is one to delete
+		c.DelTable(t)
+	}
 	if len(chains) != 0 {
 		c.AddTable(t)
 	}
@@ -281,4 +286,4 @@ func commitTable(name string, chains []chain) error {
 	return c.Flush()
 }
 
-func (s *scope) deleteTable() error { return explain(s.commit(s.tableName(), nil)) }
+func (s *scope) deleteTable() error { return explain(s.commit(s.tableName(), true, nil)) }

@@ -32,11 +32,11 @@ func TestKernelLacksFeatures(t *testing.T) {
 			before := h.snapshot()
 			var log logBuffer
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Logger: log.logger()})
-			m.commit = func(table string, chains []chain) error {
+			m.commit = func(table string, replace bool, chains []chain) error {
 				if slices.ContainsFunc(chains, func(c chain) bool { return slices.Contains(tt.lacks, c.name) }) {
 					return unix.ENOENT
 				}
-				return commitTable(table, chains)
+				return commitTable(table, replace, chains)
 			}
 			s := full()
 			s.Masquerade = prefixes("10.77.0.0/24")

@@ -115,12 +115,12 @@ type scope struct {
 	nl      *netlink.Handle // lenient about dump requests, as old kernels are
 	dump    *netlink.Handle // strict, so that the kernel filters routes
 	journal *journal
-	rec     record                                   // what Close has to put back
-	ports   uint16                                   // the first that the kernel gives to connections of this host
-	told    map[string]bool                          // conflicts that were logged
-	lacking map[string]bool                          // optional features that the kernel was found to lack
-	commit  func(table string, chains []chain) error // commitTable
-	dead    bool                                     // the process that made rec is dead: say what is undone
+	rec     record                                                 // what Close has to put back
+	ports   uint16                                                 // the first that the kernel gives to connections of this host
+	told    map[string]bool                                        // conflicts that were logged
+	lacking map[string]bool                                        // optional features that the kernel was found to lack
+	commit  func(table string, replace bool, chains []chain) error // commitTable
+	dead    bool                                                   // the process that made rec is dead: say what is undone
 }
 
 var validInstance = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,64}$`)

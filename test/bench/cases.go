@@ -107,8 +107,10 @@ func startTime(ctx context.Context, t *tunnel, _ time.Duration) (values []value,
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, stop(ctx, t.client)) }()
+	// A packet sent too early is lost, so an answer, which takes a fraction of this, is not waited for much longer.
+	const wait = 2 * time.Millisecond
 	for {
-		pctx, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+		pctx, cancel := context.WithTimeout(ctx, wait+time.Since(start)/20)
 		a, err := t.Client.Probe(pctx, lab.Probe{To: lab.TargetIPv4})
 		cancel()
 		if err == nil && a.Echo {
@@ -117,7 +119,7 @@ func startTime(ctx context.Context, t *tunnel, _ time.Duration) (values []value,
 		if time.Since(start) > patience {
 			return nil, fmt.Errorf("no ping is answered: %w\n%s", err, logOf(t.client))
 		}
-		if err := sleep(ctx, poll/5); err != nil {
+		if err := sleep(ctx, wait/5); err != nil {
 			return nil, err
 		}
 	}
