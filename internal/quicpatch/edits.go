@@ -118,6 +118,23 @@ func (c *Conn) congestionSwitch() *atomic.Bool {
 // ControlCongestion turns congestion control on, for good, on a connection with Config.Uncontrolled.
 func (c *Conn) ControlCongestion() { c.controlled.Store(true) }
 `,
+	"datagram_send_limit.go": `package quic
+
+import "github.com/quic-go/quic-go/internal/protocol"
+
+// minDatagramSendQueueLen keeps packets at hand for what the pacer lets go at once.
+const minDatagramSendQueueLen = 8
+
+// datagramSendLimit is how many datagrams may wait to be packed. Under congestion control they wait for most of the time, so it is an
+// eighth of what the window lets be under way, which costs an eighth of a round trip.
+func (c *Conn) datagramSendLimit() int {
+	if on := c.congestionSwitch(); on != nil && !on.Load() {
+		return maxDatagramSendQueueLen
+	}
+	packets := c.connStats.CongestionWindow.Load() / protocol.InitialPacketSize
+	return int(min(max(packets/8, minDatagramSendQueueLen), maxDatagramSendQueueLen))
+}
+`,
 	"datagram_handlers.go": `package quic
 
 import (
@@ -280,6 +297,12 @@ var edits = []edit{
 	{"queues", "datagram_queue.go", "maxDatagramSendQueueLen", "32", "256"},
 	{"queues", "http3/state_tracking_stream.go", "streamDatagramQueueLen", "32", "4096"},
 	{"queues", "internal/protocol/params.go", "MaxConnUnprocessedPackets", "256", "4096"},
+
+	// Under congestion control datagrams wait before QUIC, where flows take turns, and not in it.
+	{"waiting", "datagram_queue.go", "datagramQueue", "	hasData func()\n", "	hasData func()\n	limit func() int // of sendQueue\n"},
+	{"waiting", "datagram_queue.go", "datagramQueue.Add", "h.sendQueue.Len() < maxDatagramSendQueueLen", "h.sendQueue.Len() < h.limit()"},
+	{"waiting", "connection.go", "Conn.preSetup",
+		"	c.connState.Version = c.version\n", "	c.datagramQueue.limit = c.datagramSendLimit\n	c.connState.Version = c.version\n"},
 
 	// GSO for any run of packets of equal size, the last one possibly shorter. Stock quic-go wants each packet to be of exactly
 	// the maximum size, which packets with datagrams never are. A packet that turns out larger than those before it
