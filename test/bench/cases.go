@@ -66,20 +66,22 @@ func networkCase(name string, quick bool, rtt, mbits int, loss float64, args ...
 }
 
 var udpCases = []benchCase{
-	udpCase("udp/1200", true, 1200),
-	udpCase("udp/64", false, 64),
+	udpCase("udp/1200", "to the target", true, udpLoad{size: 1200}),
+	udpCase("udp/64", "to the target", false, udpLoad{size: 64}),
+	udpCase("udp/down/1200", "from the target", false, udpLoad{size: 1200, down: true}),
+	udpCase("udp/down/64", "from the target", false, udpLoad{size: 64, down: true}),
 	{name: "udp/1200/1G", about: "UDP, 1200 bytes, offered at 1 Gbit/s to all", time: 2 * time.Second,
 		run: func(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
-			values, _, err := t.udpAt(ctx, "", 1200, 1e9/8/1200, d)
+			values, _, err := t.udpAt(ctx, "", udpLoad{size: 1200}, 1e9/8/1200, d)
 			return values, err
 		}},
 }
 
-func udpCase(name string, quick bool, size int) benchCase {
-	return benchCase{name: name, about: fmt.Sprintf("UDP, %d bytes, at 50, 100 and 200 %% of what the tunnel can", size), quick: quick,
+func udpCase(name, about string, quick bool, load udpLoad) benchCase {
+	return benchCase{name: name, about: fmt.Sprintf("UDP %s, %d bytes, at 50, 100 and 200 %% of what the tunnel can", about, load.size), quick: quick,
 		time: 2 * time.Second,
 		run: func(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
-			return t.udpLevels(ctx, size, d)
+			return t.udpLevels(ctx, load, d)
 		}}
 }
 

@@ -71,11 +71,11 @@ const (
 type tunnel struct {
 	kind
 	*lab.Topology
-	dir           string           // for its files
-	client, proxy *lab.Cmd         // the processes of the two ends
-	servers       int              // of iperf3, so far
-	capacity      map[int]float64  // see udpCapacity
-	clientKey     *ecdh.PrivateKey // of wireguard-go
+	dir           string              // for its files
+	client, proxy *lab.Cmd            // the processes of the two ends
+	servers       int                 // of iperf3, so far
+	capacity      map[udpLoad]float64 // see udpCapacity
+	clientKey     *ecdh.PrivateKey    // of wireguard-go
 	proxyKey      *ecdh.PrivateKey
 }
 
@@ -85,7 +85,7 @@ func (k kind) open(ctx context.Context, dir string, path *lab.Impairment) (*tunn
 	if err != nil {
 		return nil, err
 	}
-	t := &tunnel{kind: k, capacity: make(map[int]float64)}
+	t := &tunnel{kind: k, capacity: make(map[udpLoad]float64)}
 	if t.dir, err = os.MkdirTemp(dir, ""); err == nil {
 		t.Topology, err = lab.NewTopology(l, lab.TopologyOptions{Pool: []netip.Prefix{insidePool}, Impair: path, Seed: 1})
 	}

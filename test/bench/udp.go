@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.org/x/net/ipv4"
@@ -25,18 +26,32 @@ const (
 	generatorFair = 0.8  // of a rate sent: the generator is at its limit
 )
 
-// udpResult is what became of packets that the client sent to the target.
+// udpLoad is a kind of packets: how many bytes of data they have, and where they go.
+type udpLoad struct {
+	size int
+	down bool // from the target to the client
+}
+
+// udpResult is what became of packets.
 type udpResult struct {
 	sent, delivered int
+	unread          int           // lost in the receiver's socket
 	time            time.Duration // from the first to the last one sent
 }
 
 func (r udpResult) rate() float64 { return float64(r.delivered) / r.time.Seconds() }
 
-// udp sends packets with size bytes of data at rate, per second, for d. They leave one by one, not grouped by an offload, those
-// of half a millisecond together.
-func (t *tunnel) udp(ctx context.Context, size int, rate float64, d time.Duration) (r udpResult, err error) {
-	sink, err := t.Target.ListenPacket("udp4", netip.AddrPortFrom(lab.TargetIPv4, 0).String())
+// udp sends packets at rate, per second, for d. They leave one by one, not grouped by an offload, those of half a millisecond
+// together.
+func (t *tunnel) udp(ctx context.Context, load udpLoad, rate float64, d time.Duration) (r udpResult, err error) {
+	from, to, addr := t.Client, t.Target, lab.TargetIPv4
+	if load.down {
+		from, to = to, from
+		if addr, err = t.clientInside(ctx); err != nil {
+			return r, err
+		}
+	}
+	sink, err := to.ListenPacket("udp4", netip.AddrPortFrom(addr, 0).String())
 	if err != nil {
 		return r, err
 	}
@@ -44,7 +59,7 @@ func (t *tunnel) udp(ctx context.Context, size int, rate float64, d time.Duratio
 	if err := sink.(*net.UDPConn).SetReadBuffer(socketBuffer); err != nil {
 		return r, err
 	}
-	conn, err := t.Client.DialContext(ctx, "udp4", sink.LocalAddr().String())
+	conn, err := from.DialContext(ctx, "udp4", sink.LocalAddr().String())
 	if err != nil {
 		return r, err
 	}
@@ -53,13 +68,26 @@ func (t *tunnel) udp(ctx context.Context, size int, rate float64, d time.Duratio
 	received := make(chan int)
 	sent := make(chan struct{})
 	go func() { received <- receiveAll(sink, sent) }()
-	r.sent, r.time, err = sendAt(ctx, conn, size, rate, d)
+	r.sent, r.time, err = sendAt(ctx, conn, load.size, rate, d)
 	close(sent)
 	r.delivered = <-received
 	if err == nil && r.sent == 0 {
 		err = fmt.Errorf("nothing was sent")
 	}
+	if err == nil {
+		r.unread, err = unread(to, sink.LocalAddr().(*net.UDPAddr).Port)
+	}
 	return r, err
+}
+
+// clientInside returns the client's address in the tunnel.
+func (t *tunnel) clientInside(ctx context.Context) (netip.Addr, error) {
+	conn, err := t.Client.DialContext(ctx, "udp4", netip.AddrPortFrom(lab.TargetIPv4, 9).String()) // which sends nothing
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	defer conn.Close()
+	return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr(), nil
 }
 
 // sendAt sends what is due, every udpTick, and returns how many packets it sent and how long that took.
@@ -114,15 +142,15 @@ func receiveAll(conn net.PacketConn, sent <-chan struct{}) int {
 	}
 }
 
-// udpCapacity returns how many packets per second of a size the tunnel delivers when it loses few of them, trying ever higher
+// udpCapacity returns how many packets per second of a kind the tunnel delivers when it loses few of them, trying ever higher
 // rates the first time.
-func (t *tunnel) udpCapacity(ctx context.Context, size int) (float64, error) {
-	if t.capacity[size] > 0 {
-		return t.capacity[size], nil
+func (t *tunnel) udpCapacity(ctx context.Context, load udpLoad) (float64, error) {
+	if t.capacity[load] > 0 {
+		return t.capacity[load], nil
 	}
 	best := 0.0
 	for rate := float64(firstRate); rate < lastRate; rate *= 1.25 {
-		r, err := t.udp(ctx, size, rate, probeTime)
+		r, err := t.udp(ctx, load, rate, probeTime)
 		if err != nil {
 			return 0, err
 		}
@@ -134,20 +162,20 @@ func (t *tunnel) udpCapacity(ctx context.Context, size int) (float64, error) {
 			break
 		}
 	}
-	t.capacity[size] = best
+	t.capacity[load] = best
 	return best, nil
 }
 
 // udpLevels measures at 50, 100 and 200 % of the capacity.
-func (t *tunnel) udpLevels(ctx context.Context, size int, d time.Duration) ([]value, error) {
-	capacity, err := t.udpCapacity(ctx, size)
+func (t *tunnel) udpLevels(ctx context.Context, load udpLoad, d time.Duration) ([]value, error) {
+	capacity, err := t.udpCapacity(ctx, load)
 	if err != nil {
 		return nil, err
 	}
 	var values []value
 	delivered := make(map[int]float64)
 	for _, percent := range []int{50, 100, 200} {
-		v, r, err := t.udpAt(ctx, fmt.Sprintf("%d %%: ", percent), size, capacity*float64(percent)/100, d)
+		v, r, err := t.udpAt(ctx, fmt.Sprintf("%d %%: ", percent), load, capacity*float64(percent)/100, d)
 		values = append(values, v...)
 		if err != nil {
 			return values, err
@@ -158,12 +186,12 @@ func (t *tunnel) udpLevels(ctx context.Context, size int, d time.Duration) ([]va
 }
 
 // udpAt measures at one rate. What it measures is called what it is, after prefix.
-func (t *tunnel) udpAt(ctx context.Context, prefix string, size int, rate float64, d time.Duration) ([]value, udpResult, error) {
+func (t *tunnel) udpAt(ctx context.Context, prefix string, load udpLoad, rate float64, d time.Duration) ([]value, udpResult, error) {
 	before, err := t.look(ctx)
 	if err != nil {
 		return nil, udpResult{}, err
 	}
-	r, err := t.udp(ctx, size, rate, d)
+	r, err := t.udp(ctx, load, rate, d)
 	if err != nil {
 		return nil, r, err
 	}
@@ -177,16 +205,26 @@ func (t *tunnel) udpAt(ctx context.Context, prefix string, size int, rate float6
 		{prefix + "delivered", "packets/s", r.rate()},
 		{prefix + "lost", "%", share(float64(r.sent - r.delivered))},
 	}
+	// The places are in the order of a packet on its way.
+	for i := range after.drops {
+		p := &after.drops[i]
+		p.n -= before.drops[i].n
+		if load.down && p.where == "client's socket" { // of the whole host, the receiver's among them
+			p.n -= min(p.n, uint64(r.unread))
+		}
+	}
+	if load.down {
+		slices.Reverse(after.drops)
+	}
 	elsewhere := float64(r.sent - r.delivered)
-	for i, c := range after.drops {
-		n := float64(c.n - before.drops[i].n)
-		elsewhere -= n
-		values = append(values, value{prefix + lostAt + c.where, "%", share(n)})
+	for _, c := range append(after.drops, drop{"receiver's socket", uint64(r.unread)}) {
+		elsewhere -= float64(c.n)
+		values = append(values, value{prefix + lostAt + c.where, "%", share(float64(c.n))})
 	}
 	// What is lost elsewhere may be less than nothing: other packets, of the tunnel's own, are lost as well.
 	values = append(values, value{prefix + lostAt + "elsewhere", "%", share(max(elsewhere, 0))})
 	if r.delivered > 0 {
-		values = append(values, value{prefix + "CPU", "s/GB", (after.cpu - before.cpu).Seconds() / float64(r.delivered*size) * 1e9})
+		values = append(values, value{prefix + "CPU", "s/GB", (after.cpu - before.cpu).Seconds() / float64(r.delivered*load.size) * 1e9})
 	}
 	return values, r, nil
 }
