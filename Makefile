@@ -7,12 +7,22 @@ LDFLAGS := -X masquevpn/internal/cli.Version=$(VERSION)
 # works as well, without them.
 VENDOR  := vendor/.edited
 export GOFLAGS := $(filter-out -tags=%,$(shell $(GO) env GOFLAGS)) -tags=quicpatch
+# Builds without them, with the stock quic-go, whatever is in vendor/.
+STOCK   := GOFLAGS='$(filter-out -tags=%,$(GOFLAGS)) -mod=readonly'
 # How long each fuzz target runs in `make fuzz`.
 FUZZTIME ?= 60s
 # Debian packages that the tests use as the other side: real programs, real packets.
 TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables polkitd rpm systemd tcpdump traceroute
 
-.PHONY: build packages demo test race fuzz e2e e2e-packages bench bench-quick bench-tools lint tools clean help
+UNITS   := $$($(GO) list ./... | grep -v '/test$$')
+# The end-to-end tests, and which of them.
+RUN     ?= .
+E2E     = $(GO) test -count=1 -timeout 40m -run '$(RUN)' ./test
+# Their variants (test/variant_test.go), and what `make test` runs in each: packets of all sizes, both ways, by either protocol.
+VARIANTS := e2e-plain-tun e2e-plain-udp e2e-stock e2e-race
+FEW      := ^(TestVariant|TestPathMTU|TestReload|TestFragmentation|TestTwoSites|TestForwardUDP|TestForeign.*|TestWireICMP)$$
+
+.PHONY: build packages demo test race fuzz e2e e2e-few e2e-matrix $(VARIANTS) e2e-packages bench bench-quick bench-tools lint tools clean help
 
 $(VENDOR): go.mod go.sum $(wildcard internal/quicpatch/*.go)
 	rm -rf vendor
@@ -46,13 +56,31 @@ packages: build ## dist/*.deb and dist/*.rpm
 demo: build ## a tunnel between hosts on this machine, in network namespaces
 	bin/masque-lab demo
 
-test: lint race e2e ## everything that has to pass before a change goes in
+test: lint race e2e e2e-few ## everything that has to pass before a change goes in
 
 race: $(VENDOR) tools ## unit tests with the race detector, and the seeds of the fuzz targets
-	$(GO) test -race $$($(GO) list ./... | grep -v '/test$$')
+	$(GO) test -race $(UNITS)
 
-e2e: build tools ## end-to-end tests in network namespaces
-	$(GO) test -count=1 -timeout 20m ./test
+e2e: build tools ## end-to-end tests in network namespaces; RUN=REGEXP: some of them
+	$(E2E)
+
+e2e-few: RUN = $(FEW)
+e2e-few: $(VARIANTS) ## a few of them in all variants
+
+e2e-matrix: e2e $(VARIANTS) ## all in all variants; and the unit tests with the stock quic-go
+	$(STOCK) $(GO) test -race $(UNITS)
+
+e2e-plain-tun: build tools ## with tun.offload = false
+	$(E2E) -tun-offload=false
+
+e2e-plain-udp: build tools ## on a kernel without UDP GSO and GRO
+	$(E2E) -udp-offload=false
+
+e2e-stock: build tools ## with the stock quic-go
+	$(STOCK) $(E2E)
+
+e2e-race: build tools ## with the race detector in programs and tests
+	GOFLAGS='$(GOFLAGS) -race' $(E2E)
 
 e2e-packages: packages tools ## the packages installed, run as services, upgraded and removed, with systemd in namespaces (root)
 	cd packaging && $(GO) vet . && $(GO) test -count=1 -timeout 5m .
@@ -81,7 +109,7 @@ lint: $(VENDOR) ## gofmt, go vet, staticcheck, and the rules on who imports whom
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	$(GO) vet ./...
 	cd test/bench && GOFLAGS=-mod=readonly $(GO) vet ./...
-	GOFLAGS=-mod=mod $(GO) vet ./...  # the stock quic-go
+	$(STOCK) $(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) tool depguard ./...
 

@@ -16,6 +16,7 @@ func TestBadInput(t *testing.T) {
 	good := p.invite("alice")
 	text, err := os.ReadFile(good)
 	check(t, err)
+	plain := strings.Replace(string(text), tunTable(), "", 1) // a case may bring its own
 	replace := func(pattern, with string) func(string) string {
 		re := regexp.MustCompile(pattern)
 		return func(s string) string {
@@ -64,7 +65,7 @@ func TestBadInput(t *testing.T) {
 			before := p.snapshot(p.Client)
 			name := strings.ReplaceAll(tc.name, " ", "-")
 			file := filepath.Join(t.TempDir(), name+".toml")
-			edited := tc.edit(string(text))
+			edited := tc.edit(plain)
 			mode := tc.mode
 			if mode == 0 {
 				mode = 0o600

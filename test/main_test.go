@@ -3,6 +3,7 @@
 package test
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -21,6 +22,7 @@ var bin string
 
 func TestMain(m *testing.M) {
 	lab.Enter()
+	flag.Parse()
 	os.Exit(run(m))
 }
 
@@ -36,13 +38,29 @@ func run(m *testing.M) int {
 		return 1
 	}
 	bin = dir
-	build := exec.Command("go", "build", "-o", dir, "masquevpn/cmd/...")
+	build := exec.Command("go", "build", "-o", dir, "../cmd/...")
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr
 	if err := build.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "building the programs:", err)
 		return 1
 	}
-	return m.Run()
+	if !*udpOffload {
+		if err := refuseUDPOffload(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
+	reports := filepath.Join(dir, "races")
+	if err := findRaces(reports); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	code := m.Run()
+	if found := races(reports); found != "" {
+		fmt.Fprintln(os.Stderr, "races in the programs:\n"+found)
+		return 1
+	}
+	return code
 }
 
 func program(name string) string { return filepath.Join(bin, name) }
