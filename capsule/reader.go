@@ -5,21 +5,23 @@ import (
 	"bytes"
 	"fmt"
 	"io"
-	"sync/atomic"
 
 	"github.com/quic-go/quic-go/quicvarint"
 )
 
 // Reader reads the capsules of one stream (RFC 9297 section 3.2). It belongs to
-// one goroutine; only Skipped may be called from others.
+// one goroutine.
 type Reader struct {
+	// Skipped, unless nil, is called by Next for each capsule of unknown type
+	// that it has skipped.
+	Skipped func(Type)
+
 	r        *bufio.Reader
 	maxValue uint64
 	value    bytes.Buffer // of the current capsule
 	limited  io.LimitedReader
 	datagram Datagram // returned by Next, again and again
-	skipped  atomic.Uint64
-	err      error // what Next returns from now on
+	err      error    // what Next returns from now on
 }
 
 // NewReader returns a Reader of the capsules in r, which it reads ahead of what
@@ -29,10 +31,6 @@ type Reader struct {
 func NewReader(r io.Reader, maxValue int) *Reader {
 	return &Reader{r: bufio.NewReader(r), maxValue: uint64(max(maxValue, 0))}
 }
-
-// Skipped returns how many capsules of unknown type were skipped so far. It may
-// be called concurrently with Next.
-func (r *Reader) Skipped() uint64 { return r.skipped.Load() }
 
 // Next returns the next capsule of a known type. Capsules of other types are
 // skipped, in constant memory and whatever their length.
@@ -82,7 +80,9 @@ func (r *Reader) next() (Capsule, error) {
 			if err := r.skip(t, length); err != nil {
 				return nil, err
 			}
-			r.skipped.Add(1)
+			if r.Skipped != nil {
+				r.Skipped(t)
+			}
 			continue
 		}
 		if length > r.maxValue {

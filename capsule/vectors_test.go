@@ -75,6 +75,8 @@ func TestVectors(t *testing.T) {
 				verdict = policy[v.ID]
 			}
 			r := NewReader(v.stream(t), 1<<10)
+			skipped := false
+			r.Skipped = func(Type) { skipped = true }
 			c, err := r.Next()
 			switch verdict {
 			case "ok", "normalized":
@@ -82,7 +84,7 @@ func TestVectors(t *testing.T) {
 					t.Fatalf("%s: %v", v.Why, err)
 				}
 				got, want := c.Append(nil), v.bytes(t)
-				same := bytes.HasSuffix(want, got) && (r.Skipped() > 0 || len(got) == len(want))
+				same := bytes.HasSuffix(want, got) && (skipped || len(got) == len(want))
 				if same != (verdict == "ok") {
 					t.Errorf("encoded again: %x, received %x", got, want)
 				}

@@ -44,10 +44,11 @@ type Client struct {
 	stats    connectip.Stats
 	had      []netip.Prefix // addresses of the last session, to ask for again
 
-	mu      sync.Mutex
-	status  connectip.Status
-	live    *quic.Conn // of the session, nil while there is none
-	changed chan struct{}
+	mu         sync.Mutex
+	status     connectip.Status
+	reconnects [numLosses]uint64 // of status, by reason
+	live       *quic.Conn        // of the session, nil while there is none
+	changed    chan struct{}
 }
 
 // Status describes a tunnel; its JSON form is that of `masque-client status --json`.
@@ -184,15 +185,16 @@ func privileged(err error, what string) error {
 // keepConnected has one session after another until ctx ends or trying again cannot help.
 func (c *Client) keepConnected(ctx context.Context) error {
 	r := retry{enabled: c.cfg.Reconnect, maxDelay: c.cfg.MaxDelay, logger: c.cfg.Logger}
-	r.waiting = func(everConnected bool, reason string) {
+	r.waiting = func(everConnected bool, e *Error) {
 		state := StateConnecting
 		if everConnected {
 			state = StateReconnecting
 			c.mu.Lock()
 			c.status.Reconnects++
+			c.reconnects[lossOf(e)]++
 			c.mu.Unlock()
 		}
-		c.setState(state, reason)
+		c.setState(state, e.Error())
 	}
 	return r.run(ctx, c.session)
 }

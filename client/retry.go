@@ -20,7 +20,7 @@ type retry struct {
 	enabled  bool
 	maxDelay time.Duration // between attempts
 	logger   *slog.Logger
-	waiting  func(everConnected bool, reason string) // called before each wait
+	waiting  func(everConnected bool, e *Error) // called before each wait
 }
 
 // run has one session after another until ctx ends, which gives nil, or until trying again cannot help. session returns why
@@ -48,8 +48,8 @@ func (r retry) run(ctx context.Context, session func(context.Context) (connected
 			wait.Reset()
 		}
 		delay := wait.NextBackOff()
-		r.logger.Warn("no session", "reason", e.Error(), "retry_in", delay.Round(time.Millisecond))
-		r.waiting(everConnected, e.Error())
+		r.logger.Warn("no session", "reason", e.Error(), "retry_in", delay.Round(time.Millisecond).String())
+		r.waiting(everConnected, e)
 		select {
 		case <-time.After(delay):
 		case <-ctx.Done():

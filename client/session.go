@@ -84,7 +84,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	c.status.Proxy.Endpoint = d.conn.RemoteAddr().String()
 	c.status.Proxy.AuthenticatedAs = c.to.verify
 	c.mu.Unlock()
-	c.cfg.Logger.Info("session started", "proxy", c.to.host, "endpoint", d.conn.RemoteAddr().String())
+	c.cfg.Logger.Info("session started", "proxy", c.to.host, "remote", d.conn.RemoteAddr().String())
 
 	runCtx, cancel := context.WithCancel(ctx)
 	ended := make(chan error, 1)

@@ -169,7 +169,7 @@ func (f *UDPForwarder) Run(ctx context.Context) error {
 		defer stop()
 		readErr = f.readSocket()
 	})
-	r := retry{enabled: f.cfg.Reconnect, maxDelay: f.cfg.MaxDelay, logger: f.cfg.Logger, waiting: func(bool, string) {}}
+	r := retry{enabled: f.cfg.Reconnect, maxDelay: f.cfg.MaxDelay, logger: f.cfg.Logger, waiting: func(bool, *Error) {}}
 	err = r.run(ctx, f.session)
 	f.socket.Close()
 	reader.Wait()
@@ -202,7 +202,7 @@ func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, er
 	f.running.Go(func() { sendKeepAlives(link.ctx, d.conn) })
 	f.link.Store(link)
 	defer f.link.Store(nil)
-	f.cfg.Logger.Info("connected", "proxy", f.dialer.to.host, "endpoint", d.conn.RemoteAddr().String())
+	f.cfg.Logger.Info("connected", "proxy", f.dialer.to.host, "remote", d.conn.RemoteAddr().String())
 	select {
 	case <-f.ready:
 	default:

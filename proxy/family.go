@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"math"
 	"net/netip"
 	"time"
 
@@ -79,6 +80,20 @@ func (f *family) restsForOthers(x netip.Prefix, owner string) bool {
 }
 
 func (r *rest) of(owner string) bool { return owner != "" && r.owner == owner }
+
+// use returns how many addresses are leased and how many are left, those that rest or are reserved for a user included.
+func (f *family) use() PoolUse {
+	size := func(p netip.Prefix) float64 { return math.Ldexp(1, p.Addr().BitLen()-p.Bits()) }
+	u := PoolUse{Family: "ipv6", Free: size(f.prefix) - 2} // without those of the network and the proxy
+	if f.prefix.Addr().Is4() {
+		u.Family, u.Free = "ipv4", u.Free-1 // and that of broadcast
+	}
+	for p := range f.leased.All() {
+		u.Leased += size(p)
+	}
+	u.Free -= u.Leased
+	return u
+}
 
 // rest lets x rest, which owner gave back. It is what counts of x from now on.
 func (f *family) rest(x netip.Prefix, owner string, now time.Time) {

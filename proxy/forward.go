@@ -74,7 +74,7 @@ func (s *Server) sessionOf(p *flowqueue.Packet) *session {
 	pkt := p.Bytes()[headroom:]
 	dst, ok := ippacket.Destination(pkt)
 	if !ok {
-		s.unrouted.Drop(connectip.DropMalformed)
+		s.unrouted.Send.Drop(connectip.DropMalformed)
 		return nil
 	}
 	to, ok := s.table.lookup(dst)
@@ -88,10 +88,10 @@ func (s *Server) sessionOf(p *flowqueue.Packet) *session {
 // noSession answers a packet to an address of the pool that nobody holds.
 func (s *Server) noSession(pkt []byte, dst netip.Addr) {
 	if ippacket.IsLinkLocal(dst) {
-		s.unrouted.Drop(connectip.DropLinkLocal)
+		s.unrouted.Send.Drop(connectip.DropLinkLocal)
 		return
 	}
-	s.unrouted.Drop(connectip.DropNoSession)
+	s.unrouted.Send.Drop(connectip.DropNoSession)
 	if !s.pool.contains(dst) || !s.errorLimit.Allow() {
 		return
 	}
@@ -102,7 +102,7 @@ func (s *Server) noSession(pkt []byte, dst netip.Addr) {
 	buf := make([]byte, headroom, headroom+minMTU)
 	buf, ok := ippacket.AppendICMPError(buf, pkt, p, ippacket.NoSession, s.gateway(dst), 0)
 	if ok {
-		s.icmpSent.Add(1)
+		s.unrouted.ICMPSent.Count(ippacket.NoSession)
 		_, _ = s.device.Write([][]byte{buf}, headroom)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/dunglas/httpsfv"
@@ -40,6 +39,24 @@ func refuse(status int, proxyStatus, format string, args ...any) *refusal {
 	return &refusal{status: status, proxyStatus: proxyStatus, reason: fmt.Errorf(format, args...)}
 }
 
+// word is what r is counted under: the error type that the client sees, or else a word of our own.
+func (r *refusal) word() string {
+	if r.proxyStatus != "" {
+		return r.proxyStatus
+	}
+	switch r.status {
+	case http.StatusUnauthorized:
+		return "credentials"
+	case http.StatusNotFound:
+		return "not_served"
+	case http.StatusRequestTimeout:
+		return "no_settings"
+	case http.StatusNotImplemented:
+		return "unknown_protocol"
+	}
+	return "other"
+}
+
 // field returns the value of Proxy-Status by which the proxy called name tells the client why, "" for none.
 func (r *refusal) field(name string) string {
 	if r.proxyStatus == "" {
@@ -61,7 +78,7 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.s.narrow.done(r.Context().Value(connKey{}).(*quic.Conn).RemoteAddr())
 	ss, refused := h.accept(w, r)
 	if refused != nil {
-		h.s.requests.count(refused.status)
+		h.s.requests.count(refused.status, refused.word())
 		h.s.peerLog.Info("request refused", "remote", r.RemoteAddr, "status", refused.status, "reason", shorten(refused.reason))
 		if refused.status == http.StatusUnauthorized {
 			w.Header().Set("WWW-Authenticate", "Bearer")
@@ -86,6 +103,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	// Who is not known learns nothing but that.
 	user, err := h.s.authenticate(r)
 	if err != nil {
+		h.s.authFailed.count(err)
 		return nil, refuse(http.StatusUnauthorized, "", "%v", err)
 	}
 	if refused := datagramsEnabled(w, r); refused != nil {
@@ -177,10 +195,7 @@ func (ss *session) setScope(ctx context.Context, path string) *refusal {
 // serve answers an accepted request and carries its session to its end.
 func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 	defer ss.stop(nil)
-	defer func() {
-		h.s.sessions.remove(ss)
-		ss.stats.AddTo(&h.s.ended)
-	}()
+	defer h.s.sessions.remove(ss)
 	w.Header().Set(http3.CapsuleProtocolHeader, "?1")
 	if ss.udp != nil {
 		congestion.Control(ss.quic) // RFC 9298 section 6: nobody knows whether what is inside controls itself
@@ -188,7 +203,7 @@ func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 	}
 	w.WriteHeader(http.StatusOK)
 	w.(http.Flusher).Flush()
-	h.s.requests.count(http.StatusOK)
+	h.s.requests.count(http.StatusOK, accepted)
 	level, about, run := slog.LevelInfo, slog.String("scope", ss.scope.String()), ss.run
 	if ss.udp != nil { // of these a client may make many, for a packet each
 		level, about, run = slog.LevelDebug, slog.String("udp_target", ss.udp.target.String()), ss.runUDP
@@ -226,29 +241,4 @@ func (s *Server) scope(path string) (connectip.Scope, error) {
 		}
 	}
 	return connectip.Scope{}, errNotServed
-}
-
-// requestCounts counts requests by the status of their answer.
-type requestCounts struct {
-	mu sync.Mutex
-	by map[int]uint64
-}
-
-func (c *requestCounts) count(status int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.by == nil {
-		c.by = make(map[int]uint64)
-	}
-	c.by[status]++
-}
-
-func (c *requestCounts) counts() map[string]uint64 {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	out := make(map[string]uint64, len(c.by))
-	for status, n := range c.by {
-		out[fmt.Sprint(status)] = n
-	}
-	return out
 }

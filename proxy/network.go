@@ -86,7 +86,7 @@ func (s *Server) refresh() error {
 		}
 	}
 	if err := s.install(l); err != nil {
-		s.cfg().Logger.Error("the networks of the sites cannot be installed; trying again", "retry_in", localInterval, "error", err)
+		s.cfg().Logger.Error("the networks of the sites cannot be installed; trying again", "retry_in", localInterval.String(), "error", err)
 	}
 	return nil
 }

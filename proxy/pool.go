@@ -136,6 +136,17 @@ func (p *pool) release(lease netip.Prefix, owner string) {
 	}
 }
 
+// use returns how the addresses of each family are used.
+func (p *pool) use() []PoolUse {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var out []PoolUse
+	for _, f := range p.families {
+		out = append(out, f.use())
+	}
+	return out
+}
+
 // leased returns the number of leases of each family.
 func (p *pool) leased() (v4, v6 int) {
 	p.mu.Lock()

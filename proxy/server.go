@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -61,10 +62,9 @@ type Server struct {
 
 	narrow     narrowPaths
 	errorLimit *rate.Limiter
-	icmpSent   atomic.Uint64
-	unrouted   connectip.Traffic // packets that were dropped before it was known whose they are
-	ended      connectip.Stats   // the sum of the sessions that ended
+	unrouted   connectip.Stats // of packets that are no session's, and ICMP errors about them
 	requests   requestCounts
+	authFailed authFailures
 	lookups    lookups
 	peerLog    *slog.Logger        // for what clients cause
 	dns        atomic.Pointer[DNS] // never nil
@@ -101,6 +101,7 @@ func New(cfg Config) (*Server, error) {
 		ready:      make(chan struct{}),
 		errorLimit: newErrorLimit(),
 		peerLog:    newThrottle(cfg.Logger),
+		requests:   newRequestCounts(),
 	}
 	s.config.Store(&cfg)
 	s.dns.Store(&cfg.DNS)
@@ -197,7 +198,7 @@ func (s *Server) listen(ctx context.Context) ([]*udpconn.Conn, error) {
 			return nil, err
 		}
 	}
-	dropped := func(packets int) { s.unrouted.DropMany(connectip.DropSocketFull, packets) }
+	dropped := func(packets int) { s.unrouted.Receive.DropMany(connectip.DropSocketFull, packets) }
 	var conns []*udpconn.Conn
 	for _, c := range sockets {
 		conn, err := udpconn.New(c, s.cfg().Logger, dropped)
@@ -249,6 +250,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		EnableDatagrams: true,
 		MaxHeaderBytes:  16 << 10,
 		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context {
+			s.watchHandshake(c)
 			return context.WithValue(ctx, connKey{}, c)
 		},
 	}
@@ -401,27 +403,28 @@ type Status struct {
 	Drops     map[string]uint64 `json:"drops"`
 	Requests  map[string]uint64 `json:"requests"` // by outcome
 	ICMPSent  uint64            `json:"icmp_sent"`
+	// AuthFailures are how often credentials were refused, by method, and under "missing" how often there were none.
+	AuthFailures map[string]uint64 `json:"auth_failures"`
 }
 
 // Status describes the proxy; it is meaningful once Ready is closed.
 func (s *Server) Status() Status {
-	var sum connectip.Stats
-	s.ended.AddTo(&sum)
-	list := s.sessions.list()
-	for _, ss := range list {
-		ss.stats.AddTo(&sum)
-	}
+	c := s.Counters()
 	var st connectip.Status
-	st.SetTraffic(&sum)
-	for reason, n := range s.unrouted.Drops() {
-		st.Drops[reason] += n
+	st.SetTraffic(&c.Stats)
+	requests := make(map[string]uint64)
+	for _, r := range c.Requests {
+		if r.Count == 0 {
+			continue
+		}
+		requests[strconv.Itoa(r.Status)] += r.Count
 	}
 	v4, v6 := s.pool.leased()
 	return Status{
 		Schema: connectip.StatusSchema, Name: s.cfg().Name, Since: s.started, Listen: s.listening(),
-		Template: s.templates[0].String(), Interface: s.device.Name(), Sessions: len(list),
+		Template: s.templates[0].String(), Interface: s.device.Name(), Sessions: c.Sessions,
 		Leased:  map[string]int{"ipv4": v4, "ipv6": v6},
 		Packets: st.Packets, Bytes: st.Bytes, Drops: st.Drops,
-		Requests: s.requests.counts(), ICMPSent: sum.ICMPSent.Load() + s.icmpSent.Load(),
+		Requests: requests, ICMPSent: c.Stats.ICMPSent.Total(), AuthFailures: c.AuthFailures,
 	}
 }

@@ -419,6 +419,7 @@ type sessions struct {
 	mu     sync.Mutex
 	lastID uint64
 	byID   map[string]*session
+	ended  connectip.Stats // the sum of those that are no more
 }
 
 // Refusals of a session by a limit.
@@ -470,6 +471,19 @@ func (l *sessions) remove(ss *session) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.byID, ss.id)
+	ss.stats.AddTo(&l.ended)
+}
+
+// addTo adds what all sessions carried so far, those that ended included, to sum, and returns how many there are now. What it
+// adds never gets less.
+func (l *sessions) addTo(sum *connectip.Stats) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ended.AddTo(sum)
+	for _, ss := range l.byID {
+		ss.stats.AddTo(sum)
+	}
+	return len(l.byID)
 }
 
 // list returns the sessions in the order of their IDs.

@@ -231,6 +231,7 @@ func ErrorCode(err error) http3.ErrCode {
 // readCapsules handles capsules until the stream ends.
 func (c *Conn) readCapsules(ctx context.Context, in *inbox) error {
 	r := capsule.NewReader(c.str, maxCapsule)
+	r.Skipped = c.cfg.Stats.Receive.countCapsule
 	for {
 		next, err := r.Next()
 		if err == io.EOF {
@@ -243,6 +244,7 @@ func (c *Conn) readCapsules(ctx context.Context, in *inbox) error {
 		if err != nil {
 			return err
 		}
+		c.cfg.Stats.Receive.countCapsule(next.Type())
 		if err := c.pace.wait(ctx, next); err != nil {
 			return err
 		}
@@ -459,6 +461,7 @@ func (c *Conn) send(x capsule.Capsule, change func(*link)) error {
 		c.writeFailed <- err
 		return err
 	}
+	c.cfg.Stats.Send.countCapsule(x.Type())
 	return nil
 }
 

@@ -545,7 +545,7 @@ func TestAnswersOfARouter(t *testing.T) {
 	}
 	sendRaw(t, client, echoPacket(linkLocal, target6, 64, 64))
 	waitDrop(t, &proxy.stats.Receive, DropLinkLocal)
-	waitCount(t, func() bool { return proxy.stats.ICMPSent.Load() > 0 })
+	waitCount(t, func() bool { return proxy.stats.ICMPSent.Total() > 0 })
 }
 
 // A connection that begins with small packets, as on a path that may be narrow, comes to carry IPv6 without any traffic.

@@ -51,7 +51,7 @@ func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind
 		c.cfg.Stats.ICMPSuppressed.Add(1)
 		return nil
 	}
-	c.cfg.Stats.ICMPSent.Add(1)
+	c.cfg.Stats.ICMPSent.Count(kind)
 	return buf
 }
 

@@ -19,11 +19,23 @@ const (
 	TooBig                                 // 3/4, 2/0: Fragmentation Needed, Packet Too Big
 	HeaderChain                            // none, 4/3 about a first fragment and otherwise 1/1: [ErrHeaderChain]
 	BeyondScope                            // none, 1/2: a link-local source and a destination beyond the link
+
+	// NumICMPErrors is more than each of them.
+	NumICMPErrors
 )
+
+// icmpNames are the words under which they are counted.
+var icmpNames = [NumICMPErrors]string{
+	SourceNotAssigned: "source_not_assigned", NoRoute: "no_route", NoSession: "no_session", Prohibited: "prohibited",
+	HopLimitExceeded: "hop_limit_exceeded", TooBig: "too_big", HeaderChain: "header_chain", BeyondScope: "beyond_scope",
+}
+
+// String returns the word under which e is counted.
+func (e ICMPError) String() string { return icmpNames[e] }
 
 // icmpMessages holds type and code of the message for each ICMPError in IPv4 and
 // in IPv6. Type 0 stands for none.
-var icmpMessages = [...]struct{ type4, code4, type6, code6 uint8 }{
+var icmpMessages = [NumICMPErrors]struct{ type4, code4, type6, code6 uint8 }{
 	SourceNotAssigned: {3, 13, 1, 5},
 	NoRoute:           {3, 0, 1, 0},
 	NoSession:         {3, 1, 1, 3},

@@ -1,0 +1,88 @@
+package proxy
+
+import (
+	"cmp"
+	"net/http"
+	"slices"
+	"sync"
+
+	"masquevpn/internal/connectip"
+)
+
+// Counters are what a Server has counted since it was made, and what it has now. Counts never get less.
+type Counters struct {
+	Stats        connectip.Stats // of all sessions, and of packets that were no session's
+	Sessions     int             // now
+	MaxSessions  int
+	Requests     []RequestCount    // by their outcome
+	AuthFailures map[string]uint64 // by method; "missing": there were no credentials
+	Pool         []PoolUse
+}
+
+// RequestCount is how many requests had one outcome.
+type RequestCount struct {
+	Status int
+	Reason string // "accepted", or why not: one of a few words
+	Count  uint64
+}
+
+// PoolUse is how the addresses of one family are used. There may be more than an integer can count.
+type PoolUse struct {
+	Family       string // ipv4 or ipv6
+	Leased, Free float64
+}
+
+// Counters may be called at any time, also before Run and after it.
+func (s *Server) Counters() *Counters {
+	c := &Counters{
+		MaxSessions: s.cfg().MaxSessions, Requests: s.requests.counts(), AuthFailures: s.authFailed.counts(), Pool: s.pool.use(),
+	}
+	s.unrouted.AddTo(&c.Stats)
+	c.Sessions = s.sessions.addTo(&c.Stats)
+	return c
+}
+
+// accepted is the reason of requests that were.
+const accepted = "accepted"
+
+// outcome is what became of a request.
+type outcome struct {
+	status int
+	reason string
+}
+
+// requestCounts counts requests by their outcome.
+type requestCounts struct {
+	mu sync.Mutex
+	by map[outcome]uint64
+}
+
+// newRequestCounts begins with those outcomes at 0 that somebody may want to be alerted of: an alert sees how a number grows, and
+// not how it appears.
+func newRequestCounts() requestCounts {
+	const limit = "connection_limit_reached"
+	return requestCounts{by: map[outcome]uint64{
+		{http.StatusOK, accepted}: 0, {http.StatusUnauthorized, "credentials"}: 0,
+		{http.StatusTooManyRequests, limit}: 0, {http.StatusServiceUnavailable, limit}: 0,
+	}}
+}
+
+func (c *requestCounts) count(status int, reason string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.by[outcome{status, reason}]++
+}
+
+// counts returns all outcomes so far in order.
+func (c *requestCounts) counts() []RequestCount {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	list := make([]RequestCount, 0, len(c.by))
+	for o, n := range c.by {
+		list = append(list, RequestCount{o.status, o.reason, n})
+	}
+	slices.SortFunc(list, func(a, b RequestCount) int {
+		return cmp.Or(cmp.Compare(a.Status, b.Status), cmp.Compare(a.Reason, b.Reason))
+	})
+	return list
+}
