@@ -75,6 +75,13 @@ func TestService(t *testing.T) {
 		return m.do("systemctl show -P StatusText masque-proxy") == "1 sessions, listening on [::]:443"
 	})
 	m.is("systemctl show -P StatusText masque-client@alice", "connected")
+	const get = `bash -c 'exec 3<>/dev/tcp/127.0.0.1/9484; printf "GET %s HTTP/1.0\r\n\r\n" >&3; cat <&3'`
+	for path, want := range map[string]string{"/readyz": "\r\nok", "/metrics": "\nmasque_sessions 1\n"} {
+		if out := m.do(fmt.Sprintf(get, path)); !strings.Contains(out, want) {
+			t.Errorf("GET %s: want %q in\n%s", path, want, out)
+		}
+	}
+	m.do("test -s /usr/share/doc/masquevpn/grafana/masque.json -a -s /usr/share/doc/masquevpn/prometheus/masque.rules.yml")
 
 	netAdmin, bind := uint64(1)<<12, uint64(1)<<10
 	for unit, want := range map[string]uint64{"masque-proxy": netAdmin | bind, "masque-client@alice": netAdmin} {

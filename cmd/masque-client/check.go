@@ -67,6 +67,7 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string) error {
 		c.OK("instance: %s is running", name)
 	case l != nil:
 		c.Interface(l.file.Device)
+		c.Metrics(l.file.Metrics, true)
 	}
 	c.UDPBuffer()
 	return nil

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"strings"
 
 	"masquevpn/client"
@@ -152,8 +153,8 @@ func exitError(err error) error {
 	return &cli.Error{Code: cli.Code(e.Kind), Reason: e.Reason, Remedy: e.Remedy}
 }
 
-// describe says in a few words what the tunnel uses, for the log.
-func (l *loaded) describe() []any {
+// describe returns a logger whose lines say in a few words what the tunnel uses.
+func (l *loaded) describe(logger *slog.Logger) *slog.Logger {
 	var credentials []string
 	if len(l.chain) > 0 {
 		credentials = append(credentials, fmt.Sprintf("certificate of %s", l.chain[0].Subject.CommonName))
@@ -165,6 +166,6 @@ func (l *loaded) describe() []any {
 	if len(l.roots) > 0 {
 		trust = "tls.ca"
 	}
-	return []any{"proxy", l.config.Proxy, "trust", trust, "credentials", strings.Join(credentials, ", "),
-		"congestion", l.config.Congestion.Describe()}
+	return logger.With("proxy", l.config.Proxy, "trust", trust, "credentials", strings.Join(credentials, ", "),
+		"congestion", l.config.Congestion.Describe())
 }

@@ -93,7 +93,12 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 		return err
 	}
 	v := cli.NewVersionInfo(program)
-	logger.Info("starting", append([]any{"program", program, "version", v.Version, "go", v.Go, "name", name, "config", file}, l.describe()...)...)
+	l.describe(logger).Info("starting", "program", program, "version", v.Version, "go", v.Go, "name", name, "config", file)
+
+	monitor, err := l.serveMetrics(c, logger)
+	if err != nil {
+		return errors.Join(err, server.Close())
+	}
 
 	if l.file.KillSwitch {
 		l.warnHeld(logger)
@@ -128,6 +133,9 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	<-reported
 	<-told
 	closeErr := server.Close()
+	if monitor != nil {
+		closeErr = errors.Join(closeErr, monitor.Close())
+	}
 	if t.err == nil {
 		logger.Info("stopped", "name", name)
 	}

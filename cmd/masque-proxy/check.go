@@ -3,14 +3,12 @@ package main
 import (
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -61,8 +59,9 @@ func (o *options) check(c *cli.Checks, file string) {
 	case usable:
 		c.Interface(l.file.Device)
 		for _, addr := range l.file.Listen {
-			checkPort(c, addr)
+			c.Listen("listen", "UDP", addr)
 		}
+		c.Metrics(l.file.Metrics, l.file.MetricsNamed)
 		addrs, err := net.InterfaceAddrs()
 		if err != nil {
 			c.Warn(fmt.Sprintf("pool: addresses of this host are not known: %v", err), "")
@@ -102,24 +101,6 @@ func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 		if _, ok := l.users.ByName(site.User); !ok {
 			c.Warn("site: there is no user "+site.User, program+" invite "+site.User+" -c FILE")
 		}
-	}
-}
-
-// checkPort checks that a UDP address can be listened on, by doing it.
-func checkPort(c *cli.Checks, addr string) {
-	conn, err := net.ListenPacket("udp", addr)
-	switch {
-	case err == nil:
-		conn.Close()
-		c.OK("listen: UDP %s is free", addr)
-	case errors.Is(err, syscall.EADDRINUSE):
-		c.Fail("listen: UDP "+addr+" is in use", "stop what uses it (ss -ulpn), or change listen")
-	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		c.Fail("listen: UDP "+addr+" is not an address of this host", "change listen")
-	case errors.Is(err, os.ErrPermission):
-		c.Fail("listen: UDP "+addr+": "+err.Error(), "run with sudo or the capability CAP_NET_BIND_SERVICE, or choose a port above 1023")
-	default:
-		c.Fail("listen: UDP "+addr+": "+err.Error(), "change listen")
 	}
 }
 

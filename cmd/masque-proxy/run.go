@@ -93,6 +93,10 @@ func (o *options) run(ctx context.Context, file string) error {
 	}
 	logger.Info("starting", "program", program, "version", v.Version, "go", v.Go, "name", l.file.Name, "config", file,
 		"methods", strings.Join(l.file.Methods, ","), "users", users, "certificate_until", l.chain[0].NotAfter, "congestion", congestion.Mode(l.file.Congestion).Describe())
+	monitor, err := d.serveMetrics(ctx)
+	if err != nil {
+		return errors.Join(err, socket.Close())
+	}
 	watching := make(chan struct{})
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	go func() {
@@ -103,6 +107,9 @@ func (o *options) run(ctx context.Context, file string) error {
 	stopWatching()
 	<-watching
 	closeErr := socket.Close()
+	if monitor != nil {
+		closeErr = errors.Join(closeErr, monitor.Close())
+	}
 	if err == nil {
 		logger.Info("stopped")
 	}
@@ -144,7 +151,7 @@ func (d *daemon) watch(ctx context.Context) {
 			d.describe()
 		case <-hangup:
 			if _, err := d.reload(); err != nil {
-				d.logger.Error("reload failed; all stays as it was", "err", err)
+				d.logger.Error("reload failed; all stays as it was", "error", err)
 			}
 		case <-tick.C:
 			if before != nil {
@@ -215,6 +222,7 @@ func changed(a, b *loaded) []string {
 	}
 	compare("tls.client_ca", fingerprints(a.clientCAs), fingerprints(b.clientCAs))
 	compare("auth.users", a.file.Users, b.file.Users)
+	compare("metrics.listen", a.file.Metrics, b.file.Metrics)
 	compare("log.key_log", a.file.KeyLog, b.file.KeyLog)
 	return keys
 }

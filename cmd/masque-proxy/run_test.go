@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"net"
@@ -119,6 +120,60 @@ func TestControl(t *testing.T) {
 	}
 	if !bytes.Equal(d.certificate.Load().Certificate[0], renewed.Certificate[0]) {
 		t.Error("a failed reload changed the certificate")
+	}
+}
+
+// Metrics and readiness can be had before the proxy serves and when it stops, and follow the certificate.
+func TestMonitoring(t *testing.T) {
+	dir, file := install(t)
+	d, runDir := start(t, file)
+	ctx, stop := context.WithCancel(t.Context())
+	if err := d.readiness(ctx); err == nil || err.Error() != "the proxy is still starting" {
+		t.Errorf("at the start: %v", err)
+	}
+	stop()
+	if err := d.readiness(ctx); err == nil || err.Error() != "the proxy is stopping" {
+		t.Errorf("at the end: %v", err)
+	}
+	v := d.values()
+	if v.Stats == nil || v.MaxSessions != 4096 || len(v.Pool) != 2 || !v.CertificateExpiry.Equal(d.loaded.chain[0].NotAfter) {
+		t.Errorf("values %+v", v)
+	}
+	authority, err := readAuthority(filepath.Join(dir, caCertFile), filepath.Join(dir, caKeyFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := authority.Server(d.loaded.file.Name, cli.Signer(d.loaded.pair), time.Now().Add(-24*time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(dir, certFile), string(pair.Cert))
+	do(t, 0, "reload", "--run-dir", runDir)
+	if after := d.values().CertificateExpiry; !after.Before(v.CertificateExpiry.Add(-23 * time.Hour)) {
+		t.Errorf("the certificate ends at %v after the reload, %v before", after, v.CertificateExpiry)
+	}
+}
+
+func TestCheckMetrics(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	for _, test := range []struct{ listen, want string }{
+		{ln.Addr().String(), "fail  metrics.listen: TCP " + ln.Addr().String() + " is in use — stop what uses it (ss -tlpn), or change metrics.listen"},
+		{"192.0.2.1:9484", "fail  metrics.listen: TCP 192.0.2.1:9484 is not an address of this host — change metrics.listen"},
+		{":39484", "warn  metrics.listen: not only this host reaches TCP :39484 — everybody who does can read"},
+	} {
+		_, file := install(t)
+		write(t, file, read(t, file)+"\n[metrics]\nlisten = \""+test.listen+"\"\n")
+		var c cli.Checks
+		(&options{Globals: &cli.Globals{RunDir: t.TempDir()}}).check(&c, file)
+		var out strings.Builder
+		_ = c.Finish(&out, false)
+		if !strings.Contains(out.String(), test.want) {
+			t.Errorf("%s: check said\n%s", test.listen, out.String())
+		}
 	}
 }
 

@@ -45,6 +45,8 @@ type Client struct {
 	Reconnect bool
 	MaxDelay  time.Duration
 
+	Metrics string // HOST:PORT, TCP, empty: nowhere
+
 	KeyLog string // name of the file for TLS secrets, empty: none
 
 	doc *document
@@ -123,6 +125,8 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	reconnect := root.table("reconnect")
 	c.Reconnect = reconnect.bool("enabled", true)
 	c.MaxDelay = reconnect.duration("max_delay", 30*time.Second, time.Second)
+
+	c.Metrics = root.table("metrics").tcpAddress("listen", "")
 
 	log := root.table("log")
 	log.unsupported("qlog_dir")

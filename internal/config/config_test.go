@@ -65,7 +65,7 @@ func TestClientFull(t *testing.T) {
 		LAN: true, KillSwitch: true, KillSwitchAllow: prefixes("192.168.5.0/24", "fd00:5::/64"),
 		DNSServers: []netip.Addr{netip.MustParseAddr("10.0.0.53"), netip.MustParseAddr("fd00::53")},
 		DNSSearch:  []string{"corp.example"}, DNSDomains: []string{"corp.example", "."},
-		Congestion: "outer", MaxDelay: 90 * time.Second, KeyLog: "/etc/masque/keys.log",
+		Congestion: "outer", MaxDelay: 90 * time.Second, Metrics: ":9485", KeyLog: "/etc/masque/keys.log",
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -114,6 +114,7 @@ func TestProxyDefaults(t *testing.T) {
 		Methods: []string{"token"}, Users: "/etc/masque/users.toml", Device: "masque%d", Offload: true,
 		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
 		Advertise: prefixes("0.0.0.0/0", "::/0"), Congestion: "inner", Masquerade: true, ConnectUDP: true, Sessions: 4096, SessionsPerUser: 8,
+		Metrics: "127.0.0.1:9484",
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -137,6 +138,7 @@ func TestProxyFull(t *testing.T) {
 		DNSServers: []netip.Addr{netip.MustParseAddr("10.78.0.1"), netip.MustParseAddr("10.0.0.53")},
 		DNSDomains: []string{"corp.example"}, DNSSearch: []string{"corp.example", "a.corp.example"}, NAT64: prefixes("64:ff9b::/96"),
 		ClientToClient: true, KernelHopLimit: true, Congestion: "outer", Sessions: 10, SessionsPerUser: 2, KeyLog: "/tmp/keys",
+		Metrics: "[::1]:9100", MetricsNamed: true,
 		Sites: []Site{
 			{User: "branch", Networks: prefixes("192.0.2.0/24", "2001:db8:a::/64"), Peer: prefixes("10.9.0.0/24")},
 			{User: "depot", Networks: prefixes("198.51.100.0/24"), Reach: prefixes("192.0.2.0/24")},
@@ -287,7 +289,11 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`[forwarding]`, `hop_limit = "keep"`}, `f.toml:3: forwarding.hop_limit = "keep": not known; write "decrement" or "kernel"`},
 		{proxy, []string{`[limits]`, `sessions = 0`}, `f.toml:3: limits.sessions = 0: out of range; write a number from 1 to 1048576`},
 		{proxy, []string{`[limits]`, `sessions_per_user = "8"`}, `f.toml:3: limits.sessions_per_user = "8": not a number from 1 to 1048576; `},
-		{proxy, []string{`[metrics]`, `listen = "127.0.0.1:9484"`}, `f.toml:3: metrics.listen = "127.0.0.1:9484": not supported by this version; remove it`},
+		{proxy, []string{`[metrics]`, `listen = "localhost:9484"`}, `f.toml:3: metrics.listen = "localhost:9484": not an address and port; write for example "127.0.0.1:9484", or "" for none`},
+		{proxy, []string{`[metrics]`, `listen = "127.0.0.1:0"`}, `f.toml:3: metrics.listen = "127.0.0.1:0": not an address and port; write for example "127.0.0.1:9484", or "" for none`},
+		{proxy, []string{`[metrics]`, `listen = 9484`}, `f.toml:3: metrics.listen = 9484: not a string in quotes; write a string in quotes`},
+		{proxy, []string{`[metrics]`, `address = ":9484"`}, `f.toml:3: metrics.address: unknown key; remove it`},
+		{client, []string{`[metrics]`, `listen = "9484"`}, `f.toml:3: metrics.listen = "9484": not an address and port; write for example "127.0.0.1:9484", or "" for none`},
 		{proxy, []string{`[connect_udp]`, `enabled = 1`}, `f.toml:3: connect_udp.enabled = 1: not true or false; `},
 		{proxy, []string{`[log]`, `qlog_dir = "q"`}, `f.toml:3: log.qlog_dir = "q": not supported by this version; remove it`},
 		{proxy, []string{`[[site]]`, `networks = ["192.0.2.0/24"]`}, `f.toml:2: site[0].user: is missing; write the name of the user whose client is the gateway`},

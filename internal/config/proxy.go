@@ -46,6 +46,9 @@ type Proxy struct {
 
 	Sessions, SessionsPerUser int
 
+	Metrics      string // HOST:PORT, TCP, empty: nowhere
+	MetricsNamed bool   // the file says so
+
 	Sites []Site
 
 	KeyLog string // name of the file for TLS secrets, empty: none
@@ -116,7 +119,8 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	p.Sessions = limits.int("sessions", 4096, 1, 1<<20)
 	p.SessionsPerUser = limits.int("sessions_per_user", 8, 1, 1<<20)
 
-	root.table("metrics").unsupported("listen")
+	metrics := root.table("metrics")
+	p.Metrics, p.MetricsNamed = metrics.tcpAddress("listen", "127.0.0.1:9484"), metrics.has("listen")
 	p.ConnectUDP = root.table("connect_udp").bool("enabled", true)
 
 	log := root.table("log")

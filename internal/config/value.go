@@ -182,6 +182,16 @@ func isHostPort(s string) bool {
 	return err == nil && n > 0
 }
 
+// tcpAddress is an address of this host with a port, or "" for none.
+func (t *table) tcpAddress(key, def string) string {
+	s := t.string(key, def)
+	if s != "" && (!isHostPort(s) || hostOf(s) != "" && !isAddr(hostOf(s))) {
+		t.add(key, "not an address and port", `write for example "127.0.0.1:9484", or "" for none`)
+		return ""
+	}
+	return s
+}
+
 // IsHost tells whether s is a domain name or an IP address without a zone.
 func IsHost(s string) bool {
 	if a, err := netip.ParseAddr(s); err == nil {

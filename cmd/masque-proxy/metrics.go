@@ -1,0 +1,46 @@
+package main
+
+import (
+	"context"
+	"errors"
+
+	"masquevpn/internal/cli"
+	"masquevpn/internal/metrics"
+)
+
+// serveMetrics serves metrics, and whether the proxy works, as the configuration says. The server is nil when it is nowhere. ctx
+// ends when the proxy stops.
+func (d *daemon) serveMetrics(ctx context.Context) (*metrics.Server, error) {
+	return cli.ServeMetrics(program, d.loaded.file.Metrics, d.loaded.file.MetricsNamed, metrics.Config{
+		Values: d.values, Ready: func() error { return d.readiness(ctx) }, Logger: d.logger,
+	})
+}
+
+// readiness returns why the proxy does not accept clients, nil when it does. ctx ends when it stops.
+func (d *daemon) readiness(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return errors.New("the proxy is stopping")
+	}
+	select {
+	case <-d.server.Ready():
+		return nil
+	default:
+		return errors.New("the proxy is still starting")
+	}
+}
+
+// values are what metrics show.
+func (d *daemon) values() metrics.Values {
+	c := d.server.Counters()
+	v := metrics.Values{Stats: &c.Stats, Sessions: c.Sessions, MaxSessions: c.MaxSessions, AuthFailures: c.AuthFailures}
+	for _, r := range c.Requests {
+		v.Requests = append(v.Requests, metrics.Request(r))
+	}
+	for _, p := range c.Pool {
+		v.Pool = append(v.Pool, metrics.Pool(p))
+	}
+	if leaf := d.certificate.Load().Leaf; leaf != nil {
+		v.CertificateExpiry = leaf.NotAfter
+	}
+	return v
+}

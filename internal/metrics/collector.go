@@ -1,0 +1,153 @@
+// Package metrics shows Prometheus what a program of ours has counted, and everybody whether it works.
+package metrics
+
+import (
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"masquevpn/internal/connectip"
+)
+
+// Values are what a program has counted since it started, and what it has now. The counts among them never get less. What is
+// nil or zero without a comment is of the other program, and left out.
+type Values struct {
+	Stats    *connectip.Stats // never nil
+	Sessions int              // may be zero
+
+	MaxSessions  int
+	Requests     []Request
+	AuthFailures map[string]uint64 // by method
+	Pool         []Pool
+
+	Reconnects map[string]uint64 // by reason
+	RTT        time.Duration     // of the session, zero while there is none
+	MTU        int               // of the tunnel, bytes, likewise
+
+	CertificateExpiry time.Time // of this end's certificate, zero if it has none
+}
+
+// Request is how many requests had one outcome.
+type Request struct {
+	Status int
+	Reason string
+	Count  uint64
+}
+
+// Pool is how the addresses of one family are used.
+type Pool struct {
+	Family       string
+	Leased, Free float64
+}
+
+// Program says what it is whose values are shown.
+type Program struct {
+	Name, Version, Revision, GoVersion string
+}
+
+// The words for directions, which are those of status --json: to this end of the tunnel, and from it.
+const (
+	received = "rx"
+	sent     = "tx"
+)
+
+// A metric is one family of metrics.
+type metric struct {
+	desc *prometheus.Desc
+	kind prometheus.ValueType
+}
+
+func counter(name, help string, labels ...string) metric {
+	return metric{prometheus.NewDesc(name, help, labels, nil), prometheus.CounterValue}
+}
+
+func gauge(name, help string, labels ...string) metric {
+	return metric{prometheus.NewDesc(name, help, labels, nil), prometheus.GaugeValue}
+}
+
+var (
+	buildInfo = gauge("masque_build_info", "Always 1; the labels say what is running.", "program", "version", "revision", "goversion")
+	sessions  = gauge("masque_sessions", "Sessions now; of a client, 1 while it is connected.")
+	limit     = gauge("masque_sessions_limit", "Sessions that there may be at once.")
+	requests  = counter("masque_session_requests_total", "Requests by the status of their answer and the reason for it.", "status", "reason")
+	auth      = counter("masque_auth_failures_total", "Requests and handshakes whose credentials were refused, by kind; missing: there were none.", "method")
+	packets   = counter("masque_packets_total", "IP packets out of tunnels (rx) and into them (tx), and UDP packets of flows for clients.", "direction")
+	bytes     = counter("masque_bytes_total", "Bytes of those packets, without what the tunnel adds.", "direction")
+	dropped   = counter("masque_dropped_packets_total", "Packets out of tunnels (rx) and into them (tx) that were dropped.", "direction", "reason")
+	icmp      = counter("masque_icmp_sent_total", "ICMP errors made here, by what they say.", "type")
+	noICMP    = counter("masque_icmp_suppressed_total", "ICMP errors that were held back by a limit on their rate.")
+	capsules  = counter("masque_capsules_total", "Capsules of RFC 9484 and 9297 from the peer (rx) and to it (tx).", "type", "direction")
+	pool      = gauge("masque_pool_addresses", "Addresses for clients, leased or free.", "family", "state")
+	reconnect = counter("masque_reconnects_total", "Attempts to connect again, by what was wrong before.", "reason")
+	rtt       = gauge("masque_rtt_seconds", "Smoothed round-trip time to the proxy, while connected.")
+	mtu       = gauge("masque_mtu_bytes", "Largest packet that the tunnel carries, while connected.")
+	expiry    = gauge("masque_certificate_expiry_timestamp_seconds", "When the certificate of this end ends, in seconds since 1970.")
+)
+
+// all are the metrics of both programs.
+var all = []metric{
+	buildInfo, sessions, limit, requests, auth, packets, bytes, dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, expiry,
+}
+
+// collector asks for the values whenever Prometheus does.
+type collector struct {
+	program Program
+	values  func() Values
+}
+
+// Describe tells of all metrics, whether this program has them or not.
+func (c collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, m := range all {
+		ch <- m.desc
+	}
+}
+
+// Collect sends what there is.
+func (c collector) Collect(ch chan<- prometheus.Metric) {
+	send := func(m metric, value float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(m.desc, m.kind, value, labels...)
+	}
+	p, v := c.program, c.values()
+	send(buildInfo, 1, p.Name, p.Version, p.Revision, p.GoVersion)
+	send(sessions, float64(v.Sessions))
+	if v.MaxSessions > 0 {
+		send(limit, float64(v.MaxSessions))
+	}
+	for _, r := range v.Requests {
+		send(requests, float64(r.Count), strconv.Itoa(r.Status), r.Reason)
+	}
+	for method, n := range v.AuthFailures {
+		send(auth, float64(n), method)
+	}
+	for direction, t := range map[string]*connectip.Traffic{received: &v.Stats.Receive, sent: &v.Stats.Send} {
+		send(packets, float64(t.Packets.Load()), direction)
+		send(bytes, float64(t.Bytes.Load()), direction)
+		for reason, n := range t.EachDrop() {
+			send(dropped, float64(n), direction, reason)
+		}
+		for typ, n := range t.EachCapsule() {
+			send(capsules, float64(n), typ, direction)
+		}
+	}
+	for typ, n := range v.Stats.ICMPSent.Each() {
+		send(icmp, float64(n), typ)
+	}
+	send(noICMP, float64(v.Stats.ICMPSuppressed.Load()))
+	for _, f := range v.Pool {
+		send(pool, f.Leased, f.Family, "leased")
+		send(pool, f.Free, f.Family, "free")
+	}
+	for reason, n := range v.Reconnects {
+		send(reconnect, float64(n), reason)
+	}
+	if v.RTT > 0 {
+		send(rtt, v.RTT.Seconds())
+	}
+	if v.MTU > 0 {
+		send(mtu, float64(v.MTU))
+	}
+	if !v.CertificateExpiry.IsZero() {
+		send(expiry, float64(v.CertificateExpiry.Unix()))
+	}
+}
