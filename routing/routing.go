@@ -307,11 +307,11 @@ func (s *scope) lack(feature, consequence string, err error) {
 		return
 	}
 	s.lacking[feature] = true
-	attrs := []any{"missing", feature}
+	logger := s.Logger.With("missing", feature)
 	if err != nil {
-		attrs = append(attrs, "error", err)
+		logger = logger.With("error", err)
 	}
-	s.Logger.Warn(consequence, attrs...)
+	logger.Warn(consequence)
 }
 
 // explain adds a remedy to errors of the kernel that have one.

@@ -110,7 +110,7 @@ func (s *scope) acquire(w setting) error {
 				return fmt.Errorf("%w: do it by hand on the host: %s", err, command)
 			}
 		}
-		s.Logger.Info("sysctl set", "name", dotted(w.name), "from", now, "to", w.value)
+		s.Logger.Info("sysctl set", "sysctl", dotted(w.name), "from", now, "to", w.value)
 		return nil
 	})
 	if err != nil && w.optional != "" {
@@ -158,7 +158,7 @@ func (s *scope) restore(c sysctl) error {
 		return err
 	case now == c.Old:
 	case now != c.New:
-		s.Logger.Info("sysctl was changed by somebody else and stays", "name", dotted(c.Name), "value", now)
+		s.Logger.Info("sysctl was changed by somebody else and stays", "sysctl", dotted(c.Name), "value", now)
 	default:
 		if err := s.writeSysctl(c.Name, c.Old); err != nil {
 			return err

@@ -144,7 +144,7 @@ func open(cfg Config, nl *netlink.Handle) (*Device, error) {
 			d.backend, d.name, d.offload, d.batchSize = dev, name, true, dev.batchSize()
 			queueLen = offloadQueueLen
 		case errors.Is(err, errNoOffload):
-			cfg.Logger.Warn("tun: using the plain device, which is slower", "device", cfg.Name, "reason", err)
+			cfg.Logger.Warn("tun: using the plain device, which is slower", "interface", cfg.Name, "reason", err)
 		default:
 			return nil, openError(cfg.Name, err)
 		}

@@ -79,7 +79,7 @@ func (s *userStore) current() *config.Users {
 	}
 	if err != nil {
 		if v != s.seen { // once per state of the file
-			s.logger.Error("the users file cannot be used; the users known before stay", "err", err)
+			s.logger.Error("the users file cannot be used; the users known before stay", "error", err)
 		}
 	} else {
 		s.users = users

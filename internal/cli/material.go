@@ -86,6 +86,6 @@ func OpenKeyLog(keys Keys, path string, c *tls.Config, logger *slog.Logger) (fun
 		return nil, keys.Problem("log.key_log", err.Error(), "name a file that can be written")
 	}
 	c.KeyLogWriter = f
-	logger.Warn("TLS secrets are written to a file: whoever reads it can read the traffic", "key_log", path)
+	logger.Warn("TLS secrets are written to a file: whoever reads it can read the traffic", "file", path)
 	return func() { f.Close() }, nil
 }

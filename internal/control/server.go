@@ -51,7 +51,7 @@ func Serve(dir, name string, h http.Handler, logger *slog.Logger) (*Server, erro
 	go func() {
 		defer close(s.done)
 		if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			logger.Error("control socket", "path", path, "err", err)
+			logger.Error("control socket", "file", path, "error", err)
 		}
 	}()
 	return s, nil

@@ -35,7 +35,7 @@ func NewService(logger *slog.Logger) *Service {
 	s := &Service{logger: logger}
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
-		logger.Warn("no watchdog", "err", err)
+		logger.Warn("no watchdog", "error", err)
 	}
 	s.watchdog = interval > 0
 	return s
@@ -77,7 +77,7 @@ func (s *Service) Alive() {
 
 func (s *Service) notify(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
-		s.failed.Do(func() { s.logger.Warn("systemd cannot be told how the service is", "err", err) })
+		s.failed.Do(func() { s.logger.Warn("systemd cannot be told how the service is", "error", err) })
 	}
 }
 

@@ -96,7 +96,7 @@ func setUp(fd int) granted {
 
 // report logs what was granted, and how to have more.
 func (c *Conn) report(g granted) {
-	attrs := []any{"address", c.LocalAddr().String(), "gso", g.gso, "gro", g.gro, "receive_buffer", g.receiveBuffer, "send_buffer", g.sendBuffer}
+	logger := c.logger.With("address", c.LocalAddr().String(), "gso", g.gso, "gro", g.gro, "receive_buffer", g.receiveBuffer, "send_buffer", g.sendBuffer)
 	var remedies []string
 	if g.receiveBuffer < enoughBuffer || g.sendBuffer < enoughBuffer {
 		remedies = append(remedies, fmt.Sprintf("set net.core.rmem_max and net.core.wmem_max to %d, or run with CAP_NET_ADMIN", bufferSize))
@@ -105,10 +105,10 @@ func (c *Conn) report(g granted) {
 		remedies = append(remedies, "use Linux 5.0 or newer")
 	}
 	if len(remedies) == 0 {
-		c.logger.Debug("UDP socket", attrs...)
+		logger.Debug("UDP socket")
 		return
 	}
-	c.logger.Warn("the UDP socket is slower than it could be", append(attrs, "remedy", strings.Join(remedies, "; "))...)
+	logger.Warn("the UDP socket is slower than it could be", "remedy", strings.Join(remedies, "; "))
 }
 
 // ReadBatch waits for packets and fills ms, each with one packet and its control data, until ms is full or there is no packet
