@@ -24,12 +24,15 @@ type Reader struct {
 	err      error    // what Next returns from now on
 }
 
+// readAhead is how much is read ahead, in bytes. Capsules are few, and most are short.
+const readAhead = 256
+
 // NewReader returns a Reader of the capsules in r, which it reads ahead of what
 // Next returns. maxValue is the longest value of a known capsule that is
 // accepted, in bytes; a Reader holds memory in proportion to the longest value
 // that arrived, never more than a small multiple of maxValue.
 func NewReader(r io.Reader, maxValue int) *Reader {
-	return &Reader{r: bufio.NewReader(r), maxValue: uint64(max(maxValue, 0))}
+	return &Reader{r: bufio.NewReaderSize(r, readAhead), maxValue: uint64(max(maxValue, 0))}
 }
 
 // Next returns the next capsule of a known type. Capsules of other types are

@@ -16,6 +16,7 @@ import (
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
+	"masquevpn/internal/worker"
 )
 
 // settingsTimeout is how long a request waits for the client's SETTINGS, which travel on a stream of their own.
@@ -116,10 +117,10 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		since:    time.Now(),
 		quic:     r.Context().Value(connKey{}).(*quic.Conn),
 		done:     make(chan struct{}),
-		stale:    make(chan struct{}, 1),
 
 		advertised: make(chan struct{}),
 	}
+	ss.announcer = worker.New(ss.announce)
 	var refused *refusal
 	if r.Proto == udpProtocol {
 		ss.udp, refused = h.s.openUDP(r.Context(), user, r.RequestURI)
@@ -192,10 +193,9 @@ func (ss *session) setScope(ctx context.Context, path string) *refusal {
 	return refused
 }
 
-// serve answers an accepted request and carries its session to its end.
+// serve answers an accepted request. A session of IP packets goes on when it returns, in a goroutine without all that the request
+// needed.
 func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
-	defer ss.stop(nil)
-	defer h.s.sessions.remove(ss)
 	w.Header().Set(http3.CapsuleProtocolHeader, "?1")
 	if ss.udp != nil {
 		congestion.Control(ss.quic) // RFC 9298 section 6: nobody knows whether what is inside controls itself
@@ -204,13 +204,22 @@ func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 	w.WriteHeader(http.StatusOK)
 	w.(http.Flusher).Flush()
 	h.s.requests.count(http.StatusOK, accepted)
-	level, about, run := slog.LevelInfo, slog.String("scope", ss.scope.String()), ss.run
 	if ss.udp != nil { // of these a client may make many, for a packet each
-		level, about, run = slog.LevelDebug, slog.String("udp_target", ss.udp.target.String()), ss.runUDP
+		ss.log.Debug("session started", "remote", r.RemoteAddr, "udp_target", ss.udp.target.String())
+		h.ended(ss, slog.LevelDebug, ss.runUDP(w))
+		return
 	}
-	ss.log.Log(ss.ctx, level, "session started", "remote", r.RemoteAddr, about)
-	err := run(w)
+	ss.log.Info("session started", "remote", r.RemoteAddr, "scope", ss.scope.String())
+	str := w.(http3.HTTPStreamer).HTTPStream()
+	go func() { h.ended(ss, slog.LevelInfo, ss.run(str)) }()
+}
+
+// ended takes a session, which ended with err, from the running ones.
+func (h handler) ended(ss *session, level slog.Level, err error) {
 	ss.log.Log(ss.ctx, level, "session ended", "reason", shorten(err), "rx_bytes", ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())
+	ss.stop(nil)
+	h.s.sessions.remove(ss)
+	close(ss.done)
 }
 
 // datagramsEnabled waits for the client's SETTINGS: without HTTP Datagrams no packet could be sent to it (RFC 9297 section 2.1.1).

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
-	"net/http"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -21,6 +20,7 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
+	"masquevpn/internal/worker"
 )
 
 const (
@@ -49,11 +49,11 @@ type session struct {
 	log      *slog.Logger
 	ctx      context.Context // ends when the session has to
 	stop     context.CancelCauseFunc
-	done     chan struct{} // closed when everything it held is given back
+	done     chan struct{} // closed when everything it held is given back and it is not among the running ones
 
-	stale      chan struct{} // what the client was told may have changed
-	advertised chan struct{} // closed when the client was told its routes for the first time, or cannot be
-	saidNoSite bool          // of the goroutine that handles capsules
+	announcer  *worker.Worker // woken when what the client was told may have changed
+	advertised chan struct{}  // closed when the client was told its routes for the first time, or cannot be
+	saidNoSite bool           // of the goroutine that handles capsules
 
 	mu        sync.Mutex
 	conn      *connectip.Conn   // nil until the request is answered
@@ -75,10 +75,8 @@ var (
 )
 
 // run carries the session on its stream until that or ss.ctx ends, and gives back all that it held. The header of the answer
-// was written to w.
-func (ss *session) run(w http.ResponseWriter) error {
-	defer close(ss.done)
-	str := w.(http3.HTTPStreamer).HTTPStream()
+// was written.
+func (ss *session) run(str *http3.Stream) error {
 	ss.mu.Lock()
 	conn := connectip.New(str, ss.quic, connectip.Config{
 		Device:         ss.server.device,
@@ -92,22 +90,23 @@ func (ss *session) run(w http.ResponseWriter) error {
 	ss.conn = conn
 	ss.mu.Unlock()
 
-	inner, cancel := context.WithCancel(ss.ctx)
-	var wg sync.WaitGroup
-	wg.Go(func() { ss.sendQueued(conn) })
+	var sending sync.WaitGroup
+	sending.Go(func() { ss.sendQueued(conn) })
 	if err := ss.followSites(); err != nil {
 		ss.stop(err)
 	}
-	wg.Go(func() { ss.announce(inner) })
+	ss.announcer.Wake()
 	err := conn.Run(ss.ctx)
+	if cause := context.Cause(ss.ctx); cause != nil {
+		err = cause
+	}
 	// The session leaves the table first, so that no packet for the next holder of an address comes here.
 	ss.release()
-	cancel()
 	ss.queue.Close()
-	conn.Drain(&wg)
-	if cause := context.Cause(ss.ctx); cause != nil {
-		return cause
-	}
+	conn.Drain(func() {
+		sending.Wait()
+		ss.announcer.Close()
+	})
 	return err
 }
 
@@ -264,36 +263,30 @@ func (ss *session) lease(r capsule.Address) (capsule.Address, error) {
 func (ss *session) owner() string { return cmp.Or(ss.user.Name, ss.instance) }
 
 // announce tells the client its routes, and then how names are resolved, so that no query leaves outside the tunnel for want of
-// a route; again whenever they may have changed, until ctx ends. A client that does not read holds up this alone.
-func (ss *session) announce(ctx context.Context) {
-	first := sync.OnceFunc(func() { close(ss.advertised) })
-	for {
-		err := ss.advertise()
-		first()
-		if err == nil {
-			err = ss.assignDNS()
-		}
-		if err != nil {
-			if ctx.Err() == nil {
-				ss.stop(err)
-			}
-			return
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-ss.stale:
-		}
+// a route. A client that does not read holds up this alone.
+func (ss *session) announce() {
+	ss.mu.Lock()
+	conn := ss.conn
+	ss.mu.Unlock()
+	if conn == nil {
+		return // it is told when the request is answered
+	}
+	err := ss.advertise()
+	select {
+	case <-ss.advertised:
+	default:
+		close(ss.advertised)
+	}
+	if err == nil {
+		err = ss.assignDNS()
+	}
+	if err != nil {
+		ss.stop(err)
 	}
 }
 
 // refresh has the client told what changed. It never blocks.
-func (ss *session) refresh() {
-	select {
-	case ss.stale <- struct{}{}:
-	default:
-	}
-}
+func (ss *session) refresh() { ss.announcer.Wake() }
 
 // advertise tells the client its routes, unless they are what it was told last. It is not called concurrently.
 func (ss *session) advertise() error {

@@ -150,7 +150,6 @@ var errIdle = errors.New("no packet passed for long")
 // runUDP carries the session until its stream, the socket to its target or ss.ctx ends, or until no packet passed for long, and
 // gives back all that it held. The header of the answer was written.
 func (ss *session) runUDP(w http.ResponseWriter) error {
-	defer close(ss.done)
 	f := ss.udp
 	str := w.(http3.HTTPStreamer).HTTPStream()
 	capacity := func() (int, error) { return connectip.MaxPayload(ss.quic, str.StreamID()) }

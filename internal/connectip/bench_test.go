@@ -77,8 +77,7 @@ func BenchmarkSendRoutes(b *testing.B) {
 
 func BenchmarkReceive(b *testing.B) {
 	c := benchConn(b)
-	in := newInbox(c, b.Context().Done())
-	go c.deliver(b.Context(), in)
+	in := newInbox(c)
 	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 1400)[Headroom:]...)
 	b.SetBytes(int64(len(datagram) - 1))
 	for b.Loop() {

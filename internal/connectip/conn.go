@@ -18,6 +18,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 
 	"masquevpn/capsule"
+	"masquevpn/internal/worker"
 )
 
 const (
@@ -98,15 +99,18 @@ type Conn struct {
 	echo      *echo
 	firstIn   chan struct{} // closed when the first packet came in
 	sawPacket atomic.Bool
-	toHost    errorLimits // ICMP errors about packets of the host
-	toPeer    errorLimits // and about packets of the peer
-	toSend    chan []byte // packets of this endpoint itself that answer the peer's, behind Headroom free bytes
+	toHost    errorLimits    // ICMP errors about packets of the host
+	toPeer    errorLimits    // and about packets of the peer
+	toSend    chan []byte    // packets of this endpoint itself that answer the peer's, behind Headroom free bytes
+	sender    *worker.Worker // of those
+
+	life context.Context // ends with the cause for which Run has to
+	stop context.CancelCauseFunc
 
 	pace pace // of the peer's capsules
 
-	writing     sync.Mutex // orders capsules on the wire; taken before mu, which is not held while the peer does not read
-	cut         bool       // a capsule was written in part
-	writeFailed chan error // why; Run ends then
+	writing sync.Mutex // orders capsules on the wire; taken before mu, which is not held while the peer does not read
+	cut     bool       // a capsule was written in part
 
 	mu      sync.Mutex // guards what follows
 	link    link
@@ -131,7 +135,8 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 		peerIDs:   make(map[uint64]struct{}),
 		answers:   make(map[uint64]netip.Prefix),
 	}
-	c.writeFailed = make(chan error, 1)
+	c.life, c.stop = context.WithCancelCause(context.Background())
+	c.sender = worker.New(c.sendAnswers)
 	_ = c.update() // an empty link has a policy
 	return c
 }
@@ -139,46 +144,49 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 // Run carries capsules and packets until the stream or ctx ends, and leaves no goroutine behind. It returns nil when
 // ctx ended, ErrClosedByPeer when the peer finished, and otherwise what went wrong. The stream is closed or reset then.
 func (c *Conn) Run(ctx context.Context) error {
-	c.updateMTU()
-	inner, cancel := context.WithCancel(ctx)
-	defer cancel()
-	var wg sync.WaitGroup
-	in := newInbox(c, inner.Done())
-	wg.Go(func() { c.receive(inner, in) })
-	wg.Go(func() { c.deliver(inner, in) })
-	wg.Go(func() { c.sendAnswers(inner) })
-	wg.Go(func() { c.watchLink(inner) })
-	defer c.datagrams.direct(in)()
-
-	done := make(chan error, 1)
-	wg.Go(func() { done <- c.readCapsules(inner, in) })
-	refused := make(chan error, 1)
+	defer context.AfterFunc(ctx, func() { c.stop(nil) })()
 	defer context.AfterFunc(c.str.Context(), func() {
 		var stop *quic.StreamError // STOP_SENDING
 		switch cause := context.Cause(c.str.Context()); {
 		case !errors.As(cause, &stop) || !stop.Remote:
 		case stop.ErrorCode == quic.StreamErrorCode(http3.ErrCodeNoError):
-			refused <- ErrClosedByPeer
+			c.stop(ErrClosedByPeer)
 		default:
-			refused <- fmt.Errorf("the peer takes no capsules any more: %w", cause)
+			c.stop(fmt.Errorf("the peer takes no capsules any more: %w", cause))
 		}
 	})()
-	var err error
-	select {
-	case err = <-done:
-	case err = <-refused:
-	case err = <-c.writeFailed:
-	case <-ctx.Done():
-	}
-	c.end(err)
-	cancel()
-	c.Drain(&wg)
-	in.close()
-	return err
+	ended := make(chan struct{})
+	context.AfterFunc(c.life, func() { // which ends readCapsules too
+		defer close(ended)
+		c.end(c.cause())
+	})
+	c.updateMTU()
+	in := newInbox(c)
+	link := newLinkWatch(c)
+	received := c.receive(in)
+	defer c.datagrams.direct(in)()
+
+	c.stop(c.readCapsules(in))
+	<-ended
+	c.Drain(func() {
+		<-received
+		link.close()
+		c.sender.Close()
+		in.close()
+	})
+	return c.cause()
 }
 
-// Drain waits for wg, whose goroutines may be in Send, as the function Drain does.
-func (c *Conn) Drain(wg *sync.WaitGroup) { Drain(c.datagrams.conn, wg.Wait) }
+// cause is why c.life ended, nil for the end of Run's context.
+func (c *Conn) cause() error {
+	if err := context.Cause(c.life); err != context.Canceled {
+		return err
+	}
+	return nil
+}
+
+// Drain calls wait, which waits for goroutines that may be in Send, as the function Drain does.
+func (c *Conn) Drain(wait func()) { Drain(c.datagrams.conn, wait) }
 
 // Drain calls wait, which may wait for room in QUIC's queue of datagrams, however long that takes. So a connection that takes no
 // packet for some seconds is closed, with all its streams: its peer is gone, or means to hold us up.
@@ -229,7 +237,7 @@ func ErrorCode(err error) http3.ErrCode {
 }
 
 // readCapsules handles capsules until the stream ends.
-func (c *Conn) readCapsules(ctx context.Context, in *inbox) error {
+func (c *Conn) readCapsules(in *inbox) error {
 	r := capsule.NewReader(c.str, maxCapsule)
 	r.Skipped = c.cfg.Stats.Receive.countCapsule
 	for {
@@ -245,7 +253,7 @@ func (c *Conn) readCapsules(ctx context.Context, in *inbox) error {
 			return err
 		}
 		c.cfg.Stats.Receive.countCapsule(next.Type())
-		if err := c.pace.wait(ctx, next); err != nil {
+		if err := c.pace.wait(c.life, next); err != nil {
 			return err
 		}
 		switch x := next.(type) {
@@ -458,7 +466,7 @@ func (c *Conn) send(x capsule.Capsule, change func(*link)) error {
 	if _, err := c.str.Write(x.Append(nil)); err != nil {
 		err = fmt.Errorf("sending %v: %w", x.Type(), err)
 		c.cut = true
-		c.writeFailed <- err
+		c.stop(err)
 		return err
 	}
 	c.cfg.Stats.Send.countCapsule(x.Type())

@@ -428,7 +428,7 @@ func TestEndsThoughPacketsAreStuck(t *testing.T) {
 		c.datagrams.conn = stuckQUIC{make(chan struct{})}
 		var wg sync.WaitGroup
 		wg.Go(func() { _ = c.datagrams.send(echoPacket(clientAddr4, target4, 64, 64), Headroom) })
-		c.Drain(&wg)
+		c.Drain(wg.Wait)
 	})
 }
 

@@ -2,5 +2,7 @@
 
 package connectip
 
-// direct does nothing: all datagrams come by way of the stream.
+// isDirect reports that direct does nothing: all datagrams come by way of the stream.
+func (d *datagrams) isDirect() bool { return false }
+
 func (d *datagrams) direct(*inbox) (stop func()) { return func() {} }

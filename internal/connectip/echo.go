@@ -31,7 +31,7 @@ type echo struct {
 	answers  *rate.Limiter
 	answered atomic.Bool // the peer answers echoes on the link
 
-	// What follows belongs to watchLink.
+	// What follows belongs to linkWatch.
 	seq     uint16
 	replies chan uint16 // sequence numbers of answers; full: dropped
 }

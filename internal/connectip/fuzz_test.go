@@ -3,6 +3,7 @@ package connectip
 import (
 	"bytes"
 	"net/netip"
+	"runtime"
 	"testing"
 
 	"github.com/quic-go/quic-go/quicvarint"
@@ -87,11 +88,11 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 	maySend := func(a netip.Addr, proto uint8) bool { return pol.isSelf(a) || pol.sendFrom.allow(a, proto) }
 
 	// From the peer.
-	in := newInbox(c, nil)
+	in := newInbox(c)
 	defer in.close()
 	in.HandleDatagram(data)
-	for len(c.toSend) > 0 {
-		_ = c.datagrams.send(<-c.toSend, Headroom)
+	for !c.sender.Idle() {
+		runtime.Gosched()
 	}
 	var came netip.Addr
 	if _, n, err := quicvarint.Parse(data); err == nil {

@@ -1,8 +1,6 @@
 package connectip
 
 import (
-	"context"
-
 	"golang.org/x/time/rate"
 
 	"masquevpn/internal/ippacket"
@@ -75,19 +73,20 @@ func (c *Conn) answerPeer(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError
 func (c *Conn) answer(buf []byte) {
 	select {
 	case c.toSend <- buf:
+		c.sender.Wake()
 	default:
 		c.cfg.Stats.Send.Drop(DropQueueFull)
 	}
 }
 
-// sendAnswers sends what answer queued, until ctx ends.
-func (c *Conn) sendAnswers(ctx context.Context) {
+// sendAnswers sends what answer queued.
+func (c *Conn) sendAnswers() {
 	for {
 		select {
-		case <-ctx.Done():
-			return
 		case buf := <-c.toSend:
 			_ = c.datagrams.send(buf, Headroom)
+		default:
+			return
 		}
 	}
 }

@@ -1,10 +1,10 @@
 package connectip
 
 import (
-	"context"
 	"time"
 
 	"masquevpn/internal/ippacket"
+	"masquevpn/internal/worker"
 )
 
 // QUIC finds out how large packets may be, but only ever upwards: when the path's MTU shrinks, large datagrams vanish while
@@ -27,61 +27,78 @@ const (
 	mtuStep = 16
 )
 
-// watchLink keeps the MTU right until ctx ends.
-func (c *Conn) watchLink(ctx context.Context) {
+// linkWatch keeps the MTU right. Its goroutine is there for a look at a time.
+type linkWatch struct {
+	conn   *Conn
+	timer  *time.Timer
+	worker *worker.Worker
+
+	// What follows belongs to look.
+	wait            time.Duration // before the next look
+	checked, raised time.Time
+	nudges          int
+}
+
+func newLinkWatch(c *Conn) *linkWatch {
 	// QUIC's discovery begins with the connection and takes some round trips: look often at first.
-	wait := mtuInterval / 8
-	checked, raised := time.Now(), time.Now()
-	nudges := 0
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(wait):
+	w := &linkWatch{conn: c, wait: mtuInterval / 8, checked: time.Now(), raised: time.Now()}
+	w.worker = worker.New(w.look)
+	w.timer = time.AfterFunc(mtuInterval, w.worker.Wake)
+	w.timer.Reset(w.wait) // now that look can see it
+	return w
+}
+
+// close waits for the last look. c.life has ended then.
+func (w *linkWatch) close() {
+	w.worker.Close()
+	w.timer.Stop()
+}
+
+func (w *linkWatch) look() {
+	c := w.conn
+	w.wait = min(2*w.wait, mtuInterval)
+	defer func() { w.timer.Reset(w.wait) }()
+	c.updateMTU()
+	if w.nudges < maxNudges && int(c.quicMTU.Load()) < MinIPv6MTU {
+		// QUIC discovers only while something is sent, and begins with small packets on a path that may be narrow.
+		w.nudges++
+		w.wait = mtuInterval / 8
+		c.sendEcho(c.echo.addr, allNodes, 255, true, 0, nil)
+	}
+	if !c.echo.answered.Load() {
+		return // the peer does not answer echoes, so their loss means nothing
+	}
+	switch now := time.Now(); {
+	case c.sentLarge.Load() && now.Sub(w.checked) >= verifyInterval:
+		w.checked = now
+		c.sentLarge.Store(false)
+		if c.passes(c.MTU()) || !c.passes(largePacket/2) {
+			return // all is well, or it is not for the size
 		}
-		wait = min(2*wait, mtuInterval)
-		c.updateMTU()
-		if nudges < maxNudges && int(c.quicMTU.Load()) < MinIPv6MTU {
-			// QUIC discovers only while something is sent, and begins with small packets on a path that may be narrow.
-			nudges++
-			wait = mtuInterval / 8
-			c.sendEcho(c.echo.addr, allNodes, 255, true, 0, nil)
-		}
-		if !c.echo.answered.Load() {
-			continue // the peer does not answer echoes, so their loss means nothing
-		}
-		switch now := time.Now(); {
-		case c.sentLarge.Load() && now.Sub(checked) >= verifyInterval:
-			checked = now
-			c.sentLarge.Store(false)
-			if c.passes(ctx, c.MTU()) || !c.passes(ctx, largePacket/2) {
-				continue // all is well, or it is not for the size
-			}
-			c.capMTU(c.largestThatPasses(ctx, largePacket/2, c.MTU()))
-			raised = time.Now()
-		case c.mtuCap.Load() > 0 && now.Sub(raised) >= raiseInterval:
-			raised = now
-			if top := int(c.quicMTU.Load()); c.passes(ctx, top) {
-				c.capMTU(0)
-			} else if n := c.largestThatPasses(ctx, c.MTU(), top); n > c.MTU() {
-				c.capMTU(n)
-			}
+		c.capMTU(c.largestThatPasses(largePacket/2, c.MTU()))
+		w.raised = time.Now()
+	case c.mtuCap.Load() > 0 && now.Sub(w.raised) >= raiseInterval:
+		w.raised = now
+		if top := int(c.quicMTU.Load()); c.passes(top) {
+			c.capMTU(0)
+		} else if n := c.largestThatPasses(c.MTU(), top); n > c.MTU() {
+			c.capMTU(n)
 		}
 	}
 }
 
 // largestThatPasses searches between low, which passes, and high, which does not, in bytes.
-func (c *Conn) largestThatPasses(ctx context.Context, low, high int) int {
+func (c *Conn) largestThatPasses(low, high int) int {
 	// The sizes that matter most are tried first: those around which paths are built.
 	if low < MinIPv6MTU && MinIPv6MTU < high {
-		if c.passes(ctx, MinIPv6MTU) {
+		if c.passes(MinIPv6MTU) {
 			low = MinIPv6MTU
 		} else {
 			high = MinIPv6MTU
 		}
 	}
-	for high-low > mtuStep && ctx.Err() == nil {
-		if mid := (low + high) / 2; c.passes(ctx, mid) {
+	for high-low > mtuStep && c.life.Err() == nil {
+		if mid := (low + high) / 2; c.passes(mid) {
 			low = mid
 		} else {
 			high = mid
@@ -91,7 +108,7 @@ func (c *Conn) largestThatPasses(ctx context.Context, low, high int) int {
 }
 
 // passes reports whether a packet of size bytes gets to the peer and back.
-func (c *Conn) passes(ctx context.Context, size int) bool {
+func (c *Conn) passes(size int) bool {
 	wait := max(minEchoWait, 4*c.datagrams.conn.ConnectionStats().SmoothedRTT)
 	data := make([]byte, max(0, size-48)) // without the headers of IPv6 and ICMPv6
 	for range echoTries {
@@ -107,7 +124,7 @@ func (c *Conn) passes(ctx context.Context, size int) bool {
 				}
 			case <-timeout.C:
 				waiting = false
-			case <-ctx.Done():
+			case <-c.life.Done():
 				timeout.Stop()
 				return false
 			}
