@@ -16,9 +16,11 @@ const (
 	// Limit is how many packets a queue holds at most: as much as one TCP connection sends at once, so that it is CoDel that slows
 	// it down, with a drop here and there.
 	Limit = 4096
-	// crowdedLimit is the same while the queues of this process hold maxTotal packets together, which is some 100 MB.
-	crowdedLimit = 256
-	maxTotal     = 1 << 16
+	// maxTotal is how many packets the queues of this process hold together, which is some 117 MB.
+	maxTotal = 1 << 16
+	// reserve is how many of these are for queues that have few, no more than minLimit each, while others have taken all the rest.
+	reserve  = maxTotal / 8
+	minLimit = 16
 	// buckets is how many flows are told apart; those that share one are served as one.
 	buckets = 128
 	// quantum is how many bytes a flow may send in one turn.
@@ -73,12 +75,7 @@ func (q *Queue) Push(packets []*Packet) (dropped int) {
 		}
 	}
 	q.packets += len(packets)
-	limit := Limit
-	if total.Add(int64(len(packets))) > maxTotal {
-		limit = crowdedLimit
-	}
-	if q.packets > limit {
-		dropped = q.packets - limit
+	if dropped = q.excess(int(total.Add(int64(len(packets))))); dropped > 0 {
 		q.drop(dropped)
 	}
 	q.mu.Unlock()
@@ -87,6 +84,14 @@ func (q *Queue) Push(packets []*Packet) (dropped int) {
 	default:
 	}
 	return dropped
+}
+
+// excess returns how many packets q has too many while all queues together have so many. A queue may have as many as it leaves free
+// for others (the dynamic thresholds of Choudhury and Hahne): those that are flooded so come to have equal parts.
+func (q *Queue) excess(all int) int {
+	others := all - q.packets
+	limit := min(Limit, max(minLimit, (maxTotal-reserve-others)/2))
+	return min(q.packets, max(0, q.packets-limit, all-maxTotal))
 }
 
 // drop drops n packets, the oldest of those flows that have most.

@@ -249,17 +249,63 @@ func TestEmptyPackets(t *testing.T) {
 	q.Close()
 }
 
-// While many packets wait in all queues together, each may have few.
+// occupy has the queues of the process hold n packets more until the test ends.
+func occupy(t *testing.T, n int64) {
+	total.Add(n)
+	t.Cleanup(func() { total.Add(-n) })
+}
+
+// Queues that are flooded share what is left, whoever came first, and never have more than it together.
 func TestCrowded(t *testing.T) {
-	total.Add(maxTotal)
-	defer total.Add(-maxTotal)
-	q := New()
-	defer q.Close()
-	if dropped := q.Push(run(1, crowdedLimit+44, minSize)); dropped != 44 {
-		t.Errorf("%d dropped", dropped)
+	const left, late, early = 2000, 15, 4
+	occupy(t, maxTotal-reserve-left-total.Load())
+	queues := make([]*Queue, early+late)
+	most := 0
+	for round := range 50 {
+		for i := range queues {
+			if queues[i] == nil {
+				queues[i] = New()
+				defer queues[i].Close()
+			}
+			if i >= early && round < 10 {
+				continue
+			}
+			queues[i].Push(run(uint16(i), 60, minSize))
+			most = max(most, int(total.Load()))
+		}
 	}
-	if dropped := q.Push(run(1, 1, minSize)); dropped != 1 {
-		t.Errorf("then %d dropped", dropped)
+	if most > maxTotal-reserve+minLimit*late {
+		t.Errorf("%d packets at a time", most)
+	}
+	for i, q := range queues {
+		if fair := left / (len(queues) + 1); waiting(q) < fair*3/4 || waiting(q) > fair*5/4 {
+			t.Errorf("queue %d has %d packets, want some %d", i, waiting(q), fair)
+		}
+	}
+}
+
+// When others hold all that there is, a queue may have some packets still, but only as long as the bound holds.
+func TestBound(t *testing.T) {
+	occupy(t, maxTotal-reserve-total.Load())
+	var queues []*Queue
+	push := func(want int) {
+		q := New()
+		queues = append(queues, q)
+		if dropped := q.Push(run(1, 100, minSize)); waiting(q) != want || dropped != 100-want {
+			t.Fatalf("queue %d has %d packets, want %d; %d of 100 dropped", len(queues), waiting(q), want, dropped)
+		}
+	}
+	for range reserve / minLimit {
+		push(minLimit)
+	}
+	for range 10 {
+		push(0)
+	}
+	if n := total.Load(); n != maxTotal {
+		t.Errorf("%d packets in all, want %d", n, maxTotal)
+	}
+	for _, q := range queues {
+		q.Close()
 	}
 }
 
