@@ -78,6 +78,8 @@ func BenchmarkSendRoutes(b *testing.B) {
 func BenchmarkReceive(b *testing.B) {
 	c := benchConn(b)
 	in := newInbox(c)
+	defer c.stop(nil)
+	go in.deliver()
 	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 1400)[Headroom:]...)
 	b.SetBytes(int64(len(datagram) - 1))
 	for b.Loop() {

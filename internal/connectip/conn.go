@@ -163,13 +163,15 @@ func (c *Conn) Run(ctx context.Context) error {
 	c.updateMTU()
 	in := newInbox(c)
 	link := newLinkWatch(c)
-	received := c.receive(in)
+	var wg sync.WaitGroup
+	wg.Go(func() { c.receive(in) })
+	wg.Go(in.deliver)
 	defer c.datagrams.direct(in)()
 
 	c.stop(c.readCapsules(in))
 	<-ended
 	c.Drain(func() {
-		<-received
+		wg.Wait()
 		link.close()
 		c.sender.Close()
 		in.close()

@@ -4,9 +4,8 @@ import (
 	"context"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
-
-	"masquevpn/internal/worker"
 )
 
 const (
@@ -22,20 +21,19 @@ const (
 // inbox collects the packets of the peer and hands them to the device in batches, which lets the device merge the segments of a
 // flow into a single write. One goroutine fills a batch while another one writes the last.
 type inbox struct {
-	conn   *Conn
-	size   int         // of a batch
-	full   chan *batch // handed over and not written yet
-	writer *worker.Worker
-	ended  <-chan struct{}
+	conn  *Conn
+	size  int // of a batch
+	full  chan *batch
+	ended <-chan struct{}
+
+	waiting atomic.Int32 // batches handed over and not written yet
 
 	mu    sync.Mutex // hardly ever contended: nearly all packets come from one goroutine
 	batch *batch     // that is being filled, nil for none
 }
 
 func newInbox(c *Conn) *inbox {
-	in := &inbox{conn: c, size: min(maxBatch, c.cfg.Device.BatchSize()), full: make(chan *batch, 1), ended: c.life.Done()}
-	in.writer = worker.New(in.deliver)
-	return in
+	return &inbox{conn: c, size: min(maxBatch, c.cfg.Device.BatchSize()), full: make(chan *batch), ended: c.life.Done()}
 }
 
 // HandleDatagram takes one HTTP Datagram, context ID first, and does not keep it. It waits while the device does not keep up:
@@ -77,12 +75,12 @@ func (in *inbox) flush() bool {
 	in.batch = nil
 	switch {
 	case b == nil:
-	case b.n <= maxInline && in.writer.Idle():
+	case b.n <= maxInline && in.waiting.Load() == 0:
 		in.conn.write(b)
 	default:
+		in.waiting.Add(1)
 		select {
 		case in.full <- b:
-			in.writer.Wake()
 		case <-in.ended:
 			b.free()
 			return false
@@ -91,57 +89,47 @@ func (in *inbox) flush() bool {
 	return true
 }
 
-// close waits for the writer, and gives back what nobody will write any more. The inbox has ended then.
+// close gives back what nobody will write any more. The inbox has ended then.
 func (in *inbox) close() {
-	in.writer.Close()
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.batch != nil {
 		in.batch.free()
 		in.batch = nil
 	}
-	select {
-	case b := <-in.full:
-		b.free()
-	default:
-	}
 }
 
 // straggling is how long datagrams come by way of the stream although they are handled directly: those that came before.
 const straggling = time.Second
 
-// receive takes the datagrams that come by way of the stream, until that or c.life ends or none come that way any more. It does not wait;
-// the channel that it returns is closed then.
-func (c *Conn) receive(in *inbox) <-chan struct{} {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		ctx := c.life
-		if c.datagrams.isDirect() {
-			var cancel context.CancelFunc
-			ctx, cancel = context.WithTimeout(ctx, straggling)
-			defer cancel()
+// receive takes the datagrams that come by way of the stream, until that or c.life ends or none come that way any more.
+func (c *Conn) receive(in *inbox) {
+	ctx := c.life
+	if c.datagrams.isDirect() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, straggling)
+		defer cancel()
+	}
+	for {
+		b, err := c.str.ReceiveDatagram(ctx)
+		if err != nil {
+			return
 		}
-		for {
-			b, err := c.str.ReceiveDatagram(ctx)
-			if err != nil {
-				return
-			}
-			in.HandleDatagram(b)
-			in.FlushDatagrams()
-		}
-	}()
-	return done
+		in.HandleDatagram(b)
+		in.FlushDatagrams()
+	}
 }
 
-// deliver writes the batches that there are to the device.
+// deliver writes batches to the device until the inbox has ended. It is no worker: with a new goroutine for each batch, throughput is some
+// percent less.
 func (in *inbox) deliver() {
 	for {
 		select {
+		case <-in.ended:
+			return
 		case b := <-in.full:
 			in.conn.write(b)
-		default:
-			return
+			in.waiting.Add(-1)
 		}
 	}
 }
