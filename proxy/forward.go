@@ -50,12 +50,17 @@ func (s *Server) readDevice() error {
 	}
 }
 
-// dispatch queues packets for their sessions, which own them from then on: they are set to nil. The others stay the caller's.
+// dispatch queues packets for their sessions, which own them from then on: they are set to nil. The others stay the caller's. A
+// single packet for an idle session is sent at once.
 func (s *Server) dispatch(packets []*flowqueue.Packet) {
 	var to *session
 	first := 0 // of those that go to it
 	queue := func(end int) {
-		if to != nil {
+		switch {
+		case to == nil:
+		case end-first == 1 && to.queue.Idle() && to.conn.Ready(): // who is in the table has a conn
+			to.conn.Send(packets[first].Bytes(), headroom) // waking another goroutine takes longer
+		default:
 			to.stats.Send.DropMany(connectip.DropQueueFull, to.queue.Push(packets[first:end]))
 			clear(packets[first:end])
 		}

@@ -4,7 +4,13 @@ package connectip
 
 import "github.com/quic-go/quic-go"
 
-// isDirect reports whether direct does that.
+// ready reports whether send would not wait.
+func (d *datagrams) ready() bool {
+	conn, ok := d.conn.(*quic.Conn)
+	return ok && !conn.DatagramsWaiting()
+}
+
+// isDirect reports whether direct does what it says.
 func (d *datagrams) isDirect() bool {
 	_, ok := d.conn.(*quic.Conn)
 	return ok

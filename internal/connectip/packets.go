@@ -22,6 +22,9 @@ func (c *Conn) Send(buf []byte, off int) Drop {
 	return d
 }
 
+// Ready reports whether Send would not wait. Builds without the edits to quic-go cannot tell.
+func (c *Conn) Ready() bool { return c.datagrams.ready() }
+
 func (c *Conn) forward(buf []byte, off int) Drop {
 	pkt := buf[off:]
 	p, err := ippacket.Parse(pkt)

@@ -41,6 +41,7 @@ type Queue struct {
 	fresh    list           // flows that had nothing to send until now: they go first, once
 	old      list
 	packets  int
+	popping  bool // Pop waits
 	isClosed bool
 }
 
@@ -123,6 +124,7 @@ func (q *Queue) took(n int) {
 func (q *Queue) Pop(into []*Packet) (n, dropped int) {
 	for {
 		q.mu.Lock()
+		q.popping = false
 		if q.packets > 0 {
 			now := q.now()
 			for n < len(into) {
@@ -137,12 +139,21 @@ func (q *Queue) Pop(into []*Packet) (n, dropped int) {
 			q.took(n + dropped)
 		}
 		closed := q.isClosed
+		q.popping = n == 0 && !closed
 		q.mu.Unlock()
 		if n > 0 || closed {
 			return n, dropped
 		}
 		<-q.wake
 	}
+}
+
+// Idle reports whether nothing waits, and what was taken before is sent: a packet that goes past the queue overtakes none. It holds
+// until the next Push.
+func (q *Queue) Idle() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.popping && q.packets == 0
 }
 
 // next takes the packet that is to go next, nil for none (RFC 8290 section 4.2).

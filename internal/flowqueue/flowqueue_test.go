@@ -454,3 +454,47 @@ func BenchmarkPushPop(b *testing.B) {
 		}
 	}
 }
+
+// A packet may go past the queue only when none is before it: neither in the queue nor with who took some and has not sent them yet.
+func TestIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q := New()
+		if q.Idle() {
+			t.Error("idle before anybody waits for packets")
+		}
+		sent := make(chan struct{})
+		go func() {
+			for {
+				p, _ := popOne(t, q)
+				last := portOf(p) == 0
+				<-sent
+				p.Free()
+				if last {
+					return
+				}
+			}
+		}()
+		synctest.Wait()
+		if !q.Idle() {
+			t.Error("not idle while it is empty and Pop waits")
+		}
+		q.Push(run(1, 2, MaxSize))
+		for range 2 {
+			synctest.Wait()
+			if q.Idle() {
+				t.Error("idle while a packet waits or is being sent")
+			}
+			sent <- struct{}{}
+		}
+		synctest.Wait()
+		if !q.Idle() {
+			t.Error("not idle when all is sent")
+		}
+		q.Push(run(0, 1, MaxSize))
+		sent <- struct{}{}
+		synctest.Wait()
+		if q.Idle() {
+			t.Error("idle while nobody waits for packets any more")
+		}
+	})
+}

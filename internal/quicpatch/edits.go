@@ -256,6 +256,16 @@ func (h *sendQueue) sendNow(p *packetBuffer, gsoSize uint16, ecn protocol.ECN) b
 	return true
 }
 `,
+	"datagrams_waiting.go": `package quic
+
+// DatagramsWaiting reports whether datagrams wait to be packed. While none does, SendDatagram does not wait.
+func (c *Conn) DatagramsWaiting() bool {
+	h := c.datagramQueue
+	h.sendMx.Lock()
+	defer h.sendMx.Unlock()
+	return !h.sendQueue.Empty()
+}
+`,
 	"gso_segments.go": `package quic
 
 // maxGSOSegments is how many segments every kernel with UDP GSO takes in one message.
