@@ -12,7 +12,7 @@ STOCK   := GOFLAGS='$(filter-out -tags=%,$(GOFLAGS)) -mod=readonly'
 # How long each fuzz target runs in `make fuzz`.
 FUZZTIME ?= 60s
 # Debian packages that the tests use as the other side: real programs, real packets.
-TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables polkitd rpm systemd tcpdump traceroute
+TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables pebble polkitd rpm systemd tcpdump traceroute
 
 UNITS   := $$($(GO) list ./... | grep -v '/test$$')
 # The end-to-end tests, and which of them.

@@ -50,6 +50,16 @@ type pair struct {
 // newPair makes the hosts and starts the proxy.
 func newPair(t *testing.T, o options) *pair {
 	t.Helper()
+	p := newHosts(t, o)
+	p.must(p.Proxy, "masque-proxy", "init", "--name", lab.ProxyName, p.dir)
+	p.writeProxyConfig(o.proxy)
+	p.startProxy()
+	return p
+}
+
+// newHosts makes the hosts alone.
+func newHosts(t *testing.T, o options) *pair {
+	t.Helper()
 	if err := lab.CheckTUN(); err != nil {
 		t.Fatal(err)
 	}
@@ -64,11 +74,7 @@ func newPair(t *testing.T, o options) *pair {
 		Clients: o.clients, ClientMTU: o.mtu, Impair: o.impair, Pool: append([]netip.Prefix{pool4, pool6}, o.behind...),
 	})
 	check(t, err)
-	p := &pair{Topology: topo, t: t, ctx: t.Context(), dir: filepath.Join(t.TempDir(), "proxy"), opts: o}
-	p.must(p.Proxy, "masque-proxy", "init", "--name", lab.ProxyName, p.dir)
-	p.writeProxyConfig(o.proxy)
-	p.startProxy()
-	return p
+	return &pair{Topology: topo, t: t, ctx: t.Context(), dir: filepath.Join(t.TempDir(), "proxy"), opts: o}
 }
 
 // writeProxyConfig writes proxy.toml around the files that init made.

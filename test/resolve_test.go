@@ -12,8 +12,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// serveDNS answers queries on a socket: names are known, unknown, or not answered at all.
-func serveDNS(t *testing.T, c net.PacketConn) {
+// serveDNS answers queries on a socket, with the addresses that lookup has of a name. Of one without it says that there is
+// none, and to one that begins with silent. it does not answer.
+func serveDNS(t *testing.T, c net.PacketConn, lookup func(name string) []netip.Addr) {
 	t.Helper()
 	done := make(chan struct{})
 	go func() {
@@ -24,7 +25,7 @@ func serveDNS(t *testing.T, c net.PacketConn) {
 			if err != nil {
 				return
 			}
-			if answer := answerDNS(buf[:n]); answer != nil {
+			if answer := answerDNS(buf[:n], lookup); answer != nil {
 				_, _ = c.WriteTo(answer, from)
 			}
 		}
@@ -36,7 +37,7 @@ func serveDNS(t *testing.T, c net.PacketConn) {
 }
 
 // answerDNS makes the answer to a query, nil for none.
-func answerDNS(query []byte) []byte {
+func answerDNS(query []byte, lookup func(name string) []netip.Addr) []byte {
 	var p dnsmessage.Parser
 	h, err := p.Start(query)
 	if err != nil {
@@ -46,21 +47,26 @@ func answerDNS(query []byte) []byte {
 	if err != nil || strings.HasPrefix(q.Name.String(), "silent.") {
 		return nil
 	}
-	known := q.Name.String() == targetName+"."
+	addrs := lookup(strings.TrimSuffix(q.Name.String(), "."))
 	m := dnsmessage.Message{
 		Header:    dnsmessage.Header{ID: h.ID, Response: true, RecursionDesired: h.RecursionDesired, RecursionAvailable: true},
 		Questions: []dnsmessage.Question{q},
 	}
 	header := dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 60}
-	switch {
-	case !known:
+	if addrs == nil {
 		m.RCode = dnsmessage.RCodeNameError
-	case q.Type == dnsmessage.TypeA:
-		for _, a := range []netip.Addr{lab.TargetIPv4, netip.MustParseAddr("127.0.0.1")} {
-			m.Answers = append(m.Answers, dnsmessage.Resource{Header: header, Body: &dnsmessage.AResource{A: a.As4()}})
+	}
+	for _, a := range addrs {
+		var body dnsmessage.ResourceBody
+		switch {
+		case a.Is4() && q.Type == dnsmessage.TypeA:
+			body = &dnsmessage.AResource{A: a.As4()}
+		case a.Is6() && q.Type == dnsmessage.TypeAAAA:
+			body = &dnsmessage.AAAAResource{AAAA: a.As16()}
+		default:
+			continue
 		}
-	case q.Type == dnsmessage.TypeAAAA:
-		m.Answers = append(m.Answers, dnsmessage.Resource{Header: header, Body: &dnsmessage.AAAAResource{AAAA: lab.TargetIPv6.As16()}})
+		m.Answers = append(m.Answers, dnsmessage.Resource{Header: header, Body: body})
 	}
 	b, err := m.Pack()
 	if err != nil {
@@ -74,7 +80,12 @@ func TestNamesAreResolvedByTheProxy(t *testing.T) {
 	p := newPair(t, options{client: "\n[reconnect]\nenabled = false\n"})
 	server, err := p.Target.ListenPacket("udp", netip.AddrPortFrom(lab.TargetIPv4, 53).String())
 	check(t, err)
-	serveDNS(t, server)
+	serveDNS(t, server, func(name string) []netip.Addr {
+		if name != targetName {
+			return nil
+		}
+		return []netip.Addr{lab.TargetIPv4, netip.MustParseAddr("127.0.0.1"), lab.TargetIPv6}
+	})
 	check(t, p.Proxy.Do(func() error {
 		return os.WriteFile("/etc/resolv.conf", []byte("nameserver "+lab.TargetIPv4.String()+"\n"), 0o644)
 	}))

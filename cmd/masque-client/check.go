@@ -83,7 +83,7 @@ func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 	if len(l.chain) > 0 {
 		c.Certificate(cli.Credential{
 			What: "tls.cert: " + l.chain[0].Subject.CommonName, Chain: l.chain, Usage: x509.ExtKeyUsageClientAuth,
-			Renewal: "ask the operator of the proxy for a new invitation",
+			Renewal: renewal,
 		}, now)
 	}
 	if len(l.chain) == 0 && l.config.Token == "" {

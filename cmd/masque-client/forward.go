@@ -40,6 +40,7 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 	}
 	logger := o.Log.Logger(os.Stderr)
 	cli.StandardLog(logger)
+	l.follow(logger)
 	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, l.config.TLS, logger)
 	if err != nil {
 		return err

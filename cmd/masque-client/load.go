@@ -23,6 +23,8 @@ type loaded struct {
 	config client.Config
 	roots  []*x509.Certificate // of tls.ca, empty: the system's
 	chain  []*x509.Certificate // of tls.cert, may be empty
+	pair   *cli.Pair           // of tls.cert and tls.key, when both are files
+	watch  *cli.PairWatch      // set by follow, if there is a pair
 }
 
 // load reads the file of a tunnel and the files that it names. Nothing else is
@@ -91,6 +93,13 @@ func (l *loaded) tls() (*tls.Config, error) {
 			return nil, err
 		}
 		c.RootCAs = cli.Pool(l.roots)
+	}
+	if f.Cert != "" && f.Key != "" {
+		if l.pair, err = cli.ReadPair(f, f.Cert, f.Key); err != nil {
+			return nil, err
+		}
+		l.chain, c.Certificates = l.pair.Chain, []tls.Certificate{l.pair.Certificate}
+		return c, nil
 	}
 	key, data, err = l.pem("tls.cert", f.Cert, f.CertPEM, false)
 	if err != nil || data == nil {

@@ -35,8 +35,8 @@ func (l *loaded) values(c *client.Client) metrics.Values {
 	if s.State == client.StateConnected {
 		v.Sessions, v.RTT, v.MTU = 1, time.Duration(s.RTT)*time.Microsecond, s.MTU
 	}
-	if len(l.chain) > 0 {
-		v.CertificateExpiry = l.chain[0].NotAfter
+	if leaf := l.leaf(); leaf != nil {
+		v.CertificateExpiry = leaf.NotAfter
 	}
 	return v
 }

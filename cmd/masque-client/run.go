@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -62,6 +63,7 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	}
 	logger := o.Log.Logger(os.Stderr)
 	l.config.Logger = logger
+	l.follow(logger)
 	l.config.Journal = o.journal(name)
 	kill := l.killSwitch(name, logger)
 	if l.file.KillSwitch {
@@ -87,7 +89,10 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 
 	ctx, stop := cli.SignalContext(ctx, logger)
 	defer stop()
-	t := &tunnel{client: c, stop: stop, done: make(chan struct{})}
+	t := &tunnel{
+		client: c, stop: stop, done: make(chan struct{}), leaf: l.leaf,
+		expiry: cli.ExpiryWarning{What: "the client's own", Renewal: renewal, Logger: logger},
+	}
 	server, err := control.Serve(o.RunDir, name, t.handler(), logger)
 	if err != nil {
 		return err
@@ -161,6 +166,9 @@ type tunnel struct {
 	lift   atomic.Bool // the kill switch, at the end
 	done   chan struct{}
 	err    error // of Run, valid when done is closed
+
+	leaf   func() *x509.Certificate // its own certificate; nil if it has none
+	expiry cli.ExpiryWarning        // of it
 }
 
 // stopped is the answer to a request to stop.
@@ -178,7 +186,7 @@ const (
 func (t *tunnel) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, _ *http.Request) {
-		control.Reply(w, t.client.Status())
+		control.Reply(w, t.status())
 	})
 	mux.HandleFunc("GET "+watchPath, func(w http.ResponseWriter, r *http.Request) {
 		var changed <-chan struct{}
@@ -197,7 +205,7 @@ func (t *tunnel) handler() http.Handler {
 				}
 			}
 			changed = t.client.Changed() // before the status, so that no change is missed
-			return t.client.Status(), true
+			return t.status(), true
 		})
 	})
 	mux.HandleFunc("POST "+stopPath, func(w http.ResponseWriter, r *http.Request) {

@@ -13,7 +13,8 @@ const aliveInterval = 5 * time.Second
 
 // tell tells systemd how the tunnel is until it stops. The service is ready
 // when its interface is there: whether the proxy answers shall not hold up the
-// start of a host. The watchdog is fed as long as the tunnel answers.
+// start of a host. The watchdog is fed as long as the tunnel answers. A
+// certificate of the client's own that ends is warned of.
 func (t *tunnel) tell(ctx context.Context, service *systemd.Service) {
 	tick := time.NewTicker(aliveInterval)
 	defer tick.Stop()
@@ -30,6 +31,7 @@ func (t *tunnel) tell(ctx context.Context, service *systemd.Service) {
 			text += ": " + cli.OneLine(s.Reason)
 		}
 		service.Status(text)
+		t.lookAtCertificate()
 		select {
 		case <-changed:
 		case <-tick.C:

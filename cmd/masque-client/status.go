@@ -202,6 +202,9 @@ func showText(w io.Writer, raw json.RawMessage) error {
 	if s.KillSwitch != client.KillSwitchOff {
 		row("kill switch", s.KillSwitch)
 	}
+	if until := s.CertificateUntil; until != nil {
+		row("certificate", "until "+until.Format(time.DateTime))
+	}
 	row("received", traffic(s.Packets.RX, s.Bytes.RX))
 	row("sent", traffic(s.Packets.TX, s.Bytes.TX))
 	row("dropped", cli.Counts(s.Drops))

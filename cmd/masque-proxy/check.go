@@ -1,9 +1,12 @@
 package main
 
 import (
-	"crypto/tls"
+	"cmp"
+	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -13,39 +16,41 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"masquevpn/internal/acme"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
 )
 
 func (o *options) checkCommand() *cobra.Command {
 	var file string
-	var asJSON bool
+	var asJSON, online bool
 	cmd := &cobra.Command{
 		Use: "check -c FILE", Short: "Check a configuration and this host", Args: cobra.NoArgs,
 		Long: "Check a configuration and this host, without changing anything. Each line is ok, warn or fail; the exit code\n" +
-			"is 2 if anything fails.",
+			"is 2 if anything fails. Nothing is sent to others, unless --online has an ACME server asked too.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			var c cli.Checks
-			o.check(&c, file)
+			o.check(cmd.Context(), &c, file, online)
 			return c.Finish(cmd.OutOrStdout(), asJSON)
 		}),
 	}
 	configFlag(cmd, &file)
+	cmd.Flags().BoolVar(&online, "online", false, "ask the ACME server for its directory; no certificate is requested")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON, one object per line")
 	return cmd
 }
 
-func (o *options) check(c *cli.Checks, file string) {
+func (o *options) check(ctx context.Context, c *cli.Checks, file string, online bool) {
 	l, err := load(file, slog.New(slog.DiscardHandler))
 	if err == nil {
-		config, configErr := l.config(func() *tls.Certificate { return &l.pair })
-		if err = configErr; err == nil {
-			_, err = l.newServer(config)
-		}
+		_, err = l.newServer(l.config(nil))
 	}
 	usable := c.Config(file, err)
 	if usable {
 		l.checkCredentials(c, time.Now())
+	}
+	if usable && l.acme != nil {
+		l.checkACME(ctx, c, online, time.Now())
 	}
 	c.NetAdmin(capabilities)
 	c.TUN()
@@ -62,6 +67,9 @@ func (o *options) check(c *cli.Checks, file string) {
 			c.Listen("listen", "UDP", addr)
 		}
 		c.Metrics(l.file.Metrics, l.file.MetricsNamed)
+		if l.acme != nil {
+			checkChallenge(ctx, c, *l.acme)
+		}
 		addrs, err := net.InterfaceAddrs()
 		if err != nil {
 			c.Warn(fmt.Sprintf("pool: addresses of this host are not known: %v", err), "")
@@ -76,10 +84,11 @@ func (o *options) check(c *cli.Checks, file string) {
 }
 
 func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
-	const renewal = program + " init --renew DIR, or what made it"
-	c.Certificate(cli.Credential{
-		What: "tls.cert", Chain: l.chain, Name: l.file.Name, Usage: x509.ExtKeyUsageServerAuth, Renewal: renewal,
-	}, now)
+	if l.acme == nil {
+		c.Certificate(cli.Credential{
+			What: "tls.cert", Chain: l.pair.Chain, Name: l.file.Name, Usage: x509.ExtKeyUsageServerAuth, Renewal: l.renewal(),
+		}, now)
+	}
 	for _, ca := range l.clientCAs {
 		c.Certificate(cli.Credential{
 			What: "tls.client_ca: " + ca.Subject.CommonName, Chain: []*x509.Certificate{ca}, Usage: x509.ExtKeyUsageAny,
@@ -102,6 +111,48 @@ func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 			c.Warn("site: there is no user "+site.User, program+" invite "+site.User+" -c FILE")
 		}
 	}
+}
+
+// checkACME checks what is stored, and asks the server if that is wanted.
+func (l *loaded) checkACME(ctx context.Context, c *cli.Checks, online bool, now time.Time) {
+	switch cert, err := acme.Stored(ctx, *l.acme); {
+	case err == nil && now.After(cert.Leaf.NotAfter):
+		c.Warn("tls.acme: the stored certificate ended on "+cert.Leaf.NotAfter.Format(time.DateOnly), "the proxy gets another one when it starts")
+	case err == nil:
+		c.Certificate(cli.Credential{
+			What: "tls.acme", Chain: []*x509.Certificate{cert.Leaf}, Name: l.file.Name, Usage: x509.ExtKeyUsageServerAuth, Renewal: l.renewal(),
+		}, now)
+	case errors.Is(err, fs.ErrNotExist):
+		c.OK("tls.acme: no certificate yet; the proxy gets it from %s when it starts", l.acme.Directory)
+	default:
+		c.Fail("tls.acme: "+err.Error(), "make "+l.acme.Storage+" a folder of the user that the proxy runs as")
+	}
+	c.Writable("tls.acme.storage", l.acme.Storage, "make it a folder of the user that the proxy runs as, or change it")
+	if !online {
+		return
+	}
+	if terms, err := acme.CheckDirectory(ctx, *l.acme); err != nil {
+		failError(c, err)
+	} else {
+		c.OK("tls.acme: %s answers; its terms of service: %s", l.acme.Directory, cmp.Or(terms, "none"))
+	}
+}
+
+// checkChallenge checks that the address of the challenge can be listened on, by doing it.
+func checkChallenge(ctx context.Context, c *cli.Checks, cfg acme.Config) {
+	if err := acme.CheckListen(ctx, cfg); err != nil {
+		failError(c, err)
+		return
+	}
+	c.OK("tls.acme: TCP %s is free for the challenge; port %d of %s has to lead there", cfg.Listen, cfg.Challenge.Port(), cfg.Name)
+}
+
+func failError(c *cli.Checks, err error) {
+	if e, ok := errors.AsType[*acme.Error](err); ok {
+		c.Fail("tls.acme: "+e.Reason, e.Remedy)
+		return
+	}
+	c.Fail("tls.acme: "+err.Error(), "")
 }
 
 // checkPool checks that the addresses for clients are none of those of this

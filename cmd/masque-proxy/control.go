@@ -36,6 +36,12 @@ type reloaded struct {
 	Restart []string `json:"restart"` // keys that have changed and need a restart
 }
 
+// status is what `status --json` prints.
+type status struct {
+	proxy.Status
+	Certificate certificateStatus `json:"certificate"`
+}
+
 // kicked is the answer to a kick.
 type kicked struct {
 	ID string `json:"id"`
@@ -48,9 +54,9 @@ func (d *daemon) handler() http.Handler {
 	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, _ *http.Request) {
 		select {
 		case <-d.server.Ready():
-			control.Reply(w, d.server.Status())
+			control.Reply(w, status{d.server.Status(), d.certificateStatus()})
 		default:
-			control.Fail(w, http.StatusServiceUnavailable, errors.New("the proxy is still starting"))
+			control.Fail(w, http.StatusServiceUnavailable, errors.New(d.starting()))
 		}
 	})
 	mux.HandleFunc("GET "+sessionsPath, func(w http.ResponseWriter, _ *http.Request) {
@@ -140,12 +146,16 @@ func (o *options) statusCommand() *cobra.Command {
 	return ask(o, &cobra.Command{Use: "status", Short: "Show the running proxy", Args: cobra.NoArgs}, get(statusPath), showStatus)
 }
 
-func showStatus(w io.Writer, s proxy.Status) error {
+func showStatus(w io.Writer, s status) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "name\t%s\n", s.Name)
 	fmt.Fprintf(t, "running for\t%s\n", time.Since(s.Since).Round(time.Second))
 	fmt.Fprintf(t, "listening on\t%s\n", strings.Join(s.Listen, ", "))
 	fmt.Fprintf(t, "template\t%s\n", s.Template)
+	fmt.Fprintf(t, "certificate\tuntil %s, from %s\n", s.Certificate.Until.Format(time.DateTime), s.Certificate.From)
+	if s.Certificate.Problem != "" {
+		fmt.Fprintf(t, "\tnot renewed, tried again at %s: %s\n", s.Certificate.Next.Format(time.DateTime), cli.OneLine(s.Certificate.Problem))
+	}
 	fmt.Fprintf(t, "interface\t%s\n", s.Interface)
 	fmt.Fprintf(t, "sessions\t%d\n", s.Sessions)
 	fmt.Fprintf(t, "leased addresses\t%d IPv4, %d IPv6\n", s.Leased["ipv4"], s.Leased["ipv6"])

@@ -33,6 +33,9 @@ type installation struct {
 	listen       []string
 	pool4, pool6 string
 	advertise    []string
+	acme         string // e-mail address of the account; empty: a certificate of its own authority
+	agreed       bool   // to the terms of service of the ACME server
+	directory    string // of the ACME server, empty: the default one
 }
 
 func initCommand() *cobra.Command {
@@ -42,6 +45,8 @@ func initCommand() *cobra.Command {
 		Use: "init --name HOST DIR", Short: "Make a folder ready for a new proxy", Args: cobra.ExactArgs(1),
 		Long: "Make a folder ready for a new proxy: an authority of its own, the proxy's certificate, an empty users file and a\n" +
 			"configuration that runs as it is. What is there is never overwritten.\n\n" +
+			"With --acme, the proxy gets its certificate from an ACME server, by default Let's Encrypt, and the authority is for the\n" +
+			"certificates of users alone.\n\n" +
 			"With --renew, the proxy's certificate is made anew with the key that it has, for two more years; `reload` then\n" +
 			"makes the running proxy use it.",
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
@@ -57,6 +62,9 @@ func initCommand() *cobra.Command {
 	f.StringVar(&in.pool4, "ipv4", "10.77.0.0/24", "IPv4 addresses for clients; empty for none")
 	f.StringVar(&in.pool6, "ipv6", "fd77::/64", "IPv6 addresses for clients; empty for none")
 	f.StringSliceVar(&in.advertise, "route", []string{"0.0.0.0/0", "::/0"}, "networks that clients reach through the proxy")
+	f.StringVar(&in.acme, "acme", "", "get the proxy's certificate by ACME; `EMAIL` is where the server may write to")
+	f.BoolVar(&in.agreed, "agree-tos", false, "agree to the terms of service of the ACME server")
+	f.StringVar(&in.directory, "acme-directory", "", "`URL` of the directory of another ACME server than Let's Encrypt")
 	f.BoolVar(&renew, "renew", false, "renew the certificate of an installation")
 	return cmd
 }
@@ -64,6 +72,12 @@ func initCommand() *cobra.Command {
 func (in *installation) make(w io.Writer, dir string, now time.Time) (err error) {
 	if in.name == "" {
 		return &cli.Error{Code: cli.Usage, Reason: "the name that clients dial is missing", Remedy: "give it with --name, for example --name vpn.example.org"}
+	}
+	if in.acme == "" && (in.agreed || in.directory != "") {
+		return &cli.Error{Code: cli.Usage, Reason: "--agree-tos and --acme-directory are for ACME", Remedy: "add --acme EMAIL, or leave them out"}
+	}
+	if in.acme != "" && !in.agreed {
+		return &cli.Error{Code: cli.Usage, Reason: "the ACME server's terms of service have to be agreed to", Remedy: "read them (of Let's Encrypt: https://letsencrypt.org/repository/), and add --agree-tos"}
 	}
 	text := in.config()
 	if _, err := config.ParseProxy(configFile, []byte(text)); err != nil {
@@ -73,9 +87,11 @@ func (in *installation) make(w io.Writer, dir string, now time.Time) (err error)
 	if err != nil {
 		return err
 	}
-	server, err := authority.Server(in.name, nil, now)
-	if err != nil {
-		return err
+	var server pki.Pair
+	if in.acme == "" {
+		if server, err = authority.Server(in.name, nil, now); err != nil {
+			return err
+		}
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
@@ -86,18 +102,20 @@ func (in *installation) make(w io.Writer, dir string, now time.Time) (err error)
 	}
 	defer unlock()
 	secret := cli.SecretMode(filepath.Join(dir, keyFile))
-	files := []struct {
+	type file struct {
 		name string
 		data []byte
 		mode fs.FileMode
-	}{
+	}
+	files := []file{
 		{caCertFile, ca.Cert, 0o644},
 		{caKeyFile, ca.Key, 0o600}, // the proxy itself does not need it
-		{certFile, server.Cert, 0o644},
-		{keyFile, server.Key, secret},
-		{usersFile, []byte(usersText), secret},
-		{configFile, []byte(text), 0o644}, // last: with it, the installation is complete
 	}
+	if in.acme == "" {
+		files = append(files, file{certFile, server.Cert, 0o644}, file{keyFile, server.Key, secret})
+	}
+	files = append(files, file{usersFile, []byte(usersText), secret},
+		file{configFile, []byte(text), 0o644}) // last: with it, the installation is complete
 	for _, f := range files {
 		if _, err := os.Lstat(filepath.Join(dir, f.name)); !errors.Is(err, fs.ErrNotExist) {
 			return exists(filepath.Join(dir, f.name), err)
@@ -111,8 +129,8 @@ func (in *installation) make(w io.Writer, dir string, now time.Time) (err error)
 			return err
 		}
 	}
-	file := filepath.Join(dir, configFile)
-	_, err = fmt.Fprintf(w, "made %s for %s\n\nnext:\n  %s invite NAME -c %s -o NAME.toml\n  sudo %s run -c %s\n", dir, in.name, program, file, program, file)
+	path := filepath.Join(dir, configFile)
+	_, err = fmt.Fprintf(w, "made %s for %s\n\nnext:\n  %s invite NAME -c %s -o NAME.toml\n  sudo %s run -c %s\n", dir, in.name, program, path, program, path)
 	return err
 }
 
@@ -139,6 +157,9 @@ func renewCertificate(w io.Writer, dir, name string, now time.Time) error {
 	}
 	if name != "" && name != f.Name {
 		return f.Problem("name", "not the name given with --name", "leave out --name, or change the file")
+	}
+	if f.ACME != nil {
+		return f.Problem("tls.acme", "the running proxy renews the certificate by itself", "leave out --renew")
 	}
 	authority, err := readAuthority(filepath.Join(dir, caCertFile), filepath.Join(dir, caKeyFile))
 	if err != nil {
@@ -202,11 +223,7 @@ name = %q
 # UDP.
 listen = [%s]
 
-[tls]
-cert = "proxy.crt"
-key = "proxy.key"
-client_ca = "ca.crt"                  # of the clients' certificates; leave it out to turn them off
-
+%s
 [auth]
 methods = ["mtls", "token"]           # any one of them is enough; ["none"] lets everyone in
 users = "users.toml"
@@ -218,7 +235,7 @@ offload = true
 
 # Addresses for clients. The proxy takes the first of each.
 [pool]
-`, in.name, quoted(in.listen))
+`, in.name, quoted(in.listen), in.tls())
 	if in.pool4 != "" {
 		fmt.Fprintf(&b, "ipv4 = %q\n", in.pool4)
 	}
@@ -244,6 +261,28 @@ sessions = 4096
 sessions_per_user = 8
 `, quoted(in.advertise))
 	return b.String()
+}
+
+// tls is the table of that name.
+func (in *installation) tls() string {
+	const clients = "client_ca = \"ca.crt\"                  # of the clients' certificates; leave it out to turn them off\n"
+	if in.acme == "" {
+		return "[tls]\ncert = \"proxy.crt\"\nkey = \"proxy.key\"\n" + clients
+	}
+	directory := "#directory = \"https://acme.example/directory\"   # of another server than Let's Encrypt\n"
+	if in.directory != "" {
+		directory = fmt.Sprintf("directory = %q\n", in.directory)
+	}
+	return "[tls]\n" + clients + fmt.Sprintf(`
+# The certificate comes from an ACME server, which asks for it at this host on TCP port 443.
+[tls.acme]
+email = %q
+agree_tos = true                      # the server's terms of service
+%s#ca = "acme-ca.crt"                   # its authority, if it is no public one
+#challenge = "http-01"                # on TCP port 80, instead of "tls-alpn-01"
+#listen = ":443"                      # where the challenge is answered, while it is asked
+#storage = "/var/lib/masque/acme"
+`, in.acme, directory)
 }
 
 func quoted(words []string) string {

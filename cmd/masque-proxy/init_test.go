@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"io/fs"
@@ -101,11 +100,7 @@ func mustLoad(t *testing.T, file string) *loaded {
 // newServer makes the proxy that `run` would.
 func newServer(t *testing.T, l *loaded) *proxy.Server {
 	t.Helper()
-	c, err := l.config(func() *tls.Certificate { return &l.pair })
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := l.newServer(c)
+	s, err := l.newServer(l.config(nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +127,7 @@ func TestInit(t *testing.T) {
 	if diff := cmp.Diff([]string{"mtls", "token"}, f.Methods); diff != "" {
 		t.Error(diff)
 	}
-	if _, err := l.chain[0].Verify(x509.VerifyOptions{DNSName: "vpn.example.org", Roots: cli.Pool(l.clientCAs)}); err != nil {
+	if _, err := l.pair.Leaf.Verify(x509.VerifyOptions{DNSName: "vpn.example.org", Roots: cli.Pool(l.clientCAs)}); err != nil {
 		t.Errorf("the proxy's certificate: %v", err)
 	}
 }
@@ -142,7 +137,7 @@ func TestInitForAddress(t *testing.T) {
 	do(t, 0, "init", "--name", "2001:db8::1", dir)
 	l := mustLoad(t, filepath.Join(dir, configFile))
 	newServer(t, l)
-	if err := l.chain[0].VerifyHostname("2001:db8::1"); err != nil {
+	if err := l.pair.Leaf.VerifyHostname("2001:db8::1"); err != nil {
 		t.Error(err)
 	}
 }
@@ -188,12 +183,12 @@ func TestRenew(t *testing.T) {
 	before := mustLoad(t, file)
 	do(t, 0, "init", "--renew", dir)
 	after := mustLoad(t, file)
-	if pki.Fingerprint(before.chain[0]) == pki.Fingerprint(after.chain[0]) || !pki.Matches(after.chain[0], cli.Signer(before.pair)) {
+	if pki.Fingerprint(before.pair.Leaf) == pki.Fingerprint(after.pair.Leaf) || !pki.Matches(after.pair.Leaf, cli.Signer(before.pair.Certificate)) {
 		t.Error("the certificate is the old one, or has another key")
 	}
-	a, errA := before.config(nil)
-	b, errB := after.config(nil)
-	if errA != nil || errB != nil || *a.StatelessResetKey != *b.StatelessResetKey {
+	a, errA := before.resetKey()
+	b, errB := after.resetKey()
+	if errA != nil || errB != nil || *a != *b {
 		t.Error("the key of stateless resets changed with the certificate", errA, errB)
 	}
 	if _, last := do(t, 2, "init", "--renew", "--name", "other.example", dir); !strings.Contains(last, `name = "vpn.example.org"`) {

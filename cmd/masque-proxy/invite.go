@@ -28,7 +28,8 @@ type invitation struct {
 	user      string
 	config    string   // name of proxy.toml
 	out       string   // name of the client's file, empty: standard output
-	caKey     string   // name of the authority's key, empty: beside its certificate
+	ca        string   // name of the authority that the proxy is verified with, empty: found
+	caKey     string   // name of the key of the clients' authority, empty: beside its certificate
 	proxy     string   // what the client dials, empty: from proxy.toml
 	valid     string   // of the certificate
 	addresses []string // reserved for the user
@@ -50,6 +51,8 @@ func inviteCommand() *cobra.Command {
 	configFlag(cmd, &in.config)
 	f := cmd.Flags()
 	f.StringVarP(&in.out, "out", "o", "", "`FILE` to write, readable by its owner alone, instead of standard output")
+	f.StringVar(&in.ca, "ca", "", "`FILE` with the authority that the client verifies the proxy with; default: the one here, if it is\n"+
+		"the proxy's, or else the system's of the client")
 	f.StringVar(&in.caKey, "ca-key", "", "`FILE` with the key of the clients' authority; default: beside its certificate")
 	f.StringVar(&in.proxy, "proxy", "", "what the client dials, if it is not the name and port of the configuration")
 	f.StringVar(&in.valid, "valid", "365d", "how long the certificate is good, in days (d) or hours (h)")
@@ -77,7 +80,7 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		return err
 	}
 	if roots == nil {
-		fmt.Fprintln(notes, "note: the proxy's certificate is not from the authority here; clients verify it with their system's")
+		fmt.Fprintln(notes, "note: the proxy's certificate is not from the authority here; clients verify it with their system's, or with --ca")
 	} else {
 		fmt.Fprintf(&b, "\n[tls]\nca_pem = '''\n%s'''\n", roots)
 	}
@@ -174,9 +177,23 @@ func (in *invitation) dial(f *config.Proxy) string {
 	return net.JoinHostPort(f.Name, port)
 }
 
-// roots is the authority of the proxy's certificate, if it is one of the
-// installation's: the one of the clients, or ca.crt beside the configuration.
+// roots is the authority of the proxy's certificate: the one that was named, or
+// one of the installation's, that of the clients or ca.crt beside the
+// configuration; nil if it is none of those.
 func (in *invitation) roots(f *config.Proxy) ([]byte, error) {
+	if in.ca != "" {
+		data, _, err := cli.ReadFile(in.ca)
+		if err == nil {
+			_, err = pki.ParseCertificates(data)
+		}
+		if err != nil {
+			return nil, cli.Errorf(cli.Usage, "--ca %s: %v: name a file with certificates in PEM form", in.ca, err)
+		}
+		return data, nil
+	}
+	if f.ACME != nil {
+		return nil, nil
+	}
 	data, err := cli.ReadNamed(f, "tls.cert", f.Cert, false)
 	if err != nil {
 		return nil, err

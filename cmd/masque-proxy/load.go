@@ -8,10 +8,10 @@ import (
 	"log/slog"
 	"strings"
 
+	"masquevpn/internal/acme"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
 	"masquevpn/internal/congestion"
-	"masquevpn/internal/pki"
 	"masquevpn/proxy"
 	"masquevpn/tun"
 )
@@ -19,8 +19,8 @@ import (
 // loaded is a configuration file with all that it refers to.
 type loaded struct {
 	file      *config.Proxy
-	pair      tls.Certificate     // with the chain of tls.cert
-	chain     []*x509.Certificate // of tls.cert
+	pair      *cli.Pair           // of tls.cert and tls.key; nil: with ACME
+	acme      *acme.Config        // nil: the certificate is in files
 	clientCAs []*x509.Certificate // of tls.client_ca, may be empty
 	users     *userStore          // nil if no method needs users
 }
@@ -45,18 +45,11 @@ func load(path string, logger *slog.Logger) (*loaded, error) {
 		return nil, err
 	}
 	l := &loaded{file: f}
-	cert, err := cli.ReadNamed(f, "tls.cert", f.Cert, false)
-	if err != nil {
-		return nil, err
-	}
-	if l.chain, err = cli.ParseCertificates(f, "tls.cert", cert); err != nil {
-		return nil, err
-	}
-	key, err := cli.ReadNamed(f, "tls.key", f.Key, true)
-	if err != nil {
-		return nil, err
-	}
-	if l.pair, err = cli.ParsePrivateKey(f, "tls.key", key, l.chain); err != nil {
+	if f.ACME != nil {
+		if l.acme, err = acmeConfig(f, logger); err != nil {
+			return nil, err
+		}
+	} else if l.pair, err = cli.ReadPair(f, f.Cert, f.Key); err != nil {
 		return nil, err
 	}
 	if f.ClientCA != "" {
@@ -78,7 +71,7 @@ func load(path string, logger *slog.Logger) (*loaded, error) {
 
 // config is what the proxy is made of. The certificate is asked for with each
 // handshake.
-func (l *loaded) config(certificate func() *tls.Certificate) (proxy.Config, error) {
+func (l *loaded) config(certificate func() *tls.Certificate) proxy.Config {
 	f := l.file
 	c := proxy.Config{
 		Name: f.Name, Listen: f.Listen, Template: f.Template, Methods: f.Methods,
@@ -102,9 +95,7 @@ func (l *loaded) config(certificate func() *tls.Certificate) (proxy.Config, erro
 	if l.users != nil {
 		c.Users = l.users
 	}
-	var err error
-	c.StatelessResetKey, err = pki.ResetKey(cli.Signer(l.pair))
-	return c, err
+	return c
 }
 
 // newServer makes the proxy. A key that it refuses gets its place in the file.

@@ -25,7 +25,7 @@ func (d *daemon) readiness(ctx context.Context) error {
 	case <-d.server.Ready():
 		return nil
 	default:
-		return errors.New("the proxy is still starting")
+		return errors.New(d.starting())
 	}
 }
 
@@ -39,8 +39,6 @@ func (d *daemon) values() metrics.Values {
 	for _, p := range c.Pool {
 		v.Pool = append(v.Pool, metrics.Pool(p))
 	}
-	if leaf := d.certificate.Load().Leaf; leaf != nil {
-		v.CertificateExpiry = leaf.NotAfter
-	}
+	v.CertificateExpiry = d.certificateUntil()
 	return v
 }

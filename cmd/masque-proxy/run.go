@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -13,12 +12,13 @@ import (
 	"reflect"
 	"slices"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"masquevpn/internal/acme"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
 	"masquevpn/internal/congestion"
@@ -49,10 +49,9 @@ func (o *options) run(ctx context.Context, file string) error {
 	if err := cli.RequireNetAdmin(capabilities); err != nil {
 		return err
 	}
-	d := &daemon{path: file, logger: logger, loaded: l, service: systemd.NewService(logger)}
-	d.certificate.Store(&l.pair)
-	c, err := l.config(d.certificate.Load)
-	if err != nil {
+	d := newDaemon(file, l, logger)
+	c := l.config(d.certificate)
+	if c.StatelessResetKey, err = l.resetKey(); err != nil {
 		return err
 	}
 	c.Logger = logger
@@ -92,20 +91,26 @@ func (o *options) run(ctx context.Context, file string) error {
 		users = len(l.users.last().All())
 	}
 	logger.Info("starting", "program", program, "version", v.Version, "go", v.Go, "name", l.file.Name, "config", file,
-		"methods", strings.Join(l.file.Methods, ","), "users", users, "certificate_until", l.chain[0].NotAfter, "congestion", congestion.Mode(l.file.Congestion).Describe())
+		"methods", strings.Join(l.file.Methods, ","), "users", users, "certificate", l.certificateSource(), "certificate_until", until(d.certificateUntil()), "congestion", congestion.Mode(l.file.Congestion).Describe())
 	monitor, err := d.serveMetrics(ctx)
 	if err != nil {
 		return errors.Join(err, socket.Close())
 	}
-	watching := make(chan struct{})
 	watchCtx, stopWatching := context.WithCancel(ctx)
-	go func() {
-		defer close(watching)
-		d.watch(watchCtx)
-	}()
-	err = d.server.Run(ctx)
+	var watching sync.WaitGroup
+	watching.Go(func() { d.watch(watchCtx) })
+	if d.acme != nil {
+		watching.Go(func() { d.acme.Run(watchCtx) })
+		select {
+		case <-d.acme.Ready():
+		case <-ctx.Done():
+		}
+	}
+	if ctx.Err() == nil {
+		err = d.server.Run(ctx)
+	}
 	stopWatching()
-	<-watching
+	watching.Wait()
 	closeErr := socket.Close()
 	if monitor != nil {
 		closeErr = errors.Join(closeErr, monitor.Close())
@@ -118,12 +123,25 @@ func (o *options) run(ctx context.Context, file string) error {
 
 // daemon is a running proxy.
 type daemon struct {
-	path        string // of the configuration
-	logger      *slog.Logger
-	service     *systemd.Service
-	server      *proxy.Server
-	loaded      *loaded // what it was started with
-	certificate atomic.Pointer[tls.Certificate]
+	path    string // of the configuration
+	logger  *slog.Logger
+	service *systemd.Service
+	server  *proxy.Server
+	loaded  *loaded           // what it was started with
+	acme    *acme.Manager     // nil: the certificate is in files
+	pair    *cli.PairWatch    // nil: with ACME
+	expiry  cli.ExpiryWarning // of the certificate
+}
+
+func newDaemon(path string, l *loaded, logger *slog.Logger) *daemon {
+	d := &daemon{path: path, logger: logger, loaded: l, service: systemd.NewService(logger)}
+	d.expiry = cli.ExpiryWarning{What: l.certificateSource(), Renewal: l.renewal(), Logger: logger}
+	if l.acme != nil {
+		d.acme = acme.New(*l.acme)
+	} else {
+		d.pair = cli.WatchPair(l.pair, logger)
+	}
+	return d
 }
 
 // watchInterval is how often the users file is looked at when nobody connects, and systemd is told how the proxy is.
@@ -160,8 +178,11 @@ func (d *daemon) watch(ctx context.Context) {
 					before = now
 				}
 			}
+			d.lookAtCertificate()
 			if ready == nil {
 				d.describe()
+			} else if why := d.waiting(); why != "" {
+				d.service.Waiting(why)
 			}
 			d.service.Alive()
 		case <-ctx.Done():
@@ -191,23 +212,25 @@ func (d *daemon) reload() (restart []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := l.config(func() *tls.Certificate { return &l.pair })
-	if err != nil {
-		return nil, err
-	}
+	c := l.config(nil)
 	if _, err := l.newServer(c); err != nil {
 		return nil, err
 	}
 	if restart, err = d.server.Reload(c); err != nil {
 		return nil, exitError(err)
 	}
-	d.certificate.Store(&l.pair)
+	switch {
+	case d.acme != nil:
+		d.acme.Again()
+	case l.acme == nil:
+		d.pair.Set(l.pair)
+	}
 	restart = append(restart, changed(d.loaded, l)...)
 	if users := d.loaded.users; users != nil {
 		users.current()
 		d.server.UsersChanged()
 	}
-	d.logger.Info("reloaded", "certificate_until", l.chain[0].NotAfter, "needs_restart", strings.Join(restart, ","))
+	d.logger.Info("reloaded", "certificate_until", until(d.certificateUntil()), "needs_restart", strings.Join(restart, ","))
 	return restart, nil
 }
 
@@ -220,6 +243,7 @@ func changed(a, b *loaded) []string {
 			keys = append(keys, key)
 		}
 	}
+	compare("tls.acme", a.file.ACME, b.file.ACME)
 	compare("tls.client_ca", fingerprints(a.clientCAs), fingerprints(b.clientCAs))
 	compare("auth.users", a.file.Users, b.file.Users)
 	compare("metrics.listen", a.file.Metrics, b.file.Metrics)

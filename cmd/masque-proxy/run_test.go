@@ -63,8 +63,8 @@ func TestLoadErrors(t *testing.T) {
 func start(t *testing.T, file string) (d *daemon, runDir string) {
 	t.Helper()
 	l := mustLoad(t, file)
-	d = &daemon{path: file, logger: discard(), loaded: l, server: newServer(t, l)}
-	d.certificate.Store(&l.pair)
+	d = newDaemon(file, l, discard())
+	d.server = newServer(t, l)
 	runDir = t.TempDir()
 	lock, err := control.Acquire(runDir, instance)
 	if err != nil {
@@ -96,12 +96,12 @@ func TestControl(t *testing.T) {
 		t.Errorf("status said %s", last)
 	}
 
-	old := d.certificate.Load()
+	old := d.certificate()
 	do(t, 0, "init", "--renew", dir)
 	if out, _ := do(t, 0, "reload", "--run-dir", runDir); out != "reloaded\n" {
 		t.Errorf("reload said %s", out)
 	}
-	renewed := d.certificate.Load()
+	renewed := d.certificate()
 	if bytes.Equal(renewed.Certificate[0], old.Certificate[0]) {
 		t.Error("the certificate was not reloaded")
 	}
@@ -118,7 +118,7 @@ func TestControl(t *testing.T) {
 	if _, last := do(t, 2, "reload", "--run-dir", runDir); !strings.Contains(last, "tls.cert") {
 		t.Errorf("reload of a broken certificate said %s", last)
 	}
-	if !bytes.Equal(d.certificate.Load().Certificate[0], renewed.Certificate[0]) {
+	if !bytes.Equal(d.certificate().Certificate[0], renewed.Certificate[0]) {
 		t.Error("a failed reload changed the certificate")
 	}
 }
@@ -136,14 +136,14 @@ func TestMonitoring(t *testing.T) {
 		t.Errorf("at the end: %v", err)
 	}
 	v := d.values()
-	if v.Stats == nil || v.MaxSessions != 4096 || len(v.Pool) != 2 || !v.CertificateExpiry.Equal(d.loaded.chain[0].NotAfter) {
+	if v.Stats == nil || v.MaxSessions != 4096 || len(v.Pool) != 2 || !v.CertificateExpiry.Equal(d.loaded.pair.Leaf.NotAfter) {
 		t.Errorf("values %+v", v)
 	}
 	authority, err := readAuthority(filepath.Join(dir, caCertFile), filepath.Join(dir, caKeyFile))
 	if err != nil {
 		t.Fatal(err)
 	}
-	pair, err := authority.Server(d.loaded.file.Name, cli.Signer(d.loaded.pair), time.Now().Add(-24*time.Hour))
+	pair, err := authority.Server(d.loaded.file.Name, cli.Signer(d.loaded.pair.Certificate), time.Now().Add(-24*time.Hour))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +168,7 @@ func TestCheckMetrics(t *testing.T) {
 		_, file := install(t)
 		write(t, file, read(t, file)+"\n[metrics]\nlisten = \""+test.listen+"\"\n")
 		var c cli.Checks
-		(&options{Globals: &cli.Globals{RunDir: t.TempDir()}}).check(&c, file)
+		(&options{Globals: &cli.Globals{RunDir: t.TempDir()}}).check(t.Context(), &c, file, false)
 		var out strings.Builder
 		_ = c.Finish(&out, false)
 		if !strings.Contains(out.String(), test.want) {

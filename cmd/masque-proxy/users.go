@@ -7,8 +7,6 @@ import (
 	"os"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
 	"masquevpn/internal/pki"
@@ -25,29 +23,14 @@ type userStore struct {
 
 	mu    sync.Mutex
 	users *config.Users
-	seen  fileVersion
-}
-
-// fileVersion tells one state of a file from another.
-type fileVersion struct {
-	device, inode uint64
-	size          int64
-	modified      unix.Timespec
-}
-
-func versionOf(path string) (fileVersion, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return fileVersion{}, &os.PathError{Op: "stat", Path: path, Err: err}
-	}
-	return fileVersion{st.Dev, st.Ino, st.Size, st.Mtim}, nil
+	seen  cli.FileVersion
 }
 
 // openUsers reads the file, which must be usable.
 func openUsers(path string, logger *slog.Logger) (*userStore, error) {
 	s := &userStore{path: path, logger: logger}
 	var err error
-	if s.seen, err = versionOf(path); err == nil {
+	if s.seen, err = cli.VersionOf(path); err == nil {
 		s.users, err = readUsers(path)
 	}
 	if errors.Is(err, os.ErrNotExist) {
@@ -69,7 +52,7 @@ func readUsers(path string) (*config.Users, error) {
 func (s *userStore) current() *config.Users {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v, err := versionOf(s.path)
+	v, err := cli.VersionOf(s.path)
 	if err == nil && v == s.seen {
 		return s.users
 	}

@@ -125,6 +125,11 @@ func (c *Checks) Interface(name string) {
 
 // RunDir checks that the run directory can be written to, or made.
 func (c *Checks) RunDir(dir string) {
+	c.Writable("run directory", dir, "run with sudo, or choose another one with --run-dir")
+}
+
+// Writable checks that a folder can be written to, or made.
+func (c *Checks) Writable(what, dir, remedy string) {
 	existing := dir
 	for {
 		if _, err := os.Stat(existing); !errors.Is(err, fs.ErrNotExist) || existing == filepath.Dir(existing) {
@@ -133,10 +138,10 @@ func (c *Checks) RunDir(dir string) {
 		existing = filepath.Dir(existing)
 	}
 	if err := unix.Access(existing, unix.W_OK|unix.X_OK); err != nil {
-		c.Fail(fmt.Sprintf("run directory: %s: %v", existing, err), "run with sudo, or choose another one with --run-dir")
+		c.Fail(fmt.Sprintf("%s: %s: %v", what, existing, err), remedy)
 		return
 	}
-	c.OK("run directory: %s", dir)
+	c.OK("%s: %s", what, dir)
 }
 
 // wantBuffer is the socket buffer that quic-go asks for, in bytes.
@@ -172,9 +177,6 @@ func udpBuffer() (int, error) {
 	return doubled / 2, err // socket(7): the kernel doubles it for its bookkeeping
 }
 
-// expirySoon is when a certificate is about to end.
-const expirySoon = 30 * 24 * time.Hour
-
 // A Credential is a certificate to check, with what it is for.
 type Credential struct {
 	What    string // such as tls.cert
@@ -206,7 +208,7 @@ func (c *Checks) Certificate(cred Credential, now time.Time) {
 	case !allows(leaf, cred.Usage):
 		c.Fail(cred.What+": not made for this use", "get a certificate with the right extended key usage")
 		return
-	case leaf.NotAfter.Sub(now) < expirySoon:
+	case ExpiresSoon(leaf, now):
 		c.Warn(fmt.Sprintf("%s: ends on %s", cred.What, leaf.NotAfter.Format(time.DateOnly)), cred.Renewal)
 		return
 	}

@@ -153,6 +153,29 @@ func TestProxyFull(t *testing.T) {
 	}
 }
 
+func TestProxyACME(t *testing.T) {
+	got, err := ParseProxy("/etc/masque/proxy.toml", lines(`name = "vpn.example.org"`, `[tls.acme]`, `email = "admin@example.org"`, `agree_tos = true`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &ACME{Email: "admin@example.org", Challenge: "tls-alpn-01", Storage: "/var/lib/masque/acme"}
+	if diff := cmp.Diff(want, got.ACME); diff != "" || got.Cert != "" || got.Key != "" {
+		t.Errorf("%s, certificate %q, key %q", diff, got.Cert, got.Key)
+	}
+	got, err = ParseProxy("/etc/masque/proxy.toml", lines(`name = "vpn.example.org"`, `[tls]`, `client_ca = "ca.crt"`, `[tls.acme]`, `email = "admin@example.org"`, `agree_tos = true`,
+		`directory = "https://acme.example:14000/dir"`, `ca = "acme.crt"`, `challenge = "http-01"`, `listen = "192.0.2.1:8080"`, `storage = "state"`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want = &ACME{
+		Email: "admin@example.org", Directory: "https://acme.example:14000/dir", CA: "/etc/masque/acme.crt",
+		Challenge: "http-01", Listen: "192.0.2.1:8080", Storage: "/etc/masque/state",
+	}
+	if diff := cmp.Diff(want, got.ACME); diff != "" || got.ClientCA != "/etc/masque/ca.crt" {
+		t.Errorf("%s, client_ca %q", diff, got.ClientCA)
+	}
+}
+
 func TestProxyDefaultMethods(t *testing.T) {
 	for _, test := range []struct {
 		data []byte
@@ -251,6 +274,16 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[log]`, `pcap = "p"`}, `f.toml:3: log.pcap = "p": not supported by this version; remove it`},
 
 		// The proxy.
+		{proxy, []string{`[tls]`, `acme = true`}, `f.toml:3: tls.acme: is a table, not a value; write [tls.acme] on a line of its own`},
+		{proxy, []string{`[tls.acme]`, `email = "a@example.org"`}, `f.toml:2: tls.acme.agree_tos: the terms of service of the authority have to be agreed to; read them, and write agree_tos = true`},
+		{proxy, []string{`[tls.acme]`, `email = "a@example.org"`, `agree_tos = false`}, `f.toml:4: tls.acme.agree_tos = false: the terms of service`},
+		{proxy, []string{`[tls.acme]`, `agree_tos = true`}, `f.toml:2: tls.acme.email: not an e-mail address; write one`},
+		{proxy, []string{`[tls.acme]`, `agree_tos = true`, `email = "a b@example.org"`}, `f.toml:4: tls.acme.email = "a b@example.org": not an e-mail address`},
+		{proxy, []string{`[tls]`, `cert = "a.crt"`, `[tls.acme]`, `agree_tos = true`, `email = "a@example.org"`}, `f.toml:3: tls.cert = "a.crt": tls.acme gets the certificate; keep one of the two`},
+		{proxy, []string{`[tls.acme]`, `agree_tos = true`, `email = "a@example.org"`, `directory = "http://acme.example/dir"`}, `f.toml:5: tls.acme.directory = "http://acme.example/dir": not the URL of a directory; write for example "https://acme-v02.api.letsencrypt.org/directory"`},
+		{proxy, []string{`[tls.acme]`, `agree_tos = true`, `email = "a@example.org"`, `challenge = "dns-01"`}, `f.toml:5: tls.acme.challenge = "dns-01": not known; write "tls-alpn-01" or "http-01"`},
+		{proxy, []string{`[tls.acme]`, `agree_tos = true`, `email = "a@example.org"`, `listen = "443"`}, `f.toml:5: tls.acme.listen = "443": not an address and port; write for example ":443" or "192.0.2.1:443"`},
+		{proxy, []string{`[tls.acme]`, `agree_tos = true`, `email = "a@example.org"`, `storage = ""`}, `f.toml:5: tls.acme.storage = "": empty; write the name of a folder`},
 		{proxy, []string{`listen = []`}, `f.toml:2: listen = []: empty; write for example ["[::]:443"]`},
 		{proxy, []string{`listen = ["443"]`}, `f.toml:2: listen[0] = "443": not an address and port; write for example "[::]:443" or "192.0.2.1:443"`},
 		{proxy, []string{`listen = ["a.example:443"]`}, `f.toml:2: listen[0] = "a.example:443": not an address and port; `},

@@ -2,7 +2,9 @@ package config
 
 import (
 	"net/netip"
+	"net/url"
 	"slices"
+	"strings"
 )
 
 // The ways a proxy authenticates users, in auth.methods.
@@ -12,6 +14,12 @@ const (
 	MethodNone  = "none"
 )
 
+// The ACME challenges, in tls.acme.challenge.
+const (
+	ChallengeTLSALPN = "tls-alpn-01"
+	ChallengeHTTP    = "http-01"
+)
+
 // Proxy is the proxy's configuration file, proxy.toml. Names of files in it
 // were joined with the folder of the file.
 type Proxy struct {
@@ -19,7 +27,9 @@ type Proxy struct {
 	Listen   []string // HOST:PORT, UDP
 	Template string   // empty: the default one of the name
 
-	Cert, Key, ClientCA string // names of PEM files; ClientCA may be empty
+	Cert, Key string // names of PEM files; empty with ACME
+	ACME      *ACME  // nil: the certificate is in files
+	ClientCA  string // name of a PEM file, may be empty
 
 	Methods []string
 	Users   string // name of the users file, empty when no method needs it
@@ -54,6 +64,16 @@ type Proxy struct {
 	KeyLog string // name of the file for TLS secrets, empty: none
 
 	doc *document
+}
+
+// ACME is [tls.acme]: how the certificate is got. Directory, Challenge and Listen may be empty, for their defaults.
+type ACME struct {
+	Email     string
+	Directory string // URL
+	CA        string // name of a PEM file, empty: the system's authorities
+	Challenge string // tls-alpn-01 or http-01
+	Listen    string // HOST:PORT, TCP; the host may be empty
+	Storage   string // name of a folder
 }
 
 // Site is a [[site]]: a user whose client is a gateway.
@@ -92,8 +112,7 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	}
 	p.Template = root.string("template", "")
 
-	tls := root.table("tls")
-	p.Cert, p.Key, p.ClientCA = tls.file("cert", "proxy.crt"), tls.file("key", "proxy.key"), tls.file("client_ca", "")
+	p.parseTLS(root.table("tls"))
 
 	p.parseAuth(root.table("auth"))
 
@@ -135,6 +154,45 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 		return nil, err
 	}
 	return p, nil
+}
+
+func (p *Proxy) parseTLS(tls *table) {
+	p.ClientCA = tls.file("client_ca", "")
+	_, given := tls.values["acme"].(map[string]any)
+	if !given {
+		p.Cert, p.Key = tls.file("cert", "proxy.crt"), tls.file("key", "proxy.key")
+	}
+	t := tls.table("acme")
+	for _, key := range []string{"cert", "key"} {
+		if s := tls.string(key, ""); given && s != "" {
+			tls.add(key, "tls.acme gets the certificate", "keep one of the two")
+		}
+	}
+	a := &ACME{
+		Email: t.string("email", ""), Directory: t.string("directory", ""), CA: t.file("ca", ""),
+		Challenge: t.oneOf("challenge", ChallengeTLSALPN, ChallengeHTTP), Listen: t.string("listen", ""),
+		Storage: t.file("storage", "/var/lib/masque/acme"),
+	}
+	agreed := t.bool("agree_tos", false)
+	if !given {
+		return
+	}
+	p.ACME = a
+	if _, domain, ok := strings.Cut(a.Email, "@"); !ok || !IsHost(domain) || strings.ContainsAny(a.Email, " <>,;:\"") {
+		t.add("email", "not an e-mail address", "write one where the authority can tell you of problems")
+	}
+	if !agreed {
+		t.add("agree_tos", "the terms of service of the authority have to be agreed to", "read them, and write agree_tos = true")
+	}
+	if u, err := url.Parse(a.Directory); a.Directory != "" && (err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil) {
+		t.add("directory", "not the URL of a directory", `write for example "https://acme-v02.api.letsencrypt.org/directory"`)
+	}
+	if a.Listen != "" && (!isHostPort(a.Listen) || hostOf(a.Listen) != "" && !isAddr(hostOf(a.Listen))) {
+		t.add("listen", "not an address and port", `write for example ":443" or "192.0.2.1:443"`)
+	}
+	if a.Storage == "" {
+		t.add("storage", "empty", "write the name of a folder")
+	}
 }
 
 func parseSite(t *table) Site {

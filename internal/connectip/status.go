@@ -31,6 +31,8 @@ type Status struct {
 	Bytes      Counts            `json:"bytes"`
 	Drops      map[string]uint64 `json:"drops"` // packets by reason, both directions
 	Reconnects uint64            `json:"reconnects"`
+
+	CertificateUntil *time.Time `json:"certificate_until,omitempty"` // when the client's own certificate ends
 }
 
 // ProxyStatus is the far end as a client knows it.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -51,6 +52,13 @@ func (s *Service) Reloading() {
 		return // without the time, systemd takes no notice
 	}
 	s.notify(fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, now.Nano()/1000))
+}
+
+// Waiting tells what the start of the service waits for, and that it goes on: systemd would otherwise end it after the time
+// of TimeoutStartSec=. It has to be told again within half a minute.
+func (s *Service) Waiting(text string) {
+	s.Status(text)
+	s.notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (30 * time.Second).Microseconds()))
 }
 
 // Stopping tells that the service is about to end.

@@ -44,8 +44,9 @@ func TestService(t *testing.T) {
 	s.Status("a\nREADY=1")
 	s.Alive()
 	s.Reloading()
+	s.Waiting("no certificate yet")
 	s.Stopping()
-	for _, want := range []string{"READY=1", "STATUS=2 sessions", "STATUS=a READY=1", "WATCHDOG=1", "RELOADING=1\nMONOTONIC_USEC=", "STOPPING=1"} {
+	for _, want := range []string{"READY=1", "STATUS=2 sessions", "STATUS=a READY=1", "WATCHDOG=1", "RELOADING=1\nMONOTONIC_USEC=", "STATUS=no certificate yet", "EXTEND_TIMEOUT_USEC=30000000", "STOPPING=1"} {
 		if got := next(); got != want && !(strings.HasSuffix(want, "USEC=") && strings.HasPrefix(got, want)) {
 			t.Errorf("systemd was told %q, want %q", got, want)
 		}
