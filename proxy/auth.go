@@ -4,28 +4,35 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+)
+
+// The classes of failures to authenticate, as the log has them.
+const (
+	classMissing            = "no_credentials"
+	classUnknownUser        = "unknown_user"
+	classWrongToken         = "wrong_token"         // that of nobody, perhaps of a user who was removed
+	classOldCertificate     = "old_certificate"     // not that of the last invitation
+	classExpiredCertificate = "expired_certificate" // found by TLS, as is the next
+	classBadCertificate     = "bad_certificate"     // of another authority, or not for this
+	classMismatch           = "mismatch"            // certificate and token are those of two users
+	classExpiredUser        = "expired_user"
+	classRevoked            = "revoked" // between the request and its answer
 )
 
 // methodMissing is what a failure is counted under when there were no credentials.
 const methodMissing = "missing"
-
-// authError is why somebody is not let in.
-type authError struct {
-	method string // whose credentials were not good, or methodMissing
-	error
-}
-
-func failed(method, format string, args ...any) error {
-	return &authError{method, fmt.Errorf(format, args...)}
-}
 
 // authFailures counts failures of authentication by method.
 type authFailures struct{ mtls, token, missing atomic.Uint64 }
@@ -40,13 +47,6 @@ func (f *authFailures) of(method string) *atomic.Uint64 {
 	return &f.missing
 }
 
-// count counts err, which authenticate returned.
-func (f *authFailures) count(err error) {
-	if e, ok := errors.AsType[*authError](err); ok {
-		f.of(e.method).Add(1)
-	}
-}
-
 func (f *authFailures) counts() map[string]uint64 {
 	m := make(map[string]uint64)
 	for _, method := range []string{MethodMTLS, MethodToken, methodMissing} {
@@ -55,30 +55,110 @@ func (f *authFailures) counts() map[string]uint64 {
 	return m
 }
 
-// watchHandshake has a handshake of c that fails for the client's certificate counted and logged: no request tells of it.
+// authFailure is why somebody is not let in. It is for the log and never has a secret in it: the client is told nothing but that
+// it failed.
+type authFailure struct {
+	method string // whose credentials were not good, or methodMissing
+	class  string
+	user   string // whom it is about, "" if that is not known
+	reason string
+}
+
+func (f *authFailure) Error() string { return f.reason }
+
+// attemptsKey is the key of the turns of a connection, a chan struct{} with room for one, in the context of a request.
+type attemptsKey struct{}
+
+// identify finds out whose request r is. A connection tries one set of credentials at a time, and who fails too often waits for the
+// answer: that holds up nobody with good credentials, not even behind the same address.
+func (h handler) identify(r *http.Request) (user User, method string, refused *refusal) {
+	conn := r.Context().Value(connKey{}).(*quic.Conn)
+	turn := r.Context().Value(attemptsKey{}).(chan struct{})
+	select {
+	case turn <- struct{}{}:
+		defer func() { <-turn }()
+	case <-r.Context().Done():
+		return user, "", refuse(http.StatusUnauthorized, "", "the client went away")
+	}
+	user, method, failure := h.s.authenticate(r)
+	if failure == nil {
+		return user, method, nil
+	}
+	h.s.refused(conn.RemoteAddr(), failure)
+	delay, ok := h.s.attempts.begin(conn.RemoteAddr(), failure.user)
+	if !ok {
+		_ = conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad), "")
+		return User{}, "", &refusal{status: http.StatusUnauthorized, reason: failure}
+	}
+	defer h.s.attempts.end()
+	wait := time.NewTimer(delay)
+	defer wait.Stop()
+	select { // whether or not the client still waits for this one
+	case <-wait.C:
+	case <-conn.Context().Done():
+	}
+	return User{}, "", &refusal{status: http.StatusUnauthorized, reason: failure}
+}
+
+// refused counts and logs a failure.
+func (s *Server) refused(remote net.Addr, f *authFailure) {
+	s.authFailed.of(f.method).Add(1)
+	s.peerLog.Warn("authentication failed", "remote", remote.String(), "method", f.method, "class", f.class, "user", f.user, "reason", shorten(f))
+}
+
+// authenticate finds out whose credentials r has, and by which method.
+func (s *Server) authenticate(r *http.Request) (user User, method string, failure *authFailure) {
+	if slices.Contains(s.cfg().Methods, MethodNone) {
+		return User{}, MethodNone, nil
+	}
+	method = methodMissing
+	fail := func(class, user, format string, args ...any) (User, string, *authFailure) {
+		return User{}, method, &authFailure{method, class, user, fmt.Sprintf(format, args...)}
+	}
+	if slices.Contains(s.cfg().Methods, MethodMTLS) && r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
+		method = MethodMTLS
+		leaf := r.TLS.VerifiedChains[0][0]
+		name := leaf.Subject.CommonName
+		u, ok := s.cfg().Users.ByName(name)
+		if !ok {
+			return fail(classUnknownUser, name, "the certificate is for %q, who is not a user", name)
+		}
+		if u.Certificate != ([32]byte{}) && u.Certificate != sha256.Sum256(leaf.Raw) {
+			return fail(classOldCertificate, name, "the certificate is for %q, but not the one that the user has now", name)
+		}
+		user = u
+	}
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	given := strings.EqualFold(scheme, "Bearer")
+	if slices.Contains(s.cfg().Methods, MethodToken) && given {
+		method = MethodToken
+		u, ok := s.cfg().Users.ByToken(token)
+		if !ok {
+			return fail(classWrongToken, user.Name, "the token is not that of any user")
+		}
+		if user.Name != "" && user.Name != u.Name {
+			return fail(classMismatch, user.Name, "the certificate is that of %q and the token that of %q", user.Name, u.Name)
+		}
+		user = u
+	}
+	if user.Name == "" {
+		return fail(classMissing, "", "no credentials were given")
+	}
+	if user.expired(time.Now()) {
+		return fail(classExpiredUser, user.Name, "the time of the user %q was over at %s", user.Name, user.Expires.UTC().Format(time.RFC3339))
+	}
+	return user, method, nil
+}
+
+// watchHandshake has it counted and logged when TLS refuses the certificate of c's client, which no request tells of.
 func (s *Server) watchHandshake(c *quic.Conn) {
 	if !slices.Contains(s.cfg().Methods, MethodMTLS) {
 		return
 	}
 	context.AfterFunc(c.Context(), func() {
-		select {
-		case <-c.HandshakeComplete():
-			return
-		default:
+		if f := handshakeFailure(context.Cause(c.Context())); f != nil {
+			s.refused(c.RemoteAddr(), f)
 		}
-		var e *quic.TransportError
-		if !errors.As(context.Cause(c.Context()), &e) || e.Remote || !e.ErrorCode.IsCryptoError() {
-			return
-		}
-		switch alert := tls.AlertError(e.ErrorCode - cryptoError); {
-		case alert == alertCertificateRequired:
-			s.authFailed.missing.Add(1)
-		case slices.Contains(certificateAlerts, alert):
-			s.authFailed.mtls.Add(1)
-		default:
-			return
-		}
-		s.peerLog.Info("client certificate refused", "remote", c.RemoteAddr().String(), "reason", shorten(e))
 	})
 }
 
@@ -91,62 +171,25 @@ const alertCertificateRequired = tls.AlertError(116)
 
 var certificateAlerts = []tls.AlertError{42, 43, 44, 45, 46, 48}
 
-// authenticate finds out whose request r is. The error is for the log: the client is told nothing but that it failed.
-func (s *Server) authenticate(r *http.Request) (User, error) {
-	if slices.Contains(s.cfg().Methods, MethodNone) {
-		return User{}, nil
-	}
-	var user User
-	if slices.Contains(s.cfg().Methods, MethodMTLS) && r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
-		leaf := r.TLS.VerifiedChains[0][0]
-		name := leaf.Subject.CommonName
-		u, ok := s.cfg().Users.ByName(name)
-		if !ok {
-			return User{}, failed(MethodMTLS, "the certificate is for %q, who is not a user", name)
-		}
-		if u.Certificate != ([32]byte{}) && u.Certificate != sha256.Sum256(leaf.Raw) {
-			return User{}, failed(MethodMTLS, "the certificate is for %q, but not the one that the user has now", name)
-		}
-		user = u
-	}
-	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	given := strings.EqualFold(scheme, "Bearer")
-	if slices.Contains(s.cfg().Methods, MethodToken) && given {
-		u, ok := s.cfg().Users.ByToken(token)
-		if !ok {
-			return User{}, failed(MethodToken, "the token is not that of any user")
-		}
-		if user.Name != "" && user.Name != u.Name {
-			return User{}, failed(MethodToken, "the certificate is that of %q and the token that of %q", user.Name, u.Name)
-		}
-		user = u
-	}
-	if user.Name == "" {
-		return User{}, failed(methodMissing, "no credentials were given")
-	}
-	return user, nil
-}
-
-// revoked returns why a user who was let in before is not any more, nil when all is as it was.
-func (s *Server) revoked(user User) error {
-	if user.Name == "" { // without authentication
+// handshakeFailure returns the failure to authenticate for which a connection ended, nil if that is not why.
+func handshakeFailure(err error) *authFailure {
+	var transport *quic.TransportError
+	if !errors.As(err, &transport) || transport.Remote || !transport.ErrorCode.IsCryptoError() {
 		return nil
 	}
-	now, ok := s.cfg().Users.ByName(user.Name)
-	switch {
-	case !ok:
-		return errRevoked
-	case now.TokenHash != user.TokenHash || now.Certificate != user.Certificate:
-		return errRenewed
+	switch alert := tls.AlertError(transport.ErrorCode - cryptoError); {
+	case alert == alertCertificateRequired:
+		return &authFailure{method: methodMissing, class: classMissing, reason: "the client has no certificate"}
+	case !slices.Contains(certificateAlerts, alert):
+		return nil
 	}
-	return nil
-}
-
-// UsersChanged ends the sessions of users that are no more, or have other credentials than when the session began.
-func (s *Server) UsersChanged() {
-	for _, ss := range s.sessions.list() {
-		if err := s.revoked(ss.user); err != nil {
-			ss.stop(err)
-		}
+	f := &authFailure{method: MethodMTLS, class: classBadCertificate, reason: transport.Error()}
+	if unverified, ok := errors.AsType[*tls.CertificateVerificationError](err); ok && len(unverified.UnverifiedCertificates) > 0 {
+		f.reason = fmt.Sprintf("the certificate says %q: %s", unverified.UnverifiedCertificates[0].Subject.CommonName, unverified.Err.Error())
 	}
+	var invalid x509.CertificateInvalidError
+	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
+		f.class = classExpiredCertificate
+	}
+	return f
 }

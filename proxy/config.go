@@ -102,6 +102,11 @@ type User struct {
 	Certificate [32]byte     // SHA-256 of the only certificate (DER) that is accepted; zero: any that is for the name
 	Addresses   []netip.Addr // reserved for this user
 	Sessions    int          // at once; 0: Config.MaxSessionsPerUser
+
+	Routes   []netip.Prefix // what may be reached of Config.Advertise; nil: all, empty: nothing
+	RateUp   int64          // bits per second from all clients of the user together, IP packets without what is around them; 0: no limit
+	RateDown int64          // and to them
+	Expires  time.Time      // from when on the user is not let in, by the wall clock; zero: never
 }
 
 // Users finds users. Its methods are called from several goroutines and answer at once.

@@ -208,6 +208,6 @@ func TestAuthFailures(t *testing.T) {
 	ask("bob", certificate(ca, "alice"))
 	failed(2, 2, 1)
 	awaitCounters(t, s.Server, "a line in the log", func(*Counters) bool {
-		return strings.Contains(out.String(), `msg="client certificate refused" remote=127.0.0.1:`)
+		return strings.Contains(out.String(), `level=WARN msg="authentication failed" remote=127.0.0.1:`)
 	})
 }

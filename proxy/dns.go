@@ -82,7 +82,7 @@ func (s *Server) SetDNS(d DNS) error {
 // warnOfDNS says what clients are told to ask and cannot reach through the tunnel: their queries would leave outside of it, or
 // be refused.
 func (s *Server) warnOfDNS() {
-	routes, err := s.routes(nil, 0, s.pool.serves)
+	routes, err := s.routes(nil, nil, 0, s.pool.serves)
 	if err != nil {
 		return // it is reported where routes are advertised
 	}
@@ -111,22 +111,23 @@ func (s *Server) warnOfDNS() {
 	}
 }
 
-// dns returns what this client is told: of what the proxy is configured with, that which lies in the scope of its request and
-// is of a family that it has addresses of. ss.mu is held.
+// dns returns what this client is told: of what the proxy is configured with, that which lies in the scope of its request, which its
+// user may reach, and which is of a family that it has addresses of. ss.mu is held.
 func (ss *session) dns() DNS {
-	d := *ss.server.dns.Load()
+	d, may := *ss.server.dns.Load(), ss.account.reach.Load()
 	const udp = 17
 	if ss.scope.Protocol != 0 && ss.scope.Protocol != udp {
 		return DNS{}
 	}
 	d.Servers = slices.DeleteFunc(slices.Clone(d.Servers), func(a netip.Addr) bool {
-		return ss.reach != nil && !ss.reach.Contains(a) || !ss.uses(a)
+		return ss.reach != nil && !ss.reach.Contains(a) || !ss.uses(a) ||
+			may != nil && !may.Contains(a) && !slices.Contains(ss.server.pool.gatewayAddrs(), a)
 	})
 	if len(d.Servers) == 0 {
 		d.Domains, d.Search = nil, nil
 	}
 	d.NAT64 = slices.DeleteFunc(slices.Clone(d.NAT64), func(p netip.Prefix) bool {
-		return ss.reach != nil && !ss.reach.ContainsPrefix(p) || !ss.uses(p.Addr())
+		return ss.reach != nil && !ss.reach.ContainsPrefix(p) || !ss.uses(p.Addr()) || may != nil && !may.ContainsPrefix(p)
 	})
 	return d
 }

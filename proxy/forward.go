@@ -58,7 +58,8 @@ func (s *Server) dispatch(packets []*flowqueue.Packet) {
 	queue := func(end int) {
 		switch {
 		case to == nil:
-		case end-first == 1 && to.queue.Idle() && to.conn.Ready(): // who is in the table has a conn
+		case end-first == 1 && to.queue.Idle() && to.account.down.behind() == 0 && to.conn.Ready(): // who is in the table has a conn
+			to.account.down.spend(packets[first].Size)
 			to.conn.Send(packets[first].Bytes(), headroom) // waking another goroutine takes longer
 		default:
 			to.stats.Send.DropMany(connectip.DropQueueFull, to.queue.Push(packets[first:end]))

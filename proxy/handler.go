@@ -80,9 +80,10 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ss, refused := h.accept(w, r)
 	if refused != nil {
 		h.s.requests.count(refused.status, refused.word())
-		h.s.peerLog.Info("request refused", "remote", r.RemoteAddr, "status", refused.status, "reason", shorten(refused.reason))
 		if refused.status == http.StatusUnauthorized {
-			w.Header().Set("WWW-Authenticate", "Bearer")
+			w.Header().Set("WWW-Authenticate", "Bearer") // the log has it already
+		} else {
+			h.s.peerLog.Info("request refused", "remote", r.RemoteAddr, "status", refused.status, "reason", shorten(refused.reason))
 		}
 		if s := refused.field(h.s.cfg().Name); s != "" {
 			w.Header().Set("Proxy-Status", s)
@@ -102,10 +103,9 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		return nil, refuse(http.StatusNotImplemented, "", ":protocol %q is not known", r.Proto)
 	}
 	// Who is not known learns nothing but that.
-	user, err := h.s.authenticate(r)
-	if err != nil {
-		h.s.authFailed.count(err)
-		return nil, refuse(http.StatusUnauthorized, "", "%v", err)
+	user, method, refused := h.identify(r)
+	if refused != nil {
+		return nil, refused
 	}
 	if refused := datagramsEnabled(w, r); refused != nil {
 		return nil, refused
@@ -113,6 +113,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	ss := &session{
 		server:   h.s,
 		user:     user,
+		method:   method,
 		instance: r.Header.Get(connectip.InstanceHeader),
 		since:    time.Now(),
 		quic:     r.Context().Value(connKey{}).(*quic.Conn),
@@ -121,7 +122,6 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		advertised: make(chan struct{}),
 	}
 	ss.announcer = worker.New(ss.announce)
-	var refused *refusal
 	if r.Proto == udpProtocol {
 		ss.udp, refused = h.s.openUDP(r.Context(), user, r.RequestURI)
 	} else {
@@ -159,9 +159,11 @@ func (h handler) admit(ss *session) *refusal {
 		return refuse(http.StatusServiceUnavailable, "connection_limit_reached", "%v", err)
 	}
 	// Resolving a name takes a while. Whoever is gone since was not among the sessions when those of removed users ended.
-	if err := h.s.revoked(user); err != nil {
+	if err := h.s.follow(ss); err != nil {
 		h.s.sessions.remove(ss)
-		return refuse(http.StatusUnauthorized, "", "user %q: %v", user.Name, err)
+		failure := &authFailure{method: ss.method, class: classRevoked, user: user.Name, reason: err.Error()}
+		h.s.refused(ss.quic.RemoteAddr(), failure)
+		return &refusal{status: http.StatusUnauthorized, reason: failure}
 	}
 	ss.log = h.s.peerLog.With("session", ss.id, "user", ss.user.Name)
 	if ss.claim != nil {

@@ -120,7 +120,7 @@ func (s *Server) networkState(l layout) routing.State {
 // denied is where packets of clients may not go, for clients that are gateways of sites and for others.
 type denied struct{ clients, sites []netip.Prefix }
 
-// of returns what is denied to ss.
+// of returns what is denied to ss, whoever its user is.
 func (d denied) of(ss *session) []netip.Prefix {
 	if ss.claim != nil {
 		return d.sites
@@ -181,7 +181,7 @@ func (s *Server) deny(l layout) error {
 	s.mu.Unlock()
 	for _, ss := range s.sessions.list() {
 		if d := now.of(ss); !slices.Equal(d, before.of(ss)) {
-			if err := ss.setDenied(d); err != nil {
+			if err := ss.updateDenied(); err != nil {
 				return err
 			}
 		}

@@ -42,8 +42,10 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 		s.cfg().Logger.Warn("cannot read the host's own addresses", "error", err)
 	}
 	for _, ss := range s.sessions.list() {
-		if ss.udp != nil && !s.reachesByUDP(ss.udp.to.Addr()) {
-			ss.stop(errProhibited)
+		if ss.udp != nil || ss.account.reach.Load() != nil { // what is denied to them depends on what is advertised
+			if err := ss.updateDenied(); err != nil {
+				ss.stop(err)
+			}
 		}
 		if ss.udp == nil && ss.scope.IsZero() && (ss.claim != nil) != (rights[ss.user.Name] != nil) {
 			ss.stop(errSite)

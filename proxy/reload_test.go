@@ -44,7 +44,7 @@ func newReloadable(t *testing.T, change func(*Config)) *reloadable {
 		x.cfg = *c
 	})
 	_, x.h3 = x.dial(t, nil)
-	rsp, str := request(t, x.h3, "CONNECT", "connect-ip", anyPath, nil)
+	rsp, str := request(t, x.h3, "CONNECT", "connect-ip", anyPath, asAlice)
 	if rsp.StatusCode != 200 {
 		t.Fatalf("status %d", rsp.StatusCode)
 	}

@@ -57,19 +57,22 @@ func (s *Server) reach(ctx context.Context, user User, scope connectip.Scope) (*
 	if err != nil {
 		return nil, refuse(http.StatusInternalServerError, "proxy_internal_error", "%v: %v", scope, err)
 	}
-	if routes, err := s.routes(set, scope.Protocol, s.pool.serves); err != nil || s.allDenied(routes) {
+	if routes, err := s.routes(set, user.reach(), scope.Protocol, s.pool.serves); err != nil || s.allDenied(routes) {
 		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited", "%v: the client may reach nothing of it", scope)
 	}
 	return set, nil
 }
 
 // routes returns what is advertised to a client whose request is about the addresses of reach, nil for all, and one protocol,
-// 0 for all: as far as the scope reaches, the proxy's routes and its own addresses. A family without addresses for the client
-// has no use for routes; families says which have some.
-func (s *Server) routes(reach *netipx.IPSet, protocol uint8, families func(netip.Addr) bool) ([]capsule.Route, error) {
+// 0 for all: as far as the scope reaches, the proxy's routes, of them only what may has, nil for all, and its own addresses. A family
+// without addresses for the client has no use for routes; families says which have some.
+func (s *Server) routes(reach, may *netipx.IPSet, protocol uint8, families func(netip.Addr) bool) ([]capsule.Route, error) {
 	var b netipx.IPSetBuilder
 	for _, p := range s.cfg().Advertise {
 		b.AddPrefix(p)
+	}
+	if may != nil {
+		b.Intersect(may)
 	}
 	for _, g := range s.pool.gatewayAddrs() {
 		b.Add(g)

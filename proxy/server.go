@@ -65,9 +65,11 @@ type Server struct {
 	unrouted   connectip.Stats // of packets that are no session's, and ICMP errors about them
 	requests   requestCounts
 	authFailed authFailures
+	attempts   attempts
 	lookups    lookups
-	peerLog    *slog.Logger        // for what clients cause
-	dns        atomic.Pointer[DNS] // never nil
+
+	peerLog *slog.Logger        // for what clients cause
+	dns     atomic.Pointer[DNS] // never nil
 
 	mu     sync.Mutex
 	denied denied
@@ -251,7 +253,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		MaxHeaderBytes:  16 << 10,
 		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context {
 			s.watchHandshake(c)
-			return context.WithValue(ctx, connKey{}, c)
+			return context.WithValue(context.WithValue(ctx, connKey{}, c), attemptsKey{}, make(chan struct{}, 1))
 		},
 	}
 	handshakes := rate.NewLimiter(unvalidatedRate, unvalidatedRate)
@@ -279,6 +281,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 	}
 	g.Go(func() error { return s.readDevice() })
 	g.Go(func() error { return s.keepNetwork(gctx) })
+	g.Go(func() error { return s.endExpired(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
 		// Sessions end in good order, and their connections with them: clients are told and can come back at once.

@@ -34,7 +34,11 @@ const (
 type session struct {
 	server *Server
 	id     string
-	user   User
+	user   User   // as it was let in
+	method string // by which
+	// account is what all sessions of the user share, set when the session is taken in; follows is its reach as the session has it.
+	account *account
+	follows *netipx.IPSet
 	// instance tells the runs of a client program apart: a session replaces an older one of the same instance, which is how a
 	// client whose path broke gets its addresses back before the proxy has noticed. "" when the client sends none.
 	instance string
@@ -44,6 +48,7 @@ type session struct {
 	since    time.Time
 	quic     *quic.Conn
 	queue    *flowqueue.Queue
+	uplink   uplink
 	udp      *udpFlow // nil for IP proxying; else all that is about addresses and packets of the device is unused
 	stats    connectip.Stats
 	log      *slog.Logger
@@ -77,13 +82,15 @@ var (
 // run carries the session on its stream until that or ss.ctx ends, and gives back all that it held. The header of the answer
 // was written.
 func (ss *session) run(str *http3.Stream) error {
+	ss.uplink.Device, ss.uplink.ss = ss.server.device, ss
 	ss.mu.Lock()
 	conn := connectip.New(str, ss.quic, connectip.Config{
-		Device:         ss.server.device,
+		Device:         &ss.uplink,
 		Accept:         connectip.Accept{Assigned: ss.acceptAddresses, Routes: ss.acceptRoutes},
 		Handler:        connectip.Handler{Requested: ss.addressesRequested, Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
 		Self:           ss.server.pool.gatewayAddrs(),
 		Denied:         ss.server.deniedNow().of(ss),
+		Withheld:       ss.withheld(),
 		KernelHopLimit: ss.server.cfg().KernelHopLimit,
 		Stats:          &ss.stats,
 	})
@@ -97,6 +104,7 @@ func (ss *session) run(str *http3.Stream) error {
 	}
 	ss.announcer.Wake()
 	err := conn.Run(ss.ctx)
+	ss.stop(err)
 	if cause := context.Cause(ss.ctx); cause != nil {
 		err = cause
 	}
@@ -107,22 +115,28 @@ func (ss *session) run(str *http3.Stream) error {
 		sending.Wait()
 		ss.announcer.Close()
 	})
+	ss.uplink.close()
 	return err
 }
 
 // sendQueued sends what the device handed over for this session, until its queue is closed.
 func (ss *session) sendQueued(conn *connectip.Conn) {
 	var batch [sendBatch]*flowqueue.Packet
+	down := &ss.account.down
 	for {
-		n, late := ss.queue.Pop(batch[:])
+		down.wait(ss.ctx.Done())
+		n, late := ss.queue.Pop(batch[:down.packets(sendBatch)])
 		ss.stats.Send.DropMany(connectip.DropQueueDelay, late)
 		if n == 0 {
 			return
 		}
+		bytes := 0
 		for _, p := range batch[:n] {
+			bytes += p.Size
 			conn.Send(p.Bytes(), headroom)
 			p.Free()
 		}
+		down.spend(bytes)
 	}
 }
 
@@ -291,9 +305,10 @@ func (ss *session) refresh() { ss.announcer.Wake() }
 // advertise tells the client its routes, unless they are what it was told last. It is not called concurrently.
 func (ss *session) advertise() error {
 	ss.mu.Lock()
-	routes, err := ss.server.routes(ss.reach, ss.scope.Protocol, ss.uses)
+	may := ss.account.reach.Load()
+	routes, err := ss.server.routes(ss.reach, may, ss.scope.Protocol, ss.uses)
 	if err == nil && ss.claim != nil {
-		routes, err = ss.server.sites.routesTo(ss.claim, routes, ss.server.pool.gatewayAddrs())
+		routes, err = ss.server.sites.routesTo(ss.claim, routes, may, ss.server.pool.gatewayAddrs())
 	}
 	same := ss.routes != nil && slices.Equal(routes, ss.routes)
 	if err == nil {
@@ -318,10 +333,13 @@ func (ss *session) uses(a netip.Addr) bool {
 	return slices.ContainsFunc(has, func(p netip.Prefix) bool { return p.Addr().Is4() == a.Is4() })
 }
 
-// setDenied replaces the destinations that the client may not reach.
-func (ss *session) setDenied(denied []netip.Prefix) error {
+// withheld returns what the proxy advertises, but not to the session's user.
+func (ss *session) withheld() []netip.Prefix { return ss.server.withheld(ss.account.reach.Load()) }
+
+// updateDenied has the session held to what its client may not reach now.
+func (ss *session) updateDenied() error {
 	if ss.udp != nil {
-		if !ss.server.reachesByUDP(ss.udp.to.Addr()) {
+		if !ss.server.reachesByUDP(ss.udp.to.Addr(), ss.account.reach.Load()) {
 			ss.stop(errProhibited)
 		}
 		return nil
@@ -331,7 +349,7 @@ func (ss *session) setDenied(denied []netip.Prefix) error {
 	if ss.conn == nil {
 		return nil // it starts with what is denied then
 	}
-	return ss.conn.SetDenied(denied)
+	return ss.conn.SetDenied(ss.server.deniedNow().of(ss), ss.withheld())
 }
 
 // release gives back all addresses and networks.
@@ -413,6 +431,8 @@ type sessions struct {
 	lastID uint64
 	byID   map[string]*session
 	ended  connectip.Stats // the sum of those that are no more
+
+	accounts accounts
 }
 
 // Refusals of a session by a limit.
@@ -448,6 +468,11 @@ func (l *sessions) add(ss *session, limit, perUser int) (replaced []*session, er
 	l.lastID++
 	ss.id = strconv.FormatUint(l.lastID, 10)
 	l.byID[ss.id] = ss
+	if l.accounts == nil {
+		l.accounts = make(accounts)
+	}
+	ss.account = l.accounts.open(ss.user)
+	ss.follows = ss.account.reach.Load()
 	return replaced, nil
 }
 
@@ -464,6 +489,7 @@ func (l *sessions) remove(ss *session) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.byID, ss.id)
+	l.accounts.close(ss.user.Name)
 	ss.stats.AddTo(&l.ended)
 }
 

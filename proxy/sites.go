@@ -281,9 +281,9 @@ func prefixText(prefixes []netip.Prefix) string {
 	return strings.Join(words, ", ")
 }
 
-// routesTo returns what is advertised to c: of base, and of the networks and addresses of the other sites, what it may reach;
-// and of base the proxy's own addresses.
-func (t *sites) routesTo(c *claim, base []capsule.Route, own []netip.Addr) ([]capsule.Route, error) {
+// routesTo returns what is advertised to c: of base, and of the networks and addresses of the other sites, what it may reach by the
+// rights of its site and as its user, which is what may has, nil for all; and of base the proxy's own addresses.
+func (t *sites) routesTo(c *claim, base []capsule.Route, may *netipx.IPSet, own []netip.Addr) ([]capsule.Route, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var b netipx.IPSetBuilder
@@ -308,6 +308,9 @@ func (t *sites) routesTo(c *claim, base []capsule.Route, own []netip.Addr) ([]ca
 	}
 	if c.rights != nil && c.rights.reach != nil {
 		b.Intersect(c.rights.reach)
+	}
+	if may != nil {
+		b.Intersect(may)
 	}
 	for _, a := range always {
 		b.Add(a)

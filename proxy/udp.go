@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"go4.org/netipx"
 	"golang.org/x/sys/unix"
 
 	"masquevpn/internal/connectip"
@@ -100,7 +101,7 @@ func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow,
 			return nil, refused
 		}
 	}
-	addrs = slices.DeleteFunc(addrs, func(a netip.Addr) bool { return !s.reachesByUDP(a) })
+	addrs = slices.DeleteFunc(addrs, func(a netip.Addr) bool { return !s.reachesByUDP(a, user.reach()) })
 	if len(addrs) == 0 {
 		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited", "%v: clients may not reach it", target)
 	}
@@ -127,11 +128,11 @@ func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow,
 
 // reachesByUDP reports whether the proxy sends UDP packets to a for its clients: where their tunnels lead as well, but for
 // multicast and the proxy's own addresses. Those packets have the source address of the proxy itself, which some trust more
-// than any client's (RFC 9298 section 7).
-func (s *Server) reachesByUDP(a netip.Addr) bool {
+// than any client's (RFC 9298 section 7). may is what the user reaches, nil for all.
+func (s *Server) reachesByUDP(a netip.Addr, may *netipx.IPSet) bool {
 	contains := func(p netip.Prefix) bool { return p.Contains(a) }
 	return slices.ContainsFunc(s.cfg().Advertise, contains) && !slices.ContainsFunc(s.deniedNow().clients, contains) &&
-		!slices.Contains(s.pool.gatewayAddrs(), a) && !a.IsMulticast()
+		!slices.Contains(s.pool.gatewayAddrs(), a) && !a.IsMulticast() && (may == nil || may.Contains(a))
 }
 
 // dialUDP opens a socket whose packets are never fragmented (RFC 9298 section 3.1) and do not go to broadcast addresses, for

@@ -98,14 +98,17 @@ func connectUDP(c *net.UDPConn, to *net.UDPAddr) error {
 	return errors.Join(controlErr, err)
 }
 
-// up carries packets of the client to the target until a socket fails or is closed.
-func (f *udpFlow) up(count *connectip.Traffic) error {
+// up carries packets of the client to the target until a socket fails or is closed. Those that wait because of the user's rate do so
+// in the kernel.
+func (f *udpFlow) up(count *connectip.Traffic, rate *pacer, done <-chan struct{}) error {
 	buf := make([]byte, maxUDPPayload)
 	for {
 		n, err := f.outer.Read(buf)
 		if err != nil { // the other end is closed
 			return connectip.ErrClosedByPeer
 		}
+		rate.wait(done)
+		rate.spend(n)
 		switch _, err := f.socket.Write(buf[:n]); {
 		case err == nil:
 			count.Add(n)
@@ -117,8 +120,8 @@ func (f *udpFlow) up(count *connectip.Traffic) error {
 	}
 }
 
-// down carries packets of the target to the client. capacity is the largest payload that fits on the client's path now.
-func (f *udpFlow) down(count *connectip.Traffic, capacity func() (int, error)) error {
+// down is up for packets of the target to the client. capacity is the largest payload that fits on the client's path now.
+func (f *udpFlow) down(count *connectip.Traffic, rate *pacer, done <-chan struct{}, capacity func() (int, error)) error {
 	buf := make([]byte, maxUDPPayload)
 	limit := 0
 	for {
@@ -138,6 +141,8 @@ func (f *udpFlow) down(count *connectip.Traffic, capacity func() (int, error)) e
 			count.Drop(connectip.DropTooBig)
 			continue
 		}
+		rate.wait(done)
+		rate.spend(n)
 		count.Add(n)
 		if _, err := f.outer.Write(buf[:n]); err != nil {
 			return connectip.ErrClosedByPeer
@@ -154,8 +159,8 @@ func (ss *session) runUDP(w http.ResponseWriter) error {
 	str := w.(http3.HTTPStreamer).HTTPStream()
 	capacity := func() (int, error) { return connectip.MaxPayload(ss.quic, str.StreamID()) }
 	var wg sync.WaitGroup
-	wg.Go(func() { ss.stop(f.up(&ss.stats.Receive)) })
-	wg.Go(func() { ss.stop(f.down(&ss.stats.Send, capacity)) })
+	wg.Go(func() { ss.stop(f.up(&ss.stats.Receive, &ss.account.up, ss.ctx.Done())) })
+	wg.Go(func() { ss.stop(f.down(&ss.stats.Send, &ss.account.down, ss.ctx.Done(), capacity)) })
 	wg.Go(func() {
 		ss.awaitIdle(ss.server.cfg().UDPIdleTimeout)
 		connectip.Drain(ss.quic, func() { _ = f.relay.Close() })

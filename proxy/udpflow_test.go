@@ -391,3 +391,19 @@ func TestUDPIdle(t *testing.T) {
 		}
 	})
 }
+
+// The packets of a flow count for its user's rates, and come through.
+func TestUDPRate(t *testing.T) {
+	users := &oneChanging{alice: User{Name: "alice", RateUp: 1_000_000, RateDown: 2_000_000}}
+	s := startServer(t, withUDP(echo(t), withUsers(users, nil)))
+	_, h3 := s.dial(t, nil)
+	f := openFlow(t, h3, asAlice)
+	a := s.sessions.list()[0].account
+	for range 100 {
+		f.exchange(t, make([]byte, 1000))
+	}
+	// Of these, nearly a second up and half of that down.
+	if up, down := a.up.due.Load(), a.down.due.Load(); up == 0 || down == 0 || up <= down {
+		t.Errorf("the rates are used until %v and %v", time.Duration(up), time.Duration(down))
+	}
+}

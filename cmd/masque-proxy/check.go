@@ -103,6 +103,9 @@ func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 	default:
 		c.OK("users: %d", len(l.users.last().All()))
 	}
+	if l.users != nil {
+		l.checkUsers(c, now)
+	}
 	for _, site := range l.file.Sites {
 		if l.users == nil {
 			continue
@@ -153,6 +156,21 @@ func failError(c *cli.Checks, err error) {
 		return
 	}
 	c.Fail("tls.acme: "+err.Error(), "")
+}
+
+// checkUsers looks for users who are not let in, or do not reach what their entry says.
+func (l *loaded) checkUsers(c *cli.Checks, now time.Time) {
+	for _, u := range l.users.last().All() {
+		if !u.Expires.IsZero() && !now.Before(u.Expires) {
+			c.Warn(fmt.Sprintf("users: the time of %s was over at %s", u.Name, u.Expires.UTC().Format(time.RFC3339)),
+				"change expires in "+l.file.Users+", or "+program+" user remove "+u.Name+" -c FILE")
+		}
+		for _, p := range u.Routes {
+			if !advertised(l.file, p) {
+				c.Warn(fmt.Sprintf("users: %s may reach %v, which routes.advertise does not have", u.Name, p), "add it there, or correct routes in "+l.file.Users)
+			}
+		}
+	}
 }
 
 // checkPool checks that the addresses for clients are none of those of this

@@ -31,8 +31,12 @@ type invitation struct {
 	ca        string   // name of the authority that the proxy is verified with, empty: found
 	caKey     string   // name of the key of the clients' authority, empty: beside its certificate
 	proxy     string   // what the client dials, empty: from proxy.toml
-	valid     string   // of the certificate
+	valid     string   // of the certificate, empty: a year, and as long as the user
+	expires   string   // of the user, empty: never
 	addresses []string // reserved for the user
+	routes    []string // all that the user may reach, none: all that the proxy advertises
+	rateUp    string   // empty: no limit
+	rateDown  string
 	sessions  int
 }
 
@@ -55,8 +59,13 @@ func inviteCommand() *cobra.Command {
 		"the proxy's, or else the system's of the client")
 	f.StringVar(&in.caKey, "ca-key", "", "`FILE` with the key of the clients' authority; default: beside its certificate")
 	f.StringVar(&in.proxy, "proxy", "", "what the client dials, if it is not the name and port of the configuration")
-	f.StringVar(&in.valid, "valid", "365d", "how long the certificate is good, in days (d) or hours (h)")
+	f.StringVar(&in.expires, "expires", "", "when the user is not let in any more: after a time span in days (30d) or hours (12h), from a `DATE` on\n"+
+		"(2026-12-31, in UTC) or at a time (2026-12-31T18:00:00Z); default: never")
+	f.StringVar(&in.valid, "valid", "", "`SPAN` for which the certificate is good, in days (d) or hours (h); default: 365d, or as long as the user if that is longer")
 	f.StringSliceVar(&in.addresses, "address", nil, "address of the pool reserved for the user")
+	f.StringSliceVar(&in.routes, "route", nil, "`PREFIX` that the user may reach, of those that the proxy advertises; default: all of them")
+	f.StringVar(&in.rateUp, "rate-up", "", "`RATE` of what the user sends, in bits per second, such as 20Mbit; default: no limit")
+	f.StringVar(&in.rateDown, "rate-down", "", "the same for what the user receives (`RATE`)")
 	f.IntVar(&in.sessions, "sessions", 0, "sessions at the same time; 0 for the proxy's default")
 	return cmd
 }
@@ -65,8 +74,18 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 	if !config.IsName(in.user) {
 		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%q cannot name a user", in.user), Remedy: `write 1 to 64 letters, digits and any of ".-_@", a letter or digit first`}
 	}
-	valid, err := parseValidity(in.valid)
+	user := config.User{Name: in.user, Sessions: in.sessions, Created: now}
+	if user.Expires, err = parseExpires(in.expires, now); err != nil {
+		return err
+	}
+	valid, err := in.validity(user.Expires, now)
 	if err != nil {
+		return err
+	}
+	if user.RateUp, err = parseRate("--rate-up", in.rateUp); err != nil {
+		return err
+	}
+	if user.RateDown, err = parseRate("--rate-down", in.rateDown); err != nil {
 		return err
 	}
 	f, err := parseFile(in.config)
@@ -98,7 +117,6 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 	if err != nil {
 		return err
 	}
-	user := config.User{Name: in.user, Sessions: in.sessions, Created: now}
 	if _, known := users.ByName(in.user); known {
 		return &cli.Error{Code: cli.Usage, Reason: "there is a user " + in.user + " already", Remedy: fmt.Sprintf("choose another name, or first: %s user remove %s -c %s", program, in.user, in.config)}
 	}
@@ -106,6 +124,9 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		return cli.Errorf(cli.Usage, "--sessions %d is negative: write a number from 0", in.sessions)
 	}
 	if user.Addresses, err = in.reserve(f, users); err != nil {
+		return err
+	}
+	if user.Routes, err = in.reach(f); err != nil {
 		return err
 	}
 	if slices.Contains(f.Methods, config.MethodMTLS) {
@@ -128,13 +149,19 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		user.TokenHash = pki.HashToken(token)
 		fmt.Fprintf(&b, "\n[auth]\ntoken = %q\n", token)
 	}
-	return in.finish(out, b.Bytes(), f.Users, users.Add(user))
+	if err := in.finish(out, b.Bytes(), f.Users, users.Add(user)); err != nil {
+		return err
+	}
+	if !user.Expires.IsZero() {
+		fmt.Fprintf(notes, "note: %s is let in until %s\n", in.user, user.Expires.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 // finish writes the client's file and the users file, or neither.
 func (in *invitation) finish(out io.Writer, client []byte, usersPath string, users []byte) error {
 	if in.out == "" { // it cannot be taken back: it comes last
-		if err := cli.WriteFile(usersPath, users, cli.SecretMode(usersPath)); err != nil {
+		if err := cli.UpdateFile(usersPath, users); err != nil {
 			return err
 		}
 		return in.write(out, client)
@@ -142,7 +169,7 @@ func (in *invitation) finish(out io.Writer, client []byte, usersPath string, use
 	if err := in.write(out, client); err != nil {
 		return err
 	}
-	if err := cli.WriteFile(usersPath, users, cli.SecretMode(usersPath)); err != nil {
+	if err := cli.UpdateFile(usersPath, users); err != nil {
 		return errors.Join(err, os.Remove(in.out))
 	}
 	return nil
@@ -269,6 +296,32 @@ func (in *invitation) reserve(f *config.Proxy, users *config.Users) ([]netip.Add
 	return list, nil
 }
 
+// reach checks the routes for the user.
+func (in *invitation) reach(f *config.Proxy) ([]netip.Prefix, error) {
+	var list []netip.Prefix
+	for _, s := range in.routes {
+		p, err := netip.ParsePrefix(s)
+		bad := func(reason, remedy string) error {
+			return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("--route %s: %s", s, reason), Remedy: remedy}
+		}
+		switch {
+		case err != nil:
+			return nil, bad("not an address prefix", "write for example 192.0.2.0/24")
+		case p != p.Masked():
+			return nil, bad("bits are set behind the prefix length", "write "+p.Masked().String())
+		case !advertised(f, p):
+			return nil, bad("not of what the proxy advertises", "choose a part of routes.advertise in "+in.config)
+		}
+		list = append(list, p)
+	}
+	return list, nil
+}
+
+// advertised reports whether the proxy advertises all of p, in one prefix.
+func advertised(f *config.Proxy, p netip.Prefix) bool {
+	return slices.ContainsFunc(f.Advertise, func(a netip.Prefix) bool { return a.Bits() <= p.Bits() && a.Contains(p.Addr()) })
+}
+
 func pools(f *config.Proxy) string {
 	var words []string
 	for _, p := range []netip.Prefix{f.Pool4, f.Pool6} {
@@ -279,16 +332,63 @@ func pools(f *config.Proxy) string {
 	return strings.Join(words, " or ")
 }
 
-// parseValidity reads a number of days, as in 365d, or any duration of Go.
-func parseValidity(s string) (time.Duration, error) {
+// validity is for how long the certificate is good.
+func (in *invitation) validity(expires, now time.Time) (time.Duration, error) {
+	if in.valid == "" {
+		return max(defaultValidity, expires.Sub(now)), nil
+	}
+	d, ok := parseSpan(in.valid)
+	if !ok {
+		return 0, cli.Errorf(cli.Usage, "--valid %q is not a time span of at most ten years: write for example 365d", in.valid)
+	}
+	return d, nil
+}
+
+const defaultValidity = 365 * 24 * time.Hour
+
+// parseExpires reads when a user is not let in any more, the zero Time for never.
+func parseExpires(s string, now time.Time) (time.Time, error) {
+	if s == "" {
+		return time.Time{}, nil
+	}
+	if d, ok := parseSpan(s); ok {
+		return now.Add(d).UTC().Truncate(time.Second), nil
+	}
+	t, err := time.Parse(time.DateOnly, s)
+	if err != nil {
+		t, err = time.Parse(time.RFC3339, s)
+	}
+	switch {
+	case err != nil || t.Sub(now) > pki.AuthorityValidity:
+		return t, cli.Errorf(cli.Usage, "--expires %q is neither a time span nor a date within ten years: write for example 30d or %s", s, now.AddDate(0, 1, 0).UTC().Format(time.DateOnly))
+	case !t.After(now):
+		return t, cli.Errorf(cli.Usage, "--expires %s is over: write a time to come", s)
+	}
+	return t, nil
+}
+
+// parseSpan reads a number of days, as in 365d, or any duration of Go, of at most ten years.
+func parseSpan(s string) (time.Duration, bool) {
 	d, err := time.ParseDuration(s)
 	if days, ok := strings.CutSuffix(s, "d"); ok {
 		var n int
 		n, err = strconv.Atoi(days)
 		d = time.Duration(n) * 24 * time.Hour
+		if n > int(pki.AuthorityValidity/(24*time.Hour)) { // which may be more than a Duration holds
+			return 0, false
+		}
 	}
-	if err != nil || d <= 0 || d > pki.AuthorityValidity {
-		return 0, cli.Errorf(cli.Usage, "--valid %q is not a time span of at most ten years: write for example 365d", s)
+	return d, err == nil && d > 0 && d <= pki.AuthorityValidity
+}
+
+// parseRate reads the rate that a flag has, 0 for none.
+func parseRate(flag, s string) (int64, error) {
+	if s == "" {
+		return 0, nil
 	}
-	return d, nil
+	rate, err := config.ParseRate(s)
+	if err != nil {
+		return 0, cli.Errorf(cli.Usage, "%s %q is %v: write for example 20Mbit", flag, s, err)
+	}
+	return rate, nil
 }

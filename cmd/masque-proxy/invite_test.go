@@ -5,12 +5,18 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -180,6 +186,12 @@ func TestInviteErrors(t *testing.T) {
 	}{
 		{[]string{"a/b"}, "cannot name a user"},
 		{[]string{"alice", "--valid", "forever"}, `--valid "forever" is not a time span`},
+		{[]string{"alice", "--expires", "soon"}, `--expires "soon" is neither a time span nor a date`},
+		{[]string{"alice", "--expires", "2001-01-01"}, "--expires 2001-01-01 is over"},
+		{[]string{"alice", "--rate-up", "20"}, `--rate-up "20" is not a number of kbit, Mbit or Gbit per second: write for example 20Mbit`},
+		{[]string{"alice", "--rate-down", "1kbit"}, `--rate-down "1kbit" is less than 64kbit`},
+		{[]string{"alice", "--route", "x"}, "--route x: not an address prefix"},
+		{[]string{"alice", "--route", "10.0.0.1/8"}, "write 10.0.0.0/8"},
 		{[]string{"alice", "--valid", "0d"}, "is not a time span"},
 		{[]string{"alice", "--valid", "99999999d"}, "is not a time span"},
 		{[]string{"alice", "--sessions", "-1"}, "--sessions -1 is negative"},
@@ -225,6 +237,123 @@ func TestExposedSecrets(t *testing.T) {
 	}
 	if _, last := do(t, 2, "invite", "alice", "-c", file); !strings.Contains(last, "chmod 600") {
 		t.Errorf("invite with an exposed authority: %s", last)
+	}
+}
+
+// What a user may is in the users file, and in the list.
+func TestInviteLimits(t *testing.T) {
+	_, file := install(t)
+	replace(t, file, `advertise = ["0.0.0.0/0", "::/0"]`, `advertise = ["192.0.2.0/24", "2001:db8::/32"]`)
+	running := mustLoad(t, file)
+	_, note := do(t, 0, "invite", "alice", "-c", file, "--expires", "30d", "--route", "192.0.2.0/25,2001:db8:1::/48", "--rate-up", "20Mbit", "--rate-down", "0.1Gbit")
+	if !strings.Contains(note, "note: alice is let in until ") {
+		t.Errorf("said %s", note)
+	}
+	got, _ := running.users.ByName("alice")
+	routes := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("2001:db8:1::/48")}
+	if d := time.Until(got.Expires); d < 29*24*time.Hour || d > 30*24*time.Hour || !slices.Equal(got.Routes, routes) || got.RateUp != 20_000_000 || got.RateDown != 100_000_000 {
+		t.Errorf("alice is %+v", got)
+	}
+	out, _ := do(t, 0, "user", "list", "-c", file, "--run-dir", t.TempDir())
+	for _, want := range []string{"192.0.2.0/25, 2001:db8:1::/48", "up 20Mbit, down 100Mbit", got.Expires.UTC().Format(time.RFC3339) + "  ?"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("%q is not in\n%s", want, out)
+		}
+	}
+
+	// The certificate is good as long as the user, at least.
+	for i, test := range []struct {
+		args []string
+		want time.Duration
+	}{
+		{[]string{"--expires", "10d"}, 365 * 24 * time.Hour},
+		{[]string{"--expires", "1000d"}, 1000 * 24 * time.Hour},
+		{[]string{"--expires", "1000d", "--valid", "10d"}, 10 * 24 * time.Hour},
+		{nil, 365 * 24 * time.Hour},
+	} {
+		out, _ := do(t, 0, append([]string{"invite", fmt.Sprint("user", i), "-c", file}, test.args...)...)
+		client, err := config.ParseClient("c.toml", []byte(out))
+		if err != nil {
+			t.Fatal(err)
+		}
+		certs, err := pki.ParseCertificates([]byte(client.CertPEM))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := time.Until(certs[0].NotAfter) - test.want; d.Abs() > time.Hour {
+			t.Errorf("%v: the certificate is good until %v", test.args, certs[0].NotAfter)
+		}
+	}
+
+	// A user whose time is over, or who may reach what the proxy does not have, is found by check.
+	users := filepath.Join(filepath.Dir(file), usersFile)
+	write(t, users, strings.Replace(read(t, users), "expires = ", "expires = 2026-01-02 # ", 1))
+	replace(t, file, `"2001:db8::/32"`, `"fd00::/8"`)
+	var c cli.Checks
+	mustLoad(t, file).checkCredentials(&c, time.Now())
+	var said bytes.Buffer
+	_ = c.Finish(&said, false)
+	for _, want := range []string{
+		"warn  users: the time of alice was over at 2026-01-02T00:00:00Z — change expires in " + users,
+		"warn  users: alice may reach 2001:db8:1::/48, which routes.advertise does not have — ",
+	} {
+		if !strings.Contains(said.String(), want) {
+			t.Errorf("%q is not in\n%s", want, &said)
+		}
+	}
+	out, _ = do(t, 0, "user", "list", "-c", file, "--run-dir", t.TempDir(), "--json")
+	var list []userEntry
+	if err := json.Unmarshal([]byte(out), &list); err != nil || !list[0].Expired || list[0].Connected != nil || list[0].RateDown != 100_000_000 || list[len(list)-1].Expires != nil || list[len(list)-1].Routes != nil {
+		t.Errorf("listed %s, %v", out, err)
+	}
+}
+
+func TestParseExpires(t *testing.T) {
+	now := time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC)
+	for s, want := range map[string]string{
+		"30d": "2026-07-01T12:00:00Z", "36h": "2026-06-03T00:00:00Z", "2026-12-31": "2026-12-31T00:00:00Z", "2026-12-31T18:00:00+01:00": "2026-12-31T17:00:00Z",
+		"2026-06-01": "is over", "0d": "neither", "-1d": "neither", "9999-01-01": "neither", "99999999999d": "neither", "soon": "neither", "2026-13-01": "neither",
+	} {
+		got, err := parseExpires(s, now)
+		text := got.UTC().Format(time.RFC3339)
+		if err != nil {
+			text = err.Error()
+		}
+		if !strings.Contains(text, want) {
+			t.Errorf("%q: %s, want %s", s, text, want)
+		}
+	}
+}
+
+// Invitations at the same time lose none, and the users file stays whose it was.
+func TestInvitesTogether(t *testing.T) {
+	dir, file := install(t)
+	users := filepath.Join(dir, usersFile)
+	elsewhere := filepath.Join(t.TempDir(), "real.toml")
+	if err := os.Rename(users, elsewhere); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Symlink(elsewhere, users), os.Chmod(elsewhere, 0o640), os.Chown(elsewhere, os.Getuid(), os.Getgid())); err != nil {
+		t.Fatal(err)
+	}
+	const n = 20
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() {
+			in := invitation{user: fmt.Sprintf("user%d", i), config: file}
+			if err := in.make(io.Discard, io.Discard, time.Now()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	u, err := readUsers(users)
+	if err != nil || len(u.All()) != n {
+		t.Errorf("%d users of %d, %v", len(u.All()), n, err)
+	}
+	info, err := os.Lstat(users)
+	if err != nil || info.Mode()&os.ModeSymlink == 0 || modes(t, filepath.Dir(elsewhere))["real.toml"] != 0o640 {
+		t.Errorf("the link, or the mode of the file, is not kept: %v, %v", info, err)
 	}
 }
 

@@ -30,7 +30,7 @@ type options struct {
 func newRoot() *cobra.Command {
 	root, globals := cli.NewRoot(program, "VPN over MASQUE: IP through HTTP/3 (RFC 9484), the proxy")
 	o := &options{Globals: globals}
-	root.AddCommand(o.runCommand(), initCommand(), inviteCommand(), userCommand(), o.checkCommand(),
+	root.AddCommand(o.runCommand(), initCommand(), inviteCommand(), o.userCommand(), o.checkCommand(),
 		o.statusCommand(), o.sessionsCommand(), o.kickCommand(), o.reloadCommand())
 	return root
 }

@@ -144,11 +144,14 @@ func newDaemon(path string, l *loaded, logger *slog.Logger) *daemon {
 	return d
 }
 
-// watchInterval is how often the users file is looked at when nobody connects, and systemd is told how the proxy is.
-const watchInterval = time.Second
+const (
+	// watchInterval is how often systemd is told how the proxy is.
+	watchInterval = time.Second
+	// usersInterval is how often the users file is looked at when nobody connects: a removal holds within a second.
+	usersInterval = 250 * time.Millisecond
+)
 
-// watch reloads on SIGHUP, ends the sessions of users whose credentials are
-// not good any more, and tells systemd how the proxy is. The watchdog so ends
+// watch reloads on SIGHUP, makes the sessions follow the users file, and tells systemd how the proxy is. The watchdog so ends
 // a proxy that hangs in any of it, or whose sessions do not answer.
 func (d *daemon) watch(ctx context.Context) {
 	hangup := make(chan os.Signal, 1)
@@ -156,6 +159,8 @@ func (d *daemon) watch(ctx context.Context) {
 	defer signal.Stop(hangup)
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
+	look := time.NewTicker(usersInterval)
+	defer look.Stop()
 	var before *config.Users
 	if d.loaded.users != nil {
 		before = d.loaded.users.last()
@@ -171,13 +176,14 @@ func (d *daemon) watch(ctx context.Context) {
 			if _, err := d.reload(); err != nil {
 				d.logger.Error("reload failed; all stays as it was", "error", err)
 			}
-		case <-tick.C:
+		case <-look.C:
 			if before != nil {
 				if now := d.loaded.users.current(); now != before {
 					d.server.UsersChanged()
 					before = now
 				}
 			}
+		case <-tick.C:
 			d.lookAtCertificate()
 			if ready == nil {
 				d.describe()

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"text/tabwriter"
@@ -13,16 +16,18 @@ import (
 
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
+	"masquevpn/internal/control"
+	"masquevpn/proxy"
 )
 
-func userCommand() *cobra.Command {
+func (o *options) userCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "user", Short: "List and remove users", Args: cobra.NoArgs,
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			return &cli.Error{Code: cli.Usage, Reason: "list or remove is missing", Remedy: "see '" + cmd.CommandPath() + " --help'"}
 		}),
 	}
-	cmd.AddCommand(userListCommand(), userRemoveCommand())
+	cmd.AddCommand(o.userListCommand(), userRemoveCommand())
 	return cmd
 }
 
@@ -38,11 +43,12 @@ func usersOf(file string) (string, error) {
 	return f.Users, nil
 }
 
-func userListCommand() *cobra.Command {
+func (o *options) userListCommand() *cobra.Command {
 	var file string
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use: "list -c FILE", Short: "List the users", Args: cobra.NoArgs,
+		Long: "List the users, with what each may, and how many sessions each has now, if the proxy runs.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			path, err := usersOf(file)
 			if err != nil {
@@ -52,7 +58,18 @@ func userListCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return showUsers(cmd.OutOrStdout(), users.All(), asJSON)
+			connected, err := o.connected(cmd.Context())
+			if err != nil {
+				fmt.Fprintf(cmd.ErrOrStderr(), "note: who is connected is not known: %v\n", err)
+			}
+			entries := make([]userEntry, 0, len(users.All()))
+			for _, u := range users.All() {
+				entries = append(entries, entryOf(u, connected, time.Now()))
+			}
+			if asJSON {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(entries)
+			}
+			return showUsers(cmd.OutOrStdout(), entries)
 		}),
 	}
 	configFlag(cmd, &file)
@@ -60,43 +77,124 @@ func userListCommand() *cobra.Command {
 	return cmd
 }
 
-// userEntry is one user in the output of `user list --json`.
-type userEntry struct {
-	Name        string    `json:"name"`
-	Token       bool      `json:"token"`       // has one
-	Certificate bool      `json:"certificate"` // has one of its own; without, any of the authority with the name is good
-	Addresses   []string  `json:"addresses"`
-	Sessions    int       `json:"sessions"` // 0: the proxy's default
-	Created     time.Time `json:"created"`
+// connected returns the number of sessions of each user, nil if no proxy runs.
+func (o *options) connected(ctx context.Context) (map[string]int, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	var sessions []proxy.SessionStatus
+	err := control.NewClient(o.RunDir, instance).Get(ctx, sessionsPath, &sessions)
+	if errors.Is(err, control.ErrNotRunning) {
+		return nil, fmt.Errorf("no proxy is running with the run directory %s", o.RunDir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	n := make(map[string]int)
+	for _, s := range sessions {
+		n[s.User]++
+	}
+	return n, nil
 }
 
-func showUsers(w io.Writer, users []config.User, asJSON bool) error {
-	entries := make([]userEntry, len(users))
-	for i, u := range users {
-		entries[i] = userEntry{
-			Name: u.Name, Token: u.TokenHash != [32]byte{}, Certificate: u.Certificate != [32]byte{},
-			Addresses: []string{}, Sessions: u.Sessions, Created: u.Created,
-		}
-		for _, a := range u.Addresses {
-			entries[i].Addresses = append(entries[i].Addresses, a.String())
-		}
+// userEntry is one user in the output of `user list --json`.
+type userEntry struct {
+	Name        string         `json:"name"`
+	Token       bool           `json:"token"`       // has one
+	Certificate bool           `json:"certificate"` // has one of its own; without, any of the authority with the name is good
+	Addresses   []string       `json:"addresses"`
+	Sessions    int            `json:"sessions"` // allowed at the same time; 0: the proxy's default
+	Routes      []netip.Prefix `json:"routes"`   // null: all that the proxy advertises
+	RateUp      int64          `json:"rate_up_bits_per_second"`
+	RateDown    int64          `json:"rate_down_bits_per_second"` // 0: no limit
+	Created     time.Time      `json:"created"`
+	Expires     *time.Time     `json:"expires"` // null: never
+	Expired     bool           `json:"expired"`
+	Connected   *int           `json:"connected"` // sessions now; null: not known
+}
+
+func entryOf(u config.User, connected map[string]int, now time.Time) userEntry {
+	e := userEntry{
+		Name: u.Name, Token: u.TokenHash != [32]byte{}, Certificate: u.Certificate != [32]byte{},
+		Addresses: []string{}, Sessions: u.Sessions, Routes: u.Routes, RateUp: u.RateUp, RateDown: u.RateDown, Created: u.Created,
 	}
-	if asJSON {
-		return json.NewEncoder(w).Encode(entries)
+	for _, a := range u.Addresses {
+		e.Addresses = append(e.Addresses, a.String())
 	}
+	if !u.Expires.IsZero() {
+		e.Expires, e.Expired = &u.Expires, !now.Before(u.Expires)
+	}
+	if connected != nil {
+		n := connected[u.Name]
+		e.Connected = &n
+	}
+	return e
+}
+
+func showUsers(w io.Writer, entries []userEntry) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "NAME\tCREATED\tCREDENTIALS\tADDRESSES")
+	fmt.Fprintln(t, "NAME\tCREATED\tCREDENTIALS\tADDRESSES\tROUTES\tLIMITS\tEXPIRES\tCONNECTED")
 	for _, e := range entries {
-		var credentials []string
-		if e.Certificate {
-			credentials = append(credentials, "certificate")
-		}
-		if e.Token {
-			credentials = append(credentials, "token")
-		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", e.Name, e.Created.Format(time.DateOnly), strings.Join(credentials, ", "), strings.Join(e.Addresses, ", "))
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Name, e.Created.Format(time.DateOnly), e.credentials(),
+			strings.Join(e.Addresses, ", "), e.routes(), e.limits(), e.expires(), e.connected())
 	}
 	return t.Flush()
+}
+
+func (e *userEntry) credentials() string {
+	var words []string
+	if e.Certificate {
+		words = append(words, "certificate")
+	}
+	if e.Token {
+		words = append(words, "token")
+	}
+	return strings.Join(words, ", ")
+}
+
+func (e *userEntry) routes() string {
+	switch {
+	case e.Routes == nil:
+		return "all"
+	case len(e.Routes) == 0:
+		return "none"
+	}
+	return list(e.Routes)
+}
+
+func (e *userEntry) limits() string {
+	var words []string
+	if e.Sessions > 0 {
+		words = append(words, fmt.Sprintf("%d sessions", e.Sessions))
+	}
+	if e.RateUp > 0 {
+		words = append(words, "up "+config.FormatRate(e.RateUp))
+	}
+	if e.RateDown > 0 {
+		words = append(words, "down "+config.FormatRate(e.RateDown))
+	}
+	return strings.Join(words, ", ")
+}
+
+func (e *userEntry) expires() string {
+	switch {
+	case e.Expires == nil:
+		return "never"
+	case e.Expired:
+		return "over since " + e.Expires.UTC().Format(time.RFC3339)
+	}
+	return e.Expires.UTC().Format(time.RFC3339)
+}
+
+func (e *userEntry) connected() string {
+	switch {
+	case e.Connected == nil:
+		return "?"
+	case *e.Connected == 0:
+		return "no"
+	case *e.Connected == 1:
+		return "1 session"
+	}
+	return fmt.Sprintf("%d sessions", *e.Connected)
 }
 
 func userRemoveCommand() *cobra.Command {
@@ -134,5 +232,5 @@ func removeUser(path, name string) error {
 	if !ok {
 		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("the entry of %s in %s is not a [[user]] table of its own", name, path), Remedy: "remove it by hand"}
 	}
-	return cli.WriteFile(path, data, cli.SecretMode(path))
+	return cli.UpdateFile(path, data)
 }

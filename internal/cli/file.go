@@ -79,16 +79,38 @@ func Exposed(path string) error {
 // WriteFile replaces a file, or makes it, as a whole or not at all, even if
 // the machine dies meanwhile.
 func WriteFile(path string, data []byte, mode fs.FileMode) error {
-	return write(path, data, mode, os.Rename)
+	return write(path, data, func(f *os.File) error { return f.Chmod(mode) }, os.Rename)
+}
+
+// UpdateFile is WriteFile for a file that exists, which keeps its mode, its
+// owner and its group: somebody else may have to read it. Where path is a link,
+// it stays one.
+func UpdateFile(path string, data []byte) error {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	return write(path, data, func(f *os.File) error {
+		if st, ok := info.Sys().(*syscall.Stat_t); ok {
+			if err := f.Chown(int(st.Uid), int(st.Gid)); err != nil {
+				return err
+			}
+		}
+		return f.Chmod(info.Mode().Perm())
+	}, os.Rename)
 }
 
 // CreateFile makes a file as a whole or not at all. If there is one of that
 // name, it is left alone and the error wraps fs.ErrExist.
 func CreateFile(path string, data []byte, mode fs.FileMode) error {
-	return write(path, data, mode, os.Link)
+	return write(path, data, func(f *os.File) error { return f.Chmod(mode) }, os.Link)
 }
 
-func write(path string, data []byte, mode fs.FileMode, place func(from, to string) error) (err error) {
+func write(path string, data []byte, share func(*os.File) error, place func(from, to string) error) (err error) {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // 0600
 	if err != nil {
@@ -100,7 +122,7 @@ func write(path string, data []byte, mode fs.FileMode, place func(from, to strin
 		}
 	}()
 	_, err = f.Write(data)
-	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
+	err = errors.Join(err, share(f), f.Sync(), f.Close())
 	if err != nil {
 		return err
 	}

@@ -346,7 +346,13 @@ func TestProblems(t *testing.T) {
 		{users, []string{`[[user]]`, `name = "a"`, `addresses = ["10.0.0.0/8"]`}, `f.toml:4: user[0].addresses[0] = "10.0.0.0/8": not an address; write for example "10.77.0.9"`},
 		{users, []string{`[[user]]`, `name = "a"`, `addresses = ["10.0.0.1"]`, `[[user]]`, `name = "b"`, `addresses = ["::1", "10.0.0.1"]`}, `f.toml:7: user[1].addresses[1] = "10.0.0.1": reserved for a as well; remove one`},
 		{users, []string{`[[user]]`, `name = "a"`, `sessions = -1`}, `f.toml:4: user[0].sessions = -1: out of range; write a number from 0 to 1048576`},
-		{users, []string{`[[user]]`, `name = "a"`, `created = "now"`}, `f.toml:4: user[0].created = "now": not a time such as 2026-01-02T15:04:05Z; `},
+		{users, []string{`[[user]]`, `name = "a"`, `created = "now"`}, `f.toml:4: user[0].created = "now": not a time such as 2026-01-02T15:04:05Z, or a date such as 2026-01-02, without quotes; `},
+		{users, []string{`[[user]]`, `name = "a"`, `expires = "2026-12-31"`}, `f.toml:4: user[0].expires = "2026-12-31": not a time such as 2026-01-02T15:04:05Z, or a date such as 2026-01-02, without quotes; `},
+		{users, []string{`[[user]]`, `name = "a"`, `routes = ["10.0.0.1/8"]`}, `f.toml:4: user[0].routes[0] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
+		{users, []string{`[[user]]`, `name = "a"`, `rate_up = 20`}, `f.toml:4: user[0].rate_up = 20: has no unit; write bits per second with their unit, for example "512kbit"`},
+		{users, []string{`[[user]]`, `name = "a"`, `rate_up = true`}, `f.toml:4: user[0].rate_up = true: not a string in quotes; `},
+		{users, []string{`[[user]]`, `name = "a"`, `rate_down = "20MB"`}, `f.toml:4: user[0].rate_down = "20MB": not a number of kbit, Mbit or Gbit per second; write`},
+		{users, []string{`[[user]]`, `name = "a"`, `rate_down = "9kbit"`}, `f.toml:4: user[0].rate_down = "9kbit": less than 64kbit; write`},
 		{users, []string{`[[user]]`, `name = "a"`, `token = "s3cret"`}, `f.toml:4: user[0].token: unknown key; remove it`},
 	} {
 		t.Run(test.kind+" "+strings.Join(test.data, " "), func(t *testing.T) {

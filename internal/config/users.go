@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -13,10 +14,14 @@ import (
 // A User is one entry of users.toml.
 type User struct {
 	Name        string
-	TokenHash   [32]byte     // SHA-256 of the token; zero: no token
-	Certificate [32]byte     // SHA-256 of the only certificate accepted; zero: any with the user's name
-	Addresses   []netip.Addr // reserved for the user
-	Sessions    int          // at the same time; 0: the proxy's default
+	TokenHash   [32]byte       // SHA-256 of the token; zero: no token
+	Certificate [32]byte       // SHA-256 of the only certificate accepted; zero: any with the user's name
+	Addresses   []netip.Addr   // reserved for the user
+	Sessions    int            // at the same time; 0: the proxy's default
+	Routes      []netip.Prefix // what the user may reach; nil: all that the proxy advertises, empty: nothing
+	RateUp      int64          // bits per second from all of the user's clients together; 0: no limit
+	RateDown    int64          // bits per second to them
+	Expires     time.Time      // from when on the user is not let in; zero: never
 	Created     time.Time
 
 	line, end int // lines of the entry, 1-based, end not included
@@ -63,7 +68,12 @@ func ParseUsers(file string, data []byte) (*Users, error) {
 			}
 		}
 		user.Sessions = t.int("sessions", 0, 0, 1<<20)
-		user.Created = scalar(t, "created", time.Time{}, "a time such as 2026-01-02T15:04:05Z")
+		if user.Routes = t.prefixes("routes"); t.has("routes") && user.Routes == nil {
+			user.Routes = []netip.Prefix{}
+		}
+		user.RateUp, user.RateDown = t.rate("rate_up"), t.rate("rate_down")
+		user.Expires = t.time("expires")
+		user.Created = t.time("created")
 		u.list = append(u.list, user)
 	}
 	if err := d.finish(); err != nil {
@@ -163,18 +173,36 @@ func (u *Users) Add(user User) []byte {
 	if user.Certificate != ([32]byte{}) {
 		fmt.Fprintf(&b, "certificate_sha256 = \"%x\"\n", user.Certificate)
 	}
-	if len(user.Addresses) > 0 {
-		words := make([]string, len(user.Addresses))
-		for i, a := range user.Addresses {
-			words[i] = fmt.Sprintf("%q", a)
-		}
-		fmt.Fprintf(&b, "addresses = [%s]\n", strings.Join(words, ", "))
-	}
+	writeList(&b, "addresses", user.Addresses)
 	if user.Sessions > 0 {
 		fmt.Fprintf(&b, "sessions = %d\n", user.Sessions)
 	}
+	writeList(&b, "routes", user.Routes)
+	for _, rate := range []struct {
+		key string
+		of  int64
+	}{{"rate_up", user.RateUp}, {"rate_down", user.RateDown}} {
+		if rate.of > 0 {
+			fmt.Fprintf(&b, "%s = %q\n", rate.key, FormatRate(rate.of))
+		}
+	}
+	if !user.Expires.IsZero() {
+		fmt.Fprintf(&b, "expires = %s\n", user.Expires.UTC().Format(time.RFC3339))
+	}
 	fmt.Fprintf(&b, "created = %s\n", user.Created.UTC().Format(time.RFC3339))
 	return []byte(b.String())
+}
+
+// writeList writes a list of strings, unless it is nil.
+func writeList[T fmt.Stringer](b *strings.Builder, key string, list []T) {
+	if list == nil {
+		return
+	}
+	words := make([]string, len(list))
+	for i, x := range list {
+		words[i] = strconv.Quote(x.String())
+	}
+	fmt.Fprintf(b, "%s = [%s]\n", key, strings.Join(words, ", "))
 }
 
 // Remove returns the text of the file without the user's entry; false if there

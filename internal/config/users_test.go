@@ -75,6 +75,8 @@ func TestUsersAddAndRemove(t *testing.T) {
 	u, text := readUsers(t)
 	carol := User{
 		Name: "carol", TokenHash: sha256.Sum256([]byte("c")), Certificate: sha256.Sum256([]byte("d")), Sessions: 3,
+		Routes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")},
+		RateUp: 2_500_000, RateDown: 100_000_000, Expires: time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
 		Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.10")}, Created: time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC),
 	}
 	data := u.Add(carol)

@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/pelletier/go-toml/v2"
 )
 
 // prefixes is a list of prefixes whose host bits are zero.
@@ -138,6 +140,15 @@ func (t *table) duration(key string, def, low time.Duration) time.Duration {
 		return def
 	}
 	return d
+}
+
+// time is a moment; a date alone is its beginning in UTC.
+func (t *table) time(key string) time.Time {
+	if v, ok := t.values[key].(toml.LocalDate); ok {
+		t.get(key)
+		return v.AsTime(time.UTC)
+	}
+	return scalar(t, key, time.Time{}, "a time such as 2026-01-02T15:04:05Z, or a date such as 2026-01-02, without quotes")
 }
 
 // mtu is "auto", which is 0, or a number of bytes.

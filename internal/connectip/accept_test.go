@@ -92,7 +92,7 @@ func TestPolicyChangesWhileACapsuleIsSent(t *testing.T) {
 	if err := proxy.SetAccepted(nil, nil); err != nil {
 		t.Error(err)
 	}
-	if err := proxy.SetDenied(nil); err != nil {
+	if err := proxy.SetDenied(nil, nil); err != nil {
 		t.Error(err)
 	}
 	if d := proxy.Send(echoPacket(proxyAddr4, elsewhere4, 64, 64), Headroom); d != DropDestination {

@@ -80,6 +80,9 @@ type Config struct {
 	Self    []netip.Addr   // this endpoint's tunnel addresses besides those that the peer assigns
 	Static  []netip.Prefix // prefixes that count as assigned to this endpoint although the peer does not say so
 	Denied  []netip.Prefix // destinations that packets of the peer may not reach
+	// Withheld are destinations that are denied to this peer although they are advertised to others: it is told that they are
+	// prohibited, where it would be told that there is no route.
+	Withheld []netip.Prefix
 	// KernelHopLimit leaves the hop limit of packets to the kernel's forwarding alone.
 	KernelHopLimit bool
 	Stats          *Stats
@@ -131,7 +134,7 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 		toHost:    newErrorLimits(),
 		toPeer:    newErrorLimits(),
 		toSend:    make(chan []byte, maxAnswers),
-		link:      link{self: cfg.Self, denied: cfg.Denied, assigned: cfg.Static},
+		link:      link{self: cfg.Self, denied: cfg.Denied, withheld: cfg.Withheld, assigned: cfg.Static},
 		peerIDs:   make(map[uint64]struct{}),
 		answers:   make(map[uint64]netip.Prefix),
 	}
@@ -437,11 +440,11 @@ func (c *Conn) SetAccepted(assigned []netip.Prefix, routes []capsule.Route) erro
 	return c.update()
 }
 
-// SetDenied replaces the destinations that packets of the peer may not reach.
-func (c *Conn) SetDenied(denied []netip.Prefix) error {
+// SetDenied replaces the destinations that packets of the peer may not reach, see Config.
+func (c *Conn) SetDenied(denied, withheld []netip.Prefix) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.link.denied = denied
+	c.link.denied, c.link.withheld = denied, withheld
 	return c.update()
 }
 

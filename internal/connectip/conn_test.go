@@ -452,7 +452,7 @@ func TestPolicyChangesWhileTheStreamIsBlocked(t *testing.T) {
 	wg.Go(func() { _ = c.Advertise(nil) })
 	<-str.writing
 	changed := make(chan error, 1)
-	go func() { changed <- c.SetDenied([]netip.Prefix{host(target4)}) }()
+	go func() { changed <- c.SetDenied([]netip.Prefix{host(target4)}, nil) }()
 	select {
 	case err := <-changed:
 		if err != nil {

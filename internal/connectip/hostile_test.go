@@ -92,7 +92,7 @@ func TestPeerThatDoesNotRead(t *testing.T) {
 		wrote := make(chan error, 1)
 		go func() { wrote <- c.Advertise(nil) }()
 		synctest.Wait()
-		if err := c.SetDenied([]netip.Prefix{host(target4)}); err != nil {
+		if err := c.SetDenied([]netip.Prefix{host(target4)}, nil); err != nil {
 			t.Error(err)
 		}
 		if time.Since(start) != 0 {

@@ -48,6 +48,7 @@ type link struct {
 	self     []netip.Addr    // addresses of this endpoint besides the assigned ones
 	denied   []netip.Prefix  // where the peer's packets may not go, whatever is advertised, but for self and assigned
 	assigned []netip.Prefix  // to this endpoint, by the peer
+	withheld []netip.Prefix  // what is not advertised to this peer, though to others: it is denied as well
 	routes   []capsule.Route // advertised by this endpoint
 	peer     []netip.Prefix  // assigned to the peer, by this endpoint
 	peerSend []capsule.Route // advertised by the peer
@@ -65,7 +66,7 @@ func (l *link) policy() (*policy, error) {
 			blocks = true
 		}
 	}
-	for _, x := range l.denied {
+	for _, x := range slices.Concat(l.denied, l.withheld) {
 		b.AddPrefix(x)
 	}
 	for _, a := range p.self {
@@ -83,13 +84,14 @@ func (l *link) policy() (*policy, error) {
 		prefixes []netip.Prefix
 		routes   []capsule.Route
 		denied   *netipx.IPSet
+		withheld []netip.Prefix
 	}{
-		{&p.sendFrom, l.assigned, l.routes, nil},
-		{&p.sendTo, l.peer, l.peerSend, nil},
-		{&p.recvFrom, l.peer, l.peerSend, nil},
-		{&p.recvTo, l.assigned, l.routes, denied},
+		{&p.sendFrom, l.assigned, l.routes, nil, nil},
+		{&p.sendTo, l.peer, l.peerSend, nil, nil},
+		{&p.recvFrom, l.peer, l.peerSend, nil, nil},
+		{&p.recvTo, l.assigned, l.routes, denied, l.withheld},
 	} {
-		if *x.to, err = newRanges(x.prefixes, x.routes, x.denied); err != nil {
+		if *x.to, err = newRanges(x.prefixes, x.routes, x.denied, x.withheld); err != nil {
 			return nil, fmt.Errorf("policy: %w", err)
 		}
 	}
@@ -124,12 +126,15 @@ type ranges struct {
 	any     *netipx.IPSet
 	byProto map[uint8]*netipx.IPSet // nil when no route names a protocol
 	named   *netipx.IPSet           // the union of byProto
-	covered *netipx.IPSet           // all of it, with what is denied
+	covered *netipx.IPSet           // all of it, with what is denied, and what is withheld
 }
 
-// newRanges makes the set of prefixes and routes without what is denied, nil for nothing.
-func newRanges(prefixes []netip.Prefix, routes []capsule.Route, denied *netipx.IPSet) (ranges, error) {
+// newRanges makes the set of prefixes and routes without what is denied, nil for nothing. What is withheld is a part of that.
+func newRanges(prefixes []netip.Prefix, routes []capsule.Route, denied *netipx.IPSet, withheld []netip.Prefix) (ranges, error) {
 	var covered, named netipx.IPSetBuilder
+	for _, x := range withheld {
+		covered.AddPrefix(x)
+	}
 	builders := map[uint8]*netipx.IPSetBuilder{0: {}}
 	for _, x := range prefixes {
 		builders[0].AddPrefix(x)
@@ -180,7 +185,7 @@ type verdict uint8
 
 const (
 	outside   verdict = iota // no range covers the address
-	forbidden                // one does, but not for the protocol, or the address is denied
+	forbidden                // one does, but not for the protocol, or the address is denied; or it is withheld
 	allowed
 )
 

@@ -1,0 +1,79 @@
+package config
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+)
+
+// Bounds of a rate, in bits per second: below, a packet would take longer than connections wait for it.
+const (
+	minRate = 64_000
+	maxRate = 1_000_000_000_000
+)
+
+// units of rates, the largest first. They count bits per second, in powers of 1000, as those of networks do.
+var units = []struct {
+	name string
+	bits int64
+}{{"Gbit", 1_000_000_000}, {"Mbit", 1_000_000}, {"kbit", 1000}}
+
+// ParseRate reads a number of bits per second with its unit, as in "20Mbit", "2.5Gbit" or "512kbit". A unit is
+// needed, so that nobody takes bits for bytes.
+func ParseRate(s string) (bitsPerSecond int64, err error) {
+	for _, u := range units {
+		number, ok := cutSuffixFold(s, u.name)
+		if !ok {
+			continue
+		}
+		n, err := strconv.ParseFloat(strings.TrimSpace(number), 64)
+		if err != nil || strings.ContainsAny(number, "eExXpP_+-nN") {
+			break
+		}
+		switch bits := n * float64(u.bits); {
+		case bits < minRate:
+			return 0, fmt.Errorf("less than %s", FormatRate(minRate))
+		case bits > maxRate:
+			return 0, fmt.Errorf("more than %s", FormatRate(maxRate))
+		default:
+			return int64(bits + 0.5), nil
+		}
+	}
+	return 0, fmt.Errorf("not a number of kbit, Mbit or Gbit per second")
+}
+
+func cutSuffixFold(s, suffix string) (string, bool) {
+	if n := len(s) - len(suffix); n >= 0 && strings.EqualFold(s[n:], suffix) {
+		return s[:n], true
+	}
+	return s, false
+}
+
+// FormatRate writes bits per second as ParseRate reads them.
+func FormatRate(bitsPerSecond int64) string {
+	for _, u := range units {
+		if bitsPerSecond >= u.bits || u.bits == 1000 {
+			return strconv.FormatFloat(float64(bitsPerSecond)/float64(u.bits), 'f', -1, 64) + u.name
+		}
+	}
+	return ""
+}
+
+// rate is a number of bits per second, 0 when it is not given.
+func (t *table) rate(key string) int64 {
+	const remedy = `write bits per second with their unit, for example "512kbit", "20Mbit" or "1Gbit"`
+	if _, ok := t.values[key].(int64); ok {
+		t.get(key)
+		t.add(key, "has no unit", remedy)
+		return 0
+	}
+	s := t.string(key, "")
+	if _, isString := t.values[key].(string); !isString {
+		return 0
+	}
+	rate, err := ParseRate(s)
+	if err != nil {
+		t.add(key, err.Error(), remedy)
+	}
+	return rate
+}
