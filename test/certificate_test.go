@@ -1,0 +1,78 @@
+package test
+
+import (
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"masquevpn/client"
+	"masquevpn/internal/lab"
+	"masquevpn/internal/pki"
+)
+
+// Certificates that are renewed on disk are used without a restart and a reload: the proxy's for new connections, while
+// sessions go on, and the client's when it connects again.
+func TestCertificatesRenewedOnDisk(t *testing.T) {
+	p := newPair(t, options{})
+	invited, err := os.ReadFile(p.invite("alice"))
+	check(t, err)
+	// Alice's certificates are made elsewhere: any for the name is good.
+	users := filepath.Join(p.dir, "users.toml")
+	text, err := os.ReadFile(users)
+	check(t, err)
+	check(t, os.WriteFile(users, regexp.MustCompile(`(?m)^(certificate|token).*\n`).ReplaceAll(text, nil), 0o600))
+	var ca pki.Pair
+	ca.Cert, err = os.ReadFile(filepath.Join(p.dir, "ca.crt"))
+	check(t, err)
+	ca.Key, err = os.ReadFile(filepath.Join(p.dir, "ca.key"))
+	check(t, err)
+	authority, err := pki.ParseAuthority(ca)
+	check(t, err)
+	dir := t.TempDir()
+	renew := func(life time.Duration) (end time.Time) {
+		pair, err := authority.Client("alice", time.Now(), life)
+		check(t, err)
+		check(t, os.WriteFile(filepath.Join(dir, "me.crt"), pair.Cert, 0o600))
+		check(t, os.WriteFile(filepath.Join(dir, "me.key"), pair.Key, 0o600))
+		block, _ := pem.Decode(pair.Cert)
+		leaf, err := x509.ParseCertificate(block.Bytes)
+		check(t, err)
+		return leaf.NotAfter
+	}
+	file := filepath.Join(dir, "alice.toml")
+	caPEM := regexp.MustCompile(`(?s)ca_pem = '''.*?'''\n`).FindString(string(invited))
+	check(t, os.WriteFile(file, []byte(fmt.Sprintf("proxy = %q\n[tls]\n%scert = \"me.crt\"\nkey = \"me.key\"\n", lab.ProxyName, caPEM)), 0o600))
+
+	first := renew(20 * time.Second)
+	p.up(p.Client, file)
+	before := p.status(p.Client, "alice")
+	if before.CertificateUntil == nil || !before.CertificateUntil.Equal(first) {
+		t.Errorf("the client's certificate ends %v, want %v", before.CertificateUntil, first)
+	}
+
+	old := p.expiry()
+	p.must(p.Proxy, "masque-proxy", "init", "--renew", p.dir)
+	p.eventually("the proxy has the new certificate", func() bool { return p.expiry().After(old) })
+	p.ping(p.Client, lab.TargetIPv4)
+	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 || !s.Since.Equal(before.Since) {
+		t.Errorf("the session did not last: %+v", s)
+	}
+
+	second := renew(time.Hour)
+	p.eventually("the first certificate has ended", func() bool { return time.Now().After(first.Add(time.Second)) })
+	p.must(p.Proxy, "masque-proxy", "kick", strings.Fields(strings.Split(p.must(p.Proxy, "masque-proxy", "sessions"), "\n")[1])[0])
+	p.eventually("the client is connected again", func() bool {
+		s := p.status(p.Client, "alice")
+		return s.State == client.StateConnected && s.Reconnects > 0
+	})
+	if s := p.status(p.Client, "alice"); s.CertificateUntil == nil || !s.CertificateUntil.Equal(second) {
+		t.Errorf("the client's certificate ends %v, want %v", s.CertificateUntil, second)
+	}
+	p.ping(p.Client, lab.TargetIPv4)
+}
