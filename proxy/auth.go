@@ -103,7 +103,11 @@ func (h handler) identify(r *http.Request) (user User, method string, refused *r
 // refused counts and logs a failure.
 func (s *Server) refused(remote net.Addr, f *authFailure) {
 	s.authFailed.of(f.method).Add(1)
-	s.peerLog.Warn("authentication failed", "remote", remote.String(), "method", f.method, "class", f.class, "user", f.user, "reason", shorten(f))
+	log := s.peerLog
+	if f.user != "" {
+		log = log.With("user", f.user)
+	}
+	log.Warn("authentication failed", "remote", remote.String(), "method", f.method, "class", f.class, "reason", shorten(f))
 }
 
 // authenticate finds out whose credentials r has, and by which method.

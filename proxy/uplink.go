@@ -29,7 +29,8 @@ func (u *uplink) Write(bufs [][]byte, offset int) (int, error) {
 	if queue == nil {
 		return len(bufs), nil // the session has ended
 	}
-	packets := make([]*flowqueue.Packet, 0, len(bufs))
+	var room [sendBatch]*flowqueue.Packet
+	packets := room[:0]
 	for _, b := range bufs {
 		if len(b)-offset > flowqueue.MaxSize { // it came in a capsule
 			u.writeLong(b, offset)
@@ -37,7 +38,10 @@ func (u *uplink) Write(bufs [][]byte, offset int) (int, error) {
 		}
 		p := flowqueue.Get()
 		p.Size = copy(p.Room()[headroom:], b[offset:])
-		packets = append(packets, p)
+		if packets = append(packets, p); len(packets) == len(room) {
+			u.ss.stats.Receive.DropMany(connectip.DropQueueFull, queue.Push(packets))
+			packets = room[:0]
+		}
 	}
 	u.ss.stats.Receive.DropMany(connectip.DropQueueFull, queue.Push(packets))
 	return len(bufs), nil
