@@ -299,3 +299,22 @@ func TestCheckDirectory(t *testing.T) {
 		t.Errorf("without a server: %v", err)
 	}
 }
+
+// TestLocks: two processes do not ask for one certificate at the same time, and a lock is not left behind.
+func TestLocks(t *testing.T) {
+	dir := t.TempDir()
+	a, b := newStorage(dir), newStorage(dir)
+	must(t, a.Lock(t.Context(), "issue"))
+	ctx, cancel := context.WithTimeout(t.Context(), lockInterval/2)
+	defer cancel()
+	if err := b.Lock(ctx, "issue"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the second lock: %v", err)
+	}
+	must(t, b.Lock(t.Context(), "other"))
+	must(t, a.Unlock(t.Context(), "issue"))
+	must(t, b.Lock(t.Context(), "issue"))
+	must(t, b.Unlock(t.Context(), "issue"))
+	if err := b.Unlock(t.Context(), "issue"); err == nil {
+		t.Error("a lock that is not held is released")
+	}
+}

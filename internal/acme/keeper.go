@@ -48,7 +48,7 @@ func newKeeper(cfg Config) *keeper {
 		Logger:           logger,
 	})
 	k.magic = certmagic.New(k.cache, certmagic.Config{
-		Storage: &certmagic.FileStorage{Path: cfg.Storage},
+		Storage: newStorage(cfg.Storage),
 		OCSP:    certmagic.OCSPConfig{DisableStapling: true},
 		Logger:  logger,
 	})
