@@ -199,36 +199,24 @@ func (c *Client) keepConnected(ctx context.Context) error {
 	return r.run(ctx, c.session)
 }
 
-// readDevice queues the packets of the host until the device is closed.
+// readDevice takes the packets of the host until the device is closed.
 func (c *Client) readDevice() error {
-	n := c.device.BatchSize()
-	packets, bufs, sizes := make([]*flowqueue.Packet, n), make([][]byte, n), make([]int, n)
-	for {
-		for i := range packets {
-			if packets[i] == nil {
-				packets[i] = flowqueue.Get()
-				bufs[i] = packets[i].Room()
-			}
-		}
-		count, err := c.device.Read(bufs, sizes, headroom)
-		for i := range count {
-			packets[i].Size = sizes[i]
-		}
-		switch conn := c.current.Load(); {
-		case conn == nil:
-			c.stats.Send.DropMany(connectip.DropClosed, count)
-		case count == 1 && c.queue.Idle() && conn.Ready():
-			conn.Send(packets[0].Bytes(), headroom) // waking the other goroutine takes longer
-		default:
-			c.stats.Send.DropMany(connectip.DropQueueFull, c.queue.Push(packets[:count]))
-			clear(packets[:count])
-		}
-		if errors.Is(err, os.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("reading from %s: %w", c.device.Name(), err)
-		}
+	if err := flowqueue.ReadFrom(c.device, c.dispatch); err != nil {
+		return fmt.Errorf("reading from %s: %w", c.device.Name(), err)
+	}
+	return nil
+}
+
+// dispatch queues packets, which the queue owns from then on: they are set to nil. A single one for an idle tunnel is sent at once.
+func (c *Client) dispatch(packets []*flowqueue.Packet) {
+	switch conn := c.current.Load(); {
+	case conn == nil:
+		c.stats.Send.DropMany(connectip.DropClosed, len(packets))
+	case len(packets) == 1 && c.queue.Idle() && conn.Ready():
+		conn.Send(packets[0].Bytes(), headroom) // waking the other goroutine takes longer
+	default:
+		c.stats.Send.DropMany(connectip.DropQueueFull, c.queue.Push(packets))
+		clear(packets)
 	}
 }
 

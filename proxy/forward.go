@@ -1,10 +1,8 @@
 package proxy
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 
 	"golang.org/x/time/rate"
 
@@ -27,27 +25,10 @@ const (
 // readDevice takes packets from the device to the sessions they are for, until the device is closed. It never waits for
 // a session: a queue that is full drops.
 func (s *Server) readDevice() error {
-	n := s.device.BatchSize()
-	packets, bufs, sizes := make([]*flowqueue.Packet, n), make([][]byte, n), make([]int, n)
-	for {
-		for i := range packets {
-			if packets[i] == nil {
-				packets[i] = flowqueue.Get()
-				bufs[i] = packets[i].Room()
-			}
-		}
-		count, err := s.device.Read(bufs, sizes, headroom)
-		for i := range count {
-			packets[i].Size = sizes[i]
-		}
-		s.dispatch(packets[:count])
-		if errors.Is(err, os.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("reading from %s: %w", s.device.Name(), err)
-		}
+	if err := flowqueue.ReadFrom(s.device, s.dispatch); err != nil {
+		return fmt.Errorf("reading from %s: %w", s.device.Name(), err)
 	}
+	return nil
 }
 
 // dispatch queues packets for their sessions, which own them from then on: they are set to nil. The others stay the caller's. A
