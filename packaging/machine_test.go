@@ -9,7 +9,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -18,16 +20,34 @@ import (
 // patience bounds waits for things that take a second or two.
 const patience = 60 * time.Second
 
+// keeper keeps a machine for as long as its standard input is open, and removes what is left of it. The machine has a control
+// group of its own, without which systemd would take the groups of another machine for its own.
+const keeper = `set -e
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$1"
+mkdir "$1/cgroup"
+mount -t cgroup2 cgroup2 "$1/cgroup"
+group="$1/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/masquevpn-machine-$$"
+mkdir "$group"
+(
+	echo 0 > "$group/cgroup.procs"
+	exec setpriv --pdeathsig KILL unshare --mount --pid --net --uts --ipc --cgroup --fork --kill-child sh -c "$2" sh "$1" "$3" "$4"
+) </dev/null &
+cat
+echo 1 > "$group/cgroup.kill"
+wait || true
+until find "$group" -depth -type d -exec rmdir {} + 2>/dev/null; do sleep 0.1; done # the kernel takes a moment
+`
+
 // boot makes the machine: namespaces of its own, the files of this one as they are, with changes kept in memory, devices that
 // do not reach the real ones, and systemd as its first process. What would change the kernel for all namespaces is masked.
 const boot = `set -e
-mount --make-rprivate /
-mount -t tmpfs tmpfs "$1"
+umount "$1/cgroup"
 mkdir "$1/upper" "$1/work" "$1/root" "$1/old"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"
 cd "$1/root"
 mkdir -p opt/packages
-cp "$2"/*.deb "$3"/*.deb opt/packages
+cp "$2"/*.deb "$2"/*.rpm "$3"/*.deb "$3"/*.rpm opt/packages
 mount -t proc proc proc
 mount -t sysfs sysfs sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup
@@ -43,77 +63,115 @@ for unit in systemd-sysctl systemd-modules-load systemd-binfmt systemd-udevd sys
 done
 ln -sf /dev/null etc/systemd/system/proc-sys-fs-binfmt_misc.automount
 rm -f etc/systemd/system/*.wants/*
-rm -rf etc/masque var/lib/masque
+rm -rf etc/masque var/lib/masque etc/systemd/system/masque-*
+chroot . dpkg --purge masquevpn 2>/dev/null >&2
 pivot_root . mnt
 umount -l /mnt
 export container=test
-exec /lib/systemd/systemd --unit=basic.target --log-target=null --show-status=no </dev/null
+exec /lib/systemd/systemd --unit=basic.target --log-target=journal --show-status=no
 `
 
-// machine is a running one. In /opt/packages it has the deb of dist/ and one of the same files to upgrade to. Its files are gone with it.
+// machine is a running one. In /opt/packages it has the packages of dist/, and those of the same files to upgrade to. Its files
+// are gone with it.
 type machine struct {
 	*testing.T
 	pid string // of systemd
 }
 
+// later makes packages to upgrade to, once, of the files of dist/.
+var later = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp(scratch, "later")
+	if err != nil {
+		return "", err
+	}
+	for _, format := range []string{"deb", "rpm"} {
+		nfpm := exec.Command("dist/nfpm", "package", "--config", "packaging/nfpm.yaml", "--packager", format, "--target", dir)
+		nfpm.Dir, nfpm.Env = "..", append(os.Environ(), "PKG_VERSION=9999", "ARCH="+runtime.GOARCH)
+		if out, err := nfpm.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("packages to upgrade to: %w\n%s", err, out)
+		}
+	}
+	return dir, nil
+})
+
+// scratch is a folder for all tests.
+var scratch string
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		var err error
+		if scratch, err = os.MkdirTemp("", "masquevpn-packaging-*"); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(scratch)
+		return m.Run()
+	}())
+}
+
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("systemd and dpkg need root")
+		t.Fatal("systemd and dpkg need root")
 	}
 	dist, err := filepath.Abs("../dist")
 	if err != nil {
 		t.Fatal(err)
 	}
-	next := t.TempDir()
-	nfpm := exec.Command("dist/nfpm", "package", "--config", "packaging/nfpm.yaml", "--packager", "deb", "--target", next)
-	nfpm.Dir, nfpm.Env = "..", append(os.Environ(), "PKG_VERSION=9999", "ARCH="+runtime.GOARCH)
-	if out, err := nfpm.CombinedOutput(); err != nil {
-		t.Fatalf("a package to upgrade to: %v\n%s", err, out)
-	}
-	log := new(bytes.Buffer)
-	cmd := exec.Command("unshare", "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child", "sh", "-c", boot, "sh", t.TempDir(), dist, next)
-	cmd.Stdout, cmd.Stderr = log, log
-	// When this test is killed, all that is in there is too. The kernel does so when the thread ends that started it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	started, ended := make(chan error), make(chan struct{})
-	go func() {
-		runtime.LockOSThread()
-		started <- cmd.Start()
-		_ = cmd.Wait() // killed
-		close(ended)
-	}()
-	if err := <-started; err != nil {
+	next, err := later()
+	if err != nil {
 		t.Fatal(err)
 	}
+	log := new(bytes.Buffer)
+	cmd := exec.Command("unshare", "--mount", "sh", "-c", keeper, "sh", t.TempDir(), boot, dist, next)
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // Ctrl-C is not for it: it ends after this process, however that ends
+	alive, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
 	t.Cleanup(func() {
-		_ = cmd.Process.Kill() // and with it, all that is in there
-		<-ended
+		alive.Close()
+		if err := <-ended; err != nil {
+			t.Errorf("the end of the machine: %v", err)
+		}
 		if t.Failed() {
 			t.Logf("the machine said\n%s", log)
 		}
 	})
 	m := &machine{T: t}
-	children := fmt.Sprintf("/proc/%d/task/%d/children", cmd.Process.Pid, cmd.Process.Pid)
 	m.until("systemd runs", func() bool {
 		select {
-		case <-ended:
-			t.Fatalf("the machine ended:\n%s", log)
+		case err := <-ended:
+			ended <- err
+			t.Fatalf("the machine ended: %v\n%s", err, log)
 		default:
 		}
-		pid, err := os.ReadFile(children)
-		m.pid = strings.TrimSpace(string(pid))
-		if err != nil || m.pid == "" {
-			return false
+		for _, p := range children(strconv.Itoa(cmd.Process.Pid)) {
+			for _, m.pid = range children(p) {
+				if name, _ := os.ReadFile("/proc/" + m.pid + "/comm"); string(name) != "systemd\n" {
+					return false
+				}
+			}
 		}
-		name, _ := os.ReadFile("/proc/" + m.pid + "/comm")
-		if string(name) != "systemd\n" {
+		if m.pid == "" {
 			return false
 		}
 		out, _ := m.command("systemctl is-active basic.target").Output()
 		return string(out) == "active\n"
 	})
 	return m
+}
+
+// children lists the processes that a process started.
+func children(pid string) []string {
+	list, _ := os.ReadFile("/proc/" + pid + "/task/" + pid + "/children") // none of a process that is gone
+	return strings.Fields(string(list))
 }
 
 // command is a line of shell on the machine.
@@ -162,6 +220,6 @@ func (m *machine) until(what string, ok func() bool) {
 }
 
 func (m *machine) journal() []byte {
-	out, _ := m.command("journalctl --no-pager -o cat -n 60").CombinedOutput()
+	out, _ := m.command("journalctl --sync; journalctl --no-pager -o cat -n 100").CombinedOutput()
 	return out
 }

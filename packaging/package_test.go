@@ -171,7 +171,7 @@ func TestResolved(t *testing.T) {
 		{"masque", "register-service", 1},
 		{"nobody", "set-dns-servers", 1},
 	} {
-		m.fails(test.code, "setpriv --reuid="+test.user+" --clear-groups sleep 60 >/dev/null 2>&1 & pkcheck --process $! --action-id org.freedesktop.resolve1."+test.action)
+		m.fails(test.code, "setpriv --reuid="+test.user+" --clear-groups sh -c 'pkcheck --process $$ --action-id org.freedesktop.resolve1."+test.action+"'")
 	}
 }
 
