@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -159,7 +160,7 @@ func exitError(err error) error {
 	if err != error(e) { // with more, as when the host could not be restored
 		return &cli.Error{Code: cli.Code(e.Kind), Reason: err.Error()}
 	}
-	return &cli.Error{Code: cli.Code(e.Kind), Reason: e.Reason, Remedy: e.Remedy}
+	return &cli.Error{Code: cli.Code(e.Kind), Reason: e.Reason, Remedy: cmp.Or(e.Remedy, cli.FileRemedy(err))}
 }
 
 // describe returns a logger whose lines say in a few words what the tunnel uses.

@@ -36,8 +36,20 @@ type options struct {
 	configDir string
 }
 
+// manual is what the manual page says besides.
+var manual = cli.Page{
+	Files: []cli.Entry{
+		{Term: "/etc/masque/NAME.toml", Meaning: "The configuration of the tunnel NAME. With secrets in it, nobody but its owner, and the group masque if that is root, may read it."},
+		{Term: "/run/masque/NAME.sock", Meaning: "The control socket of a tunnel that runs, for its owner and root."},
+		{Term: "/run/masque/NAME.log", Meaning: "The log of a tunnel that `up` started."},
+		{Term: "/run/masque/NAME.lock, /run/masque/NAME.journal", Meaning: "What shows that a tunnel runs, and what it changed on the host."},
+		{Term: "/usr/share/doc/masquevpn", Meaning: "How to set up, run and mend a tunnel, in docs/operations.md, and a configuration with all keys, in examples/client.toml."},
+	},
+	SeeAlso: []string{"masque-proxy(1)", "systemctl(1)", "journalctl(1)"},
+}
+
 func newRoot() *cobra.Command {
-	root, globals := cli.NewRoot(program, "VPN over MASQUE: IP through HTTP/3 (RFC 9484), the client")
+	root, globals := cli.NewRoot(program, "VPN over MASQUE: IP through HTTP/3 (RFC 9484), the client", manual)
 	o := &options{Globals: globals}
 	root.PersistentFlags().StringVar(&o.configDir, "config-dir", configDir, "`folder` of NAME.toml files")
 	root.AddCommand(o.runCommand(), o.upCommand(), o.downCommand(), o.statusCommand(), o.waitCommand(), o.checkCommand(), o.forwardUDPCommand())

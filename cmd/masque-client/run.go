@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"io"
 	"net/http"
 	"os"
 	"sync/atomic"
@@ -61,7 +62,7 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	if err := cli.RequireNetAdmin(capabilities); err != nil {
 		return err
 	}
-	logger := o.Log.Logger(os.Stderr)
+	logger := o.Log.Logger(notify.log())
 	l.config.Logger = logger
 	l.follow(logger)
 	l.config.Journal = o.journal(name)
@@ -117,16 +118,20 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 		defer close(reported)
 		notify.follow(t)
 	}()
+	service := systemd.NewService(logger)
 	told := make(chan struct{})
 	go func() {
 		defer close(told)
-		t.tell(ctx, systemd.NewService(logger))
+		t.tell(ctx, service)
 	}()
 	t.err = exitError(c.Run(ctx))
-	switch closed := c.Status().KillSwitch == client.KillSwitchClosed; {
+	closed := c.Status().KillSwitch == client.KillSwitchClosed
+	switch {
 	case !closed:
 	case t.lift.Load() || errors.Is(context.Cause(ctx), cli.ErrInterrupted):
-		if _, err := kill.Lift(); err != nil {
+		if _, err := kill.Lift(); err == nil {
+			closed = false
+		} else {
 			t.err = withRemedy(errors.Join(t.err, err), staysClosed(name))
 		}
 	case t.err == nil:
@@ -137,6 +142,9 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	close(t.done)
 	<-reported
 	<-told
+	if closed { // systemctl status shows it of a service that was stopped, too
+		service.Status(staysClosed(name))
+	}
 	closeErr := server.Close()
 	if monitor != nil {
 		closeErr = errors.Join(closeErr, monitor.Close())
@@ -257,6 +265,14 @@ func openNotifier(fd int) (*notifier, error) {
 	}
 	unix.CloseOnExec(fd)
 	return &notifier{pipe: os.NewFile(uintptr(fd), "notify")}, nil
+}
+
+// log is where the log goes.
+func (n *notifier) log() io.Writer {
+	if n == nil {
+		return os.Stderr
+	}
+	return cli.LogFile(os.Stderr)
 }
 
 // locked empties the log of the run before: only now is it certain that none

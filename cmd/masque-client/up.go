@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"masquevpn/client"
 	"masquevpn/internal/cli"
@@ -30,7 +29,8 @@ func (o *options) upCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "up NAME|FILE", Short: "Connect in the background", Args: cobra.ExactArgs(1),
 		Long: "Connect in the background. NAME stands for NAME.toml in the configuration folder; what has a slash or ends\n" +
-			"with .toml is a file. The log is NAME.log in the run directory.\n\n" +
+			"with .toml is a file. The log is NAME.log in the run directory,\n" +
+			"the newest 2 to 4 MiB of it.\n\n" +
 			"Without --wait it returns when the tunnel has started; it goes on trying to connect. With --wait it returns when\n" +
 			"packets flow; if that does not happen in time, or it is interrupted, the tunnel is taken down again.",
 		ValidArgsFunction: o.completeConfigured,
@@ -114,7 +114,7 @@ func (o *options) startBackground(name, file string) (*background, error) {
 	if err := lock.Release(); err != nil {
 		return nil, err
 	}
-	log, err := openLog(o.logPath(name))
+	log, err := cli.OpenLogFile(o.logPath(name)) // what is in it stays until the tunnel has its lock
 	if err != nil {
 		return nil, err
 	}
@@ -148,19 +148,6 @@ func (o *options) startBackground(name, file string) (*background, error) {
 }
 
 func (o *options) logPath(name string) string { return filepath.Join(o.RunDir, name+".log") }
-
-// openLog opens a log that nobody else may read. What is in it stays until the
-// tunnel has its lock.
-func openLog(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := f.Chmod(0o600); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
-}
 
 // await reads events until the tunnel has started or, if wait is set, is
 // connected. The error is why that will not happen.

@@ -160,11 +160,18 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 
 // finish writes the client's file and the users file, or neither.
 func (in *invitation) finish(out io.Writer, client []byte, usersPath string, users []byte) error {
-	if in.out == "" { // it cannot be taken back: it comes last
+	if in.out == "" { // what was read cannot be taken back: it comes last
+		before, _, err := cli.ReadFile(usersPath)
+		if err != nil {
+			return err
+		}
 		if err := cli.UpdateFile(usersPath, users); err != nil {
 			return err
 		}
-		return in.write(out, client)
+		if err := in.write(out, client); err != nil {
+			return errors.Join(err, cli.UpdateFile(usersPath, before))
+		}
+		return nil
 	}
 	if err := in.write(out, client); err != nil {
 		return err

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
@@ -215,6 +216,28 @@ func TestInviteErrors(t *testing.T) {
 	}
 	if _, last := do(t, 2, "invite", "alice", "-c", filepath.Join(dir, "none.toml")); !strings.Contains(last, "none.toml does not exist: make a new installation") {
 		t.Errorf("without a configuration: %s", last)
+	}
+}
+
+// full is an output that takes nothing.
+type full struct{}
+
+func (full) Write([]byte) (int, error) { return 0, unix.ENOSPC }
+
+// A user whose file nobody has is not there.
+func TestInviteIsNotRead(t *testing.T) {
+	dir, file := install(t)
+	before := read(t, filepath.Join(dir, usersFile))
+	var stderr bytes.Buffer
+	root := newRoot()
+	root.SetOut(full{})
+	root.SetErr(&stderr)
+	root.SetArgs([]string{"invite", "alice", "-c", file})
+	if code := cli.Main(root); code != int(cli.Failure) || !strings.Contains(stderr.String(), "no space left on device: make room") {
+		t.Errorf("exit code %d, said %s", code, &stderr)
+	}
+	if after := read(t, filepath.Join(dir, usersFile)); after != before {
+		t.Errorf("the users file has changed:\n%s", after)
 	}
 }
 

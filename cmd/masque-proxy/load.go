@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -119,5 +120,5 @@ func exitError(err error) error {
 	if err != error(e) { // with more, as when the host could not be restored
 		reason = err.Error()
 	}
-	return &cli.Error{Code: cli.Code(e.Kind), Reason: reason, Remedy: e.Remedy}
+	return &cli.Error{Code: cli.Code(e.Kind), Reason: reason, Remedy: cmp.Or(e.Remedy, cli.FileRemedy(err))}
 }

@@ -141,6 +141,11 @@ func (c *Checks) Writable(what, dir, remedy string) {
 		c.Fail(fmt.Sprintf("%s: %s: %v", what, existing, err), remedy)
 		return
 	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(existing, &fs); err == nil && fs.Blocks > 0 && fs.Bavail == 0 {
+		c.Fail(fmt.Sprintf("%s: %s: no space is left", what, existing), "make room there (df -h)")
+		return
+	}
 	c.OK("%s: %s", what, dir)
 }
 

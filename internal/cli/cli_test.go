@@ -41,6 +41,8 @@ func TestExitCodes(t *testing.T) {
 		{"any", []string{"do"}, errors.New("it broke"), Failure, "prog: it broke\n"},
 		{"on one line", []string{"do"}, errors.New("it\nbroke\x1b[31m"), Failure, "prog: it broke [31m\n"},
 		{"permission", []string{"do"}, &fs.PathError{Op: "open", Path: "f", Err: unix.EACCES}, Privileges, "prog: open f: permission denied: run as root or as the owner, or let the group of a service read it\n"},
+		{"disk full", []string{"do"}, &fs.PathError{Op: "write", Path: "f", Err: unix.ENOSPC}, Failure, "prog: write f: no space left on device: make room there (df -h), and try again\n"},
+		{"read-only", []string{"do"}, &fs.PathError{Op: "open", Path: "f", Err: unix.EROFS}, Failure, "prog: open f: read-only file system: choose another folder, or have it mounted for writing\n"},
 		{"one problem", []string{"do"}, problems(1), Usage, "prog: f.toml:1: k: bad\n"},
 		{"two problems", []string{"do"}, problems(2), Usage, "f.toml:1: k: bad\nf.toml:2: k: bad\nprog: f.toml has 2 problems: correct the lines above\n"},
 		{"unknown flag", []string{"do", "--nonsense"}, nil, Usage, "prog: unknown flag: --nonsense: see 'prog do --help'\n"},
@@ -51,7 +53,7 @@ func TestExitCodes(t *testing.T) {
 		{"log format", []string{"do", "--log-format", "xml"}, nil, Usage, "prog: --log-format \"xml\" is not known: write auto, text or json\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			root, _ := NewRoot("prog", "a program")
+			root, _ := NewRoot("prog", "a program", Page{})
 			root.AddCommand(&cobra.Command{Use: "do", Args: cobra.NoArgs, RunE: Run(func(*cobra.Command, []string) error { return test.err })})
 			var stderr bytes.Buffer
 			root.SetErr(&stderr)
@@ -65,7 +67,7 @@ func TestExitCodes(t *testing.T) {
 
 func TestVersionCommand(t *testing.T) {
 	for _, args := range [][]string{{"version"}, {"version", "--json"}} {
-		root, _ := NewRoot("prog", "a program")
+		root, _ := NewRoot("prog", "a program", Page{})
 		var out bytes.Buffer
 		root.SetOut(&out)
 		root.SetArgs(args)
@@ -87,13 +89,44 @@ func TestVersionCommand(t *testing.T) {
 
 func TestCompletion(t *testing.T) {
 	for _, shell := range []string{"bash", "zsh", "fish", "powershell"} {
-		root, _ := NewRoot("prog", "a program")
+		root, _ := NewRoot("prog", "a program", Page{})
 		var out bytes.Buffer
 		root.SetOut(&out)
 		root.SetArgs([]string{"completion", shell})
 		if code := Main(root); code != 0 || !strings.Contains(out.String(), "prog") {
 			t.Errorf("%s: exit code %d, %d bytes", shell, code, out.Len())
 		}
+	}
+}
+
+func TestManual(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "man1")
+	root, _ := NewRoot("prog", "a program", Page{Files: []Entry{{"/etc/it's.toml", ".It is"}}, SeeAlso: []string{"other(1)"}})
+	root.AddCommand(&cobra.Command{Use: "do IT", Short: "Do it", Run: func(*cobra.Command, []string) {}})
+	root.SetArgs([]string{"man", dir})
+	if code := Main(root); code != 0 {
+		t.Fatalf("exit code %d", code)
+	}
+	for name, want := range map[string][]string{
+		"prog.1": {
+			".TH \"PROG\" \"1\"", "\\fBprog COMMAND [flags]\\fP\n", ".SH COMMANDS\n.TP\n\\fBcompletion\\fP\n", ".TP\n\\fBdo\\fP\nDo it.\n",
+			".SH EXIT STATUS\n.TP\n\\fB0\\fP\nWell.\n", "\\fB8\\fP\nAddress or route refused.\n",
+			".SH FILES\n.TP\n\\fB/etc/it\\(aqs.toml\\fP\n\\&.It is\n", "prog-do(1)\\fP", ", \\fBother(1)\\fP\n", "\\fB--help\\fP\n",
+		},
+		"prog-do.1": {".TH \"PROG-DO\"", "\\fBprog do IT [flags]\\fP", ".SH EXIT STATUS\n", ".SH SEE ALSO\n\\fBprog(1)\\fP\n"},
+	} {
+		page, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range want {
+			if !strings.Contains(string(page), s) {
+				t.Errorf("no %q in %s:\n%s", s, name, page)
+			}
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "prog-man.1")); err == nil {
+		t.Error("a page of a hidden command")
 	}
 }
 

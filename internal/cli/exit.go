@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"masquevpn/internal/config"
 )
@@ -99,7 +100,19 @@ func FromError(w io.Writer, err error) *Error {
 	if errors.Is(err, os.ErrPermission) {
 		return Errorf(Privileges, "%v: run as root or as the owner, or let the group of a service read it", err)
 	}
-	return Errorf(Failure, "%v", err)
+	return &Error{Code: Failure, Reason: err.Error(), Remedy: FileRemedy(err)}
+}
+
+// FileRemedy is what to do about an error of a file system, empty if that is not
+// known.
+func FileRemedy(err error) string {
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return "make room there (df -h), and try again"
+	case errors.Is(err, unix.EROFS):
+		return "choose another folder, or have it mounted for writing"
+	}
+	return ""
 }
 
 // asError makes an *Error of what cobra gave. What is not ours is about the

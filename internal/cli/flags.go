@@ -15,8 +15,8 @@ type Globals struct {
 }
 
 // NewRoot makes the root command of a program, with the flags of Globals and
-// the commands version and completion.
-func NewRoot(program, short string) (*cobra.Command, *Globals) {
+// the commands version and completion. The page is what its manual says besides.
+func NewRoot(program, short string, page Page) (*cobra.Command, *Globals) {
 	g := new(Globals)
 	root := &cobra.Command{
 		Use: program, Short: short, Args: cobra.NoArgs,
@@ -32,6 +32,6 @@ func NewRoot(program, short string) (*cobra.Command, *Globals) {
 	flags.StringVar(&g.RunDir, "run-dir", control.DefaultDir, "`folder` of sockets, locks and logs of what runs")
 	flags.StringVar(&g.level, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&g.format, "log-format", FormatAuto, "auto, text or json; auto is text, and json in systemd's journal")
-	root.AddCommand(VersionCommand(program), manCommand(program))
+	root.AddCommand(VersionCommand(program), manCommand(program, page))
 	return root, g
 }
