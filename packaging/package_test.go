@@ -1,7 +1,9 @@
 package packaging
 
 import (
+	"bytes"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -16,28 +18,52 @@ const (
 	upgrade = "apt-get install -y /opt/packages/masquevpn_9999_*.deb"
 )
 
-// network gives the client a host of its own: a network namespace, connected to the machine, which is the proxy's.
-const network = `set -e
+// apart gives one service a host of its own: the network namespace "other", connected to the machine, which is that of the rest.
+// The proxy's name leads to addr. Both programs say all they have to say.
+func (m *machine) apart(unit, addr string) {
+	m.Helper()
+	m.do(`set -e
 ip link set lo up
-ip netns add client
-ip link add eth0 type veth peer name eth0 netns client
+ip netns add other
+ip link add eth0 type veth peer name eth0 netns other
+for s in all default eth0; do echo 0 > /proc/sys/net/ipv6/conf/$s/accept_dad; done
+ip netns exec other sh -c 'for s in all default eth0; do echo 0 > /proc/sys/net/ipv6/conf/$s/accept_dad; done'
 ip addr add 10.9.0.1/24 dev eth0
 ip link set eth0 up
-ip -n client addr add 10.9.0.2/24 dev eth0
-ip -n client link set eth0 up
-ip -n client link set lo up
-echo "10.9.0.1 vpn.example.org" >> /etc/hosts
-mkdir -p /etc/systemd/system/masque-client@.service.d /etc/systemd/system/masque-proxy.service.d
-printf '[Service]\nNetworkNamespacePath=/run/netns/client\n' > /etc/systemd/system/masque-client@.service.d/test.conf
-printf '[Service]\nWatchdogSec=3s\n' > /etc/systemd/system/masque-proxy.service.d/test.conf
+ip -n other addr add 10.9.0.2/24 dev eth0
+ip -n other link set eth0 up
+ip -n other link set lo up
+echo "` + addr + ` vpn.example.org" >> /etc/hosts
+cd /etc/systemd/system
+mkdir -p masque-client@.service.d masque-proxy.service.d ` + unit + `.d
+printf '[Service]\nNetworkNamespacePath=/run/netns/other\n' > ` + unit + `.d/apart.conf
+printf '[Service]\nExecStart=\nExecStart=/usr/bin/masque-client --log-level debug run -c /etc/masque/%%i.toml\n' > masque-client@.service.d/test.conf
+printf '[Service]\nExecStart=\nExecStart=/usr/bin/masque-proxy --log-level debug run -c /etc/masque/proxy.toml\nWatchdogSec=5s\n' > masque-proxy.service.d/test.conf`)
+}
+
+const other = "ip netns exec other "
+
+// network is the state of the machine's network and of the other's.
+func (m *machine) network() string {
+	m.Helper()
+	const state = `ip -o addr; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; nft list ruleset;
+cd /proc/sys/net; grep -r . ipv4/ip_forward ipv4/conf ipv6/conf 2>/dev/null | sort`
+	return m.do("for enter in '' '" + other + "'; do $enter sh -c '" + state + "'; done; cat /etc/resolv.conf")
+}
+
+// files makes the files of a proxy and of its user alice as a service.
+const files = `set -e
+masque-proxy init --name vpn.example.org /etc/masque
+masque-proxy invite alice -c /etc/masque/proxy.toml -o /etc/masque/alice.toml
 `
 
 // TestService is the life of a proxy and a client as services.
 func TestService(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
-	m.do(network)
+	m.apart("masque-client@.service", "10.9.0.1")
 	m.do(install)
+	m.is("getent passwd masque | cut -d: -f 1,6,7", "masque:/var/lib/masque:/usr/sbin/nologin")
 	m.is("stat -c '%U:%G %a' /etc/masque", "root:masque 2750")
 	m.is("systemctl is-enabled masque-proxy.socket masque-proxy.service masque-client@alice.service || true", "disabled\ndisabled\ndisabled")
 
@@ -63,11 +89,12 @@ func TestService(t *testing.T) {
 	m.do("install -g masque -m 640 /root/alice.toml /etc/masque/alice.toml")
 
 	// The client's first packet starts the proxy.
+	fresh := m.network()
 	m.do("systemctl start masque-proxy.socket")
 	m.is("systemctl is-active masque-proxy || true", "inactive")
 	m.do("systemctl start masque-client@alice")
 	m.do("masque-client wait alice --for connected --timeout 30s")
-	const ping = "ip netns exec client ping -n -c 1 -W 10 "
+	const ping = other + "ping -n -c 1 -W 10 "
 	m.do(ping + "10.77.0.1")
 	m.do(ping + "fd77::1")
 	m.is("cat /proc/sys/net/ipv4/ip_forward", "1")
@@ -95,7 +122,11 @@ func TestService(t *testing.T) {
 		if !strings.Contains(status, "Uid:\t"+strings.Join([]string{uid, uid, uid, uid}, "\t")+"\n") || !strings.Contains(status, "Seccomp:\t2\n") {
 			t.Errorf("%s: not user %s with a filter of system calls:\n%s", unit, uid, status)
 		}
+		// What is root's in a process of another user (proc(5)) cannot be dumped, nor looked into by others of that user.
+		m.is("stat -c %U /proc/"+m.mainPID(unit)+"/environ", "root")
 	}
+	m.is("stat -c '%U:%G %a' /run/masque /var/lib/masque", "masque:masque 750\nmasque:masque 750")
+	m.noSecrets()
 	for _, line := range []string{"masque-client status alice", "masque-proxy status", "masque-proxy reload"} {
 		m.do(line)
 		m.fails(7, "setpriv --reuid=65534 --regid=65534 --clear-groups "+line)
@@ -113,24 +144,43 @@ func TestService(t *testing.T) {
 	m.until("another proxy runs", func() bool { pid := m.mainPID("masque-proxy"); return pid != hung && pid != "0" })
 	m.until("packets flow again", func() bool { return m.command(ping+"10.77.0.1").Run() == nil })
 
-	before := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice")
+	// An upgrade interrupts nobody.
+	pids := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice")
+	pinging := m.command("echo $$ > /run/ping; exec " + other + "ping -n -i 0.2 10.77.0.1")
+	var answers strings.Builder
+	pinging.Stdout = &answers
+	if err := pinging.Start(); err != nil {
+		t.Fatal(err)
+	}
 	if out := m.do(upgrade); !strings.Contains(out, "systemctl restart masque-client@alice.service masque-proxy.service") {
 		t.Errorf("the upgrade says\n%s", out)
 	}
-	if after := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice"); after != before {
-		t.Errorf("processes before the upgrade %s, after it %s", before, after)
+	m.do("kill -INT $(cat /run/ping)")
+	if err := pinging.Wait(); err != nil || !strings.Contains(answers.String(), " 0% packet loss") {
+		t.Errorf("through the upgrade: %v\n%s", err, &answers)
 	}
-	m.do(ping + "10.77.0.1")
+	running := func(deleted string) {
+		t.Helper()
+		for _, program := range []string{"proxy", "client@alice"} {
+			name, _, _ := strings.Cut(program, "@")
+			m.is("readlink /proc/"+m.mainPID("masque-"+program)+"/exe", "/usr/bin/masque-"+name+deleted)
+		}
+	}
+	running(" (deleted)")
+	if now := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice"); now != pids {
+		t.Errorf("processes before the upgrade %s, after it %s", pids, now)
+	}
 	m.do("systemctl restart masque-client@alice.service masque-proxy.service")
 	m.do("masque-client wait alice --for connected --timeout 30s")
 	m.do(ping + "10.77.0.1")
+	running("")
 
 	m.do("systemctl enable masque-proxy.socket masque-client@alice")
 	m.do("apt-get remove -y masquevpn")
 	m.is("systemctl is-active masque-proxy masque-proxy.socket masque-client@alice || true", "inactive\ninactive\ninactive")
-	m.is("cat /proc/sys/net/ipv4/ip_forward", "0")
-	m.is("ip -n client -o link | grep -c masque || true", "0")
-	m.is("nft list tables", "")
+	if now := m.network(); now != fresh {
+		t.Errorf("before\n%s\nafter removal\n%s", fresh, now)
+	}
 	m.is("ls /etc/masque", "alice.toml\nca.crt\nca.key\nproxy.crt\nproxy.key\nproxy.toml\nusers.toml")
 	m.do("test -d /var/lib/masque")
 	if out := m.do("apt-get purge -y masquevpn"); !strings.Contains(out, "/etc/masque holds keys") {
@@ -179,21 +229,147 @@ func TestResolved(t *testing.T) {
 func TestByHand(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
-	m.do(network)
+	m.apart("masque-client@.service", "10.9.0.1")
 	m.do(install)
 	m.do("masque-proxy init --name vpn.example.org /etc/masque && masque-proxy invite alice -c /etc/masque/proxy.toml -o /root/alice.toml")
 	m.do("systemctl start masque-proxy")
-	m.do("ip netns exec client masque-client up /root/alice.toml --wait")
+	m.do(other + "masque-client up /root/alice.toml --wait --log-level debug")
 	m.do("masque-client status alice")
+	m.noSecrets()
 	m.do("systemctl restart masque-proxy") // the files in /run/masque may have either owner
 	m.do("apt-get remove -y masquevpn")
-	m.is("ip -n client -o link | grep -c masque || true", "0")
+	m.is("ip -n other -o link | grep -c masque || true", "0")
 	m.is("ls /run/masque", "alice.log")
 }
 
 func (m *machine) mainPID(unit string) string {
 	m.Helper()
 	return m.do("systemctl show -P MainPID " + unit)
+}
+
+// noSecrets: no token and no key is where it does not belong.
+func (m *machine) noSecrets() {
+	m.Helper()
+	var secrets []string
+	for _, line := range strings.Split(m.do("cat /etc/masque/*.toml /root/*.toml /etc/masque/*.key"), "\n") {
+		if _, token, ok := strings.Cut(line, "token = "); ok {
+			secrets = append(secrets, strings.Trim(token, `"`))
+		}
+		if keyLine.MatchString(line) {
+			secrets = append(secrets, line)
+		}
+	}
+	if len(secrets) < 4 {
+		m.Fatalf("found only these secrets: %q", secrets)
+	}
+	for _, line := range []string{
+		"journalctl --sync; journalctl --no-pager -o export -a", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "cat /run/masque/*.log 2>/dev/null || true",
+		"cat /run/masque/*.journal 2>/dev/null || true", "masque-client status alice --json", "masque-proxy status --json", "masque-proxy sessions --json",
+	} {
+		out := m.do(line)
+		for _, secret := range secrets {
+			if strings.Contains(out, secret) {
+				m.Errorf("%s: has the secret %q", line, secret)
+			}
+		}
+	}
+}
+
+// keyLine matches the first line of a private key in PEM form (PKCS #8), and a token that stands alone.
+var keyLine = regexp.MustCompile(`^M[A-Za-z0-9+/]{63}$`)
+
+// TestKillSwitch: who stops a service with a kill switch is told how to lift it.
+func TestKillSwitch(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.apart("masque-proxy.service", "10.9.0.2")
+	m.do(install)
+	fresh := m.network()
+	m.do(files + `printf '\n[kill_switch]\nenabled = true\n' >> /etc/masque/alice.toml; systemctl start masque-proxy`)
+	const ping = "ping -n -c 1 -W 1 10.9.0.2"
+	connect := func() {
+		t.Helper()
+		m.do("systemctl start masque-client@alice && masque-client wait alice --for connected --timeout 30s")
+	}
+	connect()
+	m.do("systemctl stop masque-client@alice")
+	m.do("! " + ping)
+	for _, line := range []string{"systemctl status masque-client@alice || true", "masque-client status alice 2>&1 || true"} {
+		if out := m.do(line); !strings.Contains(out, "masque-client down alice") {
+			t.Errorf("%s: does not say how to lift the kill switch:\n%s", line, out)
+		}
+	}
+	m.do("masque-client down alice")
+	m.do(ping)
+	m.fails(3, "masque-client down alice")
+
+	// What `down` ends is not started again, and nothing is left to lift.
+	connect()
+	m.do("masque-client down alice && " + ping)
+	m.until("the service has ended", func() bool { return m.do("systemctl is-active masque-client@alice || true") == "inactive" })
+
+	connect()
+	m.do("systemctl stop masque-client@alice masque-proxy")
+	m.do("! " + ping)
+	m.do("apt-get remove -y masquevpn && " + ping)
+	if now := m.network(); now != fresh {
+		t.Errorf("before\n%s\nafter removal\n%s", fresh, now)
+	}
+}
+
+// TestRPM is the life of the rpm: its scripts are called in another way than those of the deb.
+func TestRPM(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.apart("masque-client@.service", "10.9.0.1")
+	const rpm = "rpm --force-debian --nodeps " // Debian's packages are not in its database
+	m.do(rpm + "-i $(ls -v /opt/packages/*.rpm | head -1)")
+	m.is("stat -c '%U:%G %a' /etc/masque", "root:masque 2750")
+	m.is("rpm -V masquevpn", "")
+	fresh := m.network()
+	m.do(files + "systemctl start masque-proxy masque-client@alice; masque-client wait alice --for connected --timeout 30s")
+	pids := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice")
+	if out := m.do(rpm + "-U /opt/packages/*-9999-*.rpm"); !strings.Contains(out, "systemctl restart masque-client@alice.service masque-proxy.service") {
+		t.Errorf("the upgrade says\n%s", out)
+	}
+	if now := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice"); now != pids {
+		t.Errorf("processes before the upgrade %s, after it %s", pids, now)
+	}
+	m.do(other + "ping -n -c 1 -W 10 10.77.0.1")
+	m.do(rpm + "-e masquevpn")
+	m.is("systemctl is-active masque-proxy masque-client@alice || true", "inactive\ninactive")
+	if now := m.network(); now != fresh {
+		t.Errorf("before\n%s\nafter removal\n%s", fresh, now)
+	}
+	m.fails(2, "ls /usr/bin/masque-proxy")
+	m.is("ls /etc/masque", "alice.toml\nca.crt\nca.key\nproxy.crt\nproxy.key\nproxy.toml\nusers.toml")
+}
+
+// TestReproducible: the same files make the same packages.
+func TestReproducible(t *testing.T) {
+	for _, format := range []string{"deb", "rpm"} {
+		packages, err := filepath.Glob("../dist/*." + format)
+		if err != nil || len(packages) != 1 {
+			t.Fatalf("%v in dist: %v", packages, err)
+		}
+		again := filepath.Join(t.TempDir(), filepath.Base(packages[0]))
+		nfpm := exec.Command("dist/nfpm", "package", "--config", "packaging/nfpm.yaml", "--packager", format, "--target", again)
+		nfpm.Dir = ".."
+		if out, err := nfpm.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		one, err := os.ReadFile(packages[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		two, err := os.ReadFile(again)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(one, two) {
+			t.Errorf("%s is another one when it is made again", packages[0])
+		}
+	}
 }
 
 // TestSameFiles: the rpm has what the deb has.

@@ -118,20 +118,16 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 		defer close(reported)
 		notify.follow(t)
 	}()
-	service := systemd.NewService(logger)
 	told := make(chan struct{})
 	go func() {
 		defer close(told)
-		t.tell(ctx, service)
+		t.tell(ctx, systemd.NewService(logger))
 	}()
 	t.err = exitError(c.Run(ctx))
-	closed := c.Status().KillSwitch == client.KillSwitchClosed
-	switch {
+	switch closed := c.Status().KillSwitch == client.KillSwitchClosed; {
 	case !closed:
 	case t.lift.Load() || errors.Is(context.Cause(ctx), cli.ErrInterrupted):
-		if _, err := kill.Lift(); err == nil {
-			closed = false
-		} else {
+		if _, err := kill.Lift(); err != nil {
 			t.err = withRemedy(errors.Join(t.err, err), staysClosed(name))
 		}
 	case t.err == nil:
@@ -142,9 +138,6 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	close(t.done)
 	<-reported
 	<-told
-	if closed { // systemctl status shows it of a service that was stopped, too
-		service.Status(staysClosed(name))
-	}
 	closeErr := server.Close()
 	if monitor != nil {
 		closeErr = errors.Join(closeErr, monitor.Close())
