@@ -266,6 +266,108 @@ func (c *Conn) DatagramsWaiting() bool {
 	return !h.sendQueue.Empty()
 }
 `,
+	"paths.go": `package quic
+
+import (
+	"github.com/quic-go/quic-go/internal/ackhandler"
+	"github.com/quic-go/quic-go/internal/monotime"
+	"github.com/quic-go/quic-go/internal/protocol"
+	"github.com/quic-go/quic-go/internal/wire"
+)
+
+// Abandon closes t, as Close does, but leaves connections alone that have moved to the path of another transport.
+func (t *Transport) Abandon() error {
+	if err := t.init(false); err != nil {
+		return err
+	}
+	t.mutex.Lock()
+	if t.closeErr == nil {
+		t.closeErr = &errTransportClosed{}
+	}
+	clear(t.handlers)
+	clear(t.resetTokens)
+	t.mutex.Unlock()
+	return t.Close()
+}
+
+// forgetClosed drops the transports that are closed, which nothing comes in by any more.
+func (cr connRunners) forgetClosed() {
+	for r := range cr {
+		h, ok := r.(*packetHandlerMap)
+		if !ok {
+			continue
+		}
+		h.mutex.Lock()
+		closed := h.closeErr != nil
+		h.mutex.Unlock()
+		if closed {
+			delete(cr, r)
+		}
+	}
+}
+
+// sendPathProbe sends the next packet that probes a path, if there is one to send. It is no part of what congestion control or the
+// number of unacknowledged packets limit, which a path that has died may hold at that limit for good.
+func (c *Conn) sendPathProbe(now monotime.Time) (sent bool, _ error) {
+	if c.perspective != protocol.PerspectiveClient || !c.handshakeConfirmed {
+		return false, nil
+	}
+	pm := c.pathManagerOutgoing.Load()
+	if pm == nil {
+		return false, nil
+	}
+	connID, frame, tr, ok := pm.NextPathToProbe()
+	if !ok {
+		return false, nil
+	}
+	probe, buf, err := c.packer.PackPathProbePacket(connID, []ackhandler.Frame{frame}, c.version)
+	if err != nil {
+		return false, err
+	}
+	c.logShortHeaderPacket(probe, protocol.ECNNon, buf.Len())
+	c.registerPackedShortHeaderPacket(probe, protocol.ECNNon, now)
+	tr.WriteTo(buf.Data, c.conn.RemoteAddr())
+	buf.Release()
+	return true, nil
+}
+
+// switchToPath makes the connection ID that path id was probed with the active one, and retires the former (RFC 9000 section
+// 9.5). moved, which may be nil, is called in between.
+func (h *connIDManager) switchToPath(id pathID, moved func()) {
+	h.pathMx.Lock()
+	defer h.pathMx.Unlock()
+	entry, ok := h.pathProbing[id]
+	if ok {
+		delete(h.pathProbing, id)
+		h.removeStatelessResetToken(entry.StatelessResetToken)
+		h.queueControlFrame(&wire.RetireConnectionIDFrame{SequenceNumber: h.activeSequenceNumber})
+		h.highestRetired = max(h.highestRetired, h.activeSequenceNumber)
+	}
+	if h.activeStatelessResetToken != nil {
+		h.removeStatelessResetToken(*h.activeStatelessResetToken)
+	}
+	if moved != nil {
+		moved()
+	}
+	if ok {
+		h.activeSequenceNumber = entry.SequenceNumber
+		h.activeConnectionID = entry.ConnectionID
+		h.activeStatelessResetToken = &entry.StatelessResetToken
+		h.packetsSinceLastChange = 0
+		h.packetsPerConnectionID = protocol.PacketsPerConnectionID/2 + h.rand.Uint32N(protocol.PacketsPerConnectionID)
+	}
+	if h.activeStatelessResetToken != nil {
+		h.addStatelessResetToken(*h.activeStatelessResetToken)
+	}
+}
+
+// active returns the path that the connection is on, or is about to be.
+func (pm *pathManagerOutgoing) active() pathID {
+	pm.mx.Lock()
+	defer pm.mx.Unlock()
+	return pm.activePath
+}
+`,
 	"gso_segments.go": `package quic
 
 // maxGSOSegments is how many segments every kernel with UDP GSO takes in one message.
@@ -360,6 +462,34 @@ var edits = []edit{
 		"	select {\n	case h.queue <-", "	if h.sendNow(p, gsoSize, ecn) {\n		return\n	}\n	h.unwritten.Add(1)\n	select {\n	case h.queue <-"},
 	{"latency", "send_queue.go", "sendQueue.Run", "			e.buf.Release()\n", "			e.buf.Release()\n			h.unwritten.Add(-1)\n"},
 
+	// A connection may move to another path as often as it likes. Stock quic-go keeps the connection ID that it had, never gives back
+	// those that it probed with, so that none is left after a few moves, and cannot close the socket of a path that it has left.
+	{"paths", "connection.go", "Conn", "	pathManagerOutgoing atomic.Pointer[pathManagerOutgoing]\n",
+		"	pathManagerOutgoing atomic.Pointer[pathManagerOutgoing]\n	resetRunner connRunner // where a stateless reset may come in; guarded by connIDManager.pathMx\n"},
+	{"paths", "connection.go", "newClientConnection", "		conn:                conn,\n", "		conn:                conn,\n		resetRunner: runner,\n"},
+	{"paths", "connection.go", "newClientConnection",
+		"{ runner.AddResetToken(token, s) },\n		runner.RemoveResetToken,\n",
+		"{ s.resetRunner.AddResetToken(token, s) },\n		func(token protocol.StatelessResetToken) { s.resetRunner.RemoveResetToken(token) },\n"},
+	{"paths", "connection.go", "Conn.switchToNewPath",
+		"	c.sentPacketHandler.MigratedPath(now, initialPacketSize)\n",
+		"	c.connIDManager.switchToPath(c.pathManagerOutgoing.Load().active(), func() { c.resetRunner = (*packetHandlerMap)(tr) })\n" +
+			"	c.sentPacketHandler.MigratedPath(now, initialPacketSize)\n"},
+	{"paths", "connection.go", "Conn.switchToNewPath",
+		"	c.conn = newSendConn(tr.conn, c.conn.RemoteAddr(), packetInfo{}, utils.DefaultLogger) // TODO: find a better way\n",
+		"	c.connStateMutex.Lock() // of those who ask for the state of the connection\n" +
+			"	c.conn = newSendConn(tr.conn, c.conn.RemoteAddr(), packetInfo{}, utils.DefaultLogger)\n	c.connStateMutex.Unlock()\n"},
+	{"paths", "path_manager.go", "pathManager", "	retireConnID func(pathID)\n", "	retireConnID func(pathID)\n	switchConnID func(pathID)\n"},
+	{"paths", "path_manager.go", "pathManager.SwitchToPath",
+		"switching to path %d (%s)\", path.id, addr)\n", "switching to path %d (%s)\", path.id, addr)\n			pm.switchConnID(path.id)\n"},
+	{"paths", "connection.go", "Conn.handleShortHeaderPacket",
+		"			c.logger,\n		)\n", "			c.logger,\n		)\n		c.pathManager.switchConnID = func(id pathID) { c.connIDManager.switchToPath(id, nil) }\n"},
+	{"paths", "conn_id_generator.go", "connIDGenerator.AddConnRunner",
+		"	m.connRunners[runner] = r\n", "	m.connRunners.forgetClosed()\n	m.connRunners[runner] = r\n"},
+	{"paths", "connection.go", "Conn.sendPackets", sendPathProbe, ""},
+	{"paths", "connection.go", "Conn.triggerSending",
+		"	sendMode := c.sentPacketHandler.SendMode(now)\n",
+		"	if sent, err := c.sendPathProbe(now); sent || err != nil {\n		c.scheduleSending()\n		return err\n	}\n	sendMode := c.sentPacketHandler.SendMode(now)\n"},
+
 	// Buffers of datagrams to send are used again.
 	{"copies", "connection.go", "Conn.SendDatagram", "make([]byte, len(p))", "getDatagramBuffer(len(p))"},
 	{"copies", "connection.go", "Conn.registerPackedShortHeaderPacket",
@@ -374,6 +504,26 @@ var edits = []edit{
 }
 
 const (
+	sendPathProbe = `	if c.perspective == protocol.PerspectiveClient && c.handshakeConfirmed {
+		if pm := c.pathManagerOutgoing.Load(); pm != nil {
+			connID, frame, tr, ok := pm.NextPathToProbe()
+			if ok {
+				probe, buf, err := c.packer.PackPathProbePacket(connID, []ackhandler.Frame{frame}, c.version)
+				if err != nil {
+					return err
+				}
+				c.logger.Debugf("sending path probe packet from %s", c.LocalAddr())
+				c.logShortHeaderPacket(probe, protocol.ECNNon, buf.Len())
+				c.registerPackedShortHeaderPacket(probe, protocol.ECNNon, now)
+				tr.WriteTo(buf.Data, c.conn.RemoteAddr())
+				// There's (likely) more data to send. Loop around again.
+				c.scheduleSending()
+				return nil
+			}
+		}
+	}
+
+`
 	newHandlerServer = "ackhandler.NewSentPacketHandler(\n		0,\n"
 	newHandlerClient = "ackhandler.NewSentPacketHandler(\n		initialPacketNumber,\n"
 )
