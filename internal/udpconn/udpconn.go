@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
@@ -35,6 +36,9 @@ type Conn struct {
 	logger  *slog.Logger
 	dropped func(packets int)
 	noGSO   sync.Once // logs that a path does not take many packets at a time
+
+	lossy  atomic.Bool   // what cannot leave is lost, and no error
+	refuse atomic.Uint32 // unix.Errno for which the last packet did not leave, 0 if it did
 
 	// What ReadBatch has from the kernel and not yet handed over.
 	buf     []byte
@@ -172,14 +176,49 @@ func (c *Conn) parse(oob []byte) {
 	}
 }
 
+// LoseUnsent has packets from now on be lost, without an error, that this host does not let out: for want of a route, an address or
+// an interface, or because its firewall forbids it. QUIC would end the connection on the first such error, although a host that
+// changes networks has a route again a moment later.
+func (c *Conn) LoseUnsent() { c.lossy.Store(true) }
+
+// Unsent returns the unix.Errno for which the last packet did not leave this host, nil if it did.
+func (c *Conn) Unsent() error {
+	if e := c.refuse.Load(); e != 0 {
+		return unix.Errno(e)
+	}
+	return nil
+}
+
 // WriteMsgUDP sends b, several packets in one when oob says so. It logs the first time that a path does not take that: quic-go
 // then sends packets to that peer one by one.
 func (c *Conn) WriteMsgUDP(b, oob []byte, addr *net.UDPAddr) (n, oobn int, err error) {
 	n, oobn, err = c.UDPConn.WriteMsgUDP(b, oob, addr)
-	if err != nil {
-		c.failed(err, addr)
+	if err == nil {
+		if c.refuse.Load() != 0 {
+			c.refuse.Store(0)
+		}
+		return n, oobn, nil
+	}
+	c.failed(err, addr)
+	if e := unsent(err); e != 0 {
+		c.refuse.Store(uint32(e))
+		if c.lossy.Load() {
+			return len(b), len(oob), nil
+		}
 	}
 	return n, oobn, err
+}
+
+// unsent returns what err says of the host's network as it is now, 0 if it is about the packet or the socket.
+func unsent(err error) unix.Errno {
+	var e unix.Errno
+	if errors.As(err, &e) {
+		switch e {
+		case unix.ENETUNREACH, unix.EHOSTUNREACH, unix.ENETDOWN, unix.EADDRNOTAVAIL, unix.ENODEV, unix.EPERM, unix.EACCES, unix.ENOBUFS:
+			return e
+		}
+	}
+	return 0
 }
 
 // failed looks at what a write to remote failed with.

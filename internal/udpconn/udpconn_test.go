@@ -435,6 +435,32 @@ func TestWriteErrors(t *testing.T) {
 	}
 }
 
+// What this host does not let out is lost without an error, once that is asked for, and can be asked about.
+func TestUnsent(t *testing.T) {
+	// The kernel refuses to broadcast with the error that it has for a firewall.
+	const refused = unix.EACCES
+	to := &net.UDPAddr{IP: net.IPv4bcast, Port: 9}
+	c := newConn(t, listen(t, "udp4", "127.0.0.1"), nil)
+	set(t, c.UDPConn, unix.SOL_SOCKET, unix.SO_BROADCAST, 0)
+	write := func(to *net.UDPAddr) error {
+		_, _, err := c.WriteMsgUDP([]byte("x"), nil, to)
+		return err
+	}
+	if err := write(to); !errors.Is(err, refused) || !errors.Is(c.Unsent(), refused) {
+		t.Fatalf("%v, %v", err, c.Unsent())
+	}
+	c.LoseUnsent()
+	if err := write(to); err != nil || !errors.Is(c.Unsent(), refused) {
+		t.Errorf("%v, %v", err, c.Unsent())
+	}
+	if _, _, err := c.WriteMsgUDP(make([]byte, 1<<16), nil, c.LocalAddr().(*net.UDPAddr)); !errors.Is(err, unix.EMSGSIZE) {
+		t.Errorf("too large a packet: %v", err)
+	}
+	if err := write(c.LocalAddr().(*net.UDPAddr)); err != nil || c.Unsent() != nil {
+		t.Errorf("%v, %v", err, c.Unsent())
+	}
+}
+
 // No control data makes parse fail, or hand over what is not whole.
 func FuzzControl(f *testing.F) {
 	gro := control(unix.IPPROTO_UDP, unix.UDP_GRO, uint32s(1200))
