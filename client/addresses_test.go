@@ -131,3 +131,51 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 		t.Errorf("the session did not last: %+v", s)
 	}
 }
+
+// Each of two devices of one user has its own former addresses when its program is started anew, in whatever order.
+func TestInstallations(t *testing.T) {
+	f := startProxy(t, nil)
+	start := func(installation string) *near {
+		n := startClient(t, f, func(c *Config) { c.Installation = installation })
+		n.awaitConnected(t)
+		return n
+	}
+	stop := func(n *near, left int) {
+		n.stop()
+		<-n.done
+		eventually(t, "the proxy has taken the addresses back", func() bool { return len(f.Sessions()) == left })
+	}
+	laptop, phone := start("laptop"), start("phone")
+	had := map[string][]netip.Prefix{"laptop": laptop.Status().Addresses, "phone": phone.Status().Addresses}
+	stop(laptop, 1)
+	stop(phone, 0)
+	for _, name := range []string{"phone", "tablet", "laptop"} {
+		got := start(name).Status().Addresses
+		if want, ok := had[name]; ok && !slices.Equal(got, want) {
+			t.Errorf("the %s has %v, and had %v", name, got, want)
+		}
+	}
+}
+
+// Two copies of one installation, as of a cloned machine, have addresses of their own, and leave each other alone.
+func TestInstallationCopied(t *testing.T) {
+	f := startProxy(t, nil)
+	var copies []*near
+	for range 2 {
+		n := startClient(t, f, func(c *Config) { c.Installation = "clone" })
+		n.awaitConnected(t)
+		copies = append(copies, n)
+	}
+	if slices.Equal(copies[0].Status().Addresses, copies[1].Status().Addresses) {
+		t.Errorf("both have %v", copies[0].Status().Addresses)
+	}
+	for _, n := range copies {
+		eventually(t, "packets pass", func() bool {
+			n.device.Inject(ippacket.AppendEcho(nil, n.Status().Addresses[0].Addr(), netip.MustParseAddr("192.0.2.9"), 64, true, 1, 1, nil))
+			return n.Status().Packets.TX > 0
+		})
+		if s := n.Status(); s.State != StateConnected || s.Reconnects > 0 {
+			t.Errorf("%s after %d reconnects: %s", s.State, s.Reconnects, s.Reason)
+		}
+	}
+}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/quic-go/quic-go"
+	"golang.org/x/time/rate"
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
@@ -37,7 +38,10 @@ type Client struct {
 
 	device   Device
 	network  Network
-	resolver Resolver                       // may be nil
+	resolver Resolver // may be nil
+	host     *host
+	tried    tried                          // when it dialed last
+	hurry    *rate.Limiter                  // of attempts before their time
 	pushed   []capsule.DNSConfiguration     // what the last session said of DNS
 	queue    *flowqueue.Queue               // of packets of the device
 	current  atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
@@ -84,6 +88,7 @@ func New(cfg Config) (*Client, error) {
 		control = routing.MarkSocket(routing.DefaultMark)
 	}
 	c := &Client{cfg: cfg, to: to, instance: rand.Text(), queue: flowqueue.New(), changed: make(chan struct{})}
+	c.host, c.hurry = newHost(cfg.Suspended), rate.NewLimiter(rate.Every(hurryInterval), hurryBurst)
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
 	c.dialer.resolver = resolver(control, cfg.Nameservers)
@@ -111,13 +116,13 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	if c.device, err = c.cfg.OpenDevice(); err != nil {
 		return privileged(err, "")
 	}
-	var uplink sync.WaitGroup
+	var running sync.WaitGroup
 	defer func() {
 		if closeErr := c.device.Close(); closeErr != nil {
 			err = errors.Join(err, closeErr)
 		}
 		c.queue.Close()
-		uplink.Wait()
+		running.Wait()
 	}()
 	if c.network, err = c.cfg.OpenNetwork(c.device); err != nil {
 		return privileged(err, "setting up the network: ")
@@ -145,8 +150,13 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	}
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	uplink.Go(c.sendQueued)
-	uplink.Go(func() {
+	endWatch, err := c.watchHost(ctx)
+	if err != nil {
+		return privileged(err, "")
+	}
+	defer endWatch()
+	running.Go(c.sendQueued)
+	running.Go(func() {
 		if err := c.readDevice(); err != nil {
 			stop(err)
 		}
@@ -196,6 +206,7 @@ func (c *Client) keepConnected(ctx context.Context) error {
 		}
 		c.setState(state, e.Error())
 	}
+	r.sooner = c.networkChanged
 	return r.run(ctx, c.session)
 }
 

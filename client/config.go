@@ -30,6 +30,10 @@ type Config struct {
 	TLS   *tls.Config // RootCAs (nil: the system's), Certificates, ServerName ("": from Proxy)
 	Token string      // bearer token, "" for none
 
+	// Installation is a token that tells this device from others of the same user, so that it has its former addresses when the
+	// program is started anew. It should be hard to guess. "" for none.
+	Installation string
+
 	Target  string // request scope (RFC 9484 section 4.6), "" and "*" for any
 	IPProto string
 
@@ -69,6 +73,11 @@ type Config struct {
 	OpenDevice   func() (Device, error)
 	OpenNetwork  func(Device) (Network, error)
 	OpenResolver func(Device) (Resolver, error)
+
+	// OpenUplink replaces the kernel's knowledge of how packets get to the proxy. With the routing replaced, and no OpenUplink, nothing
+	// is known of it. Suspended replaces the clocks that tell for how long in all this host has been suspended since it booted.
+	OpenUplink func() (Uplink, error)
+	Suspended  func() time.Duration
 }
 
 // Device is where packets come from and go to; *tun.Device is one.
@@ -244,6 +253,12 @@ func (c Config) withDefaults() (Config, error) {
 		c.OpenResolver = func(d Device) (Resolver, error) {
 			return hostdns.Open(hostdns.Config{Instance: c.Name, Interface: d.Name(), Logger: c.Logger})
 		}
+	}
+	if c.OpenUplink == nil && c.OpenNetwork == nil {
+		c.OpenUplink = func() (Uplink, error) { return routing.Watch(routing.DefaultMark) }
+	}
+	if c.Suspended == nil {
+		c.Suspended = suspended
 	}
 	if c.OpenNetwork == nil {
 		c.OpenNetwork = func(d Device) (Network, error) {

@@ -53,6 +53,7 @@ func lossOf(e *Error) loss {
 	var stream *quic.StreamError
 	var h3 *http3.Error
 	var network net.Error
+	var path *lostError
 	switch err := e.Err; {
 	case err == nil: // what the proxy answered, or did not grant
 		return lossRefused
@@ -64,8 +65,10 @@ func lossOf(e *Error) loss {
 		return closedOrReset(uint64(h3.ErrorCode))
 	case errors.As(err, &stateless), errors.As(err, &stream) && stream.Remote:
 		return lossReset
-	case errors.As(err, &network) && network.Timeout():
+	case errors.As(err, &path) && !path.local, errors.As(err, &network) && network.Timeout():
 		return lossTimeout
+	case errors.As(err, &path), errors.As(err, new(*unsentError)):
+		return lossNetwork
 	case errors.As(err, new(*net.OpError)), errors.As(err, new(*net.DNSError)):
 		return lossNetwork
 	case errors.As(err, new(*quic.TransportError)):

@@ -63,8 +63,12 @@ func newDialer(to target, config *tls.Config, token string, control controlFunc,
 
 // dialed is an established connection to the proxy.
 type dialed struct {
-	transport *quic.Transport
-	conn      *quic.Conn
+	transport *quic.Transport // of the path that it is on
+	socket    *udpconn.Conn   // of transport
+	path      *quic.Path      // nil for the first one
+	leave     func()          // closes the path that it was on before
+	conn      *quic.Conn      // whose LocalAddr and RemoteAddr must not be asked for: they may change
+	remote    netip.AddrPort
 }
 
 // close ends the connection and frees its socket.
@@ -73,8 +77,9 @@ func (d *dialed) close() { d.closeWith(http3.ErrCodeNoError) }
 // closeWith is close that tells the proxy what went wrong.
 func (d *dialed) closeWith(code http3.ErrCode) {
 	_ = d.conn.CloseWithError(quic.ApplicationErrorCode(code), "")
+	d.leave()
 	_ = d.transport.Close()
-	_ = d.transport.Conn.Close()
+	_ = d.socket.Close()
 }
 
 // dial connects to the proxy and makes the first request on the connection, for which request has answerTimeout. Its error
@@ -117,7 +122,8 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 		return nil, usage("proxy", "%q is not a port", d.to.port)
 	}
 	if a, err := netip.ParseAddr(d.to.host); err == nil {
-		return []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), uint16(port))}, nil
+		d.lastAddrs = []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), uint16(port))}
+		return d.lastAddrs, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
@@ -207,28 +213,28 @@ func (d *dialer) race(ctx context.Context, addrs []netip.AddrPort) (*dialed, err
 	return nil, failed
 }
 
-// worse reports whether a says more about the failure of an attempt than b: a proxy that answered beats silence.
+// worse reports whether a says more about the failure of an attempt than b: a proxy that answered beats silence, and silence an
+// address that this host cannot send to.
 func worse(a, b error) bool {
 	var x, y *Error
-	return errors.As(a, &x) && (!errors.As(b, &y) || y.Kind == KindUnreachable && x.Kind != KindUnreachable)
+	if !errors.As(a, &x) || !errors.As(b, &y) || y.Kind != KindUnreachable {
+		return errors.As(a, &x) && !errors.As(b, &y)
+	}
+	return x.Kind != KindUnreachable || errors.As(b, new(*unsentError)) && !errors.As(a, new(*unsentError))
+}
+
+// unsentError says that packets do not leave this host.
+type unsentError struct{ reason error }
+
+func (e *unsentError) Error() string {
+	return fmt.Sprintf("packets to the proxy do not leave this host (%v)", e.reason)
 }
 
 func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, error) {
-	network := "udp4"
-	if addr.Addr().Is6() {
-		network = "udp6"
-	}
-	lc := net.ListenConfig{Control: d.control}
-	socket, err := lc.ListenPacket(ctx, network, ":0")
+	t, udp, err := d.open(ctx, addr)
 	if err != nil {
-		return nil, classify(fmt.Errorf("opening a UDP socket: %w", err), nil, d.to)
+		return nil, classify(err, nil, d.to)
 	}
-	udp, err := udpconn.New(socket.(*net.UDPConn), d.logger, d.dropped)
-	if err != nil {
-		_ = socket.Close()
-		return nil, classify(fmt.Errorf("preparing a UDP socket: %w", err), nil, d.to)
-	}
-	t := &quic.Transport{Conn: udp}
 	config := &quic.Config{
 		EnableDatagrams:      true,
 		HandshakeIdleTimeout: handshakeTimeout,
@@ -239,11 +245,36 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 	d.congestion.Apply(config)
 	conn, err := t.Dial(ctx, net.UDPAddrFromAddrPort(addr), d.tls, config)
 	if err != nil {
+		unsent := udp.Unsent()
 		_ = t.Close()
-		_ = socket.Close()
+		_ = udp.Close()
+		if unsent != nil {
+			unsent := &unsentError{unsent}
+			return nil, &Error{Kind: KindUnreachable, Err: unsent, Reason: unsent.Error(), Remedy: "check this host's network and firewall"}
+		}
 		return nil, classify(err, nil, d.to)
 	}
-	return &dialed{transport: t, conn: conn}, nil
+	udp.LoseUnsent()
+	return &dialed{transport: t, socket: udp, leave: func() {}, conn: conn, remote: addr}, nil
+}
+
+// open makes a socket for packets to addr, and the transport over it.
+func (d *dialer) open(ctx context.Context, addr netip.AddrPort) (*quic.Transport, *udpconn.Conn, error) {
+	network := "udp4"
+	if addr.Addr().Is6() {
+		network = "udp6"
+	}
+	lc := net.ListenConfig{Control: d.control}
+	socket, err := lc.ListenPacket(ctx, network, ":0")
+	if err != nil {
+		return nil, nil, fmt.Errorf("opening a UDP socket: %w", err)
+	}
+	udp, err := udpconn.New(socket.(*net.UDPConn), d.logger, d.dropped)
+	if err != nil {
+		_ = socket.Close()
+		return nil, nil, fmt.Errorf("preparing a UDP socket: %w", err)
+	}
+	return &quic.Transport{Conn: udp}, udp, nil
 }
 
 // packetSize is the size of the first QUIC packets, in bytes. When an attempt gets no answer, the path may be too narrow for
@@ -307,6 +338,9 @@ func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.Requ
 			connectip.InstanceHeader:    {c.instance},
 		},
 	}).WithContext(ctx)
+	if c.cfg.Installation != "" {
+		req.Header.Set(connectip.InstallationHeader, c.cfg.Installation)
+	}
 	c.dialer.identify(req.Header)
 	str, err := h3.OpenRequestStream(ctx)
 	if err != nil {

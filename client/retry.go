@@ -21,6 +21,8 @@ type retry struct {
 	maxDelay time.Duration // between attempts
 	logger   *slog.Logger
 	waiting  func(everConnected bool, e *Error) // called before each wait
+	// sooner waits until ctx ends, or until trying again is worth it before its time, which it reports. It may be nil.
+	sooner func(ctx context.Context) bool
 }
 
 // run has one session after another until ctx ends, which gives nil, or until trying again cannot help. session returns why
@@ -50,10 +52,22 @@ func (r retry) run(ctx context.Context, session func(context.Context) (connected
 		delay := wait.NextBackOff()
 		r.logger.Warn("no session", "reason", e.Error(), "retry_in", delay.Round(time.Millisecond).String())
 		r.waiting(everConnected, e)
-		select {
-		case <-time.After(delay):
-		case <-ctx.Done():
+		if r.wait(ctx, delay) {
+			wait.Reset()
+		}
+		if ctx.Err() != nil {
 			return nil
 		}
 	}
+}
+
+// wait waits for delay, or until ctx ends. It reports whether it ended before, because something has changed.
+func (r retry) wait(ctx context.Context, delay time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, delay)
+	defer cancel()
+	if r.sooner != nil {
+		return r.sooner(ctx)
+	}
+	<-ctx.Done()
+	return false
 }

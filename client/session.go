@@ -37,6 +37,8 @@ type session struct {
 	quic *quic.Conn
 	conn *connectip.Conn
 	wake chan struct{} // something below changed
+	lost chan error    // why there is no path to the proxy any more
+	show chan struct{} // path changed
 
 	mu        sync.Mutex
 	assigned  []capsule.Address // the last ADDRESS_ASSIGN; nil before the first
@@ -46,6 +48,7 @@ type session struct {
 	dns       []capsule.DNSConfiguration
 	hasDNS    bool // dns is of this session, and not of the last one
 	nat64     []netip.Prefix
+	path      pathState
 
 	// What follows is of keep alone.
 	onlyIPv4     bool             // the host has no IPv6
@@ -61,14 +64,18 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	if err := c.closeKillSwitch(c.device.Name()); err != nil {
 		return 0, err
 	}
+	c.noteTry()
 	d, str, err := c.dial(ctx)
+	if !slices.Equal(c.tried.addrs, c.dialer.lastAddrs) {
+		c.noteTry()
+	}
 	if err != nil {
 		return 0, err
 	}
 	code := http3.ErrCodeNoError
 	defer func() { d.closeWith(code) }()
 	// Until the proxy has had the time to speak of DNS, the resolver is left as it is.
-	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1), dns: c.pushed}
+	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1), lost: make(chan error, 1), show: make(chan struct{}, 1), dns: c.pushed}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
 		Device: c.device,
 		Accept: connectip.Accept{Routes: c.cfg.foreign},
@@ -81,16 +88,23 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	})
 	c.mu.Lock()
 	c.live = d.conn
-	c.status.Proxy.Endpoint = d.conn.RemoteAddr().String()
+	c.status.Proxy.Endpoint = d.remote.String()
 	c.status.Proxy.AuthenticatedAs = c.to.verify
 	c.mu.Unlock()
-	c.cfg.Logger.Info("session started", "proxy", c.to.host, "remote", d.conn.RemoteAddr().String())
+	c.cfg.Logger.Info("session started", "proxy", c.to.host, "remote", d.remote.String())
 
 	runCtx, cancel := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- s.conn.Run(runCtx) }()
+	var roaming sync.WaitGroup
+	roaming.Go(func() {
+		if err := newRoamer(s, d).run(runCtx); err != nil {
+			s.lost <- err
+		}
+	})
 	defer func() {
 		cancel()
+		roaming.Wait()
 		c.mu.Lock()
 		c.live = nil
 		c.mu.Unlock()
@@ -107,6 +121,10 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 		err = whyEnded(reason, s.quic, c.to)
 	} else {
 		cancel()
+		if errors.As(err, new(*lostError)) {
+			// Nothing that waits for the path is worth waiting for.
+			_ = d.conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
+		}
 		<-ended
 	}
 	if !since.IsZero() {
@@ -138,10 +156,17 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 	var earliest, latest time.Time  // when to apply it
 	applies := rate.NewLimiter(applyRate, applyBurst)
 	probing := false
+	limits := ""
 	for {
 		select {
 		case <-ctx.Done():
 			return connected, nil
+		case err := <-s.lost:
+			return connected, err
+		case <-s.show:
+			if !connected.IsZero() {
+				s.showPath(limits)
+			}
 		case err := <-ended:
 			ended <- err
 			return connected, errEnded
@@ -150,7 +175,8 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 		case <-firstPacket:
 			firstPacket = nil
 			connected = time.Now()
-			c.setState(StateConnected, s.limits())
+			limits = s.limits()
+			s.showPath(limits)
 			c.cfg.Logger.Info("connected", "addresses", s.addresses(), "mtu", s.conn.MTU())
 			s.forgetDNS()
 		case <-s.wake:
@@ -165,9 +191,10 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 			if err != nil {
 				return connected, err
 			}
-			if reason := s.limits(); !connected.IsZero() && reason != c.Status().Reason {
-				c.setState(StateConnected, reason)
-				c.cfg.Logger.Warn("the path has changed", "mtu", s.conn.MTU(), "limits", reason)
+			if now := s.limits(); !connected.IsZero() && now != limits {
+				limits = now
+				s.showPath(limits)
+				c.cfg.Logger.Warn("the path has changed", "mtu", s.conn.MTU(), "limits", limits)
 			}
 			if complete {
 				if err := s.offer(); err != nil {

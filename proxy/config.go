@@ -29,6 +29,7 @@ const (
 const (
 	DefaultSessions        = 4096
 	DefaultSessionsPerUser = 8
+	DefaultHold            = time.Hour
 	DefaultTemplatePath    = connectip.DefaultPath
 )
 
@@ -48,6 +49,7 @@ type Config struct {
 	// Delegate4 and Delegate6 are the length, in bits, of the largest block that a client gets who asks for a prefix; 0: it gets
 	// a single address instead.
 	Delegate4, Delegate6 int
+	Hold                 time.Duration // for which addresses are kept for the client that had them last; default DefaultHold
 	Advertise            []netip.Prefix
 	Deny                 []netip.Prefix // destinations, besides the built-in ones
 	ClientToClient       bool
@@ -214,6 +216,12 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.UDPIdleTimeout < 0 {
 		return c, usage("connect_udp", "a time span cannot be negative")
+	}
+	if c.Hold < 0 {
+		return c, usage("pool.hold", "a time span cannot be negative")
+	}
+	if c.Hold == 0 {
+		c.Hold = DefaultHold
 	}
 	if c.UDPIdleTimeout == 0 {
 		c.UDPIdleTimeout = DefaultUDPIdleTimeout

@@ -9,12 +9,8 @@ import (
 	"go4.org/netipx"
 )
 
-const (
-	// restTime is how long an address rests after it was given back.
-	restTime = time.Minute
-	// maxResting is how many leases of one family rest at once; beyond that, the oldest are forgotten early.
-	maxResting = 4096
-)
+// maxResting is how many leases of one family rest at once; beyond that, the oldest are forgotten early.
+const maxResting = 4096
 
 // space is what addresses of one family are leased from.
 type space struct {
@@ -95,8 +91,8 @@ func (f *family) use() PoolUse {
 	return u
 }
 
-// rest lets x rest, which owner gave back. It is what counts of x from now on.
-func (f *family) rest(x netip.Prefix, owner string, now time.Time) {
+// rest lets x rest until then, which owner gave back. It is what counts of x from now on.
+func (f *family) rest(x netip.Prefix, owner string, until time.Time) {
 	if len(f.queue) == maxResting {
 		f.forgetOldest()
 	}
@@ -115,7 +111,7 @@ func (f *family) rest(x netip.Prefix, owner string, now time.Time) {
 	for _, p := range within {
 		f.resting.Delete(p)
 	}
-	r := &rest{lease: x, owner: owner, until: now.Add(restTime)}
+	r := &rest{lease: x, owner: owner, until: until}
 	f.keep(r, x)
 	f.queue = append(f.queue, r)
 }

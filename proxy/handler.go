@@ -111,13 +111,14 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		return nil, refused
 	}
 	ss := &session{
-		server:   h.s,
-		user:     user,
-		method:   method,
-		instance: r.Header.Get(connectip.InstanceHeader),
-		since:    time.Now(),
-		quic:     r.Context().Value(connKey{}).(*quic.Conn),
-		done:     make(chan struct{}),
+		server:       h.s,
+		user:         user,
+		method:       method,
+		instance:     r.Header.Get(connectip.InstanceHeader),
+		installation: r.Header.Get(connectip.InstallationHeader),
+		since:        time.Now(),
+		quic:         r.Context().Value(connKey{}).(*quic.Conn),
+		done:         make(chan struct{}),
 
 		advertised: make(chan struct{}),
 	}

@@ -15,9 +15,10 @@ var (
 
 // pool leases addresses, one by one or, where that is allowed, in aligned blocks (prefix delegation). No two leases overlap.
 // What is given back rests for a while: until then it is its last owner's again at once, and somebody else's only when nothing
-// else is free, because packets to and from the last owner may still be under way.
+// else is free, because the last owner may come back, and packets to and from it may still be under way.
 type pool struct {
 	reserved func(p netip.Prefix, user string) bool // an address of p is for somebody else than user
+	hold     time.Duration                          // for which what is given back rests
 	now      func() time.Time
 
 	mu       sync.Mutex
@@ -27,7 +28,7 @@ type pool struct {
 // newPool makes a pool of spaces; those without a valid prefix are left out. reserved reports whether an address of a prefix is
 // reserved for somebody else than a user.
 func newPool(reserved func(p netip.Prefix, user string) bool, spaces ...space) *pool {
-	p := &pool{reserved: reserved, now: time.Now}
+	p := &pool{reserved: reserved, hold: DefaultHold, now: time.Now}
 	for _, s := range spaces {
 		if s.prefix.IsValid() {
 			p.families = append(p.families, newFamily(s))
@@ -111,9 +112,12 @@ func (p *pool) leaseBits(f *family, user User, owner string, want netip.Addr, bi
 		return x, true
 	}
 	if bits == want.BitLen() {
-		for _, a := range user.Addresses {
-			if x := netip.PrefixFrom(a, bits); a.Is4() == want.Is4() && rested(x) {
-				return x, true
+		// What is reserved for the user, only another device of the user's can have had.
+		for _, ok := range []func(netip.Prefix) bool{rested, free} {
+			for _, a := range user.Addresses {
+				if x := netip.PrefixFrom(a, bits); a.Is4() == want.Is4() && ok(x) {
+					return x, true
+				}
 			}
 		}
 	}
@@ -132,7 +136,7 @@ func (p *pool) release(lease netip.Prefix, owner string) {
 	defer p.mu.Unlock()
 	if f := p.family(lease.Addr()); f != nil {
 		f.leased.Delete(lease)
-		f.rest(lease, owner, p.now())
+		f.rest(lease, owner, p.now().Add(p.hold))
 	}
 }
 

@@ -76,10 +76,10 @@ func (m *model) candidates(bits int) (out []netip.Prefix) {
 	return out
 }
 
-// restsForOthers reports whether an address of p was given back by somebody else than owner less than restTime ago.
+// restsForOthers reports whether an address of p was given back by somebody else than owner less than DefaultHold ago.
 func (m *model) restsForOthers(p netip.Prefix, owner string, now time.Time) bool {
 	for a := p.Addr(); p.Contains(a); a = a.Next() {
-		if g, ok := m.given[a]; ok && g.owner != owner && now.Sub(g.at) < restTime {
+		if g, ok := m.given[a]; ok && g.owner != owner && now.Sub(g.at) < DefaultHold {
 			return true
 		}
 	}
@@ -238,7 +238,7 @@ func TestPoolReusesLate(t *testing.T) {
 	p, clock := testPool(nobody, space{prefix: netip.MustParsePrefix("10.77.0.0/24")})
 	first := mustLease(t, p, "alice", any4)
 	p.release(first, "alice")
-	clock.pass(2 * restTime)
+	clock.pass(2 * DefaultHold)
 	for i := range 252 {
 		if got := mustLease(t, p, "bob", any4); got == first {
 			t.Fatalf("lease %d is %v", i, got)
@@ -262,7 +262,7 @@ func TestPoolRests(t *testing.T) {
 				t.Fatalf("the first is %v", first)
 			}
 			p.release(first, "alice")
-			clock.pass(restTime - 1)
+			clock.pass(DefaultHold - 1)
 			second := mustLease(t, p, "bob", first.String())
 			if second == first {
 				t.Fatal("bob got what rests for alice")
@@ -272,7 +272,7 @@ func TestPoolRests(t *testing.T) {
 			}
 			p.release(first, "alice")
 			p.release(second, "bob")
-			clock.pass(restTime)
+			clock.pass(DefaultHold)
 			if got := mustLease(t, p, "carol", first.String()); got != first {
 				t.Errorf("carol got %v after %v has rested", got, first)
 			}
@@ -302,7 +302,7 @@ func TestPoolSkipsBlocks(t *testing.T) {
 		if got := mustLease(t, p, "bob", any6); got != netip.MustParsePrefix(want) {
 			t.Errorf("bob got %v, want %s", got, want)
 		}
-		clock.pass(restTime)
+		clock.pass(DefaultHold)
 	}
 }
 

@@ -74,6 +74,7 @@ func (c *Config) needRestart(next Config) []string {
 		{"pool.ipv6", next.Pool6, c.Pool6},
 		{"pool.delegate_ipv4", next.Delegate4, c.Delegate4},
 		{"pool.delegate_ipv6", next.Delegate6, c.Delegate6},
+		{"pool.hold", next.Hold, c.Hold},
 		{"nat.masquerade", next.Masquerade, c.Masquerade},
 		{"forwarding.hop_limit", next.KernelHopLimit, c.KernelHopLimit},
 	} {

@@ -105,6 +105,7 @@ func New(cfg Config) (*Server, error) {
 		peerLog:    newThrottle(cfg.Logger),
 		requests:   newRequestCounts(),
 	}
+	s.pool.hold = cfg.Hold
 	s.config.Store(&cfg)
 	s.dns.Store(&cfg.DNS)
 	return s, nil
@@ -208,6 +209,7 @@ func (s *Server) listen(ctx context.Context) ([]*udpconn.Conn, error) {
 			closeAll(sockets)
 			return nil, &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %v: %v", c.LocalAddr(), err), Err: err}
 		}
+		conn.LoseUnsent()
 		conns = append(conns, conn)
 	}
 	return conns, nil

@@ -42,19 +42,21 @@ type session struct {
 	// instance tells the runs of a client program apart: a session replaces an older one of the same instance, which is how a
 	// client whose path broke gets its addresses back before the proxy has noticed. "" when the client sends none.
 	instance string
-	scope    connectip.Scope
-	reach    *netipx.IPSet // the addresses of scope, nil for all
-	claim    *claim        // of the site that the client is the gateway of, nil for none
-	since    time.Time
-	quic     *quic.Conn
-	queue    *flowqueue.Queue
-	uplink   uplink
-	udp      *udpFlow // nil for IP proxying; else all that is about addresses and packets of the device is unused
-	stats    connectip.Stats
-	log      *slog.Logger
-	ctx      context.Context // ends when the session has to
-	stop     context.CancelCauseFunc
-	done     chan struct{} // closed when everything it held is given back and it is not among the running ones
+	// installation tells the devices of a user apart, over restarts of their programs; "" when the client does not say.
+	installation string
+	scope        connectip.Scope
+	reach        *netipx.IPSet // the addresses of scope, nil for all
+	claim        *claim        // of the site that the client is the gateway of, nil for none
+	since        time.Time
+	quic         *quic.Conn
+	queue        *flowqueue.Queue
+	uplink       uplink
+	udp          *udpFlow // nil for IP proxying; else all that is about addresses and packets of the device is unused
+	stats        connectip.Stats
+	log          *slog.Logger
+	ctx          context.Context // ends when the session has to
+	stop         context.CancelCauseFunc
+	done         chan struct{} // closed when everything it held is given back and it is not among the running ones
 
 	announcer  *worker.Worker // woken when what the client was told may have changed
 	advertised chan struct{}  // closed when the client was told its routes for the first time, or cannot be
@@ -273,8 +275,14 @@ func (ss *session) lease(r capsule.Address) (capsule.Address, error) {
 	return capsule.Address{RequestID: r.RequestID, Prefix: p}, nil
 }
 
-// owner tells whose the leases are once they are given back: the user's, or, where nobody is a user, the client program's.
-func (ss *session) owner() string { return cmp.Or(ss.user.Name, ss.instance) }
+// owner tells whose the leases are once they are given back: the user's on this device, or, where nobody is a user, the device's
+// alone, or that of this run of a client program. What no client says can make it another user's.
+func (ss *session) owner() string {
+	if ss.user.Name == "" {
+		return cmp.Or(ss.installation, ss.instance)
+	}
+	return ss.user.Name + "\n" + ss.installation
+}
 
 // announce tells the client its routes, and then how names are resolved, so that no query leaves outside the tunnel for want of
 // a route. A client that does not read holds up this alone.

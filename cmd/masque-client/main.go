@@ -34,6 +34,7 @@ func main() {
 type options struct {
 	*cli.Globals
 	configDir string
+	stateDir  string
 }
 
 // manual is what the manual page says besides.
@@ -52,6 +53,7 @@ func newRoot() *cobra.Command {
 	root, globals := cli.NewRoot(program, "VPN over MASQUE: IP through HTTP/3 (RFC 9484), the client", manual)
 	o := &options{Globals: globals}
 	root.PersistentFlags().StringVar(&o.configDir, "config-dir", configDir, "`folder` of NAME.toml files")
+	root.PersistentFlags().StringVar(&o.stateDir, "state-dir", stateDir, "`folder` of what lasts longer than a tunnel")
 	root.AddCommand(o.runCommand(), o.upCommand(), o.downCommand(), o.statusCommand(), o.waitCommand(), o.checkCommand(), o.forwardUDPCommand())
 	return root
 }

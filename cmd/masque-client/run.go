@@ -71,6 +71,9 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 		l.config.KillSwitch = kill
 		l.config.Nameservers = upstreamServers()
 	}
+	if l.config.Installation, err = o.installation(name, l.config.Proxy); err != nil {
+		logger.Warn("the proxy cannot know this host again, so it may have other addresses after a restart", "error", err)
+	}
 	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, l.config.TLS, logger)
 	if err != nil {
 		return err

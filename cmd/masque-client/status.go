@@ -192,6 +192,9 @@ func showText(w io.Writer, raw json.RawMessage) error {
 	row("state", fmt.Sprintf("%s for %s", s.State, time.Since(s.Since).Round(time.Second)))
 	row("reason", s.Reason)
 	row("proxy", strings.TrimSpace(s.Proxy.Name+" "+s.Proxy.Endpoint))
+	if s.Uplink != nil {
+		row("uplink", fmt.Sprintf("%v on %s", s.Uplink.Source, s.Uplink.Interface))
+	}
 	if s.State == client.StateConnected {
 		row("interface", fmt.Sprintf("%s, MTU %d", s.Interface, s.MTU))
 		row("addresses", addresses(s))

@@ -133,8 +133,12 @@ func (o *options) startBackground(name, file string) (*background, error) {
 	if err != nil {
 		return nil, err
 	}
+	stateDir, err := filepath.Abs(o.stateDir)
+	if err != nil {
+		return nil, err
+	}
 	const pipeFD = 3 // the first of ExtraFiles
-	args := []string{"run", "--config=" + file, "--run-dir=" + runDir, fmt.Sprintf("--notify-fd=%d", pipeFD)}
+	args := []string{"run", "--config=" + file, "--run-dir=" + runDir, "--state-dir=" + stateDir, fmt.Sprintf("--notify-fd=%d", pipeFD)}
 	cmd := exec.Command("/proc/self/exe", append(args, o.Log.Args()...)...)
 	cmd.Args[0] = program
 	cmd.Dir = "/"

@@ -80,7 +80,7 @@ func (l *loaded) config(certificate func() *tls.Certificate) proxy.Config {
 			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return certificate(), nil },
 		},
 		TUN:   tun.Config{Name: f.Device, MTU: f.MTU, Offload: f.Offload},
-		Pool4: f.Pool4, Pool6: f.Pool6, Delegate4: f.Delegate4, Delegate6: f.Delegate6,
+		Pool4: f.Pool4, Pool6: f.Pool6, Delegate4: f.Delegate4, Delegate6: f.Delegate6, Hold: f.Hold,
 		Advertise: f.Advertise, Deny: f.Deny, ClientToClient: f.ClientToClient,
 		ConnectUDP: f.ConnectUDP,
 		Masquerade: f.Masquerade, KernelHopLimit: f.KernelHopLimit, Congestion: congestion.Mode(f.Congestion),

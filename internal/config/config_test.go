@@ -112,7 +112,7 @@ func TestProxyDefaults(t *testing.T) {
 	want := &Proxy{
 		Name: "vpn.example.org", Listen: []string{"[::]:443"}, Cert: "/etc/masque/proxy.crt", Key: "/etc/masque/proxy.key",
 		Methods: []string{"token"}, Users: "/etc/masque/users.toml", Device: "masque%d", Offload: true,
-		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
+		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"), Hold: time.Hour,
 		Advertise: prefixes("0.0.0.0/0", "::/0"), Congestion: "inner", Masquerade: true, ConnectUDP: true, Sessions: 4096, SessionsPerUser: 8,
 		Metrics: "127.0.0.1:9484",
 	}
@@ -134,7 +134,7 @@ func TestProxyFull(t *testing.T) {
 		Name: "vpn.example.org", Listen: []string{"[::]:443", "192.0.2.1:4433"}, Template: "https://vpn.example.org/t/{target}/{ipproto}/",
 		Cert: "/etc/masque/a.crt", Key: "/etc/masque/a.key", ClientCA: "/etc/masque/ca.crt",
 		Methods: []string{"mtls", "token"}, Users: "/etc/masque/people.toml", Device: "masque0", MTU: 1280,
-		Pool4: netip.MustParsePrefix("10.78.0.0/24"), Delegate4: 28, Advertise: prefixes("10.0.0.0/8"), Deny: prefixes("169.254.0.0/16"),
+		Pool4: netip.MustParsePrefix("10.78.0.0/24"), Delegate4: 28, Hold: 24 * time.Hour, Advertise: prefixes("10.0.0.0/8"), Deny: prefixes("169.254.0.0/16"),
 		DNSServers: []netip.Addr{netip.MustParseAddr("10.78.0.1"), netip.MustParseAddr("10.0.0.53")},
 		DNSDomains: []string{"corp.example"}, DNSSearch: []string{"corp.example", "a.corp.example"}, NAT64: prefixes("64:ff9b::/96"),
 		ClientToClient: true, KernelHopLimit: true, Congestion: "outer", Sessions: 10, SessionsPerUser: 2, KeyLog: "/tmp/keys",

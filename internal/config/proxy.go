@@ -5,6 +5,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"time"
 )
 
 // The ways a proxy authenticates users, in auth.methods.
@@ -38,8 +39,9 @@ type Proxy struct {
 	MTU     int    // bytes, 0: found out
 	Offload bool
 
-	Pool4, Pool6         netip.Prefix // zero: none of that family
-	Delegate4, Delegate6 int          // bits of the largest prefix that a client may get, 0: an address only
+	Pool4, Pool6         netip.Prefix  // zero: none of that family
+	Delegate4, Delegate6 int           // bits of the largest prefix that a client may get, 0: an address only
+	Hold                 time.Duration // addresses are kept for the client that had them last
 
 	Advertise, Deny []netip.Prefix
 	ClientToClient  bool
@@ -274,6 +276,7 @@ func (p *Proxy) parsePool(pool *table, given bool) {
 		pool.add("ipv6", "too small for the proxy and one client", "write a prefix length of 126 or less")
 	}
 	p.Delegate4, p.Delegate6 = pool.lengthWithin("delegate_ipv4", p.Pool4), pool.lengthWithin("delegate_ipv6", p.Pool6)
+	p.Hold = pool.duration("hold", time.Hour, time.Second)
 }
 
 // Problem makes an *Error about a key of the file that was found out later, as

@@ -38,6 +38,10 @@ const Protocol = "connect-ip"
 // noticed that it was gone, is told from a second client of the same user. It is optional and of this project only.
 const InstanceHeader = "Masque-Instance"
 
+// InstallationHeader is a header field of requests: a token that stays the same when a client program is started anew, by which
+// the proxy finds the addresses that the user had on this device last. It is optional and of this project only.
+const InstallationHeader = "Masque-Installation"
+
 // ErrClosedByPeer is returned by Run when the peer ended the stream in good order.
 var ErrClosedByPeer = errors.New("the peer closed the tunnel")
 
@@ -96,6 +100,7 @@ type Conn struct {
 	maxPacket atomic.Int32 // MTU of the link: the smaller of the next two
 	quicMTU   atomic.Int32 // what fits in a datagram
 	mtuCap    atomic.Int32 // what the path was found to carry, 0 if it carries all
+	newPath   atomic.Bool  // QUIC has begun to look for the MTU anew
 	sentLarge atomic.Bool  // packets went out that a narrow path may lose
 	policy    atomic.Pointer[policy]
 	closed    atomic.Bool

@@ -78,10 +78,13 @@ func (c *Conn) KeepAlive(ctx context.Context, interval time.Duration) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			c.sendEcho(c.echo.addr, allNodes, 255, true, keepAliveSeq, nil)
+			c.Ping()
 		}
 	}
 }
+
+// Ping sends an echo to the peer, which QUIC acknowledges even if the peer does not answer it. Like Send it may block.
+func (c *Conn) Ping() { c.sendEcho(c.echo.addr, allNodes, 255, true, keepAliveSeq, nil) }
 
 func (c *Conn) sendProbes(seq uint16) {
 	var data [probeData]byte

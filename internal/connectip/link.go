@@ -9,7 +9,8 @@ import (
 
 // QUIC finds out how large packets may be, but only ever upwards: when the path's MTU shrinks, large datagrams vanish while
 // small ones keep the connection alive. So the link itself is asked whether it carries what it is used for, by echoes of
-// that size (RFC 8899 section 4.3, RFC 9484 section 10.1). What does not pass becomes a cap on the MTU.
+// that size (RFC 8899 section 4.3, RFC 9484 section 10.1). What does not pass becomes a cap on the MTU. Only on a new path QUIC
+// begins anew, with small packets, and then what was found out about the old one counts no more.
 
 const (
 	mtuInterval    = time.Second      // between looks at QUIC's datagram size
@@ -59,6 +60,9 @@ func (w *linkWatch) look() {
 	w.wait = min(2*w.wait, mtuInterval)
 	defer func() { w.timer.Reset(w.wait) }()
 	c.updateMTU()
+	if c.newPath.Swap(false) {
+		w.nudges, w.wait, w.checked = 0, mtuInterval/8, time.Now()
+	}
 	if w.nudges < maxNudges && int(c.quicMTU.Load()) < MinIPv6MTU {
 		// QUIC discovers only while something is sent, and begins with small packets on a path that may be narrow.
 		w.nudges++
@@ -145,7 +149,10 @@ func (c *Conn) updateMTU() {
 	if err != nil {
 		return
 	}
-	c.quicMTU.Store(int32(n))
+	if was := c.quicMTU.Swap(int32(n)); int(was) > n {
+		c.mtuCap.Store(0)
+		c.newPath.Store(true)
+	}
 	if limit := int(c.mtuCap.Load()); limit > 0 {
 		n = min(n, limit)
 	}

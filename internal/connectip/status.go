@@ -31,8 +31,16 @@ type Status struct {
 	Bytes      Counts            `json:"bytes"`
 	Drops      map[string]uint64 `json:"drops"` // packets by reason, both directions
 	Reconnects uint64            `json:"reconnects"`
+	Uplink     *Uplink           `json:"uplink,omitempty"`     // how a client's packets leave its host; nil if it is not known
+	Migrations uint64            `json:"migrations,omitempty"` // of a client's sessions to another path (RFC 9000 section 9)
 
 	CertificateUntil *time.Time `json:"certificate_until,omitempty"` // when the client's own certificate ends
+}
+
+// Uplink is how packets to the proxy leave a client's host.
+type Uplink struct {
+	Interface string     `json:"interface"`
+	Source    netip.Addr `json:"source"`
 }
 
 // ProxyStatus is the far end as a client knows it.
