@@ -391,12 +391,14 @@ func TestSiteAssignsAddress(t *testing.T) {
 	s.unchanged(s.Proxy, before)
 }
 
-// run runs a program of the system, which has to succeed.
-func (p *pair) run(host *lab.Host, name string, args ...string) {
+// run runs a program of the system, which has to succeed, and returns what it wrote.
+func (p *pair) run(host *lab.Host, name string, args ...string) string {
 	p.t.Helper()
-	if out, err := host.Command(p.ctx, name, args...).CombinedOutput(); err != nil {
+	out, err := host.Command(p.ctx, name, args...).CombinedOutput()
+	if err != nil {
 		p.t.Fatalf("%s: %s %v: %v\n%s", host.Name(), name, args, err, out)
 	}
+	return string(out)
 }
 
 // A gateway that advertises the addresses of its own tunnel is told so, and ends.
