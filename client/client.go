@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -87,7 +88,7 @@ func New(cfg Config) (*Client, error) {
 	if withKernel {
 		control = routing.MarkSocket(routing.DefaultMark)
 	}
-	c := &Client{cfg: cfg, to: to, instance: rand.Text(), queue: flowqueue.New(), changed: make(chan struct{})}
+	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()), queue: flowqueue.New(), changed: make(chan struct{})}
 	c.host, c.hurry = newHost(cfg.Suspended), rate.NewLimiter(rate.Every(hurryInterval), hurryBurst)
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream

@@ -30,6 +30,9 @@ type Config struct {
 	TLS   *tls.Config // RootCAs (nil: the system's), Certificates, ServerName ("": from Proxy)
 	Token string      // bearer token, "" for none
 
+	// Instance is a token that no other client uses at the same time: a proxy ends a session of the same user that had it before, as when
+	// its client was killed, and hands its addresses over. Default: a random one.
+	Instance string
 	// Installation is a token that tells this device from others of the same user, so that it has its former addresses when the
 	// program is started anew. It should be hard to guess. "" for none.
 	Installation string

@@ -109,7 +109,7 @@ func TestProxyStops(t *testing.T) {
 	p.ping(p.Client, lab.TargetIPv4)
 }
 
-// A client that was killed leaves nothing that the next start does not remove.
+// A client that was killed leaves nothing that the next start does not remove, and that has the same addresses.
 func TestClientKilled(t *testing.T) {
 	p := newPair(t, options{})
 	before := p.snapshot(p.Client)
@@ -117,6 +117,7 @@ func TestClientKilled(t *testing.T) {
 	running := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
 	check(t, running.Start())
 	p.must(p.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "30s")
+	had := p.status(p.Client, "alice").Addresses
 	check(t, running.Signal(syscall.SIGKILL))
 	<-running.Done()
 	if d := lab.Diff(before, p.snapshot(p.Client)); d == "" {
@@ -127,6 +128,9 @@ func TestClientKilled(t *testing.T) {
 		t.Errorf("status of a dead client:\n%s", out)
 	}
 	p.up(p.Client, file)
+	if now := p.status(p.Client, "alice").Addresses; !slices.Equal(now, had) || p.session().User != "alice" {
+		t.Errorf("it has %v, and had %v", now, had)
+	}
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 	p.down(p.Client, "alice")
 	p.unchanged(p.Client, before)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -64,4 +65,32 @@ func readInstallation(dir string) ([]byte, error) {
 		return nil, err
 	}
 	return os.ReadFile(path)
+}
+
+// instancePath is where a running tunnel keeps its instance token for a next one, in case it is killed.
+func (o *options) instancePath(name string) string { return filepath.Join(o.RunDir, name+".instance") }
+
+// lastInstance returns the instance token of the tunnel's last run, if that did not end in good order and its session may so be there
+// still, or a new one. The lock of the tunnel sees to it that no two use one; and as the run directory does not outlast the host, nor
+// is part of what is copied to another one, neither do two hosts.
+func (o *options) lastInstance(name string) string {
+	if token, err := os.ReadFile(o.instancePath(name)); err == nil && len(token) >= 16 {
+		return string(token)
+	}
+	return rand.Text()
+}
+
+// keepInstance writes the token down until forget is called, in good order.
+func (o *options) keepInstance(name, token string, logger *slog.Logger) (forget func()) {
+	path := o.instancePath(name)
+	_ = os.Remove(path) // it may be another user's
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err == nil {
+		_, err = f.WriteString(token)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		logger.Warn("the proxy will not know this tunnel again if it is killed", "error", err)
+	}
+	return func() { _ = os.Remove(path) }
 }
