@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"masquevpn/client"
+	"masquevpn/internal/congestion"
 	"masquevpn/internal/lab"
 	"masquevpn/proxy"
 )
@@ -159,21 +160,24 @@ func TestHostChangesNetwork(t *testing.T) {
 		p.eventually(step.name+": the proxy sends there", func() bool {
 			return netip.MustParseAddrPort(p.session().Remote).Addr() == netip.MustParseAddr(step.from)
 		})
-		if p.session().ID != before.ID {
+		if p.session().ID != before.ID && congestion.Selectable {
 			t.Errorf("%s: it is another session", step.name)
 		}
 	}
 	s := p.status(p.Client, "alice")
-	if !slices.Equal(s.Addresses, first.Addresses) || s.Reconnects != 0 || s.Migrations < 4 {
+	// A stock quic-go runs out of connection IDs on the way, and then the client connects anew.
+	moved := s.Reconnects == 0 && s.Migrations >= 4 || !congestion.Selectable
+	if !slices.Equal(s.Addresses, first.Addresses) || !moved {
 		t.Errorf("addresses %v, before %v, after %d reconnects and %d migrations", s.Addresses, first.Addresses, s.Reconnects, s.Migrations)
 	}
+	lost := s.Reconnects
 	// A restart of the proxy is noticed at once on the new path too, and not by waiting for answers.
 	check(t, p.server.Signal(syscall.SIGKILL))
 	<-p.server.Done()
 	p.startProxy()
 	p.eventually("the client is connected again", func() bool {
 		s := p.status(p.Client, "alice")
-		return s.State == client.StateConnected && s.Reconnects > 0
+		return s.State == client.StateConnected && s.Reconnects > lost
 	})
 	inside.goesOn()
 	inside.end()
@@ -212,7 +216,11 @@ func TestNATRebinding(t *testing.T) {
 	before := p.session()
 	port := netip.MustParseAddrPort(before.Remote).Port()
 	inside := p.startStream()
-	for outside := 40000; outside < 40006; outside++ {
+	rounds := 6
+	if !congestion.Selectable { // a stock quic-go has as many connection IDs to spare
+		rounds = 2
+	}
+	for outside := 40000; outside < 40000+rounds; outside++ {
 		p.script(p.Router, fmt.Sprintf(`nft -f - <<-END
 			table inet nat
 			delete table inet nat
