@@ -35,15 +35,18 @@ func TestCertificatesRenewedOnDisk(t *testing.T) {
 	authority, err := pki.ParseAuthority(ca)
 	check(t, err)
 	dir := t.TempDir()
-	renew := func(life time.Duration) (end time.Time) {
-		pair, err := authority.Client("alice", time.Now(), life)
-		check(t, err)
-		check(t, os.WriteFile(filepath.Join(dir, "me.crt"), pair.Cert, 0o600))
-		check(t, os.WriteFile(filepath.Join(dir, "me.key"), pair.Key, 0o600))
+	write := func(dir, name string, pair pki.Pair) (end time.Time) {
+		check(t, os.WriteFile(filepath.Join(dir, name+".crt"), pair.Cert, 0o600))
+		check(t, os.WriteFile(filepath.Join(dir, name+".key"), pair.Key, 0o600))
 		block, _ := pem.Decode(pair.Cert)
 		leaf, err := x509.ParseCertificate(block.Bytes)
 		check(t, err)
 		return leaf.NotAfter
+	}
+	renew := func(life time.Duration) (end time.Time) {
+		pair, err := authority.Client("alice", time.Now(), life)
+		check(t, err)
+		return write(dir, "me", pair)
 	}
 	file := filepath.Join(dir, "alice.toml")
 	caPEM := regexp.MustCompile(`(?s)ca_pem = '''.*?'''\n`).FindString(string(invited))
@@ -56,9 +59,10 @@ func TestCertificatesRenewedOnDisk(t *testing.T) {
 		t.Errorf("the client's certificate ends %v, want %v", before.CertificateUntil, first)
 	}
 
-	old := p.expiry()
-	p.must(p.Proxy, "masque-proxy", "init", "--renew", p.dir)
-	p.eventually("the proxy has the new certificate", func() bool { return p.expiry().After(old) })
+	renewed, err := authority.Server(lab.ProxyName, nil, time.Now().Add(-time.Hour)) // with another key, and another end
+	check(t, err)
+	end := write(p.dir, "proxy", renewed)
+	p.eventually("the proxy has the new certificate", func() bool { return p.expiry().Equal(end) })
 	p.ping(p.Client, lab.TargetIPv4)
 	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 || !s.Since.Equal(before.Since) {
 		t.Errorf("the session did not last: %+v", s)
