@@ -202,7 +202,8 @@ func (s *scope) delAddr(link netlink.Link, p netip.Prefix) error {
 		}
 	}
 	s.rec.dropAddr(p)
-	return s.journal.save(s.rec)
+	s.undone(s.journal.save(s.rec))
+	return nil
 }
 
 // setMTU changes the MTU, and remembers the one found.
@@ -224,7 +225,8 @@ func (s *scope) restoreMTU(link netlink.Link) error {
 		}
 	}
 	s.rec.MTU = 0
-	return s.journal.save(s.rec)
+	s.undone(s.journal.save(s.rec))
+	return nil
 }
 
 // quiet keeps the kernel from giving the interface a link-local address: nobody
@@ -249,7 +251,8 @@ func (s *scope) restoreAddrGen(link netlink.Link) error {
 		}
 	}
 	s.rec.AddrGen = ""
-	return s.journal.save(s.rec)
+	s.undone(s.journal.save(s.rec))
+	return nil
 }
 
 // setUp sets the interface up, and remembers that it was down.
@@ -271,7 +274,8 @@ func (s *scope) restoreDown(link netlink.Link) error {
 		}
 	}
 	s.rec.Down = false
-	return s.journal.save(s.rec)
+	s.undone(s.journal.save(s.rec))
+	return nil
 }
 
 func (s *scope) addRoutes(routes []route) error {

@@ -115,6 +115,7 @@ type scope struct {
 	nl      *netlink.Handle // lenient about dump requests, as old kernels are
 	dump    *netlink.Handle // strict, so that the kernel filters routes
 	journal *journal
+	stale   bool                                                   // the journal lists what was undone; said once
 	rec     record                                                 // what Close has to put back
 	ports   uint16                                                 // the first that the kernel gives to connections of this host
 	told    map[string]bool                                        // conflicts that were logged
@@ -299,6 +300,16 @@ func (s *scope) release() {
 		}
 	}
 	s.journal.close()
+}
+
+// undone takes note of how the journal was written after something was undone. Where
+// that failed, as on a full disk, the file lists what is not there any more, and the
+// next process passes over it: no reason to leave the rest of the host as it is.
+func (s *scope) undone(err error) {
+	if err != nil && !s.stale {
+		s.stale = true
+		s.Logger.Warn("what was undone stays in the journal", "error", err)
+	}
 }
 
 // lack notes, and says once, that something optional is not to be had here.

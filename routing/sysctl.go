@@ -133,7 +133,8 @@ func (s *scope) giveBack(c sysctl) error {
 			}
 		}
 		s.rec.dropSysctl(c.Name)
-		return s.journal.write(s.rec)
+		s.undone(s.journal.write(s.rec))
+		return nil
 	})
 }
 

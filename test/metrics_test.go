@@ -24,11 +24,12 @@ import (
 // scraper asks a host for its metrics.
 type scraper struct {
 	p    *pair
+	host *lab.Host
 	http *http.Client
 }
 
 func newScraper(p *pair, host *lab.Host) *scraper {
-	s := &scraper{p: p, http: &http.Client{Transport: &http.Transport{
+	s := &scraper{p: p, host: host, http: &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			return host.DialContext(ctx, network, addr)
 		},

@@ -15,6 +15,7 @@ import (
 
 	"masquevpn/client"
 	"masquevpn/internal/lab"
+	"masquevpn/proxy"
 )
 
 var (
@@ -208,6 +209,18 @@ func (p *pair) status(host *lab.Host, name string) client.Status {
 		p.t.Fatalf("status %q: %v", out, err)
 	}
 	return s
+}
+
+// kick ends the sessions of a user.
+func (p *pair) kick(user string) {
+	p.t.Helper()
+	var sessions []proxy.SessionStatus
+	check(p.t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "sessions", "--json")), &sessions))
+	for _, s := range sessions {
+		if s.User == user {
+			p.must(p.Proxy, "masque-proxy", "kick", s.ID)
+		}
+	}
 }
 
 // eventually waits until ok holds.

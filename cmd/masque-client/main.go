@@ -42,7 +42,7 @@ var manual = cli.Page{
 	Files: []cli.Entry{
 		{Term: "/etc/masque/NAME.toml", Meaning: "The configuration of the tunnel NAME. With secrets in it, nobody but its owner, and the group masque if that is root, may read it."},
 		{Term: "/run/masque/NAME.sock", Meaning: "The control socket of a tunnel that runs, for its owner and root."},
-		{Term: "/run/masque/NAME.log", Meaning: "The log of a tunnel that `up` started."},
+		{Term: "/run/masque/NAME.log", Meaning: "The log of a tunnel that was started by up, the newest 2 to 4 MiB of it."},
 		{Term: "/run/masque/NAME.lock, /run/masque/NAME.journal", Meaning: "What shows that a tunnel runs, and what it changed on the host."},
 		{Term: "/usr/share/doc/masquevpn", Meaning: "How to set up, run and mend a tunnel, in docs/operations.md, and a configuration with all keys, in examples/client.toml."},
 	},

@@ -65,7 +65,7 @@ func (p Page) write(cmd *cobra.Command, header doc.GenManHeader, dir string) err
 
 // complete adds to a page what its generator does not know of.
 func (p Page) complete(cmd *cobra.Command, page string) string {
-	page = strings.ReplaceAll(page, "[=false]", "") // flags that take no value
+	page = noDefault.Replace(page)
 	if cmd.HasSubCommands() {
 		page = strings.Replace(page, cmd.CommandPath()+" [flags]", cmd.CommandPath()+" COMMAND [flags]", 1)
 	}
@@ -86,6 +86,9 @@ func (p Page) complete(cmd *cobra.Command, page string) string {
 	}
 	return body + ".SH SEE ALSO\n" + seeAlso
 }
+
+// noDefault takes away what is not worth a word: that a flag is not set.
+var noDefault = strings.NewReplacer("\\fP[=false]", `\fP`, "\\fP=\"\"", `\fP`, "\\fP=[]", `\fP`)
 
 func section(title string, entries []Entry) string {
 	if len(entries) == 0 {

@@ -1,0 +1,121 @@
+package test
+
+import (
+	"bytes"
+	"os"
+	"strings"
+	"testing"
+
+	"masquevpn/client"
+	"masquevpn/internal/lab"
+)
+
+// runDir is the run directory of both programs.
+const runDir = "/run/masque"
+
+// on runs a line of shell on a host.
+func (p *pair) on(host *lab.Host, line string) {
+	p.t.Helper()
+	if out, err := host.Command(p.ctx, "sh", "-ec", line).CombinedOutput(); err != nil {
+		p.t.Fatalf("%s: %v\n%s", line, err, out)
+	}
+}
+
+const (
+	smallDisk = "mkdir -p " + runDir + "; mount -t tmpfs -o size=64k tmpfs " + runDir
+	fill      = "! dd if=/dev/zero of=" + runDir + "/fill bs=4k 2>/dev/null"
+	makeRoom  = "rm " + runDir + "/fill"
+)
+
+// Where nothing can be written, a program says so, does nothing by halves, and works as soon as it can.
+func TestDiskFull(t *testing.T) {
+	p := newPair(t, options{})
+	alice := p.invite("alice")
+	p.stopProxy()
+	fails := func(host *lab.Host, says, remedy, name string, args ...string) {
+		t.Helper()
+		before := p.snapshot(host)
+		c := host.Command(p.ctx, program(name), args...)
+		out, _ := c.CombinedOutput() // the exit code says it
+		if line := lastLine(out); c.ExitCode() != 1 || !strings.Contains(line, says) || !strings.Contains(line, remedy) {
+			t.Errorf("%s %s: exit code %d\n%s", name, strings.Join(args, " "), c.ExitCode(), out)
+		}
+		p.unchanged(host, before)
+	}
+	const full, room = "no space left on device", "make room there"
+	const fixed, other = "read-only file system", "choose another folder"
+
+	p.on(p.Proxy, smallDisk+"; "+fill)
+	fails(p.Proxy, full, room, "masque-proxy", "run", "-c", p.config())
+	p.on(p.Proxy, makeRoom+"; mount -o remount,ro "+runDir)
+	fails(p.Proxy, fixed, other, "masque-proxy", "run", "-c", p.config())
+	p.on(p.Proxy, "mount -o remount,rw "+runDir)
+	p.startProxy()
+
+	p.on(p.Client, smallDisk+"; "+fill)
+	fails(p.Client, full, room, "masque-client", "run", "-c", alice)
+	fails(p.Client, full, room, "masque-client", "up", alice)
+	p.on(p.Client, makeRoom+"; mount -o remount,ro "+runDir)
+	fails(p.Client, fixed, other, "masque-client", "run", "-c", alice)
+	fails(p.Client, fixed, other, "masque-client", "up", alice, "--wait")
+	p.on(p.Client, "mount -o remount,rw "+runDir)
+
+	// It gets full while the tunnel runs: nothing needs room any more.
+	before := p.snapshot(p.Client)
+	p.up(p.Client, alice)
+	p.on(p.Client, fill)
+	p.on(p.Proxy, fill)
+	p.kick("alice")
+	p.eventually("connected again", func() bool {
+		s := p.status(p.Client, "alice")
+		return s.Reconnects == 1 && s.State == client.StateConnected
+	})
+	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+	p.down(p.Client, "alice")
+	p.unchanged(p.Client, before)
+	p.stopProxy()
+}
+
+// A resolver that cannot be told is no reason not to connect: the status says why.
+func TestReadOnlyEtc(t *testing.T) {
+	r := newResolver(t, options{})
+	before := r.files()
+	r.on(r.Client, "mount -o remount,bind,ro /etc")
+	r.up(r.Client, r.file)
+	r.eventually("it says why", func() bool {
+		s := r.status(r.Client, "alice").DNS
+		return !s.Applied && strings.Contains(s.Reason, "read-only file system")
+	})
+	r.ping(r.Client, lab.TargetIPv4)
+	r.down(r.Client, "alice")
+	r.sameFiles(before)
+}
+
+// The log of a tunnel in the background does not grow for ever: it is in memory.
+func TestLogIsBounded(t *testing.T) {
+	p := newPair(t, options{})
+	alice := p.invite("alice")
+	p.up(p.Client, alice)
+	const log, much = runDir + "/alice.log", 6 << 20
+	p.on(p.Client, "yes 'a line from before' | head -c 6291456 >> "+log)
+	read := func() (text []byte) {
+		t.Helper()
+		check(t, p.Client.Do(func() (err error) { text, err = os.ReadFile(log); return err }))
+		return text
+	}
+	if len(read()) <= much {
+		t.Fatal("the log is not as large as it was made")
+	}
+	p.kick("alice")
+	p.eventually("the log has it", func() bool { return bytes.Contains(read(), []byte("no session")) })
+	if text := read(); len(text) > 4<<20 || !bytes.HasPrefix(text, []byte("a line from before\n")) {
+		t.Errorf("%d bytes, beginning with %q", len(text), text[:40])
+	}
+
+	// A new start begins a new one.
+	p.down(p.Client, "alice")
+	p.up(p.Client, alice)
+	if text := read(); !bytes.Contains(text, []byte("starting")) || bytes.Contains(text, []byte("from before")) {
+		t.Errorf("after another start: %q", text)
+	}
+}
