@@ -4,7 +4,10 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
+
+	"github.com/gopacket/gopacket/layers"
 
 	"masquevpn/internal/lab"
 )
@@ -36,6 +39,10 @@ func TestOneFamily(t *testing.T) {
 			before := p.snapshot(p.Client)
 			p.connect(p.Client, "alice")
 			p.ping(p.Client, tc.inside)
+			said := strings.Contains(p.clientLog("alice"), "there is no address of this family in it: the family is unreachable")
+			if want := !strings.Contains(tc.routes, "accept"); said != want {
+				t.Errorf("the log says that a family is unreachable: %t, want %t", said, want)
+			}
 			if tc.typ == 0 {
 				p.ping(p.Client, tc.outside)
 				return
@@ -58,6 +65,52 @@ func TestOneFamily(t *testing.T) {
 			p.down(p.Client, "alice")
 			p.unchanged(p.Client, before)
 			p.ping(p.Client, tc.outside)
+		})
+	}
+}
+
+// A host whose way to the proxy has one family has both in the tunnel; and a host that has turned IPv6 off has IPv4 there, whatever
+// else the proxy offers.
+func TestUnderlayOfOneFamily(t *testing.T) {
+	off := []string{"net.ipv6.conf.all.disable_ipv6", "net.ipv6.conf.default.disable_ipv6"}
+	for name, tc := range map[string]struct {
+		flush  string // the family that the interface loses
+		sysctl []string
+		outer  netip.Addr   // of the proxy, by which it is reached
+		inside []netip.Addr // what is reached through the tunnel
+	}{
+		"IPv4":                  {"-6", nil, lab.ProxyIPv4, []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}},
+		"IPv6":                  {"-4", nil, lab.ProxyIPv6, []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}},
+		"IPv4, and IPv6 is off": {"-6", off, lab.ProxyIPv4, []netip.Addr{lab.TargetIPv4}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t, options{})
+			check(t, p.Client.Command(p.ctx, "ip", tc.flush, "addr", "flush", "dev", "eth0").Run())
+			for _, key := range tc.sysctl {
+				check(t, p.Client.Sysctl(key, "1"))
+			}
+			before := p.snapshot(p.Client)
+			c, err := p.Client.Capture("eth0", func(p lab.Packet) bool { return p.Outgoing && p.Layer(layers.LayerTypeUDP) != nil })
+			check(t, err)
+			p.connect(p.Client, "alice")
+			if s := p.status(p.Client, "alice"); len(s.Addresses) != len(tc.inside) {
+				t.Errorf("the tunnel has the addresses %v", s.Addresses)
+			}
+			p.ping(p.Client, tc.inside...)
+			for _, to := range tc.inside {
+				p.transfer(p.Client, p.Target, to, 1<<20)
+			}
+			check(t, c.Close())
+			if len(c.Packets()) == 0 {
+				t.Error("nothing was seen")
+			}
+			for _, pkt := range c.Packets() {
+				if to := pkt.NetworkLayer().NetworkFlow().Dst().String(); to != tc.outer.String() {
+					t.Errorf("this is not the tunnel's: %v", pkt)
+				}
+			}
+			p.down(p.Client, "alice")
+			p.unchanged(p.Client, before)
 		})
 	}
 }

@@ -145,6 +145,14 @@ func (p *pair) log(c *lab.Cmd) string {
 	return text
 }
 
+// clientLog returns what a client that was started by up has logged.
+func (p *pair) clientLog(name string) string {
+	p.t.Helper()
+	out, err := p.Client.Command(p.ctx, "cat", "/run/masque/"+name+".log").Output()
+	check(p.t, err)
+	return string(out)
+}
+
 // invite makes the configuration of a user, with what the pair's options add, and returns its path.
 func (p *pair) invite(user string) string {
 	p.t.Helper()

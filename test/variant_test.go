@@ -109,9 +109,7 @@ func TestVariant(t *testing.T) {
 
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
-	clientLog, err := p.Client.Command(p.ctx, "cat", "/run/masque/alice.log").Output()
-	check(t, err)
-	for name, text := range map[string]string{"client": string(clientLog), "proxy": p.log(p.server)} {
+	for name, text := range map[string]string{"client": p.clientLog("alice"), "proxy": p.log(p.server)} {
 		if strings.Contains(text, "by a stock quic-go") == congestion.Selectable {
 			t.Errorf("the %s has the other quic-go:\n%s", name, text)
 		}

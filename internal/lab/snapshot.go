@@ -13,7 +13,8 @@ import (
 )
 
 // Snapshot describes all that a VPN may change in a host: links, addresses,
-// routes of all tables, rules, nftables, kernel parameters and /etc/resolv.conf.
+// routes of all tables, rules, nftables, kernel parameters, and /etc/resolv.conf
+// with what is beside it.
 // It leaves out counters and timers, and sorts what has no order, so two
 // snapshots of a host that was put back in order are equal byte by byte.
 func (h *Host) Snapshot() (string, error) {
@@ -202,11 +203,27 @@ func (s *snapshot) sysctls(*Host) error {
 	return nil
 }
 
+// resolver adds /etc/resolv.conf and what is beside it under such a name: its
+// mode, where it leads to if it is a link, and what it says.
 func (s *snapshot) resolver(*Host) error {
-	b, err := os.ReadFile("/etc/resolv.conf")
+	const file = "/etc/resolv.conf"
+	names, err := filepath.Glob(file + "*")
 	if err != nil {
 		return err
 	}
-	s.section("/etc/resolv.conf", []string{string(b)})
+	var lines []string
+	for _, name := range names {
+		info, err := os.Lstat(name)
+		if err != nil {
+			return err
+		}
+		to, _ := os.Readlink(name) // "" of what is no link
+		b, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		lines = append(lines, fmt.Sprintf("%s %s %q", name, info.Mode(), to), string(b))
+	}
+	s.section("resolver", lines)
 	return nil
 }

@@ -1,0 +1,119 @@
+package test
+
+import (
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"masquevpn/internal/lab"
+)
+
+// Whatever a tunnel is for, and however it ends, the host is as it was: addresses, routes, rules, nftables, kernel parameters and
+// resolver files. A process that was killed leaves it to `down`, or to the next start. So it is with the proxy's host.
+func TestHostIsAsBefore(t *testing.T) {
+	networks := lab.Prefixes("10.5.0.0/24", "fd05::/64")
+	p := newPair(t, options{behind: networks, proxy: `
+[dns]
+servers = ["192.0.2.2"]
+search = ["example"]
+[[site]]
+user = "gateway"
+networks = ["10.5.0.0/24", "fd05::/64"]
+`})
+	p.stopProxy()
+	p.editProxyConfig("masquerade = false", "masquerade = true")
+	beforeProxy := p.snapshot(p.Proxy)
+	p.startProxy()
+	behind, err := p.Lab.Host("behind")
+	check(t, err)
+	check(t, p.Lab.Connect(
+		lab.End{Host: p.Client, Name: "eth1", Addrs: lab.Prefixes("10.5.0.1/24", "fd05::1/64")},
+		lab.End{Host: behind, Name: "eth0", Addrs: lab.Prefixes("10.5.0.2/24", "fd05::2/64")}, lab.LinkOptions{}))
+	before := p.snapshot(p.Client)
+
+	whole := p.t
+	run := func(file string) *lab.Cmd {
+		p.t.Helper()
+		c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
+		check(p.t, c.Start())
+		p.must(p.Client, "masque-client", "wait", strings.TrimSuffix(filepath.Base(file), ".toml"), "--for", "connected", "--timeout", "30s")
+		p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+		return c
+	}
+	kill := func(file string) {
+		p.t.Helper()
+		c := run(file)
+		check(p.t, c.Signal(syscall.SIGKILL))
+		<-c.Done()
+		if lab.Diff(before, p.snapshot(p.Client)) == "" {
+			p.t.Error("nothing was left behind: this test would not notice that it is not removed")
+		}
+	}
+	for _, tunnel := range []struct {
+		user, routes, client string
+		killSwitch           bool
+	}{
+		{user: "full"},
+		{user: "split", routes: split},
+		{user: "exclude", routes: `exclude = ["203.0.113.0/24", "2001:db8:3::8/125"]`},
+		{user: "all", routes: "lan = false"},
+		{user: "without-dns", client: "\n[dns]\nmode = \"off\"\n"},
+		{user: "closed", client: killSwitch, killSwitch: true},
+		{user: "gateway", routes: `advertise = ["10.5.0.0/24", "fd05::/64"]`},
+	} {
+		p.opts.routes, p.opts.client = tunnel.routes, tunnel.client
+		file := p.invite(tunnel.user)
+		for _, end := range []struct {
+			name string
+			do   func()
+		}{
+			{"down", func() {
+				p.up(p.Client, file)
+				p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+				p.down(p.Client, tunnel.user)
+			}},
+			{"SIGTERM", func() { check(p.t, run(file).Stop(p.ctx)) }},
+			{"killed, down", func() {
+				kill(file)
+				p.down(p.Client, tunnel.user)
+			}},
+			{"killed, started, down", func() {
+				kill(file)
+				p.up(p.Client, file)
+				p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+				p.down(p.Client, tunnel.user)
+			}},
+			{"refused", func() {
+				c := run(file)
+				p.must(p.Proxy, "masque-proxy", "user", "remove", tunnel.user, "-c", p.config())
+				<-c.Done()
+				if c.ExitCode() != 4 || !strings.Contains(lastLine([]byte(p.log(c))), "the proxy does not accept the c") {
+					p.t.Errorf("exit code %d, and the log is\n%s", c.ExitCode(), p.log(c))
+				}
+			}},
+		} {
+			t.Run(tunnel.user+"/"+end.name, func(t *testing.T) {
+				p.t = t
+				defer func() { p.t = whole }()
+				end.do()
+				if tunnel.killSwitch && !strings.HasSuffix(end.name, "down") {
+					if !strings.Contains(p.snapshot(p.Client), "masquevpn-kill-closed") {
+						t.Error("the kill switch is lifted")
+					}
+					p.down(p.Client, tunnel.user)
+				}
+				p.unchanged(p.Client, before)
+			})
+		}
+	}
+
+	check(t, p.server.Signal(syscall.SIGKILL))
+	<-p.server.Done()
+	if lab.Diff(beforeProxy, p.snapshot(p.Proxy)) == "" {
+		t.Error("the proxy left nothing behind: this test would not notice that it is not removed")
+	}
+	p.startProxy()
+	p.stopProxy()
+	p.unchanged(p.Proxy, beforeProxy)
+}

@@ -1,0 +1,185 @@
+package test
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/gopacket/gopacket/layers"
+
+	"masquevpn/internal/lab"
+)
+
+// Addresses of the router: its near side is in the client's LAN, and its far side is reached by the client's default route.
+var (
+	lan4, lan6       = netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8:1::1")
+	uplink4, uplink6 = netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:2::1")
+)
+
+// watch is what of the client's host leaves where, of that which leavesBy sends.
+type watch struct {
+	*pair
+	at   map[string]*lab.Capture // by the name of the interface
+	port layers.UDPPort          // of the next packet
+}
+
+// watch begins it, with the tunnel up.
+func (p *pair) watch() *watch {
+	p.t.Helper()
+	w := &watch{pair: p, at: make(map[string]*lab.Capture), port: 20000}
+	for _, iface := range []string{"eth0", "masque0"} {
+		c, err := p.Client.Capture(iface, func(p lab.Packet) bool {
+			udp, _ := p.Layer(layers.LayerTypeUDP).(*layers.UDP)
+			return p.Outgoing && udp != nil && udp.DstPort >= 20000 && udp.DstPort < 21000
+		})
+		check(p.t, err)
+		w.at[iface] = c
+	}
+	return w
+}
+
+func (w *watch) close() {
+	w.t.Helper()
+	for _, c := range w.at {
+		check(w.t, c.Close())
+	}
+}
+
+// leavesBy sends a packet to each address and checks by which interface it leaves.
+func (w *watch) leavesBy(iface string, to ...netip.Addr) {
+	w.t.Helper()
+	socket, err := w.Client.ListenPacket("udp", "[::]:0") // of both families
+	check(w.t, err)
+	defer socket.Close()
+	for _, a := range to {
+		w.port++
+		_, err := socket.WriteTo([]byte("which way?"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, uint16(w.port))))
+		check(w.t, err)
+		var got []string
+		w.eventually(fmt.Sprintf("a packet to %v leaves", a), func() bool {
+			for name, c := range w.at {
+				for _, pkt := range c.Packets() {
+					if pkt.Layer(layers.LayerTypeUDP).(*layers.UDP).DstPort == w.port {
+						got = append(got, name)
+					}
+				}
+			}
+			return len(got) > 0
+		})
+		if len(got) != 1 || got[0] != iface {
+			w.t.Errorf("a packet to %v leaves by %v, want %s", a, got, iface)
+		}
+	}
+}
+
+// A tunnel takes what it is for: all that had no better route, what it names, or all but what is excluded; and the host's own
+// network if that is wanted. The packets say so, and all is as before when it is down.
+func TestWhatGoesThroughTheTunnel(t *testing.T) {
+	p := newPair(t, options{})
+	before := p.snapshot(p.Client)
+	targets := []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}
+	for i, tc := range []struct {
+		name, routes   string
+		direct, tunnel []netip.Addr // besides the targets, which are in the tunnel
+	}{
+		// Of what goes to the proxy's address, only the tunnel's own packets go outside.
+		{"full", "", []netip.Addr{lan4, lan6}, []netip.Addr{uplink4, uplink6, lab.ProxyIPv4, lab.ProxyIPv6}},
+		{"split", split, []netip.Addr{lan4, lan6, uplink4, uplink6, lab.ProxyIPv4}, nil},
+		{"exclude", `exclude = ["203.0.113.0/24", "2001:db8:2::/64"]`, []netip.Addr{lan4, lan6, uplink4, uplink6, lab.ProxyIPv4}, nil},
+		{"the LAN too", "lan = false", nil, []netip.Addr{lan4, lan6, uplink4, uplink6}},
+		{"the LAN of one family", "lan = false\nexclude = [\"198.51.100.0/24\"]", []netip.Addr{lan4}, []netip.Addr{lan6, uplink4, uplink6}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p.opts.routes = tc.routes
+			user := fmt.Sprintf("alice%d", i)
+			p.connect(p.Client, user)
+			w := p.watch()
+			w.leavesBy("eth0", tc.direct...)
+			w.leavesBy("masque0", append(tc.tunnel, targets...)...)
+			w.close()
+			p.ping(p.Client, targets...)
+			for _, a := range tc.direct {
+				p.ping(p.Client, a)
+			}
+			p.down(p.Client, user)
+			p.unchanged(p.Client, before)
+			p.ping(p.Client, lan4, lan6)
+		})
+	}
+}
+
+// goesBy checks by which interface the client's kernel sends a packet.
+func (p *pair) goesBy(to netip.Addr, iface string) {
+	p.t.Helper()
+	out, err := p.Client.Command(p.ctx, "ip", "route", "get", to.String()).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), " dev "+iface+" ") {
+		p.t.Errorf("to %v: %v, %s, want %s", to, err, out, iface)
+	}
+}
+
+// Where the proxy's routes and the host's networks have the same addresses, the log says what is reached; a route that holds the
+// proxy's own address cuts off nobody.
+func TestRoutesThatConflict(t *testing.T) {
+	p := newPair(t, options{proxy: `
+[routes]
+advertise = ["198.51.100.0/24", "203.0.113.0/24", "192.0.2.0/24", "2001:db8:1:0:8000::/65", "2001:db8:2::/64", "2001:db8:3::/64"]
+`})
+	before := p.snapshot(p.Client)
+	p.connect(p.Client, "alice")
+	w := p.watch()
+	w.leavesBy("eth0", lan4, lan6)
+	w.leavesBy("masque0", netip.MustParseAddr("2001:db8:1:0:8000::1"), lab.ProxyIPv4, lab.ProxyIPv6, uplink4, lab.TargetIPv4)
+	w.close()
+
+	check(t, p.server.Signal(syscall.SIGKILL))
+	<-p.server.Done()
+	p.startProxy()
+	p.ping(p.Client, lan4, lan6, lab.TargetIPv4, lab.TargetIPv6)
+	if s := p.status(p.Client, "alice"); s.Reconnects == 0 {
+		t.Errorf("the client did not have to connect again: %+v", s)
+	}
+	log := p.clientLog("alice")
+	for _, want := range []string{
+		"the tunnel's route 198.51.100.0/24 holds 198.51.100.0/24, the network of eth0, which goes first: what the tunnel has there is not reached",
+		"the tunnel's route 2001:db8:1:0:8000::/65 takes addresses out of 2001:db8:1::/64, the network of eth0: put them into routes.exclude to keep them",
+	} {
+		if n := strings.Count(log, want); n != 1 {
+			t.Errorf("the log says %d times, not once: %s\n%s", n, want, log)
+		}
+	}
+	p.down(p.Client, "alice")
+	p.unchanged(p.Client, before)
+}
+
+// With routes.install = false nothing of the host changes: there is the tunnel's interface with its addresses, and packets pass
+// when somebody else sends them there.
+func TestRoutesNotInstalled(t *testing.T) {
+	p := newPair(t, options{routes: "install = false", proxy: "[dns]\nservers = [\"192.0.2.2\"]\n"})
+	p.stopProxy()
+	p.editProxyConfig(fmt.Sprintf("ipv6 = %q", pool6), "") // a family that has no address is none of its business either
+	p.startProxy()
+	before := p.snapshot(p.Client)
+	p.connect(p.Client, "alice")
+	p.eventually("the client knows of DNS", func() bool { return p.status(p.Client, "alice").DNS.Reason != "" })
+	own := false
+	for line := range strings.Lines(lab.Diff(before, p.snapshot(p.Client))) {
+		own = own || strings.Contains(line, client4.String())
+		if !strings.HasPrefix(line, "+ ") || !strings.Contains(line, "masque0") {
+			t.Errorf("this has changed: %s", line)
+		}
+	}
+	if !own {
+		t.Error("the interface has no address")
+	}
+	w := p.watch()
+	w.leavesBy("eth0", lan4, lan6, uplink4, uplink6, lab.TargetIPv4)
+	w.close()
+	check(t, p.Client.Command(p.ctx, "ip", "route", "add", "192.0.2.0/24", "dev", "masque0").Run())
+	p.ping(p.Client, lab.TargetIPv4)
+	p.ping(p.Target, client4)
+	p.down(p.Client, "alice")
+	p.unchanged(p.Client, before)
+}
