@@ -14,6 +14,9 @@ FUZZTIME ?= 60s
 # Debian packages that the tests use as the other side: real programs, real packets.
 TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables pebble polkitd rpm systemd tcpdump traceroute
 
+# Where systemd-resolved is unpacked: its package, once installed, would take over the name resolution of this machine.
+RESOLVED := bin/resolved
+
 UNITS   := $$($(GO) list ./... | grep -v '/test$$')
 # The end-to-end tests, and which of them.
 RUN     ?= .
@@ -113,11 +116,16 @@ lint: $(VENDOR) ## gofmt, go vet, staticcheck, and the rules on who imports whom
 	$(GO) tool staticcheck ./...
 	$(GO) tool depguard ./...
 
-tools: ## the programs that the tests need (Debian packages; as root)
+tools: ## the programs that the tests need (Debian packages; as root, but for systemd-resolved)
 	@missing=; for p in $(TOOLS); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \
 		if [ "$$(id -u)" != 0 ]; then echo "please install:$$missing"; exit 1; fi; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
+	fi
+	@if [ ! -x /lib/systemd/systemd-resolved ] && [ ! -x $(RESOLVED)/lib/systemd/systemd-resolved ]; then \
+		mkdir -p $(RESOLVED) && cd $(RESOLVED) && \
+		{ apt-get -qq download systemd-resolved || { apt-get update -qq && apt-get -qq download systemd-resolved; }; } && \
+		dpkg -x systemd-resolved_*.deb . && rm systemd-resolved_*.deb; \
 	fi
 
 clean: ## remove what the build made

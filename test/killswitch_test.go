@@ -2,6 +2,7 @@ package test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/gopacket/gopacket/layers"
 	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
 
 	"masquevpn/client"
 	"masquevpn/internal/lab"
@@ -86,6 +88,15 @@ func (c *chatter) end() {
 	c.done.Wait()
 }
 
+// isTunnel reports whether a packet of the client is the tunnel's own.
+func isTunnel(p lab.Packet) bool {
+	if p.NetworkLayer() == nil || udpTo(p) != 443 {
+		return false
+	}
+	dst := p.NetworkLayer().NetworkFlow().Dst().String()
+	return dst == lab.ProxyIPv4.String() || dst == lab.ProxyIPv6.String()
+}
+
 // leak describes a packet that a closed kill switch has to hold, "" if it may leave.
 func leak(p lab.Packet, allow ...netip.Prefix) string {
 	if !p.Outgoing || p.Layer(layers.LayerTypeARP) != nil {
@@ -97,9 +108,9 @@ func leak(p lab.Packet, allow ...netip.Prefix) string {
 	} else if ip, ok := p.Layer(layers.LayerTypeIPv6).(*layers.IPv6); ok {
 		dst = netip.AddrFrom16([16]byte(ip.DstIP))
 	}
-	udp, _ := p.Layer(layers.LayerTypeUDP).(*layers.UDP)
-	if (dst == lab.ProxyIPv4 || dst == lab.ProxyIPv6) && udp != nil && udp.DstPort == 443 {
-		return "" // the tunnel
+	switch port := udpTo(p); {
+	case isTunnel(p), port == dhcpServer, port == dhcp6Server:
+		return ""
 	}
 	if icmp, ok := p.Layer(layers.LayerTypeICMPv6).(*layers.ICMPv6); ok {
 		switch icmp.TypeCode.Type() {
@@ -189,6 +200,61 @@ func (p *pair) open(c *chatter, behind *lab.Host) {
 	})
 }
 
+// excepted sends what a host needs to be in a network at all, which a kill switch lets pass: its search for neighbours, of which it
+// forgets those that it had, DHCP and DHCPv6.
+func (p *pair) excepted() {
+	p.t.Helper()
+	check(p.t, p.Client.Command(p.ctx, "ip", "neigh", "flush", "dev", "eth0").Run())
+	seen := p.capture()
+	for from, to := range map[string]netip.AddrPort{
+		"0.0.0.0:68": netip.MustParseAddrPort("255.255.255.255:67"), "[::]:546": netip.MustParseAddrPort("[ff02::1:2%eth0]:547"),
+	} {
+		check(p.t, p.Client.Do(func() error {
+			listen := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+				var err error
+				cerr := c.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), "eth0") }) // as DHCP clients do
+				return errors.Join(cerr, err)
+			}}
+			c, err := listen.ListenPacket(p.ctx, "udp", from)
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			_, err = c.WriteTo([]byte("discover"), net.UDPAddrFromAddrPort(to))
+			return err
+		}))
+	}
+	ctx, cancel := context.WithTimeout(p.ctx, patience)
+	defer cancel()
+	for what, is := range map[string]func(lab.Packet) bool{
+		"DHCP":   func(p lab.Packet) bool { return udpTo(p) == dhcpServer },
+		"DHCPv6": func(p lab.Packet) bool { return udpTo(p) == dhcp6Server },
+		"ARP":    func(p lab.Packet) bool { return p.Layer(layers.LayerTypeARP) != nil },
+		"neighbour discovery": func(p lab.Packet) bool {
+			icmp, ok := p.Layer(layers.LayerTypeICMPv6).(*layers.ICMPv6)
+			return ok && icmp.TypeCode.Type() == layers.ICMPv6TypeNeighborSolicitation
+		},
+	} {
+		if _, err := seen.Wait(ctx, is); err != nil {
+			p.t.Errorf("%s does not leave: %v", what, err)
+		}
+	}
+}
+
+// Ports of servers.
+const (
+	dhcpServer  = 67
+	dhcp6Server = 547
+)
+
+// udpTo is the port that a UDP packet goes to, 0 of others.
+func udpTo(p lab.Packet) layers.UDPPort {
+	if udp, ok := p.Layer(layers.LayerTypeUDP).(*layers.UDP); ok {
+		return udp.DstPort
+	}
+	return 0
+}
+
 // Nothing but the tunnel's own packets leaves the underlay in any state, from the first packet to the proxy until `down`.
 func TestKillSwitch(t *testing.T) {
 	p, behind := killSwitchHosts(t, options{client: killSwitch})
@@ -205,7 +271,7 @@ func TestKillSwitch(t *testing.T) {
 		closed := false // since the first packet of the tunnel
 		for _, packet := range seen.Packets() {
 			l := leak(packet)
-			if closed = closed || l == "" && packet.Layer(layers.LayerTypeUDP) != nil; closed && l != "" {
+			if closed = closed || isTunnel(packet); closed && l != "" {
 				t.Fatalf("%s: this left the host:\n%s", name, l)
 			}
 		}
@@ -229,11 +295,11 @@ func TestKillSwitch(t *testing.T) {
 	}
 
 	running := start()
-	tunnel := func(p lab.Packet) bool { return leak(p) == "" && p.Layer(layers.LayerTypeUDP) != nil }
 	ctx, cancel := context.WithTimeout(p.ctx, patience)
 	defer cancel()
-	_, err := seen.Wait(ctx, tunnel)
+	_, err := seen.Wait(ctx, isTunnel)
 	check(t, err)
+	p.excepted()
 	state("connecting")
 
 	p.startProxy()
@@ -262,6 +328,16 @@ func TestKillSwitch(t *testing.T) {
 	running = start()
 	connected()
 	state("started again")
+
+	// What clears nftables lifts it. The next attempt to connect closes it again.
+	check(t, p.Client.Command(p.ctx, "nft", "flush", "ruleset").Run())
+	check(t, p.server.Signal(syscall.SIGKILL))
+	<-p.server.Done()
+	p.startProxy()
+	p.eventually("the kill switch is closed again", func() bool { return strings.Contains(p.snapshot(p.Client), "masquevpn-kill-alice") })
+	seen = p.capture()
+	connected()
+	state("closed again")
 
 	p.must(p.Proxy, "masque-proxy", "user", "remove", "alice", "-c", p.config())
 	<-running.Done()
@@ -364,7 +440,6 @@ func TestKillSwitchEnds(t *testing.T) {
 // A host that resolves names by itself, as with systemd-resolved, finds the proxy although nobody else may ask anything; and what
 // is allowed goes on.
 func TestKillSwitchNames(t *testing.T) {
-	router := netip.MustParseAddr("198.51.100.1")
 	allow := lab.Prefixes("198.51.100.0/24", "2001:db8:1::/64")
 	p, behind := killSwitchHosts(t, options{client: killSwitch + `allow = ["198.51.100.0/24", "2001:db8:1::/64"]`, routes: `exclude = ["203.0.113.99/32"]`})
 	file := p.invite("alice")
@@ -425,9 +500,11 @@ func TestKillSwitchNames(t *testing.T) {
 		t.Error("no name was looked up: the test tests nothing")
 	}
 	got := leaks(seen)
-	for _, from := range []string{lab.ClientIPv4.String(), "10.5.0.2"} {
-		if f := fmt.Sprintf("%s->%s UDP to %d", from, router, chatterPort); got[f] == 0 {
-			t.Errorf("%s is allowed and did not leave: %v", f, got)
+	for from, to := range map[string]netip.Addr{lab.ClientIPv4.String(): lan4, "10.5.0.2": lan4, lab.ClientIPv6.String(): lan6, "fd05::2": lan6} {
+		for _, kind := range []string{"UDP", "TCP"} {
+			if f := fmt.Sprintf("%s->%s %s to %d", from, to, kind, chatterPort); got[f] == 0 {
+				t.Errorf("%s is allowed and did not leave: %v", f, got)
+			}
 		}
 	}
 	if log := p.clientLog("alice"); !strings.Contains(log, "kill_switch.allow lacks what routes.exclude has") || !strings.Contains(log, "203.0.113.99/32") {
