@@ -48,8 +48,9 @@ func (v visits) goOn(t *testing.T, when string) {
 	t.Helper()
 	sent := bytes.Repeat([]byte("0123456789abcdef"), 2000)
 	got := make([]byte, len(sent))
+	deadline := time.Now().Add(patience) // of all
 	for what, conn := range v {
-		check(t, conn.SetDeadline(time.Now().Add(patience)))
+		check(t, conn.SetDeadline(deadline))
 		_, err := conn.Write(sent)
 		if err == nil {
 			_, err = io.ReadFull(conn, got)
@@ -57,6 +58,9 @@ func (v visits) goOn(t *testing.T, when string) {
 		if err != nil || !bytes.Equal(got, sent) {
 			t.Errorf("%s: a connection %s: %v", when, what, err)
 		}
+	}
+	if t.Failed() {
+		t.FailNow()
 	}
 }
 
