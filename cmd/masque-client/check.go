@@ -129,5 +129,8 @@ func checkResolves(ctx context.Context, c *cli.Checks, host string) {
 		c.Warn(fmt.Sprintf("proxy: %s cannot be resolved (%v)", host, err), "check the name and this host's DNS")
 		return
 	}
+	for i := range addrs {
+		addrs[i] = addrs[i].Unmap()
+	}
 	c.OK("proxy: %s is %v", host, addrs)
 }

@@ -266,8 +266,11 @@ func TestUpAndDown(t *testing.T) {
 	if r := v.clientDo(1, "run", "-c", filepath.Join(v.dir, "alice.toml")); !strings.Contains(r.last, "already running") {
 		t.Errorf("a second run: %s", r.last)
 	}
-	for _, args := range [][]string{{"status"}, {"status", "alice"}, {"wait", "alice", "--for", "connected"}, {"check", "-c", filepath.Join(v.dir, "alice.toml")}} {
+	for _, args := range [][]string{{"status"}, {"status", "alice"}, {"wait", "alice", "--for", "connected"}} {
 		v.clientDo(0, args...)
+	}
+	if out := v.clientDo(0, "check", "-c", filepath.Join(v.dir, "alice.toml")).out; !strings.Contains(out, "ok    proxy: "+lab.ProxyName+" is [203.0.113.5 2001:db8:2::5]\n") {
+		t.Errorf("check says\n%s", out)
 	}
 	if r := v.clientDo(5, "wait", "alice", "--for", "disconnected", "--timeout", "1s"); !strings.Contains(r.last, "not disconnected in time") {
 		t.Errorf("waiting in vain: %s", r.last)
