@@ -1,13 +1,16 @@
 package test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"masquevpn/internal/lab"
+	"masquevpn/internal/pki"
 )
 
 // Every mistake that a user can make has its own line and its own exit code, and changes nothing on the host.
@@ -34,33 +37,15 @@ func TestBadInput(t *testing.T) {
 		s = replace(`(?s)cert_pem = '''.*?'''`, "")(s)
 		return replace(`(?s)key_pem = '''.*?'''`, "")(s)
 	}
-	for _, tc := range []struct {
+	type mistake struct {
 		name string
 		edit func(string) string
 		mode os.FileMode
 		wrap []string // what runs the program
 		exit int
 		says []string
-	}{
-		{name: "unknown key", edit: add(`prxy = "a"`), exit: 2, says: []string{"NAME.toml:1", "prxy"}},
-		{name: "no TOML", edit: add(`proxy = `), exit: 2, says: []string{"NAME.toml:1"}},
-		{name: "wrong type", edit: addTable("[tun]\nmtu = true"), exit: 2, says: []string{"mtu"}},
-		{name: "bad template", edit: replace(`(?m)^proxy = .*$`, `proxy = "https://p/{+target}"`), exit: 2, says: []string{"proxy", "operator"}},
-		{name: "readable by others", edit: add(""), mode: 0o644, exit: 2, says: []string{"NAME.toml", "chmod 600"}},
-		{name: "missing secret", edit: replace(`(?m)^token = .*$`, `token_file = "no-such-file"`), exit: 2, says: []string{"no-such-file"}},
-		{name: "wrong token", edit: func(s string) string {
-			return replace(`(?m)^token = .*$`, `token = "guess"`)(noCertificate(s))
-		}, exit: 4, says: []string{"credentials"}},
-		{name: "unknown CA", edit: replace(`(?s)ca_pem = '''.*?'''`, ""), exit: 6, says: []string{"unknown authority"}},
-		{name: "wrong name", edit: replace(`\[tls\]`, "[tls]\nserver_name = \"other.example\""), exit: 6, says: []string{"other.example"}},
-		{name: "no such host", edit: replace(`(?m)^proxy = .*$`, `proxy = "no-such-host.invalid"`), exit: 5, says: []string{"no-such-host.invalid"}},
-		{name: "closed port", edit: replace(`(?m)^proxy = .*$`, `proxy = "`+lab.ProxyName+`:9"`), exit: 5, says: []string{"9", "UDP"}},
-		{
-			name: "no privileges", edit: add(""), exit: 7, says: []string{"CAP_NET_ADMIN"},
-			wrap: []string{"setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"},
-		},
-		{name: "name taken", edit: addTable("[tun]\nname = \"eth0\""), exit: 1, says: []string{"eth0"}},
-	} {
+	}
+	try := func(tc mistake) {
 		t.Run(tc.name, func(t *testing.T) {
 			before := p.snapshot(p.Client)
 			name := strings.ReplaceAll(tc.name, " ", "-")
@@ -87,6 +72,60 @@ func TestBadInput(t *testing.T) {
 			p.unchanged(p.Client, before)
 		})
 	}
+	for _, tc := range []mistake{
+		{name: "unknown key", edit: add(`prxy = "a"`), exit: 2, says: []string{"NAME.toml:1", "prxy"}},
+		{name: "no TOML", edit: add(`proxy = `), exit: 2, says: []string{"NAME.toml:1"}},
+		{name: "wrong type", edit: addTable("[tun]\nmtu = true"), exit: 2, says: []string{"mtu"}},
+		{name: "bad template", edit: replace(`(?m)^proxy = .*$`, `proxy = "https://p/{+target}"`), exit: 2, says: []string{"proxy", "operator"}},
+		{name: "readable by others", edit: add(""), mode: 0o644, exit: 2, says: []string{"NAME.toml", "chmod 600"}},
+		{name: "missing secret", edit: replace(`(?m)^token = .*$`, `token_file = "no-such-file"`), exit: 2, says: []string{"no-such-file"}},
+		{name: "wrong token", edit: func(s string) string {
+			return replace(`(?m)^token = .*$`, `token = "guess"`)(noCertificate(s))
+		}, exit: 4, says: []string{"credentials"}},
+		{name: "unknown CA", edit: replace(`(?s)ca_pem = '''.*?'''`, ""), exit: 6, says: []string{"unknown authority"}},
+		{name: "wrong name", edit: replace(`\[tls\]`, "[tls]\nserver_name = \"other.example\""), exit: 6, says: []string{"other.example"}},
+		{name: "no such host", edit: replace(`(?m)^proxy = .*$`, `proxy = "no-such-host.invalid"`), exit: 5, says: []string{"no-such-host.invalid"}},
+		{name: "closed port", edit: replace(`(?m)^proxy = .*$`, `proxy = "`+lab.ProxyName+`:9"`), exit: 5, says: []string{"9", "UDP"}},
+		{
+			name: "no privileges", edit: add(""), exit: 7, says: []string{"CAP_NET_ADMIN"},
+			wrap: []string{"setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"},
+		},
+		{name: "target that is denied", edit: addTable("[scope]\ntarget = \"127.0.0.1\""), exit: 8, says: []string{"does not allow this request", "[scope]"}},
+		{name: "name taken", edit: addTable("[tun]\nname = \"eth0\""), exit: 1, says: []string{"eth0"}},
+	} {
+		try(tc)
+	}
 	p.up(p.Client, good) // and what is right still works
 	p.ping(p.Client, lab.TargetIPv4)
+	p.down(p.Client, "alice")
+
+	// What the user cannot help: it is the proxy's.
+	p.stopProxy()
+	p.expire()
+	p.startProxy()
+	try(mistake{name: "expired", edit: add(""), exit: 6, says: []string{lab.ProxyName, "has expired or is not valid yet"}})
+	p.stopProxy()
+	p.must(p.Proxy, "masque-proxy", "init", "--renew", "--name", lab.ProxyName, p.dir)
+	p.editProxyConfig(fmt.Sprintf("ipv6 = %q", pool6), "")
+	p.startProxy()
+	try(mistake{
+		name: "no address of the family", edit: addTable("[addresses]\nrequest = [\"::/128\"]"), exit: 8,
+		says: []string{"the proxy assigned no address", "operator"},
+	})
+}
+
+// expire has the proxy's certificate end long ago.
+func (p *pair) expire() {
+	p.t.Helper()
+	read := func(name string) []byte {
+		b, err := os.ReadFile(filepath.Join(p.dir, name))
+		check(p.t, err)
+		return b
+	}
+	ca, err := pki.ParseAuthority(pki.Pair{Cert: read("ca.crt"), Key: read("ca.key")})
+	check(p.t, err)
+	old, err := ca.Server(lab.ProxyName, nil, time.Now().AddDate(-5, 0, 0))
+	check(p.t, err)
+	check(p.t, os.WriteFile(filepath.Join(p.dir, "proxy.crt"), old.Cert, 0o644))
+	check(p.t, os.WriteFile(filepath.Join(p.dir, "proxy.key"), old.Key, 0o600))
 }
