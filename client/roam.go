@@ -157,10 +157,10 @@ func (r *roamer) hostChanged(ctx context.Context) error {
 // listen moves to another path if nothing comes on this one although something was sent. What only answers the proxy counts as
 // sent too, so the proxy is asked before that means anything.
 func (r *roamer) listen(ctx context.Context) error {
-	now, stats := time.Now(), r.d.conn.ConnectionStats()
+	now, stats, unsent := time.Now(), r.d.conn.ConnectionStats(), r.d.socket.Unsent()
 	patience := max(silence, silenceRTTs*stats.SmoothedRTT)
 	switch {
-	case stats.PacketsReceived != r.heard:
+	case stats.PacketsReceived != r.heard && unsent == nil: // what comes is worth little if nothing leaves
 		r.hear(stats)
 		if r.noWay { // it was mistaken
 			r.noWay = false
@@ -175,8 +175,8 @@ func (r *roamer) listen(ctx context.Context) error {
 		go r.s.conn.Ping() // which blocks when too much waits to be sent already
 	default:
 		why := pathState{reason: fmt.Sprintf("nothing has come from the proxy for %v", now.Sub(r.heardT).Round(time.Second)), down: true}
-		if err := r.d.socket.Unsent(); err != nil {
-			why.reason, why.local = (&unsentError{err}).Error(), true
+		if unsent != nil {
+			why.reason, why.local = (&unsentError{unsent}).Error(), true
 		}
 		return r.move(ctx, why)
 	}
@@ -211,7 +211,7 @@ func (r *roamer) move(ctx context.Context, why pathState) error {
 		r.s.setPath(pathState{})
 		r.settle(ctx)
 		stats = r.d.conn.ConnectionStats()
-	case stats.PacketsReceived > before: // by the old path, because nothing came by the new one
+	case stats.PacketsReceived > before && r.d.socket.Unsent() == nil: // by the old path, because nothing came by the new one
 		c.cfg.Logger.Warn("the connection stays where it was", "reason", err)
 	case len(c.host.changed) > 0: // the network of this host has not settled yet
 		r.noWay = true
