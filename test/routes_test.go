@@ -101,6 +101,10 @@ func TestWhatGoesThroughTheTunnel(t *testing.T) {
 			w.leavesBy("masque0", append(tc.tunnel, targets...)...)
 			w.close()
 			p.ping(p.Client, targets...)
+			if tc.name == "full" { // and there it is denied
+				p.unreachable(p.Client, lab.ProxyIPv4, 3, 13)
+				p.unreachable(p.Client, lab.ProxyIPv6, 1, 1)
+			}
 			for _, a := range tc.direct {
 				p.ping(p.Client, a)
 			}
