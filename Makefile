@@ -86,7 +86,7 @@ e2e-race: build tools ## with the race detector in programs and tests
 	GOFLAGS='$(GOFLAGS) -race' $(E2E)
 
 e2e-packages: packages tools ## the packages installed, run as services, upgraded and removed, with systemd in namespaces (root)
-	cd packaging && $(GO) vet . && $(GO) test -count=1 -timeout 5m .
+	cd packaging && $(GO) vet . && $(GO) test -count=1 -timeout 15m .
 
 fuzz: $(VENDOR) ## every fuzz target for FUZZTIME (60s)
 	@for pkg in $$($(GO) list ./...); do \
