@@ -55,6 +55,10 @@ func TestDiskFull(t *testing.T) {
 	p.on(p.Client, smallDisk+"; "+fill)
 	fails(p.Client, full, room, "masque-client", "run", "-c", alice)
 	fails(p.Client, full, room, "masque-client", "up", alice)
+	found, _ := p.Client.Command(p.ctx, program("masque-client"), "check", "-c", alice).CombinedOutput() // it fails, and says where
+	if !strings.Contains(string(found), "fail  run directory: "+runDir+": no space is left") {
+		t.Errorf("check finds\n%s", found)
+	}
 	p.on(p.Client, makeRoom+"; mount -o remount,ro "+runDir)
 	fails(p.Client, fixed, other, "masque-client", "run", "-c", alice)
 	fails(p.Client, fixed, other, "masque-client", "up", alice, "--wait")

@@ -60,8 +60,8 @@ func TestNothingPilesUp(t *testing.T) {
 	for i, s := range []*scraper{proxy, staying} {
 		p.eventually(s.host.Name()+" holds what it held", func() bool {
 			now := holds(s, "")
-			// What the measurement before saw may have been on its way out.
-			return now.goroutines <= least[i].goroutines && now.files <= least[i].files
+			const few = 4 // come and go; one for each cycle would be more
+			return now.goroutines < least[i].goroutines+few && now.files < least[i].files+few
 		})
 		holds(s, "after")
 	}
