@@ -219,10 +219,13 @@ func (s *snapshot) resolver(*Host) error {
 		}
 		to, _ := os.Readlink(name) // "" of what is no link
 		b, err := os.ReadFile(name)
-		if err != nil {
+		if err != nil && (to == "" || !errors.Is(err, os.ErrNotExist)) { // a link may lead nowhere
 			return err
 		}
-		lines = append(lines, fmt.Sprintf("%s %s %q", name, info.Mode(), to), string(b))
+		lines = append(lines, fmt.Sprintf("%s %s %q", name, info.Mode(), to))
+		for line := range strings.Lines(string(b)) {
+			lines = append(lines, fmt.Sprintf("%s %q", name, line))
+		}
 	}
 	s.section("resolver", lines)
 	return nil

@@ -26,7 +26,10 @@ func TestSnapshot(t *testing.T) {
 		{"nft add table ip y; nft add set ip y s '{ type ipv4_addr; flags interval; }'; nft add element ip y s { 10.0.0.0/8 }", "nft delete table ip y", "nftables"},
 		{"echo 1 >/proc/sys/net/ipv4/conf/all/src_valid_mark", "echo 0 >/proc/sys/net/ipv4/conf/all/src_valid_mark", "kernel parameters"},
 		{"echo 1 >/proc/sys/net/ipv6/conf/all/forwarding", "echo 0 >/proc/sys/net/ipv6/conf/all/forwarding", "kernel parameters"},
-		{"echo nameserver 192.0.2.53 >/etc/resolv.conf", "echo '# no name servers' >/etc/resolv.conf", "/etc/resolv.conf"},
+		{"echo nameserver 192.0.2.53 >/etc/resolv.conf", "echo '# no name servers' >/etc/resolv.conf", "resolver"},
+		{"chmod 600 /etc/resolv.conf", "chmod 644 /etc/resolv.conf", "resolver"},
+		{"mv /etc/resolv.conf /run/x; ln -s /run/x /etc/resolv.conf", "mv /run/x /etc/resolv.conf", "resolver"},
+		{"echo old >/etc/resolv.conf.masque-x", "rm /etc/resolv.conf.masque-x", "resolver"},
 	} {
 		sh(t, h, tt.do)
 		during, err := h.Snapshot()
