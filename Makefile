@@ -16,6 +16,7 @@ TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables pebble polkitd rpm sy
 
 # Where systemd-resolved is unpacked: its package, once installed, would take over the name resolution of this machine.
 RESOLVED := bin/resolved
+DOWNLOAD := apt-get -qq -o APT::Sandbox::User=root download
 
 UNITS   := $$($(GO) list ./... | grep -v '/test$$')
 # The end-to-end tests, and which of them.
@@ -124,7 +125,7 @@ tools: ## the programs that the tests need (Debian packages; as root, but for sy
 	fi
 	@if [ ! -x /lib/systemd/systemd-resolved ] && [ ! -x $(RESOLVED)/lib/systemd/systemd-resolved ]; then \
 		mkdir -p $(RESOLVED) && cd $(RESOLVED) && \
-		{ apt-get -qq download systemd-resolved || { apt-get update -qq && apt-get -qq download systemd-resolved; }; } && \
+		{ $(DOWNLOAD) systemd-resolved || { apt-get update -qq && $(DOWNLOAD) systemd-resolved; }; } && \
 		dpkg -x systemd-resolved_*.deb . && rm systemd-resolved_*.deb; \
 	fi
 
