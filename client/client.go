@@ -93,6 +93,7 @@ func New(cfg Config) (*Client, error) {
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
 	c.dialer.resolver = resolver(control, cfg.Nameservers)
+	c.dialer.tracer = cfg.Tracer
 	c.dialer.dropped = func(packets int) { c.stats.Receive.DropMany(connectip.DropSocketFull, packets) }
 	c.status = connectip.Status{
 		Schema: connectip.StatusSchema, Name: cfg.Name, State: StateConnecting, Since: time.Now(),

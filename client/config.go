@@ -13,6 +13,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/qlogwriter"
+
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/hostdns"
@@ -70,6 +73,7 @@ type Config struct {
 
 	Journal string // path of a file that lets the next start clean up after a crash; "" for none
 	Logger  *slog.Logger
+	Tracer  func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // of quic.Config, for qlog; nil for none
 
 	// OpenDevice, OpenNetwork and OpenResolver replace the TUN device, the kernel's routing and the host's resolver, for use
 	// without privileges. With the routing replaced, and no OpenResolver, no resolver is told anything.

@@ -16,6 +16,7 @@ import (
 	"github.com/dunglas/httpsfv"
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
+	"github.com/quic-go/quic-go/qlogwriter"
 
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
@@ -50,8 +51,9 @@ type dialer struct {
 	congestion congestion.Mode
 	control    controlFunc // of sockets, may be nil
 	resolver   *net.Resolver
-	dropped    func(packets int)                               // of what the kernel dropped because a socket was full, may be nil
-	upstream   func() (servers []netip.AddrPort, applied bool) // see Resolver, may be nil
+	dropped    func(packets int)                                               // of what the kernel dropped because a socket was full, may be nil
+	upstream   func() (servers []netip.AddrPort, applied bool)                 // see Resolver, may be nil
+	tracer     func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // may be nil
 	logger     *slog.Logger
 	lastAddrs  []netip.AddrPort // of the proxy
 	timeouts   int              // attempts that got no answer
@@ -241,6 +243,7 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 		MaxIdleTimeout:       idleTimeout,
 		KeepAlivePeriod:      keepAlive,
 		InitialPacketSize:    d.packetSize(),
+		Tracer:               d.tracer,
 	}
 	d.congestion.Apply(config)
 	conn, err := t.Dial(ctx, net.UDPAddrFromAddrPort(addr), d.tls, config)

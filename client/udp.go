@@ -21,6 +21,7 @@ import (
 	"github.com/quic-go/masque-go"
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
+	"github.com/quic-go/quic-go/qlogwriter"
 	"github.com/yosida95/uritemplate/v3"
 	"golang.org/x/time/rate"
 
@@ -51,6 +52,7 @@ type UDPConfig struct {
 	Reconnect   bool
 	MaxDelay    time.Duration // between attempts to connect; default DefaultMaxDelay
 	Logger      *slog.Logger
+	Tracer      func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // as Config.Tracer
 }
 
 // UDPForwarder makes a UDP port on this host stand for one beyond a proxy (RFC 9298). Each local peer has a flow of its own, all
@@ -118,6 +120,7 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 		complain: rate.NewLimiter(rate.Every(10*time.Second), 3), flows: make(map[*udpFlow]struct{}),
 	}
 	f.dialer = newDialer(to, cfg.TLS, cfg.Token, markIfAllowed, cfg.Logger)
+	f.dialer.tracer = cfg.Tracer
 	f.dialer.congestion = congestion.Outer // RFC 9298 section 6: nobody knows whether what is inside controls itself
 	f.dialer.dropped = func(packets int) { f.stats.Receive.DropMany(connectip.DropSocketFull, packets) }
 	return f, nil

@@ -12,6 +12,9 @@ import (
 	"slices"
 	"time"
 
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/qlogwriter"
+
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
 	"masquevpn/routing"
@@ -68,6 +71,7 @@ type Config struct {
 	StatelessResetKey *[32]byte // kept across restarts, it lets clients notice a restart at once (RFC 9000 section 10.3)
 	Journal           string    // path of a file that lets the next start clean up after a crash; "" for none
 	Logger            *slog.Logger
+	Tracer            func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // of quic.Config, for qlog; nil for none
 
 	// Resolver finds the addresses of the names in requests; default: what the host is configured with.
 	Resolver Resolver

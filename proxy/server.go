@@ -315,6 +315,7 @@ func (s *Server) quicConfig() *quic.Config {
 		MaxIdleTimeout:       idleTimeout,
 		MaxIncomingStreams:   maxStreams,
 		InitialPacketSize:    initialPacketSize,
+		Tracer:               s.cfg().Tracer,
 
 		InitialStreamReceiveWindow:     streamWindow,
 		MaxStreamReceiveWindow:         streamWindow,

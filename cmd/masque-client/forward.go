@@ -46,12 +46,17 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 		return err
 	}
 	defer closeKeyLog()
+	tracer, waitQlog, err := cli.OpenQlog(l.file, l.file.QlogDir, logger)
+	if err != nil {
+		return err
+	}
+	defer waitQlog()
 	if !strings.Contains(listen, ":") {
 		listen = net.JoinHostPort("127.0.0.1", listen)
 	}
 	f, err := client.NewUDPForwarder(client.UDPConfig{
 		Proxy: l.config.Proxy, TLS: l.config.TLS, Token: l.config.Token, Listen: listen, Target: target,
-		Reconnect: l.config.Reconnect, MaxDelay: l.config.MaxDelay, Logger: logger,
+		Reconnect: l.config.Reconnect, MaxDelay: l.config.MaxDelay, Logger: logger, Tracer: tracer,
 	})
 	if err != nil {
 		return l.usageError(err)

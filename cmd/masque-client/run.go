@@ -80,6 +80,12 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 		return err
 	}
 	defer closeKeyLog()
+	tracer, waitQlog, err := cli.OpenQlog(l.file, l.file.QlogDir, logger)
+	if err != nil {
+		return err
+	}
+	defer waitQlog()
+	l.config.Tracer = tracer
 	c, err := l.newClient()
 	if err != nil {
 		return err

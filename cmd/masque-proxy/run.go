@@ -64,6 +64,12 @@ func (o *options) run(ctx context.Context, file string) error {
 		return err
 	}
 	defer closeKeyLog()
+	tracer, waitQlog, err := cli.OpenQlog(l.file, l.file.QlogDir, logger)
+	if err != nil {
+		return err
+	}
+	defer waitQlog()
+	c.Tracer = tracer
 	if d.server, err = l.newServer(c); err != nil {
 		return err
 	}
@@ -253,6 +259,7 @@ func changed(a, b *loaded) []string {
 	compare("tls.client_ca", fingerprints(a.clientCAs), fingerprints(b.clientCAs))
 	compare("auth.users", a.file.Users, b.file.Users)
 	compare("metrics.listen", a.file.Metrics, b.file.Metrics)
+	compare("log.qlog_dir", a.file.QlogDir, b.file.QlogDir)
 	compare("log.key_log", a.file.KeyLog, b.file.KeyLog)
 	return keys
 }

@@ -107,11 +107,11 @@ func TestControl(t *testing.T) {
 	}
 	replace(t, file, "sessions = 4096", "sessions = 9")
 	replace(t, file, `"[::]:443"`, `"[::]:444"`)
-	write(t, file, read(t, file)+"\n[log]\nkey_log = \"keys\"\n")
-	if out, _ := do(t, 0, "reload", "--run-dir", runDir); out != "reloaded; restart the proxy for: listen, log.key_log\n" {
+	write(t, file, read(t, file)+"\n[log]\nqlog_dir = \"qlog\"\nkey_log = \"keys\"\n")
+	if out, _ := do(t, 0, "reload", "--run-dir", runDir); out != "reloaded; restart the proxy for: listen, log.qlog_dir, log.key_log\n" {
 		t.Errorf("reload said %s", out)
 	}
-	if out, _ := do(t, 0, "reload", "--run-dir", runDir, "--json"); strings.TrimSpace(out) != `{"restart":["listen","log.key_log"]}` {
+	if out, _ := do(t, 0, "reload", "--run-dir", runDir, "--json"); strings.TrimSpace(out) != `{"restart":["listen","log.qlog_dir","log.key_log"]}` {
 		t.Errorf("reload said %s", out)
 	}
 	write(t, filepath.Join(dir, certFile), "x")

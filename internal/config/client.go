@@ -47,7 +47,9 @@ type Client struct {
 
 	Metrics string // HOST:PORT, TCP, empty: nowhere
 
-	KeyLog string // name of the file for TLS secrets, empty: none
+	QlogDir string // name of the folder for qlog, empty: none
+	KeyLog  string // name of the file for TLS secrets, empty: none
+	PCAP    string // name of the file for packets inside the tunnel, empty: none
 
 	doc *document
 }
@@ -129,9 +131,7 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	c.Metrics = root.table("metrics").tcpAddress("listen", "")
 
 	log := root.table("log")
-	log.unsupported("qlog_dir")
-	c.KeyLog = log.file("key_log", "")
-	log.unsupported("pcap")
+	c.QlogDir, c.KeyLog, c.PCAP = log.file("qlog_dir", ""), log.file("key_log", ""), log.file("pcap", "")
 
 	if err := d.finish(); err != nil {
 		return nil, err

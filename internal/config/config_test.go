@@ -65,7 +65,7 @@ func TestClientFull(t *testing.T) {
 		LAN: true, KillSwitch: true, KillSwitchAllow: prefixes("192.168.5.0/24", "fd00:5::/64"),
 		DNSServers: []netip.Addr{netip.MustParseAddr("10.0.0.53"), netip.MustParseAddr("fd00::53")},
 		DNSSearch:  []string{"corp.example"}, DNSDomains: []string{"corp.example", "."},
-		Congestion: "outer", MaxDelay: 90 * time.Second, Metrics: ":9485", KeyLog: "/etc/masque/keys.log",
+		Congestion: "outer", MaxDelay: 90 * time.Second, Metrics: ":9485", QlogDir: "/var/lib/masque/qlog", KeyLog: "/etc/masque/keys.log", PCAP: "/etc/masque/home.pcap",
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -137,7 +137,7 @@ func TestProxyFull(t *testing.T) {
 		Pool4: netip.MustParsePrefix("10.78.0.0/24"), Delegate4: 28, Hold: 24 * time.Hour, Advertise: prefixes("10.0.0.0/8"), Deny: prefixes("169.254.0.0/16"),
 		DNSServers: []netip.Addr{netip.MustParseAddr("10.78.0.1"), netip.MustParseAddr("10.0.0.53")},
 		DNSDomains: []string{"corp.example"}, DNSSearch: []string{"corp.example", "a.corp.example"}, NAT64: prefixes("64:ff9b::/96"),
-		ClientToClient: true, KernelHopLimit: true, Congestion: "outer", Sessions: 10, SessionsPerUser: 2, KeyLog: "/tmp/keys",
+		ClientToClient: true, KernelHopLimit: true, Congestion: "outer", Sessions: 10, SessionsPerUser: 2, QlogDir: "/etc/masque/qlog", KeyLog: "/tmp/keys",
 		Metrics: "[::1]:9100", MetricsNamed: true,
 		Sites: []Site{
 			{User: "branch", Networks: prefixes("192.0.2.0/24", "2001:db8:a::/64"), Peer: prefixes("10.9.0.0/24")},
@@ -270,8 +270,7 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[reconnect]`, `enabled = "no"`}, `f.toml:3: reconnect.enabled = "no": not true or false; write true or false`},
 		{client, []string{`[reconnect]`, `max_delay = "soon"`}, `f.toml:3: reconnect.max_delay = "soon": not a time span; write for example "30s" or "5m"`},
 		{client, []string{`[reconnect]`, `max_delay = "1ms"`}, `f.toml:3: reconnect.max_delay = "1ms": too short; write at least "1s"`},
-		{client, []string{`[log]`, `qlog_dir = "q"`}, `f.toml:3: log.qlog_dir = "q": not supported by this version; remove it`},
-		{client, []string{`[log]`, `pcap = "p"`}, `f.toml:3: log.pcap = "p": not supported by this version; remove it`},
+		{client, []string{`[log]`, `pcap = true`}, `f.toml:3: log.pcap = true: not a string in quotes; write a string in quotes`},
 
 		// The proxy.
 		{proxy, []string{`[tls]`, `acme = true`}, `f.toml:3: tls.acme: is a table, not a value; write [tls.acme] on a line of its own`},
@@ -328,7 +327,7 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`[metrics]`, `address = ":9484"`}, `f.toml:3: metrics.address: unknown key; remove it`},
 		{client, []string{`[metrics]`, `listen = "9484"`}, `f.toml:3: metrics.listen = "9484": not an address and port; write for example "127.0.0.1:9484", or "" for none`},
 		{proxy, []string{`[connect_udp]`, `enabled = 1`}, `f.toml:3: connect_udp.enabled = 1: not true or false; `},
-		{proxy, []string{`[log]`, `qlog_dir = "q"`}, `f.toml:3: log.qlog_dir = "q": not supported by this version; remove it`},
+		{proxy, []string{`[log]`, `pcap = "p"`}, `f.toml:3: log.pcap: unknown key; remove it`},
 		{proxy, []string{`[[site]]`, `networks = ["192.0.2.0/24"]`}, `f.toml:2: site[0].user: is missing; write the name of the user whose client is the gateway`},
 		{proxy, []string{`[[site]]`, `user = "a/b"`, `networks = ["192.0.2.0/24"]`}, `f.toml:3: site[0].user = "a/b": not a name of a user; write the name that was invited`},
 		{proxy, []string{`[[site]]`, `user = "branch"`}, `f.toml:2: site[0].networks: is missing; write the networks behind the gateway, for example networks = ["192.0.2.0/24"]`},
@@ -409,7 +408,7 @@ func TestMissingMainKey(t *testing.T) {
 }
 
 func TestAllProblemsAtOnce(t *testing.T) {
-	_, err := ParseClient("c.toml", lines(`[tun]`, `mtu = 1`, `[log]`, `pcap = "p"`, `[nonsense]`))
+	_, err := ParseClient("c.toml", lines(`[tun]`, `mtu = 1`, `[log]`, `pcap = 1`, `[nonsense]`))
 	e, ok := errors.AsType[*Error](err)
 	if !ok {
 		t.Fatal(err)

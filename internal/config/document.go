@@ -344,21 +344,6 @@ func (t *table) either(a, aValue, b, bValue string) {
 	}
 }
 
-// unsupported refuses a key of a feature that this version does not have,
-// unless its value is one of those that leave the feature off.
-func (t *table) unsupported(key string, off ...any) {
-	v, ok := t.get(key)
-	if !ok {
-		return
-	}
-	if list, ok := v.([]any); ok && len(list) == 0 {
-		return
-	}
-	if v != "" && !slices.Contains(off, v) {
-		t.add(key, "not supported by this version", "remove it")
-	}
-}
-
 func join(path, key string) string {
 	if path == "" {
 		return key

@@ -63,7 +63,8 @@ type Proxy struct {
 
 	Sites []Site
 
-	KeyLog string // name of the file for TLS secrets, empty: none
+	QlogDir string // name of the folder for qlog, empty: none
+	KeyLog  string // name of the file for TLS secrets, empty: none
 
 	doc *document
 }
@@ -145,8 +146,7 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	p.ConnectUDP = root.table("connect_udp").bool("enabled", true)
 
 	log := root.table("log")
-	log.unsupported("qlog_dir")
-	p.KeyLog = log.file("key_log", "")
+	p.QlogDir, p.KeyLog = log.file("qlog_dir", ""), log.file("key_log", "")
 
 	for _, site := range root.tablesOf("site") {
 		p.Sites = append(p.Sites, parseSite(site))
