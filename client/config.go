@@ -16,6 +16,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/qlogwriter"
 
+	"masquevpn/internal/capture"
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/hostdns"
@@ -73,6 +74,7 @@ type Config struct {
 
 	Journal string // path of a file that lets the next start clean up after a crash; "" for none
 	Logger  *slog.Logger
+	Tap     *capture.Tap                                                    // where packets of the tunnel pass; nil for none
 	Tracer  func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // of quic.Config, for qlog; nil for none
 
 	// OpenDevice, OpenNetwork and OpenResolver replace the TUN device, the kernel's routing and the host's resolver, for use

@@ -85,6 +85,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 		},
 		Static: c.cfg.Static,
 		Stats:  &c.stats,
+		Tap:    c.cfg.Tap.At(""),
 	})
 	c.mu.Lock()
 	c.live = d.conn

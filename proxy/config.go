@@ -15,6 +15,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/qlogwriter"
 
+	"masquevpn/internal/capture"
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
 	"masquevpn/routing"
@@ -71,6 +72,7 @@ type Config struct {
 	StatelessResetKey *[32]byte // kept across restarts, it lets clients notice a restart at once (RFC 9000 section 10.3)
 	Journal           string    // path of a file that lets the next start clean up after a crash; "" for none
 	Logger            *slog.Logger
+	Tap               *capture.Tap                                                    // where packets of the sessions pass; nil for none
 	Tracer            func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // of quic.Config, for qlog; nil for none
 
 	// Resolver finds the addresses of the names in requests; default: what the host is configured with.

@@ -394,6 +394,16 @@ func (s *Server) Kick(id string) bool {
 	return false
 }
 
+// SessionEnds returns a channel that is closed when the session with the given ID has ended, and whether there is one.
+func (s *Server) SessionEnds(id string) (<-chan struct{}, bool) {
+	for _, ss := range s.sessions.list() {
+		if ss.id == id {
+			return ss.done, true
+		}
+	}
+	return nil, false
+}
+
 // Status describes the proxy as a whole.
 type Status struct {
 	Schema    int               `json:"schema"`

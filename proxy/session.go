@@ -95,6 +95,7 @@ func (ss *session) run(str *http3.Stream) error {
 		Withheld:       ss.withheld(),
 		KernelHopLimit: ss.server.cfg().KernelHopLimit,
 		Stats:          &ss.stats,
+		Tap:            ss.server.cfg().Tap.At(ss.id),
 	})
 	ss.conn = conn
 	ss.mu.Unlock()

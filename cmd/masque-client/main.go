@@ -54,7 +54,7 @@ func newRoot() *cobra.Command {
 	o := &options{Globals: globals}
 	root.PersistentFlags().StringVar(&o.configDir, "config-dir", configDir, "`folder` of NAME.toml files")
 	root.PersistentFlags().StringVar(&o.stateDir, "state-dir", stateDir, "`folder` of what lasts longer than a tunnel")
-	root.AddCommand(o.runCommand(), o.upCommand(), o.downCommand(), o.statusCommand(), o.waitCommand(), o.checkCommand(), o.forwardUDPCommand())
+	root.AddCommand(o.runCommand(), o.upCommand(), o.downCommand(), o.statusCommand(), o.waitCommand(), o.checkCommand(), o.captureCommand(), o.forwardUDPCommand())
 	return root
 }
 

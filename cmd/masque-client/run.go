@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"log/slog"
 	"net/http"
 	"os"
 	"sync/atomic"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"masquevpn/client"
+	"masquevpn/internal/capture"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
 	"masquevpn/internal/systemd"
@@ -86,6 +88,7 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	}
 	defer waitQlog()
 	l.config.Tracer = tracer
+	l.config.Tap = new(capture.Tap)
 	c, err := l.newClient()
 	if err != nil {
 		return err
@@ -101,8 +104,13 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 
 	ctx, stop := cli.SignalContext(ctx, logger)
 	defer stop()
+	closePCAP, err := cli.OpenPCAP(l.file, l.file.PCAP, l.config.Tap, logger)
+	if err != nil {
+		return err
+	}
+	defer closePCAP()
 	t := &tunnel{
-		client: c, stop: stop, done: make(chan struct{}), leaf: l.leaf,
+		client: c, tap: l.config.Tap, logger: logger, stop: stop, done: make(chan struct{}), leaf: l.leaf,
 		expiry: cli.ExpiryWarning{What: "the client's own", Renewal: renewal, Logger: logger},
 	}
 	server, err := control.Serve(o.RunDir, name, t.handler(), logger)
@@ -174,6 +182,8 @@ func acquire(runDir, name string) (*control.Lock, error) {
 // tunnel is a running client as the control socket sees it.
 type tunnel struct {
 	client *client.Client
+	tap    *capture.Tap
+	logger *slog.Logger
 	stop   context.CancelFunc
 	lift   atomic.Bool // the kill switch, at the end
 	done   chan struct{}
@@ -197,6 +207,7 @@ const (
 
 func (t *tunnel) handler() http.Handler {
 	mux := http.NewServeMux()
+	cli.HandleCaptures(mux, t.tap, nil, t.done, t.logger)
 	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, _ *http.Request) {
 		control.Reply(w, t.status())
 	})

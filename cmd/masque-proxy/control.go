@@ -51,6 +51,12 @@ var errNoSession = errors.New("there is no such session")
 
 func (d *daemon) handler() http.Handler {
 	mux := http.NewServeMux()
+	cli.HandleCaptures(mux, d.tap, func(id string) (<-chan struct{}, error) {
+		if ends, ok := d.server.SessionEnds(id); ok {
+			return ends, nil
+		}
+		return nil, fmt.Errorf("%q: %w", id, errNoSession)
+	}, d.ended, d.logger)
 	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, _ *http.Request) {
 		select {
 		case <-d.server.Ready():
@@ -100,12 +106,10 @@ func ask[T any](o *options, cmd *cobra.Command, call func(ctx context.Context, c
 		var raw json.RawMessage
 		err := call(ctx, control.NewClient(o.RunDir, instance), args, &raw)
 		switch {
-		case errors.Is(err, control.ErrNotRunning):
-			return &cli.Error{Code: cli.NotConnected, Reason: "no proxy is running with the run directory " + o.RunDir, Remedy: "start it with: " + program + " run -c FILE"}
 		case errors.Is(err, context.DeadlineExceeded):
 			return &cli.Error{Code: cli.Unreachable, Reason: "the proxy does not answer", Remedy: "look into its log"}
 		case err != nil:
-			return answerError(err)
+			return o.answerError(err)
 		}
 		if asJSON {
 			_, err := fmt.Fprintln(cmd.OutOrStdout(), string(raw))
@@ -120,8 +124,11 @@ func ask[T any](o *options, cmd *cobra.Command, call func(ctx context.Context, c
 	return cmd
 }
 
-// answerError gives a refusal of the running proxy its exit code.
-func answerError(err error) error {
+// answerError gives a refusal of the running proxy its exit code, and so to that it does not run.
+func (o *options) answerError(err error) error {
+	if errors.Is(err, control.ErrNotRunning) {
+		return &cli.Error{Code: cli.NotConnected, Reason: "no proxy is running with the run directory " + o.RunDir, Remedy: "start it with: " + program + " run -c FILE"}
+	}
 	e, ok := errors.AsType[*control.StatusError](err)
 	if !ok {
 		return err

@@ -44,7 +44,7 @@ func newRoot() *cobra.Command {
 	root, globals := cli.NewRoot(program, "VPN over MASQUE: IP through HTTP/3 (RFC 9484), the proxy", manual)
 	o := &options{Globals: globals}
 	root.AddCommand(o.runCommand(), initCommand(), inviteCommand(), o.userCommand(), o.checkCommand(),
-		o.statusCommand(), o.sessionsCommand(), o.kickCommand(), o.reloadCommand())
+		o.statusCommand(), o.sessionsCommand(), o.kickCommand(), o.reloadCommand(), o.captureCommand())
 	return root
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"masquevpn/internal/acme"
+	"masquevpn/internal/capture"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
 	"masquevpn/internal/congestion"
@@ -70,6 +71,7 @@ func (o *options) run(ctx context.Context, file string) error {
 	}
 	defer waitQlog()
 	c.Tracer = tracer
+	c.Tap = d.tap
 	if d.server, err = l.newServer(c); err != nil {
 		return err
 	}
@@ -117,6 +119,7 @@ func (o *options) run(ctx context.Context, file string) error {
 	}
 	stopWatching()
 	watching.Wait()
+	close(d.ended)
 	closeErr := socket.Close()
 	if monitor != nil {
 		closeErr = errors.Join(closeErr, monitor.Close())
@@ -133,6 +136,8 @@ type daemon struct {
 	logger  *slog.Logger
 	service *systemd.Service
 	server  *proxy.Server
+	tap     *capture.Tap
+	ended   chan struct{}     // closed when the server has stopped
 	loaded  *loaded           // what it was started with
 	acme    *acme.Manager     // nil: the certificate is in files
 	pair    *cli.PairWatch    // nil: with ACME
@@ -140,7 +145,9 @@ type daemon struct {
 }
 
 func newDaemon(path string, l *loaded, logger *slog.Logger) *daemon {
-	d := &daemon{path: path, logger: logger, loaded: l, service: systemd.NewService(logger)}
+	d := &daemon{
+		path: path, logger: logger, loaded: l, service: systemd.NewService(logger), tap: new(capture.Tap), ended: make(chan struct{}),
+	}
 	d.expiry = cli.ExpiryWarning{What: l.certificateSource(), Renewal: l.renewal(), Logger: logger}
 	if l.acme != nil {
 		d.acme = acme.New(*l.acme)

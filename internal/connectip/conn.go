@@ -18,6 +18,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 
 	"masquevpn/capsule"
+	"masquevpn/internal/capture"
 	"masquevpn/internal/worker"
 )
 
@@ -90,6 +91,7 @@ type Config struct {
 	// KernelHopLimit leaves the hop limit of packets to the kernel's forwarding alone.
 	KernelHopLimit bool
 	Stats          *Stats
+	Tap            capture.Point // sees what is sent and received, but for what is dropped; the zero value sees nothing
 }
 
 // Conn is one CONNECT-IP stream. Run has to be called once; all other methods may be called at any time, from any goroutine.
@@ -143,6 +145,7 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 		peerIDs:   make(map[uint64]struct{}),
 		answers:   make(map[uint64]netip.Prefix),
 	}
+	c.datagrams.tap = cfg.Tap
 	c.life, c.stop = context.WithCancelCause(context.Background())
 	c.sender = worker.New(c.sendAnswers)
 	_ = c.update() // an empty link has a policy

@@ -7,6 +7,8 @@ import (
 
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/quicvarint"
+
+	"masquevpn/internal/capture"
 )
 
 // Headroom is what a caller of Conn.Send leaves free before a packet, in bytes. It holds the longest prefix of a datagram.
@@ -21,6 +23,7 @@ type datagrams struct {
 	conn   sender
 	id     uint64 // quarter stream ID
 	prefix []byte // that and the context ID
+	tap    capture.Point
 }
 
 // sender is what is needed of a *quic.Conn.
@@ -40,7 +43,11 @@ func newDatagrams(conn sender, id quic.StreamID) datagrams {
 func (d *datagrams) send(buf []byte, off int) error {
 	start := off - len(d.prefix)
 	copy(buf[start:off], d.prefix)
-	return d.conn.SendDatagram(buf[start:])
+	err := d.conn.SendDatagram(buf[start:])
+	if err == nil {
+		d.tap.Packet(buf[off:])
+	}
+	return err
 }
 
 // oversized is larger than any datagram: sending it fails, and the error names the limit.

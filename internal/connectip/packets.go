@@ -132,7 +132,9 @@ func (c *Conn) handleDatagram(b []byte, in *inbox) {
 	switch d {
 	case DropNone:
 		c.cfg.Stats.Receive.Add(len(pkt))
+		c.cfg.Tap.Packet(pkt)
 	case consumed:
+		c.cfg.Tap.Packet(pkt)
 	default:
 		c.cfg.Stats.Receive.Drop(d)
 	}

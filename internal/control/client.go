@@ -58,11 +58,17 @@ func (c *Client) Post(ctx context.Context, path string, v any) error {
 	return c.call(ctx, http.MethodPost, path, v)
 }
 
+// Open makes the instance do what path says and returns its answer, whose body the caller reads and closes.
+func (c *Client) Open(ctx context.Context, path string) (*http.Response, error) {
+	return c.do(ctx, http.MethodPost, path)
+}
+
 func (c *Client) call(ctx context.Context, method, path string, v any) error {
-	body, err := c.do(ctx, method, path)
+	answer, err := c.do(ctx, method, path)
 	if err != nil {
 		return err
 	}
+	body := answer.Body
 	defer body.Close()
 	if v == nil {
 		return nil
@@ -77,12 +83,12 @@ func (c *Client) call(ctx context.Context, method, path string, v any) error {
 // it returns false. It returns nil then, and io.EOF when the instance ended
 // the stream.
 func (c *Client) Watch(ctx context.Context, path string, each func(json.RawMessage) bool) error {
-	body, err := c.do(ctx, http.MethodGet, path)
+	answer, err := c.do(ctx, http.MethodGet, path)
 	if err != nil {
 		return err
 	}
-	defer body.Close()
-	decoder := json.NewDecoder(body)
+	defer answer.Body.Close()
+	decoder := json.NewDecoder(answer.Body)
 	for {
 		var v json.RawMessage
 		if err := decoder.Decode(&v); err != nil {
@@ -97,7 +103,8 @@ func (c *Client) Watch(ctx context.Context, path string, each func(json.RawMessa
 	}
 }
 
-func (c *Client) do(ctx context.Context, method, path string) (io.ReadCloser, error) {
+// do returns an answer that is a success.
+func (c *Client) do(ctx context.Context, method, path string) (*http.Response, error) {
 	r, err := http.NewRequestWithContext(ctx, method, "http://unix"+path, nil)
 	if err != nil {
 		return nil, err
@@ -115,7 +122,7 @@ func (c *Client) do(ctx context.Context, method, path string) (io.ReadCloser, er
 		return nil, fmt.Errorf("%s: %w", c.name, err)
 	}
 	if response.StatusCode == http.StatusOK {
-		return response.Body, nil
+		return response, nil
 	}
 	defer response.Body.Close()
 	var f failure
