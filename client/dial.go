@@ -54,6 +54,7 @@ type dialer struct {
 	dropped    func(packets int)                                               // of what the kernel dropped because a socket was full, may be nil
 	upstream   func() (servers []netip.AddrPort, applied bool)                 // see Resolver, may be nil
 	tracer     func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // may be nil
+	progress   func(string)                                                    // is told of each step that went well; may be nil
 	logger     *slog.Logger
 	lastAddrs  []netip.AddrPort // of the proxy
 	timeouts   int              // attempts that got no answer
@@ -91,6 +92,7 @@ func (d *dialer) dial(ctx context.Context, request func(context.Context, *http3.
 	if err != nil {
 		return nil, err
 	}
+	d.note("the name %s leads to %v", d.to.host, addrs)
 	c, err := d.race(ctx, addrs)
 	var timeout net.Error
 	if errors.As(err, &timeout) && timeout.Timeout() {
@@ -99,11 +101,13 @@ func (d *dialer) dial(ctx context.Context, request func(context.Context, *http3.
 	if err != nil {
 		return nil, err
 	}
+	d.noteConn(c.conn)
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	stop := context.AfterFunc(ctx, c.close) // unblocks the exchange
 	h3, err := d.handshake(ctx, c.conn)
 	if err == nil {
+		d.note("it is a MASQUE proxy: it offers Extended CONNECT and HTTP Datagrams")
 		err = request(ctx, h3)
 	}
 	if !stop() {

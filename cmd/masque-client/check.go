@@ -20,26 +20,27 @@ import (
 
 func (o *options) checkCommand() *cobra.Command {
 	var file string
-	var asJSON bool
+	var asJSON, connect bool
 	cmd := &cobra.Command{
 		Use: "check -c FILE", Short: "Check a configuration and this host", Args: cobra.NoArgs,
 		Long: "Check a configuration and this host, without changing anything. Each line is ok, warn or fail; the exit code\n" +
-			"is 2 if anything fails.",
+			"is 2 if anything fails. Nothing is sent to the proxy, unless --connect has it asked too.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			var c cli.Checks
-			if err := o.check(cmd.Context(), &c, file); err != nil {
+			if err := o.check(cmd.Context(), &c, file, connect); err != nil {
 				return err
 			}
 			return c.Finish(cmd.OutOrStdout(), asJSON)
 		}),
 	}
 	cmd.Flags().StringVarP(&file, "config", "c", "", "configuration `FILE`")
+	cmd.Flags().BoolVar(&connect, "connect", false, "connect to the proxy too, and have the request accepted; without a tunnel, and without privileges")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON, one object per line")
 	cobra.CheckErr(cmd.MarkFlagRequired("config"))
 	return cmd
 }
 
-func (o *options) check(ctx context.Context, c *cli.Checks, file string) error {
+func (o *options) check(ctx context.Context, c *cli.Checks, file string, connect bool) error {
 	name, err := tunnelName(file)
 	if err != nil {
 		return err
@@ -57,7 +58,7 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string) error {
 		l.checkDNS(c)
 	}
 	c.NetAdmin(capabilities)
-	c.TUN()
+	c.TUN(l != nil && l.file.Offload)
 	c.RunDir(o.RunDir)
 	running, err := control.Running(o.RunDir, name)
 	switch {
@@ -69,7 +70,17 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string) error {
 		c.Interface(l.file.Device)
 		c.Metrics(l.file.Metrics, true)
 	}
+	c.Clock(time.Now())
+	if tunnel != nil {
+		l.checkKernel(c)
+		l.checkFirewall(c, tunnel)
+		c.LogFiles(l.file.QlogDir, l.file.KeyLog, l.file.PCAP)
+	}
 	c.UDPBuffer()
+	c.UDPOffload()
+	if connect && tunnel != nil {
+		l.checkConnects(ctx, c)
+	}
 	return nil
 }
 

@@ -10,7 +10,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
+
+	"slices"
 	"strings"
 	"time"
 
@@ -19,6 +20,7 @@ import (
 	"masquevpn/internal/acme"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/routing"
 )
 
 func (o *options) checkCommand() *cobra.Command {
@@ -53,7 +55,7 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string, online 
 		l.checkACME(ctx, c, online, time.Now())
 	}
 	c.NetAdmin(capabilities)
-	c.TUN()
+	c.TUN(l != nil && l.file.Offload)
 	c.RunDir(o.RunDir)
 	running, err := control.Running(o.RunDir, instance)
 	switch {
@@ -79,8 +81,12 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string, online 
 	}
 	if usable {
 		l.checkForwarding(c)
+		l.checkFirewall(c)
+		c.LogFiles(l.file.QlogDir, l.file.KeyLog, "")
 	}
+	c.Clock(time.Now())
 	c.UDPBuffer()
+	c.UDPOffload()
 }
 
 func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
@@ -196,27 +202,47 @@ func checkPool(c *cli.Checks, addrs []net.Addr, pools ...netip.Prefix) {
 
 // checkForwarding checks what the kernel needs to forward and masquerade.
 func (l *loaded) checkForwarding(c *cli.Checks) {
+	f := l.file
+	if f.Pool4.IsValid() {
+		c.Forwarding("net.ipv4.ip_forward")
+	}
+	if f.Pool6.IsValid() {
+		c.IPv6(true)
+		c.Forwarding("net.ipv6.conf.all.forwarding")
+	}
+	if f.Masquerade {
+		c.NFTables("nat", "")
+	} else {
+		c.OK("nat: off; hosts behind the proxy need a route to the addresses of [pool] by way of this host")
+	}
 	for _, family := range []struct {
 		pool netip.Prefix
-		key  string
-	}{
-		{l.file.Pool4, "net.ipv4.ip_forward"},
-		{l.file.Pool6, "net.ipv6.conf.all.forwarding"},
-	} {
-		if !family.pool.IsValid() {
-			continue
-		}
-		value, err := os.ReadFile("/proc/sys/" + strings.ReplaceAll(family.key, ".", "/"))
-		switch on := strings.TrimSpace(string(value)); {
-		case err != nil:
-			c.Fail(fmt.Sprintf("forwarding: %s: %v", family.key, err), "take the address family out of [pool]")
-		case on == "0":
-			c.OK("forwarding: %s is off; the proxy turns it on while it runs", family.key)
-		default:
-			c.OK("forwarding: %s is on", family.key)
+		name string
+		ipv6 bool
+	}{{f.Pool4, "IPv4", false}, {f.Pool6, "IPv6", true}} {
+		everything := slices.ContainsFunc(f.Advertise, func(p netip.Prefix) bool { return p.Bits() == 0 && p.Addr().Is6() == family.ipv6 })
+		if family.pool.IsValid() && everything && routing.Uplink(family.ipv6) == "" {
+			c.Warn("uplink: clients get "+family.name+" addresses and routes to everywhere, and this host has no such route itself",
+				"give this host "+family.name+", or take it out of [pool]")
 		}
 	}
-	if l.file.Masquerade {
-		c.NFTables()
+}
+
+// checkFirewall looks for what keeps clients from the proxy, and their packets from their destinations.
+func (l *loaded) checkFirewall(c *cli.Checks) {
+	var ways []cli.Way
+	for _, addr := range l.file.Listen {
+		if a, err := net.ResolveUDPAddr("udp", addr); err == nil {
+			ways = append(ways, cli.Way{
+				What: fmt.Sprintf("UDP %d from clients", a.Port), Passage: routing.Passage{Hook: routing.HookInput, Port: uint16(a.Port)},
+			})
+		}
 	}
+	device := strings.ReplaceAll(l.file.Device, "%d", "0")
+	uplink := cmp.Or(routing.Uplink(false), routing.Uplink(true))
+	out := cmp.Or(uplink, "elsewhere")
+	c.Firewall(device, append(ways,
+		cli.Way{What: "packets of clients from " + device + " to " + out, Passage: routing.Passage{Hook: routing.HookForward, In: device, Out: uplink}},
+		cli.Way{What: "answers from " + out + " to " + device, Passage: routing.Passage{Hook: routing.HookForward, In: uplink, Out: device, Reply: true}},
+	)...)
 }

@@ -95,13 +95,18 @@ func (c *Checks) NetAdmin(capabilities string) {
 	}
 }
 
-// TUN checks that TUN devices can be made here.
-func (c *Checks) TUN() {
+// TUN checks that TUN devices can be made here, and take and give packets in large pieces if that is wanted.
+func (c *Checks) TUN(offload bool) {
 	const path = "/dev/net/tun"
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case err == nil:
-		f.Close()
+		defer f.Close()
+		features, err := unix.IoctlGetInt(int(f.Fd()), unix.TUNGETFEATURES)
+		if offload && err == nil && features&unix.IFF_VNET_HDR == 0 {
+			c.Warn("TUN: the kernel's driver has no offload", "it works, more slowly; Linux 2.6.32 and later have it")
+			return
+		}
 		c.OK("TUN: %s opens", path)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV):
 		c.Fail("TUN: "+path+" is not there", "sudo modprobe tun; in a container, pass the device in")
@@ -152,33 +157,35 @@ func (c *Checks) Writable(what, dir, remedy string) {
 // wantBuffer is the socket buffer that quic-go asks for, in bytes.
 const wantBuffer = 7 << 20
 
-// UDPBuffer checks that a UDP socket gets the receive buffer it wants: what
-// does not fit is lost under load.
+// UDPBuffer checks that a UDP socket gets the buffers it wants: what does not
+// fit is lost under load.
 func (c *Checks) UDPBuffer() {
-	got, err := udpBuffer()
-	switch {
+	receive, receiveErr := udpBuffer(unix.SO_RCVBUF, unix.SO_RCVBUFFORCE)
+	send, sendErr := udpBuffer(unix.SO_SNDBUF, unix.SO_SNDBUFFORCE)
+	what := fmt.Sprintf("UDP buffers: %d KiB to receive, %d KiB to send", receive>>10, send>>10)
+	switch err := errors.Join(receiveErr, sendErr); {
 	case err != nil:
-		c.Warn(fmt.Sprintf("UDP receive buffer: not known: %v", err), "")
-	case got < wantBuffer:
-		c.Warn(fmt.Sprintf("UDP receive buffer: %d KiB", got>>10), fmt.Sprintf("packets may be lost under load; sudo sysctl -w net.core.rmem_max=%d net.core.wmem_max=%d", wantBuffer, wantBuffer))
+		c.Warn(fmt.Sprintf("UDP buffers: not known: %v", err), "")
+	case min(receive, send) < wantBuffer:
+		c.Warn(what, fmt.Sprintf("packets may be lost under load; sudo sysctl -w net.core.rmem_max=%d net.core.wmem_max=%d", wantBuffer, wantBuffer))
 	default:
-		c.OK("UDP receive buffer: %d KiB", got>>10)
+		c.OK("%s", what)
 	}
 }
 
-// udpBuffer asks for the buffer as quic-go does and returns what it got.
-func udpBuffer() (int, error) {
+// udpBuffer asks for a buffer as quic-go does and returns what it got.
+func udpBuffer(option, force int) (int, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 0, err
 	}
 	defer unix.Close(fd)
-	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, wantBuffer) != nil {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, wantBuffer); err != nil {
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, wantBuffer) != nil {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, wantBuffer); err != nil {
 			return 0, err
 		}
 	}
-	doubled, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF)
+	doubled, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, option)
 	return doubled / 2, err // socket(7): the kernel doubles it for its bookkeeping
 }
 

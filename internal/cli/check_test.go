@@ -154,10 +154,78 @@ func TestHostChecks(t *testing.T) {
 	}
 	// What these find depends on the machine; they find one thing each.
 	for _, check := range []func(*Checks){
-		func(c *Checks) { c.NetAdmin("cap_net_admin") }, func(c *Checks) { c.TUN() }, func(c *Checks) { c.UDPBuffer() }, func(c *Checks) { c.NFTables() },
+		func(c *Checks) { c.NetAdmin("cap_net_admin") }, func(c *Checks) { c.TUN(true) }, func(c *Checks) { c.UDPBuffer() }, func(c *Checks) { c.NFTables("nat", "") }, func(c *Checks) { c.UDPOffload() }, func(c *Checks) { c.PolicyRouting() }, func(c *Checks) { c.IPv6(true) },
+		func(c *Checks) { c.ReversePath() }, func(c *Checks) { c.Clock(time.Now()) },
 	} {
 		if lines, _ := report(t, check); len(lines) != 1 || lines[0] == "" {
 			t.Errorf("got %q", lines)
+		}
+	}
+}
+
+// tree makes the files of a folder.
+func tree(t *testing.T, files map[string]string) string {
+	t.Helper()
+	root := t.TempDir()
+	for name, text := range files {
+		name = filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte(text+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
+}
+
+func TestFindings(t *testing.T) {
+	no := errors.New("no such thing")
+	none := t.TempDir()
+	disabled := func(v string) string {
+		return tree(t, map[string]string{"net/ipv6/conf/default/disable_ipv6": v})
+	}
+	filter := func(all, up0 string) string {
+		return tree(t, map[string]string{"net/ipv4/conf/all/rp_filter": all, "net/ipv4/conf/up0/rp_filter": up0, "net/ipv4/conf/default/rp_filter": "1"})
+	}
+	forward := func(v string) string { return tree(t, map[string]string{"net/ipv4/ip_forward": v}) }
+	dir := t.TempDir()
+	for _, test := range []struct {
+		check func(*Checks)
+		want  string
+	}{
+		{func(c *Checks) { c.clock(now, 0, nil) }, "ok    clock: synchronised"},
+		{func(c *Checks) { c.clock(now, 0x40, nil) }, "warn  clock: nothing on this host says that it is synchronised; it is 2026-01-02 15:04:05 UTC here — certificates fail when it is wrong: sudo timedatectl"},
+		{func(c *Checks) { c.clock(now, 0, no) }, "warn  clock: whether it is synchronised is not known: no such thing"},
+		{func(c *Checks) { c.clock(time.Unix(0, 0), 0, nil) }, "fail  clock: it is 1970-01-01 00:00:00 UTC here, and no certificate is valid then — set it: sudo timedatectl"},
+
+		{func(c *Checks) { c.ipv6(disabled("0"), true) }, "ok    IPv6: on for new interfaces"},
+		{func(c *Checks) { c.ipv6(disabled("1"), true) }, "fail  IPv6: net.ipv6.conf.default.disable_ipv6 is 1, and [pool] has IPv6 addresses — sudo sysctl -w net.ipv6.conf.default.disable_ipv6=0, or take ipv6 out of [pool]"},
+		{func(c *Checks) { c.ipv6(disabled("1"), false) }, "warn  IPv6: net.ipv6.conf.default.disable_ipv6 is 1: the tunnel will be for IPv4 only — sudo sysctl -w net.ipv6.conf.default.disable_ipv6=0"},
+		{func(c *Checks) { c.ipv6(none, true) }, "fail  IPv6: the kernel has none, and [pool] has IPv6 addresses — "},
+
+		{func(c *Checks) { c.reversePath(filter("0", "0"), nil) }, "ok    reverse path filter: not strict"},
+		{func(c *Checks) { c.reversePath(filter("2", "1"), no) }, "ok    reverse path filter: not strict"},
+		{func(c *Checks) { c.reversePath(filter("0", "1"), nil) }, "ok    reverse path filter: strict on up0; the client marks"},
+		{func(c *Checks) { c.reversePath(filter("0", "1"), no) }, "warn  reverse path filter: strict on up0, which drops what the proxy sends"},
+		{func(c *Checks) { c.reversePath(filter("1", "0"), no) }, "warn  reverse path filter: strict on all, "},
+
+		{func(c *Checks) { c.forwarding(forward("1"), "net.ipv4.ip_forward") }, "ok    forwarding: net.ipv4.ip_forward is on"},
+		{func(c *Checks) { c.forwarding(forward("0"), "net.ipv4.ip_forward") }, "ok    forwarding: net.ipv4.ip_forward is off; the proxy turns it on while it runs"},
+		{func(c *Checks) { c.forwarding(none, "net.ipv4.ip_forward") }, "fail  forwarding: net.ipv4.ip_forward: open "},
+
+		{func(c *Checks) { c.udpOffload(true, true) }, "ok    UDP offload: "},
+		{func(c *Checks) { c.udpOffload(true, false) }, "warn  UDP offload: the kernel has GSO: true, GRO: false — it works, more slowly"},
+
+		{func(c *Checks) { c.LogFiles("", "", "") }, ""},
+		{func(c *Checks) { c.LogFiles(dir, "", "") }, "warn  log.qlog_dir: each connection is written to "},
+		{func(c *Checks) { c.LogFiles(filepath.Join(dir, "none"), "", "") }, "fail  log.qlog_dir: stat "},
+		{func(c *Checks) { c.LogFiles("", filepath.Join(dir, "keys"), "") }, "warn  log.key_log: TLS secrets are written to "},
+		{func(c *Checks) { c.LogFiles("", "", filepath.Join(dir, "none", "pcap")) }, "fail  log.pcap: "},
+	} {
+		lines, _ := report(t, test.check) // its verdict is in the line
+		if len(lines) != 1 || !strings.HasPrefix(lines[0], test.want) {
+			t.Errorf("got %q, want %q", lines, test.want)
 		}
 	}
 }

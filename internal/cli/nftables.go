@@ -7,13 +7,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// NFTables checks that the kernel has nftables and lets this process use it.
-func (c *Checks) NFTables() {
-	if err := probeNFTables(); err != nil {
-		c.Fail(fmt.Sprintf("nat: nftables cannot be used (%v)", err), "sudo modprobe nf_tables, or run this with sudo")
-		return
+// NFTables checks that the kernel has nftables and lets this process use it,
+// which what needs. If that can do without it, what is lost says how.
+func (c *Checks) NFTables(what, lost string) {
+	const remedy = "sudo modprobe nf_tables, or run this with sudo"
+	switch err := probeNFTables(); {
+	case err == nil:
+		c.OK("%s: nftables answers", what)
+	case lost == "":
+		c.Fail(fmt.Sprintf("%s: nftables cannot be used (%v)", what, err), remedy)
+	default:
+		c.Warn(fmt.Sprintf("%s: nftables cannot be used (%v), and %s", what, err, lost), remedy)
 	}
-	c.OK("nat: nftables answers")
 }
 
 // probeNFTables asks nftables for the number of its generation, which changes

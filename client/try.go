@@ -1,0 +1,50 @@
+package client
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/quic-go/quic-go"
+)
+
+// Try connects to the proxy as Run does, has the request of the tunnel accepted, and closes the connection again. It opens no
+// device, asks for no addresses, changes nothing on this host, and needs no privileges; a session of the user is there for a moment.
+// Each step that went well is told to step, in words. The error, which is an *Error, says which did not.
+func Try(ctx context.Context, cfg Config, step func(string)) error {
+	c, err := New(cfg)
+	if err != nil {
+		return err
+	}
+	// A tunnel that is up already is gone around, if this process may.
+	c.dialer.control, c.dialer.resolver = markIfAllowed, resolver(markIfAllowed, cfg.Nameservers)
+	c.dialer.progress = step
+	d, _, err := c.dial(ctx)
+	if err != nil {
+		return err
+	}
+	d.close()
+	c.dialer.note("the request for %v is accepted", c.to.scope)
+	return nil
+}
+
+// Proxy returns where the proxy is, as it was configured.
+func (c *Client) Proxy() (host, port string) { return c.to.host, c.to.port }
+
+// note tells who wants to know of a step.
+func (d *dialer) note(format string, args ...any) {
+	if d.progress != nil {
+		d.progress(fmt.Sprintf(format, args...))
+	}
+}
+
+// noteConn tells what is known when the handshake is done.
+func (d *dialer) noteConn(conn *quic.Conn) {
+	if d.progress == nil {
+		return
+	}
+	d.note("%v answers on UDP, round trip %v", conn.RemoteAddr(), conn.ConnectionStats().SmoothedRTT.Round(10*time.Microsecond))
+	if chain := conn.ConnectionState().TLS.PeerCertificates; len(chain) > 0 {
+		d.note("its certificate is for %s, from %q, and ends on %s", d.to.verify, chain[0].Issuer.CommonName, chain[0].NotAfter.Format(time.DateOnly))
+	}
+}
