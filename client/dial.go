@@ -92,7 +92,6 @@ func (d *dialer) dial(ctx context.Context, request func(context.Context, *http3.
 	if err != nil {
 		return nil, err
 	}
-	d.note("the name %s leads to %v", d.to.host, addrs)
 	c, err := d.race(ctx, addrs)
 	var timeout net.Error
 	if errors.As(err, &timeout) && timeout.Timeout() {
@@ -145,6 +144,7 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 		}
 	}
 	d.lastAddrs = interleave(found, uint16(port))
+	d.note("the name %s leads to %v", d.to.host, d.lastAddrs)
 	return d.lastAddrs, nil
 }
 

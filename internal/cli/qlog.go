@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -76,12 +77,12 @@ type qlogs struct {
 	dir    string
 	logger *slog.Logger
 	files  sync.WaitGroup // that are open
+	failed atomic.Bool    // a file could not be made or written, which was said
 
-	mu     sync.Mutex
-	open   int
-	ended  []string // the files of connections that are no more, oldest first
-	full   bool     // there were too many, which was said
-	failed bool     // a file could not be made or written, which was said
+	mu    sync.Mutex
+	open  int
+	ended []string // the files of connections that are no more, oldest first
+	full  bool     // there were too many, which was said
 }
 
 func openQlogs(dir string, logger *slog.Logger) (*qlogs, error) {
@@ -130,7 +131,7 @@ func (q *qlogs) trace(_ context.Context, isClient bool, id quic.ConnectionID) ql
 	q.open++
 	q.files.Add(1)
 	seq := qlogwriter.NewConnectionFileSeq(
-		&qlogFile{qlogs: q, name: name, file: f, w: newQlogBuffer(f), flushed: time.Now()},
+		&qlogFile{qlogs: q, name: name, file: f, w: newQlogBuffer(f)},
 		isClient, id, []string{qlog.EventSchema, http3qlog.EventSchema})
 	go seq.Run()
 	return seq
@@ -138,21 +139,17 @@ func (q *qlogs) trace(_ context.Context, isClient bool, id quic.ConnectionID) ql
 
 func newQlogBuffer(w io.Writer) *bufio.Writer { return bufio.NewWriterSize(w, 1<<16) }
 
-// fail says the first of many errors. q.mu is held.
+// fail says the first of many errors.
 func (q *qlogs) fail(err error) {
-	if !q.failed {
-		q.failed = true
+	if !q.failed.Swap(true) {
 		q.logger.Error("qlog of a connection cannot be written", "error", err)
 	}
 }
 
-func (q *qlogs) close(name string, err error) {
+func (q *qlogs) close(name string) {
 	defer q.files.Done()
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if err != nil {
-		q.fail(err)
-	}
 	q.open--
 	for q.ended = append(q.ended, name); len(q.ended) > maxQlogs; q.ended = q.ended[1:] {
 		_ = q.root.Remove(q.ended[0]) // somebody else may have removed it
@@ -168,44 +165,62 @@ func (q *qlogs) wait() {
 	}
 }
 
-// qlogFile is one file. What does not fit, or cannot be written, is left out from a record on. Its methods are called by one
-// goroutine at a time.
+// qlogFile is one file. What does not fit, or cannot be written, is left out from a record on.
 type qlogFile struct {
-	qlogs   *qlogs
-	name    string
-	file    *os.File
-	w       *bufio.Writer
-	size    int
-	flushed time.Time
-	full    bool
-	err     error // the first one
+	qlogs *qlogs
+	name  string
+	file  *os.File
+
+	mu     sync.Mutex
+	w      *bufio.Writer
+	flush  *time.Timer // nil while nothing waits to be written
+	size   int
+	full   bool
+	failed bool
 }
 
 // Write takes a part of a record. It never fails.
 func (f *qlogFile) Write(p []byte) (int, error) {
-	if len(p) > 0 && p[0] == qlogwriter.RecordSeparator { // which JSON never has
-		if now := time.Now(); now.Sub(f.flushed) >= qlogFlush && f.err == nil { // so that it can be read meanwhile
-			f.flushed = now
-			f.err = f.w.Flush()
-		}
-		f.full = f.full || f.size >= maxQlogBytes
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(p) > 0 && p[0] == qlogwriter.RecordSeparator && f.size >= maxQlogBytes { // which JSON never has
+		f.full = true
 	}
-	if f.full || f.err != nil {
+	if f.full || f.failed {
 		return len(p), nil
 	}
 	f.size += len(p)
-	_, f.err = f.w.Write(p)
+	_, err := f.w.Write(p)
+	f.note(err)
+	if f.flush == nil { // so that it can be read meanwhile
+		f.flush = time.AfterFunc(qlogFlush, func() {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.flush = nil
+			f.note(f.w.Flush())
+		})
+	}
 	return len(p), nil
+}
+
+// note has the first error said. f.mu is held.
+func (f *qlogFile) note(err error) {
+	if err != nil && !f.failed {
+		f.failed = true
+		f.qlogs.fail(err)
+	}
 }
 
 // Close ends the file. It never fails.
 func (f *qlogFile) Close() error {
-	if f.err == nil {
-		f.err = f.w.Flush()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.flush != nil {
+		f.flush.Stop()
 	}
-	if err := f.file.Close(); f.err == nil {
-		f.err = err
-	}
-	f.qlogs.close(f.name, f.err)
+	f.note(f.w.Flush())
+	f.note(f.file.Close())
+	f.failed = true // a flush that is under way finds nothing to do
+	f.qlogs.close(f.name)
 	return nil
 }

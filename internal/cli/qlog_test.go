@@ -64,9 +64,16 @@ func TestQlog(t *testing.T) {
 		{Name: ":path", Value: "/a"}, {Name: "authorization", Value: "Bearer secret"}, {Name: "masque-instance", Value: "secret"},
 	}}}})
 	r.RecordEvent(qlog.MTUUpdated{Value: 1400})
+	names := qlogFiles(t, dir)
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) { // it can be read meanwhile
+		if text, err := os.ReadFile(names[0]); err != nil || time.Now().After(deadline) {
+			t.Fatalf("%v: %s", err, text)
+		} else if strings.Contains(string(text), "mtu_updated") {
+			break
+		}
+	}
 	r.Close()
 	wait()
-	names := qlogFiles(t, dir)
 	if len(names) != 1 || !strings.HasSuffix(names[0], "Z_01020304_client.sqlog") {
 		t.Fatalf("the files are %q", names)
 	}
