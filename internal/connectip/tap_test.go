@@ -1,0 +1,62 @@
+package connectip
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"testing"
+
+	"github.com/gopacket/gopacket/pcapgo"
+
+	"masquevpn/internal/capture"
+)
+
+// A tap sees packets as they are in the tunnel, in both directions, and none that is dropped.
+func TestTap(t *testing.T) {
+	var tap capture.Tap
+	_, proxy := remoteAccess(t, Config{Tap: tap.At("1")})
+	capturing := tap.Start(capture.Options{Session: "1"})
+	ctx, stop := context.WithCancel(t.Context())
+	var file bytes.Buffer
+	done := make(chan error, 1)
+	go func() { done <- capturing.Write(ctx, &file) }()
+
+	in := newInbox(proxy.Conn)
+	receive := func(pkt []byte) { in.HandleDatagram(append([]byte{contextIPPacket}, pkt[Headroom:]...)) }
+	receive(echoPacket(clientAddr4, target4, 64, 101))
+	receive(echoPacket(target6, clientAddr6, 64, 102)) // a source that is not the client's
+	in.FlushDatagrams()
+	proxy.device.next(t)
+	if d := proxy.Send(echoPacket(target4, clientAddr4, 64, 103), Headroom); d != DropNone {
+		t.Fatal(d)
+	}
+	if d := proxy.Send(echoPacket(target4, target4, 64, 104), Headroom); d != DropDestination {
+		t.Fatal(d)
+	}
+	stop()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+
+	r, err := pcapgo.NewReader(&file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sizes := make(map[int]int)
+	for {
+		pkt, _, err := r.ReadPacketData()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		sizes[len(pkt)]++
+		if p := parse(t, pkt); len(pkt) == 103 && p.HopLimit != 63 {
+			t.Errorf("sent with hop limit %d, not as it left", p.HopLimit)
+		}
+	}
+	if sizes[101] != 1 || sizes[102] != 0 || sizes[103] != 1 || sizes[104] != 0 {
+		t.Errorf("captured packets by size: %v", sizes)
+	}
+}
