@@ -39,6 +39,9 @@ mkdir -p masque-client@.service.d masque-proxy.service.d ` + unit + `.d
 printf '[Service]\nNetworkNamespacePath=/run/netns/other\n' > ` + unit + `.d/apart.conf
 printf '[Service]\nExecStart=\nExecStart=/usr/bin/masque-client --log-level debug run -c /etc/masque/%%i.toml\n' > masque-client@.service.d/test.conf
 printf '[Service]\nExecStart=\nExecStart=/usr/bin/masque-proxy --log-level debug run -c /etc/masque/proxy.toml\nWatchdogSec=5s\n' > masque-proxy.service.d/test.conf`)
+	m.until("the link is up", func() bool { // and has all its addresses
+		return strings.Count(m.do("ip -o addr show dev eth0; "+other+"ip -o addr show dev eth0"), "inet6 fe80:") == 2
+	})
 }
 
 const other = "ip netns exec other "
