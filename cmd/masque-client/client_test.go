@@ -162,6 +162,8 @@ func TestUsage(t *testing.T) {
 		{[]string{"up", "a", "--timeout", "soon"}, "invalid argument"},
 		{[]string{"run", "-c", "proxy.toml"}, `a tunnel cannot be named "proxy"`},
 		{[]string{"run", "-c", "/none/home.toml"}, "/none/home.toml does not exist: copy the file"},
+		{[]string{"run", "-c", "/dev"}, "read /dev: is a directory: name another one"},
+		{[]string{"up", "/dev/zero"}, "read /dev/zero: file too large: name another one"},
 		{[]string{"forward-udp", "5300", "-c", "/none/home.toml"}, "accepts 2 arg(s), received 1"},
 		{[]string{"forward-udp", "5300", "a.example:53"}, `required flag(s) "config" not set`},
 		{[]string{"forward-udp", "5300", "a.example:53", "-c", "/none/home.toml"}, "/none/home.toml does not exist: copy the file"},

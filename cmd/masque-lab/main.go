@@ -43,6 +43,8 @@ Nothing on the machine itself is changed.`,
 			o.logs, err = cli.ParseLogOptions(o.logLevel, o.logFormat)
 			return err
 		}),
+		Args: cobra.NoArgs,
+		RunE: cli.Run(func(*cobra.Command, []string) error { return cli.Missing(program) }),
 	}
 	flags := root.PersistentFlags()
 	flags.StringVar(&o.logLevel, "log-level", "info", "what all programs log: debug, info, warn or error")

@@ -166,7 +166,7 @@ func TestProgramsMissing(t *testing.T) {
 }
 
 func TestUsage(t *testing.T) {
-	for _, args := range [][]string{{"run"}, {"run", "no-such"}, {"demo", "extra"}, {"demo", "--no-such"}, {"list", "--log-level", "loud"}, {"no-such"}} {
+	for _, args := range [][]string{nil, {"run"}, {"run", "no-such"}, {"demo", "extra"}, {"demo", "--no-such"}, {"list", "--log-level", "loud"}, {"no-such"}} {
 		stdout, stderr, code := execute(args...)
 		if code != int(cli.Usage) || stdout != "" || strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%v: exit code %d, %q, %q", args, code, stdout, stderr)

@@ -74,6 +74,9 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 	if !config.IsName(in.user) {
 		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%q cannot name a user", in.user), Remedy: `write 1 to 64 letters, digits and any of ".-_@", a letter or digit first`}
 	}
+	if in.proxy != "" && !config.IsProxy(in.proxy) {
+		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("--proxy %q is not a name, host:port or URI template", in.proxy), Remedy: "write for example vpn.example.org"}
+	}
 	user := config.User{Name: in.user, Sessions: in.sessions, Created: now}
 	if user.Expires, err = parseExpires(in.expires, now); err != nil {
 		return err

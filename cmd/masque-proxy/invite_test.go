@@ -186,6 +186,8 @@ func TestInviteErrors(t *testing.T) {
 		want string
 	}{
 		{[]string{"a/b"}, "cannot name a user"},
+		{[]string{"alice", "--proxy", "a b"}, `--proxy "a b" is not a name, host:port or URI template: write for example vpn.example.org`},
+		{[]string{"alice", "--proxy", "vpn.example.org:0"}, `--proxy "vpn.example.org:0" is not a name`},
 		{[]string{"alice", "--valid", "forever"}, `--valid "forever" is not a time span`},
 		{[]string{"alice", "--expires", "soon"}, `--expires "soon" is neither a time span nor a date`},
 		{[]string{"alice", "--expires", "2001-01-01"}, "--expires 2001-01-01 is over"},

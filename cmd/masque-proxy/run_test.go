@@ -28,6 +28,14 @@ func TestLoadErrors(t *testing.T) {
 		{"no key", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, keyFile)) }, `proxy.toml:12: tls.key = "proxy.key": `},
 		{"no client CA", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, caCertFile)) }, `proxy.toml:13: tls.client_ca = "ca.crt": `},
 		{"no users", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, usersFile)) }, `users.toml does not exist: make it with: touch `},
+		{"a folder for users", func(dir, _ string) {
+			_ = os.Remove(filepath.Join(dir, usersFile))
+			_ = os.Mkdir(filepath.Join(dir, usersFile), 0o700)
+		}, `users.toml: is a directory: name another one`},
+		{"a folder for the configuration", func(_, file string) {
+			_ = os.Remove(file)
+			_ = os.Mkdir(file, 0o700)
+		}, `proxy.toml: is a directory: name another one`},
 		{"garbage for a certificate", func(dir, _ string) { write(t, filepath.Join(dir, certFile), "x") }, `tls.cert = "proxy.crt": holds no certificate in PEM form; write`},
 		{"garbage for a key", func(dir, _ string) { write(t, filepath.Join(dir, keyFile), "x") }, `tls.key = "proxy.key": holds no private key in PEM form; write`},
 		{"another key", func(dir, _ string) { write(t, filepath.Join(dir, keyFile), read(t, filepath.Join(dir, caKeyFile))) }, `tls.key = "proxy.key": not the key of the certificate; `},

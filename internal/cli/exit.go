@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -100,6 +102,9 @@ func FromError(w io.Writer, err error) *Error {
 	if errors.Is(err, os.ErrPermission) {
 		return Errorf(Privileges, "%v: run as root or as the owner, or let the group of a service read it", err)
 	}
+	if isWrongPath(err) {
+		return Errorf(Usage, "%v: name another one", err)
+	}
 	return &Error{Code: Failure, Reason: err.Error(), Remedy: FileRemedy(err)}
 }
 
@@ -113,6 +118,18 @@ func FileRemedy(err error) string {
 		return "choose another folder, or have it mounted for writing"
 	}
 	return ""
+}
+
+// isWrongPath tells whether an error says that a path of the command line or a configuration leads to nothing of use, such as to a
+// folder in place of a file.
+func isWrongPath(err error) bool {
+	e, ok := errors.AsType[*fs.PathError](err)
+	if !ok || e.Op == "write" { // there EFBIG is a limit of the process
+		return false
+	}
+	return slices.ContainsFunc([]error{unix.EISDIR, unix.ENOTDIR, unix.EFBIG, unix.ELOOP, unix.ENAMETOOLONG}, func(target error) bool {
+		return errors.Is(e, target)
+	})
 }
 
 // asError makes an *Error of what cobra gave. What is not ours is about the

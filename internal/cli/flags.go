@@ -25,7 +25,7 @@ func NewRoot(program, short string, page Page) (*cobra.Command, *Globals) {
 			return err
 		}),
 		RunE: Run(func(cmd *cobra.Command, _ []string) error {
-			return &Error{Code: Usage, Reason: "a command is missing", Remedy: "see '" + program + " --help'"}
+			return Missing(program)
 		}),
 	}
 	flags := root.PersistentFlags()
@@ -34,4 +34,9 @@ func NewRoot(program, short string, page Page) (*cobra.Command, *Globals) {
 	flags.StringVar(&g.format, "log-format", FormatAuto, "auto, text or json; auto is text, and json in systemd's journal")
 	root.AddCommand(VersionCommand(program), manCommand(program, page))
 	return root, g
+}
+
+// Missing is the error of a command line without a command.
+func Missing(program string) error {
+	return &Error{Code: Usage, Reason: "a command is missing", Remedy: "see '" + program + " --help'"}
 }

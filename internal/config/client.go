@@ -67,8 +67,7 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	switch {
 	case !root.has("proxy"):
 		d.add("proxy", "is missing", `write for example proxy = "vpn.example.org"`)
-	case strings.Contains(c.Proxy, "://"): // a template; the client package checks it
-	case !IsHost(c.Proxy) && !(isHostPort(c.Proxy) && IsHost(hostOf(c.Proxy))):
+	case !IsProxy(c.Proxy):
 		root.add("proxy", "not a name, host:port or URI template", `write for example "vpn.example.org" or "[2001:db8::1]:443"`)
 	}
 
@@ -80,6 +79,11 @@ func ParseClient(file string, data []byte) (*Client, error) {
 
 	scope := root.table("scope")
 	c.Target, c.IPProto = scope.string("target", "*"), scope.stringOrInt("ipproto", "*")
+	for _, key := range []string{"target", "ipproto"} {
+		if scope.values[key] == "" {
+			scope.add(key, "empty", `write "*" for no preference, or leave it out`)
+		}
+	}
 
 	tun := root.table("tun")
 	c.Device, c.MTU, c.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"), tun.bool("offload", true)
@@ -137,6 +141,11 @@ func ParseClient(file string, data []byte) (*Client, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// IsProxy tells whether s can be the proxy of a client: a name, HOST:PORT, or a URI template, which the client package checks.
+func IsProxy(s string) bool {
+	return strings.Contains(s, "://") || IsHost(s) || isHostPort(s) && IsHost(hostOf(s))
 }
 
 func (c *Client) parseDNS(dns *table) {

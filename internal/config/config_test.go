@@ -233,6 +233,8 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[auth]`, `token = 5`}, `f.toml:3: auth.token: not a string in quotes; write a string in quotes`},
 		{client, []string{`[auth]`, `tokn = "s3cret"`}, `f.toml:3: auth.tokn: unknown key; did you mean "auth.token"?`},
 		{client, []string{`[scope]`, `target = 7`}, `f.toml:3: scope.target = 7: not a string in quotes; write a string in quotes`},
+		{client, []string{`[scope]`, `target = ""`}, `f.toml:3: scope.target = "": empty; write "*" for no preference, or leave it out`},
+		{client, []string{`[scope]`, `ipproto = ""`}, `f.toml:3: scope.ipproto = "": empty; write "*" for no preference, or leave it out`},
 		{client, []string{`[scope]`, `ipproto = true`}, `f.toml:3: scope.ipproto = true: not a string in quotes; write a string in quotes`},
 		{client, []string{`[tun]`, `name = "a-name-that-is-too-long"`}, `f.toml:3: tun.name = "a-name-that-is-too-long": not a name of a network interface; write for example "masque0", at most 15 characters`},
 		{client, []string{`[tun]`, `name = "../x"`}, `f.toml:3: tun.name = "../x": not a name of a network interface; `},
@@ -484,3 +486,19 @@ func FuzzParse(f *testing.F) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+// Files of editors that begin with a byte order mark are told apart from those that are wrong.
+func TestByteOrderMarks(t *testing.T) {
+	for mark, remedy := range map[string]string{
+		"\xef\xbb\xbf": "save the file as UTF-8 without one",
+		"\xff\xfe":     "save the file as UTF-8, not UTF-16",
+		"\xfe\xff":     "save the file as UTF-8, not UTF-16",
+	} {
+		want := "f.toml:1: starts with a byte order mark; " + remedy
+		for _, text := range []string{"", `proxy = "p"`} {
+			if _, err := ParseClient("f.toml", []byte(mark+text)); err == nil || err.Error() != want {
+				t.Errorf("%q: %v, want %s", mark+text, err, want)
+			}
+		}
+	}
+}

@@ -26,10 +26,22 @@ type document struct {
 	problems []Problem
 }
 
+// byteOrderMarks are what some editors begin a file with, and TOML does not allow.
+var byteOrderMarks = map[string]string{
+	"\xef\xbb\xbf": "save the file as UTF-8 without one",
+	"\xff\xfe":     "save the file as UTF-8, not UTF-16",
+	"\xfe\xff":     "save the file as UTF-8, not UTF-16",
+}
+
 // parse reads data as TOML. The error, if any, is an *Error.
 func parse(file string, data []byte) (*document, *table, error) {
 	d := &document{file: file, lines: make(map[string]int), values: make(map[string]any), secret: make(map[string]bool)}
 	root := make(map[string]any)
+	for mark, remedy := range byteOrderMarks {
+		if strings.HasPrefix(string(data[:min(len(data), len(mark))]), mark) {
+			return nil, nil, &Error{Problems: []Problem{{File: file, Line: 1, Reason: "starts with a byte order mark", Remedy: remedy}}}
+		}
+	}
 	if err := toml.Unmarshal(data, &root); err != nil {
 		p := Problem{File: file, Reason: strings.TrimPrefix(err.Error(), "toml: ")}
 		if de, ok := errors.AsType[*toml.DecodeError](err); ok {

@@ -79,9 +79,11 @@ type Counts struct {
 func (st *Status) SetTraffic(s *Stats) {
 	st.Packets = Counts{RX: s.Receive.Packets.Load(), TX: s.Send.Packets.Load()}
 	st.Bytes = Counts{RX: s.Receive.Bytes.Load(), TX: s.Send.Bytes.Load()}
-	st.Drops = s.Receive.Drops()
-	for reason, n := range s.Send.Drops() {
-		st.Drops[reason] += n
+	st.Drops = map[string]uint64{DropTooBig.String(): 0} // always there
+	for _, t := range []*Traffic{&s.Receive, &s.Send} {
+		for reason, n := range t.Drops() {
+			st.Drops[reason] += n
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package connectip
 
 import (
 	"encoding/json"
+	"maps"
 	"net/netip"
 	"testing"
 
@@ -33,5 +34,22 @@ func TestStatusOfDNS(t *testing.T) {
 	const none = `{"servers":[],"search":[],"domains":[],"nat64":[],"applied":false}`
 	if got, err := json.Marshal(s.DNS); err != nil || string(got) != none {
 		t.Errorf("got  %s, %v\nwant %s", got, err, none)
+	}
+}
+
+// Scripts ask for drops.too_big: it is there when nothing was dropped, too.
+func TestStatusOfDrops(t *testing.T) {
+	var st Status
+	s := new(Stats)
+	st.SetTraffic(s)
+	if want := map[string]uint64{"too_big": 0}; !maps.Equal(st.Drops, want) {
+		t.Errorf("nothing dropped: %v", st.Drops)
+	}
+	s.Send.drops[DropTooBig].Add(2)
+	s.Receive.drops[DropTooBig].Add(3)
+	s.Receive.drops[DropSource].Add(1)
+	st.SetTraffic(s)
+	if want := map[string]uint64{"too_big": 5, "source": 1}; !maps.Equal(st.Drops, want) {
+		t.Errorf("dropped: %v", st.Drops)
 	}
 }
