@@ -246,11 +246,38 @@ func (h *host) tryOpen(c Config) (m *Manager, err error) {
 	return m, err
 }
 
+// apply applies s, and waits until the kernel takes packets to its addresses: for IPv6 it finishes that in the background.
 func (h *host) apply(m *Manager, s State) {
 	h.t.Helper()
 	if err := h.tryApply(m, s); err != nil {
 		h.t.Fatalf("Apply: %v", err)
 	}
+	h.do(func() {
+		for _, p := range s.Addresses {
+			for deadline := time.Now().Add(patience); !isLocal(p.Addr()); time.Sleep(time.Millisecond) {
+				if time.Now().After(deadline) {
+					h.t.Fatalf("packets to %v are not taken", p.Addr())
+				}
+			}
+		}
+	})
+}
+
+// isLocal reports whether the kernel takes packets to a itself, or does not have that address.
+func isLocal(a netip.Addr) bool {
+	if !hasAddr(a) {
+		return true
+	}
+	routes, err := netlink.RouteGet(a.AsSlice())
+	return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL
+}
+
+func hasAddr(a netip.Addr) bool {
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	return err == nil && slices.ContainsFunc(addrs, func(x netlink.Addr) bool {
+		ip, _ := netip.AddrFromSlice(x.IP)
+		return ip.Unmap() == a
+	})
 }
 
 func (h *host) tryApply(m *Manager, s State) (err error) {

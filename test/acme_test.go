@@ -175,25 +175,11 @@ func TestACME(t *testing.T) {
 	}
 	p.up(p.Client, invite("alice"))
 	before, first := p.status(p.Client, "alice"), p.expiry()
-	ln, err := p.Target.Listen("tcp", netip.AddrPortFrom(lab.TargetIPv4, 0).String())
-	check(t, err)
-	defer ln.Close()
-	received := make(chan string, 1)
-	go func() {
-		c, err := ln.Accept()
-		if err != nil {
-			received <- err.Error()
-			return
-		}
-		defer c.Close()
-		received <- digest(c)
-	}()
-	conn, err := p.Client.DialContext(p.ctx, "tcp", ln.Addr().String())
-	check(t, err)
+	conn, received := p.flow(p.Client, p.Target, lab.TargetIPv4, 5*patience)
 	const size = 20 << 20
 	data := content(size)
 	for sent := int64(0); sent < size/2 || time.Now().Before(first); sent += size / 1000 { // until the first certificate has ended
-		_, err = io.CopyN(conn, data, max(0, min(size/1000, size/2-sent)))
+		_, err := io.CopyN(conn, data, max(0, min(size/1000, size/2-sent)))
 		check(t, err)
 		time.Sleep(20 * time.Millisecond)
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -207,7 +208,7 @@ func (p *pair) excepted() {
 	check(p.t, p.Client.Command(p.ctx, "ip", "neigh", "flush", "dev", "eth0").Run())
 	seen := p.capture()
 	for from, to := range map[string]netip.AddrPort{
-		"0.0.0.0:68": netip.MustParseAddrPort("255.255.255.255:67"), "[::]:546": netip.MustParseAddrPort("[ff02::1:2%eth0]:547"),
+		"0.0.0.0:68": netip.MustParseAddrPort("255.255.255.255:67"), "[::]:546": netip.MustParseAddrPort("[ff02::1:2]:547"),
 	} {
 		check(p.t, p.Client.Do(func() error {
 			listen := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
@@ -220,7 +221,15 @@ func (p *pair) excepted() {
 				return err
 			}
 			defer c.Close()
-			_, err = c.WriteTo([]byte("discover"), net.UDPAddrFromAddrPort(to))
+			iface, err := net.InterfaceByName("eth0")
+			if err != nil {
+				return err
+			}
+			dst := net.UDPAddrFromAddrPort(to)
+			if to.Addr().Is6() {
+				dst.Zone = strconv.Itoa(iface.Index) // of a name Go remembers the index, perhaps that on another host
+			}
+			_, err = c.WriteTo([]byte("discover"), dst)
 			return err
 		}))
 	}

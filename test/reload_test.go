@@ -1,7 +1,6 @@
 package test
 
 import (
-	"context"
 	"io"
 	"net/netip"
 	"os"
@@ -22,24 +21,8 @@ func TestReload(t *testing.T) {
 	check(t, p.Proxy.AddRoute(netip.PrefixFrom(other, 32), lab.TargetIPv4))
 	p.goesBy(other, "eth0")
 
-	ln, err := p.Target.Listen("tcp", netip.AddrPortFrom(lab.TargetIPv4, 0).String())
-	check(t, err)
-	defer ln.Close()
 	const size = 200 << 20
-	received := make(chan string, 1)
-	go func() {
-		c, err := ln.Accept()
-		if err != nil {
-			received <- err.Error()
-			return
-		}
-		defer c.Close()
-		received <- digest(c)
-	}()
-	ctx, cancel := context.WithTimeout(p.ctx, 5*patience)
-	defer cancel()
-	conn, err := p.Client.DialContext(ctx, "tcp", ln.Addr().String())
-	check(t, err)
+	conn, received := p.flow(p.Client, p.Target, lab.TargetIPv4, 5*patience)
 	sent := make(chan error, 1)
 	go func() {
 		_, err := io.Copy(conn, content(size))

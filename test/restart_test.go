@@ -1,9 +1,7 @@
 package test
 
 import (
-	"context"
 	"io"
-	"net/netip"
 	"slices"
 	"strings"
 	"syscall"
@@ -21,24 +19,8 @@ func TestProxyKilledAndRestarted(t *testing.T) {
 	p.connect(p.Client, "alice")
 	before := p.status(p.Client, "alice")
 
-	ln, err := p.Target.Listen("tcp", netip.AddrPortFrom(lab.TargetIPv4, 0).String())
-	check(t, err)
-	defer ln.Close()
 	const size = 100 << 20
-	received := make(chan string, 1)
-	go func() {
-		c, err := ln.Accept()
-		if err != nil {
-			received <- err.Error()
-			return
-		}
-		defer c.Close()
-		received <- digest(c)
-	}()
-	ctx, cancel := context.WithTimeout(p.ctx, 3*patience)
-	defer cancel()
-	conn, err := p.Client.DialContext(ctx, "tcp", ln.Addr().String())
-	check(t, err)
+	conn, received := p.flow(p.Client, p.Target, lab.TargetIPv4, 3*patience)
 	half := io.LimitReader(content(size), size/2)
 	if _, err := io.Copy(conn, half); err != nil {
 		t.Fatal(err)

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -309,25 +308,7 @@ func TestSitesWhenTheProxyRestarts(t *testing.T) {
 	s := newSites(t, "")
 	s.upBoth()
 	a1, b1 := s.a.hosts[0], s.b.hosts[0]
-	ln, err := b1.Listen("tcp", netip.AddrPortFrom(s.b.addrs4[0], 0).String())
-	check(t, err)
-	defer ln.Close()
-	received := make(chan string, 1)
-	go func() {
-		c, err := ln.Accept()
-		if err != nil {
-			received <- err.Error()
-			return
-		}
-		defer c.Close()
-		received <- digest(c)
-	}()
-	ctx, cancel := context.WithTimeout(s.ctx, 3*patience)
-	defer cancel()
-	conn, err := a1.DialContext(ctx, "tcp", ln.Addr().String())
-	check(t, err)
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
-	defer stop()
+	conn, received := s.flow(a1, b1, s.b.addrs4[0], 3*patience)
 	const size = 40 << 20
 	all := content(size)
 	if _, err := io.CopyN(conn, all, size/2); err != nil {
@@ -351,7 +332,7 @@ func TestSitesWhenTheProxyRestarts(t *testing.T) {
 	if err := <-sent; err != nil {
 		t.Errorf("the connection broke: %v", err)
 	}
-	check(t, conn.(*net.TCPConn).CloseWrite())
+	check(t, conn.CloseWrite())
 	if got, want := <-received, digest(content(size)); got != want {
 		t.Errorf("received %s, sent %s", got, want)
 	}

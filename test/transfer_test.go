@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"strconv"
 	"testing"
+	"time"
 
 	"masquevpn/internal/lab"
 )
@@ -20,33 +21,40 @@ func content(n int64) io.Reader {
 	return io.LimitReader(rand.NewChaCha8([32]byte{7}), n)
 }
 
-// transfer sends n bytes by TCP from one host to an address of another and compares what arrives.
-func (p *pair) transfer(from, to *lab.Host, addr netip.Addr, n int64) {
+// flow opens a TCP connection from one host to an address of another, which ends after so long at the latest. received is told what
+// arrived when the connection is closed for writing, as digest says it.
+func (p *pair) flow(from, to *lab.Host, addr netip.Addr, within time.Duration) (conn *net.TCPConn, received <-chan string) {
 	p.t.Helper()
 	ln, err := to.Listen("tcp", netip.AddrPortFrom(addr, 0).String())
 	check(p.t, err)
-	defer ln.Close()
-	received := make(chan string, 1)
+	p.t.Cleanup(func() { ln.Close() })
+	arrived := make(chan string, 1)
 	go func() {
 		c, err := ln.Accept()
 		if err != nil {
-			received <- err.Error()
+			arrived <- err.Error()
 			return
 		}
 		defer c.Close()
-		received <- digest(c)
+		arrived <- digest(c)
 	}()
-	ctx, cancel := context.WithTimeout(p.ctx, 5*patience)
-	defer cancel()
-	conn, err := from.DialContext(ctx, "tcp", ln.Addr().String())
+	ctx, cancel := context.WithTimeout(p.ctx, within)
+	p.t.Cleanup(cancel)
+	c, err := from.DialContext(ctx, "tcp", ln.Addr().String())
 	if err != nil {
-		p.t.Errorf("connecting from %s to %v: %v", from.Name(), addr, err)
-		return
+		p.t.Fatalf("connecting from %s to %v: %v", from.Name(), addr, err)
 	}
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
-	defer stop()
-	_, err = io.Copy(conn, content(n))
-	check(p.t, conn.(*net.TCPConn).CloseWrite())
+	context.AfterFunc(ctx, func() { c.Close() })
+	return c.(*net.TCPConn), arrived
+}
+
+// transfer sends n bytes by TCP from one host to an address of another and compares what arrives.
+func (p *pair) transfer(from, to *lab.Host, addr netip.Addr, n int64) {
+	p.t.Helper()
+	conn, received := p.flow(from, to, addr, 5*patience)
+	defer conn.Close()
+	_, err := io.Copy(conn, content(n))
+	check(p.t, conn.CloseWrite())
 	if err != nil {
 		p.t.Errorf("sending from %s to %v: %v", from.Name(), addr, err)
 		return
