@@ -1,0 +1,61 @@
+package test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"masquevpn/client"
+	"masquevpn/internal/lab"
+)
+
+// A path that loses, repeats and reorders packets costs time and nothing else: each packet inside arrives once at most, each change
+// of the routes is applied, in order, and the session and the connections inside last.
+func TestLossyPath(t *testing.T) {
+	lossy := &lab.Impairment{Delay: 4 * time.Millisecond, Jitter: time.Millisecond, Loss: 0.03, Duplicate: 0.1, Reorder: 0.1}
+	p := newPair(t, options{impair: lossy, proxy: "\n[routes]\nadvertise = [\"192.0.2.0/24\"]\n"})
+	host := p.snapshot(p.Client)
+	p.connect(p.Client, "alice")
+	before := p.status(p.Client, "alice")
+
+	// ping says DUP for an answer that comes twice.
+	out, err := p.Client.Command(p.ctx, "ping", "-n", "-i", "0.01", "-c", "300", "-W", "1", lab.TargetIPv4.String()).CombinedOutput()
+	if err != nil || strings.Contains(string(out), "DUP") {
+		t.Errorf("%v; no packet arrived, or some did twice:\n%s", err, out)
+	}
+
+	stream := p.startStream()
+	advertised := `advertise = ["192.0.2.0/24"]`
+	for i := range 4 {
+		next := fmt.Sprintf(`advertise = ["192.0.2.0/24", "198.18.%d.0/24"]`, 2*i)
+		p.editProxyConfig(advertised, next)
+		advertised = next
+		p.must(p.Proxy, "masque-proxy", "reload")
+		want := fmt.Sprintf("198.18.%d.0", 2*i)
+		p.eventually("the route is the new one alone", func() bool {
+			routes := p.status(p.Client, "alice").Routes
+			for _, r := range routes {
+				if r.Start.String() == want {
+					return len(routes) == len(before.Routes)+1
+				}
+			}
+			return false
+		})
+		stream.goesOn()
+	}
+	stream.end()
+	p.transfer(p.Client, p.Target, lab.TargetIPv4, 1<<20)
+	p.transfer(p.Target, p.Client, client4, 1<<20)
+	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 || !s.Since.Equal(before.Since) {
+		t.Errorf("the session did not last: %+v", s)
+	}
+	for i, w := range p.Wires {
+		ab, ba := w.Stats()
+		if ab.Lost == 0 || ba.Lost == 0 {
+			t.Errorf("wire %d lost nothing: %+v, %+v", i, ab, ba)
+		}
+	}
+	p.down(p.Client, "alice")
+	p.unchanged(p.Client, host)
+}
