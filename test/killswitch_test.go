@@ -180,7 +180,13 @@ func chatterFlows(p *pair, behind *lab.Host) (flows []string) {
 // capture collects what the client sends on its underlay.
 func (p *pair) capture() *lab.Capture {
 	p.t.Helper()
-	c, err := p.Client.Capture("eth0", func(p lab.Packet) bool { return p.Outgoing })
+	return p.captureOn("eth0")
+}
+
+// captureOn collects what the client sends on an interface.
+func (p *pair) captureOn(iface string) *lab.Capture {
+	p.t.Helper()
+	c, err := p.Client.Capture(iface, func(p lab.Packet) bool { return p.Outgoing })
 	check(p.t, err)
 	p.t.Cleanup(func() {
 		if err := c.Close(); err != nil {

@@ -111,10 +111,10 @@ func (s *stream) end() {
 }
 
 // secondUplink gives the client another link to the router, without routes.
-func (p *pair) secondUplink() {
+func (p *pair) secondUplink(name string) {
 	p.t.Helper()
 	check(p.t, p.Lab.Connect(
-		lab.End{Host: p.Client, Name: "eth1", Addrs: lab.Prefixes("198.18.250.2/24", "2001:db8:1:250::2/64")},
+		lab.End{Host: p.Client, Name: name, Addrs: lab.Prefixes("198.18.250.2/24", "2001:db8:1:250::2/64")},
 		lab.End{Host: p.Router, Name: "second", Addrs: lab.Prefixes("198.18.250.1/24", "2001:db8:1:250::1/64")}, lab.LinkOptions{}))
 }
 
@@ -123,11 +123,51 @@ const (
 	bySecond = "ip route replace default via 198.18.250.1 dev eth1; ip -6 route replace default via 2001:db8:1:250::1 dev eth1"
 )
 
+// Nothing leaves beside the tunnel while it moves from one network to another, nor while there is no way to the proxy at all.
+func TestKillSwitchHoldsWhileMoving(t *testing.T) {
+	p, behind := killSwitchHosts(t, options{client: killSwitch})
+	p.secondUplink("wlan0")
+	p.connect(p.Client, "alice")
+	talk := chat(t, p.Client, behind)
+	links := map[string]*lab.Capture{"eth0": p.capture(), "wlan0": p.captureOn("wlan0")}
+	held := func(state string) {
+		t.Helper()
+		talk.goesOn()
+		for name, seen := range links {
+			if l := leaks(seen); len(l) > 0 {
+				t.Fatalf("%s: this left by %s: %v", state, name, l)
+			}
+		}
+	}
+	isBy := func(iface string) {
+		t.Helper()
+		p.eventually("connected by "+iface, func() bool {
+			s := p.status(p.Client, "alice")
+			return s.State == client.StateConnected && s.Reason == "" && s.Uplink != nil && s.Uplink.Interface == iface
+		})
+		p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+		if !slices.ContainsFunc(links[iface].Packets(), isTunnel) {
+			t.Fatalf("the tunnel is not seen on %s", iface)
+		}
+	}
+	isBy("eth0")
+	held("before")
+	p.script(p.Client, strings.ReplaceAll(bySecond, "eth1", "wlan0"))
+	isBy("wlan0")
+	held("moved")
+	p.script(p.Client, "ip route del default; ip -6 route del default")
+	p.eventually("the client knows that there is no way", func() bool { return p.status(p.Client, "alice").Reason != "" })
+	held("without a way")
+	p.script(p.Client, byFirst)
+	isBy("eth0")
+	held("back")
+}
+
 // The host changes its network under a running connection, in every way that hosts do: the session moves with it, the addresses
 // inside stay, and the connection inside goes on.
 func TestHostChangesNetwork(t *testing.T) {
 	p := newPair(t, options{})
-	p.secondUplink()
+	p.secondUplink("eth1")
 	p.connect(p.Client, "alice")
 	before, first := p.session(), p.status(p.Client, "alice")
 	inside := p.startStream()
