@@ -347,7 +347,11 @@ func (s *session) apply() (complete bool, err error) {
 		err = c.network.Apply(state)
 	}
 	if err != nil {
-		return false, &Error{Kind: KindRefused, Err: err, Reason: fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err)}
+		e := &Error{Kind: KindRefused, Err: err, Reason: fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err)}
+		if errors.Is(err, routing.ErrTooManyRoutes) {
+			e.Remedy = "set routes.accept to fewer of them"
+		}
+		return false, e
 	}
 	c.pushed = dns
 	s.applyDNS(dns, nat64)

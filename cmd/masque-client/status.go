@@ -307,7 +307,7 @@ func (o *options) waitCommand() *cobra.Command {
 		}),
 	}
 	cmd.Flags().StringVar(&what, "for", forConnected, "connected or disconnected")
-	cmd.Flags().DurationVar(&timeout, "timeout", 30*time.Second, "how long to wait")
+	timeoutFlag(cmd, &timeout, 30*time.Second)
 	return cmd
 }
 

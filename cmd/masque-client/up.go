@@ -39,9 +39,30 @@ func (o *options) upCommand() *cobra.Command {
 		}),
 	}
 	cmd.Flags().BoolVar(&wait, "wait", false, "return when packets flow")
-	cmd.Flags().DurationVar(&timeout, "timeout", 30*time.Second, "how long to wait")
+	timeoutFlag(cmd, &timeout, 30*time.Second)
 	return cmd
 }
+
+// timeoutFlag adds --timeout to a command.
+func timeoutFlag(cmd *cobra.Command, timeout *time.Duration, byDefault time.Duration) {
+	*timeout = byDefault
+	cmd.Flags().Var((*waitTime)(timeout), "timeout", "how long to wait")
+}
+
+// waitTime is a time span that is not negative.
+type waitTime time.Duration
+
+func (w *waitTime) Set(s string) error {
+	d, err := time.ParseDuration(s)
+	if err == nil && d < 0 {
+		err = errors.New("it cannot be negative")
+	}
+	*w = waitTime(d)
+	return err
+}
+
+func (w *waitTime) String() string { return time.Duration(*w).String() }
+func (w *waitTime) Type() string   { return "duration" }
 
 func (o *options) up(ctx context.Context, arg string, wait bool, timeout time.Duration) error {
 	name, file, err := o.resolve(arg)
@@ -232,7 +253,7 @@ func (o *options) downCommand() *cobra.Command {
 			return o.down(ctx, name)
 		}),
 	}
-	cmd.Flags().DurationVar(&timeout, "timeout", restoreTime, "how long to wait")
+	timeoutFlag(cmd, &timeout, restoreTime)
 	return cmd
 }
 
