@@ -81,8 +81,8 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if refused != nil {
 		h.s.requests.count(refused.status, refused.word())
 		if refused.status == http.StatusUnauthorized {
-			w.Header().Set("WWW-Authenticate", "Bearer") // the log has it already
-		} else {
+			w.Header().Set("WWW-Authenticate", "Bearer")
+		} else { // failures to authenticate are in the log already
 			h.s.peerLog.Info("request refused", "remote", r.RemoteAddr, "status", refused.status, "reason", shorten(refused.reason))
 		}
 		if s := refused.field(h.s.cfg().Name); s != "" {

@@ -4,24 +4,27 @@ package connectip
 
 import "github.com/quic-go/quic-go"
 
+// real is the connection, nil where a test has something else in its place.
+func (d *datagrams) real() *quic.Conn {
+	conn, _ := d.conn.(*quic.Conn)
+	return conn
+}
+
 // ready reports whether send would not wait.
 func (d *datagrams) ready() bool {
-	conn, ok := d.conn.(*quic.Conn)
-	return ok && !conn.DatagramsWaiting()
+	conn := d.real()
+	return conn != nil && !conn.DatagramsWaiting()
 }
 
 // isDirect reports whether direct does what it says.
-func (d *datagrams) isDirect() bool {
-	_, ok := d.conn.(*quic.Conn)
-	return ok
-}
+func (d *datagrams) isDirect() bool { return d.real() != nil }
 
 // direct has in called for each datagram, by the goroutine that runs the connection, until stop is called.
 func (d *datagrams) direct(in *inbox) (stop func()) {
-	if !d.isDirect() {
+	conn := d.real()
+	if conn == nil {
 		return func() {}
 	}
-	conn := d.conn.(*quic.Conn)
 	conn.HandleDatagrams(d.id, in)
 	return func() { conn.HandleDatagrams(d.id, nil) }
 }
