@@ -53,7 +53,11 @@ type Client struct {
 	status     connectip.Status
 	reconnects [numLosses]uint64 // of status, by reason
 	live       *quic.Conn        // of the session, nil while there is none
-	changed    chan struct{}
+
+	notices         map[string]notice // by key
+	connectedReason string            // reason of the last StateConnected, shown again when no notice degrades the tunnel
+
+	changed chan struct{}
 }
 
 // Status describes a tunnel; its JSON form is that of `masque-client status --json`.
@@ -63,6 +67,7 @@ type Status = connectip.Status
 const (
 	StateConnecting   = "connecting"
 	StateConnected    = "connected"
+	StateDegraded     = "degraded" // connected, but the host or the path does not keep what the tunnel promises
 	StateReconnecting = "reconnecting"
 	StateStopping     = "stopping"
 	StateFailed       = "failed"
@@ -88,7 +93,7 @@ func New(cfg Config) (*Client, error) {
 	if withKernel {
 		control = routing.MarkSocket(routing.DefaultMark)
 	}
-	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()), queue: flowqueue.New(), changed: make(chan struct{})}
+	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()), queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice)}
 	c.host, c.hurry = newHost(cfg.Suspended), rate.NewLimiter(rate.Every(hurryInterval), hurryBurst)
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
@@ -265,11 +270,23 @@ func (c *Client) Changed() <-chan struct{} {
 func (c *Client) setState(state, reason string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.setStateLocked(state, reason)
+	c.notify()
+}
+
+// setStateLocked is setState without a wake-up for those who wait. A tunnel that
+// is connected is shown as degraded while a notice asks for that. c.mu is held.
+func (c *Client) setStateLocked(state, reason string) {
+	if state == StateConnected {
+		c.connectedReason = reason
+		if why := c.degradation(); why != "" {
+			state, reason = StateDegraded, why
+		}
+	}
 	if c.status.State != state {
 		c.status.Since = time.Now()
 	}
 	c.status.State, c.status.Reason = state, reason
-	c.notify()
 }
 
 // notify wakes up those who wait for changes. c.mu is held.

@@ -32,7 +32,7 @@ func readiness(s client.Status) error {
 func (l *loaded) values(c *client.Client) metrics.Values {
 	counters, s := c.Counters(), c.Status()
 	v := metrics.Values{Stats: &counters.Stats, Reconnects: counters.Reconnects}
-	if s.State == client.StateConnected {
+	if client.HasSession(s) {
 		v.Sessions, v.RTT, v.MTU = 1, time.Duration(s.RTT)*time.Microsecond, s.MTU
 	}
 	if leaf := l.leaf(); leaf != nil {

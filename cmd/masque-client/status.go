@@ -167,7 +167,7 @@ func showLine(w io.Writer, raw json.RawMessage) error {
 		return err
 	}
 	line := fmt.Sprintf("%s  %s  %s", time.Now().Format(time.TimeOnly), s.Name, s.State)
-	if s.State == client.StateConnected {
+	if client.HasSession(s) {
 		line += "  " + addresses(s)
 	}
 	if s.Reason != "" {
@@ -191,11 +191,14 @@ func showText(w io.Writer, raw json.RawMessage) error {
 	row("name", s.Name)
 	row("state", fmt.Sprintf("%s for %s", s.State, time.Since(s.Since).Round(time.Second)))
 	row("reason", s.Reason)
+	for _, w := range s.Warnings {
+		row("warning", cli.OneLine(w))
+	}
 	row("proxy", strings.TrimSpace(s.Proxy.Name+" "+s.Proxy.Endpoint))
 	if s.Uplink != nil {
 		row("uplink", fmt.Sprintf("%v on %s", s.Uplink.Source, s.Uplink.Interface))
 	}
-	if s.State == client.StateConnected {
+	if client.HasSession(s) {
 		row("interface", fmt.Sprintf("%s, MTU %d", s.Interface, s.MTU))
 		row("addresses", addresses(s))
 		row("routes", routes(s))
@@ -325,7 +328,9 @@ func (o *options) wait(ctx context.Context, name, what string) error {
 				return false
 			}
 			last = &s
-			done = (s.State == client.StateConnected) == (what == forConnected)
+			if done = s.State == client.StateConnected; what == forDisconnected {
+				done = !client.HasSession(s)
+			}
 			return !done
 		})
 		switch {

@@ -16,9 +16,10 @@ const StatusSchema = 1
 type Status struct {
 	Schema     int               `json:"schema"`
 	Name       string            `json:"name"`
-	State      string            `json:"state"` // connecting, connected, reconnecting, stopping, failed
+	State      string            `json:"state"` // connecting, connected, degraded, reconnecting, stopping, failed
 	Since      time.Time         `json:"since"` // of State
 	Reason     string            `json:"reason"`
+	Warnings   []string          `json:"warnings,omitempty"` // what a client's user should know, one sentence each
 	Proxy      ProxyStatus       `json:"proxy"`
 	Interface  string            `json:"interface"`
 	MTU        int               `json:"mtu"` // bytes
