@@ -89,10 +89,14 @@ type network struct {
 func (n *network) Apply(s routing.State) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.noIPv6 && slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes), func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+	n.states = append(n.states, s)
+	return nil
+}
+
+func (n *network) Held() error {
+	if n.noIPv6 {
 		return routing.ErrIPv6Disabled
 	}
-	n.states = append(n.states, s)
 	return nil
 }
 
@@ -450,15 +454,23 @@ func TestSplitTunnel(t *testing.T) {
 	}
 }
 
-// On a host where IPv6 is turned off, the tunnel carries IPv4.
+// On a host where IPv6 is turned off, the tunnel carries IPv4, and the status says what becomes of IPv6.
 func TestHostWithoutIPv6(t *testing.T) {
 	f := startProxy(t, nil)
 	kernel := &network{noIPv6: true}
 	n := startClient(t, f, func(c *Config) { c.OpenNetwork = func(Device) (Network, error) { return kernel, nil } })
 	n.awaitConnected(t)
 	want := []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")}
-	if got := kernel.last().Addresses; !slices.Equal(got, want) || !slices.Equal(n.Status().Addresses, want) {
-		t.Errorf("addresses %v in the kernel, %v in the status, want %v", got, n.Status().Addresses, want)
+	s := n.Status()
+	if !slices.Equal(s.Addresses, want) || len(s.Routes) != 1 || !s.Routes[0].Start.Is4() {
+		t.Errorf("the status has addresses %v and routes %v, want those of IPv4", s.Addresses, s.Routes)
+	}
+	if len(s.Warnings) != 1 || !strings.Contains(s.Warnings[0], "IPv6 that belongs in the tunnel is refused") {
+		t.Errorf("the warnings are %q", s.Warnings)
+	}
+	// The kernel is told of IPv6 all the same: it is for the kernel's side to hold.
+	if got := kernel.last().Routes; !slices.Contains(got, everything6) {
+		t.Errorf("routes %v, want %v among them", got, everything6)
 	}
 	carries(t, n, f, "10.77.0.2", "192.0.2.2")
 }

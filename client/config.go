@@ -102,6 +102,7 @@ type Device interface {
 // Network is the kernel's side of a Device; *routing.Manager is one.
 type Network interface {
 	Apply(routing.State) error
+	Held() error // why the state applied has its IPv6 routes leading nowhere, nil if it has not
 	Close() error
 }
 

@@ -1,6 +1,7 @@
 package client
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 )
@@ -8,6 +9,12 @@ import (
 var (
 	everything4 = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
 	everything6 = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+)
+
+// The keys of notices about families that the tunnel does not carry.
+const (
+	noticeFamily = "family"
+	noticeIPv6   = "ipv6"
 )
 
 // whole adds to routes, which are installed, what a tunnel for everything lacks: a proxy with addresses of one family advertises
@@ -37,5 +44,23 @@ func (s *session) whole(routes, addrs []netip.Prefix) []netip.Prefix {
 		s.c.cfg.Logger.Warn("all traffic goes through the tunnel, and there is no address of this family in it: the family is unreachable", "family", family)
 	}
 	s.blocked = family
+	text := ""
+	if family != "" {
+		text = family + " is unreachable: all traffic goes through the tunnel, and the proxy assigns no address of this family"
+	}
+	s.c.warn(noticeFamily, text)
 	return routes
+}
+
+// noteHeld says, in the log and in the status, that the interface of the tunnel cannot have IPv6, for the reason held, and that
+// what belongs in the tunnel is therefore refused; nil takes that back.
+func (s *session) noteHeld(held error) {
+	text := ""
+	if held != nil {
+		text = fmt.Sprintf("IPv6 that belongs in the tunnel is refused: %v", held)
+		if !s.onlyIPv4 {
+			s.c.cfg.Logger.Warn("IPv6 that belongs in the tunnel is refused", "reason", held)
+		}
+	}
+	s.c.warn(noticeIPv6, text)
 }

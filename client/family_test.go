@@ -30,7 +30,8 @@ func TestWholeTunnel(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var log bytes.Buffer
 			tc.cfg.Logger = slog.New(slog.NewTextHandler(&log, nil))
-			s := &session{c: &Client{cfg: tc.cfg}}
+			c := &Client{cfg: tc.cfg, notices: make(map[string]notice), changed: make(chan struct{})}
+			s := &session{c: c}
 			for range 3 {
 				if got := s.whole(slices.Clone(tc.routes), tc.addrs); !slices.Equal(got, tc.want) {
 					t.Errorf("%v, want %v", got, tc.want)
@@ -39,6 +40,9 @@ func TestWholeTunnel(t *testing.T) {
 			switch lines := strings.Count(log.String(), "\n"); {
 			case tc.family == "" && lines != 0, tc.family != "" && (lines != 1 || !strings.Contains(log.String(), "family="+tc.family)):
 				t.Errorf("the log has\n%s", log.String())
+			}
+			if said := strings.Join(c.status.Warnings, "\n"); (said == "") != (tc.family == "") || !strings.HasPrefix(said, tc.family) {
+				t.Errorf("the warnings are %q, want one about %q", said, tc.family)
 			}
 		})
 	}

@@ -51,7 +51,7 @@ type session struct {
 	path      pathState
 
 	// What follows is of keep alone.
-	onlyIPv4     bool             // the host has no IPv6
+	onlyIPv4     bool             // the tunnel's interface cannot have IPv6
 	refused      []netip.Prefix   // routes of the proxy that are not installed
 	skipped      []netip.AddrPort // nameservers that are not used
 	blocked      string           // the family that has no way through a tunnel for everything, "" for none
@@ -178,7 +178,7 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 			connected = time.Now()
 			limits = s.limits()
 			s.showPath(limits)
-			c.cfg.Logger.Info("connected", "addresses", s.addresses(), "mtu", s.conn.MTU())
+			c.cfg.Logger.Info("connected", "addresses", c.Status().Addresses, "mtu", s.conn.MTU())
 			s.forgetDNS()
 		case <-s.wake:
 			if settled == nil {
@@ -340,11 +340,14 @@ func (s *session) apply() (complete bool, err error) {
 	c.had = addrs
 	c.current.Store(s.conn) // before the kernel sends packets here
 	err = c.network.Apply(state)
-	if errors.Is(err, routing.ErrIPv6Disabled) && len(onlyIPv4(addrs)) > 0 {
-		// Whoever turned IPv6 off on this host meant it.
-		s.onlyIPv4 = true
-		addrs, state.Addresses, state.Routes = onlyIPv4(addrs), onlyIPv4(state.Addresses), onlyIPv4(state.Routes)
-		err = c.network.Apply(state)
+	if held := c.network.Held(); err == nil {
+		s.noteHeld(held)
+		if s.onlyIPv4 = held != nil; s.onlyIPv4 {
+			addrs, routes = onlyIPv4(addrs), slices.DeleteFunc(slices.Clone(routes), func(r capsule.Route) bool { return r.Start.Is6() })
+		}
+		if len(addrs) == 0 {
+			err = held
+		}
 	}
 	if err != nil {
 		e := &Error{Kind: KindRefused, Err: err, Reason: fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err)}

@@ -361,25 +361,108 @@ func TestManyRoutes(t *testing.T) {
 	h.same(before)
 }
 
+// An interface that cannot have IPv6 takes IPv4 into the tunnel, and what of IPv6
+// belongs there goes nowhere, instead of leaving beside it.
 func TestIPv6Disabled(t *testing.T) {
+	h := newHost(t)
+	up := h.uplink()
+	h.sysctl("net/ipv6/conf/default/disable_ipv6", "1")
+	index, _ := h.tun("masque0")
+	before := h.snapshot()
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	full, lan := prefixes("0.0.0.0/0", "::/0"), map[string]int{"203.0.113.9": index, "2a00::1": 0, "2001:db8:5::77": up, "::1": loopback}
+	for _, tt := range []struct {
+		name  string
+		state State
+		want  map[string]int // destination: interface, 0 for none
+	}{
+		{"full", State{Routes: full}, lan},
+		{"full and the LAN too", State{Routes: full, Override: true}, map[string]int{"203.0.113.9": index, "2a00::1": 0, "2001:db8:5::77": 0}},
+		{
+			"full but for what is excluded", State{Routes: full, Exclude: prefixes("2a00:1::/32")},
+			map[string]int{"203.0.113.9": index, "2a00::1": 0, "2a00:1::1": up, "2001:db8:5::77": up},
+		},
+		{"split", State{Routes: prefixes("10.0.0.0/8", "2a00::/16")}, map[string]int{"10.1.2.3": index, "2a00::1": 0, "2a01::1": up}},
+		{"unreachable by itself", State{Routes: full[:1], Unreachable: full[1:]}, lan},
+		{"full again", State{Routes: full}, lan},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := h.in(t)
+			tt.state.Addresses = prefixes("10.77.0.2/32", "fd77::2/128")
+			h.apply(m, tt.state)
+			if err := m.Held(); !errors.Is(err, ErrIPv6Disabled) || !strings.Contains(err.Error(), "net.ipv6.conf.masque0.disable_ipv6") {
+				t.Errorf("held: %v; want ErrIPv6Disabled with the sysctl", err)
+			}
+			h.leads(tt.want)
+			if got := h.lookup("2a00::1", DefaultMark); got != up {
+				t.Errorf("2a00::1 with the mark leads to interface %d, want %d", got, up)
+			}
+		})
+	}
+	h.close(m)
+	h.same(before)
+}
+
+// IPv6 that is turned off and on again while the tunnel is up is held as long as
+// it is off, and in the tunnel before and after.
+func TestIPv6DisabledLater(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	index, _ := h.tun("masque0")
-	h.sysctl("net/ipv6/conf/masque0/disable_ipv6", "1")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	err := h.tryApply(m, full())
-	if !errors.Is(err, ErrIPv6Disabled) || !strings.Contains(err.Error(), "net.ipv6.conf.masque0.disable_ipv6") {
-		t.Errorf("Apply: %v; want ErrIPv6Disabled with the sysctl", err)
-	}
-	h.same(before)
-	s := full().ipv4Only()
-	s.Exclude = full().Exclude // of IPv6 too: asks nothing of the interface
-	h.apply(m, s)
-	if got := h.lookup("203.0.113.9", 0); got != index {
-		t.Errorf("lookup leads to interface %d, want %d", got, index)
+	state := State{Addresses: prefixes("10.77.0.2/32", "fd77::2/128"), Routes: prefixes("0.0.0.0/0", "::/0")}
+	for _, tt := range []struct {
+		name, sysctl, value string
+		want                int // where 2a00::1 leads
+	}{
+		{"on", "masque0", "0", index},
+		{"off on the interface", "masque0", "1", 0},
+		{"on again", "masque0", "0", index},
+		{"off everywhere", "all", "1", 0},
+		{"on everywhere", "all", "0", index},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := h.in(t)
+			h.sysctl("net/ipv6/conf/"+tt.sysctl+"/disable_ipv6", tt.value)
+			h.apply(m, state)
+			h.leads(map[string]int{"203.0.113.9": index, "2a00::1": tt.want})
+			if held := m.Held(); (held != nil) != (tt.want == 0) {
+				t.Errorf("held: %v", held)
+			}
+		})
 	}
 	h.close(m)
+	after := h.snapshot() // without the addresses and routes of the uplink that went with IPv6
+	for _, what := range []string{"route", "rule", "rule6", "ruleset"} {
+		if after[what] != before[what] {
+			t.Errorf("%s before:\n%safter:\n%s", what, before[what], after[what])
+		}
+	}
+	if strings.Contains(after["route6"], "unreachable") {
+		t.Errorf("routes after:\n%s", after["route6"])
+	}
+}
+
+// What a killed process held is let go by the next one.
+func TestIPv6DisabledAndKilled(t *testing.T) {
+	h := newHost(t)
+	up := h.uplink()
+	h.sysctl("net/ipv6/conf/default/disable_ipv6", "1")
+	before := h.snapshot()
+	_, closeTUN := h.tun("masque0")
+	c := Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Journal: filepath.Join(t.TempDir(), "one.journal")}
+	m := h.open(c)
+	h.apply(m, State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0", "::/0")})
+	h.abandon(m)
+	closeTUN()
+	h.leads(map[string]int{"2a00::1": 0})
+	h.do(func() {
+		if found, err := Clean(c); err != nil || !found {
+			t.Errorf("Clean: %t, %v", found, err)
+		}
+	})
+	h.leads(map[string]int{"2a00::1": up})
 	h.same(before)
 }
 

@@ -52,6 +52,11 @@
 // host has no route to it either, an excluded prefix is unreachable, while a rule
 // "to PREFIX lookup main" would let it fall back into the tunnel.
 //
+// Where the interface cannot have IPv6, because of net.ipv6.conf.*.disable_ipv6,
+// its routes are "unreachable" routes in the same tables, with a metric behind
+// those into the tunnel. They are not of the interface: after a crash they stay,
+// as throw routes do, until the next start or [Clean].
+//
 // # Strict reverse path filtering
 //
 // A reply to the outer socket comes in through the uplink, while the way back to

@@ -116,7 +116,8 @@ func (s *scope) listRoutes() (map[route]struct{}, error) {
 		for _, r := range routes {
 			index, _, ok := tableOwner(r.Table)
 			if ok && index == s.index&indexMask || r.Table == unix.RT_TABLE_MAIN && r.LinkIndex == s.index {
-				set[route{table: r.Table, prefix: prefixOf(r.Dst), throw: r.Type == unix.RTN_THROW}] = struct{}{}
+				kind := max(routeKind(slices.Index(types[:], r.Type)), intoTunnel)
+				set[route{table: r.Table, prefix: prefixOf(r.Dst), kind: kind}] = struct{}{}
 			}
 		}
 	}
@@ -149,6 +150,25 @@ func repeat[T any](dump func() (T, error)) (T, error) {
 	return dump()
 }
 
+// hold returns the state as the interface can have it: without IPv6, where the
+// administrator turned that off there, and with the routes of IPv6 leading
+// nowhere. The reason is nil where nothing is held. Without a mark the state is
+// refused.
+func (s *scope) hold(want State) (_ State, reason, err error) {
+	err = s.check(want)
+	if s.Mark == 0 || !errors.Is(err, ErrIPv6Disabled) {
+		return want, nil, err
+	}
+	held := want.ipv4Only()
+	for _, p := range slices.Concat(want.Routes, want.Unreachable) {
+		if isIPv6(p) {
+			held.Unreachable = append(held.Unreachable, p)
+		}
+	}
+	held.Exclude = want.Exclude
+	return held, err, nil
+}
+
 // check refuses a state that the interface cannot have.
 func (s *scope) check(want State) error {
 	if !slices.ContainsFunc(slices.Concat(want.Addresses, want.Routes), isIPv6) {
@@ -169,7 +189,7 @@ func (s *scope) check(want State) error {
 	name := "net/ipv6/conf/" + link.Attrs().Name + "/disable_ipv6"
 	if v, err := s.readSysctl(name); err == nil && v != "0" {
 		return fmt.Errorf("%w: %s is %s, as net.ipv6.conf.default.disable_ipv6 was when %s was made: "+
-			"set it to 0, or do without IPv6 in the tunnel", ErrIPv6Disabled, dotted(name), v, link.Attrs().Name)
+			"set it to 0 to have IPv6 in the tunnel", ErrIPv6Disabled, dotted(name), v, link.Attrs().Name)
 	}
 	return nil
 }

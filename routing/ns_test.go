@@ -389,6 +389,17 @@ func (h *host) lookup(dst string, mark uint32) (index int) {
 	return index
 }
 
+// leads checks where packets without a mark go: destinations and interfaces, 0
+// for nowhere.
+func (h *host) leads(want map[string]int) {
+	h.t.Helper()
+	for dst, want := range want {
+		if got := h.lookup(dst, 0); got != want {
+			h.t.Errorf("%s leads to interface %d, want %d", dst, got, want)
+		}
+	}
+}
+
 func prefixes(list ...string) (ps []netip.Prefix) {
 	for _, p := range list {
 		ps = append(ps, netip.MustParsePrefix(p))

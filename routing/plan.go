@@ -18,6 +18,7 @@ const MaxRoutes = 16384
 const (
 	protocol     = 94      // rtm_protocol and FRA_PROTOCOL of what is ours
 	metric       = 9484    // of our routes: those of the host go first
+	lastMetric   = 9485    // of those that lead nowhere: they count where there is no other
 	rulePriority = 9484    // of the rules for the longest prefix
 	tableBase    = 1 << 30 // of our tables' numbers
 	indexMask    = 1<<22 - 1
@@ -37,12 +38,24 @@ type plan struct {
 	sysctls []setting
 }
 
-// route is a route of ours: into the tunnel, or past it.
+// route is a route of ours.
 type route struct {
 	table  int
 	prefix netip.Prefix
-	throw  bool // go on with the next rule
+	kind   routeKind
 }
+
+// routeKind says where a route leads.
+type routeKind int
+
+const (
+	intoTunnel  routeKind = iota
+	pastTunnel            // a throw route: on to the next rule
+	unreachable           // nowhere: packets are refused
+)
+
+// types are the kernel's for each routeKind.
+var types = [...]int{intoTunnel: unix.RTN_UNICAST, pastTunnel: unix.RTN_THROW, unreachable: unix.RTN_UNREACHABLE}
 
 // rule is a policy rule of ours: one of the two for a prefix length.
 type rule struct {
@@ -70,11 +83,11 @@ func tableOwner(id int) (index, bits int, ok bool) {
 }
 
 func (s State) hasIPv6() bool {
-	return slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Exclude, s.Masquerade), isIPv6)
+	return slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Unreachable, s.Exclude, s.Masquerade), isIPv6)
 }
 
 func (s State) ipv4Only() State {
-	for _, list := range []*[]netip.Prefix{&s.Addresses, &s.Routes, &s.Exclude, &s.Masquerade} {
+	for _, list := range []*[]netip.Prefix{&s.Addresses, &s.Routes, &s.Unreachable, &s.Exclude, &s.Masquerade} {
 		*list = slices.DeleteFunc(slices.Clone(*list), isIPv6)
 	}
 	return s
@@ -95,7 +108,7 @@ func newPlan(s State, sc *scope) (plan, error) {
 	for _, list := range []struct {
 		name     string
 		prefixes []netip.Prefix
-	}{{"route", s.Routes}, {"exclude", s.Exclude}, {"masquerade", s.Masquerade}} {
+	}{{"route", s.Routes}, {"unreachable", s.Unreachable}, {"exclude", s.Exclude}, {"masquerade", s.Masquerade}} {
 		for _, p := range list.prefixes {
 			if !p.IsValid() || p.Addr().Is4In6() {
 				return plan{}, fmt.Errorf("%s %v: not a prefix", list.name, p)
@@ -105,8 +118,8 @@ func newPlan(s State, sc *scope) (plan, error) {
 			}
 		}
 	}
-	if sc.Mark == 0 && len(s.Exclude) != 0 {
-		return plan{}, fmt.Errorf("exclude %v: only possible with a mark for the outer socket", s.Exclude[0])
+	if without := slices.Concat(s.Exclude, s.Unreachable); sc.Mark == 0 && len(without) != 0 {
+		return plan{}, fmt.Errorf("exclude or unreachable %v: only possible with a mark for the outer socket", without[0])
 	}
 
 	s.Addresses, s.Masquerade = sorted(s.Addresses), sorted(s.Masquerade)
@@ -170,19 +183,25 @@ func (w *plan) planRoutes(s State, sc *scope) {
 	for _, p := range s.Exclude {
 		exclude[p] = struct{}{}
 	}
+	add := func(p netip.Prefix, kind routeKind) {
+		if covered(p, exclude, p.Bits()) {
+			return
+		}
+		w.routes[route{table: tableID(sc.index, p.Bits()), prefix: p, kind: kind}] = struct{}{}
+		w.rules[rule{v6: isIPv6(p), bits: p.Bits(), tunnel: true}] = struct{}{}
+		if !s.Override {
+			w.rules[rule{v6: isIPv6(p), bits: p.Bits()}] = struct{}{}
+		}
+	}
 	for _, p := range s.Routes {
 		if sc.Mark == 0 {
 			w.routes[route{table: unix.RT_TABLE_MAIN, prefix: p}] = struct{}{}
 			continue
 		}
-		if covered(p, exclude, p.Bits()) {
-			continue
-		}
-		w.routes[route{table: tableID(sc.index, p.Bits()), prefix: p}] = struct{}{}
-		w.rules[rule{v6: isIPv6(p), bits: p.Bits(), tunnel: true}] = struct{}{}
-		if !s.Override {
-			w.rules[rule{v6: isIPv6(p), bits: p.Bits()}] = struct{}{}
-		}
+		add(p, intoTunnel)
+	}
+	for _, p := range s.Unreachable {
+		add(p, unreachable)
 	}
 	for p := range exclude {
 		if covered(p, exclude, p.Bits()-1) {
@@ -190,8 +209,10 @@ func (w *plan) planRoutes(s State, sc *scope) {
 		}
 		for bits := range p.Bits() {
 			table := tableID(sc.index, bits)
-			if _, ok := w.routes[route{table: table, prefix: cut(p, bits)}]; ok {
-				w.routes[route{table: table, prefix: p, throw: true}] = struct{}{}
+			for _, kind := range []routeKind{intoTunnel, unreachable} {
+				if _, ok := w.routes[route{table: table, prefix: cut(p, bits), kind: kind}]; ok {
+					w.routes[route{table: table, prefix: p, kind: pastTunnel}] = struct{}{}
+				}
 			}
 		}
 	}
@@ -265,24 +286,27 @@ func (r route) netlink(sc *scope) *netlink.Route {
 		Table:    r.table,
 		Protocol: protocol,
 		Priority: metric,
-		Type:     unix.RTN_THROW,
+		Type:     types[r.kind],
 	}
-	if !r.throw {
-		n.Type, n.LinkIndex = unix.RTN_UNICAST, sc.index
+	switch r.kind {
+	case intoTunnel:
+		n.LinkIndex = sc.index
 		if !isIPv6(r.prefix) {
 			n.Scope = unix.RT_SCOPE_LINK
 		}
+	case unreachable:
+		n.Priority = lastMetric
 	}
 	return n
 }
 
 // compareRoutes puts routes of one table and family next to each other, with
-// those past the tunnel first.
+// those that keep packets out of the tunnel first.
 func compareRoutes(a, b route) int {
 	return cmp.Or(
 		cmp.Compare(a.prefix.Addr().BitLen(), b.prefix.Addr().BitLen()),
 		-cmp.Compare(a.table, b.table),
-		-cmp.Compare(b2i(a.throw), b2i(b.throw)),
+		-cmp.Compare(a.kind, b.kind),
 		a.prefix.Compare(b.prefix),
 	)
 }

@@ -89,7 +89,7 @@ func (w plan) leadsToTunnel(sc *scope, host []netip.Prefix, dst netip.Addr) bool
 				best, found = r, true
 			}
 		}
-		if found && !best.throw {
+		if found && best.kind == intoTunnel {
 			return true
 		}
 	}

@@ -19,9 +19,8 @@ var (
 	// instance.
 	ErrInUse = errors.New("instance is in use by another process")
 
-	// ErrIPv6Disabled is returned by Apply for a state with IPv6 on an
-	// interface where the administrator turned IPv6 off. The caller may apply
-	// the IPv4 part alone.
+	// ErrIPv6Disabled says that the administrator turned IPv6 off on the
+	// interface: it is what Held returns, and with Mark 0 Apply.
 	ErrIPv6Disabled = errors.New("IPv6 is disabled on the interface")
 
 	// ErrTooManyRoutes is returned by Apply for a state that needs more than
@@ -84,6 +83,12 @@ type State struct {
 	// them, however long they are. Only with a Config.Mark.
 	Override bool
 
+	// Unreachable are prefixes that lead nowhere: they compete as Routes do, and
+	// packets to them are refused. Only with a Config.Mark. Where the interface
+	// cannot have IPv6, the IPv6 part of Routes counts as listed here: nothing
+	// of it leaves beside the tunnel.
+	Unreachable []netip.Prefix
+
 	// Exclude are prefixes that go around the tunnel. Only with a Config.Mark.
 	Exclude []netip.Prefix
 
@@ -100,7 +105,8 @@ type State struct {
 // concurrently, from threads in the network namespace in which it was opened.
 type Manager struct {
 	mu      sync.Mutex
-	applied plan // what the last successful Apply asked for
+	applied plan  // what the last successful Apply asked for
+	held    error // why its IPv6 leads nowhere, see Held
 	closed  bool
 	err     error // of Close
 	scope
@@ -241,7 +247,8 @@ func errInstance(name string) error {
 // with an error and the state that the last successful Apply had asked for; the
 // error says when that could not be put back either. With the state that the
 // kernel has already it changes nothing; what others removed of ours it puts
-// back. Errors: ErrIPv6Disabled, ErrTooManyRoutes, os.ErrPermission without
+// back. Where the interface cannot have IPv6, the state is applied without it,
+// see Held. Errors: ErrTooManyRoutes, os.ErrPermission without
 // CAP_NET_ADMIN, os.ErrClosed after Close, and those of the kernel, each with
 // the object and what can be done about it.
 func (m *Manager) Apply(s State) error {
@@ -254,11 +261,12 @@ func (m *Manager) Apply(s State) error {
 		s = s.ipv4Only()
 		m.lack("IPv6", "the kernel has no IPv6: IPv4 alone goes through the tunnel", nil)
 	}
-	want, err := newPlan(s, &m.scope)
+	s, held, err := m.hold(s)
 	if err != nil {
 		return fmt.Errorf("routing: %w", err)
 	}
-	if err := m.check(s); err != nil {
+	want, err := newPlan(s, &m.scope)
+	if err != nil {
 		return fmt.Errorf("routing: %w", err)
 	}
 	if err := m.converge(want, false); err != nil {
@@ -267,9 +275,18 @@ func (m *Manager) Apply(s State) error {
 		}
 		return fmt.Errorf("routing: %w", err)
 	}
-	m.applied = want
+	m.applied, m.held = want, held
 	m.warnConflicts(s)
 	return nil
+}
+
+// Held returns why the state of the last Apply was applied without IPv6, with
+// its IPv6 routes leading nowhere: an ErrIPv6Disabled with its remedy. It returns
+// nil where nothing was held.
+func (m *Manager) Held() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.held
 }
 
 // Close puts the host back as it was before Open, as far as nobody else changed

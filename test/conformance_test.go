@@ -677,6 +677,7 @@ func (r *recorder) Apply(s routing.State) error {
 	return nil
 }
 
+func (*recorder) Held() error  { return nil }
 func (*recorder) Close() error { return nil }
 
 func (r *recorder) last() routing.State {

@@ -69,6 +69,47 @@ func TestOneFamily(t *testing.T) {
 	}
 }
 
+// Where the kernel refuses IPv6 to the tunnel's interface, and the host has it otherwise, nothing of it leaves beside a tunnel for
+// everything, and the status says why.
+func TestIPv6RefusedToTheInterface(t *testing.T) {
+	router6 := netip.MustParseAddr("2001:db8:2::1")
+	p := newPair(t, options{})
+	check(t, p.Client.Sysctl("net.ipv6.conf.default.disable_ipv6", "1"))
+	p.ping(p.Client, router6)
+	before := p.snapshot(p.Client)
+	p.connect(p.Client, "alice")
+	c, err := p.Client.Capture("eth0", nil)
+	check(t, err)
+	p.ping(p.Client, lab.TargetIPv4, lan6)
+	for _, to := range []netip.Addr{router6, lab.TargetIPv6} {
+		if out, err := p.Client.Command(p.ctx, "ping", "-c1", "-W1", to.String()).CombinedOutput(); err == nil {
+			t.Errorf("%v is reached:\n%s", to, out)
+		}
+	}
+	check(t, c.Close())
+	for _, pkt := range c.Packets() {
+		l := pkt.NetworkLayer()
+		if l == nil {
+			continue
+		}
+		if to := l.NetworkFlow().Dst().String(); to == router6.String() || to == lab.TargetIPv6.String() {
+			t.Errorf("beside the tunnel: %v", pkt)
+		}
+	}
+	s := p.status(p.Client, "alice")
+	if len(s.Warnings) != 1 || !strings.Contains(s.Warnings[0], "net.ipv6.conf.masque0.disable_ipv6") {
+		t.Errorf("the warnings are %q, want one that names the sysctl", s.Warnings)
+	}
+	for _, r := range s.Routes {
+		if r.Start.Is6() {
+			t.Errorf("the status lists the route %v", r)
+		}
+	}
+	p.down(p.Client, "alice")
+	p.unchanged(p.Client, before)
+	p.ping(p.Client, router6)
+}
+
 // A host whose way to the proxy has one family has both in the tunnel; and a host that has turned IPv6 off has IPv4 there, whatever
 // else the proxy offers.
 func TestUnderlayOfOneFamily(t *testing.T) {

@@ -29,6 +29,7 @@ import (
 type noKernel struct{}
 
 func (noKernel) Apply(routing.State) error { return nil }
+func (noKernel) Held() error               { return nil }
 func (noKernel) Close() error              { return nil }
 
 var (

@@ -98,6 +98,7 @@ func connect(ctx context.Context, cfg client.Config, start func(func(context.Con
 type noNetwork struct{}
 
 func (noNetwork) Apply(routing.State) error { return nil }
+func (noNetwork) Held() error               { return nil }
 func (noNetwork) Close() error              { return nil }
 
 // clientConfig reads what `masque-proxy invite` made.
