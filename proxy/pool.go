@@ -112,13 +112,8 @@ func (p *pool) leaseBits(f *family, user User, owner string, want netip.Addr, bi
 		return x, true
 	}
 	if bits == want.BitLen() {
-		// What is reserved for the user, only another device of the user's can have had.
-		for _, ok := range []func(netip.Prefix) bool{rested, free} {
-			for _, a := range user.Addresses {
-				if x := netip.PrefixFrom(a, bits); a.Is4() == want.Is4() && ok(x) {
-					return x, true
-				}
-			}
+		if x, ok := firstReserved(user, want, rested, free); ok {
+			return x, true
 		}
 	}
 	if x, ok := f.lastOf(owner, bits, rested); ok {
@@ -128,6 +123,40 @@ func (p *pool) leaseBits(f *family, user User, owner string, want netip.Addr, bi
 		return x, true
 	}
 	return f.search(bits, func(*rest) bool { return false }, free)
+}
+
+// firstReserved returns the first address that is reserved for user, of the family of a, and free. Those that rested come first:
+// what is reserved for the user, only another device of the user's can have had.
+func firstReserved(user User, a netip.Addr, rested, free func(netip.Prefix) bool) (netip.Prefix, bool) {
+	for _, ok := range []func(netip.Prefix) bool{rested, free} {
+		for _, r := range user.Addresses {
+			if x := netip.PrefixFrom(r, r.BitLen()); r.Is4() == a.Is4() && ok(x) {
+				return x, true
+			}
+		}
+	}
+	return netip.Prefix{}, false
+}
+
+// leaseReserved takes an address of each family that is reserved for user, where there is one that nobody has.
+func (p *pool) leaseReserved(user User, owner string) (leases []netip.Prefix) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, f := range p.families {
+		f.forget(p.now())
+		rested := func(x netip.Prefix) bool { return f.free(x) && !f.restsForOthers(x, owner) }
+		if x, ok := firstReserved(user, f.gateway, rested, f.free); ok {
+			f.leased.Insert(x)
+			leases = append(leases, x)
+		}
+	}
+	return leases
+}
+
+// anySingle reports whether want is granted by any one address.
+func (p *pool) anySingle(want netip.Prefix) bool {
+	f := p.family(want.Addr())
+	return f != nil && want.Addr().IsUnspecified() && f.grants(want.Bits()) == want.Addr().BitLen()
 }
 
 // release gives back what owner leased.

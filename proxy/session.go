@@ -28,6 +28,9 @@ const (
 	maxAddresses = 8
 	// maxBlocks is how many of them may be blocks, of each family.
 	maxBlocks = 1
+	// unpromptedDelay is how long a client has to ask for addresses before it is assigned some unprompted. Clients that wait for
+	// that give up after 5 seconds.
+	unpromptedDelay = 500 * time.Millisecond
 )
 
 // session is one accepted request.
@@ -62,10 +65,12 @@ type session struct {
 	advertised chan struct{}  // closed when the client was told its routes for the first time, or cannot be
 	saidNoSite bool           // of the goroutine that handles capsules
 
+	assigning sync.Mutex // orders lists of addresses on the wire; taken before mu, which is not held while the client does not read
+
 	mu        sync.Mutex
 	conn      *connectip.Conn   // nil until the request is answered
 	addresses []capsule.Address // granted, as assigned to the client
-	asked     bool              // the client asked for addresses
+	assigned  bool              // the client asked for addresses, or was assigned some unprompted, or the session has ended
 	routes    []capsule.Route   // as advertised; nil before the first time
 	told      DNS               // as the client was told
 }
@@ -91,6 +96,7 @@ func (ss *session) run(str *http3.Stream) error {
 		Accept:         connectip.Accept{Assigned: ss.acceptAddresses, Routes: ss.acceptRoutes},
 		Handler:        connectip.Handler{Requested: ss.addressesRequested, Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
 		Self:           ss.server.pool.gatewayAddrs(),
+		Granted:        ss.leaseReserved(),
 		Denied:         ss.server.deniedNow().of(ss),
 		Withheld:       ss.withheld(),
 		KernelHopLimit: ss.server.cfg().KernelHopLimit,
@@ -100,8 +106,9 @@ func (ss *session) run(str *http3.Stream) error {
 	ss.conn = conn
 	ss.mu.Unlock()
 
-	var sending sync.WaitGroup
-	sending.Go(func() { ss.sendQueued(conn) })
+	var routines sync.WaitGroup
+	routines.Go(func() { ss.sendQueued(conn) })
+	routines.Go(ss.assignUnprompted)
 	if err := ss.followSites(); err != nil {
 		ss.stop(err)
 	}
@@ -115,7 +122,7 @@ func (ss *session) run(str *http3.Stream) error {
 	ss.release()
 	ss.queue.Close()
 	conn.Drain(func() {
-		sending.Wait()
+		routines.Wait()
 		ss.announcer.Close()
 	})
 	ss.uplink.close()
@@ -147,6 +154,8 @@ func (ss *session) sendQueued(conn *connectip.Conn) {
 // holds up this alone: ss.mu is not held.
 func (ss *session) addressesRequested(requested []capsule.Address) error {
 	<-ss.advertised
+	ss.assigning.Lock()
+	defer ss.assigning.Unlock()
 	if err := ss.conn.Assign(ss.answer(requested)); err != nil {
 		return err
 	}
@@ -230,12 +239,7 @@ func (ss *session) answer(requested []capsule.Address) []capsule.Address {
 	defer ss.mu.Unlock()
 	var refused []capsule.Address
 	var reason error
-	again := make([]bool, len(ss.addresses)) // asked for again, and so answered
-	for _, r := range requested {
-		if i := slices.IndexFunc(ss.addresses[:len(again)], func(a capsule.Address) bool { return a.Prefix == r.Prefix }); i >= 0 && !again[i] {
-			ss.addresses[i].RequestID, again[i] = r.RequestID, true
-			continue
-		}
+	for _, r := range ss.answerHeld(requested) {
 		a, err := ss.lease(r)
 		if err != nil {
 			refused, reason = append(refused, connectip.Refusal(r)), err
@@ -243,15 +247,20 @@ func (ss *session) answer(requested []capsule.Address) []capsule.Address {
 		}
 		ss.addresses = append(ss.addresses, a)
 	}
-	ss.asked = true
-	if ss.claim != nil {
-		ss.server.sites.lease(ss.claim, prefixes(ss.addresses))
-	}
 	if len(refused) > 0 {
 		ss.log.Warn("addresses refused", "requests", len(refused), "reason", reason)
 	}
-	ss.log.Info("addresses assigned", "addresses", prefixes(ss.addresses))
+	ss.noteAssigned("addresses assigned")
 	return slices.Concat(ss.addresses, refused)
+}
+
+// noteAssigned has the rest of the proxy follow the addresses that the client is about to be assigned. ss.mu is held.
+func (ss *session) noteAssigned(message string) {
+	ss.assigned = true
+	if ss.claim != nil {
+		ss.server.sites.lease(ss.claim, prefixes(ss.addresses))
+	}
+	ss.log.Info(message, "addresses", prefixes(ss.addresses))
 }
 
 // lease takes an address or a block for the request r and routes it here. ss.mu is held.
@@ -332,7 +341,7 @@ func (ss *session) advertise() error {
 
 // uses reports whether the client has, or may still get, addresses or networks of a's family. ss.mu is held.
 func (ss *session) uses(a netip.Addr) bool {
-	if !ss.asked {
+	if !ss.assigned {
 		return ss.server.pool.serves(a)
 	}
 	has := prefixes(ss.addresses)
@@ -374,7 +383,7 @@ func (ss *session) release() {
 	for _, a := range ss.addresses {
 		ss.server.pool.release(a.Prefix, ss.owner())
 	}
-	ss.addresses = nil
+	ss.addresses, ss.assigned = nil, true
 }
 
 func prefixes(addrs []capsule.Address) []netip.Prefix {

@@ -84,6 +84,7 @@ type Config struct {
 	Handler Handler
 	Self    []netip.Addr   // this endpoint's tunnel addresses besides those that the peer assigns
 	Static  []netip.Prefix // prefixes that count as assigned to this endpoint although the peer does not say so
+	Granted []netip.Prefix // prefixes that count as assigned to the peer until it is told with Assign
 	Denied  []netip.Prefix // destinations that packets of the peer may not reach
 	// Withheld are destinations that are denied to this peer although they are advertised to others: it is told that they are
 	// prohibited, where it would be told that there is no route.
@@ -141,7 +142,7 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 		toHost:    newErrorLimits(),
 		toPeer:    newErrorLimits(),
 		toSend:    make(chan []byte, maxAnswers),
-		link:      link{self: cfg.Self, denied: cfg.Denied, withheld: cfg.Withheld, assigned: cfg.Static},
+		link:      link{self: cfg.Self, denied: cfg.Denied, withheld: cfg.Withheld, assigned: cfg.Static, peer: cfg.Granted},
 		peerIDs:   make(map[uint64]struct{}),
 		answers:   make(map[uint64]netip.Prefix),
 	}
