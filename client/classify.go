@@ -7,8 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/quic-go/quic-go"
+
+	"masquevpn/internal/connectip"
 )
 
 // TLS alerts by which a server refuses the client (RFC 8446 section 6.2); QUIC carries them as CRYPTO_ERROR (RFC 9001 section 4.8).
@@ -62,7 +66,7 @@ func classify(err error, conn *quic.Conn, to target) error {
 	case errors.Is(err, os.ErrPermission):
 		return &Error{Kind: KindPrivileges, Err: err, Reason: err.Error(), Remedy: "run as root or with the capability CAP_NET_ADMIN"}
 	}
-	return &Error{Kind: KindUnreachable, Err: err, Reason: fmt.Sprintf("connecting to %s port %s failed (%v)", to.host, to.port, err)}
+	return &Error{Kind: KindUnreachable, Err: err, Reason: fmt.Sprintf("connecting to %s port %s failed (%v)", to.host, to.port, connectip.Explain(err))}
 }
 
 // whyEnded explains the end of a stream on conn by that of the connection, where that ended first.
@@ -72,18 +76,21 @@ func whyEnded(err error, conn *quic.Conn, to target) error {
 		cause = context.Cause(conn.Context())
 	}
 	var app *quic.ApplicationError
+	var transport *quic.TransportError
 	var reset *quic.StatelessResetError
 	var idle *quic.IdleTimeoutError
 	switch {
-	case errors.As(cause, &app) && app.Remote:
+	case errors.As(cause, &app) && app.Remote, errors.As(cause, &transport) && transport.Remote && transport.ErrorCode == quic.NoError:
 		return &Error{Kind: KindFailure, Reason: "the proxy closed the connection", Err: cause}
+	case errors.As(cause, &transport) && transport.Remote && !transport.ErrorCode.IsCryptoError():
+		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the session ended (%v)", connectip.Explain(cause)), Err: cause}
 	case errors.As(cause, &reset):
 		return &Error{Kind: KindFailure, Reason: "the proxy was restarted", Err: cause}
 	case errors.As(cause, &idle):
 		return &Error{Kind: KindUnreachable, Reason: fmt.Sprintf("nothing came from the proxy for %v", idleTimeout), Err: cause}
 	}
 	if conn.Context().Err() == nil {
-		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the session ended (%v)", err), Err: err}
+		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the session ended (%v)", connectip.Explain(err)), Err: err}
 	}
 	return classify(cause, conn, to)
 }
@@ -92,6 +99,24 @@ func whyEnded(err error, conn *quic.Conn, to target) error {
 func isLocalClose(err error) bool {
 	var app *quic.ApplicationError
 	return errors.As(err, &app) && !app.Remote || errors.Is(err, quic.ErrTransportClosed)
+}
+
+// maxSubjects is how many of a certificate's names are said.
+const maxSubjects = 5
+
+// subjects says which names and addresses c is for.
+func subjects(c *x509.Certificate) string {
+	names := slices.Clone(c.DNSNames)
+	for _, ip := range c.IPAddresses {
+		names = append(names, ip.String())
+	}
+	switch n := len(names); {
+	case n == 0:
+		return "none"
+	case n > maxSubjects:
+		names = append(names[:maxSubjects], fmt.Sprintf("%d more", n-maxSubjects))
+	}
+	return strings.Join(names, ", ")
 }
 
 // identity explains a certificate of the proxy that does not verify, or returns nil.
@@ -109,7 +134,7 @@ func identity(err error, to target) *Error {
 		e.Reason = fmt.Sprintf("the certificate of %s is from an unknown authority", to.host)
 		e.Remedy = "set tls.ca to the authority of the proxy; if it is set, do not connect, and ask the operator"
 	case errors.As(err, &host):
-		e.Reason = fmt.Sprintf("the certificate of %s is not for the name %s", to.host, to.verify)
+		e.Reason = fmt.Sprintf("the certificate of %s is not for the name %s, but for %s", to.host, to.verify, subjects(host.Certificate))
 		e.Remedy = "correct proxy or tls.server_name"
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		e.Reason = fmt.Sprintf("the certificate of %s has expired or is not valid yet", to.host)

@@ -48,12 +48,14 @@ type Client struct {
 	current  atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
 	stats    connectip.Stats
 	had      []netip.Prefix // addresses of the last session, to ask for again
+	unasked  bool           // the proxy ends the tunnel when it is asked for addresses, and assigns some without that
 
 	mu         sync.Mutex
 	status     connectip.Status
 	reconnects [numLosses]uint64 // of status, by reason
 	live       *quic.Conn        // of the session, nil while there is none
 
+	failure         *Error            // of the last attempt at a session, nil once one was connected
 	notices         map[string]notice // by key
 	connectedReason string            // reason of the last StateConnected, shown again when no notice degrades the tunnel
 
@@ -203,6 +205,9 @@ func privileged(err error, what string) error {
 func (c *Client) keepConnected(ctx context.Context) error {
 	r := retry{enabled: c.cfg.Reconnect, maxDelay: c.cfg.MaxDelay, logger: c.cfg.Logger}
 	r.waiting = func(everConnected bool, e *Error) {
+		c.mu.Lock()
+		c.failure = e
+		c.mu.Unlock()
 		state := StateConnecting
 		if everConnected {
 			state = StateReconnecting
@@ -274,11 +279,30 @@ func (c *Client) setState(state, reason string) {
 	c.notify()
 }
 
+// setReason replaces the reason of the state, which stays.
+func (c *Client) setReason(reason string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.status.Reason == reason {
+		return
+	}
+	c.status.Reason = reason
+	c.notify()
+}
+
+// Failure returns why the last attempt at a session failed, or the last session
+// ended; nil before the first, and while one is connected.
+func (c *Client) Failure() *Error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.failure
+}
+
 // setStateLocked is setState without a wake-up for those who wait. A tunnel that
 // is connected is shown as degraded while a notice asks for that. c.mu is held.
 func (c *Client) setStateLocked(state, reason string) {
 	if state == StateConnected {
-		c.connectedReason = reason
+		c.failure, c.connectedReason = nil, reason
 		if why := c.degradation(); why != "" {
 			state, reason = StateDegraded, why
 		}

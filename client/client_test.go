@@ -335,7 +335,7 @@ func TestFailures(t *testing.T) {
 		"no credentials":        {func(c *Config) { c.Token = "" }, KindCredentials, "does not accept the credentials"},
 		"foreign certificate":   {func(c *Config) { c.TLS.Certificates = []tls.Certificate{foreignCert} }, KindCredentials, "client certificate"},
 		"unknown CA":            {func(c *Config) { c.TLS.RootCAs = otherCAs }, KindIdentity, "unknown authority"},
-		"wrong name":            {func(c *Config) { c.TLS.ServerName = "other.example" }, KindIdentity, "not for the name other.example"},
+		"wrong name":            {func(c *Config) { c.TLS.ServerName = "other.example" }, KindIdentity, "not for the name other.example, but for " + proxyName},
 		"clock beyond validity": {func(c *Config) { c.TLS.Time = func() time.Time { return time.Now().Add(100 * 365 * 24 * time.Hour) } }, KindIdentity, "expired"},
 		"no such host":          {func(c *Config) { c.Proxy, c.Reconnect = "no-such-host.invalid", false }, KindUnreachable, "cannot be resolved"},
 		"closed port":           {func(c *Config) { c.Proxy, c.Reconnect = "127.0.0.1:9", false }, KindUnreachable, "does not answer on UDP port 9"},

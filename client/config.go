@@ -44,8 +44,11 @@ type Config struct {
 	Target  string // request scope (RFC 9484 section 4.6), "" and "*" for any
 	IPProto string
 
-	TUN     tun.Config     // MTU 0: what the path carries
-	Request []netip.Prefix // addresses to ask for, 0.0.0.0/32 and ::/128 for any; default: any of each family
+	TUN tun.Config // MTU 0: what the path carries
+	// Request are the addresses to ask for, 0.0.0.0/32 and ::/128 for any. Nil
+	// stands for any of each family; an empty list asks for none and takes what
+	// the proxy assigns unprompted.
+	Request []netip.Prefix
 	Static  []netip.Prefix // addresses to use instead of asking
 
 	InstallRoutes bool
@@ -216,7 +219,7 @@ func (c *Config) resolveTarget() (target, error) {
 
 // withDefaults returns c complete and checked.
 func (c Config) withDefaults() (Config, error) {
-	if len(c.Request) == 0 && len(c.Static) == 0 {
+	if c.Request == nil && len(c.Static) == 0 {
 		c.Request = []netip.Prefix{
 			netip.PrefixFrom(netip.IPv4Unspecified(), 32),
 			netip.PrefixFrom(netip.IPv6Unspecified(), 128),

@@ -54,6 +54,7 @@ func lossOf(e *Error) loss {
 	var h3 *http3.Error
 	var network net.Error
 	var path *lostError
+	var transport *quic.TransportError
 	switch err := e.Err; {
 	case err == nil: // what the proxy answered, or did not grant
 		return lossRefused
@@ -71,14 +72,17 @@ func lossOf(e *Error) loss {
 		return lossNetwork
 	case errors.As(err, new(*net.OpError)), errors.As(err, new(*net.DNSError)):
 		return lossNetwork
-	case errors.As(err, new(*quic.TransportError)):
+	case errors.As(err, &transport):
+		if transport.Remote && transport.ErrorCode == quic.NoError {
+			return lossClosed
+		}
 		return lossReset
 	}
 	return lossError
 }
 
 func closedOrReset(code uint64) loss {
-	if code == uint64(http3.ErrCodeNoError) {
+	if connectip.InGoodOrder(code) {
 		return lossClosed
 	}
 	return lossReset

@@ -281,6 +281,12 @@ func (d *dialer) open(ctx context.Context, addr netip.AddrPort) (*quic.Transport
 		_ = socket.Close()
 		return nil, nil, fmt.Errorf("preparing a UDP socket: %w", err)
 	}
+	if d.tls.KeyLogWriter != nil {
+		if err := udp.DisableOffload(); err != nil {
+			_ = udp.Close()
+			return nil, nil, fmt.Errorf("preparing a UDP socket: %w", err)
+		}
+	}
 	return &quic.Transport{Conn: udp}, udp, nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -125,5 +126,134 @@ func TestSilentProxy(t *testing.T) {
 	var e *Error
 	if !errors.As(err, &e) || e.Kind != KindUnreachable || !strings.Contains(e.Reason, "does not answer") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// assignBoth assigns one address of each family and advertises a network of each, unprompted.
+func assignBoth(str *http3.Stream) {
+	write(str,
+		&capsule.AddressAssign{Addresses: []capsule.Address{{Prefix: netip.MustParsePrefix("10.77.0.2/32")}, {Prefix: netip.MustParsePrefix("fd77::2/128")}}},
+		&capsule.RouteAdvertisement{Routes: capsule.Routes(prefixes("192.0.2.0/24", "2001:db8::/32"), 0)})
+}
+
+// The addresses of a tunnel are those that the proxy assigns unprompted, and those of the configuration, each once.
+func TestUnpromptedAddresses(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		change func(*Config)
+	}{
+		{"nothing is asked for", func(c *Config) { c.Request = prefixes() }},
+		{"the same are static", func(c *Config) { c.Static = prefixes("10.77.0.2/32", "fd77::2/128") }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
+				w.WriteHeader(http.StatusOK)
+				str := w.(http3.HTTPStreamer).HTTPStream()
+				assignBoth(str)
+				go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
+				if asked := requested(capsule.NewReader(str, 1<<16)); asked != nil {
+					t.Errorf("the client asks for %v", asked)
+				}
+			})
+			n := startClient(t, f, tc.change)
+			n.awaitConnected(t)
+			want := prefixes("10.77.0.2/32", "fd77::2/128")
+			if got := n.Status().Addresses; !slices.Equal(got, want) {
+				t.Errorf("addresses %v, want %v", got, want)
+			}
+			if got := n.network.last().Addresses; !slices.Equal(got, want) {
+				t.Errorf("addresses in the kernel %v, want %v", got, want)
+			}
+		})
+	}
+}
+
+// A proxy that ends the tunnel when it is asked for addresses, and assigns some unprompted, is asked once in a run.
+func TestProxyThatCannotBeAsked(t *testing.T) {
+	var asked, sessions atomic.Int32
+	lose := make(chan struct{})
+	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusOK)
+		str := w.(http3.HTTPStreamer).HTTPStream()
+		assignBoth(str)
+		go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			if requested(capsule.NewReader(str, 1<<16)) != nil {
+				asked.Add(1)
+			}
+		}()
+		if sessions.Add(1) == 2 {
+			select {
+			case <-lose:
+			case <-read:
+			}
+		} else {
+			<-read
+		}
+		_ = str.Close()
+		str.CancelRead(0)
+		<-read
+	})
+	n := startClient(t, f, nil)
+	n.await(t, "told of it", func(s Status) bool { return strings.Contains(s.Reason, "addresses.request = []") })
+	n.awaitConnected(t)
+	close(lose)
+	n.await(t, "connected anew", func(s Status) bool { return s.State == StateConnected && sessions.Load() == 3 })
+	if got := asked.Load(); got != 1 {
+		t.Errorf("asked for addresses %d times, want once", got)
+	}
+}
+
+// A proxy that assigns nothing without being asked is asked again, and the user is told.
+func TestNothingComesUnprompted(t *testing.T) {
+	s := &session{c: &Client{unasked: true, cfg: Config{Request: prefixes("0.0.0.0/32")}}}
+	var e *Error
+	if err := s.notConfigured(); !errors.As(err, &e) || e.Kind != KindRefused || s.c.unasked {
+		t.Errorf("got %v, and the next session does without asking: %t", e, s.c.unasked)
+	}
+	s = &session{c: &Client{}}
+	if err := s.notConfigured(); !errors.As(err, &e) || !strings.Contains(e.Error(), "remove addresses.request") {
+		t.Errorf("got %v", e)
+	}
+}
+
+// A proxy that acknowledges what is sent into the tunnel and answers none of it is connected, with a warning until something comes.
+func TestProxyAnswersNoEcho(t *testing.T) {
+	answer := make(chan struct{})
+	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusOK)
+		str := w.(http3.HTTPStreamer).HTTPStream()
+		assignBoth(str)
+		<-answer
+		go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
+		_ = requested(capsule.NewReader(str, 1<<16))
+	})
+	n := startClient(t, f, func(c *Config) { c.Request = prefixes() })
+	n.await(t, "waiting for an answer", func(s Status) bool { return strings.Contains(s.Reason, "waiting for the first answer") })
+	n.await(t, "connected with a warning", func(s Status) bool {
+		return s.State == StateConnected && s.Reason == "" && len(s.Warnings) == 1 && strings.Contains(s.Warnings[0], "answers no echo")
+	})
+	since := n.Status().Since
+	close(answer)
+	n.await(t, "without the warning", func(s Status) bool { return len(s.Warnings) == 0 })
+	if s := n.Status(); s.State != StateConnected || !s.Since.Equal(since) {
+		t.Errorf("%s since %v, want connected since %v", s.State, s.Since, since)
+	}
+}
+
+// Why the last session failed is known while the next one is awaited.
+func TestMalformedCapsuleIsTheReason(t *testing.T) {
+	f := scripted(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusOK)
+		str := w.(http3.HTTPStreamer).HTTPStream()
+		_, _ = str.Write([]byte{0x01, 0x07, 0x00, 0x04, 10, 77, 0, 2, 24}) // ADDRESS_ASSIGN of 10.77.0.2/24
+		_ = requested(capsule.NewReader(str, 1<<16))
+	})
+	n := startClient(t, f, nil)
+	n.await(t, "between two attempts", func(s Status) bool { return strings.Contains(s.Reason, "malformed") })
+	if e := n.Failure(); e == nil || e.Kind != KindFailure {
+		t.Errorf("got %v, want a failure", e)
 	}
 }

@@ -29,7 +29,15 @@ const (
 	// applyRate and applyBurst are how often the kernel follows a proxy that changes its mind, in a second and at once.
 	applyRate  = 1
 	applyBurst = 10
+	// answerInterval is how often it is looked whether the far end acknowledges
+	// what it does not answer, and answerLooks after how many looks it is believed
+	// to answer nothing.
+	answerInterval = time.Second
+	answerLooks    = 3
 )
+
+// noticeNoAnswer is the key of the warning that the proxy answers no echo.
+const noticeNoAnswer = "no answer"
 
 // session is one accepted request and what the proxy said on it.
 type session struct {
@@ -42,7 +50,8 @@ type session struct {
 
 	mu        sync.Mutex
 	assigned  []capsule.Address // the last ADDRESS_ASSIGN; nil before the first
-	waiting   bool              // for the answer to a request for addresses
+	requested time.Time         // when addresses were asked for; zero: they were not
+	waiting   bool              // for the answer to a request for addresses, or for the first unprompted ones
 	routes    []capsule.Route
 	hasRoutes bool
 	dns       []capsule.DNSConfiguration
@@ -119,7 +128,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 			// The reset of the stream may get lost with the connection, so that says it as well (RFC 9114 section 8).
 			code = connectip.ErrorCode(reason)
 		}
-		err = whyEnded(reason, s.quic, c.to)
+		err = s.explainRequest(whyEnded(reason, s.quic, c.to))
 	} else {
 		cancel()
 		if errors.As(err, new(*lostError)) {
@@ -140,16 +149,14 @@ var errEnded = errors.New("the session ended")
 // keep asks for addresses, applies what comes, and returns when the session or ctx ends, or cannot go on.
 func (s *session) keep(ctx context.Context, ended chan error) (connected time.Time, err error) {
 	c := s.c
-	if len(c.cfg.Static) == 0 {
-		s.mu.Lock()
-		s.waiting = true
-		s.mu.Unlock()
-		if err := s.conn.Request(c.wanted()); err != nil {
-			return connected, whyEnded(err, s.quic, c.to)
-		}
+	if err := s.request(); err != nil {
+		return connected, whyEnded(err, s.quic, c.to)
 	}
-	probes, stopProbes := context.WithCancel(ctx)
+	alive, stopKeepAlive := context.WithCancel(ctx)
+	defer stopKeepAlive()
+	probes, stopProbes := context.WithCancel(alive)
 	defer stopProbes()
+	defer c.warn(noticeNoAnswer, "")
 	configured := time.NewTimer(configTimeout)
 	defer configured.Stop()
 	var firstPacket <-chan struct{} // nil until the kernel follows the proxy
@@ -158,6 +165,15 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 	applies := rate.NewLimiter(applyRate, applyBurst)
 	probing := false
 	limits := ""
+	var unanswered answerWatch
+	defer unanswered.stop()
+	isConnected := func() {
+		connected = time.Now()
+		limits = s.limits()
+		s.showPath(limits)
+		c.cfg.Logger.Info("connected", "addresses", c.Status().Addresses, "mtu", s.conn.MTU())
+		s.forgetDNS()
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -175,11 +191,23 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 			return connected, s.notConfigured()
 		case <-firstPacket:
 			firstPacket = nil
-			connected = time.Now()
-			limits = s.limits()
-			s.showPath(limits)
-			c.cfg.Logger.Info("connected", "addresses", c.Status().Addresses, "mtu", s.conn.MTU())
-			s.forgetDNS()
+			unanswered.stop()
+			c.warn(noticeNoAnswer, "")
+			if connected.IsZero() {
+				isConnected()
+			}
+		case <-unanswered.C:
+			acknowledged, why := unanswered.look(s.quic.ConnectionStats())
+			if !acknowledged {
+				c.setReason(why)
+				break
+			}
+			// RFC 9484 obliges no peer to answer an echo.
+			unanswered.stop()
+			stopProbes()
+			c.warn(noticeNoAnswer, "the proxy acknowledges packets and answers no echo in the tunnel, so whether it forwards them is not known")
+			c.cfg.Logger.Warn("the proxy answers no echo in the tunnel; it acknowledges packets, so the tunnel counts as connected")
+			isConnected()
 		case <-s.wake:
 			if settled == nil {
 				pace := applies.Reserve().Delay()
@@ -206,10 +234,55 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 				configured.Stop()
 				probing = true
 				firstPacket = s.conn.FirstPacket()
+				unanswered = newAnswerWatch()
 				go s.conn.Probe(probes)
-				go s.conn.KeepAlive(probes, keepAlive)
+				go s.conn.KeepAlive(alive, keepAlive)
 			}
 		}
+	}
+}
+
+// request asks for addresses, unless those of the configuration, or those that
+// the proxy assigns unprompted, serve.
+func (s *session) request() error {
+	if len(s.c.cfg.Static) > 0 {
+		return nil
+	}
+	ask := !s.unprompted()
+	s.mu.Lock()
+	s.waiting = true
+	if ask {
+		s.requested = time.Now()
+	}
+	s.mu.Unlock()
+	if !ask {
+		return nil
+	}
+	return s.conn.Request(s.c.wanted())
+}
+
+// unprompted reports whether the session waits for addresses without asking.
+func (s *session) unprompted() bool { return s.c.unasked || len(s.c.cfg.Request) == 0 }
+
+// explainRequest returns err, with which the far end ended the session, or an
+// error that says more: some proxies cannot take ADDRESS_REQUEST, although RFC
+// 9484 section 4.7.2 obliges them to answer, end the stream, and had assigned
+// addresses unprompted before. The next session then does without asking.
+func (s *session) explainRequest(err error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	granted := slices.ContainsFunc(s.assigned, func(a capsule.Address) bool { return !a.Refused() })
+	var e *Error
+	switch {
+	case !errors.As(err, &e) || e.Kind != KindFailure || errors.As(err, new(*quic.StatelessResetError)):
+		return err
+	case s.requested.IsZero() || time.Since(s.requested) > configTimeout || !granted || !s.conn.Unanswered():
+		return err
+	}
+	s.c.unasked = true
+	return &Error{
+		Kind: KindFailure, Err: e, Reason: "the proxy ended the tunnel when it was asked for addresses, although it assigns some unasked",
+		Remedy: "set addresses.request = []; until then each run of the client begins with such a failure",
 	}
 }
 
@@ -244,7 +317,7 @@ func (s *session) changed() {
 func (s *session) handleAssigned(addrs []capsule.Address) error {
 	s.mu.Lock()
 	s.assigned = append(make([]capsule.Address, 0, len(addrs)), addrs...)
-	s.waiting = s.conn.Unanswered()
+	s.waiting = s.conn.Unanswered() || s.requested.IsZero() && len(addrs) == 0
 	s.mu.Unlock()
 	s.changed()
 	return nil
@@ -293,7 +366,7 @@ func (s *session) addresses() []netip.Prefix {
 	defer s.mu.Unlock()
 	out := slices.Clone(s.c.cfg.Static)
 	for _, a := range s.assigned {
-		if !a.Refused() {
+		if !a.Refused() && !slices.Contains(out, a.Prefix) { // a proxy may assign what is static
 			out = append(out, a.Prefix)
 		}
 	}
@@ -413,9 +486,13 @@ func accepted(routes []capsule.Route, accept []netip.Prefix) ([]netip.Prefix, er
 func (s *session) notConfigured() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	what := "advertised no routes"
-	if s.assigned == nil && len(s.c.cfg.Static) == 0 {
+	what, remedy := "advertised no routes", "ask its operator"
+	if len(s.assigned) == 0 && len(s.c.cfg.Static) == 0 {
 		what = "assigned no addresses"
+		if s.requested.IsZero() && !s.c.unasked {
+			what, remedy = "assigned no addresses unasked", "remove addresses.request, or ask its operator"
+		}
+		s.c.unasked = false // it may be another proxy of that name
 	}
-	return &Error{Kind: KindRefused, Reason: fmt.Sprintf("the proxy %s within %v", what, configTimeout), Remedy: "ask its operator"}
+	return &Error{Kind: KindRefused, Reason: fmt.Sprintf("the proxy %s within %v", what, configTimeout), Remedy: remedy}
 }

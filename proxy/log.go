@@ -7,6 +7,8 @@ import (
 	"sync"
 
 	"golang.org/x/time/rate"
+
+	"masquevpn/internal/connectip"
 )
 
 // How many lines of each kind clients can have written to the log, in a second and at once. A flood is told by what the next line
@@ -85,7 +87,7 @@ func shorten(err error) string {
 	if err == nil {
 		return ""
 	}
-	s := err.Error()
+	s := connectip.Explain(err)
 	if len(s) > maxReason {
 		s = strings.ToValidUTF8(s[:maxReason], "") + "..."
 	}

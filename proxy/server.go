@@ -205,6 +205,9 @@ func (s *Server) listen(ctx context.Context) ([]*udpconn.Conn, error) {
 	var conns []*udpconn.Conn
 	for _, c := range sockets {
 		conn, err := udpconn.New(c, s.cfg().Logger, dropped)
+		if err == nil && s.cfg().TLS.KeyLogWriter != nil {
+			err = conn.DisableOffload()
+		}
 		if err != nil {
 			closeAll(sockets)
 			return nil, &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %v: %v", c.LocalAddr(), err), Err: err}

@@ -388,3 +388,38 @@ func TestExitErrors(t *testing.T) {
 		t.Errorf("nothing is %v", err)
 	}
 }
+
+// TestUpLate: a time limit that passes has the exit code of what failed meanwhile.
+func TestUpLate(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		events []event
+		code   cli.Code
+		want   string
+	}{
+		{"nothing is known", []event{{Event: eventStarted}}, cli.Unreachable, "check the proxy, or give it more time"},
+		{"no answer", []event{{Event: eventState, State: client.StateConnecting, Reason: "no answer", Code: cli.Unreachable}}, cli.Unreachable, "(no answer): check the proxy"},
+		{"it fails each time", []event{{Event: eventState, State: client.StateConnecting, Reason: "malformed capsule", Code: cli.Failure}}, cli.Failure, "(malformed capsule): see /run/x/home.log"},
+		{"between two failures", []event{{Event: eventState, State: client.StateConnecting, Reason: "malformed capsule", Code: cli.Failure}, {Event: eventState, State: client.StateConnecting, Code: cli.Failure}}, cli.Failure, "see /run/x/home.log"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			read, write, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer read.Close()
+			defer write.Close()
+			for _, e := range test.events {
+				if err := json.NewEncoder(write).Encode(e); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b := &background{options: &options{Globals: &cli.Globals{RunDir: "/run/x"}}, name: "home", events: read}
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			defer cancel()
+			if e := b.await(ctx, true); e == nil || e.Code != test.code || !strings.Contains(e.Error(), test.want) {
+				t.Errorf("got %v, want code %d and %q", e, test.code, test.want)
+			}
+		})
+	}
+}

@@ -261,7 +261,7 @@ type event struct {
 // Events.
 const (
 	eventStarted = "started" // the process lives and has not failed
-	eventState   = "state"   // State and Reason changed
+	eventState   = "state"   // State and Reason changed; Code is that of the last failure to connect
 	eventFailed  = "failed"  // the process ends with Code
 )
 
@@ -323,7 +323,11 @@ func (n *notifier) follow(t *tunnel) {
 			started = true
 			n.send(event{Event: eventStarted})
 		}
-		n.send(event{Event: eventState, State: s.State, Reason: s.Reason})
+		e := event{Event: eventState, State: s.State, Reason: s.Reason}
+		if failure := t.client.Failure(); failure != nil {
+			e.Code = cli.Code(failure.Kind)
+		}
+		n.send(e)
 		select {
 		case <-changed:
 		case <-grace.C:

@@ -120,7 +120,8 @@ type background struct {
 
 	interrupted bool // by the user
 
-	lastState, lastReason string
+	lastReason string   // of the tunnel's state
+	lastCode   cli.Code // of the last failure to connect, cli.OK for none
 }
 
 // startBackground runs `run` in a session of its own. Its standard error is
@@ -204,7 +205,7 @@ func (b *background) await(ctx context.Context, wait bool) *cli.Error {
 		case e.Event == eventStarted && !wait:
 			return nil
 		case e.Event == eventState:
-			b.lastState, b.lastReason = e.State, e.Reason
+			b.lastReason, b.lastCode = e.Reason, e.Code
 			if e.State == client.StateConnected {
 				return nil
 			}
@@ -218,7 +219,10 @@ func (b *background) late() *cli.Error {
 	if b.lastReason != "" {
 		reason = fmt.Sprintf("%s (%s)", reason, b.lastReason)
 	}
-	return &cli.Error{Code: cli.Unreachable, Reason: reason, Remedy: "check the proxy, or give it more time with --timeout"}
+	if b.lastCode == cli.OK || b.lastCode == cli.Unreachable {
+		return &cli.Error{Code: cli.Unreachable, Reason: reason, Remedy: "check the proxy, or give it more time with --timeout"}
+	}
+	return &cli.Error{Code: b.lastCode, Reason: reason, Remedy: "see " + b.options.logPath(b.name)}
 }
 
 // takeDown ends the process, which restores the host.

@@ -24,7 +24,7 @@ type Client struct {
 	MTU     int    // bytes, 0: found out
 	Offload bool
 
-	Request []netip.Prefix // asked for with ADDRESS_REQUEST
+	Request []netip.Prefix // asked for with ADDRESS_REQUEST; empty, not nil: nothing is asked for
 	Static  []netip.Prefix // used instead of asking
 
 	Install         bool
@@ -93,10 +93,7 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	addresses := root.table("addresses")
 	c.Static = addresses.addresses("static")
 	if len(c.Static) == 0 {
-		c.Request = addresses.prefixes("request", "0.0.0.0/32", "::/128")
-		if addresses.has("request") && len(c.Request) == 0 {
-			addresses.add("request", "no address is asked for, and none is static", `write ["0.0.0.0/32", "::/128"] or leave it out`)
-		}
+		c.Request = append([]netip.Prefix{}, addresses.prefixes("request", "0.0.0.0/32", "::/128")...)
 	} else if c.Request = addresses.prefixes("request"); len(c.Request) > 0 {
 		addresses.add("request", "static addresses are used instead of asking", "keep one of request and static")
 	}

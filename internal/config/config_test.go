@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -80,6 +81,23 @@ func TestClientScope(t *testing.T) {
 		}
 		if c.Target != "192.0.2.0/24" || c.IPProto != "17" {
 			t.Errorf("target %q, ipproto %q", c.Target, c.IPProto)
+		}
+	}
+}
+
+// An empty list is not the default: nothing is asked for.
+func TestClientRequest(t *testing.T) {
+	for text, want := range map[string][]netip.Prefix{
+		``:                         prefixes("0.0.0.0/32", "::/128"),
+		`request = []`:             {},
+		`request = ["0.0.0.0/32"]`: prefixes("0.0.0.0/32"),
+	} {
+		c, err := ParseClient("c.toml", lines(`proxy = "p"`, `[addresses]`, text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Request == nil || !slices.Equal(c.Request, want) {
+			t.Errorf("%q: got %#v, want %v", text, c.Request, want)
 		}
 	}
 }
@@ -245,7 +263,6 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[tun]`, `offload = "yes"`}, `f.toml:3: tun.offload = "yes": not true or false; write true or false`},
 		{client, []string{`[tunnel]`, `congestion = "both"`}, `f.toml:3: tunnel.congestion = "both": `},
 		{client, []string{`[addresses]`, `request = "0.0.0.0/32"`}, `f.toml:3: addresses.request = "0.0.0.0/32": not a list; write a list of strings: ["...", "..."]`},
-		{client, []string{`[addresses]`, `request = []`}, `f.toml:3: addresses.request = []: no address is asked for, and none is static; `},
 		{client, []string{`[addresses]`, `static = ["10.0.0.1"]`}, `f.toml:3: addresses.static[0] = "10.0.0.1": the prefix length is missing; write "10.0.0.1/32" for this one address`},
 		{client, []string{`[addresses]`, `static = ["10.0.0.1/8"]`, `request = ["::/128"]`}, `f.toml:4: addresses.request = ["::/128"]: static addresses are used instead of asking; keep one of request and static`},
 		{client, []string{`[routes]`, `install = 1`}, `f.toml:3: routes.install = 1: not true or false; write true or false`},

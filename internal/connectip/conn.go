@@ -161,10 +161,10 @@ func (c *Conn) Run(ctx context.Context) error {
 		var stop *quic.StreamError // STOP_SENDING
 		switch cause := context.Cause(c.str.Context()); {
 		case !errors.As(cause, &stop) || !stop.Remote:
-		case stop.ErrorCode == quic.StreamErrorCode(http3.ErrCodeNoError):
+		case InGoodOrder(uint64(stop.ErrorCode)):
 			c.stop(ErrClosedByPeer)
 		default:
-			c.stop(fmt.Errorf("the peer takes no capsules any more: %w", cause))
+			c.stop(fmt.Errorf("the peer takes no more capsules: %w", cause))
 		}
 	})()
 	ended := make(chan struct{})
@@ -259,8 +259,7 @@ func (c *Conn) readCapsules(in *inbox) error {
 		if err == io.EOF {
 			return ErrClosedByPeer
 		}
-		var closed *http3.Error
-		if errors.As(err, &closed) && closed.Remote && closed.ErrorCode == http3.ErrCodeNoError {
+		if closedInGoodOrder(err) {
 			return ErrClosedByPeer // with its connection, before the end of the stream was read
 		}
 		if err != nil {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net/netip"
 	"sync"
 	"testing"
@@ -397,6 +398,15 @@ func TestEnds(t *testing.T) {
 			t.Error("a packet was sent after the end")
 		}
 	})
+	for _, code := range []quic.ApplicationErrorCode{0, quic.ApplicationErrorCode(http3.ErrCodeNoError)} {
+		t.Run(fmt.Sprintf("connection closed by the peer with %#x", code), func(t *testing.T) {
+			client, proxy := newPair(t, Config{}, Config{})
+			_ = client.datagrams.conn.CloseWithError(code, "")
+			if err := proxy.wait(t); !errors.Is(err, ErrClosedByPeer) {
+				t.Errorf("proxy: %v", err)
+			}
+		})
+	}
 	t.Run("reset by the peer", func(t *testing.T) {
 		client, proxy := newPair(t, Config{}, Config{})
 		client.stream.CancelWrite(quic.StreamErrorCode(http3.ErrCodeInternalError))

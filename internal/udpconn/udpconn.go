@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,6 +38,7 @@ type Conn struct {
 	dropped func(packets int)
 	noGSO   sync.Once // logs that a path does not take many packets at a time
 
+	single bool          // packets are sent and received one by one
 	lossy  atomic.Bool   // what cannot leave is lost, and no error
 	refuse atomic.Uint32 // unix.Errno for which the last packet did not leave, 0 if it did
 
@@ -189,9 +191,27 @@ func (c *Conn) Unsent() error {
 	return nil
 }
 
+// DisableOffload has packets be sent and received one by one, so that a capture
+// on this host sees each of them as it is on the wire: with offload it sees what
+// the kernel splits later, and no program decrypts that. It is called before
+// anything is sent or received.
+func (c *Conn) DisableOffload() error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	c.single = true
+	return raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_GRO, 0) // a kernel without it has nothing to turn off
+	})
+}
+
 // WriteMsgUDP sends b, several packets in one when oob says so. It logs the first time that a path does not take that: quic-go
 // then sends packets to that peer one by one.
 func (c *Conn) WriteMsgUDP(b, oob []byte, addr *net.UDPAddr) (n, oobn int, err error) {
+	if c.single && segmented(oob) {
+		return 0, 0, os.NewSyscallError("sendmsg", unix.EIO) // as of a path that does not take it: quic-go sends them one by one then
+	}
 	n, oobn, err = c.UDPConn.WriteMsgUDP(b, oob, addr)
 	if err == nil {
 		if c.refuse.Load() != 0 {
@@ -207,6 +227,22 @@ func (c *Conn) WriteMsgUDP(b, oob []byte, addr *net.UDPAddr) (n, oobn int, err e
 		}
 	}
 	return n, oobn, err
+}
+
+// segmented reports whether control data asks the kernel to split a message into
+// packets (UDP_SEGMENT).
+func segmented(oob []byte) bool {
+	for len(oob) >= unix.SizeofCmsghdr {
+		h, _, rest, err := unix.ParseOneSocketControlMessage(oob)
+		if err != nil {
+			return false
+		}
+		if h.Level == unix.IPPROTO_UDP && h.Type == unix.UDP_SEGMENT {
+			return true
+		}
+		oob = rest
+	}
+	return false
 }
 
 // unsent returns what err says of the host's network as it is now, 0 if it is about the packet or the socket.

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"go.uber.org/goleak"
 	"golang.org/x/net/ipv4"
@@ -486,4 +487,40 @@ func FuzzControl(f *testing.F) {
 			t.Errorf("%x: what is left is %x: %v", oob, c.control, err)
 		}
 	})
+}
+
+// Without offload, a message of several packets is refused as by a path that cannot take it, and the kernel hands over one packet at a time.
+func TestDisableOffload(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			c, far := listen(t, f.network, f.listen), listen(t, f.network, f.listen)
+			conn := newConn(t, c, nil)
+			if err := conn.DisableOffload(); err != nil {
+				t.Fatal(err)
+			}
+			to := &net.UDPAddr{IP: net.ParseIP(f.to), Port: far.LocalAddr().(*net.UDPAddr).Port}
+			segment := binary.NativeEndian.AppendUint16(nil, 100)
+			oob := make([]byte, unix.CmsgSpace(len(segment)))
+			h := (*unix.Cmsghdr)(unsafe.Pointer(&oob[0]))
+			h.Level, h.Type = unix.IPPROTO_UDP, unix.UDP_SEGMENT
+			h.SetLen(unix.CmsgLen(len(segment)))
+			copy(oob[unix.CmsgLen(0):], segment)
+			var system *os.SyscallError // what quic-go looks for
+			if _, _, err := conn.WriteMsgUDP(make([]byte, 300), oob, to); !errors.As(err, &system) || system.Err != unix.EIO {
+				t.Errorf("several packets in one message: %v, want EIO", err)
+			}
+			if _, _, err := conn.WriteMsgUDP(make([]byte, 300), nil, to); err != nil {
+				t.Errorf("one packet: %v", err)
+			}
+			raw, err := c.SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = raw.Control(func(fd uintptr) {
+				if gro, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_GRO); err == nil && gro != 0 {
+					t.Error("the kernel still hands over many packets at a time")
+				}
+			})
+		})
+	}
 }
