@@ -203,7 +203,7 @@ func TestWireICMP(t *testing.T) {
 }
 
 // What no router answers is dropped in silence: what is not whole, errors about errors, and what is not from or to one host
-// (RFC 1122 section 3.2.2, RFC 4443 section 2.4 e). So are routing headers of type 0 (RFC 5095).
+// (RFC 1122 section 3.2.2, RFC 4443 section 2.4 e). So are routing headers of type 0 (RFC 5095), and others that lead elsewhere.
 func TestWireICMPSilence(t *testing.T) {
 	p := startWireProxy(t, func(c *proxy.Config) { c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), allIPv6} })
 	u := p.tunnel()
@@ -241,6 +241,7 @@ func TestWireICMPSilence(t *testing.T) {
 		"from ::1":            packet(netip.IPv6Loopback(), beyond6, protoTCP, 64, 40),
 		"wrong length, IPv6":  edit(packet(u.addr6, beyond6, protoTCP, 64, 40), 4, 0, 20),
 		"routing header 0":    withHeaders(packet(u.addr6, beyond6, protoTCP, 64, 40), extension{43, make([]byte, 6)}),
+		"segment routing":     withHeaders(packet(u.addr6, beyond6, protoTCP, 64, 40), extension{43, append([]byte{4, 1}, make([]byte, 20)...)}),
 		"router solicitation": packet(linkLocal6, netip.MustParseAddr("ff02::2"), 58, 255, 8),
 	}
 	marked := uint8(0)

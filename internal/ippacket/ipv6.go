@@ -68,7 +68,7 @@ func (p *Packet) walk(b []byte) error {
 		size := 8 + int(h[1])*8
 		switch p.Protocol {
 		case headerRouting:
-			if h[2] == 0 {
+			if leadsElsewhere(h[2], h[3]) {
 				return ErrRoutingHeader
 			}
 		case headerAuth:
@@ -98,6 +98,21 @@ func (p *Packet) walk(b []byte) error {
 		return ErrHeaderChain
 	}
 	return nil
+}
+
+// leadsElsewhere reports whether a packet with a routing header of the type is
+// refused, as one with an IPv4 source route is: one with segments left is not
+// bound for its destination address. Headers of type 0 are refused in any case
+// (RFC 5095), and those of type 2 never: the one segment that they have is
+// another address of the destination itself (RFC 6275 section 6.4).
+func leadsElsewhere(routingType, segmentsLeft uint8) bool {
+	switch routingType {
+	case 0:
+		return true
+	case 2:
+		return segmentsLeft > 1
+	}
+	return segmentsLeft > 0
 }
 
 func isExtension(protocol uint8) bool {

@@ -14,6 +14,13 @@ func extension(next uint8, size int) []byte {
 	return h
 }
 
+// routing returns a routing header before UDP with room for one address.
+func routing(routingType, segmentsLeft uint8) []byte {
+	h := extension(17, 24)
+	h[2], h[3] = routingType, segmentsLeft
+	return h
+}
+
 // authentication returns an authentication header of size bytes.
 func authentication(next uint8, size int) []byte {
 	h := make([]byte, size)
@@ -44,6 +51,9 @@ func TestHeaderChain(t *testing.T) {
 		{"destination options", packet6(headerDestination, extension(6, 264), upper), 6, 304},
 		{"longest", packet6(headerDestination, extension(6, 2048), upper), 6, 2088},
 		{"routing", packet6(headerRouting, extension(58, 24), upper), 58, 64},
+		{"home address of a mobile node", packet6(headerRouting, routing(2, 1), upper), 17, 64},
+		{"RPL without segments left", packet6(headerRouting, routing(3, 0), upper), 17, 64},
+		{"SRv6 without segments left", packet6(headerRouting, routing(4, 0), upper), 17, 64},
 		{"authentication", packet6(headerAuth, authentication(6, 28), upper), 6, 68},
 		{"shortest authentication", packet6(headerAuth, authentication(6, 8), upper), 6, 48},
 		{"mobility", packet6(headerMobility, extension(59, 16)), 59, 56},
@@ -123,6 +133,11 @@ func TestHeaderChainErrors(t *testing.T) {
 		{"routing type 0", packet6(headerRouting, make([]byte, 24)), ErrRoutingHeader, headerRouting, 40},
 		{"routing type 0 later", packet6(headerHopByHop, extension(headerRouting, 8), []byte{17, 2, 0, 1}, make([]byte, 20), upper), ErrRoutingHeader, headerRouting, 48},
 		{"routing type 0 without segments", packet6(headerRouting, []byte{17, 0, 0, 0, 0, 0, 0, 0}, upper), ErrRoutingHeader, headerRouting, 40},
+		{"routing type 1 with a segment left", packet6(headerRouting, routing(1, 1), upper), ErrRoutingHeader, headerRouting, 40},
+		{"routing type 2 with two segments left", packet6(headerRouting, routing(2, 2), upper), ErrRoutingHeader, headerRouting, 40},
+		{"RPL with a segment left", packet6(headerRouting, routing(3, 1), upper), ErrRoutingHeader, headerRouting, 40},
+		{"SRv6 with two segments left", packet6(headerHopByHop, extension(headerRouting, 8), routing(4, 2), upper), ErrRoutingHeader, headerRouting, 48},
+		{"unknown routing type with a segment left", packet6(headerRouting, routing(200, 1), upper), ErrRoutingHeader, headerRouting, 40},
 	} {
 		p, err := Parse(tt.b)
 		if err != tt.want || p.Protocol != tt.protocol || p.HeaderLen != tt.offset {

@@ -32,8 +32,8 @@ var (
 	ErrLength        = errors.New("a length in the IP header is wrong")
 	ErrChecksum      = errors.New("the IPv4 header checksum is wrong")
 	ErrHeaderChain   = errors.New("the IPv6 header chain is cut or too long")
-	ErrRoutingHeader = errors.New("IPv6 routing header of type 0") // RFC 5095
-	ErrSourceRoute   = errors.New("IPv4 source route")             // RFC 7126 section 4.3
+	ErrRoutingHeader = errors.New("IPv6 routing header that leads elsewhere") // RFC 5095, RFC 9288 section 3.5.2
+	ErrSourceRoute   = errors.New("IPv4 source route")                        // RFC 7126 section 4.3
 )
 
 // Packet is what a router needs to know of the headers of an IP packet.
