@@ -230,6 +230,11 @@ func (c Config) withDefaults() (Config, error) {
 			return c, usage("addresses.request", "%v is not an address prefix without bits beyond its length", p)
 		}
 	}
+	for _, token := range []string{c.Instance, c.Installation} {
+		if token != "" && !connectip.IsToken(token) {
+			return c, &Error{Kind: KindUsage, Reason: "a token of the client is not 1 to 64 letters, digits and any of -._~+/="}
+		}
+	}
 	if err := c.checkSite(); err != nil {
 		return c, err
 	}

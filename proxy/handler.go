@@ -114,8 +114,8 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		server:       h.s,
 		user:         user,
 		method:       method,
-		instance:     r.Header.Get(connectip.InstanceHeader),
-		installation: r.Header.Get(connectip.InstallationHeader),
+		instance:     token(r, connectip.InstanceHeader),
+		installation: token(r, connectip.InstallationHeader),
 		since:        time.Now(),
 		quic:         r.Context().Value(connKey{}).(*quic.Conn),
 		done:         make(chan struct{}),
@@ -140,6 +140,15 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		return nil, refused
 	}
 	return ss, nil
+}
+
+// token returns the value of a header field that is a token of the client. What is no token is ignored: the field is not of any
+// standard, another program may use the name for something else, and all that the client misses are its former addresses.
+func token(r *http.Request, header string) string {
+	if s := r.Header.Get(header); connectip.IsToken(s) {
+		return strings.Clone(s)
+	}
+	return ""
 }
 
 // admit takes ss in among the running sessions, in place of those that it replaces, unless a limit forbids it.

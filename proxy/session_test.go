@@ -2,7 +2,11 @@ package proxy
 
 import (
 	"errors"
+	"net/http"
+	"strings"
 	"testing"
+
+	"masquevpn/internal/connectip"
 )
 
 // A session replaces all of its instance, and of its user, that are still there, without getting around the limits.
@@ -28,5 +32,28 @@ func TestSessionsAdd(t *testing.T) {
 		if replaced != tc.replaced || !errors.Is(err, tc.err) {
 			t.Errorf("%s, instance %s: replaces %d, %v; want %d, %v", tc.user, tc.instance, replaced, err, tc.replaced, tc.err)
 		}
+	}
+}
+
+// A token that the proxy would have to keep is short; with another one the request goes on without it.
+func TestTokens(t *testing.T) {
+	for _, tc := range []struct{ name, token, want string }{
+		{"short", "ABCDEFGH", "ABCDEFGH"},
+		{"long", strings.Repeat("i", 7000), ""},
+		{"with a space", "A B", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			s := startServer(t, nil)
+			_, h3 := s.dial(t, nil)
+			header := http.Header{connectip.InstanceHeader: {tc.token}, connectip.InstallationHeader: {tc.token}}
+			if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, header); rsp.StatusCode != 200 {
+				t.Fatalf("status %d", rsp.StatusCode)
+			}
+			for _, ss := range s.sessions.list() {
+				if ss.instance != tc.want || ss.installation != tc.want {
+					t.Errorf("the session has %q and %q, want %q", ss.instance, ss.installation, tc.want)
+				}
+			}
+		})
 	}
 }

@@ -7,11 +7,16 @@ import (
 	"encoding/base32"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"masquevpn/internal/connectip"
 )
 
 // stateDir is where things are kept that outlast a tunnel, unless --state-dir says otherwise.
@@ -34,11 +39,8 @@ func (o *options) installation(name, proxy string) (string, error) {
 // readInstallation returns what is in the file, which is made if there is none.
 func readInstallation(dir string) ([]byte, error) {
 	path := filepath.Join(dir, installationFile)
-	secret, err := os.ReadFile(path)
+	secret, err := readToken(path)
 	if !errors.Is(err, fs.ErrNotExist) {
-		if err == nil && len(bytes.TrimSpace(secret)) < 16 {
-			err = fmt.Errorf("%s is damaged: remove it", path)
-		}
 		return secret, err
 	}
 	if err := os.MkdirAll(dir, 0o750); err != nil {
@@ -64,7 +66,7 @@ func readInstallation(dir string) ([]byte, error) {
 	if err := os.Link(f.Name(), path); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
-	return os.ReadFile(path)
+	return readToken(path)
 }
 
 // instancePath is where a running tunnel keeps its instance token for a next one, in case it is killed.
@@ -73,11 +75,43 @@ func (o *options) instancePath(name string) string { return filepath.Join(o.RunD
 // lastInstance returns the instance token of the tunnel's last run, if that did not end in good order and its session may so be there
 // still, or a new one. The lock of the tunnel sees to it that no two use one; and as the run directory does not outlast the host, nor
 // is part of what is copied to another one, neither do two hosts.
-func (o *options) lastInstance(name string) string {
-	if token, err := os.ReadFile(o.instancePath(name)); err == nil && len(token) >= 16 {
+func (o *options) lastInstance(name string, logger *slog.Logger) string {
+	path := o.instancePath(name)
+	token, err := readToken(path)
+	if err == nil && !connectip.IsToken(string(token)) {
+		err = fmt.Errorf("%s is damaged", path)
+	}
+	switch {
+	case err == nil:
 		return string(token)
+	case !errors.Is(err, fs.ErrNotExist):
+		logger.Warn("the proxy may hold the addresses of a run that was killed for half a minute more: its token cannot be used, and a new one is made", "error", err)
 	}
 	return rand.Text()
+}
+
+// minToken is the least number of bytes that nobody guesses.
+const minToken = 16
+
+// readToken reads a small file, and neither what a link leads to nor a pipe, for which it would wait.
+func readToken(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is no file: remove it", path)
+	}
+	token, err := io.ReadAll(io.LimitReader(f, 1<<10))
+	if err == nil && len(bytes.TrimSpace(token)) < minToken {
+		err = fmt.Errorf("%s is damaged: remove it", path)
+	}
+	return token, err
 }
 
 // keepInstance writes the token down until forget is called, in good order.

@@ -76,7 +76,7 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	if l.config.Installation, err = o.installation(name, l.config.Proxy); err != nil {
 		logger.Warn("the proxy cannot know this host again, so it may have other addresses after a restart", "error", err)
 	}
-	l.config.Instance = o.lastInstance(name)
+	l.config.Instance = o.lastInstance(name, logger)
 	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, l.config.TLS, logger)
 	if err != nil {
 		return err

@@ -192,7 +192,7 @@ func (f *CaptureFlags) Capture(cmd *cobra.Command, instance *control.Client, ses
 	})()
 	out := cmd.OutOrStdout()
 	if f.out != "-" {
-		file, err := createCapture(f.out)
+		file, err := OpenSecret(f.out, os.O_WRONLY|os.O_TRUNC)
 		if err != nil {
 			return err
 		}
@@ -209,20 +209,6 @@ func (f *CaptureFlags) Capture(cmd *cobra.Command, instance *control.Client, ses
 	fmt.Fprintf(cmd.ErrOrStderr(), "%s: %s packets captured, %s more were not written in time\n", cmd.Root().Name(),
 		answer.Trailer.Get(captureCaptured), answer.Trailer.Get(captureDropped))
 	return nil
-}
-
-// createCapture makes a file that nobody else can read, or empties it.
-func createCapture(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if info, err := f.Stat(); err != nil || info.Mode().IsRegular() && info.Mode().Perm()&0o077 != 0 {
-		if err := errors.Join(err, f.Chmod(0o600)); err != nil {
-			return nil, errors.Join(err, f.Close())
-		}
-	}
-	return f, nil
 }
 
 func isTerminal(w io.Writer) bool {

@@ -71,6 +71,40 @@ func ReadSecret(path string) ([]byte, error) {
 	return data, nil
 }
 
+// OpenSecret opens a file to write secrets to, with flags as os.OpenFile has
+// them, and makes it if there is none. Nobody else can read it from then on: it
+// is 0600, whatever it was, a link is not followed, and a file of another user,
+// who could read it all the same, is refused. What is no file, such as a pipe, is
+// opened as it is.
+func OpenSecret(path string, flags int) (*os.File, error) {
+	f, err := os.OpenFile(path, flags&^os.O_TRUNC|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := conceal(f, flags&os.O_TRUNC != 0); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// conceal makes a file one that nobody else can read, and then empties it.
+func conceal(f *os.File, truncate bool) error {
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return err
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
+		return &fs.PathError{Op: "write secrets to", Path: f.Name(), Err: errors.New("the file belongs to another user")}
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		err = f.Chmod(0o600)
+	}
+	if err == nil && truncate {
+		err = f.Truncate(0)
+	}
+	return err
+}
+
 // Exposed is the error of a secret in a file that others can read.
 func Exposed(path string) error {
 	return Errorf(Usage, "%s holds a secret and can be read by others: chmod 600 %s", path, path)

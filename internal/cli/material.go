@@ -9,8 +9,6 @@ import (
 	"log/slog"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"masquevpn/internal/config"
 	"masquevpn/internal/pki"
 )
@@ -81,7 +79,7 @@ func OpenKeyLog(keys Keys, path string, c *tls.Config, logger *slog.Logger) (fun
 	if path == "" {
 		return func() {}, nil
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	f, err := OpenSecret(path, os.O_WRONLY|os.O_APPEND)
 	if err != nil {
 		return nil, keys.Problem("log.key_log", err.Error(), "name a file that can be written")
 	}

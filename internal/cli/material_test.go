@@ -37,6 +37,18 @@ func TestKeyLog(t *testing.T) {
 		t.Errorf("no warning is logged: %s", &log)
 	}
 
+	// Others could read what was there already.
+	if err := os.Chmod(filepath.Join(dir, "keys"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if closeLog, err = OpenKeyLog(keys, keys.KeyLog, c, logger); err != nil {
+		t.Fatal(err)
+	}
+	closeLog()
+	if info, err := os.Stat(filepath.Join(dir, "keys")); err != nil || info.Mode().Perm() != 0o600 || info.Size() != 6 {
+		t.Errorf("a file that was 0644 is %v, %v", info, err)
+	}
+
 	_, err = OpenKeyLog(keys, filepath.Join(dir, "none", "keys"), c, logger)
 	if err == nil || !strings.Contains(err.Error(), `c.toml:3: log.key_log = "keys": `) {
 		t.Errorf("a file that cannot be made: %v", err)

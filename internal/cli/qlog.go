@@ -65,7 +65,8 @@ func checkQlogDir(dir string) error {
 
 // redact keeps secrets out of a qlog.
 func redact(name, value string) string {
-	if name == "Authorization" || name == "Proxy-Authorization" || name == connectip.InstanceHeader {
+	switch name {
+	case "Authorization", "Proxy-Authorization", connectip.InstanceHeader, connectip.InstallationHeader:
 		return "(not shown)"
 	}
 	return value

@@ -62,6 +62,7 @@ func TestQlog(t *testing.T) {
 	r := qlogOf(t, tracer, 1)
 	r.RecordEvent(http3qlog.FrameCreated{Frame: http3qlog.Frame{Frame: http3qlog.HeadersFrame{HeaderFields: []http3qlog.HeaderField{
 		{Name: ":path", Value: "/a"}, {Name: "authorization", Value: "Bearer secret"}, {Name: "masque-instance", Value: "secret"},
+		{Name: "masque-installation", Value: "secret"}, {Name: "proxy-authorization", Value: "secret"},
 	}}}})
 	r.RecordEvent(qlog.MTUUpdated{Value: 1400})
 	names := qlogFiles(t, dir)

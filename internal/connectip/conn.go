@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -42,6 +43,25 @@ const InstanceHeader = "Masque-Instance"
 // InstallationHeader is a header field of requests: a token that stays the same when a client program is started anew, by which
 // the proxy finds the addresses that the user had on this device last. It is optional and of this project only.
 const InstallationHeader = "Masque-Installation"
+
+// maxToken is the longest value of InstanceHeader and InstallationHeader, in bytes: the proxy keeps it for as long as it remembers
+// whose an address was.
+const maxToken = 64
+
+// IsToken reports whether s may be the value of InstanceHeader or InstallationHeader: 1 to 64 letters, digits and any of "-._~+/=".
+func IsToken(s string) bool {
+	if s == "" || len(s) > maxToken {
+		return false
+	}
+	for _, c := range []byte(s) {
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', strings.IndexByte("-._~+/=", c) >= 0:
+		default:
+			return false
+		}
+	}
+	return true
+}
 
 // ErrClosedByPeer is returned by Run when the peer ended the stream in good order.
 var ErrClosedByPeer = errors.New("the peer closed the tunnel")
