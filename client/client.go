@@ -49,6 +49,7 @@ type Client struct {
 	stats    connectip.Stats
 	had      []netip.Prefix // addresses of the last session, to ask for again
 	unasked  bool           // the proxy ends the tunnel when it is asked for addresses, and assigns some without that
+	applied  bool           // the kernel has followed a proxy
 
 	mu         sync.Mutex
 	status     connectip.Status
@@ -172,7 +173,7 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	})
 	err = c.keepConnected(ctx)
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded) {
-		return &Error{Kind: KindFailure, Reason: cause.Error(), Err: cause}
+		return fail(causeFailure, cause, cause.Error(), "")
 	}
 	c.setState(StateStopping, "")
 	return err
@@ -194,20 +195,22 @@ func (c *Client) closeKillSwitch(iface string) error {
 
 // privileged makes an Error of what opening something on this host gave.
 func privileged(err error, what string) error {
-	e := &Error{Kind: KindFailure, Reason: what + err.Error(), Err: err}
+	c := causeFailure
 	if errors.Is(err, tun.ErrPermission) || errors.Is(err, os.ErrPermission) {
-		e.Kind = KindPrivileges
+		c = causePrivileges
 	}
-	return e
+	return fail(c, err, what+err.Error(), "")
 }
 
 // keepConnected has one session after another until ctx ends or trying again cannot help.
 func (c *Client) keepConnected(ctx context.Context) error {
-	r := retry{enabled: c.cfg.Reconnect, maxDelay: c.cfg.MaxDelay, logger: c.cfg.Logger}
+	r := retry{enabled: c.cfg.Reconnect, service: c.cfg.Service, maxDelay: c.cfg.MaxDelay, logger: c.cfg.Logger}
+	r.applied = func() bool { return c.applied }
 	r.waiting = func(everConnected bool, e *Error) {
 		c.mu.Lock()
 		c.failure = e
 		c.mu.Unlock()
+		c.notePeer(e)
 		state := StateConnecting
 		if everConnected {
 			state = StateReconnecting
@@ -216,10 +219,18 @@ func (c *Client) keepConnected(ctx context.Context) error {
 			c.reconnects[lossOf(e)]++
 			c.mu.Unlock()
 		}
-		c.setState(state, e.Error())
+		c.setState(state, e.waiting())
 	}
 	r.sooner = c.networkChanged
 	return r.run(ctx, c.session)
+}
+
+// notePeer has the status warn of somebody who answers in the proxy's place,
+// until the proxy has proved who it is again.
+func (c *Client) notePeer(e *Error) {
+	if text := e.impostor(); text != "" || failures[e.cause].source == byProxy {
+		c.warn(noticePeer, text)
+	}
 }
 
 // readDevice takes the packets of the host until the device is closed.

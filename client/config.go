@@ -3,8 +3,10 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"net"
@@ -74,6 +76,9 @@ type Config struct {
 
 	Reconnect bool
 	MaxDelay  time.Duration // default DefaultMaxDelay
+	// Service says that nobody waits for the outcome of the start: only the
+	// proxy itself, once it has proved who it is, can end a client for good.
+	Service bool
 
 	Journal string // path of a file that lets the next start clean up after a crash; "" for none
 	Logger  *slog.Logger
@@ -130,17 +135,15 @@ const (
 	KindRefused      Kind = 8 // no address, or no route, was granted
 )
 
-// final reports whether trying again cannot help.
-func (k Kind) final() bool {
-	return k == KindUsage || k == KindCredentials || k == KindIdentity || k == KindPrivileges
-}
-
 // Error is why a tunnel is not there: one line that says what is wrong and what to do.
 type Error struct {
 	Kind   Kind
 	Reason string
 	Remedy string // "" when there is none
 	Err    error  // cause, may be nil
+
+	cause cause          // what follows from it
+	from  netip.AddrPort // who answered, where somebody did
 }
 
 func (e *Error) Error() string {
@@ -153,7 +156,7 @@ func (e *Error) Error() string {
 func (e *Error) Unwrap() error { return e.Err }
 
 func usage(key, format string, args ...any) error {
-	return &Error{Kind: KindUsage, Reason: key + ": " + fmt.Sprintf(format, args...)}
+	return fail(causeConfiguration, nil, key+": "+fmt.Sprintf(format, args...), "")
 }
 
 // target is what Config.Proxy stands for.
@@ -162,7 +165,9 @@ type target struct {
 	scope    connectip.Scope
 	host     string // to resolve
 	port     string
-	verify   string // the name that the certificate has to carry
+	verify   string         // the name that the certificate has to carry
+	roots    *x509.CertPool // who may have signed it; nil: the system's
+	clock    clock          // by which it is verified
 }
 
 // parseProxy checks where raw, a Config.Proxy, leads. What config says of the name to verify goes before that in raw.
@@ -181,14 +186,14 @@ func parseProxy(raw string, config *tls.Config) (target, error) {
 	if err != nil {
 		return target{}, usage("proxy", "%v", err)
 	}
-	to := target{template: t, host: t.Host(), port: "443"}
+	to := target{template: t, host: t.Host(), port: "443", clock: newClock(config)}
 	if host, port, err := net.SplitHostPort(t.Host()); err == nil {
 		to.host, to.port = host, port
 	}
 	to.host = strings.Trim(to.host, "[]")
 	to.verify = to.host
-	if config != nil && config.ServerName != "" {
-		to.verify = config.ServerName
+	if config != nil {
+		to.verify, to.roots = cmp.Or(config.ServerName, to.host), config.RootCAs
 	}
 	return to, nil
 }
@@ -232,7 +237,7 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	for _, token := range []string{c.Instance, c.Installation} {
 		if token != "" && !connectip.IsToken(token) {
-			return c, &Error{Kind: KindUsage, Reason: "a token of the client is not 1 to 64 letters, digits and any of -._~+/="}
+			return c, fail(causeConfiguration, nil, "a token of the client is not 1 to 64 letters, digits and any of -._~+/=", "")
 		}
 	}
 	if err := c.checkSite(); err != nil {

@@ -138,10 +138,8 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 			d.logger.Info("the proxy's name could not be resolved, trying its last addresses", "error", err)
 			return d.lastAddrs, nil
 		}
-		return nil, &Error{
-			Kind: KindUnreachable, Err: err, Reason: fmt.Sprintf("the name %s of the proxy cannot be resolved (%v)", d.to.host, dnsReason(err)),
-			Remedy: "check its spelling in the configuration, and this host's DNS",
-		}
+		return nil, fail(causeName, err, fmt.Sprintf("the name %s of the proxy cannot be resolved (%v)", d.to.host, dnsReason(err)),
+			"check its spelling in the configuration, and this host's DNS")
 	}
 	d.lastAddrs = interleave(found, uint16(port))
 	d.note("the name %s leads to %v", d.to.host, d.lastAddrs)
@@ -257,9 +255,9 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 		_ = udp.Close()
 		if unsent != nil {
 			unsent := &unsentError{unsent}
-			return nil, &Error{Kind: KindUnreachable, Err: unsent, Reason: unsent.Error(), Remedy: "check this host's network and firewall"}
+			return nil, fail(causeNetwork, unsent, unsent.Error(), "check this host's network and firewall")
 		}
-		return nil, classify(err, nil, d.to)
+		return nil, answered(classify(err, nil, d.to), addr)
 	}
 	udp.LoseUnsent()
 	return &dialed{transport: t, socket: udp, leave: func() {}, conn: conn, remote: addr}, nil
@@ -311,9 +309,9 @@ func (d *dialer) handshake(ctx context.Context, conn *quic.Conn) (*http3.ClientC
 	}
 	switch s := h3.Settings(); {
 	case !s.EnableExtendedConnect:
-		return nil, &Error{Kind: KindUsage, Reason: d.to.host + " does not offer Extended CONNECT, so it is no MASQUE proxy", Remedy: "check the name and the port of the proxy"}
+		return nil, fail(causeNoProxy, nil, d.to.host+" does not offer Extended CONNECT, so it is no MASQUE proxy", "check the name and the port of the proxy")
 	case !s.EnableDatagrams:
-		return nil, &Error{Kind: KindUsage, Reason: d.to.host + " does not offer HTTP Datagrams, so it is no MASQUE proxy", Remedy: "check the name and the port of the proxy"}
+		return nil, fail(causeNoProxy, nil, d.to.host+" does not offer HTTP Datagrams, so it is no MASQUE proxy", "check the name and the port of the proxy")
 	}
 	return h3, nil
 }
@@ -393,19 +391,19 @@ func checkResponse(rsp *http.Response) error {
 		}
 		return nil
 	case status == http.StatusUnauthorized || status == http.StatusProxyAuthRequired:
-		return &Error{Kind: KindCredentials, Reason: "the proxy does not accept the credentials", Remedy: "ask its operator for a new invitation"}
+		return fail(causeCredentials, nil, "the proxy does not accept the credentials", "ask its operator for a new invitation")
 	case status == http.StatusForbidden:
-		return &Error{Kind: KindRefused, Reason: "the proxy does not allow this request" + detail, Remedy: "check [scope], or ask its operator"}
+		return fail(causeForbidden, nil, "the proxy does not allow this request"+detail, "check [scope], or ask its operator")
 	case status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable:
-		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the proxy takes no more sessions now, status %d%s", status, detail)}
+		return fail(causeBusy, nil, fmt.Sprintf("the proxy takes no more sessions now, status %d%s", status, detail), "")
 	case kind == "dns_error" && rcode == "NXDOMAIN":
-		return &Error{Kind: KindRefused, Reason: "the proxy finds no address of the target's name", Remedy: "check its spelling"}
+		return fail(causeTarget, nil, "the proxy finds no address of the target's name", "check its spelling")
 	case kind == "dns_error" || kind == "dns_timeout":
-		return &Error{Kind: KindFailure, Reason: "the proxy cannot resolve the target's name now" + detail, Remedy: "ask its operator to check its DNS"}
+		return fail(causeBusy, nil, "the proxy cannot resolve the target's name now"+detail, "ask its operator to check its DNS")
 	case status >= 500 || status == http.StatusRequestTimeout: // the latter when SETTINGS of this client got lost
-		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("the proxy failed, status %d%s", status, detail)}
+		return fail(causeBusy, nil, fmt.Sprintf("the proxy failed, status %d%s", status, detail), "")
 	default:
-		return &Error{Kind: KindUsage, Reason: fmt.Sprintf("the proxy answered with status %d%s", status, detail), Remedy: "check the URI template in proxy"}
+		return fail(causeAnswer, nil, fmt.Sprintf("the proxy answered with status %d%s", status, detail), "check the URI template in proxy")
 	}
 }
 
@@ -436,7 +434,7 @@ func (to target) tlsConfig(base *tls.Config) *tls.Config {
 	if base != nil {
 		t = base.Clone()
 	}
-	t.ServerName = to.verify
+	t.ServerName, t.Time = to.verify, to.clock.now
 	t.NextProtos = []string{http3.NextProtoH3}
 	t.MinVersion = tls.VersionTLS13
 	if len(t.Certificates) > 0 && t.GetClientCertificate == nil {

@@ -5,6 +5,9 @@ import (
 	"slices"
 )
 
+// noticePeer is the key of the warning about who answers in the proxy's place.
+const noticePeer = "peer"
+
 // A notice is something about the tunnel that its user should know. Each has a
 // key, so that whoever posted it can change it or take it back.
 type notice struct {

@@ -18,8 +18,10 @@ const (
 // retry says what follows when a session ends or none comes about.
 type retry struct {
 	enabled  bool
+	service  bool          // nobody waits for the outcome of the start
 	maxDelay time.Duration // between attempts
 	logger   *slog.Logger
+	applied  func() bool                        // the kernel has followed a proxy; nil for never
 	waiting  func(everConnected bool, e *Error) // called before each wait
 	// sooner waits until ctx ends, or until trying again is worth it before its time, which it reports. It may be nil.
 	sooner func(ctx context.Context) bool
@@ -32,7 +34,7 @@ func (r retry) run(ctx context.Context, session func(context.Context) (connected
 		InitialInterval: firstDelay, RandomizationFactor: backoff.DefaultRandomizationFactor, Multiplier: 2, MaxInterval: r.maxDelay,
 	}
 	wait.Reset()
-	everConnected := false
+	everConnected, said := false, ""
 	for {
 		connected, err := session(ctx)
 		if ctx.Err() != nil {
@@ -41,16 +43,22 @@ func (r retry) run(ctx context.Context, session func(context.Context) (connected
 		everConnected = everConnected || connected > 0
 		var e *Error
 		if !errors.As(err, &e) {
-			e = &Error{Kind: KindFailure, Reason: err.Error(), Err: err}
+			e = fail(causeFailure, err, err.Error(), "")
 		}
-		if e.Kind.final() || e.Kind == KindRefused && !everConnected || !r.enabled {
+		later := everConnected || r.applied != nil && r.applied()
+		if e.cause.final(r.service, later) || !r.enabled {
 			return e
 		}
 		if connected > steadyAfter {
 			wait.Reset()
 		}
 		delay := wait.NextBackOff()
-		r.logger.Warn("no session", "reason", e.Error(), "retry_in", delay.Round(time.Millisecond).String())
+		level := slog.LevelWarn
+		if e.waiting() == said {
+			level = slog.LevelInfo
+		}
+		said = e.waiting()
+		r.logger.Log(ctx, level, "no session", "reason", said, "retry_in", delay.Round(time.Millisecond).String())
 		r.waiting(everConnected, e)
 		if r.wait(ctx, delay) {
 			wait.Reset()

@@ -39,7 +39,7 @@ func (e *lostError) Error() string { return e.reason }
 
 func lost(p pathState) error {
 	e := lostError(p)
-	return &Error{Kind: KindUnreachable, Reason: e.reason, Err: &e}
+	return fail(causeLost, &e, e.reason, "")
 }
 
 // pathState is what there is to say of a session's path, the zero value for nothing.

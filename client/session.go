@@ -81,6 +81,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	if err != nil {
 		return 0, err
 	}
+	c.warn(noticePeer, "")
 	code := http3.ErrCodeNoError
 	defer func() { d.closeWith(code) }()
 	// Until the proxy has had the time to speak of DNS, the resolver is left as it is.
@@ -280,10 +281,8 @@ func (s *session) explainRequest(err error) error {
 		return err
 	}
 	s.c.unasked = true
-	return &Error{
-		Kind: KindFailure, Err: e, Reason: "the proxy ended the tunnel when it was asked for addresses, although it assigns some unasked",
-		Remedy: "set addresses.request = []; until then each run of the client begins with such a failure",
-	}
+	return fail(causeEnded, e, "the proxy ended the tunnel when it was asked for addresses, although it assigns some unasked",
+		"set addresses.request = []; until then each run of the client begins with such a failure")
 }
 
 // wanted is what to ask for: the addresses of the last session, where there was one, and otherwise those configured.
@@ -398,7 +397,7 @@ func (s *session) apply() (complete bool, err error) {
 	}
 	if len(addrs) == 0 {
 		c.had = nil // it may grant others
-		return false, &Error{Kind: KindRefused, Reason: "the proxy assigned no address", Remedy: "its pool may be exhausted; ask its operator"}
+		return false, fail(causeAddresses, nil, "the proxy assigned no address", "its pool may be exhausted; ask its operator")
 	}
 	if err := c.cfg.checkAssigned(addrs); err != nil {
 		return false, err
@@ -423,13 +422,13 @@ func (s *session) apply() (complete bool, err error) {
 		}
 	}
 	if err != nil {
-		e := &Error{Kind: KindRefused, Err: err, Reason: fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err)}
+		e := fail(causeAddresses, err, fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err), "")
 		if errors.Is(err, routing.ErrTooManyRoutes) {
 			e.Remedy = "set routes.accept to fewer of them"
 		}
 		return false, e
 	}
-	c.pushed = dns
+	c.applied, c.pushed = true, dns
 	s.applyDNS(dns, nat64)
 	c.mu.Lock()
 	c.status.Interface, c.status.MTU, c.status.Addresses = c.device.Name(), min(state.MTU, s.conn.MTU()), addrs
@@ -494,5 +493,5 @@ func (s *session) notConfigured() error {
 		}
 		s.c.unasked = false // it may be another proxy of that name
 	}
-	return &Error{Kind: KindRefused, Reason: fmt.Sprintf("the proxy %s within %v", what, configTimeout), Remedy: remedy}
+	return fail(causeAddresses, nil, fmt.Sprintf("the proxy %s within %v", what, configTimeout), remedy)
 }

@@ -157,11 +157,11 @@ func (f *UDPForwarder) Run(ctx context.Context) error {
 	var lc net.ListenConfig
 	c, err := lc.ListenPacket(ctx, "udp", f.cfg.Listen)
 	if err != nil {
-		e := &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %s: %v", f.cfg.Listen, err), Err: err}
+		cause, remedy := causeFailure, ""
 		if errors.Is(err, os.ErrPermission) {
-			e.Kind, e.Remedy = KindPrivileges, "choose a port above 1023, or run as root"
+			cause, remedy = causePrivileges, "choose a port above 1023, or run as root"
 		}
-		return e
+		return fail(cause, err, fmt.Sprintf("listening on UDP %s: %v", f.cfg.Listen, err), remedy)
 	}
 	f.socket = c.(*net.UDPConn)
 	var reader sync.WaitGroup
@@ -178,7 +178,7 @@ func (f *UDPForwarder) Run(ctx context.Context) error {
 	reader.Wait()
 	f.running.Wait()
 	if !errors.Is(readErr, net.ErrClosed) {
-		return &Error{Kind: KindFailure, Reason: fmt.Sprintf("reading from UDP %s: %v", f.cfg.Listen, readErr), Err: readErr}
+		return fail(causeFailure, readErr, fmt.Sprintf("reading from UDP %s: %v", f.cfg.Listen, readErr), "")
 	}
 	return err
 }
@@ -268,7 +268,7 @@ func (f *UDPForwarder) request(ctx context.Context, link *udpLink) (*masque.Conn
 		case errors.As(bad, &e) && rsp.StatusCode == http.StatusForbidden:
 			e.Remedy = "choose another target, or ask its operator to allow this one"
 		case rsp.StatusCode == http.StatusNotImplemented || rsp.StatusCode == http.StatusNotFound:
-			bad = &Error{Kind: KindUsage, Reason: fmt.Sprintf("%s does not forward UDP, status %d", f.dialer.to.host, rsp.StatusCode), Remedy: "ask its operator to turn connect_udp on"}
+			bad = fail(causeAnswer, nil, fmt.Sprintf("%s does not forward UDP, status %d", f.dialer.to.host, rsp.StatusCode), "ask its operator to turn connect_udp on")
 		case rsp.StatusCode == http.StatusTooManyRequests || rsp.StatusCode == http.StatusServiceUnavailable:
 			bad = &limitError{bad}
 		}

@@ -200,7 +200,7 @@ func (flow *udpFlow) refused(err error) {
 		return
 	}
 	var e *Error
-	if errors.As(err, &e) && e.Kind.final() {
+	if errors.As(err, &e) && (e.Kind == KindUsage || e.Kind == KindCredentials) {
 		flow.link.fail(e)
 		return
 	}

@@ -28,17 +28,21 @@ const startGrace = 500 * time.Millisecond
 
 func (o *options) runCommand() *cobra.Command {
 	var file string
+	var service bool
 	var notifyFD int
 	cmd := &cobra.Command{
 		Use: "run -c FILE", Short: "Connect in the foreground", Args: cobra.NoArgs,
 		Long: "Connect in the foreground until SIGINT or SIGTERM; a second one forces the end.\n" +
-			"The base name of the file is the name of the tunnel.",
+			"The base name of the file is the name of the tunnel.\n\n" +
+			"Started by hand, it ends when nobody can be dialed who proves to be the proxy, as with a certificate of another\n" +
+			"authority. A service goes on trying: anybody on the way can answer in the proxy's place. Either ends when the\n" +
+			"proxy refuses the user.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			notify, err := openNotifier(notifyFD)
 			if err != nil {
 				return err
 			}
-			err = o.run(cmd.Context(), file, notify)
+			err = o.run(cmd.Context(), file, service, notify)
 			if err != nil {
 				notify.failed(cli.FromError(cmd.ErrOrStderr(), err))
 			}
@@ -46,13 +50,14 @@ func (o *options) runCommand() *cobra.Command {
 		}),
 	}
 	cmd.Flags().StringVarP(&file, "config", "c", "", "configuration `FILE`")
+	cmd.Flags().BoolVar(&service, "service", systemd.IsService(), "run as a service: nobody waits for the outcome of the start (default under systemd)")
 	cmd.Flags().IntVar(&notifyFD, "notify-fd", -1, "file descriptor that `up` listens on")
 	cobra.CheckErr(cmd.MarkFlagRequired("config"))
 	cobra.CheckErr(cmd.Flags().MarkHidden("notify-fd"))
 	return cmd
 }
 
-func (o *options) run(ctx context.Context, file string, notify *notifier) error {
+func (o *options) run(ctx context.Context, file string, service bool, notify *notifier) error {
 	name, err := tunnelName(file)
 	if err != nil {
 		return err
@@ -67,7 +72,7 @@ func (o *options) run(ctx context.Context, file string, notify *notifier) error 
 	logger := o.Log.Logger(notify.log())
 	l.config.Logger = logger
 	l.follow(logger)
-	l.config.Journal = o.journal(name)
+	l.config.Journal, l.config.Service = o.journal(name), service
 	kill := l.killSwitch(name, logger)
 	if l.file.KillSwitch {
 		l.config.KillSwitch = kill

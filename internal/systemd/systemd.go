@@ -42,6 +42,9 @@ func NewService(logger *slog.Logger) *Service {
 	return s
 }
 
+// IsService reports whether systemd started this process and waits to be told how it is.
+func IsService() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
+
 // Ready tells that the service has started, or has reloaded.
 func (s *Service) Ready() { s.notify(daemon.SdNotifyReady) }
 

@@ -1,0 +1,267 @@
+package client
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+
+	"masquevpn/internal/pki"
+	"masquevpn/proxy"
+)
+
+// Each failure in each situation: whether the client ends or goes on.
+func TestFailureTable(t *testing.T) {
+	sources := map[source]string{byHost: "this host", byAnyone: "anybody on the way", byProxy: "the proxy"}
+	word := map[bool]string{true: "ends", false: "goes on"}
+	doc, err := os.ReadFile("../docs/failures.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for c := range numCauses {
+		f := failures[c]
+		t.Run(cmp.Or(f.name, fmt.Sprintf("cause %d", c)), func(t *testing.T) {
+			if f.source == byAnyone && (f.service || f.later) {
+				t.Error("anybody can end a client whose start nobody waits for, or that had a session")
+			}
+			if f.later && f.source != byProxy {
+				t.Error("after a session, something else than the proxy ends the client")
+			}
+			if !f.byHand && (f.service || f.later) {
+				t.Error("a client that was started by hand is more patient than a service")
+			}
+			for name, mode := range map[string]struct{ service, ran, want bool }{
+				"by hand":        {false, false, f.byHand},
+				"by hand, later": {false, true, f.later},
+				"service":        {true, false, f.service},
+				"service, later": {true, true, f.later},
+			} {
+				if got := ends(t, c, mode.service, mode.ran); got != mode.want {
+					t.Errorf("%s: it %s, want that it %s", name, word[got], word[mode.want])
+				}
+			}
+			row := fmt.Sprintf("| %s | %s | %d | %s | %s | %s |\n", f.name, sources[f.source], f.kind, word[f.byHand], word[f.service], word[f.later])
+			if !strings.Contains(string(doc), row) {
+				t.Errorf("docs/failures.md lacks the row\n%s", row)
+			}
+		})
+	}
+	if got := strings.Count(string(doc), " | ends |") + strings.Count(string(doc), " | goes on |"); got < int(numCauses) {
+		t.Errorf("docs/failures.md has %d rows, want %d", got, numCauses)
+	}
+}
+
+// ends reports whether a client ends when c happens again and again.
+func ends(t *testing.T, c cause, service, ran bool) (ended bool) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		r := retry{
+			enabled: true, service: service, maxDelay: DefaultMaxDelay, logger: slog.New(slog.DiscardHandler),
+			applied: func() bool { return ran }, waiting: func(bool, *Error) {},
+		}
+		err := r.run(ctx, func(context.Context) (time.Duration, error) { return 0, fail(c, nil, "it fails", "") })
+		ended = err != nil
+	})
+	return ended
+}
+
+// A reason that stays the same is a warning once.
+func TestSameReasonIsOneWarning(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		var out strings.Builder
+		r := retry{enabled: true, maxDelay: DefaultMaxDelay, logger: slog.New(slog.NewTextHandler(&out, nil)), waiting: func(bool, *Error) {}}
+		attempts := 0
+		_ = r.run(ctx, func(context.Context) (time.Duration, error) {
+			attempts++
+			return 0, fail(causeSilence, nil, "silence", "")
+		})
+		if n := strings.Count(out.String(), "level=WARN"); n != 1 || attempts < 10 {
+			t.Errorf("%d warnings in %d attempts", n, attempts)
+		}
+	})
+}
+
+// What a far end does, and which failure it is.
+func TestCauses(t *testing.T) {
+	in := newInstallation()
+	other, _, err := pki.NewAuthority("another CA", time.Now())
+	must(err)
+	now := time.Now()
+	pair := func(a *pki.Authority, name string, at time.Time) tls.Certificate {
+		p, err := a.Server(name, nil, at)
+		must(err)
+		return keyPair(p)
+	}
+	status := func(code int) func(*testing.T) *far {
+		return func(t *testing.T) *far {
+			return scripted(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(code) })
+		}
+	}
+	with := func(c tls.Certificate, protocol string, extended bool) func(*testing.T) *far {
+		return func(t *testing.T) *far { return serve(t, "127.0.0.1:0", c, protocol, extended, nil) }
+	}
+	const long = 100 * 365 * 24 * time.Hour
+	unsynchronised := func(c *Client) { c.dialer.to.clock.synchronised = func() bool { return false } }
+	for name, tc := range map[string]struct {
+		far    func(*testing.T) *far
+		want   cause
+		change func(*Client) // may be nil
+	}{
+		"another authority":           {with(pair(other, proxyName, now), http3.NextProtoH3, true), causeIdentity, nil},
+		"another authority, too soon": {with(pair(other, proxyName, now.Add(48*time.Hour)), http3.NextProtoH3, true), causeIdentity, nil},
+		"another name":                {with(pair(in.authority, "other.example", now), http3.NextProtoH3, true), causeIdentity, nil},
+		"expired":                     {with(pair(in.authority, proxyName, now.Add(-long)), http3.NextProtoH3, true), causeExpired, nil},
+		"expired by a wrong clock":    {with(pair(in.authority, proxyName, now.Add(-long)), http3.NextProtoH3, true), causeClock, unsynchronised},
+		"not valid yet":               {with(pair(in.authority, proxyName, now.Add(48*time.Hour)), http3.NextProtoH3, true), causeClock, nil},
+		"another protocol":            {with(in.proxy, "h2", true), causeProtocol, nil},
+		"no Extended CONNECT":         {with(in.proxy, http3.NextProtoH3, false), causeNoProxy, nil},
+		"forged: no protocol":         {forging(closing(0x100 + alertNoProtocol)), causeProtocol, nil},
+		"forged: bad certificate":     {forging(closing(0x100 + alertBadCertificate)), causeEarlyRefusal, nil},
+		"forged: certificate missing": {forging(closing(0x100 + alertCertRequired)), causeEarlyRefusal, nil},
+		"forged: refused":             {forging(closing(uint64(quic.ConnectionRefused))), causeHandshake, nil},
+		"forged: no version":          {forging(noVersion), causeHandshake, nil},
+		"301":                         {status(301), causeAnswer, nil},
+		"401":                         {status(401), causeCredentials, nil},
+		"403":                         {status(403), causeForbidden, nil},
+		"404":                         {status(404), causeAnswer, nil},
+		"407":                         {status(407), causeCredentials, nil},
+		"429":                         {status(429), causeBusy, nil},
+		"500":                         {status(500), causeBusy, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := tc.far(t)
+			c, err := New(Config{Name: "test", Proxy: f.addr, Token: "secret", TLS: &tls.Config{RootCAs: in.ca, ServerName: proxyName, Time: time.Now}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.dialer.control = nil
+			if tc.change != nil {
+				tc.change(c)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			_, _, err = c.dial(ctx)
+			var e *Error
+			if !errors.As(err, &e) || e.cause != tc.want || e.Kind != failures[tc.want].kind {
+				t.Errorf("got %v (%+v), want the failure %q", err, e, failures[tc.want].name)
+			}
+		})
+	}
+}
+
+// serve is an HTTP/3 server on address that speaks protocol and has a certificate of its own.
+func serve(t *testing.T, address string, c tls.Certificate, protocol string, extended bool, handler http.HandlerFunc) *far {
+	t.Helper()
+	socket, err := net.ListenPacket("udp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := &quic.Config{EnableDatagrams: true, InitialPacketSize: initialPacketSize}
+	l, err := quic.Listen(socket, &tls.Config{Certificates: []tls.Certificate{c}, NextProtos: []string{protocol}}, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http3.Server{EnableDatagrams: extended, Handler: handler}
+	served := make(chan struct{})
+	go func() {
+		_ = server.ServeListener(l)
+		close(served)
+	}()
+	t.Cleanup(func() {
+		_ = server.Close()
+		_ = l.Close()
+		_ = socket.Close()
+		<-served
+	})
+	return &far{addr: socket.LocalAddr().String()}
+}
+
+// Somebody who answers in the proxy's place ends neither a client that had a session nor a service: routes and kill switch stay, the
+// status says who answers, and when the proxy is back, so is the session.
+func TestImpostor(t *testing.T) {
+	other, _, err := pki.NewAuthority("another CA", time.Now())
+	must(err)
+	p, err := other.Server(proxyName, nil, time.Now())
+	must(err)
+	certificate := keyPair(p)
+	for name, tc := range map[string]struct {
+		impostor func(t *testing.T, address string) *far
+		says     string
+	}{
+		"another certificate": {
+			func(t *testing.T, address string) *far {
+				return serve(t, address, certificate, http3.NextProtoH3, true, nil)
+			},
+			"somebody other than the proxy answers at ",
+		},
+		"a forged alert": {
+			func(t *testing.T, address string) *far { return forge(t, address, closing(0x100+alertNoProtocol)) },
+			"somebody who has not proved to be the proxy refuses the connection at ",
+		},
+	} {
+		t.Run(name+" after a session", func(t *testing.T) { meetImpostor(t, tc.impostor, tc.says, false) })
+		t.Run(name+" at the start of a service", func(t *testing.T) { meetImpostor(t, tc.impostor, tc.says, true) })
+	}
+}
+
+func meetImpostor(t *testing.T, impostor func(*testing.T, string) *far, says string, service bool) {
+	address := freeAddress(t)
+	proxied := func(t *testing.T) *far {
+		return startProxy(t, func(c *proxy.Config) { c.Listen = []string{address} })
+	}
+	var n *near
+	start := func(f *far) { // ends with t, while the far ends take turns
+		n = startClient(t, f, func(c *Config) { c.KillSwitch, c.Service = &killSwitch{}, service })
+	}
+	if !service {
+		t.Run("before", func(t *testing.T) {
+			start(proxied(t))
+			n.awaitConnected(t)
+		})
+	}
+	t.Run("meanwhile", func(t *testing.T) {
+		f := impostor(t, address)
+		if n == nil {
+			start(f)
+		}
+		said := func(s Status) bool {
+			return strings.HasPrefix(s.Reason, says+address) && len(s.Warnings) == 1 && strings.HasPrefix(s.Warnings[0], says)
+		}
+		n.await(t, "refused", said)
+		<-n.Changed() // by the next attempt
+		n.await(t, "refused again", said)
+		if n.network.closed || n.Status().KillSwitch != KillSwitchClosed {
+			t.Error("the host is as it was without the tunnel")
+		}
+	})
+	t.Run("afterwards", func(t *testing.T) {
+		proxied(t)
+		n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && len(s.Warnings) == 0 })
+	})
+}
+
+// freeAddress is a UDP address of this host that nobody has.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	return socket.LocalAddr().String()
+}
