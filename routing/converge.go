@@ -12,9 +12,22 @@ import (
 
 // op is one change to the kernel.
 type op struct {
+	kind string // of what it changes, see the constants
 	what string // for the log and for errors: a verb and its object
 	do   func() error
 }
+
+// The kinds of what a plan consists of. They are values of a label of a metric.
+const (
+	kindLink    = "link"
+	kindMTU     = "mtu"
+	kindAddress = "address"
+	kindTable   = "table" // of nftables
+	kindRoute   = "route"
+	kindRule    = "rule"
+	kindSysctl  = "sysctl"
+	kindShared  = "" // nothing of the kernel: a note that others do not change
+)
 
 // converge makes the changes that lead from what the kernel has to the plan,
 // and looks again: removing one thing can take another along (the last IPv4
@@ -22,7 +35,7 @@ type op struct {
 // first error it stops, unless it is to get as far as it can.
 func (s *scope) converge(want plan, all bool) error {
 	var last string
-	for range 5 {
+	for range maxPasses {
 		have, err := s.observe()
 		if err != nil {
 			return err
@@ -32,6 +45,7 @@ func (s *scope) converge(want plan, all bool) error {
 			return err
 		}
 		if len(list) == 0 {
+			s.sealed = have.chains
 			return nil
 		}
 		var errs []error
@@ -53,6 +67,9 @@ func (s *scope) converge(want plan, all bool) error {
 	return fmt.Errorf("%s: does not last: stop the program that undoes it", last)
 }
 
+// maxPasses is how often what the kernel has is compared with the plan.
+const maxPasses = 5
+
 func (s *scope) logOp(o op, err error) {
 	switch {
 	case err != nil:
@@ -67,8 +84,8 @@ func (s *scope) logOp(o op, err error) {
 // ops is a list of changes in the making.
 type ops []op
 
-func (o *ops) add(do func() error, format string, args ...any) {
-	*o = append(*o, op{fmt.Sprintf(format, args...), do})
+func (o *ops) add(kind string, do func() error, format string, args ...any) {
+	*o = append(*o, op{kind, fmt.Sprintf(format, args...), do})
 }
 
 // diff lists the changes in their order: what is new comes before what goes.
@@ -91,14 +108,14 @@ func (s *scope) diff(have observed, want plan) (ops, error) {
 	s.bring(&list, have, want)
 	s.take(&list, have, want)
 	if !want.up && s.rec.Down {
-		list.add(func() error { return s.restoreDown(have.link) }, "set %s down", s.Interface)
+		list.add(kindLink, func() error { return s.restoreDown(have.link) }, "set %s down", s.Interface)
 	}
 	if want.mtu < minMTU6 {
 		// Takes IPv6 away, or, as an MTU that is put back, makes it start anew.
 		s.diffMTU(&list, have, want)
 	}
 	if !want.up && s.rec.AddrGen != "" {
-		list.add(func() error { return s.restoreAddrGen(have.link) }, "let %s make addresses as before", s.Interface)
+		list.add(kindLink, func() error { return s.restoreAddrGen(have.link) }, "let %s make addresses as before", s.Interface)
 	}
 	return append(list, unset...), nil
 }
@@ -106,9 +123,9 @@ func (s *scope) diff(have observed, want plan) (ops, error) {
 func (s *scope) diffMTU(list *ops, have observed, want plan) {
 	switch {
 	case want.mtu == 0 && s.rec.MTU != 0:
-		list.add(func() error { return s.restoreMTU(have.link) }, "set the MTU of %s back to %d", s.Interface, s.rec.MTU)
+		list.add(kindMTU, func() error { return s.restoreMTU(have.link) }, "set the MTU of %s back to %d", s.Interface, s.rec.MTU)
 	case want.mtu != 0 && have.mtu != want.mtu:
-		list.add(func() error { return s.setMTU(have.link, want.mtu, have.mtu) },
+		list.add(kindMTU, func() error { return s.setMTU(have.link, want.mtu, have.mtu) },
 			"set the MTU of %s from %d to %d", s.Interface, have.mtu, want.mtu)
 	}
 }
@@ -117,17 +134,17 @@ func (s *scope) diffMTU(list *ops, have observed, want plan) {
 // addresses, the filter, routes, and the rules that lead to them.
 func (s *scope) bring(list *ops, have observed, want plan) {
 	if want.up && have.gen != "" && have.gen != strconv.Itoa(addrGenNone) && (!have.up || s.rec.AddrGen != "") {
-		list.add(func() error { return s.quiet(have.link, have.gen) }, "let %s make no address of its own", s.Interface)
+		list.add(kindLink, func() error { return s.quiet(have.link, have.gen) }, "let %s make no address of its own", s.Interface)
 		for p := range have.addrs {
 			// IPv6 was off and on again, as it is when the MTU goes below 1280
 			// and back: then the mode is another, and has made an address.
 			if s.rec.AddrGen != "" && isIPv6(p) && p.Addr().IsLinkLocalUnicast() && !slices.Contains(want.addrs, p) {
-				list.add(func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
+				list.add(kindAddress, func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
 			}
 		}
 	}
 	if want.up && !have.up {
-		list.add(func() error { return s.setUp(have.link) }, "set %s up", s.Interface)
+		list.add(kindLink, func() error { return s.setUp(have.link) }, "set %s up", s.Interface)
 	}
 	for _, p := range want.addrs {
 		if _, ok := have.addrs[p]; ok {
@@ -135,21 +152,21 @@ func (s *scope) bring(list *ops, have observed, want plan) {
 		}
 		for _, old := range s.rec.Addresses {
 			if isIPv6(p) && old.Addr() == p.Addr() { // once per interface, whatever the length
-				list.add(func() error { return s.delAddr(have.link, old) }, "delete address %v of %s", old, s.Interface)
+				list.add(kindAddress, func() error { return s.delAddr(have.link, old) }, "delete address %v of %s", old, s.Interface)
 			}
 		}
-		list.add(func() error { return s.addAddr(have.link, p) }, "add address %v to %s", p, s.Interface)
+		list.add(kindAddress, func() error { return s.addAddr(have.link, p) }, "add address %v to %s", p, s.Interface)
 	}
 	chains := s.available(want.chains)
-	if len(chains) != 0 && !sameTable(chains, have.chains) {
-		list.add(func() error { return s.writeTable(chains) }, "write nftables table inet %s", s.tableName())
+	if len(chains) != 0 && !(sameTable(chains, have.chains) && untouched(have.chains, s.sealed)) {
+		list.add(kindTable, func() error { return s.writeTable(chains) }, "write nftables table inet %s", s.tableName())
 	}
 	for _, group := range groupRoutes(want.routes, have.routes) {
-		list.add(func() error { return s.addRoutes(group) }, "add %d %s", len(group), describe(group[0]))
+		list.add(kindRoute, func() error { return s.addRoutes(group) }, "add %d %s", len(group), describe(group[0]))
 	}
 	for _, r := range missing(want.rules, have.rules, compareRules) {
 		n := r.netlink(s)
-		list.add(func() error { return explain(s.nl.RuleAdd(n)) }, "add %s", describeRule(n))
+		list.add(kindRule, func() error { return explain(s.nl.RuleAdd(n)) }, "add %s", describeRule(n))
 	}
 }
 
@@ -162,18 +179,18 @@ func (s *scope) take(list *ops, have observed, want plan) {
 		rules = append(rules, r.netlink(s))
 	}
 	for _, n := range rules {
-		list.add(func() error { return unlessGone(s.nl.RuleDel(n)) }, "delete %s", describeRule(n))
+		list.add(kindRule, func() error { return unlessGone(s.nl.RuleDel(n)) }, "delete %s", describeRule(n))
 	}
 	for _, group := range groupRoutes(have.routes, want.routes) {
 		slices.Reverse(group)
-		list.add(func() error { return s.delRoutes(group) }, "delete %d %s", len(group), describe(group[0]))
+		list.add(kindRoute, func() error { return s.delRoutes(group) }, "delete %d %s", len(group), describe(group[0]))
 	}
 	if len(s.available(want.chains)) == 0 && have.table {
-		list.add(s.deleteTable, "delete nftables table inet %s", s.tableName())
+		list.add(kindTable, s.deleteTable, "delete nftables table inet %s", s.tableName())
 	}
 	for _, p := range s.rec.Addresses {
 		if !slices.Contains(want.addrs, p) {
-			list.add(func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
+			list.add(kindAddress, func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
 		}
 	}
 }

@@ -2,6 +2,7 @@ package routing
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -38,11 +39,14 @@ func (f filter) userData() []byte {
 	return userdata.AppendString(nil, userdata.TypeComment, f.comment)
 }
 
-// chainText is a chain as read from the kernel: its name, and its rules' user
-// data with the comments.
+// chainText is a chain as read from the kernel.
 type chainText struct {
 	name     string
-	comments [][]byte
+	hook     *nftables.ChainHook // nil: none, like the next two
+	priority *nftables.ChainPriority
+	policy   *nftables.ChainPolicy
+	comments [][]byte // the rules' user data
+	handles  []uint64 // of the rules: the kernel gives each to one rule only
 }
 
 const loopback = 1 // the index of lo in every network namespace
@@ -173,7 +177,8 @@ func address(p netip.Prefix, source bool) []expr.Any {
 
 func (s *scope) tableName() string { return "masque-" + s.Instance }
 
-// readTable returns the chains of a table, and whether there is one.
+// readTable returns the chains of a table, and whether there is one. A table that
+// is dormant has no effect, and so it has no chains.
 func readTable(name string) (chains []chainText, found bool, err error) {
 	c, err := nftables.New()
 	if err != nil {
@@ -183,8 +188,13 @@ func readTable(name string) (chains []chainText, found bool, err error) {
 	if err != nil {
 		return nil, false, fmt.Errorf("list nftables tables: %w", explain(err))
 	}
-	if !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == name }) {
+	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == name })
+	if i < 0 {
 		return nil, false, nil
+	}
+	// The library reads the flags, which are in network byte order, as they are.
+	if binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, tables[i].Flags))&unix.NFT_TABLE_F_DORMANT != 0 {
+		return nil, true, nil
 	}
 	all, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
 	if err != nil {
@@ -198,9 +208,10 @@ func readTable(name string) (chains []chainText, found bool, err error) {
 		if err != nil {
 			return nil, true, fmt.Errorf("list nftables rules: %w", explain(err))
 		}
-		text := chainText{name: ch.Name}
+		text := chainText{name: ch.Name, hook: ch.Hooknum, priority: ch.Priority, policy: ch.Policy}
 		for _, r := range rules {
 			text.comments = append(text.comments, r.UserData)
+			text.handles = append(text.handles, r.Handle)
 		}
 		chains = append(chains, text)
 	}
@@ -218,13 +229,31 @@ func hasNoTables(err error) bool {
 	return false
 }
 
-// sameTable says whether the kernel has these chains.
+// sameTable says whether the kernel has these chains, as far as comments tell.
 func sameTable(want []chain, have []chainText) bool {
 	return slices.EqualFunc(want, have, func(w chain, h chainText) bool {
-		return w.name == h.name && slices.EqualFunc(w.rules, h.comments, func(f filter, data []byte) bool {
+		return w.name == h.name && w.hooked(h) && slices.EqualFunc(w.rules, h.comments, func(f filter, data []byte) bool {
 			return bytes.Equal(f.userData(), data)
 		})
 	})
+}
+
+// hooked says whether h is where c shall be in the kernel, with the same policy.
+func (c chain) hooked(h chainText) bool {
+	if c.hook == nil || h.hook == nil || h.priority == nil {
+		return c.hook == nil && h.hook == nil
+	}
+	policy := nftables.ChainPolicyAccept
+	if c.policy != nil {
+		policy = *c.policy
+	}
+	return *c.hook == *h.hook && *c.priority == *h.priority && (h.policy == nil || *h.policy == policy)
+}
+
+// untouched says whether the rules of our table are those of the last look,
+// and not others with the same comments.
+func untouched(now, last []chainText) bool {
+	return last == nil || slices.EqualFunc(now, last, func(a, b chainText) bool { return slices.Equal(a.handles, b.handles) })
 }
 
 // available leaves out the chains that this kernel was found to lack.
@@ -235,6 +264,7 @@ func (s *scope) available(chains []chain) []chain {
 // writeTable replaces our table, in one transaction: there is no moment without
 // it. What the kernel lacks and what can be done without is left out.
 func (s *scope) writeTable(chains []chain) error {
+	s.sealed = nil
 	// A kernel without nf_tables answers a batch once, not once per message,
 	// and the library would wait for the rest: ask first.
 	_, found, err := readTable(s.tableName())
@@ -286,4 +316,7 @@ func commitTable(name string, replace bool, chains []chain) error {
 	return c.Flush()
 }
 
-func (s *scope) deleteTable() error { return explain(s.commit(s.tableName(), true, nil)) }
+func (s *scope) deleteTable() error {
+	s.sealed = nil
+	return explain(s.commit(s.tableName(), true, nil))
+}

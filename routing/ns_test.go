@@ -61,8 +61,9 @@ func TestMain(m *testing.M) {
 
 // host is a network namespace.
 type host struct {
-	t  *testing.T
-	ns netns.NsHandle
+	t   *testing.T
+	ns  netns.NsHandle
+	log *logBuffer // nil unless the test looks at it
 }
 
 func newHost(t *testing.T) *host {

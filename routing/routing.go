@@ -105,8 +105,10 @@ type State struct {
 // concurrently, from threads in the network namespace in which it was opened.
 type Manager struct {
 	mu      sync.Mutex
-	applied plan  // what the last successful Apply asked for
+	state   State // of the last successful Apply, without IPv6 on a kernel without
+	applied plan  // what it asked for
 	held    error // why its IPv6 leads nowhere, see Held
+	repair  repair
 	closed  bool
 	err     error // of Close
 	scope
@@ -126,6 +128,7 @@ type scope struct {
 	ports   uint16                                                 // the first that the kernel gives to connections of this host
 	told    map[string]bool                                        // conflicts that were logged
 	lacking map[string]bool                                        // optional features that the kernel was found to lack
+	sealed  []chainText                                            // our table when it was as it shall be; nil: not known
 	commit  func(table string, replace bool, chains []chain) error // commitTable
 	dead    bool                                                   // the process that made rec is dead: say what is undone
 }
@@ -141,7 +144,7 @@ func Open(c Config) (*Manager, error) {
 }
 
 func open(c Config, procSys string) (_ *Manager, err error) {
-	m := &Manager{}
+	m := &Manager{repair: repair{feuds: make(map[string]*feud), counts: make(map[string]uint64)}}
 	defer func() {
 		if err != nil {
 			m.release()
@@ -248,7 +251,7 @@ func errInstance(name string) error {
 // error says when that could not be put back either. With the state that the
 // kernel has already it changes nothing; what others removed of ours it puts
 // back. Where the interface cannot have IPv6, the state is applied without it,
-// see Held. Errors: ErrTooManyRoutes, os.ErrPermission without
+// see Held. Errors: ErrTooManyRoutes, ErrInterfaceGone, os.ErrPermission without
 // CAP_NET_ADMIN, os.ErrClosed after Close, and those of the kernel, each with
 // the object and what can be done about it.
 func (m *Manager) Apply(s State) error {
@@ -261,6 +264,10 @@ func (m *Manager) Apply(s State) error {
 		s = s.ipv4Only()
 		m.lack("IPv6", "the kernel has no IPv6: IPv4 alone goes through the tunnel", nil)
 	}
+	if link, err := m.findLink(); err == nil && link == nil {
+		return fmt.Errorf("routing: %s: %w", m.Interface, ErrInterfaceGone)
+	}
+	asked := s
 	s, held, err := m.hold(s)
 	if err != nil {
 		return fmt.Errorf("routing: %w", err)
@@ -275,7 +282,8 @@ func (m *Manager) Apply(s State) error {
 		}
 		return fmt.Errorf("routing: %w", err)
 	}
-	m.applied, m.held = want, held
+	m.state, m.applied, m.held = asked, want, held
+	m.repair.lostIPv6 = m.repair.lostIPv6 && held != nil
 	m.warnConflicts(s)
 	return nil
 }

@@ -59,14 +59,14 @@ func (s *scope) diffSysctls(want plan) (set, unset ops, err error) {
 		case err != nil:
 			return nil, nil, fmt.Errorf("read %s: %w", dotted(w.name), explain(err))
 		case now != w.value:
-			set.add(func() error { return s.acquire(w) }, "set %s from %s to %s", dotted(w.name), now, w.value)
+			set.add(kindSysctl, func() error { return s.acquire(w) }, "set %s from %s to %s", dotted(w.name), now, w.value)
 		case !held && s.journal.other(w.name, false) != nil:
-			set.add(func() error { return s.acquire(w) }, "share %s=%s", dotted(w.name), w.value)
+			set.add(kindShared, func() error { return s.acquire(w) }, "share %s=%s", dotted(w.name), w.value)
 		}
 	}
 	for _, c := range slices.Backward(s.rec.Sysctls) {
 		if !wanted[c.Name] {
-			unset.add(func() error { return s.giveBack(c) }, "set %s back to %s", dotted(c.Name), c.Old)
+			unset.add(kindSysctl, func() error { return s.giveBack(c) }, "set %s back to %s", dotted(c.Name), c.Old)
 		}
 	}
 	return set, unset, nil

@@ -1,10 +1,9 @@
 package routing
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
-	"os"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -57,31 +56,18 @@ func WayTo(to netip.Addr, mark uint32) (Way, error) {
 // Watcher tells when this host's network changes: its interfaces, addresses, routes and rules.
 type Watcher struct {
 	mark    uint32
-	file    *os.File // a netlink socket
+	events  *notifications
 	changed chan struct{}
-	done    chan struct{}
 }
 
 // Watch starts to watch the network namespace of the calling thread, for the sake of sockets with the given mark.
 func Watch(mark uint32) (*Watcher, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+	events, err := subscribe(unix.NETLINK_ROUTE, slices.Concat(linkGroups, routeGroups, ruleGroups), nil)
 	if err != nil {
 		return nil, fmt.Errorf("routing: watching the network: %w", err)
 	}
-	groups := []uint{
-		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
-		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
-	}
-	address := &unix.SockaddrNetlink{Family: unix.AF_NETLINK}
-	for _, g := range groups {
-		address.Groups |= 1 << (g - 1)
-	}
-	if err := unix.Bind(fd, address); err != nil {
-		_ = unix.Close(fd)
-		return nil, fmt.Errorf("routing: watching the network: %w", err)
-	}
-	w := &Watcher{mark: mark, file: os.NewFile(uintptr(fd), "netlink"), changed: make(chan struct{}, 1), done: make(chan struct{})}
-	go w.run()
+	w := &Watcher{mark: mark, events: events, changed: make(chan struct{}, 1)}
+	go events.follow(w.changed, settleTime, maxSettleTime)
 	return w, nil
 }
 
@@ -92,34 +78,4 @@ func (w *Watcher) Way(to netip.Addr) (Way, error) { return WayTo(to, w.mark) }
 func (w *Watcher) Changed() <-chan struct{} { return w.changed }
 
 // Close ends the watch. Nothing comes from Changed after that.
-func (w *Watcher) Close() error {
-	err := w.file.Close()
-	<-w.done
-	return err
-}
-
-// run waits for messages, whatever they say, until the socket is closed.
-func (w *Watcher) run() {
-	defer close(w.done)
-	var message [1 << 14]byte
-	for {
-		_ = w.file.SetReadDeadline(time.Time{})
-		if _, err := w.file.Read(message[:]); errors.Is(err, os.ErrClosed) {
-			return
-		} // else there was a message, or there were more than the socket had room for
-		for end := time.Now().Add(maxSettleTime); time.Now().Before(end); {
-			_ = w.file.SetReadDeadline(time.Now().Add(settleTime))
-			_, err := w.file.Read(message[:])
-			if errors.Is(err, os.ErrClosed) {
-				return
-			}
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				break
-			}
-		}
-		select {
-		case w.changed <- struct{}{}:
-		default:
-		}
-	}
-}
+func (w *Watcher) Close() error { return w.events.close() }
