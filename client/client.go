@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"net/netip"
 	"os"
 	"sync"
@@ -37,24 +36,33 @@ type Client struct {
 	dialer   *dialer
 	instance string // tells this run from others of the same user
 
-	device   Device
-	network  Network
-	resolver Resolver // may be nil
-	host     *host
-	tried    tried                          // when it dialed last
-	hurry    *rate.Limiter                  // of attempts before their time
-	pushed   []capsule.DNSConfiguration     // what the last session said of DNS
-	queue    *flowqueue.Queue               // of packets of the device
-	current  atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
-	stats    connectip.Stats
-	had      []netip.Prefix // addresses of the last session, to ask for again
-	unasked  bool           // the proxy ends the tunnel when it is asked for addresses, and assigns some without that
-	applied  bool           // the kernel has followed a proxy
+	end     atomic.Pointer[end] // nil before it is opened
+	running sync.WaitGroup      // of goroutines that end with the device and the queue
+	host    *host
+	tried   tried                          // when it dialed last
+	hurry   *rate.Limiter                  // of attempts before their time
+	pushed  []capsule.DNSConfiguration     // what the last session said of DNS
+	queue   *flowqueue.Queue               // of packets of the device
+	current atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
+	stats   connectip.Stats
+	had     []netip.Prefix // addresses of the last session, to ask for again
+	unasked bool           // the proxy ends the tunnel when it is asked for addresses, and assigns some without that
+	applied bool           // the kernel has followed a proxy
 
 	mu         sync.Mutex
 	status     connectip.Status
 	reconnects [numLosses]uint64 // of status, by reason
+	latest     *session          // nil while there is none
 	live       *quic.Conn        // of the session, nil while there is none
+
+	// What the kernel has, and had to be put right in it.
+	lastState         *routing.State // applied to the current end or the last; nil: nothing was
+	assigned          []assigned     // addresses
+	present           []netip.Prefix // addresses of the interface
+	ipv6Held          bool
+	former            repairs // of ends that were replaced
+	repairs           repairs // of this one
+	killSwitchRepairs uint64
 
 	failure         *Error            // of the last attempt at a session, nil once one was connected
 	notices         map[string]notice // by key
@@ -80,6 +88,7 @@ const (
 const (
 	KillSwitchOff    = "off"    // none is configured
 	KillSwitchClosed = "closed" // nothing leaves but through the tunnel
+	KillSwitchOpen   = "open"   // another program has opened it
 )
 
 // New checks cfg and makes a Client of it; nothing is opened or sent yet. Errors are *Error of KindUsage.
@@ -96,7 +105,7 @@ func New(cfg Config) (*Client, error) {
 	if withKernel {
 		control = routing.MarkSocket(routing.DefaultMark)
 	}
-	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()), queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice)}
+	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()), queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice), former: make(repairs)}
 	c.host, c.hurry = newHost(cfg.Suspended), rate.NewLimiter(rate.Every(hurryInterval), hurryBurst)
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
@@ -123,58 +132,34 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	if err := c.closeKillSwitch(""); err != nil {
 		return err
 	}
-	if c.device, err = c.cfg.OpenDevice(); err != nil {
-		return privileged(err, "")
-	}
-	var running sync.WaitGroup
-	defer func() {
-		if closeErr := c.device.Close(); closeErr != nil {
-			err = errors.Join(err, closeErr)
-		}
+	if err := c.openEnd(); err != nil {
 		c.queue.Close()
-		running.Wait()
-	}()
-	if c.network, err = c.cfg.OpenNetwork(c.device); err != nil {
-		return privileged(err, "setting up the network: ")
+		return err
 	}
-	c.mu.Lock()
-	c.status.Interface = c.device.Name()
-	c.mu.Unlock()
 	c.setState(StateConnecting, "")
 	// Joined errors lose their kind, so only a failure to restore the host is added.
 	defer func() {
-		if closeErr := c.network.Close(); closeErr != nil {
+		if closeErr := c.end.Load().close(); closeErr != nil {
 			err = errors.Join(err, closeErr)
 		}
+		c.queue.Close()
+		c.running.Wait()
 	}()
-	if c.cfg.OpenResolver != nil {
-		if c.resolver, err = c.cfg.OpenResolver(c.device); err != nil {
-			return privileged(err, "")
-		}
-		// Before the routes: nothing is to be asked that they do not lead to.
-		defer func() {
-			if closeErr := c.resolver.Close(); closeErr != nil {
-				err = errors.Join(err, closeErr)
-			}
-		}()
-	}
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
+	ctx, stop := context.WithCancel(ctx)
+	var keeping sync.WaitGroup
+	defer keeping.Wait() // it may open another end
+	defer stop()
 	endWatch, err := c.watchHost(ctx)
 	if err != nil {
 		return privileged(err, "")
 	}
 	defer endWatch()
-	running.Go(c.sendQueued)
-	running.Go(func() {
-		if err := c.readDevice(); err != nil {
-			stop(err)
-		}
-	})
-	err = c.keepConnected(ctx)
-	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded) {
-		return fail(causeFailure, cause, cause.Error(), "")
+	c.running.Go(c.sendQueued)
+	keeping.Go(func() { c.keepEnd(ctx) })
+	if c.cfg.KillSwitch != nil {
+		keeping.Go(func() { c.keepKillSwitch(ctx) })
 	}
+	err = c.keepConnected(ctx)
 	c.setState(StateStopping, "")
 	return err
 }
@@ -231,14 +216,6 @@ func (c *Client) notePeer(e *Error) {
 	if text := e.impostor(); text != "" || failures[e.cause].source == byProxy {
 		c.warn(noticePeer, text)
 	}
-}
-
-// readDevice takes the packets of the host until the device is closed.
-func (c *Client) readDevice() error {
-	if err := flowqueue.ReadFrom(c.device, c.dispatch); err != nil {
-		return fmt.Errorf("reading from %s: %w", c.device.Name(), err)
-	}
-	return nil
 }
 
 // dispatch queues packets, which the queue owns from then on: they are set to nil. A single one for an idle tunnel is sent at once.

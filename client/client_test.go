@@ -81,6 +81,9 @@ func (u users) Reserved(netip.Prefix, string) bool      { return false }
 type network struct {
 	noIPv6 bool // IPv6 is disabled on the host
 
+	health chan routing.Health // to report; nil: nothing
+	lost   chan error          // how Keep ends
+
 	mu     sync.Mutex
 	states []routing.State
 	closed bool
@@ -91,6 +94,19 @@ func (n *network) Apply(s routing.State) error {
 	defer n.mu.Unlock()
 	n.states = append(n.states, s)
 	return nil
+}
+
+func (n *network) Keep(ctx context.Context, report func(routing.Health)) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case h := <-n.health:
+			report(h)
+		case err := <-n.lost:
+			return err
+		}
+	}
 }
 
 func (n *network) Held() error {

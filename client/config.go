@@ -58,7 +58,7 @@ type Config struct {
 	Exclude       []netip.Prefix // goes around the tunnel
 	Override      bool           // routes of the tunnel go before all of the host's, its LAN among them
 
-	// KillSwitch, if there is one, is closed before anything is sent, looked after before each attempt to connect, and left
+	// KillSwitch, if there is one, is closed before anything is sent, kept closed, and left
 	// closed: to lift it is up to the caller, when Run has returned.
 	KillSwitch KillSwitch
 	// Nameservers (host:port) are asked for the proxy's name instead of a resolver on this host, whose own questions a kill
@@ -111,6 +111,8 @@ type Device interface {
 type Network interface {
 	Apply(routing.State) error
 	Held() error // why the state applied has its IPv6 routes leading nowhere, nil if it has not
+	// Keep puts back what other programs change of the state applied, until ctx ends or the device is lost.
+	Keep(ctx context.Context, report func(routing.Health)) error
 	Close() error
 }
 
@@ -118,6 +120,8 @@ type Network interface {
 type KillSwitch interface {
 	// Close lets packets leave through the interface of that name only, "" for none. It may be called again and again.
 	Close(iface string) error
+	// Keep closes it again when another program opens it, until ctx ends.
+	Keep(ctx context.Context, report func(routing.KillSwitchHealth)) error
 }
 
 // Kind classifies an Error. Its values are the exit codes of masque-client.

@@ -75,8 +75,8 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	settings, skipped := c.usable(said, told.DNS)
 	if c.cfg.DNS.Off && len(told.DNS.Servers) > 0 {
 		told.DNS.Reason = "dns.mode is off"
-	} else if c.resolver != nil {
-		via, err := c.resolver.Apply(settings) // of nothing, when there is nothing
+	} else if r := c.resolver(); r != nil {
+		via, err := r.Apply(settings) // of nothing, when there is nothing
 		if len(settings.Servers) == 0 && len(skipped) > 0 {
 			err = errors.Join(fmt.Errorf("no route into the tunnel leads to %s", join(skipped)), err)
 		}
@@ -103,7 +103,8 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 // usable returns what of DNS the resolver is told. Servers that queries would not reach through the tunnel are skipped: they
 // would be asked outside.
 func (c *Client) usable(said []capsule.DNSConfiguration, status connectip.DNSStatus) (settings hostdns.Settings, skipped []netip.AddrPort) {
-	if c.cfg.DNS.Off || c.resolver == nil {
+	r := c.resolver()
+	if c.cfg.DNS.Off || r == nil {
 		return settings, nil
 	}
 	for _, a := range connectip.Nameservers(said) {
@@ -112,7 +113,7 @@ func (c *Client) usable(said []capsule.DNSConfiguration, status connectip.DNSSta
 		case slices.Contains(settings.Servers, a) || slices.Contains(skipped, a):
 		case len(settings.Servers)+len(skipped) == maxServers:
 			return settings, skipped
-		case a.Addr().IsGlobalUnicast() && c.resolver.Reaches(a):
+		case a.Addr().IsGlobalUnicast() && r.Reaches(a):
 			settings.Servers = append(settings.Servers, a)
 		default:
 			skipped = append(skipped, a)
@@ -143,10 +144,11 @@ func reason(err error) string {
 
 // upstream returns the nameservers of the host besides the tunnel's. applied is false while they are those of its resolver.
 func (c *Client) upstream() (servers []netip.AddrPort, applied bool) {
-	if c.resolver == nil {
+	r := c.resolver()
+	if r == nil {
 		return nil, false
 	}
-	return c.resolver.Upstream()
+	return r.Upstream()
 }
 
 // maxUpstream is how many nameservers are asked for the proxy's name.

@@ -1,6 +1,7 @@
 package client
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,10 +11,13 @@ import (
 	"testing"
 
 	"masquevpn/proxy"
+	"masquevpn/routing"
 )
 
 // killSwitch keeps what it is told, and by whom it is called.
 type killSwitch struct {
+	health chan routing.KillSwitchHealth // to report; nil: nothing
+
 	mu     sync.Mutex
 	events []string
 	err    error
@@ -24,6 +28,17 @@ func (k *killSwitch) Close(iface string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.err
+}
+
+func (k *killSwitch) Keep(ctx context.Context, report func(routing.KillSwitchHealth)) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case h := <-k.health:
+			report(h)
+		}
+	}
 }
 
 func (k *killSwitch) note(event string) {

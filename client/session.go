@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -70,7 +71,7 @@ type session struct {
 
 // session dials, keeps the session until it ends, and returns why it ended and how long it was connected.
 func (c *Client) session(ctx context.Context) (connected time.Duration, err error) {
-	if err := c.closeKillSwitch(c.device.Name()); err != nil {
+	if err := c.closeKillSwitch(c.iface()); err != nil {
 		return 0, err
 	}
 	c.noteTry()
@@ -87,7 +88,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	// Until the proxy has had the time to speak of DNS, the resolver is left as it is.
 	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1), lost: make(chan error, 1), show: make(chan struct{}, 1), dns: c.pushed}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
-		Device: c.device,
+		Device: currentDevice{c},
 		Accept: connectip.Accept{Routes: c.cfg.foreign},
 		Handler: connectip.Handler{
 			Assigned: s.handleAssigned, Requested: s.handleRequested, Routes: s.handleRoutes,
@@ -98,7 +99,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 		Tap:    c.cfg.Tap.At(""),
 	})
 	c.mu.Lock()
-	c.live = d.conn
+	c.live, c.latest = d.conn, s
 	c.status.Proxy.Endpoint = d.remote.String()
 	c.status.Proxy.AuthenticatedAs = c.to.verify
 	c.mu.Unlock()
@@ -117,7 +118,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 		cancel()
 		roaming.Wait()
 		c.mu.Lock()
-		c.live = nil
+		c.live, c.latest = nil, nil
 		c.mu.Unlock()
 		c.current.CompareAndSwap(s.conn, nil)
 	}()
@@ -411,8 +412,12 @@ func (s *session) apply() (complete bool, err error) {
 	}
 	c.had = addrs
 	c.current.Store(s.conn) // before the kernel sends packets here
-	err = c.network.Apply(state)
-	if held := c.network.Held(); err == nil {
+	network := c.end.Load().network
+	err = network.Apply(state)
+	if errors.Is(err, routing.ErrInterfaceGone) || errors.Is(err, os.ErrClosed) {
+		return false, nil // until there is another one
+	}
+	if held := network.Held(); err == nil {
 		s.noteHeld(held)
 		if s.onlyIPv4 = held != nil; s.onlyIPv4 {
 			addrs, routes = onlyIPv4(addrs), slices.DeleteFunc(slices.Clone(routes), func(r capsule.Route) bool { return r.Start.Is6() })
@@ -431,7 +436,12 @@ func (s *session) apply() (complete bool, err error) {
 	c.applied, c.pushed = true, dns
 	s.applyDNS(dns, nat64)
 	c.mu.Lock()
-	c.status.Interface, c.status.MTU, c.status.Addresses = c.device.Name(), min(state.MTU, s.conn.MTU()), addrs
+	c.status.MTU = min(state.MTU, s.conn.MTU())
+	c.lastState, c.assigned, c.present = &state, nil, s.hostAddresses(addrs)
+	for i, host := range c.present {
+		c.assigned = append(c.assigned, assigned{addrs[i], host})
+	}
+	c.showAddresses()
 	c.status.SetRoutes(routes)
 	c.notify()
 	c.mu.Unlock()

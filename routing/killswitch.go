@@ -1,10 +1,13 @@
 package routing
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"slices"
+	"sync"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -31,6 +34,19 @@ type KillSwitch struct {
 	Mark     uint32         // of the sockets that carry the tunnel, not 0
 	Allow    []netip.Prefix // destinations outside the tunnel
 	Logger   *slog.Logger   // nil: nothing is logged
+
+	mu     sync.Mutex
+	want   []chain     // of the last Close, nil before the first
+	sealed []chainText // the table when it was as it shall be; nil: not known
+	feud   feud
+	count  uint64 // of repairs
+}
+
+// KillSwitchHealth says whether a KillSwitch holds.
+type KillSwitchHealth struct {
+	Closed  bool
+	Problem string // what keeps it from lasting and what to do, "" when nothing does
+	Repairs uint64 // how often another program opened it and Keep closed it again
 }
 
 func (k *KillSwitch) table() string { return "masquevpn-kill-" + k.Instance }
@@ -51,21 +67,121 @@ func (k *KillSwitch) Close(iface string) error {
 		}
 		index = link.Attrs().Index
 	}
-	want := k.chains(uint32(index))
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.want = k.chains(uint32(index))
+	found, changed, err := k.write()
+	if err == nil && changed {
+		k.logger().Info("kill switch closed", "table", k.table(), "interface", iface, "allow", k.Allow, "was_closed", found)
+	}
+	return err
+}
+
+// write makes the table what the last Close wanted. It says whether there was
+// one, and whether it had to be changed. k.mu is held.
+func (k *KillSwitch) write() (found, changed bool, err error) {
 	have, found, err := readTable(k.table())
 	if err != nil {
-		return fmt.Errorf("routing: kill switch: %w", err)
+		return found, false, fmt.Errorf("routing: kill switch: %w", err)
 	}
-	if found && sameTable(want, have) {
-		return nil
+	if found && sameTable(k.want, have) && untouched(have, k.sealed) {
+		k.sealed = have
+		return found, false, nil
 	}
-	if err := commitTable(k.table(), found, want); err != nil {
-		return fmt.Errorf("routing: kill switch: write nftables table inet %s: %w", k.table(), explain(err))
+	k.sealed = nil
+	if err := commitTable(k.table(), found, k.want); err != nil {
+		return found, false, fmt.Errorf("routing: kill switch: write nftables table inet %s: %w", k.table(), explain(err))
 	}
-	if k.Logger != nil {
-		k.Logger.Info("kill switch closed", "table", k.table(), "interface", iface, "allow", k.Allow, "was_closed", found)
+	return found, true, nil
+}
+
+// Keep closes the kill switch again when another program opens or changes it,
+// as the last Close had it, until ctx ends. It logs that, and calls report at
+// the start and after every change of the KillSwitchHealth. What is opened again
+// and again is closed at once a few times, and then once a second.
+func (k *KillSwitch) Keep(ctx context.Context, report func(KillSwitchHealth)) error {
+	changed := make(chan struct{}, 1)
+	tables, err := subscribe(unix.NETLINK_NETFILTER, []uint{nftablesGroup}, nil)
+	if err != nil {
+		return fmt.Errorf("routing: kill switch: notifications of changes: %w", explain(err))
 	}
-	return nil
+	go tables.follow(changed, 0, maxQuietTime)
+	defer tables.close()
+	var last *KillSwitchHealth
+	return keepLooking(ctx, changed, func(ticked bool) (again time.Duration, err error) {
+		if ticked {
+			return 0, nil
+		}
+		now := time.Now()
+		h, next := k.look(now)
+		if last == nil || h != *last {
+			report(h)
+			last = &h
+		}
+		if !next.IsZero() {
+			again = max(next.Sub(now), time.Millisecond)
+		}
+		return again, nil
+	})
+}
+
+// look closes the kill switch if it is open and if that is due. It returns when
+// to look again, zero for when something changes.
+func (k *KillSwitch) look(now time.Time) (h KillSwitchHealth, again time.Time) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.want == nil {
+		return h, again
+	}
+	if due := k.feud.due(now); due.After(now) {
+		have, found, err := readTable(k.table())
+		h.Closed = err == nil && found && sameTable(k.want, have) && untouched(have, k.sealed)
+		again = due
+	} else {
+		found, changed, err := k.write()
+		h.Closed = err == nil
+		if changed || err != nil {
+			k.note(now, found, err)
+		} else {
+			k.feud.settled()
+		}
+		if err != nil {
+			again = k.feud.due(now)
+		}
+	}
+	h.Problem, h.Repairs = k.feud.problem(now), k.count
+	if until := k.feud.until(now); again.IsZero() {
+		again = until
+	}
+	return h, again
+}
+
+// note takes note of an attempt to close the kill switch, which was found open
+// or changed.
+func (k *KillSwitch) note(now time.Time, found bool, err error) {
+	k.feud.maxTruce = firstTruce // what leaves meanwhile cannot be taken back
+	before := k.feud.problem(now)
+	k.feud.note(now, "close the kill switch", err)
+	logger := k.logger().With("table", k.table())
+	switch problem := k.feud.problem(now); {
+	case err != nil:
+		if problem != before {
+			logger.Error("another program opened the kill switch, and it cannot be closed", "error", err)
+		}
+		return
+	case problem == "":
+		logger.Warn("another program opened the kill switch: closed again", "was_closed", found)
+	case before == "":
+		logger.Error("another program opens the kill switch again and again: stop it", "retry_in", k.feud.truce().String())
+	}
+	k.count++
+}
+
+func (k *KillSwitch) logger() *slog.Logger {
+	if k.Logger == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return k.Logger
 }
 
 // Closed says whether the kill switch is closed, by this process or another.
@@ -85,9 +201,7 @@ func (k *KillSwitch) Lift() (found bool, err error) {
 	if err := commitTable(k.table(), true, nil); err != nil {
 		return true, fmt.Errorf("routing: kill switch: delete nftables table inet %s: %w", k.table(), explain(err))
 	}
-	if k.Logger != nil {
-		k.Logger.Info("kill switch lifted", "table", k.table())
-	}
+	k.logger().Info("kill switch lifted", "table", k.table())
 	return true, nil
 }
 

@@ -114,9 +114,8 @@ func TestKillSwitch(t *testing.T) {
 	}); n != 0 {
 		t.Errorf("closed again: %d notifications, want none", n)
 	}
-	other := *k // of another process, with another configuration
-	other.Allow = slices.Clone(k.Allow)
-	h.closeKill(&other, "masque0")
+	other := &KillSwitch{Instance: "one", Mark: DefaultMark, Allow: slices.Clone(k.Allow)} // of another process
+	h.closeKill(other, "masque0")
 	check("with an interface", true, true)
 
 	// The marked packets arrived, so ARP and neighbour discovery work.

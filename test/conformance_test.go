@@ -677,6 +677,10 @@ func (r *recorder) Apply(s routing.State) error {
 	return nil
 }
 
+func (*recorder) Keep(ctx context.Context, _ func(routing.Health)) error {
+	<-ctx.Done()
+	return nil
+}
 func (*recorder) Held() error  { return nil }
 func (*recorder) Close() error { return nil }
 

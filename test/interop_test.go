@@ -29,8 +29,12 @@ import (
 type noKernel struct{}
 
 func (noKernel) Apply(routing.State) error { return nil }
-func (noKernel) Held() error               { return nil }
-func (noKernel) Close() error              { return nil }
+func (noKernel) Keep(ctx context.Context, _ func(routing.Health)) error {
+	<-ctx.Done()
+	return nil
+}
+func (noKernel) Held() error  { return nil }
+func (noKernel) Close() error { return nil }
 
 var (
 	inside4  = netip.MustParseAddr("10.77.0.2")

@@ -26,7 +26,7 @@ type Status struct {
 	Addresses  []netip.Prefix    `json:"addresses"`
 	Routes     []RouteStatus     `json:"routes"`
 	DNS        DNSStatus         `json:"dns"`
-	KillSwitch string            `json:"kill_switch,omitempty"` // closed, or off; of a client
+	KillSwitch string            `json:"kill_switch,omitempty"` // closed, open, or off; of a client
 	RTT        int64             `json:"rtt_us"`                // smoothed, microseconds
 	Packets    Counts            `json:"packets"`
 	Bytes      Counts            `json:"bytes"`
@@ -34,6 +34,9 @@ type Status struct {
 	Reconnects uint64            `json:"reconnects"`
 	Uplink     *Uplink           `json:"uplink,omitempty"`     // how a client's packets leave its host; nil if it is not known
 	Migrations uint64            `json:"migrations,omitempty"` // of a client's sessions to another path (RFC 9000 section 9)
+
+	// KernelRepairs are how often a client put right what other programs changed on its host, by what it was.
+	KernelRepairs map[string]uint64 `json:"kernel_repairs,omitempty"`
 
 	CertificateUntil *time.Time `json:"certificate_until,omitempty"` // when the client's own certificate ends
 }

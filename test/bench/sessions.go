@@ -98,8 +98,12 @@ func connect(ctx context.Context, cfg client.Config, start func(func(context.Con
 type noNetwork struct{}
 
 func (noNetwork) Apply(routing.State) error { return nil }
-func (noNetwork) Held() error               { return nil }
-func (noNetwork) Close() error              { return nil }
+func (noNetwork) Keep(ctx context.Context, _ func(routing.Health)) error {
+	<-ctx.Done()
+	return nil
+}
+func (noNetwork) Held() error  { return nil }
+func (noNetwork) Close() error { return nil }
 
 // clientConfig reads what `masque-proxy invite` made.
 func clientConfig(file string) (cfg client.Config, err error) {
