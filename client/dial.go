@@ -376,10 +376,7 @@ func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.Requ
 func checkResponse(rsp *http.Response) error {
 	status := rsp.StatusCode
 	kind, rcode := proxyError(rsp.Header)
-	detail := ""
-	if s := rsp.Header.Get("Proxy-Status"); s != "" {
-		detail = fmt.Sprintf(" (%.200q)", s)
-	}
+	detail := proxyDetail(rsp.Header)
 	switch {
 	case status == http.StatusNoContent || status == http.StatusResetContent || status == http.StatusPartialContent:
 		return fmt.Errorf("the proxy's answer %d is not one to a request for a tunnel", status)
@@ -405,6 +402,14 @@ func checkResponse(rsp *http.Response) error {
 	default:
 		return fail(causeAnswer, nil, fmt.Sprintf("the proxy answered with status %d%s", status, detail), "check the URI template in proxy")
 	}
+}
+
+// proxyDetail returns Proxy-Status in brackets, to go behind a text; "" for none.
+func proxyDetail(h http.Header) string {
+	if s := h.Get("Proxy-Status"); s != "" {
+		return fmt.Sprintf(" (%.200q)", s)
+	}
+	return ""
 }
 
 // proxyError returns the error type in Proxy-Status, and the DNS response code with it (RFC 9209 section 2.3); "" for none.

@@ -270,7 +270,7 @@ func (f *UDPForwarder) request(ctx context.Context, link *udpLink) (*masque.Conn
 		case rsp.StatusCode == http.StatusNotImplemented || rsp.StatusCode == http.StatusNotFound:
 			bad = fail(causeAnswer, nil, fmt.Sprintf("%s does not forward UDP, status %d", f.dialer.to.host, rsp.StatusCode), "ask its operator to turn connect_udp on")
 		case rsp.StatusCode == http.StatusTooManyRequests || rsp.StatusCode == http.StatusServiceUnavailable:
-			bad = &limitError{bad}
+			bad = &limitError{&Error{Kind: KindFailure, Reason: fmt.Sprintf("the proxy takes no more flows of UDP now, status %d%s", rsp.StatusCode, proxyDetail(rsp.Header))}}
 		}
 		return nil, bad
 	}

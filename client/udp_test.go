@@ -336,7 +336,7 @@ func TestForwardUDPReconnects(t *testing.T) {
 
 // When the proxy has a limit, a peer that is quiet makes room for one that is not.
 func TestForwardUDPMakesRoom(t *testing.T) {
-	p := startUDPProxy(t, echo(t), func(c *proxy.Config) { c.MaxSessionsPerUser = 2 })
+	p := startUDPProxy(t, echo(t), func(c *proxy.Config) { c.MaxUDPFlowsPerUser = 2 })
 	f := startForwarder(t, p.addr, nil)
 	f.awaitReady(t)
 	first := newPeer(t, f)
@@ -348,7 +348,7 @@ func TestForwardUDPMakesRoom(t *testing.T) {
 
 // There are only so many flows at once.
 func TestForwardUDPManyPeers(t *testing.T) {
-	p := startUDPProxy(t, echo(t), func(c *proxy.Config) { c.MaxSessionsPerUser = 2 * maxFlows })
+	p := startUDPProxy(t, echo(t), func(c *proxy.Config) { c.MaxUDPFlowsPerUser = 2 * maxFlows })
 	f := startForwarder(t, p.addr, nil)
 	f.awaitReady(t)
 	for range maxFlows + 2 {

@@ -22,6 +22,8 @@ type account struct {
 
 	following sync.Mutex // the user is looked up and followed under it, so that the last look counts
 
+	leases atomic.Int64 // of all sessions of the user
+
 	sessions int // that have it
 }
 

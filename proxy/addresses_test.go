@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"log/slog"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -149,4 +150,49 @@ func TestFreedAddresses(t *testing.T) {
 	newAsker(t, h3, "a")
 	other.want(other.ask("0.0.0.0/32", "0.0.0.0/32", "0.0.0.0/32", "0.0.0.0/32"),
 		"10.77.0.2/32", "10.77.0.4/32", "10.77.0.5/32", "10.77.0.6/32", "10.77.0.3/32")
+}
+
+// All sessions of a user together have so many addresses: by default two for each that the user may have. What goes back counts no more.
+func TestAddressesOfOneUser(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		user   User
+		change func(*Config)
+		want   int // addresses of the user
+	}{
+		{"default", User{Name: "alice"}, func(c *Config) { c.MaxSessionsPerUser = 3 }, 6},
+		{"by the user's own number of sessions", User{Name: "alice", Sessions: 4}, func(*Config) {}, 8},
+		{"for all users", User{Name: "alice"}, func(c *Config) { c.MaxAddressesPerUser = 3 }, 3},
+		{"for the user", User{Name: "alice", MaxAddresses: 5}, func(c *Config) { c.MaxAddressesPerUser = 3 }, 5},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			log := &logs{}
+			s := startServer(t, withUsers(userList{tc.user, {Name: "bob"}}, func(c *Config) {
+				c.Logger = slog.New(slog.NewTextHandler(log, nil))
+				tc.change(c)
+			}))
+			_, h3 := s.dial(t, nil)
+			granted := func(a *asker, n int) int {
+				return len(slices.DeleteFunc(a.ask(slices.Repeat([]string{"0.0.0.0/32"}, n)...), capsule.Address.Refused))
+			}
+			first, second := as(t, h3, "alice"), as(t, h3, "alice")
+			if n := granted(first, 2) + granted(second, maxAddresses); n != tc.want {
+				t.Errorf("the user has %d addresses, want %d", n, tc.want)
+			}
+			if lines := log.lines("limits.addresses_per_user"); len(lines) != 1 {
+				t.Errorf("the log says %q", lines)
+			}
+			if n := granted(as(t, h3, "bob"), 2); n != 2 {
+				t.Errorf("another user has %d addresses, want 2", n)
+			}
+			oldest := s.sessions.list()[0]
+			if err := first.str.Close(); err != nil {
+				t.Fatal(err)
+			}
+			<-oldest.done
+			if n := granted(as(t, h3, "alice"), maxAddresses); n != 2 {
+				t.Errorf("after a session with 2 addresses ended, %d are granted, want 2", n)
+			}
+		})
+	}
 }

@@ -33,6 +33,8 @@ const (
 const (
 	DefaultSessions        = 4096
 	DefaultSessionsPerUser = 8
+	DefaultUDPFlows        = 4096
+	DefaultUDPFlowsPerUser = 256
 	DefaultHold            = time.Hour
 	DefaultTemplatePath    = connectip.DefaultPath
 )
@@ -66,8 +68,11 @@ type Config struct {
 	ConnectUDP     bool          // serve UDP proxying (RFC 9298) as well
 	UDPIdleTimeout time.Duration // after which a flow without packets ends; default DefaultUDPIdleTimeout
 
-	MaxSessions        int // default DefaultSessions
-	MaxSessionsPerUser int // default DefaultSessionsPerUser
+	MaxSessions         int // default DefaultSessions; without those for UDP proxying, as in the next
+	MaxSessionsPerUser  int // default DefaultSessionsPerUser
+	MaxAddressesPerUser int // leases of all sessions of a user; default: two for each session that the user may have
+	MaxUDPFlows         int // default DefaultUDPFlows
+	MaxUDPFlowsPerUser  int // default DefaultUDPFlowsPerUser
 
 	StatelessResetKey *[32]byte // kept across restarts, it lets clients notice a restart at once (RFC 9000 section 10.3)
 	Journal           string    // path of a file that lets the next start clean up after a crash; "" for none
@@ -105,11 +110,12 @@ type Network interface {
 
 // User is somebody who may connect.
 type User struct {
-	Name        string
-	TokenHash   [32]byte     // SHA-256 of the token; zero: none
-	Certificate [32]byte     // SHA-256 of the only certificate (DER) that is accepted; zero: any that is for the name
-	Addresses   []netip.Addr // reserved for this user
-	Sessions    int          // at once; 0: Config.MaxSessionsPerUser
+	Name         string
+	TokenHash    [32]byte     // SHA-256 of the token; zero: none
+	Certificate  [32]byte     // SHA-256 of the only certificate (DER) that is accepted; zero: any that is for the name
+	Addresses    []netip.Addr // reserved for this user
+	Sessions     int          // at once; 0: Config.MaxSessionsPerUser
+	MaxAddresses int          // leased at once; 0: Config.MaxAddressesPerUser
 
 	Routes   []netip.Prefix // what may be reached of Config.Advertise; nil: all, empty: nothing
 	RateUp   int64          // bits per second from all clients of the user together, IP packets without what is around them; 0: no limit
@@ -208,7 +214,7 @@ func (c Config) withDefaults() (Config, error) {
 	if err := c.DNS.check(); err != nil {
 		return c, err
 	}
-	if c.MaxSessions < 0 || c.MaxSessionsPerUser < 0 {
+	if min(c.MaxSessions, c.MaxSessionsPerUser, c.MaxAddressesPerUser, c.MaxUDPFlows, c.MaxUDPFlowsPerUser) < 0 {
 		return c, usage("limits", "a limit cannot be negative")
 	}
 	if c.MaxSessions == 0 {
@@ -216,6 +222,12 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.MaxSessionsPerUser == 0 {
 		c.MaxSessionsPerUser = DefaultSessionsPerUser
+	}
+	if c.MaxUDPFlows == 0 {
+		c.MaxUDPFlows = DefaultUDPFlows
+	}
+	if c.MaxUDPFlowsPerUser == 0 {
+		c.MaxUDPFlowsPerUser = DefaultUDPFlowsPerUser
 	}
 	if c.Resolver == nil {
 		c.Resolver = net.DefaultResolver

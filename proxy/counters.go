@@ -12,8 +12,10 @@ import (
 // Counters are what a Server has counted since it was made, and what it has now. Counts never get less.
 type Counters struct {
 	Stats        connectip.Stats // of all sessions, and of packets that were no session's
-	Sessions     int             // now
+	Sessions     int             // now, tunnels
 	MaxSessions  int
+	UDPFlows     int // now
+	MaxUDPFlows  int
 	Requests     []RequestCount    // by their outcome
 	AuthFailures map[string]uint64 // by method; "missing": there were no credentials
 	Pool         []PoolUse
@@ -35,10 +37,10 @@ type PoolUse struct {
 // Counters may be called at any time, also before Run and after it.
 func (s *Server) Counters() *Counters {
 	c := &Counters{
-		MaxSessions: s.cfg().MaxSessions, Requests: s.requests.counts(), AuthFailures: s.authFailed.counts(), Pool: s.pool.use(),
+		MaxSessions: s.cfg().MaxSessions, MaxUDPFlows: s.cfg().MaxUDPFlows, Requests: s.requests.counts(), AuthFailures: s.authFailed.counts(), Pool: s.pool.use(),
 	}
 	s.unrouted.AddTo(&c.Stats)
-	c.Sessions = s.sessions.addTo(&c.Stats)
+	c.Sessions, c.UDPFlows = s.sessions.addTo(&c.Stats)
 	return c
 }
 

@@ -109,7 +109,7 @@ func TestSumsNeverGetLess(t *testing.T) {
 			for range rounds {
 				ss := &session{}
 				ss.stats.Receive.Add(1)
-				if _, err := l.add(ss, writers, writers); err != nil {
+				if _, err := l.add(ss, limits{max: writers, maxOfUser: writers}); err != nil {
 					t.Error(err)
 				}
 				added.Add(1)

@@ -33,6 +33,7 @@ type refusal struct {
 	status      int
 	proxyStatus string // error type, "" for none
 	rcode       string // parameter of dns_error, "" for none
+	details     string // parameter of any error, "" for none
 	reason      error
 }
 
@@ -67,6 +68,9 @@ func (r *refusal) field(name string) string {
 	item.Params.Add("error", httpsfv.Token(r.proxyStatus))
 	if r.rcode != "" {
 		item.Params.Add("rcode", r.rcode)
+	}
+	if r.details != "" {
+		item.Params.Add("details", r.details)
 	}
 	s, err := httpsfv.Marshal(httpsfv.List{item})
 	if err != nil {
@@ -153,20 +157,10 @@ func token(r *http.Request, header string) string {
 
 // admit takes ss in among the running sessions, in place of those that it replaces, unless a limit forbids it.
 func (h handler) admit(ss *session) *refusal {
-	user := ss.user
-	perUser := h.s.cfg().MaxSessionsPerUser
-	if user.Sessions > 0 {
-		perUser = user.Sessions
-	}
-	if user.Name == "" { // everybody is the same user without authentication
-		perUser = h.s.cfg().MaxSessions
-	}
-	replaced, err := h.s.sessions.add(ss, h.s.cfg().MaxSessions, perUser)
-	switch {
-	case errors.Is(err, errTooManyOfUser):
-		return refuse(http.StatusTooManyRequests, "connection_limit_reached", "user %q: %v", user.Name, err)
-	case err != nil:
-		return refuse(http.StatusServiceUnavailable, "connection_limit_reached", "%v", err)
+	user, limit := ss.user, ss.limits()
+	replaced, err := h.s.sessions.add(ss, limit)
+	if err != nil {
+		return limit.refuse(user.Name, err)
 	}
 	// Resolving a name takes a while. Whoever is gone since was not among the sessions when those of removed users ended.
 	if err := h.s.follow(ss); err != nil {

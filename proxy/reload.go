@@ -26,7 +26,8 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	next := *s.cfg()
 	restart = next.needRestart(c)
 	next.Advertise, next.Deny, next.ClientToClient = c.Advertise, c.Deny, c.ClientToClient
-	next.MaxSessions, next.MaxSessionsPerUser = c.MaxSessions, c.MaxSessionsPerUser
+	next.MaxSessions, next.MaxSessionsPerUser, next.MaxAddressesPerUser = c.MaxSessions, c.MaxSessionsPerUser, c.MaxAddressesPerUser
+	next.MaxUDPFlows, next.MaxUDPFlowsPerUser = c.MaxUDPFlows, c.MaxUDPFlowsPerUser
 	next.ConnectUDP, next.Sites = c.ConnectUDP, c.Sites
 	s.config.Store(&next)
 	s.sites.setRights(rights)

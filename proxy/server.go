@@ -415,8 +415,9 @@ type Status struct {
 	Listen    []string          `json:"listen"`
 	Template  string            `json:"template"`
 	Interface string            `json:"interface"`
-	Sessions  int               `json:"sessions"`
-	Leased    map[string]int    `json:"leased"` // addresses and blocks by family
+	Sessions  int               `json:"sessions"`  // tunnels
+	UDPFlows  int               `json:"udp_flows"` // flows for UDP proxying
+	Leased    map[string]int    `json:"leased"`    // addresses and blocks by family
 	Packets   connectip.Counts  `json:"packets"`
 	Bytes     connectip.Counts  `json:"bytes"`
 	Drops     map[string]uint64 `json:"drops"`
@@ -441,7 +442,7 @@ func (s *Server) Status() Status {
 	v4, v6 := s.pool.leased()
 	return Status{
 		Schema: connectip.StatusSchema, Name: s.cfg().Name, Since: s.started, Listen: s.listening(),
-		Template: s.templates[0].String(), Interface: s.device.Name(), Sessions: c.Sessions,
+		Template: s.templates[0].String(), Interface: s.device.Name(), Sessions: c.Sessions, UDPFlows: c.UDPFlows,
 		Leased:  map[string]int{"ipv4": v4, "ipv6": v6},
 		Packets: st.Packets, Bytes: st.Bytes, Drops: st.Drops,
 		Requests: requests, ICMPSent: c.Stats.ICMPSent.Total(), AuthFailures: c.AuthFailures,

@@ -277,8 +277,13 @@ func (ss *session) lease(r capsule.Address) (capsule.Address, error) {
 	if blocks >= maxBlocks {
 		want = netip.PrefixFrom(want.Addr(), want.Addr().BitLen())
 	}
+	if n := ss.account.leases.Add(1); n > ss.maxLeases() {
+		ss.account.leases.Add(-1)
+		return r, fmt.Errorf("the user has as many addresses as allowed, %d (limits.addresses_per_user)", n-1)
+	}
 	p, err := ss.server.pool.lease(ss.user, ss.owner(), want)
 	if err != nil {
+		ss.account.leases.Add(-1)
 		return r, err
 	}
 	ss.server.table.insert(p, ss)
@@ -382,6 +387,7 @@ func (ss *session) release() {
 	}
 	for _, a := range ss.addresses {
 		ss.server.pool.release(a.Prefix, ss.owner())
+		ss.account.leases.Add(-1)
 	}
 	ss.addresses, ss.assigned = nil, true
 }
@@ -453,19 +459,18 @@ type sessions struct {
 	accounts accounts
 }
 
-// Refusals of a session by a limit.
-var (
-	errTooManySessions = errors.New("the proxy has as many sessions as it is configured for")
-	errTooManyOfUser   = errors.New("the user has as many sessions as allowed")
-)
-
 // add gives ss an ID and takes it in, or says which limit forbids it. It returns the sessions that ss replaces, which have
-// to be stopped by the caller. While they end they count: a user has one session more than allowed at most.
-func (l *sessions) add(ss *session, limit, perUser int) (replaced []*session, err error) {
+// to be stopped by the caller. While they end they count: a user has one session more than allowed at most. Tunnels and flows of
+// UDP count apart.
+func (l *sessions) add(ss *session, limit limits) (replaced []*session, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	ofUser := 0
+	all, ofUser := 0, 0
 	for _, other := range l.byID {
+		if (other.udp == nil) != (ss.udp == nil) {
+			continue
+		}
+		all++
 		if other.user.Name != ss.user.Name {
 			continue
 		}
@@ -475,13 +480,13 @@ func (l *sessions) add(ss *session, limit, perUser int) (replaced []*session, er
 		}
 	}
 	if len(replaced) > 0 {
-		limit, perUser = math.MaxInt, perUser+1
+		limit.max, limit.maxOfUser = math.MaxInt, limit.maxOfUser+1
 	}
-	if len(l.byID) >= limit {
-		return nil, errTooManySessions
+	if all >= limit.max {
+		return nil, limit.all
 	}
-	if ofUser >= perUser {
-		return nil, errTooManyOfUser
+	if ofUser >= limit.maxOfUser {
+		return nil, limit.ofUser
 	}
 	l.lastID++
 	ss.id = strconv.FormatUint(l.lastID, 10)
@@ -511,16 +516,21 @@ func (l *sessions) remove(ss *session) {
 	ss.stats.AddTo(&l.ended)
 }
 
-// addTo adds what all sessions carried so far, those that ended included, to sum, and returns how many there are now. What it
-// adds never gets less.
-func (l *sessions) addTo(sum *connectip.Stats) int {
+// addTo adds what all sessions carried so far, those that ended included, to sum, and returns how many tunnels and flows of UDP
+// there are now. What it adds never gets less.
+func (l *sessions) addTo(sum *connectip.Stats) (tunnels, flows int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.ended.AddTo(sum)
 	for _, ss := range l.byID {
 		ss.stats.AddTo(sum)
+		if ss.udp == nil {
+			tunnels++
+		} else {
+			flows++
+		}
 	}
-	return len(l.byID)
+	return tunnels, flows
 }
 
 // list returns the sessions in the order of their IDs.

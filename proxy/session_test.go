@@ -13,7 +13,7 @@ import (
 func TestSessionsAdd(t *testing.T) {
 	l := sessions{byID: make(map[string]*session)}
 	add := func(user, instance string) (replaced int, err error) {
-		list, err := l.add(&session{user: User{Name: user}, instance: instance}, 3, 2)
+		list, err := l.add(&session{user: User{Name: user}, instance: instance}, limits{3, 2, errTooManySessions, errTooManyOfUser, ""})
 		return len(list), err
 	}
 	for _, tc := range []struct {

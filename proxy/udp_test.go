@@ -205,11 +205,13 @@ func TestUDPUnauthenticated(t *testing.T) {
 	}
 }
 
-// Flows and tunnels count together, and what is refused leaves no socket open.
+// Flows count apart from tunnels, and what is refused leaves no socket open. The client is told which limit it was.
 func TestUDPLimits(t *testing.T) {
 	for want, change := range map[int]func(*Config){
-		503: func(c *Config) { c.MaxSessions = 2 },
-		429: func(c *Config) { c.Methods, c.Users, c.MaxSessionsPerUser = []string{MethodToken}, oneUser{}, 2 },
+		503: func(c *Config) { c.MaxSessions, c.MaxUDPFlows = 1, 1 },
+		429: func(c *Config) {
+			c.Methods, c.Users, c.MaxSessionsPerUser, c.MaxUDPFlowsPerUser = []string{MethodToken}, oneUser{}, 1, 1
+		},
 	} {
 		var open atomic.Int32
 		h3 := scoped(t, withUDP(echo(t), func(c *Config) {
@@ -222,18 +224,26 @@ func TestUDPLimits(t *testing.T) {
 			}
 		}))
 		header := http.Header{"Authorization": {"Bearer secret"}}
-		if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, header); rsp.StatusCode != 200 {
-			t.Fatalf("tunnel: status %d", rsp.StatusCode)
-		}
-		for _, want := range []int{200, want} {
-			rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+"192.0.2.7/53/", header)
-			if rsp.StatusCode != want {
-				t.Errorf("status %d, want %d", rsp.StatusCode, want)
+		for _, r := range []struct {
+			protocol, path string
+			status         int
+			what           string
+		}{
+			{udpProtocol, udpPath + "192.0.2.7/53/", 200, ""},
+			{udpProtocol, udpPath + "192.0.2.7/53/", want, "UDP flows"},
+			{"connect-ip", anyPath, 200, ""},
+			{"connect-ip", anyPath, want, "sessions"},
+		} {
+			rsp, _ := request(t, h3, "CONNECT", r.protocol, r.path, header)
+			if rsp.StatusCode != r.status {
+				t.Errorf("%s: status %d, want %d", r.protocol, rsp.StatusCode, r.status)
 			}
-			if want != 200 {
-				if kind, _ := proxyStatus(t, rsp); kind != "connection_limit_reached" {
-					t.Errorf("Proxy-Status says %s", kind)
-				}
+			if r.what == "" {
+				continue
+			}
+			kind, _ := proxyStatus(t, rsp)
+			if s := rsp.Header.Get("Proxy-Status"); kind != "connection_limit_reached" || !strings.Contains(s, `details="too many `+r.what) {
+				t.Errorf("%s: Proxy-Status says %s", r.protocol, s)
 			}
 		}
 		if n := open.Load(); n != 1 {

@@ -257,8 +257,10 @@ masquerade = true
 enabled = true
 
 [limits]
-sessions = 4096
+sessions = 4096                       # tunnels at the same time
 sessions_per_user = 8
+udp_flows = 4096                      # besides those, of connect_udp
+udp_flows_per_user = 256
 `, quoted(in.advertise))
 	return b.String()
 }

@@ -85,7 +85,8 @@ func (l *loaded) config(certificate func() *tls.Certificate) proxy.Config {
 		ConnectUDP: f.ConnectUDP,
 		Masquerade: f.Masquerade, KernelHopLimit: f.KernelHopLimit, Congestion: congestion.Mode(f.Congestion),
 		DNS:         proxy.DNS{Servers: f.DNSServers, Domains: f.DNSDomains, Search: f.DNSSearch, NAT64: f.NAT64},
-		MaxSessions: f.Sessions, MaxSessionsPerUser: f.SessionsPerUser,
+		MaxSessions: f.Sessions, MaxSessionsPerUser: f.SessionsPerUser, MaxAddressesPerUser: f.AddressesPerUser,
+		MaxUDPFlows: f.UDPFlows, MaxUDPFlowsPerUser: f.UDPFlowsPerUser,
 	}
 	for _, site := range f.Sites {
 		c.Sites = append(c.Sites, proxy.Site(site))

@@ -32,7 +32,7 @@ func (d *daemon) readiness(ctx context.Context) error {
 // values are what metrics show.
 func (d *daemon) values() metrics.Values {
 	c := d.server.Counters()
-	v := metrics.Values{Stats: &c.Stats, Sessions: c.Sessions, MaxSessions: c.MaxSessions, AuthFailures: c.AuthFailures}
+	v := metrics.Values{Stats: &c.Stats, Sessions: c.Sessions, MaxSessions: c.MaxSessions, UDPFlows: c.UDPFlows, MaxUDPFlows: c.MaxUDPFlows, AuthFailures: c.AuthFailures}
 	for _, r := range c.Requests {
 		v.Requests = append(v.Requests, metrics.Request(r))
 	}

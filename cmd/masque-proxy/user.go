@@ -98,24 +98,25 @@ func (o *options) connected(ctx context.Context) (map[string]int, error) {
 
 // userEntry is one user in the output of `user list --json`.
 type userEntry struct {
-	Name        string         `json:"name"`
-	Token       bool           `json:"token"`       // has one
-	Certificate bool           `json:"certificate"` // has one of its own; without, any of the authority with the name is good
-	Addresses   []string       `json:"addresses"`
-	Sessions    int            `json:"sessions"` // allowed at the same time; 0: the proxy's default
-	Routes      []netip.Prefix `json:"routes"`   // null: all that the proxy advertises
-	RateUp      int64          `json:"rate_up_bits_per_second"`
-	RateDown    int64          `json:"rate_down_bits_per_second"` // 0: no limit
-	Created     time.Time      `json:"created"`
-	Expires     *time.Time     `json:"expires"` // null: never
-	Expired     bool           `json:"expired"`
-	Connected   *int           `json:"connected"` // sessions now; null: not known
+	Name         string         `json:"name"`
+	Token        bool           `json:"token"`       // has one
+	Certificate  bool           `json:"certificate"` // has one of its own; without, any of the authority with the name is good
+	Addresses    []string       `json:"addresses"`
+	Sessions     int            `json:"sessions"`      // allowed at the same time; 0: the proxy's default
+	MaxAddresses int            `json:"max_addresses"` // likewise
+	Routes       []netip.Prefix `json:"routes"`        // null: all that the proxy advertises
+	RateUp       int64          `json:"rate_up_bits_per_second"`
+	RateDown     int64          `json:"rate_down_bits_per_second"` // 0: no limit
+	Created      time.Time      `json:"created"`
+	Expires      *time.Time     `json:"expires"` // null: never
+	Expired      bool           `json:"expired"`
+	Connected    *int           `json:"connected"` // sessions now; null: not known
 }
 
 func entryOf(u config.User, connected map[string]int, now time.Time) userEntry {
 	e := userEntry{
 		Name: u.Name, Token: u.TokenHash != [32]byte{}, Certificate: u.Certificate != [32]byte{},
-		Addresses: []string{}, Sessions: u.Sessions, Routes: u.Routes, RateUp: u.RateUp, RateDown: u.RateDown, Created: u.Created,
+		Addresses: []string{}, Sessions: u.Sessions, MaxAddresses: u.MaxAddresses, Routes: u.Routes, RateUp: u.RateUp, RateDown: u.RateDown, Created: u.Created,
 	}
 	for _, a := range u.Addresses {
 		e.Addresses = append(e.Addresses, a.String())
@@ -165,6 +166,9 @@ func (e *userEntry) limits() string {
 	var words []string
 	if e.Sessions > 0 {
 		words = append(words, fmt.Sprintf("%d sessions", e.Sessions))
+	}
+	if e.MaxAddresses > 0 {
+		words = append(words, fmt.Sprintf("%d addresses", e.MaxAddresses))
 	}
 	if e.RateUp > 0 {
 		words = append(words, "up "+config.FormatRate(e.RateUp))

@@ -97,7 +97,7 @@ func (s *userStore) Reserved(p netip.Prefix, name string) bool {
 
 func proxyUser(u config.User, ok bool) (proxy.User, bool) {
 	return proxy.User{
-		Name: u.Name, TokenHash: u.TokenHash, Certificate: u.Certificate, Addresses: u.Addresses, Sessions: u.Sessions,
+		Name: u.Name, TokenHash: u.TokenHash, Certificate: u.Certificate, Addresses: u.Addresses, Sessions: u.Sessions, MaxAddresses: u.MaxAddresses,
 		Routes: u.Routes, RateUp: u.RateUp, RateDown: u.RateDown, Expires: u.Expires,
 	}, ok
 }

@@ -131,7 +131,7 @@ func TestProxyDefaults(t *testing.T) {
 		Name: "vpn.example.org", Listen: []string{"[::]:443"}, Cert: "/etc/masque/proxy.crt", Key: "/etc/masque/proxy.key",
 		Methods: []string{"token"}, Users: "/etc/masque/users.toml", Device: "masque%d", Offload: true,
 		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"), Hold: time.Hour,
-		Advertise: prefixes("0.0.0.0/0", "::/0"), Congestion: "inner", Masquerade: true, ConnectUDP: true, Sessions: 4096, SessionsPerUser: 8,
+		Advertise: prefixes("0.0.0.0/0", "::/0"), Congestion: "inner", Masquerade: true, ConnectUDP: true, Sessions: 4096, SessionsPerUser: 8, UDPFlows: 4096, UDPFlowsPerUser: 256,
 		Metrics: "127.0.0.1:9484",
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
@@ -155,7 +155,7 @@ func TestProxyFull(t *testing.T) {
 		Pool4: netip.MustParsePrefix("10.78.0.0/24"), Delegate4: 28, Hold: 24 * time.Hour, Advertise: prefixes("10.0.0.0/8"), Deny: prefixes("169.254.0.0/16"),
 		DNSServers: []netip.Addr{netip.MustParseAddr("10.78.0.1"), netip.MustParseAddr("10.0.0.53")},
 		DNSDomains: []string{"corp.example"}, DNSSearch: []string{"corp.example", "a.corp.example"}, NAT64: prefixes("64:ff9b::/96"),
-		ClientToClient: true, KernelHopLimit: true, Congestion: "outer", Sessions: 10, SessionsPerUser: 2, QlogDir: "/etc/masque/qlog", KeyLog: "/tmp/keys",
+		ClientToClient: true, KernelHopLimit: true, Congestion: "outer", Sessions: 10, SessionsPerUser: 2, AddressesPerUser: 3, UDPFlows: 20, UDPFlowsPerUser: 5, QlogDir: "/etc/masque/qlog", KeyLog: "/tmp/keys",
 		Metrics: "[::1]:9100", MetricsNamed: true,
 		Sites: []Site{
 			{User: "branch", Networks: prefixes("192.0.2.0/24", "2001:db8:a::/64"), Peer: prefixes("10.9.0.0/24")},

@@ -57,6 +57,8 @@ type Proxy struct {
 	ConnectUDP bool // RFC 9298
 
 	Sessions, SessionsPerUser int
+	AddressesPerUser          int // 0: two for each session that the user may have
+	UDPFlows, UDPFlowsPerUser int
 
 	Metrics      string // HOST:PORT, TCP, empty: nowhere
 	MetricsNamed bool   // the file says so
@@ -140,6 +142,9 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	limits := root.table("limits")
 	p.Sessions = limits.int("sessions", 4096, 1, 1<<20)
 	p.SessionsPerUser = limits.int("sessions_per_user", 8, 1, 1<<20)
+	p.AddressesPerUser = limits.int("addresses_per_user", 0, 1, 1<<20)
+	p.UDPFlows = limits.int("udp_flows", 4096, 1, 1<<20)
+	p.UDPFlowsPerUser = limits.int("udp_flows_per_user", 256, 1, 1<<20)
 
 	metrics := root.table("metrics")
 	p.Metrics, p.MetricsNamed = metrics.tcpAddress("listen", "127.0.0.1:9484"), metrics.has("listen")

@@ -13,16 +13,17 @@ import (
 
 // A User is one entry of users.toml.
 type User struct {
-	Name        string
-	TokenHash   [32]byte       // SHA-256 of the token; zero: no token
-	Certificate [32]byte       // SHA-256 of the only certificate accepted; zero: any with the user's name
-	Addresses   []netip.Addr   // reserved for the user
-	Sessions    int            // at the same time; 0: the proxy's default
-	Routes      []netip.Prefix // what the user may reach; nil: all that the proxy advertises, empty: nothing
-	RateUp      int64          // bits per second from all of the user's clients together; 0: no limit
-	RateDown    int64          // bits per second to them
-	Expires     time.Time      // from when on the user is not let in; zero: never
-	Created     time.Time
+	Name         string
+	TokenHash    [32]byte       // SHA-256 of the token; zero: no token
+	Certificate  [32]byte       // SHA-256 of the only certificate accepted; zero: any with the user's name
+	Addresses    []netip.Addr   // reserved for the user
+	Sessions     int            // at the same time; 0: the proxy's default
+	MaxAddresses int            // at the same time, of all sessions together; 0: the proxy's default
+	Routes       []netip.Prefix // what the user may reach; nil: all that the proxy advertises, empty: nothing
+	RateUp       int64          // bits per second from all of the user's clients together; 0: no limit
+	RateDown     int64          // bits per second to them
+	Expires      time.Time      // from when on the user is not let in; zero: never
+	Created      time.Time
 
 	line, end int // lines of the entry, 1-based, end not included
 }
@@ -68,6 +69,7 @@ func ParseUsers(file string, data []byte) (*Users, error) {
 			}
 		}
 		user.Sessions = t.int("sessions", 0, 0, 1<<20)
+		user.MaxAddresses = t.int("max_addresses", 0, 1, 1<<20)
 		if user.Routes = t.prefixes("routes"); t.has("routes") && user.Routes == nil {
 			user.Routes = []netip.Prefix{}
 		}
@@ -176,6 +178,9 @@ func (u *Users) Add(user User) []byte {
 	writeList(&b, "addresses", user.Addresses)
 	if user.Sessions > 0 {
 		fmt.Fprintf(&b, "sessions = %d\n", user.Sessions)
+	}
+	if user.MaxAddresses > 0 {
+		fmt.Fprintf(&b, "max_addresses = %d\n", user.MaxAddresses)
 	}
 	writeList(&b, "routes", user.Routes)
 	for _, rate := range []struct {

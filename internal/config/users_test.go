@@ -28,7 +28,7 @@ func TestUsersLookup(t *testing.T) {
 	u, _ := readUsers(t)
 	bob, ok := u.ByName("bob")
 	want := User{
-		Name: "bob", TokenHash: sha256.Sum256([]byte("bob")), Sessions: 2,
+		Name: "bob", TokenHash: sha256.Sum256([]byte("bob")), Sessions: 2, MaxAddresses: 5,
 		Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.9"), netip.MustParseAddr("fd77::9")},
 		Created:   time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC),
 	}

@@ -17,6 +17,8 @@ type Values struct {
 	Sessions int              // may be zero
 
 	MaxSessions  int
+	UDPFlows     int // may be zero when MaxUDPFlows is not
+	MaxUDPFlows  int
 	Requests     []Request
 	AuthFailures map[string]uint64 // by method
 	Pool         []Pool
@@ -68,8 +70,10 @@ func gauge(name, help string, labels ...string) metric {
 
 var (
 	buildInfo = gauge("masque_build_info", "Always 1; the labels say what is running.", "program", "version", "revision", "goversion")
-	sessions  = gauge("masque_sessions", "Sessions now; of a client, 1 while it is connected.")
+	sessions  = gauge("masque_sessions", "Sessions now, without flows of UDP; of a client, 1 while it is connected.")
 	limit     = gauge("masque_sessions_limit", "Sessions that there may be at once.")
+	flows     = gauge("masque_udp_flows", "Flows of UDP for clients now.")
+	flowLimit = gauge("masque_udp_flows_limit", "Flows of UDP that there may be at once.")
 	requests  = counter("masque_session_requests_total", "Requests by the status of their answer and the reason for it.", "status", "reason")
 	auth      = counter("masque_auth_failures_total", "Requests and handshakes whose credentials were refused, by kind; missing: there were none.", "method")
 	packets   = counter("masque_packets_total", "IP packets out of tunnels (rx) and into them (tx), and UDP packets of flows for clients.", "direction")
@@ -87,7 +91,7 @@ var (
 
 // all are the metrics of both programs.
 var all = []metric{
-	buildInfo, sessions, limit, requests, auth, packets, bytes, dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, expiry,
+	buildInfo, sessions, limit, flows, flowLimit, requests, auth, packets, bytes, dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, expiry,
 }
 
 // collector asks for the values whenever Prometheus does.
@@ -113,6 +117,10 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	send(sessions, float64(v.Sessions))
 	if v.MaxSessions > 0 {
 		send(limit, float64(v.MaxSessions))
+	}
+	if v.MaxUDPFlows > 0 {
+		send(flows, float64(v.UDPFlows))
+		send(flowLimit, float64(v.MaxUDPFlows))
 	}
 	for _, r := range v.Requests {
 		send(requests, float64(r.Count), strconv.Itoa(r.Status), r.Reason)

@@ -30,7 +30,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // full are values that have all there is.
 func full() Values {
 	v := Values{
-		Stats: &connectip.Stats{}, Sessions: 3, MaxSessions: 9,
+		Stats: &connectip.Stats{}, Sessions: 3, MaxSessions: 9, UDPFlows: 2, MaxUDPFlows: 8,
 		Requests:     []Request{{200, "accepted", 5}, {403, "destination_ip_prohibited", 1}},
 		AuthFailures: map[string]uint64{"token": 2},
 		Pool:         []Pool{{"ipv4", 2, 250}},
@@ -78,7 +78,7 @@ func TestMetrics(t *testing.T) {
 	}
 	for _, want := range []string{
 		"masque_build_info goversion=go1 program=masque-proxy revision=abc version=v1 1s",
-		"masque_sessions 3s", "masque_sessions_limit 9s",
+		"masque_sessions 3s", "masque_sessions_limit 9s", "masque_udp_flows 2s", "masque_udp_flows_limit 8s",
 		"masque_session_requests_total reason=accepted status=200 5s",
 		"masque_session_requests_total reason=destination_ip_prohibited status=403 1s",
 		"masque_auth_failures_total method=token 2s",
@@ -113,7 +113,7 @@ func TestMetrics(t *testing.T) {
 func TestMetricsOfOneProgram(t *testing.T) {
 	c := collector{values: func() Values { return Values{Stats: &connectip.Stats{}} }}
 	for _, name := range []string{
-		"masque_sessions_limit", "masque_session_requests_total", "masque_auth_failures_total", "masque_pool_addresses",
+		"masque_sessions_limit", "masque_udp_flows", "masque_udp_flows_limit", "masque_session_requests_total", "masque_auth_failures_total", "masque_pool_addresses",
 		"masque_reconnects_total", "masque_rtt_seconds", "masque_mtu_bytes", "masque_certificate_expiry_timestamp_seconds",
 	} {
 		if n := testutil.CollectAndCount(c, name); n != 0 {
