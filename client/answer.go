@@ -10,10 +10,10 @@ import (
 // has its addresses and routes, and finds out whether the far end acknowledges
 // it meanwhile. The zero value waits for nothing.
 type answerWatch struct {
-	C        <-chan time.Time
-	tick     *time.Ticker
-	looks    int
-	received uint64 // packets from the proxy at the last look
+	C     <-chan time.Time
+	tick  *time.Ticker
+	looks int
+	rtt   time.Duration // of the packet that was acknowledged last, at the last look
 }
 
 func newAnswerWatch() answerWatch {
@@ -30,13 +30,16 @@ func (w *answerWatch) stop() {
 
 // look is called when C fires. It reports whether the far end has acknowledged
 // datagrams and had the time to answer them, and why not. Between two looks
-// probes are all that is sent, so whatever comes acknowledges them.
+// probes are all that is sent, so what is acknowledged are probes. QUIC takes a
+// sample of the round trip time with each acknowledgement of new packets, and
+// only then; packets that come are not enough, because a far end that receives
+// nothing repeats its own.
 func (w *answerWatch) look(stats quic.ConnectionStats) (acknowledged bool, why string) {
-	comes := w.looks > 0 && stats.PacketsReceived > w.received
-	w.looks, w.received = w.looks+1, stats.PacketsReceived
+	acknowledged = w.looks > 0 && stats.LatestRTT != w.rtt
+	w.looks, w.rtt = w.looks+1, stats.LatestRTT
 	switch {
-	case w.looks > 1 && !comes:
-		return false, "nothing comes from the proxy, not even acknowledgements of what is sent into the tunnel"
+	case w.looks > 1 && !acknowledged:
+		return false, "the proxy does not acknowledge what is sent into the tunnel"
 	case w.looks < answerLooks:
 		return false, "waiting for the first answer through the tunnel"
 	}
