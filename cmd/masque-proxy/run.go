@@ -246,7 +246,7 @@ func (d *daemon) reload() (restart []string, err error) {
 	}
 	restart = append(restart, changed(d.loaded, l)...)
 	if users := d.loaded.users; users != nil {
-		users.current()
+		users.reload()
 		d.server.UsersChanged()
 	}
 	d.logger.Info("reloaded", "certificate_until", until(d.certificateUntil()), "needs_restart", strings.Join(restart, ","))

@@ -18,6 +18,10 @@ type FileVersion struct {
 	modified      unix.Timespec
 }
 
+// SameFile reports whether v and w are states of one file, which was written in
+// place, and not of two that replaced one another.
+func (v FileVersion) SameFile(w FileVersion) bool { return v.device == w.device && v.inode == w.inode }
+
 // VersionOf looks at a file, or at what a symbolic link leads to.
 func VersionOf(path string) (FileVersion, error) {
 	var st unix.Stat_t
