@@ -17,6 +17,7 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
+	"masquevpn/internal/hostend"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -36,8 +37,7 @@ type Client struct {
 	dialer   *dialer
 	instance string // tells this run from others of the same user
 
-	end     atomic.Pointer[end] // nil before it is opened
-	running sync.WaitGroup      // of goroutines that end with the device and the queue
+	ends    hostend.Keeper[*end]
 	host    *host
 	tried   tried                          // when it dialed last
 	hurry   *rate.Limiter                  // of attempts before their time
@@ -60,8 +60,7 @@ type Client struct {
 	assigned          []assigned     // addresses
 	present           []netip.Prefix // addresses of the interface
 	ipv6Held          bool
-	former            repairs // of ends that were replaced
-	repairs           repairs // of this one
+	repairs           map[string]uint64
 	killSwitchRepairs uint64
 
 	failure         *Error            // of the last attempt at a session, nil once one was connected
@@ -105,7 +104,8 @@ func New(cfg Config) (*Client, error) {
 	if withKernel {
 		control = routing.MarkSocket(routing.DefaultMark)
 	}
-	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()), queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice), former: make(repairs)}
+	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()), queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice)}
+	c.ends.Open, c.ends.Report, c.ends.Logger = c.openEnd, c.noteHealth, cfg.Logger
 	c.host, c.hurry = newHost(cfg.Suspended), rate.NewLimiter(rate.Every(hurryInterval), hurryBurst)
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
@@ -132,30 +132,30 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	if err := c.closeKillSwitch(""); err != nil {
 		return err
 	}
-	if err := c.openEnd(); err != nil {
+	if err := c.ends.Start(); err != nil {
 		c.queue.Close()
-		return err
+		return privileged(err, "")
 	}
 	c.setState(StateConnecting, "")
+	var sending, keeping sync.WaitGroup
 	// Joined errors lose their kind, so only a failure to restore the host is added.
 	defer func() {
-		if closeErr := c.end.Load().close(); closeErr != nil {
+		if closeErr := c.ends.Close(); closeErr != nil {
 			err = errors.Join(err, closeErr)
 		}
 		c.queue.Close()
-		c.running.Wait()
+		sending.Wait()
 	}()
 	ctx, stop := context.WithCancel(ctx)
-	var keeping sync.WaitGroup
-	defer keeping.Wait() // it may open another end
+	defer keeping.Wait()
 	defer stop()
 	endWatch, err := c.watchHost(ctx)
 	if err != nil {
 		return privileged(err, "")
 	}
 	defer endWatch()
-	c.running.Go(c.sendQueued)
-	keeping.Go(func() { c.keepEnd(ctx) })
+	sending.Go(c.sendQueued)
+	keeping.Go(func() { c.ends.Run(ctx) })
 	if c.cfg.KillSwitch != nil {
 		keeping.Go(func() { c.keepKillSwitch(ctx) })
 	}

@@ -4,90 +4,107 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
-	"sync"
-	"time"
 
 	"masquevpn/internal/flowqueue"
 	"masquevpn/routing"
 )
 
+// noticeHost and noticeKillSwitch are keys of notices about this host.
 const (
-	// steadyDevice is how long a device has to last for the next one to be
-	// made at once.
-	steadyDevice = 30 * time.Second
-	// spareDevices is how many devices are made at once, one after another.
-	spareDevices = 3
-	// firstDeviceDelay and maxDeviceDelay are the waits before those after them.
-	firstDeviceDelay = time.Second
-	maxDeviceDelay   = 10 * time.Second
-)
-
-// The keys of notices about this host.
-const (
-	noticeNetwork    = "network"
-	noticeDevice     = "device"
+	noticeHost       = "host"
 	noticeKillSwitch = "kill_switch"
 )
 
-// What Status.KernelRepairs counts besides the kinds of routing.Health.
-const (
-	repairDevice     = "device"
-	repairKillSwitch = "kill_switch"
-)
+// repairKillSwitch is what Status.KernelRepairs counts besides the repairs of
+// routing.Health.
+const repairKillSwitch = "kill_switch"
 
 // end is this host's end of the tunnel: a device and what belongs to it.
 type end struct {
 	device   Device
+	dispatch func([]*flowqueue.Packet)
 	network  Network
 	resolver Resolver // may be nil
-	once     sync.Once
 }
 
-// openEnd opens an end and makes it the current one.
-func (c *Client) openEnd() error {
-	e := &end{}
-	var err error
+// openEnd opens an end, with what was applied to the last one.
+func (c *Client) openEnd() (_ *end, err error) {
+	e := &end{dispatch: c.dispatch}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, e.Close())
+		}
+	}()
 	if e.device, err = c.cfg.OpenDevice(); err != nil {
-		return privileged(err, "")
+		return nil, err
 	}
 	if e.network, err = c.cfg.OpenNetwork(e.device); err != nil {
-		return privileged(errors.Join(err, e.close()), "setting up the network: ")
+		return nil, fmt.Errorf("setting up the network: %w", err)
 	}
 	if c.cfg.OpenResolver != nil {
 		if e.resolver, err = c.cfg.OpenResolver(e.device); err != nil {
-			return privileged(errors.Join(err, e.close()), "")
+			return nil, err
 		}
 	}
 	c.mu.Lock()
 	c.status.Interface = e.device.Name()
+	state, s := c.lastState, c.latest
 	c.mu.Unlock()
-	c.end.Store(e)
+	if state == nil {
+		return e, nil
+	}
+	// The kill switch names the interface by a number, which is another now.
+	if err := c.closeKillSwitch(e.device.Name()); err != nil {
+		return nil, err
+	}
+	if err := e.network.Apply(*state); err != nil {
+		return nil, err
+	}
+	if s != nil {
+		s.changed() // for what it says of DNS
+	}
+	return e, nil
+}
+
+func (e *end) Name() string { return e.device.Name() }
+
+// Read takes the packets of the host until the device is closed.
+func (e *end) Read() error {
+	if err := flowqueue.ReadFrom(e.device, e.dispatch); err != nil {
+		return fmt.Errorf("reading from %s: %w", e.device.Name(), err)
+	}
 	return nil
 }
 
-// close restores the host: first the resolver, as nothing is to be asked that
-// the routes do not lead to. Further calls do nothing.
-func (e *end) close() (err error) {
-	e.once.Do(func() {
-		if e.resolver != nil {
-			err = e.resolver.Close()
-		}
-		if e.network != nil {
-			err = errors.Join(err, e.network.Close())
-		}
-		err = errors.Join(err, e.device.Close())
-	})
-	return err
+func (e *end) Keep(ctx context.Context, report func(routing.Health)) error {
+	return e.network.Keep(ctx, report)
+}
+
+// Close restores the host: first the resolver, as nothing is to be asked that
+// the routes do not lead to.
+func (e *end) Close() error {
+	var errs []error
+	if e.resolver != nil {
+		errs = append(errs, e.resolver.Close())
+	}
+	if e.network != nil {
+		errs = append(errs, e.network.Close())
+	}
+	if e.device != nil {
+		errs = append(errs, e.device.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // iface is the name of the tunnel's interface.
-func (c *Client) iface() string { return c.end.Load().device.Name() }
+func (c *Client) iface() string { return c.ends.Current().Name() }
 
 // resolver is the host's, nil if there is none.
 func (c *Client) resolver() Resolver {
-	if e := c.end.Load(); e != nil {
+	if e := c.ends.Current(); e != nil {
 		return e.resolver
 	}
 	return nil
@@ -98,150 +115,23 @@ func (c *Client) resolver() Resolver {
 type currentDevice struct{ c *Client }
 
 func (d currentDevice) Write(bufs [][]byte, offset int) (int, error) {
-	return d.c.end.Load().device.Write(bufs, offset)
+	return d.c.ends.Current().device.Write(bufs, offset)
 }
 
-func (d currentDevice) BatchSize() int { return d.c.end.Load().device.BatchSize() }
-
-// keepEnd has the kernel's side of the tunnel stay as it was applied, and opens
-// a new end where the device is lost, until ctx ends.
-func (c *Client) keepEnd(ctx context.Context) {
-	var losses losses
-	for {
-		err := c.useEnd(ctx, c.end.Load())
-		if ctx.Err() != nil {
-			return
-		}
-		c.replaceEnd(ctx, err, &losses)
-	}
-}
-
-// useEnd takes the packets of the device and keeps the kernel's side of it,
-// until ctx ends or the device is lost, and returns why.
-func (c *Client) useEnd(ctx context.Context, e *end) error {
-	calm := time.AfterFunc(steadyDevice, func() { c.degrade(noticeDevice, "") })
-	defer calm.Stop()
-	ctx, lose := context.WithCancelCause(ctx)
-	defer lose(nil)
-	c.running.Go(func() {
-		if err := flowqueue.ReadFrom(e.device, c.dispatch); err != nil {
-			lose(fmt.Errorf("reading from %s: %w", e.device.Name(), err))
-		}
-	})
-	err := e.network.Keep(ctx, c.noteHealth)
-	if err == nil || errors.Is(err, routing.ErrInterfaceGone) {
-		if err == nil {
-			err = context.Cause(ctx)
-		}
-		return err
-	}
-	text := fmt.Sprintf("it is not noticed when another program changes this host's network: %v", err)
-	c.cfg.Logger.Warn("it is not noticed when another program changes this host's network", "error", err)
-	c.degrade(noticeNetwork, text)
-	<-ctx.Done()
-	return context.Cause(ctx)
-}
-
-// replaceEnd closes the current end, whose device is lost for the reason why,
-// and opens another one, again and again until that succeeds or ctx ends. The
-// session goes on.
-func (c *Client) replaceEnd(ctx context.Context, why error, losses *losses) {
-	lost := c.end.Load()
-	name := lost.device.Name()
-	c.degrade(noticeDevice, fmt.Sprintf("interface %s was lost and is made anew: %v", name, why))
-	if err := lost.close(); err != nil {
-		c.cfg.Logger.Warn("a lost interface leaves something behind", "interface", name, "error", err)
-	}
-	for {
-		wait := losses.add(time.Now())
-		c.cfg.Logger.Warn("the tunnel's interface is lost: making it anew", "interface", name, "reason", why, "retry_in", wait.String())
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(wait):
-		}
-		if why = c.reopen(); why == nil {
-			break
-		}
-		c.degrade(noticeDevice, fmt.Sprintf("interface %s was lost and cannot be made anew: %v", name, why))
-	}
-	text := ""
-	if losses.many() {
-		text = fmt.Sprintf("another program deletes interface %s again and again: stop it", name)
-	}
-	c.degrade(noticeDevice, text)
-}
-
-// reopen opens a new end, with what the last one had.
-func (c *Client) reopen() error {
-	if err := c.openEnd(); err != nil {
-		return err
-	}
-	e := c.end.Load()
-	c.mu.Lock()
-	state, s := c.lastState, c.latest
-	c.former.add(c.repairs)
-	c.former.add(map[string]uint64{repairDevice: 1})
-	c.repairs = nil
-	c.setRepairs()
-	c.mu.Unlock()
-	err := c.closeKillSwitch(e.device.Name()) // which names it by a number
-	if err == nil && state != nil {
-		err = e.network.Apply(*state)
-	}
-	if err != nil {
-		return errors.Join(err, e.close())
-	}
-	if s != nil {
-		s.changed() // for DNS
-	}
-	return nil
-}
-
-// losses are devices that were lost one soon after another.
-type losses struct {
-	n    int
-	last time.Time
-}
-
-// add counts a loss, or an attempt to make a device that failed, and returns
-// how long to wait before the next attempt.
-func (l *losses) add(now time.Time) time.Duration {
-	if now.Sub(l.last) >= steadyDevice {
-		l.n = 0
-	}
-	l.n++
-	l.last = now
-	if !l.many() {
-		return 0
-	}
-	return min(firstDeviceDelay<<min(l.n-spareDevices-1, 16), maxDeviceDelay)
-}
-
-// many reports whether so many were lost that the next one has to wait.
-func (l *losses) many() bool { return l.n > spareDevices }
-
-// repairs are how often something was put right on this host, by kind.
-type repairs map[string]uint64
-
-func (r repairs) add(more map[string]uint64) {
-	for kind, n := range more {
-		r[kind] += n
-	}
-}
+func (d currentDevice) BatchSize() int { return d.c.ends.Current().device.BatchSize() }
 
 // noteHealth has the status say what the kernel has.
 func (c *Client) noteHealth(h routing.Health) {
-	c.degrade(noticeNetwork, h.Problem)
+	c.degrade(noticeHost, h.Problem)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.status.Interface = h.Interface
 	c.present = h.Addresses
 	c.showAddresses()
 	c.repairs = h.Repairs
-	c.setRepairs()
+	c.showRepairs()
 	if c.latest != nil && h.IPv6Held != c.ipv6Held {
-		c.latest.changed()
+		c.latest.changed() // for what it says of IPv6
 	}
 	c.ipv6Held = h.IPv6Held
 	c.notify()
@@ -263,7 +153,7 @@ func (c *Client) noteKillSwitch(h routing.KillSwitchHealth) {
 		c.status.KillSwitch = KillSwitchClosed
 	}
 	c.killSwitchRepairs = h.Repairs
-	c.setRepairs()
+	c.showRepairs()
 	c.notify()
 }
 
@@ -275,12 +165,13 @@ func (c *Client) keepKillSwitch(ctx context.Context) {
 	}
 }
 
-// setRepairs fills in the status. c.mu is held.
-func (c *Client) setRepairs() {
-	all := make(repairs)
-	all.add(c.former)
-	all.add(c.repairs)
+// showRepairs fills in the status. c.mu is held.
+func (c *Client) showRepairs() {
+	all := maps.Clone(c.repairs)
 	if c.killSwitchRepairs > 0 {
+		if all == nil {
+			all = make(map[string]uint64)
+		}
 		all[repairKillSwitch] = c.killSwitchRepairs
 	}
 	c.status.KernelRepairs = all

@@ -51,7 +51,8 @@ type Health struct {
 	Repairs map[string]uint64
 }
 
-func (h Health) equal(o Health) bool {
+// Equal says whether h and o are the same.
+func (h Health) Equal(o Health) bool {
 	return h.Problem == o.Problem && h.IPv6Held == o.IPv6Held && h.Interface == o.Interface &&
 		slices.Equal(h.Addresses, o.Addresses) && maps.Equal(h.Repairs, o.Repairs)
 }
@@ -87,7 +88,7 @@ func (m *Manager) Keep(ctx context.Context, report func(Health)) error {
 		}
 		now := time.Now()
 		h, next, err := m.look(now)
-		if last == nil || !h.equal(*last) {
+		if last == nil || !h.Equal(*last) {
 			report(h)
 			last = &h
 		}
