@@ -79,13 +79,12 @@ func (u users) Reserved(netip.Prefix, string) bool      { return false }
 
 // network is a kernel that keeps what it was last told.
 type network struct {
-	noIPv6 bool // IPv6 is disabled on the host
-
 	health chan routing.Health // to report; nil: nothing
 	lost   chan error          // how Keep ends
 
 	mu     sync.Mutex
 	states []routing.State
+	held   error // what Held returns
 	closed bool
 }
 
@@ -110,10 +109,22 @@ func (n *network) Keep(ctx context.Context, report func(routing.Health)) error {
 }
 
 func (n *network) Held() error {
-	if n.noIPv6 {
-		return routing.ErrIPv6Disabled
-	}
-	return nil
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.held
+}
+
+// hold has Held return err from now on.
+func (n *network) hold(err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.held = err
+}
+
+func (n *network) isClosed() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.closed
 }
 
 func (n *network) Close() error {
@@ -473,7 +484,7 @@ func TestSplitTunnel(t *testing.T) {
 // On a host where IPv6 is turned off, the tunnel carries IPv4, and the status says what becomes of IPv6.
 func TestHostWithoutIPv6(t *testing.T) {
 	f := startProxy(t, nil)
-	kernel := &network{noIPv6: true}
+	kernel := &network{held: routing.ErrIPv6Disabled}
 	n := startClient(t, f, func(c *Config) { c.OpenNetwork = func(Device) (Network, error) { return kernel, nil } })
 	n.awaitConnected(t)
 	want := []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")}

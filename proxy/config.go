@@ -105,6 +105,8 @@ type Device interface {
 // Network is the kernel's side of a Device; *routing.Manager is one.
 type Network interface {
 	Apply(routing.State) error
+	// Keep puts back what other programs change of the state applied, until ctx ends or the device is lost.
+	Keep(ctx context.Context, report func(routing.Health)) error
 	Close() error
 }
 

@@ -19,6 +19,8 @@ type Counters struct {
 	Requests     []RequestCount    // by their outcome
 	AuthFailures map[string]uint64 // by method; "missing": there were no credentials
 	Pool         []PoolUse
+	// KernelRepairs are how often the host was put right, by what it was.
+	KernelRepairs map[string]uint64
 }
 
 // RequestCount is how many requests had one outcome.
@@ -39,6 +41,9 @@ func (s *Server) Counters() *Counters {
 	c := &Counters{
 		MaxSessions: s.cfg().MaxSessions, MaxUDPFlows: s.cfg().MaxUDPFlows, Requests: s.requests.counts(), AuthFailures: s.authFailed.counts(), Pool: s.pool.use(),
 	}
+	s.mu.Lock()
+	c.KernelRepairs = s.health.Repairs
+	s.mu.Unlock()
 	s.unrouted.AddTo(&c.Stats)
 	c.Sessions, c.UDPFlows = s.sessions.addTo(&c.Stats)
 	return c

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"fmt"
 	"net/netip"
 
 	"golang.org/x/time/rate"
@@ -22,17 +21,8 @@ const (
 	autoMTU = 1400
 )
 
-// readDevice takes packets from the device to the sessions they are for, until the device is closed. It never waits for
-// a session: a queue that is full drops.
-func (s *Server) readDevice() error {
-	if err := flowqueue.ReadFrom(s.device, s.dispatch); err != nil {
-		return fmt.Errorf("reading from %s: %w", s.device.Name(), err)
-	}
-	return nil
-}
-
 // dispatch queues packets for their sessions, which own them from then on: they are set to nil. The others stay the caller's. A
-// single packet for an idle session is sent at once.
+// single packet for an idle session is sent at once. It never waits for a session: a queue that is full drops.
 func (s *Server) dispatch(packets []*flowqueue.Packet) {
 	var to *session
 	first := 0 // of those that go to it
@@ -90,7 +80,7 @@ func (s *Server) noSession(pkt []byte, dst netip.Addr) {
 	buf, ok := ippacket.AppendICMPError(buf, pkt, p, ippacket.NoSession, s.gateway(dst), 0)
 	if ok {
 		s.unrouted.ICMPSent.Count(ippacket.NoSession)
-		_, _ = s.device.Write([][]byte{buf}, headroom)
+		_, _ = s.ends.Current().device.Write([][]byte{buf}, headroom)
 	}
 }
 

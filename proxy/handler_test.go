@@ -33,6 +33,11 @@ type noNetwork struct{}
 func (noNetwork) Apply(routing.State) error { return nil }
 func (noNetwork) Close() error              { return nil }
 
+func (noNetwork) Keep(ctx context.Context, _ func(routing.Health)) error {
+	<-ctx.Done()
+	return nil
+}
+
 // start runs a proxy on loopback and returns an HTTP/3 connection to it.
 func start(t *testing.T, change func(*Config)) *http3.ClientConn {
 	t.Helper()

@@ -32,6 +32,9 @@ func (byToken) Reserved(netip.Prefix, string) bool  { return false }
 
 // kernel keeps all that it was told.
 type kernel struct {
+	health chan routing.Health // to report; nil: nothing
+	lost   chan error          // how Keep ends
+
 	mu     sync.Mutex
 	states []routing.State
 	fail   error
@@ -48,6 +51,19 @@ func (k *kernel) Apply(s routing.State) error {
 }
 
 func (*kernel) Close() error { return nil }
+
+func (k *kernel) Keep(ctx context.Context, report func(routing.Health)) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case h := <-k.health:
+			report(h)
+		case err := <-k.lost:
+			return err
+		}
+	}
+}
 
 // all returns the states so far.
 func (k *kernel) all() []routing.State {

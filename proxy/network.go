@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"time"
 
@@ -52,7 +53,7 @@ func (s *Server) keepNetwork(ctx context.Context) error {
 func (s *Server) readLocal() error {
 	read := s.cfg().LocalNetworks
 	if read == nil {
-		read = func() ([]netip.Prefix, error) { return localNetworks(s.device.Name()) }
+		read = func() ([]netip.Prefix, error) { return localNetworks(s.ends.Current().Name()) }
 	}
 	local, err := read()
 	if err != nil {
@@ -91,23 +92,34 @@ func (s *Server) refresh() error {
 	return nil
 }
 
-// install makes the kernel follow l.
+// install makes the kernel follow l. What the kernel was told already, it keeps by itself, see end.Keep.
 func (s *Server) install(l layout) error {
 	state := s.networkState(l)
-	if slices.Equal(state.Routes, s.installed.Routes) && slices.Equal(state.Addresses, s.installed.Addresses) {
+	if s.installed != nil && slices.Equal(state.Routes, s.installed.Routes) && slices.Equal(state.Addresses, s.installed.Addresses) {
 		return nil
 	}
-	if err := s.network.Apply(state); err != nil {
+	err := s.ends.Current().network.Apply(state)
+	if errors.Is(err, routing.ErrInterfaceGone) || errors.Is(err, os.ErrClosed) {
+		err = nil // the next end gets it
+	}
+	if err != nil {
 		return err
 	}
-	s.installed = state
+	s.installed = &state
 	return nil
+}
+
+// reinstall has the kernel be told again, by the next refresh, whatever it was told before.
+func (s *Server) reinstall() {
+	s.refreshing.Lock()
+	defer s.refreshing.Unlock()
+	s.installed = nil
 }
 
 // networkState is what the kernel shall have.
 func (s *Server) networkState(l layout) routing.State {
 	state := routing.State{
-		MTU: s.device.MTU(), Forward: true,
+		MTU: s.mtu, Forward: true,
 		Addresses: slices.Concat(s.pool.gateways(), l.addresses),
 		Routes:    l.networks,
 	}

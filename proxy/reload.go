@@ -39,6 +39,7 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	default:
 		return restart, nil // what follows is done when it starts to serve
 	}
+	s.reinstall()
 	if err := s.refresh(); err != nil {
 		s.cfg().Logger.Warn("cannot read the host's own addresses", "error", err)
 	}

@@ -21,9 +21,9 @@ import (
 	"golang.org/x/time/rate"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/hostend"
 	"masquevpn/internal/udpconn"
 	"masquevpn/routing"
-	"masquevpn/tun"
 )
 
 const (
@@ -52,12 +52,12 @@ type Server struct {
 	started   time.Time
 	addrs     []net.Addr
 
-	device  Device
-	network Network
+	ends hostend.Keeper[*end]
 
 	reloading  sync.Mutex
 	refreshing sync.Mutex     // one refresh at a time; guards what follows
-	installed  routing.State  // what the kernel has been told
+	mtu        int            // of the device, bytes
+	installed  *routing.State // what the kernel has been told, nil before the first time
 	local      []netip.Prefix // the host's addresses with the lengths of their networks
 
 	narrow     narrowPaths
@@ -73,6 +73,7 @@ type Server struct {
 
 	mu     sync.Mutex
 	denied denied
+	health routing.Health // of the kernel's side
 }
 
 // New checks cfg and makes a Server of it; nothing is opened yet.
@@ -105,6 +106,7 @@ func New(cfg Config) (*Server, error) {
 		peerLog:    newThrottle(cfg.Logger),
 		requests:   newRequestCounts(),
 	}
+	s.ends.Open, s.ends.Report, s.ends.Logger = s.openEnd, s.noteHealth, cfg.Logger
 	s.pool.hold = cfg.Hold
 	s.config.Store(&cfg)
 	s.dns.Store(&cfg.DNS)
@@ -131,65 +133,11 @@ func (s *Server) Run(ctx context.Context) (err error) {
 			c.Close()
 		}
 	}()
-	if err := s.openDevice(); err != nil {
-		return err
+	if err := s.ends.Start(); err != nil {
+		return openError(err)
 	}
-	// The device is closed last: the kernel still removes addresses and routes from it.
-	defer func() { err = errors.Join(err, s.device.Close()) }()
-	if err := s.openNetwork(); err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, s.network.Close()) }()
+	defer func() { err = errors.Join(err, s.ends.Close()) }()
 	return s.serve(ctx, sockets)
-}
-
-func (s *Server) openDevice() error {
-	open := s.cfg().OpenDevice
-	if open == nil {
-		open = func() (Device, error) {
-			c := s.cfg().TUN
-			c.Logger = s.cfg().Logger
-			if c.MTU == 0 {
-				c.MTU = autoMTU
-			}
-			return tun.Open(c)
-		}
-	}
-	d, err := open()
-	if err != nil {
-		kind := KindFailure
-		if errors.Is(err, tun.ErrPermission) {
-			kind = KindPrivileges
-		}
-		return &Error{Kind: kind, Reason: err.Error(), Err: err}
-	}
-	s.device = d
-	return nil
-}
-
-func (s *Server) openNetwork() error {
-	open := s.cfg().OpenNetwork
-	if open == nil {
-		open = func(d Device) (Network, error) {
-			return routing.Open(routing.Config{Instance: "proxy-" + d.Name(), Interface: d.Name(), Journal: s.cfg().Journal, Logger: s.cfg().Logger})
-		}
-	}
-	n, err := open(s.device)
-	if err == nil {
-		s.network = n
-		if err = s.install(layout{}); err != nil {
-			err = errors.Join(err, n.Close())
-		}
-	}
-	if err != nil {
-		kind := KindFailure
-		if errors.Is(err, os.ErrPermission) {
-			kind = KindPrivileges
-		}
-		err = errors.Join(err, s.device.Close())
-		return &Error{Kind: kind, Reason: "setting up the network: " + err.Error(), Err: err}
-	}
-	return nil
 }
 
 // listen opens the UDP sockets, unless they were given.
@@ -284,7 +232,10 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 			return nil
 		})
 	}
-	g.Go(func() error { return s.readDevice() })
+	g.Go(func() error {
+		s.ends.Run(gctx)
+		return nil
+	})
 	g.Go(func() error { return s.keepNetwork(gctx) })
 	g.Go(func() error { return s.endExpired(gctx) })
 	g.Go(func() error {
@@ -298,8 +249,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		for _, t := range transports {
 			err = errors.Join(err, t.Close())
 		}
-		// The kernel's side goes before the device, which ends its reader.
-		return errors.Join(err, s.network.Close(), s.device.Close())
+		return errors.Join(err, s.ends.Close())
 	})
 	s.started = time.Now()
 	for _, c := range sockets {
@@ -412,6 +362,8 @@ type Status struct {
 	Schema    int               `json:"schema"`
 	Name      string            `json:"name"`
 	Since     time.Time         `json:"since"`
+	State     string            `json:"state"`              // running, or degraded: the host does not keep what clients need
+	Warnings  []string          `json:"warnings,omitempty"` // what the operator should know, one sentence each
 	Listen    []string          `json:"listen"`
 	Template  string            `json:"template"`
 	Interface string            `json:"interface"`
@@ -425,7 +377,15 @@ type Status struct {
 	ICMPSent  uint64            `json:"icmp_sent"`
 	// AuthFailures are how often credentials were refused, by method, and under "missing" how often there were none.
 	AuthFailures map[string]uint64 `json:"auth_failures"`
+	// KernelRepairs are how often the proxy put right what other programs changed on its host, by what it was.
+	KernelRepairs map[string]uint64 `json:"kernel_repairs,omitempty"`
 }
+
+// The states of a Status.
+const (
+	StateRunning  = "running"
+	StateDegraded = "degraded"
+)
 
 // Status describes the proxy; it is meaningful once Ready is closed.
 func (s *Server) Status() Status {
@@ -440,11 +400,15 @@ func (s *Server) Status() Status {
 		requests[strconv.Itoa(r.Status)] += r.Count
 	}
 	v4, v6 := s.pool.leased()
-	return Status{
-		Schema: connectip.StatusSchema, Name: s.cfg().Name, Since: s.started, Listen: s.listening(),
-		Template: s.templates[0].String(), Interface: s.device.Name(), Sessions: c.Sessions, UDPFlows: c.UDPFlows,
+	status := Status{
+		Schema: connectip.StatusSchema, Name: s.cfg().Name, State: StateRunning, Since: s.started, Listen: s.listening(),
+		Template: s.templates[0].String(), Interface: s.ends.Current().Name(), Sessions: c.Sessions, UDPFlows: c.UDPFlows,
 		Leased:  map[string]int{"ipv4": v4, "ipv6": v6},
 		Packets: st.Packets, Bytes: st.Bytes, Drops: st.Drops,
-		Requests: requests, ICMPSent: c.Stats.ICMPSent.Total(), AuthFailures: c.AuthFailures,
+		Requests: requests, ICMPSent: c.Stats.ICMPSent.Total(), AuthFailures: c.AuthFailures, KernelRepairs: c.KernelRepairs,
 	}
+	if problem := s.Problem(); problem != "" {
+		status.State, status.Warnings = StateDegraded, []string{problem}
+	}
+	return status
 }

@@ -89,7 +89,7 @@ var (
 // run carries the session on its stream until that or ss.ctx ends, and gives back all that it held. The header of the answer
 // was written.
 func (ss *session) run(str *http3.Stream) error {
-	ss.uplink.Device, ss.uplink.ss = ss.server.device, ss
+	ss.uplink.Device, ss.uplink.ss = currentDevice{ss.server}, ss
 	ss.mu.Lock()
 	conn := connectip.New(str, ss.quic, connectip.Config{
 		Device:         &ss.uplink,
@@ -432,7 +432,7 @@ func (ss *session) status() SessionStatus {
 		s.SetDNS(nil, nil)
 		return s
 	}
-	s.Kind, s.Interface = KindIP, ss.server.device.Name()
+	s.Kind, s.Interface = KindIP, ss.server.ends.Current().Name()
 	ss.mu.Lock()
 	if ss.conn != nil {
 		s.MTU = ss.conn.MTU()

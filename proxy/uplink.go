@@ -11,7 +11,7 @@ import (
 // uplink is the device as one session writes to it. What the session's user sends above the rate waits in a queue of its own: those
 // who write run QUIC's connection and must not wait. Users without a rate do not notice it.
 type uplink struct {
-	Device
+	connectip.Device
 	ss *session
 
 	queue   atomic.Pointer[flowqueue.Queue] // nil until it is needed

@@ -31,7 +31,7 @@ func readiness(s client.Status) error {
 // values are what metrics show.
 func (l *loaded) values(c *client.Client) metrics.Values {
 	counters, s := c.Counters(), c.Status()
-	v := metrics.Values{Stats: &counters.Stats, Reconnects: counters.Reconnects}
+	v := metrics.Values{Stats: &counters.Stats, Reconnects: counters.Reconnects, Repairs: s.KernelRepairs}
 	if client.HasSession(s) {
 		v.Sessions, v.RTT, v.MTU = 1, time.Duration(s.RTT)*time.Microsecond, s.MTU
 	}

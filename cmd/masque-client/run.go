@@ -148,7 +148,7 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 		t.tell(ctx, systemd.NewService(logger))
 	}()
 	t.err = exitError(c.Run(ctx))
-	switch closed := c.Status().KillSwitch == client.KillSwitchClosed; {
+	switch closed := c.Status().KillSwitch != client.KillSwitchOff; {
 	case !closed:
 	case t.lift.Load() || errors.Is(context.Cause(ctx), cli.ErrInterrupted):
 		if _, err := kill.Lift(); err != nil {

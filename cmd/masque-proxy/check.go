@@ -63,6 +63,7 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string, online 
 		c.Warn(fmt.Sprintf("instance: not known: %v", err), "")
 	case running:
 		c.OK("instance: the proxy is running; its interface, addresses and ports are not checked")
+		o.checkRunning(ctx, c)
 	case usable:
 		c.Interface(l.file.Device)
 		for _, addr := range l.file.Listen {
@@ -87,6 +88,18 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string, online 
 	c.Clock(time.Now())
 	c.UDPBuffer()
 	c.UDPOffload()
+}
+
+// checkRunning asks the running proxy what it has lost of what it needs on this host.
+func (o *options) checkRunning(ctx context.Context, c *cli.Checks) {
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	var s status
+	if err := control.NewClient(o.RunDir, instance).Get(ctx, statusPath, &s); err != nil {
+		c.Warn(fmt.Sprintf("host: the running proxy does not say how it is: %v", err), "")
+		return
+	}
+	c.Running(s.Warnings, s.KernelRepairs)
 }
 
 func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {

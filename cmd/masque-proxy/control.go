@@ -157,6 +157,10 @@ func showStatus(w io.Writer, s status) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "name\t%s\n", s.Name)
 	fmt.Fprintf(t, "running for\t%s\n", time.Since(s.Since).Round(time.Second))
+	fmt.Fprintf(t, "state\t%s\n", s.State)
+	for _, w := range s.Warnings {
+		fmt.Fprintf(t, "warning\t%s\n", cli.OneLine(w))
+	}
 	fmt.Fprintf(t, "listening on\t%s\n", strings.Join(s.Listen, ", "))
 	fmt.Fprintf(t, "template\t%s\n", s.Template)
 	fmt.Fprintf(t, "certificate\tuntil %s, from %s\n", s.Certificate.Until.Format(time.DateTime), s.Certificate.From)
@@ -176,6 +180,9 @@ func showStatus(w io.Writer, s status) error {
 	}
 	if list := cli.Counts(s.Requests); list != "" {
 		fmt.Fprintf(t, "requests\t%s\n", list)
+	}
+	if list := cli.Counts(s.KernelRepairs); list != "" {
+		fmt.Fprintf(t, "put right\t%s\n", list)
 	}
 	return t.Flush()
 }

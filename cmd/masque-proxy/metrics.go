@@ -16,13 +16,16 @@ func (d *daemon) serveMetrics(ctx context.Context) (*metrics.Server, error) {
 	})
 }
 
-// readiness returns why the proxy does not accept clients, nil when it does. ctx ends when it stops.
+// readiness returns why the proxy does not accept clients, or does not carry their packets, nil when it does. ctx ends when it stops.
 func (d *daemon) readiness(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return errors.New("the proxy is stopping")
 	}
 	select {
 	case <-d.server.Ready():
+		if problem := d.server.Problem(); problem != "" {
+			return errors.New(cli.OneLine(problem))
+		}
 		return nil
 	default:
 		return errors.New(d.starting())
@@ -32,7 +35,7 @@ func (d *daemon) readiness(ctx context.Context) error {
 // values are what metrics show.
 func (d *daemon) values() metrics.Values {
 	c := d.server.Counters()
-	v := metrics.Values{Stats: &c.Stats, Sessions: c.Sessions, MaxSessions: c.MaxSessions, UDPFlows: c.UDPFlows, MaxUDPFlows: c.MaxUDPFlows, AuthFailures: c.AuthFailures}
+	v := metrics.Values{Stats: &c.Stats, Repairs: c.KernelRepairs, Sessions: c.Sessions, MaxSessions: c.MaxSessions, UDPFlows: c.UDPFlows, MaxUDPFlows: c.MaxUDPFlows, AuthFailures: c.AuthFailures}
 	for _, r := range c.Requests {
 		v.Requests = append(v.Requests, metrics.Request(r))
 	}

@@ -54,6 +54,18 @@ func (c *Checks) Fail(what, remedy string) {
 	c.list = append(c.list, Check{Verdict: verdictFail, What: what, Remedy: remedy})
 }
 
+// Running shows what a running program says of its host: what it lacks there, and how often it put right what others changed.
+func (c *Checks) Running(warnings []string, repairs map[string]uint64) {
+	for _, w := range warnings {
+		c.Fail("host: "+OneLine(w), "")
+	}
+	if list := Counts(repairs); list != "" {
+		c.Warn("host: another program changed what the running program needs; it was put right, since the start: "+list, "look for that program: the log has the times")
+	} else if len(warnings) == 0 {
+		c.OK("host: the running program has all that it needs of the kernel")
+	}
+}
+
 // Finish writes the report, one line per check, and returns a Usage *Error if
 // any failed.
 func (c *Checks) Finish(w io.Writer, asJSON bool) error {

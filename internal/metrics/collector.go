@@ -24,6 +24,7 @@ type Values struct {
 	Pool         []Pool
 
 	Reconnects map[string]uint64 // by reason
+	Repairs    map[string]uint64 // on this host, by what was put right; of both programs
 	RTT        time.Duration     // of the session, zero while there is none
 	MTU        int               // of the tunnel, bytes, likewise
 
@@ -86,12 +87,13 @@ var (
 	reconnect = counter("masque_reconnects_total", "Attempts to connect again, by what was wrong before.", "reason")
 	rtt       = gauge("masque_rtt_seconds", "Smoothed round-trip time to the proxy, while connected.")
 	mtu       = gauge("masque_mtu_bytes", "Largest packet that the tunnel carries, while connected.")
+	repairs   = counter("masque_kernel_repairs_total", "Things that other programs changed in the kernel's side of tunnels and that were put right, by what they are.", "what")
 	expiry    = gauge("masque_certificate_expiry_timestamp_seconds", "When the certificate of this end ends, in seconds since 1970.")
 )
 
 // all are the metrics of both programs.
 var all = []metric{
-	buildInfo, sessions, limit, flows, flowLimit, requests, auth, packets, bytes, dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, expiry,
+	buildInfo, sessions, limit, flows, flowLimit, requests, auth, packets, bytes, dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, repairs, expiry,
 }
 
 // collector asks for the values whenever Prometheus does.
@@ -148,6 +150,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for reason, n := range v.Reconnects {
 		send(reconnect, float64(n), reason)
+	}
+	for what, n := range v.Repairs {
+		send(repairs, float64(n), what)
 	}
 	if v.RTT > 0 {
 		send(rtt, v.RTT.Seconds())

@@ -35,6 +35,7 @@ func full() Values {
 		AuthFailures: map[string]uint64{"token": 2},
 		Pool:         []Pool{{"ipv4", 2, 250}},
 		Reconnects:   map[string]uint64{"timeout": 4},
+		Repairs:      map[string]uint64{"rule": 2},
 		RTT:          1500 * time.Microsecond, MTU: 1400,
 		CertificateExpiry: time.Unix(1700000000, 0),
 	}
@@ -88,6 +89,7 @@ func TestMetrics(t *testing.T) {
 		"masque_icmp_sent_total type=too_big 1s", "masque_icmp_sent_total type=no_route 0s", "masque_icmp_suppressed_total 7s",
 		"masque_capsules_total direction=rx type=address_assign 0s", "masque_capsules_total direction=tx type=unknown 0s",
 		"masque_pool_addresses family=ipv4 state=leased 2s", "masque_pool_addresses family=ipv4 state=free 4m10s",
+		"masque_kernel_repairs_total what=rule 2s",
 		"masque_reconnects_total reason=timeout 4s", "masque_rtt_seconds 1.5ms", "masque_mtu_bytes 23m20s",
 		"masque_certificate_expiry_timestamp_seconds 472222h13m20s",
 	} {

@@ -1,0 +1,132 @@
+package client
+
+import (
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+
+	"masquevpn/routing"
+	"masquevpn/tun/tuntest"
+)
+
+// hosts are the devices and networks that a client opened, one after another.
+type hosts struct {
+	mu       sync.Mutex
+	devices  []*tuntest.Device
+	networks []*network
+}
+
+func (h *hosts) config(c *Config) {
+	c.OpenDevice = func() (Device, error) {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		d := tuntest.New(1400)
+		h.devices = append(h.devices, d)
+		return d, nil
+	}
+	c.OpenNetwork = func(Device) (Network, error) {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		n := &network{health: make(chan routing.Health), lost: make(chan error, 1)}
+		h.networks = append(h.networks, n)
+		return n, nil
+	}
+}
+
+func (h *hosts) last() (*tuntest.Device, *network) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.devices[len(h.devices)-1], h.networks[len(h.networks)-1]
+}
+
+var healthy = routing.Health{
+	Interface: "tuntest", Addresses: []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32"), netip.MustParsePrefix("fd77::2/128")},
+}
+
+// A device that another program deletes is opened anew, with the addresses and routes of the one before, and the session goes on.
+func TestDeletedDevice(t *testing.T) {
+	f := startProxy(t, nil)
+	h, k := &hosts{}, &killSwitch{}
+	n := startClient(t, f, func(c *Config) {
+		h.config(c)
+		c.KillSwitch = k
+	})
+	n.awaitConnected(t)
+	session := f.Sessions()[0].ID
+	_, before := h.last()
+	before.lost <- routing.ErrInterfaceGone
+	n.await(t, "on another device", func(s Status) bool { return s.KernelRepairs["device"] == 1 })
+	device, after := h.last()
+	if after == before || !before.isClosed() {
+		t.Fatal("the network before is not closed")
+	}
+	if got, want := after.all()[0], before.last(); !slices.Equal(got.Routes, want.Routes) || !slices.Equal(got.Addresses, want.Addresses) {
+		t.Errorf("the kernel has %+v, want %+v", got, want)
+	}
+	k.mu.Lock()
+	if n := len(k.events); n < 3 || k.events[n-1] != `close but for "tuntest"` {
+		t.Errorf("the kill switch does not follow: %q", k.events)
+	}
+	k.mu.Unlock()
+	after.health <- healthy
+	n.awaitConnected(t)
+	n.device = device
+	carries(t, n, f, "10.77.0.2", "192.0.2.2")
+	if s := f.Sessions(); len(s) != 1 || s[0].ID != session || n.Status().Reconnects != 0 {
+		t.Errorf("sessions %+v, want %s alone", s, session)
+	}
+}
+
+// What the kernel does not keep makes the state degraded, and the status says what the kernel has.
+func TestStatusFollowsTheKernel(t *testing.T) {
+	f := startProxy(t, nil)
+	h := &hosts{}
+	n := startClient(t, f, h.config)
+	n.awaitConnected(t)
+	_, kernel := h.last()
+	lost := healthy
+	lost.Addresses, lost.Problem, lost.Repairs = healthy.Addresses[1:], "another program undoes it", map[string]uint64{"address": 6}
+	kernel.health <- lost
+	n.await(t, "degraded", func(s Status) bool {
+		return s.State == StateDegraded && s.Reason == "another program undoes it" && s.KernelRepairs["address"] == 6 &&
+			slices.Equal(s.Addresses, lost.Addresses)
+	})
+	kernel.health <- healthy
+	n.await(t, "well again", func(s Status) bool { return s.State == StateConnected && slices.Equal(s.Addresses, healthy.Addresses) })
+}
+
+// IPv6 that is turned off or on later is looked at again.
+func TestIPv6TurnedOffLater(t *testing.T) {
+	f := startProxy(t, nil)
+	h := &hosts{}
+	n := startClient(t, f, h.config)
+	n.awaitConnected(t)
+	_, kernel := h.last()
+	kernel.hold(routing.ErrIPv6Disabled)
+	held := healthy
+	held.IPv6Held, held.Addresses = true, healthy.Addresses[:1]
+	kernel.health <- held
+	n.await(t, "without IPv6", func(s Status) bool { return len(s.Routes) == 1 && slices.Equal(s.Addresses, held.Addresses) })
+	kernel.hold(nil)
+	kernel.health <- healthy
+	n.await(t, "with IPv6", func(s Status) bool { return len(s.Routes) == 2 && slices.Equal(s.Addresses, healthy.Addresses) })
+}
+
+// A kill switch that another program has opened makes the state degraded, and the status says that it is open.
+func TestKillSwitchThatIsOpened(t *testing.T) {
+	f := startProxy(t, nil)
+	k := &killSwitch{health: make(chan routing.KillSwitchHealth)}
+	n := startClient(t, f, func(c *Config) { c.KillSwitch = k })
+	n.awaitConnected(t)
+	k.health <- routing.KillSwitchHealth{Closed: true, Repairs: 1}
+	n.await(t, "closed again", func(s Status) bool {
+		return s.State == StateConnected && s.KillSwitch == KillSwitchClosed && s.KernelRepairs["kill_switch"] == 1
+	})
+	k.health <- routing.KillSwitchHealth{Problem: "no memory", Repairs: 1}
+	n.await(t, "open", func(s Status) bool {
+		return s.State == StateDegraded && s.KillSwitch == KillSwitchOpen && s.Reason == "the kill switch is open: no memory"
+	})
+	k.health <- routing.KillSwitchHealth{Closed: true, Repairs: 2}
+	n.await(t, "well again", func(s Status) bool { return s.State == StateConnected && s.KillSwitch == KillSwitchClosed })
+}

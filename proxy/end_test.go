@@ -1,0 +1,80 @@
+package proxy
+
+import (
+	"reflect"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"masquevpn/routing"
+	"masquevpn/tun/tuntest"
+)
+
+// A device that another program deletes is opened anew, with what the kernel was told before, and the sessions go on.
+func TestDeletedDevice(t *testing.T) {
+	var mu sync.Mutex
+	var devices []*tuntest.Device
+	var kernels []*kernel
+	x := newReloadable(t, func(c *Config) {
+		c.OpenDevice = func() (Device, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			d := tuntest.New(1400)
+			devices = append(devices, d)
+			return d, nil
+		}
+		c.OpenNetwork = func(Device) (Network, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			k := &kernel{lost: make(chan error, 1)}
+			kernels = append(kernels, k)
+			return k, nil
+		}
+	})
+	x.device = devices[0]
+	x.passes("192.0.2.1", 1)
+	before := kernels[0].last()
+	kernels[0].lost <- routing.ErrInterfaceGone
+	for deadline := time.Now().Add(10 * time.Second); x.Status().KernelRepairs["device"] == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("no other device: %+v", x.Status())
+		}
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if got := kernels[1].all()[0]; !reflect.DeepEqual(got, before) {
+		t.Errorf("the kernel was told %+v, want %+v", got, before)
+	}
+	x.device = devices[1]
+	x.passes("192.0.2.1", 2)
+	if n := len(x.Sessions()); n != 1 {
+		t.Errorf("%d sessions", n)
+	}
+}
+
+// What the kernel does not keep is in the status, and Reload tells the kernel again, even if it was told the same before.
+func TestLostKernelSide(t *testing.T) {
+	k := &kernel{health: make(chan routing.Health)}
+	x := newReloadable(t, func(c *Config) { c.OpenNetwork = func(Device) (Network, error) { return k, nil } })
+	if s := x.Status(); s.State != StateRunning || len(s.Warnings) != 0 {
+		t.Errorf("at the start: %+v", s)
+	}
+	for range 2 { // the second is taken when the first has its effect
+		k.health <- routing.Health{Problem: "another program turns forwarding off", Repairs: map[string]uint64{"sysctl": 7}}
+	}
+	if s := x.Status(); s.State != StateDegraded || strings.Join(s.Warnings, "") != "another program turns forwarding off" || s.KernelRepairs["sysctl"] != 7 {
+		t.Errorf("with a problem: %+v", s)
+	}
+	told := len(k.all())
+	x.reload()
+	if n := len(k.all()); n != told+1 {
+		t.Errorf("Reload told the kernel %d times", n-told)
+	}
+	for range 2 {
+		k.health <- routing.Health{}
+	}
+	if s := x.Status(); s.State != StateRunning || len(s.Warnings) != 0 {
+		t.Errorf("without: %+v", s)
+	}
+}
