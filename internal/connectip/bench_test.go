@@ -18,10 +18,16 @@ func (discard) SendDatagram([]byte) error                              { return 
 func (discard) CloseWithError(quic.ApplicationErrorCode, string) error { return nil }
 func (discard) ConnectionStats() quic.ConnectionStats                  { return quic.ConnectionStats{} }
 
+// discardDevice takes all packets.
+type discardDevice struct{}
+
+func (discardDevice) BatchSize() int                          { return maxBatch }
+func (discardDevice) Write(bufs [][]byte, _ int) (int, error) { return len(bufs), nil }
+
 // benchConn makes a Conn as a proxy has it, without a network.
 func benchConn(b *testing.B) *Conn {
 	b.Helper()
-	c := New(fakeStream{}, nil, Config{Device: make(device, 1), Stats: &Stats{}, Self: []netip.Addr{proxyAddr4}})
+	c := New(fakeStream{}, nil, Config{Device: discardDevice{}, Stats: &Stats{}, Self: []netip.Addr{proxyAddr4}})
 	c.datagrams.conn = discard{}
 	c.link.peer = []netip.Prefix{host(clientAddr4)}
 	c.link.routes = capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, 0)

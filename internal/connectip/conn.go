@@ -196,11 +196,11 @@ func (c *Conn) Run(ctx context.Context) error {
 	in := newInbox(c)
 	link := newLinkWatch(c)
 	var wg sync.WaitGroup
-	wg.Go(func() { c.receive(in) })
+	wg.Go(c.receive)
 	wg.Go(in.deliver)
 	defer c.datagrams.direct(in)()
 
-	c.stop(c.readCapsules(in))
+	c.stop(c.readCapsules())
 	<-ended
 	c.Drain(func() {
 		wg.Wait()
@@ -271,7 +271,7 @@ func ErrorCode(err error) http3.ErrCode {
 }
 
 // readCapsules handles capsules until the stream ends.
-func (c *Conn) readCapsules(in *inbox) error {
+func (c *Conn) readCapsules() error {
 	r := capsule.NewReader(c.str, maxCapsule)
 	r.Skipped = c.cfg.Stats.Receive.countCapsule
 	for {
@@ -305,8 +305,7 @@ func (c *Conn) readCapsules(in *inbox) error {
 				err = c.cfg.Handler.PREF64(x.Prefixes)
 			}
 		case *capsule.Datagram: // RFC 9297 section 3.5
-			in.HandleDatagram(x.Payload)
-			in.FlushDatagrams()
+			c.handleDatagram(x.Payload, (*unbatched)(c))
 		}
 		if err != nil {
 			return fmt.Errorf("%v capsule: %w", next.Type(), err)

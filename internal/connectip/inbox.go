@@ -16,10 +16,17 @@ const (
 	// mergedPacket is the room for the longest packet, and its headroom, on its way to the device: the device may append the
 	// segments that follow.
 	mergedPacket = Headroom + 1<<16
+	// batchWait is how long a connection waits for a batch. All come back sooner unless the device does not keep up.
+	batchWait = 20 * time.Millisecond
 )
 
 // inbox collects the packets of the peer and hands them to the device in batches, which lets the device merge the segments of a
 // flow into a single write. One goroutine fills a batch while another one writes the last.
+//
+// All connections share the batches, so they have to come back whatever a peer does. The goroutine of a connection holds one at
+// most, because it flushes the inbox of one stream before it fills that of another, and it holds it for a run of packets that are
+// at hand. While it holds one, it waits for nothing but the writer of the same stream, which holds one at most, and waits for the
+// device alone. It waits for a batch only while it holds none, and not for long: after that it writes packets one by one.
 type inbox struct {
 	conn  *Conn
 	size  int // of a batch
@@ -28,8 +35,9 @@ type inbox struct {
 
 	waiting atomic.Int32 // batches handed over and not written yet
 
-	mu    sync.Mutex // hardly ever contended: nearly all packets come from one goroutine
-	batch *batch     // that is being filled, nil for none
+	mu      sync.Mutex // of the connection's goroutine, and of close
+	batch   *batch     // that is being filled, nil for none
+	starved bool       // no batch came back in time; until the next flush nobody waits for one
 }
 
 func newInbox(c *Conn) *inbox {
@@ -37,36 +45,56 @@ func newInbox(c *Conn) *inbox {
 }
 
 // HandleDatagram takes one HTTP Datagram, context ID first, and does not keep it. It waits while the device does not keep up:
-// packets are then dropped where it costs least, at the socket.
+// packets are then dropped where it costs least, at the socket. The goroutine that calls it calls FlushDatagrams before it does
+// anything else that may take long.
 func (in *inbox) HandleDatagram(b []byte) {
 	in.mu.Lock()
+	defer in.mu.Unlock()
 	in.conn.handleDatagram(b, in)
-	in.mu.Unlock()
 }
 
 // FlushDatagrams hands over what there is.
 func (in *inbox) FlushDatagrams() {
 	in.mu.Lock()
+	defer in.mu.Unlock()
 	in.flush()
-	in.mu.Unlock()
+	in.starved = false
 }
 
 // push adds a packet, of which it makes a copy. It returns false when nobody will take the packet any more.
 func (in *inbox) push(pkt []byte) bool {
+	if in.batch == nil && !in.take() {
+		return (*unbatched)(in.conn).push(pkt)
+	}
+	in.batch.add(pkt)
+	return in.batch.n < in.size || in.flush()
+}
+
+// take takes a batch to fill and reports whether there is one.
+func (in *inbox) take() bool {
 	select {
 	case <-in.ended:
 		return false
 	default:
 	}
-	if in.batch == nil {
-		select {
-		case <-in.ended:
-			return false
-		case in.batch = <-batches:
-		}
+	select {
+	case in.batch = <-batches:
+		return true
+	default:
 	}
-	in.batch.add(pkt)
-	return in.batch.n < in.size || in.flush()
+	if in.starved {
+		return false
+	}
+	timeout := time.NewTimer(batchWait)
+	defer timeout.Stop()
+	select {
+	case in.batch = <-batches:
+		return true
+	case <-in.ended:
+	case <-timeout.C:
+		in.starved = true
+	}
+	return false
 }
 
 // flush returns false when nobody takes packets any more.
@@ -99,11 +127,39 @@ func (in *inbox) close() {
 	}
 }
 
+// unbatched is a Conn as packets are written to its device one by one, in a buffer of their own.
+type unbatched Conn
+
+// maxUnbatched is the longest packet for which there are buffers, in bytes; longer ones come in capsules only.
+const maxUnbatched = 2048
+
+var unbatchedBuffers = sync.Pool{New: func() any { return new([Headroom + maxUnbatched]byte) }}
+
+// push writes a packet, of which it makes a copy. It returns false when nobody will take the packet any more.
+func (u *unbatched) push(pkt []byte) bool {
+	if u.life.Err() != nil {
+		return false
+	}
+	var buf []byte
+	if len(pkt) <= maxUnbatched {
+		pooled := unbatchedBuffers.Get().(*[Headroom + maxUnbatched]byte)
+		defer unbatchedBuffers.Put(pooled)
+		buf = pooled[:Headroom+len(pkt)]
+	} else {
+		buf = make([]byte, Headroom+len(pkt))
+	}
+	copy(buf[Headroom:], pkt)
+	if _, err := u.cfg.Device.Write([][]byte{buf}, Headroom); err != nil {
+		u.cfg.Stats.Receive.Drop(DropDevice)
+	}
+	return true
+}
+
 // straggling is how long datagrams come by way of the stream although they are handled directly: those that came before.
 const straggling = time.Second
 
 // receive takes the datagrams that come by way of the stream, until that or c.life ends or none come that way any more.
-func (c *Conn) receive(in *inbox) {
+func (c *Conn) receive() {
 	ctx := c.life
 	if c.datagrams.isDirect() {
 		var cancel context.CancelFunc
@@ -115,8 +171,7 @@ func (c *Conn) receive(in *inbox) {
 		if err != nil {
 			return
 		}
-		in.HandleDatagram(b)
-		in.FlushDatagrams()
+		c.handleDatagram(b, (*unbatched)(c))
 	}
 }
 
@@ -136,10 +191,10 @@ func (in *inbox) deliver() {
 
 // write gives b to the device.
 func (c *Conn) write(b *batch) {
+	defer b.free()
 	if wrote, err := c.cfg.Device.Write(b.bufs[:b.n], Headroom); err != nil {
 		c.cfg.Stats.Receive.DropMany(DropDevice, b.n-wrote)
 	}
-	b.free()
 }
 
 // batch is the packets of one write to a device. Untouched memory costs nothing, so the room to merge is cheap.

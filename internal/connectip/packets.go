@@ -117,8 +117,14 @@ func (c *Conn) sendTooBig(pkt []byte, p ippacket.Packet, mtu int, decrement bool
 	return drop
 }
 
+// sink takes packets on their way to the device.
+type sink interface {
+	// push takes a packet, of which it makes a copy. It returns false when nobody will take the packet any more.
+	push(pkt []byte) bool
+}
+
 // handleDatagram takes one HTTP Datagram, context ID first (RFC 9484 section 6), and does not keep it. It must not wait for QUIC.
-func (c *Conn) handleDatagram(b []byte, in *inbox) {
+func (c *Conn) handleDatagram(b []byte, to sink) {
 	context, n, err := quicvarint.Parse(b)
 	if err != nil || context != contextIPPacket {
 		c.cfg.Stats.Receive.Drop(DropUnknownContext)
@@ -126,7 +132,7 @@ func (c *Conn) handleDatagram(b []byte, in *inbox) {
 	}
 	pkt := b[n:]
 	d := c.admit(pkt)
-	if d == DropNone && !in.push(pkt) {
+	if d == DropNone && !to.push(pkt) {
 		d = DropClosed
 	}
 	switch d {

@@ -139,7 +139,6 @@ func (c *Conn) datagramSendLimit() int {
 
 import (
 	"maps"
-	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -153,7 +152,8 @@ import (
 type DatagramHandler interface {
 	// HandleDatagram takes one datagram, without the number that it begins with. The datagram must not be kept.
 	HandleDatagram([]byte)
-	// FlushDatagrams is called after one or more datagrams when no other packet is at hand.
+	// FlushDatagrams is called after one or more datagrams: before another handler gets one, and at the end of each run of packets
+	// that were at hand.
 	FlushDatagrams()
 }
 
@@ -161,7 +161,7 @@ type DatagramHandler interface {
 type datagramHandlers struct {
 	mu   sync.Mutex // of changes
 	by   atomic.Pointer[map[uint64]DatagramHandler]
-	busy []DatagramHandler // to be flushed
+	busy DatagramHandler // to be flushed, nil for none
 }
 
 // HandleDatagrams gives h, from now on, the datagrams that begin with the number id, as HTTP Datagrams of one stream do (RFC 9297
@@ -195,19 +195,19 @@ func (d *datagramHandlers) handle(datagram []byte) bool {
 	if h == nil {
 		return false
 	}
-	if !slices.Contains(d.busy, h) {
-		d.busy = append(d.busy, h)
+	if d.busy != h {
+		d.flush()
+		d.busy = h
 	}
 	h.HandleDatagram(datagram[n:])
 	return true
 }
 
 func (d *datagramHandlers) flush() {
-	for _, h := range d.busy {
-		h.FlushDatagrams()
+	if d.busy != nil {
+		d.busy.FlushDatagrams()
+		d.busy = nil
 	}
-	clear(d.busy)
-	d.busy = d.busy[:0]
 }
 
 // datagramBuffer is what datagrams wait in until they are packed.
@@ -452,7 +452,7 @@ var edits = []edit{
 	{"datagrams", "connection.go", "Conn.handleDatagramFrame",
 		"	c.datagramQueue.HandleDatagramFrame(f)\n", "	if !c.datagramHandlers.handle(f.Data) {\n		c.datagramQueue.HandleDatagramFrame(f)\n	}\n"},
 	{"datagrams", "connection.go", "Conn.handlePackets",
-		"		default:\n		}\n	}\n	return", "		default:\n		}\n	} else {\n		c.datagramHandlers.flush()\n	}\n	return"},
+		"	var hasMorePackets bool\n", "	defer c.datagramHandlers.flush()\n	var hasMorePackets bool\n"},
 	{"datagrams", "connection.go", "maxPacketsToProcess", "32", "128"},
 
 	// What is short goes out at once, when nothing waits before it: waking the goroutine that writes takes longer than writing. When it

@@ -1,0 +1,90 @@
+package connectip
+
+import (
+	"testing"
+
+	"masquevpn/capsule"
+)
+
+// receiver makes a Conn of a peer that may send anywhere, without a network, and its device.
+func receiver(t *testing.T) (*Conn, device) {
+	t.Helper()
+	dev := make(device, 2*maxBatch)
+	c := New(fakeStream{}, nil, Config{Device: dev, Stats: &Stats{}})
+	c.link.peer = append(c.link.peer, host(clientAddr4))
+	c.link.routes = capsule.Routes(append(c.link.peer[:0:0], host(target4)), 0)
+	if err := c.update(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.stop(nil) })
+	return c, dev
+}
+
+// Packets get to the device while other peers hold all batches, on every way by which they come.
+func TestPacketsWithoutABatch(t *testing.T) {
+	for range cap(batches) {
+		b := <-batches
+		defer b.free()
+	}
+	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
+	long := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 2*maxUnbatched)[Headroom:]...)
+	for _, tc := range []struct {
+		name    string
+		receive func(*Conn, *inbox)
+		want    []int // lengths of packets
+	}{
+		{"from the connection", func(_ *Conn, in *inbox) {
+			for range 3 {
+				in.HandleDatagram(datagram)
+			}
+			in.FlushDatagrams()
+		}, []int{100, 100, 100}},
+		{"by way of the stream", func(c *Conn, _ *inbox) { c.handleDatagram(datagram, (*unbatched)(c)) }, []int{100}},
+		{"in a long capsule", func(c *Conn, _ *inbox) { c.handleDatagram(long, (*unbatched)(c)) }, []int{2 * maxUnbatched}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c, dev := receiver(t)
+			tc.receive(c, newInbox(c))
+			for _, want := range tc.want {
+				if got := len(dev.next(t)); got != want {
+					t.Errorf("a packet of %d bytes, want %d", got, want)
+				}
+			}
+			if got, want := c.cfg.Stats.Receive.Packets.Load(), uint64(len(tc.want)); got != want {
+				t.Errorf("%d packets counted, want %d", got, want)
+			}
+		})
+	}
+}
+
+// An inbox gives back its batch when it is flushed, and when its session has ended.
+func TestBatchesComeBack(t *testing.T) {
+	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
+	for _, tc := range []struct {
+		name string
+		end  func(*Conn, *inbox)
+	}{
+		{"flushed", func(_ *Conn, in *inbox) { in.FlushDatagrams() }},
+		{"ended", func(c *Conn, in *inbox) { c.stop(nil); in.close() }},
+		{"ended, with more than is written at once", func(c *Conn, in *inbox) {
+			for range maxInline {
+				in.HandleDatagram(datagram)
+			}
+			c.stop(nil)
+			in.FlushDatagrams()
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c, _ := receiver(t)
+			in := newInbox(c)
+			in.HandleDatagram(datagram)
+			if got, want := len(batches), cap(batches)-1; got != want {
+				t.Fatalf("%d batches are free while one is being filled, want %d", got, want)
+			}
+			tc.end(c, in)
+			if got, want := len(batches), cap(batches); got != want {
+				t.Errorf("%d batches are free at last, want %d", got, want)
+			}
+		})
+	}
+}
