@@ -99,6 +99,7 @@ func (ss *session) run(str *http3.Stream) error {
 		Granted:        ss.leaseReserved(),
 		Denied:         ss.server.deniedNow().of(ss),
 		Withheld:       ss.withheld(),
+		OwnErrors:      ss.claim == nil,
 		KernelHopLimit: ss.server.cfg().KernelHopLimit,
 		Stats:          &ss.stats,
 		Tap:            ss.server.cfg().Tap.At(ss.id),

@@ -109,6 +109,9 @@ type Config struct {
 	// Withheld are destinations that are denied to this peer although they are advertised to others: it is told that they are
 	// prohibited, where it would be told that there is no route.
 	Withheld []netip.Prefix
+	// OwnErrors drops ICMP errors that the peer passes on from others: behind it is no network, so the sources of all its packets are
+	// addresses that it has. Otherwise any router may be the source of an error (RFC 9484 section 7.2.1).
+	OwnErrors bool
 	// KernelHopLimit leaves the hop limit of packets to the kernel's forwarding alone.
 	KernelHopLimit bool
 	Stats          *Stats

@@ -77,6 +77,7 @@ func (c *Conn) forward(buf []byte, off int) Drop {
 	if decrement {
 		ippacket.DecrementHopLimit(pkt)
 	}
+	ippacket.ClampMSS(pkt, p, mtu)
 	if c.closed.Load() {
 		return DropClosed
 	}
@@ -123,7 +124,8 @@ type sink interface {
 	push(pkt []byte) bool
 }
 
-// handleDatagram takes one HTTP Datagram, context ID first (RFC 9484 section 6), and does not keep it. It must not wait for QUIC.
+// handleDatagram takes one HTTP Datagram, context ID first (RFC 9484 section 6), which it may change but does not keep. It must not
+// wait for QUIC.
 func (c *Conn) handleDatagram(b []byte, to sink) {
 	context, n, err := quicvarint.Parse(b)
 	if err != nil || context != contextIPPacket {
@@ -188,7 +190,7 @@ func (c *Conn) admit(pkt []byte) Drop {
 		c.answerPeer(pkt, p, ippacket.SourceNotAssigned)
 		return DropSource
 	}
-	if from := pol.recvFrom.judge(p.Src, p.Protocol); from != allowed && !pol.quotesSent(pkt, p) {
+	if from := pol.recvFrom.judge(p.Src, p.Protocol); from != allowed && (c.cfg.OwnErrors || !pol.quotesSent(pkt, p)) {
 		kind, drop := from.asSource()
 		c.answerPeer(pkt, p, kind)
 		return drop
@@ -197,6 +199,7 @@ func (c *Conn) admit(pkt []byte) Drop {
 		c.answerPeer(pkt, p, to.asDestination())
 		return DropDestination
 	}
+	ippacket.ClampMSS(pkt, p, c.MTU()) // what the host answers with comes back this way
 	c.notePacket()
 	return DropNone
 }

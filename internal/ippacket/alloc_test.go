@@ -25,6 +25,7 @@ func TestAllocations(t *testing.T) {
 		"Destination":           func() { Destination(b6) },
 		"IsLinkLocal":           func() { IsLinkLocal(p6.Dst) },
 		"DecrementHopLimit":     func() { DecrementHopLimit(b4); b4[8] = 64; DecrementHopLimit(b6); b6[7] = 64 },
+		"ClampMSS":              func() { ClampMSS(b4, p4, 1280); ClampMSS(b6, p6, 1280) },
 		"AppendICMPError IPv4":  func() { AppendICMPError(buf, big4, bigP4, TooBig, router4, 1280) },
 		"AppendICMPError IPv6":  func() { AppendICMPError(buf, b6, p6, TooBig, router6, 1280) },
 		"AppendICMPError dummy": func() { AppendICMPError(buf, b4, p4, NoRoute, router6, 0) },
