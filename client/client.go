@@ -48,6 +48,10 @@ type Client struct {
 	had     []netip.Prefix // addresses of the last session, to ask for again
 	unasked bool           // the proxy ends the tunnel when it is asked for addresses, and assigns some without that
 	applied bool           // the kernel has followed a proxy
+	held    []netip.Prefix // addresses that the kernel has of a proxy
+
+	overlaps string                                // what the log was told of networks that hold them
+	networks atomic.Pointer[[]routing.HostNetwork] // of this host
 
 	mu         sync.Mutex
 	status     connectip.Status

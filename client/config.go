@@ -54,7 +54,7 @@ type Config struct {
 	Static  []netip.Prefix // addresses to use instead of asking
 
 	InstallRoutes bool
-	Accept        []netip.Prefix // of what is advertised, what is installed; default: all
+	Accept        []netip.Prefix // of what is advertised, what is taken and installed; nil: all
 	Exclude       []netip.Prefix // goes around the tunnel
 	Override      bool           // routes of the tunnel go before all of the host's, its LAN among them
 
@@ -95,6 +95,10 @@ type Config struct {
 	// is known of it. Suspended replaces the clocks that tell for how long in all this host has been suspended since it booted.
 	OpenUplink func() (Uplink, error)
 	Suspended  func() time.Duration
+
+	// HostNetworks replaces the kernel's knowledge of the addresses of this host, without those of an interface. With the routing
+	// replaced, and no HostNetworks, none are known.
+	HostNetworks func(except string) ([]routing.HostNetwork, error)
 }
 
 // Device is where packets come from and go to; *tun.Device is one.
@@ -250,7 +254,7 @@ func (c Config) withDefaults() (Config, error) {
 	if c.TUN.MTU != 0 && (c.TUN.MTU < minMTU || c.TUN.MTU > maxMTU) {
 		return c, usage("tun.mtu", "%d is not between %d and %d bytes", c.TUN.MTU, minMTU, maxMTU)
 	}
-	if len(c.Accept) == 0 {
+	if c.Accept == nil {
 		c.Accept = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
 	}
 	if c.MaxDelay == 0 {
@@ -286,6 +290,12 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Suspended == nil {
 		c.Suspended = suspended
+	}
+	if c.HostNetworks == nil {
+		c.HostNetworks = func(except string) ([]routing.HostNetwork, error) { return nil, nil }
+		if c.OpenNetwork == nil {
+			c.HostNetworks = routing.HostNetworks
+		}
 	}
 	if c.OpenNetwork == nil {
 		c.OpenNetwork = func(d Device) (Network, error) {

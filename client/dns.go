@@ -73,14 +73,20 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	var told connectip.Status
 	told.SetDNS(said, nat64)
 	settings, skipped := c.usable(said, told.DNS)
+	narrowed := s.narrow(&settings)
 	if c.cfg.DNS.Off && len(told.DNS.Servers) > 0 {
 		told.DNS.Reason = "dns.mode is off"
 	} else if r := c.resolver(); r != nil {
 		via, err := r.Apply(settings) // of nothing, when there is nothing
 		if len(settings.Servers) == 0 && len(skipped) > 0 {
 			err = errors.Join(fmt.Errorf("no route into the tunnel leads to %s", join(skipped)), err)
+		} else if len(settings.Servers) == 0 && narrowed {
+			err = errors.Join(errAllNames, err)
 		}
 		told.DNS.Via, told.DNS.Reason, told.DNS.Applied = via, reason(err), err == nil && via != ""
+		if told.DNS.Applied && narrowed { // as the resolver was told
+			told.DNS.Search, told.DNS.Domains = settings.Search, settings.Domains
+		}
 	}
 	c.mu.Lock()
 	before := c.status.DNS
@@ -93,11 +99,47 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	switch now := told.DNS; {
 	case now.Applied && !(before.Applied && slices.Equal(before.Servers, now.Servers) && slices.Equal(before.Search, now.Search) && slices.Equal(before.Domains, now.Domains)):
 		c.cfg.Logger.Info("DNS is applied", "via", now.Via, "servers", now.Servers, "search", now.Search, "domains", now.Domains)
+		if narrowed {
+			c.cfg.Logger.Warn("the proxy's nameservers are asked about these domains alone", "domains", now.Domains, "reason", errAllNames)
+		}
 	case now.Reason != "" && now.Reason != before.Reason && !c.cfg.DNS.Off:
 		c.cfg.Logger.Warn("DNS is not applied", "servers", now.Servers, "reason", now.Reason)
 	case before.Applied && !now.Applied:
 		c.cfg.Logger.Info("DNS is not applied any more")
 	}
+}
+
+// errAllNames is why the proxy's nameservers are not asked about all names.
+var errAllNames = errors.New("the proxy's nameservers are for all names, and not all traffic goes through the tunnel: to ask them about all, set dns.domains to [\".\"]")
+
+// narrow takes all names from the nameservers of the proxy in a tunnel that does
+// not carry everything, unless the configuration gives them all names: who is
+// asked for some networks shall not hear of, nor answer for, all others. What is
+// left are the domains that the proxy lists, or those that it has tried behind
+// short names, where it lists none. It reports whether something was taken.
+func (s *session) narrow(settings *hostdns.Settings) bool {
+	d := s.c.cfg.DNS
+	if s.full || len(settings.Servers) == 0 || len(d.Servers)+len(d.Domains) > 0 {
+		return false
+	}
+	listed := slices.DeleteFunc(slices.Clone(settings.Domains), func(name string) bool { return name == hostdns.Root })
+	all := len(listed) < len(settings.Domains)
+	if len(listed) == 0 && all {
+		listed = settings.Search
+	}
+	below := func(name string) bool {
+		return slices.ContainsFunc(listed, func(domain string) bool { return name == domain || strings.HasSuffix(name, "."+domain) })
+	}
+	search := settings.Search
+	if len(d.Search) == 0 {
+		search = slices.DeleteFunc(slices.Clone(search), func(name string) bool { return !below(name) })
+	}
+	narrowed := all || len(search) < len(settings.Search)
+	settings.Domains, settings.Search = listed, search
+	if len(listed) == 0 {
+		*settings = hostdns.Settings{}
+	}
+	return narrowed
 }
 
 // usable returns what of DNS the resolver is told. Servers that queries would not reach through the tunnel are skipped: they
@@ -113,7 +155,7 @@ func (c *Client) usable(said []capsule.DNSConfiguration, status connectip.DNSSta
 		case slices.Contains(settings.Servers, a) || slices.Contains(skipped, a):
 		case len(settings.Servers)+len(skipped) == maxServers:
 			return settings, skipped
-		case a.Addr().IsGlobalUnicast() && r.Reaches(a):
+		case a.Addr().IsGlobalUnicast() && !c.isOwn(a.Addr()) && r.Reaches(a):
 			settings.Servers = append(settings.Servers, a)
 		default:
 			skipped = append(skipped, a)

@@ -5,8 +5,11 @@ import (
 	"slices"
 )
 
-// noticePeer is the key of the warning about who answers in the proxy's place.
-const noticePeer = "peer"
+// Keys of notices.
+const (
+	noticePeer    = "peer"    // who answers in the proxy's place
+	noticeOverlap = "overlap" // a network of this host holds an address of the tunnel
+)
 
 // A notice is something about the tunnel that its user should know. Each has a
 // key, so that whoever posted it can change it or take it back.

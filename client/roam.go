@@ -121,6 +121,9 @@ func (r *roamer) run(ctx context.Context) error {
 
 // hostChanged moves to another path if the host has been suspended or sends another way than before.
 func (r *roamer) hostChanged(ctx context.Context) error {
+	if r.s.c.networksChanged() {
+		r.s.changed() // and with them what the proxy may assign and send
+	}
 	host := r.s.c.host
 	slept := (host.slept() - r.slept).Round(time.Second)
 	r.slept = host.slept()

@@ -49,7 +49,11 @@ type session struct {
 	lost chan error    // why there is no path to the proxy any more
 	show chan struct{} // path changed
 
+	asks  bool             // for addresses; else the proxy assigns what it likes
+	outer []netip.AddrPort // where the proxy may be reached
+
 	mu        sync.Mutex
+	held      []netip.Prefix    // addresses that the kernel has
 	assigned  []capsule.Address // the last ADDRESS_ASSIGN; nil before the first
 	requested time.Time         // when addresses were asked for; zero: they were not
 	waiting   bool              // for the answer to a request for addresses, or for the first unprompted ones
@@ -61,6 +65,7 @@ type session struct {
 	path      pathState
 
 	// What follows is of keep alone.
+	full         bool             // all traffic of a family goes through the tunnel
 	onlyIPv4     bool             // the tunnel's interface cannot have IPv6
 	refused      []netip.Prefix   // routes of the proxy that are not installed
 	skipped      []netip.AddrPort // nameservers that are not used
@@ -85,11 +90,15 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	c.warn(noticePeer, "")
 	code := http3.ErrCodeNoError
 	defer func() { d.closeWith(code) }()
+	c.readNetworks()
 	// Until the proxy has had the time to speak of DNS, the resolver is left as it is.
-	s := &session{c: c, quic: d.conn, wake: make(chan struct{}, 1), lost: make(chan error, 1), show: make(chan struct{}, 1), dns: c.pushed}
+	s := &session{
+		asks: !c.unasked && len(c.cfg.Request) > 0, outer: c.dialer.lastAddrs, held: c.held,
+		c: c, quic: d.conn, wake: make(chan struct{}, 1), lost: make(chan error, 1), show: make(chan struct{}, 1), dns: c.pushed,
+	}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
 		Device: currentDevice{c},
-		Accept: connectip.Accept{Routes: c.cfg.foreign},
+		Accept: connectip.Accept{Assigned: s.taken, Routes: c.acceptable},
 		Handler: connectip.Handler{
 			Assigned: s.handleAssigned, Requested: s.handleRequested, Routes: s.handleRoutes,
 			DNS: s.handleDNS, PREF64: s.handlePREF64, MTU: func(int) { s.changed() },
@@ -366,7 +375,7 @@ func (s *session) addresses() []netip.Prefix {
 	defer s.mu.Unlock()
 	out := slices.Clone(s.c.cfg.Static)
 	for _, a := range s.assigned {
-		if !a.Refused() && !slices.Contains(out, a.Prefix) { // a proxy may assign what is static
+		if !a.Refused() && s.wants(a.Prefix) && !slices.Contains(out, a.Prefix) { // a proxy may assign what is static
 			out = append(out, a.Prefix)
 		}
 	}
@@ -396,19 +405,30 @@ func (s *session) apply() (complete bool, err error) {
 	if !hasRoutes || len(addrs) == 0 && waiting {
 		return false, nil // more is to come
 	}
+	if c.readNetworks() {
+		if err := s.follow(); err != nil {
+			return false, err
+		}
+	}
+	if err := s.checkAssigned(); err != nil {
+		c.had = nil // it may grant others
+		return false, err
+	}
 	if len(addrs) == 0 {
 		c.had = nil // it may grant others
 		return false, fail(causeAddresses, nil, "the proxy assigned no address", "its pool may be exhausted; ask its operator")
 	}
-	if err := c.cfg.checkAssigned(addrs); err != nil {
+	if err := c.cfg.checkBehind(addrs); err != nil {
 		return false, err
 	}
 	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude, Override: c.cfg.Override, Forward: len(c.cfg.AdvertiseRoutes) > 0}
+	inside, err := accepted(routes, c.cfg.Accept)
+	if err != nil {
+		return false, err
+	}
+	s.full = slices.ContainsFunc(inside, func(p netip.Prefix) bool { return p.Bits() == 0 })
 	if c.cfg.InstallRoutes {
-		if state.Routes, err = accepted(routes, c.cfg.Accept); err != nil {
-			return false, err
-		}
-		state.Routes = append(s.whole(s.beyond(state.Routes), addrs), c.cfg.AssignPeer...)
+		state.Routes = append(s.whole(s.beyond(inside), addrs), c.cfg.AssignPeer...)
 	}
 	c.had = addrs
 	c.current.Store(s.conn) // before the kernel sends packets here
@@ -433,7 +453,11 @@ func (s *session) apply() (complete bool, err error) {
 		}
 		return false, e
 	}
-	c.applied, c.pushed = true, dns
+	c.applied, c.held, c.pushed = true, addrs, dns
+	s.mu.Lock()
+	s.held = addrs
+	s.mu.Unlock()
+	c.noteOverlap(addrs)
 	s.applyDNS(dns, nat64)
 	c.mu.Lock()
 	c.status.MTU = min(state.MTU, s.conn.MTU())

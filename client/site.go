@@ -1,10 +1,9 @@
 package client
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
-
-	"go4.org/netipx"
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
@@ -43,56 +42,39 @@ func (c *Config) checkSite() error {
 	return nil
 }
 
-// checkAssigned checks that the proxy's choice of addresses and the networks behind this host go together.
-func (c *Config) checkAssigned(addrs []netip.Prefix) error {
+// checkBehind checks that the proxy's choice of addresses and the networks behind this host go together.
+func (c *Config) checkBehind(addrs []netip.Prefix) error {
 	for _, a := range addrs {
 		if i := slices.IndexFunc(c.AdvertiseRoutes, a.Overlaps); i >= 0 {
-			return usage("routes.advertise", "%v holds %v, the address in the tunnel that the proxy assigned: "+
-				"correct it, or ask the operator of the proxy", c.AdvertiseRoutes[i], a.Addr())
+			return fail(causeAddresses, nil, fmt.Sprintf("routes.advertise: %v holds %v, the address in the tunnel that the proxy assigned",
+				c.AdvertiseRoutes[i], a.Addr()), "correct it, or ask the operator of the proxy")
 		}
 		if slices.ContainsFunc(c.AssignPeer, a.Overlaps) {
-			return usage("routes.assign", "%v is the address in the tunnel that the proxy assigned to this host: choose another", a.Addr())
+			return fail(causeAddresses, nil, fmt.Sprintf("routes.assign: %v is the address in the tunnel that the proxy assigned to this host", a.Addr()),
+				"choose another")
 		}
 	}
 	return nil
 }
 
-// foreign returns routes without the networks behind this host: the proxy neither sends from there, nor is anything sent
-// through it to them, whatever it advertises.
-func (c *Config) foreign(routes []capsule.Route) []capsule.Route {
-	if len(c.AdvertiseRoutes) == 0 {
-		return routes
-	}
-	out := make([]capsule.Route, 0, len(routes))
-	for _, r := range routes {
-		var b netipx.IPSetBuilder
-		b.AddRange(netipx.IPRangeFrom(r.Start, r.End))
-		for _, p := range c.AdvertiseRoutes {
-			b.RemovePrefix(p)
-		}
-		set, _ := b.IPSet() // the ranges are valid
-		for _, part := range set.Ranges() {
-			out = append(out, capsule.Route{Start: part.From(), End: part.To(), Protocol: r.Protocol})
-		}
-	}
-	return out
-}
-
-// beyond returns the routes that are not within a network behind this host. A route that such a network is part of stays: the
-// host's own, longer one goes first.
+// beyond returns the routes that are not within a network behind this host, nor to addresses that no router forwards to. A route
+// that such a network is part of stays: the host's own, longer one goes first.
 func (s *session) beyond(routes []netip.Prefix) []netip.Prefix {
 	var refused []netip.Prefix
 	routes = slices.DeleteFunc(routes, func(p netip.Prefix) bool {
 		within := slices.ContainsFunc(s.c.cfg.AdvertiseRoutes, func(own netip.Prefix) bool {
 			return own.Overlaps(p) && own.Bits() <= p.Bits()
 		})
+		if reserved, overlaps := connectip.Reserved(p); overlaps && reserved.Bits() <= p.Bits() {
+			within = true
+		}
 		if within {
 			refused = append(refused, p)
 		}
 		return within
 	})
 	if len(refused) > 0 && !slices.Equal(refused, s.refused) {
-		s.c.cfg.Logger.Warn("routes of the proxy are within the networks behind this host, and are not installed", "refused", refused)
+		s.c.cfg.Logger.Warn("routes of the proxy to addresses of this host, of the networks behind it or of a link are not installed", "refused", refused)
 	}
 	s.refused = refused
 	return routes

@@ -185,7 +185,7 @@ func TestAdvertisesItsOwnAddress(t *testing.T) {
 		"routes.assign":    func(c *Config) { c.AssignPeer = []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")} },
 	} {
 		_, n := startSite(t, nil, change)
-		if e := n.failure(t); e.Kind != KindUsage || !strings.HasPrefix(e.Reason, name+": ") || !strings.Contains(e.Reason, "10.77.0.2") {
+		if e := n.failure(t); e.Kind != KindRefused || !strings.HasPrefix(e.Reason, name+": ") || !strings.Contains(e.Reason, "10.77.0.2") {
 			t.Errorf("got %v", e)
 		}
 	}

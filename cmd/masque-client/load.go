@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"strings"
 
 	"masquevpn/client"
@@ -59,9 +60,9 @@ func load(path, name string) (*loaded, error) {
 		Target: f.Target, IPProto: f.IPProto,
 		TUN:     tun.Config{Name: f.Device, MTU: f.MTU, Offload: f.Offload},
 		Request: f.Request, Static: f.Static,
-		// An empty list would stand for its default, which is everything.
-		InstallRoutes: f.Install && len(f.Accept) > 0,
-		Accept:        f.Accept, Exclude: f.Exclude, Override: !f.LAN,
+		InstallRoutes: f.Install,
+		// Without a list, everything would be accepted.
+		Accept: append([]netip.Prefix{}, f.Accept...), Exclude: f.Exclude, Override: !f.LAN,
 		AdvertiseRoutes: f.Advertise, AssignPeer: f.Assign,
 		DNS:       client.DNS{Off: !f.DNS, Servers: f.DNSServers, Search: f.DNSSearch, Domains: f.DNSDomains},
 		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay, Congestion: congestion.Mode(f.Congestion),

@@ -1,0 +1,235 @@
+package client
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"go4.org/netipx"
+
+	"masquevpn/capsule"
+	"masquevpn/internal/connectip"
+	"masquevpn/routing"
+)
+
+// A proxy that has proved who it is may still be wrong about this host, or mean
+// it harm. What it says is compared with what it was asked for, and with what
+// this host has: an address that is taken here, or that lies in a network of
+// this host, would cut the host off from there, or let the proxy in.
+
+// readNetworks reads the addresses of this host besides those of the tunnel. It
+// reports whether they are others than before.
+func (c *Client) readNetworks() (changed bool) {
+	networks, err := c.cfg.HostNetworks(c.iface())
+	if err != nil {
+		c.cfg.Logger.Warn("the addresses of this host are not known", "error", err)
+		return false
+	}
+	before := c.networks.Swap(&networks)
+	return before == nil || !slices.Equal(*before, networks)
+}
+
+// networksChanged reports whether readNetworks would find others than before.
+func (c *Client) networksChanged() bool {
+	networks, err := c.cfg.HostNetworks(c.iface())
+	return err == nil && !slices.Equal(networks, c.hostNetworks())
+}
+
+// hostNetworks returns what readNetworks read last.
+func (c *Client) hostNetworks() []routing.HostNetwork {
+	if n := c.networks.Load(); n != nil {
+		return *n
+	}
+	return nil
+}
+
+// isOwn reports whether a is an address of this host, those of the tunnel
+// included.
+func (c *Client) isOwn(a netip.Addr) bool {
+	return slices.ContainsFunc(c.hostNetworks(), func(n routing.HostNetwork) bool { return n.Address.Addr() == a }) ||
+		slices.ContainsFunc(c.held, func(p netip.Prefix) bool { return connectip.HostAddr(p) == a })
+}
+
+// taken returns which of the addresses that the proxy assigned are taken: those
+// of a family that was asked for, unless the proxy is to choose, and that this
+// host can have.
+func (s *session) taken(assigned []capsule.Address) []capsule.Address {
+	return slices.DeleteFunc(slices.Clone(assigned), func(a capsule.Address) bool {
+		return !a.Refused() && (!s.wants(a.Prefix) || s.unfit(a.Prefix) != "")
+	})
+}
+
+// wants reports whether p is of a family that the session asks for.
+func (s *session) wants(p netip.Prefix) bool {
+	return !s.asks || slices.ContainsFunc(s.c.cfg.Request, func(w netip.Prefix) bool { return w.Addr().Is4() == p.Addr().Is4() })
+}
+
+// unfit says why this host cannot have an address or a prefix that the proxy
+// assigned, "" if it can.
+func (s *session) unfit(p netip.Prefix) string {
+	c := s.c
+	if slices.Contains(c.cfg.Static, p) {
+		return "" // the file says so
+	}
+	if reserved, overlaps := connectip.Reserved(p); overlaps {
+		return fmt.Sprintf("overlaps %v, which is not for tunnels", reserved)
+	}
+	if s.asks && !slices.ContainsFunc(c.cfg.Request, func(w netip.Prefix) bool {
+		return w.Addr().Is4() == p.Addr().Is4() && p.Bits() >= w.Bits()
+	}) {
+		return "is larger than what addresses.request asks for"
+	}
+	s.mu.Lock()
+	held := s.held
+	s.mu.Unlock()
+	for _, a := range s.outer {
+		if p.Contains(a.Addr()) {
+			return fmt.Sprintf("holds %v, where the proxy is reached outside the tunnel", a.Addr())
+		}
+	}
+	for _, n := range c.hostNetworks() {
+		if p.Contains(n.Address.Addr()) {
+			return fmt.Sprintf("holds %v, an address of %s", n.Address.Addr(), n.Interface)
+		}
+	}
+	if n, overlaps := c.overlap(p); overlaps && !slices.Contains(held, p) {
+		return fmt.Sprintf("lies in %v, the network of %s", n.Address.Masked(), n.Interface)
+	}
+	return ""
+}
+
+// overlap returns the network of this host that p has addresses of, if there
+// is one.
+func (c *Client) overlap(p netip.Prefix) (routing.HostNetwork, bool) {
+	networks := c.hostNetworks()
+	i := slices.IndexFunc(networks, func(n routing.HostNetwork) bool { return n.Address.Masked().Overlaps(p) })
+	if i < 0 {
+		return routing.HostNetwork{}, false
+	}
+	return networks[i], true
+}
+
+// follow makes the policy follow what this host has now.
+func (s *session) follow() error {
+	s.mu.Lock()
+	assigned, routes := s.assigned, s.routes
+	s.mu.Unlock()
+	var addrs []netip.Prefix
+	for _, a := range s.taken(assigned) {
+		if !a.Refused() {
+			addrs = append(addrs, a.Prefix)
+		}
+	}
+	return s.conn.SetAccepted(addrs, s.c.acceptable(routes))
+}
+
+// checkAssigned refuses what the proxy assigned if this host cannot have it.
+func (s *session) checkAssigned() error {
+	s.mu.Lock()
+	assigned := s.assigned
+	s.mu.Unlock()
+	for _, a := range assigned {
+		if a.Refused() || !s.wants(a.Prefix) {
+			continue
+		}
+		if why := s.unfit(a.Prefix); why != "" {
+			return fail(causeAddresses, nil, fmt.Sprintf("the proxy assigned %v, which %s: it is not taken", a.Prefix, why),
+				"ask its operator for other addresses")
+		}
+	}
+	return nil
+}
+
+// noteOverlap has status and log say when this host has come into a network
+// that holds an address of the tunnel. The tunnel goes on: it may be all that
+// the host has.
+func (c *Client) noteOverlap(addrs []netip.Prefix) {
+	text := ""
+	for _, p := range addrs {
+		if n, overlaps := c.overlap(p); overlaps && !slices.Contains(c.cfg.Static, p) {
+			text = fmt.Sprintf("the tunnel's address %v lies in %v, the network of %s: hosts there may not be reached; have one of the two renumbered",
+				p.Addr(), n.Address.Masked(), n.Interface)
+			break
+		}
+	}
+	if text != "" && text != c.overlaps {
+		c.cfg.Logger.Warn("the tunnel and a network of this host have the same addresses", "reason", text)
+	}
+	c.overlaps = text
+	c.warn(noticeOverlap, text)
+}
+
+// acceptable returns what counts of the advertised routes: the proxy sends from
+// there, and is sent what goes there. That is what the configuration accepts,
+// without what lies behind this host, goes around the tunnel, or belongs to
+// this host: its own addresses, and the networks that it is in, but for what
+// longer routes of the tunnel take out of them.
+func (c *Client) acceptable(routes []capsule.Route) []capsule.Route {
+	byProtocol := make(map[uint8]*netipx.IPSetBuilder)
+	for _, r := range routes {
+		b := byProtocol[r.Protocol]
+		if b == nil {
+			b = &netipx.IPSetBuilder{}
+			byProtocol[r.Protocol] = b
+		}
+		b.AddRange(netipx.IPRangeFrom(r.Start, r.End))
+	}
+	not := c.unacceptable(routes)
+	var out []capsule.Route
+	for protocol, b := range byProtocol {
+		b.RemoveSet(not)
+		set, _ := b.IPSet() // the ranges are valid
+		for _, part := range set.Ranges() {
+			out = append(out, capsule.Route{Start: part.From(), End: part.To(), Protocol: protocol})
+		}
+	}
+	slices.SortFunc(out, func(a, b capsule.Route) int {
+		return cmp.Or(cmp.Compare(a.Protocol, b.Protocol), a.Start.Compare(b.Start))
+	})
+	return out
+}
+
+// unacceptable is what acceptable leaves out.
+func (c *Client) unacceptable(routes []capsule.Route) *netipx.IPSet {
+	var b netipx.IPSetBuilder
+	networks := c.hostNetworks()
+	if c.cfg.InstallRoutes && !c.cfg.Override {
+		tunnel, _ := accepted(routes, c.cfg.Accept) // the ranges are valid
+		b = localFirst(networks, tunnel)
+	}
+	for _, n := range networks {
+		b.Add(n.Address.Addr())
+	}
+	for _, p := range slices.Concat(c.cfg.AdvertiseRoutes, c.cfg.Exclude) {
+		b.AddPrefix(p)
+	}
+	var others netipx.IPSetBuilder
+	others.AddPrefix(everything4)
+	others.AddPrefix(everything6)
+	for _, p := range c.cfg.Accept {
+		others.RemovePrefix(p)
+	}
+	rest, _ := others.IPSet()
+	b.AddSet(rest)
+	set, _ := b.IPSet()
+	return set
+}
+
+// localFirst returns the networks of this host without what longer routes of
+// the tunnel take out of them, as the kernel decides.
+func localFirst(networks []routing.HostNetwork, tunnel []netip.Prefix) (b netipx.IPSetBuilder) {
+	shorterFirst := slices.SortedFunc(slices.Values(networks), func(x, y routing.HostNetwork) int {
+		return cmp.Compare(x.Address.Bits(), y.Address.Bits())
+	})
+	for _, n := range shorterFirst {
+		network := n.Address.Masked()
+		b.AddPrefix(network)
+		for _, r := range tunnel {
+			if r.Bits() > network.Bits() && network.Contains(r.Addr()) {
+				b.RemovePrefix(r)
+			}
+		}
+	}
+	return b
+}
