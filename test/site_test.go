@@ -385,14 +385,17 @@ func (p *pair) run(host *lab.Host, name string, args ...string) string {
 // A gateway that advertises the addresses of its own tunnel is told so, and ends.
 func TestSiteMistakes(t *testing.T) {
 	s := newSites(t, "")
-	for want, networks := range map[string]string{
-		"10.77.0.0/16 holds 10.77.0.2":                 "10.77.0.0/16",
-		"127.0.0.0/8, which is never behind a gateway": "127.0.0.0/16",
+	for want, tc := range map[string]struct {
+		networks string
+		code     int
+	}{
+		"10.77.0.0/16 holds 10.77.0.2":                 {"10.77.0.0/16", 8},
+		"127.0.0.0/8, which is never behind a gateway": {"127.0.0.0/16", 2},
 	} {
-		f := s.file(s.a, networks)
+		f := s.file(s.a, tc.networks)
 		c := s.a.gateway.Command(s.ctx, program("masque-client"), "up", f, "--wait")
 		out, err := c.CombinedOutput()
-		if err == nil || c.ExitCode() != 2 || !strings.Contains(lastLine(out), want) {
+		if err == nil || c.ExitCode() != tc.code || !strings.Contains(lastLine(out), want) {
 			t.Errorf("exit code %d, %s", c.ExitCode(), out)
 		}
 		s.must(s.Proxy, "masque-proxy", "user", "remove", "a", "-c", s.config())
