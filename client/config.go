@@ -54,9 +54,9 @@ type Config struct {
 	Static  []netip.Prefix // addresses to use instead of asking
 
 	InstallRoutes bool
-	Accept        []netip.Prefix // of what is advertised, what is taken and installed; nil: all
-	Exclude       []netip.Prefix // goes around the tunnel
-	Override      bool           // routes of the tunnel go before all of the host's, its LAN among them
+	Accept        []netip.Prefix     // of what is advertised, what is taken and installed; nil: all
+	Exclude       []netip.Prefix     // goes around the tunnel
+	HostRoutes    routing.HostRoutes // routes of the host that go before the tunnel's
 
 	// KillSwitch, if there is one, is closed before anything is sent, kept closed, and left
 	// closed: to lift it is up to the caller, when Run has returned.
@@ -114,6 +114,8 @@ type Device interface {
 // Network is the kernel's side of a Device; *routing.Manager is one.
 type Network interface {
 	Apply(routing.State) error
+	// FollowHost has the state applied fit the host's networks and routes, and returns where these have the same addresses as that.
+	FollowHost() (conflicts []string, err error)
 	Held() error // why the state applied has its IPv6 routes leading nowhere, nil if it has not
 	// Keep puts back what other programs change of the state applied, until ctx ends or the device is lost.
 	Keep(ctx context.Context, report func(routing.Health)) error

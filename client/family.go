@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+
+	"masquevpn/routing"
 )
 
 var (
@@ -18,26 +20,25 @@ const (
 )
 
 // whole adds to routes, which are installed, what a tunnel for everything lacks: a proxy with addresses of one family advertises
-// routes of that family only (RFC 9484 section 4.6), and the other family's traffic would leave beside the tunnel. When one
-// family's default route is in the tunnel, and the configuration accepts that of the other, of which addrs has no address, that
-// goes into the tunnel as well. There is no way on for its packets: they are answered with No Route, at once.
+// routes of that family only (RFC 9484 section 4.6), and the other family's traffic would leave beside the tunnel. When most of
+// one family is in the tunnel, and the configuration accepts most of the other, of which addrs has no address, what is accepted
+// of that goes into the tunnel as well. There is no way on for its packets: they are answered with No Route, at once.
 //
 // A gateway is left out, because a route would make it forward that family.
 func (s *session) whole(routes, addrs []netip.Prefix) []netip.Prefix {
 	family := ""
 	for _, f := range []struct {
-		name       string
-		all, other netip.Prefix
-	}{{"IPv4", everything4, everything6}, {"IPv6", everything6, everything4}} {
-		has := func(p netip.Prefix) bool { return p.Addr().Is4() == f.all.Addr().Is4() }
-		if len(s.c.cfg.AdvertiseRoutes) > 0 || !slices.Contains(routes, f.other) || !slices.Contains(s.c.cfg.Accept, f.all) ||
-			slices.ContainsFunc(addrs, has) {
+		name string
+		ipv6 bool
+	}{{"IPv4", false}, {"IPv6", true}} {
+		other := func(p netip.Prefix) bool { return p.Addr().Is6() != f.ipv6 }
+		accepted := slices.DeleteFunc(slices.Clone(s.c.cfg.Accept), other)
+		if len(s.c.cfg.AdvertiseRoutes) > 0 || !routing.IsFull(routes, !f.ipv6) || !routing.IsFull(accepted, f.ipv6) ||
+			slices.ContainsFunc(addrs, func(p netip.Prefix) bool { return !other(p) }) {
 			continue
 		}
 		family = f.name
-		if !slices.Contains(routes, f.all) {
-			routes = append(routes, f.all)
-		}
+		routes = slices.Concat(slices.DeleteFunc(slices.Clone(routes), func(p netip.Prefix) bool { return !other(p) }), accepted)
 		break
 	}
 	if family != "" && family != s.blocked {

@@ -24,6 +24,11 @@ func TestWholeTunnel(t *testing.T) {
 			prefixes("0.0.0.0/0"), ""},
 		"IPv6 not accepted": {Config{Accept: prefixes("0.0.0.0/0")}, prefixes("0.0.0.0/0"), prefixes("10.77.0.2/32"), prefixes("0.0.0.0/0"), ""},
 		"not everything":    {Config{Accept: both}, prefixes("192.0.2.0/24"), prefixes("10.77.0.2/32"), prefixes("192.0.2.0/24"), ""},
+		"everything but a part": {Config{Accept: both}, prefixes("0.0.0.0/2", "64.0.0.0/2", "128.0.0.0/2"), prefixes("10.77.0.2/32"),
+			prefixes("0.0.0.0/2", "64.0.0.0/2", "128.0.0.0/2", "::/0"), "IPv6"},
+		"half": {Config{Accept: both}, prefixes("0.0.0.0/1"), prefixes("10.77.0.2/32"), prefixes("0.0.0.0/1"), ""},
+		"most of IPv6 accepted": {Config{Accept: prefixes("0.0.0.0/0", "2000::/3")}, prefixes("0.0.0.0/0"), prefixes("10.77.0.2/32"),
+			prefixes("0.0.0.0/0", "2000::/3"), "IPv6"},
 		"gateway": {Config{Accept: both, AdvertiseRoutes: prefixes("10.1.0.0/24")}, prefixes("0.0.0.0/0"), prefixes("10.77.0.2/32"),
 			prefixes("0.0.0.0/0"), ""},
 	} {

@@ -79,8 +79,8 @@ func (h *host) ways(to []netip.AddrPort) []routing.Way {
 	return ways
 }
 
-// watch follows the host until ctx ends.
-func (h *host) watch(ctx context.Context) {
+// watch follows the host until ctx ends, and calls noteChange when its network has changed.
+func (h *host) watch(ctx context.Context, noteChange func()) {
 	var changed <-chan struct{}
 	if h.uplink != nil {
 		changed = h.uplink.Changed()
@@ -92,6 +92,7 @@ func (h *host) watch(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-changed:
+			noteChange()
 		case <-tick.C:
 			now := h.suspended()
 			if now-h.slept() < minSuspend {
@@ -106,6 +107,21 @@ func (h *host) watch(ctx context.Context) {
 	}
 }
 
+// noticeConflict is the key of warnings about routes and networks of the host.
+const noticeConflict = "conflict"
+
+// noteConflicts says, in the log and in the status, where the tunnel and the host's networks and routes are at odds now.
+func (c *Client) noteConflicts() {
+	c.conflicts.Lock()
+	defer c.conflicts.Unlock()
+	conflicts, err := c.ends.Current().network.FollowHost()
+	if err != nil {
+		c.cfg.Logger.Debug("conflicts with the host's networks are not known", "error", err)
+		return
+	}
+	c.warnAll(noticeConflict, conflicts)
+}
+
 // watchHost follows the host until end is called.
 func (c *Client) watchHost(ctx context.Context) (end func(), err error) {
 	if c.cfg.OpenUplink != nil {
@@ -115,7 +131,7 @@ func (c *Client) watchHost(ctx context.Context) (end func(), err error) {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var watching sync.WaitGroup
-	watching.Go(func() { c.host.watch(ctx) })
+	watching.Go(func() { c.host.watch(ctx, c.noteConflicts) })
 	return func() {
 		cancel()
 		watching.Wait()

@@ -1,8 +1,10 @@
 package client
 
 import (
+	"fmt"
 	"maps"
 	"slices"
+	"strings"
 )
 
 // Keys of notices.
@@ -25,6 +27,30 @@ func (c *Client) warn(key, text string) { c.setNotice(key, notice{text: text}) }
 // degrade makes the state of a connected tunnel StateDegraded, with text as its
 // reason, until it is called with "" for the same key. It logs nothing.
 func (c *Client) degrade(key, text string) { c.setNotice(key, notice{text: text, degrades: true}) }
+
+// warnAll has the status list several warnings under a key, in place of those
+// that it lists there, and logs those that are new. It is called with c.conflicts
+// held.
+func (c *Client) warnAll(key string, texts []string) {
+	c.mu.Lock()
+	var before []string
+	for k, n := range c.notices {
+		if strings.HasPrefix(k, key+" ") {
+			before = append(before, n.text)
+		}
+	}
+	c.mu.Unlock()
+	for i := range max(len(before), len(texts)) {
+		text := ""
+		if i < len(texts) {
+			text = texts[i]
+		}
+		if text != "" && !slices.Contains(before, text) {
+			c.cfg.Logger.Warn(text)
+		}
+		c.warn(fmt.Sprintf("%s %02d", key, i), text)
+	}
+}
 
 func (c *Client) setNotice(key string, n notice) {
 	c.mu.Lock()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -325,6 +326,47 @@ func TestNetworkChangeEndsWait(t *testing.T) {
 			t.Error("an end counts as a change")
 		}
 	})
+}
+
+// The status lists conflicts with the host's routes while there are any, and the log each of them once.
+func TestConflictsAreShown(t *testing.T) {
+	f := startProxy(t, nil)
+	u, kernel, log := newUplink(), &network{}, &logLines{}
+	n := startClient(t, f, func(c *Config) {
+		c.OpenUplink, c.Logger = u.open, slog.New(slog.NewTextHandler(log, nil))
+		c.OpenNetwork = func(Device) (Network, error) { return kernel, nil }
+	})
+	n.awaitConnected(t)
+	for _, conflicts := range [][]string{{"one"}, {"one", "two"}, {"two"}, nil} {
+		kernel.mu.Lock()
+		kernel.conflicts = conflicts
+		kernel.mu.Unlock()
+		u.set("192.0.2.1", nil)
+		n.await(t, fmt.Sprintf("warnings %q", conflicts), func(s Status) bool { return slices.Equal(s.Warnings, conflicts) })
+	}
+	for _, text := range []string{"msg=one", "msg=two"} {
+		if got := strings.Count(log.String(), text); got != 1 {
+			t.Errorf("the log has %s %d times, want once:\n%s", text, got, log.String())
+		}
+	}
+}
+
+// logLines is a log that may be read while it is written.
+type logLines struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *logLines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logLines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
 }
 
 // passes reports whether a packet gets through in each direction. It may get lost.

@@ -421,12 +421,12 @@ func (s *session) apply() (complete bool, err error) {
 	if err := c.cfg.checkBehind(addrs); err != nil {
 		return false, err
 	}
-	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude, Override: c.cfg.Override, Forward: len(c.cfg.AdvertiseRoutes) > 0}
+	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude, HostRoutes: c.cfg.HostRoutes, Local: c.cfg.AdvertiseRoutes, Forward: len(c.cfg.AdvertiseRoutes) > 0}
 	inside, err := accepted(routes, c.cfg.Accept)
 	if err != nil {
 		return false, err
 	}
-	s.full = slices.ContainsFunc(inside, func(p netip.Prefix) bool { return p.Bits() == 0 })
+	s.full = routing.IsFull(inside, false) || routing.IsFull(inside, true)
 	if c.cfg.InstallRoutes {
 		state.Routes = append(s.whole(s.beyond(inside), addrs), c.cfg.AssignPeer...)
 	}
@@ -458,6 +458,7 @@ func (s *session) apply() (complete bool, err error) {
 	s.held = addrs
 	s.mu.Unlock()
 	c.noteOverlap(addrs)
+	c.noteConflicts()
 	s.applyDNS(dns, nat64)
 	c.mu.Lock()
 	c.status.MTU = min(state.MTU, s.conn.MTU())

@@ -194,9 +194,12 @@ func (c *Client) acceptable(routes []capsule.Route) []capsule.Route {
 func (c *Client) unacceptable(routes []capsule.Route) *netipx.IPSet {
 	var b netipx.IPSetBuilder
 	networks := c.hostNetworks()
-	if c.cfg.InstallRoutes && !c.cfg.Override {
+	if c.cfg.InstallRoutes {
 		tunnel, _ := accepted(routes, c.cfg.Accept) // the ranges are valid
-		b = localFirst(networks, tunnel)
+		state := routing.State{Routes: tunnel, HostRoutes: c.cfg.HostRoutes, Local: c.cfg.AdvertiseRoutes}
+		b = localFirst(slices.DeleteFunc(slices.Clone(networks), func(n routing.HostNetwork) bool {
+			return !state.HostFirst(n.Address.Masked())
+		}), tunnel)
 	}
 	for _, n := range networks {
 		b.Add(n.Address.Addr())

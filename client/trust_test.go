@@ -195,7 +195,7 @@ func TestAcceptable(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c, err := New(Config{Proxy: "p", Accept: tc.accept, Exclude: tc.exclude, Override: !tc.lan, InstallRoutes: tc.install})
+			c, err := New(Config{Proxy: "p", Accept: tc.accept, Exclude: tc.exclude, HostRoutes: map[bool]routing.HostRoutes{false: routing.HostNone}[tc.lan], InstallRoutes: tc.install})
 			if err != nil {
 				t.Fatal(err)
 			}

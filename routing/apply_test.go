@@ -366,21 +366,22 @@ func TestManyRoutes(t *testing.T) {
 func TestIPv6Disabled(t *testing.T) {
 	h := newHost(t)
 	up := h.uplink()
+	h.ip("addr add fd05::2/64 dev up0 nodad")
 	h.sysctl("net/ipv6/conf/default/disable_ipv6", "1")
 	index, _ := h.tun("masque0")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	full, lan := prefixes("0.0.0.0/0", "::/0"), map[string]int{"203.0.113.9": index, "2a00::1": 0, "2001:db8:5::77": up, "::1": loopback}
+	full, lan := prefixes("0.0.0.0/0", "::/0"), map[string]int{"203.0.113.9": index, "2a00::1": 0, "2001:db8:5::77": 0, "fd05::77": up, "::1": loopback}
 	for _, tt := range []struct {
 		name  string
 		state State
 		want  map[string]int // destination: interface, 0 for none
 	}{
 		{"full", State{Routes: full}, lan},
-		{"full and the LAN too", State{Routes: full, Override: true}, map[string]int{"203.0.113.9": index, "2a00::1": 0, "2001:db8:5::77": 0}},
+		{"full and the LAN too", State{Routes: full, HostRoutes: HostNone}, map[string]int{"203.0.113.9": index, "2a00::1": 0, "fd05::77": 0}},
 		{
 			"full but for what is excluded", State{Routes: full, Exclude: prefixes("2a00:1::/32")},
-			map[string]int{"203.0.113.9": index, "2a00::1": 0, "2a00:1::1": up, "2001:db8:5::77": up},
+			map[string]int{"203.0.113.9": index, "2a00::1": 0, "2a00:1::1": up, "fd05::77": up},
 		},
 		{"split", State{Routes: prefixes("10.0.0.0/8", "2a00::/16")}, map[string]int{"10.1.2.3": index, "2a00::1": 0, "2a01::1": up}},
 		{"unreachable by itself", State{Routes: full[:1], Unreachable: full[1:]}, lan},

@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // network is a network that the host is in.
@@ -22,19 +23,14 @@ const everythingBits = 8
 // addresses, and what becomes of that.
 func conflicts(s State, host []network) (list []string) {
 	for _, n := range host {
-		for _, a := range s.Addresses {
-			if n.prefix.Contains(a.Addr()) && !n.prefix.IsSingleIP() {
-				list = append(list, fmt.Sprintf("the tunnel's address %v lies in %v, the network of %s: "+
-					"a host there with this address is not reached; have one of the two renumbered", a.Addr(), n.prefix, n.link))
-			}
-		}
+		goesFirst := s.HostFirst(n.prefix)
 		for _, r := range s.Routes {
 			switch out := slices.ContainsFunc(s.Exclude, func(e netip.Prefix) bool { return e.Bits() <= r.Bits() && e.Overlaps(r) }); {
 			case out || !r.Overlaps(n.prefix):
 			case r.Bits() > n.prefix.Bits():
 				list = append(list, fmt.Sprintf("the tunnel's route %v takes addresses out of %v, the network of %s: "+
 					"put them into routes.exclude to keep them", r, n.prefix, n.link))
-			case r.Bits() >= everythingBits && !s.Override:
+			case r.Bits() >= everythingBits && goesFirst:
 				list = append(list, fmt.Sprintf("the tunnel's route %v holds %v, the network of %s, which goes first: "+
 					"what the tunnel has there is not reached", r, n.prefix, n.link))
 			}
@@ -43,22 +39,112 @@ func conflicts(s State, host []network) (list []string) {
 	return list
 }
 
-// warnConflicts logs each conflict once.
-func (s *scope) warnConflicts(want State) {
-	if s.Mark == 0 {
-		return
+// hostRoute is a route of the host's main table to less than everything.
+type hostRoute struct {
+	prefix  netip.Prefix
+	gateway netip.Addr // the zero Addr: on the link
+	link    string
+}
+
+func (r hostRoute) String() string {
+	if r.gateway.IsValid() {
+		return fmt.Sprintf("%v via %v on %s", r.prefix, r.gateway, r.link)
 	}
-	host, err := s.hostNetworks()
-	if err != nil {
-		s.Logger.Debug("conflicts with the host's networks are not known", "error", err)
-		return
+	return fmt.Sprintf("%v on %s", r.prefix, r.link)
+}
+
+// maxForeign is how many routes of the host conflicts name.
+const maxForeign = 8
+
+// foreign says which routes of the host lead to public addresses of a tunnel for
+// everything, and whether they take them out of it.
+func foreign(s State, host []hostRoute) (list []string) {
+	full := map[bool]bool{}
+	for _, v6 := range []bool{false, true} {
+		full[v6] = s.HostRoutes != HostNone && IsFull(slices.Concat(s.Routes, s.Unreachable), v6)
 	}
-	for _, c := range conflicts(want, host) {
-		if !s.told[c] {
-			s.told[c] = true
-			s.Logger.Warn(c)
+	for _, r := range host {
+		v6, within := isIPv6(r.prefix), func(p netip.Prefix) bool { return p.Bits() <= r.prefix.Bits() && p.Overlaps(r.prefix) }
+		// Networks of IPv6 hosts usually have public addresses.
+		usual := v6 && !r.gateway.IsValid() && r.prefix.Bits() >= 64
+		if !full[v6] || usual || s.isLocal(r.prefix) || slices.ContainsFunc(s.Exclude, within) {
+			continue
+		}
+		if len(list) == maxForeign {
+			return append(list, "more routes of this host lead to public addresses: ip route show table main lists them")
+		}
+		if s.HostRoutes == HostAll {
+			list = append(list, fmt.Sprintf("the host's route %v takes public addresses out of the tunnel: "+
+				"delete it, or set routes.lan = true, if it is not meant to", r))
+		} else {
+			list = append(list, fmt.Sprintf("the host's route %v leads to public addresses, which stay in the tunnel: "+
+				"put it into routes.exclude if they are to be reached outside", r))
 		}
 	}
+	return list
+}
+
+// hostRoutes returns the routes of the main table that are not of the tunnel,
+// except for default routes.
+func (s *scope) hostRoutes() (list []hostRoute, err error) {
+	links, err := repeat(s.nl.LinkList)
+	if err != nil {
+		return nil, err
+	}
+	names := make(map[int]string)
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
+	for _, family := range s.families() {
+		routes, err := repeat(func() ([]netlink.Route, error) {
+			return s.dump.RouteListFiltered(family, filter, netlink.RT_FILTER_TABLE)
+		})
+		if err != nil {
+			return nil, err
+		}
+		for _, r := range routes {
+			index, gateway := r.LinkIndex, r.Gw
+			if len(r.MultiPath) > 0 {
+				index, gateway = r.MultiPath[0].LinkIndex, r.MultiPath[0].Gw
+			}
+			p := prefixOf(r.Dst)
+			if r.Type != unix.RTN_UNICAST || p.Bits() == 0 || index == s.index || index == loopback {
+				continue
+			}
+			via, _ := netip.AddrFromSlice(gateway)
+			list = append(list, hostRoute{p, via.Unmap(), names[index]})
+		}
+	}
+	return list, nil
+}
+
+// looseFilters returns what strict reverse path filters of IPv4 have to become
+// on interfaces whose own networks the tunnel takes. The way back to an address
+// there is the tunnel, and a strict filter would drop what comes from it, ARP
+// requests of the gateway among them, which have no mark.
+func (s *scope) looseFilters(want State) (list []setting) {
+	pass := want.HostRoutes == HostNone || want.passesOver(false)
+	if s.Mark == 0 || !pass {
+		return nil
+	}
+	networks, err := s.hostNetworks()
+	if err != nil {
+		s.Logger.Debug("reverse path filters stay as they are", "error", err)
+		return nil
+	}
+	all, _ := s.readSysctl("net/ipv4/conf/all/rp_filter")
+	for _, n := range networks {
+		taken := func(r netip.Prefix) bool { return r.Overlaps(n.prefix) && r.Bits() <= n.prefix.Bits() }
+		name := "net/ipv4/conf/" + n.link + "/rp_filter"
+		switch own, _ := s.readSysctl(name); {
+		case isIPv6(n.prefix), want.HostRoutes == HostPrivate && want.isLocal(n.prefix), !slices.ContainsFunc(want.Routes, taken):
+		case slices.ContainsFunc(list, func(l setting) bool { return l.name == name }):
+		case all != "2" && own != "2" && (all == "1" || own == "1"), s.rec.sysctl(name) >= 0, s.journal.other(name, false) != nil:
+			list = append(list, setting{name: name, value: "2", optional: "a strict reverse path filter may keep this host from its own network"})
+		}
+	}
+	return list
 }
 
 // hostNetworks returns the networks of the host's other interfaces.

@@ -240,7 +240,11 @@ func describeRule(n *netlink.Rule) string {
 	if n.Invert {
 		return fmt.Sprintf("%s %d: not fwmark %#x lookup %d", target, n.Priority, n.Mark, n.Table)
 	}
-	return fmt.Sprintf("%s %d: lookup %d suppress_prefixlength %d", target, n.Priority, n.Table, n.SuppressPrefixlen)
+	to := "all"
+	if n.Dst != nil {
+		to = n.Dst.String()
+	}
+	return fmt.Sprintf("%s %d: to %s lookup %d suppress_prefixlength %d", target, n.Priority, to, n.Table, n.SuppressPrefixlen)
 }
 
 // clean undoes what dead processes left behind: what the journal of this

@@ -18,9 +18,9 @@
 // longest prefix match, and the kernel alone decides, so that nothing has to be
 // followed when the host's own routes change. For every prefix length L among
 // the tunnel's routes of a family there is a table T(L) with the routes of that
-// length, and two rules, L descending:
+// length, and rules, L descending:
 //
-//	9484+2(W-L):   from all fwmark T(L)/0 lookup main suppress_prefixlength max(L-1, 0)
+//	9484+2(W-L):   to P fwmark T(L)/0 lookup main suppress_prefixlength max(L, 1)-1
 //	9485+2(W-L):   not from all fwmark MARK/~1 lookup T(L)
 //
 // where W is 32 or 128. The first lets any route of the host win that is at
@@ -28,7 +28,21 @@
 // beats the host's). The second sends what is left into the tunnel, except
 // packets of our own outer socket, which carry MARK and so never enter the
 // tunnel, whatever its routes cover. The host's LAN keeps working, and a tie
-// goes to the host. With State.Override the first rules are left out.
+// goes to the host.
+//
+// State.HostRoutes says to which prefixes P there is such a first rule. With
+// HostAll these are the routes of length L themselves, or everything if they are
+// many. With HostPrivate, and a tunnel for most addresses of the family, they are
+// the private and link-local networks alone, and a route of the host counts only
+// if it lies within P: whoever runs the host's network can hand out routes to
+// public addresses, and to everything in two halves (CVE-2024-3661), and can claim
+// that the network itself has such addresses (CVE-2023-36672). With HostNone there
+// are none. But with that, multicast and limited broadcasts have rules that let the
+// host's default route count too: they are for the link.
+//
+// A network of the host that is in the tunnel is at odds with strict reverse path
+// filters of IPv4, which then drop ARP requests of the gateway too. Their
+// interfaces get loose ones (rp_filter 2).
 //
 // MARK+1 is for connections that came in from outside the tunnel, from where its
 // routes lead to: they are marked as they come in, and a chain in the output
@@ -42,8 +56,9 @@
 // interface that is gone.
 //
 // One limit: a route of the host's main table that is an error (blackhole,
-// unreachable, prohibit) and matches wins over shorter and longer ones of the
-// tunnel, as the kernel does not apply suppress_prefixlength to it.
+// unreachable, prohibit), and matches where the host's are asked, wins over
+// shorter and longer ones of the tunnel, as the kernel does not apply
+// suppress_prefixlength to it.
 //
 // What is excluded goes around the tunnel as if there were no tunnel: routes
 // that an excluded prefix covers are left out, and excluded prefixes inside a

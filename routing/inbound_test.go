@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"strings"
 	"testing"
 	"time"
 )
@@ -154,7 +153,7 @@ func TestOutboundConnectionsDoNotStayOutside(t *testing.T) {
 
 // The tunnel's routes win over those of the host where that is wanted, and
 // connections from the LAN are answered there.
-func TestOverride(t *testing.T) {
+func TestHostNone(t *testing.T) {
 	h, router := connect(t)
 	up := h.index("up0")
 	tunnel, _ := h.tun("masque0")
@@ -163,7 +162,7 @@ func TestOverride(t *testing.T) {
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	s := State{
 		Addresses: prefixes("10.77.0.2/32", "fd77::2/128"), Routes: prefixes("0.0.0.0/0", "::/0", "10.0.0.0/8"),
-		Exclude: prefixes("203.0.113.0/24"), Override: true,
+		Exclude: prefixes("203.0.113.0/24"), HostRoutes: HostNone,
 	}
 	h.apply(m, s)
 	for dst, want := range map[string]int{
@@ -185,7 +184,7 @@ func TestOverride(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	s.Override = false
+	s.HostRoutes = HostPrivate
 	h.apply(m, s)
 	for dst, want := range map[string]int{routerAddr4: up, "10.1.2.3": up, "10.1.3.3": tunnel} {
 		if got := h.lookup(dst, 0); got != want {
@@ -196,46 +195,64 @@ func TestOverride(t *testing.T) {
 	h.same(before)
 }
 
-func TestConflicts(t *testing.T) {
-	h := newHost(t)
-	h.uplink() // 192.168.5.2/24, 2001:db8:5::2/64
-	h.tun("masque0")
+// A host whose own network is in the tunnel still answers ARP there under a
+// strict reverse path filter, so its gateway finds it.
+func TestStrictFilterOnOwnNetwork(t *testing.T) {
 	for _, tt := range []struct {
-		name  string
-		state State
-		says  []string
+		name, sysctl string
+		host         HostRoutes
+		to           string
 	}{
-		{"none", State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0", "10.0.0.0/8", "::/0")}, nil},
-		{"the LAN in a route", State{Routes: prefixes("192.168.0.0/16")}, []string{
-			"the tunnel's route 192.168.0.0/16 holds 192.168.5.0/24, the network of up0, which goes first",
-		}},
-		{"the same network", State{Routes: prefixes("2001:db8:5::/64")}, []string{
-			"the tunnel's route 2001:db8:5::/64 holds 2001:db8:5::/64, the network of up0, which goes first",
-		}},
-		{"overridden", State{Routes: prefixes("192.168.0.0/16"), Override: true}, nil},
-		{"a part of the LAN", State{Routes: prefixes("192.168.5.128/25")}, []string{
-			"the tunnel's route 192.168.5.128/25 takes addresses out of 192.168.5.0/24, the network of up0: put them into routes.exclude",
-		}},
-		{"a part that is excluded", State{Routes: prefixes("192.168.5.128/25"), Exclude: prefixes("192.168.5.0/24")}, nil},
-		{"an address of the LAN", State{Addresses: prefixes("192.168.5.77/32")}, []string{
-			"the tunnel's address 192.168.5.77 lies in 192.168.5.0/24, the network of up0",
-		}},
+		{"a public network", "up0", HostPrivate, "198.51.100.2"},
+		{"a public network, strict everywhere", "all", HostPrivate, "198.51.100.2"},
+		{"a private network in the tunnel", "up0", HostNone, hostAddr4},
 	} {
-		var log logBuffer
-		m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Logger: log.logger()})
-		h.apply(m, tt.state)
-		h.apply(m, tt.state)
-		for _, want := range tt.says {
-			if strings.Count(log.String(), want) != 1 {
-				t.Errorf("%s: the log does not say once %q:\n%s", tt.name, want, log.String())
+		t.Run(tt.name, func(t *testing.T) {
+			h, router := connect(t)
+			h.tun("masque0")
+			h.ip("addr add 198.51.100.2/24 dev up0")
+			router.ip("addr add 198.51.100.1/24 dev down0")
+			h.sysctl("net/ipv4/conf/"+tt.sysctl+"/rp_filter", "1")
+			before := h.snapshot()
+			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+			s := State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0"), HostRoutes: tt.host}
+			for range 2 { // the second time changes nothing
+				h.apply(m, s)
+				if got := h.readSysctl("net/ipv4/conf/up0/rp_filter"); got != "2" {
+					t.Errorf("rp_filter of up0 is %s, want 2", got)
+				}
+				router.ip("neigh flush all")
+				router.run("ping", "-c1", "-W2", tt.to)
 			}
-		}
-		if got := strings.Count(log.String(), "level=WARN"); got != len(tt.says) {
-			t.Errorf("%s: %d warnings, want %d:\n%s", tt.name, got, len(tt.says), log.String())
-		}
-		h.close(m)
+			s.HostRoutes = HostAll
+			h.apply(m, s)
+			if now := h.readSysctl("net/ipv4/conf/up0/rp_filter"); now == "2" {
+				t.Error("the filter stays loose with the network outside")
+			}
+			h.close(m)
+			h.same(before)
+		})
 	}
-	if _, err := h.tryOpen(Config{Instance: "one", Interface: "masque0", Mark: 7}); err == nil || !strings.Contains(err.Error(), "even") {
-		t.Errorf("an odd mark: %v", err)
+}
+
+// A filter follows the networks that the host comes into and leaves.
+func TestStrictFilterFollowsNetworks(t *testing.T) {
+	h, _ := connect(t)
+	h.tun("masque0")
+	h.sysctl("net/ipv4/conf/up0/rp_filter", "1")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0")})
+	for _, tt := range []struct{ change, want string }{
+		{"addr add 10.1.0.2/24 dev up0", "1"},
+		{"addr add 198.51.100.2/24 dev up0", "2"},
+		{"addr add 198.18.0.2/24 dev up0", "2"},
+		{"addr del 198.51.100.2/24 dev up0", "2"},
+		{"addr del 198.18.0.2/24 dev up0", "1"},
+	} {
+		h.ip(tt.change)
+		h.conflicts(m)
+		if got := h.readSysctl("net/ipv4/conf/up0/rp_filter"); got != tt.want {
+			t.Errorf("after ip %s: rp_filter is %s, want %s", tt.change, got, tt.want)
+		}
 	}
 }

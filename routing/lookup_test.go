@@ -64,8 +64,8 @@ func TestLongestPrefixMatch(t *testing.T) {
 			},
 		},
 		{
-			"full", State{
-				Addresses: addresses, Exclude: exclude,
+			"full, with all routes of the host", State{
+				Addresses: addresses, Exclude: exclude, HostRoutes: HostAll,
 				Routes: slices.Concat(split, prefixes("0.0.0.0/0", "::/0")),
 			},
 			map[string]int{
@@ -83,6 +83,37 @@ func TestLongestPrefixMatch(t *testing.T) {
 				"2001:db8:9:2::1":       up,
 				"3fff::1":               up,
 				"2001:db8:5:0:8000::77": up,
+			},
+		},
+		{
+			"full", State{
+				Addresses: addresses, Exclude: exclude,
+				Routes: slices.Concat(split, prefixes("0.0.0.0/0", "::/0")),
+			},
+			map[string]int{
+				"203.0.113.1":           tunnel,
+				"192.168.5.77":          up,     // the LAN
+				"169.254.1.1":           tunnel, // nothing but a default route
+				"10.20.1.1":             up,     // the host's is longer, and private
+				"10.20.30.1":            tunnel,
+				"10.9.2.1":              up, // excluded
+				"192.0.2.1":             up,
+				"172.16.5.5":            up,
+				"224.0.0.251":           up, // multicast and limited broadcast, by the default route
+				"239.255.255.250":       up,
+				"255.255.255.255":       up,
+				"2a00::1":               tunnel,
+				"2001:db8:20:1::1":      tunnel, // the host's is longer, and public
+				"2001:db8:5:0:8000::77": tunnel,
+				"3fff::1":               up,
+			},
+		},
+		{
+			"full, with no route of the host", State{
+				Addresses: addresses, Routes: prefixes("0.0.0.0/0", "::/0"), HostRoutes: HostNone,
+			},
+			map[string]int{
+				"192.168.5.77": tunnel, "10.20.1.1": tunnel, "239.255.255.250": tunnel, "255.255.255.255": tunnel, "2001:db8:5::77": tunnel,
 			},
 		},
 		{
@@ -122,6 +153,81 @@ func TestLongestPrefixMatch(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Routes that the network hands to the host take nothing out of a full tunnel:
+// by DHCP, by router advertisement, or as a network that claims public addresses.
+func TestRoutesOfTheNetwork(t *testing.T) {
+	h := newHost(t)
+	up := h.uplink()
+	tunnel, _ := h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	addresses, full := prefixes("10.77.0.2/32", "fd77::2/128"), prefixes("0.0.0.0/0", "::/0")
+	whole := func(v6 bool) (list []netip.Prefix) {
+		if v6 {
+			return Prefixes(netip.MustParseAddr("::1"), netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe"))
+		}
+		return Prefixes(netip.MustParseAddr("0.0.0.1"), netip.MustParseAddr("255.255.255.254"))
+	}
+	for _, tt := range []struct {
+		name, route string
+		to          string
+		leaves      bool // beside a tunnel that leaves the host's routes as they are
+	}{
+		{"half of everything", "0.0.0.0/1 via 192.168.5.1 dev up0", "8.8.8.8", true},
+		{"half of everything, to the private inside", "0.0.0.0/1 via 192.168.5.1 dev up0", "10.1.2.3", true},
+		{"one address", "8.8.8.8/32 via 192.168.5.1 dev up0", "8.8.8.8", true},
+		{"a network on the link", "8.8.8.0/24 dev up0", "8.8.8.8", true},
+		{"a network for documentation", "192.0.2.0/24 dev up0", "192.0.2.1", true},
+		{"an error", "unreachable 8.8.8.0/24", "8.8.8.8", true},
+		{"IPv6, by router advertisement", "2a00::/16 via 2001:db8:5::1 proto ra", "2a00::1", true},
+		{"IPv6, half of everything", "::/1 via 2001:db8:5::1", "fd01::1", false},
+		{"IPv6, half of everything to the internet", "::/1 via 2001:db8:5::1", "2a00::1", true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := h.in(t)
+			h.ip("route add " + tt.route)
+			defer h.ip("route del " + tt.route)
+			for _, s := range []State{
+				{Addresses: addresses, Routes: full},
+				{Addresses: addresses, Routes: slices.Concat(whole(false), whole(true))},
+				{Addresses: addresses, Routes: full, HostRoutes: HostNone},
+			} {
+				h.apply(m, s)
+				h.leads(map[string]int{tt.to: tunnel, "192.168.5.77": map[bool]int{false: up, true: tunnel}[s.HostRoutes == HostNone]})
+			}
+			h.apply(m, State{Addresses: addresses, Routes: full, HostRoutes: HostAll})
+			if leaves := h.lookup(tt.to, 0) != tunnel; leaves != tt.leaves {
+				t.Errorf("with all routes of the host, it leaves beside the tunnel: %t, want %t", leaves, tt.leaves)
+			}
+			h.apply(m, State{Addresses: addresses, Routes: full, Local: prefixes("8.8.8.0/24")})
+			if leaves, want := h.lookup(tt.to, 0) != tunnel, tt.to == "8.8.8.8"; leaves != want {
+				t.Errorf("with 8.8.8.0/24 behind the host, it leaves: %t, want %t", leaves, want)
+			}
+		})
+	}
+}
+
+// The routes of the host that a split tunnel lets go first do not go before a
+// full tunnel on the same host.
+func TestSplitBesideFullTunnel(t *testing.T) {
+	h := newHost(t)
+	up := h.uplink()
+	full, _ := h.tun("masque0")
+	split, _ := h.tun("masque1")
+	h.apply(h.open(Config{Instance: "full", Interface: "masque0", Mark: DefaultMark}), State{
+		Addresses: prefixes("10.77.0.2/32", "fd77::2/128"), Routes: prefixes("0.0.0.0/0", "::/0"),
+	})
+	h.apply(h.open(Config{Instance: "split", Interface: "masque1", Mark: DefaultMark}), State{
+		Addresses: prefixes("10.78.0.2/32", "fd78::2/128"), Routes: prefixes("9.9.0.0/16", "2a01::/16"),
+	})
+	for _, r := range []string{"8.8.8.0/24 via 192.168.5.1 dev up0", "9.9.9.0/24 via 192.168.5.1 dev up0", "2a00:1::/32 via 2001:db8:5::1"} {
+		h.ip("route add " + r)
+	}
+	h.leads(map[string]int{
+		"8.8.8.8": full, "9.9.8.8": split, "9.9.9.9": up, "1.1.1.1": full, "192.168.5.77": up,
+		"2a00:1::1": full, "2a01::1": split,
+	})
 }
 
 // The host's routes may change while the tunnel is up.

@@ -255,7 +255,7 @@ func (h *host) apply(m *Manager, s State) {
 	}
 	h.do(func() {
 		for _, p := range s.Addresses {
-			for deadline := time.Now().Add(patience); !isLocal(p.Addr()); time.Sleep(time.Millisecond) {
+			for deadline := time.Now().Add(patience); !isTaken(p.Addr()); time.Sleep(time.Millisecond) {
 				if time.Now().After(deadline) {
 					h.t.Fatalf("packets to %v are not taken", p.Addr())
 				}
@@ -264,8 +264,8 @@ func (h *host) apply(m *Manager, s State) {
 	})
 }
 
-// isLocal reports whether the kernel takes packets to a itself, or does not have that address.
-func isLocal(a netip.Addr) bool {
+// isTaken reports whether the kernel takes packets to a itself, or does not have that address.
+func isTaken(a netip.Addr) bool {
 	if !hasAddr(a) {
 		return true
 	}
@@ -342,8 +342,8 @@ func (h *host) snapshot() map[string]string {
 		"addr":    volatile.ReplaceAllString(h.ip("-d addr"), ""),
 		"route":   h.ip("-d route show table all"),
 		"route6":  h.ip("-6 -d route show table all"),
-		"rule":    h.ip("-d rule"),
-		"rule6":   h.ip("-6 -d rule"),
+		"rule":    sortedLines(h.ip("-d rule")), // the order of those with one priority does not matter
+		"rule6":   sortedLines(h.ip("-6 -d rule")),
 		"ruleset": h.run("nft", "list", "ruleset"),
 	}
 	h.do(func() {
@@ -358,6 +358,10 @@ func (h *host) snapshot() map[string]string {
 		}
 	})
 	return s
+}
+
+func sortedLines(text string) string {
+	return strings.Join(slices.Sorted(strings.Lines(text)), "")
 }
 
 func (h *host) same(want map[string]string) {

@@ -57,11 +57,14 @@ const (
 // types are the kernel's for each routeKind.
 var types = [...]int{intoTunnel: unix.RTN_UNICAST, pastTunnel: unix.RTN_THROW, unreachable: unix.RTN_UNREACHABLE}
 
-// rule is a policy rule of ours: one of the two for a prefix length.
+// rule is a policy rule of ours for a prefix length: the one that leads into the
+// tunnel, or one before it that asks the host's routes.
 type rule struct {
 	v6     bool
 	bits   int
-	tunnel bool // the one that leads into the tunnel, not the host's
+	tunnel bool
+	to     netip.Prefix // destinations for which the host's are asked, the zero Prefix for all
+	least  int          // prefix length from which on a route of the host counts
 }
 
 // setting is a sysctl and what it shall be.
@@ -183,15 +186,14 @@ func (w *plan) planRoutes(s State, sc *scope) {
 	for _, p := range s.Exclude {
 		exclude[p] = struct{}{}
 	}
+	var kept []netip.Prefix
 	add := func(p netip.Prefix, kind routeKind) {
 		if covered(p, exclude, p.Bits()) {
 			return
 		}
+		kept = append(kept, p)
 		w.routes[route{table: tableID(sc.index, p.Bits()), prefix: p, kind: kind}] = struct{}{}
 		w.rules[rule{v6: isIPv6(p), bits: p.Bits(), tunnel: true}] = struct{}{}
-		if !s.Override {
-			w.rules[rule{v6: isIPv6(p), bits: p.Bits()}] = struct{}{}
-		}
 	}
 	for _, p := range s.Routes {
 		if sc.Mark == 0 {
@@ -202,6 +204,9 @@ func (w *plan) planRoutes(s State, sc *scope) {
 	}
 	for _, p := range s.Unreachable {
 		add(p, unreachable)
+	}
+	for _, r := range s.hostRules(kept) {
+		w.rules[r] = struct{}{}
 	}
 	for p := range exclude {
 		if covered(p, exclude, p.Bits()-1) {
@@ -252,7 +257,10 @@ func (r rule) netlink(sc *scope) *netlink.Rule {
 	} else {
 		// Mask 0 matches every mark: the mark only says whose rule it is.
 		n.Mark, n.Mask = uint32(id), new(uint32)
-		n.Table, n.SuppressPrefixlen = unix.RT_TABLE_MAIN, max(r.bits-1, 0)
+		n.Table, n.SuppressPrefixlen = unix.RT_TABLE_MAIN, r.least-1
+		if r.to.IsValid() {
+			n.Dst = ipNet(r.to)
+		}
 	}
 	return n
 }
@@ -266,7 +274,10 @@ func parseRule(n *netlink.Rule) (r rule, index int, ok bool) {
 	r = rule{v6: n.Family == unix.AF_INET6, tunnel: true}
 	index, r.bits, ok = tableOwner(n.Table)
 	if !ok && n.Mask != nil && *n.Mask == 0 {
-		r.tunnel = false
+		r.tunnel, r.least = false, n.SuppressPrefixlen+1
+		if n.Dst != nil {
+			r.to = prefixOf(n.Dst)
+		}
 		index, r.bits, ok = tableOwner(int(n.Mark))
 	}
 	return r, index, ok
@@ -276,7 +287,8 @@ func parseRule(n *netlink.Rule) (r rule, index int, ok bool) {
 func sameRule(a, b *netlink.Rule) bool {
 	return a.Family == b.Family && a.Priority == b.Priority && a.Table == b.Table &&
 		a.Mark == b.Mark && a.Mask != nil && b.Mask != nil && *a.Mask == *b.Mask &&
-		a.Invert == b.Invert && a.SuppressPrefixlen == b.SuppressPrefixlen
+		a.Invert == b.Invert && a.SuppressPrefixlen == b.SuppressPrefixlen &&
+		(a.Dst == nil) == (b.Dst == nil) && (a.Dst == nil || prefixOf(a.Dst) == prefixOf(b.Dst))
 }
 
 // netlink returns the route as the kernel shall have it.
@@ -318,6 +330,7 @@ func compareRules(a, b rule) int {
 		cmp.Compare(b2i(a.v6), b2i(b.v6)),
 		-cmp.Compare(a.bits, b.bits),
 		cmp.Compare(b2i(a.tunnel), b2i(b.tunnel)),
+		a.to.Compare(b.to),
 	)
 }
 

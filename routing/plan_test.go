@@ -7,21 +7,23 @@ import (
 	"slices"
 	"testing"
 
+	"go4.org/netipx"
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 )
 
 // The plan, followed by hand as the kernel does, against what is meant: the
-// longest prefix of the host's and the tunnel's routes, a tie to the host unless
-// it is between default routes, and what is excluded to the host.
+// longest prefix of the tunnel's routes and of those of the host that count, a
+// tie to the host unless it is between default routes, and what is excluded to
+// the host.
 func TestPlanProperty(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		v6 := rapid.Bool().Draw(t, "v6")
 		// Few different bits make overlaps likely.
 		addr := rapid.Custom(func(t *rapid.T) netip.Addr {
-			size, head := 4, []byte{10, 0}
+			size, head := 4, rapid.SampledFrom([][]byte{{10, 0}, {8, 0}, {239, 0}, {255, 255}}).Draw(t, "head")
 			if v6 {
-				size, head = 16, []byte{0xfd, 0}
+				size, head = 16, rapid.SampledFrom([][]byte{{0xfd, 0}, {0x20, 1}, {0xff, 2}}).Draw(t, "head")
 			}
 			tail := rapid.SliceOfN(rapid.SampledFrom([]byte{0, 1, 0x80, 0xff}), size-2, size-2).Draw(t, "bytes")
 			a, _ := netip.AddrFromSlice(slices.Concat(head, tail))
@@ -33,7 +35,10 @@ func TestPlanProperty(t *testing.T) {
 				return netip.PrefixFrom(a, rapid.IntRange(0, a.BitLen()).Draw(t, "bits")).Masked()
 			}), 0, most).Draw(t, label)
 		}
-		host, s := list("host", 6), State{Routes: list("routes", 8), Exclude: list("exclude", 4)}
+		host, s := list("host", 6), State{
+			Routes: list("routes", 8), Exclude: list("exclude", 4), HostRoutes: HostRoutes(rapid.IntRange(0, 2).Draw(t, "host routes")),
+		}
+		most := s.HostRoutes == HostPrivate && IsFull(s.Routes, v6)
 		sc := &scope{index: rapid.IntRange(1, 1<<23).Draw(t, "index"), ipv6: true}
 		sc.Mark = DefaultMark
 		w, err := newPlan(s, sc)
@@ -44,7 +49,17 @@ func TestPlanProperty(t *testing.T) {
 			want := false
 			if longest(s.Exclude, dst) < 0 {
 				tunnel, host := longest(s.Routes, dst), longest(host, dst)
-				want = tunnel > host || tunnel == 0 && host == 0
+				private, shared := longest(local, dst), longest(onLink, dst)
+				counts := host > 0 && host >= tunnel
+				switch {
+				case s.HostRoutes == HostNone:
+					counts = false
+				case shared >= 0 && (most || tunnel < shared):
+					counts = host >= 0
+				case most:
+					counts = counts && private >= 0 && host >= private
+				}
+				want = tunnel >= 0 && !counts
 			}
 			if got := w.leadsToTunnel(sc, host, dst); got != want {
 				t.Fatalf("%v leads to the tunnel: %t, want %t", dst, got, want)
@@ -76,6 +91,9 @@ func (w plan) leadsToTunnel(sc *scope, host []netip.Prefix, dst netip.Addr) bool
 		if n.Family == unix.AF_INET6 != dst.Is6() {
 			continue
 		}
+		if n.Dst != nil && !prefixOf(n.Dst).Contains(dst) {
+			continue
+		}
 		if n.Table == unix.RT_TABLE_MAIN {
 			if longest(host, dst) > n.SuppressPrefixlen {
 				return false
@@ -100,6 +118,12 @@ func TestTableNumbers(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		index := rapid.IntRange(1, indexMask).Draw(t, "index")
 		r := rule{v6: rapid.Bool().Draw(t, "v6"), bits: rapid.IntRange(0, 32).Draw(t, "bits"), tunnel: rapid.Bool().Draw(t, "tunnel")}
+		if !r.tunnel {
+			if rapid.Bool().Draw(t, "limited") {
+				r.to = map[bool]netip.Prefix{false: netip.MustParsePrefix("10.0.0.0/8"), true: netip.MustParsePrefix("fc00::/7")}[r.v6]
+			}
+			r.least = rapid.IntRange(0, 32).Draw(t, "least")
+		}
 		sc := &scope{index: index}
 		sc.Mark = rapid.Uint32Range(1, 1<<32-1).Draw(t, "mark")
 		n := r.netlink(sc)
@@ -114,5 +138,42 @@ func TestTableNumbers(t *testing.T) {
 		if _, _, ok := tableOwner(id); ok {
 			t.Errorf("table %d is taken for one of ours", id)
 		}
+	}
+}
+
+func TestIsFull(t *testing.T) {
+	minus := func(whole string, holes ...string) []netip.Prefix {
+		var b netipx.IPSetBuilder
+		b.AddPrefix(netip.MustParsePrefix(whole))
+		for _, p := range prefixes(holes...) {
+			b.RemovePrefix(p)
+		}
+		set, err := b.IPSet()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return set.Prefixes()
+	}
+	for _, tt := range []struct {
+		name       string
+		routes     []netip.Prefix
+		ipv4, ipv6 bool
+	}{
+		{"nothing", nil, false, false},
+		{"everything", prefixes("0.0.0.0/0", "::/0"), true, true},
+		{"everything of IPv4", prefixes("0.0.0.0/0"), true, false},
+		{"everything in halves", prefixes("0.0.0.0/1", "128.0.0.0/1", "::/1", "8000::/1"), true, true},
+		{"the internet of IPv6", prefixes("2000::/3"), false, true},
+		{"half", prefixes("0.0.0.0/1", "2000::/4"), false, false},
+		{"half, twice", prefixes("0.0.0.0/1", "0.0.0.0/2", "10.0.0.0/8"), false, false},
+		{"everything but private networks", minus("0.0.0.0/0", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "224.0.0.0/3"), true, false},
+		{"everything but one address", minus("::/0", "2001:db8::1/128"), false, true},
+		{"private networks", prefixes("10.0.0.0/8", "192.168.0.0/16", "fc00::/7"), false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if ipv4, ipv6 := IsFull(tt.routes, false), IsFull(tt.routes, true); ipv4 != tt.ipv4 || ipv6 != tt.ipv6 {
+				t.Errorf("IPv4 %t, IPv6 %t; want %t, %t", ipv4, ipv6, tt.ipv4, tt.ipv6)
+			}
+		})
 	}
 }

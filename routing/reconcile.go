@@ -231,7 +231,7 @@ func (m *Manager) followIPv6() error {
 	if err != nil || (held != nil) == (m.held != nil) {
 		return err
 	}
-	want, err := newPlan(state, &m.scope)
+	want, err := m.planFor(state)
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -79,9 +80,13 @@ type State struct {
 	// there have an address of another interface.
 	Routes []netip.Prefix
 
-	// Override makes Routes win over all routes of the host, its LAN among
-	// them, however long they are. Only with a Config.Mark.
-	Override bool
+	// HostRoutes are the routes of the host, its LAN among them, that go before
+	// Routes. Only with a Config.Mark.
+	HostRoutes HostRoutes
+
+	// Local are prefixes besides the private ones to which HostPrivate lets the
+	// host's routes count, such as networks behind this host.
+	Local []netip.Prefix
 
 	// Unreachable are prefixes that lead nowhere: they compete as Routes do, and
 	// packets to them are refused. Only with a Config.Mark. Where the interface
@@ -126,7 +131,6 @@ type scope struct {
 	stale   bool                                                   // the journal lists what was undone; said once
 	rec     record                                                 // what Close has to put back
 	ports   uint16                                                 // the first that the kernel gives to connections of this host
-	told    map[string]bool                                        // conflicts that were logged
 	lacking map[string]bool                                        // optional features that the kernel was found to lack
 	sealed  []chainText                                            // our table when it was as it shall be; nil: not known
 	commit  func(table string, replace bool, chains []chain) error // commitTable
@@ -202,7 +206,7 @@ func (s *scope) init(c Config, procSys string) (err error) {
 	if c.Mark&1 != 0 {
 		return fmt.Errorf("mark %#x: want an even number", c.Mark)
 	}
-	*s = scope{Config: c, procSys: procSys, told: make(map[string]bool), lacking: make(map[string]bool), commit: commitTable}
+	*s = scope{Config: c, procSys: procSys, lacking: make(map[string]bool), commit: commitTable}
 	s.ports = s.firstPort()
 	if _, err := os.Stat(filepath.Join(procSys, "net/ipv6")); err == nil {
 		s.ipv6 = true
@@ -272,7 +276,7 @@ func (m *Manager) Apply(s State) error {
 	if err != nil {
 		return fmt.Errorf("routing: %w", err)
 	}
-	want, err := newPlan(s, &m.scope)
+	want, err := m.planFor(s)
 	if err != nil {
 		return fmt.Errorf("routing: %w", err)
 	}
@@ -284,7 +288,6 @@ func (m *Manager) Apply(s State) error {
 	}
 	m.state, m.applied, m.held = asked, want, held
 	m.repair.lostIPv6 = m.repair.lostIPv6 && held != nil
-	m.warnConflicts(s)
 	return nil
 }
 
@@ -295,6 +298,45 @@ func (m *Manager) Held() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.held
+}
+
+// planFor is newPlan with what depends on the host's networks as they are now.
+func (s *scope) planFor(want State) (plan, error) {
+	p, err := newPlan(want, s)
+	if err == nil {
+		p.sysctls = append(p.sysctls, s.looseFilters(want)...)
+	}
+	return p, err
+}
+
+// FollowHost is to be called when networks or routes of the host have changed. It
+// has the state applied fit them, and returns where they have the same addresses
+// as that, and what becomes of it; one sentence each, in a stable order.
+func (m *Manager) FollowHost() (conflicting []string, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed || m.Mark == 0 || !m.applied.up {
+		return nil, nil
+	}
+	state, _, err := m.possible()
+	if err != nil {
+		return nil, fmt.Errorf("routing: %w", err)
+	}
+	if want, err := m.planFor(state); err == nil && !slices.Equal(want.sysctls, m.applied.sysctls) {
+		m.applied.sysctls = want.sysctls
+		if err := m.converge(m.applied, true); err != nil {
+			return nil, fmt.Errorf("routing: %w", err)
+		}
+	}
+	networks, err := m.hostNetworks()
+	if err != nil {
+		return nil, fmt.Errorf("routing: %w", err)
+	}
+	routes, err := m.hostRoutes()
+	if err != nil {
+		return nil, fmt.Errorf("routing: %w", err)
+	}
+	return append(conflicts(m.state, networks), foreign(m.state, routes)...), nil
 }
 
 // Close puts the host back as it was before Open, as far as nobody else changed

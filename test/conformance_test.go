@@ -681,8 +681,9 @@ func (*recorder) Keep(ctx context.Context, _ func(routing.Health)) error {
 	<-ctx.Done()
 	return nil
 }
-func (*recorder) Held() error  { return nil }
-func (*recorder) Close() error { return nil }
+func (*recorder) FollowHost() ([]string, error) { return nil, nil }
+func (*recorder) Held() error                   { return nil }
+func (*recorder) Close() error                  { return nil }
 
 func (r *recorder) last() routing.State {
 	r.mu.Lock()

@@ -80,7 +80,7 @@ func TestIPv6RefusedToTheInterface(t *testing.T) {
 	p.connect(p.Client, "alice")
 	c, err := p.Client.Capture("eth0", nil)
 	check(t, err)
-	p.ping(p.Client, lab.TargetIPv4, lan6)
+	p.ping(p.Client, lab.TargetIPv4)
 	for _, to := range []netip.Addr{router6, lab.TargetIPv6} {
 		if out, err := p.Client.Command(p.ctx, "ping", "-c1", "-W1", to.String()).CombinedOutput(); err == nil {
 			t.Errorf("%v is reached:\n%s", to, out)
@@ -97,7 +97,7 @@ func TestIPv6RefusedToTheInterface(t *testing.T) {
 		}
 	}
 	s := p.status(p.Client, "alice")
-	if len(s.Warnings) != 1 || !strings.Contains(s.Warnings[0], "net.ipv6.conf.masque0.disable_ipv6") {
+	if !strings.Contains(strings.Join(s.Warnings, "\n"), "net.ipv6.conf.masque0.disable_ipv6") {
 		t.Errorf("the warnings are %q, want one that names the sysctl", s.Warnings)
 	}
 	for _, r := range s.Routes {

@@ -33,8 +33,9 @@ func (noKernel) Keep(ctx context.Context, _ func(routing.Health)) error {
 	<-ctx.Done()
 	return nil
 }
-func (noKernel) Held() error  { return nil }
-func (noKernel) Close() error { return nil }
+func (noKernel) FollowHost() ([]string, error) { return nil, nil }
+func (noKernel) Held() error                   { return nil }
+func (noKernel) Close() error                  { return nil }
 
 var (
 	inside4  = netip.MustParseAddr("10.77.0.2")

@@ -17,7 +17,29 @@ import (
 var (
 	lan4, lan6       = netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8:1::1")
 	uplink4, uplink6 = netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:2::1")
+	// Addresses of the router that givePrivateLAN adds to its near side.
+	private4, private6 = netip.MustParseAddr("192.168.77.1"), netip.MustParseAddr("fd77:1::1")
 )
+
+// forLink are addresses of packets for whoever is on the link: limited broadcast, SSDP, mDNS.
+var forLink = []netip.Addr{netip.MustParseAddr("255.255.255.255"), netip.MustParseAddr("239.255.255.250"), netip.MustParseAddr("224.0.0.251")}
+
+// givePrivateLAN gives the client's LAN a private network of each family besides the public ones.
+func (p *pair) givePrivateLAN() {
+	p.t.Helper()
+	for _, end := range []struct {
+		host        *lab.Host
+		iface, last string
+	}{{p.Client, "eth0", "2"}, {p.Router, "client1", "1"}} {
+		for _, a := range []string{"192.168.77." + end.last + "/24", "fd77:1::" + end.last + "/64"} {
+			args := []string{"addr", "add", a, "dev", end.iface}
+			if strings.Contains(a, ":") {
+				args = append(args, "nodad")
+			}
+			check(p.t, end.host.Command(p.ctx, "ip", args...).Run())
+		}
+	}
+}
 
 // watch is what of the client's host leaves where, of that which leavesBy sends.
 type watch struct {
@@ -79,6 +101,7 @@ func (w *watch) leavesBy(iface string, to ...netip.Addr) {
 // network if that is wanted. The packets say so, and all is as before when it is down.
 func TestWhatGoesThroughTheTunnel(t *testing.T) {
 	p := newPair(t, options{})
+	p.givePrivateLAN()
 	before := p.snapshot(p.Client)
 	targets := []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}
 	for i, tc := range []struct {
@@ -86,10 +109,11 @@ func TestWhatGoesThroughTheTunnel(t *testing.T) {
 		direct, tunnel []netip.Addr // besides the targets, which are in the tunnel
 	}{
 		// Of what goes to the proxy's address, only the tunnel's own packets go outside.
-		{"full", "", []netip.Addr{lan4, lan6}, []netip.Addr{uplink4, uplink6, lab.ProxyIPv4, lab.ProxyIPv6}},
+		{"full", "", []netip.Addr{private4, private6}, []netip.Addr{lan4, lan6, uplink4, uplink6, lab.ProxyIPv4, lab.ProxyIPv6}},
+		{"full, but for the LAN", `lan = "all"`, []netip.Addr{lan4, lan6, private4, private6}, []netip.Addr{uplink4, uplink6, lab.ProxyIPv4, lab.ProxyIPv6}},
 		{"split", split, []netip.Addr{lan4, lan6, uplink4, uplink6, lab.ProxyIPv4}, nil},
-		{"exclude", `exclude = ["203.0.113.0/24", "2001:db8:2::/64"]`, []netip.Addr{lan4, lan6, uplink4, uplink6, lab.ProxyIPv4}, nil},
-		{"the LAN too", "lan = false", nil, []netip.Addr{lan4, lan6, uplink4, uplink6}},
+		{"exclude", `exclude = ["203.0.113.0/24", "2001:db8:2::/64"]`, []netip.Addr{private4, uplink4, uplink6, lab.ProxyIPv4}, []netip.Addr{lan4, lan6}},
+		{"the LAN too", "lan = false", nil, []netip.Addr{lan4, lan6, private4, private6, uplink4, uplink6}},
 		{"the LAN of one family", "lan = false\nexclude = [\"198.51.100.0/24\"]", []netip.Addr{lan4}, []netip.Addr{lan6, uplink4, uplink6}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -99,6 +123,11 @@ func TestWhatGoesThroughTheTunnel(t *testing.T) {
 			w := p.watch()
 			w.leavesBy("eth0", tc.direct...)
 			w.leavesBy("masque0", append(tc.tunnel, targets...)...)
+			link := "eth0"
+			if strings.Contains(tc.routes, "lan = false") {
+				link = "masque0"
+			}
+			w.leavesBy(link, forLink...)
 			w.close()
 			p.ping(p.Client, targets...)
 			if tc.name == "full" { // and there it is denied
@@ -111,6 +140,66 @@ func TestWhatGoesThroughTheTunnel(t *testing.T) {
 			p.down(p.Client, user)
 			p.unchanged(p.Client, before)
 			p.ping(p.Client, lan4, lan6)
+		})
+	}
+}
+
+// Routes that the network hands to a host, by DHCP or router advertisements, and a network that claims public addresses, take
+// nothing out of a tunnel for everything, while they are there before it or come later. The status names them. With
+// lan = "all" they count.
+func TestRoutesOfTheNetwork(t *testing.T) {
+	for _, tc := range []struct {
+		name, routes string
+		iface        string // by which packets leave
+		warning      string // about each route; "": none
+	}{
+		{"full", "", "masque0", "leads to public addresses, which stay in the tunnel"},
+		{"with all routes of the host", `lan = "all"`, "eth0", "takes public addresses out of the tunnel"},
+		{"with none", "lan = false", "masque0", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newPair(t, options{routes: tc.routes})
+			ip := func(args string) { check(t, p.Client.Command(p.ctx, "ip", strings.Fields(args)...).Run()) }
+			early := "203.0.113.0/24 via 198.51.100.1 dev eth0"
+			ip("route add " + early) // option 121, longer than the default route
+			p.connect(p.Client, "alice")
+			later := []string{
+				"0.0.0.0/1 via 198.51.100.1 dev eth0", "128.0.0.0/1 via 198.51.100.1 dev eth0", // everything in two halves
+				"192.0.2.0/24 dev eth0",                               // the network itself claims them
+				"2001:db8:2::/48 via 2001:db8:1::1 dev eth0 proto ra", // a route information option
+			}
+			for _, r := range later {
+				ip("route add " + r)
+			}
+			w := p.watch()
+			w.leavesBy(tc.iface, uplink4, netip.MustParseAddr("8.8.8.8"), uplink6)
+			if tc.iface == "masque0" {
+				w.leavesBy(tc.iface, lab.TargetIPv4)
+			}
+			w.close()
+			warned := func(route string) bool {
+				return strings.Contains(strings.Join(p.status(p.Client, "alice").Warnings, "\n"), "the host's route "+strings.ReplaceAll(strings.TrimSuffix(route, " proto ra"), " dev ", " on ")+" "+tc.warning)
+			}
+			for _, r := range append(later, early) {
+				switch {
+				case tc.warning == "":
+					if w := p.status(p.Client, "alice").Warnings; len(w) != 0 {
+						t.Errorf("the warnings are %q", w)
+					}
+					continue
+				case strings.HasPrefix(r, "192.0.2.0/24"):
+					r = "192.0.2.0/24 on eth0"
+				}
+				p.eventually("the status names "+r, func() bool { return warned(r) })
+			}
+			if tc.warning == "" {
+				return
+			}
+			if log := p.clientLog("alice"); !strings.Contains(log, "128.0.0.0/1 via 198.51.100.1 on eth0") {
+				t.Errorf("the log does not name the route that came later:\n%s", log)
+			}
+			ip("route del 128.0.0.0/1 via 198.51.100.1 dev eth0")
+			p.eventually("the status forgets the route that is gone", func() bool { return !warned(later[1]) })
 		})
 	}
 }

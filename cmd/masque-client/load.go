@@ -16,6 +16,7 @@ import (
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
 	"masquevpn/internal/congestion"
+	"masquevpn/routing"
 	"masquevpn/tun"
 )
 
@@ -62,12 +63,17 @@ func load(path, name string) (*loaded, error) {
 		Request: f.Request, Static: f.Static,
 		InstallRoutes: f.Install,
 		// Without a list, everything would be accepted.
-		Accept: append([]netip.Prefix{}, f.Accept...), Exclude: f.Exclude, Override: !f.LAN,
+		Accept: append([]netip.Prefix{}, f.Accept...), Exclude: f.Exclude, HostRoutes: hostRoutes[f.LAN],
 		AdvertiseRoutes: f.Advertise, AssignPeer: f.Assign,
 		DNS:       client.DNS{Off: !f.DNS, Servers: f.DNSServers, Search: f.DNSSearch, Domains: f.DNSDomains},
 		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay, Congestion: congestion.Mode(f.Congestion),
 	}
 	return l, nil
+}
+
+// hostRoutes are the values of routes.lan.
+var hostRoutes = map[config.LAN]routing.HostRoutes{
+	config.LANPrivate: routing.HostPrivate, config.LANAll: routing.HostAll, config.LANNone: routing.HostNone,
 }
 
 // pem is what a key names, or what the key with _pem holds itself; key tells

@@ -28,7 +28,7 @@ type Client struct {
 	Static  []netip.Prefix // used instead of asking
 
 	Install         bool
-	LAN             bool // the host's own networks go before the tunnel's routes
+	LAN             LAN // which routes of the host go before the tunnel's
 	Accept, Exclude []netip.Prefix
 	Advertise       []netip.Prefix // networks behind the client
 	Assign          []netip.Prefix // single addresses for the proxy
@@ -53,6 +53,16 @@ type Client struct {
 
 	doc *document
 }
+
+// LAN is the value of a client's routes.lan.
+type LAN int
+
+// The values of routes.lan.
+const (
+	LANPrivate LAN = iota // true: under a full tunnel, the routes to private networks
+	LANAll                // "all": all routes
+	LANNone               // false: none
+)
 
 // ParseClient parses and validates the contents of a client's configuration.
 // The file name is used in messages and to resolve relative names. The error,
@@ -100,12 +110,12 @@ func ParseClient(file string, data []byte) (*Client, error) {
 
 	routes := root.table("routes")
 	c.Install = routes.bool("install", true)
-	c.LAN = routes.bool("lan", true)
+	c.LAN = routes.lan("lan")
 	c.Accept = routes.prefixes("accept", "0.0.0.0/0", "::/0")
 	c.Exclude = routes.prefixes("exclude")
 	c.Advertise = routes.prefixes("advertise")
 	c.Assign = routes.addresses("assign")
-	if !c.LAN && len(c.Advertise) > 0 {
+	if c.LAN == LANNone && len(c.Advertise) > 0 {
 		routes.add("lan", "the networks behind this host, routes.advertise, would lead into the tunnel", "remove one of the two")
 	}
 	for i, p := range c.Assign {

@@ -165,6 +165,20 @@ func (t *table) mtu(key string) int {
 	return 0
 }
 
+// lan is true, false or "all".
+func (t *table) lan(key string) LAN {
+	switch v, ok := t.get(key); {
+	case !ok, v == true:
+		return LANPrivate
+	case v == "all":
+		return LANAll
+	case v == false:
+		return LANNone
+	}
+	t.add(key, `not true, false or "all"`, `write true for the private networks of this host, "all" for all of its routes, false for neither`)
+	return LANPrivate
+}
+
 // device is the name of a network interface; it may hold one %d, for which
 // the kernel puts the first free number.
 func (t *table) device(key, def string) string {

@@ -102,8 +102,9 @@ func (noNetwork) Keep(ctx context.Context, _ func(routing.Health)) error {
 	<-ctx.Done()
 	return nil
 }
-func (noNetwork) Held() error  { return nil }
-func (noNetwork) Close() error { return nil }
+func (noNetwork) FollowHost() ([]string, error) { return nil, nil }
+func (noNetwork) Held() error                   { return nil }
+func (noNetwork) Close() error                  { return nil }
 
 // clientConfig reads what `masque-proxy invite` made.
 func clientConfig(file string) (cfg client.Config, err error) {

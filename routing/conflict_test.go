@@ -1,0 +1,87 @@
+package routing
+
+import (
+	"slices"
+	"strings"
+	"testing"
+)
+
+// Where the tunnel and the host have the same addresses, both are named, and what
+// becomes of that.
+func TestConflicts(t *testing.T) {
+	h := newHost(t)
+	h.uplink() // 192.168.5.2/24, 2001:db8:5::2/64
+	h.tun("masque0")
+	full := prefixes("0.0.0.0/0", "::/0")
+	for _, tt := range []struct {
+		name  string
+		route string // of the host
+		state State
+		says  []string
+	}{
+		{"none", "", State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0", "10.0.0.0/8", "::/0")}, nil},
+		{"the LAN in a route", "", State{Routes: prefixes("192.168.0.0/16")}, []string{
+			"the tunnel's route 192.168.0.0/16 holds 192.168.5.0/24, the network of up0, which goes first",
+		}},
+		{"the same network", "", State{Routes: prefixes("2001:db8:5::/64")}, []string{
+			"the tunnel's route 2001:db8:5::/64 holds 2001:db8:5::/64, the network of up0, which goes first",
+		}},
+		{"the LAN goes into the tunnel", "", State{Routes: prefixes("192.168.0.0/16"), HostRoutes: HostNone}, nil},
+		{"a part of the LAN", "", State{Routes: prefixes("192.168.5.128/25")}, []string{
+			"the tunnel's route 192.168.5.128/25 takes addresses out of 192.168.5.0/24, the network of up0: put them into routes.exclude",
+		}},
+		{"a part that is excluded", "", State{Routes: prefixes("192.168.5.128/25"), Exclude: prefixes("192.168.5.0/24")}, nil},
+		{"a route by DHCP", "0.0.0.0/1 via 192.168.5.1 dev up0", State{Routes: full}, []string{
+			"the host's route 0.0.0.0/1 via 192.168.5.1 on up0 leads to public addresses, which stay in the tunnel: put it into routes.exclude",
+		}},
+		{"a route by router advertisement", "2a00::/16 via 2001:db8:5::1 proto ra", State{Routes: full}, []string{
+			"the host's route 2a00::/16 via 2001:db8:5::1 on up0 leads to public addresses, which stay in the tunnel",
+		}},
+		{"a network that claims public addresses", "8.8.8.0/24 dev up0", State{Routes: full}, []string{
+			"the host's route 8.8.8.0/24 on up0 leads to public addresses, which stay in the tunnel",
+		}},
+		{"a route that takes addresses", "0.0.0.0/1 via 192.168.5.1 dev up0", State{Routes: full, HostRoutes: HostAll}, []string{
+			"the host's route 0.0.0.0/1 via 192.168.5.1 on up0 takes public addresses out of the tunnel: delete it",
+		}},
+		{"a route that does not count", "0.0.0.0/1 via 192.168.5.1 dev up0", State{Routes: full, HostRoutes: HostNone}, nil},
+		{"a route that is excluded", "8.8.8.0/24 via 192.168.5.1 dev up0", State{Routes: full, Exclude: prefixes("8.8.0.0/16")}, nil},
+		{"a route to a private network", "10.0.0.0/8 via 192.168.5.1", State{Routes: full}, nil},
+		{"a route to a network behind this host", "8.8.8.0/24 via 192.168.5.1 dev up0", State{Routes: full, Local: prefixes("8.8.8.0/24")}, nil},
+		{"a route beside a split tunnel", "0.0.0.0/1 via 192.168.5.1 dev up0", State{Routes: prefixes("10.0.0.0/8", "::/0")}, nil},
+		{"a route with several next hops", "8.8.8.0/24 nexthop via 192.168.5.1 nexthop via 192.168.5.3", State{Routes: full}, []string{
+			"the host's route 8.8.8.0/24 via 192.168.5.1 on up0 leads to public addresses, which stay in the tunnel",
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := h.in(t)
+			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+			h.apply(m, tt.state)
+			if tt.route != "" {
+				if got := h.conflicts(m); len(got) != 0 {
+					t.Errorf("before the route: %q", got)
+				}
+				h.ip("route add " + tt.route) // later than the tunnel
+				defer h.ip("route del " + tt.route)
+			}
+			got := h.conflicts(m)
+			if !slices.EqualFunc(got, tt.says, strings.HasPrefix) {
+				t.Errorf("got %q, want %q", got, tt.says)
+			}
+			h.close(m)
+		})
+	}
+	if _, err := h.tryOpen(Config{Instance: "one", Interface: "masque0", Mark: 7}); err == nil || !strings.Contains(err.Error(), "even") {
+		t.Errorf("an odd mark: %v", err)
+	}
+}
+
+func (h *host) conflicts(m *Manager) (list []string) {
+	h.t.Helper()
+	h.do(func() {
+		var err error
+		if list, err = m.FollowHost(); err != nil {
+			h.t.Error(err)
+		}
+	})
+	return list
+}
