@@ -1,0 +1,141 @@
+package test
+
+import (
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"masquevpn/client"
+	"masquevpn/internal/lab"
+)
+
+// impose runs a proxy of the same name, with certificates of its own, on a host, and returns how to end it.
+func (p *pair) impose(host *lab.Host) (end func()) {
+	p.t.Helper()
+	dir := p.t.TempDir()
+	config, runDir := filepath.Join(dir, "proxy", "proxy.toml"), filepath.Join(dir, "run")
+	p.must(host, "masque-proxy", "init", "--name", lab.ProxyName, filepath.Dir(config))
+	c := host.Command(p.ctx, program("masque-proxy"), "--run-dir", runDir, "run", "-c", config)
+	check(p.t, c.Start())
+	p.eventually("the impostor answers", func() bool {
+		select {
+		case <-c.Done():
+			p.t.Fatalf("the impostor ended:\n%s", p.log(c))
+		default:
+		}
+		return host.Command(p.ctx, program("masque-proxy"), "--run-dir", runDir, "status").Run() == nil
+	})
+	return func() {
+		p.t.Helper()
+		check(p.t, c.Signal(syscall.SIGKILL))
+		<-c.Done()
+	}
+}
+
+// facesImpostor waits until the client says that somebody else answers, and says so again after more attempts.
+func (p *pair) facesImpostor() {
+	p.t.Helper()
+	const says = "somebody other than the proxy answers at "
+	p.eventually("the client says who answers", func() bool {
+		s := p.status(p.Client, "alice")
+		return strings.HasPrefix(s.Reason, says) && len(s.Warnings) > 0 && strings.HasPrefix(s.Warnings[0], says)
+	})
+}
+
+// Somebody answers a reconnect in the proxy's place, on the way to it or by a forged answer of DNS: nothing leaves in the clear, and
+// when the proxy is back, so is the session.
+func TestImpostorOnReconnect(t *testing.T) {
+	for name, tc := range map[string]struct {
+		at func(*pair) *lab.Host
+		// forge and mend change where the proxy's name leads; nil for nothing.
+		forge, mend func(*testing.T, *pair)
+	}{
+		"on the way": {at: func(p *pair) *lab.Host { return p.Proxy }},
+		"DNS": {
+			at: func(p *pair) *lab.Host { return p.Router },
+			forge: func(t *testing.T, p *pair) {
+				check(t, p.Client.Resolve(lab.ProxyName, netip.MustParseAddr("203.0.113.1")))
+			},
+			mend: func(t *testing.T, p *pair) { check(t, p.Client.Resolve(lab.ProxyName, lab.ProxyIPv4, lab.ProxyIPv6)) },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t, options{})
+			p.connect(p.Client, "alice")
+			talk := chat(t, p.Client)
+			seen := p.capture()
+			if tc.forge != nil {
+				tc.forge(t, p)
+			}
+			check(t, p.server.Signal(syscall.SIGKILL))
+			<-p.server.Done()
+			end := p.impose(tc.at(p))
+			p.facesImpostor()
+			talk.goesOn()
+			end()
+			if tc.mend != nil {
+				tc.mend(t, p)
+			}
+			p.startProxy()
+			p.eventually("the client is connected again", func() bool {
+				s := p.status(p.Client, "alice")
+				return s.State == client.StateConnected && s.Reconnects > 0 && len(s.Warnings) == 0
+			})
+			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+			// Handshakes with the impostor and the LAN aside.
+			for _, packet := range seen.Packets() {
+				if l := leak(packet, lab.Prefixes("198.51.100.0/24", "2001:db8:1::/64")...); l != "" && udpTo(packet) != 443 {
+					t.Fatalf("this left the host:\n%s", l)
+				}
+			}
+		})
+	}
+}
+
+// A service that meets an impostor when it starts goes on, with its kill switch closed, until the proxy is there; a person who starts
+// the same by hand is told at once.
+func TestImpostorAtStart(t *testing.T) {
+	p := newPair(t, options{client: killSwitch})
+	file := p.invite("alice")
+	check(t, p.server.Signal(syscall.SIGKILL))
+	<-p.server.Done()
+	end := p.impose(p.Proxy)
+
+	byHand := p.Client.Command(p.ctx, program("masque-client"), "up", file, "--wait")
+	if out, err := byHand.CombinedOutput(); err == nil || byHand.ExitCode() != 6 {
+		t.Errorf("by hand: exit code %d, want 6\n%s", byHand.ExitCode(), out)
+	}
+
+	running := p.Client.Command(p.ctx, program("masque-client"), "run", "--service", "-c", file)
+	check(t, running.Start())
+	p.eventually("the service runs", func() bool {
+		out, _ := p.Client.Command(p.ctx, program("masque-client"), "status", "alice", "--json").Output()
+		return strings.HasPrefix(string(out), "{")
+	})
+	p.facesImpostor()
+	if s := p.status(p.Client, "alice"); s.KillSwitch != client.KillSwitchClosed {
+		t.Errorf("the kill switch is %q", s.KillSwitch)
+	}
+	end()
+	p.startProxy()
+	p.must(p.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "60s")
+	p.down(p.Client, "alice")
+}
+
+// A pool that holds the client's own network is refused before anything is changed.
+func TestPoolOfTheLAN(t *testing.T) {
+	p := newPair(t, options{})
+	p.stopProxy()
+	p.editProxyConfig(`ipv4 = "10.77.0.0/24"`, `ipv4 = "198.51.100.0/24"`)
+	p.startProxy()
+	before := p.snapshot(p.Client)
+	c := p.Client.Command(p.ctx, program("masque-client"), "up", p.invite("alice"), "--wait")
+	out, err := c.CombinedOutput()
+	if err == nil || c.ExitCode() != 8 || !strings.Contains(lastLine(out), "the proxy assigned 198.51.100.") || !strings.Contains(lastLine(out), "eth0: it is not taken") {
+		t.Errorf("exit code %d, want 8\n%s", c.ExitCode(), out)
+	}
+	p.unchanged(p.Client, before)
+	p.ping(p.Client, netip.MustParseAddr("198.51.100.1"))
+}
