@@ -13,6 +13,10 @@ type Route struct {
 	Protocol   uint8      // the IP protocol the route is for; 0: all of them
 }
 
+// MaxRouteLen is the length of an IPv6 range in a capsule, in bytes. One of IPv4
+// is shorter.
+const MaxRouteLen = 1 + 16 + 16 + 1
+
 // overlaps reports whether an address is in both ranges.
 func (r Route) overlaps(o Route) bool {
 	return r.Start.BitLen() == o.Start.BitLen() && !r.End.Less(o.Start) && !o.End.Less(r.Start)

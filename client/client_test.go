@@ -537,3 +537,51 @@ func TestIsolation(t *testing.T) {
 		}
 	}
 }
+
+// As many routes as the kernel is given may be advertised.
+func TestManyRoutes(t *testing.T) {
+	var many []netip.Prefix
+	for i := range routing.MaxRoutes - 2 { // and the proxy's own addresses
+		many = append(many, netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, 0, byte(i >> 7), byte(i << 1)}), 64))
+	}
+	f := startProxy(t, func(c *proxy.Config) { c.Advertise = many })
+	n := startClient(t, f, nil)
+	n.awaitConnected(t)
+	if got := len(n.network.last().Routes); got != routing.MaxRoutes {
+		t.Errorf("%d routes are installed, want %d", got, routing.MaxRoutes)
+	}
+}
+
+// What no proxy would take is refused before it is sent.
+func TestNewRefusesWhatCannotBeSent(t *testing.T) {
+	for _, tc := range []struct {
+		name, key string
+		change    func(*Config)
+	}{
+		{"networks", "routes.advertise", func(c *Config) {
+			for i := range 4000 {
+				c.AdvertiseRoutes = append(c.AdvertiseRoutes, netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, 0, byte(i >> 7), byte(i << 1)}), 64))
+			}
+		}},
+		{"addresses of the proxy", "routes.assign", func(c *Config) {
+			for i := range 65 {
+				c.AssignPeer = append(c.AssignPeer, netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}), 32))
+			}
+		}},
+		{"addresses", "addresses.request", func(c *Config) {
+			c.Request = slices.Repeat([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/32")}, 65)
+		}},
+		{"a token", "auth.token", func(c *Config) { c.Token = strings.Repeat("a", 9000) }},
+		{"a template", "proxy", func(c *Config) { c.Proxy = "https://vpn.example/" + strings.Repeat("a", 5000) }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := Config{Name: "home", Proxy: "vpn.example"}
+			tc.change(&c)
+			_, err := New(c)
+			var e *Error
+			if !errors.As(err, &e) || e.Kind != KindUsage || !strings.HasPrefix(e.Reason, tc.key+": ") {
+				t.Errorf("got %v, want a usage error about %s", err, tc.key)
+			}
+		})
+	}
+}

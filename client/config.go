@@ -232,6 +232,9 @@ func (c *Config) resolveTarget() (target, error) {
 	return to, nil
 }
 
+// maxToken is how many bytes of a bearer token leave room for the rest of a request, of which proxies take 16 KiB.
+const maxToken = 8 << 10
+
 // withDefaults returns c complete and checked.
 func (c Config) withDefaults() (Config, error) {
 	if c.Request == nil && len(c.Static) == 0 {
@@ -239,6 +242,12 @@ func (c Config) withDefaults() (Config, error) {
 			netip.PrefixFrom(netip.IPv4Unspecified(), 32),
 			netip.PrefixFrom(netip.IPv6Unspecified(), 128),
 		}
+	}
+	if n := len(c.Request); n > connectip.MaxAssigned {
+		return c, usage("addresses.request", "%d addresses are too many, at most %d are possible", n, connectip.MaxAssigned)
+	}
+	if n := len(c.Token); n > maxToken {
+		return c, usage("auth.token", "%d bytes are too long for a proxy, at most %d are possible", n, maxToken)
 	}
 	for _, p := range c.Request {
 		if !p.IsValid() || p != p.Masked() {

@@ -104,8 +104,10 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 			DNS: s.handleDNS, PREF64: s.handlePREF64, MTU: func(int) { s.changed() },
 		},
 		Static: c.cfg.Static,
-		Stats:  &c.stats,
-		Tap:    c.cfg.Tap.At(""),
+		// All routes that the kernel is given, and no more than a trifle besides.
+		MaxCapsule: routing.MaxRoutes * capsule.MaxRouteLen,
+		Stats:      &c.stats,
+		Tap:        c.cfg.Tap.At(""),
 	})
 	c.mu.Lock()
 	c.live, c.latest = d.conn, s

@@ -28,6 +28,13 @@ func (c *Config) checkSite() error {
 			return usage("routes.advertise", "%v holds %v, an address of the tunnel itself", p, own[i])
 		}
 	}
+	// What a peer of ours takes.
+	if n := len((&capsule.RouteAdvertisement{Routes: capsule.Routes(c.AdvertiseRoutes, 0)}).Append(nil)); n > connectip.MaxCapsule {
+		return usage("routes.advertise", "%d networks are too many for a proxy: advertise fewer and larger ones", len(c.AdvertiseRoutes))
+	}
+	if n := len(c.AssignPeer); n > connectip.MaxAssigned {
+		return usage("routes.assign", "%d addresses are too many, at most %d are possible", n, connectip.MaxAssigned)
+	}
 	for i, p := range c.AssignPeer {
 		if !p.IsValid() || p.Addr().Is4In6() || !p.IsSingleIP() {
 			return usage("routes.assign", "%v is not a single address", p)

@@ -103,6 +103,9 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 	if scope, err := connectip.ParseScope(host, "*"); err != nil || scope.IsZero() || strings.Contains(host, "/") {
 		return nil, usage("target", "%q is neither a name nor an address", host)
 	}
+	if n := len(cfg.Token); n > maxToken {
+		return nil, usage("auth.token", "%d bytes are too long for a proxy, at most %d are possible", n, maxToken)
+	}
 	if cfg.IdleTimeout < 0 || cfg.MaxDelay < 0 {
 		return nil, usage("reconnect.max_delay", "a time span cannot be negative")
 	}

@@ -231,6 +231,9 @@ func (c Config) withDefaults() (Config, error) {
 	if c.MaxUDPFlowsPerUser == 0 {
 		c.MaxUDPFlowsPerUser = DefaultUDPFlowsPerUser
 	}
+	if n := c.advertised(); n > routing.MaxRoutes {
+		return c, usage("routes.advertise", "%d networks are left when those that touch are joined, and clients take %d: advertise fewer and larger ones", n, routing.MaxRoutes)
+	}
 	if c.Resolver == nil {
 		c.Resolver = net.DefaultResolver
 	}
@@ -257,6 +260,17 @@ func (c Config) withDefaults() (Config, error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	return c, nil
+}
+
+// advertised returns how many routes a client needs for what is advertised to all, the proxy's own addresses included.
+func (c Config) advertised() int {
+	all := slices.Clone(c.Advertise)
+	for _, p := range []netip.Prefix{c.Pool4, c.Pool6} {
+		if p.IsValid() {
+			all = append(all, netip.PrefixFrom(p.Addr().Next(), p.Addr().BitLen()))
+		}
+	}
+	return len(setOf(all).Prefixes())
 }
 
 func (c Config) checkMethods() error {

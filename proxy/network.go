@@ -76,6 +76,7 @@ func (s *Server) refresh() error {
 	for _, p := range s.local {
 		all = append(all, taken{p.Masked(), "a network of the proxy's host"})
 	}
+	s.sites.setBase(s.cfg().advertised())
 	l := s.sites.decide(all)
 	// What may pass is settled before the kernel sends anything.
 	if err := s.deny(l); err != nil {

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -361,5 +362,62 @@ func TestUserChangesMeanwhile(t *testing.T) {
 	rsp, _ := request(t, h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/target.example/*/", http.Header{"Authorization": {"Bearer alice"}})
 	if rsp.StatusCode != 401 || len(s.Sessions()) != 0 {
 		t.Errorf("status %d, sessions %+v", rsp.StatusCode, s.Sessions())
+	}
+}
+
+// disjoint returns n IPv4 networks that no two of which can be joined.
+func disjoint(n int) []netip.Prefix {
+	var out []netip.Prefix
+	for i := range n {
+		out = append(out, netip.PrefixFrom(netip.AddrFrom4([4]byte{11, byte(i >> 15), byte(i >> 7), byte(i << 1)}), 32))
+	}
+	return out
+}
+
+// More routes than clients take are refused at the start and by Reload, and what can be joined is.
+func TestAdvertisedRoutes(t *testing.T) {
+	const most = routing.MaxRoutes - 1 // without the proxy's own address
+	for _, tc := range []struct {
+		name      string
+		advertise []netip.Prefix
+		sent      int // 0: it is refused
+	}{
+		{"as many as clients take", disjoint(most), routing.MaxRoutes},
+		{"one more", disjoint(most + 1), 0},
+		{"many that touch", slices.Collect(func(yield func(netip.Prefix) bool) {
+			for a, i := netip.MustParseAddr("192.0.0.0"), 0; i < 1<<15; a, i = a.Next(), i+1 {
+				if !yield(netip.PrefixFrom(a, 32)) {
+					return
+				}
+			}
+		}), 2},
+		{"ranges that many routes make", append(disjoint(most-10), slices.Collect(func(yield func(netip.Prefix) bool) {
+			for b := 9; b <= 32 && yield(netip.PrefixFrom(netip.AddrFrom4([4]byte{12}), b).Masked()); b++ {
+			}
+		})...), routing.MaxRoutes - 9},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			x := newReloadable(t, nil)
+			x.cfg.Advertise = tc.advertise
+			_, err := x.Reload(x.cfg)
+			if tc.sent == 0 {
+				var e *Error
+				if !errors.As(err, &e) || e.Kind != KindUsage || !strings.HasPrefix(e.Reason, "routes.advertise: ") || !strings.Contains(e.Reason, "16385") {
+					t.Errorf("Reload: got %v, want a usage error about routes.advertise", err)
+				}
+				if _, err := New(x.cfg); !errors.As(err, &e) {
+					t.Errorf("New: got %v", err)
+				}
+				x.passes("192.0.2.1", 9) // as before
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, str := request(t, x.h3, "CONNECT", "connect-ip", anyPath, nil)
+			if got := nextRoutes(t, capsule.NewReader(str, routing.MaxRoutes*capsule.MaxRouteLen)); len(got) != tc.sent {
+				t.Errorf("%d routes are advertised, want %d", len(got), tc.sent)
+			}
+		})
 	}
 }

@@ -21,6 +21,7 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
 	"masquevpn/internal/worker"
+	"masquevpn/routing"
 )
 
 const (
@@ -333,6 +334,9 @@ func (ss *session) advertise() error {
 	routes, err := ss.server.routes(ss.reach, may, ss.scope.Protocol, ss.uses)
 	if err == nil && ss.claim != nil {
 		routes, err = ss.server.sites.routesTo(ss.claim, routes, may, ss.server.pool.gatewayAddrs())
+	}
+	if err == nil && len(routes) > routing.MaxRoutes {
+		err = fmt.Errorf("%d ranges are too many to be advertised, clients take %d: shorten the lists of the user, or of the sites", len(routes), routing.MaxRoutes)
 	}
 	same := ss.routes != nil && slices.Equal(routes, ss.routes)
 	if err == nil {

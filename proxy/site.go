@@ -9,6 +9,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/routing"
 )
 
 // Site is a user whose client is a gateway to networks of its own (RFC 9484 section 8.2).
@@ -98,8 +99,9 @@ type holding struct {
 	refused  []string       // the rest, and why
 }
 
-// decide works out what c has when earlier, which are the claims that go first, have what they have.
-func (c *claim) decide(all []taken, earlier []*claim) holding {
+// decide works out what c has when earlier, which are the claims that go first, have what they have. roomOfAll is how many prefixes
+// clients would take besides.
+func (c *claim) decide(all []taken, earlier []*claim, roomOfAll int) holding {
 	h := holding{networks: new(netipx.IPSet)}
 	if c.rights == nil {
 		return h
@@ -129,8 +131,13 @@ func (c *claim) decide(all []taken, earlier []*claim) holding {
 				h.refuse("%s overlaps %s", rangeText(part), why)
 				continue
 			}
-			if room -= len(part.Prefixes()); room < 0 {
+			n := len(part.Prefixes())
+			if room -= n; room < 0 {
 				h.refuse("%s: the networks of a site may make %d prefixes", rangeText(part), maxSitePrefixes)
+				continue
+			}
+			if roomOfAll -= n; roomOfAll < 0 {
+				h.refuse("%s: what is advertised may make %d prefixes in all", rangeText(part), routing.MaxRoutes)
 				continue
 			}
 			h.routes = append(h.routes, capsule.Route{Start: part.From(), End: part.To(), Protocol: r.Protocol})

@@ -12,6 +12,7 @@ import (
 	"pgregory.net/rapid"
 
 	"masquevpn/capsule"
+	"masquevpn/routing"
 )
 
 func TestSiteConfig(t *testing.T) {
@@ -139,7 +140,7 @@ func TestSiteIsBounded(t *testing.T) {
 	wide := capsule.Route{Start: netip.MustParseAddr("8000:1::1"), End: netip.MustParseAddr("ffff::ffff:ffff:ffff:fffe")}
 	for name, advertised := range map[string][]capsule.Route{"many": c.advertised, "wide": append([]capsule.Route{wide}, c.advertised...)} {
 		c.advertised = advertised
-		h := c.decide(nil, nil)
+		h := c.decide(nil, nil, routing.MaxRoutes)
 		if len(h.prefixes) > maxSitePrefixes || len(h.routes) > maxSiteRanges || len(h.prefixes) < 256 {
 			t.Errorf("%s: %d prefixes of %d ranges", name, len(h.prefixes), len(h.routes))
 		}
@@ -150,8 +151,8 @@ func TestSiteIsBounded(t *testing.T) {
 	same := newClaim(c.ss)
 	same.rights = c.rights
 	same.advertised = c.advertised[1000:1200]
-	c.has = c.decide(nil, nil)
-	if h := same.decide(nil, []*claim{c}); len(h.prefixes)+len(c.has.prefixes) > maxSitePrefixes {
+	c.has = c.decide(nil, nil, routing.MaxRoutes)
+	if h := same.decide(nil, []*claim{c}, routing.MaxRoutes); len(h.prefixes)+len(c.has.prefixes) > maxSitePrefixes {
 		t.Errorf("two sessions of a site make %d prefixes", len(h.prefixes)+len(c.has.prefixes))
 	}
 }

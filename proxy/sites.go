@@ -12,6 +12,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"masquevpn/capsule"
+	"masquevpn/routing"
 )
 
 // sites knows which networks are behind which session. What sessions say is only noted when it comes in; one goroutine works
@@ -22,6 +23,7 @@ type sites struct {
 
 	mu     sync.Mutex
 	rights map[string]*rights // by user
+	base   int                // how many routes are advertised to all clients
 	last   uint64             // rank and number that were given out last
 	claims []*claim           // in order of precedence
 	routed map[netip.Prefix]*session
@@ -131,6 +133,13 @@ func (t *sites) remove(c *claim) {
 	t.note()
 }
 
+// setBase notes how many routes are advertised to all clients: sites are told of them besides each other's networks.
+func (t *sites) setBase(routes int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.base = routes
+}
+
 // note has the next decision made. t.mu may be held.
 func (t *sites) note() {
 	select {
@@ -206,8 +215,10 @@ func (t *sites) decide(all []taken) layout {
 	var b netipx.IPSetBuilder
 	routed := make(map[netip.Prefix]*session)
 	var logs []func()
+	room := routing.MaxRoutes - t.base
 	for i, c := range t.claims {
-		c.has = c.decide(all, t.claims[:i])
+		c.has = c.decide(all, t.claims[:i], room)
+		room -= len(c.has.prefixes)
 		logs = append(logs, c.report()...)
 		for _, p := range c.has.prefixes {
 			routed[p] = c.ss

@@ -37,6 +37,9 @@ type Users struct {
 	holders map[netip.Addr]string
 }
 
+// maxRoutes is how many networks a client takes.
+const maxRoutes = 16384
+
 // ParseUsers parses and validates the contents of a users file. The error, if
 // any, is an *Error.
 func ParseUsers(file string, data []byte) (*Users, error) {
@@ -72,6 +75,9 @@ func ParseUsers(file string, data []byte) (*Users, error) {
 		user.MaxAddresses = t.int("max_addresses", 0, 1, 1<<20)
 		if user.Routes = t.prefixes("routes"); t.has("routes") && user.Routes == nil {
 			user.Routes = []netip.Prefix{}
+		}
+		if n := len(user.Routes); n > maxRoutes {
+			t.add("routes", fmt.Sprintf("%d networks are too many, clients take %d", n, maxRoutes), "write fewer and larger ones")
 		}
 		user.RateUp, user.RateDown = t.rate("rate_up"), t.rate("rate_down")
 		user.Expires = t.time("expires")

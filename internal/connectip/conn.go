@@ -4,6 +4,7 @@
 package connectip
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,14 +25,20 @@ import (
 )
 
 const (
-	maxCapsule      = 64 << 10         // bytes of one capsule's value; some 3,600 IPv6 routes or 6,500 IPv4 routes
+	writeChunk      = 16 << 10         // bytes of a capsule that are written before the next deadline
 	maxPeerRequests = 1024             // addresses that a peer may ask for on one stream
-	maxAssigned     = 64               // addresses that a peer may assign to this endpoint, which looks at each for every packet
-	writeTimeout    = 10 * time.Second // for one capsule; a peer that does not read for so long is gone
+	writeTimeout    = 10 * time.Second // for a chunk of a capsule; a peer that does not read for so long is gone
 	endTimeout      = time.Second      // for a capsule that is being written at the end
 	maxAnswers      = 16               // that wait to be sent
 	drainTimeout    = 5 * time.Second  // for packets that are being sent at the end
 )
+
+// MaxAssigned is how many addresses a peer may assign to an endpoint, which looks at each for every packet.
+const MaxAssigned = 64
+
+// MaxCapsule is the longest capsule that an endpoint takes unless its Config says otherwise, in bytes without type and length: some
+// 1,900 IPv6 routes or 6,500 IPv4 routes.
+const MaxCapsule = 64 << 10
 
 // Protocol is the value of :protocol (RFC 9484 section 4.2).
 const Protocol = "connect-ip"
@@ -112,6 +119,8 @@ type Config struct {
 	// OwnErrors drops ICMP errors that the peer passes on from others: behind it is no network, so the sources of all its packets are
 	// addresses that it has. Otherwise any router may be the source of an error (RFC 9484 section 7.2.1).
 	OwnErrors bool
+	// MaxCapsule is the longest capsule that the peer may send, in bytes; 0: the constant of that name.
+	MaxCapsule int
 	// KernelHopLimit leaves the hop limit of packets to the kernel's forwarding alone.
 	KernelHopLimit bool
 	Stats          *Stats
@@ -275,7 +284,7 @@ func ErrorCode(err error) http3.ErrCode {
 
 // readCapsules handles capsules until the stream ends.
 func (c *Conn) readCapsules() error {
-	r := capsule.NewReader(c.str, maxCapsule)
+	r := capsule.NewReader(c.str, cmp.Or(c.cfg.MaxCapsule, MaxCapsule))
 	r.Skipped = c.cfg.Stats.Receive.countCapsule
 	for {
 		next, err := r.Next()
@@ -320,8 +329,8 @@ func (c *Conn) handleAssign(addrs []capsule.Address) error {
 	if c.cfg.Handler.Assigned == nil {
 		return nil
 	}
-	if n := len(granted(addrs)); n > maxAssigned {
-		return fmt.Errorf("%w: %d addresses assigned, at most %d are accepted", capsule.ErrTooLarge, n, maxAssigned)
+	if n := len(granted(addrs)); n > MaxAssigned {
+		return fmt.Errorf("%w: %d addresses assigned, at most %d are accepted", capsule.ErrTooLarge, n, MaxAssigned)
 	}
 	c.mu.Lock()
 	for _, a := range addrs {
@@ -494,18 +503,38 @@ func (c *Conn) send(x capsule.Capsule, change func(*link)) error {
 			return err
 		}
 	}
-	_ = c.str.SetWriteDeadline(time.Now().Add(writeTimeout))
-	if c.cut || c.closed.Load() { // which is looked at after the deadline was set, see end
-		return fmt.Errorf("sending %v: the tunnel is closed", x.Type())
+	if c.cut {
+		return fmt.Errorf("sending %v: %w", x.Type(), errTunnelClosed)
 	}
-	if _, err := c.str.Write(x.Append(nil)); err != nil {
+	begun, err := c.writeCapsule(x.Append(nil))
+	if err != nil {
 		err = fmt.Errorf("sending %v: %w", x.Type(), err)
-		c.cut = true
-		c.stop(err)
+		if begun {
+			c.cut = true
+			c.stop(err)
+		}
 		return err
 	}
 	c.cfg.Stats.Send.countCapsule(x.Type())
 	return nil
+}
+
+var errTunnelClosed = errors.New("the tunnel is closed")
+
+// writeCapsule writes b, each chunk of it in its own time: a long list takes a while on a slow path. begun reports whether some of it
+// may have been written. c.writing is held.
+func (c *Conn) writeCapsule(b []byte) (begun bool, err error) {
+	for chunk := range slices.Chunk(b, writeChunk) {
+		_ = c.str.SetWriteDeadline(time.Now().Add(writeTimeout))
+		if c.closed.Load() { // which is looked at after the deadline was set, see end
+			return begun, errTunnelClosed
+		}
+		begun = true
+		if _, err := c.str.Write(chunk); err != nil {
+			return begun, err
+		}
+	}
+	return begun, nil
 }
 
 // FirstPacket is closed once a packet, or an answer to Probe, came in through the tunnel.

@@ -292,7 +292,7 @@ func TestMalformedCapsuleResetsTheStream(t *testing.T) {
 		"request ID reused": {repeat((&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: host(clientAddr4)}}}).Append(nil), 2), http3.ErrCodeMessageError},
 		"malformed DNS":     {[]byte("\x9a\xce\x79\xec\x0e\x01\x00\x00\x01\xc0\x00\x02\x21\x00\x00\x00\x01\x00\x00"), http3.ErrCodeMessageError},
 		"malformed PREF64":  {[]byte("\xa7\x4c\x0f\xbc\x01\x60"), http3.ErrCodeMessageError},
-		"too large DNS":     {append([]byte("\x9a\xce\x79\xec"), quicvarint.Append(nil, maxCapsule+1)...), http3.ErrCodeExcessiveLoad},
+		"too large DNS":     {append([]byte("\x9a\xce\x79\xec"), quicvarint.Append(nil, MaxCapsule+1)...), http3.ErrCodeExcessiveLoad},
 		"too large":         {append([]byte{1}, quicvarint.Append(nil, 1<<30)...), http3.ErrCodeExcessiveLoad},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -580,4 +580,39 @@ func TestIdleLinkGrows(t *testing.T) {
 		defer e.stop()
 	}
 	waitCount(t, func() bool { return client.MTU() >= MinIPv6MTU && proxy.MTU() >= MinIPv6MTU })
+}
+
+// How long a capsule may be is up to who receives it.
+func TestLongCapsule(t *testing.T) {
+	var many []capsule.Route
+	for i := range 3000 {
+		a := netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, 0, byte(i >> 7), byte(i << 1)})
+		many = append(many, capsule.Route{Start: a, End: a})
+	}
+	for _, tc := range []struct {
+		name    string
+		limit   int
+		refused bool
+	}{
+		{"by default", 0, true},
+		{"long enough", len(many) * capsule.MaxRouteLen, false},
+		{"a byte less", len(many)*capsule.MaxRouteLen - 1, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			client, proxy := newPair(t, Config{MaxCapsule: tc.limit}, Config{})
+			err := proxy.Advertise(many)
+			if tc.refused {
+				if err := client.wait(t); !errors.Is(err, capsule.ErrTooLarge) {
+					t.Errorf("Run: %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := len(<-client.routes); n != len(many) {
+				t.Errorf("%d routes came, want %d", n, len(many))
+			}
+		})
+	}
 }

@@ -229,7 +229,7 @@ func TestPacedPeerIsEnded(t *testing.T) {
 
 // More addresses than are looked at for each packet are too many.
 func TestTooManyAddresses(t *testing.T) {
-	assigned := make([]capsule.Address, maxAssigned+1)
+	assigned := make([]capsule.Address, MaxAssigned+1)
 	a := clientAddr4
 	for i := range assigned {
 		assigned[i].Prefix = host(a)
@@ -243,7 +243,7 @@ func TestTooManyAddresses(t *testing.T) {
 	if err := proxy.Assign(assigned); err != nil {
 		t.Fatal(err)
 	}
-	if err := client.wait(t); !errors.Is(err, capsule.ErrTooLarge) || !strings.Contains(err.Error(), fmt.Sprint(maxAssigned+1)) {
+	if err := client.wait(t); !errors.Is(err, capsule.ErrTooLarge) || !strings.Contains(err.Error(), fmt.Sprint(MaxAssigned+1)) {
 		t.Errorf("Run: %v", err)
 	}
 }
@@ -292,4 +292,39 @@ func TestICMPErrorsOfAFlood(t *testing.T) {
 	if n := testing.AllocsPerRun(1000, func() { c.admit(spoofed) }); n != 0 {
 		t.Errorf("%v allocations for each packet", n)
 	}
+}
+
+// slowStream is a request stream whose peer reads, but slowly.
+type slowStream struct {
+	*deafStream
+	perChunk time.Duration
+	got      int
+}
+
+func (s *slowStream) SetWriteDeadline(time.Time) error { return nil }
+
+func (s *slowStream) Write(b []byte) (int, error) {
+	time.Sleep(s.perChunk)
+	s.got += len(b)
+	return len(b), nil
+}
+
+// A long capsule may take longer than a peer may be silent, as long as some of it is read all the time.
+func TestLongCapsuleOnASlowPath(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &slowStream{deafStream: newDeafStream(), perChunk: writeTimeout / 2}
+		c := New(s, nil, Config{Device: make(device, 1), Stats: &Stats{}})
+		var routes []capsule.Route
+		for i := range 4*writeChunk/10 + 1 {
+			a := netip.AddrFrom4([4]byte{11, byte(i >> 15), byte(i >> 7), byte(i << 1)})
+			routes = append(routes, capsule.Route{Start: a, End: a})
+		}
+		start := time.Now()
+		if err := c.Advertise(routes); err != nil || s.got < 4*writeChunk {
+			t.Errorf("%d bytes were written, %v", s.got, err)
+		}
+		if took := time.Since(start); took < writeTimeout {
+			t.Errorf("it took %v, want longer than %v", took, writeTimeout)
+		}
+	})
 }

@@ -13,6 +13,10 @@ import (
 // DefaultPath is the path of the URI template that every proxy serves (RFC 9484 section 3).
 const DefaultPath = "/.well-known/masque/ip/{target}/{ipproto}/"
 
+// maxTemplate leaves room for the values of the variables, and for the other fields of a request, in the 16 KiB that a proxy takes,
+// in bytes.
+const maxTemplate = 4 << 10
+
 // The variables of a URI template for IP proxying (RFC 9484 section 4.1).
 const (
 	varTarget  = "target"
@@ -36,6 +40,9 @@ var expression = regexp.MustCompile(`\{([^{}]*)\}`)
 func ParseTemplate(raw string) (*Template, error) {
 	fail := func(format string, args ...any) (*Template, error) {
 		return nil, fmt.Errorf("URI template %q: %s", raw, fmt.Sprintf(format, args...))
+	}
+	if len(raw) > maxTemplate {
+		return nil, fmt.Errorf("a URI template of %d bytes is too long, at most %d are possible", len(raw), maxTemplate)
 	}
 	for i := range len(raw) {
 		if raw[i] < 0x21 || raw[i] > 0x7e {
