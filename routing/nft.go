@@ -46,7 +46,7 @@ type chainText struct {
 	priority *nftables.ChainPriority
 	policy   *nftables.ChainPolicy
 	comments [][]byte // the rules' user data
-	handles  []uint64 // of the rules: the kernel gives each to one rule only
+	bodies   [][]byte // what the rules do, but for what they count
 }
 
 const loopback = 1 // the index of lo in every network namespace
@@ -211,7 +211,7 @@ func readTable(name string) (chains []chainText, found bool, err error) {
 		text := chainText{name: ch.Name, hook: ch.Hooknum, priority: ch.Priority, policy: ch.Policy}
 		for _, r := range rules {
 			text.comments = append(text.comments, r.UserData)
-			text.handles = append(text.handles, r.Handle)
+			text.bodies = append(text.bodies, body(r))
 		}
 		chains = append(chains, text)
 	}
@@ -253,7 +253,19 @@ func (c chain) hooked(h chainText) bool {
 // untouched says whether the rules of our table are those of the last look,
 // and not others with the same comments.
 func untouched(now, last []chainText) bool {
-	return last == nil || slices.EqualFunc(now, last, func(a, b chainText) bool { return slices.Equal(a.handles, b.handles) })
+	return last == nil || slices.EqualFunc(now, last, func(a, b chainText) bool { return slices.EqualFunc(a.bodies, b.bodies, bytes.Equal) })
+}
+
+// body is what a rule does, as the library understands it.
+func body(r *nftables.Rule) (b []byte) {
+	for _, e := range r.Exprs {
+		if _, ok := e.(*expr.Counter); ok {
+			e = &expr.Counter{}
+		}
+		data, _ := expr.Marshal(byte(nftables.TableFamilyINet), e)
+		b = append(b, data...)
+	}
+	return b
 }
 
 // available leaves out the chains that this kernel was found to lack.
@@ -272,7 +284,7 @@ func (s *scope) writeTable(chains []chain) error {
 	if !absent {
 		err = s.commit(s.tableName(), found, chains)
 	}
-	if err == nil || errors.Is(err, unix.EPERM) {
+	if err == nil || !absent && !lacks(err) {
 		return explain(err)
 	}
 	for _, missing := range [][]string{{needsReply}, {needsGuard, needsReply}, {needsMark, needsReply}, {needsGuard, needsMark, needsReply}} {
@@ -288,6 +300,17 @@ func (s *scope) writeTable(chains []chain) error {
 		return nil
 	}
 	return fmt.Errorf("%w: the kernel needs nf_tables with nft_masq for masquerading (since Linux 5.2 for table inet)", err)
+}
+
+// lacks says whether an error of a transaction may mean that the kernel does not
+// have something, and not that it cannot do it now.
+func lacks(err error) bool {
+	for _, e := range []error{unix.EPERM, unix.ENOMEM, unix.ENOBUFS, unix.EBUSY, unix.EAGAIN, unix.EINTR, unix.EEXIST} {
+		if errors.Is(err, e) {
+			return false
+		}
+	}
+	return true
 }
 
 // commitTable makes a table with these chains, in place of what there is if it

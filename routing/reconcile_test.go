@@ -2,14 +2,22 @@ package routing
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
 )
 
 // kept is what a test sees of a Manager that keeps its state.
@@ -60,13 +68,14 @@ func (k *kept) now() (Health, int) {
 // await waits for a Health that is as it shall be.
 func (k *kept) await(what string, ok func(Health) bool) Health {
 	k.h.t.Helper()
+	timeout := time.After(patience)
 	for {
 		if h, n := k.now(); n > 0 && ok(h) {
 			return h
 		}
 		select {
 		case <-k.changed:
-		case <-k.h.t.Context().Done():
+		case <-timeout:
 			h, _ := k.now()
 			k.h.t.Fatalf("%s: the health is still %+v", what, h)
 		}
@@ -212,5 +221,247 @@ func TestKeepHoldsIPv6(t *testing.T) {
 	k.await("back", func(now Health) bool { return !now.IPv6Held && now.Problem == "" && len(now.Addresses) == 2 })
 	if got := h.lookup("2a00::1", 0); got != tunnel {
 		t.Errorf("2a00::1 leads to interface %d, want %d", got, tunnel)
+	}
+}
+
+// A rule of ours that another program replaces by one with the same comment is not taken for ours.
+func TestKeepKnowsItsRules(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, full())
+	k := h.keep(m)
+	h.do(func() {
+		c, err := nftables.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		table := &nftables.Table{Name: m.tableName(), Family: nftables.TableFamilyINet}
+		rules, err := c.GetRules(table, &nftables.Chain{Name: "guard", Table: table})
+		if err != nil || len(rules) == 0 {
+			t.Fatalf("%d rules, %v", len(rules), err)
+		}
+		r := rules[0]
+		c.ReplaceRule(&nftables.Rule{Table: table, Chain: r.Chain, Handle: r.Handle, UserData: r.UserData, Exprs: []expr.Any{
+			&expr.Verdict{Kind: expr.VerdictAccept},
+		}})
+		if err := c.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	})
+	k.await("a repair", func(now Health) bool { return now.Repairs["table"] == 1 && now.Problem == "" })
+	if rules := h.run("nft", "list", "chain", "inet", m.tableName(), "guard"); strings.Count(rules, "drop") != 3 {
+		t.Errorf("the chain is\n%s", rules)
+	}
+}
+
+// What cannot be put back is a problem that is named, and goes away when it can.
+func TestKeepWithoutSuccess(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	failing := false
+	commit := m.commit
+	m.commit = func(table string, replace bool, chains []chain) error {
+		if failing {
+			return unix.ENOMEM
+		}
+		return commit(table, replace, chains)
+	}
+	h.apply(m, full())
+	m.mu.Lock()
+	failing = true
+	m.mu.Unlock()
+	k := h.keep(m)
+	h.run("nft", "delete", "table", "inet", m.tableName())
+	k.await("a problem", func(now Health) bool {
+		return strings.Contains(now.Problem, "write nftables table inet masque-one") && strings.Contains(now.Problem, "out of memory")
+	})
+	m.mu.Lock()
+	failing = false
+	m.mu.Unlock()
+	k.await("a repair", func(now Health) bool { return now.Problem == "" && now.Repairs["table"] == 1 })
+}
+
+// A program that takes the same thing away each time it comes back is named in the health, and does not keep this one busy.
+func TestKeepInATugOfWar(t *testing.T) {
+	h := newHost(t)
+	h.log = new(logBuffer)
+	h.uplink()
+	h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Logger: h.log.logger()})
+	h.apply(m, full())
+	k := h.keep(m)
+	for n := uint64(1); n <= patienceOfFeud+1; n++ {
+		h.ip("rule del priority 9548")
+		k.await("the rule", func(now Health) bool { return now.Repairs["rule"] == n })
+	}
+	k.await("a problem", func(now Health) bool { return strings.Contains(now.Problem, "add IPv4 rule 9548") })
+	h.ip("rule del priority 9548")
+	h.ip("link set masque0 mtu 1300") // something else is put right at once all the same
+	now := k.await("the MTU", func(now Health) bool { return now.Repairs["mtu"] == 1 })
+	if now.Repairs["rule"] != patienceOfFeud+1 {
+		t.Errorf("the rule was put back %d times", now.Repairs["rule"])
+	}
+	k.await("the rule, later", func(now Health) bool { return now.Repairs["rule"] == patienceOfFeud+2 })
+	if n := strings.Count(h.log.String(), "again and again: stop it"); n != 1 {
+		t.Errorf("the log says it %d times", n)
+	}
+}
+
+// However often something changes, and however long it takes to look at everything, looking takes a fifth of the time.
+func TestLookingLeavesPauses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		changed := make(chan struct{}) // there is always one
+		go func() {
+			for {
+				select {
+				case changed <- struct{}{}:
+				case <-ctx.Done():
+					return
+				}
+			}
+		}()
+		const takes = 100 * time.Millisecond
+		looks := 0
+		err := keepLooking(ctx, changed, func(bool) (time.Duration, error) {
+			looks++
+			time.Sleep(takes)
+			return 0, nil
+		})
+		if most := int(time.Minute/(takes*(1+restFactor))) + 1; err != nil || looks < most-2 || looks > most {
+			t.Errorf("%d looks, %v, want about %d", looks, err, most)
+		}
+	})
+}
+
+// Changes that are none of ours do not reach this process: a host may change other routes thousands of times a second.
+func TestNotificationsAreFiltered(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	index, _ := h.tun("masque0")
+	h.ip("link set masque0 up")
+	var n *notifications
+	h.do(func() {
+		var err error
+		if n, err = subscribe(unix.NETLINK_ROUTE, slices.Concat(linkGroups, routeGroups, ruleGroups), ownFilter(index)); err != nil {
+			t.Fatal(err)
+		}
+	})
+	defer n.file.Close()
+	foreign := "route add 192.0.2.0/24 dev up0 proto static\nroute del 192.0.2.0/24 dev up0 proto static\n" +
+		"route add 2001:db8:9::/48 dev up0 proto static\nroute del 2001:db8:9::/48 dev up0 proto static\n"
+	h.batch(strings.Repeat(foreign, 1000))
+	h.ip("addr add 192.168.5.3/24 dev up0")
+	h.ip("link add other type veth peer name another")
+	for _, tt := range []struct {
+		change string
+		want   uint16
+	}{
+		{"rule add fwmark 7 lookup 7", unix.RTM_NEWRULE},
+		{"rule del fwmark 7 lookup 7", unix.RTM_DELRULE},
+		{"addr add 10.77.0.2/32 dev masque0", unix.RTM_NEWADDR},
+		{"route add 192.0.2.0/24 dev masque0 proto 94", 0},
+		{"route del 192.0.2.0/24 dev masque0 proto 94", unix.RTM_DELROUTE},
+		{"link set masque0 mtu 1300", unix.RTM_NEWLINK},
+	} {
+		h.ip(tt.change)
+		if tt.want == 0 {
+			continue
+		}
+		message := make([]byte, 1<<14)
+		if _, err := n.file.Read(message); err != nil {
+			t.Fatal(err)
+		}
+		if got := binary.NativeEndian.Uint16(message[messageType:]); got != tt.want {
+			t.Errorf("after %q there is a message of type %d, want %d", tt.change, got, tt.want)
+		}
+	}
+}
+
+// batch runs lines of ip(8).
+func (h *host) batch(lines string) {
+	h.t.Helper()
+	file := filepath.Join(h.t.TempDir(), "batch")
+	if err := os.WriteFile(file, []byte(lines), 0o600); err != nil {
+		h.t.Fatal(err)
+	}
+	h.run("ip", "-batch", file)
+}
+
+// keepKill has a kill switch stay closed until the test ends.
+func (h *host) keepKill(k *KillSwitch) <-chan KillSwitchHealth {
+	h.t.Helper()
+	health := make(chan KillSwitchHealth, 100)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		h.do(func() {
+			if err := k.Keep(ctx, func(h KillSwitchHealth) { health <- h }); err != nil {
+				h.t.Error(err)
+			}
+		})
+	}()
+	h.t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+	if now := <-health; !now.Closed || now.Problem != "" {
+		h.t.Fatalf("at the start: %+v", now)
+	}
+	return health
+}
+
+// A kill switch that another program opens is closed again, for the same interface; each time, but not at any rate.
+func TestKillSwitchIsKept(t *testing.T) {
+	h, _ := connect(t)
+	h.log = new(logBuffer)
+	h.tun("masque0")
+	k := &KillSwitch{Instance: "one", Mark: DefaultMark, Logger: h.log.logger()}
+	h.closeKill(k, "masque0")
+	ruleset := h.run("nft", "--stateless", "list", "ruleset")
+	health := h.keepKill(k)
+	repairs := uint64(0)
+	for _, damage := range []string{
+		"nft flush ruleset",
+		"nft delete table inet masquevpn-kill-one",
+		"nft insert rule inet masquevpn-kill-one output accept",
+		"nft flush table inet masquevpn-kill-one",
+		"nft add table inet masquevpn-kill-one { flags dormant ; }",
+	} {
+		args := strings.Fields(damage)
+		h.run(args[0], args[1:]...)
+		repairs++
+		if now := <-health; now != (KillSwitchHealth{Closed: true, Repairs: repairs}) {
+			t.Errorf("after %q: %+v", damage, now)
+		}
+		if h.sends("0.0.0.0:0", proxyAddr4+":443", 0) {
+			t.Errorf("after %q, packets leave", damage)
+		}
+		if got := h.run("nft", "--stateless", "list", "ruleset"); got != ruleset {
+			t.Errorf("after %q:\n%s\nwant\n%s", damage, got, ruleset)
+		}
+	}
+	if n := strings.Count(h.log.String(), "closed again"); n != int(repairs) {
+		t.Errorf("the log says it %d times:\n%s", n, h.log)
+	}
+	h.closeKill(k, "") // by this process itself
+	h.closeKill(k, "masque0")
+	h.run("nft", "flush", "ruleset")
+	repairs++
+	if now := <-health; !now.Closed || now.Problem == "" || now.Repairs != repairs {
+		t.Errorf("after another time: %+v, want a problem", now)
+	}
+	h.run("nft", "flush", "ruleset")
+	if now := <-health; now.Closed || now.Problem == "" {
+		t.Errorf("and then: %+v, want open", now)
+	}
+	if now := <-health; !now.Closed || now.Repairs != repairs+1 {
+		t.Errorf("a second later: %+v, want closed", now)
 	}
 }
