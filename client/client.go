@@ -67,8 +67,9 @@ type Client struct {
 	repairs           map[string]uint64
 	killSwitchRepairs uint64
 
-	failure   *Error     // of the last attempt at a session, nil once one was connected
-	conflicts sync.Mutex // held while conflicts with the host's routes are noted
+	failure      *Error     // of the last attempt at a session, nil once one was connected
+	noting       sync.Mutex // guards askedOutside, and is held while conflicts with the host's routes are noted
+	askedOutside string     // what the log said last of names that are asked outside
 
 	notices         map[string]notice // by key
 	connectedReason string            // reason of the last StateConnected, shown again when no notice degrades the tunnel

@@ -13,12 +13,14 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/hostdns"
+	"masquevpn/routing"
 )
 
 // DNS says what the host's resolver is told while the tunnel is there. The zero value is what the proxy says
 // (draft-ietf-masque-connect-ip-dns-06). Lists that are not empty count in place of the proxy's.
 type DNS struct {
 	Off     bool // nothing
+	Hold    bool // queries that would leave outside a full tunnel are refused
 	Servers []netip.Addr
 	Search  []string // domains that are tried behind short names
 	Domains []string // what the servers resolve, with all names below; "." for all names
@@ -29,6 +31,7 @@ type Resolver interface {
 	Apply(hostdns.Settings) (via string, err error)
 	Reaches(server netip.AddrPort) bool                 // through the tunnel
 	Upstream() (servers []netip.AddrPort, applied bool) // besides the tunnel's
+	Outside() []netip.AddrPort                          // those of them that queries reach outside the tunnel
 	Close() error
 }
 
@@ -107,6 +110,49 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	case before.Applied && !now.Applied:
 		c.cfg.Logger.Info("DNS is not applied any more")
 	}
+}
+
+// noticeDNS is the key of the warning about names that are asked outside the tunnel.
+const noticeDNS = "dns"
+
+// noteOutside says, in the log and in the status, whom this host asks for names outside a tunnel for everything.
+func (c *Client) noteOutside() {
+	c.noting.Lock()
+	defer c.noting.Unlock()
+	c.mu.Lock()
+	state, told := c.lastState, c.status.DNS
+	c.mu.Unlock()
+	text := ""
+	if r := c.resolver(); r != nil && state != nil && (routing.IsFull(state.Routes, false) || routing.IsFull(state.Routes, true)) &&
+		!(told.Applied && slices.Contains(told.Domains, hostdns.Root)) {
+		if servers := r.Outside(); len(servers) > 0 {
+			text = c.outside(join(servers), told)
+		}
+	}
+	if text != "" && text != c.askedOutside {
+		c.cfg.Logger.Warn("DNS beside a full tunnel", "reason", text)
+	}
+	c.askedOutside = text
+	c.warn(noticeDNS, text)
+}
+
+// outside says what becomes of queries to servers outside the tunnel, and why it has none for them.
+func (c *Client) outside(servers string, told connectip.DNSStatus) string {
+	why := "the proxy hands out no nameservers"
+	switch {
+	case told.Applied:
+		why = "the tunnel's nameservers are for some names alone"
+	case told.Reason != "":
+		why = told.Reason
+	}
+	const remedy = "set dns.servers to nameservers in the tunnel"
+	switch {
+	case c.cfg.DNS.Hold:
+		return fmt.Sprintf("DNS queries to %s are refused, because they would leave outside the tunnel (%s): %s", servers, why, remedy)
+	case c.cfg.KillSwitch != nil:
+		return fmt.Sprintf("DNS queries to %s leave outside the tunnel, in the clear, as far as kill_switch.allow lets them (%s): %s", servers, why, remedy)
+	}
+	return fmt.Sprintf("DNS queries to %s leave outside the tunnel, in the clear (%s): %s, or dns.outside = false to have them refused", servers, why, remedy)
 }
 
 // errAllNames is why the proxy's nameservers are not asked about all names.

@@ -63,6 +63,7 @@ type resolving struct {
 
 	mu   sync.Mutex
 	said []string
+	asks []netip.AddrPort // the host's servers outside the tunnel
 }
 
 func (r *resolving) note(format string, args ...any) {
@@ -92,6 +93,12 @@ func (r *resolving) Reaches(server netip.AddrPort) bool {
 }
 
 func (r *resolving) Upstream() ([]netip.AddrPort, bool) { return nil, false }
+
+func (r *resolving) Outside() []netip.AddrPort {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.asks
+}
 
 func (r *resolving) Close() error {
 	r.note("closed")
@@ -335,5 +342,72 @@ func TestLookupBesideTheTunnel(t *testing.T) {
 	upstream = []netip.AddrPort{silent}
 	if got, err := d.resolve(ctx); err != nil || !slices.Equal(got, want) {
 		t.Errorf("got %v, %v", got, err)
+	}
+}
+
+// Under a tunnel for everything, the status says when names are asked outside it, and why; a resolver that asks the tunnel's servers for
+// all names does not do that.
+func TestDNSOutside(t *testing.T) {
+	router := []netip.AddrPort{netip.MustParseAddrPort("192.168.1.1:53")}
+	for name, tc := range map[string]struct {
+		pushed proxy.DNS
+		change func(*Config)
+		asks   []netip.AddrPort
+		want   string // what the warning begins with; "": none
+		hold   bool
+	}{
+		"no servers from the proxy": {asks: router,
+			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (the proxy hands out no nameservers): set dns.servers to nameservers in the tunnel, or dns.outside = false"},
+		"held": {change: func(c *Config) { c.DNS.Hold = true }, asks: router, hold: true,
+			want: "DNS queries to 192.168.1.1 are refused, because they would leave outside the tunnel (the proxy hands out no nameservers)"},
+		"behind a kill switch": {change: func(c *Config) { c.KillSwitch = &killSwitch{} }, asks: router,
+			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear, as far as kill_switch.allow lets them"},
+		"off": {pushed: corp, change: func(c *Config) { c.DNS.Off = true }, asks: router,
+			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (dns.mode is off)"},
+		"for some names": {pushed: proxy.DNS{Servers: corp.Servers, Domains: []string{"corp.example"}}, asks: router,
+			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (the tunnel's nameservers are for some names alone)"},
+		"for all names":       {pushed: proxy.DNS{Servers: corp.Servers}, asks: router},
+		"through the tunnel":  {},
+		"split":               {change: func(c *Config) { c.Accept = prefixes("192.0.2.0/24") }, asks: router},
+		"split, none is held": {change: func(c *Config) { c.Accept, c.DNS.Hold = prefixes("192.0.2.0/24"), true }, asks: router},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := startProxy(t, pushing(tc.pushed))
+			r := &resolving{asks: tc.asks}
+			kernel := &network{}
+			n := startClient(t, f, func(c *Config) {
+				r.config(c)
+				c.OpenNetwork = func(Device) (Network, error) { return kernel, nil }
+				if tc.change != nil {
+					tc.change(c)
+				}
+			})
+			n.awaitConnected(t)
+			n.await(t, "DNS is dealt with", func(s Status) bool {
+				text := strings.Join(s.Warnings, "\n")
+				return strings.HasPrefix(text, tc.want) && (tc.want == "") == (text == "")
+			})
+			if got := kernel.last().HoldDNS; got != tc.hold {
+				t.Errorf("the kernel holds queries: %t, want %t", got, tc.hold)
+			}
+		})
+	}
+}
+
+// The host that comes into another network, where names are asked outside, says so then.
+func TestDNSOutsideLater(t *testing.T) {
+	f := startProxy(t, nil)
+	u, r := newUplink(), &resolving{}
+	n := startClient(t, f, func(c *Config) {
+		r.config(c)
+		c.OpenUplink = u.open
+	})
+	n.awaitConnected(t)
+	for _, asks := range [][]netip.AddrPort{{netip.MustParseAddrPort("192.168.7.1:53")}, nil} {
+		r.mu.Lock()
+		r.asks = asks
+		r.mu.Unlock()
+		u.set("192.0.2.1", nil)
+		n.await(t, fmt.Sprintf("the status follows %v", asks), func(s Status) bool { return len(s.Warnings) == len(asks) })
 	}
 }

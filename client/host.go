@@ -107,13 +107,19 @@ func (h *host) watch(ctx context.Context, noteChange func()) {
 	}
 }
 
+// noteHost has the status say what a change of the host's network means for the tunnel.
+func (c *Client) noteHost() {
+	c.noteConflicts()
+	c.noteOutside()
+}
+
 // noticeConflict is the key of warnings about routes and networks of the host.
 const noticeConflict = "conflict"
 
 // noteConflicts says, in the log and in the status, where the tunnel and the host's networks and routes are at odds now.
 func (c *Client) noteConflicts() {
-	c.conflicts.Lock()
-	defer c.conflicts.Unlock()
+	c.noting.Lock()
+	defer c.noting.Unlock()
 	conflicts, err := c.ends.Current().network.FollowHost()
 	if err != nil {
 		c.cfg.Logger.Debug("conflicts with the host's networks are not known", "error", err)
@@ -131,7 +137,7 @@ func (c *Client) watchHost(ctx context.Context) (end func(), err error) {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var watching sync.WaitGroup
-	watching.Go(func() { c.host.watch(ctx, c.noteConflicts) })
+	watching.Go(func() { c.host.watch(ctx, c.noteHost) })
 	return func() {
 		cancel()
 		watching.Wait()

@@ -29,7 +29,7 @@ func (c *Client) warn(key, text string) { c.setNotice(key, notice{text: text}) }
 func (c *Client) degrade(key, text string) { c.setNotice(key, notice{text: text, degrades: true}) }
 
 // warnAll has the status list several warnings under a key, in place of those
-// that it lists there, and logs those that are new. It is called with c.conflicts
+// that it lists there, and logs those that are new. It is called with c.noting
 // held.
 func (c *Client) warnAll(key string, texts []string) {
 	c.mu.Lock()

@@ -430,6 +430,7 @@ func (s *session) apply() (complete bool, err error) {
 	}
 	s.full = routing.IsFull(inside, false) || routing.IsFull(inside, true)
 	if c.cfg.InstallRoutes {
+		state.HoldDNS = c.cfg.DNS.Hold && s.full
 		state.Routes = append(s.whole(s.beyond(inside), addrs), c.cfg.AssignPeer...)
 	}
 	c.had = addrs
@@ -472,6 +473,7 @@ func (s *session) apply() (complete bool, err error) {
 	c.status.SetRoutes(routes)
 	c.notify()
 	c.mu.Unlock()
+	c.noteOutside()
 	return true, nil
 }
 

@@ -72,6 +72,9 @@
 // those into the tunnel. They are not of the interface: after a crash they stay,
 // as throw routes do, until the next start or [Clean].
 //
+// Queries for names outside the tunnel, such as to the router of the LAN, are
+// refused by chains in the same nftables table, with State.HoldDNS.
+//
 // # Strict reverse path filtering
 //
 // A reply to the outer socket comes in through the uplink, while the way back to

@@ -49,6 +49,11 @@ type chainText struct {
 	bodies   [][]byte // what the rules do, but for what they count
 }
 
+const (
+	dnsPort    = 53
+	dnsTLSPort = 853 // of DNS over TLS and QUIC, RFC 7858 and RFC 9250
+)
+
 const loopback = 1 // the index of lo in every network namespace
 
 // The features that kernels may lack, with the chains that need them.
@@ -111,6 +116,9 @@ func newChains(s State, sc *scope, policyRouting bool) (chains []chain) {
 		})
 		chains = append(chains, newInboundChains(s, sc)...)
 	}
+	if s.HoldDNS && sc.Mark != 0 {
+		chains = append(chains, newDNSChains(sc)...)
+	}
 	if len(s.Masquerade) != 0 {
 		nat := chain{
 			name: "nat", kind: nftables.ChainTypeNAT,
@@ -130,6 +138,39 @@ func newChains(s State, sc *scope, policyRouting bool) (chains []chain) {
 		chains = append(chains, nat)
 	}
 	return chains
+}
+
+// newDNSChains returns the chains that hold queries for names outside the tunnel.
+func newDNSChains(sc *scope) []chain {
+	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
+	inside := []filter{
+		{fmt.Sprintf("interface %d is the tunnel", sc.index), append(meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(sc.index)), accept...)},
+		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept...)},
+	}
+	own := filter{fmt.Sprintf("sockets with mark %#x ask for the proxy", sc.Mark), append(meta(expr.MetaKeyMARK, expr.CmpOpEq, sc.Mark), accept...)}
+	var refuse []filter
+	for _, p := range []struct {
+		name     string
+		protocol byte
+	}{{"UDP", unix.IPPROTO_UDP}, {"TCP", unix.IPPROTO_TCP}} {
+		for _, port := range []uint16{dnsPort, dnsTLSPort} {
+			refuse = append(refuse, filter{
+				fmt.Sprintf("queries to %s port %d do not leave outside the tunnel", p.name, port),
+				slices.Concat(is(expr.MetaKeyL4PROTO, p.protocol), []expr.Any{
+					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+					&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
+					&expr.Counter{}, &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED},
+				}),
+			})
+		}
+	}
+	return []chain{{
+		name: "dns", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityFilter,
+		rules: slices.Concat([]filter{own}, inside, refuse),
+	}, {
+		name: "dns-forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter,
+		rules: slices.Concat(inside, refuse),
+	}}
 }
 
 // meta compares a property of the packet. The value stays in register 1.

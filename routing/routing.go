@@ -97,6 +97,12 @@ type State struct {
 	// Exclude are prefixes that go around the tunnel. Only with a Config.Mark.
 	Exclude []netip.Prefix
 
+	// HoldDNS refuses queries for names that would leave through another
+	// interface than the tunnel's, in the clear or over TLS or QUIC, be they of
+	// the host or forwarded by it. Sockets with the mark pass. Only with a
+	// Config.Mark.
+	HoldDNS bool
+
 	// Forward makes the host a router, for the families that Addresses, Routes
 	// and Masquerade name.
 	Forward bool

@@ -340,3 +340,62 @@ func TestMarkSocket(t *testing.T) {
 		}
 	}
 }
+
+// Queries for names that would leave outside the tunnel are refused at once,
+// those of the socket that looks for the proxy and those to other ports are not.
+func TestHoldDNS(t *testing.T) {
+	h, router := connect(t)
+	h.tun("masque0")
+	before := h.snapshot()
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	state := State{Addresses: prefixes("10.77.0.2/32", "fd77::2/128"), Routes: prefixes("0.0.0.0/0", "::/0"), HostRoutes: HostAll, HoldDNS: true}
+	h.apply(m, state)
+	for _, at := range []struct{ host, router string }{{hostAddr4, routerAddr4}, {hostAddr6, routerAddr6}} {
+		for _, port := range []uint16{53, 853, 54} {
+			to := netip.AddrPortFrom(netip.MustParseAddr(at.router), port)
+			server := router.listen(to.String(), 0)
+			for _, mark := range []uint32{DefaultMark, 0} {
+				var err error
+				h.do(func() {
+					d := net.Dialer{Control: MarkSocket(mark)}
+					var c net.Conn
+					if c, err = d.Dial("udp", to.String()); err != nil {
+						return
+					}
+					defer c.Close()
+					if _, err = c.Write([]byte("query")); err == nil {
+						if text, _ := receive(t, server); text != "query" {
+							t.Errorf("%v got %q", to, text)
+						}
+					}
+				})
+				if held := err != nil; held != (port != 54 && mark == 0) {
+					t.Errorf("to %v with mark %d: %v", to, mark, err)
+				}
+			}
+			h.do(func() {
+				c, err := net.DialTimeout("tcp", to.String(), patience)
+				if err == nil {
+					c.Close()
+				}
+				if refused := errors.Is(err, syscall.ECONNREFUSED); refused != (port == 54) { // by the router, which has no such server
+					t.Errorf("TCP to %v: %v", to, err)
+				}
+			})
+		}
+	}
+	state.HoldDNS = false
+	h.apply(m, state)
+	h.do(func() {
+		c, err := net.Dial("udp", routerAddr4+":53")
+		if err == nil {
+			defer c.Close()
+			_, err = c.Write([]byte("query"))
+		}
+		if err != nil {
+			t.Errorf("without HoldDNS: %v", err)
+		}
+	})
+	h.close(m)
+	h.same(before)
+}

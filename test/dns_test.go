@@ -301,6 +301,53 @@ func TestDNSIsNotApplied(t *testing.T) {
 	}
 }
 
+// Names that are asked of the LAN's router beside a tunnel for everything, because the proxy hands out no nameservers, are said in
+// status and log, and held where that is wanted. When the tunnel is down, they are asked as before.
+func TestDNSBesideTheTunnel(t *testing.T) {
+	for _, tc := range []struct {
+		name, config string
+		leaves       bool
+		says         string
+	}{
+		{"said", "", true, "DNS queries to 192.168.77.1 leave outside the tunnel, in the clear (the proxy hands out no nameservers)"},
+		{"held", "\n[dns]\noutside = false\n", false, "DNS queries to 192.168.77.1 are refused, because they would leave outside the tunnel"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			r := &resolver{pair: newPair(t, options{client: tc.config})}
+			r.givePrivateLAN()
+			socket, err := r.Router.ListenPacket("udp", "192.168.77.1:53")
+			check(t, err)
+			serveNames(t, socket)
+			r.setResolver("nameserver 192.168.77.1\n")
+			r.looksUp("before.example")
+			before := r.snapshot(r.Client)
+			r.connect(r.Client, "alice")
+			r.outside, err = r.Client.Capture("eth0", func(p lab.Packet) bool {
+				udp, ok := p.TransportLayer().(*layers.UDP)
+				return ok && p.Outgoing && udp.DstPort == 53
+			})
+			check(t, err)
+			out, err := r.Client.Command(r.ctx, "getent", "ahostsv4", "secret.example").CombinedOutput()
+			if found := err == nil; found != tc.leaves {
+				t.Errorf("looking up a name: %v\n%s", err, out)
+			}
+			check(t, r.outside.Close())
+			if asked := r.asked(); (len(asked) > 0) != tc.leaves {
+				t.Errorf("asked outside: %q", asked)
+			}
+			if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text, tc.says) {
+				t.Errorf("the status does not say %q:\n%s", tc.says, text)
+			}
+			if log := r.clientLog("alice"); !strings.Contains(log, tc.says) {
+				t.Errorf("the log does not say %q:\n%s", tc.says, log)
+			}
+			r.down(r.Client, "alice")
+			r.looksUp("after.example")
+			r.unchanged(r.Client, before)
+		})
+	}
+}
+
 // The client shows what the proxy is configured to tell it about name resolution, and follows a reload.
 func TestDNSIsShown(t *testing.T) {
 	p := newPair(t, options{proxy: `

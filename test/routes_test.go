@@ -39,6 +39,7 @@ func (p *pair) givePrivateLAN() {
 			check(p.t, end.host.Command(p.ctx, "ip", args...).Run())
 		}
 	}
+	p.ping(p.Client, private4, private6) // they are in service
 }
 
 // watch is what of the client's host leaves where, of that which leavesBy sends.

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -16,6 +17,7 @@ import (
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
 	"masquevpn/internal/hostdns"
+	"masquevpn/routing"
 )
 
 func (o *options) checkCommand() *cobra.Command {
@@ -66,6 +68,12 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string, connect
 		c.Warn(fmt.Sprintf("instance: not known: %v", err), "")
 	case running:
 		c.OK("instance: %s is running", name)
+		var s client.Status
+		if err := control.NewClient(o.RunDir, name).Get(ctx, statusPath, &s); err == nil {
+			for _, w := range s.Warnings {
+				c.Warn("instance: "+cli.OneLine(w), "")
+			}
+		}
 	case l != nil:
 		c.Interface(l.file.Device)
 		c.Metrics(l.file.Metrics, true)
@@ -106,8 +114,10 @@ func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 func (l *loaded) checkDNS(c *cli.Checks) {
 	if l.config.DNS.Off {
 		c.OK("DNS: off, the host's resolver stays as it is")
+		l.checkOutside(c)
 		return
 	}
+	defer l.checkOutside(c)
 	via, splits := hostdns.Detect(hostdns.Config{})
 	switch {
 	case splits:
@@ -117,6 +127,34 @@ func (l *loaded) checkDNS(c *cli.Checks) {
 			"use systemd-resolved, with /etc/resolv.conf a link to /run/systemd/resolve/stub-resolv.conf")
 	default:
 		c.OK("DNS: by way of %s, for all names or none", via)
+	}
+}
+
+// checkOutside says whom this host asks for names outside a full tunnel, where that may happen.
+func (l *loaded) checkOutside(c *cli.Checks) {
+	d, full := l.config.DNS, routing.IsFull(l.config.Accept, false) || routing.IsFull(l.config.Accept, true)
+	if !l.config.InstallRoutes || !full || !d.Off && len(d.Servers) > 0 && (len(d.Domains) == 0 || slices.Contains(d.Domains, hostdns.Root)) {
+		return
+	}
+	tunnel := routing.State{Routes: l.config.Accept, HostRoutes: l.config.HostRoutes, Local: l.config.AdvertiseRoutes}
+	var outside []string
+	for _, a := range hostdns.Servers(hostdns.Config{}) {
+		addr := a.Addr().WithZone("")
+		if addr.IsLoopback() || tunnel.HostFirst(netip.PrefixFrom(addr, addr.BitLen())) {
+			outside = append(outside, addr.String())
+		}
+	}
+	if len(outside) == 0 {
+		return
+	}
+	servers := strings.Join(outside, ", ")
+	switch {
+	case d.Hold:
+		c.OK("DNS: under a full tunnel, queries to %s are refused (dns.outside = false)", servers)
+	case d.Off:
+		c.Warn(fmt.Sprintf("DNS: names are asked of %s, outside a full tunnel", servers), `set dns.mode = "auto", or dns.outside = false to have such queries refused`)
+	default:
+		c.OK("DNS: if the proxy hands out no nameservers, names are asked of %s, outside a full tunnel; dns.servers or dns.outside = false change that", servers)
 	}
 }
 

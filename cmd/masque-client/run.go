@@ -76,6 +76,8 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 	kill := l.killSwitch(name, logger)
 	if l.file.KillSwitch {
 		l.config.KillSwitch = kill
+	}
+	if l.file.KillSwitch || !l.file.DNSOutside {
 		l.config.Nameservers = upstreamServers()
 	}
 	if l.config.Installation, err = o.installation(name, l.config.Proxy); err != nil {

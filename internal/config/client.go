@@ -39,6 +39,7 @@ type Client struct {
 	DNS                   bool         // the host's resolver is told of the tunnel's servers
 	DNSServers            []netip.Addr // in place of what the proxy says, where there are any
 	DNSSearch, DNSDomains []string     // likewise; without the final dot, "." is all names
+	DNSOutside            bool         // under a full tunnel, names may be asked outside it
 
 	Congestion string // inner or outer
 
@@ -157,6 +158,7 @@ func IsProxy(s string) bool {
 
 func (c *Client) parseDNS(dns *table) {
 	c.DNS = dns.oneOf("mode", "auto", "off") == "auto"
+	c.DNSOutside = dns.bool("outside", true)
 	c.DNSServers, c.DNSSearch, c.DNSDomains = dns.hosts("servers"), dns.domains("search"), dns.domainsOrAll("domains")
 	for _, key := range []string{"servers", "search", "domains"} {
 		if list, ok := dns.values[key].([]any); ok && len(list) == 0 {

@@ -36,7 +36,7 @@ func TestClientDefaults(t *testing.T) {
 	want := &Client{
 		Proxy: "vpn.example.org", Target: "*", IPProto: "*", Device: "masque%d", Offload: true,
 		Request: prefixes("0.0.0.0/32", "::/128"), Install: true, Accept: prefixes("0.0.0.0/0", "::/0"),
-		DNS: true, Congestion: "inner", Reconnect: true, MaxDelay: 30 * time.Second,
+		DNS: true, DNSOutside: true, Congestion: "inner", Reconnect: true, MaxDelay: 30 * time.Second,
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -276,6 +276,7 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[routes]`, `advertise = ["10.0.0.1/8"]`}, `f.toml:3: routes.advertise[0] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
 		{client, []string{`[routes]`, `assign = ["10.1.0.200"]`}, `f.toml:3: routes.assign[0] = "10.1.0.200": the prefix length is missing; write "10.1.0.200/32" for this one address`},
 		{client, []string{`[routes]`, `assign = ["fd01::c8/64"]`}, `f.toml:3: routes.assign[0] = "fd01::c8/64": not a single address; write "fd01::c8/128"`},
+		{client, []string{`[dns]`, `outside = "hold"`}, `f.toml:3: dns.outside = "hold": not true or false; write true or false`},
 		{client, []string{`[dns]`, `mode = "resolved"`}, `f.toml:3: dns.mode = "resolved": not known; write "auto" or "off"`},
 		{client, []string{`[kill_switch]`, `enabled = "true"`}, `f.toml:3: kill_switch.enabled = "true": not true or false; write true or false`},
 		{client, []string{`[kill_switch]`, `allow = ["10.0.0.1/8"]`}, `f.toml:3: kill_switch.allow[0] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},

@@ -552,3 +552,39 @@ func TestOriginalIsKept(t *testing.T) {
 		}
 	}
 }
+
+// Servers that the kernel does not send to by the tunnel's interface are outside, and those of a tunnel are not among them.
+func TestOutside(t *testing.T) {
+	inside, other := netip.MustParseAddrPort("127.0.0.9:53"), netip.MustParseAddrPort("127.0.0.1:53")
+	for name, tc := range map[string]struct {
+		iface   string
+		applied bool
+		want    []netip.AddrPort
+	}{
+		"nothing is applied":        {"none", false, []netip.AddrPort{other}},
+		"the tunnel's are applied":  {"none", true, []netip.AddrPort{other}},
+		"the tunnel leads there":    {"lo", false, nil},
+		"it does, and some applied": {"lo", true, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			h.write("nameserver 127.0.0.1\n")
+			c := h.config("home")
+			c.Interface = tc.iface
+			if got := Servers(c); !slices.Equal(got, []netip.AddrPort{other}) {
+				t.Errorf("the host asks %v, want %v", got, other)
+			}
+			m, err := Open(c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = m.Close() })
+			if tc.applied {
+				h.apply(m, Settings{Servers: []netip.AddrPort{inside}, Domains: []string{Root}})
+			}
+			if got := m.Outside(); !slices.Equal(got, tc.want) {
+				t.Errorf("outside are %v, want %v", got, tc.want)
+			}
+		})
+	}
+}

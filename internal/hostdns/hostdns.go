@@ -284,15 +284,60 @@ func (m *Manager) Upstream() (servers []netip.AddrPort, ok bool) {
 	return slices.DeleteFunc(servers, func(a netip.AddrPort) bool { return slices.Contains(m.applied.Servers, a) }), true
 }
 
+// Outside returns the servers that the host asks besides those of the tunnel, and that the kernel sends queries to by another
+// way than the tunnel. A server on this host is one of them, because whom that asks is not known.
+func (m *Manager) Outside() []netip.AddrPort {
+	m.mu.Lock()
+	ways, applied := m.ways, m.applied.Servers
+	if ways == nil {
+		ways = detect(m.cfg, m.file, m.program)
+	}
+	servers := beneath(ways, m.file, m.cfg.Logger)
+	m.mu.Unlock()
+	return slices.DeleteFunc(servers, func(a netip.AddrPort) bool {
+		_, err := source(a)
+		return err != nil || slices.Contains(applied, a) || m.Reaches(a)
+	})
+}
+
+// Servers returns the servers that this host asks when it is told of no tunnel.
+func Servers(c Config) []netip.AddrPort {
+	c = c.withDefaults()
+	f := newFile(c)
+	return beneath(detect(c, f, newResolvconf(c)), f, c.Logger)
+}
+
+// beneath returns the servers that a host with these ways asks besides those of tunnels.
+func beneath(ways []way, f *file, logger *slog.Logger) []netip.AddrPort {
+	r, ok := ways[0].(*resolved)
+	if !ok {
+		servers, _ := f.beneath()
+		return servers
+	}
+	servers, err := r.upstream()
+	if err != nil {
+		logger.Debug("servers beside the tunnel's are not known", "error", err)
+	}
+	return servers
+}
+
+// source returns the address from which the kernel sends packets to a server.
+func source(server netip.AddrPort) (netip.Addr, error) {
+	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(server)) // which sends nothing
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	defer conn.Close()
+	return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap(), nil
+}
+
 // Reaches reports whether the kernel sends packets for a server into the tunnel: it chooses one of the tunnel's addresses as
 // their source.
 func (m *Manager) Reaches(server netip.AddrPort) bool {
-	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(server)) // which sends nothing
+	source, err := source(server)
 	if err != nil {
 		return false
 	}
-	defer conn.Close()
-	source := conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
 	link, err := net.InterfaceByName(m.cfg.Interface)
 	if err != nil {
 		return false

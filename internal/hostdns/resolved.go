@@ -191,17 +191,21 @@ func (r *resolved) unset() error {
 }
 
 func (r *resolved) upstream() ([]netip.AddrPort, error) {
-	link, err := net.InterfaceByName(r.cfg.Interface)
-	if err != nil {
-		return nil, err
+	var tunnel int // index of its interface, 0 for none
+	if r.cfg.Interface != "" {
+		link, err := net.InterfaceByName(r.cfg.Interface)
+		if err != nil {
+			return nil, err
+		}
+		tunnel = link.Index
 	}
 	var all []server
-	err = r.bus(func(ctx context.Context, conn *dbus.Conn) error {
+	err := r.bus(func(ctx context.Context, conn *dbus.Conn) error {
 		return conn.Object(resolveName, resolvePath).StoreProperty(manager+"DNS", &all)
 	})
 	var out []netip.AddrPort
 	for _, s := range all {
-		if a, ok := netip.AddrFromSlice(s.Address); ok && int(s.Index) != link.Index {
+		if a, ok := netip.AddrFromSlice(s.Address); ok && (tunnel == 0 || int(s.Index) != tunnel) {
 			if a.IsLinkLocalUnicast() && s.Index > 0 {
 				a = a.WithZone(strconv.Itoa(int(s.Index)))
 			}
