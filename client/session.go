@@ -414,6 +414,7 @@ func (s *session) apply() (complete bool, err error) {
 	}
 	if err := s.checkAssigned(); err != nil {
 		c.had = nil // it may grant others
+		c.returnTaken()
 		return false, err
 	}
 	if len(addrs) == 0 {

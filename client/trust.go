@@ -141,6 +141,34 @@ func (s *session) checkAssigned() error {
 	return nil
 }
 
+// returnTaken takes the addresses of the tunnel from the kernel that another
+// network has given to this host meanwhile, as its packets from there would be
+// dropped for the tunnel's sake. The routes of the tunnel stay.
+func (c *Client) returnTaken() {
+	c.mu.Lock()
+	last := c.lastState
+	c.mu.Unlock()
+	if last == nil {
+		return
+	}
+	isTaken := func(p netip.Prefix) bool {
+		return slices.ContainsFunc(c.hostNetworks(), func(n routing.HostNetwork) bool { return n.Address.Addr() == p.Addr() })
+	}
+	state := *last
+	state.Addresses = slices.DeleteFunc(slices.Clone(last.Addresses), isTaken)
+	if len(state.Addresses) == len(last.Addresses) {
+		return
+	}
+	if err := c.ends.Current().network.Apply(state); err != nil {
+		c.cfg.Logger.Warn("an address of the tunnel that is this host's otherwise cannot be taken from the interface", "error", err)
+		return
+	}
+	c.held = nil
+	c.mu.Lock()
+	c.lastState = &state
+	c.mu.Unlock()
+}
+
 // noteOverlap has status and log say when this host has come into a network
 // that holds an address of the tunnel. The tunnel goes on: it may be all that
 // the host has.

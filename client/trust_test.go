@@ -158,6 +158,28 @@ func TestMovesIntoTheTunnelsNetwork(t *testing.T) {
 	n.await(t, "without a warning", func(s Status) bool { return s.State == StateConnected && len(s.Warnings) == 0 })
 }
 
+// When another network gives the host the tunnel's own address, the host keeps that one, and the routes of the tunnel stay.
+func TestTunnelsAddressIsTaken(t *testing.T) {
+	f := startProxy(t, nil)
+	h := &travelling{}
+	h.moveTo("192.168.1.10/24")
+	up := newUplink()
+	n := startClient(t, f, func(c *Config) { c.HostNetworks, c.OpenUplink = h.networks, up.open })
+	n.awaitConnected(t)
+	routes := n.network.last().Routes
+	h.moveTo("10.77.0.2/24")
+	up.set("10.77.0.2", nil)
+	n.await(t, "without its address", func(s Status) bool {
+		return s.State == StateReconnecting && strings.Contains(s.Reason, "which holds 10.77.0.2, an address of wlan0")
+	})
+	if last := n.network.last(); !slices.Equal(last.Addresses, prefixes("fd77::2/128")) || !slices.Equal(last.Routes, routes) {
+		t.Errorf("the kernel has %+v", last)
+	}
+	h.moveTo("192.168.1.10/24")
+	up.set("192.168.1.10", nil)
+	n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected })
+}
+
 // What is advertised counts as far as it is accepted, and is not of this host.
 func TestAcceptable(t *testing.T) {
 	for name, tc := range map[string]struct {

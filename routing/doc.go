@@ -84,8 +84,10 @@
 // net.ipv4.conf.all.src_valid_mark makes the filter look at it. The same
 // nftables table drops packets to a tunnel address that come in through another
 // interface (CVE-2019-14899), and packets out of the tunnel that claim to come
-// from another address of this host. Kernels without the expressions needed do
-// without, with a line in the log.
+// from another address of this host. Packets for the outer socket, which the
+// first chain finds by the mark of their socket, pass: another network may give
+// this host the address that it has in the tunnel. Kernels without the
+// expressions needed do without, with a line in the log.
 //
 // # Proxy: an ordinary interface
 //

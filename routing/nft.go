@@ -71,6 +71,8 @@ func newChains(s State, sc *scope, policyRouting bool) (chains []chain) {
 			hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw,
 			needs: needsGuard, without: "packets to tunnel addresses from elsewhere, and packets of the tunnel that claim to be of this host, are accepted",
 		}
+		chains = append(chains, newOuterChain(sc))
+		guard.rules = append(guard.rules, outerPasses(sc)...)
 		inside := meta(expr.MetaKeyIIF, expr.CmpOpEq, uint32(sc.index))
 		for _, p := range s.Addresses {
 			own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())

@@ -171,7 +171,7 @@ func TestStrictReversePathFilter(t *testing.T) {
 	}
 
 	// Without what Apply did for it, the filter drops the reply: so it was that.
-	h.run("nft", "flush", "chain", "inet", "masque-one", "restore")
+	h.run("nft", "flush chain inet masque-one restore; flush chain inet masque-one outer")
 	server := router.listen(net.JoinHostPort(proxyAddr4, "0"), 0)
 	outer := h.listen(":0", DefaultMark)
 	send(t, outer, "request", netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)))

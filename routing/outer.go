@@ -1,0 +1,57 @@
+package routing
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+)
+
+// newOuterChain returns the chain that marks packets for our own outer sockets
+// before any other chain of ours sees them. Another network may give this host
+// the address that it has in the tunnel: without the mark, the guard would take
+// replies of the proxy for packets to the tunnel from elsewhere.
+func newOuterChain(sc *scope) chain {
+	return chain{
+		name: "outer", kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRef(*nftables.ChainPriorityRaw - 1),
+		needs: needsReply, without: "the tunnel is lost in networks that give this host the tunnel's address",
+		rules: []filter{{
+			fmt.Sprintf("packets for sockets with mark %#x have it", sc.Mark),
+			slices.Concat(meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)), []expr.Any{
+				&expr.Socket{Key: expr.SocketKeyMark, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(sc.Mark)},
+				&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
+				&expr.Bitwise{
+					SourceRegister: 1, DestRegister: 1, Len: 4,
+					Mask: binaryutil.NativeEndian.PutUint32(^sc.Mark), Xor: binaryutil.NativeEndian.PutUint32(sc.Mark),
+				},
+				&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
+			}),
+		}},
+	}
+}
+
+// ndSolicitation is the type of ICMPv6 by which neighbours are looked for.
+const ndSolicitation = 135
+
+// outerPasses are the rules by which such packets, and those by which IPv6 finds
+// the neighbours that they come by, pass the guard.
+func outerPasses(sc *scope) []filter {
+	mark := binaryutil.NativeEndian.PutUint32(sc.Mark)
+	outside, pass := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)), &expr.Verdict{Kind: expr.VerdictAccept}
+	return []filter{{
+		fmt.Sprintf("packets for sockets with mark %#x pass", sc.Mark),
+		slices.Concat(outside, []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mark, Xor: make([]byte, 4)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: mark},
+			pass,
+		}),
+	}, {
+		"neighbour discovery passes",
+		slices.Concat(outside, icmp6(ndHopLimit, ndSolicitation, ndNeighbor), []expr.Any{pass}),
+	}}
+}
