@@ -66,6 +66,8 @@ type Client struct {
 	ipv6Held          bool
 	repairs           map[string]uint64
 	killSwitchRepairs uint64
+	dnsRepairs        uint64
+	dnsLost           bool // the resolver has lost what it was told
 
 	failure      *Error     // of the last attempt at a session, nil once one was connected
 	noting       sync.Mutex // guards askedOutside, and is held while conflicts with the host's routes are noted
@@ -163,6 +165,7 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	defer endWatch()
 	sending.Go(c.sendQueued)
 	keeping.Go(func() { c.ends.Run(ctx) })
+	keeping.Go(func() { c.keepDNS(ctx) })
 	if c.cfg.KillSwitch != nil {
 		keeping.Go(func() { c.keepKillSwitch(ctx) })
 	}

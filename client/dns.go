@@ -29,6 +29,7 @@ type DNS struct {
 // Resolver is the host's; *hostdns.Manager is one.
 type Resolver interface {
 	Apply(hostdns.Settings) (via string, err error)
+	Check() (restored string, err error)                // of what other programs changed
 	Reaches(server netip.AddrPort) bool                 // through the tunnel
 	Upstream() (servers []netip.AddrPort, applied bool) // besides the tunnel's
 	Outside() []netip.AddrPort                          // those of them that queries reach outside the tunnel

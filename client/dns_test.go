@@ -61,9 +61,11 @@ type resolving struct {
 	outside []netip.Addr // servers that are not reached through the tunnel
 	fail    error        // of Apply
 
-	mu   sync.Mutex
-	said []string
-	asks []netip.AddrPort // the host's servers outside the tunnel
+	mu       sync.Mutex
+	said     []string
+	restored string // what Check says
+	lost     error
+	asks     []netip.AddrPort // the host's servers outside the tunnel
 }
 
 func (r *resolving) note(format string, args ...any) {
@@ -90,6 +92,19 @@ func (r *resolving) Apply(s hostdns.Settings) (string, error) {
 
 func (r *resolving) Reaches(server netip.AddrPort) bool {
 	return !slices.Contains(r.outside, server.Addr())
+}
+
+func (r *resolving) Check() (string, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.restored, r.lost
+}
+
+// change has Check say something else from now on.
+func (r *resolving) change(restored string, lost error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.restored, r.lost = restored, lost
 }
 
 func (r *resolving) Upstream() ([]netip.AddrPort, bool) { return nil, false }

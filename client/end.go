@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"time"
 
 	"masquevpn/internal/flowqueue"
 	"masquevpn/routing"
@@ -16,11 +17,18 @@ import (
 const (
 	noticeHost       = "host"
 	noticeKillSwitch = "kill_switch"
+	noticeResolver   = "resolver"
 )
 
-// repairKillSwitch is what Status.KernelRepairs counts besides the repairs of
-// routing.Health.
-const repairKillSwitch = "kill_switch"
+// checkDNSInterval is the time between two looks at the host's resolver.
+const checkDNSInterval = 5 * time.Second
+
+// repairKillSwitch and repairDNS are what Status.KernelRepairs counts besides the
+// repairs of routing.Health.
+const (
+	repairKillSwitch = "kill_switch"
+	repairDNS        = "dns"
+)
 
 // end is this host's end of the tunnel: a device and what belongs to it.
 type end struct {
@@ -167,14 +175,61 @@ func (c *Client) keepKillSwitch(ctx context.Context) {
 
 // showRepairs fills in the status. c.mu is held.
 func (c *Client) showRepairs() {
-	all := maps.Clone(c.repairs)
+	all := make(map[string]uint64)
+	maps.Copy(all, c.repairs)
 	if c.killSwitchRepairs > 0 {
-		if all == nil {
-			all = make(map[string]uint64)
-		}
 		all[repairKillSwitch] = c.killSwitchRepairs
 	}
+	if c.dnsRepairs > 0 {
+		all[repairDNS] = c.dnsRepairs
+	}
 	c.status.KernelRepairs = all
+}
+
+// keepDNS has the resolver keep what it was told, as far as it can be told
+// again, until ctx ends, and the status say whether it has.
+func (c *Client) keepDNS(ctx context.Context) {
+	tick := time.NewTicker(checkDNSInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if r := c.resolver(); r != nil {
+			c.noteDNS(r.Check())
+		}
+	}
+}
+
+// noteDNS has the status say what a look at the resolver found.
+func (c *Client) noteDNS(restored string, err error) {
+	c.mu.Lock()
+	d := c.status.DNS
+	told := d.Applied || c.dnsLost
+	if told {
+		d.Applied, d.Reason = err == nil, reason(err)
+		c.status.DNS = d
+	}
+	lost, before := told && err != nil, c.dnsLost
+	c.dnsLost = lost
+	if restored != "" {
+		c.dnsRepairs++
+		c.showRepairs()
+	}
+	c.mu.Unlock()
+	switch {
+	case restored != "":
+		c.cfg.Logger.Warn("another program changed this host's DNS: put right", "restored", restored)
+	case lost && !before:
+		c.cfg.Logger.Warn("another program changed this host's DNS, and it cannot be put right", "error", err)
+	}
+	text := ""
+	if lost {
+		text = "another program changed this host's DNS, and it cannot be put right: " + reason(err)
+	}
+	c.degrade(noticeResolver, text)
 }
 
 // assigned is an address of the tunnel, or a prefix, and the address that the

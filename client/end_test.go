@@ -1,6 +1,7 @@
 package client
 
 import (
+	"errors"
 	"net/netip"
 	"slices"
 	"sync"
@@ -129,4 +130,22 @@ func TestKillSwitchThatIsOpened(t *testing.T) {
 	})
 	k.health <- routing.KillSwitchHealth{Closed: true, Repairs: 2}
 	n.await(t, "well again", func(s Status) bool { return s.State == StateConnected && s.KillSwitch == KillSwitchClosed })
+}
+
+// A resolver that has lost what it was told makes the state degraded, and the status says so.
+func TestDNSThatIsLost(t *testing.T) {
+	f := startProxy(t, pushing(corp))
+	r := &resolving{}
+	n := startClient(t, f, r.config)
+	n.await(t, "applied", func(s Status) bool { return s.State == StateConnected && s.DNS.Applied })
+	r.change("", errors.New("somebody else's file"))
+	n.noteDNS(r.Check())
+	if s := n.Status(); s.State != StateDegraded || s.DNS.Applied || s.DNS.Reason != "somebody else's file" {
+		t.Errorf("lost: %+v", s)
+	}
+	r.change("the servers", nil)
+	n.noteDNS(r.Check())
+	if s := n.Status(); s.State != StateConnected || !s.DNS.Applied || s.DNS.Reason != "" || s.KernelRepairs["dns"] != 1 {
+		t.Errorf("restored: %+v", s)
+	}
 }

@@ -74,6 +74,25 @@ func (f *file) unset() error {
 	return f.restore()
 }
 
+func (f *file) holds(Settings) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	content, err := readSmall(f.path)
+	if err != nil {
+		return err
+	}
+	if !f.has(content) {
+		return errors.New("another program changed the file")
+	}
+	return nil
+}
+
+// has reports whether a file has the tunnel's servers, or those of another tunnel that came later. f.mu is held.
+func (f *file) has(content []byte) bool {
+	owner, ours := ownerOf(content)
+	return ours && (owner != f.instance || bytes.Equal(content, whole(f.instance, f.lines, originalIn(content))))
+}
+
 func (f *file) upstream() ([]netip.AddrPort, error) {
 	servers, _ := f.beneath()
 	return servers, nil
@@ -87,14 +106,11 @@ func (f *file) check() (changed bool) {
 		return false
 	}
 	content, err := readSmall(f.path)
-	owner, ours := ownerOf(content)
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		f.cfg.Logger.Warn("the resolver's file cannot be read", "error", err)
 		return false
-	case ours && owner != f.instance: // the tunnel that came last goes first
-		return false
-	case ours && bytes.Equal(content, whole(f.instance, f.lines, originalIn(content))):
+	case f.has(content): // of several tunnels, the one that came last goes first
 		return false
 	}
 	f.cfg.Logger.Warn("another program changed the resolver's file: the tunnel's servers are put back, and what it wrote comes back when the tunnel ends",

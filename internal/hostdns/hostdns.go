@@ -127,6 +127,8 @@ type way interface {
 	set(Settings) error
 	// unset takes back what set did, or a dead process. It may be called at any time.
 	unset() error
+	// holds returns nil while what set did is in effect, and otherwise what is not.
+	holds(Settings) error
 	// upstream returns the servers that the host has besides the tunnel's.
 	upstream() ([]netip.AddrPort, error)
 }
@@ -245,6 +247,27 @@ func (m *Manager) Apply(s Settings) (via string, err error) {
 	}
 	m.applied = s
 	return join(ways), nil
+}
+
+// Check looks whether the resolver still has what Apply gave it, and gives it that again if it has not: restored says what was not
+// there, "" when all was. The error says why it does not have it now. It may be called at any time.
+func (m *Manager) Check() (restored string, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.applied.Servers) == 0 {
+		return "", nil
+	}
+	for _, w := range m.ways {
+		lost := w.holds(m.applied)
+		if lost == nil {
+			continue
+		}
+		if err := w.set(m.applied); err != nil {
+			return "", fmt.Errorf("hostdns: %s: %w: %w", w.name(), lost, err)
+		}
+		restored = fmt.Sprintf("%s: %v", w.name(), lost)
+	}
+	return restored, nil
 }
 
 // unset takes back what Apply did. m.mu is held.

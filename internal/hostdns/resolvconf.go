@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -64,6 +65,17 @@ func (r *resolvconf) set(s Settings) error {
 func (r *resolvconf) unset() error {
 	r.before = nil
 	return r.run(nil, "-f", "-d", r.key)
+}
+
+func (r *resolvconf) holds(s Settings) error {
+	content, err := readSmall(r.cfg.ResolvConf)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(nameservers(content), func(a netip.AddrPort) bool { return slices.Contains(s.Servers, a) }) {
+		return fmt.Errorf("another program took the tunnel's servers out of %s", r.cfg.ResolvConf)
+	}
+	return nil
 }
 
 func (r *resolvconf) upstream() ([]netip.AddrPort, error) { return r.before, nil }

@@ -190,6 +190,34 @@ func (r *resolved) unset() error {
 	})
 }
 
+// servers returns the servers that systemd-resolved has.
+func (r *resolved) servers() (all []server, err error) {
+	err = r.bus(func(ctx context.Context, conn *dbus.Conn) error {
+		return conn.Object(resolveName, resolvePath).StoreProperty(manager+"DNS", &all)
+	})
+	return all, err
+}
+
+func (r *resolved) holds(s Settings) error {
+	link, err := net.InterfaceByName(r.cfg.Interface)
+	if err != nil {
+		return err
+	}
+	all, err := r.servers()
+	if err != nil {
+		return err
+	}
+	for _, want := range s.Servers {
+		if !slices.ContainsFunc(all, func(have server) bool {
+			a, _ := netip.AddrFromSlice(have.Address)
+			return int(have.Index) == link.Index && a == want.Addr()
+		}) {
+			return fmt.Errorf("it has lost %v, as when it is restarted", want.Addr())
+		}
+	}
+	return nil
+}
+
 func (r *resolved) upstream() ([]netip.AddrPort, error) {
 	var tunnel int // index of its interface, 0 for none
 	if r.cfg.Interface != "" {
@@ -199,10 +227,7 @@ func (r *resolved) upstream() ([]netip.AddrPort, error) {
 		}
 		tunnel = link.Index
 	}
-	var all []server
-	err := r.bus(func(ctx context.Context, conn *dbus.Conn) error {
-		return conn.Object(resolveName, resolvePath).StoreProperty(manager+"DNS", &all)
-	})
+	all, err := r.servers()
 	var out []netip.AddrPort
 	for _, s := range all {
 		if a, ok := netip.AddrFromSlice(s.Address); ok && (tunnel == 0 || int(s.Index) != tunnel) {

@@ -26,8 +26,16 @@ const busConfig = `<busconfig>
 type fakeResolved struct {
 	mu    sync.Mutex
 	calls []string
-	old   bool   // it does not know methods that came later
-	deny  string // a method that it refuses
+	old   bool     // it does not know methods that came later
+	deny  string   // a method that it refuses
+	own   []server // that it was told
+}
+
+// restart has f forget what it was told.
+func (f *fakeResolved) restart() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.own = nil
 }
 
 func (f *fakeResolved) note(method, format string, args ...any) *dbus.Error {
@@ -44,7 +52,16 @@ func (f *fakeResolved) note(method, format string, args ...any) *dbus.Error {
 }
 
 func (f *fakeResolved) SetLinkDNS(link int32, servers []linkServer) *dbus.Error {
-	return f.note("SetLinkDNS", "%d %v", link, servers)
+	if err := f.note("SetLinkDNS", "%d %v", link, servers); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.own = nil
+	for _, s := range servers {
+		f.own = append(f.own, server{link, s.Family, s.Address})
+	}
+	return nil
 }
 
 func (f *fakeResolved) SetLinkDNSEx(link int32, servers []linkServerPort) *dbus.Error {
@@ -84,13 +101,18 @@ func (f *fakeResolved) take() []string {
 }
 
 // properties has the servers of all interfaces.
-type properties struct{ servers []server }
+type properties struct {
+	f       *fakeResolved
+	servers []server // besides
+}
 
 func (p properties) Get(_, name string) (dbus.Variant, *dbus.Error) {
 	if name != "DNS" {
 		return dbus.Variant{}, dbus.NewError("org.freedesktop.DBus.Error.UnknownProperty", nil)
 	}
-	return dbus.MakeVariant(p.servers), nil
+	p.f.mu.Lock()
+	defer p.f.mu.Unlock()
+	return dbus.MakeVariant(slices.Concat(p.servers, p.f.own)), nil
 }
 
 // startBus starts a D-Bus, with systemd-resolved on it if f is not nil, and returns its address.
@@ -127,7 +149,7 @@ func startBus(t *testing.T, f *fakeResolved, servers ...server) string {
 	}
 	t.Cleanup(func() { conn.Close() })
 	err = errors.Join(conn.Export(f, resolvePath, resolveName+".Manager"),
-		conn.Export(properties{servers}, resolvePath, "org.freedesktop.DBus.Properties"))
+		conn.Export(properties{f, servers}, resolvePath, "org.freedesktop.DBus.Properties"))
 	if err != nil {
 		t.Fatal(err)
 	}
