@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -20,7 +21,9 @@ import (
 
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/nat64"
 	"masquevpn/internal/udpconn"
+	"masquevpn/routing"
 )
 
 const (
@@ -30,7 +33,10 @@ const (
 	keepAlive        = 10 * time.Second
 	handshakeTimeout = 5 * time.Second
 	resolveTimeout   = 5 * time.Second
-	answerTimeout    = 10 * time.Second
+	// translatorTimeout is for how long the network is asked for its translator, and maxTranslators how many of those are tried.
+	translatorTimeout = 2 * time.Second
+	maxTranslators    = 2
+	answerTimeout     = 10 * time.Second
 	// attemptDelay is the time after which the next address of the proxy is tried as well (RFC 8305 section 5).
 	attemptDelay = 250 * time.Millisecond
 	// initialPacketSize leaves room for an IPv6 packet of 1280 bytes in a datagram and fits, with its headers, a path of 1400
@@ -55,13 +61,20 @@ type dialer struct {
 	upstream   func() (servers []netip.AddrPort, applied bool)                 // see Resolver, may be nil
 	tracer     func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // may be nil
 	progress   func(string)                                                    // is told of each step that went well; may be nil
+	hasRoute   func(netip.Addr) bool                                           // whether packets to an address leave this host
 	logger     *slog.Logger
 	lastAddrs  []netip.AddrPort // of the proxy
 	timeouts   int              // attempts that got no answer
 }
 
 func newDialer(to target, config *tls.Config, token string, control controlFunc, logger *slog.Logger) *dialer {
-	return &dialer{to: to, tls: to.tlsConfig(config), token: token, control: control, resolver: resolver(control, nil), logger: logger}
+	return &dialer{to: to, tls: to.tlsConfig(config), token: token, control: control, resolver: resolver(control, nil), logger: logger, hasRoute: hasRoute}
+}
+
+// hasRoute reports whether the kernel has a route to an address, outside of tunnels.
+func hasRoute(to netip.Addr) bool {
+	_, err := routing.WayTo(to, routing.DefaultMark)
+	return err == nil
 }
 
 // dialed is an established connection to the proxy.
@@ -127,12 +140,12 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 		return nil, usage("proxy", "%q is not a port", d.to.port)
 	}
 	if a, err := netip.ParseAddr(d.to.host); err == nil {
-		d.lastAddrs = []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), uint16(port))}
+		d.lastAddrs = interleave(d.translate(ctx, []netip.Addr{a.Unmap()}), uint16(port))
 		return d.lastAddrs, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	lookup, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
-	found, err := d.lookup(ctx)
+	found, err := d.lookup(lookup, "ip", d.to.host)
 	if err != nil {
 		if len(d.lastAddrs) > 0 {
 			d.logger.Info("the proxy's name could not be resolved, trying its last addresses", "error", err)
@@ -141,9 +154,41 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 		return nil, fail(causeName, err, fmt.Sprintf("the name %s of the proxy cannot be resolved (%v)", d.to.host, dnsReason(err)),
 			"check its spelling in the configuration, and this host's DNS")
 	}
-	d.lastAddrs = interleave(found, uint16(port))
+	d.lastAddrs = interleave(d.translate(ctx, found), uint16(port))
 	d.note("the name %s leads to %v", d.to.host, d.lastAddrs)
 	return d.lastAddrs, nil
+}
+
+// translate adds to addrs, if this host has no route to any of them, the addresses by which a translator of its network reaches those
+// of IPv4 (RFC 7050, RFC 6052). Nobody vouches for what DNS says of the translator, which need not matter: whoever answers has to
+// prove to be the proxy.
+func (d *dialer) translate(ctx context.Context, addrs []netip.Addr) []netip.Addr {
+	ipv4 := slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Unmap().Is4() })
+	if !ipv4 || slices.ContainsFunc(addrs, func(a netip.Addr) bool { return d.hasRoute(a.Unmap()) }) {
+		return addrs
+	}
+	ctx, cancel := context.WithTimeout(ctx, translatorTimeout)
+	defer cancel()
+	answers, err := d.lookup(ctx, "ip6", nat64.Name)
+	if err != nil {
+		d.logger.Debug("the network of this host has no translator for IPv4 that it tells of", "error", err)
+		return addrs
+	}
+	prefixes := nat64.Prefixes(answers)
+	prefixes = prefixes[:min(len(prefixes), maxTranslators)]
+	out := slices.Clone(addrs)
+	for _, p := range prefixes {
+		for _, a := range addrs {
+			if translated, ok := nat64.Embed(p, a.Unmap()); ok {
+				out = append(out, translated)
+			}
+		}
+	}
+	if len(out) > len(addrs) {
+		d.logger.Info("this host has no route to the proxy's IPv4 address, trying the network's translator", "prefix", prefixes)
+		d.note("this host has no route to the proxy's IPv4 address; its network has a translator with %v", prefixes)
+	}
+	return out
 }
 
 func dnsReason(err error) string {

@@ -243,16 +243,16 @@ func (c *Client) upstream() (servers []netip.AddrPort, applied bool) {
 // maxUpstream is how many nameservers are asked for the proxy's name.
 const maxUpstream = 3
 
-// lookup finds the addresses of the proxy's name, outside the tunnel, so that a dead tunnel can be dialed again. While the
-// host's resolver asks through the tunnel, the servers that it has besides are asked in turn.
-func (d *dialer) lookup(ctx context.Context) ([]netip.Addr, error) {
+// lookup finds the addresses of a name, of a network as net.Resolver has it, outside the tunnel, so that a dead tunnel can be dialed
+// again. While the host's resolver asks through the tunnel, the servers that it has besides are asked in turn.
+func (d *dialer) lookup(ctx context.Context, network, name string) ([]netip.Addr, error) {
 	var servers []netip.AddrPort
 	applied := false
 	if d.upstream != nil {
 		servers, applied = d.upstream()
 	}
 	if !applied {
-		return d.resolver.LookupNetIP(ctx, "ip", d.to.host)
+		return d.resolver.LookupNetIP(ctx, network, name)
 	}
 	err := errors.New("this host has no nameservers besides those of the tunnel")
 	servers = servers[:min(len(servers), maxUpstream)]
@@ -260,10 +260,10 @@ func (d *dialer) lookup(ctx context.Context) ([]netip.Addr, error) {
 	for i, server := range servers {
 		each, cancel := context.WithTimeout(ctx, time.Until(deadline)/time.Duration(len(servers)-i))
 		var found []netip.Addr
-		dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return (&net.Dialer{Control: d.control}).DialContext(ctx, network, server.String())
+		dial := func(ctx context.Context, transport, _ string) (net.Conn, error) {
+			return (&net.Dialer{Control: d.control}).DialContext(ctx, transport, server.String())
 		}
-		found, err = (&net.Resolver{PreferGo: true, Dial: dial}).LookupNetIP(each, "ip", d.to.host)
+		found, err = (&net.Resolver{PreferGo: true, Dial: dial}).LookupNetIP(each, network, name)
 		cancel()
 		var answer *net.DNSError
 		if err == nil || errors.As(err, &answer) && answer.IsNotFound {

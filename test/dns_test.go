@@ -50,6 +50,19 @@ func newResolver(t *testing.T, o options) *resolver {
 
 // serveNames answers every query for an IPv4 address: with the proxy's for its name, and otherwise with the target's.
 func serveNames(t *testing.T, c net.PacketConn) {
+	serve(t, c, func(q dnsmessage.Question) dnsmessage.ResourceBody {
+		switch {
+		case q.Type != dnsmessage.TypeA:
+			return nil
+		case strings.HasPrefix(q.Name.String(), lab.ProxyName):
+			return &dnsmessage.AResource{A: lab.ProxyIPv4.As4()}
+		}
+		return &dnsmessage.AResource{A: lab.TargetIPv4.As4()}
+	})
+}
+
+// serve answers every query with the record that answer returns, or with none.
+func serve(t *testing.T, c net.PacketConn, answer func(dnsmessage.Question) dnsmessage.ResourceBody) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -65,14 +78,8 @@ func serveNames(t *testing.T, c net.PacketConn) {
 			}
 			m.Response, m.Additionals = true, nil
 			q := m.Questions[0]
-			addr := lab.TargetIPv4
-			if strings.HasPrefix(q.Name.String(), lab.ProxyName) {
-				addr = lab.ProxyIPv4
-			}
-			if q.Type == dnsmessage.TypeA {
-				m.Answers = []dnsmessage.Resource{{
-					Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class}, Body: &dnsmessage.AResource{A: addr.As4()},
-				}}
+			if body := answer(q); body != nil {
+				m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class}, Body: body}}
 			}
 			if b, err := m.Pack(); err == nil {
 				_, _ = c.WriteTo(b, from)

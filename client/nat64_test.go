@@ -1,0 +1,111 @@
+package client
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"golang.org/x/net/dns/dnsmessage"
+)
+
+// nameserver answers with the addresses of names, from records.
+func nameserver(t *testing.T, records map[string][]string) *net.Resolver {
+	t.Helper()
+	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	t.Cleanup(func() {
+		_ = socket.Close()
+		<-done
+	})
+	go func() {
+		defer close(done)
+		var buf [1500]byte
+		for {
+			n, from, err := socket.ReadFrom(buf[:])
+			if err != nil {
+				return
+			}
+			var m dnsmessage.Message
+			if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 {
+				continue
+			}
+			q := m.Questions[0]
+			m.Response, m.Additionals = true, nil
+			for _, text := range records[q.Name.String()] {
+				a := netip.MustParseAddr(text)
+				r := dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, Type: q.Type}}
+				switch {
+				case a.Is4() && q.Type == dnsmessage.TypeA:
+					r.Body = &dnsmessage.AResource{A: a.As4()}
+				case a.Is6() && q.Type == dnsmessage.TypeAAAA:
+					r.Body = &dnsmessage.AAAAResource{AAAA: a.As16()}
+				default:
+					continue
+				}
+				m.Answers = append(m.Answers, r)
+			}
+			if len(records[q.Name.String()]) == 0 {
+				m.RCode = dnsmessage.RCodeNameError
+			}
+			if b, err := m.Pack(); err == nil {
+				_, _ = socket.WriteTo(b, from)
+			}
+		}
+	}()
+	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "udp", socket.LocalAddr().String())
+	}}
+}
+
+// On a network without IPv4 that has a translator, the proxy's IPv4 address is tried by way of that.
+func TestTranslator(t *testing.T) {
+	translator := []string{"64:ff9b::192.0.0.170", "64:ff9b::192.0.0.171"}
+	for name, tc := range map[string]struct {
+		proxy      string
+		records    map[string][]string
+		ipv4, ipv6 bool // the host has routes of this family
+		want       []string
+	}{
+		"an IPv4 address": {"192.0.2.33", map[string][]string{"ipv4only.arpa.": translator}, false, true,
+			[]string{"[64:ff9b::192.0.2.33]:443", "192.0.2.33:443"}},
+		"with a port": {"192.0.2.33:4433", map[string][]string{"ipv4only.arpa.": translator}, false, true,
+			[]string{"[64:ff9b::192.0.2.33]:4433", "192.0.2.33:4433"}},
+		"another prefix": {"192.0.2.33", map[string][]string{"ipv4only.arpa.": {"2001:db8:122:c000:0:aa00::"}}, false, true,
+			[]string{"[2001:db8:122:c000:2:2100::]:443", "192.0.2.33:443"}},
+		"a host with IPv4":    {"192.0.2.33", map[string][]string{"ipv4only.arpa.": translator}, true, true, []string{"192.0.2.33:443"}},
+		"no translator":       {"192.0.2.33", nil, false, true, []string{"192.0.2.33:443"}},
+		"IPv4 of another use": {"192.0.2.33", map[string][]string{"ipv4only.arpa.": {"64:ff9b::192.0.2.1"}}, false, true, []string{"192.0.2.33:443"}},
+		"an IPv6 address":     {"[2001:db8::1]:443", map[string][]string{"ipv4only.arpa.": translator}, false, true, []string{"[2001:db8::1]:443"}},
+		"a name of IPv4": {"vpn.example", map[string][]string{"ipv4only.arpa.": translator, "vpn.example.": {"192.0.2.33"}}, false, true,
+			[]string{"[64:ff9b::192.0.2.33]:443", "192.0.2.33:443"}},
+		"a name of both": {"vpn.example", map[string][]string{"ipv4only.arpa.": translator, "vpn.example.": {"192.0.2.33", "2001:db8::1"}}, false, true,
+			[]string{"[2001:db8::1]:443", "192.0.2.33:443"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			to, err := parseProxy(tc.proxy, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d := newDialer(to, nil, "", nil, slog.New(slog.DiscardHandler))
+			d.resolver = nameserver(t, tc.records)
+			d.hasRoute = func(a netip.Addr) bool { return a.Is4() && tc.ipv4 || a.Is6() && tc.ipv6 }
+			got, err := d.resolve(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want []netip.AddrPort
+			for _, a := range tc.want {
+				want = append(want, netip.MustParseAddrPort(a))
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("got %v, want %v", got, want)
+			}
+		})
+	}
+}
