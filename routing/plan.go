@@ -16,7 +16,7 @@ import (
 const MaxRoutes = 16384
 
 const (
-	protocol     = 94      // rtm_protocol and FRA_PROTOCOL of what is ours
+	protocol     = 94      // rtm_protocol of routes that are ours
 	metric       = 9484    // of our routes: those of the host go first
 	lastMetric   = 9485    // of those that lead nowhere: they count where there is no other
 	rulePriority = 9484    // of the rules for the longest prefix
@@ -25,6 +25,12 @@ const (
 	minMTU       = 68   // RFC 791
 	minMTU6      = 1280 // RFC 8200, section 5
 	maxMTU       = 65535
+
+	// ruleProtocol is FRA_PROTOCOL of our rules. systemd-networkd deletes rules
+	// that it did not make each time that it is reloaded, unless
+	// ManageForeignRoutingPolicyRules=no is set, but those of the kernel it leaves
+	// alone. By their tables and priorities the rules are ours all the same.
+	ruleProtocol = unix.RTPROT_KERNEL
 )
 
 // plan is what the kernel shall have of ours. The zero plan is nothing at all.
@@ -243,7 +249,7 @@ func cut(p netip.Prefix, bits int) netip.Prefix {
 // netlink returns the rule as the kernel shall have it.
 func (r rule) netlink(sc *scope) *netlink.Rule {
 	n := netlink.NewRule()
-	n.Family, n.Protocol = unix.AF_INET, protocol
+	n.Family, n.Protocol = unix.AF_INET, ruleProtocol
 	width := 32
 	if r.v6 {
 		n.Family, width = unix.AF_INET6, 128
@@ -268,7 +274,7 @@ func (r rule) netlink(sc *scope) *netlink.Rule {
 // parseRule says whether a rule of the kernel is ours, of which interface, and
 // which of our rules it is.
 func parseRule(n *netlink.Rule) (r rule, index int, ok bool) {
-	if n.Protocol != protocol {
+	if n.Protocol != ruleProtocol && n.Protocol != protocol { // the latter is of earlier versions
 		return rule{}, 0, false
 	}
 	r = rule{v6: n.Family == unix.AF_INET6, tunnel: true}

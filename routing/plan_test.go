@@ -173,6 +173,31 @@ func TestIsFull(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			if ipv4, ipv6 := IsFull(tt.routes, false), IsFull(tt.routes, true); ipv4 != tt.ipv4 || ipv6 != tt.ipv6 {
 				t.Errorf("IPv4 %t, IPv6 %t; want %t, %t", ipv4, ipv6, tt.ipv4, tt.ipv6)
+
+// The rules are the kernel's to others, and ours by what they are; rules of the kernel and of others are not ours.
+func TestWhoseRules(t *testing.T) {
+	sc := &scope{index: 7, ipv6: true}
+	sc.Mark = DefaultMark
+	own := rule{bits: 0, tunnel: true}.netlink(sc)
+	if own.Protocol != unix.RTPROT_KERNEL {
+		t.Errorf("protocol %d, want %d: others delete the rule", own.Protocol, unix.RTPROT_KERNEL)
+	}
+	for _, tc := range []struct {
+		name     string
+		protocol uint8
+		table    int
+		want     bool
+	}{
+		{"ours", unix.RTPROT_KERNEL, own.Table, true},
+		{"of an earlier version", protocol, own.Table, true},
+		{"another's with our table", unix.RTPROT_STATIC, own.Table, false},
+		{"the kernel's", unix.RTPROT_KERNEL, unix.RT_TABLE_MAIN, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := *own
+			n.Protocol, n.Table = tc.protocol, tc.table
+			if _, _, ok := parseRule(&n); ok != tc.want {
+				t.Errorf("got %t, want %t", ok, tc.want)
 			}
 		})
 	}
