@@ -51,9 +51,10 @@
 // As priorities depend on L alone, the rules of several tunnels interleave in
 // the right order. A table's number holds the index of the interface and L. The
 // mask of 0 makes the fwmark of the first rule match every packet: it is there
-// to say whose rule it is. Rules and routes carry protocol 94. So whatever is
-// ours is recognised without other records, and so is what belongs to an
-// interface that is gone.
+// to say whose rule it is. Routes carry protocol 94, and rules that of the
+// kernel, because systemd-networkd deletes those of others. So whatever is ours
+// is recognised without other records, and so is what belongs to an interface
+// that is gone.
 //
 // One limit: a route of the host's main table that is an error (blackhole,
 // unreachable, prohibit), and matches where the host's are asked, wins over

@@ -173,6 +173,10 @@ func TestIsFull(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			if ipv4, ipv6 := IsFull(tt.routes, false), IsFull(tt.routes, true); ipv4 != tt.ipv4 || ipv6 != tt.ipv6 {
 				t.Errorf("IPv4 %t, IPv6 %t; want %t, %t", ipv4, ipv6, tt.ipv4, tt.ipv6)
+			}
+		})
+	}
+}
 
 // The rules are the kernel's to others, and ours by what they are; rules of the kernel and of others are not ours.
 func TestWhoseRules(t *testing.T) {
