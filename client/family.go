@@ -16,6 +16,7 @@ var (
 // The keys of notices about families that the tunnel does not carry.
 const (
 	noticeFamily = "family"
+	noticeBeside = "family_outside"
 	noticeIPv6   = "ipv6"
 )
 
@@ -50,7 +51,27 @@ func (s *session) whole(routes, addrs []netip.Prefix) []netip.Prefix {
 		text = family + " is unreachable: all traffic goes through the tunnel, and the proxy assigns no address of this family"
 	}
 	s.c.warn(noticeFamily, text)
+	s.noteBeside(routes)
 	return routes
+}
+
+// noteBeside says, in the log and in the status, which family leaves this host beside a tunnel for everything of the other one,
+// although the configuration accepts it, because the proxy advertises less of it.
+func (s *session) noteBeside(routes []netip.Prefix) {
+	text := ""
+	for _, f := range []struct {
+		name, other string
+		ipv6        bool
+	}{{"IPv4", "IPv6", false}, {"IPv6", "IPv4", true}} {
+		if routing.IsFull(routes, !f.ipv6) && !routing.IsFull(routes, f.ipv6) && routing.IsFull(s.c.cfg.Accept, f.ipv6) {
+			text = fmt.Sprintf("%s leaves this host outside the tunnel, which carries all of %s: the proxy advertises no routes for it", f.name, f.other)
+		}
+	}
+	if text != "" && text != s.beside {
+		s.c.cfg.Logger.Warn("one family leaves outside the tunnel", "reason", text)
+	}
+	s.beside = text
+	s.c.warn(noticeBeside, text)
 }
 
 // noteHeld says, in the log and in the status, that the interface of the tunnel cannot have IPv6, for the reason held, and that

@@ -70,6 +70,7 @@ type session struct {
 	refused      []netip.Prefix   // routes of the proxy that are not installed
 	skipped      []netip.AddrPort // nameservers that are not used
 	blocked      string           // the family that has no way through a tunnel for everything, "" for none
+	beside       string           // what was said of a family that leaves outside the tunnel, "" for nothing
 	advertised   []netip.Prefix   // to the proxy
 	assignedPeer []netip.Prefix   // to the proxy
 }
