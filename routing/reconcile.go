@@ -208,7 +208,7 @@ func (m *Manager) look(now time.Time) (h Health, again time.Time, err error) {
 	h.Problem, h.Repairs = p.problem, maps.Clone(m.repair.counts)
 	h.IPv6Held = m.held != nil
 	if m.repair.lostIPv6 && h.Problem == "" {
-		h.Problem = fmt.Sprintf("IPv6 was turned off: %v", m.held)
+		h.Problem = fmt.Sprintf("IPv6 was turned off on %s while the tunnel was up: set net.ipv6.conf.%s.disable_ipv6 to 0", m.Interface, m.Interface)
 	}
 	if have.link != nil {
 		h.Interface = have.link.Attrs().Name

@@ -344,7 +344,7 @@ func TestKillSwitch(t *testing.T) {
 	connected()
 	state("started again")
 
-	// What clears nftables lifts it. The next attempt to connect closes it again.
+	// What clears nftables opens it, and it is closed again.
 	check(t, p.Client.Command(p.ctx, "nft", "flush", "ruleset").Run())
 	check(t, p.server.Signal(syscall.SIGKILL))
 	<-p.server.Done()

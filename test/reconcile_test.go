@@ -1,0 +1,92 @@
+package test
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"masquevpn/client"
+	"masquevpn/internal/lab"
+	"masquevpn/proxy"
+)
+
+// What another program takes away on the client's host comes back while the session goes on, the status counts it, and with a kill
+// switch nothing leaves beside the tunnel: not while it is away, but for what the kill switch alone holds, nor afterwards.
+func TestClientHostIsPutRight(t *testing.T) {
+	p, behind := killSwitchHosts(t, options{client: killSwitch})
+	p.up(p.Client, p.invite("alice"))
+	talk := chat(t, p.Client, behind)
+	for _, tt := range []struct {
+		name, damage string
+		what         string // is counted
+		opens        bool   // the kill switch, until it is closed again
+	}{
+		{"rules", "ip rule flush protocol 94", "rule", false},
+		{"an address", "ip addr del 10.77.0.2/32 dev masque0", "address", false},
+		{"the link is set down", "ip link set masque0 down", "link", false},
+		{"the interface is deleted", "ip link del masque0", "device", false},
+		{"the kill switch is deleted", "nft delete table inet masquevpn-kill-alice", "kill_switch", true},
+		{"nftables is flushed", "nft flush ruleset", "table", true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := *p
+			p.t = t
+			seen := p.capture()
+			args := strings.Fields(tt.damage)
+			check(t, p.Client.Command(p.ctx, args[0], args[1:]...).Run())
+			before := len(seen.Packets())
+			p.eventually(tt.name+" is put right", func() bool {
+				s := p.status(p.Client, "alice")
+				return s.KernelRepairs[tt.what] > 0 && s.State == client.StateConnected && s.KillSwitch == client.KillSwitchClosed
+			})
+			if tt.opens {
+				before = len(seen.Packets())
+			}
+			talk.goesOn()
+			for _, packet := range seen.Packets()[before:] {
+				if l := leak(packet); l != "" {
+					t.Fatalf("this left the host:\n%s", l)
+				}
+			}
+			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+		})
+	}
+	if s := p.status(p.Client, "alice"); s.Reconnects != 0 {
+		t.Errorf("there were %d reconnects", s.Reconnects)
+	}
+}
+
+// The same at the proxy, whose check says what happened, and whose clients notice nothing.
+func TestProxyHostIsPutRight(t *testing.T) {
+	p := newPair(t, options{})
+	p.stopProxy()
+	p.editProxyConfig("masquerade = false", "masquerade = true")
+	p.startProxy()
+	p.up(p.Client, p.invite("alice"))
+	for _, tt := range []struct{ name, damage, what string }{
+		{"nftables is flushed", "nft flush ruleset", "table"},
+		{"forwarding is turned off", "sysctl -qw net.ipv4.ip_forward=0", "sysctl"},
+		{"the link is set down", "ip link set masque0 down", "link"},
+		{"the interface is deleted", "ip link del masque0", "device"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := *p
+			p.t = t
+			args := strings.Fields(tt.damage)
+			check(t, p.Proxy.Command(p.ctx, args[0], args[1:]...).Run())
+			p.eventually(tt.name+" is put right", func() bool {
+				var s proxy.Status
+				check(t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "status", "--json")), &s))
+				return s.KernelRepairs[tt.what] > 0 && s.State == proxy.StateRunning
+			})
+			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
+		})
+	}
+	if s := p.status(p.Client, "alice"); s.Reconnects != 0 {
+		t.Errorf("there were %d reconnects", s.Reconnects)
+	}
+	const says = "warn  host: another program changed what the running program needs; it was put right, since the start: "
+	if out, _ := p.Proxy.Command(p.ctx, program("masque-proxy"), "check", "-c", p.config()).Output(); !strings.Contains(string(out), says) {
+		t.Errorf("check says\n%s", out)
+	}
+}
