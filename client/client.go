@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"sync"
@@ -18,6 +19,7 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
 	"masquevpn/internal/hostend"
+	"masquevpn/internal/rescue"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -45,6 +47,8 @@ type Client struct {
 	queue   *flowqueue.Queue               // of packets of the device
 	current atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
 	stats   connectip.Stats
+	reading connectip.Busy // the device's reader has packets
+	sender  connectip.Busy // with what it took from queue
 	had     []netip.Prefix // addresses of the last session, to ask for again
 	unasked bool           // the proxy ends the tunnel when it is asked for addresses, and assigns some without that
 	applied bool           // the kernel has followed a proxy
@@ -217,7 +221,19 @@ func (c *Client) keepConnected(ctx context.Context) error {
 		c.setState(state, e.waiting())
 	}
 	r.sooner = c.networkChanged
-	return r.run(ctx, c.session)
+	return r.run(ctx, func(ctx context.Context) (connected time.Duration, err error) {
+		defer rescue.Catch(func(e *rescue.Error) {
+			c.panicked(e)
+			err = e
+		})
+		return c.session(ctx)
+	})
+}
+
+// panicked logs a panic of a goroutine that serves a session, which ends with it.
+func (c *Client) panicked(e *rescue.Error) {
+	c.cfg.Logger.Error("a fault of this program ended the session; please report it with this line",
+		"panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
 }
 
 // notePeer has the status warn of somebody who answers in the proxy's place,
@@ -230,11 +246,13 @@ func (c *Client) notePeer(e *Error) {
 
 // dispatch queues packets, which the queue owns from then on: they are set to nil. A single one for an idle tunnel is sent at once.
 func (c *Client) dispatch(packets []*flowqueue.Packet) {
+	c.reading.Begin()
+	defer c.reading.End()
 	switch conn := c.current.Load(); {
 	case conn == nil:
 		c.stats.Send.DropMany(connectip.DropClosed, len(packets))
 	case len(packets) == 1 && c.queue.Idle() && conn.Ready():
-		conn.Send(packets[0].Bytes(), headroom) // waking the other goroutine takes longer
+		conn.TrySend(packets[0].Bytes(), headroom) // waking the other goroutine takes longer
 	default:
 		c.stats.Send.DropMany(connectip.DropQueueFull, c.queue.Push(packets))
 		clear(packets)
@@ -251,6 +269,7 @@ func (c *Client) sendQueued() {
 			return
 		}
 		conn := c.current.Load()
+		c.sender.Begin()
 		for _, p := range batch[:n] {
 			if conn == nil {
 				c.stats.Send.Drop(connectip.DropClosed)
@@ -259,6 +278,7 @@ func (c *Client) sendQueued() {
 			}
 			p.Free()
 		}
+		c.sender.End()
 	}
 }
 
@@ -319,6 +339,8 @@ func (c *Client) notify() {
 
 // Status describes the tunnel as it is now.
 func (c *Client) Status() Status {
+	c.countOverflow()
+	oldest := c.oldest()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.status
@@ -326,5 +348,6 @@ func (c *Client) Status() Status {
 		s.RTT = c.live.ConnectionStats().SmoothedRTT.Microseconds()
 	}
 	s.SetTraffic(&c.stats)
+	s.OldestPacket = oldest.Milliseconds()
 	return s
 }

@@ -8,17 +8,22 @@ import (
 	"github.com/quic-go/quic-go/http3"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/rescue"
 )
 
 // Counters are what a Client has counted since it was made. Counts never get less.
 type Counters struct {
 	Stats      connectip.Stats
 	Reconnects map[string]uint64 // by what was wrong with the session, or the attempt at one, before
+	Oldest     connectip.Ages    // of the packets that wait in the client now
+	Panics     uint64            // that ended a session
 }
 
 // Counters may be called at any time.
 func (c *Client) Counters() *Counters {
 	out := &Counters{Reconnects: make(map[string]uint64)}
+	c.countOverflow()
+	out.Oldest, out.Panics = c.oldest(), rescue.Caught()
 	c.stats.AddTo(&out.Stats)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -26,6 +31,30 @@ func (c *Client) Counters() *Counters {
 		out.Reconnects[loss(l).String()] = n
 	}
 	return out
+}
+
+// countOverflow counts what the kernel dropped in front of the device.
+func (c *Client) countOverflow() {
+	if e := c.ends.Current(); e != nil {
+		e.overflow.Count(e.device, func(n int) { c.stats.Send.DropMany(connectip.DropDeviceFull, n) })
+	}
+}
+
+// oldest returns the ages of the oldest packets that wait.
+func (c *Client) oldest() (a connectip.Ages) {
+	a.Note(connectip.StageDeviceRead, c.reading.Age())
+	a.Note(connectip.StageFlowQueue, c.queue.Oldest())
+	a.Note(connectip.StageSender, c.sender.Age())
+	if conn := c.current.Load(); conn != nil {
+		conn.AddAges(&a)
+	}
+	return a
+}
+
+// Stuck says where packets are stuck for a reason that is this client's own, nil for nowhere.
+func (c *Client) Stuck() error {
+	a := c.oldest()
+	return a.Stuck()
 }
 
 // loss is why there is no session.

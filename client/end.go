@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"masquevpn/internal/flowqueue"
+	"masquevpn/internal/hostend"
 	"masquevpn/routing"
 )
 
@@ -34,6 +35,7 @@ const (
 type end struct {
 	device   Device
 	dispatch func([]*flowqueue.Packet)
+	overflow hostend.Overflow
 	network  Network
 	resolver Resolver // may be nil
 }

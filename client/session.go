@@ -17,6 +17,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/rescue"
 	"masquevpn/routing"
 )
 
@@ -108,6 +109,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 		// All routes that the kernel is given, and no more than a trifle besides.
 		MaxCapsule: routing.MaxRoutes * capsule.MaxRouteLen,
 		Stats:      &c.stats,
+		Panicked:   c.panicked,
 		Tap:        c.cfg.Tap.At(""),
 	})
 	c.mu.Lock()
@@ -122,8 +124,12 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	go func() { ended <- s.conn.Run(runCtx) }()
 	var roaming sync.WaitGroup
 	roaming.Go(func() {
+		defer rescue.Catch(func(e *rescue.Error) {
+			c.panicked(e)
+			s.lose(e)
+		})
 		if err := newRoamer(s, d).run(runCtx); err != nil {
-			s.lost <- err
+			s.lose(err)
 		}
 	})
 	defer func() {
@@ -155,6 +161,22 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 		connected = time.Since(since)
 	}
 	return connected, err
+}
+
+// lose ends the session with err, unless it ends already.
+func (s *session) lose(err error) {
+	select {
+	case s.lost <- err:
+	default:
+	}
+}
+
+// guarded calls f. A panic ends the session alone.
+func (s *session) guarded(f func()) {
+	if e, ok := errors.AsType[*rescue.Error](rescue.Run(f)); ok {
+		s.c.panicked(e)
+		s.lose(e)
+	}
 }
 
 // errEnded stands for the end of the stream, whose reason is with its Run.
@@ -249,8 +271,8 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 				probing = true
 				firstPacket = s.conn.FirstPacket()
 				unanswered = newAnswerWatch()
-				go s.conn.Probe(probes)
-				go s.conn.KeepAlive(alive, keepAlive)
+				go s.guarded(func() { s.conn.Probe(probes) })
+				go s.guarded(func() { s.conn.KeepAlive(alive, keepAlive) })
 			}
 		}
 	}

@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -12,6 +13,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/rescue"
 )
 
 const (
@@ -99,8 +101,17 @@ func (f *UDPForwarder) newFlow(peer netip.AddrPort) *udpFlow {
 	flow.ctx, flow.stop = context.WithCancel(link.ctx)
 	flow.touch()
 	f.flows[flow] = struct{}{}
-	f.running.Go(flow.run)
+	f.running.Go(func() {
+		defer rescue.Catch(f.panicked)
+		flow.run()
+	})
 	return flow
+}
+
+// panicked logs a panic of a goroutine that serves one flow, which ends with it.
+func (f *UDPForwarder) panicked(e *rescue.Error) {
+	f.cfg.Logger.Error("a fault of this program ended a flow of UDP; please report it with this line",
+		"panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
 }
 
 // evict ends the flow that was quiet for longest, if there is one that was for evictAfter. f.mu is held.
@@ -146,12 +157,15 @@ func (flow *udpFlow) run() {
 	var down sync.WaitGroup
 	down.Go(func() {
 		defer flow.stop()
+		defer rescue.Catch(f.panicked)
 		flow.down(c)
 	})
+	defer func() {
+		flow.stop()
+		_ = c.Close()
+		down.Wait()
+	}()
 	flow.up(c)
-	flow.stop()
-	_ = c.Close()
-	down.Wait()
 }
 
 // drain gives back what was not sent.

@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/rescue"
 )
 
 // Counters are what a Server has counted since it was made, and what it has now. Counts never get less.
@@ -21,6 +22,9 @@ type Counters struct {
 	Pool         []PoolUse
 	// KernelRepairs are how often the host was put right, by what it was.
 	KernelRepairs map[string]uint64
+	// Oldest are the ages of the oldest packets that wait in the proxy now.
+	Oldest connectip.Ages
+	Panics uint64 // that ended a session or a request
 }
 
 // RequestCount is how many requests had one outcome.
@@ -44,9 +48,28 @@ func (s *Server) Counters() *Counters {
 	s.mu.Lock()
 	c.KernelRepairs = s.health.Repairs
 	s.mu.Unlock()
+	if e := s.ends.Current(); e != nil {
+		e.overflow.Count(e.device, func(n int) { s.unrouted.Send.DropMany(connectip.DropDeviceFull, n) })
+	}
+	c.Oldest, c.Panics = s.oldest(), rescue.Caught()
 	s.unrouted.AddTo(&c.Stats)
 	c.Sessions, c.UDPFlows = s.sessions.addTo(&c.Stats)
 	return c
+}
+
+// oldest returns the ages of the oldest packets that wait.
+func (s *Server) oldest() (a connectip.Ages) {
+	a.Note(connectip.StageDeviceRead, s.reading.Age())
+	for _, ss := range s.sessions.list() {
+		ss.addAges(&a)
+	}
+	return a
+}
+
+// Stuck says where packets are stuck for a reason that is this proxy's own, nil for nowhere.
+func (s *Server) Stuck() error {
+	a := s.oldest()
+	return a.Stuck()
 }
 
 // accepted is the reason of requests that were.

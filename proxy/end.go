@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"masquevpn/internal/flowqueue"
+	"masquevpn/internal/hostend"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -16,6 +17,7 @@ type end struct {
 	device   Device
 	network  Network
 	dispatch func([]*flowqueue.Packet)
+	overflow hostend.Overflow
 }
 
 // openEnd opens an end, with what was applied to the last one.

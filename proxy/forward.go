@@ -8,6 +8,7 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
 	"masquevpn/internal/ippacket"
+	"masquevpn/internal/rescue"
 )
 
 const (
@@ -24,6 +25,8 @@ const (
 // dispatch queues packets for their sessions, which own them from then on: they are set to nil. The others stay the caller's. A
 // single packet for an idle session is sent at once. It never waits for a session: a queue that is full drops.
 func (s *Server) dispatch(packets []*flowqueue.Packet) {
+	s.reading.Begin()
+	defer s.reading.End()
 	var to *session
 	first := 0 // of those that go to it
 	queue := func(end int) {
@@ -31,10 +34,9 @@ func (s *Server) dispatch(packets []*flowqueue.Packet) {
 		case to == nil:
 		case end-first == 1 && to.queue.Idle() && to.account.down.behind() == 0 && to.conn.Ready(): // who is in the table has a conn
 			to.account.down.spend(packets[first].Size)
-			to.conn.Send(packets[first].Bytes(), headroom) // waking another goroutine takes longer
+			to.conn.TrySend(packets[first].Bytes(), headroom) // waking another goroutine takes longer
 		default:
-			to.stats.Send.DropMany(connectip.DropQueueFull, to.queue.Push(packets[first:end]))
-			clear(packets[first:end])
+			to.push(packets[first:end])
 		}
 	}
 	for i, p := range packets {
@@ -44,6 +46,13 @@ func (s *Server) dispatch(packets []*flowqueue.Packet) {
 		}
 	}
 	queue(len(packets))
+}
+
+// push queues packets, which are set to nil. A panic ends the session alone.
+func (ss *session) push(packets []*flowqueue.Packet) {
+	defer rescue.Catch(ss.panicked)
+	defer clear(packets)
+	ss.stats.Send.DropMany(connectip.DropQueueFull, ss.queue.Push(packets))
 }
 
 // sessionOf returns the session that p is for; when there is none, p is answered and counted.

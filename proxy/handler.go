@@ -16,6 +16,7 @@ import (
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
+	"masquevpn/internal/rescue"
 	"masquevpn/internal/worker"
 )
 
@@ -80,6 +81,7 @@ func (r *refusal) field(name string) string {
 }
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	defer rescue.Catch(func(e *rescue.Error) { h.panicked(r, e) })
 	h.s.narrow.done(r.Context().Value(connKey{}).(*quic.Conn).RemoteAddr())
 	ss, refused := h.accept(w, r)
 	if refused != nil {
@@ -96,6 +98,13 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	h.serve(w, r, ss)
+}
+
+// panicked notes a panic while a request was answered, and has HTTP/3 reset its stream.
+func (h handler) panicked(r *http.Request, e *rescue.Error) {
+	h.s.cfg().Logger.Error("a fault of this program ended a request; please report it with this line",
+		"remote", r.RemoteAddr, "panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
+	panic(http.ErrAbortHandler)
 }
 
 // accept decides on a request. An accepted one has its session among the running ones, not yet started.
@@ -126,7 +135,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 
 		advertised: make(chan struct{}),
 	}
-	ss.announcer = worker.New(ss.announce)
+	ss.announcer = worker.New(ss.guarded(ss.announce))
 	if r.Proto == udpProtocol {
 		ss.udp, refused = h.s.openUDP(r.Context(), user, r.RequestURI)
 	} else {
@@ -162,9 +171,15 @@ func (h handler) admit(ss *session) *refusal {
 	if err != nil {
 		return limit.refuse(user.Name, err)
 	}
+	admitted := false
+	defer func() {
+		if !admitted { // also when this panics
+			h.s.sessions.remove(ss)
+			close(ss.done)
+		}
+	}()
 	// Resolving a name takes a while. Whoever is gone since was not among the sessions when those of removed users ended.
 	if err := h.s.follow(ss); err != nil {
-		h.s.sessions.remove(ss)
 		failure := &authFailure{method: ss.method, class: classRevoked, user: user.Name, reason: err.Error()}
 		h.s.refused(ss.quic.RemoteAddr(), failure)
 		return &refusal{status: http.StatusUnauthorized, reason: failure}
@@ -179,6 +194,7 @@ func (h handler) admit(ss *session) *refusal {
 	for _, old := range replaced {
 		<-old.done
 	}
+	admitted = true
 	return nil
 }
 
@@ -202,6 +218,11 @@ func (ss *session) setScope(ctx context.Context, path string) *refusal {
 // serve answers an accepted request. A session of IP packets goes on when it returns, in a goroutine without all that the request
 // needed.
 func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
+	defer rescue.Catch(func(e *rescue.Error) {
+		ss.panicked(e)
+		h.ended(ss, slog.LevelInfo, e)
+		panic(http.ErrAbortHandler)
+	})
 	w.Header().Set(http3.CapsuleProtocolHeader, "?1")
 	if ss.udp != nil {
 		congestion.Control(ss.quic) // RFC 9298 section 6: nobody knows whether what is inside controls itself

@@ -2,11 +2,16 @@ package proxy
 
 import (
 	"fmt"
+	"net/http"
 	"net/netip"
 	"runtime"
+	"strings"
+	"sync/atomic"
 	"testing"
 
+	"masquevpn/internal/connectip"
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun/tuntest"
 )
 
 // atProcs runs f with one, two and many processors: what is shared by goroutines of several peers often has a size that
@@ -45,4 +50,119 @@ func TestManyTunnelsOfOneConnection(t *testing.T) {
 		}
 		h.lets(other, "10.1.0.5", "192.0.2.77")
 	})
+}
+
+// trap is a device that does something else with packets to one address.
+type trap struct {
+	*tuntest.Device
+	to   netip.Addr
+	then func()
+}
+
+func (d trap) Write(bufs [][]byte, offset int) (int, error) {
+	for _, b := range bufs {
+		if p, err := ippacket.Parse(b[offset:]); err == nil && p.Dst == d.to {
+			d.then()
+		}
+	}
+	return d.Device.Write(bufs, offset)
+}
+
+// newTrap makes a hub whose device calls then with each packet to 192.0.2.66.
+func newTrap(t *testing.T, then func()) *hub {
+	device := tuntest.New(1400)
+	h := newHub(t, func(c *Config) {
+		c.OpenDevice = func() (Device, error) { return trap{device, netip.MustParseAddr("192.0.2.66"), then}, nil }
+	})
+	h.device = device
+	return h
+}
+
+// sendDatagram sends a packet into the tunnel in a QUIC datagram.
+func (g *gateway) sendDatagram(dst string) {
+	g.hub.t.Helper()
+	pkt := ippacket.AppendEcho([]byte{0}, g.own[0], netip.MustParseAddr(dst), 64, true, 1, 1, nil)
+	if err := g.str.SendDatagram(pkt); err != nil {
+		g.hub.t.Fatal(err)
+	}
+}
+
+// A panic in what serves one client ends that client's session, says where it was, and holds up nobody else.
+func TestPanicEndsOneSession(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		send func(*gateway)
+	}{
+		{"goroutine of the connection", func(g *gateway) { g.sendDatagram("192.0.2.66") }},
+		{"goroutine that reads capsules", func(g *gateway) { g.send(g.own[0].String(), "192.0.2.66") }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			atProcs(t, func(t *testing.T) {
+				h := newTrap(t, func() { panic("on purpose") })
+				other := h.connect("a", "", netA)
+				h.installs(netA)
+				h.lets(other, "10.1.0.5", "192.0.2.9")
+				before := h.Counters().Panics
+				victim := h.connect("c", "")
+				tc.send(victim)
+				h.eventually("the session has ended", func() bool { return len(h.Sessions()) == 1 })
+				h.lets(other, "10.1.0.5", "192.0.2.77")
+				if got := h.Counters().Panics - before; got != 1 {
+					t.Errorf("%d panics are counted, want 1", got)
+				}
+				if lines := h.log.lines("a fault of this program ended a session"); len(lines) != 1 || !strings.Contains(lines[0], "trap.Write") {
+					t.Errorf("the log says %q, want one line with the stack", lines)
+				}
+				h.connect("c", "").sendDatagram("192.0.2.78") // the user may come back
+			})
+		})
+	}
+}
+
+// A write that does not return is seen in the ages of packets.
+func TestStuckWrite(t *testing.T) {
+	release := make(chan struct{})
+	h := newTrap(t, func() { <-release })
+	h.connect("c", "").sendDatagram("192.0.2.66")
+	h.eventually("a packet is being written", func() bool {
+		c := h.Counters()
+		return c.Oldest[connectip.StageDeviceWrite] > 0
+	})
+	if err := h.Stuck(); err != nil {
+		t.Errorf("stuck at once: %v", err)
+	}
+	close(release)
+	h.eventually("no packet waits", func() bool { return h.Counters().Oldest == connectip.Ages{} })
+}
+
+// vanishing are users who are no more once their session has been taken in.
+type vanishing struct {
+	byToken
+	gone func()
+}
+
+func (u vanishing) ByName(string) (User, bool) {
+	u.gone()
+	return User{}, false
+}
+
+// A session that is refused after it was taken in has ended for those who wait for it, as a newer session of the same client does.
+func TestRefusedSessionIsDone(t *testing.T) {
+	var server atomic.Pointer[Server]
+	refused := make(chan *session, 1)
+	x := startServer(t, func(c *Config) {
+		c.Methods = []string{MethodToken}
+		c.Users = vanishing{byToken{"a"}, func() { refused <- server.Load().sessions.list()[0] }}
+	})
+	server.Store(x.Server)
+	_, h3 := x.dial(t, nil)
+	rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, http.Header{"Authorization": {"Bearer a"}})
+	if rsp.StatusCode != http.StatusUnauthorized {
+		t.Fatalf("status %d, want %d", rsp.StatusCode, http.StatusUnauthorized)
+	}
+	select {
+	case <-(<-refused).done:
+	default:
+		t.Error("the refused session never ends")
+	}
 }

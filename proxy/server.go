@@ -62,6 +62,7 @@ type Server struct {
 
 	narrow     narrowPaths
 	errorLimit *rate.Limiter
+	reading    connectip.Busy  // the device's reader has packets
 	unrouted   connectip.Stats // of packets that are no session's, and ICMP errors about them
 	requests   requestCounts
 	authFailed authFailures
@@ -379,6 +380,9 @@ type Status struct {
 	AuthFailures map[string]uint64 `json:"auth_failures"`
 	// KernelRepairs are how often the proxy put right what other programs changed on its host, by what it was.
 	KernelRepairs map[string]uint64 `json:"kernel_repairs,omitempty"`
+	// OldestPacket is the age of the oldest packet in each stage of its way, milliseconds.
+	OldestPacket map[string]int64 `json:"oldest_packet_ms"`
+	Panics       uint64           `json:"panics"` // that ended a session or a request
 }
 
 // The states of a Status.
@@ -406,6 +410,7 @@ func (s *Server) Status() Status {
 		Leased:  map[string]int{"ipv4": v4, "ipv6": v6},
 		Packets: st.Packets, Bytes: st.Bytes, Drops: st.Drops,
 		Requests: requests, ICMPSent: c.Stats.ICMPSent.Total(), AuthFailures: c.AuthFailures, KernelRepairs: c.KernelRepairs,
+		OldestPacket: c.Oldest.Milliseconds(), Panics: c.Panics,
 	}
 	if problem := s.Problem(); problem != "" {
 		status.State, status.Warnings = StateDegraded, []string{problem}

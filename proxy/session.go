@@ -20,6 +20,7 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
+	"masquevpn/internal/rescue"
 	"masquevpn/internal/worker"
 	"masquevpn/routing"
 )
@@ -54,6 +55,7 @@ type session struct {
 	since        time.Time
 	quic         *quic.Conn
 	queue        *flowqueue.Queue
+	sender       connectip.Busy // with what it took from queue
 	uplink       uplink
 	udp          *udpFlow // nil for IP proxying; else all that is about addresses and packets of the device is unused
 	stats        connectip.Stats
@@ -89,10 +91,31 @@ var (
 
 // run carries the session on its stream until that or ss.ctx ends, and gives back all that it held. The header of the answer
 // was written.
-func (ss *session) run(str *http3.Stream) error {
+func (ss *session) run(str *http3.Stream) (err error) {
+	defer rescue.Catch(func(e *rescue.Error) {
+		err = e
+		ss.panicked(e)
+	})
+	conn := ss.open(str)
+	var routines sync.WaitGroup
+	defer ss.tearDown(conn, &routines)
+	routines.Go(ss.guarded(func() { ss.sendQueued(conn) }))
+	routines.Go(ss.guarded(ss.assignUnprompted))
+	if err := ss.followSites(); err != nil {
+		ss.stop(err)
+	}
+	ss.announcer.Wake()
+	err = conn.Run(ss.ctx)
+	ss.stop(err)
+	return cmp.Or(context.Cause(ss.ctx), err)
+}
+
+// open makes the session's Conn on its stream.
+func (ss *session) open(str *http3.Stream) *connectip.Conn {
 	ss.uplink.Device, ss.uplink.ss = currentDevice{ss.server}, ss
 	ss.mu.Lock()
-	conn := connectip.New(str, ss.quic, connectip.Config{
+	defer ss.mu.Unlock()
+	ss.conn = connectip.New(str, ss.quic, connectip.Config{
 		Device:         &ss.uplink,
 		Accept:         connectip.Accept{Assigned: ss.acceptAddresses, Routes: ss.acceptRoutes},
 		Handler:        connectip.Handler{Requested: ss.addressesRequested, Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
@@ -103,23 +126,15 @@ func (ss *session) run(str *http3.Stream) error {
 		OwnErrors:      ss.claim == nil,
 		KernelHopLimit: ss.server.cfg().KernelHopLimit,
 		Stats:          &ss.stats,
+		Panicked:       ss.panicked,
 		Tap:            ss.server.cfg().Tap.At(ss.id),
 	})
-	ss.conn = conn
-	ss.mu.Unlock()
+	return ss.conn
+}
 
-	var routines sync.WaitGroup
-	routines.Go(func() { ss.sendQueued(conn) })
-	routines.Go(ss.assignUnprompted)
-	if err := ss.followSites(); err != nil {
-		ss.stop(err)
-	}
-	ss.announcer.Wake()
-	err := conn.Run(ss.ctx)
-	ss.stop(err)
-	if cause := context.Cause(ss.ctx); cause != nil {
-		err = cause
-	}
+// tearDown gives back all that the session held, and waits for its goroutines.
+func (ss *session) tearDown(conn *connectip.Conn, routines *sync.WaitGroup) {
+	ss.stop(nil)
 	// The session leaves the table first, so that no packet for the next holder of an address comes here.
 	ss.release()
 	ss.queue.Close()
@@ -128,7 +143,21 @@ func (ss *session) run(str *http3.Stream) error {
 		ss.announcer.Close()
 	})
 	ss.uplink.close()
-	return err
+}
+
+// panicked ends the session because one of the goroutines that serve it panicked. It is called while nothing is locked.
+func (ss *session) panicked(e *rescue.Error) {
+	ss.server.cfg().Logger.Error("a fault of this program ended a session; please report it with this line",
+		"session", ss.id, "user", ss.user.Name, "panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
+	ss.stop(e)
+}
+
+// guarded returns f as the session's goroutines run it: a panic ends the session alone.
+func (ss *session) guarded(f func()) func() {
+	return func() {
+		defer rescue.Catch(ss.panicked)
+		f()
+	}
 }
 
 // sendQueued sends what the device handed over for this session, until its queue is closed.
@@ -143,11 +172,13 @@ func (ss *session) sendQueued(conn *connectip.Conn) {
 			return
 		}
 		bytes := 0
+		ss.sender.Begin()
 		for _, p := range batch[:n] {
 			bytes += p.Size
 			conn.Send(p.Bytes(), headroom)
 			p.Free()
 		}
+		ss.sender.End()
 		down.spend(bytes)
 	}
 }
@@ -155,7 +186,11 @@ func (ss *session) sendQueued(conn *connectip.Conn) {
 // addressesRequested assigns the client its full list of addresses (RFC 9484 section 4.7.2). A client that does not read
 // holds up this alone: ss.mu is not held.
 func (ss *session) addressesRequested(requested []capsule.Address) error {
-	<-ss.advertised
+	select {
+	case <-ss.advertised:
+	case <-ss.ctx.Done():
+		return context.Cause(ss.ctx)
+	}
 	ss.assigning.Lock()
 	defer ss.assigning.Unlock()
 	if err := ss.conn.Assign(ss.answer(requested)); err != nil {
@@ -329,24 +364,30 @@ func (ss *session) refresh() { ss.announcer.Wake() }
 
 // advertise tells the client its routes, unless they are what it was told last. It is not called concurrently.
 func (ss *session) advertise() error {
+	routes, same, err := ss.newRoutes()
+	if err != nil || same {
+		return err
+	}
+	return ss.conn.Advertise(routes)
+}
+
+// newRoutes works out what the client is to be told, and reports whether that is what it was told last.
+func (ss *session) newRoutes() (routes []capsule.Route, same bool, err error) {
 	ss.mu.Lock()
+	defer ss.mu.Unlock()
 	may := ss.account.reach.Load()
-	routes, err := ss.server.routes(ss.reach, may, ss.scope.Protocol, ss.uses)
+	routes, err = ss.server.routes(ss.reach, may, ss.scope.Protocol, ss.uses)
 	if err == nil && ss.claim != nil {
 		routes, err = ss.server.sites.routesTo(ss.claim, routes, may, ss.server.pool.gatewayAddrs())
 	}
 	if err == nil && len(routes) > routing.MaxRoutes {
 		err = fmt.Errorf("%d ranges are too many to be advertised, clients take %d: shorten the lists of the user, or of the sites", len(routes), routing.MaxRoutes)
 	}
-	same := ss.routes != nil && slices.Equal(routes, ss.routes)
+	same = ss.routes != nil && slices.Equal(routes, ss.routes)
 	if err == nil {
 		ss.routes = routes
 	}
-	ss.mu.Unlock()
-	if err != nil || same {
-		return err
-	}
-	return ss.conn.Advertise(routes)
+	return routes, same, err
 }
 
 // uses reports whether the client has, or may still get, addresses or networks of a's family. ss.mu is held.
@@ -403,6 +444,22 @@ func prefixes(addrs []capsule.Address) []netip.Prefix {
 		out[i] = a.Prefix
 	}
 	return out
+}
+
+// addAges takes into account in a what waits in the session's stages.
+func (ss *session) addAges(a *connectip.Ages) {
+	if ss.udp != nil {
+		return
+	}
+	a.Note(connectip.StageFlowQueue, ss.queue.Oldest())
+	a.Note(connectip.StageSender, ss.sender.Age())
+	ss.uplink.addAges(a)
+	ss.mu.Lock()
+	conn := ss.conn
+	ss.mu.Unlock()
+	if conn != nil {
+		conn.AddAges(a)
+	}
 }
 
 // SessionStatus describes one session in the words of a client's status.

@@ -159,18 +159,19 @@ func (ss *session) runUDP(w http.ResponseWriter) error {
 	str := w.(http3.HTTPStreamer).HTTPStream()
 	capacity := func() (int, error) { return connectip.MaxPayload(ss.quic, str.StreamID()) }
 	var wg sync.WaitGroup
-	wg.Go(func() { ss.stop(f.up(&ss.stats.Receive, &ss.account.up, ss.ctx.Done())) })
-	wg.Go(func() { ss.stop(f.down(&ss.stats.Send, &ss.account.down, ss.ctx.Done(), capacity)) })
-	wg.Go(func() {
+	defer wg.Wait()
+	defer f.close()
+	defer ss.stop(connectip.ErrClosedByPeer)
+	wg.Go(ss.guarded(func() { ss.stop(f.up(&ss.stats.Receive, &ss.account.up, ss.ctx.Done())) }))
+	wg.Go(ss.guarded(func() { ss.stop(f.down(&ss.stats.Send, &ss.account.down, ss.ctx.Done(), capacity)) }))
+	wg.Go(ss.guarded(func() {
 		ss.awaitIdle(ss.server.cfg().UDPIdleTimeout)
 		connectip.Drain(ss.quic, func() { _ = f.relay.Close() })
-	})
+	}))
 	_ = f.relay.ProxyConnectedSocket(w, &masque.ProxyRequest{Target: f.target.String()}, f.inner)
 	ss.stop(connectip.ErrClosedByPeer)
 	_ = str.Close() // the relay did not when it was closed before it began
 	str.CancelRead(quic.StreamErrorCode(http3.ErrCodeNoError))
-	f.close()
-	wg.Wait()
 	return context.Cause(ss.ctx)
 }
 

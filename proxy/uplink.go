@@ -18,6 +18,7 @@ type uplink struct {
 	mu      sync.Mutex
 	closed  bool
 	sending sync.WaitGroup
+	writing connectip.Busy // of the goroutine that sends
 }
 
 // Write implements connectip.Device. It may be called by several goroutines, and returns at once.
@@ -73,7 +74,7 @@ func (u *uplink) open() *flowqueue.Queue {
 	q := u.queue.Load()
 	if q == nil {
 		q = flowqueue.New()
-		u.sending.Go(func() { u.send(q) })
+		u.sending.Go(u.ss.guarded(func() { u.send(q) }))
 		u.queue.Store(q)
 	}
 	return q
@@ -97,14 +98,19 @@ func (u *uplink) send(queue *flowqueue.Queue) {
 			bytes += p.Size
 		}
 		up.spend(bytes)
+		u.writing.Begin()
 		if wrote, err := u.Device.Write(bufs[:n], headroom); err != nil {
 			count.DropMany(connectip.DropDevice, n-wrote)
 		}
+		u.writing.End()
 		for _, p := range batch[:n] {
 			p.Free()
 		}
 	}
 }
+
+// addAges takes into account in a what is being written. What waits because of the user's rate is late on purpose.
+func (u *uplink) addAges(a *connectip.Ages) { a.Note(connectip.StageDeviceWrite, u.writing.Age()) }
 
 // close drops what waits. The session has ended.
 func (u *uplink) close() {

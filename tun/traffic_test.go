@@ -237,3 +237,31 @@ func randomBytes(n int) []byte {
 	rand.NewChaCha8([32]byte{}).Read(b)
 	return b
 }
+
+// A burst fits the queue in front of Read, and what does not fit any more is counted.
+func TestBurst(t *testing.T) {
+	eachBackend(t, func(t *testing.T, offload bool) {
+		d := openDevice(t, Config{MTU: 1400, Offload: offload})
+		bringUp(t, d)
+		client, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer4, 9)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		send := func(n int) {
+			for range n {
+				if _, err := client.Write(make([]byte, 100)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		send(400) // nobody reads
+		if n := d.Overflows(); n != 0 {
+			t.Errorf("%d of 400 packets did not fit, want none", n)
+		}
+		send(400)
+		if n := d.Overflows(); n < 100 {
+			t.Errorf("%d of 800 packets are counted as dropped, want at least 100", n)
+		}
+	})
+}

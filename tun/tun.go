@@ -108,6 +108,7 @@ type Device struct {
 	nl   *netlink.Handle // in the network namespace of Open; nil once closed
 	name string          // as last seen
 	mtu  int             // as last seen
+	full uint64          // packets that did not fit the queue in front of Read, as last seen
 }
 
 // Open makes a new device in the network namespace of the calling thread. It
@@ -189,6 +190,9 @@ func (d *Device) refresh() {
 	}
 	if link, err := d.nl.LinkByIndex(d.index); err == nil {
 		d.name, d.mtu = link.Attrs().Name, link.Attrs().MTU
+		if stats := link.Attrs().Statistics; stats != nil {
+			d.full = max(d.full, stats.TxDropped)
+		}
 	}
 }
 
@@ -223,6 +227,16 @@ func (d *Device) MTU() int {
 	defer d.mu.Unlock()
 	d.refresh()
 	return d.mtu
+}
+
+// Overflows returns how many packets of the host the kernel dropped so far
+// because they did not fit the queue in front of Read. What the kernel hands
+// over in one piece counts once. Like Name it asks the kernel.
+func (d *Device) Overflows() uint64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.refresh()
+	return d.full
 }
 
 // SetMTU changes the MTU, in bytes from MinMTU to MaxMTU, also while packets

@@ -35,7 +35,11 @@ func (t *tunnel) tell(ctx context.Context, service *systemd.Service) {
 		select {
 		case <-changed:
 		case <-tick.C:
-			service.Alive()
+			if err := t.client.Stuck(); err != nil {
+				service.Status(err.Error()) // and the watchdog is not fed
+			} else {
+				service.Alive()
+			}
 		case <-ctx.Done():
 			service.Stopping()
 			return

@@ -12,7 +12,7 @@ import (
 // ends when the proxy stops.
 func (d *daemon) serveMetrics(ctx context.Context) (*metrics.Server, error) {
 	return cli.ServeMetrics(program, d.loaded.file.Metrics, d.loaded.file.MetricsNamed, metrics.Config{
-		Values: d.values, Ready: func() error { return d.readiness(ctx) }, Logger: d.logger,
+		Values: d.values, Well: d.server.Stuck, Ready: func() error { return d.readiness(ctx) }, Logger: d.logger,
 	})
 }
 
@@ -35,7 +35,7 @@ func (d *daemon) readiness(ctx context.Context) error {
 // values are what metrics show.
 func (d *daemon) values() metrics.Values {
 	c := d.server.Counters()
-	v := metrics.Values{Stats: &c.Stats, Repairs: c.KernelRepairs, Sessions: c.Sessions, MaxSessions: c.MaxSessions, UDPFlows: c.UDPFlows, MaxUDPFlows: c.MaxUDPFlows, AuthFailures: c.AuthFailures}
+	v := metrics.Values{Stats: &c.Stats, Repairs: c.KernelRepairs, Oldest: c.Oldest, Panics: c.Panics, Sessions: c.Sessions, MaxSessions: c.MaxSessions, UDPFlows: c.UDPFlows, MaxUDPFlows: c.MaxUDPFlows, AuthFailures: c.AuthFailures}
 	for _, r := range c.Requests {
 		v.Requests = append(v.Requests, metrics.Request(r))
 	}

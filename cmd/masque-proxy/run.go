@@ -203,7 +203,11 @@ func (d *daemon) watch(ctx context.Context) {
 			} else if why := d.waiting(); why != "" {
 				d.service.Waiting(why)
 			}
-			d.service.Alive()
+			if err := d.server.Stuck(); err != nil {
+				d.service.Status(err.Error()) // and the watchdog is not fed
+			} else {
+				d.service.Alive()
+			}
 		case <-ctx.Done():
 			d.service.Stopping()
 			return

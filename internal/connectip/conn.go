@@ -21,6 +21,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/capture"
+	"masquevpn/internal/rescue"
 	"masquevpn/internal/worker"
 )
 
@@ -124,7 +125,9 @@ type Config struct {
 	// KernelHopLimit leaves the hop limit of packets to the kernel's forwarding alone.
 	KernelHopLimit bool
 	Stats          *Stats
-	Tap            capture.Point // sees what is sent and received, but for what is dropped; the zero value sees nothing
+	// Panicked, which may be nil, is told of a panic of one of the goroutines that serve the Conn. Run ends with it then.
+	Panicked func(*rescue.Error)
+	Tap      capture.Point // sees what is sent and received, but for what is dropped; the zero value sees nothing
 }
 
 // Conn is one CONNECT-IP stream. Run has to be called once; all other methods may be called at any time, from any goroutine.
@@ -149,6 +152,9 @@ type Conn struct {
 
 	life context.Context // ends with the cause for which Run has to
 	stop context.CancelCauseFunc
+
+	filling Busy // the connection's goroutine has packets for the inbox
+	writers writers
 
 	pace pace // of the peer's capsules
 
@@ -180,7 +186,7 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 	}
 	c.datagrams.tap = cfg.Tap
 	c.life, c.stop = context.WithCancelCause(context.Background())
-	c.sender = worker.New(c.sendAnswers)
+	c.sender = worker.New(c.guarded(c.sendAnswers))
 	_ = c.update() // an empty link has a policy
 	return c
 }
@@ -202,17 +208,18 @@ func (c *Conn) Run(ctx context.Context) error {
 	ended := make(chan struct{})
 	context.AfterFunc(c.life, func() { // which ends readCapsules too
 		defer close(ended)
+		defer rescue.Catch(c.panicked)
 		c.end(c.cause())
 	})
 	c.updateMTU()
 	in := newInbox(c)
 	link := newLinkWatch(c)
 	var wg sync.WaitGroup
-	wg.Go(c.receive)
-	wg.Go(in.deliver)
+	wg.Go(c.guarded(c.receive))
+	wg.Go(c.guarded(in.deliver))
 	defer c.datagrams.direct(in)()
 
-	c.stop(c.readCapsules())
+	c.guarded(func() { c.stop(c.readCapsules()) })()
 	<-ended
 	c.Drain(func() {
 		wg.Wait()
@@ -221,6 +228,22 @@ func (c *Conn) Run(ctx context.Context) error {
 		in.close()
 	})
 	return c.cause()
+}
+
+// panicked ends c because of a panic. It is called while nothing of c is locked.
+func (c *Conn) panicked(e *rescue.Error) {
+	if c.cfg.Panicked != nil {
+		c.cfg.Panicked(e)
+	}
+	c.stop(e)
+}
+
+// guarded returns f as c's goroutines run it: a panic ends c alone.
+func (c *Conn) guarded(f func()) func() {
+	return func() {
+		defer rescue.Catch(c.panicked)
+		f()
+	}
 }
 
 // cause is why c.life ended, nil for the end of Run's context.
@@ -317,7 +340,7 @@ func (c *Conn) readCapsules() error {
 				err = c.cfg.Handler.PREF64(x.Prefixes)
 			}
 		case *capsule.Datagram: // RFC 9297 section 3.5
-			c.handleDatagram(x.Payload, (*unbatched)(c))
+			c.handleDatagram(x.Payload, unbatched{c, &c.writers.capsules})
 		}
 		if err != nil {
 			return fmt.Errorf("%v capsule: %w", next.Type(), err)
@@ -332,21 +355,27 @@ func (c *Conn) handleAssign(addrs []capsule.Address) error {
 	if n := len(granted(addrs)); n > MaxAssigned {
 		return fmt.Errorf("%w: %d addresses assigned, at most %d are accepted", capsule.ErrTooLarge, n, MaxAssigned)
 	}
-	c.mu.Lock()
-	for _, a := range addrs {
-		delete(c.answers, a.RequestID)
-	}
-	accepted := addrs
-	if accept := c.cfg.Accept.Assigned; accept != nil {
-		accepted = accept(addrs)
-	}
-	c.setAssigned(granted(accepted))
-	err := c.update()
-	c.mu.Unlock()
-	if err != nil {
+	if err := c.accept(func() {
+		for _, a := range addrs {
+			delete(c.answers, a.RequestID)
+		}
+		accepted := addrs
+		if accept := c.cfg.Accept.Assigned; accept != nil {
+			accepted = accept(addrs)
+		}
+		c.setAssigned(granted(accepted))
+	}); err != nil {
 		return err
 	}
 	return c.cfg.Handler.Assigned(addrs)
+}
+
+// accept makes a change to the link, and the policy follow it, with c.mu held.
+func (c *Conn) accept(change func()) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change()
+	return c.update()
 }
 
 // setAssigned replaces what the peer assigned to this endpoint. c.mu is held.
@@ -403,14 +432,12 @@ func (c *Conn) handleRoutes(routes []capsule.Route) error {
 	if c.cfg.Handler.Routes == nil {
 		return nil
 	}
-	c.mu.Lock()
-	c.link.peerSend = routes
-	if accept := c.cfg.Accept.Routes; accept != nil {
-		c.link.peerSend = accept(routes)
-	}
-	err := c.update()
-	c.mu.Unlock()
-	if err != nil {
+	if err := c.accept(func() {
+		c.link.peerSend = routes
+		if accept := c.cfg.Accept.Routes; accept != nil {
+			c.link.peerSend = accept(routes)
+		}
+	}); err != nil {
 		return err
 	}
 	return c.cfg.Handler.Routes(routes)
@@ -472,19 +499,15 @@ func (c *Conn) Unanswered() bool {
 
 // SetAccepted replaces what counts of the peer's last capsules, for when Accept would now decide otherwise.
 func (c *Conn) SetAccepted(assigned []netip.Prefix, routes []capsule.Route) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.setAssigned(assigned)
-	c.link.peerSend = routes
-	return c.update()
+	return c.accept(func() {
+		c.setAssigned(assigned)
+		c.link.peerSend = routes
+	})
 }
 
 // SetDenied replaces the destinations that packets of the peer may not reach, see Config.
 func (c *Conn) SetDenied(denied, withheld []netip.Prefix) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.link.denied, c.link.withheld = denied, withheld
-	return c.update()
+	return c.accept(func() { c.link.denied, c.link.withheld = denied, withheld })
 }
 
 // send writes one capsule after change was made to the link. What is granted is allowed before the peer hears of it.
@@ -495,11 +518,7 @@ func (c *Conn) send(x capsule.Capsule, change func(*link)) error {
 	c.writing.Lock()
 	defer c.writing.Unlock()
 	if change != nil {
-		c.mu.Lock()
-		change(&c.link)
-		err := c.update()
-		c.mu.Unlock()
-		if err != nil {
+		if err := c.accept(func() { change(&c.link) }); err != nil {
 			return err
 		}
 	}

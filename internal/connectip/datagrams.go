@@ -40,10 +40,18 @@ func newDatagrams(conn sender, id quic.StreamID) datagrams {
 
 // send sends buf[off:] and overwrites up to Headroom bytes before it. The buffer stays the caller's.
 // It blocks while QUIC's queue is full.
-func (d *datagrams) send(buf []byte, off int) error {
+func (d *datagrams) send(buf []byte, off int) error { return d.sendBy(d.conn.SendDatagram, buf, off) }
+
+// trySend is send that returns errNoRoom where that would block.
+func (d *datagrams) trySend(buf []byte, off int) error { return d.sendBy(d.sendNow, buf, off) }
+
+// errNoRoom says that QUIC's queue of datagrams is full.
+var errNoRoom = errors.New("no room in the queue of datagrams")
+
+func (d *datagrams) sendBy(send func([]byte) error, buf []byte, off int) error {
 	start := off - len(d.prefix)
 	copy(buf[start:off], d.prefix)
-	err := d.conn.SendDatagram(buf[start:])
+	err := send(buf[start:])
 	if err == nil {
 		d.tap.Packet(buf[off:])
 	}

@@ -2,6 +2,8 @@
 
 package connectip
 
+import "time"
+
 // ready cannot tell: all packets go by way of a queue.
 func (d *datagrams) ready() bool { return false }
 
@@ -9,3 +11,9 @@ func (d *datagrams) ready() bool { return false }
 func (d *datagrams) isDirect() bool { return false }
 
 func (d *datagrams) direct(*inbox) (stop func()) { return func() {} }
+
+// oldestReceived cannot tell.
+func (d *datagrams) oldestReceived() time.Duration { return 0 }
+
+// sendNow is send: nobody calls it, because ready never reports that there is room.
+func (d *datagrams) sendNow(frame []byte) error { return d.conn.SendDatagram(frame) }

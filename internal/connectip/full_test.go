@@ -19,29 +19,8 @@ import (
 // wait until it does: this is what the edit "control" is for.
 func TestCapsulesThroughAFullTunnel(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
-	mtu := func() int { n, _ := proxy.datagrams.mtu(); return n }
-	const floods, rounds = 64, 10
-	var stop atomic.Bool
-	var wg sync.WaitGroup
-	started := make(chan struct{}, floods)
-	for range floods {
-		wg.Go(func() {
-			buf := make([]byte, Headroom+1500)
-			for n := 0; !stop.Load(); n++ {
-				if n == 100 {
-					started <- struct{}{}
-				}
-				var tooLarge *quic.DatagramTooLargeError
-				if err := proxy.datagrams.send(buf[:Headroom+mtu()], Headroom); err != nil && !errors.As(err, &tooLarge) {
-					t.Errorf("sending: %v", err)
-					return
-				}
-			}
-		})
-	}
-	for range floods {
-		<-started
-	}
+	const rounds = 10
+	defer fillQueue(t, proxy)()
 	for i := range rounds {
 		route := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i), 0}), 24)
 		if err := proxy.Advertise(capsule.Routes([]netip.Prefix{route}, 0)); err != nil {
@@ -59,6 +38,48 @@ func TestCapsulesThroughAFullTunnel(t *testing.T) {
 			break
 		}
 	}
-	stop.Store(true)
-	wg.Wait()
+}
+
+// fillQueue keeps e's queue of datagrams full until stop is called.
+func fillQueue(t *testing.T, e *end) (stop func()) {
+	t.Helper()
+	const floods = 64
+	mtu := func() int { n, _ := e.datagrams.mtu(); return n }
+	var stopped atomic.Bool
+	var wg sync.WaitGroup
+	started := make(chan struct{}, floods)
+	for range floods {
+		wg.Go(func() {
+			buf := make([]byte, Headroom+1500)
+			for n := 0; !stopped.Load(); n++ {
+				if n == 100 {
+					started <- struct{}{}
+				}
+				var tooLarge *quic.DatagramTooLargeError
+				if err := e.datagrams.send(buf[:Headroom+mtu()], Headroom); err != nil && !errors.As(err, &tooLarge) {
+					t.Errorf("sending: %v", err)
+					return
+				}
+			}
+		})
+	}
+	for range floods {
+		<-started
+	}
+	return func() {
+		stopped.Store(true)
+		wg.Wait()
+	}
+}
+
+// TrySend drops what Send would wait with.
+func TestTrySend(t *testing.T) {
+	_, proxy := remoteAccess(t, Config{})
+	defer fillQueue(t, proxy)()
+	waitCount(t, func() bool {
+		return proxy.TrySend(echoPacket(target4, clientAddr4, 64, 100), Headroom) == DropQueueFull
+	})
+	if got := proxy.stats.Send.Drops()[DropQueueFull.String()]; got != 1 {
+		t.Errorf("%d packets are counted as dropped, want 1", got)
+	}
 }

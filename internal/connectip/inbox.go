@@ -6,6 +6,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"masquevpn/internal/rescue"
 )
 
 const (
@@ -48,6 +50,7 @@ func newInbox(c *Conn) *inbox {
 // packets are then dropped where it costs least, at the socket. The goroutine that calls it calls FlushDatagrams before it does
 // anything else that may take long.
 func (in *inbox) HandleDatagram(b []byte) {
+	defer rescue.Catch(in.conn.panicked) // of a goroutine that is QUIC's
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.conn.handleDatagram(b, in)
@@ -55,6 +58,7 @@ func (in *inbox) HandleDatagram(b []byte) {
 
 // FlushDatagrams hands over what there is.
 func (in *inbox) FlushDatagrams() {
+	defer rescue.Catch(in.conn.panicked)
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.flush()
@@ -63,8 +67,12 @@ func (in *inbox) FlushDatagrams() {
 
 // push adds a packet, of which it makes a copy. It returns false when nobody will take the packet any more.
 func (in *inbox) push(pkt []byte) bool {
+	if in.batch == nil {
+		in.conn.filling.Begin()
+	}
 	if in.batch == nil && !in.take() {
-		return (*unbatched)(in.conn).push(pkt)
+		defer in.conn.filling.End()
+		return unbatched{in.conn, &in.conn.writers.quic}.push(pkt)
 	}
 	in.batch.add(pkt)
 	return in.batch.n < in.size || in.flush()
@@ -100,11 +108,14 @@ func (in *inbox) take() bool {
 // flush returns false when nobody takes packets any more.
 func (in *inbox) flush() bool {
 	b := in.batch
+	if b == nil {
+		return true
+	}
 	in.batch = nil
+	defer in.conn.filling.End()
 	switch {
-	case b == nil:
 	case b.n <= maxInline && in.waiting.Load() == 0:
-		in.conn.write(b)
+		in.conn.write(b, &in.conn.writers.quic)
 	default:
 		in.waiting.Add(1)
 		select {
@@ -127,8 +138,11 @@ func (in *inbox) close() {
 	}
 }
 
-// unbatched is a Conn as packets are written to its device one by one, in a buffer of their own.
-type unbatched Conn
+// unbatched writes packets to the device of conn one by one, in a buffer of their own.
+type unbatched struct {
+	conn *Conn
+	busy *Busy // of the goroutine
+}
 
 // maxUnbatched is the longest packet for which there are buffers, in bytes; longer ones come in capsules only.
 const maxUnbatched = 2048
@@ -136,8 +150,8 @@ const maxUnbatched = 2048
 var unbatchedBuffers = sync.Pool{New: func() any { return new([Headroom + maxUnbatched]byte) }}
 
 // push writes a packet, of which it makes a copy. It returns false when nobody will take the packet any more.
-func (u *unbatched) push(pkt []byte) bool {
-	if u.life.Err() != nil {
+func (u unbatched) push(pkt []byte) bool {
+	if u.conn.life.Err() != nil {
 		return false
 	}
 	var buf []byte
@@ -149,8 +163,10 @@ func (u *unbatched) push(pkt []byte) bool {
 		buf = make([]byte, Headroom+len(pkt))
 	}
 	copy(buf[Headroom:], pkt)
-	if _, err := u.cfg.Device.Write([][]byte{buf}, Headroom); err != nil {
-		u.cfg.Stats.Receive.Drop(DropDevice)
+	u.busy.Begin()
+	defer u.busy.End()
+	if _, err := u.conn.cfg.Device.Write([][]byte{buf}, Headroom); err != nil {
+		u.conn.cfg.Stats.Receive.Drop(DropDevice)
 	}
 	return true
 }
@@ -171,7 +187,7 @@ func (c *Conn) receive() {
 		if err != nil {
 			return
 		}
-		c.handleDatagram(b, (*unbatched)(c))
+		c.handleDatagram(b, unbatched{c, &c.writers.stream})
 	}
 }
 
@@ -183,15 +199,17 @@ func (in *inbox) deliver() {
 		case <-in.ended:
 			return
 		case b := <-in.full:
-			in.conn.write(b)
+			in.conn.write(b, &in.conn.writers.inbox)
 			in.waiting.Add(-1)
 		}
 	}
 }
 
-// write gives b to the device.
-func (c *Conn) write(b *batch) {
+// write gives b to the device. busy is the calling goroutine's.
+func (c *Conn) write(b *batch, busy *Busy) {
 	defer b.free()
+	busy.Begin()
+	defer busy.End()
 	if wrote, err := c.cfg.Device.Write(b.bufs[:b.n], Headroom); err != nil {
 		c.cfg.Stats.Receive.DropMany(DropDevice, b.n-wrote)
 	}

@@ -39,8 +39,8 @@ func TestPacketsWithoutABatch(t *testing.T) {
 			}
 			in.FlushDatagrams()
 		}, []int{100, 100, 100}},
-		{"by way of the stream", func(c *Conn, _ *inbox) { c.handleDatagram(datagram, (*unbatched)(c)) }, []int{100}},
-		{"in a long capsule", func(c *Conn, _ *inbox) { c.handleDatagram(long, (*unbatched)(c)) }, []int{2 * maxUnbatched}},
+		{"by way of the stream", func(c *Conn, _ *inbox) { c.handleDatagram(datagram, unbatched{c, new(Busy)}) }, []int{100}},
+		{"in a long capsule", func(c *Conn, _ *inbox) { c.handleDatagram(long, unbatched{c, new(Busy)}) }, []int{2 * maxUnbatched}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c, dev := receiver(t)

@@ -43,7 +43,7 @@ type linkWatch struct {
 func newLinkWatch(c *Conn) *linkWatch {
 	// QUIC's discovery begins with the connection and takes some round trips: look often at first.
 	w := &linkWatch{conn: c, wait: mtuInterval / 8, checked: time.Now(), raised: time.Now()}
-	w.worker = worker.New(w.look)
+	w.worker = worker.New(c.guarded(w.look))
 	w.timer = time.AfterFunc(mtuInterval, w.worker.Wake)
 	w.timer.Reset(w.wait) // now that look can see it
 	return w

@@ -7,13 +7,29 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 
 	"masquevpn/internal/ippacket"
+	"masquevpn/internal/rescue"
 )
 
 // Send sends the IP packet buf[off:] to the peer, or drops it and says why. Headroom bytes before it are overwritten, and
 // its hop limit is decremented when it is forwarded; the buffer stays the caller's. Send blocks while QUIC's queue is
 // full. What a router would answer with an ICMP error is answered through the device.
-func (c *Conn) Send(buf []byte, off int) Drop {
-	d := c.forward(buf, off)
+//
+// A panic ends c alone: callers serve more than one peer.
+func (c *Conn) Send(buf []byte, off int) Drop { return c.sendBy((*datagrams).send, buf, off) }
+
+// TrySend is Send for those who serve other peers as well: it drops the packet where Send would block.
+func (c *Conn) TrySend(buf []byte, off int) Drop { return c.sendBy((*datagrams).trySend, buf, off) }
+
+// sendFunc is one of the ways to send of datagrams.
+type sendFunc func(d *datagrams, buf []byte, off int) error
+
+func (c *Conn) sendBy(send sendFunc, buf []byte, off int) (d Drop) {
+	defer rescue.Catch(func(e *rescue.Error) {
+		d = DropClosed
+		c.cfg.Stats.Send.Drop(d)
+		c.panicked(e)
+	})
+	d = c.forward(send, buf, off)
 	if d == DropNone {
 		c.cfg.Stats.Send.Add(len(buf) - off)
 	} else {
@@ -25,7 +41,7 @@ func (c *Conn) Send(buf []byte, off int) Drop {
 // Ready reports whether Send would not wait. Builds without the edits to quic-go cannot tell.
 func (c *Conn) Ready() bool { return c.datagrams.ready() }
 
-func (c *Conn) forward(buf []byte, off int) Drop {
+func (c *Conn) forward(send sendFunc, buf []byte, off int) Drop {
 	pkt := buf[off:]
 	p, err := ippacket.Parse(pkt)
 	if err != nil {
@@ -72,7 +88,7 @@ func (c *Conn) forward(buf []byte, off int) Drop {
 		return DropHopLimit
 	}
 	if len(pkt) > mtu {
-		return c.sendTooBig(pkt, p, mtu, decrement)
+		return c.sendTooBig(send, pkt, p, mtu, decrement)
 	}
 	if decrement {
 		ippacket.DecrementHopLimit(pkt)
@@ -84,20 +100,28 @@ func (c *Conn) forward(buf []byte, off int) Drop {
 	if len(pkt) > largePacket && !c.sentLarge.Load() {
 		c.sentLarge.Store(true)
 	}
-	if err := c.datagrams.send(buf, off); err != nil {
+	if err := send(&c.datagrams, buf, off); err != nil {
 		var tooLarge *quic.DatagramTooLargeError
 		if errors.As(err, &tooLarge) { // the limit shrank since it was looked at
 			c.updateMTU()
-			return c.sendTooBig(pkt, p, c.MTU(), false)
+			return c.sendTooBig(send, pkt, p, c.MTU(), false)
 		}
-		return DropClosed
+		return notSent(err)
 	}
 	return DropNone
 }
 
+// notSent is why a packet was dropped that QUIC did not take.
+func notSent(err error) Drop {
+	if err == errNoRoom {
+		return DropQueueFull
+	}
+	return DropClosed
+}
+
 // sendTooBig does what a router does with a packet that the link does not carry: fragment it where IPv4 allows, otherwise
 // tell the sender what the link does carry (RFC 9484 section 10.1).
-func (c *Conn) sendTooBig(pkt []byte, p ippacket.Packet, mtu int, decrement bool) Drop {
+func (c *Conn) sendTooBig(send sendFunc, pkt []byte, p ippacket.Packet, mtu int, decrement bool) Drop {
 	if p.Version == 6 || p.DontFragment {
 		c.answerHost(pkt, p, ippacket.TooBig, mtu)
 		return DropTooBig
@@ -108,8 +132,8 @@ func (c *Conn) sendTooBig(pkt []byte, p ippacket.Packet, mtu int, decrement bool
 	drop := DropNone
 	buf := make([]byte, Headroom+mtu)
 	err := ippacket.Fragment(buf[Headroom:], pkt, p, mtu, func(fragment []byte) {
-		if c.datagrams.send(buf[:Headroom+len(fragment)], Headroom) != nil {
-			drop = DropClosed
+		if err := send(&c.datagrams, buf[:Headroom+len(fragment)], Headroom); err != nil {
+			drop = notSent(err)
 		}
 	})
 	if err != nil {

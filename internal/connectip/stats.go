@@ -27,12 +27,13 @@ const (
 	DropNoSession           // no session holds the destination
 	DropClosed              // the session was not there or ended
 	DropDevice              // the TUN device refused it
+	DropDeviceFull          // the kernel dropped it before it came to us: the queue of the TUN device was full
 	numDrops
 )
 
 var dropNames = [numDrops]string{
 	"", "malformed", "source", "destination", "hop_limit", "too_big", "link_local",
-	"unknown_context", "queue_full", "queue_delay", "socket_full", "no_session", "closed", "device",
+	"unknown_context", "queue_full", "queue_delay", "socket_full", "no_session", "closed", "device", "device_full",
 }
 
 func (d Drop) String() string { return dropNames[d] }

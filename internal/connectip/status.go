@@ -38,6 +38,9 @@ type Status struct {
 	// KernelRepairs are how often a client put right what other programs changed on its host, by what it was.
 	KernelRepairs map[string]uint64 `json:"kernel_repairs,omitempty"`
 
+	// OldestPacket is the age of the oldest packet in each stage of its way through a client, milliseconds.
+	OldestPacket map[string]int64 `json:"oldest_packet_ms,omitempty"`
+
 	CertificateUntil *time.Time `json:"certificate_until,omitempty"` // when the client's own certificate ends
 }
 

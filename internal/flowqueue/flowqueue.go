@@ -54,14 +54,26 @@ func New() *Queue {
 // Push queues packets, which are the queue's from then on, and returns how many were dropped to make room; they need not be of these.
 // It never waits. A closed Queue drops all.
 func (q *Queue) Push(packets []*Packet) (dropped int) {
+	dropped, closed := q.push(packets)
+	if closed {
+		return dropped
+	}
+	select {
+	case q.wake <- struct{}{}:
+	default:
+	}
+	return dropped
+}
+
+func (q *Queue) push(packets []*Packet) (dropped int, closed bool) {
 	now := q.now()
 	q.mu.Lock()
+	defer q.mu.Unlock() // also when this panics: those who push serve more than one peer
 	if q.isClosed {
-		q.mu.Unlock()
 		for _, p := range packets {
 			p.Free()
 		}
-		return len(packets)
+		return len(packets), true
 	}
 	if q.flows == nil {
 		q.flows = new([buckets]flow)
@@ -79,12 +91,23 @@ func (q *Queue) Push(packets []*Packet) (dropped int) {
 	if dropped = q.excess(int(total.Add(int64(len(packets))))); dropped > 0 {
 		q.drop(dropped)
 	}
-	q.mu.Unlock()
-	select {
-	case q.wake <- struct{}{}:
-	default:
+	return dropped, false
+}
+
+// Oldest returns for how long the oldest packet has been waiting, 0 when none waits.
+func (q *Queue) Oldest() (age time.Duration) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.packets == 0 {
+		return 0
 	}
-	return dropped
+	now := q.now()
+	for i := range q.flows {
+		if f := &q.flows[i]; f.first != nil {
+			age = max(age, now-f.first.queued)
+		}
+	}
+	return age
 }
 
 // excess returns how many packets q has too many while all queues together have so many. A queue may have as many as it leaves free

@@ -25,6 +25,8 @@ type Values struct {
 
 	Reconnects map[string]uint64 // by reason
 	Repairs    map[string]uint64 // on this host, by what was put right; of both programs
+	Oldest     connectip.Ages    // of packets that wait now; of both programs, and zero where none waits
+	Panics     uint64            // of both programs
 	RTT        time.Duration     // of the session, zero while there is none
 	MTU        int               // of the tunnel, bytes, likewise
 
@@ -88,12 +90,14 @@ var (
 	rtt       = gauge("masque_rtt_seconds", "Smoothed round-trip time to the proxy, while connected.")
 	mtu       = gauge("masque_mtu_bytes", "Largest packet that the tunnel carries, while connected.")
 	repairs   = counter("masque_kernel_repairs_total", "Things that other programs changed in the kernel's side of tunnels and that were put right, by what they are.", "what")
+	oldest    = gauge("masque_oldest_packet_seconds", "Age of the oldest packet in each stage of its way through the program, 0 where none waits.", "stage")
+	panics    = counter("masque_panics_total", "Faults of the program that ended a session or a request, whose stack is in the log.")
 	expiry    = gauge("masque_certificate_expiry_timestamp_seconds", "When the certificate of this end ends, in seconds since 1970.")
 )
 
 // all are the metrics of both programs.
 var all = []metric{
-	buildInfo, sessions, limit, flows, flowLimit, requests, auth, packets, bytes, dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, repairs, expiry,
+	buildInfo, sessions, limit, flows, flowLimit, requests, auth, packets, bytes, dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, repairs, oldest, panics, expiry,
 }
 
 // collector asks for the values whenever Prometheus does.
@@ -154,6 +158,10 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	for what, n := range v.Repairs {
 		send(repairs, float64(n), what)
 	}
+	for stage, age := range v.Oldest.Each() {
+		send(oldest, age.Seconds(), stage)
+	}
+	send(panics, float64(v.Panics))
 	if v.RTT > 0 {
 		send(rtt, v.RTT.Seconds())
 	}

@@ -39,6 +39,8 @@ func full() Values {
 		RTT:          1500 * time.Microsecond, MTU: 1400,
 		CertificateExpiry: time.Unix(1700000000, 0),
 	}
+	v.Panics = 6
+	v.Oldest.Note(connectip.StageInbox, 3*time.Second)
 	v.Stats.Receive.Add(100)
 	v.Stats.Send.Add(200)
 	v.Stats.Send.Drop(connectip.DropTooBig)
@@ -90,6 +92,7 @@ func TestMetrics(t *testing.T) {
 		"masque_capsules_total direction=rx type=address_assign 0s", "masque_capsules_total direction=tx type=unknown 0s",
 		"masque_pool_addresses family=ipv4 state=leased 2s", "masque_pool_addresses family=ipv4 state=free 4m10s",
 		"masque_kernel_repairs_total what=rule 2s",
+		"masque_oldest_packet_seconds stage=inbox 3s", "masque_oldest_packet_seconds stage=sender 0s", "masque_panics_total 6s",
 		"masque_reconnects_total reason=timeout 4s", "masque_rtt_seconds 1.5ms", "masque_mtu_bytes 23m20s",
 		"masque_certificate_expiry_timestamp_seconds 472222h13m20s",
 	} {
@@ -169,6 +172,7 @@ type served struct {
 	t    *testing.T
 	addr string
 	mu   sync.Mutex
+	ill  error         // what is wrong with it
 	why  error         // it is not ready
 	hang chan struct{} // nil: values come at once
 }
@@ -190,6 +194,11 @@ func serve(t *testing.T) *served {
 				<-hang
 			}
 			return full()
+		},
+		Well: func() error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.ill
 		},
 		Ready: func() error {
 			s.mu.Lock()
@@ -244,6 +253,11 @@ func TestServer(t *testing.T) {
 	s.mu.Unlock()
 	s.wants("/readyz", 503, "the proxy is stopping\n")
 	s.wants("/healthz", 200, "ok\n")
+	s.mu.Lock()
+	s.ill = errors.New("packets are stuck")
+	s.mu.Unlock()
+	s.wants("/healthz", 503, "packets are stuck\n")
+	s.wants("/readyz", 503, "packets are stuck\n")
 	for _, path := range []string{"/", "/debug/pprof/", "/metrics/x"} {
 		s.wants(path, 404, "")
 	}

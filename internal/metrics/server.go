@@ -34,6 +34,8 @@ type Config struct {
 	Program Program
 	// Values may be called at any time, from several goroutines. While it does not return, the program counts as hanging.
 	Values func() Values
+	// Well, which may be nil, returns nil when the program is well, and otherwise what is wrong with it.
+	Well func() error
 	// Ready returns nil when the program does what it is for, and otherwise why not.
 	Ready  func() error
 	Logger *slog.Logger
@@ -57,9 +59,9 @@ func Serve(ln net.Listener, c Config) *Server {
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{
 		ErrorLog: errorLog, MaxRequestsInFlight: maxScrapes, Timeout: writeTimeout / 2,
 	}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { say(w, look.hangs(r.Context())) })
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { say(w, c.illness(r.Context(), look)) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		err := look.hangs(r.Context())
+		err := c.illness(r.Context(), look)
 		if err == nil {
 			err = c.Ready()
 		}
@@ -89,6 +91,14 @@ func (s *Server) Close() error {
 	}
 	<-s.done
 	return err
+}
+
+// illness returns what is wrong with the program, nil when it is well.
+func (c Config) illness(ctx context.Context, look *look) error {
+	if err := look.hangs(ctx); err != nil || c.Well == nil {
+		return err
+	}
+	return c.Well()
 }
 
 // say answers with "ok", or with 503 and what is wrong.

@@ -1,0 +1,100 @@
+package connectip
+
+import (
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// Only stages that no peer holds up make a program ill, and the one that the others wait for is named.
+func TestStuck(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		stages []Stage
+		age    time.Duration
+		want   string // in the error, "" for none
+	}{
+		{"a moment", []Stage{StageDeviceWrite, StageInbox}, StuckAfter, ""},
+		{"the peer takes nothing", []Stage{StageFlowQueue, StageSender}, time.Hour, ""},
+		{"the device", []Stage{StageDeviceWrite, StageInbox, StageQUICReceive}, time.Minute, "device_write waits for 1m0s"},
+		{"the inbox", []Stage{StageInbox, StageQUICReceive}, time.Minute, "inbox"},
+		{"QUIC", []Stage{StageQUICReceive}, time.Minute, "quic_receive"},
+		{"the device's reader", []Stage{StageDeviceRead, StageFlowQueue}, time.Minute, "device_read"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var a Ages
+			for _, s := range tc.stages {
+				a.Note(s, tc.age)
+			}
+			switch err := a.Stuck(); {
+			case tc.want == "" && err != nil:
+				t.Errorf("got %v, want nothing", err)
+			case tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)):
+				t.Errorf("got %v, want %q in it", err, tc.want)
+			}
+		})
+	}
+}
+
+// stall is a device that writes when it is told to.
+type stall chan struct{}
+
+func (stall) BatchSize() int { return maxBatch }
+
+func (d stall) Write(bufs [][]byte, _ int) (int, error) {
+	<-d
+	return len(bufs), nil
+}
+
+// The age of a packet grows in the stage where it is, on every way to the device.
+func TestAges(t *testing.T) {
+	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
+	for _, tc := range []struct {
+		name    string
+		receive func(*Conn, *inbox)
+		want    []Stage
+	}{
+		{"at once", func(_ *Conn, in *inbox) { in.HandleDatagram(datagram); in.FlushDatagrams() }, []Stage{StageInbox, StageDeviceWrite}},
+		{"by the writer", func(_ *Conn, in *inbox) {
+			for range maxInline + 1 {
+				in.HandleDatagram(datagram)
+			}
+			in.FlushDatagrams()
+		}, []Stage{StageDeviceWrite}},
+		{"not flushed", func(_ *Conn, in *inbox) { in.HandleDatagram(datagram) }, []Stage{StageInbox}},
+		{"by way of the stream", func(c *Conn, _ *inbox) { c.handleDatagram(datagram, unbatched{c, &c.writers.stream}) }, []Stage{StageDeviceWrite}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c, _ := receiver(t)
+				device := make(stall)
+				c.cfg.Device = device
+				in := newInbox(c)
+				go in.deliver()
+				go tc.receive(c, in)
+				time.Sleep(time.Minute)
+				var a, want Ages
+				c.AddAges(&a)
+				for _, s := range tc.want {
+					want.Note(s, time.Minute)
+				}
+				for i := range a {
+					a[i] = a[i].Round(time.Second)
+				}
+				if a != want {
+					t.Errorf("the ages are %v, want %v", a.Milliseconds(), want.Milliseconds())
+				}
+				close(device)
+				in.FlushDatagrams()
+				synctest.Wait()
+				a = Ages{}
+				c.AddAges(&a)
+				if a != (Ages{}) {
+					t.Errorf("in the end the ages are %v", a.Milliseconds())
+				}
+				c.stop(nil)
+			})
+		})
+	}
+}
