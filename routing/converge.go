@@ -244,7 +244,11 @@ func describeRule(n *netlink.Rule) string {
 	if n.Dst != nil {
 		to = n.Dst.String()
 	}
-	return fmt.Sprintf("%s %d: to %s lookup %d suppress_prefixlength %d", target, n.Priority, to, n.Table, n.SuppressPrefixlen)
+	text := fmt.Sprintf("%s %d: to %s lookup %d", target, n.Priority, to, n.Table)
+	if n.SuppressPrefixlen >= 0 {
+		text += fmt.Sprintf(" suppress_prefixlength %d", n.SuppressPrefixlen)
+	}
+	return text
 }
 
 // clean undoes what dead processes left behind: what the journal of this
