@@ -95,6 +95,14 @@
 // Without a mark, routes go into the main table, with metric 9484, and addresses
 // bring the on-link route of their prefix along.
 //
+// # Other programs
+//
+// [Manager.Keep] puts back what other programs change, and [KillSwitch.Keep]
+// closes a kill switch again. Both hear from the kernel when there may be
+// something to do, compare as Apply does, and report a health: what is not in
+// effect, and how much was put back so far. When the interface itself is gone,
+// Keep ends with [ErrInterfaceGone].
+//
 // # Ownership and crashes
 //
 // Addresses, MTU and flags of the interface cannot be marked, and sysctls do not
