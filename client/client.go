@@ -115,7 +115,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	var control controlFunc
 	if withKernel {
-		control = routing.MarkSocket(routing.DefaultMark)
+		control = routing.MarkSocket(cfg.Mark)
 	}
 	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()), queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice)}
 	c.ends.Open, c.ends.Report, c.ends.Logger = c.openEnd, c.noteHealth, cfg.Logger

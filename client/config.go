@@ -58,6 +58,9 @@ type Config struct {
 	Exclude       []netip.Prefix     // goes around the tunnel
 	HostRoutes    routing.HostRoutes // routes of the host that go before the tunnel's
 
+	// Mark is the two bits of packet and connection marks that are of this tunnel, see routing.Config. Default: routing.DefaultMark.
+	Mark uint32
+
 	// KillSwitch, if there is one, is closed before anything is sent, kept closed, and left
 	// closed: to lift it is up to the caller, when Run has returned.
 	KillSwitch KillSwitch
@@ -274,6 +277,12 @@ func (c Config) withDefaults() (Config, error) {
 	if c.MaxDelay < 0 {
 		return c, usage("reconnect.max_delay", "it cannot be negative")
 	}
+	if c.Mark == 0 {
+		c.Mark = routing.DefaultMark
+	}
+	if !routing.ValidMark(c.Mark) {
+		return c, usage("routes.mark", "%#x is not two bits", c.Mark)
+	}
 	var err error
 	if c.Congestion, err = c.Congestion.Check(); err != nil {
 		return c, usage("tunnel.congestion", "%v", err)
@@ -297,7 +306,7 @@ func (c Config) withDefaults() (Config, error) {
 		}
 	}
 	if c.OpenUplink == nil && c.OpenNetwork == nil {
-		c.OpenUplink = func() (Uplink, error) { return routing.Watch(routing.DefaultMark) }
+		c.OpenUplink = func() (Uplink, error) { return routing.Watch(c.Mark) }
 	}
 	if c.Suspended == nil {
 		c.Suspended = suspended
@@ -311,7 +320,7 @@ func (c Config) withDefaults() (Config, error) {
 	if c.OpenNetwork == nil {
 		c.OpenNetwork = func(d Device) (Network, error) {
 			return routing.Open(routing.Config{
-				Instance: c.Name, Interface: d.Name(), Mark: routing.DefaultMark, Journal: c.Journal, Logger: c.Logger,
+				Instance: c.Name, Interface: d.Name(), Mark: c.Mark, Journal: c.Journal, Logger: c.Logger,
 			})
 		}
 	}

@@ -447,7 +447,7 @@ func (s *session) apply() (complete bool, err error) {
 	if err := c.cfg.checkBehind(addrs); err != nil {
 		return false, err
 	}
-	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude, HostRoutes: c.cfg.HostRoutes, Local: c.cfg.AdvertiseRoutes, Forward: len(c.cfg.AdvertiseRoutes) > 0}
+	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude, HostRoutes: c.cfg.HostRoutes, Local: c.cfg.AdvertiseRoutes, Forward: len(c.cfg.AdvertiseRoutes) > 0, Reach: c.cfg.behind(addrs)}
 	inside, err := accepted(routes, c.cfg.Accept)
 	if err != nil {
 		return false, err

@@ -64,6 +64,18 @@ func (c *Config) checkBehind(addrs []netip.Prefix) error {
 	return nil
 }
 
+// behind returns what lies behind this host as the proxy may know it: the networks that are advertised, and of an assigned prefix
+// all but this host's own address.
+func (c *Config) behind(assigned []netip.Prefix) []netip.Prefix {
+	out := slices.Clone(c.AdvertiseRoutes)
+	for _, p := range assigned {
+		if !p.IsSingleIP() && p == p.Masked() {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
 // beyond returns the routes that are not within a network behind this host, nor to addresses that no router forwards to. A route
 // that such a network is part of stays: the host's own, longer one goes first.
 func (s *session) beyond(routes []netip.Prefix) []netip.Prefix {

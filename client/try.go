@@ -17,7 +17,8 @@ func Try(ctx context.Context, cfg Config, step func(string)) error {
 		return err
 	}
 	// A tunnel that is up already is gone around, if this process may.
-	c.dialer.control, c.dialer.resolver = markIfAllowed, resolver(markIfAllowed, cfg.Nameservers)
+	control := markIfAllowed(c.cfg.Mark)
+	c.dialer.control, c.dialer.resolver = control, resolver(control, cfg.Nameservers)
 	c.dialer.progress = step
 	d, _, err := c.dial(ctx)
 	if err != nil {

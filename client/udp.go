@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -47,6 +48,8 @@ type UDPConfig struct {
 
 	Listen string // local UDP address, host:port; port 0 for any that is free
 	Target string // host:port; a name is resolved by the proxy
+
+	Mark uint32 // as Config.Mark, default routing.DefaultMark
 
 	IdleTimeout time.Duration // after which the flow of a local peer ends; default DefaultUDPIdleTimeout
 	Reconnect   bool
@@ -122,7 +125,7 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 		cfg: cfg, template: template, instance: rand.Text(), started: time.Now(), answer: answerTimeout, ready: make(chan struct{}),
 		complain: rate.NewLimiter(rate.Every(10*time.Second), 3), flows: make(map[*udpFlow]struct{}),
 	}
-	f.dialer = newDialer(to, cfg.TLS, cfg.Token, markIfAllowed, cfg.Logger)
+	f.dialer = newDialer(to, cfg.TLS, cfg.Token, markIfAllowed(cmp.Or(cfg.Mark, routing.DefaultMark)), cfg.Logger)
 	f.dialer.tracer = cfg.Tracer
 	f.dialer.congestion = congestion.Outer // RFC 9298 section 6: nobody knows whether what is inside controls itself
 	f.dialer.dropped = func(packets int) { f.stats.Receive.DropMany(connectip.DropSocketFull, packets) }
@@ -136,12 +139,15 @@ func isPort(s string, low uint64) bool {
 
 // markIfAllowed keeps the connection to the proxy out of a tunnel of this host, if this process may. Inside a tunnel to the same
 // proxy it would not work.
-func markIfAllowed(network, address string, c syscall.RawConn) error {
-	err := routing.MarkSocket(routing.DefaultMark)(network, address, c)
-	if errors.Is(err, os.ErrPermission) {
-		return nil
+func markIfAllowed(mark uint32) controlFunc {
+	set := routing.MarkSocket(mark)
+	return func(network, address string, c syscall.RawConn) error {
+		err := set(network, address, c)
+		if errors.Is(err, os.ErrPermission) {
+			return nil
+		}
+		return err
 	}
-	return err
 }
 
 // Ready is closed when the proxy has accepted the target for the first time.

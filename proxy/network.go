@@ -126,6 +126,7 @@ func (s *Server) networkState(l layout) routing.State {
 	}
 	if s.cfg().Masquerade {
 		state.Masquerade = s.pool.prefixes()
+		state.Listen = s.ports
 	}
 	return state
 }

@@ -51,6 +51,7 @@ type Server struct {
 	ready     chan struct{}
 	started   time.Time
 	addrs     []net.Addr
+	ports     []uint16 // UDP, of the sockets
 
 	ends hostend.Keeper[*end]
 
@@ -134,6 +135,11 @@ func (s *Server) Run(ctx context.Context) (err error) {
 			c.Close()
 		}
 	}()
+	for _, c := range sockets {
+		if a, ok := c.LocalAddr().(*net.UDPAddr); ok {
+			s.ports = append(s.ports, a.AddrPort().Port())
+		}
+	}
 	if err := s.ends.Start(); err != nil {
 		return openError(err)
 	}

@@ -70,8 +70,8 @@ func TestConflicts(t *testing.T) {
 			h.close(m)
 		})
 	}
-	if _, err := h.tryOpen(Config{Instance: "one", Interface: "masque0", Mark: 7}); err == nil || !strings.Contains(err.Error(), "even") {
-		t.Errorf("an odd mark: %v", err)
+	if _, err := h.tryOpen(Config{Instance: "one", Interface: "masque0", Mark: 7}); err == nil || !strings.Contains(err.Error(), "want two bits") {
+		t.Errorf("a mark of three bits: %v", err)
 	}
 }
 

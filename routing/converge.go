@@ -104,6 +104,14 @@ func (s *scope) diff(have observed, want plan) (ops, error) {
 	if err != nil {
 		return nil, err
 	}
+	// The filter comes before there is anything to filter.
+	if want.grouped && have.group != tunnelGroup {
+		list.add(kindLink, func() error { return s.setGroup(have.link, have.group) }, "put %s into group %d", s.Interface, tunnelGroup)
+	}
+	chains := s.available(want.chains)
+	if len(chains) != 0 && !(sameTable(chains, have.chains) && untouched(have.chains, s.sealed)) {
+		list.add(kindTable, func() error { return s.writeTable(chains) }, "write nftables table inet %s", s.tableName())
+	}
 	list = append(list, set...)
 	s.bring(&list, have, want)
 	s.take(&list, have, want)
@@ -117,7 +125,14 @@ func (s *scope) diff(have observed, want plan) (ops, error) {
 	if !want.up && s.rec.AddrGen != "" {
 		list.add(kindLink, func() error { return s.restoreAddrGen(have.link) }, "let %s make addresses as before", s.Interface)
 	}
-	return append(list, unset...), nil
+	list = append(list, unset...)
+	if len(chains) == 0 && have.table {
+		list.add(kindTable, s.deleteTable, "delete nftables table inet %s", s.tableName())
+	}
+	if !want.grouped && s.rec.Group != nil {
+		list.add(kindLink, func() error { return s.restoreGroup(have.link) }, "put %s back into its group", s.Interface)
+	}
+	return list, nil
 }
 
 func (s *scope) diffMTU(list *ops, have observed, want plan) {
@@ -131,7 +146,7 @@ func (s *scope) diffMTU(list *ops, have observed, want plan) {
 }
 
 // bring lists what comes, each thing after what it needs: the interface and its
-// addresses, the filter, routes, and the rules that lead to them.
+// addresses, routes, and the rules that lead to them.
 func (s *scope) bring(list *ops, have observed, want plan) {
 	if want.up && have.gen != "" && have.gen != strconv.Itoa(addrGenNone) && (!have.up || s.rec.AddrGen != "") {
 		list.add(kindLink, func() error { return s.quiet(have.link, have.gen) }, "let %s make no address of its own", s.Interface)
@@ -157,10 +172,6 @@ func (s *scope) bring(list *ops, have observed, want plan) {
 		}
 		list.add(kindAddress, func() error { return s.addAddr(have.link, p) }, "add address %v to %s", p, s.Interface)
 	}
-	chains := s.available(want.chains)
-	if len(chains) != 0 && !(sameTable(chains, have.chains) && untouched(have.chains, s.sealed)) {
-		list.add(kindTable, func() error { return s.writeTable(chains) }, "write nftables table inet %s", s.tableName())
-	}
 	for _, group := range groupRoutes(want.routes, have.routes) {
 		list.add(kindRoute, func() error { return s.addRoutes(group) }, "add %d %s", len(group), describe(group[0]))
 	}
@@ -184,9 +195,6 @@ func (s *scope) take(list *ops, have observed, want plan) {
 	for _, group := range groupRoutes(have.routes, want.routes) {
 		slices.Reverse(group)
 		list.add(kindRoute, func() error { return s.delRoutes(group) }, "delete %d %s", len(group), describe(group[0]))
-	}
-	if len(s.available(want.chains)) == 0 && have.table {
-		list.add(kindTable, s.deleteTable, "delete nftables table inet %s", s.tableName())
 	}
 	for _, p := range s.rec.Addresses {
 		if !slices.Contains(want.addrs, p) {
@@ -275,7 +283,7 @@ func (s *scope) clean(old *record) error {
 			return l.Attrs().Index == old.Index && l.Attrs().Name == old.Interface
 		}) {
 			// What belonged to the interface went with it.
-			old.MTU, old.Down, old.AddrGen, old.Addresses = 0, false, "", nil
+			old.MTU, old.Down, old.AddrGen, old.Group, old.Addresses = 0, false, "", nil, nil
 		}
 		stale = append(stale, *old)
 	}

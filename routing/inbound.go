@@ -4,28 +4,12 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
-
-// defaultFirstPort is what Linux has unless somebody changed it.
-const defaultFirstPort = 32768
-
-// firstPort returns the lowest port that the kernel chooses for connections of
-// this host.
-func (s *scope) firstPort() uint16 {
-	v, _ := s.readSysctl("net/ipv4/ip_local_port_range")
-	low, _, _ := strings.Cut(v, "\t")
-	if n, err := strconv.ParseUint(low, 10, 16); err == nil && n > 0 {
-		return uint16(n)
-	}
-	return defaultFirstPort
-}
 
 // newInboundChains returns the chains by which a connection that came in from
 // outside the tunnel, to an address of this host, is answered there. It is
@@ -36,28 +20,28 @@ func (s *scope) firstPort() uint16 {
 // socket that is connected for one of the host's own.
 func newInboundChains(s State, sc *scope) []chain {
 	const lost = "connections that come in from outside the tunnel are not answered where its routes lead to their source"
-	number := binaryutil.NativeEndian.PutUint32(inboundMark(sc.Mark))
+	mask, outside := sc.Mark, outsideMark(sc.Mark)
 	index := uint32(sc.index)
 	port := binaryutil.BigEndian.PutUint16(sc.ports)
 	skip := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
-	set := []expr.Any{
-		&expr.Immediate{Register: 1, Data: number},
-		&expr.Ct{Register: 1, SourceRegister: true, Key: expr.CtKeyMARK},
-		&expr.Meta{Register: 1, SourceRegister: true, Key: expr.MetaKeyMARK},
+	set := slices.Concat(markConnection(mask, outside), markPacket(mask, outside))
+	known := slices.Concat(connectionMarked(mask, outside), markPacket(mask, outside))
+	fresh := slices.Concat(connectionMarked(mask, 0), connection(expr.CtKeyDIRECTION, []byte{0}))
+	fromTunnel := []expr.Any{
+		&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+		&expr.Fib{Register: 1, FlagSADDR: true, ResultOIF: true},
+		&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: binaryutil.NativeEndian.PutUint32(index)},
 	}
-	known := slices.Concat(connection(expr.CtKeyMARK, number), []expr.Any{
-		&expr.Meta{Register: 1, SourceRegister: true, Key: expr.MetaKeyMARK}, // that of the connection
-	})
-	fresh := slices.Concat(connection(expr.CtKeyMARK, make([]byte, 4)), connection(expr.CtKeyDIRECTION, []byte{0}))
 	inbound := chain{
 		name: "inbound", kind: nftables.ChainTypeFilter,
-		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityMangle,
+		hook: nftables.ChainHookPrerouting, priority: priorityMarks,
 		needs: needsReply, without: lost,
 		rules: []filter{{
 			fmt.Sprintf("what interface %d brings is answered there", sc.index),
 			append(meta(expr.MetaKeyIIF, expr.CmpOpEq, index), skip...),
 		}, {
-			fmt.Sprintf("mark %#x of connections that came in is given to their packets", inboundMark(sc.Mark)), known,
+			fmt.Sprintf("mark %#x/%#x of connections that came in is given to their packets", outside, mask), known,
 		}, {
 			fmt.Sprintf("connections of this host, from TCP port %d, that were not tracked when they began", sc.ports),
 			slices.Concat(fresh, tcp(2, expr.CmpOpGte, port), skip),
@@ -71,21 +55,19 @@ func newInboundChains(s State, sc *scope) []chain {
 			}, skip),
 		}, {
 			fmt.Sprintf("what comes in from where interface %d leads to is answered outside", sc.index),
-			slices.Concat(fresh, []expr.Any{
-				&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
-				&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
-				&expr.Fib{Register: 1, FlagSADDR: true, ResultOIF: true},
-				&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: binaryutil.NativeEndian.PutUint32(index)},
-			}, set),
+			slices.Concat(fresh, fromTunnel, set),
+		}, {
+			fmt.Sprintf("what is not tracked and comes in from where interface %d leads to has mark %#x/%#x", sc.index, outside, mask),
+			slices.Concat(state(expr.CtStateBitUNTRACKED), fromTunnel, markPacket(mask, outside)),
 		}},
 	}
 	reply := chain{
 		name: "reply", kind: nftables.ChainTypeRoute,
-		hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityMangle,
+		hook: nftables.ChainHookOutput, priority: priorityMarks,
 		needs: needsReply, without: lost,
 		rules: []filter{{
-			fmt.Sprintf("mark %#x of connections that came in is given to their answers", inboundMark(sc.Mark)),
-			append(meta(expr.MetaKeyMARK, expr.CmpOpEq, 0), known...),
+			fmt.Sprintf("mark %#x/%#x of connections that came in is given to their answers", outside, mask),
+			slices.Concat(packetMarked(mask, 0), known),
 		}},
 	}
 	for _, p := range s.Addresses {
@@ -97,6 +79,10 @@ func newInboundChains(s State, sc *scope) []chain {
 	reply.rules = append(reply.rules, filter{
 		fmt.Sprintf("connections to this host, below TCP port %d, that were not tracked when they began, and would go to interface %d", sc.ports, sc.index),
 		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), fresh, tcp(0, expr.CmpOpLt, port), source(expr.CmpOpEq, unix.RTN_LOCAL), set),
+	}, filter{
+		fmt.Sprintf("answers that are not tracked, and would go to interface %d, have mark %#x/%#x", sc.index, outside, mask),
+		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), state(expr.CtStateBitUNTRACKED), packetMarked(mask, 0),
+			source(expr.CmpOpEq, unix.RTN_LOCAL), markPacket(mask, outside)),
 	})
 	return []chain{inbound, reply}
 }

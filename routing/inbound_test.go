@@ -171,7 +171,7 @@ func TestHostNone(t *testing.T) {
 		if got := h.lookup(dst, 0); got != want {
 			t.Errorf("%s leads to interface %d, want %d", dst, got, want)
 		}
-		for _, mark := range []uint32{DefaultMark, DefaultMark + 1} {
+		for _, mark := range []uint32{DefaultMark, outsideMark(DefaultMark), DefaultMark | 0x4080} {
 			if got := h.lookup(dst, mark); want == tunnel && got != up {
 				t.Errorf("%s with mark %d leads to interface %d, want %d", dst, mark, got, up)
 			}

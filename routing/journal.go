@@ -32,6 +32,7 @@ type record struct {
 	MTU       int            `json:"mtu,omitempty"`       // it had, 0: not changed
 	Down      bool           `json:"down,omitempty"`      // it was down, and is up
 	AddrGen   string         `json:"addrgen,omitempty"`   // its address generation mode was, "": not changed
+	Group     *uint32        `json:"group,omitempty"`     // it was in, nil: not changed
 	Addresses []netip.Prefix `json:"addresses,omitempty"` // that it did not have
 	Sysctls   []sysctl       `json:"sysctls,omitempty"`   // in the order in which they were set
 }

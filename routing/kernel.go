@@ -19,6 +19,7 @@ type observed struct {
 	link   netlink.Link // nil: gone
 	up     bool
 	mtu    int
+	group  uint32
 	gen    string                    // its address generation mode, "" without IPv6
 	addrs  map[netip.Prefix]struct{} // all of the interface
 	routes map[route]struct{}
@@ -35,7 +36,7 @@ func (s *scope) observe() (o observed, err error) {
 	}
 	if o.link != nil {
 		o.up = o.link.Attrs().Flags&net.FlagUp != 0
-		o.mtu = o.link.Attrs().MTU
+		o.mtu, o.group = o.link.Attrs().MTU, o.link.Attrs().Group
 		o.gen, _ = s.readSysctl("net/ipv6/conf/" + o.link.Attrs().Name + "/addr_gen_mode")
 		if o.addrs, err = s.listAddrs(o.link); err != nil {
 			return o, err
@@ -245,6 +246,33 @@ func (s *scope) restoreMTU(link netlink.Link) error {
 		}
 	}
 	s.rec.MTU = 0
+	s.undone(s.journal.save(s.rec))
+	return nil
+}
+
+// tunnelGroup is the group of the interfaces of tunnels that forward, of all
+// instances of this host.
+const tunnelGroup = 9484
+
+// setGroup puts the interface into the group, and remembers the one found.
+func (s *scope) setGroup(link netlink.Link, found uint32) error {
+	if s.rec.Group == nil {
+		s.rec.Group = &found
+		if err := s.journal.save(s.rec); err != nil {
+			s.rec.Group = nil
+			return err
+		}
+	}
+	return explain(s.nl.LinkSetGroup(link, tunnelGroup))
+}
+
+func (s *scope) restoreGroup(link netlink.Link) error {
+	if link != nil {
+		if err := unlessGone(s.nl.LinkSetGroup(link, int(*s.rec.Group))); err != nil {
+			return err
+		}
+	}
+	s.rec.Group = nil
 	s.undone(s.journal.save(s.rec))
 	return nil
 }

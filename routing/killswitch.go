@@ -225,7 +225,7 @@ const (
 func (k *KillSwitch) chains(index uint32) []chain {
 	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
 	own := chain{name: "own", rules: []filter{
-		{fmt.Sprintf("sockets with mark %#x carry the tunnel", k.Mark), append(meta(expr.MetaKeyMARK, expr.CmpOpEq, k.Mark), accept...)},
+		{fmt.Sprintf("sockets with the bits %#x in their mark carry the tunnel", k.Mark), append(packetMarked(k.Mark, k.Mark), accept...)},
 		{"DHCP", slices.Concat(ports(unix.NFPROTO_IPV4, dhcpClientPort, dhcpServerPort), accept)},
 		{"DHCPv6", slices.Concat(ports(unix.NFPROTO_IPV6, dhcp6Client, dhcp6Server), accept)},
 		{"neighbour and router discovery", slices.Concat(icmp6(ndHopLimit, ndRouter, ndNeighbor), accept)},

@@ -82,7 +82,9 @@ func TestKillSwitch(t *testing.T) {
 			{"link-local", "[::]:0", "[fe80::1%" + lan + "]:53", 0, !closed},
 			{"multicast", "0.0.0.0:0", "224.0.0.251:5353", 0, !closed},
 			{"multicast, IPv6", "[::]:0", "[ff02::fb%" + lan + "]:5353", 0, !closed},
-			{"another mark", "0.0.0.0:0", proxyAddr4 + ":443", DefaultMark + 1, !closed},
+			{"one bit of the mark", "0.0.0.0:0", proxyAddr4 + ":443", outsideMark(DefaultMark), !closed},
+			{"bits of others", "0.0.0.0:0", proxyAddr4 + ":443", 0x4080, !closed},
+			{"marked, with bits of others", "0.0.0.0:0", proxyAddr4 + ":443", DefaultMark | 0x4080, true},
 			{"marked", "0.0.0.0:0", proxyAddr4 + ":443", DefaultMark, true},
 			{"marked, IPv6", "[::]:0", "[" + proxyAddr6 + "]:443", DefaultMark, true},
 			{"loopback", "127.0.0.1:0", "127.0.0.1:53", 0, true},
@@ -252,7 +254,7 @@ func TestKillSwitchIsReadable(t *testing.T) {
 	h.closeKill(k, "masque0")
 	ruleset := h.run("nft", "list", "table", "inet", "masquevpn-kill-one")
 	for _, line := range []string{
-		"meta mark 0x0000250c accept",
+		"meta mark & 0xa0000000 == 0xa0000000 accept",
 		"udp sport 68 udp dport 67 accept",
 		"udp sport 546 udp dport 547 accept",
 		"ip6 hoplimit 255 icmpv6 type 133-136 accept",

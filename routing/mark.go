@@ -2,17 +2,69 @@ package routing
 
 import (
 	"fmt"
+	"math/bits"
 	"syscall"
 
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
-// DefaultMark is the mark for outer sockets where nothing speaks for another.
-const DefaultMark uint32 = 9484
+// DefaultMark is the mark for outer sockets where nothing speaks for another:
+// bits that Kubernetes (0xc000), mwan3 (0x3f00), Tailscale (0xff0000) and wg-quick
+// (0xca6c) leave alone.
+const DefaultMark uint32 = 0xa0000000
 
-// inboundMark is the mark of connections that came in from outside the tunnel,
-// where mark is that of our own sockets. Both stay out of the tunnel.
-func inboundMark(mark uint32) uint32 { return mark | 1 }
+// A mark is two bits of packet and connection marks. The others belong to other
+// programs and are left as they are. Packets of our own sockets have both; those
+// of connections that came in from outside the tunnel have the higher one only,
+// so it is the one that keeps packets out of the tunnel.
+
+// ValidMark says whether mark can be a Config.Mark: two bits.
+func ValidMark(mark uint32) bool { return bits.OnesCount32(mark) == 2 }
+
+// outsideMark is the bit of mark that keeps packets out of the tunnel.
+func outsideMark(mark uint32) uint32 { return mark &^ (mark & -mark) }
+
+// marked matches packets, or connections, of which the bits of mask are value.
+func marked(load expr.Any, mask, value uint32) []expr.Any {
+	return []expr.Any{
+		load,
+		&expr.Bitwise{
+			SourceRegister: 1, DestRegister: 1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(mask), Xor: make([]byte, 4),
+		},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(value)},
+	}
+}
+
+// setBits makes the bits of mask value, and leaves the others as they are.
+func setBits(load, store expr.Any, mask, value uint32) []expr.Any {
+	return []expr.Any{
+		load,
+		&expr.Bitwise{
+			SourceRegister: 1, DestRegister: 1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(^mask), Xor: binaryutil.NativeEndian.PutUint32(value),
+		},
+		store,
+	}
+}
+
+func packetMarked(mask, value uint32) []expr.Any {
+	return marked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, mask, value)
+}
+
+func connectionMarked(mask, value uint32) []expr.Any {
+	return marked(&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, mask, value)
+}
+
+func markPacket(mask, value uint32) []expr.Any {
+	return setBits(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, &expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true}, mask, value)
+}
+
+func markConnection(mask, value uint32) []expr.Any {
+	return setBits(&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, &expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true}, mask, value)
+}
 
 // MarkSocket returns a function for the Control field of net.ListenConfig and
 // net.Dialer that gives a socket the mark, so that its packets stay out of every

@@ -2,9 +2,11 @@ package routing
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -19,6 +21,7 @@ import (
 // it.
 type chain struct {
 	name     string
+	family   nftables.TableFamily // of the table, 0: inet
 	kind     nftables.ChainType
 	hook     *nftables.ChainHook
 	priority *nftables.ChainPriority
@@ -60,87 +63,10 @@ const loopback = 1 // the index of lo in every network namespace
 const (
 	needsMark  = "nftables conntrack marks"
 	needsGuard = "nftables fib expression"
+	needsState = "nftables conntrack state and kinds of interfaces"
+	needsARP   = "nftables family arp"
 	needsReply = "nftables conntrack, fib and socket expressions with rerouting"
 )
-
-// newChains returns the chains for a state.
-func newChains(s State, sc *scope, policyRouting bool) (chains []chain) {
-	if policyRouting {
-		guard := chain{
-			name: "guard", kind: nftables.ChainTypeFilter,
-			hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw,
-			needs: needsGuard, without: "packets to tunnel addresses from elsewhere, and packets of the tunnel that claim to be of this host, are accepted",
-		}
-		chains = append(chains, newOuterChain(sc))
-		guard.rules = append(guard.rules, outerPasses(sc)...)
-		inside := meta(expr.MetaKeyIIF, expr.CmpOpEq, uint32(sc.index))
-		for _, p := range s.Addresses {
-			own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())
-			guard.rules = append(guard.rules, filter{
-				fmt.Sprintf("%v is reached through interface %d or from this host only", p.Addr(), sc.index),
-				slices.Concat(
-					meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)), address(own, false),
-					source(expr.CmpOpNeq, unix.RTN_LOCAL), drop(),
-				),
-			}, filter{
-				fmt.Sprintf("%v is the tunnel's end, with ICMP errors of its own", p.Addr()),
-				slices.Concat(inside, address(own, true), []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}),
-			})
-		}
-		guard.rules = append(guard.rules, filter{
-			fmt.Sprintf("other addresses of this host do not come in through interface %d", sc.index),
-			slices.Concat(inside, source(expr.CmpOpEq, unix.RTN_LOCAL), drop()),
-		})
-		chains = append(chains, guard)
-		mark := binaryutil.NativeEndian.PutUint32(sc.Mark)
-		const lost = "strict reverse path filters may drop replies of the proxy"
-		chains = append(chains, chain{
-			name: "save", kind: nftables.ChainTypeFilter,
-			hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityMangle,
-			needs: needsMark, without: lost,
-			rules: []filter{{
-				fmt.Sprintf("mark %#x of outer sockets is kept for replies", sc.Mark),
-				append(meta(expr.MetaKeyMARK, expr.CmpOpEq, sc.Mark),
-					&expr.Ct{Register: 1, SourceRegister: true, Key: expr.CtKeyMARK}),
-			}},
-		}, chain{
-			name: "restore", kind: nftables.ChainTypeFilter,
-			hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityMangle,
-			needs: needsMark, without: lost,
-			rules: []filter{{
-				fmt.Sprintf("mark %#x of outer sockets is given to replies", sc.Mark),
-				[]expr.Any{
-					&expr.Ct{Register: 1, Key: expr.CtKeyMARK},
-					&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: mark},
-					&expr.Meta{Register: 1, SourceRegister: true, Key: expr.MetaKeyMARK},
-				},
-			}},
-		})
-		chains = append(chains, newInboundChains(s, sc)...)
-	}
-	if s.HoldDNS && sc.Mark != 0 {
-		chains = append(chains, newDNSChains(sc)...)
-	}
-	if len(s.Masquerade) != 0 {
-		nat := chain{
-			name: "nat", kind: nftables.ChainTypeNAT,
-			hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource,
-		}
-		for _, p := range s.Masquerade {
-			nat.rules = append(nat.rules, filter{
-				fmt.Sprintf("%v is masqueraded except through interface %d", p, sc.index),
-				slices.Concat(
-					address(p, true),
-					meta(expr.MetaKeyOIF, expr.CmpOpNeq, uint32(sc.index)),
-					meta(expr.MetaKeyOIF, expr.CmpOpNeq, loopback),
-					[]expr.Any{&expr.Masq{}},
-				),
-			})
-		}
-		chains = append(chains, nat)
-	}
-	return chains
-}
 
 // newDNSChains returns the chains that hold queries for names outside the tunnel.
 func newDNSChains(sc *scope) []chain {
@@ -149,7 +75,7 @@ func newDNSChains(sc *scope) []chain {
 		{fmt.Sprintf("interface %d is the tunnel", sc.index), append(meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(sc.index)), accept...)},
 		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept...)},
 	}
-	own := filter{fmt.Sprintf("sockets with mark %#x ask for the proxy", sc.Mark), append(meta(expr.MetaKeyMARK, expr.CmpOpEq, sc.Mark), accept...)}
+	own := filter{fmt.Sprintf("sockets with the bits %#x in their mark ask for the proxy", sc.Mark), append(packetMarked(sc.Mark, sc.Mark), accept...)}
 	var refuse []filter
 	for _, p := range []struct {
 		name     string
@@ -220,6 +146,29 @@ func address(p netip.Prefix, source bool) []expr.Any {
 
 func (s *scope) tableName() string { return "masque-" + s.Instance }
 
+// families are those of our tables: a table of ours is one in each, all with one
+// name.
+var families = []nftables.TableFamily{nftables.TableFamilyINet, nftables.TableFamilyARP}
+
+// tablesNamed returns the tables of that name.
+func tablesNamed(c *nftables.Conn, name string) (found []*nftables.Table, err error) {
+	for _, family := range families {
+		tables, err := c.ListTablesOfFamily(family)
+		if hasNoTables(err) && family != nftables.TableFamilyINet {
+			continue // the kernel lacks the family
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list nftables tables: %w", explain(err))
+		}
+		for _, t := range tables {
+			if t.Name == name && t.Family == family {
+				found = append(found, t)
+			}
+		}
+	}
+	return found, nil
+}
+
 // readTable returns the chains of a table, and whether there is one. A table that
 // is dormant has no effect, and so it has no chains.
 func readTable(name string) (chains []chainText, found bool, err error) {
@@ -227,21 +176,29 @@ func readTable(name string) (chains []chainText, found bool, err error) {
 	if err != nil {
 		return nil, false, err
 	}
-	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
+	tables, err := tablesNamed(c, name)
+	if err != nil || len(tables) == 0 {
+		return nil, false, err
+	}
+	for _, t := range tables {
+		// The library reads the flags, which are in network byte order, as they are.
+		if binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, t.Flags))&unix.NFT_TABLE_F_DORMANT != 0 {
+			continue
+		}
+		part, err := readChains(c, name, t.Family)
+		if err != nil {
+			return nil, true, err
+		}
+		chains = append(chains, part...)
+	}
+	return chains, true, nil
+}
+
+// readChains returns the chains of a table in one family.
+func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (chains []chainText, err error) {
+	all, err := c.ListChainsOfTableFamily(family)
 	if err != nil {
-		return nil, false, fmt.Errorf("list nftables tables: %w", explain(err))
-	}
-	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == name })
-	if i < 0 {
-		return nil, false, nil
-	}
-	// The library reads the flags, which are in network byte order, as they are.
-	if binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, tables[i].Flags))&unix.NFT_TABLE_F_DORMANT != 0 {
-		return nil, true, nil
-	}
-	all, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return nil, true, fmt.Errorf("list nftables chains: %w", explain(err))
+		return nil, fmt.Errorf("list nftables chains: %w", explain(err))
 	}
 	for _, ch := range all {
 		if ch.Table.Name != name {
@@ -249,7 +206,7 @@ func readTable(name string) (chains []chainText, found bool, err error) {
 		}
 		rules, err := c.GetRules(ch.Table, ch)
 		if err != nil {
-			return nil, true, fmt.Errorf("list nftables rules: %w", explain(err))
+			return nil, fmt.Errorf("list nftables rules: %w", explain(err))
 		}
 		text := chainText{name: ch.Name, hook: ch.Hooknum, priority: ch.Priority, policy: ch.Policy}
 		for _, r := range rules {
@@ -258,7 +215,7 @@ func readTable(name string) (chains []chainText, found bool, err error) {
 		}
 		chains = append(chains, text)
 	}
-	return chains, true, nil
+	return chains, nil
 }
 
 // hasNoTables says whether an error of readTable means that there is no nf_tables
@@ -279,6 +236,11 @@ func sameTable(want []chain, have []chainText) bool {
 			return bytes.Equal(f.userData(), data)
 		})
 	})
+}
+
+// same says whether c and d do the same.
+func (c chain) same(d chain) bool {
+	return c.name == d.name && slices.EqualFunc(c.rules, d.rules, func(a, b filter) bool { return a.comment == b.comment })
 }
 
 // hooked says whether h is where c shall be in the kernel, with the same policy.
@@ -330,9 +292,16 @@ func (s *scope) writeTable(chains []chain) error {
 	if err == nil || !absent && !lacks(err) {
 		return explain(err)
 	}
-	for _, missing := range [][]string{{needsReply}, {needsGuard, needsReply}, {needsMark, needsReply}, {needsGuard, needsMark, needsReply}} {
+	// The fewest features are left out: none that the kernel has.
+	needed := make(map[string]bool)
+	for _, c := range chains {
+		if c.needs != "" {
+			needed[c.needs] = true
+		}
+	}
+	for _, missing := range subsets(slices.Sorted(maps.Keys(needed))) {
 		rest := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return slices.Contains(missing, c.needs) })
-		if len(rest) == len(chains) || len(rest) != 0 && (absent || s.commit(s.tableName(), found, rest) != nil) {
+		if len(rest) != 0 && (absent || s.commit(s.tableName(), found, rest) != nil) {
 			continue
 		}
 		for _, c := range chains {
@@ -356,30 +325,54 @@ func lacks(err error) bool {
 	return true
 }
 
+// subsets returns the subsets of a list that are not empty, small ones first.
+func subsets(list []string) (all [][]string) {
+	for n := 1; n < 1<<len(list); n++ {
+		var set []string
+		for i, v := range list {
+			if n&(1<<i) != 0 {
+				set = append(set, v)
+			}
+		}
+		all = append(all, set)
+	}
+	slices.SortStableFunc(all, func(a, b []string) int { return len(a) - len(b) })
+	return all
+}
+
 // commitTable makes a table with these chains, in place of what there is if it
 // is to replace that, or of nothing. With no chains it only deletes. Deleting
 // takes the kernel some 15 ms, in which it waits for packets that may still
 // look at what is gone.
 func commitTable(name string, replace bool, chains []chain) error {
-	c, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	t := &nftables.Table{Name: name, Family: nftables.TableFamilyINet}
+	var b batch
 	if replace {
-		c.AddTable(t) // so that there is one to delete
-		c.DelTable(t)
-	}
-	if len(chains) != 0 {
-		c.AddTable(t)
-	}
-	for _, ch := range chains {
-		nc := c.AddChain(&nftables.Chain{Name: ch.name, Table: t, Type: ch.kind, Hooknum: ch.hook, Priority: ch.priority, Policy: ch.policy})
-		for _, f := range ch.rules {
-			c.AddRule(&nftables.Rule{Table: t, Chain: nc, Exprs: f.exprs, UserData: f.userData()})
+		c, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		old, err := tablesNamed(c, name)
+		if err != nil {
+			return err
+		}
+		for _, t := range old {
+			b.addTable(name, t.Family) // so that there is one to delete
+			b.deleteTable(name, t.Family)
 		}
 	}
-	return c.Flush()
+	made := make(map[nftables.TableFamily]bool)
+	for _, ch := range chains {
+		family := cmp.Or(ch.family, nftables.TableFamilyINet)
+		if !made[family] {
+			b.addTable(name, family)
+			made[family] = true
+		}
+		b.addChain(name, family, ch)
+		for _, f := range ch.rules {
+			b.addRule(name, family, ch.name, f)
+		}
+	}
+	return b.commit()
 }
 
 func (s *scope) deleteTable() error {

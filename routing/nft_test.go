@@ -8,6 +8,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+var allChains = []string{
+	"untracked", "untracked-output", "outer", "guard", "save", "restore", "inbound", "reply", "forward", "translate", "nat", "leave", "arp",
+}
+
+func without(names ...string) []string {
+	return slices.DeleteFunc(slices.Clone(allChains), func(name string) bool { return slices.Contains(names, name) })
+}
+
 // Kernels that lack an expression refuse the table. What can be done without is
 // done without, and said once.
 func TestKernelLacksFeatures(t *testing.T) {
@@ -18,11 +26,14 @@ func TestKernelLacksFeatures(t *testing.T) {
 		logged  int
 		failure bool // the state with NAT fails
 	}{
-		{"nothing", nil, []string{"guard", "save", "restore", "inbound", "reply", "nat"}, 0, false},
-		{"rerouting", []string{"reply"}, []string{"guard", "save", "restore", "nat"}, 1, false},
-		{"fib", []string{"guard", "inbound"}, []string{"save", "restore", "nat"}, 2, false},
-		{"conntrack marks", []string{"save", "restore", "inbound"}, []string{"guard", "nat"}, 2, false},
-		{"both", []string{"guard", "restore", "inbound"}, []string{"nat"}, 3, false},
+		{"nothing", nil, allChains, 0, false},
+		{"rerouting", []string{"reply"}, without("outer", "inbound", "reply"), 1, false},
+		{"fib", []string{"guard", "inbound"}, without("untracked", "untracked-output", "outer", "guard", "inbound", "reply"), 2, false},
+		{"conntrack marks", []string{"save", "restore", "inbound"}, without("outer", "save", "restore", "inbound", "reply"), 2, false},
+		{"both", []string{"guard", "restore", "inbound"}, without("untracked", "untracked-output", "outer", "guard", "save", "restore", "inbound", "reply"), 3, false},
+		{"ARP", []string{"arp"}, without("arp"), 1, false},
+		{"conntrack state", []string{"forward"}, without("forward"), 1, false},
+		{"all that is optional", without("translate", "nat", "leave"), []string{"translate", "nat", "leave"}, 5, false},
 		{"NAT", []string{"nat"}, nil, 0, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -39,7 +50,7 @@ func TestKernelLacksFeatures(t *testing.T) {
 				return commitTable(table, replace, chains)
 			}
 			s := full()
-			s.Masquerade = prefixes("10.77.0.0/24")
+			s.Masquerade, s.Listen = prefixes("10.77.0.0/24"), []uint16{443}
 			for range 2 {
 				if err := h.tryApply(m, s); (err != nil) != tt.failure {
 					t.Errorf("Apply: %v, want failure %t", err, tt.failure)
@@ -50,7 +61,10 @@ func TestKernelLacksFeatures(t *testing.T) {
 				return
 			}
 			ruleset := h.run("nft", "list", "ruleset")
-			for _, name := range []string{"guard", "save", "restore", "inbound", "reply", "nat"} {
+			if got, want := h.readSysctl("net/ipv4/conf/masque0/accept_local"), slices.Contains(tt.chains, "guard"); (got == "1") != want {
+				t.Errorf("accept_local is %s, with a guard: %t", got, want)
+			}
+			for _, name := range allChains {
 				if got, want := strings.Contains(ruleset, "chain "+name+" "), slices.Contains(tt.chains, name); got != want {
 					t.Errorf("chain %s in the table: %t, want %t:\n%s", name, got, want, ruleset)
 				}
@@ -71,22 +85,32 @@ func TestTableIsReadable(t *testing.T) {
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	s := full()
-	s.Masquerade = prefixes("10.77.0.0/24", "fd77::/64")
+	s.Masquerade, s.Listen, s.Forward, s.Reach = prefixes("10.77.0.0/24", "fd77::/64"), []uint16{443}, true, prefixes("192.168.9.0/24")
 	h.apply(m, s)
-	ruleset := h.run("nft", "list", "table", "inet", "masque-one")
+	ruleset := h.run("nft", "list", "ruleset")
 	for _, line := range []string{
 		"type filter hook prerouting priority raw; policy accept;",
-		`iif != "masque0" ip daddr 10.77.0.2 fib saddr type != local counter packets 0 bytes 0 drop`,
-		`iif != "masque0" ip6 daddr fd77::2 fib saddr type != local counter packets 0 bytes 0 drop`,
+		"udp dport 443 fib daddr type local notrack",
+		"type filter hook output priority raw; policy accept;",
+		"udp sport 443 notrack",
+		`iif != "masque0" iif != "lo" ip daddr 10.77.0.2 counter packets 0 bytes 0 drop`,
+		`iif != "masque0" iif != "lo" ip6 daddr fd77::2 counter packets 0 bytes 0 drop`,
 		`iif "masque0" ip saddr 10.77.0.2 accept`,
 		`iif "masque0" fib saddr type local counter packets 0 bytes 0 drop`,
-		"type filter hook postrouting priority mangle; policy accept;",
-		"meta mark 0x0000250c ct mark set meta mark",
-		"type filter hook prerouting priority mangle; policy accept;",
-		"ct mark 0x0000250c meta mark set ct mark",
+		"type filter hook postrouting priority -175; policy accept;",
+		"meta mark & 0xa0000000 == 0xa0000000 ct mark set ct mark | 0xa0000000",
+		"type filter hook prerouting priority -175; policy accept;",
+		"ct mark & 0xa0000000 == 0xa0000000 meta mark set meta mark | 0xa0000000",
+		"type filter hook forward priority filter; policy accept;",
+		`iif "masque0" ip daddr 192.168.9.0/24 accept`,
+		`iif "masque0" counter packets 0 bytes 0 drop`,
+		"meta l4proto tcp masquerade to :32768-65535",
 		"type nat hook postrouting priority srcnat; policy accept;",
-		`ip saddr 10.77.0.0/24 oif != "masque0" oif != "lo" masquerade`,
-		`ip6 saddr fd77::/64 oif != "masque0" oif != "lo" masquerade`,
+		`ip saddr 10.77.0.0/24 oif != "masque0" oif != "lo" jump translate`,
+		`ip6 saddr fd77::/64 oif != "masque0" oif != "lo" jump translate`,
+		`ip saddr 10.77.0.0/24 oif != "masque0" oif != "lo" counter packets 0 bytes 0 drop`,
+		"table arp masque-one",
+		"type filter hook input priority filter; policy accept;",
 	} {
 		if !strings.Contains(ruleset, line) {
 			t.Errorf("no %q in\n%s", line, ruleset)

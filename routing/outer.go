@@ -5,7 +5,6 @@ import (
 	"slices"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 )
 
@@ -20,16 +19,8 @@ func newOuterChain(sc *scope) chain {
 		needs: needsReply, without: "the tunnel is lost in networks that give this host the tunnel's address",
 		rules: []filter{{
 			fmt.Sprintf("packets for sockets with mark %#x have it", sc.Mark),
-			slices.Concat(meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)), []expr.Any{
-				&expr.Socket{Key: expr.SocketKeyMark, Register: 1},
-				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(sc.Mark)},
-				&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
-				&expr.Bitwise{
-					SourceRegister: 1, DestRegister: 1, Len: 4,
-					Mask: binaryutil.NativeEndian.PutUint32(^sc.Mark), Xor: binaryutil.NativeEndian.PutUint32(sc.Mark),
-				},
-				&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
-			}),
+			slices.Concat(meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)),
+				marked(&expr.Socket{Key: expr.SocketKeyMark, Register: 1}, sc.Mark, sc.Mark), markPacket(sc.Mark, sc.Mark)),
 		}},
 	}
 }
@@ -40,16 +31,10 @@ const ndSolicitation = 135
 // outerPasses are the rules by which such packets, and those by which IPv6 finds
 // the neighbours that they come by, pass the guard.
 func outerPasses(sc *scope) []filter {
-	mark := binaryutil.NativeEndian.PutUint32(sc.Mark)
 	outside, pass := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)), &expr.Verdict{Kind: expr.VerdictAccept}
 	return []filter{{
 		fmt.Sprintf("packets for sockets with mark %#x pass", sc.Mark),
-		slices.Concat(outside, []expr.Any{
-			&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
-			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mark, Xor: make([]byte, 4)},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: mark},
-			pass,
-		}),
+		slices.Concat(outside, packetMarked(sc.Mark, sc.Mark), []expr.Any{pass}),
 	}, {
 		"neighbour discovery passes",
 		slices.Concat(outside, icmp6(ndHopLimit, ndSolicitation, ndNeighbor), []expr.Any{pass}),

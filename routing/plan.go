@@ -36,7 +36,8 @@ const (
 // plan is what the kernel shall have of ours. The zero plan is nothing at all.
 type plan struct {
 	up      bool
-	mtu     int // 0: as found
+	mtu     int  // 0: as found
+	grouped bool // the interface is in the group of those that forward
 	addrs   []netip.Prefix
 	routes  map[route]struct{}
 	rules   map[rule]struct{}
@@ -77,6 +78,7 @@ type rule struct {
 type setting struct {
 	name, value string // name as a path below /proc/sys
 	optional    string // what is lost without it; "": it must be
+	needs       string // the feature of the kernel without which it must not be, "": none
 }
 
 // tableID returns the number of the table for the tunnel's prefixes of one
@@ -95,8 +97,15 @@ func (s State) hasIPv6() bool {
 	return slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Unreachable, s.Exclude, s.Masquerade), isIPv6)
 }
 
+// forwards says whether s needs one of the sysctls ipForward4 and ipForward6.
+func (s State) forwards(sysctl string) bool {
+	return s.Forward && slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Masquerade), func(p netip.Prefix) bool {
+		return isIPv6(p) == (sysctl == ipForward6)
+	})
+}
+
 func (s State) ipv4Only() State {
-	for _, list := range []*[]netip.Prefix{&s.Addresses, &s.Routes, &s.Unreachable, &s.Exclude, &s.Masquerade} {
+	for _, list := range []*[]netip.Prefix{&s.Addresses, &s.Routes, &s.Unreachable, &s.Exclude, &s.Reach, &s.Masquerade} {
 		*list = slices.DeleteFunc(slices.Clone(*list), isIPv6)
 	}
 	return s
@@ -117,7 +126,7 @@ func newPlan(s State, sc *scope) (plan, error) {
 	for _, list := range []struct {
 		name     string
 		prefixes []netip.Prefix
-	}{{"route", s.Routes}, {"unreachable", s.Unreachable}, {"exclude", s.Exclude}, {"masquerade", s.Masquerade}} {
+	}{{"route", s.Routes}, {"unreachable", s.Unreachable}, {"exclude", s.Exclude}, {"reach", s.Reach}, {"masquerade", s.Masquerade}} {
 		for _, p := range list.prefixes {
 			if !p.IsValid() || p.Addr().Is4In6() {
 				return plan{}, fmt.Errorf("%s %v: not a prefix", list.name, p)
@@ -132,7 +141,7 @@ func newPlan(s State, sc *scope) (plan, error) {
 	}
 
 	s.Addresses, s.Masquerade = sorted(s.Addresses), sorted(s.Masquerade)
-	w := plan{up: true, mtu: s.MTU, addrs: s.Addresses}
+	w := plan{up: true, mtu: s.MTU, grouped: s.Forward, addrs: s.Addresses}
 	w.planRoutes(s, sc)
 	if len(w.routes) > MaxRoutes {
 		return plan{}, fmt.Errorf("%w: %d needed, %d allowed", ErrTooManyRoutes, len(w.routes), MaxRoutes)
@@ -154,6 +163,7 @@ func newPlan(s State, sc *scope) (plan, error) {
 		w.sysctls = append(w.sysctls, setting{
 			name: "net/ipv4/conf/" + sc.Interface + "/accept_local", value: "1",
 			optional: "programs of this host do not learn why the tunnel refuses a packet",
+			needs:    needsGuard,
 		})
 	}
 	if s.Forward {
@@ -166,13 +176,9 @@ func newPlan(s State, sc *scope) (plan, error) {
 				optional: "clients may get pointless ICMP redirects",
 			})
 		}
-		for _, p := range slices.Concat(s.Addresses, s.Routes, s.Masquerade) {
-			forward := setting{name: ipForward4, value: "1"}
-			if isIPv6(p) {
-				forward.name = ipForward6
-			}
-			if !slices.Contains(w.sysctls, forward) {
-				w.sysctls = append(w.sysctls, forward)
+		for _, name := range []string{ipForward4, ipForward6} {
+			if s.forwards(name) {
+				w.sysctls = append(w.sysctls, setting{name: name, value: "1"})
 			}
 		}
 	}
@@ -258,8 +264,8 @@ func (r rule) netlink(sc *scope) *netlink.Rule {
 	n.Priority = rulePriority + 2*(width-r.bits)
 	if r.tunnel {
 		n.Priority++
-		n.Invert, n.Mark, n.Table = true, sc.Mark, id
-		n.Mask = new(^uint32(1)) // and that of what came in, see inboundMark
+		n.Invert, n.Mark, n.Table = true, outsideMark(sc.Mark), id
+		n.Mask = new(outsideMark(sc.Mark))
 	} else {
 		// Mask 0 matches every mark: the mark only says whose rule it is.
 		n.Mark, n.Mask = uint32(id), new(uint32)

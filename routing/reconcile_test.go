@@ -101,7 +101,7 @@ func TestKeep(t *testing.T) {
 		kinds  string // that are counted
 		named  string // in the log
 	}{
-		{"one IPv4 rule", client, "ip rule del priority 9549", "rule", "add IPv4 rule 9549: not fwmark 0x250c lookup "},
+		{"one IPv4 rule", client, "ip rule del priority 9549", "rule", "add IPv4 rule 9549: not fwmark 0x80000000 lookup "},
 		{"one IPv6 rule", client, "ip -6 rule del priority 9741", "rule", "add IPv6 rule 9741: "},
 		{"an address", client, "ip addr del 10.77.0.2/32 dev masque0", "address route", "add address 10.77.0.2/32 to masque0"},
 		{"all addresses", client, "ip addr flush dev masque0", "address route", "add address fd77::2/128 to masque0"},

@@ -39,12 +39,12 @@ type Config struct {
 	// other Manager may look after it.
 	Interface string
 
-	// Mark is the SO_MARK of our own outer sockets, see MarkSocket. Routes then
-	// go into tables of their own, by policy rules that packets with this mark
-	// pass by, and so do those with the next higher one, which is for
-	// connections that came in from outside: an even number. Tunnels of one host
-	// should use the same mark, or they might run through each other in a
-	// circle. 0: routes go into the main table.
+	// Mark is the SO_MARK of our own outer sockets, see MarkSocket: two bits,
+	// see ValidMark. Other bits of marks are left alone. Routes then go into
+	// tables of their own, by policy rules that packets with the higher bit pass
+	// by; connections that came in from outside have that bit alone. Tunnels of
+	// one host should use the same mark, or they might run through each other in
+	// a circle. 0: routes go into the main table.
 	Mark uint32
 
 	// Journal is the path of a file that tells the next process what to put
@@ -107,9 +107,20 @@ type State struct {
 	// and Masquerade name.
 	Forward bool
 
+	// Reach are the destinations to which packets out of the tunnel are
+	// forwarded, besides those of connections that came from there. With a
+	// Config.Mark only; without, everything is reached.
+	Reach []netip.Prefix
+
 	// Masquerade are prefixes whose packets get the host's own address when
-	// they leave through another interface than the tunnel's.
+	// they leave through another interface than the tunnel's. They do not leave
+	// without, and nobody begins a connection to them from there.
 	Masquerade []netip.Prefix
+
+	// Listen are the UDP ports of this program's own servers on this host. With
+	// Masquerade their packets are not tracked, and none of the ports is given
+	// to a packet of the tunnel.
+	Listen []uint16
 }
 
 // Manager keeps the kernel's side of one tunnel. Its methods may be called
@@ -137,6 +148,7 @@ type scope struct {
 	stale   bool                                                   // the journal lists what was undone; said once
 	rec     record                                                 // what Close has to put back
 	ports   uint16                                                 // the first that the kernel gives to connections of this host
+	taken   []portRange                                            // on which this host listened at the start
 	lacking map[string]bool                                        // optional features that the kernel was found to lack
 	sealed  []chainText                                            // our table when it was as it shall be; nil: not known
 	commit  func(table string, replace bool, chains []chain) error // commitTable
@@ -209,11 +221,11 @@ func (s *scope) init(c Config, procSys string) (err error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	c.Logger = c.Logger.With("instance", c.Instance)
-	if c.Mark&1 != 0 {
-		return fmt.Errorf("mark %#x: want an even number", c.Mark)
+	if c.Mark != 0 && !ValidMark(c.Mark) {
+		return fmt.Errorf("mark %#x: want two bits", c.Mark)
 	}
 	*s = scope{Config: c, procSys: procSys, lacking: make(map[string]bool), commit: commitTable}
-	s.ports = s.firstPort()
+	s.ports, s.taken = s.firstPort(), s.takenPorts()
 	if _, err := os.Stat(filepath.Join(procSys, "net/ipv6")); err == nil {
 		s.ipv6 = true
 	}
@@ -328,8 +340,8 @@ func (m *Manager) FollowHost() (conflicting []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("routing: %w", err)
 	}
-	if want, err := m.planFor(state); err == nil && !slices.Equal(want.sysctls, m.applied.sysctls) {
-		m.applied.sysctls = want.sysctls
+	if want, err := m.planFor(state); err == nil && !(slices.Equal(want.sysctls, m.applied.sysctls) && slices.EqualFunc(want.chains, m.applied.chains, chain.same)) {
+		m.applied.sysctls, m.applied.chains = want.sysctls, want.chains
 		if err := m.converge(m.applied, true); err != nil {
 			return nil, fmt.Errorf("routing: %w", err)
 		}

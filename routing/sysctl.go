@@ -25,6 +25,10 @@ type sysctl struct {
 	// before it. They get Old back after it, unless somebody changed New.
 	Also  []sysctl `json:"also,omitempty"`
 	First bool     `json:"first,omitempty"`
+
+	// Links are the other interfaces that were there when forwarding was
+	// turned on.
+	Links []string `json:"links,omitempty"`
 }
 
 // dotted returns the name as sysctl(8) prints it.
@@ -51,7 +55,8 @@ func (s *scope) diffSysctls(want plan) (set, unset ops, err error) {
 	for _, w := range want.sysctls {
 		wanted[w.name] = true
 		held := s.rec.sysctl(w.name) >= 0
-		if s.lacking[w.name] {
+		if s.lacking[w.name] || s.lacking[w.needs] {
+			wanted[w.name] = false
 			continue
 		}
 		switch now, err := s.readSysctl(w.name); {
@@ -75,6 +80,9 @@ func (s *scope) diffSysctls(want plan) (set, unset ops, err error) {
 // acquire sets a sysctl and records what it was; or, when another instance has
 // set it, records what that one found, so that the last of them puts it back.
 func (s *scope) acquire(w setting) error {
+	if s.lacking[w.needs] { // as it has just turned out
+		return nil
+	}
 	err := s.journal.guard(func() error {
 		now, err := s.readSysctl(w.name)
 		if err != nil {
@@ -86,7 +94,7 @@ func (s *scope) acquire(w setting) error {
 		} else if other := s.journal.other(w.name, false); other != nil {
 			c = *other
 		} else {
-			c.Also = s.companions(w.name)
+			c.Also, c.Links = s.companions(w.name), s.linksFor(w.name)
 		}
 		s.rec.setSysctl(c)
 		if err := s.journal.write(s.rec); err != nil {
@@ -173,6 +181,54 @@ func (s *scope) restore(c sysctl) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// before returns what is or was to be found when this instance, or another that
+// shares the sysctl, turned forwarding on, and whether it was off then.
+func (s *scope) before(name string) (c sysctl, off bool) {
+	if i := s.rec.sysctl(name); i >= 0 {
+		c = s.rec.Sysctls[i]
+	} else if other := s.journal.other(name, false); other != nil {
+		c = *other
+	} else {
+		now, err := s.readSysctl(name)
+		if err != nil {
+			return c, false
+		}
+		c = sysctl{Name: name, Old: now, Also: s.companions(name), Links: s.linksFor(name)}
+	}
+	return c, c.Old == "0"
+}
+
+// forwarding returns the interfaces that forwarded before all did.
+func (c sysctl) forwarding() (names []string) {
+	for _, also := range c.Also {
+		if name, ok := strings.CutSuffix(also.Name, "/forwarding"); ok && also.Old == "1" {
+			if name = filepath.Base(name); name != "default" {
+				names = append(names, name)
+			}
+		}
+	}
+	return names
+}
+
+// linksFor returns the host's other interfaces, if name is a sysctl that turns
+// forwarding on.
+func (s *scope) linksFor(name string) (names []string) {
+	if name != ipForward4 && name != ipForward6 {
+		return nil
+	}
+	links, err := repeat(s.nl.LinkList)
+	if err != nil {
+		return nil
+	}
+	for _, l := range links {
+		if a := l.Attrs(); a.Index != s.index && a.Index != loopback {
+			names = append(names, a.Name)
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // companions returns what changes along with a sysctl and what must change

@@ -56,7 +56,7 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 	}
 	f, err := client.NewUDPForwarder(client.UDPConfig{
 		Proxy: l.config.Proxy, TLS: l.config.TLS, Token: l.config.Token, Listen: listen, Target: target,
-		Reconnect: l.config.Reconnect, MaxDelay: l.config.MaxDelay, Logger: logger, Tracer: tracer,
+		Reconnect: l.config.Reconnect, MaxDelay: l.config.MaxDelay, Mark: l.config.Mark, Logger: logger, Tracer: tracer,
 	})
 	if err != nil {
 		return l.usageError(err)

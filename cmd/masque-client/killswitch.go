@@ -25,7 +25,7 @@ const upstreamFile = "/run/systemd/resolve/resolv.conf"
 
 // killSwitch is that of the tunnel.
 func (l *loaded) killSwitch(name string, logger *slog.Logger) *routing.KillSwitch {
-	return &routing.KillSwitch{Instance: name, Mark: routing.DefaultMark, Allow: l.file.KillSwitchAllow, Logger: logger}
+	return &routing.KillSwitch{Instance: name, Mark: l.file.Mark, Allow: l.file.KillSwitchAllow, Logger: logger}
 }
 
 // warnHeld names what the configuration sends around the tunnel, or serves

@@ -64,6 +64,7 @@ func load(path, name string) (*loaded, error) {
 		InstallRoutes: f.Install,
 		// Without a list, everything would be accepted.
 		Accept: append([]netip.Prefix{}, f.Accept...), Exclude: f.Exclude, HostRoutes: hostRoutes[f.LAN],
+		Mark:            f.Mark,
 		AdvertiseRoutes: f.Advertise, AssignPeer: f.Assign,
 		DNS:       client.DNS{Off: !f.DNS, Hold: !f.DNSOutside, Servers: f.DNSServers, Search: f.DNSSearch, Domains: f.DNSDomains},
 		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay, Congestion: congestion.Mode(f.Congestion),

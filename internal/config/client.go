@@ -30,6 +30,7 @@ type Client struct {
 	Install         bool
 	LAN             LAN // which routes of the host go before the tunnel's
 	Accept, Exclude []netip.Prefix
+	Mark            uint32         // the two bits of marks that are of the tunnel
 	Advertise       []netip.Prefix // networks behind the client
 	Assign          []netip.Prefix // single addresses for the proxy
 
@@ -112,6 +113,7 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	routes := root.table("routes")
 	c.Install = routes.bool("install", true)
 	c.LAN = routes.lan("lan")
+	c.Mark = routes.mark("mark")
 	c.Accept = routes.prefixes("accept", "0.0.0.0/0", "::/0")
 	c.Exclude = routes.prefixes("exclude")
 	c.Advertise = routes.prefixes("advertise")

@@ -35,7 +35,7 @@ func TestClientDefaults(t *testing.T) {
 	}
 	want := &Client{
 		Proxy: "vpn.example.org", Target: "*", IPProto: "*", Device: "masque%d", Offload: true,
-		Request: prefixes("0.0.0.0/32", "::/128"), Install: true, Accept: prefixes("0.0.0.0/0", "::/0"),
+		Request: prefixes("0.0.0.0/32", "::/128"), Install: true, Accept: prefixes("0.0.0.0/0", "::/0"), Mark: 0xa0000000,
 		DNS: true, DNSOutside: true, Congestion: "inner", Reconnect: true, MaxDelay: 30 * time.Second,
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
@@ -61,7 +61,7 @@ func TestClientFull(t *testing.T) {
 		Proxy: "https://vpn.example.org:4433/ip{?target,ipproto}",
 		CA:    "/etc/masque/ca.crt", Cert: "/etc/masque/keys/me.crt", Key: "/var/me.key", ServerName: "other.example.org",
 		TokenFile: "/etc/masque/token", Target: "*", IPProto: "*", Device: "masque0", MTU: 1300,
-		Static: prefixes("10.77.0.9/32", "fd77::9/64"), Accept: prefixes("10.0.0.0/8"), Exclude: prefixes("10.9.0.0/16", "fd00::/8"),
+		Static: prefixes("10.77.0.9/32", "fd77::9/64"), Accept: prefixes("10.0.0.0/8"), Exclude: prefixes("10.9.0.0/16", "fd00::/8"), Mark: 0x30000000,
 		Advertise: prefixes("192.0.2.0/24", "2001:db8:a::/64"), Assign: prefixes("192.0.2.200/32"),
 		LAN: LANAll, KillSwitch: true, KillSwitchAllow: prefixes("192.168.5.0/24", "fd00:5::/64"),
 		DNSServers: []netip.Addr{netip.MustParseAddr("10.0.0.53"), netip.MustParseAddr("fd00::53")},
@@ -267,6 +267,10 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[addresses]`, `static = ["10.0.0.1/8"]`, `request = ["::/128"]`}, `f.toml:4: addresses.request = ["::/128"]: static addresses are used instead of asking; keep one of request and static`},
 		{client, []string{`[routes]`, `install = 1`}, `f.toml:3: routes.install = 1: not true or false; write true or false`},
 		{client, []string{`[routes]`, `accept = [`, ` "0.0.0.0/0",`, ` "10.0.0.1/8",`, `]`}, `f.toml:5: routes.accept[1] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
+		{client, []string{`[routes]`, `mark = "0x250c"`}, `f.toml:3: routes.mark = "0x250c": not two bits of a mark; write for example "0xa0000000", two bits that no other program of this host uses in marks`},
+		{client, []string{`[routes]`, `mark = 4`}, `f.toml:3: routes.mark = 4: not two bits of a mark; `},
+		{client, []string{`[routes]`, `mark = "0x100000001"`}, `f.toml:3: routes.mark = "0x100000001": not two bits of a mark; `},
+		{client, []string{`[routes]`, `mark = true`}, `f.toml:3: routes.mark = true: not two bits of a mark; `},
 		{client, []string{`[routes]`, `lan = 0`}, `f.toml:3: routes.lan = 0: not true, false or "all"; write true for the private networks of this host, "all" for all of its routes, false for neither`},
 		{client, []string{`[routes]`, `lan = "none"`}, `f.toml:3: routes.lan = "none": not true, false or "all"; `},
 		{client, []string{`[routes]`, `lan = false`, `advertise = ["10.1.0.0/24"]`}, `f.toml:3: routes.lan = false: the networks behind this host, routes.advertise, would lead into the tunnel; remove one of the two`},

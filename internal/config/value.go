@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"math/bits"
 	"net"
 	"net/netip"
 	"slices"
@@ -177,6 +178,27 @@ func (t *table) lan(key string) LAN {
 	}
 	t.add(key, `not true, false or "all"`, `write true for the private networks of this host, "all" for all of its routes, false for neither`)
 	return LANPrivate
+}
+
+// defaultMark is routing.DefaultMark, which is for Linux alone.
+const defaultMark = 0xa0000000
+
+// mark is two bits of packet and connection marks.
+func (t *table) mark(key string) uint32 {
+	v, ok := t.get(key)
+	if !ok {
+		return defaultMark
+	}
+	n, isNumber := v.(int64)
+	if text, isText := v.(string); isText {
+		u, err := strconv.ParseUint(text, 0, 32)
+		n, isNumber = int64(u), err == nil
+	}
+	if !isNumber || n != int64(uint32(n)) || bits.OnesCount32(uint32(n)) != 2 {
+		t.add(key, "not two bits of a mark", fmt.Sprintf(`write for example "%#x", two bits that no other program of this host uses in marks`, defaultMark))
+		return defaultMark
+	}
+	return uint32(n)
 }
 
 // device is the name of a network interface; it may hold one %d, for which

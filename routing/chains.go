@@ -1,0 +1,358 @@
+package routing
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// The chains are explained in docs/firewall.md, one row for each rule.
+
+// Priorities of our own, so that the order among chains of other programs does
+// not depend on who was loaded first.
+var (
+	// priorityMarks is behind connection tracking (-200), and before the chains
+	// (-150) in which others filter by the reverse path or look at marks.
+	priorityMarks = nftables.ChainPriorityRef(-175)
+	// priorityLeave is behind source translation (100).
+	priorityLeave = nftables.ChainPriorityRef(110)
+)
+
+// newChains returns the chains for a state.
+func newChains(s State, sc *scope, policyRouting bool) (chains []chain) {
+	if len(s.Masquerade) != 0 && len(s.Listen) != 0 {
+		chains = append(chains, newUntrackedChains(s)...)
+	}
+	if sc.Mark != 0 && len(s.Addresses) != 0 {
+		chains = append(chains, newOuterChain(sc))
+	}
+	if len(s.Addresses) != 0 {
+		chains = append(chains, newGuardChain(s, sc))
+	}
+	if policyRouting {
+		chains = append(chains, newMarkChains(sc)...)
+		chains = append(chains, newInboundChains(s, sc)...)
+	}
+	if s.HoldDNS && sc.Mark != 0 {
+		chains = append(chains, newDNSChains(sc)...)
+	}
+	if s.Forward || sc.Mark != 0 {
+		chains = append(chains, newForwardChain(s, sc))
+	}
+	if len(s.Masquerade) != 0 {
+		chains = append(chains, newTranslationChains(s, sc)...)
+	}
+	if arp := newARPChain(s, sc); sc.Mark != 0 && len(arp.rules) != 0 {
+		chains = append(chains, arp)
+	}
+	return chains
+}
+
+// newUntrackedChains returns the chains that keep the packets of our own servers
+// out of connection tracking, and so out of reach of translations that users of
+// the tunnel choose.
+func newUntrackedChains(s State) []chain {
+	const lost = "who has a packet of the tunnel translated to a port of the proxy's may get what is for the proxy"
+	in := chain{
+		name: "untracked", kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw,
+		needs: needsGuard, without: lost,
+	}
+	out := chain{
+		name: "untracked-output", kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityRaw,
+		needs: needsGuard, without: lost,
+	}
+	for _, port := range slices.Compact(slices.Sorted(slices.Values(s.Listen))) {
+		in.rules = append(in.rules, filter{
+			fmt.Sprintf("UDP to port %d of this host is not tracked", port),
+			slices.Concat(udp(2, port), destination(unix.RTN_LOCAL), []expr.Any{&expr.Notrack{}}),
+		})
+		out.rules = append(out.rules, filter{
+			fmt.Sprintf("UDP from port %d of this host is not tracked", port),
+			slices.Concat(udp(0, port), []expr.Any{&expr.Notrack{}}),
+		})
+	}
+	return []chain{in, out}
+}
+
+// newGuardChain returns the chain that keeps packets to the tunnel's addresses
+// out that come from elsewhere, and packets of the tunnel that claim to be of
+// this host.
+func newGuardChain(s State, sc *scope) chain {
+	guard := chain{
+		name: "guard", kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw,
+		needs: needsGuard, without: "packets to tunnel addresses from elsewhere, and packets of the tunnel that claim to be of this host, are accepted",
+	}
+	if sc.Mark != 0 {
+		guard.rules = append(guard.rules, outerPasses(sc)...)
+	}
+	inside := meta(expr.MetaKeyIIF, expr.CmpOpEq, uint32(sc.index))
+	for _, p := range s.Addresses {
+		own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())
+		if sc.Mark != 0 {
+			guard.rules = append(guard.rules, filter{
+				fmt.Sprintf("%v is reached through interface %d or from this host only", p.Addr(), sc.index),
+				slices.Concat(
+					meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)), meta(expr.MetaKeyIIF, expr.CmpOpNeq, loopback),
+					address(own, false), drop(),
+				),
+			})
+		}
+		guard.rules = append(guard.rules, filter{
+			fmt.Sprintf("%v is the tunnel's end, with ICMP errors of its own", p.Addr()),
+			slices.Concat(inside, address(own, true), accept()),
+		})
+	}
+	guard.rules = append(guard.rules, filter{
+		fmt.Sprintf("other addresses of this host do not come in through interface %d", sc.index),
+		slices.Concat(inside, source(expr.CmpOpEq, unix.RTN_LOCAL), drop()),
+	})
+	return guard
+}
+
+// newMarkChains returns the chains that keep the mark of our own sockets in the
+// connection, and give it to replies.
+func newMarkChains(sc *scope) []chain {
+	const lost = "strict reverse path filters may drop replies of the proxy"
+	return []chain{{
+		name: "save", kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookPostrouting, priority: priorityMarks,
+		needs: needsMark, without: lost,
+		rules: []filter{{
+			fmt.Sprintf("bits %#x of the mark of outer sockets are kept for replies", sc.Mark),
+			slices.Concat(packetMarked(sc.Mark, sc.Mark), markConnection(sc.Mark, sc.Mark)),
+		}},
+	}, {
+		name: "restore", kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookPrerouting, priority: priorityMarks,
+		needs: needsMark, without: lost,
+		rules: []filter{{
+			fmt.Sprintf("bits %#x of the mark of outer sockets are given to replies", sc.Mark),
+			slices.Concat(connectionMarked(sc.Mark, sc.Mark), markPacket(sc.Mark, sc.Mark)),
+		}},
+	}}
+}
+
+// newForwardChain returns the chain that forwards what the tunnel is for, and
+// nothing that was not forwarded before.
+func newForwardChain(s State, sc *scope) chain {
+	forward := chain{
+		name: "forward", kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter,
+		needs: needsState, without: "what is forwarded from and to the tunnel is not limited, and this host is a router for its neighbours while it forwards",
+	}
+	in := meta(expr.MetaKeyIIF, expr.CmpOpEq, uint32(sc.index))
+	out := meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(sc.index))
+	notIn := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index))
+	notOut := meta(expr.MetaKeyOIF, expr.CmpOpNeq, uint32(sc.index))
+	add := func(comment string, exprs ...[]expr.Any) {
+		forward.rules = append(forward.rules, filter{comment, slices.Concat(exprs...)})
+	}
+	for _, p := range s.Masquerade {
+		add(fmt.Sprintf("what belongs to no connection does not leave %v except through interface %d", p, sc.index),
+			in, notOut, address(p, true), state(expr.CtStateBitINVALID), drop())
+	}
+	if len(s.Masquerade) != 0 || sc.Mark != 0 {
+		add("what belongs to a connection passes", state(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept())
+		add("what this host's own translation sends on passes", dnat(), accept())
+	}
+	for _, p := range s.Masquerade {
+		add(fmt.Sprintf("nobody begins a connection to %v except through interface %d", p, sc.index),
+			out, notIn, address(p, false), drop())
+	}
+	if sc.Mark != 0 {
+		for _, p := range sorted(s.Reach) {
+			add(fmt.Sprintf("interface %d reaches %v", sc.index, p), in, address(p, false), accept())
+		}
+		add(fmt.Sprintf("interface %d reaches nothing else", sc.index), in, drop())
+	}
+	if s.Forward {
+		forward.rules = append(forward.rules, sc.neighbourRules(s)...)
+	}
+	return forward
+}
+
+// neighbourRules return the rules by which turning forwarding on makes this host
+// no router for its neighbours: what has nothing to do with a tunnel is dropped
+// as it was before.
+func (s *scope) neighbourRules(want State) (rules []filter) {
+	add := func(comment string, exprs ...[]expr.Any) {
+		rules = append(rules, filter{comment, slices.Concat(exprs...)})
+	}
+	for _, f := range []struct {
+		sysctl, name string
+		proto        byte
+	}{{ipForward4, "IPv4", unix.NFPROTO_IPV4}, {ipForward6, "IPv6", unix.NFPROTO_IPV6}} {
+		if !want.forwards(f.sysctl) {
+			continue
+		}
+		before, off := s.before(f.sysctl)
+		if !off {
+			continue
+		}
+		family := is(expr.MetaKeyNFPROTO, f.proto)
+		if len(rules) == 0 {
+			add("interfaces of our group are tunnels: from them", meta(expr.MetaKeyIIFGROUP, expr.CmpOpEq, tunnelGroup), accept())
+			add("interfaces of our group are tunnels: to them", meta(expr.MetaKeyOIFGROUP, expr.CmpOpEq, tunnelGroup), accept())
+		}
+		for _, name := range before.forwarding() {
+			add(fmt.Sprintf("%s of %s was forwarded before", f.name, name), family, named(expr.MetaKeyIIFNAME, expr.CmpOpEq, name), accept())
+		}
+		var from, to []expr.Any
+		for _, name := range before.Links {
+			from = append(from, named(expr.MetaKeyIIFNAME, expr.CmpOpNeq, name)...)
+			to = append(to, named(expr.MetaKeyOIFNAME, expr.CmpOpNeq, name)...)
+		}
+		add(fmt.Sprintf("%s from a virtual interface that was made later than %v", f.name, before.Links), family, from, named(iifKind, expr.CmpOpNeq, ""), accept())
+		add(fmt.Sprintf("%s to a virtual interface that was made later than %v", f.name, before.Links), family, to, named(oifKind, expr.CmpOpNeq, ""), accept())
+		add(f.name+" was not forwarded before", family, drop())
+	}
+	return rules
+}
+
+// The kinds of interfaces, such as "bridge"; without one, as for network cards,
+// a rule does not match.
+const (
+	iifKind expr.MetaKey = 26 // NFT_META_IIFKIND
+	oifKind expr.MetaKey = 27
+)
+
+// newTranslationChains returns the chains that give packets of the tunnel this
+// host's address, and drop those that do not get it.
+func newTranslationChains(s State, sc *scope) []chain {
+	low, high := sc.translationPorts(s)
+	translate := chain{name: "translate"}
+	for _, protocol := range []struct {
+		name   string
+		number byte
+	}{
+		{"TCP", unix.IPPROTO_TCP}, {"UDP", unix.IPPROTO_UDP}, {"UDP-Lite", unix.IPPROTO_UDPLITE},
+		{"SCTP", unix.IPPROTO_SCTP}, {"DCCP", unix.IPPROTO_DCCP},
+	} {
+		translate.rules = append(translate.rules, filter{
+			fmt.Sprintf("%s gets one of the ports from %d to %d, where this host listens on none", protocol.name, low, high),
+			slices.Concat(is(expr.MetaKeyL4PROTO, protocol.number), []expr.Any{
+				&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(low)},
+				&expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(high)},
+				&expr.Masq{ToPorts: true, RegProtoMin: 1, RegProtoMax: 2},
+			}),
+		})
+	}
+	translate.rules = append(translate.rules, filter{"protocols without ports", []expr.Any{&expr.Masq{}}})
+	nat := chain{
+		name: "nat", kind: nftables.ChainTypeNAT,
+		hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource,
+	}
+	leave := chain{
+		name: "leave", kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookPostrouting, priority: priorityLeave,
+	}
+	for _, p := range s.Masquerade {
+		leaves := slices.Concat(
+			address(p, true), meta(expr.MetaKeyOIF, expr.CmpOpNeq, uint32(sc.index)), meta(expr.MetaKeyOIF, expr.CmpOpNeq, loopback),
+		)
+		nat.rules = append(nat.rules, filter{
+			fmt.Sprintf("%v is masqueraded except through interface %d", p, sc.index),
+			slices.Concat(leaves, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: translate.name}}),
+		})
+		leave.rules = append(leave.rules, filter{
+			fmt.Sprintf("%v does not leave untranslated except through interface %d", p, sc.index), append(leaves, drop()...),
+		})
+	}
+	return []chain{translate, nat, leave}
+}
+
+// arpIn is the hook of ARP packets that come in, NF_ARP_IN.
+const arpIn = 0
+
+// newARPChain returns the chain that keeps the tunnel's addresses from those who
+// ask for them on other networks: the kernel would answer for any address of
+// this host. For IPv6 it does not. An address that another interface has too, as
+// that network gave it, is answered for.
+func newARPChain(s State, sc *scope) chain {
+	arp := chain{
+		name: "arp", family: nftables.TableFamilyARP, kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookRef(arpIn), priority: nftables.ChainPriorityFilter,
+		needs: needsARP, without: "who asks by ARP on another network learns the tunnel's address",
+	}
+	const (
+		// Ethernet and IPv4, with addresses of 6 and 4 bytes (RFC 826).
+		kind   = "\x00\x01\x08\x00\x06\x04"
+		target = 24 // offset of the protocol address that is asked for
+	)
+	for _, p := range s.Addresses {
+		if p.Addr().Is6() || sc.elsewhere(p.Addr()) {
+			continue
+		}
+		arp.rules = append(arp.rules, filter{
+			fmt.Sprintf("%v is on no network with ARP", p.Addr()),
+			slices.Concat([]expr.Any{
+				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Len: uint32(len(kind))},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(kind)},
+				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: target, Len: 4},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()},
+			}, drop()),
+		})
+	}
+	return arp
+}
+
+// elsewhere says whether another interface has the address.
+func (s *scope) elsewhere(a netip.Addr) bool {
+	addrs, err := repeat(func() ([]netlink.Addr, error) { return s.nl.AddrList(nil, netlink.FAMILY_V4) })
+	return err == nil && slices.ContainsFunc(addrs, func(have netlink.Addr) bool {
+		return have.LinkIndex != s.index && prefixOf(have.IPNet).Addr() == a
+	})
+}
+
+func accept() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}} }
+
+// state matches packets by the state of their connection, one of those.
+func state(bits uint32) []expr.Any { return ctBits(expr.CtKeySTATE, bits) }
+
+// dnat matches packets of connections whose destination was translated.
+func dnat() []expr.Any {
+	const ipsDstNAT = 1 << 5 // IPS_DST_NAT
+	return ctBits(expr.CtKeySTATUS, ipsDstNAT)
+}
+
+func ctBits(key expr.CtKey, bits uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Ct{Register: 1, Key: key},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+	}
+}
+
+// destination matches packets by the type of their destination in the host's
+// routing tables.
+func destination(kind uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: binaryutil.NativeEndian.PutUint32(kind)},
+	}
+}
+
+// udp matches UDP packets by a port: the source's is at offset 0, the
+// destination's at 2.
+func udp(offset uint32, port uint16) []expr.Any {
+	return slices.Concat(is(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
+	})
+}
+
+// named compares the name or the kind of an interface.
+func named(key expr.MetaKey, op expr.CmpOp, name string) []expr.Any {
+	data := make([]byte, unix.IFNAMSIZ)
+	copy(data, name)
+	return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: data}}
+}
