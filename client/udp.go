@@ -36,6 +36,9 @@ const (
 	udpPath = "/.well-known/masque/udp/{target_host}/{target_port}/"
 	// DefaultUDPIdleTimeout is the shortest that RFC 9298 section 3.1 recommends.
 	DefaultUDPIdleTimeout = 2 * time.Minute
+	// useInterval is less than the time that proxies leave connections
+	// without requests. Ours does for two minutes.
+	useInterval = time.Minute
 	// maxFlows is how many local peers are served at once. A proxy like ours takes as many requests on a connection.
 	maxFlows = 64
 )
@@ -67,6 +70,7 @@ type UDPForwarder struct {
 	instance string // tells this run from others of the same user
 	started  time.Time
 	answer   time.Duration // for which an answer is waited
+	use      time.Duration // useInterval, but for tests
 	ready    chan struct{}
 	socket   *net.UDPConn
 	link     atomic.Pointer[udpLink] // nil while there is no connection
@@ -122,7 +126,7 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	f := &UDPForwarder{
-		cfg: cfg, template: template, instance: rand.Text(), started: time.Now(), answer: answerTimeout, ready: make(chan struct{}),
+		cfg: cfg, template: template, instance: rand.Text(), started: time.Now(), answer: answerTimeout, use: useInterval, ready: make(chan struct{}),
 		complain: rate.NewLimiter(rate.Every(10*time.Second), 3), flows: make(map[*udpFlow]struct{}),
 	}
 	f.dialer = newDialer(to, cfg.TLS, cfg.Token, markIfAllowed(cmp.Or(cfg.Mark, routing.DefaultMark)), cfg.Logger)
@@ -212,6 +216,7 @@ func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, er
 	link.ctx, link.fail = context.WithCancelCause(ctx)
 	defer link.fail(nil)
 	f.running.Go(func() { sendKeepAlives(link.ctx, d.conn) })
+	f.running.Go(func() { f.keepUsed(link) })
 	f.link.Store(link)
 	defer f.link.Store(nil)
 	f.cfg.Logger.Info("connected", "proxy", f.dialer.to.host, "remote", d.conn.RemoteAddr().String())
@@ -253,6 +258,35 @@ func sendKeepAlives(ctx context.Context, conn *quic.Conn) {
 			idle = 0
 		}
 		last = conn.ConnectionStats()
+	}
+}
+
+// keepUsed makes a request on link now and then while it has no flows: a
+// proxy ends connections without any.
+func (f *UDPForwarder) keepUsed(link *udpLink) {
+	tick := time.NewTicker(f.use)
+	defer tick.Stop()
+	flow := &udpFlow{f: f, link: link, ctx: link.ctx}
+	for {
+		select {
+		case <-link.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		f.mu.Lock()
+		used := len(f.flows) > 0
+		f.mu.Unlock()
+		if used {
+			continue
+		}
+		c, err := flow.request()
+		var e *Error
+		switch {
+		case err == nil:
+			_ = c.Close()
+		case errors.As(err, &e) && (e.Kind == KindUsage || e.Kind == KindCredentials):
+			link.fail(e)
+		}
 	}
 }
 

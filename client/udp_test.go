@@ -399,6 +399,24 @@ func TestForwardUDPIdle(t *testing.T) {
 	}
 }
 
+// A connection without flows is used now and then, so that the proxy keeps it.
+func TestForwardUDPKeepsTheConnection(t *testing.T) {
+	far := startUDPProxy(t, echo(t), nil)
+	startForwarderWith(t, far.addr, nil, func(u *UDPForwarder) { u.use = time.Millisecond })
+	for {
+		for _, r := range far.Counters().Requests {
+			if r.Reason == "accepted" && r.Count >= 4 {
+				return
+			}
+		}
+		select {
+		case <-t.Context().Done():
+			t.Fatal(t.Context().Err())
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
 // A target that refuses packets ends a flow, but not the next one.
 func TestForwardUDPTargetRefuses(t *testing.T) {
 	var local atomic.Value

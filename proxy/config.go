@@ -73,6 +73,9 @@ type Config struct {
 	MaxAddressesPerUser int // leases of all sessions of a user; default: two for each session that the user may have
 	MaxUDPFlows         int // default DefaultUDPFlows
 	MaxUDPFlowsPerUser  int // default DefaultUDPFlowsPerUser
+	// MaxPending and MaxPendingPerAddress are how many connections may be without an accepted request, in all and from one IPv4
+	// address or /64 of IPv6; default DefaultPendingConnections and DefaultPendingConnectionsPerAddress.
+	MaxPending, MaxPendingPerAddress int
 
 	StatelessResetKey *[32]byte // kept across restarts, it lets clients notice a restart at once (RFC 9000 section 10.3)
 	Journal           string    // path of a file that lets the next start clean up after a crash; "" for none
@@ -216,7 +219,7 @@ func (c Config) withDefaults() (Config, error) {
 	if err := c.DNS.check(); err != nil {
 		return c, err
 	}
-	if min(c.MaxSessions, c.MaxSessionsPerUser, c.MaxAddressesPerUser, c.MaxUDPFlows, c.MaxUDPFlowsPerUser) < 0 {
+	if min(c.MaxSessions, c.MaxSessionsPerUser, c.MaxAddressesPerUser, c.MaxUDPFlows, c.MaxUDPFlowsPerUser, c.MaxPending, c.MaxPendingPerAddress) < 0 {
 		return c, usage("limits", "a limit cannot be negative")
 	}
 	if c.MaxSessions == 0 {
@@ -230,6 +233,12 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.MaxUDPFlowsPerUser == 0 {
 		c.MaxUDPFlowsPerUser = DefaultUDPFlowsPerUser
+	}
+	if c.MaxPending == 0 {
+		c.MaxPending = DefaultPendingConnections
+	}
+	if c.MaxPendingPerAddress == 0 {
+		c.MaxPendingPerAddress = DefaultPendingConnectionsPerAddress
 	}
 	if n := c.advertised(); n > routing.MaxRoutes {
 		return c, usage("routes.advertise", "%d networks are left when those that touch are joined, and clients take %d: advertise fewer and larger ones", n, routing.MaxRoutes)

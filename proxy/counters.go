@@ -22,6 +22,10 @@ type Counters struct {
 	Pool         []PoolUse
 	// KernelRepairs are how often the host was put right, by what it was.
 	KernelRepairs map[string]uint64
+	// PendingConnections are those without an accepted request now, and ConnectionsEnded how many the proxy ended because no
+	// session ran on them, by reason.
+	PendingConnections int
+	ConnectionsEnded   map[string]uint64
 	// Oldest are the ages of the oldest packets that wait in the proxy now.
 	Oldest connectip.Ages
 	Panics uint64 // that ended a session or a request
@@ -52,6 +56,7 @@ func (s *Server) Counters() *Counters {
 		e.overflow.Count(e.device, func(n int) { s.unrouted.Send.DropMany(connectip.DropDeviceFull, n) })
 	}
 	c.Oldest, c.Panics = s.oldest(), rescue.Caught()
+	c.PendingConnections, c.ConnectionsEnded = s.connections.counts()
 	s.unrouted.AddTo(&c.Stats)
 	c.Sessions, c.UDPFlows = s.sessions.addTo(&c.Stats)
 	return c

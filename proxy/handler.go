@@ -131,6 +131,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		installation: token(r, connectip.InstallationHeader),
 		since:        time.Now(),
 		quic:         r.Context().Value(connKey{}).(*quic.Conn),
+		connection:   connectionOf(r.Context()),
 		done:         make(chan struct{}),
 
 		advertised: make(chan struct{}),
@@ -152,6 +153,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 		}
 		return nil, refused
 	}
+	ss.begins()
 	return ss, nil
 }
 
@@ -246,6 +248,7 @@ func (h handler) ended(ss *session, level slog.Level, err error) {
 	ss.log.Log(ss.ctx, level, "session ended", "reason", shorten(err), "rx_bytes", ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())
 	ss.stop(nil)
 	h.s.sessions.remove(ss)
+	ss.ends()
 	close(ss.done)
 }
 

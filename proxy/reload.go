@@ -27,9 +27,11 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	restart = next.needRestart(c)
 	next.Advertise, next.Deny, next.ClientToClient = c.Advertise, c.Deny, c.ClientToClient
 	next.MaxSessions, next.MaxSessionsPerUser, next.MaxAddressesPerUser = c.MaxSessions, c.MaxSessionsPerUser, c.MaxAddressesPerUser
+	next.MaxPending, next.MaxPendingPerAddress = c.MaxPending, c.MaxPendingPerAddress
 	next.MaxUDPFlows, next.MaxUDPFlowsPerUser = c.MaxUDPFlows, c.MaxUDPFlowsPerUser
 	next.ConnectUDP, next.Sites = c.ConnectUDP, c.Sites
 	s.config.Store(&next)
+	s.connections.limit(next.MaxPending, next.MaxPendingPerAddress)
 	s.sites.setRights(rights)
 	if err := s.SetDNS(c.DNS); err != nil {
 		return nil, err

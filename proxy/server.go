@@ -35,6 +35,8 @@ const (
 	// read. Only capsules come on streams, the longest of which fits, and a client that sends them too fast is kept waiting.
 	streamWindow = 128 << 10
 	connWindow   = 1 << 20
+	// maxHeaderBytes is the most that the header of a request has, in bytes.
+	maxHeaderBytes = 16 << 10
 	// unvalidatedRate is how many handshakes are begun in a second for addresses that have not proved to be the sender's; what
 	// comes above it has to prove that first (Retry, RFC 9000 section 8.1.2).
 	unvalidatedRate = 100
@@ -66,9 +68,11 @@ type Server struct {
 	reading    connectip.Busy  // the device's reader has packets
 	unrouted   connectip.Stats // of packets that are no session's, and ICMP errors about them
 	requests   requestCounts
-	authFailed authFailures
-	attempts   attempts
-	lookups    lookups
+	// connections are those without a session.
+	connections *connections
+	authFailed  authFailures
+	attempts    attempts
+	lookups     lookups
 
 	peerLog *slog.Logger        // for what clients cause
 	dns     atomic.Pointer[DNS] // never nil
@@ -108,6 +112,7 @@ func New(cfg Config) (*Server, error) {
 		peerLog:    newThrottle(cfg.Logger),
 		requests:   newRequestCounts(),
 	}
+	s.connections = newConnections(s.peerLog, cfg.MaxPending, cfg.MaxPendingPerAddress)
 	s.ends.Open, s.ends.Report, s.ends.Logger = s.openEnd, s.noteHealth, cfg.Logger
 	s.pool.hold = cfg.Hold
 	s.config.Store(&cfg)
@@ -210,16 +215,20 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 	server := &http3.Server{
 		Handler:         handler{s, running},
 		EnableDatagrams: true,
-		MaxHeaderBytes:  16 << 10,
+		MaxHeaderBytes:  maxHeaderBytes,
 		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context {
 			s.watchHandshake(c)
+			s.connections.attach(connectionOf(ctx), c)
 			return context.WithValue(context.WithValue(ctx, connKey{}, c), attemptsKey{}, make(chan struct{}, 1))
 		},
 	}
 	handshakes := rate.NewLimiter(unvalidatedRate, unvalidatedRate)
 	var transports []*quic.Transport
 	for _, c := range sockets {
-		t := &quic.Transport{Conn: c, VerifySourceAddress: func(net.Addr) bool { return !handshakes.Allow() }}
+		t := &quic.Transport{
+			Conn: c, ConnContext: s.connections.begin,
+			VerifySourceAddress: func(net.Addr) bool { return !handshakes.Allow() || s.connections.crowded() },
+		}
 		if s.cfg().StatelessResetKey != nil {
 			t.StatelessResetKey = (*quic.StatelessResetKey)(s.cfg().StatelessResetKey)
 		}
@@ -274,14 +283,20 @@ func (s *Server) quicConfig() *quic.Config {
 		HandshakeIdleTimeout: handshakeTimeout,
 		MaxIdleTimeout:       idleTimeout,
 		MaxIncomingStreams:   maxStreams,
-		InitialPacketSize:    initialPacketSize,
-		Tracer:               s.cfg().Tracer,
+
+		MaxIncomingUniStreams: maxUniStreams,
+		InitialPacketSize:     initialPacketSize,
+		Tracer:                s.cfg().Tracer,
 
 		InitialStreamReceiveWindow:     streamWindow,
 		MaxStreamReceiveWindow:         streamWindow,
-		InitialConnectionReceiveWindow: connWindow,
+		InitialConnectionReceiveWindow: pendingWindow,
 		MaxConnectionReceiveWindow:     connWindow,
+		AllowConnectionWindowIncrease: func(c *quic.Conn, _ uint64) bool {
+			return connectionOf(c.Context()).admitted.Load()
+		},
 	}
+	awaitAdmission(wide)
 	s.cfg().Congestion.Apply(wide)
 	small := wide.Clone()
 	small.InitialPacketSize = smallPacketSize

@@ -54,6 +54,7 @@ type session struct {
 	claim        *claim        // of the site that the client is the gateway of, nil for none
 	since        time.Time
 	quic         *quic.Conn
+	connection   *connection // the same, as Server.connections has it
 	queue        *flowqueue.Queue
 	sender       connectip.Busy // with what it took from queue
 	uplink       uplink

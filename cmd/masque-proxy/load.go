@@ -87,6 +87,7 @@ func (l *loaded) config(certificate func() *tls.Certificate) proxy.Config {
 		DNS:         proxy.DNS{Servers: f.DNSServers, Domains: f.DNSDomains, Search: f.DNSSearch, NAT64: f.NAT64},
 		MaxSessions: f.Sessions, MaxSessionsPerUser: f.SessionsPerUser, MaxAddressesPerUser: f.AddressesPerUser,
 		MaxUDPFlows: f.UDPFlows, MaxUDPFlowsPerUser: f.UDPFlowsPerUser,
+		MaxPending: f.Pending, MaxPendingPerAddress: f.PendingPerAddress,
 	}
 	for _, site := range f.Sites {
 		c.Sites = append(c.Sites, proxy.Site(site))

@@ -36,6 +36,7 @@ func (d *daemon) readiness(ctx context.Context) error {
 func (d *daemon) values() metrics.Values {
 	c := d.server.Counters()
 	v := metrics.Values{Stats: &c.Stats, Repairs: c.KernelRepairs, Oldest: c.Oldest, Panics: c.Panics, Sessions: c.Sessions, MaxSessions: c.MaxSessions, UDPFlows: c.UDPFlows, MaxUDPFlows: c.MaxUDPFlows, AuthFailures: c.AuthFailures}
+	v.PendingConnections, v.ConnectionsEnded = c.PendingConnections, c.ConnectionsEnded
 	for _, r := range c.Requests {
 		v.Requests = append(v.Requests, metrics.Request(r))
 	}

@@ -59,6 +59,8 @@ type Proxy struct {
 	Sessions, SessionsPerUser int
 	AddressesPerUser          int // 0: two for each session that the user may have
 	UDPFlows, UDPFlowsPerUser int
+	// Pending and PendingPerAddress are how many connections may be without an accepted request; 0: the proxy's default.
+	Pending, PendingPerAddress int
 
 	Metrics      string // HOST:PORT, TCP, empty: nowhere
 	MetricsNamed bool   // the file says so
@@ -145,6 +147,8 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	p.AddressesPerUser = limits.int("addresses_per_user", 0, 1, 1<<20)
 	p.UDPFlows = limits.int("udp_flows", 4096, 1, 1<<20)
 	p.UDPFlowsPerUser = limits.int("udp_flows_per_user", 256, 1, 1<<20)
+	p.Pending = limits.int("pending_connections", 0, 1, 1<<20)
+	p.PendingPerAddress = limits.int("pending_connections_per_address", 0, 1, 1<<20)
 
 	metrics := root.table("metrics")
 	p.Metrics, p.MetricsNamed = metrics.tcpAddress("listen", "127.0.0.1:9484"), metrics.has("listen")

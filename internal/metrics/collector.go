@@ -21,7 +21,10 @@ type Values struct {
 	MaxUDPFlows  int
 	Requests     []Request
 	AuthFailures map[string]uint64 // by method
-	Pool         []Pool
+
+	PendingConnections int
+	ConnectionsEnded   map[string]uint64 // by reason, nil for none
+	Pool               []Pool
 
 	Reconnects map[string]uint64 // by reason
 	Repairs    map[string]uint64 // on this host, by what was put right; of both programs
@@ -79,6 +82,8 @@ var (
 	flowLimit = gauge("masque_udp_flows_limit", "Flows of UDP that there may be at once.")
 	requests  = counter("masque_session_requests_total", "Requests by the status of their answer and the reason for it.", "status", "reason")
 	auth      = counter("masque_auth_failures_total", "Requests and handshakes whose credentials were refused, by kind; missing: there were none.", "method")
+	pending   = gauge("masque_pending_connections", "Connections without an accepted request.")
+	ended     = counter("masque_connections_ended_total", "Connections that were ended because no session ran on them, by reason.", "reason")
 	packets   = counter("masque_packets_total", "IP packets out of tunnels (rx) and into them (tx), and UDP packets of flows for clients.", "direction")
 	bytes     = counter("masque_bytes_total", "Bytes of those packets, without what the tunnel adds.", "direction")
 	dropped   = counter("masque_dropped_packets_total", "Packets out of tunnels (rx) and into them (tx) that were dropped.", "direction", "reason")
@@ -97,7 +102,7 @@ var (
 
 // all are the metrics of both programs.
 var all = []metric{
-	buildInfo, sessions, limit, flows, flowLimit, requests, auth, packets, bytes, dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, repairs, oldest, panics, expiry,
+	buildInfo, sessions, limit, flows, flowLimit, requests, auth, pending, ended, packets, bytes, dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, repairs, oldest, panics, expiry,
 }
 
 // collector asks for the values whenever Prometheus does.
@@ -133,6 +138,12 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for method, n := range v.AuthFailures {
 		send(auth, float64(n), method)
+	}
+	if v.ConnectionsEnded != nil {
+		send(pending, float64(v.PendingConnections))
+	}
+	for reason, n := range v.ConnectionsEnded {
+		send(ended, float64(n), reason)
 	}
 	for direction, t := range map[string]*connectip.Traffic{received: &v.Stats.Receive, sent: &v.Stats.Send} {
 		send(packets, float64(t.Packets.Load()), direction)

@@ -33,10 +33,13 @@ func full() Values {
 		Stats: &connectip.Stats{}, Sessions: 3, MaxSessions: 9, UDPFlows: 2, MaxUDPFlows: 8,
 		Requests:     []Request{{200, "accepted", 5}, {403, "destination_ip_prohibited", 1}},
 		AuthFailures: map[string]uint64{"token": 2},
-		Pool:         []Pool{{"ipv4", 2, 250}},
-		Reconnects:   map[string]uint64{"timeout": 4},
-		Repairs:      map[string]uint64{"rule": 2},
-		RTT:          1500 * time.Microsecond, MTU: 1400,
+
+		PendingConnections: 4, ConnectionsEnded: map[string]uint64{"no_request": 6},
+
+		Pool:       []Pool{{"ipv4", 2, 250}},
+		Reconnects: map[string]uint64{"timeout": 4},
+		Repairs:    map[string]uint64{"rule": 2},
+		RTT:        1500 * time.Microsecond, MTU: 1400,
 		CertificateExpiry: time.Unix(1700000000, 0),
 	}
 	v.Panics = 6
@@ -85,6 +88,7 @@ func TestMetrics(t *testing.T) {
 		"masque_session_requests_total reason=accepted status=200 5s",
 		"masque_session_requests_total reason=destination_ip_prohibited status=403 1s",
 		"masque_auth_failures_total method=token 2s",
+		"masque_pending_connections 4s", "masque_connections_ended_total reason=no_request 6s",
 		"masque_packets_total direction=rx 1s", "masque_bytes_total direction=tx 3m20s",
 		"masque_dropped_packets_total direction=tx reason=too_big 1s",
 		"masque_dropped_packets_total direction=rx reason=too_big 0s",
@@ -119,6 +123,7 @@ func TestMetricsOfOneProgram(t *testing.T) {
 	c := collector{values: func() Values { return Values{Stats: &connectip.Stats{}} }}
 	for _, name := range []string{
 		"masque_sessions_limit", "masque_udp_flows", "masque_udp_flows_limit", "masque_session_requests_total", "masque_auth_failures_total", "masque_pool_addresses",
+		"masque_pending_connections", "masque_connections_ended_total",
 		"masque_reconnects_total", "masque_rtt_seconds", "masque_mtu_bytes", "masque_certificate_expiry_timestamp_seconds",
 	} {
 		if n := testutil.CollectAndCount(c, name); n != 0 {

@@ -135,6 +135,65 @@ func (c *Conn) datagramSendLimit() int {
 	return int(min(max(packets/8, minDatagramSendQueueLen), maxDatagramSendQueueLen))
 }
 `,
+	"admission.go": `package quic
+
+import (
+	"sync/atomic"
+
+	"github.com/quic-go/quic-go/internal/protocol"
+	"github.com/quic-go/quic-go/internal/wire"
+)
+
+// What a connection with Config.AwaitAdmission takes from a peer until Admit is called.
+const (
+	maxPendingPackets   = 16 // that wait to be processed
+	maxPendingDatagrams = 32 // in all that have no handler
+)
+
+// admission is whether a peer was admitted.
+type admission struct {
+	done      atomic.Bool
+	datagrams int // without a handler so far; of the goroutine that runs the connection
+}
+
+// Admit lifts the limits on a connection with Config.AwaitAdmission, and lets the peer have that many bidirectional streams open.
+func (c *Conn) Admit(streams int) {
+	c.admission.done.Store(true)
+	c.streamsMap.incomingBidiStreams.raise(uint64(streams))
+}
+
+// pending reports whether the peer has to be admitted still.
+func (c *Conn) pending() bool { return c.config.AwaitAdmission && !c.admission.done.Load() }
+
+// maxPackets is how many packets may wait to be processed.
+func (c *Conn) maxPackets() int {
+	if c.pending() {
+		return maxPendingPackets
+	}
+	return protocol.MaxConnUnprocessedPackets
+}
+
+// mayQueueDatagram reports whether one more datagram without a handler is kept.
+func (c *Conn) mayQueueDatagram() bool {
+	if !c.pending() {
+		return true
+	}
+	c.admission.datagrams++
+	return c.admission.datagrams <= maxPendingDatagrams
+}
+
+// raise lets the peer have n streams open, if it may have fewer now.
+func (m *incomingStreamsMap[T]) raise(n uint64) {
+	m.mutex.Lock()
+	defer m.mutex.Unlock()
+	if n <= m.maxNumStreams {
+		return
+	}
+	m.maxNumStreams = n
+	m.maxStream = m.nextStreamToOpen + 4*protocol.StreamID(n-uint64(len(m.streams))-1)
+	m.queueMaxStreamID(&wire.MaxStreamsFrame{Type: m.streamType, MaxStreamNum: m.maxStream.StreamNum()})
+}
+`,
 	"datagram_handlers.go": `package quic
 
 import (
@@ -465,6 +524,22 @@ var edits = []edit{
 	{"queues", "http3/state_tracking_stream.go", "streamDatagramQueueLen", "32", "4096"},
 	{"queues", "internal/protocol/params.go", "MaxConnUnprocessedPackets", "256", "4096"},
 
+	// Of a peer that has not said who it is little is kept, and its handshake can be ended.
+	{"admission", "interface.go", "Config",
+		"	// Allow0RTT allows the application",
+		"	// AwaitAdmission keeps few packets and datagrams that the peer sends until Conn.Admit is called.\n	AwaitAdmission bool\n	// Allow0RTT allows the application"},
+	{"admission", "config.go", "populateConfig",
+		"		Allow0RTT:                        config.Allow0RTT,\n",
+		"		Allow0RTT:                        config.Allow0RTT,\n		AwaitAdmission: config.AwaitAdmission,\n"},
+	{"admission", "connection.go", "Conn", "	datagramQueue *datagramQueue\n", "	datagramQueue *datagramQueue\n	admission admission\n"},
+	{"admission", "connection.go", "Conn.handlePacket",
+		"c.receivedPackets.Len() >= protocol.MaxConnUnprocessedPackets", "c.receivedPackets.Len() >= c.maxPackets()"},
+	{"admission", "http3/headers.go", "readHeaderBlock", "maxInitialBufferSize = 8 << 10", "maxInitialBufferSize = 1 << 10"},
+	{"admission", "connection.go", "Conn.run",
+		"			case <-c.timer.C:\n",
+		"			case <-c.ctx.Done(): // canceled by who made it, see Transport.ConnContext\n" +
+			"				c.setCloseError(&closeError{err: &qerr.TransportError{ErrorCode: ConnectionRefused}})\n				break runLoop\n			case <-c.timer.C:\n"},
+
 	// Under congestion control datagrams wait before QUIC, where flows take turns, and not in it.
 	{"waiting", "datagram_queue.go", "datagramQueue", "	hasData func()\n", "	hasData func()\n	limit func() int // of sendQueue\n"},
 	{"waiting", "datagram_queue.go", "datagramQueue.Add", "h.sendQueue.Len() < maxDatagramSendQueueLen", "h.sendQueue.Len() < h.limit()"},
@@ -505,7 +580,7 @@ var edits = []edit{
 		"	f.Data = make([]byte, length)\n	copy(f.Data, b)\n", "	f.Data = b[:length:length]\n"},
 	{"datagrams", "connection.go", "Conn", "	datagramQueue *datagramQueue\n", "	datagramQueue *datagramQueue\n	datagramHandlers datagramHandlers\n"},
 	{"datagrams", "connection.go", "Conn.handleDatagramFrame",
-		"	c.datagramQueue.HandleDatagramFrame(f)\n", "	if !c.datagramHandlers.handle(f.Data) {\n		c.datagramQueue.HandleDatagramFrame(f)\n	}\n"},
+		"	c.datagramQueue.HandleDatagramFrame(f)\n", "	if !c.datagramHandlers.handle(f.Data) && c.mayQueueDatagram() {\n		c.datagramQueue.HandleDatagramFrame(f)\n	}\n"},
 	{"datagrams", "connection.go", "Conn.handlePackets",
 		"	var hasMorePackets bool\n", "	defer c.datagramHandlers.flush()\n	var hasMorePackets bool\n"},
 	{"datagrams", "connection.go", "maxPacketsToProcess", "32", "128"},
