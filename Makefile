@@ -14,6 +14,12 @@ FUZZTIME ?= 60s
 # Debian packages that the tests use as the other side: real programs, real packets.
 TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables pebble polkitd rpm systemd tcpdump traceroute
 
+# Other programs that change the network of a host: they are installed on the machines of e2e-coexist alone, because they would take over the
+# network of this one.
+FELLOWS := dnsmasq-base firewalld iptables isc-dhcp-client
+# How long they are at work.
+TIME    ?= 1h
+
 # Where systemd-resolved is unpacked: its package, once installed, would take over the name resolution of this machine.
 RESOLVED := bin/resolved
 DOWNLOAD := apt-get -qq -o APT::Sandbox::User=root download
@@ -26,7 +32,7 @@ E2E     = $(GO) test -count=1 -timeout 40m -run '$(RUN)' ./test
 VARIANTS := e2e-plain-tun e2e-plain-udp e2e-stock e2e-race
 FEW      := ^(TestVariant|TestPathMTU|TestReload|TestFragmentation|TestTwoSites|TestForwardUDP|TestForeign.*|TestWireICMP)$$
 
-.PHONY: build packages demo test race fuzz e2e e2e-few e2e-matrix $(VARIANTS) e2e-packages bench bench-quick bench-tools lint tools clean help
+.PHONY: build packages demo test race fuzz e2e e2e-few e2e-matrix $(VARIANTS) e2e-packages e2e-coexist coexist-packages bench bench-quick bench-tools lint tools clean help
 
 $(VENDOR): go.mod go.sum $(wildcard internal/quicpatch/*.go)
 	rm -rf vendor
@@ -86,8 +92,17 @@ e2e-stock: build tools ## with the stock quic-go
 e2e-race: build tools ## with the race detector in programs and tests
 	GOFLAGS='$(GOFLAGS) -race' $(E2E)
 
-e2e-packages: packages tools ## the packages installed, run as services, upgraded and removed, with systemd in namespaces (root)
+e2e-packages: packages tools coexist-packages ## the packages installed, run as services, upgraded and removed, with systemd in namespaces (root)
 	cd packaging && $(GO) vet . && $(GO) test -count=1 -timeout 15m .
+
+e2e-coexist: packages tools coexist-packages ## a client and a proxy beside systemd-networkd, firewalld, containers and DHCP for TIME (1h) (root)
+	cd packaging && $(GO) test -count=1 -timeout 0 -run TestCoexistence -coexist-time $(TIME) -v .
+
+FETCH := apt-get -qq -o APT::Sandbox::User=root -o DPkg::Lock::Timeout=120 -o Dir::Cache::archives=$(CURDIR)/bin/coexist \
+	install -y --download-only --no-install-recommends $(FELLOWS)
+
+coexist-packages:
+	@mkdir -p bin/coexist/partial && { $(FETCH) || { apt-get update -qq && $(FETCH); }; }
 
 fuzz: $(VENDOR) ## every fuzz target for FUZZTIME (60s)
 	@for pkg in $$($(GO) list ./...); do \

@@ -1,0 +1,13 @@
+"""scatter.py SECONDS ADDRESS...: sends UDP packets to all of the addresses in turn, from sockets as programs have them."""
+import socket, sys, time
+
+end = time.monotonic() + float(sys.argv[1])
+while time.monotonic() < end:
+    for address in sys.argv[2:]:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as s:
+                s.sendto(b"leak?", (address, 9))
+        except OSError:
+            pass  # no route at the moment
+    time.sleep(0.02)
