@@ -160,7 +160,7 @@ func (m *machine) capture(namespace, iface, filter string) (lines func() []strin
 	file := "/run/capture-" + namespace + "-" + iface
 	m.do(fmt.Sprintf("systemd-run --quiet --unit=capture-%[1]s-%[2]s -p NetworkNamespacePath=/run/netns/%[1]s -p StandardOutput=file:%[3]s -p StandardError=file:%[3]s.log "+
 		"tcpdump -Z root -tttt -l -n -Q in -i %[2]s '%[4]s'", namespace, iface, file, filter))
-	m.until("tcpdump listens on "+iface, func() bool { return strings.Contains(m.do("cat "+file+".log"), "listening on") })
+	m.until("tcpdump listens on "+iface, func() bool { return strings.Contains(m.do("cat "+file+".log || true"), "listening on") })
 	return func() []string {
 		m.Helper()
 		m.do("systemctl stop capture-" + namespace + "-" + iface)
