@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,6 +28,9 @@ const (
 
 // repairDevice is what Health.Repairs calls a device that was opened in place of one that was lost.
 const repairDevice = "device"
+
+// errClosed is why no End is opened any more.
+var errClosed = errors.New("closed")
 
 // End is a device and what belongs to it. Its methods may be called concurrently.
 type End interface {
@@ -58,7 +60,9 @@ type Keeper[E End] struct {
 	health routing.Health    // of the current one
 	loss   string            // what is wrong with the device, "" for nothing
 	deaf   string            // why changes are not noticed
-	told   *routing.Health   // the last report
+
+	telling sync.Mutex      // taken before mu
+	told    *routing.Health // the last report
 }
 
 // Start opens the first End.
@@ -99,7 +103,7 @@ func (k *Keeper[E]) reopen() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.closed {
-		return os.ErrClosed
+		return errClosed
 	}
 	e, err := k.Open()
 	if err != nil {
@@ -126,11 +130,15 @@ func (k *Keeper[E]) use(ctx context.Context, e E) error {
 	defer calm.Stop()
 	ctx, lose := context.WithCancelCause(ctx)
 	defer lose(nil)
-	k.reading.Go(func() {
-		if err := e.Read(); err != nil {
-			lose(err)
-		}
-	})
+	k.mu.Lock()
+	if !k.closed {
+		k.reading.Go(func() {
+			if err := e.Read(); err != nil {
+				lose(err)
+			}
+		})
+	}
+	k.mu.Unlock()
 	err := e.Keep(ctx, k.report)
 	if err == nil {
 		return context.Cause(ctx)
@@ -170,6 +178,9 @@ func (k *Keeper[E]) replace(ctx context.Context, why error) bool {
 		}
 		if why = k.reopen(); why == nil {
 			break
+		}
+		if errors.Is(why, errClosed) {
+			return false
 		}
 		k.noteLoss(fmt.Sprintf("interface %s was lost and cannot be opened anew: %v", name, why))
 	}
@@ -224,6 +235,8 @@ func (k *Keeper[E]) noteLoss(text string) {
 
 // tell reports the health, if it has changed.
 func (k *Keeper[E]) tell() {
+	k.telling.Lock() // reports come in their order
+	defer k.telling.Unlock()
 	k.mu.Lock()
 	h := k.health
 	h.Repairs = k.sum()

@@ -82,13 +82,27 @@ func (s *side) Close() error {
 type keeping struct {
 	machine
 	k      Keeper[*side]
-	health routing.Health // the last one
+	health routing.Health // the last one, read after synctest.Wait
+}
+
+func (x *keeping) report(h routing.Health) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.health = h
+}
+
+// now returns the last health, and how many devices there were attempts to open.
+func (x *keeping) now() (routing.Health, int) {
+	synctest.Wait()
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.health, len(x.opened)
 }
 
 func inBubble(t *testing.T, f func(t *testing.T, x *keeping)) {
 	synctest.Test(t, func(t *testing.T) {
 		x := &keeping{}
-		x.k = Keeper[*side]{Open: x.open, Report: func(h routing.Health) { x.health = h }, Logger: slog.New(slog.DiscardHandler)}
+		x.k = Keeper[*side]{Open: x.open, Report: x.report, Logger: slog.New(slog.DiscardHandler)}
 		if err := x.k.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -124,7 +138,7 @@ func TestLostDevice(t *testing.T) {
 		}
 		x.last().health <- routing.Health{Interface: "tun0", Repairs: map[string]uint64{"rule": 1, "link": 1}}
 		synctest.Wait()
-		if h := x.health; h.Problem != "" || h.Repairs["rule"] != 3 || h.Repairs["link"] != 1 || h.Repairs["device"] != 1 {
+		if h, _ := x.now(); h.Problem != "" || h.Repairs["rule"] != 3 || h.Repairs["link"] != 1 || h.Repairs["device"] != 1 {
 			t.Errorf("got %+v", h)
 		}
 	})
@@ -145,16 +159,16 @@ func TestDeviceThatIsLostAgainAndAgain(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		synctest.Wait()
-		if n := len(x.opened); n < 20 || n > 45 {
+		if _, n := x.now(); n < 20 || n > 45 {
 			t.Errorf("%d devices in five minutes", n)
 		}
-		if !strings.Contains(x.health.Problem, "tun0") {
-			t.Errorf("problem %q", x.health.Problem)
+		if h, _ := x.now(); !strings.Contains(h.Problem, "tun0") {
+			t.Errorf("problem %q", h.Problem)
 		}
 		time.Sleep(maxDelay + steady)
 		synctest.Wait()
-		if x.health.Problem != "" {
-			t.Errorf("when the device lasts: problem %q", x.health.Problem)
+		if h, _ := x.now(); h.Problem != "" {
+			t.Errorf("when the device lasts: problem %q", h.Problem)
 		}
 	})
 }
@@ -166,10 +180,10 @@ func TestDeviceThatCannotBeOpened(t *testing.T) {
 		x.last().lost <- routing.ErrInterfaceGone
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if n := len(x.opened); n < 6 || n > 15 {
+		if _, n := x.now(); n < 6 || n > 15 {
 			t.Errorf("%d attempts in a minute", n)
 		}
-		if h := x.health; !strings.Contains(h.Problem, "permission denied") || h.Interface != "" {
+		if h, _ := x.now(); !strings.Contains(h.Problem, "permission denied") || h.Interface != "" {
 			t.Errorf("got %+v", h)
 		}
 		x.setFail(nil)
@@ -178,7 +192,7 @@ func TestDeviceThatCannotBeOpened(t *testing.T) {
 		x.last().health <- routing.Health{Interface: "tun0"}
 		time.Sleep(steady)
 		synctest.Wait()
-		if h := x.health; h.Problem != "" || h.Interface != "tun0" {
+		if h, _ := x.now(); h.Problem != "" || h.Interface != "tun0" {
 			t.Errorf("got %+v", h)
 		}
 	})
@@ -190,8 +204,8 @@ func TestWithoutNotifications(t *testing.T) {
 		x.last().lost <- errors.New("no netlink")
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if len(x.opened) != 1 || !strings.Contains(x.health.Problem, "no netlink") {
-			t.Errorf("%d ends, problem %q", len(x.opened), x.health.Problem)
+		if h, n := x.now(); n != 1 || !strings.Contains(h.Problem, "no netlink") {
+			t.Errorf("%d ends, problem %q", n, h.Problem)
 		}
 	})
 }
