@@ -136,3 +136,14 @@ func TestUDPSockets(t *testing.T) {
 		t.Errorf("without systemd: %v, %v", sockets, err)
 	}
 }
+
+func TestIsService(t *testing.T) {
+	t.Setenv("NOTIFY_SOCKET", "")
+	if IsService() {
+		t.Error("a process that systemd does not wait for is a service")
+	}
+	t.Setenv("NOTIFY_SOCKET", "/run/systemd/notify")
+	if !IsService() {
+		t.Error("a process that systemd waits for is no service")
+	}
+}
