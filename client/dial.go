@@ -405,13 +405,22 @@ func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.Requ
 	if err := str.SendRequestHeader(req); err != nil {
 		return nil, err
 	}
+	rsp, err := readFinalResponse(str)
+	if err != nil {
+		return nil, err
+	}
+	return str, checkResponse(rsp)
+}
+
+// readFinalResponse returns the answer after those with a status below 200.
+func readFinalResponse(str *http3.RequestStream) (*http.Response, error) {
 	for range maxInterim {
 		rsp, err := str.ReadResponse()
 		if err != nil {
 			return nil, err
 		}
 		if rsp.StatusCode >= 200 || rsp.StatusCode == http.StatusSwitchingProtocols { // which HTTP/3 does not have
-			return str, checkResponse(rsp)
+			return rsp, nil
 		}
 	}
 	return nil, fmt.Errorf("the proxy sent more than %d answers and no final one", maxInterim-1)

@@ -19,7 +19,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/quic-go/masque-go"
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"github.com/quic-go/quic-go/qlogwriter"
@@ -32,6 +31,8 @@ import (
 )
 
 const (
+	// udpProtocol is the value of :protocol (RFC 9298 section 3.4).
+	udpProtocol = "connect-udp"
 	// udpPath is that of the default template for UDP proxying (RFC 9298 section 2).
 	udpPath = "/.well-known/masque/udp/{target_host}/{target_port}/"
 	// DefaultUDPIdleTimeout is the shortest that RFC 9298 section 3.1 recommends.
@@ -85,7 +86,7 @@ type UDPForwarder struct {
 
 // udpLink is a connection to the proxy.
 type udpLink struct {
-	*masque.ClientConn
+	h3   *http3.ClientConn
 	ctx  context.Context // ends with the connection
 	fail context.CancelCauseFunc
 }
@@ -200,11 +201,11 @@ func (f *UDPForwarder) Run(ctx context.Context) error {
 func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, err error) {
 	link := &udpLink{}
 	d, err := f.dialer.dial(ctx, func(ctx context.Context, h3 *http3.ClientConn) error {
-		link.ClientConn = masque.NewClientConn(h3)
+		link.h3 = h3
 		// This one flow is to see that the proxy takes the credentials and the target.
-		c, err := f.request(ctx, link)
+		str, err := f.request(ctx, link)
 		if err == nil {
-			_ = c.Close()
+			connectip.NewUDPStream(str).Close()
 		}
 		return err
 	})
@@ -279,45 +280,79 @@ func (f *UDPForwarder) keepUsed(link *udpLink) {
 		if used {
 			continue
 		}
-		c, err := flow.request()
+		str, err := flow.request()
 		var e *Error
 		switch {
 		case err == nil:
-			_ = c.Close()
+			connectip.NewUDPStream(str).Close()
 		case errors.As(err, &e) && (e.Kind == KindUsage || e.Kind == KindCredentials):
 			link.fail(e)
 		}
 	}
 }
 
-// request opens one flow. ctx does not interrupt it once the request is sent: only the end of the connection does.
-func (f *UDPForwarder) request(ctx context.Context, link *udpLink) (*masque.Conn, error) {
-	req, err := masque.NewRequest(ctx, f.template, f.cfg.Target)
+// request opens one flow and returns its stream. ctx does not interrupt it once the request is sent: only the end of the connection
+// does.
+func (f *UDPForwarder) request(ctx context.Context, link *udpLink) (*http3.RequestStream, error) {
+	req, err := f.newRequest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	str, err := link.h3.OpenRequestStream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err = str.SendRequestHeader(req); err == nil {
+		err = f.awaitAnswer(str)
+	}
+	if err != nil {
+		str.CancelRead(quic.StreamErrorCode(http3.ErrCodeNoError))
+		str.CancelWrite(quic.StreamErrorCode(http3.ErrCodeNoError))
+		return nil, err
+	}
+	return str, nil
+}
+
+// newRequest makes the request for a flow (RFC 9298 section 3.4).
+func (f *UDPForwarder) newRequest(ctx context.Context) (*http.Request, error) {
+	host, port, err := net.SplitHostPort(f.cfg.Target)
 	if err != nil {
 		return nil, usage("target", "%v", err)
 	}
-	f.dialer.identify(req.Header())
-	req.Header().Set(connectip.InstanceHeader, f.instance)
-	c, rsp, err := link.Dial(req)
-	if rsp == nil {
-		return nil, err
+	uri, err := f.template.Expand(uritemplate.Values{"target_host": uritemplate.String(host), "target_port": uritemplate.String(port)})
+	if err != nil {
+		return nil, usage("target", "%v", err)
 	}
-	if bad := checkResponse(rsp); bad != nil {
-		if c != nil {
-			_ = c.Close()
-		}
-		var e *Error
-		switch {
-		case errors.As(bad, &e) && rsp.StatusCode == http.StatusForbidden:
-			e.Remedy = "choose another target, or ask its operator to allow this one"
-		case rsp.StatusCode == http.StatusNotImplemented || rsp.StatusCode == http.StatusNotFound:
-			bad = fail(causeAnswer, nil, fmt.Sprintf("%s does not forward UDP, status %d", f.dialer.to.host, rsp.StatusCode), "ask its operator to turn connect_udp on")
-		case rsp.StatusCode == http.StatusTooManyRequests || rsp.StatusCode == http.StatusServiceUnavailable:
-			bad = &limitError{&Error{Kind: KindFailure, Reason: fmt.Sprintf("the proxy takes no more flows of UDP now, status %d%s", rsp.StatusCode, proxyDetail(rsp.Header))}}
-		}
-		return nil, bad
+	req, err := http.NewRequestWithContext(ctx, http.MethodConnect, uri, nil)
+	if err != nil {
+		return nil, usage("target", "%v", err)
 	}
-	return c, err
+	req.Proto, req.Host = udpProtocol, req.URL.Host
+	req.Header.Set(http3.CapsuleProtocolHeader, "?1")
+	req.Header.Set(connectip.InstanceHeader, f.instance)
+	f.dialer.identify(req.Header)
+	return req, nil
+}
+
+// awaitAnswer reads the answer to a request, and returns why it is not what was asked for.
+func (f *UDPForwarder) awaitAnswer(str *http3.RequestStream) error {
+	rsp, err := readFinalResponse(str)
+	if err != nil {
+		return err
+	}
+	bad := checkResponse(rsp)
+	var e *Error
+	switch {
+	case bad == nil:
+		return nil
+	case errors.As(bad, &e) && rsp.StatusCode == http.StatusForbidden:
+		e.Remedy = "choose another target, or ask its operator to allow this one"
+	case rsp.StatusCode == http.StatusNotImplemented || rsp.StatusCode == http.StatusNotFound:
+		bad = fail(causeAnswer, nil, fmt.Sprintf("%s does not forward UDP, status %d", f.dialer.to.host, rsp.StatusCode), "ask its operator to turn connect_udp on")
+	case rsp.StatusCode == http.StatusTooManyRequests || rsp.StatusCode == http.StatusServiceUnavailable:
+		bad = &limitError{fail(causeBusy, nil, fmt.Sprintf("the proxy takes no more flows of UDP now, status %d%s", rsp.StatusCode, proxyDetail(rsp.Header)), "")}
+	}
+	return bad
 }
 
 // limitError is a refusal for a limit on flows. It wraps an *Error.

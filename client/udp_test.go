@@ -19,6 +19,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 	"github.com/yosida95/uritemplate/v3"
 
+	"masquevpn/internal/connectip"
 	"masquevpn/internal/pki"
 	"masquevpn/proxy"
 )
@@ -472,20 +473,22 @@ func TestForwardUDPRevoked(t *testing.T) {
 	}
 }
 
-// A local packet that is too large for the path is dropped and counted, and its flow goes on.
+// Packets that are too large for a datagram go through all the same, both ways; one that is too long is dropped and counted, and its
+// flow goes on.
 func TestForwardUDPTooLarge(t *testing.T) {
 	p := startUDPProxy(t, echo(t), nil)
 	f := startForwarder(t, p.addr, nil)
 	f.awaitReady(t)
 	c := newPeer(t, f)
-	for _, size := range []int{1500, 2047, 2048, 9000} {
-		if _, err := c.Write(make([]byte, size)); err != nil {
-			t.Fatal(err)
-		}
+	for _, size := range []int{1500, 2047, 2048, 2049, 4096, connectip.MaxUDPPayload} {
+		c.exchange(t, strings.Repeat("x", size))
+	}
+	if _, err := c.Write(make([]byte, connectip.MaxUDPPayload+1)); err != nil {
+		t.Fatal(err)
 	}
 	c.exchange(t, "small")
-	if n := f.Stats().Send.Drops()["too_big"]; n != 4 {
-		t.Errorf("%d packets were too big, want 4", n)
+	if drops := f.Stats().Send.Drops(); drops["too_big"] != 1 || len(drops) != 1 {
+		t.Errorf("drops %v, want 1 too big", drops)
 	}
 	p.awaitFlows(t, 1)
 }

@@ -1,6 +1,7 @@
 package client
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,16 +10,15 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/quic-go/masque-go"
-	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
 
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/rescue"
 )
 
 const (
-	// maxUDPPayload is more than QUIC's datagrams carry, in bytes: what does not fit into a buffer of this size is not sent.
-	maxUDPPayload = 2048
+	// pooledPayload is what nearly all packets fit into, in bytes; the buffers of longer ones are not used again.
+	pooledPayload = 2048
 	// flowQueue is how many packets of one local peer wait, as for the answer to the request of its flow.
 	flowQueue = 64
 	// evictAfter is how long a flow has to be quiet to make room for another.
@@ -43,26 +43,43 @@ type udpFlow struct {
 	active atomic.Int64 // when the last packet passed, in nanoseconds after the start of f
 }
 
-// udpPacket is a payload in a buffer of the pool below.
+// udpPacket is a payload, in a buffer of the pool below unless that is nil.
 type udpPacket struct {
-	buf  *[maxUDPPayload]byte
-	size int
+	payload []byte
+	buf     *[pooledPayload]byte
 }
 
-var udpBuffers = sync.Pool{New: func() any { return new([maxUDPPayload]byte) }}
+var udpBuffers = sync.Pool{New: func() any { return new([pooledPayload]byte) }}
 
-func (p udpPacket) free() { udpBuffers.Put(p.buf) }
+// newUDPPacket copies a payload.
+func newUDPPacket(payload []byte) udpPacket {
+	if len(payload) > pooledPayload {
+		return udpPacket{payload: bytes.Clone(payload)}
+	}
+	buf := udpBuffers.Get().(*[pooledPayload]byte)
+	return udpPacket{payload: buf[:copy(buf[:], payload)], buf: buf}
+}
+
+func (p udpPacket) free() {
+	if p.buf != nil {
+		udpBuffers.Put(p.buf)
+	}
+}
 
 // readSocket takes packets of local peers to their flows until the socket fails or is closed.
 func (f *UDPForwarder) readSocket() error {
-	peers := make(map[netip.AddrPort]*udpFlow) // those that have ended may be among them
+	peers := make(map[netip.AddrPort]*udpFlow)     // those that have ended may be among them
+	buf := make([]byte, connectip.MaxUDPPayload+1) // what fills it is too long
 	for {
-		p := udpPacket{buf: udpBuffers.Get().(*[maxUDPPayload]byte)}
-		n, peer, err := f.socket.ReadFromUDPAddrPort(p.buf[:])
+		n, peer, err := f.socket.ReadFromUDPAddrPort(buf)
 		if err != nil {
 			return err
 		}
-		p.size = n
+		if n == len(buf) {
+			f.stats.Send.Drop(connectip.DropTooBig)
+			continue
+		}
+		p := newUDPPacket(buf[:n])
 		flow := peers[peer]
 		if flow == nil || flow.ctx.Err() != nil {
 			if flow = f.newFlow(peer); flow == nil {
@@ -148,24 +165,32 @@ func (flow *udpFlow) run() {
 		f.mu.Unlock()
 		flow.drain()
 	}()
-	c, err := flow.request()
+	raw, err := flow.request()
 	if err != nil {
 		flow.refused(err)
 		return
 	}
 	flow.open.Store(true)
+	str := connectip.NewUDPStream(raw)
 	var down sync.WaitGroup
 	down.Go(func() {
 		defer flow.stop()
 		defer rescue.Catch(f.panicked)
-		flow.down(c)
+		str.ReceiveCapsules(flow.down, func() { f.stats.Receive.Drop(connectip.DropTooBig) })
 	})
+	down.Go(func() {
+		defer flow.stop()
+		defer rescue.Catch(f.panicked)
+		str.ReceiveDatagrams(flow.ctx, flow.down)
+	})
+	ended := context.AfterFunc(flow.ctx, str.Interrupt) // for a packet that the proxy does not read
 	defer func() {
+		ended()
 		flow.stop()
-		_ = c.Close()
+		str.Close()
 		down.Wait()
 	}()
-	flow.up(c)
+	flow.up(str)
 }
 
 // drain gives back what was not sent.
@@ -182,9 +207,9 @@ func (flow *udpFlow) drain() {
 }
 
 // request asks for the flow. When the proxy has a limit that forbids it, it goes in place of one that is quiet.
-func (flow *udpFlow) request() (*masque.Conn, error) {
+func (flow *udpFlow) request() (*http3.RequestStream, error) {
 	f := flow.f
-	// masque-go waits for the answer without end, so one that does not come in time ends the connection.
+	// The answer is waited for without end, so one that does not come in time ends the connection.
 	late := time.AfterFunc(f.answer, func() { flow.link.fail(classify(context.DeadlineExceeded, nil, f.dialer.to)) })
 	defer late.Stop()
 	evicted := false
@@ -227,7 +252,7 @@ func (flow *udpFlow) refused(err error) {
 }
 
 // up carries packets to the proxy until the flow ends or nothing passes in either direction for long.
-func (flow *udpFlow) up(c *masque.Conn) {
+func (flow *udpFlow) up(str *connectip.UDPStream) {
 	const looks = 4
 	count := &flow.f.stats.Send
 	idle := time.NewTicker(flow.f.cfg.IdleTimeout / looks)
@@ -241,36 +266,25 @@ func (flow *udpFlow) up(c *masque.Conn) {
 				return
 			}
 		case p := <-flow.queue:
-			_, err := c.WriteTo(p.buf[:p.size], nil)
+			size := len(p.payload)
+			err := str.Send(p.payload)
 			p.free()
-			var tooLarge *quic.DatagramTooLargeError
-			switch {
-			case err == nil:
-				count.Add(p.size)
-				flow.touch()
-			case errors.As(err, &tooLarge):
-				count.Drop(connectip.DropTooBig)
-			default:
+			if err != nil {
 				return
 			}
+			count.Add(size)
+			flow.touch()
 		}
 	}
 }
 
-// down carries packets to the local peer until the flow ends.
-func (flow *udpFlow) down(c *masque.Conn) {
+// down carries a packet to the local peer.
+func (flow *udpFlow) down(payload []byte) {
 	count := &flow.f.stats.Receive
-	var buf [maxUDPPayload]byte
-	for {
-		n, _, err := c.ReadFrom(buf[:])
-		if err != nil {
-			return
-		}
-		flow.touch()
-		if _, err := flow.f.socket.WriteToUDPAddrPort(buf[:n], flow.peer); err != nil {
-			count.Drop(connectip.DropClosed)
-			continue
-		}
-		count.Add(n)
+	flow.touch()
+	if _, err := flow.f.socket.WriteToUDPAddrPort(payload, flow.peer); err != nil {
+		count.Drop(connectip.DropClosed)
+		return
 	}
+	count.Add(len(payload))
 }

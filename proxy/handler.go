@@ -149,7 +149,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	if refused := h.admit(ss); refused != nil {
 		ss.stop(nil)
 		if ss.udp != nil {
-			ss.udp.close()
+			ss.udp.socket.Close()
 		}
 		return nil, refused
 	}

@@ -113,11 +113,7 @@ func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow,
 			errs = append(errs, err)
 			continue
 		}
-		f, err := newUDPFlow(target, to, socket)
-		if err != nil {
-			return nil, refuse(http.StatusInternalServerError, "proxy_internal_error", "%v: %v", target, err)
-		}
-		return f, nil
+		return &udpFlow{target: target, to: to, socket: socket}, nil
 	}
 	err = errors.Join(errs...)
 	if errors.Is(err, os.ErrPermission) { // a broadcast address

@@ -18,7 +18,7 @@ import (
 
 // A flow of UDP is sent at the pace of the client's acknowledgments, whatever the proxy does for tunnels (RFC 9298 section 6).
 func TestUDPIsCongestionControlled(t *testing.T) {
-	const packets, most = 2000, 400 // of 1000 bytes; the initial congestion window is 32 packets
+	const packets, most, window = 2000, 400, 32 // of 1000 bytes; the last is the initial congestion window
 	source := &flood{left: packets, on: make(chan struct{}), closed: make(chan struct{})}
 	s := startServer(t, withUDP(echo(t), func(c *Config) {
 		c.Congestion = congestion.Inner
@@ -42,10 +42,10 @@ func TestUDPIsCongestionControlled(t *testing.T) {
 	ss := s.sessions.list()[0]
 	before := ss.quic.ConnectionStats().BytesSent
 	close(source.on)
-	for s.Sessions()[0].Packets.TX < packets {
+	for s.Sessions()[0].Packets.TX < window {
 		time.Sleep(time.Millisecond)
 	}
-	time.Sleep(100 * time.Millisecond) // for what QUIC has yet to send
+	time.Sleep(400 * time.Millisecond) // in which all could be sent
 	if sent := ss.quic.ConnectionStats().BytesSent - before; sent > most*1000 {
 		t.Errorf("%d bytes were sent without an acknowledgment", sent)
 	}

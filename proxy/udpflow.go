@@ -1,9 +1,9 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -11,40 +11,25 @@ import (
 	"time"
 
 	"github.com/dunglas/httpsfv"
-	"github.com/quic-go/masque-go"
-	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/sys/unix"
 
 	"masquevpn/internal/connectip"
 )
 
-// maxUDPPayload is more than QUIC's datagrams carry, in bytes: what fills a buffer of this size is too big.
-const maxUDPPayload = 2048
+// maxWaiting is how many packets of the client wait for their user's rate.
+const maxWaiting = 64
 
-// udpFlow is what a session for UDP proxying carries (RFC 9298): packets between its stream and one target.
-//
-// The stream is masque-go's, which relays it to a socket. That socket leads not to the target but back here, because masque-go
-// neither counts packets nor tells when none pass, and ends a flow with the first packet that is too large for the path, in
-// either direction, where RFC 9298 sections 3.1 and 6.1 have it dropped.
+// udpEndTimeout is for a packet that is being sent in a capsule at the end.
+const udpEndTimeout = time.Second
+
+// udpFlow is what a session for UDP proxying carries (RFC 9298): packets between its stream and one target. A packet that is too
+// large for the path to the target is dropped (RFC 9298 section 3.1); one that is too large for a datagram goes to the client in a
+// capsule.
 type udpFlow struct {
 	target udpTarget
 	to     netip.AddrPort // of the target
 	socket net.Conn       // to it
-	inner  *net.UDPConn   // masque-go's end of a pair of sockets
-	outer  *net.UDPConn   // and ours
-	relay  masque.Proxy   // of this one flow, so that it can be ended alone
-}
-
-// newUDPFlow makes a flow of a socket to the target's address. The socket is the flow's then, also with an error.
-func newUDPFlow(target udpTarget, to netip.AddrPort, socket net.Conn) (*udpFlow, error) {
-	f := &udpFlow{target: target, to: to, socket: socket}
-	var err error
-	if f.inner, f.outer, err = udpPair(); err != nil {
-		socket.Close()
-		return nil, fmt.Errorf("opening a pair of sockets: %w", err)
-	}
-	return f, nil
 }
 
 // nextHop returns the value of Proxy-Status by which the proxy called name tells the client the target's address (RFC 9209
@@ -59,71 +44,22 @@ func (f *udpFlow) nextHop(name string) string {
 	return s
 }
 
-// close frees the sockets.
-func (f *udpFlow) close() {
-	f.socket.Close()
-	f.inner.Close()
-	f.outer.Close()
-}
-
-// udpPair returns two sockets on the loopback interface, each connected to the other.
-func udpPair() (a, b *net.UDPConn, err error) {
-	loopback := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}
-	b, err = net.ListenUDP("udp4", loopback)
-	if err != nil {
-		return nil, nil, err
-	}
-	if a, err = net.DialUDP("udp4", loopback, b.LocalAddr().(*net.UDPAddr)); err == nil {
-		err = connectUDP(b, a.LocalAddr().(*net.UDPAddr))
-	}
-	if err != nil {
-		b.Close()
-		if a != nil {
-			a.Close()
-		}
-		return nil, nil, err
-	}
-	return a, b, nil
-}
-
-// connectUDP connects a bound socket, which net cannot do.
-func connectUDP(c *net.UDPConn, to *net.UDPAddr) error {
-	raw, err := c.SyscallConn()
-	if err != nil {
+// up carries a packet of the client to the target.
+func (f *udpFlow) up(payload []byte, count *connectip.Traffic) error {
+	switch _, err := f.socket.Write(payload); {
+	case err == nil:
+		count.Add(len(payload))
+	case errors.Is(err, unix.EMSGSIZE):
+		count.Drop(connectip.DropTooBig)
+	default:
 		return err
 	}
-	controlErr := raw.Control(func(fd uintptr) {
-		err = unix.Connect(int(fd), &unix.SockaddrInet4{Port: to.Port, Addr: [4]byte(to.IP.To4())})
-	})
-	return errors.Join(controlErr, err)
+	return nil
 }
 
-// up carries packets of the client to the target until a socket fails or is closed. Those that wait because of the user's rate do so
-// in the kernel.
-func (f *udpFlow) up(count *connectip.Traffic, rate *pacer, done <-chan struct{}) error {
-	buf := make([]byte, maxUDPPayload)
-	for {
-		n, err := f.outer.Read(buf)
-		if err != nil { // the other end is closed
-			return connectip.ErrClosedByPeer
-		}
-		rate.wait(done)
-		rate.spend(n)
-		switch _, err := f.socket.Write(buf[:n]); {
-		case err == nil:
-			count.Add(n)
-		case errors.Is(err, unix.EMSGSIZE):
-			count.Drop(connectip.DropTooBig)
-		default:
-			return err
-		}
-	}
-}
-
-// down is up for packets of the target to the client. capacity is the largest payload that fits on the client's path now.
-func (f *udpFlow) down(count *connectip.Traffic, rate *pacer, done <-chan struct{}, capacity func() (int, error)) error {
-	buf := make([]byte, maxUDPPayload)
-	limit := 0
+// down carries packets of the target to the client until the socket or the stream fails.
+func (f *udpFlow) down(str *connectip.UDPStream, count *connectip.Traffic, rate *pacer, done <-chan struct{}) error {
+	buf := make([]byte, connectip.MaxUDPPayload+1) // what fills it is too long
 	for {
 		n, err := f.socket.Read(buf)
 		if errors.Is(err, unix.EMSGSIZE) {
@@ -132,20 +68,49 @@ func (f *udpFlow) down(count *connectip.Traffic, rate *pacer, done <-chan struct
 		if err != nil {
 			return err
 		}
-		if n > limit { // the path may carry more by now
-			if limit, err = capacity(); err != nil {
-				return err
-			}
-		}
-		if n > limit {
+		if n == len(buf) {
 			count.Drop(connectip.DropTooBig)
 			continue
 		}
 		rate.wait(done)
 		rate.spend(n)
-		count.Add(n)
-		if _, err := f.outer.Write(buf[:n]); err != nil {
+		if err := str.Send(buf[:n]); err != nil {
 			return connectip.ErrClosedByPeer
+		}
+		count.Add(n)
+	}
+}
+
+// receive carries a packet of the client to the target. Those of a user with a rate wait for that in a short queue, up: what is above
+// the rate for long is dropped.
+func (ss *session) receive(payload []byte, up chan<- []byte) {
+	count := &ss.stats.Receive
+	if ss.account.up.rate.Load() == 0 {
+		if err := ss.udp.up(payload, count); err != nil {
+			ss.stop(err)
+		}
+		return
+	}
+	select {
+	case up <- bytes.Clone(payload):
+	default:
+		count.Drop(connectip.DropQueueFull)
+	}
+}
+
+// sendWaiting carries packets that wait in up to the target until ss.ctx ends.
+func (ss *session) sendWaiting(up <-chan []byte) {
+	rate := &ss.account.up
+	for {
+		select {
+		case <-ss.ctx.Done():
+			return
+		case b := <-up:
+			rate.wait(ss.ctx.Done())
+			rate.spend(len(b))
+			if err := ss.udp.up(b, &ss.stats.Receive); err != nil {
+				ss.stop(err)
+			}
 		}
 	}
 }
@@ -155,23 +120,23 @@ var errIdle = errors.New("no packet passed for long")
 // runUDP carries the session until its stream, the socket to its target or ss.ctx ends, or until no packet passed for long, and
 // gives back all that it held. The header of the answer was written.
 func (ss *session) runUDP(w http.ResponseWriter) error {
-	f := ss.udp
-	str := w.(http3.HTTPStreamer).HTTPStream()
-	capacity := func() (int, error) { return connectip.MaxPayload(ss.quic, str.StreamID()) }
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer f.close()
-	defer ss.stop(connectip.ErrClosedByPeer)
-	wg.Go(ss.guarded(func() { ss.stop(f.up(&ss.stats.Receive, &ss.account.up, ss.ctx.Done())) }))
-	wg.Go(ss.guarded(func() { ss.stop(f.down(&ss.stats.Send, &ss.account.down, ss.ctx.Done(), capacity)) }))
-	wg.Go(ss.guarded(func() {
-		ss.awaitIdle(ss.server.cfg().UDPIdleTimeout)
-		connectip.Drain(ss.quic, func() { _ = f.relay.Close() })
+	str := connectip.NewUDPStream(w.(http3.HTTPStreamer).HTTPStream())
+	var sending, receiving sync.WaitGroup
+	sending.Go(ss.guarded(func() { ss.stop(ss.udp.down(str, &ss.stats.Send, &ss.account.down, ss.ctx.Done())) }))
+	up := make(chan []byte, maxWaiting)
+	receiving.Go(ss.guarded(func() { ss.sendWaiting(up) }))
+	receiving.Go(ss.guarded(func() { str.ReceiveDatagrams(ss.ctx, func(b []byte) { ss.receive(b, up) }) }))
+	receiving.Go(ss.guarded(func() {
+		str.ReceiveCapsules(func(b []byte) { ss.receive(b, up) }, func() { ss.stats.Receive.Drop(connectip.DropTooBig) })
+		ss.stop(connectip.ErrClosedByPeer)
 	}))
-	_ = f.relay.ProxyConnectedSocket(w, &masque.ProxyRequest{Target: f.target.String()}, f.inner)
-	ss.stop(connectip.ErrClosedByPeer)
-	_ = str.Close() // the relay did not when it was closed before it began
-	str.CancelRead(quic.StreamErrorCode(http3.ErrCodeNoError))
+	ss.awaitIdle(ss.server.cfg().UDPIdleTimeout)
+	ss.udp.socket.Close() // which ends down, unless it waits for the client
+	unread := time.AfterFunc(udpEndTimeout, str.Interrupt)
+	connectip.Drain(ss.quic, sending.Wait)
+	unread.Stop()
+	str.Close()
+	receiving.Wait()
 	return context.Cause(ss.ctx)
 }
 

@@ -20,6 +20,7 @@ import (
 
 	"github.com/quic-go/masque-go"
 	"github.com/quic-go/quic-go/http3"
+	"github.com/quic-go/quic-go/quicvarint"
 	"github.com/yosida95/uritemplate/v3"
 
 	"masquevpn/internal/connectip"
@@ -206,7 +207,8 @@ func TestUDPFlowsAreApart(t *testing.T) {
 	wg.Wait()
 }
 
-// A packet that is too large, in either direction, is dropped and counted, and the flow goes on.
+// A packet that is too large, in either direction, is dropped and counted, and the flow goes on. One that is too large for a datagram
+// alone goes in a capsule, which this client skips.
 func TestUDPTooLarge(t *testing.T) {
 	target, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
@@ -240,9 +242,62 @@ func TestUDPTooLarge(t *testing.T) {
 	if got := f.receive(t); len(got) != 5 {
 		t.Errorf("the client received %d bytes", len(got))
 	}
-	if drops := awaitSessions(t, s, 1)[0].Drops; drops["too_big"] != 5 || len(drops) != 1 {
-		t.Errorf("drops %v, want 5 too big", drops)
+	if drops := awaitSessions(t, s, 1)[0].Drops; drops["too_big"] != 2 || len(drops) != 1 {
+		t.Errorf("drops %v, want 2 too big", drops)
 	}
+}
+
+// Payloads of all sizes go both ways; in capsules where datagrams do not carry them.
+func TestUDPCapsules(t *testing.T) {
+	s := startServer(t, withUDP(echo(t), nil))
+	_, h3 := s.dial(t, nil)
+	rsp, raw := request(t, h3, "CONNECT", udpProtocol, udpPath+"192.0.2.7/53/", nil)
+	if rsp.StatusCode != 200 {
+		t.Fatalf("status %d", rsp.StatusCode)
+	}
+	str := connectip.NewUDPStream(raw)
+	got := make(chan []byte, 10)
+	var receiving sync.WaitGroup
+	deliver := func(payload []byte) { got <- bytes.Clone(payload) }
+	ctx, stop := context.WithCancel(t.Context())
+	receiving.Go(func() { str.ReceiveDatagrams(ctx, deliver) })
+	receiving.Go(func() { str.ReceiveCapsules(deliver, func() { t.Error("a payload is too long") }) })
+	for _, size := range []int{0, 1, 1100, 1400, 2048, 4096, connectip.MaxUDPPayload} {
+		payload := bytes.Repeat([]byte{byte(size)}, size)
+		if err := str.Send(payload); err != nil {
+			t.Fatalf("%d bytes: %v", size, err)
+		}
+		select {
+		case back := <-got:
+			if !bytes.Equal(back, payload) {
+				t.Errorf("%d bytes came back, want %d", len(back), size)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%d bytes do not come back", size)
+		}
+	}
+	// What the proxy does not take goes nowhere, and the flow goes on.
+	for _, b := range [][]byte{
+		append(quicvarint.Append([]byte{0}, 10001), make([]byte, 10001)...), // too long
+		{0, 2, 2, 'x'},      // another context
+		{0, 0},              // none
+		{0x17, 2, 'x', 'y'}, // another type
+		{0, 6, 0, 'k', 'n', 'o', 'w', 'n'},
+	} {
+		if _, err := raw.Write(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if back := <-got; string(back) != "known" {
+		t.Errorf("%q came back", back)
+	}
+	if drops := awaitSessions(t, s, 1)[0].Drops; drops["too_big"] != 1 || len(drops) != 1 {
+		t.Errorf("drops %v, want 1 too big", drops)
+	}
+	str.Close()
+	stop()
+	receiving.Wait()
+	awaitSessions(t, s, 0)
 }
 
 // narrow is a socket whose path carries 1000 bytes, and whose routers say so.
