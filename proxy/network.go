@@ -84,7 +84,7 @@ func (s *Server) refresh() error {
 	}
 	for _, ss := range s.sessions.list() {
 		if err := ss.followSites(); err != nil {
-			return err
+			ss.stop(err) // and no other waits for it
 		}
 	}
 	if err := s.install(l); err != nil {
@@ -196,7 +196,7 @@ func (s *Server) deny(l layout) error {
 	for _, ss := range s.sessions.list() {
 		if d := now.of(ss); !slices.Equal(d, before.of(ss)) {
 			if err := ss.updateDenied(); err != nil {
-				return err
+				ss.stop(err) // and no other waits for it
 			}
 		}
 	}
