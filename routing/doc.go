@@ -21,7 +21,7 @@
 // length, and rules, L descending:
 //
 //	9484+2(W-L):   to P fwmark T(L)/0 lookup main suppress_prefixlength max(L, 1)-1
-//	9485+2(W-L):   not from all fwmark MARK/~1 lookup T(L)
+//	9485+2(W-L):   not from all fwmark HIGH/HIGH lookup T(L)
 //
 // where W is 32 or 128. The first lets any route of the host win that is at
 // least as long as L (longer than 0 where L is 0: the tunnel's default route
@@ -44,9 +44,10 @@
 // filters of IPv4, which then drop ARP requests of the gateway too. Their
 // interfaces get loose ones (rp_filter 2).
 //
-// MARK+1 is for connections that came in from outside the tunnel, from where its
-// routes lead to: they are marked as they come in, and a chain in the output
-// hook gives the mark to their answers, which the kernel then routes again.
+// HIGH is the higher of the two bits of MARK. It alone is for connections that
+// came in from outside the tunnel, from where its routes lead to: they are marked
+// as they come in, and a chain in the output hook gives the mark to their
+// answers, which the kernel then routes again.
 //
 // As priorities depend on L alone, the rules of several tunnels interleave in
 // the right order. A table's number holds the index of the interface and L. The
