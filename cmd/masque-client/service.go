@@ -35,11 +35,7 @@ func (t *tunnel) tell(ctx context.Context, service *systemd.Service) {
 		select {
 		case <-changed:
 		case <-tick.C:
-			if err := t.client.Stuck(); err != nil {
-				service.Status(err.Error()) // and the watchdog is not fed
-			} else {
-				service.Alive()
-			}
+			service.Health(t.client.Stuck())
 		case <-ctx.Done():
 			service.Stopping()
 			return

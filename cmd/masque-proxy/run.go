@@ -203,11 +203,7 @@ func (d *daemon) watch(ctx context.Context) {
 			} else if why := d.waiting(); why != "" {
 				d.service.Waiting(why)
 			}
-			if err := d.server.Stuck(); err != nil {
-				d.service.Status(err.Error()) // and the watchdog is not fed
-			} else {
-				d.service.Alive()
-			}
+			d.service.Health(d.server.Stuck())
 		case <-ctx.Done():
 			d.service.Stopping()
 			return

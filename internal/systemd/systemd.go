@@ -28,6 +28,7 @@ type Service struct {
 
 	mu     sync.Mutex
 	status string // told last
+	ill    bool   // as told last by Health
 }
 
 // NewService makes the Service of this process. That systemd cannot be told is
@@ -83,6 +84,23 @@ func (s *Service) Status(text string) {
 func (s *Service) Alive() {
 	if s.watchdog {
 		s.notify(daemon.SdNotifyWatchdog)
+	}
+}
+
+// Health is Alive when illness is nil. Otherwise it shows and logs what is
+// wrong, and does not feed the watchdog.
+func (s *Service) Health(illness error) {
+	s.mu.Lock()
+	before := s.ill
+	s.ill = illness != nil
+	s.mu.Unlock()
+	if illness == nil {
+		s.Alive()
+		return
+	}
+	s.Status(illness.Error())
+	if !before {
+		s.logger.Error("the program is not well; a watchdog will restart it if it stays so", "reason", illness)
 	}
 }
 

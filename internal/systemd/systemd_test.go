@@ -2,6 +2,7 @@ package systemd
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
 	"net"
 	"os"
@@ -50,6 +51,28 @@ func TestService(t *testing.T) {
 		if got := next(); got != want && !(strings.HasSuffix(want, "USEC=") && strings.HasPrefix(got, want)) {
 			t.Errorf("systemd was told %q, want %q", got, want)
 		}
+	}
+}
+
+// A program that is not well does not feed the watchdog, and says why, in the log once.
+func TestHealth(t *testing.T) {
+	next := listen(t)
+	t.Setenv("WATCHDOG_USEC", "30000000")
+	t.Setenv("WATCHDOG_PID", "")
+	var log bytes.Buffer
+	s := NewService(slog.New(slog.NewTextHandler(&log, nil)))
+	s.Health(nil)
+	for range 3 {
+		s.Health(errors.New("packets are stuck"))
+	}
+	s.Stopping()
+	for _, want := range []string{"WATCHDOG=1", "STATUS=packets are stuck", "STOPPING=1"} {
+		if got := next(); got != want {
+			t.Errorf("systemd was told %q, want %q", got, want)
+		}
+	}
+	if n := strings.Count(log.String(), "packets are stuck"); n != 1 {
+		t.Errorf("%d lines of the log, want 1:\n%s", n, &log)
 	}
 }
 
