@@ -251,3 +251,30 @@ func TestBatchesUnderGarbage(t *testing.T) {
 		floods.Wait()
 	})
 }
+
+// A panic while a request is answered ends that request alone, and leaves no session and no lock behind.
+func TestPanicEndsOneRequest(t *testing.T) {
+	var panics atomic.Bool
+	panics.Store(true)
+	x := startServer(t, func(c *Config) {
+		c.Methods = []string{MethodToken}
+		c.Users = vanishing{byToken{"a"}, func() {
+			if panics.Swap(false) {
+				panic("on purpose")
+			}
+		}}
+	})
+	_, h3 := x.dial(t, nil)
+	auth := http.Header{"Authorization": {"Bearer a"}}
+	str := send(t, h3, "CONNECT", "connect-ip", anyPath, auth)
+	if rsp, err := str.ReadResponse(); err == nil {
+		t.Errorf("the request is answered with status %d, want a reset", rsp.StatusCode)
+	}
+	if n := len(x.Sessions()); n != 0 {
+		t.Errorf("%d sessions are left, want none", n)
+	}
+	// The same user, on the same connection.
+	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, auth); rsp.StatusCode != http.StatusUnauthorized {
+		t.Errorf("status %d after the panic, want %d", rsp.StatusCode, http.StatusUnauthorized)
+	}
+}
