@@ -172,6 +172,16 @@ func tablesNamed(c *nftables.Conn, name string) (found []*nftables.Table, err er
 // readTable returns the chains of a table, and whether there is one. A table that
 // is dormant has no effect, and so it has no chains.
 func readTable(name string) (chains []chainText, found bool, err error) {
+	for range 5 {
+		// A chain that is deleted after it was listed has no rules to read.
+		if chains, found, err = readTableOnce(name); !errors.Is(err, unix.ENOENT) {
+			break
+		}
+	}
+	return chains, found, err
+}
+
+func readTableOnce(name string) (chains []chainText, found bool, err error) {
 	c, err := nftables.New()
 	if err != nil {
 		return nil, false, err

@@ -182,7 +182,7 @@ func (m *Manager) look(now time.Time) (h Health, again time.Time, err error) {
 	for range maxPasses {
 		if have, err = m.observe(); err != nil {
 			p.problem = fmt.Sprintf("it cannot be seen whether the tunnel is whole: %v", err)
-			again = now.Add(maxTruce)
+			again = now.Add(firstTruce)
 			break
 		}
 		if have.link == nil {

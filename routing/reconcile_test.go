@@ -113,6 +113,7 @@ func TestKeep(t *testing.T) {
 		{"all IPv6 routes of ours", client, "ip -6 route flush table all proto 94", "route", " IPv6 routes of table "},
 		{"all of nftables", client, "nft flush ruleset", "table", "write nftables table inet masque-one"},
 		{"our nftables table", client, "nft delete table inet masque-one", "table", "masque-one"},
+		{"our table for ARP alone", client, "nft delete table arp masque-one", "table", "masque-one"},
 		{"the rules of a chain", client, "nft flush chain inet masque-one restore", "table", "masque-one"},
 		{"a chain", client, "nft delete chain inet masque-one guard", "table", "masque-one"},
 		{"our nftables table goes dormant", client, "nft add table inet masque-one { flags dormant ; }", "table", "masque-one"},
