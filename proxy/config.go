@@ -259,7 +259,7 @@ func (c Config) withDefaults() (Config, error) {
 		c.UDPIdleTimeout = DefaultUDPIdleTimeout
 	}
 	if c.DialUDP == nil {
-		c.DialUDP = dialUDP
+		c.DialUDP = dialOther
 	}
 	var err error
 	if c.Congestion, err = c.Congestion.Check(); err != nil {

@@ -16,7 +16,8 @@ import (
 )
 
 const (
-	// localInterval is the time between looks at the host's own addresses, which clients may not reach.
+	// localInterval is the time between looks at the host's own addresses, which clients may not reach, besides those that the
+	// kernel asks for by telling of changes.
 	localInterval = 10 * time.Second
 	// settleDelay lets changes that come together be made together.
 	settleDelay = 20 * time.Millisecond
@@ -29,13 +30,22 @@ const (
 func (s *Server) keepNetwork(ctx context.Context) error {
 	tick := time.NewTicker(localInterval)
 	defer tick.Stop()
+	var addressesChanged <-chan struct{}
+	if w, err := routing.Watch(0); err != nil {
+		s.cfg().Logger.Warn("cannot follow the host's own addresses and the networks of sites", "error", err)
+	} else {
+		defer w.Close()
+		addressesChanged = w.Changed()
+	}
 	pace := rate.NewLimiter(changeRate, changeBurst)
 	for {
 		var err error
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-tick.C: // what failed is tried again
+			err = s.readLocal()
+		case <-addressesChanged:
 			err = s.readLocal()
 		case <-s.sites.changed:
 			time.Sleep(settleDelay)
@@ -179,6 +189,11 @@ func (s *Server) deny(l layout) error {
 	for _, p := range cfg.Deny { // last: what the operator denies stays denied
 		forClients.AddPrefix(p)
 		forSites.AddPrefix(p)
+	}
+	for _, b := range []*netipx.IPSetBuilder{forClients, forSites} {
+		if err := addEmbedded(b, s.dns.Load().NAT64); err != nil {
+			return err
+		}
 	}
 	clients, err := forClients.IPSet()
 	if err != nil {

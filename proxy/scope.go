@@ -18,18 +18,16 @@ var builtinDenied = []netip.Prefix{
 	netip.MustParsePrefix("127.0.0.0/8"),
 	netip.MustParsePrefix("169.254.0.0/16"),
 	netip.MustParsePrefix("255.255.255.255/32"),
-	netip.MustParsePrefix("::/128"),
-	netip.MustParsePrefix("::1/128"),
 	netip.MustParsePrefix("fe80::/10"),
 	netip.MustParsePrefix("100.100.100.200/32"),
 	netip.MustParsePrefix("168.63.129.16/32"),
 	netip.MustParsePrefix("192.0.0.192/32"),
 	netip.MustParsePrefix("fd00:ec2::254/128"),
 	netip.MustParsePrefix("fd20:ce::254/128"),
-	// The first three by way of NAT64 (RFC 6052).
-	netip.MustParsePrefix("64:ff9b::/104"),
-	netip.MustParsePrefix("64:ff9b::7f00:0/104"),
-	netip.MustParsePrefix("64:ff9b::a9fe:0/112"),
+	// IPv4 addresses as IPv6 ones (RFC 4291 section 2.5.5), which sockets and
+	// tunnels of the host take for those. Others are in embeddings.
+	netip.MustParsePrefix("::/96"),
+	netip.MustParsePrefix("::ffff:0:0/96"),
 }
 
 // reach returns the addresses that a request with the given scope is about, nil for all, with its name resolved (RFC 9484

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/routing"
 )
 
 const (
@@ -116,7 +117,7 @@ func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow,
 		return &udpFlow{target: target, to: to, socket: socket}, nil
 	}
 	err = errors.Join(errs...)
-	if errors.Is(err, os.ErrPermission) { // a broadcast address
+	if errors.Is(err, os.ErrPermission) { // an address of this host, or of several
 		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited", "%v: %v", target, err)
 	}
 	return nil, refuse(http.StatusBadGateway, "destination_ip_unroutable", "%v: %v", target, err)
@@ -129,6 +130,15 @@ func (s *Server) reachesByUDP(a netip.Addr, may *netipx.IPSet) bool {
 	contains := func(p netip.Prefix) bool { return p.Contains(a) }
 	return slices.ContainsFunc(s.cfg().Advertise, contains) && !slices.ContainsFunc(s.deniedNow().clients, contains) &&
 		!slices.Contains(s.pool.gatewayAddrs(), a) && !a.IsMulticast() && (may == nil || may.Contains(a))
+}
+
+// dialOther is dialUDP to one other host. For addresses of this one, and of
+// several, the error is os.ErrPermission.
+func dialOther(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	if err := routing.LeavesHost(to.Addr()); err != nil {
+		return nil, err
+	}
+	return dialUDP(ctx, to)
 }
 
 // dialUDP opens a socket whose packets are never fragmented (RFC 9298 section 3.1) and do not go to broadcast addresses, for

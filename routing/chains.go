@@ -115,7 +115,32 @@ func newGuardChain(s State, sc *scope) chain {
 		fmt.Sprintf("other addresses of this host do not come in through interface %d", sc.index),
 		slices.Concat(inside, source(expr.CmpOpEq, unix.RTN_LOCAL), drop()),
 	})
+	if sc.Mark == 0 {
+		guard.rules = append(guard.rules, sc.ownRules(s, inside)...)
+	}
 	return guard
+}
+
+// ownRules return the rules by which nobody behind the tunnel of a proxy reaches
+// this host but by the tunnel's own addresses. The kernel knows its addresses at
+// all times, those of subnet-router anycast, broadcast and multicast included.
+func (s *scope) ownRules(want State, inside []expr.Any) (rules []filter) {
+	for _, p := range want.Addresses {
+		rules = append(rules, filter{
+			fmt.Sprintf("%v is reached through interface %d", p.Addr(), s.index),
+			slices.Concat(inside, address(netip.PrefixFrom(p.Addr(), p.Addr().BitLen()), false), accept()),
+		})
+	}
+	for _, kind := range []struct {
+		name string
+		kind uint32
+	}{{"local", unix.RTN_LOCAL}, {"broadcast", unix.RTN_BROADCAST}, {"anycast", unix.RTN_ANYCAST}, {"multicast", unix.RTN_MULTICAST}} {
+		rules = append(rules, filter{
+			fmt.Sprintf("other %s addresses of this host are not reached through interface %d", kind.name, s.index),
+			slices.Concat(inside, destination(kind.kind), drop()),
+		})
+	}
+	return rules
 }
 
 // newMarkChains returns the chains that keep the mark of our own sockets in the

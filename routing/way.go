@@ -3,6 +3,7 @@ package routing
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"time"
 
@@ -51,6 +52,22 @@ func WayTo(to netip.Addr, mark uint32) (Way, error) {
 		return Way{}, fmt.Errorf("no route to %v: %s has no carrier", to, way.Interface)
 	}
 	return way, nil
+}
+
+// LeavesHost returns nil when the kernel sends packets to an address to one other
+// host. For addresses of this host, also anycast ones, and for those of many,
+// the error is os.ErrPermission.
+func LeavesHost(to netip.Addr) error {
+	routes, err := netlink.RouteGet(to.AsSlice())
+	switch {
+	case err != nil:
+		return fmt.Errorf("no route to %v: %w", to, err)
+	case len(routes) == 0:
+		return fmt.Errorf("no route to %v", to)
+	case routes[0].Type != unix.RTN_UNICAST:
+		return fmt.Errorf("%v is an address of this host, or of several: %w", to, os.ErrPermission)
+	}
+	return nil
 }
 
 // Watcher tells when this host's network changes: its interfaces, addresses, routes and rules.
