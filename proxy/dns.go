@@ -72,6 +72,13 @@ func (s *Server) SetDNS(d DNS) error {
 	if old := s.dns.Swap(&d); reflect.DeepEqual(*old, d) {
 		return nil
 	}
+	select {
+	case <-s.ready: // what is denied depends on the prefixes of NAT64
+		if err := s.refresh(); err != nil {
+			return err
+		}
+	default:
+	}
 	s.warnOfDNS()
 	for _, ss := range s.sessions.list() {
 		ss.refresh()
