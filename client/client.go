@@ -56,6 +56,7 @@ type Client struct {
 
 	overlaps string                                // what the log was told of networks that hold them
 	networks atomic.Pointer[[]routing.HostNetwork] // of this host
+	loop     *time.Timer                           // ends the notice of noteLoop, nil before the first
 
 	mu         sync.Mutex
 	status     connectip.Status
@@ -248,6 +249,9 @@ func (c *Client) notePeer(e *Error) {
 func (c *Client) dispatch(packets []*flowqueue.Packet) {
 	c.reading.Begin()
 	defer c.reading.End()
+	if c.dropLoops(packets) {
+		return
+	}
 	switch conn := c.current.Load(); {
 	case conn == nil:
 		c.stats.Send.DropMany(connectip.DropClosed, len(packets))

@@ -64,7 +64,8 @@ type dialer struct {
 	hasRoute   func(netip.Addr) bool                                           // whether packets to an address leave this host
 	logger     *slog.Logger
 	lastAddrs  []netip.AddrPort // of the proxy
-	timeouts   int              // attempts that got no answer
+	outer      outerSockets
+	timeouts   int // attempts that got no answer
 }
 
 func newDialer(to target, config *tls.Config, token string, control controlFunc, logger *slog.Logger) *dialer {
@@ -330,6 +331,7 @@ func (d *dialer) open(ctx context.Context, addr netip.AddrPort) (*quic.Transport
 			return nil, nil, fmt.Errorf("preparing a UDP socket: %w", err)
 		}
 	}
+	d.outer.add(udp.LocalAddr(), addr)
 	return &quic.Transport{Conn: udp}, udp, nil
 }
 

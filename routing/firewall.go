@@ -23,6 +23,8 @@ type Passage struct {
 	In, Out string // names of interfaces, "" for any but the loopback
 	Port    uint16 // UDP to this port, 0 for all protocols
 	Reply   bool   // packets that answer, instead of those that begin a connection
+	// Untracked packets have no connection: neither do they begin one.
+	Untracked bool
 }
 
 // Hook is where in the kernel's path a packet is looked at.
@@ -55,7 +57,7 @@ func (o Obstacle) String() string {
 // port and the state of the connection; of other conditions it only knows that
 // they may hold or not. Rules of iptables are seen where they are kept in
 // nftables, as iptables-nft does. Errors: os.ErrPermission without CAP_NET_ADMIN.
-// A kernel without nftables has no obstacles.
+// A kernel without nftables has no obstacles, and tables of ours are none.
 func Obstacles(p Passage) ([]Obstacle, error) {
 	c, err := nftables.New()
 	if err != nil {
@@ -77,7 +79,7 @@ func Obstacles(p Passage) ([]Obstacle, error) {
 			return nil, fmt.Errorf("routing: list nftables chains: %w", explain(err))
 		}
 		for _, base := range chains {
-			if base.Type != nftables.ChainTypeFilter || base.Hooknum == nil || *base.Hooknum != *p.Hook.number() {
+			if base.Type != nftables.ChainTypeFilter || base.Hooknum == nil || *base.Hooknum != *p.Hook.number() || strings.HasPrefix(base.Table.Name, tablePrefix) {
 				continue
 			}
 			w := walk{conn: c, passage: p, proto: family.proto, chains: chains}
@@ -266,7 +268,10 @@ type value struct {
 
 // state is that of the connection.
 func (w *walk) state() uint32 {
-	if w.passage.Reply {
+	switch {
+	case w.passage.Untracked:
+		return expr.CtStateBitUNTRACKED
+	case w.passage.Reply:
 		return expr.CtStateBitESTABLISHED
 	}
 	return expr.CtStateBitNEW
@@ -408,7 +413,10 @@ func (w *walk) xtables(m *expr.Match) truth {
 // conntrack is about the state alone or not followed.
 func (w *walk) conntrack(base xt.ConntrackMtinfoBase, mask uint16) truth {
 	states := uint16(1 << 3) // XT_CONNTRACK_STATE_BIT(IP_CT_NEW)
-	if w.passage.Reply {
+	switch {
+	case w.passage.Untracked:
+		states = 1 << 6 // XT_CONNTRACK_STATE_UNTRACKED
+	case w.passage.Reply:
 		states = 1 << 1 // IP_CT_ESTABLISHED
 	}
 	switch {

@@ -7,10 +7,11 @@ import (
 )
 
 var (
-	toProxy = Passage{Hook: HookInput, Port: 443}
-	toWorld = Passage{Hook: HookForward, In: "masque0", Out: "up0"}
-	answers = Passage{Hook: HookForward, In: "up0", Out: "masque0", Reply: true}
-	leaves  = Passage{Hook: HookOutput, Port: 443}
+	toProxy   = Passage{Hook: HookInput, Port: 443}
+	untracked = Passage{Hook: HookInput, Port: 443, Untracked: true}
+	toWorld   = Passage{Hook: HookForward, In: "masque0", Out: "up0"}
+	answers   = Passage{Hook: HookForward, In: "up0", Out: "masque0", Reply: true}
+	leaves    = Passage{Hook: HookOutput, Port: 443}
 )
 
 // obstacles says what stands in the way, with a question mark where that is not certain.
@@ -80,6 +81,11 @@ func TestObstacles(t *testing.T) {
 		{"a chain of the same name elsewhere", "table inet e { chain in { accept; } } table inet f { chain in { tcp dport 1 accept; } " + input + "jump in; } }", toProxy, "inet f input"},
 		{"of one family", "table ip f { " + input + "} } table ip6 f { " + input + "udp dport 443 accept; } }", toProxy, "ip f input"},
 		{"two tables", "table inet e { " + input + "udp dport 443 accept; } } table inet f { " + input + "} }", toProxy, "inet f input"},
+
+		{"untracked", "table inet f { " + input + "udp dport 443 accept; } }", untracked, ""},
+		{"untracked, accepted as new alone", "table inet f { " + input + "ct state new udp dport 443 accept; } }", untracked, "inet f input"},
+		{"untracked, accepted by its state", "table inet f { " + input + "ct state new,untracked udp dport 443 accept; } }", untracked, ""},
+		{"a table of ours", "table inet masque-one { " + forward + "} }", toWorld, ""},
 
 		{"forwarding", "table inet f { " + forward + "} }", toWorld, "inet f forward"},
 		{"of the device", `table inet f { ` + forward + `iifname "masque0" accept; } }`, toWorld, ""},

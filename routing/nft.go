@@ -144,7 +144,10 @@ func address(p netip.Prefix, source bool) []expr.Any {
 	return append(exprs, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()})
 }
 
-func (s *scope) tableName() string { return "masque-" + s.Instance }
+// tablePrefix begins the names of the tables of all instances.
+const tablePrefix = "masque-"
+
+func (s *scope) tableName() string { return tablePrefix + s.Instance }
 
 // families are those of our tables: a table of ours is one in each, all with one
 // name.

@@ -247,7 +247,7 @@ func (l *loaded) checkFirewall(c *cli.Checks) {
 	for _, addr := range l.file.Listen {
 		if a, err := net.ResolveUDPAddr("udp", addr); err == nil {
 			ways = append(ways, cli.Way{
-				What: fmt.Sprintf("UDP %d from clients", a.Port), Passage: routing.Passage{Hook: routing.HookInput, Port: uint16(a.Port)},
+				What: fmt.Sprintf("UDP %d from clients", a.Port), Passage: routing.Passage{Hook: routing.HookInput, Port: uint16(a.Port), Untracked: l.file.Masquerade},
 			})
 		}
 	}
