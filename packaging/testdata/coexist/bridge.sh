@@ -55,6 +55,7 @@ chains)
 	once nat -I POSTROUTING -s $subnet ! -o docker0 -j MASQUERADE
 	;;
 up)
+	"$0" down "$2" 2>/dev/null || true # of a round that failed
 	address=172.17.1.$2
 	ip netns add "box$2"
 	ip link add "veth$2" type veth peer name eth0 netns "box$2"
