@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/quic-go/masque-go"
+	"github.com/yosida95/uritemplate/v3"
 	"go4.org/netipx"
 	"golang.org/x/sys/unix"
 
@@ -39,8 +41,15 @@ type udpTarget struct {
 	port uint16     // not 0
 }
 
-// parseUDPTarget finds the target in a raw request path, as received and not decoded. The error is errNotServed when the path
-// is none of the template's, and otherwise one about a variable that breaks the rules of RFC 9298 section 3.
+// udpTemplate is the default template for UDP proxying (RFC 9298 section 2). Its
+// host stands for any: which names the proxy has is not decided here.
+var udpTemplate = uritemplate.MustNew("https://" + udpTemplateHost + udpPath + "{target_host}/{target_port}/")
+
+const udpTemplateHost = "proxy.invalid"
+
+// parseUDPTarget finds the target in a raw request path, as received and not
+// decoded. The error is errNotServed when the path is none of the template's,
+// and otherwise one about a variable that breaks the rules of RFC 9298 section 3.
 func parseUDPTarget(path string) (udpTarget, error) {
 	rest, ok := strings.CutPrefix(path, udpPath)
 	if !ok {
@@ -50,16 +59,25 @@ func parseUDPTarget(path string) (udpTarget, error) {
 	if len(values) != 3 || values[2] != "" {
 		return udpTarget{}, fmt.Errorf("request path does not match the template %s{target_host}/{target_port}/", udpPath)
 	}
-	if strings.Contains(values[0], ":") {
+	if strings.Contains(rest, ":") {
 		return udpTarget{}, errors.New("target_host: colons must be percent-encoded")
 	}
-	host, err := url.PathUnescape(values[0])
+	if digits, err := url.PathUnescape(values[1]); err != nil || strings.Trim(digits, "0123456789") != "" {
+		return udpTarget{}, fmt.Errorf("target_port %q is not a number", values[1])
+	}
+	u, err := url.ParseRequestURI(path)
+	if err != nil {
+		return udpTarget{}, err
+	}
+	request, err := masque.ParseProxyRequest(&http.Request{
+		Method: http.MethodConnect, Proto: udpProtocol, Host: udpTemplateHost, URL: u,
+	}, udpTemplate)
+	if err != nil {
+		return udpTarget{}, err
+	}
+	host, port, err := net.SplitHostPort(request.Target)
 	if err != nil {
 		return udpTarget{}, fmt.Errorf("target_host: %w", err)
-	}
-	port, err := url.PathUnescape(values[1])
-	if err != nil {
-		return udpTarget{}, fmt.Errorf("target_port: %w", err)
 	}
 	n, err := strconv.ParseUint(port, 10, 16)
 	if err != nil || n == 0 {
