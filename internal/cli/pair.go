@@ -13,22 +13,32 @@ import (
 
 // FileVersion tells one state of a file from another.
 type FileVersion struct {
-	device, inode uint64
-	size          int64
-	modified      unix.Timespec
+	id       fileID
+	size     uint64
+	modified unix.StatxTimestamp
+}
+
+// fileID tells one file from another. A file system gives the number of a file
+// that was deleted to the next one, so the time of birth belongs to it; it is
+// zero on file systems that do not keep it.
+type fileID struct {
+	major, minor uint32
+	inode        uint64
+	born         unix.StatxTimestamp
 }
 
 // SameFile reports whether v and w are states of one file, which was written in
 // place, and not of two that replaced one another.
-func (v FileVersion) SameFile(w FileVersion) bool { return v.device == w.device && v.inode == w.inode }
+func (v FileVersion) SameFile(w FileVersion) bool { return v.id == w.id }
 
 // VersionOf looks at a file, or at what a symbolic link leads to.
 func VersionOf(path string) (FileVersion, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, path, 0, unix.STATX_BASIC_STATS|unix.STATX_BTIME, &st); err != nil {
 		return FileVersion{}, &os.PathError{Op: "stat", Path: path, Err: err}
 	}
-	return FileVersion{st.Dev, st.Ino, st.Size, st.Mtim}, nil
+	id := fileID{st.Dev_major, st.Dev_minor, st.Ino, st.Btime}
+	return FileVersion{id, st.Size, st.Mtime}, nil
 }
 
 // A Pair is a certificate with its private key, read from the files that
