@@ -48,16 +48,24 @@ func (c *Client) openEnd() (_ *end, err error) {
 			err = errors.Join(err, e.Close())
 		}
 	}()
-	if e.device, err = c.cfg.OpenDevice(); err != nil {
+	// What could not be opened is not assigned: it may be a nil pointer in an
+	// interface, which is not nil.
+	device, err := c.cfg.OpenDevice()
+	if err != nil {
 		return nil, err
 	}
-	if e.network, err = c.cfg.OpenNetwork(e.device); err != nil {
+	e.device = device
+	network, err := c.cfg.OpenNetwork(e.device)
+	if err != nil {
 		return nil, fmt.Errorf("setting up the network: %w", err)
 	}
+	e.network = network
 	if c.cfg.OpenResolver != nil {
-		if e.resolver, err = c.cfg.OpenResolver(e.device); err != nil {
+		resolver, err := c.cfg.OpenResolver(e.device)
+		if err != nil {
 			return nil, err
 		}
+		e.resolver = resolver
 	}
 	c.mu.Lock()
 	c.status.Interface = e.device.Name()

@@ -28,12 +28,18 @@ func (s *Server) openEnd() (_ *end, err error) {
 			err = errors.Join(err, e.Close())
 		}
 	}()
-	if e.device, err = s.openDevice(); err != nil {
+	// What could not be opened is not assigned: it may be a nil pointer in an
+	// interface, which is not nil.
+	device, err := s.openDevice()
+	if err != nil {
 		return nil, err
 	}
-	if e.network, err = s.openNetwork(e.device); err != nil {
+	e.device = device
+	network, err := s.openNetwork(e.device)
+	if err != nil {
 		return nil, fmt.Errorf("setting up the network: %w", err)
 	}
+	e.network = network
 	s.refreshing.Lock()
 	defer s.refreshing.Unlock()
 	if s.installed == nil {

@@ -21,7 +21,7 @@ func TestClientHostIsPutRight(t *testing.T) {
 		what         string // is counted
 		opens        bool   // the kill switch, until it is closed again
 	}{
-		{"rules", "ip rule flush protocol 94", "rule", false},
+		{"a rule", "ip rule del priority 9549", "rule", false},
 		{"an address", "ip addr del 10.77.0.2/32 dev masque0", "address", false},
 		{"the link is set down", "ip link set masque0 down", "link", false},
 		{"the interface is deleted", "ip link del masque0", "device", false},

@@ -167,7 +167,8 @@ func TestResolved(t *testing.T) {
 	}{
 		{"all names", "", []string{"www.example.org", "inside.example", "host.corp.example"}, nil},
 		{
-			"some names", "\n[dns]\nsearch = [\"corp.example\"]\ndomains = [\"corp.example\", \"internal\"]\n",
+			// The server outside is on a public network, which would be in the tunnel.
+			"some names", "\n[routes]\nlan = \"all\"\n\n[dns]\nsearch = [\"corp.example\"]\ndomains = [\"corp.example\", \"internal\"]\n",
 			[]string{"host.corp.example", "db.internal"}, []string{"www.example.org", "internal.example.org"},
 		},
 	} {

@@ -121,7 +121,7 @@ func (s *userStore) look() {
 	switch {
 	case v.SameFile(before):
 		s.next, s.since, s.wait = users, s.now(), inPlaceWait
-	case len(users.All()) == 0:
+	case v.Empty():
 		s.next, s.since, s.wait = users, s.now(), emptyWait
 	default:
 		s.use(users)

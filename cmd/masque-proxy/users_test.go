@@ -34,7 +34,8 @@ func TestUsersFileIsWritten(t *testing.T) {
 		{"written with another", func(t *testing.T, path string) { write(t, path, alice+bob+strings.ReplaceAll(bob, "bob", "carol")) },
 			"alice bob", "alice bob", "alice bob carol", "alice bob carol", 0},
 		{"replaced", func(t *testing.T, path string) { move(t, path, bob) }, "bob", "bob", "bob", "bob", 0},
-		{"replaced by one without users", func(t *testing.T, path string) { move(t, path, "# nobody\n") }, "alice bob", "", "", "", 0},
+		{"replaced by an empty one", func(t *testing.T, path string) { move(t, path, "") }, "alice bob", "", "", "", 0},
+		{"replaced by one without users", func(t *testing.T, path string) { move(t, path, "# nobody\n") }, "", "", "", "", 0},
 		{"removed", func(t *testing.T, path string) { _ = os.Remove(path) }, "alice bob", "alice bob", "alice bob", "alice bob", 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -31,6 +31,9 @@ type fileID struct {
 // place, and not of two that replaced one another.
 func (v FileVersion) SameFile(w FileVersion) bool { return v.id == w.id }
 
+// Empty reports whether the file has no contents.
+func (v FileVersion) Empty() bool { return v.size == 0 }
+
 // VersionOf looks at a file, or at what a symbolic link leads to.
 func VersionOf(path string) (FileVersion, error) {
 	var st unix.Statx_t

@@ -234,5 +234,12 @@ func (u *Users) Remove(name string) ([]byte, bool) {
 	if _, still := after.ByName(name); still {
 		return nil, false
 	}
+	if strings.TrimSpace(rest) == "" {
+		rest = noUsers
+	}
 	return []byte(rest), true
 }
+
+// noUsers is the text of a file without users that was meant to have none: an
+// empty file may be one that somebody is about to write.
+const noUsers = "# There are no users. Add one with: masque-proxy invite NAME\n"

@@ -138,3 +138,19 @@ func TestRemoveInline(t *testing.T) {
 		t.Errorf("removed:\n%s", data)
 	}
 }
+
+// A file whose last user was removed is not empty: an empty one may be about to
+// be written.
+func TestRemoveTheLastUser(t *testing.T) {
+	u, err := ParseUsers("users.toml", []byte("[[user]]\nname = \"a\"\ntoken_sha256 = \""+strings.Repeat("ab", 32)+"\"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rest, ok := u.Remove("a")
+	if !ok || len(rest) == 0 {
+		t.Fatalf("got %q, %v", rest, ok)
+	}
+	if after, err := ParseUsers("users.toml", rest); err != nil || len(after.All()) != 0 {
+		t.Errorf("%q: %v", rest, err)
+	}
+}
