@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,7 +19,7 @@ import (
 // someConnection is a QUIC connection that keeps what it is told.
 type someConnection struct {
 	ended    chan quic.ApplicationErrorCode
-	received uint64
+	received atomic.Uint64 // bytes
 	done     context.CancelCauseFunc
 }
 
@@ -29,7 +30,7 @@ func (c *someConnection) CloseWithError(code quic.ApplicationErrorCode, _ string
 }
 
 func (c *someConnection) ConnectionStats() quic.ConnectionStats {
-	return quic.ConnectionStats{BytesReceived: c.received}
+	return quic.ConnectionStats{BytesReceived: c.received.Load()}
 }
 
 // gate is connections, and those that the test makes.
@@ -54,7 +55,7 @@ func (g *gate) opens(name, addr string) {
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	conn := &someConnection{make(chan quic.ApplicationErrorCode, 1), 0, cancel}
+	conn := &someConnection{ended: make(chan quic.ApplicationErrorCode, 1), done: cancel}
 	g.made[name], g.quic[name] = connectionOf(ctx), conn
 	g.attach(connectionOf(ctx), conn)
 	synctest.Wait()
@@ -126,7 +127,7 @@ func TestConnectionsWithoutSession(t *testing.T) {
 			g.opens("c", "192.0.2.2")
 			g.accepted(g.made["c"])
 			for name, n := range map[string]uint64{"a": maxPendingBytes + 1, "b": maxPendingBytes, "c": 1 << 30} {
-				g.quic[name].received = n
+				g.quic[name].received.Store(n)
 			}
 			time.Sleep(2 * sweepInterval)
 			g.has("b c", "too_many_bytes 1")
@@ -226,7 +227,7 @@ func TestConnectionsInHandshake(t *testing.T) {
 		if ctx.Err() == nil {
 			t.Error("the context of the older one has not ended")
 		}
-		late := &someConnection{make(chan quic.ApplicationErrorCode, 1), 0, func(error) {}}
+		late := &someConnection{ended: make(chan quic.ApplicationErrorCode, 1), done: func(error) {}}
 		g.attach(connectionOf(ctx), late)
 		synctest.Wait()
 		if len(late.ended) != 1 {
