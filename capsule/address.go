@@ -10,12 +10,12 @@ import (
 // 4.7.1 and 4.7.2).
 type Address struct {
 	// RequestID ties an assignment to its request. It is never 0 in a request,
-	// and 0 in an assignment that nobody asked for.
+	// and 0 in an assignment that the peer did not request.
 	RequestID uint64
 
 	// Prefix is the range of addresses, without host bits. In a request, an
-	// all-zero address means any address, and the length is the wish for the
-	// length.
+	// all-zero address means any address, and the prefix length is the length
+	// the requester prefers.
 	Prefix netip.Prefix
 }
 
@@ -33,13 +33,14 @@ func (a Address) validate(t Type, entry int) error {
 		return errorf(t, entry, fieldAddress, "it is not a valid prefix")
 	}
 	if m := a.Prefix.Masked(); m != a.Prefix {
-		return errorf(t, entry, fieldAddress, "%s has bits set below its prefix length: it should be %s", a.Prefix, m)
+		return errorf(t, entry, fieldAddress,
+			"%s has bits set below its prefix length: it should be %s", a.Prefix, m)
 	}
 	return nil
 }
 
-// AddressAssign tells the peer the full list of addresses it may use. Each one
-// replaces the one before; an empty one takes all addresses away.
+// AddressAssign tells the peer the full list of addresses it may use. Each
+// capsule replaces the previous one; an empty list withdraws all addresses.
 type AddressAssign struct {
 	Addresses []Address
 }
@@ -52,8 +53,8 @@ func (c *AddressAssign) Append(b []byte) []byte {
 	return appendAddresses(b, TypeAddressAssign, c.Addresses)
 }
 
-// Validate checks each entry by itself: its request ID fits, its prefix is valid
-// and has no host bits.
+// Validate checks each entry by itself: the request ID is at most 2^62-1, and
+// the prefix is valid and has no host bits.
 func (c *AddressAssign) Validate() error {
 	for i, a := range c.Addresses {
 		if err := a.validate(TypeAddressAssign, i); err != nil {
@@ -76,8 +77,9 @@ func (c *AddressRequest) Append(b []byte) []byte {
 	return appendAddresses(b, TypeAddressRequest, c.Addresses)
 }
 
-// Validate checks that there is at least one entry, that request IDs are neither
-// 0 nor used twice in this capsule, and the prefixes as for [AddressAssign].
+// Validate checks that there is at least one entry and that no request ID is 0
+// or repeated in this capsule. It checks prefixes as [AddressAssign.Validate]
+// does.
 func (c *AddressRequest) Validate() error {
 	const t = TypeAddressRequest
 	if len(c.Addresses) == 0 {
@@ -89,7 +91,8 @@ func (c *AddressRequest) Validate() error {
 			return errorf(t, i, fieldRequestID, "it is 0")
 		}
 		if first, ok := seen[a.RequestID]; ok {
-			return errorf(t, i, fieldRequestID, "%d is that of entry %d already", a.RequestID, first)
+			return errorf(t, i, fieldRequestID, "%d is already used by entry %d",
+				a.RequestID, first)
 		}
 		seen[a.RequestID] = i
 		if err := a.validate(t, i); err != nil {
@@ -114,8 +117,9 @@ func appendAddresses(b []byte, t Type, addresses []Address) []byte {
 	return b
 }
 
-// decodeAddresses decodes the value of a capsule of type t. It checks no more
-// than is needed to build the entries.
+// decodeAddresses decodes the value of a capsule of type t. It checks only the
+// lengths and IP versions that it needs to build the entries; Validate checks
+// the rest.
 func decodeAddresses(t Type, value []byte) ([]Address, error) {
 	var addresses []Address
 	d := decoder{typ: t, b: value}

@@ -1,11 +1,3 @@
-// Package capsule encodes, decodes and validates the capsules of CONNECT-IP
-// (RFC 9484 section 4.7, draft-ietf-masque-connect-ip-dns-06) and the DATAGRAM
-// capsule (RFC 9297 section 3.5).
-//
-// The package is strict in what it accepts: whatever RFC 9484 has a receiver
-// abort the stream for is an error that matches [ErrMalformed] and names the
-// capsule, the entry and the field. What depends on the life of a session, such
-// as a request ID that an earlier capsule already used, is left to the caller.
 package capsule
 
 import (
@@ -17,14 +9,14 @@ import (
 // Type is the type of a capsule, a 62-bit number (RFC 9297 section 3.2).
 type Type uint64
 
-// The capsule types this package knows.
+// The capsule types that [Reader] decodes.
 const (
 	TypeDatagram           Type = 0 // RFC 9297 section 3.5
 	TypeAddressAssign      Type = 1 // RFC 9484 section 4.7.1
 	TypeAddressRequest     Type = 2 // RFC 9484 section 4.7.2
 	TypeRouteAdvertisement Type = 3 // RFC 9484 section 4.7.3
 
-	// These two are provisional until the draft is an RFC.
+	// The draft's numbers are provisional until it becomes an RFC.
 	TypeDNSAssign Type = 0x1ace79ec // draft-ietf-masque-connect-ip-dns-06 section 3.4
 	TypePREF64    Type = 0x274c0fbc // draft-ietf-masque-connect-ip-dns-06 section 4.1
 )
@@ -54,21 +46,22 @@ type Capsule interface {
 	// Type returns the type of the capsule.
 	Type() Type
 
-	// Append appends the whole capsule, type and length included, to b and
-	// returns the extended slice. The capsule must be one that Validate accepts.
+	// Append appends the capsule with its type and length to b and returns the
+	// extended slice. The result is undefined if Validate returns an error.
 	Append(b []byte) []byte
 
-	// Validate returns nil when the capsule may be sent, by the rules that
-	// [Reader] holds received ones to, and otherwise an *[Error].
+	// Validate returns nil if the capsule may be sent and an *[Error]
+	// otherwise. [Reader] applies the same rules to received capsules.
 	Validate() error
 }
 
-// Datagram is an HTTP datagram carried on the stream (RFC 9297 section 3.5). One
-// that a [Reader] returned is valid, with its payload, until the next call of Next.
+// Datagram is an HTTP datagram carried on the stream (RFC 9297 section 3.5).
+// A Datagram returned by [Reader.Next] is valid until the next call of Next,
+// which overwrites it and its payload.
 type Datagram struct {
-	// Payload starts with the context ID (RFC 9484 section 6). It may be too
-	// short to hold one: such a datagram is to be dropped, and is no reason to
-	// abort the stream.
+	// Payload starts with the context ID (RFC 9484 section 6). If it is too
+	// short to hold one, the receiver drops the datagram and keeps the stream
+	// open.
 	Payload []byte
 }
 
@@ -84,7 +77,7 @@ func (d *Datagram) Append(b []byte) []byte {
 	return append(b, d.Payload...)
 }
 
-// appendHeader appends the type and the length of a value of n bytes.
+// appendHeader appends the type and length of a capsule with n bytes of value.
 func appendHeader(b []byte, t Type, n int) []byte {
 	b = quicvarint.Append(b, uint64(t))
 	return quicvarint.Append(b, uint64(n))

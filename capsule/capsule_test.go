@@ -14,14 +14,15 @@ import (
 	"pgregory.net/rapid"
 )
 
-// compare makes cmp compare addresses by value and nil like empty.
+// compare makes cmp compare addresses by value and treat nil slices as empty.
 var compare = cmp.Options{
 	cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}),
 	cmpopts.EquateEmpty(),
 }
 
 func route(start, end string, protocol uint8) Route {
-	return Route{Start: netip.MustParseAddr(start), End: netip.MustParseAddr(end), Protocol: protocol}
+	return Route{Start: netip.MustParseAddr(start), End: netip.MustParseAddr(end),
+		Protocol: protocol}
 }
 
 func address(id uint64, prefix string) Address {
@@ -35,17 +36,22 @@ func TestEncoding(t *testing.T) {
 		hex     string
 	}{
 		{"no addresses", &AddressAssign{}, "0100"},
-		{"both families", &AddressAssign{[]Address{address(1, "192.0.2.1/32"), address(2, "2001:db8::1/128")}},
+		{"both families", &AddressAssign{[]Address{address(1, "192.0.2.1/32"),
+			address(2, "2001:db8::1/128")}},
 			"011a0104c000020120020620010db800000000000000000000000180"},
-		{"mapped", &AddressAssign{[]Address{address(0, "::ffff:192.0.2.0/120")}},
+		{"IPv4-mapped", &AddressAssign{[]Address{address(0, "::ffff:192.0.2.0/120")}},
 			"0113000600000000000000000000ffffc000020078"},
-		{"long id", &AddressRequest{[]Address{address(1<<62-1, "0.0.0.0/32")}}, "020effffffffffffffff040000000020"},
-		{"any of both", &AddressRequest{[]Address{address(64, "0.0.0.0/24"), address(2, "::/56")}},
+		{"long request ID", &AddressRequest{[]Address{address(1<<62-1, "0.0.0.0/32")}},
+			"020effffffffffffffff040000000020"},
+		{"any address of both families",
+			&AddressRequest{[]Address{address(64, "0.0.0.0/24"), address(2, "::/56")}},
 			"021b4040040000000018" + "02060000000000000000000000000000000038"},
 		{"no routes", &RouteAdvertisement{}, "0300"},
-		{"default routes", &RouteAdvertisement{[]Route{route("0.0.0.0", "255.255.255.255", 0), route("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 0)}},
+		{"default routes", &RouteAdvertisement{[]Route{route("0.0.0.0", "255.255.255.255", 0),
+			route("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 0)}},
 			"032c0400000000ffffffff000600000000000000000000000000000000ffffffffffffffffffffffffffffffff00"},
-		{"protocols", &RouteAdvertisement{[]Route{route("192.0.2.0", "192.0.2.255", 6), route("192.0.2.0", "192.0.2.255", 17)}},
+		{"protocols", &RouteAdvertisement{[]Route{route("192.0.2.0", "192.0.2.255", 6),
+			route("192.0.2.0", "192.0.2.255", 17)}},
 			"031404c0000200c00002ff0604c0000200c00002ff11"},
 		{"empty datagram", &Datagram{}, "0000"},
 		{"datagram", &Datagram{Payload: []byte{0, 0x45}}, "00020045"},
@@ -55,14 +61,14 @@ func TestEncoding(t *testing.T) {
 				t.Fatal(err)
 			}
 			b := tt.capsule.Append([]byte("before"))
-			rest, ok := strings.CutPrefix(string(b), "before")
+			encoded, ok := strings.CutPrefix(string(b), "before")
 			if !ok {
-				t.Fatalf("what was in the slice is gone: %q", b)
+				t.Fatalf("Append changed the bytes already in the slice: %q", b)
 			}
-			if got := hex.EncodeToString([]byte(rest)); got != tt.hex {
+			if got := hex.EncodeToString([]byte(encoded)); got != tt.hex {
 				t.Fatalf("encoded %s, want %s", got, tt.hex)
 			}
-			got, err := NewReader(strings.NewReader(rest), len(rest)).Next()
+			got, err := NewReader(strings.NewReader(encoded), len(encoded)).Next()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -80,27 +86,47 @@ func TestValidateRefuses(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
 		capsule Capsule
-		want    Error // without the reason
+		want    Error // Reason is not compared
 	}{
-		{"no prefix", &AddressAssign{[]Address{valid, {}}}, Error{TypeAddressAssign, 1, fieldAddress, ""}},
-		{"host bits", &AddressAssign{[]Address{address(0, "192.0.2.1/24")}}, Error{TypeAddressAssign, 0, fieldAddress, ""}},
-		{"host bits v6", &AddressRequest{[]Address{address(3, "::1/127")}}, Error{TypeAddressRequest, 0, fieldAddress, ""}},
-		{"id of 63 bits", &AddressAssign{[]Address{address(1<<62, "192.0.2.1/32")}}, Error{TypeAddressAssign, 0, fieldRequestID, ""}},
+		{"no prefix", &AddressAssign{[]Address{valid, {}}},
+			Error{TypeAddressAssign, 1, fieldAddress, ""}},
+		{"host bits", &AddressAssign{[]Address{address(0, "192.0.2.1/24")}},
+			Error{TypeAddressAssign, 0, fieldAddress, ""}},
+		{"host bits v6", &AddressRequest{[]Address{address(3, "::1/127")}},
+			Error{TypeAddressRequest, 0, fieldAddress, ""}},
+		{"request ID of 63 bits", &AddressAssign{[]Address{address(1<<62, "192.0.2.1/32")}},
+			Error{TypeAddressAssign, 0, fieldRequestID, ""}},
 		{"no requests", &AddressRequest{}, Error{TypeAddressRequest, -1, "", ""}},
-		{"id 0", &AddressRequest{[]Address{valid, address(0, "::/128")}}, Error{TypeAddressRequest, 1, fieldRequestID, ""}},
-		{"id twice", &AddressRequest{[]Address{valid, address(2, "::/128"), valid}}, Error{TypeAddressRequest, 2, fieldRequestID, ""}},
-		{"no start", &RouteAdvertisement{[]Route{{}}}, Error{TypeRouteAdvertisement, 0, fieldStart, ""}},
-		{"no end", &RouteAdvertisement{[]Route{{Start: netip.IPv6Unspecified()}}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
-		{"zone", &RouteAdvertisement{[]Route{zoned}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
-		{"two versions", &RouteAdvertisement{[]Route{route("0.0.0.0", "::1", 0)}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
-		{"backwards", &RouteAdvertisement{[]Route{route("::2", "::1", 0)}}, Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
-		{"version order", &RouteAdvertisement{[]Route{route("::", "::1", 0), route("0.0.0.0", "0.0.0.1", 0)}}, Error{TypeRouteAdvertisement, 1, fieldVersion, ""}},
-		{"protocol order", &RouteAdvertisement{[]Route{route("::", "::1", 6), route("::2", "::3", 1)}}, Error{TypeRouteAdvertisement, 1, fieldProtocol, ""}},
-		{"address order", &RouteAdvertisement{[]Route{route("::2", "::3", 6), route("::", "::1", 6)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
-		{"touching", &RouteAdvertisement{[]Route{route("::", "::1", 6), route("::1", "::2", 6)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
-		{"all protocols below", &RouteAdvertisement{[]Route{route("::", "::1", 0), route("::4", "::6", 0), route("::2", "::4", 6)}}, Error{TypeRouteAdvertisement, 2, fieldStart, ""}},
-		{"all protocols above", &RouteAdvertisement{[]Route{route("::", "::1", 0), route("::4", "::6", 0), route("::7", "::7", 6), route("::6", "::8", 17)}}, Error{TypeRouteAdvertisement, 3, fieldStart, ""}},
-		{"all protocols around", &RouteAdvertisement{[]Route{route("::", "::8", 0), route("::4", "::6", 255)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
+		{"request ID 0", &AddressRequest{[]Address{valid, address(0, "::/128")}},
+			Error{TypeAddressRequest, 1, fieldRequestID, ""}},
+		{"request ID twice", &AddressRequest{[]Address{valid, address(2, "::/128"), valid}},
+			Error{TypeAddressRequest, 2, fieldRequestID, ""}},
+		{"no start", &RouteAdvertisement{[]Route{{}}},
+			Error{TypeRouteAdvertisement, 0, fieldStart, ""}},
+		{"no end", &RouteAdvertisement{[]Route{{Start: netip.IPv6Unspecified()}}},
+			Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
+		{"zone", &RouteAdvertisement{[]Route{zoned}},
+			Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
+		{"two versions", &RouteAdvertisement{[]Route{route("0.0.0.0", "::1", 0)}},
+			Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
+		{"end before start", &RouteAdvertisement{[]Route{route("::2", "::1", 0)}},
+			Error{TypeRouteAdvertisement, 0, fieldEnd, ""}},
+		{"version order", &RouteAdvertisement{[]Route{route("::", "::1", 0),
+			route("0.0.0.0", "0.0.0.1", 0)}}, Error{TypeRouteAdvertisement, 1, fieldVersion, ""}},
+		{"protocol order", &RouteAdvertisement{[]Route{route("::", "::1", 6),
+			route("::2", "::3", 1)}}, Error{TypeRouteAdvertisement, 1, fieldProtocol, ""}},
+		{"address order", &RouteAdvertisement{[]Route{route("::2", "::3", 6),
+			route("::", "::1", 6)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
+		{"touching", &RouteAdvertisement{[]Route{route("::", "::1", 6), route("::1", "::2", 6)}},
+			Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
+		{"all protocols below", &RouteAdvertisement{[]Route{route("::", "::1", 0),
+			route("::4", "::6", 0), route("::2", "::4", 6)}},
+			Error{TypeRouteAdvertisement, 2, fieldStart, ""}},
+		{"all protocols above", &RouteAdvertisement{[]Route{route("::", "::1", 0),
+			route("::4", "::6", 0), route("::7", "::7", 6), route("::6", "::8", 17)}},
+			Error{TypeRouteAdvertisement, 3, fieldStart, ""}},
+		{"all protocols around", &RouteAdvertisement{[]Route{route("::", "::8", 0),
+			route("::4", "::6", 255)}}, Error{TypeRouteAdvertisement, 1, fieldStart, ""}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			err := tt.capsule.Validate()
@@ -118,8 +144,8 @@ func TestValidateRefuses(t *testing.T) {
 	}
 }
 
-// Ranges for one protocol may be in the gaps between those for all protocols, and
-// versions do not overlap.
+// TestValidateAccepts has ranges for one protocol in the gaps between ranges
+// for all protocols, and numerically equal ranges of both IP versions.
 func TestValidateAccepts(t *testing.T) {
 	c := &RouteAdvertisement{[]Route{
 		route("0.0.0.0", "0.0.0.1", 0), route("0.0.0.4", "0.0.0.5", 0),
@@ -131,13 +157,16 @@ func TestValidateAccepts(t *testing.T) {
 	}
 }
 
-func TestErrorNamesItsPlace(t *testing.T) {
-	err := error(&Error{Type: TypeAddressAssign, Entry: 2, Field: fieldPrefixLength, Reason: "33 is more than 32"})
-	if got, want := err.Error(), "malformed ADDRESS_ASSIGN capsule, entry 2, IP Prefix Length: 33 is more than 32"; got != want {
+func TestErrorText(t *testing.T) {
+	err := error(&Error{Type: TypeAddressAssign, Entry: 2, Field: fieldPrefixLength,
+		Reason: "33 is more than 32"})
+	want := "malformed ADDRESS_ASSIGN capsule, entry 2, IP Prefix Length: 33 is more than 32"
+	if got := err.Error(); got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 	err = new(AddressRequest).Validate()
-	if got, want := err.Error(), "malformed ADDRESS_REQUEST capsule: it has no entries"; got != want {
+	want = "malformed ADDRESS_REQUEST capsule: it has no entries"
+	if got := err.Error(); got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
@@ -152,29 +181,35 @@ func TestTypeString(t *testing.T) {
 		TypePREF64:             "PREF64",
 		0x1ace79ed:             "0x1ace79ed",
 	} {
-		if got := typ.String(); got != want {
-			t.Errorf("Type(%d) is %q, want %q", uint64(typ), got, want)
-		}
+		t.Run(want, func(t *testing.T) {
+			if got := typ.String(); got != want {
+				t.Errorf("Type(%d) is %q, want %q", uint64(typ), got, want)
+			}
+		})
 	}
 }
 
 func TestRefused(t *testing.T) {
 	for prefix, want := range map[string]bool{
 		"0.0.0.0/32": true, "::/128": true,
-		"0.0.0.0/0": false, "0.0.0.0/31": false, "::/127": false, "192.0.2.1/32": false, "::1/128": false,
+		"0.0.0.0/0": false, "0.0.0.0/31": false, "::/127": false, "192.0.2.1/32": false,
+		"::1/128": false,
 	} {
-		if got := address(1, prefix).Refused(); got != want {
-			t.Errorf("%s refused: %v, want %v", prefix, got, want)
-		}
+		t.Run(prefix, func(t *testing.T) {
+			if got := address(1, prefix).Refused(); got != want {
+				t.Errorf("Refused() = %v, want %v", got, want)
+			}
+		})
 	}
 	if (Address{}).Refused() {
-		t.Error("an address without prefix is refused")
+		t.Error("Refused() = true for the zero Address")
 	}
 }
 
 func TestRoutes(t *testing.T) {
 	var prefixes []netip.Prefix
-	for _, s := range []string{"2001:db8::/32", "10.1.0.0/16", "10.0.0.1/16", "192.0.2.0/24", "192.0.2.128/25", "255.255.255.255/32", "::/128", "192.0.2.0/24"} {
+	for _, s := range []string{"2001:db8::/32", "10.1.0.0/16", "10.0.0.1/16", "192.0.2.0/24",
+		"192.0.2.128/25", "255.255.255.255/32", "::/128", "192.0.2.0/24"} {
 		prefixes = append(prefixes, netip.MustParsePrefix(s))
 	}
 	want := []Route{
@@ -188,12 +223,12 @@ func TestRoutes(t *testing.T) {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 	if r := Routes(nil, 0); len(r) != 0 {
-		t.Errorf("routes of nothing: %v", r)
+		t.Errorf("Routes(nil, 0) = %v, want none", r)
 	}
 }
 
-// genAddr draws addresses close to each other, so that ranges meet, and close to
-// the ends of the address space.
+// genAddr draws addresses close to each other, so that ranges meet, and close
+// to the ends of the address space.
 func genAddr(is4 bool) *rapid.Generator[netip.Addr] {
 	return rapid.Custom(func(t *rapid.T) netip.Addr {
 		b := make([]byte, 16)
@@ -217,13 +252,16 @@ var genCapsule = rapid.OneOf(
 	rapid.Custom(func(t *rapid.T) Capsule {
 		c := new(AddressAssign)
 		for range rapid.IntRange(0, 8).Draw(t, "n") {
-			c.Addresses = append(c.Addresses, Address{rapid.Uint64Range(0, math.MaxUint64>>2).Draw(t, "id"), genPrefix.Draw(t, "prefix")})
+			c.Addresses = append(c.Addresses,
+				Address{rapid.Uint64Range(0, math.MaxUint64>>2).Draw(t, "id"),
+					genPrefix.Draw(t, "prefix")})
 		}
 		return c
 	}),
 	rapid.Custom(func(t *rapid.T) Capsule {
 		c := new(AddressRequest)
-		for _, id := range rapid.SliceOfNDistinct(rapid.Uint64Range(1, math.MaxUint64>>2), 1, 8, rapid.ID).Draw(t, "ids") {
+		for _, id := range rapid.SliceOfNDistinct(rapid.Uint64Range(1, math.MaxUint64>>2), 1, 8,
+			rapid.ID).Draw(t, "ids") {
 			c.Addresses = append(c.Addresses, Address{id, genPrefix.Draw(t, "prefix")})
 		}
 		return c
@@ -260,8 +298,8 @@ func TestRoundTrip(t *testing.T) {
 	})
 }
 
-// Routes covers exactly the addresses of the prefixes, in as few ranges as there
-// can be, in an order that may be sent.
+// TestRoutesProperties checks that Routes covers exactly the addresses of the
+// prefixes, in the smallest number of ranges and in a valid order.
 func TestRoutesProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		prefixes := rapid.SliceOf(genPrefix).Draw(t, "prefixes")
@@ -276,28 +314,32 @@ func TestRoutesProperties(t *testing.T) {
 		}
 		addr := genAddr(rapid.Bool().Draw(t, "is4")).Draw(t, "addr")
 		want := slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(addr) })
-		got := slices.ContainsFunc(routes, func(r Route) bool { return r.overlaps(Route{Start: addr, End: addr}) })
+		got := slices.ContainsFunc(routes, func(r Route) bool {
+			return r.overlaps(Route{Start: addr, End: addr})
+		})
 		if got != want {
 			t.Fatalf("%s in %v: %v, want %v", addr, routes, got, want)
 		}
 	})
 }
 
-// Validate finds an overlap between a range for all protocols and one for some
-// exactly where comparing each with each finds it.
+// TestOverlapWithAllProtocols compares the overlaps that Validate finds by
+// binary search with the overlaps found by comparing all pairs of ranges.
 func TestOverlapWithAllProtocols(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		prefixes := rapid.SliceOfN(genPrefix, 0, 6)
 		all := Routes(prefixes.Draw(t, "all"), 0)
-		some := Routes(prefixes.Draw(t, "some"), 6)
+		one := Routes(prefixes.Draw(t, "one"), 6)
 		want := false
 		for _, a := range all {
-			want = want || slices.ContainsFunc(some, a.overlaps)
+			want = want || slices.ContainsFunc(one, a.overlaps)
 		}
-		routes := append(slices.Clone(all), some...)
-		slices.SortStableFunc(routes, func(a, b Route) int { return a.Start.BitLen() - b.Start.BitLen() })
+		routes := append(slices.Clone(all), one...)
+		slices.SortStableFunc(routes, func(a, b Route) int {
+			return a.Start.BitLen() - b.Start.BitLen()
+		})
 		if err := (&RouteAdvertisement{routes}).Validate(); (err != nil) != want {
-			t.Fatalf("%v: overlap %v, got %v", routes, want, err)
+			t.Fatalf("%v: Validate returned %[3]v, want an error: %[2]v", routes, want, err)
 		}
 	})
 }

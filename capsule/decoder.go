@@ -6,12 +6,12 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 )
 
-// decoder takes the fields of entries off the value of a capsule. Once a field
-// is cut or impossible, err is set and every later field is zero.
+// decoder consumes the value of a capsule field by field. When a field is
+// truncated or invalid, err is set and all later fields decode as zero.
 type decoder struct {
 	typ   Type
-	entry int // index of the current entry
-	b     []byte
+	entry int    // index of the current entry
+	b     []byte // remaining bytes of the value
 	err   error
 }
 
@@ -21,7 +21,7 @@ func (d *decoder) fail(field, format string, args ...any) {
 	}
 }
 
-// take returns the next n bytes, or nil.
+// take consumes the next n bytes. It returns nil if there are fewer.
 func (d *decoder) take(field string, n int) []byte {
 	if d.err != nil {
 		return nil
@@ -56,7 +56,8 @@ func (d *decoder) varint(field string) uint64 {
 	return v
 }
 
-// version returns the length in bytes of the addresses of the entry.
+// version decodes the IP version and returns the length in bytes of its
+// addresses.
 func (d *decoder) version() int {
 	switch v := d.uint8(fieldVersion); {
 	case d.err != nil:
@@ -71,7 +72,7 @@ func (d *decoder) version() int {
 	}
 }
 
-// address returns an address of n bytes.
+// address decodes an address of n bytes.
 func (d *decoder) address(field string, n int) netip.Addr {
 	a, _ := netip.AddrFromSlice(d.take(field, n))
 	return a

@@ -9,23 +9,26 @@ import (
 )
 
 // DNSAssign tells the peer the full list of DNS configurations
-// (draft-ietf-masque-connect-ip-dns-06 section 3.4). Each one replaces the one
-// before; an empty one takes all of them away. Whoever receives one decides
-// whether to trust its sender with name resolution.
+// (draft-ietf-masque-connect-ip-dns-06 section 3.4). Each capsule replaces the
+// previous one; an empty list withdraws all configurations. The receiver
+// decides whether it trusts the sender with name resolution.
 type DNSAssign struct {
 	Configurations []DNSConfiguration
 }
 
-// DNSConfiguration is nameservers and what they are for
-// (draft-ietf-masque-connect-ip-dns-06 section 3.3). Domains are fully qualified
-// names of letters, digits, "-" and "_", as IDNA A-labels, without the final dot.
+// DNSConfiguration is a list of nameservers and the domains they resolve
+// (draft-ietf-masque-connect-ip-dns-06 section 3.3). Domains are fully
+// qualified names of letters, digits, "-" and "_", as IDNA A-labels, without
+// the final dot.
 type DNSConfiguration struct {
-	Nameservers []Nameserver // at least one
+	// Nameservers has at least one entry.
+	Nameservers []Nameserver
 
-	// InternalDomains are those that the nameservers resolve, with all names
-	// below them; "" is the root, and so stands for all names.
+	// InternalDomains are the domains that the nameservers resolve, each with
+	// all names below it. The root, "", stands for all names.
 	InternalDomains []string
 
+	// SearchDomains complete names that are not fully qualified.
 	SearchDomains []string
 }
 
@@ -42,12 +45,12 @@ func (c *DNSAssign) Append(b []byte) []byte {
 	return append(b, value...)
 }
 
-// Validate checks that each configuration has nameservers, that the names are
-// domain names, and what [Nameserver] says of its fields.
+// Validate checks that each configuration has nameservers, that domains are
+// domain names, and that the fields of each [Nameserver] follow its comments.
 //
-// It accepts a nameserver with neither an address nor no-default-alpn, against
-// the letter of section 3.2, because the draft's own example of a full tunnel is
-// such a one: it can still be found by its name.
+// It accepts a nameserver with neither an address nor no-default-alpn, although
+// section 3.2 forbids it: the draft's own example of a full tunnel has one, and
+// the receiver can resolve its name.
 func (c *DNSAssign) Validate() error {
 	for i := range c.Configurations {
 		if err := c.Configurations[i].validate(i); err != nil {
@@ -83,19 +86,21 @@ func (c *DNSConfiguration) validate(entry int) error {
 	}
 	for _, name := range c.InternalDomains {
 		if name != "" && !isDomain(name) {
-			return errorf(TypeDNSAssign, entry, fieldInternalDomain, "%.64q is not a domain name", name)
+			return errorf(TypeDNSAssign, entry, fieldInternalDomain,
+				"%.64q is not a domain name", name)
 		}
 	}
 	for _, name := range c.SearchDomains {
 		if !isDomain(name) {
-			return errorf(TypeDNSAssign, entry, fieldSearchDomain, "%.64q is not a domain name", name)
+			return errorf(TypeDNSAssign, entry, fieldSearchDomain,
+				"%.64q is not a domain name", name)
 		}
 	}
 	return nil
 }
 
-// decodeDNS decodes the value of a DNS_ASSIGN. It checks no more than is needed
-// to build the configurations.
+// decodeDNS decodes the value of a DNS_ASSIGN. It checks only the form that it
+// needs to build the configurations; Validate checks the rest.
 func decodeDNS(value []byte) ([]DNSConfiguration, error) {
 	var configurations []DNSConfiguration
 	d := decoder{typ: TypeDNSAssign, b: value}
@@ -117,8 +122,9 @@ func decodeDNS(value []byte) ([]DNSConfiguration, error) {
 	return configurations, nil
 }
 
-// count returns how many fields follow, each of size bytes or more. It is not
-// more than there is room for.
+// count decodes the number of fields that follow, each of at least size bytes.
+// A number of fields that cannot fit the rest of the capsule is an error, so
+// that callers may allocate by it.
 func (d *decoder) count(field string, size int) int {
 	n := d.varint(field)
 	if d.err == nil && n > uint64(len(d.b)/size) {
@@ -140,8 +146,8 @@ func (d *decoder) domains(count, field string) []string {
 	return domains
 }
 
-// domain returns a name. The final dot that the presentation format of a fully
-// qualified name may have (RFC 1035 section 5.1) is taken off.
+// domain decodes a name. It removes the final dot that a fully qualified name
+// may have in presentation format (RFC 1035 section 5.1).
 func (d *decoder) domain(field string) string {
 	n := d.count(field, 1)
 	return strings.TrimSuffix(string(d.take(field, n)), ".")
@@ -152,8 +158,9 @@ func appendDomain(b []byte, name string) []byte {
 	return append(b, name...)
 }
 
-// isDomain reports whether name is a domain name in presentation format, other
-// than the root, in which nothing has to be escaped wherever it is written.
+// isDomain reports whether name is a domain name in presentation format other
+// than the root. It accepts only characters that need no escaping in any file
+// or command the name may be written to.
 func isDomain(name string) bool {
 	if len(name) > 253 {
 		return false
@@ -164,7 +171,8 @@ func isDomain(name string) bool {
 		}
 		for _, c := range []byte(label) {
 			switch {
-			case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '_':
+			case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+			case c == '-', c == '_':
 			default:
 				return false
 			}
@@ -174,11 +182,11 @@ func isDomain(name string) bool {
 }
 
 // PREF64 tells the peer the full list of NAT64 prefixes
-// (draft-ietf-masque-connect-ip-dns-06 section 4). Each one replaces the one
-// before; an empty one says that there is no NAT64.
+// (draft-ietf-masque-connect-ip-dns-06 section 4). Each capsule replaces the
+// previous one; an empty list means that there is no NAT64.
 type PREF64 struct {
-	// Prefixes are IPv6, without host bits, and of a length that RFC 6052
-	// section 2.2 has: 32, 40, 48, 56, 64 or 96.
+	// Prefixes are IPv6 prefixes without host bits. RFC 6052 section 2.2
+	// allows the lengths 32, 40, 48, 56, 64 and 96.
 	Prefixes []netip.Prefix
 }
 
@@ -186,7 +194,10 @@ type PREF64 struct {
 func (*PREF64) Type() Type { return TypePREF64 }
 
 const (
-	nat64Bytes = 12 // of the prefix on the wire, whatever its length
+	// nat64Bytes is the number of address bytes on the wire, which does not
+	// depend on the prefix length.
+	nat64Bytes = 12
+
 	nat64Entry = 1 + nat64Bytes
 )
 
@@ -201,7 +212,8 @@ func (c *PREF64) Append(b []byte) []byte {
 	return b
 }
 
-// Validate checks each prefix by itself.
+// Validate checks that each prefix is IPv6, has an allowed length and no host
+// bits.
 func (c *PREF64) Validate() error {
 	const t = TypePREF64
 	for i, p := range c.Prefixes {
@@ -209,9 +221,11 @@ func (c *PREF64) Validate() error {
 		case !p.IsValid() || !p.Addr().Is6():
 			return errorf(t, i, fieldNAT64Prefix, "it is not an IPv6 prefix")
 		case !isNAT64Length(p.Bits()):
-			return errorf(t, i, fieldNAT64Length, "%d is none of 32, 40, 48, 56, 64 and 96", p.Bits())
+			return errorf(t, i, fieldNAT64Length, "%d is none of 32, 40, 48, 56, 64 and 96",
+				p.Bits())
 		case p != p.Masked():
-			return errorf(t, i, fieldNAT64Prefix, "%s has bits set below its prefix length: it should be %s", p, p.Masked())
+			return errorf(t, i, fieldNAT64Prefix,
+				"%s has bits set below its prefix length: it should be %s", p, p.Masked())
 		}
 	}
 	return nil
@@ -225,8 +239,8 @@ func isNAT64Length(bits int) bool {
 	return false
 }
 
-// decodePREF64 decodes the value of a PREF64. Bits below the prefix length, of
-// which the draft says nothing, are cleared.
+// decodePREF64 decodes the value of a PREF64. It clears bits below the prefix
+// length, because the draft gives them no meaning.
 func decodePREF64(value []byte) ([]netip.Prefix, error) {
 	d := decoder{typ: TypePREF64, b: value}
 	prefixes := make([]netip.Prefix, 0, len(value)/nat64Entry)

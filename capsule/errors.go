@@ -7,24 +7,32 @@ import (
 
 var (
 	// ErrMalformed matches every error about a capsule that breaks the rules of
-	// its RFC, one that the end of the stream cut off included. The stream is to
-	// be reset with H3_MESSAGE_ERROR (RFC 9297 section 3.3).
+	// its RFC, including a capsule cut off by the end of the stream. The
+	// receiver resets the stream with H3_MESSAGE_ERROR (RFC 9297 section 3.3).
 	ErrMalformed = errors.New("malformed capsule")
 
-	// ErrTooLarge matches the error about a capsule that may be well-formed but
-	// is longer than the [Reader] accepts.
+	// ErrTooLarge matches the error about a capsule whose value is longer than
+	// the [Reader] accepts. The capsule may be well-formed.
 	ErrTooLarge = errors.New("capsule too large")
 )
 
-// Error is a capsule that breaks the rules of its RFC. It matches [ErrMalformed].
+// Error describes a capsule that breaks the rules of its RFC. It matches
+// [ErrMalformed].
 type Error struct {
-	Type   Type
-	Entry  int    // index of the address, route, configuration or prefix, from 0; -1: the capsule as a whole
-	Field  string // as its RFC calls it, such as "IP Prefix Length"; may be empty
+	Type Type
+
+	// Entry is the index, from 0, of the address, route, configuration or
+	// prefix. -1 means the capsule as a whole.
+	Entry int
+
+	// Field is the field's name in the RFC, such as "IP Prefix Length". It is
+	// empty if no single field is to blame.
+	Field string
+
 	Reason string
 }
 
-// Error names the capsule, the entry, the field and the reason.
+// Error returns the capsule type, the entry, the field and the reason as text.
 func (e *Error) Error() string {
 	s := "malformed " + e.Type.String() + " capsule"
 	if e.Entry >= 0 {
@@ -44,8 +52,8 @@ func errorf(t Type, entry int, field, format string, args ...any) error {
 	return &Error{Type: t, Entry: entry, Field: field, Reason: fmt.Sprintf(format, args...)}
 }
 
-// The names of fields in errors, as in the figures of RFC 9484 and RFC 9297, and
-// those of draft-ietf-masque-connect-ip-dns-06 in the last two groups.
+// The names of fields in errors. The first group is from the figures of RFC
+// 9484 and RFC 9297, the other two from draft-ietf-masque-connect-ip-dns-06.
 const (
 	fieldLength       = "Capsule Length"
 	fieldValue        = "Capsule Value"

@@ -10,27 +10,40 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 )
 
-// Nameserver is a recursive resolver and how it is reached
-// (draft-ietf-masque-connect-ip-dns-06 section 3.2). Fields from ALPN on are
-// service parameters (RFC 9460, RFC 9461).
+// Nameserver is a recursive resolver and the ways to reach it
+// (draft-ietf-masque-connect-ip-dns-06 section 3.2). The fields from ALPN on
+// are service parameters (RFC 9460, RFC 9461).
 type Nameserver struct {
-	Priority  uint16       // from 1; the lowest is preferred (RFC 9460 section 2.4.1)
-	Addresses []netip.Addr // without zones; IPv4 comes first on the wire
+	// Priority is at least 1. The lowest is preferred (RFC 9460 section 2.4.1).
+	Priority uint16
 
-	// AuthName is the domain name that the nameserver proves to have on an
-	// encrypted transport; "" if it has none of those, and no ALPN then.
+	// Addresses have no zones. On the wire, IPv4 comes first.
+	Addresses []netip.Addr
+
+	// AuthName is the domain name that the nameserver authenticates as on an
+	// encrypted transport. It is empty if there is no encrypted transport, and
+	// then ALPN is empty and NoDefaultALPN is false.
 	AuthName string
 
-	ALPN          []string   // encrypted transports, such as "dot", "doq", "h2" and "h3"
-	NoDefaultALPN bool       // there is no unencrypted DNS
-	Port          uint16     // 0: the default one of the transport
-	DoHPath       string     // relative URI template of DNS over HTTPS; "": none
-	Params        []SvcParam // all others, in increasing order of their keys
+	// ALPN lists encrypted transports, such as "dot", "doq", "h2" and "h3".
+	ALPN []string
+
+	// NoDefaultALPN means that the nameserver does not offer unencrypted DNS.
+	NoDefaultALPN bool
+
+	// Port is 0 for the default port of each transport.
+	Port uint16
+
+	// DoHPath is the relative URI template for DNS over HTTPS, or "".
+	DoHPath string
+
+	// Params are all other service parameters, in increasing order of keys.
+	Params []SvcParam
 }
 
-// SvcParam is a service parameter that this package does not look into, in wire
-// format (RFC 9460 section 2.2). Address hints are not among them: they must not
-// be sent.
+// SvcParam is a service parameter in wire format (RFC 9460 section 2.2) that
+// has no field in [Nameserver]. Validate refuses address hints, because the
+// draft forbids them.
 type SvcParam struct {
 	Key   uint16
 	Value []byte
@@ -48,8 +61,10 @@ const (
 )
 
 const (
-	minNameserver = 2 + 1 + 1 + 1 + 1 // bytes of a nameserver on the wire
-	maxSvcValue   = 1<<16 - 1
+	// minNameserver is the length in bytes of the shortest nameserver.
+	minNameserver = 2 + 1 + 1 + 1 + 1
+
+	maxSvcValue = 1<<16 - 1
 )
 
 // Unencrypted reports whether queries may be sent to the addresses of the
@@ -58,7 +73,8 @@ func (n *Nameserver) Unencrypted() bool {
 	if n.NoDefaultALPN || len(n.Addresses) == 0 {
 		return false
 	}
-	// What has to be understood and is not makes it unusable (RFC 9460 section 8).
+	// A client that does not understand a mandatory parameter must not use the
+	// nameserver (RFC 9460 section 8).
 	for _, p := range n.Params {
 		for b := p.Value; p.Key == svcMandatory && len(b) >= 2; b = b[2:] {
 			if !understood(binary.BigEndian.Uint16(b)) {
@@ -69,7 +85,7 @@ func (n *Nameserver) Unencrypted() bool {
 	return true
 }
 
-// understood reports whether a service parameter has a field of its own.
+// understood reports whether the service parameter has a field in [Nameserver].
 func understood(key uint16) bool {
 	return key == svcALPN || key == svcNoDefaultALPN || key == svcPort || key == svcDoHPath
 }
@@ -97,7 +113,7 @@ func (n *Nameserver) append(b []byte) []byte {
 	return append(b, params...)
 }
 
-// params returns all service parameters, in increasing order of their keys.
+// params returns all service parameters in increasing order of their keys.
 func (n *Nameserver) params() []SvcParam {
 	all := slices.Clone(n.Params)
 	if len(n.ALPN) > 0 {
@@ -131,7 +147,7 @@ func (n *Nameserver) validate(entry int) error {
 	}
 	for _, a := range n.Addresses {
 		if !a.IsValid() || a.Zone() != "" {
-			return fail(fieldAddress, "it is not an address without zone")
+			return fail(fieldAddress, "it is not an address, or has a zone")
 		}
 	}
 	if n.AuthName != "" && !isDomain(n.AuthName) {
@@ -155,11 +171,12 @@ func (n *Nameserver) validate(entry int) error {
 		case p.Key == svcIPv4Hint || p.Key == svcIPv6Hint:
 			return fail(fieldParams, "ipv4hint and ipv6hint are not allowed")
 		case understood(p.Key):
-			return fail(fieldParams, "key %d is a field of its own", p.Key)
+			return fail(fieldParams, "key %d has a field of its own in Nameserver", p.Key)
 		case i > 0 && p.Key <= n.Params[i-1].Key:
 			return fail(fieldParams, "key %d after key %d", p.Key, n.Params[i-1].Key)
 		case len(p.Value) > maxSvcValue:
-			return fail(fieldParams, "key %d has %d bytes, at most %d are possible", p.Key, len(p.Value), maxSvcValue)
+			return fail(fieldParams, "key %d has %d bytes, at most %d are possible", p.Key,
+				len(p.Value), maxSvcValue)
 		case p.Key == svcMandatory && !isMandatory(p.Value):
 			return fail(fieldParams, "mandatory is not a list of keys in increasing order")
 		}
@@ -167,14 +184,16 @@ func (n *Nameserver) validate(entry int) error {
 	return nil
 }
 
-// isDoHPath reports whether s may be the template of a path (RFC 9461 section 5).
+// isDoHPath reports whether s may be the template of a path (RFC 9461 section
+// 5).
 func isDoHPath(s string) bool {
 	return strings.HasPrefix(s, "/") && len(s) <= maxSvcValue && utf8.ValidString(s)
 }
 
-// isMandatory reports whether b is a list of keys as RFC 9460 section 8 has it.
+// isMandatory reports whether b is a valid list of mandatory keys (RFC 9460
+// section 8): not empty, in increasing order, without mandatory itself.
 func isMandatory(b []byte) bool {
-	last := svcMandatory // which must not be in the list itself
+	last := svcMandatory
 	for ; len(b) >= 2; b = b[2:] {
 		key := int(binary.BigEndian.Uint16(b))
 		if key <= last {
@@ -212,8 +231,8 @@ func (d *decoder) nameserver() Nameserver {
 	return n
 }
 
-// setParam takes the service parameter with the given key into n. A value that
-// is not of the form that its key asks for is an error of d.
+// setParam stores the service parameter in n. It makes d fail if the value does
+// not have the format that the key requires.
 func (n *Nameserver) setParam(d *decoder, key uint16, value []byte) {
 	switch key {
 	case svcALPN:

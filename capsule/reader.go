@@ -9,41 +9,45 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 )
 
-// Reader reads the capsules of one stream (RFC 9297 section 3.2). It belongs to
-// one goroutine.
+// Reader reads the capsules of one stream (RFC 9297 section 3.2). It is not
+// safe for concurrent use.
 type Reader struct {
-	// Skipped, unless nil, is called by Next for each capsule of unknown type
-	// that it has skipped.
+	// Skipped is called by Next after it skipped a capsule of unknown type. It
+	// may be nil.
 	Skipped func(Type)
 
 	r        *bufio.Reader
-	maxValue uint64
-	value    bytes.Buffer // of the current capsule
+	maxValue uint64 // bytes
+
+	// value and limited belong to the current capsule. They are fields, like
+	// datagram, so that Next does not allocate for a packet.
+	value    bytes.Buffer
 	limited  io.LimitedReader
-	datagram Datagram // returned by Next, again and again
-	err      error    // what Next returns from now on
+	datagram Datagram
+
+	err error // returned by every later Next
 }
 
-// readAhead is how much is read ahead, in bytes. Capsules are few, and most are short.
+// readAhead is the size in bytes of the buffer for reading ahead. It is small
+// because capsules are few and most are short.
 const readAhead = 256
 
-// NewReader returns a Reader of the capsules in r, which it reads ahead of what
-// Next returns. maxValue is the longest value of a known capsule that is
-// accepted, in bytes; a Reader holds memory in proportion to the longest value
-// that arrived, never more than a small multiple of maxValue.
+// NewReader returns a Reader of the capsules in r. It may read more from r than
+// Next has returned. maxValue is the length in bytes of the longest value that
+// is accepted for a known type. The memory of a Reader grows with the longest
+// value that arrived, to a small multiple of maxValue at most.
 func NewReader(r io.Reader, maxValue int) *Reader {
 	return &Reader{r: bufio.NewReaderSize(r, readAhead), maxValue: uint64(max(maxValue, 0))}
 }
 
-// Next returns the next capsule of a known type. Capsules of other types are
-// skipped, in constant memory and whatever their length.
+// Next returns the next capsule of a known type. It skips capsules of other
+// types, however long, in constant memory.
 //
-// At the end of the stream the error is io.EOF when the last capsule was whole.
-// It matches [ErrMalformed] for a capsule that is malformed or cut by the end of
-// the stream, and [ErrTooLarge] for one longer than the Reader accepts, which is
-// known before any of it is read. Errors of the underlying reader are wrapped.
-// After any error the position in the stream is lost, and Next returns the same
-// error again.
+// The error is io.EOF if the stream ends between two capsules. It matches
+// [ErrMalformed] if a capsule is malformed or cut off by the end of the stream,
+// and [ErrTooLarge] if the announced length is more than the Reader accepts.
+// Errors of the underlying reader are wrapped. After an error the position in
+// the stream is lost, so every later call returns the same error.
 func (r *Reader) Next() (Capsule, error) {
 	if r.err != nil {
 		return nil, r.err
@@ -89,7 +93,8 @@ func (r *Reader) next() (Capsule, error) {
 			continue
 		}
 		if length > r.maxValue {
-			return nil, fmt.Errorf("%w: a %s capsule of %d bytes, at most %d are accepted", ErrTooLarge, t, length, r.maxValue)
+			return nil, fmt.Errorf("%w: a %s capsule of %d bytes, at most %d are accepted",
+				ErrTooLarge, t, length, r.maxValue)
 		}
 		if err := r.read(t, length); err != nil {
 			return nil, err
@@ -98,21 +103,22 @@ func (r *Reader) next() (Capsule, error) {
 	}
 }
 
-// skip discards the length bytes that are the value of a capsule.
+// skip discards the value of a capsule, which has length bytes.
 func (r *Reader) skip(t Type, length uint64) error {
-	const chunk = 1 << 20 // Discard takes an int, of 32 bits on some machines
-	for left := length; left > 0; {
-		n, err := r.r.Discard(int(min(left, chunk)))
-		left -= uint64(n)
+	// Discard takes an int, which has 32 bits on some machines.
+	const chunk = 1 << 20
+	for remaining := length; remaining > 0; {
+		n, err := r.r.Discard(int(min(remaining, chunk)))
+		remaining -= uint64(n)
 		if err != nil {
-			return valueError(t, length-left, length, err)
+			return valueError(t, length-remaining, length, err)
 		}
 	}
 	return nil
 }
 
-// read reads the length bytes that are the value of a capsule into r.value,
-// which grows with what arrives, not with what was announced.
+// read reads the value of a capsule, which has length bytes, into r.value. The
+// buffer grows with the bytes that arrive, not with the announced length.
 func (r *Reader) read(t Type, length uint64) error {
 	r.value.Reset()
 	r.limited = io.LimitedReader{R: r.r, N: int64(length)}
@@ -126,7 +132,7 @@ func (r *Reader) read(t Type, length uint64) error {
 	return nil
 }
 
-// valueError returns the error for a value of which n of length bytes were read.
+// valueError returns the error for a value cut off after n of length bytes.
 func valueError(t Type, n, length uint64, err error) error {
 	if err == io.EOF {
 		return errorf(t, -1, fieldValue, "the stream ends after %d of %d bytes", n, length)
@@ -164,7 +170,7 @@ func (r *Reader) decode(t Type, value []byte) (Capsule, error) {
 		a := new(PREF64)
 		a.Prefixes, err = decodePREF64(value)
 		c = a
-	default: // a packet, and so without allocation
+	default: // TypeDatagram, for which nothing is allocated
 		r.datagram.Payload = value
 		c = &r.datagram
 	}

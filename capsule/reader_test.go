@@ -15,7 +15,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// readAll reads capsules until an error, which it returns with them.
+// readAll returns all capsules of r and the error that ended them.
 func readAll(r *Reader) ([]Capsule, error) {
 	var capsules []Capsule
 	for {
@@ -35,7 +35,7 @@ func unknownCapsule(value string) []byte {
 	return append(appendHeader(nil, 0x17, len(value)), value...)
 }
 
-// However the stream is cut into reads, the same capsules come out of it.
+// TestReaderSequence splits the same stream into reads in different ways.
 func TestReaderSequence(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		want := rapid.SliceOf(genCapsule).Draw(t, "capsules")
@@ -46,8 +46,8 @@ func TestReaderSequence(t *testing.T) {
 		}
 		readers := map[string]func(io.Reader) io.Reader{
 			"whole":     func(r io.Reader) io.Reader { return r },
-			"dripped":   iotest.OneByteReader,
-			"halved":    iotest.HalfReader,
+			"one byte":  iotest.OneByteReader,
+			"half":      iotest.HalfReader,
 			"early EOF": iotest.DataErrReader,
 		}
 		for name, wrap := range readers {
@@ -68,9 +68,11 @@ func TestReaderSequence(t *testing.T) {
 	})
 }
 
-// A stream that ends inside a capsule, known or not, is malformed wherever it ends.
-func TestReaderCut(t *testing.T) {
-	whole := (&AddressAssign{[]Address{address(70, "192.0.2.1/32"), address(0, "2001:db8::/64")}}).Append(nil)
+// TestReaderTruncated ends the stream after each byte of a capsule. Truncated
+// capsules of unknown types are malformed too.
+func TestReaderTruncated(t *testing.T) {
+	whole := (&AddressAssign{[]Address{address(70, "192.0.2.1/32"),
+		address(0, "2001:db8::/64")}}).Append(nil)
 	for _, b := range [][]byte{
 		whole,
 		(&Datagram{Payload: make([]byte, 100)}).Append(nil),
@@ -79,7 +81,7 @@ func TestReaderCut(t *testing.T) {
 	} {
 		for n := 1; n < len(b); n++ {
 			r := NewReader(bytes.NewReader(b[:n]), 1<<10)
-			r.Skipped = func(Type) { t.Fatalf("%x: counted as skipped", b[:n]) }
+			r.Skipped = func(Type) { t.Fatalf("%x: reported as skipped", b[:n]) }
 			if c, err := r.Next(); !errors.Is(err, ErrMalformed) {
 				t.Fatalf("%x: %v, %v, want ErrMalformed", b[:n], c, err)
 			}
@@ -87,11 +89,13 @@ func TestReaderCut(t *testing.T) {
 	}
 }
 
-// Types and lengths need not be encoded in the fewest bytes (RFC 9000 section 16).
+// TestReaderLongVarints has a type and a length that are not encoded in the
+// fewest bytes, which RFC 9000 section 16 allows.
 func TestReaderLongVarints(t *testing.T) {
 	b := quicvarint.AppendWithLen(nil, uint64(TypeRouteAdvertisement), 8)
 	b = quicvarint.AppendWithLen(b, 0, 4)
-	if c, err := NewReader(bytes.NewReader(b), 0).Next(); err != nil || c.Type() != TypeRouteAdvertisement {
+	if c, err := NewReader(bytes.NewReader(b), 0).Next(); err != nil ||
+		c.Type() != TypeRouteAdvertisement {
 		t.Errorf("got %v, %v", c, err)
 	}
 }
@@ -103,16 +107,16 @@ func TestReaderTransportError(t *testing.T) {
 		r := NewReader(io.MultiReader(bytes.NewReader(b[:n]), iotest.ErrReader(broken)), 1<<10)
 		c, err := r.Next()
 		if !errors.Is(err, broken) || errors.Is(err, ErrMalformed) {
-			t.Fatalf("after %d bytes: %v, %v, want that the stream was reset", n, c, err)
+			t.Fatalf("after %d bytes: %v, %v, want the error of the stream", n, c, err)
 		}
 		if _, again := r.Next(); again != err {
-			t.Fatalf("the second time: %v, want %v", again, err)
+			t.Fatalf("the next call returned %v, want %v", again, err)
 		}
 	}
 }
 
-// After an error the position in the stream is lost: what follows is not read as
-// if it were a capsule.
+// TestReaderErrorIsFinal checks that the bytes after an error are not read as a
+// capsule, because the position in the stream is lost.
 func TestReaderErrorIsFinal(t *testing.T) {
 	good := (&AddressAssign{}).Append(nil)
 	bad := (&AddressRequest{}).Append(nil)
@@ -133,20 +137,23 @@ func TestReaderEntryErrors(t *testing.T) {
 		entry int
 		field string
 	}{
-		{"request id cut", TypeAddressAssign, v4 + "\x40", 1, fieldRequestID},
+		{"request id truncated", TypeAddressAssign, v4 + "\x40", 1, fieldRequestID},
 		{"no version", TypeAddressAssign, v4 + "\x00", 1, fieldVersion},
 		{"version 0", TypeAddressAssign, v4 + "\x00\x00", 1, fieldVersion},
-		{"address cut", TypeAddressAssign, v4 + v4 + "\x00\x06\x00\x00", 2, fieldAddress},
+		{"address truncated", TypeAddressAssign, v4 + v4 + "\x00\x06\x00\x00", 2, fieldAddress},
 		{"no prefix length", TypeAddressAssign, v4[:6], 0, fieldPrefixLength},
-		{"prefix length 33", TypeAddressRequest, "\x01\x04\x00\x00\x00\x00\x21", 0, fieldPrefixLength},
-		{"prefix length 129", TypeAddressRequest, "\x01\x06" + strings.Repeat("\x00", 16) + "\x81", 0, fieldPrefixLength},
+		{"prefix length 33", TypeAddressRequest, "\x01\x04\x00\x00\x00\x00\x21", 0,
+			fieldPrefixLength},
+		{"prefix length 129", TypeAddressRequest, "\x01\x06" + strings.Repeat("\x00", 16) + "\x81",
+			0, fieldPrefixLength},
 		{"host bits", TypeAddressAssign, v4 + "\x00\x04\xc0\x00\x02\x01\x1f", 1, fieldAddress},
 		{"id 0", TypeAddressRequest, v4, 0, fieldRequestID},
 		{"id twice", TypeAddressRequest, "\x01" + v4[1:] + "\x01" + v4[1:], 1, fieldRequestID},
 		{"route version 7", TypeRouteAdvertisement, "\x07", 0, fieldVersion},
 		{"no start", TypeRouteAdvertisement, "\x06", 0, fieldStart},
-		{"end cut", TypeRouteAdvertisement, "\x04\x00\x00\x00\x00\x00", 0, fieldEnd},
-		{"no protocol", TypeRouteAdvertisement, "\x04\x00\x00\x00\x00\x00\x00\x00\x00", 0, fieldProtocol},
+		{"end truncated", TypeRouteAdvertisement, "\x04\x00\x00\x00\x00\x00", 0, fieldEnd},
+		{"no protocol", TypeRouteAdvertisement, "\x04\x00\x00\x00\x00\x00\x00\x00\x00", 0,
+			fieldProtocol},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			b := append(appendHeader(nil, tt.typ, len(tt.value)), tt.value...)
@@ -166,11 +173,12 @@ func TestReaderTooLarge(t *testing.T) {
 	const limit = 14
 	two := &AddressAssign{[]Address{address(0, "192.0.2.1/32"), address(0, "192.0.2.2/32")}}
 	if _, err := NewReader(bytes.NewReader(two.Append(nil)), limit).Next(); err != nil {
-		t.Errorf("a value of the limit: %v", err)
+		t.Errorf("a value as long as the limit: %v", err)
 	}
-	for _, typ := range []Type{TypeDatagram, TypeAddressAssign, TypeAddressRequest, TypeRouteAdvertisement, TypeDNSAssign, TypePREF64} {
+	for _, typ := range []Type{TypeDatagram, TypeAddressAssign, TypeAddressRequest,
+		TypeRouteAdvertisement, TypeDNSAssign, TypePREF64} {
 		for _, length := range []uint64{limit + 1, 1 << 32, quicvarint.Max} {
-			// The value never arrives: the length alone decides.
+			// The value never arrives, because the length is enough to decide.
 			b := quicvarint.Append(quicvarint.Append(nil, uint64(typ)), length)
 			r := NewReader(io.MultiReader(bytes.NewReader(b), iotest.ErrReader(errOpen)), limit)
 			if c, err := r.Next(); !errors.Is(err, ErrTooLarge) || errors.Is(err, ErrMalformed) {
@@ -178,12 +186,13 @@ func TestReaderTooLarge(t *testing.T) {
 			}
 		}
 	}
-	if _, err := NewReader(bytes.NewReader(two.Append(nil)), -1).Next(); !errors.Is(err, ErrTooLarge) {
+	if _, err := NewReader(bytes.NewReader(two.Append(nil)), -1).Next(); !errors.Is(err,
+		ErrTooLarge) {
 		t.Errorf("with a negative limit: %v, want ErrTooLarge", err)
 	}
 }
 
-// zeros is a stream of n zero bytes.
+// zeros returns a stream of n zero bytes.
 func zeros(n int64) io.Reader { return io.LimitReader(zeroReader{}, n) }
 
 type zeroReader struct{}
@@ -193,7 +202,7 @@ func (zeroReader) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// allocated returns how many bytes f allocates.
+// allocated returns the number of bytes that f allocates.
 func allocated(f func()) uint64 {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
@@ -202,35 +211,41 @@ func allocated(f func()) uint64 {
 	return after.TotalAlloc - before.TotalAlloc
 }
 
-// An unknown capsule without end, or unknown capsules without end, cost no memory.
+// TestReaderEndlessUnknown reads one endless capsule of unknown type, and an
+// endless sequence of short ones, in constant memory.
 func TestReaderEndlessUnknown(t *testing.T) {
 	const n = 16 << 20
 	streams := map[string]io.Reader{
-		"one": io.MultiReader(bytes.NewReader(quicvarint.Append(quicvarint.Append(nil, 0x17), quicvarint.Max)), zeros(n), iotest.ErrReader(errOpen)),
+		"one": io.MultiReader(bytes.NewReader(quicvarint.Append(quicvarint.Append(nil, 0x17),
+			quicvarint.Max)), zeros(n), iotest.ErrReader(errOpen)),
 		"many": io.MultiReader(
 			bytes.NewReader(bytes.Repeat(unknownCapsule(""), 1<<16)), iotest.ErrReader(errOpen)),
 	}
 	for name, stream := range streams {
-		r := NewReader(stream, 1<<10)
-		used := allocated(func() {
-			if c, err := r.Next(); !errors.Is(err, errOpen) {
-				t.Errorf("%s: %v, %v, want that the stream is still open", name, c, err)
+		t.Run(name, func(t *testing.T) {
+			r := NewReader(stream, 1<<10)
+			used := allocated(func() {
+				if c, err := r.Next(); !errors.Is(err, errOpen) {
+					t.Errorf("got %v, %v, want errOpen", c, err)
+				}
+			})
+			if used > 64<<10 {
+				t.Errorf("%d bytes allocated", used)
 			}
 		})
-		if used > 64<<10 {
-			t.Errorf("%s: %d bytes allocated", name, used)
-		}
 	}
 }
 
-// Memory is for what arrives, not for what is announced.
+// TestReaderAnnouncedOnly announces a long value of which little arrives.
+// Memory is allocated only for the bytes that arrive.
 func TestReaderAnnouncedOnly(t *testing.T) {
 	const announced = 1 << 30
 	b := quicvarint.Append(quicvarint.Append(nil, uint64(TypeRouteAdvertisement)), announced)
-	r := NewReader(io.MultiReader(bytes.NewReader(b), zeros(1000), iotest.ErrReader(errOpen)), announced)
+	r := NewReader(io.MultiReader(bytes.NewReader(b), zeros(1000), iotest.ErrReader(errOpen)),
+		announced)
 	used := allocated(func() {
 		if c, err := r.Next(); !errors.Is(err, errOpen) {
-			t.Errorf("got %v, %v, want that the stream is still open", c, err)
+			t.Errorf("got %v, %v, want errOpen", c, err)
 		}
 	})
 	if used > 1<<20 {
@@ -238,19 +253,22 @@ func TestReaderAnnouncedOnly(t *testing.T) {
 	}
 }
 
-// Capsules of very many entries are decoded, and the checks across entries hold up.
+// TestReaderLargestCapsules decodes capsules with so many entries that checks
+// in quadratic time would not end.
 func TestReaderLargestCapsules(t *testing.T) {
 	const n = 1 << 16
 	var request AddressRequest
 	var routes RouteAdvertisement
 	addr := netip.MustParseAddr("10.0.0.0")
 	for i := range n {
-		request.Addresses = append(request.Addresses, Address{uint64(i + 1), netip.PrefixFrom(addr, 32)})
+		request.Addresses = append(request.Addresses,
+			Address{uint64(i + 1), netip.PrefixFrom(addr, 32)})
 		routes.Routes = append(routes.Routes, Route{Start: addr, End: addr})
 		addr = addr.Next().Next()
 	}
 	for _, r := range routes.Routes[:n] {
-		routes.Routes = append(routes.Routes, Route{Start: r.Start.Next(), End: r.Start.Next(), Protocol: 6})
+		routes.Routes = append(routes.Routes,
+			Route{Start: r.Start.Next(), End: r.Start.Next(), Protocol: 6})
 	}
 	for _, want := range []Capsule{&request, &routes} {
 		b := want.Append(nil)
@@ -259,12 +277,13 @@ func TestReaderLargestCapsules(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(got.Append(nil), b) {
-			t.Errorf("%s: not what was sent", want.Type())
+			t.Errorf("%s: the decoded capsule differs from the sent one", want.Type())
 		}
 	}
 }
 
-// Reading packets off the stream does not allocate once the buffer has grown.
+// TestReaderDatagramAllocations checks that Next does not allocate for packets
+// once its buffer has grown.
 func TestReaderDatagramAllocations(t *testing.T) {
 	const n, size = 100, 10 << 10
 	capsules := bytes.Repeat((&Datagram{Payload: make([]byte, size)}).Append(nil), n+2)
@@ -284,11 +303,14 @@ func FuzzReader(f *testing.F) {
 	for _, v := range readVectors(f) {
 		f.Add(v.bytes(f))
 	}
-	f.Add(append(unknownCapsule("skip me"), (&AddressAssign{[]Address{address(0, "0.0.0.0/0")}}).Append(nil)...))
+	f.Add(append(unknownCapsule("skip me"),
+		(&AddressAssign{[]Address{address(0, "0.0.0.0/0")}}).Append(nil)...))
 	f.Add((&DNSAssign{[]DNSConfiguration{{
 		Nameservers: []Nameserver{{
-			Priority: 1, Addresses: addrs("192.0.2.1", "2001:db8::1"), AuthName: "a.example", ALPN: []string{"dot"}, NoDefaultALPN: true,
-			Port: 853, DoHPath: "/", Params: []SvcParam{{0, []byte{0, 3}}, {5, []byte("x")}, {9, nil}},
+			Priority: 1, Addresses: addrs("192.0.2.1", "2001:db8::1"), AuthName: "a.example",
+			ALPN: []string{"dot"}, NoDefaultALPN: true,
+			Port: 853, DoHPath: "/",
+			Params: []SvcParam{{0, []byte{0, 3}}, {5, []byte("x")}, {9, nil}},
 		}},
 		InternalDomains: []string{""}, SearchDomains: []string{"b.example"},
 	}}}).Append(nil))
@@ -300,16 +322,17 @@ func FuzzReader(f *testing.F) {
 			t.Fatalf("unexpected error: %v", err)
 		}
 
-		// However it arrives, the stream means the same.
-		dripped, drippedErr := readAll(NewReader(iotest.OneByteReader(bytes.NewReader(b)), limit))
-		if diff := cmp.Diff(capsules, dripped, compare); diff != "" {
-			t.Fatalf("byte by byte (-whole +dripped):\n%s", diff)
+		// The result does not depend on the size of reads.
+		bytewise, bytewiseErr := readAll(
+			NewReader(iotest.OneByteReader(bytes.NewReader(b)), limit))
+		if diff := cmp.Diff(capsules, bytewise, compare); diff != "" {
+			t.Fatalf("(-read at once +read byte by byte):\n%s", diff)
 		}
-		if drippedErr.Error() != err.Error() {
-			t.Fatalf("byte by byte: %v, whole: %v", drippedErr, err)
+		if bytewiseErr.Error() != err.Error() {
+			t.Fatalf("read byte by byte: %v, read at once: %v", bytewiseErr, err)
 		}
 
-		// What was received may be sent, and is received as what it was.
+		// Received capsules are valid to send and decode to themselves.
 		var again []byte
 		for _, c := range capsules {
 			if err := c.Validate(); err != nil {

@@ -9,21 +9,25 @@ import (
 
 // Route is an IP Address Range (RFC 9484 section 4.7.3).
 type Route struct {
-	Start, End netip.Addr // both included, of one IP version, without zone
-	Protocol   uint8      // the IP protocol the route is for; 0: all of them
+	// Start and End are the first and the last address of the range. They have
+	// the same IP version and no zone.
+	Start, End netip.Addr
+
+	// Protocol is the IP protocol that may be sent to the range. 0 means all.
+	Protocol uint8
 }
 
-// MaxRouteLen is the length of an IPv6 range in a capsule, in bytes. One of IPv4
-// is shorter.
+// MaxRouteLen is the length in bytes of the longest Route in a capsule, an IPv6
+// range.
 const MaxRouteLen = 1 + 16 + 16 + 1
 
-// overlaps reports whether an address is in both ranges.
+// overlaps reports whether any address is in both ranges.
 func (r Route) overlaps(o Route) bool {
 	return r.Start.BitLen() == o.Start.BitLen() && !r.End.Less(o.Start) && !o.End.Less(r.Start)
 }
 
-// RouteAdvertisement tells the peer the full list of ranges it may send to. Each
-// one replaces the one before; an empty one takes all routes away.
+// RouteAdvertisement tells the peer the full list of ranges it may send to.
+// Each capsule replaces the previous one; an empty list withdraws all routes.
 type RouteAdvertisement struct {
 	Routes []Route
 }
@@ -47,19 +51,19 @@ func (c *RouteAdvertisement) Append(b []byte) []byte {
 	return b
 }
 
-// Validate checks that each range is one, that ranges are in order of version,
-// protocol and address, and that none overlaps another of the same protocol or
-// of protocol 0.
+// Validate checks that each range is valid, that ranges are sorted by IP
+// version, protocol and start address, and that no range overlaps another with
+// the same protocol or with protocol 0.
 func (c *RouteAdvertisement) Validate() error {
 	const t = TypeRouteAdvertisement
 	for i, r := range c.Routes {
 		switch {
 		case !r.Start.IsValid() || r.Start.Zone() != "":
-			return errorf(t, i, fieldStart, "it is not an address without zone")
+			return errorf(t, i, fieldStart, "it is not an address, or has a zone")
 		case !r.End.IsValid() || r.End.Zone() != "":
-			return errorf(t, i, fieldEnd, "it is not an address without zone")
+			return errorf(t, i, fieldEnd, "it is not an address, or has a zone")
 		case r.Start.BitLen() != r.End.BitLen():
-			return errorf(t, i, fieldEnd, "%s is not of the IP version of %s", r.End, r.Start)
+			return errorf(t, i, fieldEnd, "%s and %s have different IP versions", r.End, r.Start)
 		case r.End.Less(r.Start):
 			return errorf(t, i, fieldEnd, "%s is before the start, %s", r.End, r.Start)
 		}
@@ -72,7 +76,8 @@ func (c *RouteAdvertisement) Validate() error {
 	return validateAllProtocols(c.Routes)
 }
 
-// validateAfter checks that r, the entry with index i, may follow prev.
+// validateAfter checks that r, the entry with index i, may directly follow
+// prev.
 func (r Route) validateAfter(prev Route, i int) error {
 	const t = TypeRouteAdvertisement
 	switch {
@@ -83,15 +88,16 @@ func (r Route) validateAfter(prev Route, i int) error {
 	case r.Protocol < prev.Protocol:
 		return errorf(t, i, fieldProtocol, "%d after %d", r.Protocol, prev.Protocol)
 	case r.Protocol == prev.Protocol && !prev.End.Less(r.Start):
-		return errorf(t, i, fieldStart, "%s is not above the end of the range before, %s", r.Start, prev.End)
+		return errorf(t, i, fieldStart, "%s is not above %s, the end of the previous range",
+			r.Start, prev.End)
 	}
 	return nil
 }
 
-// validateAllProtocols checks that no range for one protocol overlaps one for
-// all protocols. The routes are in order otherwise.
+// validateAllProtocols checks that no range for one protocol overlaps a range
+// for all protocols. The routes are sorted by IP version, protocol and start.
 func validateAllProtocols(routes []Route) error {
-	var all []Route // those of protocol 0, in order of address
+	var all []Route // routes with protocol 0, sorted by address
 	for _, r := range routes {
 		if r.Protocol == 0 {
 			all = append(all, r)
@@ -101,7 +107,7 @@ func validateAllProtocols(routes []Route) error {
 		if r.Protocol == 0 {
 			continue
 		}
-		// The first range for all protocols that does not end before r.
+		// all[j] is the first range that does not end before r starts.
 		j, _ := slices.BinarySearchFunc(all, r.Start, func(a Route, start netip.Addr) int {
 			return a.End.Compare(start)
 		})
@@ -114,14 +120,15 @@ func validateAllProtocols(routes []Route) error {
 	return nil
 }
 
-// decodeRoutes decodes the value of a ROUTE_ADVERTISEMENT. It checks no more than
-// is needed to build the entries.
+// decodeRoutes decodes the value of a ROUTE_ADVERTISEMENT. It checks only the
+// form that it needs to build the entries; Validate checks the rest.
 func decodeRoutes(value []byte) ([]Route, error) {
 	var routes []Route
 	d := decoder{typ: TypeRouteAdvertisement, b: value}
 	for ; len(d.b) > 0; d.entry++ {
 		n := d.version()
-		r := Route{Start: d.address(fieldStart, n), End: d.address(fieldEnd, n), Protocol: d.uint8(fieldProtocol)}
+		r := Route{Start: d.address(fieldStart, n), End: d.address(fieldEnd, n),
+			Protocol: d.uint8(fieldProtocol)}
 		if d.err != nil {
 			return nil, d.err
 		}
@@ -130,9 +137,10 @@ func decodeRoutes(value []byte) ([]Route, error) {
 	return routes, nil
 }
 
-// Routes returns the ranges of prefixes for one protocol (0: all), sorted and
-// merged, as a [RouteAdvertisement] must have them. Prefixes may overlap, be in
-// any order and have host bits; those that are not valid are left out.
+// Routes returns the addresses of prefixes as ranges for one protocol, sorted
+// and merged as a [RouteAdvertisement] requires. Protocol 0 means all
+// protocols. Prefixes may overlap, be in any order and have host bits; Routes
+// ignores invalid prefixes.
 func Routes(prefixes []netip.Prefix, protocol uint8) []Route {
 	var b netipx.IPSetBuilder
 	for _, p := range prefixes {

@@ -15,11 +15,15 @@ import (
 
 // vector is an entry of testdata/capsules.json.
 type vector struct {
-	ID      string
-	Hex     string
-	Verdict string // ok, malformed, or policy: the receiver's choice
-	Why     string
-	Fin     bool // the stream ends after it
+	ID  string
+	Hex string
+	Why string // reason for the verdict
+
+	// Verdict is "ok", "malformed", or "policy" if the receiver may choose.
+	Verdict string
+
+	// Fin means that the stream ends after the capsule.
+	Fin bool
 }
 
 func (v vector) bytes(t testing.TB) []byte {
@@ -47,10 +51,12 @@ func readVectors(t testing.TB) []vector {
 	return vectors
 }
 
-// errOpen stands for a stream on which nothing more has arrived yet.
+// errOpen ends a stream in tests that must not see io.EOF, because a real one
+// would be waiting for more bytes.
 var errOpen = errors.New("the stream is still open")
 
-// stream returns the vector as a stream that ends after it, or stays open.
+// stream returns a stream with the vector's bytes, followed by io.EOF or
+// errOpen.
 func (v vector) stream(t testing.TB) io.Reader {
 	r := io.Reader(bytes.NewReader(v.bytes(t)))
 	if !v.Fin {
@@ -60,13 +66,13 @@ func (v vector) stream(t testing.TB) io.Reader {
 }
 
 func TestVectors(t *testing.T) {
-	// How this receiver decides where the vectors leave it the choice.
+	// policy has this package's verdict on vectors that leave a choice.
 	policy := map[string]string{
 		"AR10": "malformed",
 		"RA10": "malformed",
 		"DG3":  "ok",
 		"DN4":  "ok",         // the draft's own example; see DNSAssign.Validate
-		"PF7":  "normalized", // bits that mean nothing are cleared
+		"PF7":  "normalized", // bits below the prefix are cleared
 	}
 	for _, v := range readVectors(t) {
 		t.Run(v.ID, func(t *testing.T) {
@@ -86,10 +92,10 @@ func TestVectors(t *testing.T) {
 				got, want := c.Append(nil), v.bytes(t)
 				same := bytes.HasSuffix(want, got) && (skipped || len(got) == len(want))
 				if same != (verdict == "ok") {
-					t.Errorf("encoded again: %x, received %x", got, want)
+					t.Errorf("encoded again %x, received %x", got, want)
 				}
 				if _, err := r.Next(); !errors.Is(err, errOpen) {
-					t.Errorf("after it: %v, want that the stream is still open", err)
+					t.Errorf("after the capsule: %v, want errOpen", err)
 				}
 			case "malformed":
 				if !errors.Is(err, ErrMalformed) {
@@ -98,10 +104,10 @@ func TestVectors(t *testing.T) {
 				if e, ok := errors.AsType[*Error](err); !ok {
 					t.Errorf("%v is a %T, not an *Error", err, err)
 				} else if want, _, _ := quicvarint.Parse(v.bytes(t)); e.Type != Type(want) {
-					t.Errorf("%v: about a capsule of type %d, want %d", e, e.Type, want)
+					t.Errorf("%v: capsule type %d, want %d", e, e.Type, want)
 				}
 			default:
-				t.Fatalf("no verdict for %q", v.Verdict)
+				t.Fatalf("unknown verdict %q", v.Verdict)
 			}
 		})
 	}
