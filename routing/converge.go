@@ -91,6 +91,7 @@ func (o *ops) add(kind string, do func() error, format string, args ...any) {
 // diff lists the changes in their order: what is new comes before what goes.
 func (s *scope) diff(have observed, want plan) (ops, error) {
 	var list ops
+	s.wanted = want.routes
 	if want.up && have.link == nil {
 		return nil, fmt.Errorf("interface %s (index %d): %w", s.Interface, s.index, explain(unix.ENODEV))
 	}
@@ -165,12 +166,15 @@ func (s *scope) bring(list *ops, have observed, want plan) {
 		if _, ok := have.addrs[p]; ok {
 			continue
 		}
-		for _, old := range s.rec.Addresses {
+		for old := range have.addrs {
 			if isIPv6(p) && old.Addr() == p.Addr() { // once per interface, whatever the length
 				list.add(kindAddress, func() error { return s.delAddr(have.link, old) }, "delete address %v of %s", old, s.Interface)
 			}
 		}
 		list.add(kindAddress, func() error { return s.addAddr(have.link, p) }, "add address %v to %s", p, s.Interface)
+	}
+	for _, r := range have.others {
+		list.add(kindRoute, func() error { return unlessGone(s.nl.RouteDel(&r)) }, "delete a route of another program: %v in table %d", prefixOf(r.Dst), r.Table)
 	}
 	for _, group := range groupRoutes(want.routes, have.routes) {
 		list.add(kindRoute, func() error { return s.addRoutes(group) }, "add %d %s", len(group), describe(group[0]))

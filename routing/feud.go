@@ -13,6 +13,8 @@ const (
 	// before it is restored again.
 	firstTruce = time.Second
 	maxTruce   = 10 * time.Second
+	// leakTruce is that of things without which packets leave in the clear.
+	leakTruce = 250 * time.Millisecond
 	// peace is how long something has to last to count as restored for good.
 	peace = 30 * time.Second
 )

@@ -2,6 +2,7 @@ package routing
 
 import (
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 )
@@ -68,5 +69,35 @@ func TestFeudWithoutSuccess(t *testing.T) {
 	f.note(now, "", errors.New("no memory"))
 	if f.note(now, "add it", nil); f.problem(now) != "" {
 		t.Errorf("after success: problem %q", f.problem(now))
+	}
+}
+
+// Without rules and routes packets leave in the clear: these do not stay away for
+// long, whatever takes them.
+func TestTruces(t *testing.T) {
+	for _, tt := range []struct {
+		kind string
+		err  error
+		want time.Duration
+	}{
+		{kindRule, nil, leakTruce},
+		{kindRoute, nil, leakTruce},
+		{kindTable, nil, leakTruce},
+		{kindLink, nil, leakTruce},
+		{kindAddress, nil, leakTruce},
+		{kindMTU, nil, maxTruce},
+		{kindSysctl, nil, maxTruce},
+		{kindRule, errors.New("no memory"), maxTruce},
+	} {
+		t.Run(fmt.Sprint(tt.kind, ", ", tt.err), func(t *testing.T) {
+			f := feud{maxTruce: truceFor(tt.kind, tt.err)}
+			now := time.Now()
+			for range 50 {
+				f.note(now, "add it", tt.err)
+			}
+			if got := f.due(now).Sub(now); got != tt.want {
+				t.Errorf("the pause is %v, want %v", got, tt.want)
+			}
+		})
 	}
 }

@@ -3,6 +3,7 @@ package routing
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -23,6 +24,7 @@ type observed struct {
 	gen    string                    // its address generation mode, "" without IPv6
 	addrs  map[netip.Prefix]struct{} // all of the interface
 	routes map[route]struct{}
+	others []netlink.Route // routes of our tables that are not as we make them
 	rules  map[rule]struct{}
 	strays []*netlink.Rule // rules of ours that are not as we make them
 	chains []chainText     // of our nftables table
@@ -42,7 +44,7 @@ func (s *scope) observe() (o observed, err error) {
 			return o, err
 		}
 	}
-	if o.routes, err = s.listRoutes(); err != nil {
+	if o.routes, o.others, err = s.listRoutes(); err != nil {
 		return o, err
 	}
 	o.rules = make(map[rule]struct{})
@@ -103,26 +105,77 @@ func (s *scope) families() []int {
 	return []int{unix.AF_INET}
 }
 
-// listRoutes returns the routes of ours that belong to the interface.
-func (s *scope) listRoutes() (map[route]struct{}, error) {
-	set := make(map[route]struct{})
+// listRoutes returns the routes of ours that belong to the interface, and others
+// in its tables.
+func (s *scope) listRoutes() (set map[route]struct{}, others []netlink.Route, err error) {
+	set = make(map[route]struct{})
 	for _, family := range s.families() {
 		filter := &netlink.Route{Protocol: protocol}
 		routes, err := repeat(func() ([]netlink.Route, error) {
 			return s.dump.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {
-			return nil, fmt.Errorf("list routes: %w", explain(err))
+			return nil, nil, fmt.Errorf("list routes: %w", explain(err))
 		}
 		for _, r := range routes {
 			index, _, ok := tableOwner(r.Table)
-			if ok && index == s.index&indexMask || r.Table == unix.RT_TABLE_MAIN && r.LinkIndex == s.index {
+			own := ok && index == s.index&indexMask
+			if own || r.Table == unix.RT_TABLE_MAIN && r.LinkIndex == s.index {
 				kind := max(routeKind(slices.Index(types[:], r.Type)), intoTunnel)
-				set[route{table: r.Table, prefix: prefixOf(r.Dst), kind: kind}] = struct{}{}
+				asked := route{table: r.Table, prefix: prefixOf(r.Dst), kind: kind}
+				if own && !sameRoute(&r, asked.netlink(s)) {
+					others = append(others, r)
+					continue
+				}
+				set[asked] = struct{}{}
 			}
 		}
+		for _, table := range s.tables(family == unix.AF_INET6) {
+			foreign, err := s.foreignRoutes(family, table)
+			if err != nil {
+				return nil, nil, err
+			}
+			others = append(others, foreign...)
+		}
 	}
-	return set, nil
+	return set, others, nil
+}
+
+// tables returns the tables of a family that the last plan asked for.
+func (s *scope) tables(v6 bool) []int {
+	set := make(map[int]struct{})
+	for r := range s.wanted {
+		if r.table != unix.RT_TABLE_MAIN && isIPv6(r.prefix) == v6 {
+			set[r.table] = struct{}{}
+		}
+	}
+	return slices.Sorted(maps.Keys(set))
+}
+
+// sameRoute compares where routes lead and how they compete.
+func sameRoute(a, b *netlink.Route) bool {
+	return a.Type == b.Type && a.Priority == b.Priority && (b.LinkIndex == 0 || a.LinkIndex == b.LinkIndex) &&
+		a.Gw == nil && a.Via == nil && len(a.MultiPath) == 0
+}
+
+// foreignRoutes returns the routes of a table of ours that other programs put
+// there.
+func (s *scope) foreignRoutes(family, table int) (list []netlink.Route, err error) {
+	routes, err := repeat(func() ([]netlink.Route, error) {
+		return s.dump.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+	})
+	if errors.Is(err, unix.ENOENT) {
+		return nil, nil // the table is empty
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list routes of table %d: %w", table, explain(err))
+	}
+	for _, r := range routes {
+		if r.Protocol != protocol && r.Flags&unix.RTM_F_CLONED == 0 {
+			list = append(list, r)
+		}
+	}
+	return list, nil
 }
 
 // listRules returns all policy rules, none where the kernel has no such thing.

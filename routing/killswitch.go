@@ -98,7 +98,7 @@ func (k *KillSwitch) write() (found, changed bool, err error) {
 // Keep closes the kill switch again when another program opens or changes it,
 // as the last Close had it, until ctx ends. It logs that, and calls report at
 // the start and after every change of the KillSwitchHealth. What is opened again
-// and again is closed at once a few times, and then once a second.
+// and again is closed at once a few times, and then four times a second.
 func (k *KillSwitch) Keep(ctx context.Context, report func(KillSwitchHealth)) error {
 	changed := make(chan struct{}, 1)
 	tables, err := subscribe(unix.NETLINK_NETFILTER, []uint{nftablesGroup}, nil)
@@ -159,7 +159,7 @@ func (k *KillSwitch) look(now time.Time) (h KillSwitchHealth, again time.Time) {
 // note takes note of an attempt to close the kill switch, which was found open
 // or changed.
 func (k *KillSwitch) note(now time.Time, found bool, err error) {
-	k.feud.maxTruce = firstTruce // what leaves meanwhile cannot be taken back
+	k.feud.maxTruce = leakTruce // what leaves meanwhile cannot be taken back
 	before := k.feud.problem(now)
 	k.feud.note(now, "close the kill switch", err)
 	logger := k.logger().With("table", k.table())

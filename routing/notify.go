@@ -91,33 +91,50 @@ const (
 	interfaceIndex = unix.SizeofNlMsghdr + 4 // of struct ifinfomsg and struct ifaddrmsg
 	routeProtocol  = unix.SizeofNlMsghdr + 5 // of struct rtmsg
 	nftablesGroup  = 7                       // NFNLGRP_NFTABLES
-	loadHalf       = unix.BPF_LD | unix.BPF_H | unix.BPF_ABS
-	loadByte       = unix.BPF_LD | unix.BPF_B | unix.BPF_ABS
-	loadWord       = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS
-	jumpIfEqual    = unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K
-	verdict        = unix.BPF_RET | unix.BPF_K
-	whole          = 1<<32 - 1 // bytes of the message
+
+	// findAttribute is SKF_AD_OFF + SKF_AD_NLATTR: in place of a byte of the message, it loads the offset of the attribute of
+	// the type in X, 0 for none. Attributes begin at the offset in A, for a route at routeAttributes.
+	findAttribute   = 1<<32 - 0x1000 + 12
+	routeAttributes = unix.SizeofNlMsghdr + unix.SizeofRtMsg
+	loadHalf        = unix.BPF_LD | unix.BPF_H | unix.BPF_ABS
+	loadByte        = unix.BPF_LD | unix.BPF_B | unix.BPF_ABS
+	loadWord        = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS
+	jumpIfEqual     = unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K
+	verdict         = unix.BPF_RET | unix.BPF_K
+	whole           = 1<<32 - 1 // bytes of the message
 )
 
 // ownFilter lets the kernel send notifications of all rules, of deleted routes
-// of ours, and of one interface: a host that changes other routes thousands of
-// times a second then costs us nothing.
+// of ours, of other programs' in the tables of one interface, and of that
+// interface: a host that changes other routes thousands of times a second then
+// costs us nothing.
 func ownFilter(index int) []unix.SockFilter {
 	// The filter loads in network byte order what is in that of the host.
 	kind := func(k uint16) uint32 {
 		return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, k)))
 	}
-	own := binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, uint32(index)))
+	word := func(v uint32) uint32 { return binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, v)) }
+	own := word(uint32(index))
 	return []unix.SockFilter{
 		{Code: loadHalf, K: messageType},
-		{Code: jumpIfEqual, K: kind(unix.RTM_NEWRULE), Jt: 8},
-		{Code: jumpIfEqual, K: kind(unix.RTM_DELRULE), Jt: 7},
-		{Code: jumpIfEqual, K: kind(unix.RTM_NEWROUTE), Jt: 5},
-		{Code: jumpIfEqual, K: kind(unix.RTM_DELROUTE), Jt: 2},
+		{Code: jumpIfEqual, K: kind(unix.RTM_NEWRULE), Jt: 18},
+		{Code: jumpIfEqual, K: kind(unix.RTM_DELRULE), Jt: 17},
+		{Code: jumpIfEqual, K: kind(unix.RTM_NEWROUTE), Jt: 3},
+		{Code: jumpIfEqual, K: kind(unix.RTM_DELROUTE), Jt: 4},
 		{Code: loadWord, K: interfaceIndex},
-		{Code: jumpIfEqual, K: own, Jt: 3, Jf: 2},
-		{Code: loadByte, K: routeProtocol},
-		{Code: jumpIfEqual, K: protocol, Jt: 1},
+		{Code: jumpIfEqual, K: own, Jt: 13, Jf: 12},
+		{Code: loadByte, K: routeProtocol}, // a new route: ours are no news
+		{Code: jumpIfEqual, K: protocol, Jt: 10, Jf: 2},
+		{Code: loadByte, K: routeProtocol}, // a deleted one
+		{Code: jumpIfEqual, K: protocol, Jt: 9},
+		{Code: unix.BPF_LD | unix.BPF_IMM, K: routeAttributes},
+		{Code: unix.BPF_LDX | unix.BPF_IMM, K: unix.RTA_TABLE},
+		{Code: loadByte, K: findAttribute},
+		{Code: jumpIfEqual, K: 0, Jt: 4}, // there is none
+		{Code: unix.BPF_MISC | unix.BPF_TAX},
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_IND, K: unix.SizeofRtAttr},
+		{Code: unix.BPF_ALU | unix.BPF_AND | unix.BPF_K, K: word(^uint32(0xff))}, // whatever the prefix length
+		{Code: jumpIfEqual, K: word(uint32(tableID(index, 0))), Jt: 1},
 		{Code: verdict, K: 0},
 		{Code: verdict, K: whole},
 	}

@@ -83,7 +83,7 @@ func (m *Manager) Keep(ctx context.Context, report func(Health)) error {
 	} // else there is no nf_tables in this kernel
 	var last *Health
 	return keepLooking(ctx, changed, func(ticked bool) (again time.Duration, err error) {
-		if ticked && !m.sysctlsDiffer() {
+		if ticked && !m.sysctlsDiffer() && !m.bypassDiffers() {
 			return 0, nil
 		}
 		now := time.Now()
@@ -161,6 +161,14 @@ func (m *Manager) sysctlsDiffer() bool {
 	return err != nil || len(set) > 0
 }
 
+// bypassDiffers says whether packets for the tunnel go elsewhere, or do so no
+// longer, since the last look. The kernel does not tell of all that leads there.
+func (m *Manager) bypassDiffers() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.bypassed() != m.bypass
+}
+
 // look compares what the kernel has with the applied plan, and makes the
 // changes that are due. It returns when to look again, zero for when something
 // changes.
@@ -205,10 +213,14 @@ func (m *Manager) look(now time.Time) (h Health, again time.Time, err error) {
 		}
 	}
 	m.repair.note(m, &p, held)
+	m.noteBypass()
 	h.Problem, h.Repairs = p.problem, maps.Clone(m.repair.counts)
 	h.IPv6Held = m.held != nil
 	if m.repair.lostIPv6 && h.Problem == "" {
 		h.Problem = fmt.Sprintf("IPv6 was turned off on %s while the tunnel was up: set net.ipv6.conf.%s.disable_ipv6 to 0", m.Interface, m.Interface)
+	}
+	if h.Problem == "" {
+		h.Problem = m.bypass
 	}
 	if have.link != nil {
 		h.Interface = have.link.Attrs().Name
@@ -312,6 +324,7 @@ func (r *repair) note(m *Manager, p *pass, held ops) {
 			r.feuds[kind] = f
 		}
 		done, err := p.restored[kind], p.failed[kind]
+		f.maxTruce = truceFor(kind, err)
 		before := f.problem(p.now)
 		switch {
 		case err != nil:
@@ -339,6 +352,17 @@ func (r *repair) note(m *Manager, p *pass, held ops) {
 			p.problem = problem
 		}
 	}
+}
+
+// truceFor returns how long a change that another program makes again and again
+// may stay at most. What leaves the host meanwhile, or is let in, cannot be taken
+// back; where nothing is put right, there is no gain in haste.
+func truceFor(kind string, err error) time.Duration {
+	switch {
+	case err != nil, kind == kindMTU, kind == kindSysctl:
+		return maxTruce
+	}
+	return leakTruce
 }
 
 // kinds returns the kinds that were restored or failed, now or before, in order.

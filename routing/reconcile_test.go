@@ -111,6 +111,10 @@ func TestKeep(t *testing.T) {
 		{"a routing table", client, "ip route flush table TABLE", "route", "add 2 IPv4 routes of table TABLE"},
 		{"all routes of the interface", client, "ip route flush dev masque0 table all proto 94", "route", " IPv4 routes of table "},
 		{"all IPv6 routes of ours", client, "ip -6 route flush table all proto 94", "route", " IPv6 routes of table "},
+		{"a route beside ours", client, "ip route add 128.0.0.0/1 dev up0 table TABLE", "route", "delete a route of another program: 128.0.0.0/1 in table TABLE"},
+		{"an IPv6 route before ours", client, "ip -6 route add default dev up0 metric 1 table TABLE", "route", "delete a route of another program: ::/0 in table TABLE"},
+		{"a route in place of ours", client, "ip route replace default dev up0 metric 9484 table TABLE", "route", "add 1 IPv4 routes of table TABLE"},
+		{"a route of ours that leads elsewhere", client, "ip route replace default dev up0 metric 9484 proto 94 table TABLE", "route", "add 1 IPv4 routes of table TABLE"},
 		{"all of nftables", client, "nft flush ruleset", "table", "write nftables table inet masque-one"},
 		{"our nftables table", client, "nft delete table inet masque-one", "table", "masque-one"},
 		{"our table for ARP alone", client, "nft delete table arp masque-one", "table", "masque-one"},
@@ -158,6 +162,92 @@ func TestKeep(t *testing.T) {
 				t.Errorf("%d lines of the log are about repairs, want %d, with %q:\n%s", n, len(want), named, h.log)
 			}
 		})
+	}
+}
+
+// An IPv6 address is on an interface once: one with another prefix length is in
+// the way.
+func TestKeepAnAddressWithItsLength(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, full())
+	h.ip("-6 addr del fd77::2/128 dev masque0")
+	h.ip("-6 addr add fd77::2/64 dev masque0 nodad")
+	k := h.keep(m)
+	if now := k.await("the address", func(now Health) bool { return len(now.Addresses) == 2 }); now.Problem != "" {
+		t.Errorf("the problem is %q, want none", now.Problem)
+	}
+}
+
+// What other programs put before the tunnel's rules is not ours to take away, but
+// whoever relies on the tunnel learns of it.
+func TestKeepTellsWhatGoesBesideTheTunnel(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		do, undo []string // arguments of ip(8)
+		named    string
+		routes   string // of the tunnel, "": full
+	}{
+		{"the host's routes first", []string{"rule add priority 100 lookup main"}, []string{"rule del priority 100"}, "rule 100", ""},
+		{"for IPv6", []string{"-6 rule add priority 100 lookup main"}, []string{"-6 rule del priority 100"}, "rule 100", ""},
+		{
+			"a table that is filled later", []string{"rule add priority 5210 not fwmark 0x51 lookup 77", "route add default dev up0 table 77"},
+			[]string{"route flush table 77"}, "rule 5210", "",
+		},
+		{"a route in the table local", []string{"route add 0.0.0.0/1 dev up0 table local"}, []string{"route del 0.0.0.0/1 dev up0 table local"}, "ip route get 9.9.9.9", ""},
+		{
+			"a split tunnel", []string{"rule add priority 100 lookup 77", "route add 198.18.0.0/15 dev up0 table 77"},
+			[]string{"rule del priority 100"}, "packets to 198.18.5.1 leave by up0", "198.18.5.0/24",
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t)
+			h.uplink()
+			h.tun("masque0")
+			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+			state := full()
+			if tt.routes != "" {
+				state.Routes, state.Exclude = prefixes(tt.routes), nil
+			}
+			h.apply(m, state)
+			k := h.keep(m)
+			if now, _ := k.now(); now.Problem != "" {
+				t.Errorf("the problem before is %q", now.Problem)
+			}
+			for _, change := range tt.do {
+				h.ip(change)
+			}
+			k.await("the problem", func(now Health) bool { return strings.Contains(now.Problem, tt.named) })
+			for _, change := range tt.undo {
+				h.ip(change)
+			}
+			if now := k.await("no problem", func(now Health) bool { return now.Problem == "" }); len(now.Repairs) != 0 {
+				t.Errorf("repairs: %v, want none", now.Repairs)
+			}
+		})
+	}
+}
+
+// Routes of the host that go first, and those of other tunnels, are no bypass.
+func TestKeepLetsTheHostsRoutesGoFirst(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	h.tun("masque1")
+	split := State{MTU: 1400, Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("192.168.5.0/24", "198.18.0.0/15", "198.18.0.0/16")}
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, split)
+	k := h.keep(m)
+	other := split
+	other.Addresses, other.Routes = prefixes("10.78.0.2/32"), prefixes("198.18.0.0/24")
+	h.apply(h.open(Config{Instance: "two", Interface: "masque1", Mark: DefaultMark}), other)
+	h.ip("route add 198.18.0.0/28 dev up0")
+	h.ip("link set masque0 mtu 1300")
+	if now := k.await("another look", func(now Health) bool { return now.Repairs[kindMTU] == 1 }); now.Problem != "" {
+		t.Errorf("the problem is %q, want none", now.Problem)
 	}
 }
 
@@ -296,17 +386,17 @@ func TestKeepInATugOfWar(t *testing.T) {
 	h.apply(m, full())
 	k := h.keep(m)
 	for n := uint64(1); n <= patienceOfFeud+1; n++ {
-		h.ip("rule del priority 9548")
-		k.await("the rule", func(now Health) bool { return now.Repairs["rule"] == n })
+		h.ip("link set masque0 mtu 1300")
+		k.await("the MTU", func(now Health) bool { return now.Repairs["mtu"] == n })
 	}
-	k.await("a problem", func(now Health) bool { return strings.Contains(now.Problem, "add IPv4 rule 9548") })
-	h.ip("rule del priority 9548")
-	h.ip("link set masque0 mtu 1300") // something else is put right at once all the same
-	now := k.await("the MTU", func(now Health) bool { return now.Repairs["mtu"] == 1 })
-	if now.Repairs["rule"] != patienceOfFeud+1 {
-		t.Errorf("the rule was put back %d times", now.Repairs["rule"])
+	k.await("a problem", func(now Health) bool { return strings.Contains(now.Problem, "set the MTU of masque0") })
+	h.ip("link set masque0 mtu 1300")
+	h.ip("rule del priority 9549") // something else is put right at once all the same
+	now := k.await("the rule", func(now Health) bool { return now.Repairs["rule"] == 1 })
+	if now.Repairs["mtu"] != patienceOfFeud+1 {
+		t.Errorf("the MTU was put back %d times", now.Repairs["mtu"])
 	}
-	k.await("the rule, later", func(now Health) bool { return now.Repairs["rule"] == patienceOfFeud+2 })
+	k.await("the MTU, later", func(now Health) bool { return now.Repairs["mtu"] == patienceOfFeud+2 })
 	if n := strings.Count(h.log.String(), "again and again: stop it"); n != 1 {
 		t.Errorf("the log says it %d times", n)
 	}
@@ -354,6 +444,7 @@ func TestNotificationsAreFiltered(t *testing.T) {
 		}
 	})
 	defer n.file.Close()
+	own := fmt.Sprintf("192.0.2.0/24 dev up0 proto static table %d", tableID(index, 24))
 	foreign := "route add 192.0.2.0/24 dev up0 proto static\nroute del 192.0.2.0/24 dev up0 proto static\n" +
 		"route add 2001:db8:9::/48 dev up0 proto static\nroute del 2001:db8:9::/48 dev up0 proto static\n"
 	h.batch(strings.Repeat(foreign, 1000))
@@ -368,6 +459,10 @@ func TestNotificationsAreFiltered(t *testing.T) {
 		{"addr add 10.77.0.2/32 dev masque0", unix.RTM_NEWADDR},
 		{"route add 192.0.2.0/24 dev masque0 proto 94", 0},
 		{"route del 192.0.2.0/24 dev masque0 proto 94", unix.RTM_DELROUTE},
+		{"route add " + own, unix.RTM_NEWROUTE},
+		{"route del " + own, unix.RTM_DELROUTE},
+		{fmt.Sprintf("route add 192.0.2.0/24 dev up0 proto static table %d", tableID(index+1, 24)), 0},
+		{fmt.Sprintf("-6 route add default dev up0 proto static table %d", tableID(index, 0)), unix.RTM_NEWROUTE},
 		{"link set masque0 mtu 1300", unix.RTM_NEWLINK},
 	} {
 		h.ip(tt.change)
@@ -375,11 +470,16 @@ func TestNotificationsAreFiltered(t *testing.T) {
 			continue
 		}
 		message := make([]byte, 1<<14)
-		if _, err := n.file.Read(message); err != nil {
-			t.Fatal(err)
-		}
-		if got := binary.NativeEndian.Uint16(message[messageType:]); got != tt.want {
-			t.Errorf("after %q there is a message of type %d, want %d", tt.change, got, tt.want)
+		for {
+			if _, err := n.file.Read(message); err != nil {
+				t.Fatal(err)
+			}
+			// The kernel tells of the interface in its own time, such as when its carrier comes.
+			if got := binary.NativeEndian.Uint16(message[messageType:]); got == tt.want {
+				break
+			} else if got != unix.RTM_NEWLINK {
+				t.Fatalf("after %q there is a message of type %d, want %d", tt.change, got, tt.want)
+			}
 		}
 	}
 }

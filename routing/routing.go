@@ -131,6 +131,7 @@ type Manager struct {
 	applied plan  // what it asked for
 	held    error // why its IPv6 leads nowhere, see Held
 	repair  repair
+	bypass  string // which packets for the tunnel went elsewhere at the last look
 	closed  bool
 	err     error // of Close
 	scope
@@ -152,6 +153,7 @@ type scope struct {
 	lacking map[string]bool                                        // optional features that the kernel was found to lack
 	sealed  []chainText                                            // our table when it was as it shall be; nil: not known
 	commit  func(table string, replace bool, chains []chain) error // commitTable
+	wanted  map[route]struct{}                                     // the routes of the last comparison with a plan
 	dead    bool                                                   // the process that made rec is dead: say what is undone
 }
 

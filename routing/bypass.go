@@ -1,0 +1,142 @@
+package routing
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// samples are public addresses all over those in use: where packets to them go
+// is looked at in place of all the others of a prefix that is short.
+var samples = []netip.Addr{
+	netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("65.0.0.1"), netip.MustParseAddr("130.0.0.1"), netip.MustParseAddr("193.0.0.1"),
+	netip.MustParseAddr("2001:4860::1"), netip.MustParseAddr("2606:4700::1"), netip.MustParseAddr("2a00::1"),
+}
+
+// maxSamples is how many addresses of a family are looked up.
+const maxSamples = 4
+
+// sample returns addresses that the tunnel leads to.
+func (s State) sample(v6 bool) (list []netip.Addr) {
+	add := func(a netip.Addr) {
+		one := netip.PrefixFrom(a, a.BitLen())
+		out := slices.ContainsFunc(s.Exclude, func(p netip.Prefix) bool { return p.Contains(a) }) || slices.Contains(s.Addresses, one)
+		if !out && len(list) < maxSamples && !slices.Contains(list, a) {
+			list = append(list, a)
+		}
+	}
+	for _, p := range s.Routes {
+		switch {
+		case isIPv6(p) != v6:
+		case p.Bits() < everythingBits:
+			for _, a := range samples {
+				if p.Contains(a) {
+					add(a)
+				}
+			}
+		case p.IsSingleIP():
+			add(p.Addr())
+		default:
+			add(p.Addr().Next())
+		}
+	}
+	return list
+}
+
+// bypassed says which packets for the tunnel go elsewhere, "" for none: by a
+// policy rule that another program put before the tunnel's, or a table that such
+// a rule, or the kernel's own, leads to. Whatever the kernel has of ours, it is
+// the outcome that counts, so it is asked for that. Routes of the host that may
+// go before the tunnel's are not meant. m.mu is held.
+func (m *Manager) bypassed() string {
+	if m.Mark == 0 || len(m.applied.rules) == 0 {
+		return ""
+	}
+	for _, v6 := range []bool{false, true} {
+		for _, a := range m.state.sample(v6) {
+			routes, err := m.nl.RouteGet(a.AsSlice())
+			if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_UNICAST || routes[0].LinkIndex == m.index {
+				continue // packets that lead nowhere do not leave
+			}
+			if index := routes[0].LinkIndex; !m.mayCarry(index, a) {
+				return m.describeBypass(a, index)
+			}
+		}
+	}
+	return ""
+}
+
+// noteBypass looks for packets that go elsewhere, and logs what is new. m.mu is
+// held.
+func (m *Manager) noteBypass() {
+	now := m.bypassed()
+	switch {
+	case now == m.bypass:
+	case now != "":
+		m.Logger.Warn("packets for the tunnel leave beside it", "reason", now)
+	default:
+		m.Logger.Info("packets for the tunnel leave through it again")
+	}
+	m.bypass = now
+}
+
+// mayCarry says whether packets to an address are to leave through the interface
+// rather than through this tunnel: it is another tunnel of ours, or a route of
+// the host goes first.
+func (m *Manager) mayCarry(index int, to netip.Addr) bool {
+	rules, err := m.listRules()
+	if err != nil {
+		return true
+	}
+	for i := range rules {
+		if _, owner, ok := parseRule(&rules[i]); ok && owner == index&indexMask {
+			return true
+		}
+	}
+	routes, err := m.hostRoutes()
+	if err != nil {
+		return true
+	}
+	return slices.ContainsFunc(routes, func(r hostRoute) bool {
+		return r.prefix.Contains(to) && m.state.HostFirst(netip.PrefixFrom(to, to.BitLen()))
+	})
+}
+
+func (m *Manager) describeBypass(to netip.Addr, index int) string {
+	name := fmt.Sprintf("interface %d", index)
+	if link, err := m.nl.LinkByIndex(index); err == nil {
+		name = link.Attrs().Name
+	}
+	first, last := m.rulesBefore(to.Is6())
+	if first == nil {
+		return fmt.Sprintf("packets to %v leave by %s, not through the tunnel: delete the route of another program that takes them there: ip route get %v", to, name, to)
+	}
+	return fmt.Sprintf("packets to %v leave by %s, not through the tunnel: "+
+		"delete the rule %d of another program (ip rule show), or give it a priority above %d", to, name, first.Priority, last)
+}
+
+// rulesBefore returns the first rule of another program that goes before the
+// tunnel's, nil for none, and the priority of the tunnel's last.
+func (m *Manager) rulesBefore(v6 bool) (first *netlink.Rule, last int) {
+	for r := range m.applied.rules {
+		if r.v6 == v6 {
+			last = max(last, r.netlink(&m.scope).Priority)
+		}
+	}
+	rules, err := m.listRules()
+	if err != nil {
+		return nil, last
+	}
+	for i, n := range rules {
+		_, _, own := parseRule(&n)
+		switch {
+		case own, (n.Family == netlink.FAMILY_V6) != v6, n.Table == unix.RT_TABLE_LOCAL, n.Priority > last:
+		case first == nil || n.Priority < first.Priority:
+			first = &rules[i]
+		}
+	}
+	return first, last
+}
