@@ -34,14 +34,15 @@ func TestCloseWhileReading(t *testing.T) {
 				t.Errorf("Read ended with %v, want os.ErrClosed", err)
 			}
 			if _, err := netlink.LinkByName(name); err == nil {
-				t.Errorf("%s is still there", name)
+				t.Errorf("%s still exists", name)
 			}
 
 			bufs, sizes := buffers(1)
 			if _, err := d.Read(bufs, sizes, Headroom); err != os.ErrClosed {
 				t.Errorf("Read after Close: %v, want os.ErrClosed", err)
 			}
-			if n, err := d.Write([][]byte{udpPacket(8), udpPacket(8)}, Headroom); n != 0 || err != os.ErrClosed {
+			if n, err := d.Write([][]byte{udpPacket(8), udpPacket(8)}, Headroom); n != 0 ||
+				err != os.ErrClosed {
 				t.Errorf("Write after Close: %d, %v, want os.ErrClosed", n, err)
 			}
 			if err := d.SetMTU(1400); err != os.ErrClosed {
@@ -57,7 +58,7 @@ func TestCloseWhileReading(t *testing.T) {
 	})
 }
 
-// TestCloseAmidTraffic closes a device that others use.
+// TestCloseAmidTraffic closes a device while other goroutines use it.
 func TestCloseAmidTraffic(t *testing.T) {
 	eachBackend(t, func(t *testing.T, offload bool) {
 		d := openDevice(t, Config{Offload: offload})
@@ -81,7 +82,8 @@ func TestCloseAmidTraffic(t *testing.T) {
 		for range 2 {
 			bufs, sizes := buffers(d.BatchSize())
 			use(func() error {
-				client.Write(make([]byte, 100)) // something to read; an error once the device is gone
+				// A packet for Read; fails when the device is closed.
+				client.Write(make([]byte, 100))
 				_, err := d.Write([][]byte{udpPacket(100), udpPacket(100)}, Headroom)
 				return err
 			})
@@ -102,8 +104,8 @@ func TestCloseAmidTraffic(t *testing.T) {
 	})
 }
 
-// readUntilError reads and discards packets in a goroutine, calls f, and
-// returns the error that Read ends with.
+// readUntilError calls f while a goroutine reads and discards packets, and
+// returns the error that ended the reading.
 func readUntilError(t *testing.T, d *Device, f func()) (err error) {
 	var done sync.WaitGroup
 	done.Go(func() {
@@ -123,14 +125,16 @@ func TestRemovedByOthers(t *testing.T) {
 		bringUp(t, d)
 		err := readUntilError(t, d, func() {
 			waitForRead(t)
-			if err := netlink.LinkDel(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: d.Index()}}); err != nil {
+			link := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: d.Index()}}
+			if err := netlink.LinkDel(link); err != nil {
 				t.Fatal(err)
 			}
 		})
 		if !errors.Is(err, ErrRemoved) {
 			t.Errorf("Read ended with %v, want ErrRemoved", err)
 		}
-		if n, err := d.Write([][]byte{udpPacket(8)}, Headroom); n != 0 || !errors.Is(err, ErrRemoved) {
+		if n, err := d.Write([][]byte{udpPacket(8)}, Headroom); n != 0 ||
+			!errors.Is(err, ErrRemoved) {
 			t.Errorf("Write: %d, %v, want ErrRemoved", n, err)
 		}
 		if err := d.SetMTU(1400); !errors.Is(err, ErrRemoved) {
@@ -171,7 +175,7 @@ func TestSetMTU(t *testing.T) {
 	})
 }
 
-// TestRename gives the device's first name to another one.
+// TestRename renames a device and gives its old name to a second device.
 func TestRename(t *testing.T) {
 	eachBackend(t, func(t *testing.T, offload bool) {
 		d := openDevice(t, Config{Name: "masque0", MTU: 1400, Offload: offload})
@@ -184,24 +188,32 @@ func TestRename(t *testing.T) {
 			t.Fatal(err)
 		}
 		if d.Name() != "renamed0" || d.MTU() != 1300 || other.MTU() != 1400 {
-			t.Errorf("device %s with MTU %d, the other one %d", d.Name(), d.MTU(), other.MTU())
+			t.Errorf("renamed device is %s with MTU %d, other device has MTU %d; want renamed0, 1300, 1400", d.Name(), d.MTU(), other.MTU())
 		}
 	})
 }
 
-func TestReadArguments(t *testing.T) {
+func TestInvalidArguments(t *testing.T) {
 	eachBackend(t, func(t *testing.T, offload bool) {
 		d := openDevice(t, Config{Offload: offload})
-		for name, read := range map[string]func() (int, error){
-			"no buffers":      func() (int, error) { return d.Read(nil, nil, 0) },
-			"too few sizes":   func() (int, error) { return d.Read([][]byte{{0}}, nil, 0) },
-			"offset past end": func() (int, error) { return d.Read([][]byte{make([]byte, 8)}, []int{0}, 8) },
-			"negative offset": func() (int, error) { return d.Read([][]byte{make([]byte, 8)}, []int{0}, -1) },
-			"no headroom":     func() (int, error) { return d.Write([][]byte{udpPacket(8)}, Headroom-1) },
+		for name, call := range map[string]func() (int, error){
+			"no buffers":    func() (int, error) { return d.Read(nil, nil, 0) },
+			"too few sizes": func() (int, error) { return d.Read([][]byte{{0}}, nil, 0) },
+			"offset past end": func() (int, error) {
+				return d.Read([][]byte{make([]byte, 8)}, []int{0}, 8)
+			},
+			"negative offset": func() (int, error) {
+				return d.Read([][]byte{make([]byte, 8)}, []int{0}, -1)
+			},
+			"no headroom": func() (int, error) {
+				return d.Write([][]byte{udpPacket(8)}, Headroom-1)
+			},
 		} {
-			if n, err := read(); n != 0 || !errors.Is(err, ErrInvalid) {
-				t.Errorf("%s: %d, %v, want ErrInvalid", name, n, err)
-			}
+			t.Run(name, func(t *testing.T) {
+				if n, err := call(); n != 0 || !errors.Is(err, ErrInvalid) {
+					t.Errorf("got %d, %v, want ErrInvalid", n, err)
+				}
+			})
 		}
 	})
 }
@@ -225,7 +237,8 @@ func TestReadLongPacket(t *testing.T) {
 			}
 			if bufs[0][Headroom] == 0x45 {
 				if n != 1 || sizes[0] != 200 || d.Dropped() != 2 {
-					t.Errorf("%d packets, the first of %d bytes, %d dropped; want 1, 200, 2", n, sizes[0], d.Dropped())
+					t.Errorf("%d packets, the first of %d bytes, %d dropped; want 1, 200, 2", n,
+						sizes[0], d.Dropped())
 				}
 				return
 			}
@@ -244,22 +257,24 @@ func TestWriteWhileDown(t *testing.T) {
 		}
 		bringUp(t, d)
 		if n, err := d.Write([][]byte{udpPacket(100)}, Headroom); n != 1 || err != nil {
-			t.Errorf("%d packets written, error %v, after the device came up", n, err)
+			t.Errorf("%d packets written, error %v, after the device came up; want 1, none", n, err)
 		}
 	})
 }
 
-// TestWriteBadPackets mixes good packets with what nobody should write. There
-// are more than are coalesced at once.
+// TestWriteBadPackets mixes valid packets with buffers that hold no valid
+// packet. There are more packets than are coalesced at once.
 func TestWriteBadPackets(t *testing.T) {
 	bad := map[string]struct {
 		packet func() []byte
 		want   error
 	}{
-		"empty":         {func() []byte { return make([]byte, Headroom) }, ErrInvalid},
-		"no headroom":   {func() []byte { return make([]byte, Headroom-8) }, ErrInvalid},
-		"nil":           {func() []byte { return nil }, ErrInvalid},
-		"overlong":      {func() []byte { return make([]byte, Headroom+MaxPacketLen+1) }, ErrInvalid},
+		"empty":       {func() []byte { return make([]byte, Headroom) }, ErrInvalid},
+		"no headroom": {func() []byte { return make([]byte, Headroom-8) }, ErrInvalid},
+		"nil":         {func() []byte { return nil }, ErrInvalid},
+		"overlong": {func() []byte {
+			return make([]byte, Headroom+MaxPacketLen+1)
+		}, ErrInvalid},
 		"no IP version": {func() []byte { return make([]byte, Headroom+40) }, syscall.EINVAL},
 	}
 	eachBackend(t, func(t *testing.T, offload bool) {
@@ -300,19 +315,23 @@ func TestWriteBadPackets(t *testing.T) {
 	})
 }
 
-// TestWriteCoalesces gives Write many packets of one flow in buffers that have
-// room, in buffers that have none, and in one array.
+// TestWriteCoalesces writes many packets of one flow in buffers with and
+// without spare capacity, and in one array.
 func TestWriteCoalesces(t *testing.T) {
 	const count, size = 2*maxCoalesce + 5, MaxPacketLen / maxCoalesce * 5 / 4
 	array := make([]byte, 0, count*(Headroom+MaxPacketLen))
 	layouts := map[string]func(p []byte) []byte{
-		"room":    func(p []byte) []byte { return append(make([]byte, 0, Headroom+MaxPacketLen), p...) },
-		"more":    func(p []byte) []byte { return append(make([]byte, 0, 4*MaxPacketLen), p...) },
-		"no room": func(p []byte) []byte { return p[:len(p):len(p)] },
+		"spare capacity": func(p []byte) []byte {
+			return append(make([]byte, 0, Headroom+MaxPacketLen), p...)
+		},
+		"more capacity than a packet": func(p []byte) []byte {
+			return append(make([]byte, 0, 4*MaxPacketLen), p...)
+		},
+		"no spare capacity": func(p []byte) []byte { return p[:len(p):len(p)] },
 		"one array": func(p []byte) []byte {
-			at := len(array)
+			start := len(array)
 			array = append(array, p...)
-			return array[at:len(array):len(array)]
+			return array[start:len(array):len(array)]
 		},
 	}
 	eachBackend(t, func(t *testing.T, isOffload bool) {
@@ -329,7 +348,10 @@ func TestWriteCoalesces(t *testing.T) {
 				if n, err := d.Write(bufs, Headroom); n != count || err != nil {
 					t.Errorf("%d packets written, error %v, want %d", n, err, count)
 				}
-				if o, ok := d.backend.(*offload); ok && slices.ContainsFunc(o.batch[:maxCoalesce], func(b []byte) bool { return b != nil }) {
+				if o, ok := d.backend.(*offload); ok &&
+					slices.ContainsFunc(o.batch[:maxCoalesce], func(b []byte) bool {
+						return b != nil
+					}) {
 					t.Error("Write retains buffers")
 				}
 				for range count {
@@ -346,20 +368,23 @@ const testPort = 5000
 
 func listenUDP(t *testing.T) *net.UDPConn {
 	t.Helper()
-	server, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(host4, testPort)))
+	server, err := net.ListenUDP("udp",
+		net.UDPAddrFromAddrPort(netip.AddrPortFrom(host4, testPort)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { server.Close() })
 	server.SetDeadline(time.Now().Add(patience))
-	setsockopt(t, server, unix.SOL_SOCKET, unix.SO_RCVBUF, 212992) // what everyone may have
+	// The default of net.core.rmem_max, which needs no privileges.
+	setsockopt(t, server, unix.SOL_SOCKET, unix.SO_RCVBUF, 212992)
 	return server
 }
 
 // dialUDP returns a socket whose datagrams leave the host through a device.
 func dialUDP(t *testing.T) *net.UDPConn {
 	t.Helper()
-	client, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer4, testPort)))
+	client, err := net.DialUDP("udp", nil,
+		net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer4, testPort)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -376,8 +401,8 @@ func receiveUDP(t *testing.T, server *net.UDPConn) int {
 	return n
 }
 
-// udpPacket returns a packet from peer4 to testPort on host4, with n bytes of
-// data, and Headroom in front.
+// udpPacket returns Headroom bytes followed by a packet from peer4 to testPort
+// on host4 with n bytes of data.
 func udpPacket(n int) []byte {
 	b := make([]byte, Headroom+28+n, Headroom+MaxPacketLen)
 	ip := b[Headroom:]

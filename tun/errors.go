@@ -11,32 +11,34 @@ import (
 )
 
 var (
-	// ErrInvalid: an argument or configuration value makes no sense.
+	// ErrInvalid means that an argument or a configuration value is invalid.
 	ErrInvalid = errors.New("invalid argument")
 
-	// ErrNameTaken: another network device, of whatever kind, has the name.
+	// ErrNameTaken means that a network device of any kind has the name.
 	ErrNameTaken = errors.New("name is taken")
 
-	// ErrPermission: the program may not make network devices.
+	// ErrPermission means that the program may not create network devices.
 	ErrPermission = errors.New("permission denied")
 
-	// ErrUnsupported: the host has no TUN devices.
+	// ErrUnsupported means that the host has no TUN driver.
 	ErrUnsupported = errors.New("the host has no TUN devices")
 
-	// ErrRemoved: the device was deleted by someone else while open.
+	// ErrRemoved means that another program deleted the open device.
 	ErrRemoved = errors.New("device was removed by another program")
 
-	// errPacket: read dropped a packet.
+	// errPacket means that backend.read dropped a packet.
 	errPacket = errors.New("packet dropped")
 
-	// errNoOffload: the kernel does not have what the offload device needs.
+	// errNoOffload means that the kernel does not support the offload device.
 	errNoOffload = errors.New("no offload")
 
+	// errPacketLen means that a packet given to Write is empty or longer than
+	// MaxPacketLen.
 	errPacketLen = fmt.Errorf("empty or overlong packet: %w", ErrInvalid)
 )
 
-// CheckName reports, with ErrInvalid, why name cannot be the name of a
-// device, or pattern for one as in [Config.Name].
+// CheckName returns nil if name is valid for [Config.Name], and otherwise an
+// error that matches ErrInvalid and states the reason.
 func CheckName(name string) error {
 	var reason string
 	before, after, pattern := strings.Cut(name, "%")
@@ -47,7 +49,9 @@ func CheckName(name string) error {
 		reason = fmt.Sprintf("is longer than %d bytes", unix.IFNAMSIZ-1)
 	case name == "." || name == ".." || name == "all" || name == "default":
 		reason = "is reserved"
-	case strings.ContainsFunc(before+after, func(r rune) bool { return r <= ' ' || r > '~' || r == '/' || r == ':' }):
+	case strings.ContainsFunc(before+after, func(r rune) bool {
+		return r <= ' ' || r > '~' || r == '/' || r == ':'
+	}):
 		reason = "has a character other than printable ASCII without blank, slash and colon"
 	case pattern && (!strings.HasPrefix(after, "d") || strings.Contains(after, "%")):
 		reason = "has a % that is not one %d"
@@ -57,7 +61,8 @@ func CheckName(name string) error {
 	return fmt.Errorf("tun: device name %q %s: %w", name, reason, ErrInvalid)
 }
 
-// CheckMTU reports, with ErrInvalid, that mtu is not from MinMTU to MaxMTU.
+// CheckMTU returns nil if mtu is from MinMTU to MaxMTU, and otherwise an error
+// that matches ErrInvalid.
 func CheckMTU(mtu int) error {
 	if mtu < MinMTU || mtu > MaxMTU {
 		return fmt.Errorf("tun: MTU %d is not from %d to %d: %w", mtu, MinMTU, MaxMTU, ErrInvalid)
@@ -65,14 +70,15 @@ func CheckMTU(mtu int) error {
 	return nil
 }
 
-// openError turns what the system said when device name was to be made into
-// what it means and what to do.
+// openError turns the kernel's error about creating the device into an error
+// for users, with a cause and a remedy.
 func openError(name string, err error) error {
 	var remedy string
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		err = ErrNameTaken
-		remedy = fmt.Sprintf("choose another name, or look at the device with `ip -d link show %s` and delete it", name)
+		remedy = fmt.Sprintf("choose another name, or look at the device with "+
+			"`ip -d link show %s` and delete it", name)
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		err = fmt.Errorf("%w: %w", ErrPermission, err)
 		remedy = "run as root or with CAP_NET_ADMIN, and with access to " + nodePath
@@ -85,9 +91,9 @@ func openError(name string, err error) error {
 	return fmt.Errorf("tun: open %s: %w: %s", name, err, remedy)
 }
 
-// readError turns an error of Read into what its caller is promised. When the
-// device is deleted, the runtime's poller may notice first and say no more
-// than "not pollable": the kernel knows whether the device is there.
+// readError turns an error of the backend into one that Read documents. When
+// another program deletes the device, the runtime's poller may report only "not
+// pollable", so readError asks the kernel whether the device exists.
 func (d *Device) readError(err error) error {
 	if d.removed() {
 		err = ErrRemoved
@@ -95,7 +101,7 @@ func (d *Device) readError(err error) error {
 	return d.ioError("read from", err)
 }
 
-// writeError turns an error of Write into what its caller is promised.
+// writeError turns an error of the backend into one that Write documents.
 func (d *Device) writeError(err error) error {
 	if errors.Is(err, syscall.EIO) {
 		err = fmt.Errorf("device is down: %w", err)
@@ -103,12 +109,13 @@ func (d *Device) writeError(err error) error {
 	return d.ioError("write to", err)
 }
 
-func (d *Device) ioError(what string, err error) error {
+// ioError returns the error for an operation, such as "read from", that failed.
+func (d *Device) ioError(operation string, err error) error {
 	if d.closed.Load() {
 		return os.ErrClosed
 	}
 	if errors.Is(err, os.ErrClosed) || errors.Is(err, syscall.EBADFD) {
 		err = ErrRemoved
 	}
-	return fmt.Errorf("tun: %s device %d: %w", what, d.index, err)
+	return fmt.Errorf("tun: %s device %d: %w", operation, d.index, err)
 }

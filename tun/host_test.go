@@ -25,15 +25,15 @@ var (
 	host6, peer6 = netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2")
 )
 
-// eachBackend runs test with the offload device and with the plain one.
+// eachBackend runs test with the offload device and with the plain device.
 func eachBackend(t *testing.T, test func(t *testing.T, offload bool)) {
 	for name, offload := range map[string]bool{"offload": true, "plain": false} {
 		t.Run(name, func(t *testing.T) { test(t, offload) })
 	}
 }
 
-// needTUN skips the test on a kernel that has no TUN devices, and finds
-// goroutines and descriptors that outlive it.
+// needTUN skips the test on a kernel without TUN devices. When the test ends,
+// needTUN fails it if goroutines or descriptors leaked.
 func needTUN(t *testing.T) {
 	t.Helper()
 	fd, err := openNode()
@@ -45,14 +45,16 @@ func needTUN(t *testing.T) {
 	nodes, sockets := len(descriptors(t, nodePath)), len(descriptors(t, "socket:"))
 	t.Cleanup(func() {
 		goleak.VerifyNone(t, ignore)
-		nodes, sockets := len(descriptors(t, nodePath))-nodes, len(descriptors(t, "socket:"))-sockets
+		nodes, sockets := len(descriptors(t, nodePath))-nodes,
+			len(descriptors(t, "socket:"))-sockets
 		if nodes != 0 || sockets != 0 {
 			t.Errorf("%d devices and %d sockets leaked", nodes, sockets)
 		}
 	})
 }
 
-// descriptors returns the process's open files whose path starts with prefix.
+// descriptors returns the process's descriptors of files whose path starts
+// with prefix.
 func descriptors(t *testing.T, prefix string) (fds []int) {
 	t.Helper()
 	const dir = "/proc/self/fd"
@@ -61,7 +63,8 @@ func descriptors(t *testing.T, prefix string) (fds []int) {
 		t.Fatal(err)
 	}
 	for _, e := range entries {
-		if target, _ := os.Readlink(filepath.Join(dir, e.Name())); strings.HasPrefix(target, prefix) {
+		target, _ := os.Readlink(filepath.Join(dir, e.Name()))
+		if strings.HasPrefix(target, prefix) {
 			fd, err := strconv.Atoi(e.Name())
 			if err != nil {
 				t.Fatal(err)
@@ -88,7 +91,8 @@ func openDevice(t *testing.T, cfg Config) *Device {
 	return d
 }
 
-// bringUp does what package routing does for programs.
+// bringUp gives the device addresses and sets it up, as package routing does
+// for programs.
 func bringUp(t *testing.T, d *Device) {
 	t.Helper()
 	link, err := netlink.LinkByIndex(d.Index())
@@ -105,28 +109,30 @@ func bringUp(t *testing.T, d *Device) {
 			t.Fatal(err)
 		}
 	}
-	for _, l := range []netlink.Link{link, &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo"}}} {
+	for _, l := range []netlink.Link{link,
+		&netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo"}}} {
 		if err := netlink.LinkSetUp(l); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// The kernel makes a new IPv6 address its own in the background.
+	// The kernel adds the local route of a new IPv6 address in the background.
 	waitFor(t, "local address", func() bool {
 		routes, err := netlink.RouteGet(host6.AsSlice())
 		return err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL
 	})
 }
 
-// mirror answers for the other end of a device. It sends each packet back
-// with its addresses exchanged: the host sees its own packets come from
-// peer4 or peer6. So whatever the host connects to there, it connects to
-// itself, and packets of all protocols make the way through the device.
+// mirror takes the part of the peer behind a device. It returns each packet
+// with exchanged addresses, so that the host sees its own packets arrive from
+// peer4 or peer6. A connection to one of these addresses is a connection of the
+// host with itself, and its packets of any protocol pass through the device in
+// both directions.
 type mirror struct {
-	maxBatch atomic.Int64 // most packets seen in one Read
-	written  atomic.Uint64
+	maxBatch atomic.Int64  // most packets of one Read
+	written  atomic.Uint64 // packets
 }
 
-// startMirror reads d until it is closed, which the end of the test does.
+// startMirror starts a mirror, which runs until the test ends and closes d.
 func startMirror(t *testing.T, d *Device) *mirror {
 	m := new(mirror)
 	var done sync.WaitGroup
@@ -163,13 +169,14 @@ func startMirror(t *testing.T, d *Device) *mirror {
 	return m
 }
 
-// swapAddrs exchanges the addresses of a unicast packet. Checksums hold.
+// swapAddrs exchanges the addresses of a packet to peer4 or peer6 and reports
+// whether p is one. Checksums stay valid.
 func swapAddrs(p []byte) bool {
-	at, n := 12, 4
+	start, n := 12, 4
 	if p[0]>>4 == 6 {
-		at, n = 8, 16
+		start, n = 8, 16
 	}
-	src, dst := p[at:at+n], p[at+n:at+2*n]
+	src, dst := p[start:start+n], p[start+n:start+2*n]
 	if a, _ := netip.AddrFromSlice(dst); a != peer4 && a != peer6 {
 		return false
 	}
@@ -179,7 +186,8 @@ func swapAddrs(p []byte) bool {
 	return true
 }
 
-// buffers returns n buffers for Read and Write with Headroom, and sizes.
+// buffers returns n buffers with Headroom and room for any packet, and sizes
+// for Read.
 func buffers(n int) ([][]byte, []int) {
 	bufs := make([][]byte, n)
 	for i := range bufs {
@@ -188,26 +196,28 @@ func buffers(n int) ([][]byte, []int) {
 	return bufs, make([]int, n)
 }
 
-// onThread runs f on an operating system thread of its own that ends with it,
-// so that f may change what belongs to the thread.
+// onThread runs f on a new operating system thread that ends with f, so that f
+// may change the thread's attributes, such as its namespaces.
 func onThread(f func()) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		runtime.LockOSThread() // and never unlock
+		// The thread ends because it is never unlocked.
+		runtime.LockOSThread()
 		f()
 	}()
 	<-done
 }
 
-// waitForRead returns when a goroutine waits for packets in Device.Read.
+// waitForRead waits until a goroutine blocks in Device.Read.
 func waitForRead(t *testing.T) {
 	t.Helper()
 	buf := make([]byte, 1<<20)
 	waitFor(t, "reader", func() bool {
 		for g := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
 			header, stack, _ := strings.Cut(g, "\n")
-			if strings.Contains(header, "[IO wait") && strings.Contains(stack, "tun.(*Device).Read") {
+			if strings.Contains(header, "[IO wait") &&
+				strings.Contains(stack, "tun.(*Device).Read") {
 				return true
 			}
 		}
@@ -215,14 +225,14 @@ func waitForRead(t *testing.T) {
 	})
 }
 
-// patience is how long tests wait for what must happen.
+// patience is how long tests wait for an expected event.
 const patience = 20 * time.Second
 
-func waitFor(t *testing.T, what string, happened func() bool) {
+func waitFor(t *testing.T, event string, happened func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !happened(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("no %s", what)
+			t.Fatalf("no %s after %v", event, patience)
 		}
 	}
 }

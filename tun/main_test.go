@@ -14,8 +14,8 @@ import (
 
 const inNamespace = "TUN_TEST_IN_NAMESPACE"
 
-// TestMain runs the tests in a network namespace of their own: it starts the
-// test binary again in one, which also works for users other than root.
+// TestMain runs the tests in a new network namespace. It starts the test binary
+// again in the namespace, which ordinary users can do in a user namespace.
 func TestMain(m *testing.M) {
 	if os.Getenv(inNamespace) != "" {
 		os.Exit(m.Run())
@@ -37,13 +37,15 @@ func runInNamespace() int {
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: os.Geteuid(), Size: 1}}
 		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: 1}}
 	}
-	runtime.LockOSThread() // Pdeathsig is about the thread
+	// Pdeathsig kills the child when the thread that started it ends.
+	runtime.LockOSThread()
 	err := cmd.Run()
 	if _, ok := errors.AsType[*exec.ExitError](err); ok {
 		return max(1, cmd.ProcessState.ExitCode())
 	}
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "cannot make a network namespace (run as root, or allow user namespaces): %v\n", err)
+		fmt.Fprintf(os.Stderr, "cannot create a network namespace: %v; "+
+			"run as root or allow user namespaces\n", err)
 		return 1
 	}
 	return 0

@@ -8,8 +8,7 @@ import (
 
 const nodePath = "/dev/net/tun"
 
-// openNode opens the node that makes TUN devices, in non-blocking mode. The
-// caller closes it.
+// openNode opens /dev/net/tun in non-blocking mode. The caller closes it.
 func openNode() (fd int, err error) {
 	fd, err = unix.Open(nodePath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -18,9 +17,9 @@ func openNode() (fd int, err error) {
 	return fd, nil
 }
 
-// createDevice makes a device from an open node and returns its name. Because
-// of IFF_TUN_EXCL the error is EBUSY when any device has the name; without
-// it, the kernel would attach the node to a persistent TUN device.
+// createDevice creates a device with the open node fd and returns its name.
+// Because of IFF_TUN_EXCL the error is EBUSY if any device has the name.
+// Without this flag the kernel would attach fd to a persistent TUN device.
 func createDevice(fd int, name string, flags uint16) (string, error) {
 	ifr, err := unix.NewIfreq(name)
 	if err != nil {

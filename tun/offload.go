@@ -14,35 +14,37 @@ import (
 
 const (
 	// offloadQueueLen is the length in packets of the kernel's queue in front
-	// of Read. A program sends a burst of datagrams faster than they can be
-	// read one by one, so the queue has to hold a burst: with 128, a third of
-	// 200 datagrams was lost. An entry can have 64 KiB, and the driver never
-	// pushes back on who fills it, so the queue must not be where bulk
-	// transfers wait: the reader must never wait for a tunnel, and leave the
-	// waiting to a queue that is bounded by time (package flowqueue). Beside
-	// eight CUBIC flows through such a reader, pings take 10 ms with a queue
-	// of 128 as with one of 500 or 1000. Through a reader that is itself held
-	// to 200 Mbit/s they take 45 ms with 128 and 300 ms with 500.
+	// of Read. Programs send datagrams in bursts, faster than Read can take
+	// them, so the queue must hold a burst: with 128 entries, a third of 200
+	// datagrams was lost.
+	//
+	// An entry can have 64 KiB, and the driver exerts no back pressure on
+	// senders. So bulk transfers must not wait in this queue: the reader must
+	// never wait for the tunnel, and instead use a queue that is bounded by
+	// time (package flowqueue). With such a reader, pings beside eight CUBIC
+	// flows take 10 ms whether the queue has 128, 500 or 1000 entries. With a
+	// reader limited to 200 Mbit/s they take 45 ms with 128 entries and 300 ms
+	// with 500.
 	offloadQueueLen = 512
 
-	// maxCoalesce is how many packets are given to the coalescing at once.
-	// Linux before 6.9 refuses a UDP packet of more than 64 segments, and 64
-	// packets of common size are more than fit one coalesced packet.
+	// maxCoalesce is the most packets that wireguard-go gets to coalesce at
+	// once. Linux before 6.9 refuses a UDP packet of more than 64 segments, and
+	// 64 packets of common size already exceed one coalesced packet.
 	maxCoalesce = 64
 )
 
-// offload is the device of wireguard-go, in the form that starts no
+// offload is wireguard-go's device in its unmonitored form, which starts no
 // goroutines.
 type offload struct {
 	dev wgtun.Device
 
 	mu    sync.Mutex // guards batch
-	batch [][]byte
+	batch [][]byte   // scratch space of write
 }
 
-// openOffload makes a device with virtio headers and segmentation offloads,
-// and returns its name. The error is errNoOffload where the kernel has none
-// of that. EBUSY, EPERM and so on are left for openError.
+// openOffload creates a device with virtio headers and segmentation offloads
+// and returns its name. The error matches errNoOffload if the kernel supports
+// neither. Other errors are the kernel's, for openError.
 func openOffload(name string) (*offload, string, error) {
 	fd, err := openNode()
 	if err != nil {
@@ -53,9 +55,10 @@ func openOffload(name string) (*offload, string, error) {
 		unix.Close(fd)
 		return nil, "", err
 	}
-	// From here the descriptor belongs to an os.File: when this fails, which
-	// takes a system call that just succeeded to fail, its finalizer closes
-	// it, and a second close could hit someone else's descriptor.
+	// CreateUnmonitoredTUNFromFD gives fd to an os.File. If it then fails,
+	// which is unlikely because the same system calls just succeeded, the
+	// finalizer of the file closes fd. Closing it here too could close an
+	// unrelated descriptor.
 	dev, _, err := wgtun.CreateUnmonitoredTUNFromFD(fd)
 	if err != nil {
 		return nil, "", err
@@ -79,7 +82,8 @@ func createOffload(fd int, name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO6); err != nil {
+	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD,
+		unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO6); err != nil {
 		return "", fmt.Errorf("%w: TUNSETOFFLOAD: %w", errNoOffload, err)
 	}
 	return name, nil
@@ -89,10 +93,10 @@ func (o *offload) batchSize() int { return o.dev.BatchSize() }
 
 func (o *offload) close() error { return o.dev.Close() }
 
-// read tells apart what is wrong with one packet and what is wrong with the
-// device. wireguard-go indexes buffers by what the packet's headers say: a
-// segment that is longer than a buffer makes it panic, or, where there is
-// capacity after the buffer, return a cut segment with its full length.
+// read distinguishes errors about a packet from errors of the device.
+// wireguard-go indexes buffers by lengths from the packet's headers. If a
+// segment is longer than its buffer, wireguard-go panics, or, if the buffer has
+// more capacity, returns a truncated segment with its full length.
 func (o *offload) read(bufs [][]byte, sizes []int, offset int) (n int, err error) {
 	defer func() {
 		if recover() != nil {
@@ -111,19 +115,19 @@ func (o *offload) read(bufs [][]byte, sizes []int, offset int) (n int, err error
 	return n, err
 }
 
-// isFileError reports whether err is about the device, because it comes from
-// the descriptor, rather than about a packet that was read from it. EINVAL is
-// how the driver says that it had to drop a packet whose segmentation it
-// cannot describe.
+// isFileError reports whether err comes from the file descriptor and not from
+// parsing a packet. EINVAL does not count: the driver returns it after it
+// dropped a packet whose segmentation it cannot describe.
 func isFileError(err error) bool {
 	_, ok := errors.AsType[*fs.PathError](err)
-	return ok && !errors.Is(err, unix.EINVAL) || errors.Is(err, os.ErrClosed) || errors.Is(err, io.EOF)
+	return ok && !errors.Is(err, unix.EINVAL) || errors.Is(err, os.ErrClosed) ||
+		errors.Is(err, io.EOF)
 }
 
-// write hands copies of the slice headers to wireguard-go, which moves and
-// extends them. It also fails a whole batch for one empty packet, and lets a
-// coalesced packet grow as long as there is capacity, even beyond what an IP
-// header can say; neither gets to see such a buffer.
+// write gives copies of the slice headers to wireguard-go, which reorders and
+// extends them. wireguard-go would fail a batch because of one empty packet,
+// so write leaves invalid packets out. It would also coalesce beyond the length
+// that an IP header can hold, so write limits the capacity of buffers.
 func (o *offload) write(bufs [][]byte, offset int) (n int, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -145,16 +149,17 @@ func (o *offload) write(bufs [][]byte, offset int) (n int, err error) {
 	return n, err
 }
 
-// writeBatch writes o.batch and forgets it. wireguard-go counts bytes and
-// joins the errors of the writes that failed. Where some writes of a batch
-// fail and others do not, a coalesced packet counts as one packet lost.
+// writeBatch writes o.batch, clears it and returns the number of packets
+// written. wireguard-go returns the number of bytes and joins the errors of
+// failed writes. If only some writes of a batch fail, a lost coalesced packet
+// counts as one packet.
 func (o *offload) writeBatch(offset int) (int, error) {
 	defer clear(o.batch)
-	bytes, err := o.dev.Write(o.batch, offset)
+	length, err := o.dev.Write(o.batch, offset)
 	switch {
 	case err == nil:
 		return len(o.batch), nil
-	case bytes == 0:
+	case length == 0:
 		_, first := leaves(err)
 		return 0, first
 	default:
@@ -163,7 +168,8 @@ func (o *offload) writeBatch(offset int) (int, error) {
 	}
 }
 
-// leaves returns the number of errors joined in err, and the first.
+// leaves returns the number of errors joined in err, at any depth, and the
+// first of them.
 func leaves(err error) (n int, first error) {
 	joined, ok := err.(interface{ Unwrap() []error })
 	if !ok {
@@ -177,6 +183,7 @@ func leaves(err error) (n int, first error) {
 	return n, first
 }
 
+// firstError returns a, or b if a is nil.
 func firstError(a, b error) error {
 	if a != nil {
 		return a
@@ -184,8 +191,8 @@ func firstError(a, b error) error {
 	return b
 }
 
-// validLen reports whether b has a packet after offset that is not empty and
-// not longer than an IP packet can be.
+// validLen reports whether the packet after offset in b is neither empty nor
+// longer than MaxPacketLen.
 func validLen(b []byte, offset int) bool {
 	return len(b) > offset && len(b)-offset <= MaxPacketLen
 }

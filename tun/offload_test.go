@@ -14,10 +14,10 @@ import (
 	wgtun "golang.zx2c4.com/wireguard/tun"
 )
 
-// step is one Read of a scripted device.
+// step implements one Read of a scripted device.
 type step func(bufs [][]byte, sizes []int, offset int) (int, error)
 
-// scripted is a wireguard-go device whose Reads are scripted.
+// scripted is a wireguard-go device that executes one step for each Read.
 type scripted struct {
 	wgtun.Device
 	steps []step
@@ -29,6 +29,7 @@ func (s *scripted) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	return next(bufs, sizes, offset)
 }
 
+// fails returns a step that reads n packets of one byte and returns err.
 func fails(n int, err error) step {
 	return func(_ [][]byte, sizes []int, _ int) (int, error) {
 		for i := range n {
@@ -38,8 +39,9 @@ func fails(n int, err error) step {
 	}
 }
 
-// TestReadSurvives: what is wrong with a packet is counted and not returned.
-func TestReadSurvives(t *testing.T) {
+// TestReadBadPackets checks that Read counts bad packets and continues with the
+// next one.
+func TestReadBadPackets(t *testing.T) {
 	for name, bad := range map[string]step{
 		"too many segments": fails(0, wgtun.ErrTooManySegments),
 		"malformed":         fails(0, errors.New("tcp header len is invalid: 4")),
@@ -49,7 +51,7 @@ func TestReadSurvives(t *testing.T) {
 			_ = bufs[0][offset : cap(bufs[0])+1]
 			return 1, nil
 		},
-		"cut": func(bufs [][]byte, sizes []int, offset int) (int, error) {
+		"truncated": func(bufs [][]byte, sizes []int, offset int) (int, error) {
 			sizes[0], sizes[1] = 1, len(bufs[1])-offset+1
 			return 2, nil
 		},
@@ -64,7 +66,8 @@ func TestReadSurvives(t *testing.T) {
 	}
 }
 
-// TestReadKeepsGoodSegments: the first segments of too many are good.
+// TestReadKeepsGoodSegments checks that Read returns the first segments of a
+// packet that has too many.
 func TestReadKeepsGoodSegments(t *testing.T) {
 	d := &Device{backend: newOffload(&scripted{steps: []step{fails(3, wgtun.ErrTooManySegments)}})}
 	bufs, sizes := buffers(4)
@@ -79,26 +82,29 @@ func TestReadFails(t *testing.T) {
 		&fs.PathError{Op: "read", Path: nodePath, Err: unix.EIO},
 		&fs.PathError{Op: "read", Path: nodePath, Err: errors.New("not pollable")},
 	} {
-		o := newOffload(&scripted{steps: []step{fails(0, want)}})
-		bufs, sizes := buffers(1)
-		if _, err := o.read(bufs, sizes, Headroom); err != want {
-			t.Errorf("error %v, want %v", err, want)
-		}
+		t.Run(want.Error(), func(t *testing.T) {
+			o := newOffload(&scripted{steps: []step{fails(0, want)}})
+			bufs, sizes := buffers(1)
+			if _, err := o.read(bufs, sizes, Headroom); err != want {
+				t.Errorf("error %v, want %v", err, want)
+			}
+		})
 	}
 }
 
-// TestReadAfterRemoval: the error of the descriptor does not tell that the
-// device is gone.
+// TestReadAfterRemoval checks that Read returns ErrRemoved for a removed device
+// even if the descriptor's error is less specific.
 func TestReadAfterRemoval(t *testing.T) {
 	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer nl.Close()
-	const loopback, nothing = 1, 1 << 30
+	const loopback, nonexistent = 1, 1 << 30
 	cause := errors.New("not pollable")
-	for index, want := range map[int]error{loopback: cause, nothing: ErrRemoved} {
-		dev := &scripted{steps: []step{fails(0, &fs.PathError{Op: "read", Path: nodePath, Err: cause})}}
+	for index, want := range map[int]error{loopback: cause, nonexistent: ErrRemoved} {
+		dev := &scripted{steps: []step{fails(0,
+			&fs.PathError{Op: "read", Path: nodePath, Err: cause})}}
 		d := &Device{backend: newOffload(dev), nl: nl, index: index}
 		bufs, sizes := buffers(1)
 		if _, err := d.Read(bufs, sizes, Headroom); !errors.Is(err, want) {
@@ -118,8 +124,8 @@ func TestLeaves(t *testing.T) {
 	}
 }
 
-// TestReadBadSuperPackets has the kernel hand over packets that no TCP of its
-// own would make, each followed by a good one.
+// TestReadBadSuperPackets sends large packets that the kernel's own TCP would
+// not send, each followed by a valid packet.
 func TestReadBadSuperPackets(t *testing.T) {
 	const mtu = 1400
 	d := openDevice(t, Config{MTU: mtu, Offload: true})
@@ -128,16 +134,18 @@ func TestReadBadSuperPackets(t *testing.T) {
 
 	good := tcpPacket(7)
 	bad := map[string]struct {
-		segment int // bytes of data in each packet, 0 for no segmentation
-		packet  []byte
-		bufs    [][]byte
-		min     int // packets that arrive nevertheless
+		segment int      // bytes of data in each segment; 0: no segmentation
+		packet  []byte   // sent to the device
+		bufs    [][]byte // given to Read
+		want    int      // segments that arrive
 	}{
-		"too many segments":            {100, tcpPacket(40000), sized(d.BatchSize(), MaxPacketLen), d.BatchSize() - 1},
+		"too many segments": {100, tcpPacket(40000), sized(d.BatchSize(), MaxPacketLen),
+			d.BatchSize() - 1},
 		"too many for few buffers":     {1000, tcpPacket(40000), sized(3, MaxPacketLen), 2},
 		"too many for one buffer":      {1000, tcpPacket(40000), sized(1, MaxPacketLen), 0},
 		"segments longer than buffers": {9000, tcpPacket(40000), sized(d.BatchSize(), mtu), 0},
-		"segments longer than length":  {9000, tcpPacket(40000), withSpare(sized(d.BatchSize(), mtu)), 0},
+		"segments longer than length": {9000, tcpPacket(40000),
+			withSpare(sized(d.BatchSize(), mtu)), 0},
 	}
 	for name, bad := range bad {
 		t.Run(name, func(t *testing.T) {
@@ -151,8 +159,8 @@ func TestReadBadSuperPackets(t *testing.T) {
 					t.Fatal(err)
 				}
 				if isTestTCP(bad.bufs[0][Headroom:][:sizes[0]], len(good)) {
-					if n != 1 || got != bad.min {
-						t.Errorf("%d packets, then %d; want %d, then 1", got, n, bad.min)
+					if n != 1 || got != bad.want {
+						t.Errorf("%d packets, then %d; want %d, then 1", got, n, bad.want)
 					}
 					break
 				}
@@ -169,7 +177,7 @@ func TestReadBadSuperPackets(t *testing.T) {
 	}
 }
 
-// sized returns n buffers that hold packets of size bytes.
+// sized returns n buffers with Headroom and room for packets of size bytes.
 func sized(n, size int) [][]byte {
 	bufs := make([][]byte, n)
 	for i := range bufs {
@@ -178,7 +186,7 @@ func sized(n, size int) [][]byte {
 	return bufs
 }
 
-// withSpare gives bufs capacity beyond their length.
+// withSpare replaces bufs by buffers with capacity beyond their length.
 func withSpare(bufs [][]byte) [][]byte {
 	for i, b := range bufs {
 		bufs[i] = make([]byte, len(b), 2*MaxPacketLen)
@@ -186,8 +194,8 @@ func withSpare(bufs [][]byte) [][]byte {
 	return bufs
 }
 
-// packetSocket returns a socket that sends packets with virtio headers out of
-// d, past the host's own protocols.
+// packetSocket returns a packet socket that sends packets with virtio headers
+// out of d.
 func packetSocket(t *testing.T, d *Device) int {
 	t.Helper()
 	proto := binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, unix.ETH_P_IP))
@@ -205,15 +213,16 @@ func packetSocket(t *testing.T, d *Device) int {
 	return fd
 }
 
-// send sends one TCP packet, to be cut into segments with so many bytes of
-// data, or as it is when segment is 0.
+// send sends one TCP packet. Unless segment is 0, the reader has to split it
+// into segments with that many bytes of data.
 func send(t *testing.T, fd int, packet []byte, segment int) {
 	t.Helper()
 	hdr := make([]byte, 10) // struct virtio_net_hdr
 	if segment > 0 {
 		hdr[0] = unix.VIRTIO_NET_HDR_F_NEEDS_CSUM
 		hdr[1] = unix.VIRTIO_NET_HDR_GSO_TCPV4
-		for i, v := range []int{40, segment, 20, 16} { // header length, segment, checksum start and offset
+		// header length, segment size, checksum start, checksum offset
+		for i, v := range []int{40, segment, 20, 16} {
 			binary.NativeEndian.PutUint16(hdr[2+2*i:], uint16(v))
 		}
 	}
@@ -236,8 +245,8 @@ func tcpPacket(n int) []byte {
 	return ip
 }
 
-// isTestTCP reports whether b is from tcpPacket, or cut from one, and length
-// bytes long.
+// isTestTCP reports whether b is a packet from tcpPacket, or a segment of one,
+// that is length bytes long.
 func isTestTCP(b []byte, length int) bool {
 	return len(b) == length && b[0] == 0x45 && b[9] == unix.IPPROTO_TCP
 }

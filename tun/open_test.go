@@ -3,6 +3,7 @@ package tun
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
@@ -25,14 +26,20 @@ func TestOpen(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := link.Attrs()
-			if d.Name() != want.Name || d.Index() != got.Index || d.MTU() != want.MTU || got.MTU != want.MTU {
-				t.Errorf("device %s, index %d, MTU %d; the kernel has %s, %d, %d, want %s, %d", d.Name(), d.Index(), d.MTU(),
+			if d.Name() != want.Name || d.Index() != got.Index || d.MTU() != want.MTU ||
+				got.MTU != want.MTU {
+				t.Errorf("device %s, index %d, MTU %d; in the kernel %s, %d, %d; want %s, MTU %d",
+					d.Name(), d.Index(), d.MTU(),
 					got.Name, got.Index, got.MTU, want.Name, want.MTU)
 			}
 			if got.Flags&unix.IFF_UP != 0 {
 				t.Errorf("%s is up", want.Name)
 			}
-			if queue := map[bool]int{true: offloadQueueLen, false: plainQueueLen}[offload]; got.TxQLen != queue {
+			queue := plainQueueLen
+			if offload {
+				queue = offloadQueueLen
+			}
+			if got.TxQLen != queue {
 				t.Errorf("%s has a queue of %d packets, want %d", want.Name, got.TxQLen, queue)
 			}
 		}
@@ -54,13 +61,13 @@ func TestOpenNotInherited(t *testing.T) {
 			t.Fatal(err)
 		}
 		if flags&unix.FD_CLOEXEC == 0 {
-			t.Error("programs started by this one get the device")
+			t.Error("child processes inherit the descriptor, want FD_CLOEXEC")
 		}
 	})
 }
 
-// TestOpenUndone: a device that cannot be configured does not stay. It is made
-// here, and looked for in another network namespace.
+// TestOpenUndone checks that open removes a device that it cannot configure.
+// Configuring fails because the netlink socket is in another network namespace.
 func TestOpenUndone(t *testing.T) {
 	eachBackend(t, func(t *testing.T, offload bool) {
 		needTUN(t)
@@ -82,10 +89,10 @@ func TestOpenUndone(t *testing.T) {
 		d, err := open(cfg, nl)
 		if err == nil {
 			d.Close()
-			t.Fatal("the device was found in another network namespace")
+			t.Fatal("open found its device in another network namespace")
 		}
 		if _, err := netlink.LinkByName(cfg.Name); err == nil {
-			t.Errorf("%s is still there", cfg.Name)
+			t.Errorf("%s still exists", cfg.Name)
 		}
 	})
 }
@@ -135,8 +142,9 @@ func TestOpenNameTaken(t *testing.T) {
 					t.Fatalf("error %v, want ErrNameTaken", err)
 				}
 				wantText(t, err, name, "choose another name")
-				if after, err := netlink.LinkByName(name); err != nil || after.Attrs().Index != before.Attrs().Index {
-					t.Errorf("the other device did not survive: %v", err)
+				if after, err := netlink.LinkByName(name); err != nil ||
+					after.Attrs().Index != before.Attrs().Index {
+					t.Errorf("the other device was replaced or removed: %v", err)
 				}
 			})
 		}
@@ -145,25 +153,31 @@ func TestOpenNameTaken(t *testing.T) {
 
 func TestOpenInvalid(t *testing.T) {
 	for _, cfg := range []Config{
-		{Name: "sixteen-letters0"}, {Name: "a/b"}, {Name: "a:b"}, {Name: "a b"}, {Name: "a\nb"}, {Name: "é"},
-		{Name: "."}, {Name: ".."}, {Name: "all"}, {Name: "default"}, {Name: "a%"}, {Name: "a%s"}, {Name: "a%d%d"}, {Name: "a%d%"},
+		{Name: "sixteen-letters0"}, {Name: "a/b"}, {Name: "a:b"}, {Name: "a b"}, {Name: "a\nb"},
+		{Name: "é"},
+		{Name: "."}, {Name: ".."}, {Name: "all"}, {Name: "default"}, {Name: "a%"}, {Name: "a%s"},
+		{Name: "a%d%d"}, {Name: "a%d%"},
 		{MTU: -1}, {MTU: MinMTU - 1}, {MTU: MaxMTU + 1},
 	} {
-		d, err := Open(cfg)
-		if !errors.Is(err, ErrInvalid) {
-			t.Errorf("%+v: error %v, want ErrInvalid", cfg, err)
-		}
-		if err == nil {
-			d.Close()
-		}
+		t.Run(fmt.Sprintf("name %q, MTU %d", cfg.Name, cfg.MTU), func(t *testing.T) {
+			d, err := Open(cfg)
+			if !errors.Is(err, ErrInvalid) {
+				t.Errorf("error %v, want ErrInvalid", err)
+			}
+			if err == nil {
+				d.Close()
+			}
+		})
 	}
 }
 
 func TestCheckName(t *testing.T) {
 	for _, name := range []string{"masque0", "masque%d", "a", "fifteen-letters", "%d.x_y"} {
-		if err := CheckName(name); err != nil {
-			t.Error(err)
-		}
+		t.Run(name, func(t *testing.T) {
+			if err := CheckName(name); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 	if err := CheckName(""); !errors.Is(err, ErrInvalid) {
 		t.Errorf("error %v for the empty name, want ErrInvalid", err)
@@ -223,18 +237,20 @@ func TestOpenWithoutNode(t *testing.T) {
 	})
 }
 
-// TestFallback has the kernel refuse the system calls that older kernels do
-// not have.
+// TestFallback makes the kernel refuse the ioctls that older kernels do not
+// have.
 func TestFallback(t *testing.T) {
-	for reason, request := range map[string]uint32{"TUNSETOFFLOAD": unix.TUNSETOFFLOAD, "TUNGETFEATURES": unix.TUNGETFEATURES} {
+	for reason, request := range map[string]uint32{"TUNSETOFFLOAD": unix.TUNSETOFFLOAD,
+		"TUNGETFEATURES": unix.TUNGETFEATURES} {
 		t.Run(reason, func(t *testing.T) {
 			needTUN(t)
-			var log bytes.Buffer
+			var logs bytes.Buffer
 			var d *Device
 			var err error
 			onThread(func() {
 				if err = refuseIoctl(request); err == nil {
-					d, err = Open(Config{Name: "masque7", Offload: true, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+					d, err = Open(Config{Name: "masque7", Offload: true,
+						Logger: slog.New(slog.NewTextHandler(&logs, nil))})
 				}
 			})
 			if err != nil {
@@ -242,21 +258,24 @@ func TestFallback(t *testing.T) {
 			}
 			defer d.Close()
 			if d.Offload() || d.BatchSize() != 1 || d.Name() != "masque7" {
-				t.Errorf("offload %v, batch size %d, name %s; want the plain device", d.Offload(), d.BatchSize(), d.Name())
+				t.Errorf("offload %v, batch size %d, name %s; want the plain device", d.Offload(),
+					d.BatchSize(), d.Name())
 			}
-			if strings.Count(log.String(), "\n") != 1 {
-				t.Errorf("log %q, want one line", log.String())
+			if strings.Count(logs.String(), "\n") != 1 {
+				t.Errorf("logged %q, want one line", logs.String())
 			}
-			wantText(t, errors.New(log.String()), reason, "masque7", "invalid argument")
+			wantText(t, errors.New(logs.String()), reason, "masque7", "invalid argument")
 		})
 	}
 }
 
-// refuseIoctl makes the kernel answer EINVAL to an ioctl of this thread.
+// refuseIoctl makes the kernel return EINVAL for an ioctl of this thread.
 func refuseIoctl(request uint32) error {
-	const sizeofNr, offsetArg1 = 0, 24 // in struct seccomp_data; the low half of an argument
+	// Offsets in struct seccomp_data. The ioctl request is the low half of the
+	// second argument.
+	const offsetNr, offsetArg1 = 0, 24
 	filter := []unix.SockFilter{
-		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: sizeofNr},
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: offsetNr},
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_IOCTL, Jf: 3},
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: offsetArg1},
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: request, Jf: 1},
@@ -267,14 +286,16 @@ func refuseIoctl(request uint32) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return err
 	}
-	return unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&program)), 0, 0)
+	return unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER,
+		uintptr(unsafe.Pointer(&program)), 0, 0)
 }
 
+// wantText fails the test unless the text of err contains all parts.
 func wantText(t *testing.T, err error, parts ...string) {
 	t.Helper()
 	for _, part := range parts {
 		if !strings.Contains(err.Error(), part) {
-			t.Errorf("%q does not say %q", err, part)
+			t.Errorf("%q does not contain %q", err, part)
 		}
 	}
 }

@@ -12,26 +12,29 @@ import (
 )
 
 // plainQueueLen is the length in packets of the kernel's queue in front of
-// Read: the kernel's default. No packet is longer than the MTU here.
+// Read. It is the kernel's default, because no entry is longer than the MTU.
 const plainQueueLen = 500
 
-// plain is the device of songgao/water: one packet per system call, and
-// segments made by the kernel.
+// plain is the device of songgao/water. It moves one packet per system call,
+// and the kernel does the segmentation.
 type plain struct {
 	file *os.File
 
-	mu  sync.Mutex // guards buf
-	buf []byte     // as long as any packet, so that none is cut unseen
+	mu sync.Mutex // guards buf
+
+	// buf is longer than any packet, so that read notices packets that do not
+	// fit the caller's buffer.
+	buf []byte
 }
 
-// openPlain makes a device without offloads and returns its name. EBUSY,
-// EPERM and so on are left for openError.
+// openPlain creates a device without offloads and returns its name. Errors are
+// the kernel's, for openError.
 func openPlain(name string) (*plain, string, error) {
 	if err := checkCreate(name); err != nil {
 		return nil, "", err
 	}
-	// water does not set close-on-exec; holding the lock keeps a child that
-	// is started meanwhile from inheriting the device.
+	// water does not set close-on-exec. The lock prevents other goroutines from
+	// starting a program that would inherit the device.
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
 	dev, err := water.New(water.Config{
@@ -41,8 +44,8 @@ func openPlain(name string) (*plain, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	// water opens in non-blocking mode and calls os.NewFile after TUNSETIFF,
-	// so that the runtime polls the descriptor and Close ends a Read.
+	// water opens the node in non-blocking mode and calls os.NewFile after
+	// TUNSETIFF, so the runtime polls the descriptor and Close ends a Read.
 	file, ok := dev.ReadWriteCloser.(*os.File)
 	if !ok {
 		dev.Close()
@@ -59,11 +62,13 @@ func openPlain(name string) (*plain, string, error) {
 	return &plain{file: file, buf: make([]byte, MaxPacketLen+1)}, dev.Name(), nil
 }
 
-// checkCreate asks the kernel whether a device with this name could be made,
-// without making one: flags that name no kind of device are refused with
-// EINVAL, but only after the name and the permission were checked. water
-// would attach to a persistent TUN device of that name and make it vanish
-// with ours, and it leaks its descriptor when it fails.
+// checkCreate asks the kernel whether it would create a device with this name.
+// It passes flags without a device type, which the kernel refuses with EINVAL
+// after it has checked the name and the permission.
+//
+// The check is needed because water would attach to a persistent TUN device
+// with this name, which Close would then remove, and because water leaks its
+// descriptor if it fails.
 func checkCreate(name string) error {
 	fd, err := openNode()
 	if err != nil {

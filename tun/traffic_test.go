@@ -40,7 +40,7 @@ func TestPing(t *testing.T) {
 			defer conn.Close()
 			conn.SetDeadline(time.Now().Add(patience))
 			echo := []byte{request, 0, 0, 0, 0x12, 0x34, 0, 1, 'p', 'i', 'n', 'g'}
-			if peer.Is4() { // for IPv6 the kernel does it
+			if peer.Is4() { // the kernel computes the checksum of ICMPv6
 				sum := ^onesSum(echo)
 				echo[2], echo[3] = byte(sum>>8), byte(sum)
 			}
@@ -49,7 +49,7 @@ func TestPing(t *testing.T) {
 			}
 			buf := make([]byte, 1500)
 			for {
-				n, _, err := conn.ReadFromIP(buf) // without the IP header
+				n, _, err := conn.ReadFromIP(buf) // ReadFromIP strips the IP header
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -65,7 +65,7 @@ func TestPing(t *testing.T) {
 	})
 }
 
-// onesSum is the ones' complement sum of b (RFC 1071).
+// onesSum returns the ones' complement sum of b (RFC 1071).
 func onesSum(b []byte) uint16 {
 	var sum uint32
 	for i, v := range b {
@@ -77,8 +77,8 @@ func onesSum(b []byte) uint16 {
 	return uint16(sum)
 }
 
-// TestUDP also sends many datagrams with one call: they arrive in the device
-// as one packet where the kernel can do that, and leave Read cut.
+// TestUDP sends many datagrams with one system call (UDP_SEGMENT). If the
+// kernel gives them to the device as one packet, Read has to split it.
 func TestUDP(t *testing.T) {
 	const size, count = 300, 40
 	eachBackend(t, func(t *testing.T, offload bool) {
@@ -86,13 +86,15 @@ func TestUDP(t *testing.T) {
 		bringUp(t, d)
 		startMirror(t, d)
 		eachFamily(t, func(t *testing.T, host, peer netip.Addr) {
-			server, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(host, 0)))
+			server, err := net.ListenUDP("udp",
+				net.UDPAddrFromAddrPort(netip.AddrPortFrom(host, 0)))
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer server.Close()
 			port := server.LocalAddr().(*net.UDPAddr).AddrPort().Port()
-			client, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer, port)))
+			client, err := net.DialUDP("udp", nil,
+				net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer, port)))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -100,7 +102,7 @@ func TestUDP(t *testing.T) {
 			server.SetDeadline(time.Now().Add(patience))
 			setsockopt(t, client, unix.SOL_UDP, unix.UDP_SEGMENT, size)
 
-			sent := randomBytes(size*count - size/2) // the last one is shorter
+			sent := randomBytes(size*count - size/2) // the last datagram is shorter
 			if _, err := client.Write(sent); err != nil {
 				t.Fatal(err)
 			}
@@ -117,7 +119,7 @@ func TestUDP(t *testing.T) {
 				got = append(got, buf[:n]...)
 			}
 			if !bytes.Equal(got, sent) {
-				t.Error("datagrams differ from what was sent")
+				t.Error("received datagrams differ from sent ones")
 			}
 		})
 	})
@@ -138,7 +140,7 @@ func setsockopt(t *testing.T, conn syscall.Conn, level, option, value int) {
 	}
 }
 
-// TestAllocs: packets that come and go leave no garbage.
+// TestAllocs checks that Read and Write do not allocate.
 func TestAllocs(t *testing.T) {
 	eachBackend(t, func(t *testing.T, offload bool) {
 		d := openDevice(t, Config{MTU: 1400, Offload: offload})
@@ -165,7 +167,7 @@ func TestAllocs(t *testing.T) {
 	})
 }
 
-// TestTCP sends many megabytes through the device and back.
+// TestTCP sends several megabytes through the device and back.
 func TestTCP(t *testing.T) {
 	eachBackend(t, func(t *testing.T, offload bool) {
 		d := openDevice(t, Config{MTU: 1400, Offload: offload})
@@ -181,7 +183,7 @@ func TestTCP(t *testing.T) {
 		received := link.Attrs().Statistics.RxPackets
 		t.Logf("most packets in one Read: %d; %d packets in %d writes", batch, written, received)
 		if offload && (batch < 2 || received >= written) {
-			t.Error("no segmentation or no coalescing was seen")
+			t.Error("packets were not segmented or not coalesced")
 		}
 		if !offload && batch != 1 {
 			t.Error("the plain device read more than one packet at once")
@@ -192,8 +194,8 @@ func TestTCP(t *testing.T) {
 	})
 }
 
-// echoTCP sends size bytes to peer, which is the host itself, and checks what
-// it gets back.
+// echoTCP sends size bytes to peer, which the mirror makes the host itself, and
+// checks that the same bytes come back.
 func echoTCP(t *testing.T, host, peer netip.Addr, size int) {
 	listener, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(host, 0)))
 	if err != nil {
@@ -228,7 +230,7 @@ func echoTCP(t *testing.T, host, peer netip.Addr, size int) {
 		t.Fatal(err)
 	}
 	if want := sha256.Sum256(data); int(n) != size || !bytes.Equal(hash.Sum(nil), want[:]) {
-		t.Errorf("%d bytes came back of %d, or they differ", n, size)
+		t.Errorf("%d of %d bytes came back, or they differ", n, size)
 	}
 }
 
@@ -238,12 +240,14 @@ func randomBytes(n int) []byte {
 	return b
 }
 
-// A burst fits the queue in front of Read, and what does not fit any more is counted.
+// TestBurst checks that a burst fits the queue in front of Read and that
+// Overflows counts the packets that do not fit.
 func TestBurst(t *testing.T) {
 	eachBackend(t, func(t *testing.T, offload bool) {
 		d := openDevice(t, Config{MTU: 1400, Offload: offload})
 		bringUp(t, d)
-		client, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer4, 9)))
+		client, err := net.DialUDP("udp", nil,
+			net.UDPAddrFromAddrPort(netip.AddrPortFrom(peer4, 9)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -255,13 +259,13 @@ func TestBurst(t *testing.T) {
 				}
 			}
 		}
-		send(400) // nobody reads
+		send(400) // all wait in the queue, because the test does not call Read
 		if n := d.Overflows(); n != 0 {
-			t.Errorf("%d of 400 packets did not fit, want none", n)
+			t.Errorf("%d of 400 packets were dropped, want 0", n)
 		}
 		send(400)
 		if n := d.Overflows(); n < 100 {
-			t.Errorf("%d of 800 packets are counted as dropped, want at least 100", n)
+			t.Errorf("%d of 800 packets were counted as dropped, want at least 100", n)
 		}
 	})
 }

@@ -1,16 +1,3 @@
-// Package tun drives one Linux TUN device: IP packets that the host routes
-// into it come out of [Device.Read], packets given to [Device.Write] arrive
-// in the host as if received from a network.
-//
-// There are two devices behind one batched interface. The offload device
-// exchanges virtio headers with the kernel, so that one system call moves up
-// to 64 KiB of one TCP or UDP flow: Read cuts it into packets, Write
-// coalesces packets again. The plain device moves one packet per system call.
-// Open chooses at start, see [Config.Offload].
-//
-// A device is down after Open, without addresses and routes: giving it those
-// and bringing it up is for package routing. Close removes the device from
-// the host, and all that depends on it goes with it.
 package tun
 
 import (
@@ -27,45 +14,46 @@ import (
 )
 
 const (
-	// Headroom is how many bytes callers leave free in front of each packet
-	// given to Write. The virtio header is built there.
+	// Headroom is the number of bytes that callers of Write leave free in front
+	// of each packet. Write builds the virtio header there.
 	Headroom = 16
 
 	// MaxPacketLen is the length in bytes of the longest IP packet.
 	MaxPacketLen = 65535
 
-	// MinMTU and MaxMTU bound the MTU of a device, in bytes. Below 1280 the
-	// kernel takes the device's IPv6 addresses away (RFC 8200, section 5).
+	// MinMTU and MaxMTU bound the MTU of a device, in bytes. If the MTU is less
+	// than 1280, the kernel removes the device's IPv6 addresses (RFC 8200
+	// section 5).
 	MinMTU = 68
 	MaxMTU = MaxPacketLen
 
-	// DefaultMTU is the MTU in bytes of a device opened without one: what
-	// every IPv6 link carries.
+	// DefaultMTU is the MTU in bytes if Config.MTU is 0. It is the minimum link
+	// MTU of IPv6 (RFC 8200 section 5).
 	DefaultMTU = 1280
 
-	// DefaultName is the name of a device opened without one.
+	// DefaultName is the name of the device if Config.Name is empty.
 	DefaultName = "masque%d"
 )
 
-// Config says which device Open makes.
+// Config describes the device that Open creates. The zero value is valid.
 type Config struct {
-	// Name of the device, at most 15 characters. One %d in it stands for the
-	// lowest number that is free. Empty: DefaultName.
+	// Name is the name of the device, at most 15 bytes. The kernel replaces
+	// one %d by the lowest free number. Empty means DefaultName.
 	Name string
 
-	// MTU in bytes, from MinMTU to MaxMTU. 0: DefaultMTU.
+	// MTU is in bytes, from MinMTU to MaxMTU. 0 means DefaultMTU.
 	MTU int
 
-	// Offload asks for the offload device. Where the kernel does not have
-	// what it needs, Open falls back to the plain one and logs why.
+	// Offload requests the offload device. If the kernel does not support it,
+	// Open creates the plain device and logs the reason.
 	Offload bool
 
-	// Logger takes the one line about such a fallback. nil: nothing is
-	// logged.
+	// Logger receives one line if Open falls back to the plain device. nil
+	// means that nothing is logged.
 	Logger *slog.Logger
 }
 
-// withDefaults checks cfg and fills in what was left out.
+// withDefaults returns cfg with defaults for empty fields, and checks it.
 func (cfg Config) withDefaults() (Config, error) {
 	if cfg.Name == "" {
 		cfg.Name = DefaultName
@@ -82,9 +70,10 @@ func (cfg Config) withDefaults() (Config, error) {
 	return cfg, CheckMTU(cfg.MTU)
 }
 
-// backend is what the two devices differ in. read and write follow
-// [Device.Read] and [Device.Write], except that read returns errPacket for a
-// packet it had to drop, with n packets that are good all the same.
+// backend is implemented by the offload device and the plain device. read and
+// write follow [Device.Read] and [Device.Write], except that read returns
+// errPacket after it dropped a packet. The n packets it returns with errPacket
+// are valid.
 type backend interface {
 	read(bufs [][]byte, sizes []int, offset int) (n int, err error)
 	write(bufs [][]byte, offset int) (n int, err error)
@@ -93,8 +82,8 @@ type backend interface {
 
 // Device is a TUN device. Its methods may be called concurrently.
 //
-// The device is known to the kernel by its index: it may be renamed while it
-// is in use.
+// Device identifies the interface by its index, so other programs may rename it
+// while it is in use.
 type Device struct {
 	backend   backend
 	offload   bool
@@ -104,20 +93,23 @@ type Device struct {
 	dropped atomic.Uint64
 	closed  atomic.Bool
 
-	mu   sync.Mutex      // guards what follows
-	nl   *netlink.Handle // in the network namespace of Open; nil once closed
-	name string          // as last seen
-	mtu  int             // as last seen
-	full uint64          // packets that did not fit the queue in front of Read, as last seen
+	mu sync.Mutex // guards the fields below
+
+	// nl works in the network namespace of Open. It is nil once closed.
+	nl *netlink.Handle
+
+	// name, mtu and overflows are the values last seen by refresh.
+	name      string
+	mtu       int
+	overflows uint64
 }
 
-// Open makes a new device in the network namespace of the calling thread. It
-// never takes over a device that exists.
+// Open creates a device in the network namespace of the calling thread. It
+// never attaches to an existing device.
 //
-// The error is ErrInvalid when cfg makes no sense, ErrNameTaken when a device
-// of any kind has the name, ErrPermission when CAP_NET_ADMIN is missing, and
-// ErrUnsupported when the host has no /dev/net/tun, all to be tested with
-// errors.Is; the text says what to do.
+// The error matches ErrInvalid if cfg is invalid, ErrNameTaken if an interface
+// of any kind has the name, ErrPermission if CAP_NET_ADMIN is missing, and
+// ErrUnsupported if the host has no /dev/net/tun. Its text names the remedy.
 func Open(cfg Config) (*Device, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
@@ -145,7 +137,8 @@ func open(cfg Config, nl *netlink.Handle) (*Device, error) {
 			d.backend, d.name, d.offload, d.batchSize = dev, name, true, dev.batchSize()
 			queueLen = offloadQueueLen
 		case errors.Is(err, errNoOffload):
-			cfg.Logger.Warn("tun: using the plain device, which is slower", "interface", cfg.Name, "reason", err)
+			cfg.Logger.Warn("tun: using the plain device, which is slower", "interface", cfg.Name,
+				"reason", err)
 		default:
 			return nil, openError(cfg.Name, err)
 		}
@@ -164,8 +157,8 @@ func open(cfg Config, nl *netlink.Handle) (*Device, error) {
 	return d, nil
 }
 
-// configure finds the index of a new device and sets what is not set at
-// creation.
+// configure looks up the index of the new device and sets its queue length and
+// MTU.
 func (d *Device) configure(queueLen int) error {
 	link, err := d.nl.LinkByName(d.name)
 	if err != nil {
@@ -181,9 +174,8 @@ func (d *Device) configure(queueLen int) error {
 	return nil
 }
 
-// refresh brings name and mtu up to date with the kernel. What cannot be
-// learned, because the device is closed or was removed, stays as last seen.
-// d.mu is held.
+// refresh updates name, mtu and overflows from the kernel. They keep the values
+// last seen if the device is closed or removed. d.mu is held.
 func (d *Device) refresh() {
 	if d.nl == nil {
 		return
@@ -191,12 +183,12 @@ func (d *Device) refresh() {
 	if link, err := d.nl.LinkByIndex(d.index); err == nil {
 		d.name, d.mtu = link.Attrs().Name, link.Attrs().MTU
 		if stats := link.Attrs().Statistics; stats != nil {
-			d.full = max(d.full, stats.TxDropped)
+			d.overflows = max(d.overflows, stats.TxDropped)
 		}
 	}
 }
 
-// removed reports whether the open device does not exist any more.
+// removed reports whether the interface of the open device no longer exists.
 func (d *Device) removed() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -208,9 +200,9 @@ func (d *Device) removed() bool {
 	return notFound
 }
 
-// Name returns the name of the device. It asks the kernel, because others may
-// rename it, and so it is not for the packet path. On a closed device it is
-// the last name seen.
+// Name returns the name of the device. It asks the kernel, because other
+// programs may rename the device, so it is too slow to call for each packet.
+// After Close it returns the last name seen.
 func (d *Device) Name() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -218,10 +210,10 @@ func (d *Device) Name() string {
 	return d.name
 }
 
-// Index returns the interface index, which the device keeps for life.
+// Index returns the interface index, which never changes.
 func (d *Device) Index() int { return d.index }
 
-// MTU returns the MTU in bytes. Like Name it asks the kernel.
+// MTU returns the MTU in bytes. Like Name, it asks the kernel.
 func (d *Device) MTU() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -229,19 +221,19 @@ func (d *Device) MTU() int {
 	return d.mtu
 }
 
-// Overflows returns how many packets of the host the kernel dropped so far
-// because they did not fit the queue in front of Read. What the kernel hands
-// over in one piece counts once. Like Name it asks the kernel.
+// Overflows returns the number of packets that the kernel dropped because the
+// queue in front of Read was full. A large packet that Read would have split
+// counts once. Like Name, Overflows asks the kernel.
 func (d *Device) Overflows() uint64 {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.refresh()
-	return d.full
+	return d.overflows
 }
 
-// SetMTU changes the MTU, in bytes from MinMTU to MaxMTU, also while packets
-// flow. The error is ErrInvalid when it is out of range, and os.ErrClosed
-// after Close.
+// SetMTU changes the MTU, in bytes. It may be called during Read and Write. The
+// error matches ErrInvalid if mtu is not from MinMTU to MaxMTU, and
+// os.ErrClosed after Close.
 func (d *Device) SetMTU(mtu int) error {
 	if err := CheckMTU(mtu); err != nil {
 		return err
@@ -262,37 +254,40 @@ func (d *Device) SetMTU(mtu int) error {
 	return nil
 }
 
-// Offload reports whether this is the offload device.
+// Offload reports whether d is an offload device.
 func (d *Device) Offload() bool { return d.offload }
 
-// BatchSize returns how many packets one Read may return: the number of
-// buffers to give it. Write takes any number.
+// BatchSize returns the number of buffers that callers should give Read, which
+// is the most packets it returns at once. Write takes any number.
 func (d *Device) BatchSize() int { return d.batchSize }
 
-// Dropped returns how many packets Read dropped so far, because they were
-// malformed or did not fit the buffers. What the kernel hands over in one
-// piece counts once.
+// Dropped returns the number of packets that Read dropped because they were
+// malformed or did not fit the buffers. A large packet that Read splits counts
+// once.
 func (d *Device) Dropped() uint64 { return d.dropped.Load() }
 
-// Read waits for packets from the host and returns their number n, at least
-// 1: packet i is bufs[i][offset:offset+sizes[i]]. There are at least as many
-// sizes as bufs. The buffers are the caller's and not retained; contents past
-// the packets, but not before offset, may be overwritten.
+// Read waits for packets from the host and returns their number n, at least 1.
+// Packet i is bufs[i][offset:offset+sizes[i]]. sizes must be at least as long
+// as bufs. Read does not retain the buffers. It may overwrite their contents
+// behind the packets, but not in front of offset.
 //
-// A packet fits a buffer when it has MTU bytes after offset; but others may
-// raise the MTU, and what was queued before the MTU shrank is still longer. What does not fit, either a buffer or in its
-// number of packets the batch, is dropped and counted, see Dropped. With
-// fewer buffers than BatchSize this can happen to ordinary TCP traffic.
+// Buffers should have room for MTU bytes after offset. Longer packets still
+// arrive if another program raised the MTU, or if they were queued before the
+// MTU was lowered. Read drops packets that are longer than a buffer, or more
+// than len(bufs), and counts them in Dropped. With fewer buffers than BatchSize
+// it may drop ordinary TCP traffic.
 //
-// Every error is final: os.ErrClosed after Close, promptly also when Read was
-// waiting, and ErrRemoved when someone else deleted the device.
+// Every error is final. It matches os.ErrClosed after Close, which also ends a
+// waiting Read, and ErrRemoved after another program deleted the device.
 func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	if len(bufs) == 0 || len(sizes) < len(bufs) {
-		return 0, fmt.Errorf("tun: read: %d buffers, %d sizes: %w", len(bufs), len(sizes), ErrInvalid)
+		return 0, fmt.Errorf("tun: read: %d buffers, %d sizes: %w", len(bufs), len(sizes),
+			ErrInvalid)
 	}
 	for _, b := range bufs {
 		if offset < 0 || offset >= len(b) {
-			return 0, fmt.Errorf("tun: read: offset %d in a buffer of %d bytes: %w", offset, len(b), ErrInvalid)
+			return 0, fmt.Errorf("tun: read: offset %d in a buffer of %d bytes: %w", offset, len(b),
+				ErrInvalid)
 		}
 	}
 	for {
@@ -309,24 +304,25 @@ func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	}
 }
 
-// Write gives packets to the host: packet i is bufs[i][offset:], and offset
-// is at least Headroom. Every packet is tried, one that is refused does not
-// affect the others. It returns how many were taken, and the first error when
-// that is not all: syscall.EIO while the device is down, syscall.EINVAL for
-// what is not an IP packet, ErrInvalid for an empty or overlong one. Only
-// os.ErrClosed and ErrRemoved are final.
+// Write gives packets to the host. Packet i is bufs[i][offset:]; offset is at
+// least Headroom. Write tries every packet, even after the host refused one. It
+// returns the number of packets that the host accepted and, if that is not all
+// of them, the first error. The error matches syscall.EIO while the device is
+// down, syscall.EINVAL if a buffer holds no IP packet, and ErrInvalid if a
+// packet is empty or longer than MaxPacketLen. Only os.ErrClosed and ErrRemoved
+// are final.
 //
-// During the call the buffers belong to Write: from offset-Headroom on, up to
-// the capacity of each and not only its length, contents may be overwritten,
-// because packets of one flow are coalesced by appending to the first. So no
-// two buffers may share memory there: cut those that lie behind one another
-// in one array with a full slice expression, b[:n:n], which also excludes
-// them from being appended to. Buffers with a capacity of offset+MaxPacketLen
-// coalesce best. When Write returns the buffers are the caller's again, with
-// undefined contents; bufs itself is unchanged. Nothing is retained.
+// During the call Write may overwrite each buffer from offset-Headroom up to
+// its capacity, because it coalesces packets of one flow by appending them to
+// the first. So buffers must not share that memory. If several packets lie in
+// one array, limit their capacity with a full slice expression, b[:n:n]; Write
+// then appends nothing to them. It coalesces best in buffers with a capacity of
+// offset+MaxPacketLen. After Write, the contents of the buffers are undefined;
+// bufs itself is unchanged. Write does not retain the buffers.
 func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
 	if offset < Headroom {
-		return 0, fmt.Errorf("tun: write: offset %d is less than Headroom, %d: %w", offset, Headroom, ErrInvalid)
+		return 0, fmt.Errorf("tun: write: offset %d is less than Headroom, %d: %w", offset,
+			Headroom, ErrInvalid)
 	}
 	n, err := d.backend.write(bufs, offset)
 	if err != nil {

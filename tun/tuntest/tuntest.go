@@ -1,5 +1,9 @@
-// Package tuntest is a TUN device in memory, for tests that have no kernel to
-// talk to: it has the methods of tun.Device, and the test is the host.
+// Package tuntest provides a TUN device in memory. It has the methods of
+// tun.Device that move packets, and the test takes the part of the host:
+// [Device.Inject] sends packets into the tunnel, [Device.Receive] returns
+// packets that came out of it.
+//
+// Tests with this device need no privileges and run in a synctest bubble.
 package tuntest
 
 import (
@@ -13,15 +17,16 @@ import (
 )
 
 const (
-	// QueueLen is how many packets wait in each direction. Like a device, and
-	// so that no test can wait for itself, more are dropped.
+	// QueueLen is the number of packets that can wait in each direction. Like a
+	// kernel device, the Device drops further packets, so that a test cannot
+	// block itself.
 	QueueLen = 1024
 
 	batchSize = 128
 )
 
-// Device is a TUN device whose host is the test. It is always up. Its methods
-// may be called concurrently.
+// Device is a TUN device in memory. It is always up. Its methods may be called
+// concurrently.
 type Device struct {
 	mtu      atomic.Int64
 	dropped  atomic.Uint64
@@ -31,7 +36,7 @@ type Device struct {
 	closed   chan struct{}
 }
 
-// New makes a device with an MTU of mtu bytes.
+// New returns a device with an MTU of mtu bytes.
 func New(mtu int) *Device {
 	d := &Device{
 		fromHost: make(chan []byte, QueueLen),
@@ -42,13 +47,13 @@ func New(mtu int) *Device {
 	return d
 }
 
-// Inject sends pkt from the host into the tunnel, for Read. It neither waits
-// nor retains pkt, and does nothing after Close.
+// Inject sends pkt from the host into the tunnel, where Read returns it. It
+// never blocks, does not retain pkt, and does nothing after Close.
 func (d *Device) Inject(pkt []byte) { d.push(d.fromHost, pkt) }
 
-// Receive waits for the next packet that was written to the device. The
-// packet belongs to the caller. The error is that of ctx, or os.ErrClosed
-// when the device is closed and has no packets left.
+// Receive waits for the next packet that was written to the device. The caller
+// owns the packet. The error is ctx.Err(), or os.ErrClosed if the device is
+// closed and has no more packets.
 func (d *Device) Receive(ctx context.Context) ([]byte, error) {
 	select {
 	case pkt := <-d.toHost:
@@ -65,6 +70,7 @@ func (d *Device) Receive(ctx context.Context) ([]byte, error) {
 	}
 }
 
+// push appends a copy of pkt to queue, or drops it if the queue is full.
 func (d *Device) push(queue chan<- []byte, pkt []byte) {
 	if d.isClosed() {
 		return
@@ -85,13 +91,13 @@ func (d *Device) isClosed() bool {
 	}
 }
 
-// Name returns a name that no device of the kernel has.
+// Name returns "tuntest".
 func (d *Device) Name() string { return "tuntest" }
 
-// Index returns 0, which is not the index of a device of the kernel.
+// Index returns 0, which no kernel device has.
 func (d *Device) Index() int { return 0 }
 
-// MTU returns the MTU in bytes. Nothing is dropped for being longer.
+// MTU returns the MTU in bytes. The device does not enforce it.
 func (d *Device) MTU() int { return int(d.mtu.Load()) }
 
 // SetMTU follows tun.Device.
@@ -106,25 +112,27 @@ func (d *Device) SetMTU(mtu int) error {
 	return nil
 }
 
-// Offload returns true: packets come in batches.
+// Offload returns true, because Read returns batches.
 func (d *Device) Offload() bool { return true }
 
 // BatchSize follows tun.Device.
 func (d *Device) BatchSize() int { return batchSize }
 
-// Dropped returns how many packets were lost, because a queue was full or a
-// buffer given to Read too short.
+// Dropped returns the number of packets dropped because a queue was full or a
+// buffer given to Read was too short.
 func (d *Device) Dropped() uint64 { return d.dropped.Load() }
 
-// Read follows tun.Device: it waits for one packet and takes along what else
-// is there, up to BatchSize.
+// Read follows tun.Device. It waits for one packet and returns it with all
+// other packets in the queue, up to BatchSize.
 func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	if len(bufs) == 0 || len(sizes) < len(bufs) {
-		return 0, fmt.Errorf("tuntest: read: %d buffers, %d sizes: %w", len(bufs), len(sizes), tun.ErrInvalid)
+		return 0, fmt.Errorf("tuntest: read: %d buffers, %d sizes: %w", len(bufs), len(sizes),
+			tun.ErrInvalid)
 	}
 	for _, b := range bufs {
 		if offset < 0 || offset >= len(b) {
-			return 0, fmt.Errorf("tuntest: read: offset %d in a buffer of %d bytes: %w", offset, len(b), tun.ErrInvalid)
+			return 0, fmt.Errorf("tuntest: read: offset %d in a buffer of %d bytes: %w", offset,
+				len(b), tun.ErrInvalid)
 		}
 	}
 	if d.isClosed() {
@@ -160,27 +168,28 @@ func (d *Device) deliver(pkt, buf []byte, size *int) int {
 	return 1
 }
 
-// Write follows tun.Device, and makes full use of what that allows: before it
-// returns, it overwrites the buffers from the headroom to their capacity.
-// Callers that rely on contents they do not own any more then fail their
-// tests.
+// Write follows tun.Device. Before it returns, it overwrites all memory that
+// tun.Device may overwrite, from the headroom to the capacity of each buffer,
+// so that tests fail if the caller still relies on the contents.
 func (d *Device) Write(bufs [][]byte, offset int) (n int, err error) {
 	if offset < tun.Headroom {
-		return 0, fmt.Errorf("tuntest: write: offset %d is less than Headroom, %d: %w", offset, tun.Headroom, tun.ErrInvalid)
+		return 0, fmt.Errorf("tuntest: write: offset %d is less than Headroom, %d: %w", offset,
+			tun.Headroom, tun.ErrInvalid)
 	}
 	if d.isClosed() {
 		return 0, os.ErrClosed
 	}
 	for _, b := range bufs {
 		if len(b) <= offset || len(b)-offset > tun.MaxPacketLen {
-			err = fmt.Errorf("tuntest: write: packet of %d bytes: %w", len(b)-offset, tun.ErrInvalid)
+			err = fmt.Errorf("tuntest: write: packet of %d bytes: %w", len(b)-offset,
+				tun.ErrInvalid)
 			continue
 		}
 		d.push(d.toHost, b[offset:])
 		n++
-		mine := b[offset-tun.Headroom : min(cap(b), offset+tun.MaxPacketLen)]
-		for i := range mine {
-			mine[i] = 0xee
+		owned := b[offset-tun.Headroom : min(cap(b), offset+tun.MaxPacketLen)]
+		for i := range owned {
+			owned[i] = 0xee
 		}
 	}
 	return n, err

@@ -12,7 +12,7 @@ import (
 	"masquevpn/tun"
 )
 
-// Both devices have the same methods.
+// The methods that both devices have.
 var _ = []interface {
 	Name() string
 	Index() int
@@ -41,7 +41,7 @@ func TestRead(t *testing.T) {
 	pkt := []byte{0}
 	for i := range byte(5) {
 		pkt[0] = i
-		d.Inject(pkt) // which does not keep it
+		d.Inject(pkt) // does not retain pkt
 	}
 	bufs, sizes := buffers(3)
 	for _, want := range [][]byte{{0, 1, 2}, {3, 4}} {
@@ -74,8 +74,10 @@ func TestReadBounds(t *testing.T) {
 	}
 	d.Inject(make([]byte, 1501))
 	d.Inject(make([]byte, 1500))
-	if n, err := d.Read(bufs, sizes, offset); n != 1 || err != nil || sizes[0] != 1500 || d.Dropped() != 2 {
-		t.Errorf("%d packets of %d bytes, error %v, %d dropped; want 1, 1500, none, 2", n, sizes[0], err, d.Dropped())
+	if n, err := d.Read(bufs, sizes, offset); n != 1 || err != nil || sizes[0] != 1500 ||
+		d.Dropped() != 2 {
+		t.Errorf("%d packets of %d bytes, error %v, %d dropped; want 1, 1500, none, 2", n, sizes[0],
+			err, d.Dropped())
 	}
 }
 
@@ -92,8 +94,9 @@ func TestWrite(t *testing.T) {
 	if err != nil || !bytes.Equal(got, []byte{1, 2, 3}) {
 		t.Errorf("received %x, error %v, want 010203", got, err)
 	}
-	if whole := b[:cap(b)]; string(whole[:4]) != "keep" || bytes.Count(whole[4:], []byte{0xee}) != cap(b)-4 {
-		t.Errorf("buffer is %x after Write", whole)
+	if full := b[:cap(b)]; string(full[:4]) != "keep" ||
+		bytes.Count(full[4:], []byte{0xee}) != cap(b)-4 {
+		t.Errorf("buffer is %x after Write", full)
 	}
 }
 
@@ -120,9 +123,11 @@ func TestArguments(t *testing.T) {
 		"no headroom":     func() (int, error) { return d.Write(bufs, offset-1) },
 		"MTU too small":   func() (int, error) { return 0, d.SetMTU(tun.MinMTU - 1) },
 	} {
-		if n, err := call(); n != 0 || !errors.Is(err, tun.ErrInvalid) {
-			t.Errorf("%s: %d, %v, want ErrInvalid", name, n, err)
-		}
+		t.Run(name, func(t *testing.T) {
+			if n, err := call(); n != 0 || !errors.Is(err, tun.ErrInvalid) {
+				t.Errorf("got %d, %v, want ErrInvalid", n, err)
+			}
+		})
 	}
 }
 
@@ -167,7 +172,7 @@ func TestClosed(t *testing.T) {
 	d.Write([][]byte{make([]byte, offset+1)}, offset)
 	d.Close()
 	if _, err := d.Receive(t.Context()); err != nil {
-		t.Errorf("Receive of what was written before: %v", err)
+		t.Errorf("Receive of a packet written before Close: %v", err)
 	}
 	bufs, sizes := buffers(1)
 	d.Inject([]byte{1})
@@ -177,9 +182,11 @@ func TestClosed(t *testing.T) {
 		"Receive": func() error { _, err := d.Receive(context.Background()); return err },
 		"SetMTU":  func() error { return d.SetMTU(1300) },
 	} {
-		if err := call(); err != os.ErrClosed {
-			t.Errorf("%s after Close: %v, want os.ErrClosed", name, err)
-		}
+		t.Run(name, func(t *testing.T) {
+			if err := call(); err != os.ErrClosed {
+				t.Errorf("after Close: %v, want os.ErrClosed", err)
+			}
+		})
 	}
 }
 
