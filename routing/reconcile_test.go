@@ -474,10 +474,13 @@ func TestNotificationsAreFiltered(t *testing.T) {
 			if _, err := n.file.Read(message); err != nil {
 				t.Fatal(err)
 			}
-			// The kernel tells of the interface in its own time, such as when its carrier comes.
-			if got := binary.NativeEndian.Uint16(message[messageType:]); got == tt.want {
+			got := binary.NativeEndian.Uint16(message[messageType:])
+			if got == tt.want {
 				break
-			} else if got != unix.RTM_NEWLINK {
+			}
+			// The kernel tells of the interface in its own time, such as of its carrier and link-local address.
+			about := int(binary.NativeEndian.Uint32(message[interfaceIndex:]))
+			if got != unix.RTM_NEWLINK && got != unix.RTM_NEWADDR && got != unix.RTM_DELADDR || about != index {
 				t.Fatalf("after %q there is a message of type %d, want %d", tt.change, got, tt.want)
 			}
 		}
