@@ -115,6 +115,9 @@ func (b *batch) commit() error {
 		return err
 	}
 	defer conn.Close()
+	if err := makeRoom(conn, b.messages); err != nil {
+		return fmt.Errorf("buffer: %w", err)
+	}
 	edge := func(kind netlink.HeaderType) netlink.Message {
 		return netlink.Message{
 			Header: netlink.Header{Type: kind, Flags: netlink.Request},
@@ -136,4 +139,31 @@ func (b *batch) commit() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// What the buffers of a netlink socket keep for each message, in bytes: the
+// kernel counts what it allocates.
+const (
+	defaultBuffer = 208 << 10 // of Linux
+	perAnswer     = 1 << 10
+	perMessage    = 64
+)
+
+// makeRoom has the buffers of conn take messages at once, and an answer to each:
+// the kernel sends all answers before any is read, and drops those that the
+// buffer does not take.
+func makeRoom(conn *netlink.Conn, messages []netlink.Message) error {
+	size := 0
+	for _, m := range messages {
+		size += len(m.Data) + perMessage
+	}
+	if size > defaultBuffer/2 {
+		if err := conn.SetWriteBuffer(2 * size); err != nil {
+			return err
+		}
+	}
+	if answers := len(messages) * perAnswer; answers > defaultBuffer/2 {
+		return conn.SetReadBuffer(2 * answers)
+	}
+	return nil
 }

@@ -1,6 +1,8 @@
 package routing
 
 import (
+	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -115,5 +117,21 @@ func TestTableIsReadable(t *testing.T) {
 		if !strings.Contains(ruleset, line) {
 			t.Errorf("no %q in\n%s", line, ruleset)
 		}
+	}
+}
+
+// A table with many rules is written at once: a proxy may assign 64 addresses.
+func TestManyAddresses(t *testing.T) {
+	for _, n := range []int{64, 2000} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			h := newHost(t)
+			h.tun("masque0")
+			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+			s := State{Routes: prefixes("0.0.0.0/0")}
+			for i := range n {
+				s.Addresses = append(s.Addresses, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 77, byte(i >> 8), byte(i)}), 32))
+			}
+			h.apply(m, s)
+		})
 	}
 }
