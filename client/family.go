@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"masquevpn/capsule"
 	"masquevpn/routing"
 )
 
@@ -18,6 +19,7 @@ const (
 	noticeFamily = "family"
 	noticeBeside = "family_outside"
 	noticeIPv6   = "ipv6"
+	noticeEmpty  = "no_routes"
 )
 
 // whole adds to routes, which are installed, what a tunnel for everything lacks: a proxy with addresses of one family advertises
@@ -72,6 +74,25 @@ func (s *session) noteBeside(routes []netip.Prefix) {
 	}
 	s.beside = text
 	s.c.warn(noticeBeside, text)
+}
+
+// noteEmpty says, in the log and in the status, that the tunnel has none of the routes that the configuration would accept, so
+// that all leaves this host as it would without it. A gateway may have none until another one comes.
+func (s *session) noteEmpty(advertised []capsule.Route, routes []netip.Prefix) {
+	text := ""
+	if len(routes) == 0 && len(s.c.cfg.Accept) > 0 && len(s.c.cfg.AdvertiseRoutes) == 0 {
+		text = "nothing goes through the tunnel: "
+		if len(advertised) == 0 {
+			text += "the proxy advertises no routes"
+		} else {
+			text += "no route that the proxy advertises is one that routes.accept has and this host can take"
+		}
+	}
+	if text != "" && text != s.empty {
+		s.c.cfg.Logger.Warn("the tunnel has no routes", "reason", text)
+	}
+	s.empty = text
+	s.c.warn(noticeEmpty, text)
 }
 
 // noteHeld says, in the log and in the status, that the interface of the tunnel cannot have IPv6, for the reason held, and that

@@ -206,6 +206,57 @@ func TestProxyThatCannotBeAsked(t *testing.T) {
 	}
 }
 
+// A tunnel whose addresses the proxy takes away, all of them, is not connected.
+func TestAddressesAreTakenAway(t *testing.T) {
+	take := make(chan struct{})
+	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusOK)
+		str := w.(http3.HTTPStreamer).HTTPStream()
+		assignBoth(str)
+		go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
+		<-take
+		write(str, &capsule.AddressAssign{})
+		<-r.Context().Done()
+	})
+	n := startClient(t, f, func(c *Config) { c.Request = prefixes() })
+	n.awaitConnected(t)
+	close(take)
+	n.await(t, "told of it", func(s Status) bool {
+		return s.State == StateReconnecting && strings.Contains(s.Reason, "assigned no address")
+	})
+}
+
+// A tunnel without routes is connected, and carries nothing: the status says so until there are some.
+func TestRoutesAreTakenAway(t *testing.T) {
+	steps := make(chan []string)
+	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusOK)
+		str := w.(http3.HTTPStreamer).HTTPStream()
+		assignBoth(str)
+		for routes := range steps {
+			write(str, &capsule.RouteAdvertisement{Routes: capsule.Routes(prefixes(routes...), 0)})
+		}
+		<-r.Context().Done()
+	})
+	n := startClient(t, f, func(c *Config) { c.Request = prefixes() })
+	defer close(steps)
+	n.awaitConnected(t)
+	for _, step := range []struct {
+		routes []string
+		want   string
+	}{
+		{nil, "the proxy advertises no routes"},
+		{[]string{"192.0.2.0/24"}, ""},
+		{[]string{"127.0.0.0/8"}, "no route that the proxy advertises"},
+	} {
+		steps <- step.routes
+		n.await(t, "told of "+step.want, func(s Status) bool {
+			said := slices.ContainsFunc(s.Warnings, func(w string) bool { return strings.HasPrefix(w, "nothing goes through the tunnel: "+step.want) })
+			return said == (step.want != "") && s.State == StateConnected
+		})
+	}
+}
+
 // A proxy that assigns nothing without being asked is asked again, and the user is told.
 func TestNothingComesUnprompted(t *testing.T) {
 	s := &session{c: &Client{unasked: true, cfg: Config{Request: prefixes("0.0.0.0/32")}}}

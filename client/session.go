@@ -66,12 +66,14 @@ type session struct {
 	path      pathState
 
 	// What follows is of keep alone.
+	configured   bool             // the kernel has had what the proxy said
 	full         bool             // all traffic of a family goes through the tunnel
 	onlyIPv4     bool             // the tunnel's interface cannot have IPv6
 	refused      []netip.Prefix   // routes of the proxy that are not installed
 	skipped      []netip.AddrPort // nameservers that are not used
 	blocked      string           // the family that has no way through a tunnel for everything, "" for none
 	beside       string           // what was said of a family that leaves outside the tunnel, "" for nothing
+	empty        string           // what was said of a tunnel without routes, "" for nothing
 	advertised   []netip.Prefix   // to the proxy
 	assignedPeer []netip.Prefix   // to the proxy
 }
@@ -427,7 +429,7 @@ func (s *session) apply() (complete bool, err error) {
 	routes, hasRoutes, dns, nat64, waiting := s.routes, s.hasRoutes, s.dns, s.nat64, s.waiting
 	s.mu.Unlock()
 	addrs := s.addresses() // after waiting, for both may change in between
-	if !hasRoutes || len(addrs) == 0 && waiting {
+	if !hasRoutes || len(addrs) == 0 && waiting && !s.configured {
 		return false, nil // more is to come
 	}
 	if c.readNetworks() {
@@ -456,6 +458,7 @@ func (s *session) apply() (complete bool, err error) {
 	if c.cfg.InstallRoutes {
 		state.HoldDNS = c.cfg.DNS.Hold && s.full
 		state.Routes = append(s.whole(s.beyond(inside), addrs), c.cfg.AssignPeer...)
+		s.noteEmpty(routes, state.Routes)
 	}
 	c.had = addrs
 	c.current.Store(s.conn) // before the kernel sends packets here
@@ -480,7 +483,7 @@ func (s *session) apply() (complete bool, err error) {
 		}
 		return false, e
 	}
-	c.applied, c.held, c.pushed = true, addrs, dns
+	c.applied, c.held, c.pushed, s.configured = true, addrs, dns, true
 	s.mu.Lock()
 	s.held = addrs
 	s.mu.Unlock()
@@ -549,7 +552,8 @@ func (s *session) notConfigured() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	what, remedy := "advertised no routes", "ask its operator"
-	if len(s.assigned) == 0 && len(s.c.cfg.Static) == 0 {
+	granted := slices.ContainsFunc(s.assigned, func(a capsule.Address) bool { return !a.Refused() })
+	if !granted && len(s.c.cfg.Static) == 0 {
 		what = "assigned no addresses"
 		if s.requested.IsZero() && !s.c.unasked {
 			what, remedy = "assigned no addresses unasked", "remove addresses.request, or ask its operator"

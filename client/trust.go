@@ -65,6 +65,18 @@ func (s *session) wants(p netip.Prefix) bool {
 	return !s.asks || slices.ContainsFunc(s.c.cfg.Request, func(w netip.Prefix) bool { return w.Addr().Is4() == p.Addr().Is4() })
 }
 
+// unassignable are addresses, besides the reserved ones, that no host has as
+// its own (RFC 6890): of IPv4 in another form, which programs and translators
+// take for what they hold, of discard, and of IETF protocols.
+var unassignable = prefixesOf("192.0.0.8/29", "192.0.0.170/31", "::/96", "::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "100::/64")
+
+func prefixesOf(texts ...string) (out []netip.Prefix) {
+	for _, t := range texts {
+		out = append(out, netip.MustParsePrefix(t))
+	}
+	return out
+}
+
 // unfit says why this host cannot have an address or a prefix that the proxy
 // assigned, "" if it can.
 func (s *session) unfit(p netip.Prefix) string {
@@ -74,6 +86,9 @@ func (s *session) unfit(p netip.Prefix) string {
 	}
 	if reserved, overlaps := connectip.Reserved(p); overlaps {
 		return fmt.Sprintf("overlaps %v, which is not for tunnels", reserved)
+	}
+	if i := slices.IndexFunc(unassignable, p.Overlaps); i >= 0 {
+		return fmt.Sprintf("overlaps %v, which is not for tunnels", unassignable[i])
 	}
 	if s.asks && !slices.ContainsFunc(c.cfg.Request, func(w netip.Prefix) bool {
 		return w.Addr().Is4() == p.Addr().Is4() && p.Bits() >= w.Bits()

@@ -82,6 +82,11 @@ func TestAssignedAddressesAreRefused(t *testing.T) {
 		"the proxy's own address":             {prefixes("127.0.0.1/32"), nil, "which overlaps 127.0.0.0/8"},
 		"broadcast":                           {prefixes("255.255.255.255/32"), nil, "which overlaps 224.0.0.0/3"},
 		"multicast":                           {prefixes("ff02::1/128"), nil, "which overlaps ff00::/8"},
+		"IPv4 mapped into IPv6":               {prefixes("::ffff:10.0.0.1/128"), nil, "which overlaps ::ffff:0.0.0.0/96"},
+		"IPv4 in IPv6":                        {prefixes("::10.0.0.1/128"), nil, "which overlaps ::/96"},
+		"an address of a translator":          {prefixes("64:ff9b::a00:1/128"), nil, "which overlaps 64:ff9b::/96"},
+		"discard":                             {prefixes("100::1/128"), nil, "which overlaps 100::/64"},
+		"a dummy address":                     {prefixes("192.0.0.8/32"), nil, "which overlaps 192.0.0.8/29"},
 		"link-local":                          {prefixes("fe80::2/128"), nil, "which overlaps fe80::/10"},
 		"everything":                          {prefixes("0.0.0.0/0"), prefixes("0.0.0.0/0"), "which overlaps 0.0.0.0/8"},
 	} {
