@@ -6,20 +6,20 @@ import (
 	"slices"
 )
 
-// appendHeader appends an IP header without options, for n bytes of ICMP, and
-// makes room for those. Both addresses are of one family. In IPv4 the packet is
-// not to be fragmented, and so needs no identification (RFC 6864).
+// appendHeader appends an IP header without options for n bytes of ICMP, and
+// reserves capacity for these. Both addresses have the same family. In IPv4 the
+// header has the DF flag and thus needs no identification (RFC 6864).
 func appendHeader(dst []byte, from, to netip.Addr, trafficClass, hopLimit uint8, n int) []byte {
 	if from.Is4() {
 		dst = slices.Grow(dst, ipv4HeaderLen+n)
-		at := len(dst)
+		start := len(dst)
 		dst = append(dst, 4<<4|ipv4HeaderLen/4, trafficClass)
 		dst = binary.BigEndian.AppendUint16(dst, uint16(ipv4HeaderLen+n))
 		dst = append(dst, 0, 0, flagDF>>8, 0, hopLimit, protocolICMP, 0, 0)
 		src4, dst4 := from.As4(), to.As4()
 		dst = append(dst, src4[:]...)
 		dst = append(dst, dst4[:]...)
-		binary.BigEndian.PutUint16(dst[at+10:], checksum(dst[at:], 0))
+		binary.BigEndian.PutUint16(dst[start+10:], checksum(dst[start:], 0))
 		return dst
 	}
 	dst = slices.Grow(dst, ipv6HeaderLen+n)
@@ -31,8 +31,8 @@ func appendHeader(dst []byte, from, to netip.Addr, trafficClass, hopLimit uint8,
 	return append(dst, dst16[:]...)
 }
 
-// setICMPChecksum computes the checksum of the ICMP message that follows the IP
-// header, without options, of b.
+// setICMPChecksum sets the checksum of the ICMP message in the packet b, whose
+// IP header has no options or extension headers.
 func setICMPChecksum(b []byte) {
 	if b[0]>>4 == 4 {
 		m := b[ipv4HeaderLen:]

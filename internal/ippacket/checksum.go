@@ -2,8 +2,9 @@ package ippacket
 
 import "encoding/binary"
 
-// checksum returns the Internet checksum (RFC 1071) of b and of what sum already
-// adds up to. Over bytes that hold their own checksum it is 0 when that is right.
+// checksum returns the Internet checksum (RFC 1071) of b, starting from sum,
+// which is 0 or the sum of a pseudo-header. If b includes a correct checksum,
+// the result is 0.
 func checksum(b []byte, sum uint64) uint16 {
 	sum = add(b, sum)
 	for sum > 0xffff {
@@ -12,8 +13,9 @@ func checksum(b []byte, sum uint64) uint16 {
 	return ^uint16(sum)
 }
 
-// add adds the 16-bit words of b to sum, without losing carries as long as there
-// are less than 2^32 bytes. Two words at a time are the same after folding.
+// add adds the 16-bit words of b to sum. No carry is lost if b has less than
+// 2^32 bytes. It adds two words at a time, which makes no difference after
+// folding.
 func add(b []byte, sum uint64) uint64 {
 	for ; len(b) >= 4; b = b[4:] {
 		sum += uint64(binary.BigEndian.Uint32(b))
@@ -28,9 +30,9 @@ func add(b []byte, sum uint64) uint64 {
 	return sum
 }
 
-// pseudoHeader6 returns the sum of the pseudo-header of an upper layer of n bytes
-// in an IPv6 packet (RFC 8200 section 8.1). addresses are source and destination,
-// as in the header.
+// pseudoHeader6 returns the sum of the IPv6 pseudo-header for an upper layer of
+// n bytes (RFC 8200 section 8.1). addresses are the 32 bytes of source and
+// destination from the header.
 func pseudoHeader6(addresses []byte, n int, protocol uint8) uint64 {
 	return add(addresses, uint64(n)+uint64(protocol))
 }

@@ -13,11 +13,12 @@ const (
 	echoReplyV6   = 129
 )
 
-// AppendEcho appends the whole packet of an ICMP echo request or reply to dst: of
-// ICMPv6 when both addresses are of IPv6. The packet is not to be fragmented.
-// Nothing is appended when the addresses are not of one family, or the packet
-// would be longer than an IP packet can be.
-func AppendEcho(dst []byte, from, to netip.Addr, hopLimit uint8, request bool, id, seq uint16, data []byte) []byte {
+// AppendEcho appends a packet with an ICMP echo request or reply to dst. It is
+// an ICMPv6 packet if the addresses are IPv6. In IPv4 it has the DF flag.
+// AppendEcho returns dst unchanged if the addresses have different families or
+// the packet would exceed the length of an IP packet.
+func AppendEcho(dst []byte, from, to netip.Addr, hopLimit uint8, request bool, id, seq uint16,
+	data []byte) []byte {
 	n := icmpHeaderLen + len(data)
 	var typ uint8
 	switch {
@@ -34,19 +35,19 @@ func AppendEcho(dst []byte, from, to netip.Addr, hopLimit uint8, request bool, i
 	default:
 		return dst
 	}
-	at := len(dst)
+	start := len(dst)
 	dst = appendHeader(dst, from, to, 0, hopLimit, n)
 	dst = append(dst, typ, 0, 0, 0)
 	dst = binary.BigEndian.AppendUint16(dst, id)
 	dst = binary.BigEndian.AppendUint16(dst, seq)
 	dst = append(dst, data...)
-	setICMPChecksum(dst[at:])
+	setICMPChecksum(dst[start:])
 	return dst
 }
 
-// ParseEcho returns what an ICMP echo request or reply holds. p is what [Parse]
-// returned for b, and data is part of b. ok is false when b is neither, is a
-// fragment, or has a wrong ICMP checksum.
+// ParseEcho returns the fields of an ICMP echo request or reply. p is the
+// result of [Parse] for b, and data is a part of b. ok is false if b is neither
+// a request nor a reply, is a fragment, or has a wrong ICMP checksum.
 func ParseEcho(b []byte, p Packet) (request bool, id, seq uint16, data []byte, ok bool) {
 	typ, ok := p.icmpType(b)
 	if !ok || p.MoreFragments || len(b) < p.HeaderLen+icmpHeaderLen {
@@ -69,5 +70,6 @@ func ParseEcho(b []byte, p Packet) (request bool, id, seq uint16, data []byte, o
 	if checksum(m, pseudo) != 0 {
 		return false, 0, 0, nil, false
 	}
-	return request, binary.BigEndian.Uint16(m[4:]), binary.BigEndian.Uint16(m[6:]), m[icmpHeaderLen:], true
+	return request, binary.BigEndian.Uint16(m[4:]), binary.BigEndian.Uint16(m[6:]),
+		m[icmpHeaderLen:], true
 }

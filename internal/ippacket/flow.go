@@ -5,8 +5,10 @@ import (
 	"hash/maphash"
 )
 
-// FlowHash returns a number that is the same for all packets of a flow, as far as headers of fixed place tell it: addresses,
-// protocol, and ports when they follow. b need not be a valid packet.
+// FlowHash returns a hash of the addresses, the protocol and the ports of a
+// packet, so that packets of one flow have the same hash. It uses ports only if
+// they directly follow the IP header and the packet is no fragment. b need not
+// be a valid packet.
 func FlowHash(seed maphash.Seed, b []byte) uint64 {
 	var key [37]byte // addresses, protocol, ports
 	n := 0
@@ -21,7 +23,8 @@ func FlowHash(seed maphash.Seed, b []byte) uint64 {
 		n = copy(key[:], b[12:20])
 		key[n] = b[9]
 		n++
-		if binary.BigEndian.Uint16(b[6:])&0x3fff == 0 { // not a fragment: those of a packet stay together
+		if binary.BigEndian.Uint16(b[6:])&0x3fff == 0 {
+			// Without ports, all fragments of a packet have the same hash.
 			n += ports(key[n:], b[9], b, int(b[0]&0xf)*4)
 		}
 	case 6:
@@ -36,12 +39,13 @@ func FlowHash(seed maphash.Seed, b []byte) uint64 {
 	return maphash.Bytes(seed, key[:n])
 }
 
-// ports copies the ports at b[at:] when protocol has any, and returns their length.
-func ports(dst []byte, protocol uint8, b []byte, at int) int {
+// ports copies the ports at b[offset:] to dst and returns their length. It is 0
+// if protocol has no ports or b is too short.
+func ports(dst []byte, protocol uint8, b []byte, offset int) int {
 	switch protocol {
 	case 6, 17, 33, 132, 136: // TCP, UDP, DCCP, SCTP, UDP-Lite
-		if len(b) >= at+4 {
-			return copy(dst[:4], b[at:])
+		if len(b) >= offset+4 {
+			return copy(dst[:4], b[offset:])
 		}
 	}
 	return 0

@@ -11,16 +11,18 @@ var (
 	ErrMTU          = errors.New("the MTU is too small for a fragment")
 )
 
-// Fragment calls emit for each fragment of the packet b, in order, that a link
-// with an MTU of mtu bytes carries (RFC 791 section 3.2), or once for the packet
-// as it is when it fits. p is what [Parse] returned for b, which may itself be a
-// fragment. Fragments are built one after the other at the start of scratch, and
-// nothing is allocated when its capacity is mtu or more; what emit gets is valid
-// until it returns.
+// Fragment splits the packet b into fragments for a link with an MTU of mtu
+// bytes (RFC 791 section 3.2) and calls emit for each of them in order. If the
+// packet fits, it calls emit once with the unchanged packet. p is the result of
+// [Parse] for b, which may itself be a fragment.
 //
-// When the packet does not fit, the error is ErrDontFragment if it is of IPv6 or
-// says so, and ErrMTU if mtu has no room for its header and 8 bytes. Then emit is
-// not called.
+// Fragment builds each fragment at the start of scratch, so emit must not
+// retain its argument. It allocates nothing if scratch has a capacity of at
+// least mtu bytes.
+//
+// If the packet does not fit, the error is ErrDontFragment for IPv6 and for
+// packets with the DF flag, and ErrMTU if mtu is too small for the header and 8
+// bytes. Then emit is not called.
 func Fragment(scratch, b []byte, p Packet, mtu int, emit func(fragment []byte)) error {
 	if p.TotalLen <= mtu {
 		emit(append(scratch[:0], b[:p.TotalLen]...))
@@ -33,7 +35,7 @@ func Fragment(scratch, b []byte, p Packet, mtu int, emit func(fragment []byte)) 
 		return ErrMTU
 	}
 	header, payload := b[:p.HeaderLen], b[p.HeaderLen:p.TotalLen]
-	var later [60]byte // header of all fragments but the first
+	var later [60]byte // header of all fragments after the first
 	for offset := p.FragmentOffset; len(payload) > 0; {
 		n, more := len(payload), p.MoreFragments
 		if len(header)+n > mtu {
@@ -51,8 +53,8 @@ func Fragment(scratch, b []byte, p Packet, mtu int, emit func(fragment []byte)) 
 	return nil
 }
 
-// setFragment makes f, which starts with an IPv4 header of headerLen bytes, the
-// fragment at offset.
+// setFragment sets the length, fragment offset, flags and checksum in the IPv4
+// header of f, which has headerLen bytes. offset is in bytes.
 func setFragment(f []byte, headerLen, offset int, more bool) {
 	binary.BigEndian.PutUint16(f[2:], uint16(len(f)))
 	field := binary.BigEndian.Uint16(f[6:])&^(flagMF|maskOffset) | uint16(offset/8)
@@ -64,12 +66,12 @@ func setFragment(f []byte, headerLen, offset int, more bool) {
 	binary.BigEndian.PutUint16(f[10:], checksum(f[:headerLen], 0))
 }
 
-// appendLaterHeader appends an IPv4 header with those options of header that are
-// copied into fragments other than the first (RFC 791 section 3.1). Options from
-// a malformed one on are left out.
+// appendLaterHeader appends a copy of an IPv4 header with only the options that
+// are copied into fragments after the first (RFC 791 section 3.1). It omits
+// malformed options and all options after them.
 func appendLaterHeader(dst, header []byte) []byte {
 	const endOfOptions, noOperation, copied = 0, 1, 0x80
-	at := len(dst)
+	start := len(dst)
 	dst = append(dst, header[:ipv4HeaderLen]...)
 	for o := header[ipv4HeaderLen:]; len(o) > 0 && o[0] != endOfOptions; {
 		if o[0] == noOperation {
@@ -84,9 +86,9 @@ func appendLaterHeader(dst, header []byte) []byte {
 		}
 		o = o[o[1]:]
 	}
-	for (len(dst)-at)%4 != 0 {
+	for (len(dst)-start)%4 != 0 {
 		dst = append(dst, endOfOptions)
 	}
-	dst[at] = 4<<4 | uint8((len(dst)-at)/4)
+	dst[start] = 4<<4 | uint8((len(dst)-start)/4)
 	return dst
 }

@@ -9,27 +9,29 @@ func FuzzParse(f *testing.F) {
 	for _, c := range linuxPackets(f) {
 		f.Add(c.b)
 	}
-	f.Add(packet6(headerHopByHop, extension(headerDestination, 8), extension(headerRouting, 16), extension(headerFragment, 24),
-		fragmentHeader(headerAuth, 0, false), authentication(headerDestination, 12), extension(17, 8), pattern(8)))
+	f.Add(packet6(headerHopByHop, extension(headerDestination, 8), extension(headerRouting, 16),
+		extension(headerFragment, 24),
+		fragmentHeader(headerAuth, 0, false), authentication(headerDestination, 12),
+		extension(17, 8), pattern(8)))
 	f.Add(packet6(headerRouting, make([]byte, 24)))
 	f.Add(packet6(headerFragment, fragmentHeader(6, 0, true)))
 	f.Add(icmp4(f, 3, 4, pattern(28)))
 	f.Add(icmp6(2, 0, pattern(48)))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		checkPacket(t, b)
-		// With lengths and checksum as they should be, more of it is a packet.
+		// More inputs are packets when the lengths and the checksum are right.
 		b = bytes.Clone(b)
 		repair(b)
 		checkPacket(t, b)
 	})
 }
 
-// checkPacket checks what holds for any b.
+// checkPacket checks invariants for any bytes b.
 func checkPacket(t *testing.T, b []byte) {
 	p, err := Parse(b)
 	if err != nil && err != ErrHeaderChain && err != ErrRoutingHeader {
 		if p != (Packet{}) {
-			t.Fatalf("%v, and a packet: %+v", err, p)
+			t.Fatalf("Parse returned %v and the packet %+v", err, p)
 		}
 		return
 	}
@@ -44,7 +46,8 @@ func checkPacket(t *testing.T, b []byte) {
 	if err != nil {
 		return
 	}
-	if _, _, _, data, ok := ParseEcho(b, p); ok && (len(data) != len(b)-p.HeaderLen-8 || IsICMPError(b, p)) {
+	if _, _, _, data, ok := ParseEcho(b, p); ok &&
+		(len(data) != len(b)-p.HeaderLen-8 || IsICMPError(b, p)) {
 		t.Fatalf("%x: echo with data %x", b, data)
 	}
 
@@ -61,7 +64,7 @@ func checkPacket(t *testing.T, b []byte) {
 	}
 }
 
-// checkErrors checks what holds for any ICMP error about b.
+// checkErrors checks invariants of all ICMP errors about b.
 func checkErrors(t *testing.T, b []byte, p Packet) {
 	src, header, limit := router4, 28, 576
 	if p.Version == 6 {
@@ -71,7 +74,7 @@ func checkErrors(t *testing.T, b []byte, p Packet) {
 		e, ok := AppendICMPError([]byte("prefix"), b, p, kind, src, 1280)
 		e, found := bytes.CutPrefix(e, []byte("prefix"))
 		if !found || !ok && len(e) > 0 {
-			t.Fatalf("%x, reason %d: dst is %x", b, kind, e)
+			t.Fatalf("%x, kind %v: dst is %x", b, kind, e)
 		}
 		if !ok {
 			continue
@@ -80,15 +83,17 @@ func checkErrors(t *testing.T, b []byte, p Packet) {
 			t.Fatalf("%x, an ICMP error, is answered with %x", b, e)
 		}
 		ep, err := Parse(e)
-		if err != nil || ep.Src != src || ep.Dst != p.Src || !IsICMPError(e, ep) || icmpChecksumOff(e, ep) != 0 {
-			t.Fatalf("%x, reason %d: %v, %x", b, kind, err, e)
+		if err != nil || ep.Src != src || ep.Dst != p.Src || !IsICMPError(e, ep) ||
+			icmpChecksumOff(e, ep) != 0 {
+			t.Fatalf("%x, kind %v: %v, %x", b, kind, err, e)
 		}
 		if want := min(limit, header+len(b)); len(e) != want || !bytes.HasPrefix(b, e[header:]) {
-			t.Fatalf("%x, reason %d: %x, want a quote up to %d bytes in all", b, kind, e, want)
+			t.Fatalf("%x, kind %v: error %x, want %d bytes with a quote", b, kind, e, want)
 		}
 		q, ok := Quoted(e, ep)
-		if ok && (q.Src != p.Src || q.Dst != p.Dst || q.HopLimit != p.HopLimit || q.TotalLen != p.TotalLen) {
-			t.Fatalf("%x, reason %d: quotes %+v, want %+v", b, kind, q, p)
+		if ok && (q.Src != p.Src || q.Dst != p.Dst || q.HopLimit != p.HopLimit ||
+			q.TotalLen != p.TotalLen) {
+			t.Fatalf("%x, kind %v: quotes %+v, want %+v", b, kind, q, p)
 		}
 		for _, again := range allKinds {
 			if _, ok := AppendICMPError(nil, e, ep, again, src, 1280); ok {
@@ -113,15 +118,17 @@ func FuzzQuoted(f *testing.F) {
 			q, ok := Quoted(e, p)
 			if !ok {
 				if q != (Packet{}) {
-					t.Fatalf("%x: nothing quoted, and %+v", e, q)
+					t.Fatalf("%x: Quoted returned false and %+v", e, q)
 				}
-				// A good packet is always recognised.
-				if sent, err := Parse(quote); err == nil && sent.Version == p.Version && IsICMPError(e, p) {
-					t.Fatalf("%x: the quote of %+v is not found", e, sent)
+				// Quoted recognises every valid packet.
+				if sent, err := Parse(quote); err == nil && sent.Version == p.Version &&
+					IsICMPError(e, p) {
+					t.Fatalf("%x: Quoted returned false, want %+v", e, sent)
 				}
 				continue
 			}
-			if !IsICMPError(e, p) || q.Version != p.Version || q.HeaderLen < 20 || q.HeaderLen > len(quote) {
+			if !IsICMPError(e, p) || q.Version != p.Version || q.HeaderLen < 20 ||
+				q.HeaderLen > len(quote) {
 				t.Fatalf("%x: quoted %+v", e, q)
 			}
 			if sent, err := Parse(quote); err == nil && sent != q {

@@ -22,7 +22,7 @@ var (
 	router6 = netip.MustParseAddr("2001:db8:2::1")
 )
 
-// capture is a packet of testdata/linux.txt.
+// capture is a named packet in testdata/linux.txt.
 type capture struct {
 	name string
 	b    []byte
@@ -52,7 +52,7 @@ func linuxPackets(t testing.TB) []capture {
 	return captures
 }
 
-// linuxPacket returns the first packet of that name.
+// linuxPacket returns the first packet with the name.
 func linuxPacket(t testing.TB, name string) []byte {
 	t.Helper()
 	for _, c := range linuxPackets(t) {
@@ -64,18 +64,20 @@ func linuxPacket(t testing.TB, name string) []byte {
 	return nil
 }
 
-// serialize has gopacket encode a packet.
+// serialize encodes a packet with gopacket.
 func serialize(t testing.TB, l ...gopacket.SerializableLayer) []byte {
 	t.Helper()
 	buf := gopacket.NewSerializeBuffer()
-	if err := gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, l...); err != nil {
+	if err := gopacket.SerializeLayers(buf,
+		gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, l...); err != nil {
 		t.Fatal(err)
 	}
 	return bytes.Clone(buf.Bytes())
 }
 
-// decode has gopacket decode the packet b, and checks the checksums of IPv4 and
-// ICMP. Those of UDP and TCP are not of interest, and in captures often not there.
+// decode decodes the packet b with gopacket and verifies the checksums of IPv4
+// and ICMP. It ignores checksums of UDP and TCP, which captured packets often
+// do not have.
 func decode(t testing.TB, b []byte) gopacket.Packet {
 	t.Helper()
 	first := layers.LayerTypeIPv4
@@ -96,7 +98,8 @@ func decode(t testing.TB, b []byte) gopacket.Packet {
 		default:
 			continue
 		}
-		if err, result := l.(gopacket.LayerWithChecksum).VerifyChecksum(); err != nil || !result.Valid {
+		if err, result := l.(gopacket.LayerWithChecksum).VerifyChecksum(); err != nil ||
+			!result.Valid {
 			t.Fatalf("gopacket on %x: checksum of %s: %v, %+v", b, l.LayerType(), err, result)
 		}
 	}
@@ -111,8 +114,8 @@ func ip4(protocol layers.IPProtocol) *layers.IPv4 {
 	}
 }
 
-// udp4 returns a UDP packet over IPv4 with n bytes of data. modify changes the
-// header before it is encoded, and may be nil.
+// udp4 returns a UDP packet over IPv4 with n bytes of data. modify may change
+// the IP header before it is encoded; it may be nil.
 func udp4(t testing.TB, n int, modify func(*layers.IPv4)) []byte {
 	t.Helper()
 	ip := ip4(layers.IPProtocolUDP)
@@ -126,8 +129,8 @@ func udp4(t testing.TB, n int, modify func(*layers.IPv4)) []byte {
 	return serialize(t, ip, udp, gopacket.Payload(pattern(n)))
 }
 
-// packet6 returns an IPv6 packet from host6 to server6 with next as the Next
-// Header and the parts after the header.
+// packet6 returns an IPv6 packet from host6 to server6. next is its Next
+// Header, and parts are its payload.
 func packet6(next uint8, parts ...[]byte) []byte {
 	payload := bytes.Join(parts, nil)
 	b := []byte{0x60, 0, 0, 0}
@@ -138,8 +141,8 @@ func packet6(next uint8, parts ...[]byte) []byte {
 	return append(b, payload...)
 }
 
-// withSource returns b with another source address. IPv4 header checksums are
-// right afterwards; those of upper layers are not looked at.
+// withSource returns b with another source address. It updates the IPv4 header
+// checksum, but not the checksum of the upper layer.
 func withSource(b []byte, src string) []byte {
 	b = bytes.Clone(b)
 	a := netip.MustParseAddr(src)
@@ -152,6 +155,7 @@ func withSource(b []byte, src string) []byte {
 	return b
 }
 
+// withDestination returns b with another destination address, like withSource.
 func withDestination(b []byte, dst string) []byte {
 	b = bytes.Clone(b)
 	a := netip.MustParseAddr(dst)
@@ -164,7 +168,7 @@ func withDestination(b []byte, dst string) []byte {
 	return b
 }
 
-// repair makes version, lengths and header checksum of b right, where b is long
+// repair corrects the version, lengths and header checksum of b, if b is long
 // enough.
 func repair(b []byte) {
 	switch {
@@ -179,7 +183,8 @@ func repair(b []byte) {
 	}
 }
 
-// referenceChecksum is the checksum of RFC 1071 as section 4.1 of it has it.
+// referenceChecksum computes the Internet checksum like the code in RFC 1071
+// section 4.1.
 func referenceChecksum(parts ...[]byte) uint16 {
 	b := bytes.Join(parts, nil)
 	if len(b)%2 != 0 {
@@ -195,7 +200,7 @@ func referenceChecksum(parts ...[]byte) uint16 {
 	return uint16(^sum)
 }
 
-// pattern returns n bytes of data that differs from place to place.
+// pattern returns n bytes that differ at nearby offsets.
 func pattern(n int) []byte {
 	b := make([]byte, n)
 	for i := range b {
@@ -204,7 +209,7 @@ func pattern(n int) []byte {
 	return b
 }
 
-// mustParse parses b, which is a good packet.
+// mustParse parses the valid packet b.
 func mustParse(t testing.TB, b []byte) Packet {
 	t.Helper()
 	p, err := Parse(b)

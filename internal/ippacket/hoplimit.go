@@ -2,10 +2,10 @@ package ippacket
 
 import "encoding/binary"
 
-// DecrementHopLimit takes one off the hop limit or time to live of b, a packet
-// that [Parse] accepted, and keeps the IPv4 header checksum right. When it is 1 or
-// 0 already, the packet must not be forwarded: the result is false, and b is as it
-// was.
+// DecrementHopLimit decrements the hop limit or time to live of b, a packet
+// that [Parse] accepted, and updates the IPv4 header checksum. It returns false
+// and leaves b unchanged if the packet must not be forwarded because its hop
+// limit is 1 or 0.
 func DecrementHopLimit(b []byte) bool {
 	if b[0]>>4 == 6 {
 		if b[7] <= 1 {
@@ -18,8 +18,8 @@ func DecrementHopLimit(b []byte) bool {
 		return false
 	}
 	b[8]--
-	// HC' = ~(~HC + ~m + m'), equation 3 of RFC 1624, where m is the word of time
-	// to live and protocol: ~m + m' = ~m + m - 0x100 = 0xfeff.
+	// HC' = ~(~HC + ~m + m') (RFC 1624 equation 3). m is the word of time to
+	// live and protocol, so ~m + m' = ~m + m - 0x100 = 0xfeff.
 	sum := uint32(^binary.BigEndian.Uint16(b[10:])) + 0xfeff
 	binary.BigEndian.PutUint16(b[10:], ^uint16(sum+sum>>16))
 	return true

@@ -5,7 +5,7 @@ import (
 	"net/netip"
 )
 
-// The IPv6 extension headers that have a Next Header field in the clear.
+// The IPv6 extension headers that have an unencrypted Next Header field.
 const (
 	headerHopByHop    = 0
 	headerRouting     = 43
@@ -17,8 +17,8 @@ const (
 	headerShim6       = 140
 )
 
-// maxExtensionHeaders is how many extension headers a packet may have. RFC 8200
-// section 4.1 knows of no good reason for more than seven.
+// maxExtensionHeaders is the most extension headers that a packet may have. The
+// order recommended by RFC 8200 section 4.1 needs no more than seven.
 const maxExtensionHeaders = 8
 
 func parse6(b []byte) (Packet, error) {
@@ -34,13 +34,13 @@ func parse6(b []byte) (Packet, error) {
 	if err := p.walk(b); err != nil {
 		return p, err
 	}
-	if p.FragmentOffset+p.TotalLen-p.HeaderLen > maxPacket { // would be too long once reassembled
+	if p.FragmentOffset+p.TotalLen-p.HeaderLen > maxPacket { // too long when reassembled
 		return Packet{}, ErrLength
 	}
 	return p, nil
 }
 
-// header6 reads an IPv6 header without what follows it.
+// header6 parses an IPv6 header without its extension headers.
 func header6(b []byte) (Packet, error) {
 	if len(b) < ipv6HeaderLen {
 		return Packet{}, ErrTruncated
@@ -57,18 +57,19 @@ func header6(b []byte) (Packet, error) {
 	}, nil
 }
 
-// walk follows the header chain of b, from where p is to the upper layer.
+// walk follows the header chain of b from p.HeaderLen to the upper layer, and
+// updates p.
 func (p *Packet) walk(b []byte) error {
 	fragmented := false
 	for n := 0; isExtension(p.Protocol); n++ {
 		h := b[p.HeaderLen:]
-		if n == maxExtensionHeaders || len(h) < 8 { // none is shorter
+		if n == maxExtensionHeaders || len(h) < 8 { // every header has 8 bytes
 			return ErrHeaderChain
 		}
 		size := 8 + int(h[1])*8
 		switch p.Protocol {
 		case headerRouting:
-			if leadsElsewhere(h[2], h[3]) {
+			if isSourceRoute(h[2], h[3]) {
 				return ErrRoutingHeader
 			}
 		case headerAuth:
@@ -89,23 +90,23 @@ func (p *Packet) walk(b []byte) error {
 		p.Protocol = h[0]
 		p.HeaderLen += size
 		if p.FragmentOffset > 0 {
-			return nil // what follows is from the middle of something
+			return nil // no header follows in a later fragment
 		}
 	}
-	// The first fragment has the whole chain, the header of the upper layer
-	// included (RFC 8200 section 4.5).
+	// The first fragment must hold the full chain and the header of the upper
+	// layer (RFC 8200 section 4.5).
 	if p.MoreFragments && len(b)-p.HeaderLen < minUpperLayer(p.Protocol) {
 		return ErrHeaderChain
 	}
 	return nil
 }
 
-// leadsElsewhere reports whether a packet with a routing header of the type is
-// refused, as one with an IPv4 source route is: one with segments left is not
-// bound for its destination address. Headers of type 0 are refused in any case
-// (RFC 5095), and those of type 2 never: the one segment that they have is
-// another address of the destination itself (RFC 6275 section 6.4).
-func leadsElsewhere(routingType, segmentsLeft uint8) bool {
+// isSourceRoute reports whether a routing header directs the packet to another
+// host than its destination address, which is the case if it has segments left.
+// Type 0 is refused in any case (RFC 5095). Type 2 may have one segment left,
+// because this is another address of the destination itself (RFC 6275 section
+// 6.4).
+func isSourceRoute(routingType, segmentsLeft uint8) bool {
 	switch routingType {
 	case 0:
 		return true
@@ -124,8 +125,8 @@ func isExtension(protocol uint8) bool {
 	return false
 }
 
-// minUpperLayer returns how many bytes of the upper layer a first fragment has at
-// least. Fragments are of multiples of 8 bytes.
+// minUpperLayer returns the fewest bytes of the upper layer that a first
+// fragment must hold. Apart from TCP this is the unit of fragments, 8 bytes.
 func minUpperLayer(protocol uint8) int {
 	const tcp, noNextHeader = 6, 59
 	switch protocol {

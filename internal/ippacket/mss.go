@@ -4,8 +4,8 @@ import "encoding/binary"
 
 const (
 	protocolTCP  = 6
-	tcpHeaderLen = 20 // without options
-	tcpChecksum  = 16 // offset
+	tcpHeaderLen = 20 // bytes, excluding options
+	tcpChecksum  = 16 // offset in the header
 	flagSYN      = 2
 )
 
@@ -17,10 +17,10 @@ const (
 	lenMSS    = 4
 )
 
-// ClampMSS lowers the maximum segment size that b announces, if b, which Parse
-// made p of, is a TCP SYN that announces more than packets of mtu bytes carry
-// (RFC 9293 section 3.7.1, RFC 6691), and keeps the checksum right. It reports
-// whether it has changed b.
+// ClampMSS lowers the maximum segment size in b if b is a TCP SYN with a larger
+// one than packets of mtu bytes can carry (RFC 9293 section 3.7.1, RFC 6691),
+// and updates the checksum. p is the result of [Parse] for b. ClampMSS reports
+// whether it changed b.
 func ClampMSS(b []byte, p Packet, mtu int) bool {
 	if p.Protocol != protocolTCP || p.FragmentOffset != 0 {
 		return false
@@ -46,7 +46,7 @@ func ClampMSS(b []byte, p Packet, mtu int) bool {
 			continue
 		}
 		if i+1 >= end || tcp[i+1] < 2 || i+int(tcp[i+1]) > end {
-			return false // nobody can make sense of what follows
+			return false // malformed, so no receiver parses the options after it
 		}
 		if tcp[i] == optionMSS && tcp[i+1] == lenMSS {
 			return lowerMSS(tcp, i+2, size)
@@ -56,7 +56,8 @@ func ClampMSS(b []byte, p Packet, mtu int) bool {
 	return false
 }
 
-// lowerMSS lowers the 16 bits at offset of a TCP header to size.
+// lowerMSS sets the 16 bits at offset of a TCP header to size, unless they are
+// lower already. It reports whether it changed them.
 func lowerMSS(tcp []byte, offset, size int) bool {
 	old := binary.BigEndian.Uint16(tcp[offset:])
 	if int(old) <= size {
@@ -64,10 +65,10 @@ func lowerMSS(tcp []byte, offset, size int) bool {
 	}
 	binary.BigEndian.PutUint16(tcp[offset:], uint16(size))
 	from, to := old, uint16(size)
-	if offset%2 != 0 { // the value lies across two words of the sum
+	if offset%2 != 0 { // the value spans two words of the sum
 		from, to = from<<8|from>>8, to<<8|to>>8
 	}
-	// HC' = ~(~HC + ~m + m'), equation 3 of RFC 1624.
+	// HC' = ~(~HC + ~m + m') (RFC 1624 equation 3).
 	sum := uint32(^binary.BigEndian.Uint16(tcp[tcpChecksum:])) + uint32(^from) + uint32(to)
 	for sum > 0xffff {
 		sum = sum>>16 + sum&0xffff

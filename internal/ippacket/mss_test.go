@@ -10,20 +10,24 @@ import (
 	"github.com/gopacket/gopacket/layers"
 )
 
+// mss returns a TCP option for a maximum segment size of n bytes.
 func mss(n uint16) layers.TCPOption {
-	return layers.TCPOption{OptionType: layers.TCPOptionKindMSS, OptionLength: 4, OptionData: binary.BigEndian.AppendUint16(nil, n)}
+	return layers.TCPOption{OptionType: layers.TCPOptionKindMSS, OptionLength: 4,
+		OptionData: binary.BigEndian.AppendUint16(nil, n)}
 }
 
-// tcpPacket returns a TCP packet between hosts of a family.
+// tcpPacket returns a TCP packet without data.
 func tcpPacket(t testing.TB, ipv6, syn bool, options ...layers.TCPOption) []byte {
 	t.Helper()
-	tcp := &layers.TCP{SrcPort: 40000, DstPort: 443, Seq: 0x01020304, SYN: syn, ACK: !syn, Window: 64240, Options: options}
+	tcp := &layers.TCP{SrcPort: 40000, DstPort: 443, Seq: 0x01020304, SYN: syn, ACK: !syn,
+		Window: 64240, Options: options}
 	var ip interface {
 		gopacket.NetworkLayer
 		gopacket.SerializableLayer
 	} = ip4(layers.IPProtocolTCP)
 	if ipv6 {
-		ip = &layers.IPv6{Version: 6, NextHeader: layers.IPProtocolTCP, HopLimit: 64, SrcIP: net.IP(host6.AsSlice()), DstIP: net.IP(server6.AsSlice())}
+		ip = &layers.IPv6{Version: 6, NextHeader: layers.IPProtocolTCP, HopLimit: 64,
+			SrcIP: net.IP(host6.AsSlice()), DstIP: net.IP(server6.AsSlice())}
 	}
 	if err := tcp.SetNetworkLayerForChecksum(ip); err != nil {
 		t.Fatal(err)
@@ -31,8 +35,8 @@ func tcpPacket(t testing.TB, ipv6, syn bool, options ...layers.TCPOption) []byte
 	return serialize(t, ip, tcp)
 }
 
-// announced returns the MSS in a TCP packet, 0 if there is none, and checks the
-// checksum.
+// announced verifies the checksum of a TCP packet and returns its MSS, or 0 if
+// it has none.
 func announced(t testing.TB, b []byte) uint16 {
 	t.Helper()
 	packet := decode(t, b)
@@ -82,7 +86,8 @@ func TestClampMSS(t *testing.T) {
 	}
 }
 
-// What is not a whole TCP header stays as it is.
+// TestClampMSSLeavesAlone has packets without a complete, well-formed MSS
+// option.
 func TestClampMSSLeavesAlone(t *testing.T) {
 	good := tcpPacket(t, true, true, mss(1440))[ipv6HeaderLen:]
 	with := func(change func(tcp []byte)) []byte {
@@ -96,12 +101,18 @@ func TestClampMSSLeavesAlone(t *testing.T) {
 	}{
 		{"a UDP packet", packet6(17, good)},
 		{"a later fragment", packet6(headerFragment, fragmentHeader(protocolTCP, 8, false), good)},
-		{"a header cut short", packet6(protocolTCP, good[:19])},
-		{"options cut short", packet6(protocolTCP, good[:22])},
-		{"an option without length", packet6(protocolTCP, with(func(tcp []byte) { copy(tcp[20:], []byte{1, 1, 1, 2}) }))},
+		{"a truncated header", packet6(protocolTCP, good[:19])},
+		{"truncated options", packet6(protocolTCP, good[:22])},
+		{"an option without length", packet6(protocolTCP, with(func(tcp []byte) {
+			copy(tcp[20:], []byte{1, 1, 1, 2})
+		}))},
 		{"an option of length 0", packet6(protocolTCP, with(func(tcp []byte) { tcp[21] = 0 }))},
-		{"an option beyond the header", packet6(protocolTCP, with(func(tcp []byte) { tcp[20], tcp[21] = 8, 5 }))},
-		{"an option of another length", packet6(protocolTCP, with(func(tcp []byte) { tcp[21] = 3 }))},
+		{"an option beyond the header", packet6(protocolTCP, with(func(tcp []byte) {
+			tcp[20], tcp[21] = 8, 5
+		}))},
+		{"an option of another length", packet6(protocolTCP, with(func(tcp []byte) {
+			tcp[21] = 3
+		}))},
 		{"an option behind the end", packet6(protocolTCP, with(func(tcp []byte) { tcp[20] = 0 }))},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -116,7 +127,8 @@ func TestClampMSSLeavesAlone(t *testing.T) {
 func FuzzClampMSS(f *testing.F) {
 	f.Add(tcpPacket(f, false, true, mss(1460)), 1400)
 	f.Add(tcpPacket(f, true, true, mss(1440)), 1280)
-	f.Add(packet6(headerDestination, extension(protocolTCP, 8), tcpPacket(f, true, true, mss(1440))[ipv6HeaderLen:]), 1280)
+	f.Add(packet6(headerDestination, extension(protocolTCP, 8),
+		tcpPacket(f, true, true, mss(1440))[ipv6HeaderLen:]), 1280)
 	f.Fuzz(func(t *testing.T, b []byte, mtu int) {
 		repair(b)
 		p, err := Parse(b)
@@ -135,10 +147,10 @@ func FuzzClampMSS(f *testing.F) {
 			t.Fatalf("%v, %+v, want %+v", err, got, p)
 		}
 		if ClampMSS(c, p, mtu) {
-			t.Fatalf("%x is changed once more", c)
+			t.Fatalf("%x is changed again", c)
 		}
-		// Whatever the checksum was worth before, it is worth now: 0 and 0xffff
-		// are the same number in it.
+		// A wrong checksum stays wrong by the same amount. 0 and 0xffff are the
+		// same number in ones' complement.
 		sum := func(b []byte) uint16 { return checksum(b[p.HeaderLen:], 0) }
 		if was, is := sum(b), sum(c); was != is && was^is != 0xffff {
 			t.Fatalf("sum %#x, was %#x", is, was)

@@ -19,73 +19,92 @@ func TestParse(t *testing.T) {
 	lo4 := netip.MustParseAddr("192.0.2.1")
 	lo6 := netip.MustParseAddr("2001:db8::1")
 	for name, want := range map[string]Packet{
-		"udp4":          {Version: 4, Src: lo4, Dst: lo4, Protocol: 17, HopLimit: 64, HeaderLen: 20, TotalLen: 38, DontFragment: true},
-		"udp4-frag":     {Version: 4, Src: lo4, Dst: lo4, Protocol: 17, HopLimit: 64, HeaderLen: 20, TotalLen: 1500, MoreFragments: true},
-		"udp4-options":  {Version: 4, Src: lo4, Dst: lo4, Protocol: 17, HopLimit: 64, HeaderLen: 36, TotalLen: 54, DontFragment: true},
-		"igmp":          {Version: 4, Src: netip.MustParseAddr("198.51.100.1"), Dst: netip.MustParseAddr("224.0.0.22"), Protocol: 2, HopLimit: 1, HeaderLen: 24, TotalLen: 40, DontFragment: true},
-		"udp6":          {Version: 6, Src: lo6, Dst: lo6, Protocol: 17, HopLimit: 64, HeaderLen: 40, TotalLen: 58, DontFragment: true},
-		"udp6-frag":     {Version: 6, Src: lo6, Dst: lo6, Protocol: 17, HopLimit: 64, HeaderLen: 48, TotalLen: 1496, DontFragment: true, MoreFragments: true},
-		"udp6-ext":      {Version: 6, Src: lo6, Dst: lo6, Protocol: 17, HopLimit: 64, HeaderLen: 56, TotalLen: 74, DontFragment: true},
-		"udp6-ext-frag": {Version: 6, Src: lo6, Dst: lo6, Protocol: 17, HopLimit: 64, HeaderLen: 64, TotalLen: 1496, DontFragment: true, MoreFragments: true},
-		"mld":           {Version: 6, Src: netip.IPv6Unspecified(), Dst: netip.MustParseAddr("ff02::16"), Protocol: 58, HopLimit: 1, HeaderLen: 48, TotalLen: 76, DontFragment: true},
+		"udp4": {Version: 4, Src: lo4, Dst: lo4, Protocol: 17, HopLimit: 64, HeaderLen: 20,
+			TotalLen: 38, DontFragment: true},
+		"udp4-frag": {Version: 4, Src: lo4, Dst: lo4, Protocol: 17, HopLimit: 64, HeaderLen: 20,
+			TotalLen: 1500, MoreFragments: true},
+		"udp4-options": {Version: 4, Src: lo4, Dst: lo4, Protocol: 17, HopLimit: 64, HeaderLen: 36,
+			TotalLen: 54, DontFragment: true},
+		"igmp": {Version: 4, Src: netip.MustParseAddr("198.51.100.1"),
+			Dst: netip.MustParseAddr("224.0.0.22"), Protocol: 2, HopLimit: 1, HeaderLen: 24,
+			TotalLen: 40, DontFragment: true},
+		"udp6": {Version: 6, Src: lo6, Dst: lo6, Protocol: 17, HopLimit: 64, HeaderLen: 40,
+			TotalLen: 58, DontFragment: true},
+		"udp6-frag": {Version: 6, Src: lo6, Dst: lo6, Protocol: 17, HopLimit: 64, HeaderLen: 48,
+			TotalLen: 1496, DontFragment: true, MoreFragments: true},
+		"udp6-ext": {Version: 6, Src: lo6, Dst: lo6, Protocol: 17, HopLimit: 64, HeaderLen: 56,
+			TotalLen: 74, DontFragment: true},
+		"udp6-ext-frag": {Version: 6, Src: lo6, Dst: lo6, Protocol: 17, HopLimit: 64, HeaderLen: 64,
+			TotalLen: 1496, DontFragment: true, MoreFragments: true},
+		"mld": {Version: 6, Src: netip.IPv6Unspecified(), Dst: netip.MustParseAddr("ff02::16"),
+			Protocol: 58, HopLimit: 1, HeaderLen: 48, TotalLen: 76, DontFragment: true},
 	} {
-		got := mustParse(t, linuxPacket(t, name))
-		if diff := cmp.Diff(want, got, compareAddrs); diff != "" {
-			t.Errorf("%s (-want +got):\n%s", name, diff)
-		}
+		t.Run(name, func(t *testing.T) {
+			got := mustParse(t, linuxPacket(t, name))
+			if diff := cmp.Diff(want, got, compareAddrs); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
 	}
 }
 
-// What Parse says of real packets is what gopacket says.
+// TestParseLikeGopacket compares Parse with gopacket on captured packets.
 func TestParseLikeGopacket(t *testing.T) {
 	for _, c := range linuxPackets(t) {
-		p := mustParse(t, c.b)
-		packet := decode(t, c.b)
-		want := Packet{Version: p.Version, TotalLen: len(c.b), DontFragment: true}
-		switch ip := packet.NetworkLayer().(type) {
-		case *layers.IPv4:
-			want.Src, _ = netip.AddrFromSlice(ip.SrcIP)
-			want.Dst, _ = netip.AddrFromSlice(ip.DstIP)
-			want.HopLimit, want.Protocol, want.HeaderLen = ip.TTL, uint8(ip.Protocol), int(ip.IHL)*4
-			want.DontFragment = ip.Flags&layers.IPv4DontFragment != 0
-			want.MoreFragments = ip.Flags&layers.IPv4MoreFragments != 0
-			want.FragmentOffset = int(ip.FragOffset) * 8
-		case *layers.IPv6:
-			want.Src, _ = netip.AddrFromSlice(ip.SrcIP)
-			want.Dst, _ = netip.AddrFromSlice(ip.DstIP)
-			want.HopLimit, want.Protocol, want.HeaderLen = ip.HopLimit, uint8(ip.NextHeader), 40
-			for _, l := range packet.Layers()[1:] {
-				switch h := l.(type) {
-				case *layers.IPv6HopByHop:
-					want.Protocol = uint8(h.NextHeader)
-				case *layers.IPv6Destination:
-					want.Protocol = uint8(h.NextHeader)
-				case *layers.IPv6Fragment:
-					want.Protocol = uint8(h.NextHeader)
-					want.MoreFragments, want.FragmentOffset = h.MoreFragments, int(h.FragmentOffset)*8
-				default:
-					continue
+		t.Run(c.name, func(t *testing.T) {
+			p := mustParse(t, c.b)
+			packet := decode(t, c.b)
+			want := Packet{Version: p.Version, TotalLen: len(c.b), DontFragment: true}
+			switch ip := packet.NetworkLayer().(type) {
+			case *layers.IPv4:
+				want.Src, _ = netip.AddrFromSlice(ip.SrcIP)
+				want.Dst, _ = netip.AddrFromSlice(ip.DstIP)
+				want.HopLimit, want.Protocol, want.HeaderLen = ip.TTL, uint8(ip.Protocol),
+					int(ip.IHL)*4
+				want.DontFragment = ip.Flags&layers.IPv4DontFragment != 0
+				want.MoreFragments = ip.Flags&layers.IPv4MoreFragments != 0
+				want.FragmentOffset = int(ip.FragOffset) * 8
+			case *layers.IPv6:
+				want.Src, _ = netip.AddrFromSlice(ip.SrcIP)
+				want.Dst, _ = netip.AddrFromSlice(ip.DstIP)
+				want.HopLimit, want.Protocol, want.HeaderLen = ip.HopLimit, uint8(ip.NextHeader), 40
+				for _, l := range packet.Layers()[1:] {
+					switch h := l.(type) {
+					case *layers.IPv6HopByHop:
+						want.Protocol = uint8(h.NextHeader)
+					case *layers.IPv6Destination:
+						want.Protocol = uint8(h.NextHeader)
+					case *layers.IPv6Fragment:
+						want.Protocol = uint8(h.NextHeader)
+						want.MoreFragments, want.FragmentOffset = h.MoreFragments,
+							int(h.FragmentOffset)*8
+					default:
+						continue
+					}
+					want.HeaderLen += len(l.LayerContents())
 				}
-				want.HeaderLen += len(l.LayerContents())
 			}
-		}
-		if diff := cmp.Diff(want, p, compareAddrs); diff != "" {
-			t.Errorf("%s (-gopacket +got):\n%s", c.name, diff)
-		}
+			if diff := cmp.Diff(want, p, compareAddrs); diff != "" {
+				t.Errorf("(-gopacket +got):\n%s", diff)
+			}
+		})
 	}
 }
 
-// A packet that is cut anywhere, or followed by anything, is refused.
+// TestParseExactLength checks that Parse refuses truncated packets and packets
+// followed by more bytes.
 func TestParseExactLength(t *testing.T) {
 	for _, c := range linuxPackets(t) {
-		for n := range c.b {
-			if _, err := Parse(c.b[:n]); err != ErrTruncated {
-				t.Fatalf("%s cut to %d bytes: %v, want ErrTruncated", c.name, n, err)
+		t.Run(c.name, func(t *testing.T) {
+			for n := range c.b {
+				if _, err := Parse(c.b[:n]); err != ErrTruncated {
+					t.Fatalf("first %d bytes: %v, want ErrTruncated", n, err)
+				}
 			}
-		}
-		if _, err := Parse(append(bytes.Clone(c.b), 0)); err != ErrLength {
-			t.Errorf("%s and a byte: %v, want ErrLength", c.name, err)
-		}
+			if _, err := Parse(append(bytes.Clone(c.b), 0)); err != ErrLength {
+				t.Errorf("with one more byte: %v, want ErrLength", err)
+			}
+		})
 	}
 }
 
@@ -96,7 +115,8 @@ func TestParseErrors(t *testing.T) {
 		b[i] = v
 		return b
 	}
-	// A fragment whose end is at byte 65535 of the whole packet, with its header.
+	// The payload of edge ends so that the reassembled packet, with its header,
+	// has 65536 bytes.
 	edge := udp4(t, 4, func(ip *layers.IPv4) { ip.FragOffset = 65504 / 8 })
 	over := udp4(t, 5, func(ip *layers.IPv4) { ip.FragOffset = 65504 / 8 })
 	if len(edge) != 32 {
@@ -107,7 +127,7 @@ func TestParseErrors(t *testing.T) {
 		b    []byte
 		want error
 	}{
-		{"nothing", nil, ErrTruncated},
+		{"no bytes", nil, ErrTruncated},
 		{"version 0", set(good4, 0, 0x05), ErrVersion},
 		{"version 5", set(good4, 0, 0x55), ErrVersion},
 		{"version 15", set(good6, 0, 0xf0), ErrVersion},
@@ -125,11 +145,14 @@ func TestParseErrors(t *testing.T) {
 		{"IPv6 payload length above", set(good6, 5, 19), ErrTruncated},
 		{"IPv6 payload length below", set(good6, 5, 17), ErrLength},
 		{"jumbogram", set(good6, 5, 0), ErrLength},
-		{"IPv6 fragment beyond 65535", packet6(headerFragment, []byte{17, 0, 0xff, 0xf8, 0, 0, 0, 1}, pattern(8)), ErrLength},
+		{"IPv6 fragment beyond 65535",
+			packet6(headerFragment, []byte{17, 0, 0xff, 0xf8, 0, 0, 0, 1}, pattern(8)), ErrLength},
 	} {
-		if p, err := Parse(tt.b); err != tt.want || p != (Packet{}) {
-			t.Errorf("%s: %v, %+v, want %v and no packet", tt.name, err, p, tt.want)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			if p, err := Parse(tt.b); err != tt.want || p != (Packet{}) {
+				t.Errorf("%v, %+v, want %v and no packet", err, p, tt.want)
+			}
+		})
 	}
 }
 
@@ -144,7 +167,7 @@ func TestParseLastFragment(t *testing.T) {
 	}
 }
 
-// The longest packets of both versions are packets.
+// TestParseLongest parses the longest packets of both IP versions.
 func TestParseLongest(t *testing.T) {
 	b4 := make([]byte, 65535)
 	copy(b4, udp4(t, 0, nil))
@@ -159,17 +182,19 @@ func TestParseLongest(t *testing.T) {
 
 func TestDestination(t *testing.T) {
 	for _, c := range linuxPackets(t) {
-		want := mustParse(t, c.b).Dst
-		if got, ok := Destination(c.b); !ok || got != want {
-			t.Errorf("%s: %v, %v, want %v", c.name, got, ok, want)
-		}
-		header := 20
-		if c.b[0]>>4 == 6 {
-			header = 40
-		}
-		if got, ok := Destination(c.b[:header-1]); ok {
-			t.Errorf("%s cut: %v", c.name, got)
-		}
+		t.Run(c.name, func(t *testing.T) {
+			want := mustParse(t, c.b).Dst
+			if got, ok := Destination(c.b); !ok || got != want {
+				t.Errorf("%v, %v, want %v", got, ok, want)
+			}
+			header := 20
+			if c.b[0]>>4 == 6 {
+				header = 40
+			}
+			if got, ok := Destination(c.b[:header-1]); ok {
+				t.Errorf("destination of a truncated header: %v", got)
+			}
+		})
 	}
 	if got, ok := Destination(make([]byte, 100)); ok {
 		t.Errorf("version 0: %v", got)
@@ -178,7 +203,8 @@ func TestDestination(t *testing.T) {
 
 func TestIsICMP(t *testing.T) {
 	for protocol := range 256 {
-		v4, v6 := IsICMP(netip.IPv4Unspecified(), uint8(protocol)), IsICMP(netip.IPv6Unspecified(), uint8(protocol))
+		v4, v6 := IsICMP(netip.IPv4Unspecified(), uint8(protocol)),
+			IsICMP(netip.IPv6Unspecified(), uint8(protocol))
 		if v4 != (protocol == 1) || v6 != (protocol == 58) {
 			t.Errorf("protocol %d: ICMP %t in IPv4, %t in IPv6", protocol, v4, v6)
 		}
@@ -199,13 +225,15 @@ func TestIsLinkLocal(t *testing.T) {
 		"ff03::1 ff05::2 ff0e::1 ff00::1 ff1e::2 :: ::2": false,
 	} {
 		for a := range strings.FieldsSeq(addrs) {
-			if got := IsLinkLocal(netip.MustParseAddr(a)); got != want {
-				t.Errorf("%s: %v, want %v", a, got, want)
-			}
+			t.Run(a, func(t *testing.T) {
+				if got := IsLinkLocal(netip.MustParseAddr(a)); got != want {
+					t.Errorf("%v, want %v", got, want)
+				}
+			})
 		}
 	}
 	if IsLinkLocal(netip.Addr{}) {
-		t.Error("no address is link-local")
+		t.Error("IsLinkLocal() = true for the zero Addr")
 	}
 }
 
@@ -221,32 +249,39 @@ func TestChecksum(t *testing.T) {
 		t.Errorf("of 65535 bytes of ones: %#04x, want %#04x", got, want)
 	}
 	length := binary.BigEndian.AppendUint32(nil, 70000)
-	if got, want := checksum(b, pseudoHeader6(b[:32], 70000, 58)), referenceChecksum(b[:32], length, []byte{0, 0, 0, 58}, b); got != want {
+	if got, want := checksum(b, pseudoHeader6(b[:32], 70000, 58)),
+		referenceChecksum(b[:32], length, []byte{0, 0, 0, 58}, b); got != want {
 		t.Errorf("with pseudo-header: %#04x, want %#04x", got, want)
 	}
 }
 
-// A packet with a source route is not bound for where it seems to be.
+// TestParseRefusesSourceRoutes has packets that are not for their destination
+// address.
 func TestParseRefusesSourceRoutes(t *testing.T) {
-	for _, tc := range []struct {
+	for _, tt := range []struct {
+		name    string
 		options []byte
 		want    error
 	}{
-		{[]byte{131, 7, 4, 192, 0, 2, 1, 0}, ErrSourceRoute},
-		{[]byte{1, 137, 7, 4, 192, 0, 2, 1}, ErrSourceRoute},
-		{[]byte{7, 4, 4, 0, 131, 4, 4, 0}, ErrSourceRoute}, // behind Record Route
-		{[]byte{0, 131, 7, 4}, nil},                        // behind the end
-		{[]byte{7, 7, 4, 131, 131, 131, 131, 0}, nil},      // inside Record Route
-		{[]byte{7, 99, 4, 0}, nil},                         // cut
+		{"loose", []byte{131, 7, 4, 192, 0, 2, 1, 0}, ErrSourceRoute},
+		{"strict", []byte{1, 137, 7, 4, 192, 0, 2, 1}, ErrSourceRoute},
+		{"behind record route", []byte{7, 4, 4, 0, 131, 4, 4, 0}, ErrSourceRoute},
+		{"behind the end of options", []byte{0, 131, 7, 4}, nil},
+		{"inside record route", []byte{7, 7, 4, 131, 131, 131, 131, 0}, nil},
+		{"truncated option", []byte{7, 99, 4, 0}, nil},
 	} {
-		b := AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2"), 64, true, 1, 1, nil)
-		b = slices.Insert(b, 20, tc.options...)
-		b[0] += byte(len(tc.options) / 4)
-		binary.BigEndian.PutUint16(b[2:], uint16(len(b)))
-		binary.BigEndian.PutUint16(b[10:], 0)
-		binary.BigEndian.PutUint16(b[10:], checksum(b[:20+len(tc.options)], 0))
-		if _, err := Parse(b); err != tc.want {
-			t.Errorf("options % x: %v, want %v", tc.options, err, tc.want)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			b := AppendEcho(nil, netip.MustParseAddr("192.0.2.1"),
+				netip.MustParseAddr("192.0.2.2"), 64,
+				true, 1, 1, nil)
+			b = slices.Insert(b, 20, tt.options...)
+			b[0] += byte(len(tt.options) / 4)
+			binary.BigEndian.PutUint16(b[2:], uint16(len(b)))
+			binary.BigEndian.PutUint16(b[10:], 0)
+			binary.BigEndian.PutUint16(b[10:], checksum(b[:20+len(tt.options)], 0))
+			if _, err := Parse(b); err != tt.want {
+				t.Errorf("got %v, want %v", err, tt.want)
+			}
+		})
 	}
 }

@@ -8,7 +8,7 @@ import (
 	"github.com/gopacket/gopacket/layers"
 )
 
-// What Linux quotes in its errors is what was sent.
+// TestQuotedLinux checks the quotes in ICMP errors captured on Linux.
 func TestQuotedLinux(t *testing.T) {
 	for _, name := range []string{"udp4", "udp4-options", "udp6", "udp6-ext"} {
 		sent := mustParse(t, linuxPacket(t, name))
@@ -22,7 +22,7 @@ func TestQuotedLinux(t *testing.T) {
 			t.Errorf("%s: quoted %v, %+v, want %+v", name, ok, q, sent)
 		}
 	}
-	// The receiver reassembled these, and quotes the whole: cut to fit.
+	// The receiver reassembled these packets and quotes their first bytes.
 	for _, name := range []string{"udp4-frag", "udp4-options-frag", "udp6-frag", "udp6-ext-frag"} {
 		sent := mustParse(t, linuxPacket(t, name))
 		b := linuxPacket(t, name+"-error")
@@ -33,7 +33,7 @@ func TestQuotedLinux(t *testing.T) {
 	}
 }
 
-// What AppendICMPError quotes, Quoted finds.
+// TestQuotedOwn applies Quoted to results of AppendICMPError.
 func TestQuotedOwn(t *testing.T) {
 	for _, c := range linuxPackets(t) {
 		p := mustParse(t, c.b)
@@ -47,19 +47,21 @@ func TestQuotedOwn(t *testing.T) {
 				continue
 			}
 			if q, ok := Quoted(b, mustParse(t, b)); !ok || q != p {
-				t.Errorf("%s, reason %d: quoted %v, %+v, want %+v", c.name, kind, ok, q, p)
+				t.Errorf("%s, kind %v: quoted %v, %+v, want %+v", c.name, kind, ok, q, p)
 			}
 		}
 	}
 }
 
 func TestQuotedLenient(t *testing.T) {
-	whole4 := udp4(t, 100, func(ip *layers.IPv4) {
-		ip.Options = []layers.IPv4Option{{OptionType: 148, OptionLength: 4, OptionData: []byte{0, 0}}}
+	good4 := udp4(t, 100, func(ip *layers.IPv4) {
+		ip.Options = []layers.IPv4Option{{OptionType: 148, OptionLength: 4,
+			OptionData: []byte{0, 0}}}
 	})
-	wrong := bytes.Clone(whole4)
-	wrong[8], wrong[3], wrong[2] = 1, 7, 0 // time to live, and a length as some systems write it
-	whole6 := packet6(headerHopByHop, extension(headerDestination, 8), extension(headerFragment, 16), fragmentHeader(6, 0, true), pattern(100))
+	wrong := bytes.Clone(good4)
+	wrong[8], wrong[3], wrong[2] = 1, 7, 0 // time to live and total length
+	good6 := packet6(headerHopByHop, extension(headerDestination, 8),
+		extension(headerFragment, 16), fragmentHeader(6, 0, true), pattern(100))
 	const chain = 40 + 8 + 16 + 8
 	for _, tt := range []struct {
 		name     string
@@ -68,49 +70,64 @@ func TestQuotedLenient(t *testing.T) {
 		header   int
 		total    int
 	}{
-		{"IPv4 header and 8 bytes", icmp4(t, 3, 0, whole4[:32]), 17, 24, 132},
-		{"IPv4 header alone", icmp4(t, 11, 0, whole4[:24]), 17, 24, 132},
+		{"IPv4 header and 8 bytes", icmp4(t, 3, 0, good4[:32]), 17, 24, 132},
+		{"IPv4 header alone", icmp4(t, 11, 0, good4[:24]), 17, 24, 132},
 		{"IPv4 with a wrong length and checksum", icmp4(t, 3, 4, wrong), 17, 24, 7},
-		{"IPv6 with 8 bytes of TCP", icmp6(1, 0, whole6[:chain+8]), 6, chain, len(whole6)},
-		{"IPv6 up to the upper layer", icmp6(1, 0, whole6[:chain]), 6, chain, len(whole6)},
-		{"IPv6 cut in the fragment header", icmp6(2, 0, whole6[:chain-1]), headerFragment, chain - 8, len(whole6)},
-		{"IPv6 cut in the second header", icmp6(2, 0, whole6[:chain-9]), headerDestination, 48, len(whole6)},
-		{"IPv6 header alone", icmp6(3, 0, whole6[:40]), headerHopByHop, 40, len(whole6)},
-		{"IPv6 with padding behind it", icmp6(3, 0, append(packet6(headerHopByHop), pattern(50)...)), headerHopByHop, 40, 40},
+		{"IPv6 with 8 bytes of TCP", icmp6(1, 0, good6[:chain+8]), 6, chain, len(good6)},
+		{"IPv6 up to the upper layer", icmp6(1, 0, good6[:chain]), 6, chain, len(good6)},
+		{"IPv6 truncated in the fragment header", icmp6(2, 0, good6[:chain-1]), headerFragment,
+			chain - 8, len(good6)},
+		{"IPv6 truncated in the second header", icmp6(2, 0, good6[:chain-9]), headerDestination, 48,
+			len(good6)},
+		{"IPv6 header alone", icmp6(3, 0, good6[:40]), headerHopByHop, 40, len(good6)},
+		{"IPv6 with padding behind it",
+			icmp6(3, 0, append(packet6(headerHopByHop), pattern(50)...)), headerHopByHop, 40, 40},
 	} {
-		q, ok := Quoted(tt.b, mustParse(t, tt.b))
-		if !ok || q.Protocol != tt.protocol || q.HeaderLen != tt.header || q.TotalLen != tt.total {
-			t.Errorf("%s: %v, %+v, want protocol %d at %d, total length %d", tt.name, ok, q, tt.protocol, tt.header, tt.total)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			q, ok := Quoted(tt.b, mustParse(t, tt.b))
+			if !ok || q.Protocol != tt.protocol || q.HeaderLen != tt.header ||
+				q.TotalLen != tt.total {
+				t.Errorf("%v, %+v, want protocol %d at %d, total length %d", ok, q,
+					tt.protocol, tt.header, tt.total)
+			}
+		})
 	}
 }
 
 func TestQuotedNothing(t *testing.T) {
-	whole4 := udp4(t, 100, func(ip *layers.IPv4) {
-		ip.Options = []layers.IPv4Option{{OptionType: 148, OptionLength: 4, OptionData: []byte{0, 0}}}
+	good4 := udp4(t, 100, func(ip *layers.IPv4) {
+		ip.Options = []layers.IPv4Option{{OptionType: 148, OptionLength: 4,
+			OptionData: []byte{0, 0}}}
 	})
-	whole6 := packet6(17, pattern(100))
+	good6 := packet6(17, pattern(100))
 	for name, b := range map[string][]byte{
-		"no quote":                   icmp4(t, 3, 0, nil),
-		"no quote in IPv6":           icmp6(1, 0, nil),
-		"no whole ICMP header":       packet6(protocolICMPv6, []byte{1, 0, 0, 0, 0, 0, 0}),
-		"19 bytes":                   icmp4(t, 3, 0, whole4[:19]),
-		"cut in the options":         icmp4(t, 3, 0, whole4[:23]),
-		"39 bytes":                   icmp6(1, 0, whole6[:39]),
-		"IPv6 quoted by ICMP":        icmp4(t, 3, 0, whole6),
-		"IPv4 quoted by ICMPv6":      icmp6(1, 0, whole4),
-		"no IP":                      icmp4(t, 3, 0, make([]byte, 100)),
-		"IPv4 header of 16 bytes":    icmp4(t, 3, 0, append([]byte{0x44}, whole4[1:]...)),
-		"routing header of type 0":   icmp6(1, 0, packet6(headerRouting, make([]byte, 8), pattern(20))),
-		"echo request":               icmp4(t, 8, 0, whole4),
-		"ICMPv6 echo request":        icmp6(128, 0, whole6),
-		"redirect":                   icmp4(t, 5, 0, whole4),
-		"ICMPv6 redirect":            icmp6(137, 0, whole6),
-		"no ICMP":                    packet6(17, []byte{1, 0, 0, 0, 0, 0, 0, 0}, whole6),
-		"later fragment of an error": serialize(t, func() *layers.IPv4 { ip := ip4(1); ip.FragOffset = 1; return ip }(), gopacket.Payload(append([]byte{3, 0, 0, 0, 0, 0, 0, 0}, whole4...))),
+		"no quote":                 icmp4(t, 3, 0, nil),
+		"no quote in IPv6":         icmp6(1, 0, nil),
+		"ICMP header of 7 bytes":   packet6(protocolICMPv6, []byte{1, 0, 0, 0, 0, 0, 0}),
+		"19 bytes":                 icmp4(t, 3, 0, good4[:19]),
+		"truncated in the options": icmp4(t, 3, 0, good4[:23]),
+		"39 bytes":                 icmp6(1, 0, good6[:39]),
+		"IPv6 quoted by ICMP":      icmp4(t, 3, 0, good6),
+		"IPv4 quoted by ICMPv6":    icmp6(1, 0, good4),
+		"no IP":                    icmp4(t, 3, 0, make([]byte, 100)),
+		"IPv4 header of 16 bytes":  icmp4(t, 3, 0, append([]byte{0x44}, good4[1:]...)),
+		"routing header of type 0": icmp6(1, 0,
+			packet6(headerRouting, make([]byte, 8), pattern(20))),
+		"echo request":        icmp4(t, 8, 0, good4),
+		"ICMPv6 echo request": icmp6(128, 0, good6),
+		"redirect":            icmp4(t, 5, 0, good4),
+		"ICMPv6 redirect":     icmp6(137, 0, good6),
+		"no ICMP":             packet6(17, []byte{1, 0, 0, 0, 0, 0, 0, 0}, good6),
+		"later fragment of an error": serialize(t, func() *layers.IPv4 {
+			ip := ip4(1)
+			ip.FragOffset = 1
+			return ip
+		}(), gopacket.Payload(append([]byte{3, 0, 0, 0, 0, 0, 0, 0}, good4...))),
 	} {
-		if q, ok := Quoted(b, mustParse(t, b)); ok || q != (Packet{}) {
-			t.Errorf("%s: %v, %+v", name, ok, q)
-		}
+		t.Run(name, func(t *testing.T) {
+			if q, ok := Quoted(b, mustParse(t, b)); ok || q != (Packet{}) {
+				t.Errorf("%v, %+v", ok, q)
+			}
+		})
 	}
 }
