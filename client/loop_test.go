@@ -68,7 +68,7 @@ func TestLoop(t *testing.T) {
 	for range 2 {
 		packets := []*flowqueue.Packet{flowqueue.Get(), flowqueue.Get()}
 		for i, from := range []string{"192.168.1.10:50000", "192.168.1.10:50001"} {
-			packets[i].Size = copy(packets[i].Room()[headroom:], udpHeader(17, netip.MustParseAddrPort(from), netip.MustParseAddrPort("203.0.113.5:443")))
+			packets[i].Size = copy(packets[i].Buffer()[headroom:], udpHeader(17, netip.MustParseAddrPort(from), netip.MustParseAddrPort("203.0.113.5:443")))
 		}
 		if !c.dropLoops(packets) || packets[0] != nil || packets[1] != nil {
 			t.Errorf("left: %v", packets)

@@ -38,7 +38,7 @@ func (u *uplink) Write(bufs [][]byte, offset int) (int, error) {
 			continue
 		}
 		p := flowqueue.Get()
-		p.Size = copy(p.Room()[headroom:], b[offset:])
+		p.Size = copy(p.Buffer()[headroom:], b[offset:])
 		if packets = append(packets, p); len(packets) == len(room) {
 			u.ss.stats.Receive.DropMany(connectip.DropQueueFull, queue.Push(packets))
 			packets = room[:0]

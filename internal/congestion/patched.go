@@ -4,11 +4,12 @@ package congestion
 
 import "github.com/quic-go/quic-go"
 
-// Selectable reports whether this build can leave congestion control to what is inside: whether its quic-go is the edited one.
+// Selectable reports whether this build supports Inner, because it uses the
+// edited quic-go.
 const Selectable = true
 
-// Control turns QUIC's own congestion control on, for good, on a connection that may be without.
+// Control permanently enables QUIC's congestion control on c.
 func Control(c *quic.Conn) { c.ControlCongestion() }
 
-// Apply sets m in c.
+// Apply configures c for m.
 func (m Mode) Apply(c *quic.Config) { c.Uncontrolled = m == Inner }

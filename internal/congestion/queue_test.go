@@ -16,22 +16,28 @@ import (
 	"masquevpn/internal/pki"
 )
 
-// Under QUIC's congestion control few datagrams wait in QUIC: the flows of a tunnel take turns before it, and not there.
+// TestDatagramsWaitBeforeQUIC checks that only few datagrams wait in QUIC when
+// its congestion control is on, so that flows take turns in their flow queue.
 func TestDatagramsWaitBeforeQUIC(t *testing.T) {
-	const most = 64 // stock quic-go has 32; a queue made for throughput has hundreds
+	// most is above the 32 of stock quic-go, and far below queues sized for
+	// throughput.
+	const most = 64
 	synctest.Test(t, func(t *testing.T) {
 		conn, wire := controlled(t)
-		wire.mute.Store(true) // no acknowledgments from now on, as from a path that is slow
+		// From now on there are no acknowledgments, as on a slow path.
+		wire.mute.Store(true)
 		sent := wire.sent.Load()
 		var queued atomic.Int64
 		full := make(chan struct{})
 		go func() {
 			defer close(full)
-			for conn.SendDatagram(make([]byte, 1000)) == nil { // two do not fit into a packet
+			// Two datagrams of 1000 bytes do not fit one packet.
+			for conn.SendDatagram(make([]byte, 1000)) == nil {
 				queued.Add(1)
 			}
 		}()
-		time.Sleep(time.Second) // for the pacer to send all that the window allows
+		// The pacer sends all that the window allows.
+		time.Sleep(time.Second)
 		synctest.Wait()
 		if n := queued.Load() - (wire.sent.Load() - sent); n < 1 || n > most {
 			t.Errorf("%d datagrams wait in QUIC, want 1 to %d", n, most)
@@ -41,7 +47,8 @@ func TestDatagramsWaitBeforeQUIC(t *testing.T) {
 	})
 }
 
-// controlled returns a connection under QUIC's congestion control, and its socket.
+// controlled returns a connection with QUIC's congestion control and its
+// socket.
 func controlled(t *testing.T) (*quic.Conn, *memory) {
 	ca, _, err := pki.NewAuthority("test", time.Now())
 	if err != nil {
@@ -66,27 +73,30 @@ func controlled(t *testing.T) (*quic.Conn, *memory) {
 	t.Cleanup(func() {
 		_, _, _, _ = here.Close(), there.Close(), client.Close(), server.Close()
 	})
-	ln, err := server.Listen(&tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"test"}}, config)
+	ln, err := server.Listen(&tls.Config{Certificates: []tls.Certificate{cert},
+		NextProtos: []string{"test"}}, config)
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := client.Dial(context.Background(), there.LocalAddr(), &tls.Config{RootCAs: roots, ServerName: "a.example", NextProtos: []string{"test"}}, config)
+	conn, err := client.Dial(context.Background(), there.LocalAddr(),
+		&tls.Config{RootCAs: roots, ServerName: "a.example", NextProtos: []string{"test"}}, config)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := ln.Accept(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(time.Second) // for what is left of the handshake, and of finding out what the path carries
+	// Wait for the end of the handshake and of path MTU discovery.
+	time.Sleep(time.Second)
 	return conn, here
 }
 
-// memory is a socket whose packets go to that of its peer, in memory.
+// memory is an in-memory socket whose packets go to its peer.
 type memory struct {
 	addr *net.UDPAddr
 	peer *memory
 	in   chan []byte
-	mute atomic.Bool // what is sent is lost
+	mute atomic.Bool // sent packets are lost
 	sent atomic.Int64
 
 	closed chan struct{}
@@ -94,7 +104,8 @@ type memory struct {
 }
 
 func newMemory(port int) *memory {
-	return &memory{addr: &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port}, in: make(chan []byte, 1000), closed: make(chan struct{})}
+	return &memory{addr: &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port},
+		in: make(chan []byte, 1000), closed: make(chan struct{})}
 }
 
 func (m *memory) ReadFrom(b []byte) (int, net.Addr, error) {

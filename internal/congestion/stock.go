@@ -4,11 +4,13 @@ package congestion
 
 import "github.com/quic-go/quic-go"
 
-// Selectable reports whether this build can leave congestion control to what is inside: whether its quic-go is the edited one.
+// Selectable reports whether this build supports Inner, because it uses the
+// edited quic-go.
 const Selectable = false
 
-// Control turns QUIC's own congestion control on; stock quic-go always has it on.
+// Control does nothing, because congestion control is always enabled in stock
+// quic-go.
 func Control(*quic.Conn) {}
 
-// Apply does nothing: stock quic-go always controls congestion itself.
+// Apply does nothing, because stock quic-go always controls congestion.
 func (m Mode) Apply(*quic.Config) {}

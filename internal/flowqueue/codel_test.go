@@ -5,21 +5,23 @@ import (
 	"time"
 )
 
-// fakeClock stands still.
+// fakeClock returns a clock that does not advance.
 func fakeClock() func() time.Duration { return func() time.Duration { return 0 } }
 
-// later returns a clock that stands still d nanoseconds after that of q.
+// later returns a clock that does not advance, d nanoseconds later than the
+// clock of q.
 func later(q *Queue, d int64) func() time.Duration {
 	now := q.now() + time.Duration(d)
 	return func() time.Duration { return now }
 }
 
-// link is a queue in front of a link that takes one packet a millisecond, and a flow.
+// link is a Queue in front of a link that sends one packet per millisecond. All
+// packets belong to one flow.
 type link struct {
 	*testing.T
 	q     *Queue
 	clock time.Duration
-	drops []time.Duration // when
+	drops []time.Duration // times of CoDel's drops
 }
 
 func newLink(t *testing.T) *link {
@@ -31,11 +33,12 @@ func newLink(t *testing.T) *link {
 // burst pushes n packets at once.
 func (l *link) burst(n int) {
 	if l.q.Push(run(1, n, MaxSize)) != 0 {
-		l.Fatal("dropped at the entrance")
+		l.Fatal("Push dropped packets")
 	}
 }
 
-// send sends for so long, while packets arrive as fast as they leave, or not at all. It returns how long the last one waited.
+// send sends packets for a time of d. If arriving is set, packets arrive as
+// fast as they are sent. send returns how long the last packet waited.
 func (l *link) send(d time.Duration, arriving bool) (waited time.Duration) {
 	for end := l.clock + d; l.clock < end && waiting(l.q) > 0; l.clock += time.Millisecond {
 		p, dropped := popOne(l, l.q)
@@ -51,16 +54,17 @@ func (l *link) send(d time.Duration, arriving bool) (waited time.Duration) {
 	return waited
 }
 
-// A queue that stays is shortened: the first packet is dropped after an interval, the next ones by the square root of their number
-// sooner each, and none any more when the queue is short.
+// TestStandingQueue checks that CoDel shortens a standing queue. It drops the
+// first packet after an interval and the next ones at intervals that decrease
+// with the square root of their number. It stops when the queue is short.
 func TestStandingQueue(t *testing.T) {
 	l := newLink(t)
 	l.burst(60)
 	waited := l.send(5*time.Second, true)
 	if len(l.drops) < 50 || waited > target {
-		t.Fatalf("%d packets dropped, and the last one waited %v", len(l.drops), waited)
+		t.Fatalf("%d packets dropped, and the last packet waited %v", len(l.drops), waited)
 	}
-	// It takes target until a packet has waited so long.
+	// Before the first interval, a packet has to wait for target.
 	want := target + interval
 	for i, gap := range []time.Duration{0, 100, 71, 58, 50, 45, 41} {
 		want += gap * time.Millisecond
@@ -70,11 +74,12 @@ func TestStandingQueue(t *testing.T) {
 	}
 	before := len(l.drops)
 	if l.send(5*time.Second, true); len(l.drops) != before {
-		t.Errorf("%d packets dropped of a short queue", len(l.drops)-before)
+		t.Errorf("%d packets of a short queue dropped", len(l.drops)-before)
 	}
 }
 
-// What is gone in less than an interval is no standing queue, however long it was.
+// TestBurst checks that CoDel drops nothing from a queue that is empty again
+// within an interval, however long it was.
 func TestBurst(t *testing.T) {
 	for n, dropped := range map[int]bool{90: false, 300: true} {
 		l := newLink(t)
@@ -89,7 +94,8 @@ func TestBurst(t *testing.T) {
 	}
 }
 
-// A queue that comes back soon meets the rate of drops that it left, one that comes back later does not.
+// TestDroppingResumes checks that CoDel continues with the previous rate of
+// drops if the standing queue returns soon, and starts anew otherwise.
 func TestDroppingResumes(t *testing.T) {
 	for pause, resumed := range map[time.Duration]bool{interval: true, 20 * interval: false} {
 		l := newLink(t)
@@ -109,7 +115,8 @@ func TestDroppingResumes(t *testing.T) {
 	}
 }
 
-// The delay of one flow is not that of another.
+// TestOnlyTheStandingFlowDrops checks that CoDel does not drop packets of a
+// thin flow that shares the Queue with a standing one.
 func TestOnlyTheStandingFlowDrops(t *testing.T) {
 	q := New()
 	var clock time.Duration
@@ -134,6 +141,7 @@ func TestOnlyTheStandingFlowDrops(t *testing.T) {
 		clock += time.Millisecond
 	}
 	if thins != 50 || late == 0 {
-		t.Errorf("%d packets of the thin flow came, and %d were dropped", thins, late)
+		t.Errorf("%d packets of the thin flow arrived, and %d of the other were dropped",
+			thins, late)
 	}
 }

@@ -5,15 +5,20 @@ import (
 	"os"
 )
 
-// Device is where packets for tunnels come from.
+// Device is the source of packets for tunnels, such as a tun.Device.
 type Device interface {
+	// BatchSize returns the number of buffers to give Read.
 	BatchSize() int
-	// Read reads packets to buf[offset:] of each of bufs, and their lengths into sizes. It returns their number.
+
+	// Read reads one packet into each bufs[i][offset:] and its length into
+	// sizes[i]. It returns the number of packets.
 	Read(bufs [][]byte, sizes []int, offset int) (int, error)
 }
 
-// ReadFrom reads packets from d and calls take with those that came together, until d is closed, which gives nil, or fails. What
-// take keeps of them it sets to nil; the others are overwritten by the next ones.
+// ReadFrom reads packets from d and calls take with each batch. take sets the
+// entries of packets it keeps to nil; ReadFrom uses the others again for the
+// next batch. ReadFrom returns nil when d is closed, and otherwise the error of
+// d.
 func ReadFrom(d Device, take func([]*Packet)) error {
 	n := d.BatchSize()
 	packets, bufs, sizes := make([]*Packet, n), make([][]byte, n), make([]int, n)
@@ -21,7 +26,7 @@ func ReadFrom(d Device, take func([]*Packet)) error {
 		for i := range packets {
 			if packets[i] == nil {
 				packets[i] = Get()
-				bufs[i] = packets[i].Room()
+				bufs[i] = packets[i].Buffer()
 			}
 		}
 		count, err := d.Read(bufs, sizes, Headroom)

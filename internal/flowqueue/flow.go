@@ -6,27 +6,44 @@ import (
 )
 
 const (
-	// target is how long packets of a flow may wait at all times, interval how long they may wait longer than that before one
-	// is dropped (RFC 8289 section 4.2 and 4.3).
-	target   = 5 * time.Millisecond
+	// target is the acceptable standing delay of a flow (RFC 8289 section 4.3).
+	target = 5 * time.Millisecond
+
+	// interval is the time after which CoDel drops a packet if all packets of
+	// a flow wait longer than target (RFC 8289 section 4.2).
 	interval = 100 * time.Millisecond
 )
 
-// flow is the packets of one flow, and the state of CoDel for it (RFC 8289 section 5).
+// flow is the queue of one flow with its CoDel state (RFC 8289 section 5).
+// Times are readings of the clock of its Queue, whose lock guards all fields.
 type flow struct {
 	first, last *Packet
 	bytes       int
-	deficit     int // bytes that it may still send in this turn
-	listed      bool
-	after       *flow // of the list that it is in
 
-	above    time.Duration // when it will have waited too long for an interval; 0 when it does not
+	// deficit is the number of bytes that the flow may still send in this turn.
+	deficit int
+
+	// listed reports whether the flow is in a list of its Queue, where after is
+	// the next one.
+	listed bool
+	after  *flow
+
+	// firstAbove is the time when packets will have waited longer than target
+	// for an interval. It is 0 if the last packet waited for less.
+	firstAbove time.Duration
+
+	// dropping means that the flow is in CoDel's dropping state, where it drops
+	// the next packet at dropNext.
 	dropping bool
-	dropNext time.Duration // when the next packet is dropped, while dropping
-	count    uint32        // of packets dropped since dropping began
-	previous uint32        // count when it last began
+	dropNext time.Duration
+
+	// count is the number of packets dropped since the flow entered the
+	// dropping state. lastCount is the count with which it last entered.
+	count     uint32
+	lastCount uint32
 }
 
+// push appends p to the flow.
 func (f *flow) push(p *Packet) {
 	if f.first == nil {
 		f.first = p
@@ -37,7 +54,7 @@ func (f *flow) push(p *Packet) {
 	f.bytes += p.Size
 }
 
-// pop takes the oldest packet, nil for none.
+// pop removes and returns the oldest packet, or nil if there is none.
 func (f *flow) pop() *Packet {
 	p := f.first
 	if p != nil {
@@ -47,7 +64,8 @@ func (f *flow) pop() *Packet {
 	return p
 }
 
-// next takes the packet to send next, nil for none, and drops those before it whose time has come.
+// next removes and returns the packet to send next, or nil if there is none. It
+// first drops the packets that CoDel selects, and returns their number.
 func (f *flow) next(now time.Duration) (p *Packet, dropped int) {
 	p, late := f.take(now)
 	switch {
@@ -69,33 +87,35 @@ func (f *flow) next(now time.Duration) (p *Packet, dropped int) {
 		dropped++
 		p, _ = f.take(now)
 		f.dropping = true
-		// What was the right rate a moment ago is close to what it is now.
-		delta := f.count - f.previous
+		// If dropping ended only recently, its rate of drops is a good start.
+		delta := f.count - f.lastCount
 		f.count = 1
 		if delta > 1 && now-f.dropNext < 16*interval {
 			f.count = delta
 		}
 		f.dropNext = dropAfter(now, f.count)
-		f.previous = f.count
+		f.lastCount = f.count
 	}
 	return p, dropped
 }
 
-// take is pop that reports whether packets have been waiting too long all through the last interval.
+// take is like pop. It also reports whether all packets in the last interval
+// waited longer than target.
 func (f *flow) take(now time.Duration) (p *Packet, late bool) {
 	p = f.pop()
 	switch {
 	case p == nil || now-p.queued < target || f.bytes <= quantum:
-		f.above = 0
-	case f.above == 0:
-		f.above = now + interval
+		f.firstAbove = 0
+	case f.firstAbove == 0:
+		f.firstAbove = now + interval
 	default:
-		late = now >= f.above
+		late = now >= f.firstAbove
 	}
 	return p, late
 }
 
-// dropAfter is when the packet after the one of time t is dropped: the more there were, the sooner.
+// dropAfter returns the time of the drop after the one at time t. The time
+// between drops decreases with the square root of count.
 func dropAfter(t time.Duration, count uint32) time.Duration {
 	return t + time.Duration(float64(interval)/math.Sqrt(float64(count)))
 }

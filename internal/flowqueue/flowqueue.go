@@ -1,6 +1,13 @@
-// Package flowqueue holds the packets that wait to be sent into a tunnel: one queue for each flow, served in turns, each kept short
-// by CoDel (FQ-CoDel, RFC 8290). A bulk transfer fills its own queue and is told to slow down by a drop now and then; what shares
-// the tunnel with it does not wait behind it.
+// Package flowqueue queues packets that wait to be sent into a tunnel. It
+// implements FQ-CoDel (RFC 8290): each flow has its own queue, flows take
+// turns, and CoDel drops packets of a flow that waits too long. So a bulk
+// transfer is slowed down by a few drops, and other flows do not wait behind
+// it.
+//
+// A program has one [Queue] for each tunnel. [ReadFrom] reads packets from a
+// device, [Queue.Push] adds them to a Queue, and one goroutine takes them out
+// with [Queue.Pop] and sends them. All queues of a process together hold a
+// limited number of packets, however many queues there are.
 package flowqueue
 
 import (
@@ -13,46 +20,67 @@ import (
 )
 
 const (
-	// Limit is how many packets a queue holds at most: as much as one TCP connection sends at once, so that it is CoDel that slows
-	// it down, with a drop here and there.
+	// Limit is the most packets in a Queue. It has room for the window of a
+	// fast TCP connection, so that single drops of CoDel slow the connection
+	// down and not a full queue.
 	Limit = 4096
-	// maxTotal is how many packets the queues of this process hold together, which is some 117 MB.
+
+	// maxTotal is the most packets in all queues of this process. They take
+	// some 117 MB.
 	maxTotal = 1 << 16
-	// reserve is how many of these are for queues that have few, no more than minLimit each, while others have taken all the rest.
+
+	// reserve is the part of maxTotal for queues with at most minLimit packets.
+	// They can use it when other queues have taken everything else.
 	reserve  = maxTotal / 8
 	minLimit = 16
-	// buckets is how many flows are told apart; those that share one are served as one.
+
+	// buckets is the number of flows that a Queue distinguishes. Flows whose
+	// hashes collide share one bucket and its turns.
 	buckets = 128
-	// quantum is how many bytes a flow may send in one turn.
+
+	// quantum is the number of bytes that a flow may send in one turn.
 	quantum = 1514
 )
 
-// total is how many packets wait in all queues.
+// total is the number of packets in all queues.
 var total atomic.Int64
 
-// Queue is the packets that wait for one sender. It costs little while nothing waits.
+// Queue holds the packets that wait for one sender. It uses little memory until
+// the first packet. Its methods may be called concurrently, except for Pop.
 type Queue struct {
-	wake chan struct{} // of Pop, that there may be something
-	seed maphash.Seed
-	now  func() time.Duration
+	// wake wakes Pop after a Push or Close. It has a capacity of 1.
+	wake chan struct{}
 
-	mu       sync.Mutex
-	flows    *[buckets]flow // nil until the first packet
-	fresh    list           // flows that had nothing to send until now: they go first, once
-	old      list
+	seed maphash.Seed
+	now  func() time.Duration // time since New
+
+	mu sync.Mutex // guards the fields below
+
+	// flows is nil before the first Push and after Close.
+	flows *[buckets]flow
+
+	// newFlows are flows that had nothing to send until now. Their first turn
+	// comes before all turns of oldFlows (RFC 8290 section 4.2).
+	newFlows list
+	oldFlows list
+
 	packets  int
-	popping  bool // Pop waits
+	waiting  bool // Pop waits for packets
 	isClosed bool
 }
 
-// New returns an empty Queue.
+// New returns an empty Queue. The caller closes it.
 func New() *Queue {
 	start := time.Now()
-	return &Queue{wake: make(chan struct{}, 1), seed: maphash.MakeSeed(), now: func() time.Duration { return time.Since(start) }}
+	return &Queue{wake: make(chan struct{}, 1), seed: maphash.MakeSeed(),
+		now: func() time.Duration {
+			return time.Since(start)
+		}}
 }
 
-// Push queues packets, which are the queue's from then on, and returns how many were dropped to make room; they need not be of these.
-// It never waits. A closed Queue drops all.
+// Push adds packets to the Queue, which then owns them. It returns the number
+// of packets, old or new, that it dropped because there were too many. Push
+// never blocks. A closed Queue drops all packets.
 func (q *Queue) Push(packets []*Packet) (dropped int) {
 	dropped, closed := q.push(packets)
 	if closed {
@@ -68,7 +96,8 @@ func (q *Queue) Push(packets []*Packet) (dropped int) {
 func (q *Queue) push(packets []*Packet) (dropped int, closed bool) {
 	now := q.now()
 	q.mu.Lock()
-	defer q.mu.Unlock() // also when this panics: those who push serve more than one peer
+	// Unlock after a panic too, because callers serve other peers as well.
+	defer q.mu.Unlock()
 	if q.isClosed {
 		for _, p := range packets {
 			p.Free()
@@ -84,7 +113,7 @@ func (q *Queue) push(packets []*Packet) (dropped int, closed bool) {
 		f.push(p)
 		if !f.listed {
 			f.listed, f.deficit = true, quantum
-			q.fresh.append(f)
+			q.newFlows.append(f)
 		}
 	}
 	q.packets += len(packets)
@@ -94,7 +123,8 @@ func (q *Queue) push(packets []*Packet) (dropped int, closed bool) {
 	return dropped, false
 }
 
-// Oldest returns for how long the oldest packet has been waiting, 0 when none waits.
+// Oldest returns how long the oldest packet has been waiting. It is 0 if the
+// Queue is empty.
 func (q *Queue) Oldest() (age time.Duration) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -110,59 +140,64 @@ func (q *Queue) Oldest() (age time.Duration) {
 	return age
 }
 
-// excess returns how many packets q has too many while all queues together have so many. A queue may have as many as it leaves free
-// for others (the dynamic thresholds of Choudhury and Hahne): those that are flooded so come to have equal parts.
-func (q *Queue) excess(all int) int {
-	others := all - q.packets
+// excess returns the number of packets that q must drop when all queues
+// together hold sum packets. A queue may hold as many packets as it leaves free
+// for others (the dynamic thresholds of Choudhury and Hahne), so all flooded
+// queues converge to equal shares.
+func (q *Queue) excess(sum int) int {
+	others := sum - q.packets
 	limit := min(Limit, max(minLimit, (maxTotal-reserve-others)/2))
-	return min(q.packets, max(0, q.packets-limit, all-maxTotal))
+	return min(q.packets, max(0, q.packets-limit, sum-maxTotal))
 }
 
-// drop drops n packets, the oldest of those flows that have most.
+// drop drops n packets. It takes the oldest packets of the longest flows.
 func (q *Queue) drop(n int) {
-	for left := n; left > 0; {
+	for remaining := n; remaining > 0; {
 		var longest *flow
 		for i := range q.flows {
 			if f := &q.flows[i]; f.first != nil && (longest == nil || f.bytes > longest.bytes) {
 				longest = f
 			}
 		}
-		// As many at once as is fair, because the search takes longer than a drop.
-		for enough := longest.bytes / 2; left > 0 && longest.first != nil && longest.bytes >= enough; left-- {
+		// Drop half of the flow at once, because the search takes longer than a
+		// drop (RFC 8290 section 4.1).
+		for enough := longest.bytes / 2; remaining > 0 && longest.first != nil &&
+			longest.bytes >= enough; remaining-- {
 			longest.pop().Free()
 		}
 	}
-	q.took(n)
+	q.subtract(n)
 }
 
-// took counts n packets that do not wait any more.
-func (q *Queue) took(n int) {
+// subtract updates the counts after n packets left the Queue.
+func (q *Queue) subtract(n int) {
 	q.packets -= n
 	total.Add(-int64(n))
 }
 
-// Pop waits for packets, fills into with those to send next, and returns their number; they are the caller's. It returns too how
-// many were dropped because their flow has been waiting for too long. It returns 0 packets only when the Queue is
-// closed. Only one goroutine may call it.
-func (q *Queue) Pop(into []*Packet) (n, dropped int) {
+// Pop waits for packets, stores those to send next in packets and returns their
+// number n. The caller owns them. dropped is the number of packets that CoDel
+// dropped because their flow waited too long. n is 0 only if the Queue is
+// closed. Pop must not be called concurrently.
+func (q *Queue) Pop(packets []*Packet) (n, dropped int) {
 	for {
 		q.mu.Lock()
-		q.popping = false
+		q.waiting = false
 		if q.packets > 0 {
 			now := q.now()
-			for n < len(into) {
+			for n < len(packets) {
 				p, d := q.next(now)
 				dropped += d
 				if p == nil {
 					break
 				}
-				into[n] = p
+				packets[n] = p
 				n++
 			}
-			q.took(n + dropped)
+			q.subtract(n + dropped)
 		}
 		closed := q.isClosed
-		q.popping = n == 0 && !closed
+		q.waiting = n == 0 && !closed
 		q.mu.Unlock()
 		if n > 0 || closed {
 			return n, dropped
@@ -171,20 +206,22 @@ func (q *Queue) Pop(into []*Packet) (n, dropped int) {
 	}
 }
 
-// Idle reports whether nothing waits, and what was taken before is sent: a packet that goes past the queue overtakes none. It holds
-// until the next Push.
+// Idle reports whether the Queue is empty and Pop waits for packets, which
+// means that the sender has sent all earlier ones. A packet that bypasses an
+// idle Queue overtakes no other. The result is valid until the next Push.
 func (q *Queue) Idle() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.popping && q.packets == 0
+	return q.waiting && q.packets == 0
 }
 
-// next takes the packet that is to go next, nil for none (RFC 8290 section 4.2).
+// next removes and returns the packet to send next, or nil if there is none
+// (RFC 8290 section 4.2). q.mu is held.
 func (q *Queue) next(now time.Duration) (p *Packet, dropped int) {
 	for {
-		l := &q.fresh
+		l := &q.newFlows
 		if l.first == nil {
-			l = &q.old
+			l = &q.oldFlows
 		}
 		f := l.first
 		if f == nil {
@@ -193,15 +230,17 @@ func (q *Queue) next(now time.Duration) (p *Packet, dropped int) {
 		if f.deficit <= 0 {
 			f.deficit += quantum
 			l.remove()
-			q.old.append(f)
+			q.oldFlows.append(f)
 			continue
 		}
 		p, d := f.next(now)
 		dropped += d
 		if p == nil {
 			l.remove()
-			if l == &q.fresh && q.old.first != nil {
-				q.old.append(f) // or it would go first again and again
+			if l == &q.newFlows && q.oldFlows.first != nil {
+				// Otherwise a flow with one packet at a time would always
+				// have the first turn.
+				q.oldFlows.append(f)
 			} else {
 				f.listed = false
 			}
@@ -212,7 +251,8 @@ func (q *Queue) next(now time.Duration) (p *Packet, dropped int) {
 	}
 }
 
-// Close drops what waits, and what comes, and ends Pop.
+// Close drops all packets and makes Pop return. Later calls of Push drop their
+// packets.
 func (q *Queue) Close() {
 	q.mu.Lock()
 	q.isClosed = true
@@ -223,8 +263,8 @@ func (q *Queue) Close() {
 			}
 		}
 	}
-	q.took(q.packets)
-	q.flows, q.fresh, q.old = nil, list{}, list{}
+	q.subtract(q.packets)
+	q.flows, q.newFlows, q.oldFlows = nil, list{}, list{}
 	q.mu.Unlock()
 	select {
 	case q.wake <- struct{}{}:
@@ -232,9 +272,10 @@ func (q *Queue) Close() {
 	}
 }
 
-// list is flows in the order of their turns.
+// list is a linked list of flows in the order of their turns.
 type list struct{ first, last *flow }
 
+// append adds f at the end of the list.
 func (l *list) append(f *flow) {
 	f.after = nil
 	if l.first == nil {
@@ -245,5 +286,5 @@ func (l *list) append(f *flow) {
 	l.last = f
 }
 
-// remove takes the first flow off the list.
+// remove removes the first flow from the list.
 func (l *list) remove() { l.first = l.first.after }

@@ -17,10 +17,10 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// minSize is an IPv4 packet with UDP ports and a serial number.
+// minSize is the length of an IPv4 packet with UDP ports and a serial number.
 const minSize = 32
 
-// packet makes a packet of a UDP port.
+// packet returns a packet from a UDP port with a serial number.
 func packet(port uint16, serial, size int) *Packet {
 	p := Get()
 	p.Size = size
@@ -35,7 +35,7 @@ func packet(port uint16, serial, size int) *Packet {
 func portOf(p *Packet) uint16 { return binary.BigEndian.Uint16(p.Bytes()[Headroom+22:]) }
 func serialOf(p *Packet) int  { return int(binary.BigEndian.Uint32(p.Bytes()[Headroom+28:])) }
 
-// run makes n packets of a port, with serial numbers from 0.
+// run returns n packets from a port with serial numbers from 0.
 func run(port uint16, n, size int) []*Packet {
 	packets := make([]*Packet, n)
 	for i := range packets {
@@ -44,7 +44,7 @@ func run(port uint16, n, size int) []*Packet {
 	return packets
 }
 
-// ports returns n ports whose flows q tells apart.
+// ports returns n ports whose flows have different buckets in q.
 func ports(q *Queue, n int) []uint16 {
 	var found []uint16
 	taken := make(map[uint64]bool)
@@ -59,24 +59,26 @@ func ports(q *Queue, n int) []uint16 {
 	return found
 }
 
-// popOne takes one packet, of a queue that has some.
+// popOne takes one packet from a Queue that is not empty.
 func popOne(t testing.TB, q *Queue) (p *Packet, dropped int) {
 	t.Helper()
-	var into [1]*Packet
-	n, dropped := q.Pop(into[:])
+	var packets [1]*Packet
+	n, dropped := q.Pop(packets[:])
 	if n != 1 {
-		t.Fatalf("Pop gave %d packets", n)
+		t.Fatalf("Pop returned %d packets, want 1", n)
 	}
-	return into[0], dropped
+	return packets[0], dropped
 }
 
+// waiting returns the number of packets in q.
 func waiting(q *Queue) int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.packets
 }
 
-// Whatever is pushed is popped or counted as dropped, once, and in the order of its flow.
+// TestNothingIsLost checks that each pushed packet is popped or counted as
+// dropped exactly once, and that packets of a flow keep their order.
 func TestNothingIsLost(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		before := total.Load()
@@ -84,12 +86,12 @@ func TestNothingIsLost(t *testing.T) {
 		q.now = fakeClock()
 		pushed, popped, dropped := 0, 0, 0
 		var next [8]int // serial number of the next packet of each flow
-		var last [8]int // that was popped, counted from 1
+		var last [8]int // serial number + 1 of the packet popped last
 		pop := func(n int) {
-			into := make([]*Packet, n)
-			n, late := q.Pop(into)
+			packets := make([]*Packet, n)
+			n, late := q.Pop(packets)
 			popped, dropped = popped+n, dropped+late
-			for _, p := range into[:n] {
+			for _, p := range packets[:n] {
 				port, serial := portOf(p), serialOf(p)+1
 				if serial <= last[port] {
 					t.Fatalf("packet %d of flow %d after %d", serial, port, last[port])
@@ -102,7 +104,9 @@ func TestNothingIsLost(t *testing.T) {
 			"push": func(t *rapid.T) {
 				port := rapid.IntRange(0, len(next)-1).Draw(t, "flow")
 				size := rapid.IntRange(minSize, MaxSize).Draw(t, "size")
-				batch := make([]*Packet, rapid.OneOf(rapid.IntRange(0, 40), rapid.IntRange(0, 2*Limit)).Draw(t, "packets"))
+				batch := make([]*Packet,
+					rapid.OneOf(rapid.IntRange(0, 40), rapid.IntRange(0, 2*Limit)).Draw(t,
+						"packets"))
 				for i := range batch {
 					batch[i] = packet(uint16(port), next[port], size)
 					next[port]++
@@ -115,11 +119,16 @@ func TestNothingIsLost(t *testing.T) {
 					pop(rapid.IntRange(1, 300).Draw(t, "packets"))
 				}
 			},
-			"wait": func(t *rapid.T) { q.now = later(q, rapid.Int64Range(0, int64(2*interval)).Draw(t, "nanoseconds")) },
+			"wait": func(t *rapid.T) {
+				q.now = later(q, rapid.Int64Range(0, int64(2*interval)).Draw(t, "nanoseconds"))
+			},
 			"": func(t *rapid.T) {
-				left := waiting(q)
-				if pushed != popped+dropped+left || total.Load() != before+int64(left) || left > Limit {
-					t.Fatalf("%d pushed, %d popped, %d dropped, %d left, %d in all", pushed, popped, dropped, left, total.Load()-before)
+				queued := waiting(q)
+				if pushed != popped+dropped+queued || total.Load() != before+int64(queued) ||
+					queued > Limit {
+					t.Fatalf("%d pushed, %d popped, %d dropped, %d in the queue, %d in all",
+						pushed, popped,
+						dropped, queued, total.Load()-before)
 				}
 			},
 		})
@@ -127,7 +136,8 @@ func TestNothingIsLost(t *testing.T) {
 			pop(100)
 		}
 		if pushed != popped+dropped || total.Load() != before {
-			t.Fatalf("at the end: %d pushed, %d popped, %d dropped, %d in all", pushed, popped, dropped, total.Load()-before)
+			t.Fatalf("at the end: %d pushed, %d popped, %d dropped, %d in all", pushed, popped,
+				dropped, total.Load()-before)
 		}
 		for i := 0; q.flows != nil && i < buckets; i++ {
 			if f := &q.flows[i]; f.bytes != 0 {
@@ -137,7 +147,8 @@ func TestNothingIsLost(t *testing.T) {
 	})
 }
 
-// A flow that sends little waits no longer than the others need for what they are sending already.
+// TestThinFlow checks that a packet of a flow that sends little is sent before
+// the waiting packets of other flows.
 func TestThinFlow(t *testing.T) {
 	q := New()
 	q.now = fakeClock()
@@ -151,18 +162,20 @@ func TestThinFlow(t *testing.T) {
 	for i := range 20 {
 		q.Push([]*Packet{packet(thin, i, minSize)})
 		if p, _ := popOne(t, q); portOf(p) != thin || serialOf(p) != i {
-			t.Fatalf("packet %d of the thin flow waits behind packet %d of flow %d", i, serialOf(p), portOf(p))
+			t.Fatalf("packet %d of the thin flow waits behind packet %d of flow %d", i, serialOf(p),
+				portOf(p))
 		}
-		// The bulk flows have their turns too, so that it is not always the first.
+		// Between its packets, the bulk flows have their turns.
 		for range 5 {
 			if p, _ := popOne(t, q); portOf(p) == thin {
-				t.Fatal("a packet out of nowhere")
+				t.Fatal("Pop returned a packet of the thin flow, which has none")
 			}
 		}
 	}
 }
 
-// A flow does not get more than its share by having one packet at a time, each of which finds its queue empty.
+// TestShareOfOneAtATime checks that a flow does not exceed its share by having
+// one packet at a time, each of which makes it a new flow.
 func TestShareOfOneAtATime(t *testing.T) {
 	q := New()
 	q.now = fakeClock()
@@ -183,7 +196,7 @@ func TestShareOfOneAtATime(t *testing.T) {
 		}
 	}
 	if sent < turns/3-5 || sent > turns/3+5 {
-		t.Errorf("%d packets of one of three flows, of %d in all", sent, turns)
+		t.Errorf("one of three flows sent %d of %d packets, want a third", sent, turns)
 	}
 }
 
@@ -196,12 +209,12 @@ func TestSharesAreOfBytes(t *testing.T) {
 		q.Push(run(flows[i], 60_000/size, size))
 	}
 	sent := make([]int, len(sizes)) // bytes
-	for all := 0; all < 160_000; {
+	for sum := 0; sum < 160_000; {
 		p, _ := popOne(t, q)
-		all += p.Size
+		sum += p.Size
 		sent[slices.Index(flows, portOf(p))] += p.Size
 		if d := slices.Max(sent) - slices.Min(sent); d > 2*quantum+MaxSize {
-			t.Fatalf("after %d bytes the flows have sent %d", all, sent)
+			t.Fatalf("after %d bytes the flows have sent %d", sum, sent)
 		}
 	}
 }
@@ -216,25 +229,29 @@ func TestLimit(t *testing.T) {
 	dropped += q.Push(run(medium, mediums, 1000))
 	dropped += q.Push(run(thin, thins, minSize))
 	if dropped != 0 {
-		t.Fatalf("%d dropped below the limit", dropped)
+		t.Fatalf("%d packets dropped below the limit, want 0", dropped)
 	}
 	if dropped = q.Push(run(bulk, more, 1000)); dropped != more {
-		t.Errorf("%d dropped of %d above the limit", dropped, more)
+		t.Errorf("%d packets dropped, but %d were above the limit", dropped, more)
 	}
-	left := make(map[uint16]int)
+	remaining := make(map[uint16]int)
 	oldest := -1
 	for waiting(q) > 0 {
 		p, _ := popOne(t, q)
-		if left[portOf(p)]++; portOf(p) == bulk && oldest < 0 {
+		if remaining[portOf(p)]++; portOf(p) == bulk && oldest < 0 {
 			oldest = serialOf(p)
 		}
 	}
-	if left[bulk] != Limit-mediums-thins || left[medium] != mediums || left[thin] != thins || oldest != more {
-		t.Errorf("left are %d, %d and %d, from packet %d of the longest", left[bulk], left[medium], left[thin], oldest)
+	if remaining[bulk] != Limit-mediums-thins || remaining[medium] != mediums ||
+		remaining[thin] != thins ||
+		oldest != more {
+		t.Errorf("%d, %d and %d packets remain; the oldest of the longest flow is %d",
+			remaining[bulk], remaining[medium],
+			remaining[thin], oldest)
 	}
 }
 
-// Packets without contents count as packets.
+// TestEmptyPackets checks that empty packets count towards the limit.
 func TestEmptyPackets(t *testing.T) {
 	q := New()
 	q.now = fakeClock()
@@ -249,16 +266,17 @@ func TestEmptyPackets(t *testing.T) {
 	q.Close()
 }
 
-// occupy has the queues of the process hold n packets more until the test ends.
+// occupy makes the process hold n more packets until the test ends.
 func occupy(t *testing.T, n int64) {
 	total.Add(n)
 	t.Cleanup(func() { total.Add(-n) })
 }
 
-// Queues that are flooded share what is left, whoever came first, and never have more than it together.
+// TestCrowded checks that flooded queues share the free space equally,
+// whichever came first, and do not exceed it together.
 func TestCrowded(t *testing.T) {
-	const left, late, early = 2000, 15, 4
-	occupy(t, maxTotal-reserve-left-total.Load())
+	const free, late, early = 2000, 15, 4
+	occupy(t, maxTotal-reserve-free-total.Load())
 	queues := make([]*Queue, early+late)
 	most := 0
 	for round := range 50 {
@@ -275,16 +293,17 @@ func TestCrowded(t *testing.T) {
 		}
 	}
 	if most > maxTotal-reserve+minLimit*late {
-		t.Errorf("%d packets at a time", most)
+		t.Errorf("the queues held %d packets at a time", most)
 	}
 	for i, q := range queues {
-		if fair := left / (len(queues) + 1); waiting(q) < fair*3/4 || waiting(q) > fair*5/4 {
-			t.Errorf("queue %d has %d packets, want some %d", i, waiting(q), fair)
+		if fair := free / (len(queues) + 1); waiting(q) < fair*3/4 || waiting(q) > fair*5/4 {
+			t.Errorf("queue %d has %d packets, want about %d", i, waiting(q), fair)
 		}
 	}
 }
 
-// When others hold all that there is, a queue may have some packets still, but only as long as the bound holds.
+// TestBound checks that a queue can use the reserve when others hold everything
+// else, and that maxTotal is never exceeded.
 func TestBound(t *testing.T) {
 	occupy(t, maxTotal-reserve-total.Load())
 	var queues []*Queue
@@ -292,7 +311,8 @@ func TestBound(t *testing.T) {
 		q := New()
 		queues = append(queues, q)
 		if dropped := q.Push(run(1, 100, minSize)); waiting(q) != want || dropped != 100-want {
-			t.Fatalf("queue %d has %d packets, want %d; %d of 100 dropped", len(queues), waiting(q), want, dropped)
+			t.Fatalf("queue %d has %d packets, want %d; %d of 100 dropped", len(queues), waiting(q),
+				want, dropped)
 		}
 	}
 	for range reserve / minLimit {
@@ -321,7 +341,7 @@ func TestClose(t *testing.T) {
 		synctest.Wait()
 		q.Close()
 		if n := <-ended; n != 0 {
-			t.Errorf("a Pop that waited gave %d packets", n)
+			t.Errorf("the waiting Pop returned %d packets, want 0", n)
 		}
 		q.Close()
 
@@ -329,18 +349,18 @@ func TestClose(t *testing.T) {
 		q.Push(run(1, 10, minSize))
 		q.Close()
 		if n, dropped := q.Pop(make([]*Packet, 4)); n != 0 || dropped != 0 {
-			t.Errorf("Pop gave %d packets and dropped %d after Close", n, dropped)
+			t.Errorf("Pop returned %d packets and dropped %d after Close, want 0 and 0", n, dropped)
 		}
 		if dropped := q.Push(run(1, 3, minSize)); dropped != 3 {
-			t.Errorf("%d of 3 dropped after Close", dropped)
+			t.Errorf("Push dropped %d of 3 packets after Close, want 3", dropped)
 		}
 		if n := total.Load() - before; n != 0 {
-			t.Errorf("%d packets count as waiting", n)
+			t.Errorf("total counts %d packets, want 0", n)
 		}
 	})
 }
 
-// Pop waits for packets, and several pushes wake it once or more.
+// TestPopWaits checks that Pop returns all packets of several pushes.
 func TestPopWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := New()
@@ -362,7 +382,7 @@ func TestPopWaits(t *testing.T) {
 			q.Push(run(2, 2, minSize))
 			synctest.Wait()
 			if got.Load() != want {
-				t.Errorf("%d packets came, want %d", got.Load(), want)
+				t.Errorf("%d packets popped, want %d", got.Load(), want)
 			}
 		}
 		q.Close()
@@ -370,7 +390,8 @@ func TestPopWaits(t *testing.T) {
 	})
 }
 
-// Several push while one pops; the race detector sees a packet that two own. Then the queue is closed in the midst of it.
+// TestConcurrent pushes from several goroutines while another one pops, for the
+// race detector. In its second part, Close comes in between.
 func TestConcurrent(t *testing.T) {
 	before := total.Load()
 	for _, early := range []bool{false, true} {
@@ -378,15 +399,15 @@ func TestConcurrent(t *testing.T) {
 		var pushed, dropped, popped atomic.Int64
 		var pushers, popper sync.WaitGroup
 		popper.Go(func() {
-			var into [16]*Packet
+			var packets [16]*Packet
 			for {
-				n, late := q.Pop(into[:])
+				n, late := q.Pop(packets[:])
 				popped.Add(int64(n))
 				dropped.Add(int64(late))
 				if n == 0 {
 					return
 				}
-				for _, p := range into[:n] {
+				for _, p := range packets[:n] {
 					p.Bytes()[0]++
 					p.Free()
 				}
@@ -413,54 +434,58 @@ func TestConcurrent(t *testing.T) {
 		}
 		q.Close()
 		popper.Wait()
-		if lost := pushed.Load() - popped.Load() - dropped.Load(); !early && lost != 0 || lost < 0 || lost > Limit {
-			t.Errorf("of %d packets %d were popped, and %d dropped", pushed.Load(), popped.Load(), dropped.Load())
+		if lost := pushed.Load() - popped.Load() - dropped.Load(); !early && lost != 0 ||
+			lost < 0 || lost > Limit {
+			t.Errorf("%d packets pushed, %d popped, %d dropped", pushed.Load(), popped.Load(),
+				dropped.Load())
 		}
 	}
 	if n := total.Load() - before; n != 0 {
-		t.Errorf("%d packets count as waiting", n)
+		t.Errorf("total counts %d packets, want 0", n)
 	}
 }
 
 func TestAllocations(t *testing.T) {
 	q := New()
 	batch := slices.Concat(run(1, 16, MaxSize), run(2, 16, minSize))
-	into := make([]*Packet, len(batch))
+	packets := make([]*Packet, len(batch))
 	if got := testing.AllocsPerRun(100, func() {
 		q.Push(batch)
-		if n, _ := q.Pop(into); n != len(batch) {
-			t.Fatalf("%d packets came back", n)
+		if n, _ := q.Pop(packets); n != len(batch) {
+			t.Fatalf("Pop returned %d packets", n)
 		}
 	}); got != 0 {
 		t.Errorf("%v allocations", got)
 	}
 }
 
-// One packet in and out, in batches as the device and QUIC have them.
+// BenchmarkPushPop pushes and pops in batches of the sizes that the device and
+// QUIC use.
 func BenchmarkPushPop(b *testing.B) {
 	q := New()
 	var batch []*Packet
 	for i := range 32 {
 		batch = append(batch, packet(uint16(i%8), i, 1400))
 	}
-	into := make([]*Packet, 16)
+	packets := make([]*Packet, 16)
 	b.SetBytes(1400)
 	b.ReportAllocs()
 	for n := 0; n < b.N; n += len(batch) {
 		q.Push(batch)
 		for got := 0; got < len(batch); {
-			k, _ := q.Pop(into)
+			k, _ := q.Pop(packets)
 			got += k
 		}
 	}
 }
 
-// A packet may go past the queue only when none is before it: neither in the queue nor with who took some and has not sent them yet.
+// TestIdle checks that a Queue is idle only if no packet is in it or is still
+// being sent.
 func TestIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := New()
 		if q.Idle() {
-			t.Error("idle before anybody waits for packets")
+			t.Error("idle before Pop is called")
 		}
 		sent := make(chan struct{})
 		go func() {
@@ -476,7 +501,7 @@ func TestIdle(t *testing.T) {
 		}()
 		synctest.Wait()
 		if !q.Idle() {
-			t.Error("not idle while it is empty and Pop waits")
+			t.Error("not idle while the queue is empty and Pop waits")
 		}
 		q.Push(run(1, 2, MaxSize))
 		for range 2 {
@@ -488,13 +513,13 @@ func TestIdle(t *testing.T) {
 		}
 		synctest.Wait()
 		if !q.Idle() {
-			t.Error("not idle when all is sent")
+			t.Error("not idle after all packets are sent")
 		}
 		q.Push(run(0, 1, MaxSize))
 		sent <- struct{}{}
 		synctest.Wait()
 		if q.Idle() {
-			t.Error("idle while nobody waits for packets any more")
+			t.Error("idle after the last Pop")
 		}
 	})
 }

@@ -6,20 +6,23 @@ import (
 )
 
 const (
-	// Headroom is how many bytes are free before each packet, for the prefix of a datagram.
+	// Headroom is the number of free bytes in front of each packet. They have
+	// room for the prefix of a datagram.
 	Headroom = 16
-	// MaxSize is the length of the longest packet, in bytes.
+
+	// MaxSize is the length of the longest packet in bytes.
 	MaxSize = 1500
 )
 
-// Packet is one IP packet. Whoever has one owns it until it is pushed or freed.
+// Packet is one IP packet. The caller of Get owns it until it gives it to
+// [Queue.Push] or calls Free.
 type Packet struct {
-	// Size is the length of the packet in bytes, without the headroom.
+	// Size is the length of the packet in bytes, excluding the headroom.
 	Size int
 
 	buf    [Headroom + MaxSize]byte
-	queued time.Duration
-	after  *Packet // in its flow
+	queued time.Duration // time of Push
+	after  *Packet       // next packet of the flow
 }
 
 var pool = sync.Pool{New: func() any { return new(Packet) }}
@@ -27,11 +30,11 @@ var pool = sync.Pool{New: func() any { return new(Packet) }}
 // Get returns a Packet with undefined contents.
 func Get() *Packet { return pool.Get().(*Packet) }
 
-// Free gives p back.
+// Free releases p for another Get.
 func (p *Packet) Free() { pool.Put(p) }
 
-// Room returns the whole buffer: to be filled from Headroom on.
-func (p *Packet) Room() []byte { return p.buf[:] }
+// Buffer returns the buffer of p, in which the packet starts at Headroom.
+func (p *Packet) Buffer() []byte { return p.buf[:] }
 
-// Bytes returns headroom and packet.
+// Bytes returns the headroom and the packet.
 func (p *Packet) Bytes() []byte { return p.buf[:Headroom+p.Size] }

@@ -44,7 +44,7 @@ var (
 
 	// ErrRoutingHeader means that an IPv6 routing header directs the packet to
 	// another host than its destination (RFC 5095, RFC 9288 section 3.5.2).
-	ErrRoutingHeader = errors.New("the IPv6 routing header has segments left")
+	ErrRoutingHeader = errors.New("the IPv6 routing header is a source route")
 
 	// ErrSourceRoute means that an IPv4 option does the same (RFC 7126 section
 	// 4.3).

@@ -21,13 +21,14 @@ func TestRun(t *testing.T) {
 		t.Errorf("the stack does not name the function that panicked:\n%s", e.Stack)
 	}
 	if got := Caught() - before; got != 1 {
-		t.Errorf("%d panics are counted, want 1", got)
+		t.Errorf("Caught counted %d panics, want 1", got)
 	}
 }
 
 func panicking() { panic("on purpose") }
 
-// A lock that is given back by defer is free after the panic.
+// TestCatchFreesLocks checks that deferred functions release locks before Catch
+// calls end.
 func TestCatchFreesLocks(t *testing.T) {
 	var mu sync.Mutex
 	ended := 0
@@ -38,6 +39,6 @@ func TestCatchFreesLocks(t *testing.T) {
 		panicking()
 	}()
 	if ended != 1 || !mu.TryLock() {
-		t.Errorf("ended %d times, and the lock is held", ended)
+		t.Errorf("end was called %d times, want 1, or the lock is still held", ended)
 	}
 }

@@ -12,12 +12,13 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// What was there before Wake is seen by a call of do after it, and no two calls overlap.
+// TestWake checks that a run of do begins after each Wake and that runs do not
+// overlap.
 func TestWake(t *testing.T) {
 	var todo, done, running atomic.Int64
 	w := New(func() {
 		if running.Add(1) != 1 {
-			t.Error("do is called while it runs")
+			t.Error("two runs of do overlap")
 		}
 		done.Add(todo.Swap(0))
 		running.Add(-1)
@@ -37,12 +38,12 @@ func TestWake(t *testing.T) {
 		runtime.Gosched()
 	}
 	if n := done.Load(); n != wakers*each {
-		t.Errorf("%d of %d are done when nothing runs any more", n, wakers*each)
+		t.Errorf("%d of %d tasks are done when the Worker is idle", n, wakers*each)
 	}
 	w.Close()
 }
 
-// A Worker with nothing to do has no goroutine.
+// TestIdle checks that an idle Worker has no goroutine.
 func TestIdle(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 100 {
@@ -68,7 +69,7 @@ func TestClose(t *testing.T) {
 		w.Wake()
 		synctest.Wait()
 		if w.Idle() {
-			t.Error("idle while do runs")
+			t.Error("Idle() = true while do runs")
 		}
 		w.Wake()
 		closed := make(chan struct{})
@@ -79,7 +80,7 @@ func TestClose(t *testing.T) {
 		synctest.Wait()
 		select {
 		case <-closed:
-			t.Error("Close does not wait for do")
+			t.Error("Close did not wait for the running do")
 		default:
 		}
 		close(proceed)
@@ -87,10 +88,10 @@ func TestClose(t *testing.T) {
 		w.Wake()
 		synctest.Wait()
 		if calls != 1 {
-			t.Errorf("%d calls, want 1: none begins after Close", calls)
+			t.Errorf("do ran %d times, want 1, because no run begins after Close", calls)
 		}
 
-		w = New(func() { t.Error("do is called") })
+		w = New(func() { t.Error("do ran after Close") })
 		w.Close() // does not wait
 		w.Wake()
 		synctest.Wait()
