@@ -23,13 +23,22 @@ var targets = []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}
 func (p *pair) useSteps() []step {
 	var steps []step
 	for _, to := range targets {
-		steps = append(steps, step{"ping the target, " + family(to), func(ctx context.Context) (string, error) { return p.ping(ctx, p.topo.Client, to) }})
+		steps = append(steps, step{"ping the target, " + family(to),
+			func(ctx context.Context) (string, error) {
+				return p.ping(ctx, p.topo.Client, to)
+			}})
 	}
 	for _, to := range targets {
-		steps = append(steps, step{"download from the target, " + family(to), func(ctx context.Context) (string, error) { return p.download(ctx, p.topo.Client, p.topo.Target, to) }})
+		steps = append(steps, step{"download from the target, " + family(to),
+			func(ctx context.Context) (string, error) {
+				return p.download(ctx, p.topo.Client, p.topo.Target, to)
+			}})
 	}
 	for _, to := range targets {
-		steps = append(steps, step{"traceroute to the target, " + family(to), func(ctx context.Context) (string, error) { return p.traceroute(ctx, to) }})
+		steps = append(steps, step{"traceroute to the target, " + family(to),
+			func(ctx context.Context) (string, error) {
+				return p.traceroute(ctx, to)
+			}})
 	}
 	return append(steps, step{"masque-client status", p.showStatus})
 }
@@ -91,9 +100,11 @@ func (p *pair) download(ctx context.Context, to, from *lab.Host, at netip.Addr) 
 		return "", err
 	}
 	if string(got.Sum(nil)) != string(want.Sum(nil)) {
-		return "", fmt.Errorf("SHA-256 of the %s that arrived is %x, and not %x", byteCount(uint64(n)), got.Sum(nil), want.Sum(nil))
+		return "", fmt.Errorf("SHA-256 of the %s that arrived is %x, and not %x",
+			byteCount(uint64(n)), got.Sum(nil), want.Sum(nil))
 	}
-	return fmt.Sprintf("%s, SHA-256 is right, %.0f Mbit/s", byteCount(uint64(n)), float64(n)*8/1e6/took.Seconds()), nil
+	return fmt.Sprintf("%s, SHA-256 is right, %.0f Mbit/s", byteCount(uint64(n)),
+		float64(n)*8/1e6/took.Seconds()), nil
 }
 
 // content is what is served: the same each time.

@@ -47,14 +47,17 @@ Nothing on the machine itself is changed.`,
 		RunE: cli.Run(func(*cobra.Command, []string) error { return cli.Missing(program) }),
 	}
 	flags := root.PersistentFlags()
-	flags.StringVar(&o.logLevel, "log-level", "info", "what all programs log: debug, info, warn or error")
+	flags.StringVar(&o.logLevel, "log-level", "info",
+		"what all programs log: debug, info, warn or error")
 	flags.StringVar(&o.logFormat, "log-format", cli.FormatAuto, "how they log: auto, text or json")
 
 	demo := &cobra.Command{
 		Use:   "demo",
 		Short: "Connect a client, use the tunnel, and put everything back",
 		Args:  cobra.NoArgs,
-		RunE:  cli.Run(func(cmd *cobra.Command, _ []string) error { return o.run(cmd, demonstration) }),
+		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
+			return o.run(cmd, demonstration)
+		}),
 	}
 	run := &cobra.Command{
 		Use:   "run SCENARIO",
@@ -67,7 +70,8 @@ Nothing on the machine itself is changed.`,
 			}
 			return o.run(cmd, s)
 		}),
-		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string,
+			cobra.ShellCompDirective) {
 			var names []string
 			for _, s := range scenarios {
 				names = append(names, s.name+"\t"+s.about)
@@ -91,8 +95,10 @@ Nothing on the machine itself is changed.`,
 		c.Flags().BoolVar(&o.json, "json", false, "the result as JSON on standard output")
 	}
 	for _, c := range []*cobra.Command{demo, run, shell} {
-		c.Flags().BoolVar(&o.keep, "keep", false, "keep logs, captures and configuration also when every step held")
-		c.Flags().StringVar(&o.artifacts, "artifacts", "", "where to put them; implies --keep (default a new directory in the temporary one)")
+		c.Flags().BoolVar(&o.keep, "keep", false,
+			"keep logs, captures and configuration also when every step held")
+		c.Flags().StringVar(&o.artifacts, "artifacts", "",
+			"where to put them; implies --keep (default a new directory in the temporary one)")
 	}
 	root.AddCommand(demo, run, list, shell, cli.VersionCommand(program))
 	return root
@@ -172,7 +178,8 @@ func (o *options) prepare(cmd *cobra.Command) (p *pair, done func(), err error) 
 		stop()
 		return nil, nil, err
 	}
-	p = &pair{ctx: ctx, lab: l, dir: dir, programs: programs, logs: o.logs, logger: o.logs.Logger(cmd.ErrOrStderr())}
+	p = &pair{ctx: ctx, lab: l, dir: dir, programs: programs, logs: o.logs,
+		logger: o.logs.Logger(cmd.ErrOrStderr())}
 	return p, func() {
 		l.Close()
 		stop()
@@ -190,7 +197,8 @@ func (o *options) artifactsDir() (string, error) {
 	}
 	entries, err := os.ReadDir(o.artifacts)
 	if err == nil && len(entries) > 0 {
-		err = cli.Errorf(cli.Usage, "%s is not empty: empty it, or name another directory", o.artifacts)
+		err = cli.Errorf(cli.Usage, "%s is not empty: empty it, or name another directory",
+			o.artifacts)
 	}
 	return o.artifacts, err
 }
@@ -222,7 +230,8 @@ func (o *options) finish(p *pair, r *report, err error) error {
 	}
 	switch {
 	case failed:
-		return cli.Errorf(cli.Failure, "%s: %s: look into %s", r.scenario.name, r.failure(err), p.dir)
+		return cli.Errorf(cli.Failure, "%s: %s: look into %s", r.scenario.name,
+			r.failure(err), p.dir)
 	case err != nil:
 		return cli.Errorf(cli.Failure, "%s: %s", r.scenario.name, r.failure(err))
 	}

@@ -84,7 +84,8 @@ func TestFailureExplains(t *testing.T) {
 	if strings.Contains(stdout, "line 0\n") {
 		t.Errorf("the whole log is shown:\n%s", stdout)
 	}
-	if strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, "the disk is full: make room") {
+	if strings.Count(stderr, "\n") != 1 ||
+		!strings.Contains(stderr, "the disk is full: make room") {
 		t.Errorf("standard error: %q", stderr)
 	}
 }
@@ -108,7 +109,8 @@ func TestFailureAsJSON(t *testing.T) {
 	if err := json.Unmarshal([]byte(stdout), &got); err != nil {
 		t.Fatalf("%v:\n%s", err, stdout)
 	}
-	if got.Schema != 1 || got.Scenario != "remote-access" || got.OK || got.Error == "" || got.Artifacts != dir ||
+	if got.Schema != 1 || got.Scenario != "remote-access" || got.OK || got.Error == "" ||
+		got.Artifacts != dir ||
 		len(got.Logs) != 1 || len(got.Logs[0].Tail) != tailLines {
 		t.Errorf("got %+v", got)
 	}
@@ -123,7 +125,8 @@ func TestScenarios(t *testing.T) {
 		t.Skip(err)
 	}
 	dir := t.TempDir()
-	build := exec.Command("go", "build", "-o", dir, "masquevpn/cmd/masque-client", "masquevpn/cmd/masque-proxy")
+	build := exec.Command("go", "build", "-o", dir, "masquevpn/cmd/masque-client",
+		"masquevpn/cmd/masque-proxy")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -149,7 +152,8 @@ func TestArtifactsNotEmpty(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, stderr, code := execute("demo", "--artifacts", dir); code != int(cli.Usage) || !strings.Contains(stderr, "not empty") {
+	if _, stderr, code := execute("demo", "--artifacts", dir); code != int(cli.Usage) ||
+		!strings.Contains(stderr, "not empty") {
 		t.Errorf("exit code %d, %q", code, stderr)
 	}
 }
@@ -166,7 +170,8 @@ func TestProgramsMissing(t *testing.T) {
 }
 
 func TestUsage(t *testing.T) {
-	for _, args := range [][]string{nil, {"run"}, {"run", "no-such"}, {"demo", "extra"}, {"demo", "--no-such"}, {"list", "--log-level", "loud"}, {"no-such"}} {
+	for _, args := range [][]string{nil, {"run"}, {"run", "no-such"}, {"demo", "extra"},
+		{"demo", "--no-such"}, {"list", "--log-level", "loud"}, {"no-such"}} {
 		stdout, stderr, code := execute(args...)
 		if code != int(cli.Usage) || stdout != "" || strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%v: exit code %d, %q, %q", args, code, stdout, stderr)
@@ -181,14 +186,16 @@ func TestList(t *testing.T) {
 	}
 	stdout, _, code = execute("list", "--json")
 	var got []struct{ Name, About string }
-	if err := json.Unmarshal([]byte(stdout), &got); err != nil || code != 0 || len(got) != len(scenarios) || got[0].Name != scenarios[0].name {
+	if err := json.Unmarshal([]byte(stdout), &got); err != nil || code != 0 ||
+		len(got) != len(scenarios) || got[0].Name != scenarios[0].name {
 		t.Errorf("exit code %d, %v:\n%s", code, err, stdout)
 	}
 }
 
 func TestChangeConfig(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "proxy.toml")
-	if err := os.WriteFile(name, []byte("name = \"x\" # comment\n[nat]\nmasquerade = true\n"), 0o600); err != nil {
+	if err := os.WriteFile(name, []byte("name = \"x\" # comment\n[nat]\nmasquerade = true\n"),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	err := changeConfig(name, []func(map[string]any){advertise("192.0.2.0/24"), advertise("2001:db8::/32")})
@@ -206,7 +213,8 @@ func TestChangeConfig(t *testing.T) {
 }
 
 func TestBytes(t *testing.T) {
-	for n, want := range map[uint64]string{0: "0 B", 999: "999 B", 1000: "1.0 kB", 33554432: "33.6 MB", 1 << 63: "9.2 EB"} {
+	for n, want := range map[uint64]string{0: "0 B", 999: "999 B", 1000: "1.0 kB",
+		33554432: "33.6 MB", 1 << 63: "9.2 EB"} {
 		if got := byteCount(n); got != want {
 			t.Errorf("%d: %s, want %s", n, got, want)
 		}

@@ -80,13 +80,18 @@ func (p *pair) disconnectSteps() []step {
 	return []step{
 		{"masque-client down", p.of(user, p.disconnect)},
 		{"stop the proxy with SIGTERM", p.stopProxy},
-		{"the client's kernel is as it was", func(context.Context) (string, error) { return p.checkRestored(p.topo.Client) }},
-		{"the proxy's kernel is as it was", func(context.Context) (string, error) { return p.checkRestored(p.topo.Proxy) }},
+		{"the client's kernel is as it was", func(context.Context) (string, error) {
+			return p.checkRestored(p.topo.Client)
+		}},
+		{"the proxy's kernel is as it was", func(context.Context) (string, error) {
+			return p.checkRestored(p.topo.Proxy)
+		}},
 	}
 }
 
 // of makes the action of a step out of what is done for one user.
-func (p *pair) of(user string, do func(context.Context, string) (string, error)) func(context.Context) (string, error) {
+func (p *pair) of(user string, do func(context.Context, string) (string,
+	error)) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) { return do(ctx, user) }
 }
 
@@ -141,7 +146,8 @@ func (p *pair) checkUnreachable(ctx context.Context) (string, error) {
 }
 
 func (p *pair) initProxy(ctx context.Context, changes []func(map[string]any)) (string, error) {
-	if _, err := p.run(ctx, p.topo.Proxy, p.programs.proxy, "init", "--name", lab.ProxyName, p.configDir()); err != nil {
+	if _, err := p.run(ctx, p.topo.Proxy, p.programs.proxy, "init", "--name", lab.ProxyName,
+		p.configDir()); err != nil {
 		return "", err
 	}
 	if len(changes) > 0 {
@@ -172,7 +178,8 @@ func changeConfig(name string, changes []func(map[string]any)) error {
 }
 
 func (p *pair) invite(ctx context.Context, user string) (string, error) {
-	_, err := p.run(ctx, p.topo.Proxy, p.programs.proxy, "invite", user, "-c", p.configFile(), "-o", p.inviteFile(user))
+	_, err := p.run(ctx, p.topo.Proxy, p.programs.proxy, "invite", user, "-c", p.configFile(), "-o",
+		p.inviteFile(user))
 	return filepath.Base(p.inviteFile(user)), err
 }
 
@@ -202,7 +209,8 @@ func (p *pair) startProxy(ctx context.Context) (string, error) {
 }
 
 func (p *pair) connect(ctx context.Context, user string) (string, error) {
-	if _, err := p.run(ctx, p.client(user), p.programs.client, "up", p.inviteFile(user), "--wait", "--timeout", "30s"); err != nil {
+	if _, err := p.run(ctx, p.client(user), p.programs.client, "up", p.inviteFile(user), "--wait",
+		"--timeout", "30s"); err != nil {
 		return "", err
 	}
 	s, err := p.readStatus(ctx, user)

@@ -24,13 +24,15 @@ func findPrograms() (programs, error) {
 	if err != nil {
 		return p, err
 	}
-	for name, path := range map[string]*string{"masque-client": &p.client, "masque-proxy": &p.proxy} {
+	for name, path := range map[string]*string{"masque-client": &p.client,
+		"masque-proxy": &p.proxy} {
 		beside := filepath.Join(filepath.Dir(exe), name)
 		if *path, err = exec.LookPath(beside); err == nil {
 			continue
 		}
 		if *path, err = exec.LookPath(name); err != nil {
-			return p, cli.Errorf(cli.Failure, "%s is neither %s nor in PATH: build it with `make build`", name, beside)
+			return p, cli.Errorf(cli.Failure,
+				"%s is neither %s nor in PATH: build it with `make build`", name, beside)
 		}
 	}
 	return p, nil

@@ -65,7 +65,8 @@ const whatWidth = 52
 // steps runs the steps until one fails.
 func (r *report) steps(ctx context.Context, steps []step) error {
 	for _, s := range steps {
-		r.printf("%3d  %s%s ", len(r.results)+1, s.what, strings.Repeat(" ", max(0, whatWidth-utf8.RuneCountInString(s.what))))
+		r.printf("%3d  %s%s ", len(r.results)+1, s.what,
+			strings.Repeat(" ", max(0, whatWidth-utf8.RuneCountInString(s.what))))
 		begin := time.Now()
 		sctx, cancel := context.WithTimeout(ctx, stepTimeout)
 		result, err := s.do(sctx)
@@ -74,7 +75,8 @@ func (r *report) steps(ctx context.Context, steps []step) error {
 		if ctx.Err() != nil {
 			err = errInterrupted
 		}
-		done := stepResult{What: s.what, OK: err == nil, Result: result, DurationMS: float64(took.Microseconds()) / 1000}
+		done := stepResult{What: s.what, OK: err == nil, Result: result,
+			DurationMS: float64(took.Microseconds()) / 1000}
 		verdict := "ok"
 		if err != nil {
 			verdict, done.Error = "FAILED", err.Error()
@@ -148,7 +150,8 @@ func (r *report) endJSON(artifacts string, logs []string, err error) error {
 		Artifacts  string       `json:"artifacts,omitempty"`
 	}{
 		Schema: 1, Scenario: r.scenario.name, OK: err == nil,
-		DurationMS: float64(time.Since(r.started).Microseconds()) / 1000, Steps: r.results, Artifacts: artifacts,
+		DurationMS: float64(time.Since(r.started).Microseconds()) / 1000, Steps: r.results,
+		Artifacts: artifacts,
 	}
 	if err != nil {
 		v.Error = err.Error()

@@ -73,7 +73,8 @@ var scenarios = []scenario{
 func findScenario(name string) (scenario, error) {
 	i := slices.IndexFunc(scenarios, func(s scenario) bool { return s.name == name })
 	if i < 0 {
-		return scenario{}, cli.Errorf(cli.Usage, "there is no scenario %q: `%s list` shows them", name, program)
+		return scenario{}, cli.Errorf(cli.Usage, "there is no scenario %q: `%s list` shows them",
+			name, program)
 	}
 	return scenarios[i], nil
 }
@@ -133,7 +134,8 @@ func isLeak(c lab.Packet) bool {
 		return false
 	}
 	ip, ok := c.NetworkLayer().(*layers.IPv6)
-	return !ok || !(ip.SrcIP.IsLinkLocalUnicast() || ip.DstIP.IsLinkLocalUnicast() || ip.DstIP.IsLinkLocalMulticast())
+	return !ok || !(ip.SrcIP.IsLinkLocalUnicast() || ip.DstIP.IsLinkLocalUnicast() ||
+		ip.DstIP.IsLinkLocalMulticast())
 }
 
 // advertise replaces the routes that the proxy advertises.

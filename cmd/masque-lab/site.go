@@ -49,7 +49,8 @@ func siteToSite(p *pair) []step {
 	depot := newLAN("depot", "10.2.0.1/24", "2001:db8:b::1/64")
 	lans := []*lan{branch, depot}
 	hosts := func(context.Context) (string, error) {
-		o := lab.TopologyOptions{Pool: slices.Concat(lab.Prefixes("10.77.0.0/24", "fd77::/64"), branch.networks(), depot.networks())}
+		o := lab.TopologyOptions{Pool: slices.Concat(lab.Prefixes("10.77.0.0/24", "fd77::/64"),
+			branch.networks(), depot.networks())}
 		if err := p.makeTopology(o, branch.user, depot.user); err != nil {
 			return "", err
 		}
@@ -71,28 +72,42 @@ func siteToSite(p *pair) []step {
 	}
 	steps := []step{
 		{"make the hosts and connect them", hosts},
-		{"depot1 is out of reach of branch1", func(ctx context.Context) (string, error) { return "", p.outOfReach(ctx, branch.host, depot.addrs[0]) }},
+		{"depot1 is out of reach of branch1", func(ctx context.Context) (string, error) {
+			return "", p.outOfReach(ctx, branch.host, depot.addrs[0])
+		}},
 		{"masque-proxy init: keys and configuration", func(ctx context.Context) (string, error) {
 			return p.initProxy(ctx, []func(map[string]any){config})
 		}},
 	}
 	for _, l := range lans {
-		steps = append(steps, step{"masque-proxy invite " + l.user + ": and its networks", func(ctx context.Context) (string, error) {
-			return p.inviteGateway(ctx, l)
-		}})
+		steps = append(steps, step{"masque-proxy invite " + l.user + ": and its networks",
+			func(ctx context.Context) (string, error) {
+				return p.inviteGateway(ctx, l)
+			}})
 	}
 	steps = append(steps, step{"masque-proxy run: on the host proxy", p.startProxy})
 	for _, l := range lans {
-		steps = append(steps, step{"masque-client up: on the gateway " + l.user, p.of(l.user, p.connect)})
+		steps = append(steps, step{"masque-client up: on the gateway " + l.user,
+			p.of(l.user, p.connect)})
 	}
 	for i, to := range depot.addrs {
 		steps = append(steps,
-			step{"ping depot1 from branch1, " + family(to), func(ctx context.Context) (string, error) { return p.ping(ctx, branch.host, to) }},
-			step{"ping branch1 from the target, " + family(to), func(ctx context.Context) (string, error) { return p.ping(ctx, p.topo.Target, branch.addrs[i]) }},
-			step{"download from depot1 to branch1, " + family(to), func(ctx context.Context) (string, error) {
-				return p.download(ctx, branch.host, depot.host, to)
-			}},
-			step{"traceroute to depot1 from branch1, " + family(to), func(ctx context.Context) (string, error) { return p.traceSites(ctx, branch.host, to) }},
+			step{"ping depot1 from branch1, " + family(to),
+				func(ctx context.Context) (string, error) {
+					return p.ping(ctx, branch.host, to)
+				}},
+			step{"ping branch1 from the target, " + family(to),
+				func(ctx context.Context) (string, error) {
+					return p.ping(ctx, p.topo.Target, branch.addrs[i])
+				}},
+			step{"download from depot1 to branch1, " + family(to),
+				func(ctx context.Context) (string, error) {
+					return p.download(ctx, branch.host, depot.host, to)
+				}},
+			step{"traceroute to depot1 from branch1, " + family(to),
+				func(ctx context.Context) (string, error) {
+					return p.traceSites(ctx, branch.host, to)
+				}},
 		)
 	}
 	steps = append(steps,
@@ -100,16 +115,23 @@ func siteToSite(p *pair) []step {
 			return p.run(ctx, p.topo.Proxy, p.programs.proxy, "sessions")
 		}},
 		step{"masque-client down: on the gateway depot", p.of(depot.user, p.disconnect)},
-		step{"its networks disappear at the other gateway", func(ctx context.Context) (string, error) {
-			return p.withdrawn(ctx, branch.user, depot.addrs)
-		}},
+		step{"its networks disappear at the other gateway",
+			func(ctx context.Context) (string, error) {
+				return p.withdrawn(ctx, branch.user, depot.addrs)
+			}},
 		step{"masque-client down: on the gateway branch", p.of(branch.user, p.disconnect)},
 		step{"stop the proxy with SIGTERM", p.stopProxy},
 	)
 	for _, l := range lans {
-		steps = append(steps, step{"the kernel of " + l.user + " is as it was", func(context.Context) (string, error) { return p.checkRestored(p.client(l.user)) }})
+		steps = append(steps, step{"the kernel of " + l.user + " is as it was",
+			func(context.Context) (string, error) {
+				return p.checkRestored(p.client(l.user))
+			}})
 	}
-	return append(steps, step{"the proxy's kernel is as it was", func(context.Context) (string, error) { return p.checkRestored(p.topo.Proxy) }})
+	return append(steps, step{"the proxy's kernel is as it was",
+		func(context.Context) (string, error) {
+			return p.checkRestored(p.topo.Proxy)
+		}})
 }
 
 // newLAN plans a network: the host comes after the gateway.
@@ -130,7 +152,8 @@ func (p *pair) makeLAN(l *lan) (err error) {
 	for i, a := range l.addrs {
 		host.Addrs = append(host.Addrs, netip.PrefixFrom(a, l.near[i].Bits()))
 	}
-	if err := p.lab.Connect(lab.End{Host: p.client(l.user), Name: "lan0", Addrs: l.near}, host, lab.LinkOptions{}); err != nil {
+	if err := p.lab.Connect(lab.End{Host: p.client(l.user), Name: "lan0", Addrs: l.near}, host,
+		lab.LinkOptions{}); err != nil {
 		return err
 	}
 	for _, g := range l.near {
@@ -181,13 +204,15 @@ func (p *pair) traceSites(ctx context.Context, from *lab.Host, to netip.Addr) (s
 	if err != nil {
 		return "", err
 	}
-	// Each of the three routers counts once, and so does each way into a tunnel.
+	// Each of the three routers counts once, and so does each way into a
+	// tunnel.
 	path := hopNames(hops)
 	proxy := "10.77.0.1"
 	if to.Is6() {
 		proxy = "fd77::1"
 	}
-	if last := hops[len(hops)-1]; len(hops) != 6 || !last.Echo || last.From != to || hops[2].From.String() != proxy || hops[3].From.String() != proxy {
+	if last := hops[len(hops)-1]; len(hops) != 6 || !last.Echo || last.From != to ||
+		hops[2].From.String() != proxy || hops[3].From.String() != proxy {
 		return "", fmt.Errorf("the hops are %s, and should be the near gateway twice, the proxy twice, the far gateway and %s", path, to)
 	}
 	return path, nil
@@ -201,7 +226,9 @@ func (p *pair) withdrawn(ctx context.Context, user string, addrs []netip.Addr) (
 			return "", err
 		}
 		if !slices.ContainsFunc(s.Routes, func(r route) bool {
-			return slices.ContainsFunc(addrs, func(a netip.Addr) bool { return r.Start.Compare(a) <= 0 && a.Compare(r.End) <= 0 })
+			return slices.ContainsFunc(addrs, func(a netip.Addr) bool {
+				return r.Start.Compare(a) <= 0 && a.Compare(r.End) <= 0
+			})
 		}) {
 			return fmt.Sprintf("%d routes are left", len(s.Routes)), nil
 		}

@@ -27,7 +27,8 @@ const LetsEncrypt = certmagic.LetsEncryptProductionCA
 // A Challenge is how the server sees that the name is this host's.
 type Challenge string
 
-// The challenges. The server asks on a TCP port of its choice, which is the standard one.
+// The challenges. The server asks on a TCP port of its choice, which is the
+// standard one.
 const (
 	TLSALPN Challenge = "tls-alpn-01" // RFC 8737, port 443
 	HTTP    Challenge = "http-01"     // RFC 8555 section 8.3, port 80
@@ -44,7 +45,8 @@ func (c Challenge) Port() int {
 // Listen is where a challenge is answered unless something else is said.
 func (c Challenge) Listen() string { return ":" + strconv.Itoa(c.Port()) }
 
-// Config says which certificate to get, and how. All fields but Roots are needed.
+// Config says which certificate to get, and how. All fields but Roots are
+// needed.
 type Config struct {
 	Name      string         // that the certificate is for, a domain name or an address
 	Directory string         // URL of the server's directory
@@ -64,16 +66,20 @@ const (
 	lastRetry  = time.Hour
 )
 
-// lookInterval is how often at least the stored certificate, and when the server wants it renewed, are looked at.
+// lookInterval is how often at least the stored certificate, and when the
+// server wants it renewed, are looked at.
 const lookInterval = 6 * time.Hour
 
 // Status tells how a Manager is.
 type Status struct {
-	Problem error     // *Error of the last attempt to get or renew the certificate; nil: none is due, or it goes on
+	// *Error of the last attempt to get or renew the certificate; nil: none is
+	// due, or it goes on
+	Problem error
 	Next    time.Time // when it is tried again after Problem
 }
 
-// Manager keeps one certificate good while Run runs. Its methods may be called concurrently.
+// Manager keeps one certificate good while Run runs. Its methods may be called
+// concurrently.
 type Manager struct {
 	cfg         Config
 	certificate atomic.Pointer[tls.Certificate]
@@ -92,7 +98,8 @@ func New(cfg Config) *Manager {
 // Ready is closed when there is a certificate.
 func (m *Manager) Ready() <-chan struct{} { return m.ready }
 
-// Certificate returns the certificate to use, with its Leaf; nil before Ready. It is not to be changed.
+// Certificate returns the certificate to use, with its Leaf; nil before Ready.
+// It is not to be changed.
 func (m *Manager) Certificate() *tls.Certificate { return m.certificate.Load() }
 
 // Status returns what has been in the way since the last success.
@@ -119,12 +126,14 @@ func (m *Manager) Again() {
 	}
 }
 
-// Run keeps the certificate good until ctx ends. What goes wrong is logged, with a remedy, and tried again.
+// Run keeps the certificate good until ctx ends. What goes wrong is logged,
+// with a remedy, and tried again.
 func (m *Manager) Run(ctx context.Context) {
 	k := newKeeper(m.cfg)
 	defer k.close()
 	retry := &backoff.ExponentialBackOff{
-		InitialInterval: firstRetry, Multiplier: retryGrows, MaxInterval: lastRetry, RandomizationFactor: 0.1,
+		InitialInterval: firstRetry, Multiplier: retryGrows, MaxInterval: lastRetry,
+		RandomizationFactor: 0.1,
 	}
 	for {
 		wait, err := m.keep(ctx, k)
@@ -138,7 +147,8 @@ func (m *Manager) Run(ctx context.Context) {
 			wait = retry.NextBackOff()
 			e := explain(err, m.cfg)
 			m.setStatus(Status{Problem: e, Next: time.Now().Add(wait)})
-			log := m.cfg.Logger.With("name", m.cfg.Name, "error", e.Reason, "remedy", e.Remedy, "retry_in", wait.Round(time.Second))
+			log := m.cfg.Logger.With("name", m.cfg.Name, "error", e.Reason, "remedy", e.Remedy,
+				"retry_in", wait.Round(time.Second))
 			if c := m.Certificate(); c == nil {
 				log.Error("no certificate yet")
 			} else {
@@ -158,8 +168,8 @@ func (m *Manager) Run(ctx context.Context) {
 	}
 }
 
-// keep uses the stored certificate, and gets a new one if that is due. It returns
-// how long it can be left alone.
+// keep uses the stored certificate, and gets a new one if that is due. It
+// returns how long it can be left alone.
 func (m *Manager) keep(ctx context.Context, k *keeper) (time.Duration, error) {
 	stored, err := k.load(ctx)
 	if err != nil {
@@ -189,7 +199,8 @@ func (m *Manager) obtained(ctx context.Context, k *keeper) (time.Duration, error
 	if err != nil {
 		return 0, err
 	}
-	m.cfg.Logger.Info("certificate obtained", "name", m.cfg.Name, "issuer", got.Leaf.Issuer.CommonName, "certificate_until", got.Leaf.NotAfter)
+	m.cfg.Logger.Info("certificate obtained", "name", m.cfg.Name, "issuer",
+		got.Leaf.Issuer.CommonName, "certificate_until", got.Leaf.NotAfter)
 	m.use(got)
 	return min(max(time.Until(k.due(ctx, got.Leaf)), time.Second), lookInterval), nil
 }
@@ -200,15 +211,16 @@ func (m *Manager) use(cert *tls.Certificate) {
 	}
 }
 
-// Stored returns the certificate that is in the folder, with its Leaf. The error wraps fs.ErrNotExist if there is none.
+// Stored returns the certificate that is in the folder, with its Leaf. The
+// error wraps fs.ErrNotExist if there is none.
 func Stored(ctx context.Context, cfg Config) (*tls.Certificate, error) {
 	k := newKeeper(cfg)
 	defer k.close()
 	return k.load(ctx)
 }
 
-// CheckListen checks that the challenge could be answered: that its address can be listened on, by doing it. The error is
-// an *Error.
+// CheckListen checks that the challenge could be answered: that its address can
+// be listened on, by doing it. The error is an *Error.
 func CheckListen(ctx context.Context, cfg Config) error {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", cfg.Listen)
@@ -218,8 +230,8 @@ func CheckListen(ctx context.Context, cfg Config) error {
 	return l.Close()
 }
 
-// CheckDirectory asks the server for its directory, and returns where its terms of service are, "" if it has none. The
-// error is an *Error.
+// CheckDirectory asks the server for its directory, and returns where its terms
+// of service are, "" if it has none. The error is an *Error.
 func CheckDirectory(ctx context.Context, cfg Config) (terms string, err error) {
 	client := acme.Client{Directory: cfg.Directory, HTTPClient: httpClient(cfg)}
 	dir, err := client.GetDirectory(ctx)

@@ -24,14 +24,16 @@ import (
 
 const patience = 60 * time.Second
 
-// server is pebble on the loopback interface. It asks for challenges at port, and its certificates are good for life.
+// server is pebble on the loopback interface. It asks for challenges at port,
+// and its certificates are good for life.
 type server struct {
 	Config
 	manage string // URL of the management interface
 	stop   func()
 }
 
-// start runs pebble, and returns it with the configuration of a certificate for 127.0.0.1.
+// start runs pebble, and returns it with the configuration of a certificate for
+// 127.0.0.1.
 func start(t *testing.T, challenge Challenge, life time.Duration) *server {
 	t.Helper()
 	dir := t.TempDir()
@@ -43,10 +45,12 @@ func start(t *testing.T, challenge Challenge, life time.Duration) *server {
 	config, err := json.Marshal(map[string]any{"pebble": map[string]any{
 		"listenAddress": acme, "managementListenAddress": manage,
 		"certificate": filepath.Join(dir, "own.crt"), "privateKey": filepath.Join(dir, "own.key"),
-		"httpPort": port(ask), "tlsPort": port(ask), "certificateValidityPeriod": int(life.Seconds()),
+		"httpPort": port(ask), "tlsPort": port(ask),
+		"certificateValidityPeriod": int(life.Seconds()),
 	}})
 	must(t, err)
-	for name, data := range map[string][]byte{"own.crt": own.Cert, "own.key": own.Key, "config.json": config} {
+	for name, data := range map[string][]byte{"own.crt": own.Cert, "own.key": own.Key,
+		"config.json": config} {
 		must(t, os.WriteFile(filepath.Join(dir, name), data, 0o600))
 	}
 	roots := x509.NewCertPool()
@@ -57,8 +61,10 @@ func start(t *testing.T, challenge Challenge, life time.Duration) *server {
 	stopped := false
 	s := &server{
 		Config: Config{
-			Name: "127.0.0.1", Directory: "https://" + acme + "/dir", Email: "admin@vpn.example.org", Roots: roots,
-			Challenge: challenge, Listen: ask, Storage: filepath.Join(t.TempDir(), "acme"), Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
+			Name: "127.0.0.1", Directory: "https://" + acme + "/dir",
+			Email: "admin@vpn.example.org", Roots: roots,
+			Challenge: challenge, Listen: ask, Storage: filepath.Join(t.TempDir(), "acme"),
+			Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
 		},
 		manage: "https://" + manage,
 		stop: func() {
@@ -150,8 +156,9 @@ func ready(t *testing.T, m *Manager) *tls.Certificate {
 	return m.Certificate()
 }
 
-// TestObtain: a certificate is got by each challenge, kept where its owner alone can read it, and found there by the next
-// Manager, which needs no server for it.
+// TestObtain: a certificate is got by each challenge, kept where its owner
+// alone can read it, and found there by the next Manager, which needs no server
+// for it.
 func TestObtain(t *testing.T) {
 	for _, challenge := range []Challenge{TLSALPN, HTTP} {
 		t.Run(string(challenge), func(t *testing.T) {
@@ -167,7 +174,8 @@ func TestObtain(t *testing.T) {
 				must(t, err)
 				intermediates.AddCert(c)
 			}
-			if _, err := cert.Leaf.Verify(x509.VerifyOptions{Roots: s.issuer(t), Intermediates: intermediates, DNSName: "127.0.0.1"}); err != nil {
+			if _, err := cert.Leaf.Verify(x509.VerifyOptions{Roots: s.issuer(t),
+				Intermediates: intermediates, DNSName: "127.0.0.1"}); err != nil {
 				t.Error(err)
 			}
 			if c, err := net.Dial("tcp", s.Listen); err == nil {
@@ -197,12 +205,15 @@ func TestObtain(t *testing.T) {
 	}
 }
 
-// TestRenew: a certificate is replaced before it ends, by one with another key, and one that has ended is not used.
+// TestRenew: a certificate is replaced before it ends, by one with another key,
+// and one that has ended is not used.
 func TestRenew(t *testing.T) {
 	s := start(t, TLSALPN, 6*time.Second)
 	m, stop := run(t, s.Config)
 	first := ready(t, m)
-	eventually(t, "the certificate is renewed", func() bool { return !m.Certificate().Leaf.Equal(first.Leaf) })
+	eventually(t, "the certificate is renewed", func() bool {
+		return !m.Certificate().Leaf.Equal(first.Leaf)
+	})
 	if pki.Matches(m.Certificate().Leaf, first.PrivateKey.(crypto.Signer)) {
 		t.Error("the key is the same")
 	}
@@ -235,7 +246,8 @@ func TestUnusable(t *testing.T) {
 	}
 }
 
-// TestProblems: what is in the way is said with what to do, and tried again when asked to.
+// TestProblems: what is in the way is said with what to do, and tried again
+// when asked to.
 func TestProblems(t *testing.T) {
 	s := start(t, TLSALPN, 90*24*time.Hour)
 	unknown := s.Config
@@ -255,18 +267,21 @@ func TestProblems(t *testing.T) {
 		cfg          Config
 		want, remedy string
 	}{
-		"authority":  {unknown, "cannot be asked: tls: failed to verify certificate", "tls.acme.ca"},
-		"no server":  {elsewhere, "connection refused", "check tls.acme.directory"},
-		"not there":  {lost, "HTTP 404", "check tls.acme.directory"},
-		"no folder":  {file, "the folder of the certificate", "tls.acme.storage"},
-		"challenge":  {unreachable, "the ACME server refuses: ", "of 127.0.0.1 lead to this host, and TCP port 443 in"},
+		"authority": {unknown, "cannot be asked: tls: failed to verify certificate",
+			"tls.acme.ca"},
+		"no server": {elsewhere, "connection refused", "check tls.acme.directory"},
+		"not there": {lost, "HTTP 404", "check tls.acme.directory"},
+		"no folder": {file, "the folder of the certificate", "tls.acme.storage"},
+		"challenge": {unreachable, "the ACME server refuses: ",
+			"of 127.0.0.1 lead to this host, and TCP port 443 in"},
 		"no address": {address, "not an address of this host", "change tls.acme.listen"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m, _ := run(t, test.cfg)
 			eventually(t, "there is a problem", func() bool { return m.Status().Problem != nil })
 			e, ok := errors.AsType[*Error](m.Status().Problem)
-			if !ok || !strings.Contains(e.Reason, test.want) || !strings.Contains(e.Remedy, test.remedy) {
+			if !ok || !strings.Contains(e.Reason, test.want) ||
+				!strings.Contains(e.Remedy, test.remedy) {
 				t.Errorf("said %v, want %q and %q", m.Status().Problem, test.want, test.remedy)
 			}
 			if next := time.Until(m.Status().Next); next <= 0 || next > 2*firstRetry {
@@ -280,7 +295,8 @@ func TestProblems(t *testing.T) {
 	m, _ := run(t, s.Config)
 	eventually(t, "the port is in use", func() bool {
 		err := m.Status().Problem
-		return err != nil && strings.Contains(err.Error(), "is in use: stop what uses it (ss -tlnp)")
+		return err != nil && strings.Contains(err.Error(),
+			"is in use: stop what uses it (ss -tlnp)")
 	})
 	must(t, taken.Close())
 	m.Again()
@@ -291,16 +307,19 @@ func TestProblems(t *testing.T) {
 // TestCheckDirectory: the server's terms of service are named.
 func TestCheckDirectory(t *testing.T) {
 	s := start(t, TLSALPN, time.Hour)
-	if terms, err := CheckDirectory(t.Context(), s.Config); err != nil || !strings.HasPrefix(terms, "data:") && !strings.HasPrefix(terms, "http") {
+	if terms, err := CheckDirectory(t.Context(), s.Config); err != nil ||
+		!strings.HasPrefix(terms, "data:") && !strings.HasPrefix(terms, "http") {
 		t.Errorf("terms %q, %v", terms, err)
 	}
 	s.Directory = "https://" + freePort(t) + "/dir"
-	if _, err := CheckDirectory(t.Context(), s.Config); err == nil || !strings.Contains(err.Error(), "check tls.acme.directory") {
+	if _, err := CheckDirectory(t.Context(), s.Config); err == nil ||
+		!strings.Contains(err.Error(), "check tls.acme.directory") {
 		t.Errorf("without a server: %v", err)
 	}
 }
 
-// TestLocks: two processes do not ask for one certificate at the same time, and a lock is not left behind.
+// TestLocks: two processes do not ask for one certificate at the same time, and
+// a lock is not left behind.
 func TestLocks(t *testing.T) {
 	dir := t.TempDir()
 	a, b := newStorage(dir), newStorage(dir)

@@ -37,25 +37,36 @@ func explain(err error, cfg Config) *Error {
 		return e
 	}
 	if p, ok := errors.AsType[acme.Problem](err); ok {
-		return &Error{Reason: fmt.Sprintf("the ACME server refuses: %s (%s)", strings.TrimSpace(p.Detail), strings.TrimPrefix(p.Type, acme.ProblemTypeNamespace)), Remedy: remedy(p, cfg), Err: err}
+		return &Error{Reason: fmt.Sprintf("the ACME server refuses: %s (%s)",
+			strings.TrimSpace(p.Detail), strings.TrimPrefix(p.Type, acme.ProblemTypeNamespace)),
+			Remedy: remedy(p, cfg), Err: err}
 	}
 	if e, ok := errors.AsType[*fs.PathError](err); ok {
-		return &Error{Reason: "the folder of the certificate: " + e.Error(), Remedy: "make " + cfg.Storage + " a folder of the user that the proxy runs as, or change tls.acme.storage", Err: err}
+		return &Error{Reason: "the folder of the certificate: " + e.Error(),
+			Remedy: "make " + cfg.Storage +
+				" a folder of the user that the proxy runs as, or change tls.acme.storage",
+			Err: err}
 	}
 	reason := "the ACME server " + cfg.Directory + " cannot be asked: " + innermost(err).Error()
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
-		return &Error{Reason: reason, Remedy: "for a server of your own, name its authority with tls.acme.ca", Err: err}
+		return &Error{Reason: reason,
+			Remedy: "for a server of your own, name its authority with tls.acme.ca", Err: err}
 	}
 	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
-		return &Error{Reason: reason, Remedy: "for a server of your own, name its authority with tls.acme.ca", Err: err}
+		return &Error{Reason: reason,
+			Remedy: "for a server of your own, name its authority with tls.acme.ca", Err: err}
 	}
 	if _, ok := errors.AsType[*net.DNSError](err); ok {
-		return &Error{Reason: reason, Remedy: "check tls.acme.directory, and this host's DNS", Err: err}
+		return &Error{Reason: reason, Remedy: "check tls.acme.directory, and this host's DNS",
+			Err: err}
 	}
 	if _, ok := errors.AsType[*url.Error](err); ok {
-		return &Error{Reason: reason, Remedy: "check tls.acme.directory, and that this host and its firewall let HTTPS out", Err: err}
+		return &Error{Reason: reason,
+			Remedy: "check tls.acme.directory, and that this host and its firewall let HTTPS out",
+			Err:    err}
 	}
-	return &Error{Reason: strings.TrimSpace(err.Error()), Remedy: "check tls.acme.directory", Err: err}
+	return &Error{Reason: strings.TrimSpace(err.Error()), Remedy: "check tls.acme.directory",
+		Err: err}
 }
 
 // remedy is what helps against a refusal (RFC 8555 section 6.7).
@@ -72,7 +83,8 @@ func remedy(p acme.Problem, cfg Config) string {
 	case acme.ProblemTypeExternalAccountRequired:
 		return "it wants accounts that were made elsewhere, which is not supported: choose another tls.acme.directory"
 	}
-	if _, ok := p.Resource.(acme.Authorization); ok { // the challenge failed; servers differ in how they call it
+	if _, ok := p.Resource.(acme.Authorization); ok {
+		// the challenge failed; servers differ in how they call it
 		return fmt.Sprintf("let all A and AAAA records of %s lead to this host, and TCP port %d in; nothing else may answer there", cfg.Name, cfg.Challenge.Port())
 	}
 	return ""
@@ -80,23 +92,29 @@ func remedy(p acme.Problem, cfg Config) string {
 
 // explainListen is why a challenge cannot be answered.
 func explainListen(err error, cfg Config) *Error {
-	where := fmt.Sprintf("TCP %s, where the ACME server asks for the challenge %s,", cfg.Listen, cfg.Challenge)
+	where := fmt.Sprintf("TCP %s, where the ACME server asks for the challenge %s,", cfg.Listen,
+		cfg.Challenge)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
 		other := HTTP
 		if cfg.Challenge == HTTP {
 			other = TLSALPN
 		}
-		return &Error{Reason: where + " is in use", Remedy: fmt.Sprintf("stop what uses it (ss -tlnp), change tls.acme.listen, or set tls.acme.challenge to %q, on port %d", other, other.Port()), Err: err}
+		return &Error{Reason: where + " is in use",
+			Remedy: fmt.Sprintf("stop what uses it (ss -tlnp), change tls.acme.listen, or set tls.acme.challenge to %q, on port %d", other, other.Port()), Err: err}
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return &Error{Reason: where + " is not an address of this host", Remedy: "change tls.acme.listen", Err: err}
+		return &Error{Reason: where + " is not an address of this host",
+			Remedy: "change tls.acme.listen", Err: err}
 	case errors.Is(err, os.ErrPermission):
-		return &Error{Reason: where + " may not be listened on", Remedy: "run as root or with the capability CAP_NET_BIND_SERVICE", Err: err}
+		return &Error{Reason: where + " may not be listened on",
+			Remedy: "run as root or with the capability CAP_NET_BIND_SERVICE", Err: err}
 	}
-	return &Error{Reason: where + " cannot be listened on: " + err.Error(), Remedy: "change tls.acme.listen", Err: err}
+	return &Error{Reason: where + " cannot be listened on: " + err.Error(),
+		Remedy: "change tls.acme.listen", Err: err}
 }
 
-// innermost is the cause at the end of a chain of errors; what wraps it names the request, several times.
+// innermost is the cause at the end of a chain of errors; what wraps it names
+// the request, several times.
 func innermost(err error) error {
 	if e, ok := errors.AsType[*url.Error](err); ok {
 		return e.Err

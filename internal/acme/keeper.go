@@ -18,16 +18,18 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// renewalWindow is the part of a certificate's life that is left when it is renewed, unless the server says when (RFC
-// 9773): a third, which is what the servers recommend.
+// renewalWindow is the part of a certificate's life that is left when it is
+// renewed, unless the server says when (RFC 9773): a third, which is what the
+// servers recommend.
 const renewalWindow = 3
 
-// errUnusable is the error of what is in the folder and is no certificate with its key, as when the machine died between
-// the two.
+// errUnusable is the error of what is in the folder and is no certificate with
+// its key, as when the machine died between the two.
 var errUnusable = errors.New("the stored certificate cannot be used")
 
-// keeper is certmagic for one certificate: what is stored of it, and the conversation with the server. Nothing but Run
-// decides when, so neither certmagic's cache nor its schedule has a part in it.
+// keeper is certmagic for one certificate: what is stored of it, and the
+// conversation with the server. Nothing but Run decides when, so neither
+// certmagic's cache nor its schedule has a part in it.
 type keeper struct {
 	cfg     Config
 	cache   *certmagic.Cache // empty, but certmagic needs one
@@ -44,8 +46,10 @@ func newKeeper(cfg Config) *keeper {
 		return cfg.Logger.Enabled(context.Background(), slog.LevelDebug)
 	}), logger: cfg.Logger})
 	k.cache = certmagic.NewCache(certmagic.CacheOptions{
-		GetConfigForCert: func(certmagic.Certificate) (*certmagic.Config, error) { return k.magic, nil },
-		Logger:           logger,
+		GetConfigForCert: func(certmagic.Certificate) (*certmagic.Config, error) {
+			return k.magic, nil
+		},
+		Logger: logger,
 	})
 	k.magic = certmagic.New(k.cache, certmagic.Config{
 		Storage: newStorage(cfg.Storage),
@@ -56,8 +60,9 @@ func newKeeper(cfg Config) *keeper {
 	number, _ := strconv.Atoi(port)
 	k.issuer = certmagic.NewACMEIssuer(k.magic, certmagic.ACMEIssuer{
 		CA: cfg.Directory, Email: cfg.Email, Agreed: true, TrustedRoots: cfg.Roots,
-		DisableHTTPChallenge: cfg.Challenge != HTTP, DisableTLSALPNChallenge: cfg.Challenge != TLSALPN,
-		ListenHost: host, AltHTTPPort: number, AltTLSALPNPort: number,
+		DisableHTTPChallenge:    cfg.Challenge != HTTP,
+		DisableTLSALPNChallenge: cfg.Challenge != TLSALPN,
+		ListenHost:              host, AltHTTPPort: number, AltTLSALPNPort: number,
 		Logger: logger,
 	})
 	k.magic.Issuers = []certmagic.Issuer{k.issuer}
@@ -66,13 +71,16 @@ func newKeeper(cfg Config) *keeper {
 
 func (k *keeper) close() { k.cache.Stop() }
 
-// load reads the stored certificate. The error wraps fs.ErrNotExist if there is none, and errUnusable if it is none.
+// load reads the stored certificate. The error wraps fs.ErrNotExist if there is
+// none, and errUnusable if it is none.
 func (k *keeper) load(ctx context.Context) (*tls.Certificate, error) {
-	chain, err := k.magic.Storage.Load(ctx, certmagic.StorageKeys.SiteCert(k.issuer.IssuerKey(), k.cfg.Name))
+	chain, err := k.magic.Storage.Load(ctx,
+		certmagic.StorageKeys.SiteCert(k.issuer.IssuerKey(), k.cfg.Name))
 	if err != nil {
 		return nil, err
 	}
-	key, err := k.magic.Storage.Load(ctx, certmagic.StorageKeys.SitePrivateKey(k.issuer.IssuerKey(), k.cfg.Name))
+	key, err := k.magic.Storage.Load(ctx,
+		certmagic.StorageKeys.SitePrivateKey(k.issuer.IssuerKey(), k.cfg.Name))
 	if err != nil {
 		return nil, err
 	}
@@ -83,28 +91,34 @@ func (k *keeper) load(ctx context.Context) (*tls.Certificate, error) {
 	return &cert, nil
 }
 
-// get has the server issue a certificate, and stores it with a new key: one that follows the stored one, or takes the
-// place of what cannot be used.
+// get has the server issue a certificate, and stores it with a new key: one
+// that follows the stored one, or takes the place of what cannot be used.
 func (k *keeper) get(ctx context.Context, renew bool) error {
-	// A port that is taken would show as a challenge that fails, with a reason that says nothing of it.
+	// A port that is taken would show as a challenge that fails, with a reason
+	// that says nothing of it.
 	if err := CheckListen(ctx, k.cfg); err != nil {
 		return err
 	}
 	if renew {
 		return k.magic.RenewCertSync(ctx, k.cfg.Name, true)
 	}
-	// With all its files there, certmagic would take the certificate for obtained.
-	if err := k.magic.Storage.Delete(ctx, certmagic.StorageKeys.SiteCert(k.issuer.IssuerKey(), k.cfg.Name)); err != nil {
+	// With all its files there, certmagic would take the certificate for
+	// obtained.
+	if err := k.magic.Storage.Delete(ctx,
+		certmagic.StorageKeys.SiteCert(k.issuer.IssuerKey(), k.cfg.Name)); err != nil {
 		return err
 	}
 	return k.magic.ObtainCertSync(ctx, k.cfg.Name)
 }
 
-// due is when a certificate should be renewed. The server is asked, if it knows about that, as often as it wants to be.
+// due is when a certificate should be renewed. The server is asked, if it knows
+// about that, as often as it wants to be.
 func (k *keeper) due(ctx context.Context, leaf *x509.Certificate) time.Time {
 	due := leaf.NotAfter.Add(-leaf.NotAfter.Sub(leaf.NotBefore) / renewalWindow)
-	if serial := leaf.SerialNumber.String(); serial != k.serial || k.renewal.NeedsRefresh() || !k.renewal.HasWindow() && time.Since(k.asked) >= lookInterval {
-		info, err := k.issuer.GetRenewalInfo(ctx, certmagic.Certificate{Certificate: tls.Certificate{Leaf: leaf}})
+	if serial := leaf.SerialNumber.String(); serial != k.serial || k.renewal.NeedsRefresh() ||
+		!k.renewal.HasWindow() && time.Since(k.asked) >= lookInterval {
+		info, err := k.issuer.GetRenewalInfo(ctx,
+			certmagic.Certificate{Certificate: tls.Certificate{Leaf: leaf}})
 		if err != nil {
 			k.cfg.Logger.Debug("the server does not say when to renew", "error", err)
 		}

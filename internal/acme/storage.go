@@ -12,8 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// storage is certmagic's folder with locks that end with the process: those of certmagic itself outlive one that was
-// killed, and its next start waits for them.
+// storage is certmagic's folder with locks that end with the process: those of
+// certmagic itself outlive one that was killed, and its next start waits for
+// them.
 type storage struct {
 	*certmagic.FileStorage
 
@@ -22,7 +23,8 @@ type storage struct {
 }
 
 func newStorage(dir string) *storage {
-	return &storage{FileStorage: &certmagic.FileStorage{Path: dir}, locks: make(map[string]*os.File)}
+	return &storage{FileStorage: &certmagic.FileStorage{Path: dir},
+		locks: make(map[string]*os.File)}
 }
 
 // lockInterval is how often a lock that another process has is tried.
@@ -34,7 +36,8 @@ func (s *storage) Lock(ctx context.Context, name string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(dir, certmagic.StorageKeys.Safe(name)), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, certmagic.StorageKeys.Safe(name)),
+		os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}

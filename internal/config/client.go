@@ -18,7 +18,8 @@ type Client struct {
 
 	Token, TokenFile string // at most one is set
 
-	Target, IPProto string // "*": no preference (RFC 9484 section 4.6); the client package checks them
+	// "*": no preference (RFC 9484 section 4.6); the client package checks them
+	Target, IPProto string
 
 	Device  string // name of the TUN interface, may hold one %d
 	MTU     int    // bytes, 0: found out
@@ -80,7 +81,8 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	case !root.has("proxy"):
 		d.add("proxy", "is missing", `write for example proxy = "vpn.example.org"`)
 	case !IsProxy(c.Proxy):
-		root.add("proxy", "not a name, host:port or URI template", `write for example "vpn.example.org" or "[2001:db8::1]:443"`)
+		root.add("proxy", "not a name, host:port or URI template",
+			`write for example "vpn.example.org" or "[2001:db8::1]:443"`)
 	}
 
 	c.parseTLS(root.table("tls"))
@@ -98,16 +100,19 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	}
 
 	tun := root.table("tun")
-	c.Device, c.MTU, c.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"), tun.bool("offload", true)
+	c.Device, c.MTU, c.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"),
+		tun.bool("offload", true)
 
 	c.Congestion = root.table("tunnel").oneOf("congestion", "inner", "outer")
 
 	addresses := root.table("addresses")
 	c.Static = addresses.addresses("static")
 	if len(c.Static) == 0 {
-		c.Request = append([]netip.Prefix{}, addresses.prefixes("request", "0.0.0.0/32", "::/128")...)
+		c.Request = append([]netip.Prefix{},
+			addresses.prefixes("request", "0.0.0.0/32", "::/128")...)
 	} else if c.Request = addresses.prefixes("request"); len(c.Request) > 0 {
-		addresses.add("request", "static addresses are used instead of asking", "keep one of request and static")
+		addresses.add("request", "static addresses are used instead of asking",
+			"keep one of request and static")
 	}
 
 	routes := root.table("routes")
@@ -123,7 +128,8 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	}
 	for i, p := range c.Assign {
 		if !p.IsSingleIP() {
-			routes.add(element("assign", i), "not a single address", fmt.Sprintf("write %q", netip.PrefixFrom(p.Addr(), p.Addr().BitLen())))
+			routes.add(element("assign", i), "not a single address",
+				fmt.Sprintf("write %q", netip.PrefixFrom(p.Addr(), p.Addr().BitLen())))
 		}
 	}
 
@@ -134,7 +140,8 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	c.KillSwitchAllow = kill.prefixes("allow")
 	for i, p := range c.KillSwitchAllow {
 		if p.Bits() == 0 {
-			kill.add(element("allow", i), "allows everything of its family", "name the networks, such as that of the LAN, or set enabled = false")
+			kill.add(element("allow", i), "allows everything of its family",
+				"name the networks, such as that of the LAN, or set enabled = false")
 		}
 	}
 
@@ -145,7 +152,8 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	c.Metrics = root.table("metrics").tcpAddress("listen", "")
 
 	log := root.table("log")
-	c.QlogDir, c.KeyLog, c.PCAP = log.file("qlog_dir", ""), log.file("key_log", ""), log.file("pcap", "")
+	c.QlogDir, c.KeyLog, c.PCAP = log.file("qlog_dir", ""), log.file("key_log", ""),
+		log.file("pcap", "")
 
 	if err := d.finish(); err != nil {
 		return nil, err
@@ -153,7 +161,8 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	return c, nil
 }
 
-// IsProxy tells whether s can be the proxy of a client: a name, HOST:PORT, or a URI template, which the client package checks.
+// IsProxy tells whether s can be the proxy of a client: a name, HOST:PORT, or a
+// URI template, which the client package checks.
 func IsProxy(s string) bool {
 	return strings.Contains(s, "://") || IsHost(s) || isHostPort(s) && IsHost(hostOf(s))
 }
@@ -161,7 +170,8 @@ func IsProxy(s string) bool {
 func (c *Client) parseDNS(dns *table) {
 	c.DNS = dns.oneOf("mode", "auto", "off") == "auto"
 	c.DNSOutside = dns.bool("outside", true)
-	c.DNSServers, c.DNSSearch, c.DNSDomains = dns.hosts("servers"), dns.domains("search"), dns.domainsOrAll("domains")
+	c.DNSServers, c.DNSSearch, c.DNSDomains = dns.hosts("servers"), dns.domains("search"),
+		dns.domainsOrAll("domains")
 	for _, key := range []string{"servers", "search", "domains"} {
 		if list, ok := dns.values[key].([]any); ok && len(list) == 0 {
 			dns.add(key, "empty", `leave it out for what the proxy says, or write mode = "off"`)
@@ -171,7 +181,8 @@ func (c *Client) parseDNS(dns *table) {
 
 func (c *Client) parseTLS(tls *table) {
 	c.CA, c.Cert, c.Key = tls.file("ca", ""), tls.file("cert", ""), tls.file("key", "")
-	c.CAPEM, c.CertPEM, c.KeyPEM = tls.string("ca_pem", ""), tls.string("cert_pem", ""), tls.secretString("key_pem")
+	c.CAPEM, c.CertPEM, c.KeyPEM = tls.string("ca_pem", ""), tls.string("cert_pem", ""),
+		tls.secretString("key_pem")
 	c.ServerName = tls.string("server_name", "")
 	if c.ServerName != "" && !IsHost(c.ServerName) {
 		tls.add("server_name", "not a name or an address", `write for example "vpn.example.org"`)

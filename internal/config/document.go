@@ -26,7 +26,8 @@ type document struct {
 	problems []Problem
 }
 
-// byteOrderMarks are what some editors begin a file with, and TOML does not allow.
+// byteOrderMarks are what some editors begin a file with, and TOML does not
+// allow.
 var byteOrderMarks = map[string]string{
 	"\xef\xbb\xbf": "save the file as UTF-8 without one",
 	"\xff\xfe":     "save the file as UTF-8, not UTF-16",
@@ -35,11 +36,13 @@ var byteOrderMarks = map[string]string{
 
 // parse reads data as TOML. The error, if any, is an *Error.
 func parse(file string, data []byte) (*document, *table, error) {
-	d := &document{file: file, lines: make(map[string]int), values: make(map[string]any), secret: make(map[string]bool)}
+	d := &document{file: file, lines: make(map[string]int), values: make(map[string]any),
+		secret: make(map[string]bool)}
 	root := make(map[string]any)
 	for mark, remedy := range byteOrderMarks {
 		if strings.HasPrefix(string(data[:min(len(data), len(mark))]), mark) {
-			return nil, nil, &Error{Problems: []Problem{{File: file, Line: 1, Reason: "starts with a byte order mark", Remedy: remedy}}}
+			return nil, nil, &Error{Problems: []Problem{{File: file, Line: 1,
+				Reason: "starts with a byte order mark", Remedy: remedy}}}
 		}
 	}
 	if err := toml.Unmarshal(data, &root); err != nil {
@@ -230,7 +233,8 @@ func (t *table) table(key string) *table {
 	values, isTable := v.(map[string]any)
 	if ok && !isTable {
 		delete(t.doc.values, join(t.path, key))
-		t.add(key, "is a table, not a value", fmt.Sprintf("write [%s] on a line of its own", join(t.path, key)))
+		t.add(key, "is a table, not a value",
+			fmt.Sprintf("write [%s] on a line of its own", join(t.path, key)))
 	}
 	return t.doc.newTable(join(t.path, key), values)
 }
@@ -250,7 +254,8 @@ func (t *table) tablesOf(key string) []*table {
 	}
 	if !ok {
 		delete(t.doc.values, join(t.path, key))
-		t.add(key, "is a list of tables", fmt.Sprintf("start each with [[%s]] on a line of its own", join(t.path, key)))
+		t.add(key, "is a list of tables",
+			fmt.Sprintf("start each with [[%s]] on a line of its own", join(t.path, key)))
 		return nil
 	}
 	return tables

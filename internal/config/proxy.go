@@ -39,8 +39,9 @@ type Proxy struct {
 	MTU     int    // bytes, 0: found out
 	Offload bool
 
-	Pool4, Pool6         netip.Prefix  // zero: none of that family
-	Delegate4, Delegate6 int           // bits of the largest prefix that a client may get, 0: an address only
+	Pool4, Pool6 netip.Prefix // zero: none of that family
+	// bits of the largest prefix that a client may get, 0: an address only
+	Delegate4, Delegate6 int
 	Hold                 time.Duration // addresses are kept for the client that had them last
 
 	Advertise, Deny []netip.Prefix
@@ -59,7 +60,8 @@ type Proxy struct {
 	Sessions, SessionsPerUser int
 	AddressesPerUser          int // 0: two for each session that the user may have
 	UDPFlows, UDPFlowsPerUser int
-	// Pending and PendingPerAddress are how many connections may be without an accepted request; 0: the proxy's default.
+	// Pending and PendingPerAddress are how many connections may be without an
+	// accepted request; 0: the proxy's default.
 	Pending, PendingPerAddress int
 
 	Metrics      string // HOST:PORT, TCP, empty: nowhere
@@ -73,7 +75,8 @@ type Proxy struct {
 	doc *document
 }
 
-// ACME is [tls.acme]: how the certificate is got. Directory, Challenge and Listen may be empty, for their defaults.
+// ACME is [tls.acme]: how the certificate is got. Directory, Challenge and
+// Listen may be empty, for their defaults.
 type ACME struct {
 	Email     string
 	Directory string // URL
@@ -102,9 +105,11 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	p := &Proxy{doc: d}
 	p.Name = root.string("name", "")
 	if !root.has("name") {
-		d.add("name", "is missing", `write the name that clients dial, for example name = "vpn.example.org"`)
+		d.add("name", "is missing",
+			`write the name that clients dial, for example name = "vpn.example.org"`)
 	} else if !IsHost(p.Name) {
-		root.add("name", "not a name or an address", `write the name that clients dial, for example "vpn.example.org"`)
+		root.add("name", "not a name or an address",
+			`write the name that clients dial, for example "vpn.example.org"`)
 	}
 	p.Listen = root.strings("listen", []string{"[::]:443"})
 	if len(p.Listen) == 0 {
@@ -112,7 +117,8 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	}
 	for i, s := range p.Listen {
 		if !isHostPort(s) || hostOf(s) != "" && !isAddr(hostOf(s)) {
-			root.add(element("listen", i), "not an address and port", `write for example "[::]:443" or "192.0.2.1:443"`)
+			root.add(element("listen", i), "not an address and port",
+				`write for example "[::]:443" or "192.0.2.1:443"`)
 		} else if slices.Contains(p.Listen[:i], s) {
 			root.add(element("listen", i), "given twice", "remove one")
 		}
@@ -124,7 +130,8 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	p.parseAuth(root.table("auth"))
 
 	tun := root.table("tun")
-	p.Device, p.MTU, p.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"), tun.bool("offload", true)
+	p.Device, p.MTU, p.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"),
+		tun.bool("offload", true)
 
 	p.Congestion = root.table("tunnel").oneOf("congestion", "inner", "outer")
 
@@ -139,7 +146,8 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 
 	p.parseDNS(root.table("dns"))
 
-	p.KernelHopLimit = root.table("forwarding").oneOf("hop_limit", "decrement", "kernel") == "kernel"
+	p.KernelHopLimit = root.table("forwarding").oneOf("hop_limit", "decrement",
+		"kernel") == "kernel"
 
 	limits := root.table("limits")
 	p.Sessions = limits.int("sessions", 4096, 1, 1<<20)
@@ -151,7 +159,8 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	p.PendingPerAddress = limits.int("pending_connections_per_address", 0, 1, 1<<20)
 
 	metrics := root.table("metrics")
-	p.Metrics, p.MetricsNamed = metrics.tcpAddress("listen", "127.0.0.1:9484"), metrics.has("listen")
+	p.Metrics, p.MetricsNamed = metrics.tcpAddress("listen", "127.0.0.1:9484"),
+		metrics.has("listen")
 	p.ConnectUDP = root.table("connect_udp").bool("enabled", true)
 
 	log := root.table("log")
@@ -181,24 +190,31 @@ func (p *Proxy) parseTLS(tls *table) {
 	}
 	a := &ACME{
 		Email: t.string("email", ""), Directory: t.string("directory", ""), CA: t.file("ca", ""),
-		Challenge: t.oneOf("challenge", ChallengeTLSALPN, ChallengeHTTP), Listen: t.string("listen", ""),
-		Storage: t.file("storage", "/var/lib/masque/acme"),
+		Challenge: t.oneOf("challenge", ChallengeTLSALPN, ChallengeHTTP),
+		Listen:    t.string("listen", ""),
+		Storage:   t.file("storage", "/var/lib/masque/acme"),
 	}
 	agreed := t.bool("agree_tos", false)
 	if !given {
 		return
 	}
 	p.ACME = a
-	if _, domain, ok := strings.Cut(a.Email, "@"); !ok || !IsHost(domain) || strings.ContainsAny(a.Email, " <>,;:\"") {
-		t.add("email", "not an e-mail address", "write one where the authority can tell you of problems")
+	if _, domain, ok := strings.Cut(a.Email, "@"); !ok || !IsHost(domain) ||
+		strings.ContainsAny(a.Email, " <>,;:\"") {
+		t.add("email", "not an e-mail address",
+			"write one where the authority can tell you of problems")
 	}
 	if !agreed {
-		t.add("agree_tos", "the terms of service of the authority have to be agreed to", "read them, and write agree_tos = true")
+		t.add("agree_tos", "the terms of service of the authority have to be agreed to",
+			"read them, and write agree_tos = true")
 	}
-	if u, err := url.Parse(a.Directory); a.Directory != "" && (err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil) {
-		t.add("directory", "not the URL of a directory", `write for example "https://acme-v02.api.letsencrypt.org/directory"`)
+	if u, err := url.Parse(a.Directory); a.Directory != "" &&
+		(err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil) {
+		t.add("directory", "not the URL of a directory",
+			`write for example "https://acme-v02.api.letsencrypt.org/directory"`)
 	}
-	if a.Listen != "" && (!isHostPort(a.Listen) || hostOf(a.Listen) != "" && !isAddr(hostOf(a.Listen))) {
+	if a.Listen != "" && (!isHostPort(a.Listen) ||
+		hostOf(a.Listen) != "" && !isAddr(hostOf(a.Listen))) {
 		t.add("listen", "not an address and port", `write for example ":443" or "192.0.2.1:443"`)
 	}
 	if a.Storage == "" {
@@ -207,14 +223,16 @@ func (p *Proxy) parseTLS(tls *table) {
 }
 
 func parseSite(t *table) Site {
-	s := Site{User: t.string("user", ""), Networks: t.prefixes("networks"), Peer: t.prefixes("peer"), Reach: t.prefixes("reach")}
+	s := Site{User: t.string("user", ""), Networks: t.prefixes("networks"),
+		Peer: t.prefixes("peer"), Reach: t.prefixes("reach")}
 	if !t.has("user") {
 		t.add("user", "is missing", `write the name of the user whose client is the gateway`)
 	} else if !IsName(s.User) {
 		t.add("user", "not a name of a user", "write the name that was invited")
 	}
 	if len(s.Networks) == 0 && !t.has("networks") {
-		t.add("networks", "is missing", `write the networks behind the gateway, for example networks = ["192.0.2.0/24"]`)
+		t.add("networks", "is missing",
+			`write the networks behind the gateway, for example networks = ["192.0.2.0/24"]`)
 	}
 	if t.has("reach") && s.Reach == nil {
 		s.Reach = []netip.Prefix{} // it reaches nothing
@@ -235,13 +253,16 @@ func (p *Proxy) parseAuth(auth *table) {
 		key := element("methods", i)
 		switch {
 		case m != MethodMTLS && m != MethodToken && m != MethodNone:
-			auth.add(key, "not known", "write "+alternatives([]string{MethodMTLS, MethodToken, MethodNone}))
+			auth.add(key, "not known",
+				"write "+alternatives([]string{MethodMTLS, MethodToken, MethodNone}))
 		case slices.Contains(p.Methods[:i], m):
 			auth.add(key, "given twice", "remove one")
 		case m == MethodNone && len(p.Methods) > 1:
-			auth.add(key, "lets everyone in, whatever the other methods are", `write it alone, or remove it`)
+			auth.add(key, "lets everyone in, whatever the other methods are",
+				`write it alone, or remove it`)
 		case m == MethodMTLS && p.ClientCA == "":
-			auth.add(key, "needs the CA of the clients' certificates", `set tls.client_ca, or remove "mtls"`)
+			auth.add(key, "needs the CA of the clients' certificates",
+				`set tls.client_ca, or remove "mtls"`)
 		}
 	}
 	p.Users = auth.file("users", "users.toml")
@@ -264,7 +285,8 @@ func (p *Proxy) parseDNS(dns *table) {
 	p.NAT64 = dns.prefixes("nat64")
 	for i, n := range p.NAT64 {
 		if n.Addr().Is4() || !slices.Contains([]int{32, 40, 48, 56, 64, 96}, n.Bits()) {
-			dns.add(element("nat64", i), "not a prefix of NAT64", `write an IPv6 prefix of length 32, 40, 48, 56, 64 or 96, for example "64:ff9b::/96"`)
+			dns.add(element("nat64", i), "not a prefix of NAT64",
+				`write an IPv6 prefix of length 32, 40, 48, 56, 64 or 96, for example "64:ff9b::/96"`)
 		}
 	}
 }
@@ -279,12 +301,15 @@ func (p *Proxy) parsePool(pool *table, given bool) {
 		pool.doc.add("pool", "empty", `write ipv4 = "10.77.0.0/24", ipv6 = "fd77::/64" or both`)
 	}
 	if p.Pool4.IsValid() && p.Pool4.Bits() > 30 {
-		pool.add("ipv4", "too small for the proxy and one client", "write a prefix length of 30 or less")
+		pool.add("ipv4", "too small for the proxy and one client",
+			"write a prefix length of 30 or less")
 	}
 	if p.Pool6.IsValid() && p.Pool6.Bits() > 126 {
-		pool.add("ipv6", "too small for the proxy and one client", "write a prefix length of 126 or less")
+		pool.add("ipv6", "too small for the proxy and one client",
+			"write a prefix length of 126 or less")
 	}
-	p.Delegate4, p.Delegate6 = pool.lengthWithin("delegate_ipv4", p.Pool4), pool.lengthWithin("delegate_ipv6", p.Pool6)
+	p.Delegate4, p.Delegate6 = pool.lengthWithin("delegate_ipv4", p.Pool4),
+		pool.lengthWithin("delegate_ipv6", p.Pool6)
 	p.Hold = pool.duration("hold", time.Hour, time.Second)
 }
 

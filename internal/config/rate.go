@@ -6,20 +6,23 @@ import (
 	"strings"
 )
 
-// Bounds of a rate, in bits per second: below, a packet would take longer than connections wait for it.
+// Bounds of a rate, in bits per second: below, a packet would take longer than
+// connections wait for it.
 const (
 	minRate = 64_000
 	maxRate = 1_000_000_000_000
 )
 
-// units of rates, the largest first. They count bits per second, in powers of 1000, as those of networks do.
+// units of rates, the largest first. They count bits per second, in powers of
+// 1000, as those of networks do.
 var units = []struct {
 	name string
 	bits int64
 }{{"Gbit", 1_000_000_000}, {"Mbit", 1_000_000}, {"kbit", 1000}}
 
-// ParseRate reads a number of bits per second with its unit, as in "20Mbit", "2.5Gbit" or "512kbit". A unit is
-// needed, so that nobody takes bits for bytes.
+// ParseRate reads a number of bits per second with its unit, as in "20Mbit",
+// "2.5Gbit" or "512kbit". A unit is needed, so that nobody takes bits for
+// bytes.
 func ParseRate(s string) (bitsPerSecond int64, err error) {
 	for _, u := range units {
 		number, ok := cutSuffixFold(s, u.name)

@@ -13,17 +13,21 @@ import (
 
 // A User is one entry of users.toml.
 type User struct {
-	Name         string
-	TokenHash    [32]byte       // SHA-256 of the token; zero: no token
-	Certificate  [32]byte       // SHA-256 of the only certificate accepted; zero: any with the user's name
-	Addresses    []netip.Addr   // reserved for the user
-	Sessions     int            // at the same time; 0: the proxy's default
-	MaxAddresses int            // at the same time, of all sessions together; 0: the proxy's default
-	Routes       []netip.Prefix // what the user may reach; nil: all that the proxy advertises, empty: nothing
-	RateUp       int64          // bits per second from all of the user's clients together; 0: no limit
-	RateDown     int64          // bits per second to them
-	Expires      time.Time      // from when on the user is not let in; zero: never
-	Created      time.Time
+	Name      string
+	TokenHash [32]byte // SHA-256 of the token; zero: no token
+	// SHA-256 of the only certificate accepted; zero: any with the user's name
+	Certificate [32]byte
+	Addresses   []netip.Addr // reserved for the user
+	Sessions    int          // at the same time; 0: the proxy's default
+	// at the same time, of all sessions together; 0: the proxy's default
+	MaxAddresses int
+	// what the user may reach; nil: all that the proxy advertises, empty:
+	// nothing
+	Routes   []netip.Prefix
+	RateUp   int64     // bits per second from all of the user's clients together; 0: no limit
+	RateDown int64     // bits per second to them
+	Expires  time.Time // from when on the user is not let in; zero: never
+	Created  time.Time
 
 	line, end int // lines of the entry, 1-based, end not included
 }
@@ -77,7 +81,8 @@ func ParseUsers(file string, data []byte) (*Users, error) {
 			user.Routes = []netip.Prefix{}
 		}
 		if n := len(user.Routes); n > maxRoutes {
-			t.add("routes", fmt.Sprintf("%d networks are too many, clients take %d", n, maxRoutes), "write fewer and larger ones")
+			t.add("routes", fmt.Sprintf("%d networks are too many, clients take %d", n, maxRoutes),
+				"write fewer and larger ones")
 		}
 		user.RateUp, user.RateDown = t.rate("rate_up"), t.rate("rate_down")
 		user.Expires = t.time("expires")

@@ -46,12 +46,14 @@ func TestUsersLookup(t *testing.T) {
 	if _, ok := u.ByName("carol"); ok {
 		t.Error("an unknown name is found")
 	}
-	for addr, want := range map[string]string{"10.77.0.9": "bob", "fd77::9": "bob", "10.77.0.10": ""} {
+	for addr, want := range map[string]string{"10.77.0.9": "bob", "fd77::9": "bob",
+		"10.77.0.10": ""} {
 		if got := u.Holder(netip.MustParseAddr(addr)); got != want {
 			t.Errorf("%s is reserved for %q, want %q", addr, got, want)
 		}
 	}
-	for prefix, want := range map[string]bool{"10.77.0.9/32": true, "10.77.0.8/29": true, "10.77.0.16/28": false, "10.77.0.10/32": false, "fd77::/64": true} {
+	for prefix, want := range map[string]bool{"10.77.0.9/32": true, "10.77.0.8/29": true,
+		"10.77.0.16/28": false, "10.77.0.10/32": false, "fd77::/64": true} {
 		if got := u.Reserved(netip.MustParsePrefix(prefix), "alice"); got != want {
 			t.Errorf("%s is reserved for others than alice: %v", prefix, got)
 		}
@@ -74,10 +76,14 @@ func TestNoTokenIsNoToken(t *testing.T) {
 func TestUsersAddAndRemove(t *testing.T) {
 	u, text := readUsers(t)
 	carol := User{
-		Name: "carol", TokenHash: sha256.Sum256([]byte("c")), Certificate: sha256.Sum256([]byte("d")), Sessions: 3,
-		Routes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")},
-		RateUp: 2_500_000, RateDown: 100_000_000, Expires: time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
-		Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.10")}, Created: time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC),
+		Name: "carol", TokenHash: sha256.Sum256([]byte("c")),
+		Certificate: sha256.Sum256([]byte("d")), Sessions: 3,
+		Routes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
+			netip.MustParsePrefix("2001:db8::/32")},
+		RateUp: 2_500_000, RateDown: 100_000_000,
+		Expires:   time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
+		Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.10")},
+		Created:   time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC),
 	}
 	data := u.Add(carol)
 	if !strings.HasPrefix(string(data), text) {
@@ -98,7 +104,8 @@ func TestUsersAddAndRemove(t *testing.T) {
 	if !ok {
 		t.Fatal("alice cannot be removed")
 	}
-	for _, want := range []string{"# People of the lab.", "# Bob keeps his address.", `name = "bob"`, `name = "carol"`} {
+	for _, want := range []string{"# People of the lab.", "# Bob keeps his address.",
+		`name = "bob"`, `name = "carol"`} {
 		if !strings.Contains(string(rest), want) {
 			t.Errorf("%q is gone with alice:\n%s", want, rest)
 		}
@@ -142,7 +149,8 @@ func TestRemoveInline(t *testing.T) {
 // A file whose last user was removed is not empty: an empty one may be about to
 // be written.
 func TestRemoveTheLastUser(t *testing.T) {
-	u, err := ParseUsers("users.toml", []byte("[[user]]\nname = \"a\"\ntoken_sha256 = \""+strings.Repeat("ab", 32)+"\"\n"))
+	u, err := ParseUsers("users.toml",
+		[]byte("[[user]]\nname = \"a\"\ntoken_sha256 = \""+strings.Repeat("ab", 32)+"\"\n"))
 	if err != nil {
 		t.Fatal(err)
 	}

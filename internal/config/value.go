@@ -46,7 +46,8 @@ func (t *table) hosts(key string) []netip.Addr {
 		case err != nil:
 			t.add(element(key, i), "not an address", `write for example "10.77.0.1" or "fd77::1"`)
 		case a.IsUnspecified() || a.IsLoopback() || a.IsLinkLocalUnicast() || a.IsMulticast():
-			t.add(element(key, i), "not an address that others can reach", `write for example "10.77.0.1" or "fd77::1"`)
+			t.add(element(key, i), "not an address that others can reach",
+				`write for example "10.77.0.1" or "fd77::1"`)
 		case slices.Contains(list, a.Unmap()):
 			t.add(element(key, i), "given twice", "remove one")
 		default:
@@ -72,7 +73,8 @@ func (t *table) domainList(key string, root bool) []string {
 		}
 		switch {
 		case !all && (!IsHost(s) || isAddr(s)):
-			t.add(element(key, i), "not a domain name", `write for example "corp.example"; of other scripts, the form that starts with xn--`)
+			t.add(element(key, i), "not a domain name",
+				`write for example "corp.example"; of other scripts, the form that starts with xn--`)
 		case slices.Contains(list, name):
 			t.add(element(key, i), "given twice", "remove one")
 		default:
@@ -115,7 +117,8 @@ func parsePrefix(s string, masked bool) (p netip.Prefix, reason, remedy string) 
 	if err != nil {
 		if a, err := netip.ParseAddr(s); err == nil && a.Zone() == "" {
 			a = a.Unmap()
-			return p, "the prefix length is missing", fmt.Sprintf(`write "%s/%d" for this one address`, a, a.BitLen())
+			return p, "the prefix length is missing",
+				fmt.Sprintf(`write "%s/%d" for this one address`, a, a.BitLen())
 		}
 		return p, "not an address prefix", `write for example "192.0.2.0/24" or "2001:db8::/32"`
 	}
@@ -149,7 +152,8 @@ func (t *table) time(key string) time.Time {
 		t.get(key)
 		return v.AsTime(time.UTC)
 	}
-	return scalar(t, key, time.Time{}, "a time such as 2026-01-02T15:04:05Z, or a date such as 2026-01-02, without quotes")
+	return scalar(t, key, time.Time{},
+		"a time such as 2026-01-02T15:04:05Z, or a date such as 2026-01-02, without quotes")
 }
 
 // mtu is "auto", which is 0, or a number of bytes.
@@ -176,7 +180,8 @@ func (t *table) lan(key string) LAN {
 	case v == false:
 		return LANNone
 	}
-	t.add(key, `not true, false or "all"`, `write true for the private networks of this host, "all" for all of its routes, false for neither`)
+	t.add(key, `not true, false or "all"`,
+		`write true for the private networks of this host, "all" for all of its routes, false for neither`)
 	return LANPrivate
 }
 
@@ -195,7 +200,8 @@ func (t *table) mark(key string) uint32 {
 		n, isNumber = int64(u), err == nil
 	}
 	if !isNumber || n != int64(uint32(n)) || bits.OnesCount32(uint32(n)) != 2 {
-		t.add(key, "not two bits of a mark", fmt.Sprintf(`write for example "%#x", two bits that no other program of this host uses in marks`, defaultMark))
+		t.add(key, "not two bits of a mark",
+			fmt.Sprintf(`write for example "%#x", two bits that no other program of this host uses in marks`, defaultMark))
 		return defaultMark
 	}
 	return uint32(n)
@@ -209,10 +215,12 @@ func (t *table) device(key, def string) string {
 	name := strings.Replace(s, "%d", "0", 1)
 	bad := name == "" || name == "." || name == ".." || len(s) > limit
 	for i := range len(name) {
-		bad = bad || name[i] <= ' ' || name[i] >= 0x7f || strings.IndexByte("/:%\\\"'", name[i]) >= 0
+		bad = bad || name[i] <= ' ' || name[i] >= 0x7f ||
+			strings.IndexByte("/:%\\\"'", name[i]) >= 0
 	}
 	if bad {
-		t.add(key, "not a name of a network interface", fmt.Sprintf(`write for example "masque0", at most %d characters`, limit))
+		t.add(key, "not a name of a network interface",
+			fmt.Sprintf(`write for example "masque0", at most %d characters`, limit))
 		return def
 	}
 	return s
@@ -257,7 +265,8 @@ func IsHost(s string) bool {
 		for i := range len(label) {
 			c := label[i]
 			isDigit := '0' <= c && c <= '9'
-			if !isDigit && !('a' <= c && c <= 'z') && !('A' <= c && c <= 'Z') && c != '-' && c != '_' {
+			if !isDigit && !('a' <= c && c <= 'z') && !('A' <= c && c <= 'Z') && c != '-' &&
+				c != '_' {
 				return false
 			}
 			digits = digits && isDigit

@@ -16,7 +16,8 @@ import (
 // ErrNotRunning is the error of a call to an instance that is not there.
 var ErrNotRunning = errors.New("not running")
 
-// StatusError is what an instance answers when it does not do what it was asked.
+// StatusError is what an instance answers when it does not do what it was
+// asked.
 type StatusError struct {
 	Status int // of HTTP
 	Reason string
@@ -58,7 +59,8 @@ func (c *Client) Post(ctx context.Context, path string, v any) error {
 	return c.call(ctx, http.MethodPost, path, v)
 }
 
-// Open makes the instance do what path says and returns its answer, whose body the caller reads and closes.
+// Open makes the instance do what path says and returns its answer, whose body
+// the caller reads and closes.
 func (c *Client) Open(ctx context.Context, path string) (*http.Response, error) {
 	return c.do(ctx, http.MethodPost, path)
 }
@@ -112,7 +114,8 @@ func (c *Client) do(ctx context.Context, method, path string) (*http.Response, e
 	response, err := c.http.Do(r)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED), // nobody there
-		errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.EOF): // died before it answered
+		// died before it answered
+		errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.EOF):
 		return nil, fmt.Errorf("%s: %w", c.name, ErrNotRunning)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("%s: %w", SocketPath(c.dir, c.name), fs.ErrPermission)
@@ -126,7 +129,8 @@ func (c *Client) do(ctx context.Context, method, path string) (*http.Response, e
 	}
 	defer response.Body.Close()
 	var f failure
-	if err := json.NewDecoder(io.LimitReader(response.Body, maxAnswer)).Decode(&f); err != nil || f.Error == "" {
+	if err := json.NewDecoder(io.LimitReader(response.Body, maxAnswer)).Decode(&f); err != nil ||
+		f.Error == "" {
 		return nil, fmt.Errorf("%s: answered %s", c.name, response.Status)
 	}
 	if response.StatusCode == http.StatusForbidden {

@@ -57,10 +57,17 @@ func serve(t *testing.T, dir, name string, h http.Handler) *Client {
 func TestCalls(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "run")
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { Reply(w, map[string]int{"n": 7}) })
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		Reply(w, map[string]int{"n": 7})
+	})
 	posted := 0
-	mux.HandleFunc("POST /stop", func(w http.ResponseWriter, _ *http.Request) { posted++; Reply(w, nil) })
-	mux.HandleFunc("GET /broken", func(w http.ResponseWriter, _ *http.Request) { Fail(w, 500, errors.New("it broke")) })
+	mux.HandleFunc("POST /stop", func(w http.ResponseWriter, _ *http.Request) {
+		posted++
+		Reply(w, nil)
+	})
+	mux.HandleFunc("GET /broken", func(w http.ResponseWriter, _ *http.Request) {
+		Fail(w, 500, errors.New("it broke"))
+	})
 	mux.HandleFunc("GET /count", func(w http.ResponseWriter, r *http.Request) {
 		n := 0
 		Stream(w, r, func(context.Context) (any, bool) { n++; return n, n <= 3 })
@@ -82,7 +89,10 @@ func TestCalls(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	var seen []string
-	if err := c.Watch(ctx, "/count", func(v json.RawMessage) bool { seen = append(seen, string(v)); return true }); err != io.EOF {
+	if err := c.Watch(ctx, "/count", func(v json.RawMessage) bool {
+		seen = append(seen, string(v))
+		return true
+	}); err != io.EOF {
 		t.Errorf("the end of a stream is %v", err)
 	}
 	if !slices.Equal(seen, []string{"1", "2", "3"}) {
@@ -105,7 +115,8 @@ func TestNotRunning(t *testing.T) {
 		t.Errorf("without a socket: %v", err)
 	}
 	stale(t, dir, "home")
-	if err := NewClient(dir, "home").Get(t.Context(), "/status", nil); !errors.Is(err, ErrNotRunning) {
+	if err := NewClient(dir, "home").Get(t.Context(), "/status", nil); !errors.Is(err,
+		ErrNotRunning) {
 		t.Errorf("with a stale socket: %v", err)
 	}
 	names, err := List(dir)
@@ -134,7 +145,9 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 	if err := os.WriteFile(lockPath(dir, "home"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c := serve(t, dir, "home", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { Reply(w, 1) }))
+	c := serve(t, dir, "home", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		Reply(w, 1)
+	}))
 	if err := c.Get(t.Context(), "/", nil); err != nil {
 		t.Error(err)
 	}

@@ -54,8 +54,8 @@ func Acquire(dir, name string) (*Lock, error) {
 		if err != nil {
 			return nil, err
 		}
-		// The lock belongs to the open file: it ends with the process, and unlike
-		// flock(2) it can be looked at without taking it.
+		// The lock belongs to the open file: it ends with the process, and
+		// unlike flock(2) it can be looked at without taking it.
 		err = unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
 		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 			f.Close()

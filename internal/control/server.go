@@ -32,7 +32,8 @@ type Server struct {
 func Serve(dir, name string, h http.Handler, logger *slog.Logger) (*Server, error) {
 	path := SocketPath(dir, name)
 	if len(path) > maxSocketPath {
-		return nil, fmt.Errorf("%s: longer than the %d bytes of a socket's name", path, maxSocketPath)
+		return nil, fmt.Errorf("%s: longer than the %d bytes of a socket's name", path,
+			maxSocketPath)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -57,8 +58,9 @@ func Serve(dir, name string, h http.Handler, logger *slog.Logger) (*Server, erro
 	return s, nil
 }
 
-// listenConfig makes sockets that nobody else can connect to. Their mode is set before they have a name, which in a folder of
-// another user could be that of another file by the time it is used.
+// listenConfig makes sockets that nobody else can connect to. Their mode is set
+// before they have a name, which in a folder of another user could be that of
+// another file by the time it is used.
 var listenConfig = net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 	var err error
 	if e := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); e != nil {
@@ -87,7 +89,8 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 	if u, ok := c.(*net.UnixConn); ok {
 		if raw, err := u.SyscallConn(); err == nil {
 			_ = raw.Control(func(fd uintptr) {
-				if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+				if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET,
+					unix.SO_PEERCRED); err == nil {
 					uid = int(cred.Uid)
 				}
 			})
@@ -101,7 +104,8 @@ func onlyOwner(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		uid, ok := r.Context().Value(peerKey{}).(int)
 		if !ok || uid != 0 && uid != os.Geteuid() {
-			Fail(w, http.StatusForbidden, fmt.Errorf("user %d is neither root nor the owner of this process", uid))
+			Fail(w, http.StatusForbidden,
+				fmt.Errorf("user %d is neither root nor the owner of this process", uid))
 			return
 		}
 		h.ServeHTTP(w, r)

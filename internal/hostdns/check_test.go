@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// What another program takes from systemd-resolved, as its restart does, Check gives it again; and it says why when it cannot.
+// What another program takes from systemd-resolved, as its restart does, Check
+// gives it again; and it says why when it cannot.
 func TestCheckResolved(t *testing.T) {
 	h := newHost(t)
 	h.write(stub)
@@ -23,7 +24,8 @@ func TestCheckResolved(t *testing.T) {
 	check := func(name, wantRestored string, wantErr error) {
 		t.Helper()
 		restored, err := m.Check()
-		if !strings.Contains(restored, wantRestored) || (restored == "") != (wantRestored == "") || !errors.Is(err, wantErr) {
+		if !strings.Contains(restored, wantRestored) || (restored == "") != (wantRestored == "") ||
+			!errors.Is(err, wantErr) {
 			t.Errorf("%s: %q, %v; want %q, %v", name, restored, err, wantRestored, wantErr)
 		}
 	}
@@ -33,7 +35,8 @@ func TestCheckResolved(t *testing.T) {
 	}
 	check("all there", "", nil)
 	f.restart()
-	check("restarted", fmt.Sprintf("systemd-resolved: it has lost %v", settings.Servers[0].Addr()), nil)
+	check("restarted", fmt.Sprintf("systemd-resolved: it has lost %v",
+		settings.Servers[0].Addr()), nil)
 	check("all there again", "", nil)
 	f.restart()
 	f.change(false, "SetLinkDNS")
@@ -42,7 +45,8 @@ func TestCheckResolved(t *testing.T) {
 	check("and takes it again", "systemd-resolved", nil)
 }
 
-// A file that another program has changed is put right by Check too, whether its change was noticed or not.
+// A file that another program has changed is put right by Check too, whether
+// its change was noticed or not.
 func TestCheckFile(t *testing.T) {
 	h := newHost(t)
 	h.write(original)

@@ -16,7 +16,8 @@ import (
 )
 
 const (
-	// maxServers is how many servers of resolv.conf are asked (MAXNS of resolv.conf(5)).
+	// maxServers is how many servers of resolv.conf are asked (MAXNS of
+	// resolv.conf(5)).
 	maxServers = 3
 	// fileLimit is how large a resolv.conf may be, in bytes.
 	fileLimit = 1 << 20
@@ -24,7 +25,8 @@ const (
 	// marker and the name of a tunnel are the first line of what is ours.
 	marker = "# Made by masque-client for the tunnel "
 	notice = "# Changes to this file are lost. What was here before comes back when the tunnel ends.\n"
-	// kept and the number of its bytes are the line above the lines of an original, each of which is behind keptLine.
+	// kept and the number of its bytes are the line above the lines of an
+	// original, each of which is behind keptLine.
 	kept     = "# What was here before, in bytes: "
 	keptLine = "#|"
 )
@@ -57,7 +59,8 @@ func (f *file) set(s Settings) error {
 	f.lines = lines
 	if f.watch == nil {
 		if f.watch, err = watch(f.path, f.check); err != nil {
-			f.cfg.Logger.Warn("changes of other programs will not be noticed", "file", f.path, "error", err)
+			f.cfg.Logger.Warn("changes of other programs will not be noticed", "file", f.path,
+				"error", err)
 		}
 	}
 	return nil
@@ -87,10 +90,12 @@ func (f *file) holds(Settings) error {
 	return nil
 }
 
-// has reports whether a file has the tunnel's servers, or those of another tunnel that came later. f.mu is held.
+// has reports whether a file has the tunnel's servers, or those of another
+// tunnel that came later. f.mu is held.
 func (f *file) has(content []byte) bool {
 	owner, ours := ownerOf(content)
-	return ours && (owner != f.instance || bytes.Equal(content, whole(f.instance, f.lines, originalIn(content))))
+	return ours && (owner != f.instance ||
+		bytes.Equal(content, whole(f.instance, f.lines, originalIn(content))))
 }
 
 func (f *file) upstream() ([]netip.AddrPort, error) {
@@ -98,7 +103,8 @@ func (f *file) upstream() ([]netip.AddrPort, error) {
 	return servers, nil
 }
 
-// check puts the tunnel's servers back if another program has changed the file. It reports whether it had to.
+// check puts the tunnel's servers back if another program has changed the file.
+// It reports whether it had to.
 func (f *file) check() (changed bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -124,7 +130,8 @@ func (f *file) check() (changed bool) {
 // backup is where the original of a tunnel is, if it was not written in place.
 func (f *file) backup(instance string) string { return f.path + ".masque-" + instance }
 
-// place is where the file of this tunnel is: resolv.conf, the original of another tunnel, or "".
+// place is where the file of this tunnel is: resolv.conf, the original of
+// another tunnel, or "".
 func (f *file) place() string {
 	others, _ := filepath.Glob(f.backup("*"))
 	for _, path := range append([]string{f.path}, others...) {
@@ -148,7 +155,8 @@ func (f *file) put(lines []byte) error {
 		switch {
 		case err == nil:
 			place = f.path
-		case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EBUSY), errors.Is(err, unix.EROFS), errors.Is(err, fs.ErrPermission):
+		case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EBUSY), errors.Is(err, unix.EROFS),
+			errors.Is(err, fs.ErrPermission):
 			return f.putInPlace(lines)
 		default:
 			return err
@@ -163,13 +171,15 @@ func (f *file) put(lines []byte) error {
 	return err
 }
 
-// keep makes a second name for the file as it is. Without a file there is nothing to keep.
+// keep makes a second name for the file as it is. Without a file there is
+// nothing to keep.
 func (f *file) keep() error {
 	backup := f.backup(f.instance)
 	if err := removeOld(backup); err != nil {
 		return err
 	}
-	// A hard link, to a symbolic link too: nothing of the original is lost, and the file is never missing.
+	// A hard link, to a symbolic link too: nothing of the original is lost, and
+	// the file is never missing.
 	if err := os.Link(f.path, backup); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -191,7 +201,8 @@ func (f *file) putInPlace(lines []byte) error {
 	return writeInPlace(f.path, whole(f.instance, lines, original))
 }
 
-// restore puts the original where ours is. What another program put there stays. f.mu is held.
+// restore puts the original where ours is. What another program put there
+// stays. f.mu is held.
 func (f *file) restore() error {
 	backup := f.backup(f.instance)
 	place := f.place()
@@ -212,7 +223,8 @@ func (f *file) restore() error {
 	return err
 }
 
-// beneath returns the servers of resolv.conf below all tunnels. ok is false when it is no tunnel's.
+// beneath returns the servers of resolv.conf below all tunnels. ok is false
+// when it is no tunnel's.
 func (f *file) beneath() (servers []netip.AddrPort, ok bool) {
 	content, err := readSmall(f.path)
 	for range 16 { // tunnels
@@ -244,7 +256,8 @@ func resolvLines(s Settings) ([]byte, error) {
 		}
 	}
 	if n == 0 {
-		return nil, fmt.Errorf("none of the servers %v is at port %d, where this way alone can ask", s.Servers, dnsPort)
+		return nil, fmt.Errorf("none of the servers %v is at port %d, where this way alone can ask",
+			s.Servers, dnsPort)
 	}
 	if len(s.Search) > 0 {
 		fmt.Fprintf(&b, "search %s\n", strings.Join(s.Search, " "))

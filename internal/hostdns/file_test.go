@@ -24,15 +24,18 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// original is a resolv.conf with what others would not keep: no final line break, and odd lines.
+// original is a resolv.conf with what others would not keep: no final line
+// break, and odd lines.
 const original = "# by hand\nnameserver 192.0.2.53\nnameserver 2001:db8::53\n\noptions edns0\n#|tricky\nsearch home.example"
 
 var (
 	settings = Settings{
-		Servers: []netip.AddrPort{netip.MustParseAddrPort("10.77.0.1:53"), netip.MustParseAddrPort("[fd77::1]:53")},
-		Search:  []string{"corp.example", "example"}, Domains: []string{Root},
+		Servers: []netip.AddrPort{netip.MustParseAddrPort("10.77.0.1:53"),
+			netip.MustParseAddrPort("[fd77::1]:53")},
+		Search: []string{"corp.example", "example"}, Domains: []string{Root},
 	}
-	hostServers = []netip.AddrPort{netip.MustParseAddrPort("192.0.2.53:53"), netip.MustParseAddrPort("[2001:db8::53]:53")}
+	hostServers = []netip.AddrPort{netip.MustParseAddrPort("192.0.2.53:53"),
+		netip.MustParseAddrPort("[2001:db8::53]:53")}
 )
 
 const lines = "nameserver 10.77.0.1\nnameserver fd77::1\nsearch corp.example example\n"
@@ -48,8 +51,10 @@ func newHost(t *testing.T) *host {
 }
 
 func (h *host) config(instance string) Config {
-	return Config{Instance: instance, Interface: "lo", Logger: slog.New(slog.NewTextHandler(h.Output(), nil)),
-		ResolvConf: h.path, Bus: "unix:path=" + h.path + ".nobus", Resolvconf: h.path + ".noprogram"}
+	return Config{Instance: instance, Interface: "lo",
+		Logger:     slog.New(slog.NewTextHandler(h.Output(), nil)),
+		ResolvConf: h.path, Bus: "unix:path=" + h.path + ".nobus",
+		Resolvconf: h.path + ".noprogram"}
 }
 
 func (h *host) write(content string) {
@@ -90,7 +95,8 @@ func kill(m *Manager) {
 	m.ways = nil
 }
 
-// state describes the folder: each file with its inode, mode, owner and content.
+// state describes the folder: each file with its inode, mode, owner and
+// content.
 func (h *host) state() string {
 	h.Helper()
 	var b strings.Builder
@@ -107,7 +113,8 @@ func (h *host) state() string {
 		content, _ := os.ReadFile(path)
 		to, _ := os.Readlink(path)
 		st := info.Sys().(*syscall.Stat_t)
-		fmt.Fprintf(&b, "%s %v inode %d links %d owner %d:%d changed %v -> %q\n%q\n", e.Name(), info.Mode(), st.Ino, st.Nlink, st.Uid, st.Gid, info.ModTime(), to, content)
+		fmt.Fprintf(&b, "%s %v inode %d links %d owner %d:%d changed %v -> %q\n%q\n", e.Name(),
+			info.Mode(), st.Ino, st.Nlink, st.Uid, st.Gid, info.ModTime(), to, content)
 	}
 	return b.String()
 }
@@ -124,7 +131,8 @@ func (h *host) content() string {
 // ours checks that the resolver asks the servers of instance.
 func (h *host) ours(instance string) {
 	h.Helper()
-	if got := h.content(); !strings.HasPrefix(got, marker+instance+"\n"+notice) || !strings.Contains(got, "\n"+lines) {
+	if got := h.content(); !strings.HasPrefix(got, marker+instance+"\n"+notice) ||
+		!strings.Contains(got, "\n"+lines) {
 		h.Errorf("not of the tunnel %s:\n%s", instance, got)
 	}
 }
@@ -175,13 +183,15 @@ var kinds = []struct {
 			h.Fatal(err)
 		}
 		h.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
-		if err := unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		if err := unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY,
+			""); err != nil {
 			h.Fatal(err)
 		}
 	}},
 }
 
-// mount has resolv.conf be a mount of another file, as `ip netns exec` and containers do.
+// mount has resolv.conf be a mount of another file, as `ip netns exec` and
+// containers do.
 func (h *host) mount(content string) {
 	h.Helper()
 	h.write("nameserver 192.0.2.99\n") // beneath the mount
@@ -195,7 +205,8 @@ func (h *host) mount(content string) {
 	h.Cleanup(func() { _ = unix.Unmount(h.path, unix.MNT_DETACH) })
 }
 
-// withoutTimes is a state in which a file that was written in place has the time of it.
+// withoutTimes is a state in which a file that was written in place has the
+// time of it.
 func withoutTimes(state string) string {
 	out := strings.Split(state, "\n")
 	for i, line := range out {
@@ -223,7 +234,8 @@ func TestFileIsRestored(t *testing.T) {
 				changed := settings
 				changed.Search = []string{"other.example"}
 				h.apply(m, changed)
-				if got := h.content(); !strings.Contains(got, "search other.example\n") || strings.Contains(got, "search corp.example") {
+				if got := h.content(); !strings.Contains(got, "search other.example\n") ||
+					strings.Contains(got, "search corp.example") {
 					t.Errorf("after a change:\n%s", got)
 				}
 				switch end {
@@ -249,7 +261,8 @@ func TestFileIsRestored(t *testing.T) {
 	}
 }
 
-// A file that a process which was killed left behind, and that somebody put right since, stays.
+// A file that a process which was killed left behind, and that somebody put
+// right since, stays.
 func TestMendedAfterKill(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
@@ -269,7 +282,8 @@ func TestMendedAfterKill(t *testing.T) {
 	}
 }
 
-// A process that is killed between keeping the original and putting its own there has changed nothing.
+// A process that is killed between keeping the original and putting its own
+// there has changed nothing.
 func TestKilledBetween(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
@@ -281,7 +295,8 @@ func TestKilledBetween(t *testing.T) {
 	h.unchanged(before)
 }
 
-// What another program writes counts: it is there at the end. Meanwhile the tunnel's servers come back.
+// What another program writes counts: it is there at the end. Meanwhile the
+// tunnel's servers come back.
 func TestAnotherProgram(t *testing.T) {
 	const theirs = "nameserver 192.0.2.77\n"
 	for _, kind := range kinds {
@@ -312,7 +327,9 @@ func TestAnotherProgram(t *testing.T) {
 					return bytes.Contains(content, []byte(lines))
 				})
 				h.ours("home")
-				if servers, ok := m.Upstream(); how != "removes" && (!ok || !slices.Equal(servers, []netip.AddrPort{netip.MustParseAddrPort("192.0.2.77:53")})) {
+				if servers, ok := m.Upstream(); how != "removes" &&
+					(!ok || !slices.Equal(servers,
+						[]netip.AddrPort{netip.MustParseAddrPort("192.0.2.77:53")})) {
 					t.Errorf("beside the tunnel's: %v, %v", servers, ok)
 				}
 				h.close(m)
@@ -332,7 +349,8 @@ func TestAnotherProgram(t *testing.T) {
 	}
 }
 
-// What another program wrote just before the end stays, although the tunnel has not noticed yet.
+// What another program wrote just before the end stays, although the tunnel has
+// not noticed yet.
 func TestAnotherProgramAtTheEnd(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
@@ -353,7 +371,8 @@ func TestAnotherProgramAtTheEnd(t *testing.T) {
 	}
 }
 
-// Who edits our file has it put right: it says so at its top. The original is still the original.
+// Who edits our file has it put right: it says so at its top. The original is
+// still the original.
 func TestEdited(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
@@ -399,11 +418,13 @@ func TestPutBackAtARate(t *testing.T) {
 	}
 }
 
-// Tunnels stack, the last one's servers are asked, and whoever ends first, the host's file is there at the end.
+// Tunnels stack, the last one's servers are asked, and whoever ends first, the
+// host's file is there at the end.
 func TestTwoTunnels(t *testing.T) {
 	other := settings
 	other.Search = []string{"other.example"}
-	for _, order := range []string{"last ends first", "first ends first", "first is killed", "first changes"} {
+	for _, order := range []string{"last ends first", "first ends first", "first is killed",
+		"first changes"} {
 		t.Run(order, func(t *testing.T) {
 			h := newHost(t)
 			h.write(original)
@@ -459,7 +480,8 @@ func TestTwoTunnelsInPlace(t *testing.T) {
 	h.mount(original)
 	one, two := h.open("one"), h.open("two")
 	h.apply(one, settings)
-	if _, err := two.Apply(settings); err == nil || !strings.Contains(err.Error(), "the tunnel one has "+h.path) {
+	if _, err := two.Apply(settings); err == nil ||
+		!strings.Contains(err.Error(), "the tunnel one has "+h.path) {
 		t.Errorf("the second one: %v", err)
 	}
 	h.ours("one")
@@ -476,8 +498,11 @@ func TestRefused(t *testing.T) {
 	for _, s := range []Settings{
 		{Servers: server, Domains: []string{"corp.example"}}, // cannot split
 		{Servers: server},
-		{Servers: []netip.AddrPort{netip.MustParseAddrPort("10.77.0.1:5353")}, Domains: []string{Root}}, // no other ports
-		{Servers: []netip.AddrPort{netip.MustParseAddrPort("[fe80::1%lo]:53")}, Domains: []string{Root}},
+		// no other ports
+		{Servers: []netip.AddrPort{netip.MustParseAddrPort("10.77.0.1:5353")},
+			Domains: []string{Root}},
+		{Servers: []netip.AddrPort{netip.MustParseAddrPort("[fe80::1%lo]:53")},
+			Domains: []string{Root}},
 		{Servers: []netip.AddrPort{{}}, Domains: []string{Root}},
 		{Servers: server, Domains: []string{Root}, Search: []string{"a\nnameserver 192.0.2.1"}},
 		{Servers: server, Domains: []string{Root}, Search: []string{"a b"}},
@@ -507,9 +532,11 @@ func TestRefused(t *testing.T) {
 // No more servers than are asked.
 func TestManyServers(t *testing.T) {
 	h := newHost(t)
-	s := Settings{Domains: []string{Root}, Servers: []netip.AddrPort{netip.MustParseAddrPort("10.77.0.9:853")}}
+	s := Settings{Domains: []string{Root},
+		Servers: []netip.AddrPort{netip.MustParseAddrPort("10.77.0.9:853")}}
 	for i := range 5 {
-		s.Servers = append(s.Servers, netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 77, 0, byte(i)}), 53))
+		s.Servers = append(s.Servers,
+			netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 77, 0, byte(i)}), 53))
 	}
 	h.apply(h.open("home"), s)
 	if got := nameservers([]byte(h.content())); !slices.Equal(got, s.Servers[1:4]) {
@@ -540,7 +567,8 @@ func TestOriginalIsKept(t *testing.T) {
 			t.Errorf("servers %v", got)
 		}
 	}
-	for _, s := range []string{"", "\n", original, "a\r\n", "\x00", kept + "3\n#|abc\n", "#|\n\n", string(whole("other", []byte(lines), []byte(original)))} {
+	for _, s := range []string{"", "\n", original, "a\r\n", "\x00", kept + "3\n#|abc\n", "#|\n\n",
+		string(whole("other", []byte(lines), []byte(original)))} {
 		check(t, []byte(s))
 	}
 	rapid.Check(t, func(t *rapid.T) {
@@ -553,9 +581,11 @@ func TestOriginalIsKept(t *testing.T) {
 	}
 }
 
-// Servers that the kernel does not send to by the tunnel's interface are outside, and those of a tunnel are not among them.
+// Servers that the kernel does not send to by the tunnel's interface are
+// outside, and those of a tunnel are not among them.
 func TestOutside(t *testing.T) {
-	inside, other := netip.MustParseAddrPort("127.0.0.9:53"), netip.MustParseAddrPort("127.0.0.1:53")
+	inside, other := netip.MustParseAddrPort("127.0.0.9:53"),
+		netip.MustParseAddrPort("127.0.0.1:53")
 	for name, tc := range map[string]struct {
 		iface   string
 		applied bool

@@ -49,13 +49,15 @@ func (r *resolved) bus(f func(context.Context, *dbus.Conn) error) error {
 	return f(ctx, conn)
 }
 
-// running reports whether systemd-resolved is there, and is that of this network namespace: a namespace made by ip-netns(8)
-// sees the bus of the machine, whose interfaces are others.
+// running reports whether systemd-resolved is there, and is that of this
+// network namespace: a namespace made by ip-netns(8) sees the bus of the
+// machine, whose interfaces are others.
 func (r *resolved) running() bool {
 	var pid uint32
 	err := r.bus(func(ctx context.Context, conn *dbus.Conn) error {
 		// A service that is not running is not started by this.
-		return conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.GetConnectionUnixProcessID", 0, resolveName).Store(&pid)
+		return conn.BusObject().CallWithContext(ctx,
+			"org.freedesktop.DBus.GetConnectionUnixProcessID", 0, resolveName).Store(&pid)
 	})
 	if err != nil {
 		return false
@@ -76,9 +78,12 @@ func leadsToResolved(c Config) bool {
 	}
 	servers := nameservers(content)
 	stub := func(s netip.AddrPort) bool {
-		return s.Addr() == netip.AddrFrom4([4]byte{127, 0, 0, 53}) || s.Addr() == netip.AddrFrom4([4]byte{127, 0, 0, 54})
+		return s.Addr() == netip.AddrFrom4([4]byte{127, 0, 0, 53}) ||
+			s.Addr() == netip.AddrFrom4([4]byte{127, 0, 0, 54})
 	}
-	return len(servers) > 0 && !slices.ContainsFunc(servers, func(s netip.AddrPort) bool { return !stub(s) })
+	return len(servers) > 0 && !slices.ContainsFunc(servers, func(s netip.AddrPort) bool {
+		return !stub(s)
+	})
 }
 
 // Values of the bus.
@@ -111,8 +116,9 @@ func family(a netip.Addr) int32 {
 	return unix.AF_INET6
 }
 
-// domains returns what the interface is for. All names below a search domain are the tunnel's too, because systemd-resolved
-// knows no search domains of other interfaces' servers.
+// domains returns what the interface is for. All names below a search domain
+// are the tunnel's too, because systemd-resolved knows no search domains of
+// other interfaces' servers.
 func (s Settings) domains() []linkDomain {
 	var out []linkDomain
 	for _, name := range s.Search {
@@ -139,7 +145,9 @@ func (r *resolved) set(s Settings) error {
 		plain = append(plain, linkServer{family(a.Addr()), address})
 		withPort = append(withPort, linkServerPort{family(a.Addr()), address, a.Port(), ""})
 	}
-	usual := !slices.ContainsFunc(s.Servers, func(a netip.AddrPort) bool { return a.Port() != dnsPort })
+	usual := !slices.ContainsFunc(s.Servers, func(a netip.AddrPort) bool {
+		return a.Port() != dnsPort
+	})
 	return r.bus(func(ctx context.Context, conn *dbus.Conn) error {
 		object := conn.Object(resolveName, resolvePath)
 		call := func(method string, args ...any) error {
@@ -148,8 +156,10 @@ func (r *resolved) set(s Settings) error {
 			}
 			return nil
 		}
-		// The servers come last: until then the interface is not asked, and from then on about nothing but its names. They are
-		// for queries without encryption, whatever the default for other interfaces is. Older versions do not know all.
+		// The servers come last: until then the interface is not asked, and
+		// from then on about nothing but its names. They are for queries
+		// without encryption, whatever the default for other interfaces is.
+		// Older versions do not know all.
 		if err := call("SetLinkDomains", index, s.domains()); err != nil {
 			return err
 		}
@@ -182,7 +192,8 @@ func (r *resolved) unset() error {
 	}
 	return r.bus(func(ctx context.Context, conn *dbus.Conn) error {
 		object := conn.Object(resolveName, resolvePath)
-		if err := object.CallWithContext(ctx, manager+"RevertLink", 0, int32(link.Index)).Err; err != nil {
+		if err := object.CallWithContext(ctx, manager+"RevertLink", 0,
+			int32(link.Index)).Err; err != nil {
 			return fmt.Errorf("RevertLink: %w", explain(err))
 		}
 		_ = object.CallWithContext(ctx, manager+"FlushCaches", 0).Err // they are of no harm
@@ -249,7 +260,8 @@ func unknown(err error) bool {
 // explain gives errors of the bus that say so the identity of os.ErrPermission.
 func explain(err error) error {
 	var e dbus.Error
-	if errors.As(err, &e) && (e.Name == "org.freedesktop.DBus.Error.AccessDenied" || e.Name == "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired") {
+	if errors.As(err, &e) && (e.Name == "org.freedesktop.DBus.Error.AccessDenied" ||
+		e.Name == "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired") {
 		return fmt.Errorf("%w (%w)", os.ErrPermission, err)
 	}
 	return err

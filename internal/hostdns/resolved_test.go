@@ -80,7 +80,10 @@ func (f *fakeResolved) SetLinkDNSOverTLS(link int32, mode string) *dbus.Error {
 	return f.note("SetLinkDNSOverTLS", "%d %s", link, mode)
 }
 
-func (f *fakeResolved) RevertLink(link int32) *dbus.Error { return f.note("RevertLink", "%d", link) }
+func (f *fakeResolved) RevertLink(link int32) *dbus.Error {
+	return f.note("RevertLink",
+		"%d", link)
+}
 
 func (f *fakeResolved) FlushCaches() *dbus.Error { return f.note("FlushCaches", "") }
 
@@ -115,7 +118,8 @@ func (p properties) Get(_, name string) (dbus.Variant, *dbus.Error) {
 	return dbus.MakeVariant(slices.Concat(p.servers, p.f.own)), nil
 }
 
-// startBus starts a D-Bus, with systemd-resolved on it if f is not nil, and returns its address.
+// startBus starts a D-Bus, with systemd-resolved on it if f is not nil, and
+// returns its address.
 func startBus(t *testing.T, f *fakeResolved, servers ...server) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -188,7 +192,8 @@ func TestResolved(t *testing.T) {
 	cfg.Bus = startBus(t, f,
 		server{int32(n), unix.AF_INET, []byte{10, 77, 0, 1}},
 		server{int32(n) + 1, unix.AF_INET, []byte{192, 0, 2, 53}},
-		server{0, unix.AF_INET, []byte{10, 77, 0, 1}}, // as systemd-resolved finds it in resolv.conf
+		// as systemd-resolved finds it in resolv.conf
+		server{0, unix.AF_INET, []byte{10, 77, 0, 1}},
 		server{0, unix.AF_INET6, netip.MustParseAddr("2001:db8::53").AsSlice()},
 		server{int32(n) + 1, unix.AF_INET6, netip.MustParseAddr("fe80::1").AsSlice()})
 	if via, splits := Detect(cfg); via != "systemd-resolved" || !splits {
@@ -211,13 +216,16 @@ func TestResolved(t *testing.T) {
 	}
 	apply(settings)
 	link := fmt.Sprint(n)
-	servers := fmt.Sprintf("SetLinkDNS %d [{2 [10 77 0 1]} {10 %v}]", n, netip.MustParseAddr("fd77::1").AsSlice())
+	servers := fmt.Sprintf("SetLinkDNS %d [{2 [10 77 0 1]} {10 %v}]", n,
+		netip.MustParseAddr("fd77::1").AsSlice())
 	wantCalls(t, f, "SetLinkDomains "+link+" [{corp.example false} {example false} {. true}]",
-		"SetLinkDefaultRoute "+link+" true", "SetLinkDNSOverTLS "+link+" no", servers, "FlushCaches")
+		"SetLinkDefaultRoute "+link+" true", "SetLinkDNSOverTLS "+link+" no", servers,
+		"FlushCaches")
 	apply(settings)
 	wantCalls(t, f)
 	want := slices.Clone(hostServers)
-	want = append(want, netip.AddrPortFrom(netip.MustParseAddr("fe80::1").WithZone(fmt.Sprint(n+1)), 53))
+	want = append(want, netip.AddrPortFrom(netip.MustParseAddr("fe80::1").WithZone(fmt.Sprint(n+
+		1)), 53))
 	if servers, ok := m.Upstream(); !ok || !slices.Equal(servers, want) {
 		t.Errorf("beside the tunnel's: %v, %v", servers, ok)
 	}
@@ -226,19 +234,23 @@ func TestResolved(t *testing.T) {
 	split := settings
 	split.Domains = []string{"corp.example", "internal.example"}
 	apply(split)
-	wantCalls(t, f, "SetLinkDomains "+link+" [{corp.example false} {example false} {internal.example true}]",
-		"SetLinkDefaultRoute "+link+" false", "SetLinkDNSOverTLS "+link+" no", servers, "FlushCaches")
+	wantCalls(t, f, "SetLinkDomains "+link+
+		" [{corp.example false} {example false} {internal.example true}]",
+		"SetLinkDefaultRoute "+link+" false", "SetLinkDNSOverTLS "+link+" no", servers,
+		"FlushCaches")
 
 	// Another port, on an older version.
 	f.change(true, "")
 	split.Servers = []netip.AddrPort{netip.MustParseAddrPort("10.77.0.1:5353")}
 	apply(split)
-	wantCalls(t, f, "SetLinkDomains "+link+" [{corp.example false} {example false} {internal.example true}]",
+	wantCalls(t, f, "SetLinkDomains "+link+
+		" [{corp.example false} {example false} {internal.example true}]",
 		"SetLinkDNSOverTLS "+link+" no", "SetLinkDNSEx "+link+" [{2 [10 77 0 1] 5353 }]")
 
 	// What is refused leaves nothing.
 	f.change(true, "SetLinkDNS")
-	if _, err := m.Apply(settings); !errors.Is(err, os.ErrPermission) || !strings.Contains(err.Error(), "SetLinkDNS") {
+	if _, err := m.Apply(settings); !errors.Is(err, os.ErrPermission) ||
+		!strings.Contains(err.Error(), "SetLinkDNS") {
 		t.Errorf("refused: %v", err)
 	}
 	if got := f.take(); len(got) == 0 || got[len(got)-1] != "RevertLink "+link {
@@ -252,7 +264,8 @@ func TestResolved(t *testing.T) {
 	h.unchanged(before)
 }
 
-// When programs that read resolv.conf do not ask systemd-resolved, they are told as well.
+// When programs that read resolv.conf do not ask systemd-resolved, they are
+// told as well.
 func TestResolvedAndFile(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
@@ -281,7 +294,8 @@ func TestResolvedAndFile(t *testing.T) {
 	wantCalls(t, f, fmt.Sprint("RevertLink ", lo(t)), "FlushCaches")
 }
 
-// A bus without systemd-resolved, and the one of another network namespace, do not count.
+// A bus without systemd-resolved, and the one of another network namespace, do
+// not count.
 func TestNotThisResolved(t *testing.T) {
 	h := newHost(t)
 	h.write(original)

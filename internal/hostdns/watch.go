@@ -12,7 +12,8 @@ import (
 const (
 	// settleDelay is what a program that writes a file has to finish.
 	settleDelay = 100 * time.Millisecond
-	// putBackEvery and putBackBurst are how often the work of another program is undone.
+	// putBackEvery and putBackBurst are how often the work of another program
+	// is undone.
 	putBackEvery = 10 * time.Second
 	putBackBurst = 5
 )
@@ -24,8 +25,9 @@ type watcher struct {
 	stop chan struct{}
 }
 
-// watch calls check after changes of the file at path, which may be replaced, and at the start, until it is closed. Where check
-// says that it had to act, it is called at a rate.
+// watch calls check after changes of the file at path, which may be replaced,
+// and at the start, until it is closed. Where check says that it had to act, it
+// is called at a rate.
 func watch(path string, check func() bool) (*watcher, error) {
 	w, err := fsnotify.NewWatcher()
 	if err != nil {

@@ -50,7 +50,8 @@ const captureBuffer = 16 << 20
 // artifact HOST-N-IFACE.pcap. The capture sees what is sent from the moment
 // that Capture returns, and ends with Close, or with the lab.
 func (h *Host) Capture(iface string, filter func(Packet) bool) (*Capture, error) {
-	c := &Capture{host: h, iface: iface, filter: filter, done: make(chan struct{}), changed: make(chan struct{})}
+	c := &Capture{host: h, iface: iface, filter: filter, done: make(chan struct{}),
+		changed: make(chan struct{})}
 	link, err := h.nl.LinkByName(iface)
 	if err != nil {
 		return nil, fmt.Errorf("lab: capture on %s %s: %w", h.name, iface, err)
@@ -189,10 +190,12 @@ func (c *Capture) Wait(ctx context.Context, match func(Packet) bool) (Packet, er
 		case <-changed:
 		case <-c.done:
 			if len(c.Packets()) == i {
-				return Packet{}, fmt.Errorf("lab: capture on %s %s: closed: %w", c.host.name, c.iface, net.ErrClosed)
+				return Packet{}, fmt.Errorf("lab: capture on %s %s: closed: %w", c.host.name,
+					c.iface, net.ErrClosed)
 			}
 		case <-ctx.Done():
-			return Packet{}, fmt.Errorf("lab: capture on %s %s: none of %d packets: %w", c.host.name, c.iface, i, ctx.Err())
+			return Packet{}, fmt.Errorf("lab: capture on %s %s: none of %d packets: %w",
+				c.host.name, c.iface, i, ctx.Err())
 		}
 	}
 }
@@ -206,7 +209,8 @@ func (c *Capture) Close() error {
 		if stats, serr := c.stats(); serr != nil {
 			err = errors.Join(err, serr)
 		} else if stats.Drops > 0 {
-			err = errors.Join(err, fmt.Errorf("%d packets lost: the capture cannot keep up", stats.Drops))
+			err = errors.Join(err, fmt.Errorf("%d packets lost: the capture cannot keep up",
+				stats.Drops))
 		}
 		if err = errors.Join(err, c.sock.Close(), c.pcap.Close()); err != nil {
 			c.fail(err)
@@ -249,7 +253,9 @@ func (c *Capture) queued() (n int, err error) {
 
 // stats returns the kernel's counters since the capture began.
 func (c *Capture) stats() (s *unix.TpacketStats, err error) {
-	cerr := c.control(func(fd int) { s, err = unix.GetsockoptTpacketStats(fd, unix.SOL_PACKET, unix.PACKET_STATISTICS) })
+	cerr := c.control(func(fd int) {
+		s, err = unix.GetsockoptTpacketStats(fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)
+	})
 	return s, errors.Join(err, cerr)
 }
 

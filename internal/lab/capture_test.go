@@ -37,7 +37,8 @@ func TestCaptureSeesHopLimit(t *testing.T) {
 		p, err := c.Wait(testContext(t), func(Packet) bool { return true })
 		must(t, err)
 		ip := p.Layer(layers.LayerTypeIPv4).(*layers.IPv4)
-		if ip.TTL != want.ttl || p.Outgoing != want.outgoing || !ip.SrcIP.Equal(ClientIPv4.AsSlice()) {
+		if ip.TTL != want.ttl || p.Outgoing != want.outgoing ||
+			!ip.SrcIP.Equal(ClientIPv4.AsSlice()) {
 			t.Errorf("TTL %d, outgoing %t, from %s", ip.TTL, p.Outgoing, ip.SrcIP)
 		}
 		must(t, c.Close())
@@ -115,7 +116,9 @@ func TestCaptureTUN(t *testing.T) {
 		_, err = conn.Write([]byte("hello " + to))
 		must(t, err)
 		must(t, conn.Close())
-		p, err := c.Wait(testContext(t), func(p Packet) bool { return string(p.ApplicationLayer().Payload()) == "hello "+to })
+		p, err := c.Wait(testContext(t), func(p Packet) bool {
+			return string(p.ApplicationLayer().Payload()) == "hello "+to
+		})
 		must(t, err)
 		if got := p.NetworkLayer().NetworkFlow().Dst().String(); got != to {
 			t.Errorf("to %s, want %s", got, to)

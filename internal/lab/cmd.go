@@ -40,9 +40,9 @@ type Cmd struct {
 }
 
 // Command describes a program to run in the host. Its log is the artifact
-// HOST-N-NAME.log, unless it stays empty. The program, and the group of processes it leads, are
-// killed when ctx ends; those, and whatever else it left in the host, when the
-// lab is closed.
+// HOST-N-NAME.log, unless it stays empty. The program, and the group of
+// processes it leads, are killed when ctx ends; those, and whatever else it
+// left in the host, when the lab is closed.
 func (h *Host) Command(ctx context.Context, name string, args ...string) *Cmd {
 	return &Cmd{host: h, ctx: ctx, Args: append([]string{name}, args...), done: make(chan struct{})}
 }
@@ -177,7 +177,8 @@ func (c *Cmd) Stop(ctx context.Context) error {
 	case <-ctx.Done():
 		c.Signal(unix.SIGKILL)
 		<-c.done
-		return fmt.Errorf("lab: host %s: %s did not end after SIGTERM: %w", c.host.name, c, ctx.Err())
+		return fmt.Errorf("lab: host %s: %s did not end after SIGTERM: %w", c.host.name, c,
+			ctx.Err())
 	}
 }
 

@@ -3,9 +3,9 @@
 //
 // A program that uses the package calls [Enter] before anything else. Enter
 // runs the program again in namespaces of its own, so that nothing the lab
-// makes outlives the program, however it ends, and nothing the lab does can
-// be seen on the machine. It needs root, or a kernel that lets ordinary users
-// make user namespaces.
+// makes outlives the program, however it ends, and nothing the lab does can be
+// seen on the machine. It needs root, or a kernel that lets ordinary users make
+// user namespaces.
 //
 //	func TestMain(m *testing.M) {
 //		lab.Enter()

@@ -55,7 +55,8 @@ func Enter() {
 	case "program":
 		// Never take somebody's word for being inside.
 		if ns, err := os.Readlink("/proc/self/ns/net"); err != nil || ns == home {
-			fmt.Fprintf(os.Stderr, "%s: %s is set outside of a lab: unset it\n", progname(), stageVar)
+			fmt.Fprintf(os.Stderr, "%s: %s is set outside of a lab: unset it\n", progname(),
+				stageVar)
 			os.Exit(ExitPrivileges)
 		}
 		os.Unsetenv(stageVar)
@@ -82,7 +83,8 @@ func runOutside() (int, error) {
 	runtime.LockOSThread()
 
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2)
+	signal.Notify(signals, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1,
+		unix.SIGUSR2)
 
 	// What is written here are signals for the program. Init takes the end of
 	// it for the end of this process.

@@ -156,7 +156,8 @@ func TestEnterRefusesForgedStage(t *testing.T) {
 		var stderr bytes.Buffer
 		cmd.Stderr = &stderr
 		cmd.Run()
-		if cmd.ProcessState.ExitCode() != ExitPrivileges || !strings.Contains(stderr.String(), "unset it") {
+		if cmd.ProcessState.ExitCode() != ExitPrivileges ||
+			!strings.Contains(stderr.String(), "unset it") {
 			t.Errorf("%s: exit code %d, %q", stage, cmd.ProcessState.ExitCode(), &stderr)
 		}
 	}
@@ -172,7 +173,8 @@ func TestEnterExplains(t *testing.T) {
 	cmd.Env = append(os.Environ(), helperVar+"=exit")
 	out, _ := cmd.CombinedOutput()
 	if cmd.ProcessState.ExitCode() != ExitPrivileges ||
-		!strings.Contains(string(out), "sysctl -w user.max_net_namespaces=1") || strings.Count(string(out), "\n") != 1 {
+		!strings.Contains(string(out), "sysctl -w user.max_net_namespaces=1") ||
+		strings.Count(string(out), "\n") != 1 {
 		t.Errorf("exit code %d, %q", cmd.ProcessState.ExitCode(), out)
 	}
 }
@@ -204,7 +206,8 @@ func TestCloseLeavesNothing(t *testing.T) {
 // waitForSleepers waits until there are n.
 func waitForSleepers(t *testing.T, mark string, n int) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); countSleepers(t, mark) != n; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); countSleepers(t,
+		mark) != n; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d sleepers, want %d", countSleepers(t, mark), n)
 		}

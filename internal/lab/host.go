@@ -35,7 +35,8 @@ type Host struct {
 // /etc/hosts knows no names but localhost. Duplicate address detection is off.
 // The name must not be taken, and becomes part of file names.
 func (l *Lab) Host(name string) (*Host, error) {
-	h := &Host{lab: l, name: name, dir: filepath.Join(l.dir, name), netFD: -1, mountFD: -1, jobs: make(chan func()), quit: make(chan struct{})}
+	h := &Host{lab: l, name: name, dir: filepath.Join(l.dir, name), netFD: -1, mountFD: -1,
+		jobs: make(chan func()), quit: make(chan struct{})}
 	l.mu.Lock()
 	_, taken := l.hosts[name]
 	if l.closed || taken || name == "" || name == "artifacts" || strings.Contains(name, "/") {
@@ -109,10 +110,12 @@ func (h *Host) makeNamespaces() error {
 		return err
 	}
 	var err error
-	if h.netFD, err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+	if h.netFD, err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC,
+		0); err != nil {
 		return fmt.Errorf("open the network namespace: %w", err)
 	}
-	if h.mountFD, err = unix.Open("/proc/thread-self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+	if h.mountFD, err = unix.Open("/proc/thread-self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC,
+		0); err != nil {
 		return fmt.Errorf("open the mount namespace: %w", err)
 	}
 	if h.netName, err = os.Readlink("/proc/thread-self/ns/net"); err != nil {
@@ -133,7 +136,8 @@ func (h *Host) mountFiles() error {
 		}
 	}
 	// /run last: the others are below it.
-	if err := unix.Mount("overlay", "/etc", "overlay", 0, "lowerdir=/etc,upperdir="+etc+",workdir="+work); err != nil {
+	if err := unix.Mount("overlay", "/etc", "overlay", 0,
+		"lowerdir=/etc,upperdir="+etc+",workdir="+work); err != nil {
 		return fmt.Errorf("mount an overlay on /etc: %w: the kernel must have overlayfs, and be 5.11 or newer when not root", err)
 	}
 	if err := unix.Mount(lib, "/var/lib", "", unix.MS_BIND, ""); err != nil {

@@ -15,11 +15,14 @@ type Impairment struct {
 	Jitter    time.Duration // up to this much more, without reordering
 	Loss      float64       // probability, 0 to 1
 	Duplicate float64       // probability that a packet arrives twice
-	Reorder   float64       // probability that a packet skips the delay and overtakes those before it
-	Rate      int64         // bits per second of whole frames; 0: no limit
-	Queue     int           // bytes that may wait for the rate, the rest is dropped; 0: 50 ms of it, but at least 32 KiB
-	MTU       int           // longer IP packets vanish, without an ICMP error; 0: no limit
-	Blackhole bool          // nothing passes
+	// probability that a packet skips the delay and overtakes those before it
+	Reorder float64
+	Rate    int64 // bits per second of whole frames; 0: no limit
+	// bytes that may wait for the rate, the rest is dropped; 0: 50 ms of it,
+	// but at least 32 KiB
+	Queue     int
+	MTU       int  // longer IP packets vanish, without an ICMP error; 0: no limit
+	Blackhole bool // nothing passes
 
 	// Drop, if set, says which IP packets vanish. It is called from one
 	// goroutine per direction and must not keep the slice.

@@ -29,12 +29,14 @@ type arrival struct {
 
 // through sends count frames of size bytes, one every gap, and returns what
 // arrives. It runs on the fake clock of synctest.
-func through(t *testing.T, imp Impairment, seed uint64, count, size int, gap time.Duration) (got []arrival, stats Stats) {
+func through(t *testing.T, imp Impairment, seed uint64, count, size int,
+	gap time.Duration) (got []arrival, stats Stats) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
 		p := newPipe(imp, seed, func(f []byte) {
-			got = append(got, arrival{int(binary.BigEndian.Uint32(f[etherHeaderLen+20:])), time.Since(start)})
+			got = append(got, arrival{int(binary.BigEndian.Uint32(f[etherHeaderLen+20:])),
+				time.Since(start)})
 		})
 		for i := range count {
 			p.send(udpFrame(i, size))
@@ -49,14 +51,16 @@ func through(t *testing.T, imp Impairment, seed uint64, count, size int, gap tim
 
 func TestDelayKeepsOrder(t *testing.T) {
 	got, _ := through(t, Impairment{Delay: 30 * time.Millisecond}, 1, 3, 100, time.Millisecond)
-	want := []arrival{{0, 30 * time.Millisecond}, {1, 31 * time.Millisecond}, {2, 32 * time.Millisecond}}
+	want := []arrival{{0, 30 * time.Millisecond}, {1, 31 * time.Millisecond},
+		{2, 32 * time.Millisecond}}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
 }
 
 func TestJitterKeepsOrder(t *testing.T) {
-	got, _ := through(t, Impairment{Delay: 10 * time.Millisecond, Jitter: 20 * time.Millisecond}, 1, 200, 100, time.Millisecond)
+	got, _ := through(t, Impairment{Delay: 10 * time.Millisecond, Jitter: 20 * time.Millisecond}, 1,
+		200, 100, time.Millisecond)
 	if len(got) != 200 || !slices.IsSortedFunc(got, func(a, b arrival) int { return a.N - b.N }) {
 		t.Fatalf("lost or reordered: %v", got)
 	}
@@ -84,13 +88,15 @@ func TestLossIsDeterministic(t *testing.T) {
 	if slices.Equal(a, c) {
 		t.Error("different seeds gave the same result")
 	}
-	if stats.Lost < 100 || stats.Lost > 300 || int(stats.Delivered) != len(a) || stats.Delivered <= stats.Received-stats.Lost {
+	if stats.Lost < 100 || stats.Lost > 300 || int(stats.Delivered) != len(a) ||
+		stats.Delivered <= stats.Received-stats.Lost {
 		t.Errorf("a fifth lost and some twice of 1000: got %+v", stats)
 	}
 }
 
 func TestReorder(t *testing.T) {
-	got, _ := through(t, Impairment{Delay: 10 * time.Millisecond, Reorder: 0.1}, 1, 100, 100, time.Millisecond)
+	got, _ := through(t, Impairment{Delay: 10 * time.Millisecond, Reorder: 0.1}, 1, 100, 100,
+		time.Millisecond)
 	if len(got) != 100 {
 		t.Fatalf("%d frames arrived, want 100", len(got))
 	}
@@ -126,8 +132,12 @@ func TestDrops(t *testing.T) {
 		{Impairment{MTU: 1300}, etherHeaderLen + 1301, Stats{Received: 1, TooBig: 1}},
 		{Impairment{Loss: 1}, 100, Stats{Received: 1, Lost: 1}},
 		{Impairment{Blackhole: true}, 100, Stats{Received: 1, Dropped: 1}},
-		{Impairment{Drop: func(ip []byte) bool { return ip[0] == 0x45 }}, 100, Stats{Received: 1, Dropped: 1}},
-		{Impairment{Drop: func(ip []byte) bool { return len(ip) != 86 }}, 100, Stats{Received: 1, Delivered: 1}},
+		{Impairment{Drop: func(ip []byte) bool {
+			return ip[0] == 0x45
+		}}, 100, Stats{Received: 1, Dropped: 1}},
+		{Impairment{Drop: func(ip []byte) bool {
+			return len(ip) != 86
+		}}, 100, Stats{Received: 1, Delivered: 1}},
 	} {
 		if _, got := through(t, tt.imp, 1, 1, tt.size, 0); got != tt.want {
 			t.Errorf("%+v, %d bytes: got %+v, want %+v", tt.imp, tt.size, got, tt.want)
@@ -194,7 +204,8 @@ func TestWire(t *testing.T) {
 	if rtt < 30*time.Millisecond {
 		t.Errorf("round trip %v over a delay of 30 ms", rtt)
 	}
-	if ab, ba := wire.Stats(); ab.Delivered == 0 || ba.Delivered == 0 || ab.TooBig == 0 || ba.TooBig != 0 {
+	if ab, ba := wire.Stats(); ab.Delivered == 0 || ba.Delivered == 0 || ab.TooBig == 0 ||
+		ba.TooBig != 0 {
 		t.Errorf("counters: %+v, %+v", ab, ba)
 	}
 }

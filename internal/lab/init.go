@@ -52,7 +52,8 @@ func runInit(home string) int {
 		switch {
 		case errors.Is(err, unix.EINTR):
 		case err != nil:
-			fmt.Fprintf(os.Stderr, "%s: cannot wait for the program inside the lab: %v\n", progname(), err)
+			fmt.Fprintf(os.Stderr, "%s: cannot wait for the program inside the lab: %v\n",
+				progname(), err)
 			return 1
 		case reaped == pid:
 			return exitCode(status)
@@ -87,7 +88,8 @@ func prepareMounts() error {
 		{"tmpfs", "/run", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=755", false},
 		{"sysfs", "/sys", "sysfs", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, "", true},
 	} {
-		if err := unix.Mount(m.source, m.target, m.fstype, m.flags, m.data); err != nil && !m.optional {
+		if err := unix.Mount(m.source, m.target, m.fstype, m.flags, m.data); err != nil &&
+			!m.optional {
 			return fmt.Errorf("mount %s: %w", m.target, err)
 		}
 	}

@@ -137,7 +137,8 @@ func (l *Lab) artifact(h *Host, name, ext string) (*os.File, error) {
 	n := l.counts[h.name]
 	l.mu.Unlock()
 	name = strings.ReplaceAll(name, "/", "_")
-	f, err := os.Create(filepath.Join(l.artifacts, fmt.Sprintf("%s-%d-%s.%s", h.name, n, name, ext)))
+	f, err := os.Create(filepath.Join(l.artifacts,
+		fmt.Sprintf("%s-%d-%s.%s", h.name, n, name, ext)))
 	if err != nil {
 		return nil, fmt.Errorf("lab: artifact: %w", err)
 	}

@@ -138,10 +138,12 @@ func TestProbeReportsICMPErrors(t *testing.T) {
 		{ProxyIPv4, 3, 4, "198.51.100.1"},
 		{ProxyIPv6, 2, 0, "2001:db8:1::1"},
 	} {
-		a, err := topo.Client.Probe(testContext(t), Probe{To: tt.to, Size: 1400, DontFragment: true})
+		a, err := topo.Client.Probe(testContext(t),
+			Probe{To: tt.to, Size: 1400, DontFragment: true})
 		must(t, err)
 		a.RTT = 0
-		want := Answer{From: netip.MustParseAddr(tt.routerAddr), Type: tt.typ, Code: tt.code, MTU: 1300}
+		want := Answer{From: netip.MustParseAddr(tt.routerAddr), Type: tt.typ, Code: tt.code,
+			MTU: 1300}
 		if a != want {
 			t.Errorf("got %v, want %v", a, want)
 		}
@@ -185,7 +187,8 @@ func TestBridge(t *testing.T) {
 func TestLinkRate(t *testing.T) {
 	l := newLab(t)
 	a, b := newHost(t, l, "a"), newHost(t, l, "b")
-	must(t, l.Connect(End{a, "eth0", Prefixes("192.0.2.1/24")}, End{b, "eth0", Prefixes("192.0.2.2/24")},
+	must(t, l.Connect(End{a, "eth0", Prefixes("192.0.2.1/24")},
+		End{b, "eth0", Prefixes("192.0.2.2/24")},
 		LinkOptions{MTU: 1400, Rate: 50_000_000}))
 	if _, err := a.Ping(testContext(t), netip.MustParseAddr("192.0.2.2")); err != nil {
 		t.Error(err)
@@ -211,7 +214,8 @@ func TestHostFiles(t *testing.T) {
 	if !strings.HasPrefix(string(out), ProxyIPv4.String()) {
 		t.Errorf("a resolves proxy.example to %q", out)
 	}
-	if out, err := b.Command(testContext(t), "getent", "hosts", "proxy.example").Output(); err == nil {
+	if out, err := b.Command(testContext(t), "getent", "hosts",
+		"proxy.example").Output(); err == nil {
 		t.Errorf("b resolves proxy.example to %q", out)
 	}
 	must(t, a.Do(func() error {
@@ -265,7 +269,8 @@ func TestCommandLogAndFailure(t *testing.T) {
 
 func TestCommandStop(t *testing.T) {
 	h := newHost(t, newLab(t), "a")
-	c := h.Command(t.Context(), "sh", "-c", "trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.01; done")
+	c := h.Command(t.Context(), "sh", "-c",
+		"trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.01; done")
 	r, w := io.Pipe()
 	defer r.Close()
 	c.Stdout = w
@@ -368,7 +373,8 @@ func TestNames(t *testing.T) {
 func TestNameNamespaces(t *testing.T) {
 	topo := newTopology(t, TopologyOptions{})
 	must(t, topo.Client.NameNamespaces())
-	out, err := topo.Client.Command(testContext(t), "ip", "netns", "exec", "proxy", "ip", "-4", "-br", "addr", "show", "eth1").CombinedOutput()
+	out, err := topo.Client.Command(testContext(t), "ip", "netns", "exec", "proxy", "ip", "-4",
+		"-br", "addr", "show", "eth1").CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "192.0.2.1/24") {
 		t.Errorf("got %q, %v", out, err)
 	}

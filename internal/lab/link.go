@@ -42,9 +42,11 @@ func (l *Lab) Connect(a, b End, o LinkOptions) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU = a.Name, o.MTU
 	veth := netlink.NewVeth(attrs)
-	veth.PeerName, veth.PeerNamespace, veth.PeerMTU = b.Name, netlink.NsFd(b.Host.netFD), uint32(o.MTU)
+	veth.PeerName, veth.PeerNamespace, veth.PeerMTU = b.Name, netlink.NsFd(b.Host.netFD),
+		uint32(o.MTU)
 	if err := a.Host.nl.LinkAdd(veth); err != nil {
-		return fmt.Errorf("lab: connect %s %s to %s %s: %w", a.Host.name, a.Name, b.Host.name, b.Name, err)
+		return fmt.Errorf("lab: connect %s %s to %s %s: %w", a.Host.name, a.Name, b.Host.name,
+			b.Name, err)
 	}
 	if o.Rate > 0 {
 		for _, e := range []End{a, b} {
@@ -95,10 +97,11 @@ func (e End) limit(rate uint64) error {
 		bytes := rate / 8
 		burst := max(bytes/250, 64<<10) // 4 ms, and never less than one offloaded packet
 		err = e.Host.nl.QdiscAdd(&netlink.Tbf{
-			QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
-			Rate:       bytes,
-			Limit:      uint32(burst + bytes/20), // 50 ms
-			Buffer:     uint32(float64(burst) / float64(bytes) * netlink.TIME_UNITS_PER_SEC * netlink.TickInUsec()),
+			QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index,
+				Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+			Rate:   bytes,
+			Limit:  uint32(burst + bytes/20), // 50 ms
+			Buffer: uint32(float64(burst) / float64(bytes) * netlink.TIME_UNITS_PER_SEC * netlink.TickInUsec()),
 		})
 	}
 	if err != nil {
@@ -159,7 +162,8 @@ func (e End) waitUp(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("lab: host %s: %s does not come up: %w", e.Host.name, e.Name, ctx.Err())
+			return fmt.Errorf("lab: host %s: %s does not come up: %w", e.Host.name, e.Name,
+				ctx.Err())
 		case <-time.After(2 * time.Millisecond):
 		}
 	}
@@ -202,7 +206,9 @@ func (h *Host) AddDefaultRoute(via netip.Addr) error {
 // the way out answers with Packet Too Big; for packets that vanish silently see
 // [Impairment].
 func (h *Host) SetMTU(iface string, mtu int) error {
-	return h.changeLink(iface, fmt.Sprintf("MTU %d", mtu), func(l netlink.Link) error { return h.nl.LinkSetMTU(l, mtu) })
+	return h.changeLink(iface, fmt.Sprintf("MTU %d", mtu), func(l netlink.Link) error {
+		return h.nl.LinkSetMTU(l, mtu)
+	})
 }
 
 // SetUp sets an interface up or down.

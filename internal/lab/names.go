@@ -30,7 +30,8 @@ func (h *Host) NameNamespaces() error {
 			if err := os.WriteFile(file, nil, 0o444); err != nil {
 				return err
 			}
-			if err := unix.Mount(fmt.Sprintf("/proc/thread-self/fd/%d", fd), file, "", unix.MS_BIND, ""); err != nil {
+			if err := unix.Mount(fmt.Sprintf("/proc/thread-self/fd/%d", fd), file, "", unix.MS_BIND,
+				""); err != nil {
 				return fmt.Errorf("mount %s: %w", file, err)
 			}
 		}

@@ -60,9 +60,11 @@ type family struct {
 
 func familyOf(a netip.Addr) family {
 	if a.Is4() {
-		return family{"ip4:icmp", "0.0.0.0", ipv4.HeaderLen, 1, ipv4.ICMPTypeEcho, ipv4.ICMPTypeEchoReply}
+		return family{"ip4:icmp", "0.0.0.0", ipv4.HeaderLen, 1, ipv4.ICMPTypeEcho,
+			ipv4.ICMPTypeEchoReply}
 	}
-	return family{"ip6:ipv6-icmp", "::", ipv6.HeaderLen, 58, ipv6.ICMPTypeEchoRequest, ipv6.ICMPTypeEchoReply}
+	return family{"ip6:ipv6-icmp", "::", ipv6.HeaderLen, 58, ipv6.ICMPTypeEchoRequest,
+		ipv6.ICMPTypeEchoReply}
 }
 
 // Probe sends one echo request from the host and waits for the answer until ctx
@@ -224,7 +226,8 @@ type Hop struct {
 // Traceroute finds the routers on the way by echo requests with a hop limit of
 // 1, 2 and so on, up to limit. It waits for each answer no longer than wait,
 // and ends with the first answer that is not Time Exceeded.
-func (h *Host) Traceroute(ctx context.Context, to netip.Addr, limit int, wait time.Duration) ([]Hop, error) {
+func (h *Host) Traceroute(ctx context.Context, to netip.Addr, limit int, wait time.Duration) ([]Hop,
+	error) {
 	var hops []Hop
 	for n := 1; n <= limit; n++ {
 		pctx, cancel := context.WithTimeout(ctx, wait)

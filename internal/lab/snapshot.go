@@ -13,10 +13,10 @@ import (
 )
 
 // Snapshot describes all that a VPN may change in a host: links, addresses,
-// routes of all tables, rules, nftables, kernel parameters, and /etc/resolv.conf
-// with what is beside it.
-// It leaves out counters and timers, and sorts what has no order, so two
-// snapshots of a host that was put back in order are equal byte by byte.
+// routes of all tables, rules, nftables, kernel parameters, and
+// /etc/resolv.conf with what is beside it. It leaves out counters and timers,
+// and sorts what has no order, so two snapshots of a host that was put back in
+// order are equal byte by byte.
 func (h *Host) Snapshot() (string, error) {
 	var text string
 	var err error
@@ -104,7 +104,8 @@ func (s *snapshot) links(h *Host) error {
 	for _, l := range links {
 		a := l.Attrs()
 		lines = append(lines, fmt.Sprintf("%d: %s type %s flags %#x mtu %d state %s master %q mac %s txqlen %d alias %q",
-			a.Index, a.Name, l.Type(), a.RawFlags, a.MTU, a.OperState, s.names[a.MasterIndex], a.HardwareAddr, a.TxQLen, a.Alias))
+			a.Index, a.Name, l.Type(), a.RawFlags, a.MTU, a.OperState, s.names[a.MasterIndex],
+			a.HardwareAddr, a.TxQLen, a.Alias))
 		list, err := h.nl.AddrList(l, netlink.FAMILY_ALL)
 		if err != nil {
 			return fmt.Errorf("addresses of %s: %w", a.Name, err)
@@ -121,16 +122,20 @@ func (s *snapshot) links(h *Host) error {
 
 func (s *snapshot) routes(h *Host) error {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := h.nl.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		routes, err := h.nl.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC},
+			netlink.RT_FILTER_TABLE)
 		if err != nil {
 			return fmt.Errorf("routes: %w", err)
 		}
 		lines := make([]string, 0, len(routes))
 		for _, r := range routes {
-			// What the kernel learns about neighbours and carriers comes and goes.
+			// What the kernel learns about neighbours and carriers comes and
+			// goes.
 			flags := r.Flags &^ (unix.RTNH_F_LINKDOWN | unix.RTNH_F_DEAD | unix.RTM_F_CLONED)
 			lines = append(lines, fmt.Sprintf("table %d type %d %v via %v %v dev %q src %v proto %d scope %d priority %d tos %d flags %#x mtu %d lock %t advmss %d encap %v nexthops %v",
-				r.Table, r.Type, r.Dst, r.Gw, r.Via, s.names[r.LinkIndex], r.Src, r.Protocol, r.Scope, r.Priority, r.Tos, flags, r.MTU, r.MTULock, r.AdvMSS, r.Encap, r.MultiPath))
+				r.Table, r.Type, r.Dst, r.Gw, r.Via, s.names[r.LinkIndex], r.Src, r.Protocol,
+				r.Scope, r.Priority, r.Tos, flags, r.MTU, r.MTULock, r.AdvMSS, r.Encap,
+				r.MultiPath))
 		}
 		s.sorted("routes "+familyName(family), lines)
 	}
@@ -150,7 +155,9 @@ func (s *snapshot) rules(h *Host) error {
 				mask = fmt.Sprintf("%#x", *r.Mask)
 			}
 			lines = append(lines, fmt.Sprintf("%d: not %t from %v to %v iif %q oif %q mark %#x/%s tos %d ipproto %d sport %v dport %v uid %v table %d goto %d suppress %d/%d type %d proto %d",
-				r.Priority, r.Invert, r.Src, r.Dst, r.IifName, r.OifName, r.Mark, mask, r.Tos, r.IPProto, r.Sport, r.Dport, r.UIDRange, r.Table, r.Goto, r.SuppressPrefixlen, r.SuppressIfgroup, r.Type, r.Protocol))
+				r.Priority, r.Invert, r.Src, r.Dst, r.IifName, r.OifName, r.Mark, mask, r.Tos,
+				r.IPProto, r.Sport, r.Dport, r.UIDRange, r.Table, r.Goto, r.SuppressPrefixlen,
+				r.SuppressIfgroup, r.Type, r.Protocol))
 		}
 		s.section("rules "+familyName(family), lines)
 	}

@@ -45,15 +45,18 @@ func setLines(conn *nftables.Conn, t *nftables.Table) ([]string, error) {
 	var lines []string
 	for _, set := range sets {
 		lines = append(lines, fmt.Sprintf("table %d %s set %s key %s data %s interval %t map %t",
-			t.Family, t.Name, set.Name, set.KeyType.Name, set.DataType.Name, set.Interval, set.IsMap))
+			t.Family, t.Name, set.Name, set.KeyType.Name, set.DataType.Name, set.Interval,
+			set.IsMap))
 		elements, err := conn.GetSetElements(set)
 		if err != nil {
 			return nil, fmt.Errorf("nftables: elements of %s: %w", set.Name, err)
 		}
 		for _, e := range elements {
 			if e.Timeout == 0 {
-				lines = append(lines, fmt.Sprintf("table %d %s set %s element %x-%x end %t value %x %v",
-					t.Family, t.Name, set.Name, e.Key, e.KeyEnd, e.IntervalEnd, e.Val, e.VerdictData))
+				lines = append(lines,
+					fmt.Sprintf("table %d %s set %s element %x-%x end %t value %x %v",
+						t.Family, t.Name, set.Name, e.Key, e.KeyEnd, e.IntervalEnd, e.Val,
+						e.VerdictData))
 			}
 		}
 	}

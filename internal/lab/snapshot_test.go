@@ -16,19 +16,27 @@ func TestSnapshot(t *testing.T) {
 		{"ip link add d0 type bridge", "ip link del d0", "links"},
 		{"ip addr add 10.0.0.1/32 dev lo", "ip addr del 10.0.0.1/32 dev lo", "addresses"},
 		{"ip -6 addr add fd00::1/128 dev lo", "ip -6 addr del fd00::1/128 dev lo", "addresses"},
-		{"ip route add 10.0.0.0/8 via 198.51.100.1 table 77", "ip route del 10.0.0.0/8 table 77", "routes IPv4"},
-		{"ip -6 route add unreachable fd00::/8 metric 5", "ip -6 route del unreachable fd00::/8 metric 5", "routes IPv6"},
+		{"ip route add 10.0.0.0/8 via 198.51.100.1 table 77", "ip route del 10.0.0.0/8 table 77",
+			"routes IPv4"},
+		{"ip -6 route add unreachable fd00::/8 metric 5",
+			"ip -6 route del unreachable fd00::/8 metric 5", "routes IPv6"},
 		{"ip rule add fwmark 7 table 77", "ip rule del fwmark 7 table 77", "rules IPv4"},
-		{"ip -6 rule add not fwmark 7 table 77", "ip -6 rule del not fwmark 7 table 77", "rules IPv6"},
-		{"ip rule add table main suppress_prefixlength 0", "ip rule del table main suppress_prefixlength 0", "rules IPv4"},
+		{"ip -6 rule add not fwmark 7 table 77", "ip -6 rule del not fwmark 7 table 77",
+			"rules IPv6"},
+		{"ip rule add table main suppress_prefixlength 0",
+			"ip rule del table main suppress_prefixlength 0", "rules IPv4"},
 		{"nft add table inet x", "nft delete table inet x", "nftables"},
 		{"nft add table inet x; nft add chain inet x c '{ type filter hook output priority 0; policy accept; }'; nft add rule inet x c ip daddr { 10.0.0.1, 10.0.0.2 } counter drop", "nft delete table inet x", "nftables"},
 		{"nft add table ip y; nft add set ip y s '{ type ipv4_addr; flags interval; }'; nft add element ip y s { 10.0.0.0/8 }", "nft delete table ip y", "nftables"},
-		{"echo 1 >/proc/sys/net/ipv4/conf/all/src_valid_mark", "echo 0 >/proc/sys/net/ipv4/conf/all/src_valid_mark", "kernel parameters"},
-		{"echo 1 >/proc/sys/net/ipv6/conf/all/forwarding", "echo 0 >/proc/sys/net/ipv6/conf/all/forwarding", "kernel parameters"},
-		{"echo nameserver 192.0.2.53 >/etc/resolv.conf", "echo '# no name servers' >/etc/resolv.conf", "resolver"},
+		{"echo 1 >/proc/sys/net/ipv4/conf/all/src_valid_mark",
+			"echo 0 >/proc/sys/net/ipv4/conf/all/src_valid_mark", "kernel parameters"},
+		{"echo 1 >/proc/sys/net/ipv6/conf/all/forwarding",
+			"echo 0 >/proc/sys/net/ipv6/conf/all/forwarding", "kernel parameters"},
+		{"echo nameserver 192.0.2.53 >/etc/resolv.conf",
+			"echo '# no name servers' >/etc/resolv.conf", "resolver"},
 		{"chmod 600 /etc/resolv.conf", "chmod 644 /etc/resolv.conf", "resolver"},
-		{"mv /etc/resolv.conf /run/x; ln -s /run/x /etc/resolv.conf", "mv /run/x /etc/resolv.conf", "resolver"},
+		{"mv /etc/resolv.conf /run/x; ln -s /run/x /etc/resolv.conf", "mv /run/x /etc/resolv.conf",
+			"resolver"},
 		{"echo old >/etc/resolv.conf.masque-x", "rm /etc/resolv.conf.masque-x", "resolver"},
 	} {
 		sh(t, h, tt.do)
@@ -49,7 +57,8 @@ func TestSnapshot(t *testing.T) {
 	}
 }
 
-// TestSnapshotIgnoresTraffic passes packets through a counter and to neighbours.
+// TestSnapshotIgnoresTraffic passes packets through a counter and to
+// neighbours.
 func TestSnapshotIgnoresTraffic(t *testing.T) {
 	topo := newTopology(t, TopologyOptions{})
 	h := topo.Client

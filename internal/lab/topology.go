@@ -134,7 +134,8 @@ func (t *Topology) addClient(n int, o TopologyOptions) error {
 		err = t.Lab.Connect(client, router, LinkOptions{MTU: o.ClientMTU})
 	} else {
 		var w *Wire
-		w, err = t.Lab.Wire(client, router, WireOptions{MTU: o.ClientMTU, Impairment: *o.Impair, Seed: o.Seed + uint64(2*n)})
+		w, err = t.Lab.Wire(client, router,
+			WireOptions{MTU: o.ClientMTU, Impairment: *o.Impair, Seed: o.Seed + uint64(2*n)})
 		t.Wires = append(t.Wires, w)
 	}
 	if err != nil {

@@ -1,4 +1,5 @@
-// Package metrics shows Prometheus what a program of ours has counted, and everybody whether it works.
+// Package metrics shows Prometheus what a program of ours has counted, and
+// everybody whether it works.
 package metrics
 
 import (
@@ -10,8 +11,9 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// Values are what a program has counted since it started, and what it has now. The counts among them never get less. What is
-// nil or zero without a comment is of the other program, and left out.
+// Values are what a program has counted since it started, and what it has now.
+// The counts among them never get less. What is nil or zero without a comment
+// is of the other program, and left out.
 type Values struct {
 	Stats    *connectip.Stats // never nil
 	Sessions int              // may be zero
@@ -28,10 +30,11 @@ type Values struct {
 
 	Reconnects map[string]uint64 // by reason
 	Repairs    map[string]uint64 // on this host, by what was put right; of both programs
-	Oldest     connectip.Ages    // of packets that wait now; of both programs, and zero where none waits
-	Panics     uint64            // of both programs
-	RTT        time.Duration     // of the session, zero while there is none
-	MTU        int               // of the tunnel, bytes, likewise
+	// of packets that wait now; of both programs, and zero where none waits
+	Oldest connectip.Ages
+	Panics uint64        // of both programs
+	RTT    time.Duration // of the session, zero while there is none
+	MTU    int           // of the tunnel, bytes, likewise
 
 	CertificateExpiry time.Time // of this end's certificate, zero if it has none
 }
@@ -54,7 +57,8 @@ type Program struct {
 	Name, Version, Revision, GoVersion string
 }
 
-// The words for directions, which are those of status --json: to this end of the tunnel, and from it.
+// The words for directions, which are those of status --json: to this end of
+// the tunnel, and from it.
 const (
 	received = "rx"
 	sent     = "tx"
@@ -75,34 +79,53 @@ func gauge(name, help string, labels ...string) metric {
 }
 
 var (
-	buildInfo = gauge("masque_build_info", "Always 1; the labels say what is running.", "program", "version", "revision", "goversion")
-	sessions  = gauge("masque_sessions", "Sessions now, without flows of UDP; of a client, 1 while it is connected.")
+	buildInfo = gauge("masque_build_info", "Always 1; the labels say what is running.", "program",
+		"version", "revision", "goversion")
+	sessions = gauge("masque_sessions",
+		"Sessions now, without flows of UDP; of a client, 1 while it is connected.")
 	limit     = gauge("masque_sessions_limit", "Sessions that there may be at once.")
 	flows     = gauge("masque_udp_flows", "Flows of UDP for clients now.")
 	flowLimit = gauge("masque_udp_flows_limit", "Flows of UDP that there may be at once.")
-	requests  = counter("masque_session_requests_total", "Requests by the status of their answer and the reason for it.", "status", "reason")
-	auth      = counter("masque_auth_failures_total", "Requests and handshakes whose credentials were refused, by kind; missing: there were none.", "method")
-	pending   = gauge("masque_pending_connections", "Connections without an accepted request.")
-	ended     = counter("masque_connections_ended_total", "Connections that were ended because no session ran on them, by reason.", "reason")
-	packets   = counter("masque_packets_total", "IP packets out of tunnels (rx) and into them (tx), and UDP packets of flows for clients.", "direction")
-	bytes     = counter("masque_bytes_total", "Bytes of those packets, without what the tunnel adds.", "direction")
-	dropped   = counter("masque_dropped_packets_total", "Packets out of tunnels (rx) and into them (tx) that were dropped.", "direction", "reason")
-	icmp      = counter("masque_icmp_sent_total", "ICMP errors made here, by what they say.", "type")
-	noICMP    = counter("masque_icmp_suppressed_total", "ICMP errors that were held back by a limit on their rate.")
-	capsules  = counter("masque_capsules_total", "Capsules of RFC 9484 and 9297 from the peer (rx) and to it (tx).", "type", "direction")
-	pool      = gauge("masque_pool_addresses", "Addresses for clients, leased or free.", "family", "state")
-	reconnect = counter("masque_reconnects_total", "Attempts to connect again, by what was wrong before.", "reason")
-	rtt       = gauge("masque_rtt_seconds", "Smoothed round-trip time to the proxy, while connected.")
-	mtu       = gauge("masque_mtu_bytes", "Largest packet that the tunnel carries, while connected.")
-	repairs   = counter("masque_kernel_repairs_total", "Things that other programs changed in the kernel's side of tunnels and that were put right, by what they are.", "what")
-	oldest    = gauge("masque_oldest_packet_seconds", "Age of the oldest packet in each stage of its way through the program, 0 where none waits.", "stage")
-	panics    = counter("masque_panics_total", "Faults of the program that ended a session or a request, whose stack is in the log.")
-	expiry    = gauge("masque_certificate_expiry_timestamp_seconds", "When the certificate of this end ends, in seconds since 1970.")
+	requests  = counter("masque_session_requests_total",
+		"Requests by the status of their answer and the reason for it.", "status", "reason")
+	auth = counter("masque_auth_failures_total",
+		"Requests and handshakes whose credentials were refused, by kind; missing: there were none.", "method")
+	pending = gauge("masque_pending_connections", "Connections without an accepted request.")
+	ended   = counter("masque_connections_ended_total",
+		"Connections that were ended because no session ran on them, by reason.", "reason")
+	packets = counter("masque_packets_total",
+		"IP packets out of tunnels (rx) and into them (tx), and UDP packets of flows for clients.",
+		"direction")
+	bytes = counter("masque_bytes_total",
+		"Bytes of those packets, without what the tunnel adds.", "direction")
+	dropped = counter("masque_dropped_packets_total",
+		"Packets out of tunnels (rx) and into them (tx) that were dropped.", "direction", "reason")
+	icmp = counter("masque_icmp_sent_total",
+		"ICMP errors made here, by what they say.", "type")
+	noICMP = counter("masque_icmp_suppressed_total",
+		"ICMP errors that were held back by a limit on their rate.")
+	capsules = counter("masque_capsules_total",
+		"Capsules of RFC 9484 and 9297 from the peer (rx) and to it (tx).", "type", "direction")
+	pool = gauge("masque_pool_addresses", "Addresses for clients, leased or free.", "family",
+		"state")
+	reconnect = counter("masque_reconnects_total",
+		"Attempts to connect again, by what was wrong before.", "reason")
+	rtt     = gauge("masque_rtt_seconds", "Smoothed round-trip time to the proxy, while connected.")
+	mtu     = gauge("masque_mtu_bytes", "Largest packet that the tunnel carries, while connected.")
+	repairs = counter("masque_kernel_repairs_total",
+		"Things that other programs changed in the kernel's side of tunnels and that were put right, by what they are.", "what")
+	oldest = gauge("masque_oldest_packet_seconds",
+		"Age of the oldest packet in each stage of its way through the program, 0 where none waits.", "stage")
+	panics = counter("masque_panics_total",
+		"Faults of the program that ended a session or a request, whose stack is in the log.")
+	expiry = gauge("masque_certificate_expiry_timestamp_seconds",
+		"When the certificate of this end ends, in seconds since 1970.")
 )
 
 // all are the metrics of both programs.
 var all = []metric{
-	buildInfo, sessions, limit, flows, flowLimit, requests, auth, pending, ended, packets, bytes, dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, repairs, oldest, panics, expiry,
+	buildInfo, sessions, limit, flows, flowLimit, requests, auth, pending, ended, packets, bytes,
+	dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, repairs, oldest, panics, expiry,
 }
 
 // collector asks for the values whenever Prometheus does.
@@ -145,7 +168,8 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	for reason, n := range v.ConnectionsEnded {
 		send(ended, float64(n), reason)
 	}
-	for direction, t := range map[string]*connectip.Traffic{received: &v.Stats.Receive, sent: &v.Stats.Send} {
+	for direction, t := range map[string]*connectip.Traffic{received: &v.Stats.Receive,
+		sent: &v.Stats.Send} {
 		send(packets, float64(t.Packets.Load()), direction)
 		send(bytes, float64(t.Bytes.Load()), direction)
 		for reason, n := range t.EachDrop() {

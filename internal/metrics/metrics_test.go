@@ -52,7 +52,8 @@ func full() Values {
 	return v
 }
 
-// The names, types, units and texts are as Prometheus wants them, and each metric has the labels that operators know.
+// The names, types, units and texts are as Prometheus wants them, and each
+// metric has the labels that operators know.
 func TestMetrics(t *testing.T) {
 	c := collector{Program{"masque-proxy", "v1", "abc", "go1"}, full}
 	problems, err := testutil.CollectAndLint(c)
@@ -84,7 +85,8 @@ func TestMetrics(t *testing.T) {
 	}
 	for _, want := range []string{
 		"masque_build_info goversion=go1 program=masque-proxy revision=abc version=v1 1s",
-		"masque_sessions 3s", "masque_sessions_limit 9s", "masque_udp_flows 2s", "masque_udp_flows_limit 8s",
+		"masque_sessions 3s", "masque_sessions_limit 9s", "masque_udp_flows 2s",
+		"masque_udp_flows_limit 8s",
 		"masque_session_requests_total reason=accepted status=200 5s",
 		"masque_session_requests_total reason=destination_ip_prohibited status=403 1s",
 		"masque_auth_failures_total method=token 2s",
@@ -92,12 +94,17 @@ func TestMetrics(t *testing.T) {
 		"masque_packets_total direction=rx 1s", "masque_bytes_total direction=tx 3m20s",
 		"masque_dropped_packets_total direction=tx reason=too_big 1s",
 		"masque_dropped_packets_total direction=rx reason=too_big 0s",
-		"masque_icmp_sent_total type=too_big 1s", "masque_icmp_sent_total type=no_route 0s", "masque_icmp_suppressed_total 7s",
-		"masque_capsules_total direction=rx type=address_assign 0s", "masque_capsules_total direction=tx type=unknown 0s",
-		"masque_pool_addresses family=ipv4 state=leased 2s", "masque_pool_addresses family=ipv4 state=free 4m10s",
+		"masque_icmp_sent_total type=too_big 1s", "masque_icmp_sent_total type=no_route 0s",
+		"masque_icmp_suppressed_total 7s",
+		"masque_capsules_total direction=rx type=address_assign 0s",
+		"masque_capsules_total direction=tx type=unknown 0s",
+		"masque_pool_addresses family=ipv4 state=leased 2s",
+		"masque_pool_addresses family=ipv4 state=free 4m10s",
 		"masque_kernel_repairs_total what=rule 2s",
-		"masque_oldest_packet_seconds stage=inbox 3s", "masque_oldest_packet_seconds stage=sender 0s", "masque_panics_total 6s",
-		"masque_reconnects_total reason=timeout 4s", "masque_rtt_seconds 1.5ms", "masque_mtu_bytes 23m20s",
+		"masque_oldest_packet_seconds stage=inbox 3s",
+		"masque_oldest_packet_seconds stage=sender 0s", "masque_panics_total 6s",
+		"masque_reconnects_total reason=timeout 4s", "masque_rtt_seconds 1.5ms",
+		"masque_mtu_bytes 23m20s",
 		"masque_certificate_expiry_timestamp_seconds 472222h13m20s",
 	} {
 		if !strings.Contains("\n"+text.String(), "\n"+want+"\n") {
@@ -122,9 +129,11 @@ func TestMetrics(t *testing.T) {
 func TestMetricsOfOneProgram(t *testing.T) {
 	c := collector{values: func() Values { return Values{Stats: &connectip.Stats{}} }}
 	for _, name := range []string{
-		"masque_sessions_limit", "masque_udp_flows", "masque_udp_flows_limit", "masque_session_requests_total", "masque_auth_failures_total", "masque_pool_addresses",
+		"masque_sessions_limit", "masque_udp_flows", "masque_udp_flows_limit",
+		"masque_session_requests_total", "masque_auth_failures_total", "masque_pool_addresses",
 		"masque_pending_connections", "masque_connections_ended_total",
-		"masque_reconnects_total", "masque_rtt_seconds", "masque_mtu_bytes", "masque_certificate_expiry_timestamp_seconds",
+		"masque_reconnects_total", "masque_rtt_seconds", "masque_mtu_bytes",
+		"masque_certificate_expiry_timestamp_seconds",
 	} {
 		if n := testutil.CollectAndCount(c, name); n != 0 {
 			t.Errorf("%s has %d values", name, n)
@@ -138,7 +147,8 @@ func TestMetricsOfOneProgram(t *testing.T) {
 // The dashboard and the alerts name only metrics that there are.
 func TestFilesNameMetrics(t *testing.T) {
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(collector{values: full}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry.MustRegister(collector{values: full}, collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	families, err := registry.Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -149,7 +159,8 @@ func TestFilesNameMetrics(t *testing.T) {
 	}
 	name := regexp.MustCompile(`\b(masque|process|go)_[a-z0-9_]+\b`)
 	used := make(map[string]bool)
-	for _, file := range []string{"../../packaging/grafana/masque.json", "../../packaging/prometheus/masque.rules.yml"} {
+	for _, file := range []string{"../../packaging/grafana/masque.json",
+		"../../packaging/prometheus/masque.rules.yml"} {
 		data, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
@@ -275,7 +286,8 @@ func TestServer(t *testing.T) {
 	}
 }
 
-// A program that hangs is neither well nor ready, and asking costs no goroutine for each question.
+// A program that hangs is neither well nor ready, and asking costs no goroutine
+// for each question.
 func TestHanging(t *testing.T) {
 	s := serve(t)
 	hang := make(chan struct{})
@@ -303,7 +315,8 @@ func TestSlowHeader(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if _, err := io.WriteString(c, "GET /metrics HTTP/1.1\r\nHost: a\r\nX: "+strings.Repeat("x", 1<<20)); err == nil {
+	if _, err := io.WriteString(c, "GET /metrics HTTP/1.1\r\nHost: a\r\nX: "+
+		strings.Repeat("x", 1<<20)); err == nil {
 		answer, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err == nil && answer.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
 			t.Errorf("the answer is %d", answer.StatusCode)

@@ -25,18 +25,22 @@ const (
 	writeTimeout   = 10 * time.Second
 	idleTimeout    = 2 * time.Minute // a scrape a minute keeps its connection
 	closeTimeout   = time.Second
-	// valuesTimeout is how long the values may take, which is microseconds: when they take longer, something hangs.
+	// valuesTimeout is how long the values may take, which is microseconds:
+	// when they take longer, something hangs.
 	valuesTimeout = 2 * time.Second
 )
 
 // Config is what is served.
 type Config struct {
 	Program Program
-	// Values may be called at any time, from several goroutines. While it does not return, the program counts as hanging.
+	// Values may be called at any time, from several goroutines. While it does
+	// not return, the program counts as hanging.
 	Values func() Values
-	// Well, which may be nil, returns nil when the program is well, and otherwise what is wrong with it.
+	// Well, which may be nil, returns nil when the program is well, and
+	// otherwise what is wrong with it.
 	Well func() error
-	// Ready returns nil when the program does what it is for, and otherwise why not.
+	// Ready returns nil when the program does what it is for, and otherwise why
+	// not.
 	Ready  func() error
 	Logger *slog.Logger
 }
@@ -59,7 +63,9 @@ func Serve(ln net.Listener, c Config) *Server {
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{
 		ErrorLog: errorLog, MaxRequestsInFlight: maxScrapes, Timeout: writeTimeout / 2,
 	}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { say(w, c.illness(r.Context(), look)) })
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
+		say(w, c.illness(r.Context(), look))
+	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		err := c.illness(r.Context(), look)
 		if err == nil {
@@ -69,13 +75,16 @@ func Serve(ln net.Listener, c Config) *Server {
 	})
 	s := &Server{done: make(chan struct{}), http: &http.Server{
 		Handler:     mux,
-		ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
-		ErrorLog: errorLog,
+		ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout,
+		MaxHeaderBytes: maxHeader,
+		ErrorLog:       errorLog,
 	}}
 	go func() {
 		defer close(s.done)
-		if err := s.http.Serve(netutil.LimitListener(ln, maxConnections)); !errors.Is(err, http.ErrServerClosed) {
-			c.Logger.Error("metrics are not served any more", "address", ln.Addr().String(), "error", err)
+		if err := s.http.Serve(netutil.LimitListener(ln, maxConnections)); !errors.Is(err,
+			http.ErrServerClosed) {
+			c.Logger.Error("metrics are not served any more", "address", ln.Addr().String(),
+				"error", err)
 		}
 	}()
 	return s
@@ -113,7 +122,8 @@ func say(w http.ResponseWriter, err error) {
 	fmt.Fprintln(w, text)
 }
 
-// look finds out whether the program hangs. However often it is asked, one goroutine at most waits for the values.
+// look finds out whether the program hangs. However often it is asked, one
+// goroutine at most waits for the values.
 type look struct {
 	values func() Values
 

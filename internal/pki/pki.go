@@ -116,9 +116,11 @@ func (a *Authority) Client(user string, now time.Time, validity time.Duration) (
 	return a.issue(template, nil, now, validity)
 }
 
-func (a *Authority) issue(template *x509.Certificate, key crypto.Signer, now time.Time, validity time.Duration) (Pair, error) {
+func (a *Authority) issue(template *x509.Certificate, key crypto.Signer, now time.Time,
+	validity time.Duration) (Pair, error) {
 	if !now.Before(a.cert.NotAfter) {
-		return Pair{}, fmt.Errorf("the authority's own certificate ended on %s", a.cert.NotAfter.Format(time.DateOnly))
+		return Pair{}, fmt.Errorf("the authority's own certificate ended on %s",
+			a.cert.NotAfter.Format(time.DateOnly))
 	}
 	if key == nil {
 		var err error

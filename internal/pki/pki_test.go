@@ -75,7 +75,8 @@ func handshake(t *testing.T, server, client *tls.Config) (user string, serverErr
 	}
 	c := tls.Client(conn, client)
 	if clientErr = c.Handshake(); clientErr == nil {
-		_, clientErr = c.Read(make([]byte, 1)) // the server's verdict on the client comes after its own handshake
+		// the server's verdict on the client comes after its own handshake
+		_, clientErr = c.Read(make([]byte, 1))
 	}
 	conn.Close()
 	serverErr = <-done
@@ -116,26 +117,39 @@ func TestHandshake(t *testing.T) {
 		{"right", issue(ca, "vpn.example.org"), user(ca), "vpn.example.org", caPair, now, "", ""},
 		{"right, IPv4", issue(ca, "192.0.2.1"), user(ca), "192.0.2.1", caPair, now, "", ""},
 		{"right, IPv6", issue(ca, "2001:db8::1"), user(ca), "2001:db8::1", caPair, now, "", ""},
-		{"a clock behind", issue(ca, "a.example"), user(ca), "a.example", caPair, now.Add(-30 * time.Minute), "", ""},
-		{"another name", issue(ca, "vpn.example.org"), user(ca), "other.example.org", caPair, now, "bad certificate", "not other.example.org"},
-		{"another authority", issue(other, "a.example"), user(ca), "a.example", caPair, now, "bad certificate", "unknown authority"},
-		{"a client of another authority", issue(ca, "a.example"), user(other), "a.example", caPair, now, "unknown authority", "unknown certificate authority"},
-		{"a server as client", issue(ca, "a.example"), certificate(t, asServer), "a.example", caPair, now, "incompatible key usage", "bad certificate"},
-		{"a client as server", user(ca), user(ca), "alice", caPair, now, "bad certificate", "legacy Common Name"},
-		{"expired", issue(ca, "a.example"), user(ca), "a.example", caPair, now.Add(ServerValidity + time.Hour), "bad certificate", "expired"},
-		{"a client expired", issue(ca, "a.example"), user(ca), "a.example", caPair, now.Add(ClientValidity + time.Hour), "expired", "expired"},
-		{"the wrong roots", issue(ca, "a.example"), user(ca), "a.example", otherPair, now, "bad certificate", "unknown authority"},
+		{"a clock behind", issue(ca, "a.example"), user(ca), "a.example", caPair,
+			now.Add(-30 * time.Minute), "", ""},
+		{"another name", issue(ca, "vpn.example.org"), user(ca), "other.example.org", caPair, now,
+			"bad certificate", "not other.example.org"},
+		{"another authority", issue(other, "a.example"), user(ca), "a.example", caPair, now,
+			"bad certificate", "unknown authority"},
+		{"a client of another authority", issue(ca, "a.example"), user(other), "a.example", caPair,
+			now, "unknown authority", "unknown certificate authority"},
+		{"a server as client", issue(ca, "a.example"), certificate(t, asServer), "a.example",
+			caPair, now, "incompatible key usage", "bad certificate"},
+		{"a client as server", user(ca), user(ca), "alice", caPair, now, "bad certificate",
+			"legacy Common Name"},
+		{"expired", issue(ca, "a.example"), user(ca), "a.example", caPair,
+			now.Add(ServerValidity + time.Hour), "bad certificate", "expired"},
+		{"a client expired", issue(ca, "a.example"), user(ca), "a.example", caPair,
+			now.Add(ClientValidity + time.Hour), "expired", "expired"},
+		{"the wrong roots", issue(ca, "a.example"), user(ca), "a.example", otherPair, now,
+			"bad certificate", "unknown authority"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			name, serverErr, clientErr := handshake(t,
-				&tls.Config{Certificates: []tls.Certificate{test.server}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool(t, caPair), Time: at(test.time)},
-				&tls.Config{Certificates: []tls.Certificate{test.client}, RootCAs: pool(t, test.roots), ServerName: test.dial, Time: at(test.time)})
+				&tls.Config{Certificates: []tls.Certificate{test.server},
+					ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool(t, caPair),
+					Time: at(test.time)},
+				&tls.Config{Certificates: []tls.Certificate{test.client},
+					RootCAs: pool(t, test.roots), ServerName: test.dial, Time: at(test.time)})
 			for _, side := range []struct {
 				name string
 				err  error
 				want string
 			}{{"server", serverErr, test.serverWants}, {"client", clientErr, test.clientWants}} {
-				if (side.err == nil) != (side.want == "") || side.err != nil && !strings.Contains(side.err.Error(), side.want) {
+				if (side.err == nil) != (side.want == "") ||
+					side.err != nil && !strings.Contains(side.err.Error(), side.want) {
 					t.Errorf("%s: %v, want %q", side.name, side.err, side.want)
 				}
 			}
@@ -188,7 +202,8 @@ func TestValidityEndsWithAuthority(t *testing.T) {
 	if err != nil || !certs[0].NotAfter.Equal(now.Add(AuthorityValidity)) {
 		t.Errorf("the certificate ends %v, %v", certs[0].NotAfter, err)
 	}
-	if _, err := ca.Client("alice", now.Add(AuthorityValidity+time.Hour), ClientValidity); err == nil {
+	if _, err := ca.Client("alice", now.Add(AuthorityValidity+time.Hour),
+		ClientValidity); err == nil {
 		t.Error("an expired authority issues certificates")
 	}
 }

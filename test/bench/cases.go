@@ -32,7 +32,8 @@ var tcpCases = []benchCase{
 	tcpCase("tcp/down/bbr", "one flow from the target", false, "-C", "bbr", "-R"),
 	tcpCase("tcp/up4/cubic", "four flows to the target", false, "-C", "cubic", "-P", "4"),
 	tcpCase("tcp/up4/bbr", "four flows to the target", false, "-C", "bbr", "-P", "4"),
-	tcpCase("tcp/both/cubic", "one flow in each direction at once", false, "-C", "cubic", "--bidir"),
+	tcpCase("tcp/both/cubic", "one flow in each direction at once", false, "-C", "cubic",
+		"--bidir"),
 	tcpCase("tcp/both/bbr", "one flow in each direction at once", false, "-C", "bbr", "--bidir"),
 }
 
@@ -52,14 +53,16 @@ var networkCases = []benchCase{
 	networkCase("net/50ms-200M-1%/bbr1", false, 50, 200, 0.01, "-C", "bbr"),
 }
 
-// networkCase is a case with a path of the given round trip time in ms, rate in Mbit/s, and loss in each direction.
-// Its queue takes 10 ms.
+// networkCase is a case with a path of the given round trip time in ms, rate in
+// Mbit/s, and loss in each direction. Its queue takes 10 ms.
 func networkCase(name string, quick bool, rtt, mbits int, loss float64, args ...string) benchCase {
 	const rampUp = 2 * time.Second // which iperf3 leaves out
 	path := &lab.Impairment{
-		Delay: time.Duration(rtt) * time.Millisecond / 2, Rate: int64(mbits) * 1e6, Queue: mbits * 1e6 / 8 / 100, Loss: loss,
+		Delay: time.Duration(rtt) * time.Millisecond / 2, Rate: int64(mbits) * 1e6,
+		Queue: mbits * 1e6 / 8 / 100, Loss: loss,
 	}
-	return benchCase{name: name, about: "TCP to the target over a slow path", quick: quick, path: path, time: 5 * time.Second,
+	return benchCase{name: name, about: "TCP to the target over a slow path", quick: quick,
+		path: path, time: 5 * time.Second,
 		run: func(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
 			return t.tcp(ctx, d, rampUp, args...)
 		}}
@@ -70,7 +73,8 @@ var udpCases = []benchCase{
 	udpCase("udp/64", "to the target", false, udpLoad{size: 64}),
 	udpCase("udp/down/1200", "from the target", false, udpLoad{size: 1200, down: true}),
 	udpCase("udp/down/64", "from the target", false, udpLoad{size: 64, down: true}),
-	{name: "udp/1200/1G", about: "UDP, 1200 bytes, offered at 1 Gbit/s to all", time: 2 * time.Second,
+	{name: "udp/1200/1G", about: "UDP, 1200 bytes, offered at 1 Gbit/s to all",
+		time: 2 * time.Second,
 		run: func(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
 			values, _, err := t.udpAt(ctx, "", udpLoad{size: 1200}, 1e9/8/1200, d)
 			return values, err
@@ -86,9 +90,12 @@ func udpCase(name, about string, quick bool, load udpLoad) benchCase {
 }
 
 var otherCases = []benchCase{
-	{name: "rtt/idle", about: "round trip of a ping, nothing else going on", quick: true, time: 2 * time.Second, run: idleRTT},
-	{name: "start", about: "from the start of the client's process to the first answer", quick: true, bare: true, run: startTime},
-	{name: "sessions", about: "idle sessions at the proxy: memory, and how fast they come up", oursOnly: true, bare: true, run: manySessions},
+	{name: "rtt/idle", about: "round trip of a ping, nothing else going on", quick: true,
+		time: 2 * time.Second, run: idleRTT},
+	{name: "start", about: "from the start of the client's process to the first answer",
+		quick: true, bare: true, run: startTime},
+	{name: "sessions", about: "idle sessions at the proxy: memory, and how fast they come up",
+		oursOnly: true, bare: true, run: manySessions},
 }
 
 func idleRTT(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
@@ -97,7 +104,8 @@ func idleRTT(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
 	return rttValues(rtts), err
 }
 
-// startTime starts a client, and a proxy where there is none, and stops the client again.
+// startTime starts a client, and a proxy where there is none, and stops the
+// client again.
 func startTime(ctx context.Context, t *tunnel, _ time.Duration) (values []value, err error) {
 	if t.proxy == nil {
 		if err := t.kind.proxy(ctx, t); err != nil {
@@ -109,7 +117,8 @@ func startTime(ctx context.Context, t *tunnel, _ time.Duration) (values []value,
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, stop(ctx, t.client)) }()
-	// A packet sent too early is lost, so an answer, which takes a fraction of this, is not waited for much longer.
+	// A packet sent too early is lost, so an answer, which takes a fraction of
+	// this, is not waited for much longer.
 	const wait = 2 * time.Millisecond
 	for {
 		pctx, cancel := context.WithTimeout(ctx, wait+time.Since(start)/20)
@@ -125,7 +134,8 @@ func startTime(ctx context.Context, t *tunnel, _ time.Duration) (values []value,
 			return nil, err
 		}
 	}
-	values = append(values, value{"first answer after", "ms", float64(time.Since(start)) / float64(time.Millisecond)})
+	values = append(values, value{"first answer after", "ms",
+		float64(time.Since(start)) / float64(time.Millisecond)})
 	for _, end := range []struct {
 		name string
 		c    *lab.Cmd

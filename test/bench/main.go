@@ -1,5 +1,7 @@
-// Bench compares tunnels: ours, wireguard-go, and connect-ip-go with water, each between hosts in network namespaces of its own.
-// Every case runs with one tunnel after the other, round by round, so that what changes on the machine meanwhile meets all of them.
+// Bench compares tunnels: ours, wireguard-go, and connect-ip-go with water,
+// each between hosts in network namespaces of its own. Every case runs with one
+// tunnel after the other, round by round, so that what changes on the machine
+// meanwhile meets all of them.
 //
 // `make bench` builds and runs it; docs/performance.md says what it measures.
 package main
@@ -32,7 +34,8 @@ type options struct {
 	list   bool
 }
 
-// binaries are the directories with our programs, one for each build to compare.
+// binaries are the directories with our programs, one for each build to
+// compare.
 type binaries []string
 
 func (b *binaries) String() string { return strings.Join(*b, " ") }
@@ -59,7 +62,8 @@ func main() {
 	cases := flag.String("case", "", "only the cases that match this `regexp`")
 	peers := flag.String("peer", "", "only the tunnels that match this `regexp`")
 	flag.IntVar(&o.rounds, "rounds", 0, "how often each case runs (default 5, or 2 with -quick)")
-	flag.DurationVar(&o.time, "time", 0, "how long each measurement takes; default: what its case wants")
+	flag.DurationVar(&o.time, "time", 0,
+		"how long each measurement takes; default: what its case wants")
 	flag.StringVar(&o.json, "json", "", "`file` for the results, with every single value")
 	flag.BoolVar(&o.quick, "quick", false, "a subset that takes less than three minutes")
 	flag.BoolVar(&o.list, "list", false, "list the cases and do nothing")
@@ -97,7 +101,8 @@ func main() {
 // quickTime is the longest measurement with -quick.
 const quickTime = 2 * time.Second
 
-// programs are what the bench runs in its hosts besides the tunnels' own programs.
+// programs are what the bench runs in its hosts besides the tunnels' own
+// programs.
 var programs = map[string]func(context.Context, []string) error{
 	"plain-proxy":  plainProxy,
 	"plain-client": plainClient,
@@ -163,7 +168,8 @@ func newRunner(ctx context.Context, o options, dir string) (*runner, error) {
 	return r, nil
 }
 
-// all runs the cases that were asked for. One that fails does not keep the others from running.
+// all runs the cases that were asked for. One that fails does not keep the
+// others from running.
 func (r *runner) all(ctx context.Context) error {
 	var errs []error
 	found := false
@@ -230,7 +236,8 @@ func (r *runner) one(ctx context.Context, c benchCase) (err error) {
 			if err != nil {
 				errs = append(errs, fmt.Errorf("%s, round %d: %w", t.name, round+1, err))
 			}
-			fmt.Fprintf(os.Stderr, "%s %s %d/%d: %v\n", c.name, t.name, round+1, r.rounds, telling(values))
+			fmt.Fprintf(os.Stderr, "%s %s %d/%d: %v\n", c.name, t.name, round+1, r.rounds,
+				telling(values))
 			r.report.add(c.name, t.name, round, values)
 		}
 	}

@@ -24,7 +24,8 @@ import (
 	"masquevpn/internal/pki"
 )
 
-// The reference is what one gets from connect-ip-go and water without further thought: a packet read is a packet sent.
+// The reference is what one gets from connect-ip-go and water without further
+// thought: a packet read is a packet sent.
 
 const (
 	plainMTU  = 1280
@@ -33,7 +34,8 @@ const (
 	plainCA   = "plain-ca.crt" // in the tunnel's directory
 )
 
-// plainProxy serves one client. Its arguments are the name of the device and the tunnel's directory.
+// plainProxy serves one client. Its arguments are the name of the device and
+// the tunnel's directory.
 func plainProxy(ctx context.Context, args []string) error {
 	p, err := newPlain(args)
 	if err != nil {
@@ -75,7 +77,8 @@ func plainProxy(ctx context.Context, args []string) error {
 			defer conn.Close()
 			err = errors.Join(
 				conn.AssignAddresses([]netip.Prefix{netip.PrefixFrom(clientAddr, 32)}),
-				conn.AdvertiseRoute([]connectip.IPRoute{{StartIP: netip.IPv4Unspecified(), EndIP: netip.MustParseAddr("255.255.255.255")}}))
+				conn.AdvertiseRoute([]connectip.IPRoute{{StartIP: netip.IPv4Unspecified(),
+					EndIP: netip.MustParseAddr("255.255.255.255")}}))
 			if err == nil {
 				err = p.receive(conn)
 			}
@@ -115,8 +118,10 @@ func plainClient(ctx context.Context, args []string) error {
 		return err
 	}
 	transport := connectip.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: lab.ProxyName, NextProtos: []string{http3.NextProtoH3}},
-		QUICConfig:      &quic.Config{EnableDatagrams: true, InitialPacketSize: 1350, KeepAlivePeriod: 10 * time.Second},
+		TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: lab.ProxyName,
+			NextProtos: []string{http3.NextProtoH3}},
+		QUICConfig: &quic.Config{EnableDatagrams: true, InitialPacketSize: 1350,
+			KeepAlivePeriod: 10 * time.Second},
 	}
 	conn, _, err := transport.Dial(req)
 	if err != nil {
@@ -142,7 +147,8 @@ func newPlain(args []string) (*plain, error) {
 	if len(args) != 2 {
 		return nil, errors.New("want the name of the device and a directory")
 	}
-	device, err := water.New(water.Config{DeviceType: water.TUN, PlatformSpecificParams: water.PlatformSpecificParams{Name: args[0]}})
+	device, err := water.New(water.Config{DeviceType: water.TUN,
+		PlatformSpecificParams: water.PlatformSpecificParams{Name: args[0]}})
 	if err != nil {
 		return nil, err
 	}
@@ -151,7 +157,8 @@ func newPlain(args []string) (*plain, error) {
 	return p, nil
 }
 
-// send carries packets from the device to the connection until the device is closed.
+// send carries packets from the device to the connection until the device is
+// closed.
 func (p *plain) send() {
 	buf := make([]byte, 1500)
 	for {
@@ -163,7 +170,8 @@ func (p *plain) send() {
 		if conn == nil {
 			continue
 		}
-		// An error is about this packet, such as neighbour discovery, or receive will see it too.
+		// An error is about this packet, such as neighbour discovery, or
+		// receive will see it too.
 		if icmp, _ := conn.WritePacket(buf[:n]); len(icmp) > 0 {
 			p.device.Write(icmp)
 		}

@@ -14,7 +14,8 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// clockTick is the unit of times in /proc/PID/stat on every Linux that Go runs on.
+// clockTick is the unit of times in /proc/PID/stat on every Linux that Go runs
+// on.
 const clockTick = 10 * time.Millisecond
 
 // cpu returns the processor time that both ends of the tunnel have used so far.
@@ -25,7 +26,8 @@ func (t *tunnel) cpu() (time.Duration, error) {
 		if err != nil {
 			return 0, fmt.Errorf("%s has ended: %w", c, err)
 		}
-		// The second field is the name in parentheses; utime and stime are the 14th and 15th.
+		// The second field is the name in parentheses; utime and stime are the
+		// 14th and 15th.
 		fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
 		for _, f := range fields[11:13] {
 			n, err := strconv.ParseInt(f, 10, 64)
@@ -105,8 +107,9 @@ func sum(m map[string]uint64) (total uint64) {
 	return total
 }
 
-// inside returns how many packets our two processes lost between two looks, of how many: their own drops, and what one says it
-// sent and the other, or its socket, did not get.
+// inside returns how many packets our two processes lost between two looks, of
+// how many: their own drops, and what one says it sent and the other, or its
+// socket, did not get.
 func inside(before, after look) (lost, of int64) {
 	for i, d := range after.drops {
 		n := int64(d.n - before.drops[i].n)
@@ -119,7 +122,8 @@ func inside(before, after look) (lost, of int64) {
 	}
 	up := int64(after.c.Packets.TX - before.c.Packets.TX)
 	down := int64(after.p.Packets.TX - before.p.Packets.TX)
-	lost += up - int64(after.p.Packets.RX-before.p.Packets.RX) + down - int64(after.c.Packets.RX-before.c.Packets.RX)
+	lost += up - int64(after.p.Packets.RX-before.p.Packets.RX) +
+		down - int64(after.c.Packets.RX-before.c.Packets.RX)
 	return max(lost, 0), up + down
 }
 
@@ -144,10 +148,12 @@ func deviceDrops(ctx context.Context, h *lab.Host, iface string) (uint64, error)
 	return links[0].Stats.RX.Dropped + links[0].Stats.TX.Dropped, nil
 }
 
-// socketDrops counts what a host's UDP stack dropped because a socket's buffer was full.
+// socketDrops counts what a host's UDP stack dropped because a socket's buffer
+// was full.
 func socketDrops(h *lab.Host) (n uint64, err error) {
 	err = h.Do(func() error {
-		for _, f := range []struct{ file, prefix string }{{"snmp", "Udp: "}, {"snmp6", "Udp6RcvbufErrors"}} {
+		for _, f := range []struct{ file, prefix string }{{"snmp", "Udp: "},
+			{"snmp6", "Udp6RcvbufErrors"}} {
 			b, err := os.ReadFile("/proc/thread-self/net/" + f.file)
 			if err != nil {
 				return err
@@ -159,7 +165,8 @@ func socketDrops(h *lab.Host) (n uint64, err error) {
 	return n, err
 }
 
-// unread counts what the kernel dropped at the UDP sockets of a port, over IPv4, because their buffers were full.
+// unread counts what the kernel dropped at the UDP sockets of a port, over
+// IPv4, because their buffers were full.
 func unread(h *lab.Host, port int) (n int, err error) {
 	err = h.Do(func() error {
 		b, err := os.ReadFile("/proc/thread-self/net/udp")
@@ -167,7 +174,8 @@ func unread(h *lab.Host, port int) (n int, err error) {
 			return err
 		}
 		for line := range strings.Lines(string(b)) {
-			// The second field is the local address, in hexadecimal, and the last one counts drops.
+			// The second field is the local address, in hexadecimal, and the
+			// last one counts drops.
 			if f := strings.Fields(line); strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
 				dropped, err := strconv.Atoi(f[len(f)-1])
 				if err != nil {
@@ -181,8 +189,8 @@ func unread(h *lab.Host, port int) (n int, err error) {
 	return n, err
 }
 
-// rcvbufErrors finds a counter in /proc/net/snmp, which has a line of names above each line of numbers, or snmp6, which has one
-// counter per line.
+// rcvbufErrors finds a counter in /proc/net/snmp, which has a line of names
+// above each line of numbers, or snmp6, which has one counter per line.
 func rcvbufErrors(text, prefix string) uint64 {
 	var names []string
 	for line := range strings.Lines(text) {
@@ -208,7 +216,8 @@ func rcvbufErrors(text, prefix string) uint64 {
 	return 0
 }
 
-// backlogDrops counts what the kernel dropped between virtual interfaces, on the whole machine.
+// backlogDrops counts what the kernel dropped between virtual interfaces, on
+// the whole machine.
 func backlogDrops() (n uint64, err error) {
 	b, err := os.ReadFile("/proc/net/softnet_stat")
 	if err != nil {

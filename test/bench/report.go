@@ -53,7 +53,8 @@ type result struct {
 }
 
 func newReport(ctx context.Context, o options, tunnels []kind) *report {
-	r := &report{Machine: thisMachine(), Versions: make(map[string]string), Started: time.Now(), Rounds: o.rounds}
+	r := &report{Machine: thisMachine(), Versions: make(map[string]string), Started: time.Now(),
+		Rounds: o.rounds}
 	for _, t := range tunnels {
 		r.tunnels = append(r.tunnels, t.name)
 		switch {
@@ -62,13 +63,15 @@ func newReport(ctx context.Context, o options, tunnels []kind) *report {
 		case t.name == wireguardName:
 			r.Versions[t.name] = moduleVersion("golang.zx2c4.com/wireguard")
 		default:
-			r.Versions[t.name] = moduleVersion("github.com/quic-go/connect-ip-go") + ", quic-go " + moduleVersion("github.com/quic-go/quic-go")
+			r.Versions[t.name] = moduleVersion("github.com/quic-go/connect-ip-go") + ", quic-go " +
+				moduleVersion("github.com/quic-go/quic-go")
 		}
 	}
 	return r
 }
 
-// moduleVersion returns the version of a module that this program is built with; wireguard-go is built from the same go.mod.
+// moduleVersion returns the version of a module that this program is built
+// with; wireguard-go is built from the same go.mod.
 func moduleVersion(path string) string {
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, m := range info.Deps {
@@ -88,7 +91,8 @@ func thisMachine() machine {
 	}
 	info, _ := os.ReadFile("/proc/cpuinfo")
 	for line := range bytes.Lines(info) {
-		if name, value, ok := strings.Cut(string(line), ":"); ok && strings.TrimSpace(name) == "model name" {
+		if name, value, ok := strings.Cut(string(line), ":"); ok &&
+			strings.TrimSpace(name) == "model name" {
 			m.CPU = strings.TrimSpace(value)
 			break
 		}
@@ -99,10 +103,14 @@ func thisMachine() machine {
 // add records what was measured with a tunnel in a round, from 0.
 func (r *report) add(benchCase, tunnel string, round int, values []value) {
 	for _, v := range values {
-		i := slices.IndexFunc(r.Results, func(x *result) bool { return x.Case == benchCase && x.What == v.what })
+		i := slices.IndexFunc(r.Results, func(x *result) bool {
+			return x.Case == benchCase && x.What == v.what
+		})
 		if i < 0 {
 			i = len(r.Results)
-			r.Results = append(r.Results, &result{Case: benchCase, What: v.what, Unit: v.unit, Values: make(map[string][]*float64)})
+			r.Results = append(r.Results,
+				&result{Case: benchCase, What: v.what, Unit: v.unit,
+					Values: make(map[string][]*float64)})
 		}
 		x := r.Results[i]
 		if x.Values[tunnel] == nil {
@@ -112,10 +120,11 @@ func (r *report) add(benchCase, tunnel string, round int, values []value) {
 	}
 }
 
-// print writes a table: the median and the range of each tunnel, and the median of the rounds' ratios of the first tunnel to each
-// of the others.
+// print writes a table: the median and the range of each tunnel, and the median
+// of the rounds' ratios of the first tunnel to each of the others.
 func (r *report) print(w io.Writer) {
-	fmt.Fprintf(w, "\n%s; %d cores, %s, Linux %s, %s; %d rounds: median (lowest to highest)\n", r.Started.Format(time.DateTime),
+	fmt.Fprintf(w, "\n%s; %d cores, %s, Linux %s, %s; %d rounds: median (lowest to highest)\n",
+		r.Started.Format(time.DateTime),
 		r.Machine.Cores, r.Machine.CPU, r.Machine.Kernel, r.Machine.Go, r.Rounds)
 	for _, t := range r.tunnels {
 		fmt.Fprintf(w, "%s: %s\n", t, r.Versions[t])
@@ -150,7 +159,8 @@ func (r *report) print(w io.Writer) {
 	}
 }
 
-// telling reports whether a result is worth a line: nothing lost at one of many places is not.
+// telling reports whether a result is worth a line: nothing lost at one of many
+// places is not.
 func (x *result) telling() bool {
 	for _, values := range x.Values {
 		if slices.ContainsFunc(values, func(v *float64) bool { return v != nil && *v != 0 }) {
@@ -162,7 +172,9 @@ func (x *result) telling() bool {
 
 // telling returns the values that are worth showing.
 func telling(values []value) []value {
-	return slices.DeleteFunc(slices.Clone(values), func(v value) bool { return v.v == 0 && strings.Contains(v.what, lostAt) })
+	return slices.DeleteFunc(slices.Clone(values), func(v value) bool {
+		return v.v == 0 && strings.Contains(v.what, lostAt)
+	})
 }
 
 // lostAt is in the names of what counts losses at one place.
@@ -182,7 +194,8 @@ func spread(values []*float64) string {
 	case 1:
 		return number(have[0])
 	}
-	return fmt.Sprintf("%s (%s to %s)", number(median(have)), number(slices.Min(have)), number(slices.Max(have)))
+	return fmt.Sprintf("%s (%s to %s)", number(median(have)), number(slices.Min(have)),
+		number(slices.Max(have)))
 }
 
 // ratio is the median of a/b by round.

@@ -29,8 +29,10 @@ const (
 	fullCount  = 1000
 )
 
-// sessions is a program that connects many clients without devices. Its arguments are a client's configuration and numbers of
-// clients. When so many are connected it prints how many seconds that took, and reads a line before it goes on.
+// sessions is a program that connects many clients without devices. Its
+// arguments are a client's configuration and numbers of clients. When so many
+// are connected it prints how many seconds that took, and reads a line before
+// it goes on.
 func sessions(ctx context.Context, args []string) error {
 	if len(args) < 2 {
 		return errors.New("want a configuration and numbers of clients")
@@ -55,7 +57,9 @@ func sessions(ctx context.Context, args []string) error {
 		g.SetLimit(atOnce)
 		for ; up < count; up++ {
 			g.Go(func() error {
-				return connect(gctx, base, func(run func(context.Context)) { running.Go(func() { run(ctx) }) })
+				return connect(gctx, base, func(run func(context.Context)) {
+					running.Go(func() { run(ctx) })
+				})
 			})
 		}
 		if err := g.Wait(); err != nil {
@@ -125,12 +129,14 @@ func clientConfig(file string) (cfg client.Config, err error) {
 		return cfg, fmt.Errorf("%s: no certificate in tls.ca_pem", file)
 	}
 	return client.Config{
-		Name: "bench", Proxy: f.Proxy, TLS: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{cert}}, Token: f.Token,
+		Name: "bench", Proxy: f.Proxy,
+		TLS: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{cert}}, Token: f.Token,
 		Request: f.Request,
 	}, nil
 }
 
-// manySessions measures the proxy with idle sessions: its memory, and how fast they come up.
+// manySessions measures the proxy with idle sessions: its memory, and how fast
+// they come up.
 func manySessions(ctx context.Context, t *tunnel, _ time.Duration) (values []value, err error) {
 	if err := t.kind.proxy(ctx, t); err != nil {
 		return nil, err
@@ -145,7 +151,8 @@ func manySessions(ctx context.Context, t *tunnel, _ time.Duration) (values []val
 	if err != nil {
 		return values, err
 	}
-	// Files, not readers and writers: with those, waiting for the program would also be waiting for us.
+	// Files, not readers and writers: with those, waiting for the program would
+	// also be waiting for us.
 	in, feed, err := os.Pipe()
 	if err != nil {
 		return values, err
@@ -156,14 +163,16 @@ func manySessions(ctx context.Context, t *tunnel, _ time.Duration) (values []val
 		return values, errors.Join(err, in.Close())
 	}
 	defer lines.Close()
-	c := t.Client.Command(ctx, self, "sessions", t.clientFile(), strconv.Itoa(firstCount), strconv.Itoa(fullCount))
+	c := t.Client.Command(ctx, self, "sessions", t.clientFile(), strconv.Itoa(firstCount),
+		strconv.Itoa(fullCount))
 	c.Stdin, c.Stdout = in, out
 	err = c.Start()
 	if err = errors.Join(err, in.Close(), out.Close()); err != nil {
 		return values, err
 	}
 	used := make(map[int]float64)
-	for s, count := bufio.NewScanner(lines), firstCount; count <= fullCount; count = count * fullCount / firstCount {
+	for s, count := bufio.NewScanner(lines),
+		firstCount; count <= fullCount; count = count * fullCount / firstCount {
 		if !s.Scan() {
 			return values, fmt.Errorf("%d sessions: %w\n%s", count, c.Wait(), logOf(c))
 		}
@@ -177,10 +186,12 @@ func manySessions(ctx context.Context, t *tunnel, _ time.Duration) (values []val
 		if used[count], err = memory(t.proxy); err != nil {
 			return values, err
 		}
-		values = append(values, value{fmt.Sprintf("proxy's memory, %d sessions", count), "MB", used[count] / 1e6})
+		values = append(values, value{fmt.Sprintf("proxy's memory, %d sessions", count), "MB",
+			used[count] / 1e6})
 		if count == fullCount {
 			values = append(values,
-				value{"memory per idle session", "KB", (used[fullCount] - used[firstCount]) / (fullCount - firstCount) / 1e3},
+				value{"memory per idle session", "KB",
+					(used[fullCount] - used[firstCount]) / (fullCount - firstCount) / 1e3},
 				value{"sessions set up", "1/s", (fullCount - firstCount) / seconds})
 		}
 		if _, err := io.WriteString(feed, "\n"); err != nil {

@@ -14,8 +14,10 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// tcp runs iperf3 from the client to the target for d, after rampUp, which does not count, and pings meanwhile.
-func (t *tunnel) tcp(ctx context.Context, d, rampUp time.Duration, args ...string) ([]value, error) {
+// tcp runs iperf3 from the client to the target for d, after rampUp, which does
+// not count, and pings meanwhile.
+func (t *tunnel) tcp(ctx context.Context, d, rampUp time.Duration, args ...string) ([]value,
+	error) {
 	port, err := t.iperfServer(ctx)
 	if err != nil {
 		return nil, err
@@ -42,15 +44,19 @@ func (t *tunnel) tcp(ctx context.Context, d, rampUp time.Duration, args ...strin
 		return nil, fmt.Errorf("iperf3: %w", err)
 	}
 	values := []value{
-		{"throughput", "Mbit/s", (r.End.Received.BitsPerSecond + r.End.Reverse.BitsPerSecond) / 1e6},
-		{"retransmitted", "segments", float64(r.End.Sent.Retransmits + r.End.SentReverse.Retransmits)},
+		{"throughput", "Mbit/s", (r.End.Received.BitsPerSecond +
+			r.End.Reverse.BitsPerSecond) / 1e6},
+		{"retransmitted", "segments",
+			float64(r.End.Sent.Retransmits + r.End.SentReverse.Retransmits)},
 	}
 	if bytes := r.End.Received.Bytes + r.End.Reverse.Bytes; rampUp == 0 && bytes > 0 {
-		values = append(values, value{"CPU", "s/GB", (after.cpu - before.cpu).Seconds() / bytes * 1e9})
+		values = append(values, value{"CPU", "s/GB",
+			(after.cpu - before.cpu).Seconds() / bytes * 1e9})
 	}
 	if t.ours && len(t.Wires) == 0 { // else the network loses some in between
 		lost, of := inside(before, after)
-		values = append(values, value{"lost in our processes", "%", 100 * float64(lost) / float64(max(of, 1))})
+		values = append(values, value{"lost in our processes", "%",
+			100 * float64(lost) / float64(max(of, 1))})
 	}
 	rtts, err := pings()
 	if err != nil {
@@ -98,7 +104,8 @@ func (t *tunnel) iperfServer(ctx context.Context) (string, error) {
 	})
 }
 
-// ping sends n echo requests through the tunnel, one every interval, and returns the round trip times of those answered.
+// ping sends n echo requests through the tunnel, one every interval, and
+// returns the round trip times of those answered.
 func (t *tunnel) ping(ctx context.Context, n int, interval time.Duration) ([]time.Duration, error) {
 	c := t.Client.Command(ctx, "ping", "-n", "-c", strconv.Itoa(n), "-W", "1",
 		"-i", strconv.FormatFloat(interval.Seconds(), 'f', -1, 64), lab.TargetIPv4.String())
@@ -110,10 +117,13 @@ func (t *tunnel) ping(ctx context.Context, n int, interval time.Duration) ([]tim
 	return rtts, nil
 }
 
-// pingMeanwhile sends echo requests until stop is called; then the first result returns what came of it.
-func (t *tunnel) pingMeanwhile(ctx context.Context, interval time.Duration) (result func() ([]time.Duration, error), stop func()) {
+// pingMeanwhile sends echo requests until stop is called; then the first result
+// returns what came of it.
+func (t *tunnel) pingMeanwhile(ctx context.Context,
+	interval time.Duration) (result func() ([]time.Duration, error), stop func()) {
 	var out bytes.Buffer
-	c := t.Client.Command(ctx, "ping", "-n", "-i", strconv.FormatFloat(interval.Seconds(), 'f', -1, 64), lab.TargetIPv4.String())
+	c := t.Client.Command(ctx, "ping", "-n", "-i",
+		strconv.FormatFloat(interval.Seconds(), 'f', -1, 64), lab.TargetIPv4.String())
 	c.Stdout = &out
 	err := c.Start()
 	stop = func() {
@@ -152,5 +162,6 @@ func rttValues(rtts []time.Duration) []value {
 	}
 	slices.Sort(rtts)
 	ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
-	return []value{{"round trip", "ms", ms(rtts[len(rtts)/2])}, {"round trip, p95", "ms", ms(rtts[len(rtts)*95/100])}}
+	return []value{{"round trip", "ms", ms(rtts[len(rtts)/2])},
+		{"round trip, p95", "ms", ms(rtts[len(rtts)*95/100])}}
 }

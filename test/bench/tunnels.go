@@ -54,10 +54,12 @@ func kinds(bins []string) []kind {
 		if i > 0 {
 			name += "-" + strconv.Itoa(i+1)
 		}
-		all = append(all, kind{name: name, ours: true, bin: dir, iface: "masque0", proxy: startOurProxy, client: startOurClient})
+		all = append(all, kind{name: name, ours: true, bin: dir, iface: "masque0",
+			proxy: startOurProxy, client: startOurClient})
 	}
 	return append(all,
-		kind{name: wireguardName, iface: "wg0", proxy: startWireguardProxy, client: startWireguardClient},
+		kind{name: wireguardName, iface: "wg0", proxy: startWireguardProxy,
+			client: startWireguardClient},
 		kind{name: plainName, iface: "plain0", proxy: startPlainProxy, client: startPlainClient})
 }
 
@@ -79,7 +81,8 @@ type tunnel struct {
 	proxyKey      *ecdh.PrivateKey
 }
 
-// open makes the hosts for a tunnel, with path between the client and the router, or a plain link when it is nil.
+// open makes the hosts for a tunnel, with path between the client and the
+// router, or a plain link when it is nil.
 func (k kind) open(ctx context.Context, dir string, path *lab.Impairment) (*tunnel, error) {
 	l, err := lab.New(ctx)
 	if err != nil {
@@ -87,7 +90,8 @@ func (k kind) open(ctx context.Context, dir string, path *lab.Impairment) (*tunn
 	}
 	t := &tunnel{kind: k, capacity: make(map[udpLoad]float64)}
 	if t.dir, err = os.MkdirTemp(dir, ""); err == nil {
-		t.Topology, err = lab.NewTopology(l, lab.TopologyOptions{Pool: []netip.Prefix{insidePool}, Impair: path, Seed: 1})
+		t.Topology, err = lab.NewTopology(l,
+			lab.TopologyOptions{Pool: []netip.Prefix{insidePool}, Impair: path, Seed: 1})
 	}
 	if err == nil {
 		err = t.Proxy.Forward()
@@ -98,7 +102,8 @@ func (k kind) open(ctx context.Context, dir string, path *lab.Impairment) (*tunn
 	return t, nil
 }
 
-// start starts both ends, and waits until a ping gets through and the ends have found out what the path carries.
+// start starts both ends, and waits until a ping gets through and the ends have
+// found out what the path carries.
 func (t *tunnel) start(ctx context.Context) error {
 	if err := t.kind.proxy(ctx, t); err != nil {
 		return err
@@ -186,25 +191,30 @@ sessions_per_user = 100000
 		return err
 	}
 	file := t.clientFile()
-	if _, err := output(ctx, t.Proxy, program, "invite", "bench", "-c", config, "-o", file); err != nil {
+	if _, err := output(ctx, t.Proxy, program, "invite", "bench", "-c", config, "-o",
+		file); err != nil {
 		return err
 	}
 	if t.proxy, err = launch(ctx, t.Proxy, program, "run", "-c", config); err != nil {
 		return err
 	}
-	return until(ctx, t.proxy, func() bool { return t.Proxy.Command(ctx, program, "status", "--json").Run() == nil })
+	return until(ctx, t.proxy, func() bool {
+		return t.Proxy.Command(ctx, program, "status", "--json").Run() == nil
+	})
 }
 
 func (t *tunnel) clientFile() string { return filepath.Join(t.dir, "bench.toml") }
 
 func startOurClient(ctx context.Context, t *tunnel) (err error) {
-	t.client, err = launch(ctx, t.Client, filepath.Join(t.bin, "masque-client"), "run", "-c", t.clientFile())
+	t.client, err = launch(ctx, t.Client, filepath.Join(t.bin, "masque-client"), "run", "-c",
+		t.clientFile())
 	return err
 }
 
 // status returns what the client, and the proxy about its only session, say.
 func (t *tunnel) status(ctx context.Context) (c, p client.Status, err error) {
-	out, err := output(ctx, t.Client, filepath.Join(t.bin, "masque-client"), "status", "bench", "--json")
+	out, err := output(ctx, t.Client, filepath.Join(t.bin, "masque-client"), "status", "bench",
+		"--json")
 	if err != nil {
 		return c, p, err
 	}
@@ -236,8 +246,9 @@ func startWireguardProxy(ctx context.Context, t *tunnel) (err error) {
 			return err
 		}
 	}
-	t.proxy, err = startWireguard(ctx, t, t.Proxy, fmt.Sprintf("private_key=%x\nlisten_port=51820\npublic_key=%x\nallowed_ip=%s/32\n",
-		t.proxyKey.Bytes(), t.clientKey.PublicKey().Bytes(), clientAddr))
+	t.proxy, err = startWireguard(ctx, t, t.Proxy,
+		fmt.Sprintf("private_key=%x\nlisten_port=51820\npublic_key=%x\nallowed_ip=%s/32\n",
+			t.proxyKey.Bytes(), t.clientKey.PublicKey().Bytes(), clientAddr))
 	if err != nil {
 		return err
 	}
@@ -245,15 +256,19 @@ func startWireguardProxy(ctx context.Context, t *tunnel) (err error) {
 }
 
 func startWireguardClient(ctx context.Context, t *tunnel) (err error) {
-	t.client, err = startWireguard(ctx, t, t.Client, fmt.Sprintf("private_key=%x\npublic_key=%x\nendpoint=%s\nallowed_ip=192.0.2.0/24\n",
-		t.clientKey.Bytes(), t.proxyKey.PublicKey().Bytes(), netip.AddrPortFrom(lab.ProxyIPv4, 51820)))
+	t.client, err = startWireguard(ctx, t, t.Client,
+		fmt.Sprintf("private_key=%x\npublic_key=%x\nendpoint=%s\nallowed_ip=192.0.2.0/24\n",
+			t.clientKey.Bytes(), t.proxyKey.PublicKey().Bytes(),
+			netip.AddrPortFrom(lab.ProxyIPv4, 51820)))
 	if err != nil {
 		return err
 	}
-	return t.configure(ctx, t.Client, wireguardMTU, clientAddr, netip.MustParsePrefix("192.0.2.0/24"))
+	return t.configure(ctx, t.Client, wireguardMTU, clientAddr,
+		netip.MustParsePrefix("192.0.2.0/24"))
 }
 
-// startWireguard starts one end and configures it (https://www.wireguard.com/xplatform/).
+// startWireguard starts one end and configures it
+// (https://www.wireguard.com/xplatform/).
 func startWireguard(ctx context.Context, t *tunnel, h *lab.Host, config string) (*lab.Cmd, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -282,13 +297,15 @@ func startWireguard(ctx context.Context, t *tunnel, h *lab.Host, config string) 
 	answer := make([]byte, 64)
 	n, err := conn.Read(answer)
 	if err != nil || !strings.HasPrefix(string(answer[:n]), "errno=0\n") {
-		return nil, fmt.Errorf("wireguard-go does not take its configuration: %q, %w", answer[:n], err)
+		return nil, fmt.Errorf("wireguard-go does not take its configuration: %q, %w",
+			answer[:n], err)
 	}
 	return c, nil
 }
 
 // configure gives a tunnel's device its address and a route.
-func (t *tunnel) configure(ctx context.Context, h *lab.Host, mtu int, addr netip.Addr, route netip.Prefix) error {
+func (t *tunnel) configure(ctx context.Context, h *lab.Host, mtu int, addr netip.Addr,
+	route netip.Prefix) error {
 	script := fmt.Sprintf("addr add %s/32 dev %[2]s\nlink set %[2]s mtu %d up\nroute add %s dev %[2]s src %[1]s\n", addr, t.iface, mtu, route)
 	c := h.Command(ctx, "ip", "-batch", "-")
 	c.Stdin = strings.NewReader(script)
@@ -314,7 +331,8 @@ func startPlainClient(ctx context.Context, t *tunnel) (err error) {
 	return t.configure(ctx, t.Client, plainMTU, clientAddr, netip.MustParsePrefix("192.0.2.0/24"))
 }
 
-// startPlain starts one end of the reference, which is part of this program, and waits for its device.
+// startPlain starts one end of the reference, which is part of this program,
+// and waits for its device.
 func (t *tunnel) startPlain(ctx context.Context, h *lab.Host, role string) (*lab.Cmd, error) {
 	self, err := os.Executable()
 	if err != nil {

@@ -26,7 +26,8 @@ const (
 	generatorFair = 0.8  // of a rate sent: the generator is at its limit
 )
 
-// udpLoad is a kind of packets: how many bytes of data they have, and where they go.
+// udpLoad is a kind of packets: how many bytes of data they have, and where
+// they go.
 type udpLoad struct {
 	size int
 	down bool // from the target to the client
@@ -41,9 +42,10 @@ type udpResult struct {
 
 func (r udpResult) rate() float64 { return float64(r.delivered) / r.time.Seconds() }
 
-// udp sends packets at rate, per second, for d. They leave one by one, not grouped by an offload, those of half a millisecond
-// together.
-func (t *tunnel) udp(ctx context.Context, load udpLoad, rate float64, d time.Duration) (r udpResult, err error) {
+// udp sends packets at rate, per second, for d. They leave one by one, not
+// grouped by an offload, those of half a millisecond together.
+func (t *tunnel) udp(ctx context.Context, load udpLoad, rate float64, d time.Duration) (r udpResult,
+	err error) {
 	from, to, addr := t.Client, t.Target, lab.TargetIPv4
 	if load.down {
 		from, to = to, from
@@ -82,7 +84,8 @@ func (t *tunnel) udp(ctx context.Context, load udpLoad, rate float64, d time.Dur
 
 // clientInside returns the client's address in the tunnel.
 func (t *tunnel) clientInside(ctx context.Context) (netip.Addr, error) {
-	conn, err := t.Client.DialContext(ctx, "udp4", netip.AddrPortFrom(lab.TargetIPv4, 9).String()) // which sends nothing
+	// which sends nothing
+	conn, err := t.Client.DialContext(ctx, "udp4", netip.AddrPortFrom(lab.TargetIPv4, 9).String())
 	if err != nil {
 		return netip.Addr{}, err
 	}
@@ -90,8 +93,10 @@ func (t *tunnel) clientInside(ctx context.Context) (netip.Addr, error) {
 	return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr(), nil
 }
 
-// sendAt sends what is due, every udpTick, and returns how many packets it sent and how long that took.
-func sendAt(ctx context.Context, conn net.Conn, size int, rate float64, d time.Duration) (int, time.Duration, error) {
+// sendAt sends what is due, every udpTick, and returns how many packets it sent
+// and how long that took.
+func sendAt(ctx context.Context, conn net.Conn, size int, rate float64, d time.Duration) (int,
+	time.Duration, error) {
 	messages := make([]ipv4.Message, udpBatch)
 	data := make([]byte, size)
 	for i := range messages {
@@ -102,7 +107,8 @@ func sendAt(ctx context.Context, conn net.Conn, size int, rate float64, d time.D
 	for {
 		passed := min(time.Since(start), d)
 		due := int(rate*passed.Seconds()) - sent
-		// Behind by more than a few ticks, the generator is the limit; bursts would only distort.
+		// Behind by more than a few ticks, the generator is the limit; bursts
+		// would only distort.
 		for due = min(due, int(rate*4*udpTick.Seconds())+1); due > 0; {
 			n, err := out.WriteBatch(messages[:min(due, udpBatch)], 0)
 			if err != nil {
@@ -142,8 +148,8 @@ func receiveAll(conn net.PacketConn, sent <-chan struct{}) int {
 	}
 }
 
-// udpCapacity returns how many packets per second of a kind the tunnel delivers when it loses few of them, trying ever higher
-// rates the first time.
+// udpCapacity returns how many packets per second of a kind the tunnel delivers
+// when it loses few of them, trying ever higher rates the first time.
 func (t *tunnel) udpCapacity(ctx context.Context, load udpLoad) (float64, error) {
 	if t.capacity[load] > 0 {
 		return t.capacity[load], nil
@@ -175,18 +181,22 @@ func (t *tunnel) udpLevels(ctx context.Context, load udpLoad, d time.Duration) (
 	var values []value
 	delivered := make(map[int]float64)
 	for _, percent := range []int{50, 100, 200} {
-		v, r, err := t.udpAt(ctx, fmt.Sprintf("%d %%: ", percent), load, capacity*float64(percent)/100, d)
+		v, r, err := t.udpAt(ctx, fmt.Sprintf("%d %%: ", percent), load,
+			capacity*float64(percent)/100, d)
 		values = append(values, v...)
 		if err != nil {
 			return values, err
 		}
 		delivered[percent] = r.rate()
 	}
-	return append(values, value{"delivered at 200 %, of that at 100 %", "%", 100 * delivered[200] / delivered[100]}), nil
+	return append(values, value{"delivered at 200 %, of that at 100 %", "%",
+		100 * delivered[200] / delivered[100]}), nil
 }
 
-// udpAt measures at one rate. What it measures is called what it is, after prefix.
-func (t *tunnel) udpAt(ctx context.Context, prefix string, load udpLoad, rate float64, d time.Duration) ([]value, udpResult, error) {
+// udpAt measures at one rate. What it measures is called what it is, after
+// prefix.
+func (t *tunnel) udpAt(ctx context.Context, prefix string, load udpLoad, rate float64,
+	d time.Duration) ([]value, udpResult, error) {
 	before, err := t.look(ctx)
 	if err != nil {
 		return nil, udpResult{}, err
@@ -209,7 +219,8 @@ func (t *tunnel) udpAt(ctx context.Context, prefix string, load udpLoad, rate fl
 	for i := range after.drops {
 		p := &after.drops[i]
 		p.n -= before.drops[i].n
-		if load.down && p.where == "client's socket" { // of the whole host, the receiver's among them
+		if load.down && p.where == "client's socket" {
+			// of the whole host, the receiver's among them
 			p.n -= min(p.n, uint64(r.unread))
 		}
 	}
@@ -221,10 +232,12 @@ func (t *tunnel) udpAt(ctx context.Context, prefix string, load udpLoad, rate fl
 		elsewhere -= float64(c.n)
 		values = append(values, value{prefix + lostAt + c.where, "%", share(float64(c.n))})
 	}
-	// What is lost elsewhere may be less than nothing: other packets, of the tunnel's own, are lost as well.
+	// What is lost elsewhere may be less than nothing: other packets, of the
+	// tunnel's own, are lost as well.
 	values = append(values, value{prefix + lostAt + "elsewhere", "%", share(max(elsewhere, 0))})
 	if r.delivered > 0 {
-		values = append(values, value{prefix + "CPU", "s/GB", (after.cpu - before.cpu).Seconds() / float64(r.delivered*load.size) * 1e9})
+		values = append(values, value{prefix + "CPU", "s/GB",
+			(after.cpu - before.cpu).Seconds() / float64(r.delivered*load.size) * 1e9})
 	}
 	return values, r, nil
 }
