@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// What another program takes from systemd-resolved, as its restart does, Check
-// gives it again; and it says why when it cannot.
+// Check restores settings that systemd-resolved lost, for example by a restart,
+// and explains why it cannot.
 func TestCheckResolved(t *testing.T) {
 	h := newHost(t)
 	h.write(stub)
@@ -33,20 +33,19 @@ func TestCheckResolved(t *testing.T) {
 	if _, err := m.Apply(settings); err != nil {
 		t.Fatal(err)
 	}
-	check("all there", "", nil)
+	check("complete", "", nil)
 	f.restart()
 	check("restarted", fmt.Sprintf("systemd-resolved: it has lost %v",
 		settings.Servers[0].Addr()), nil)
-	check("all there again", "", nil)
+	check("complete again", "", nil)
 	f.restart()
 	f.change(false, "SetLinkDNS")
-	check("restarted, and refuses", "", os.ErrPermission)
+	check("restarted and refuses", "", os.ErrPermission)
 	f.change(false, "")
-	check("and takes it again", "systemd-resolved", nil)
+	check("accepts again", "systemd-resolved", nil)
 }
 
-// A file that another program has changed is put right by Check too, whether
-// its change was noticed or not.
+// Check restores a changed file, whether or not the watcher noticed the change.
 func TestCheckFile(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
@@ -59,16 +58,16 @@ func TestCheckFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	if restored, err := m.Check(); restored != "" || err != nil {
-		t.Errorf("all there: %q, %v", restored, err)
+		t.Errorf("complete: %q, %v", restored, err)
 	}
-	m.file.mu.Lock() // so that nobody else puts it right
+	m.file.mu.Lock() // keeps the watcher out
 	h.write(original)
-	lost := m.file.has([]byte(original))
+	lost := m.file.isInstalled([]byte(original))
 	m.file.mu.Unlock()
 	if _, err := m.Check(); lost || err != nil {
-		t.Errorf("the other program's file counts as ours: %t, %v", lost, err)
+		t.Errorf("another program's file counts as installed: %t, %v", lost, err)
 	}
 	if restored, err := m.Check(); restored != "" || err != nil {
-		t.Errorf("put right: %q, %v", restored, err)
+		t.Errorf("restored: %q, %v", restored, err)
 	}
 }

@@ -16,29 +16,32 @@ import (
 )
 
 const (
-	// maxServers is how many servers of resolv.conf are asked (MAXNS of
-	// resolv.conf(5)).
+	// maxServers is the number of servers that resolvers read from resolv.conf
+	// (MAXNS of resolv.conf(5)).
 	maxServers = 3
-	// fileLimit is how large a resolv.conf may be, in bytes.
+	// fileLimit is the maximum size of a resolv.conf in bytes.
 	fileLimit = 1 << 20
 
-	// marker and the name of a tunnel are the first line of what is ours.
+	// marker, followed by the name of a tunnel, is the first line of the
+	// tunnel's file.
 	marker = "# Made by masque-client for the tunnel "
 	notice = "# Changes to this file are lost. What was here before comes back when the tunnel ends.\n"
-	// kept and the number of its bytes are the line above the lines of an
-	// original, each of which is behind keptLine.
-	kept     = "# What was here before, in bytes: "
-	keptLine = "#|"
+	// originalHeader, followed by the original's length in bytes, precedes an
+	// original that is kept in the file. originalPrefix begins each of its
+	// lines.
+	originalHeader = "# What was here before, in bytes: "
+	originalPrefix = "#|"
 )
 
-// file is resolv.conf itself.
+// file is the backend that replaces resolv.conf.
 type file struct {
 	path     string
 	instance string
 	cfg      Config
 
-	mu    sync.Mutex
-	lines []byte // what resolv.conf shall say, nil for nothing of ours
+	mu sync.Mutex // guards the fields below
+	// lines are the tunnel's lines of resolv.conf; nil when not installed.
+	lines []byte
 	watch *watcher
 }
 
@@ -53,13 +56,13 @@ func (f *file) set(s Settings) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if err := f.put(lines); err != nil {
+	if err := f.install(lines); err != nil {
 		return err
 	}
 	f.lines = lines
 	if f.watch == nil {
 		if f.watch, err = watch(f.path, f.check); err != nil {
-			f.cfg.Logger.Warn("changes of other programs will not be noticed", "file", f.path,
+			f.cfg.Logger.Warn("cannot watch the resolver's file for changes", "file", f.path,
 				"error", err)
 		}
 	}
@@ -71,40 +74,41 @@ func (f *file) unset() error {
 	w := f.watch
 	f.watch, f.lines = nil, nil
 	f.mu.Unlock()
-	w.close() // without the lock, which check takes
+	// w.close waits for check, which takes the lock.
+	w.close()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.restore()
 }
 
-func (f *file) holds(Settings) error {
+func (f *file) verify(Settings) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	content, err := readSmall(f.path)
 	if err != nil {
 		return err
 	}
-	if !f.has(content) {
+	if !f.isInstalled(content) {
 		return errors.New("another program changed the file")
 	}
 	return nil
 }
 
-// has reports whether a file has the tunnel's servers, or those of another
-// tunnel that came later. f.mu is held.
-func (f *file) has(content []byte) bool {
+// isInstalled reports whether content is this tunnel's file or the file of a
+// later tunnel. It is called with f.mu held.
+func (f *file) isInstalled(content []byte) bool {
 	owner, ours := ownerOf(content)
 	return ours && (owner != f.instance ||
-		bytes.Equal(content, whole(f.instance, f.lines, originalIn(content))))
+		bytes.Equal(content, render(f.instance, f.lines, originalIn(content))))
 }
 
 func (f *file) upstream() ([]netip.AddrPort, error) {
-	servers, _ := f.beneath()
+	servers, _ := f.upstreamServers()
 	return servers, nil
 }
 
-// check puts the tunnel's servers back if another program has changed the file.
-// It reports whether it had to.
+// check installs the tunnel's servers again if another program changed the
+// file, and reports whether it did.
 func (f *file) check() (changed bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -114,25 +118,25 @@ func (f *file) check() (changed bool) {
 	content, err := readSmall(f.path)
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
-		f.cfg.Logger.Warn("the resolver's file cannot be read", "error", err)
+		f.cfg.Logger.Warn("cannot read the resolver's file", "error", err)
 		return false
-	case f.has(content): // of several tunnels, the one that came last goes first
+	case f.isInstalled(content):
 		return false
 	}
-	f.cfg.Logger.Warn("another program changed the resolver's file: the tunnel's servers are put back, and what it wrote comes back when the tunnel ends",
+	f.cfg.Logger.Warn("another program changed the resolver's file: restoring the tunnel's servers; the other version comes back when the tunnel ends",
 		"file", f.path)
-	if err := f.put(f.lines); err != nil {
-		f.cfg.Logger.Warn("the tunnel's servers could not be put back", "error", err)
+	if err := f.install(f.lines); err != nil {
+		f.cfg.Logger.Warn("cannot restore the tunnel's servers", "error", err)
 	}
 	return true
 }
 
-// backup is where the original of a tunnel is, if it was not written in place.
+// backup returns the path of a tunnel's original that is kept beside the file.
 func (f *file) backup(instance string) string { return f.path + ".masque-" + instance }
 
-// place is where the file of this tunnel is: resolv.conf, the original of
+// locate returns the path of this tunnel's file: resolv.conf, the original of
 // another tunnel, or "".
-func (f *file) place() string {
+func (f *file) locate() string {
 	others, _ := filepath.Glob(f.backup("*"))
 	for _, path := range append([]string{f.path}, others...) {
 		if content, err := readSmall(path); err == nil {
@@ -144,50 +148,50 @@ func (f *file) place() string {
 	return ""
 }
 
-// left reports whether a process of this tunnel has not restored the file.
-func (f *file) left() bool { return f.place() != "" }
+// leftBehind reports whether a process of this tunnel left its file behind.
+func (f *file) leftBehind() bool { return f.locate() != "" }
 
-// put writes ours. f.mu is held.
-func (f *file) put(lines []byte) error {
-	place := f.place()
-	if place == "" {
-		err := f.keep()
+// install writes the tunnel's file. It is called with f.mu held.
+func (f *file) install(lines []byte) error {
+	location := f.locate()
+	if location == "" {
+		err := f.backUp()
 		switch {
 		case err == nil:
-			place = f.path
+			location = f.path
 		case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EBUSY), errors.Is(err, unix.EROFS),
 			errors.Is(err, fs.ErrPermission):
-			return f.putInPlace(lines)
+			return f.installInPlace(lines)
 		default:
 			return err
 		}
-	} else if content, err := readSmall(place); err == nil && originalIn(content) != nil {
-		return writeInPlace(place, whole(f.instance, lines, originalIn(content)))
+	} else if content, err := readSmall(location); err == nil && originalIn(content) != nil {
+		return writeInPlace(location, render(f.instance, lines, originalIn(content)))
 	}
-	err := replace(place, whole(f.instance, lines, nil))
+	err := replace(location, render(f.instance, lines, nil))
 	if errors.Is(err, unix.EBUSY) {
-		return errors.Join(f.putInPlace(lines), os.Remove(f.backup(f.instance)))
+		return errors.Join(f.installInPlace(lines), os.Remove(f.backup(f.instance)))
 	}
 	return err
 }
 
-// keep makes a second name for the file as it is. Without a file there is
-// nothing to keep.
-func (f *file) keep() error {
+// backUp keeps the original under a second name. A missing file needs no
+// backup.
+func (f *file) backUp() error {
 	backup := f.backup(f.instance)
-	if err := removeOld(backup); err != nil {
+	if err := removeIfExists(backup); err != nil {
 		return err
 	}
-	// A hard link, to a symbolic link too: nothing of the original is lost, and
-	// the file is never missing.
+	// A hard link, also to a symbolic link, preserves the whole original and
+	// never leaves the path without a file.
 	if err := os.Link(f.path, backup); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
 }
 
-// putInPlace writes ours into a file that cannot be replaced.
-func (f *file) putInPlace(lines []byte) error {
+// installInPlace writes the tunnel's lines into a file that cannot be replaced.
+func (f *file) installInPlace(lines []byte) error {
 	original, err := readSmall(f.path)
 	if err != nil {
 		return err
@@ -198,36 +202,36 @@ func (f *file) putInPlace(lines []byte) error {
 	if original == nil {
 		original = []byte{}
 	}
-	return writeInPlace(f.path, whole(f.instance, lines, original))
+	return writeInPlace(f.path, render(f.instance, lines, original))
 }
 
-// restore puts the original where ours is. What another program put there
-// stays. f.mu is held.
+// restore replaces the tunnel's file with the original. A file that another
+// program wrote stays. It is called with f.mu held.
 func (f *file) restore() error {
 	backup := f.backup(f.instance)
-	place := f.place()
-	if place == "" {
-		return removeOld(backup)
+	location := f.locate()
+	if location == "" {
+		return removeIfExists(backup)
 	}
-	content, err := readSmall(place)
+	content, err := readSmall(location)
 	if err != nil {
 		return err
 	}
 	if original := originalIn(content); original != nil {
-		return writeInPlace(place, original)
+		return writeInPlace(location, original)
 	}
-	err = os.Rename(backup, place)
+	err = os.Rename(backup, location)
 	if errors.Is(err, fs.ErrNotExist) { // there was no file
-		return os.Remove(place)
+		return os.Remove(location)
 	}
 	return err
 }
 
-// beneath returns the servers of resolv.conf below all tunnels. ok is false
-// when it is no tunnel's.
-func (f *file) beneath() (servers []netip.AddrPort, ok bool) {
+// upstreamServers returns the servers of the original resolv.conf, below all
+// tunnels. ok is false when the file belongs to no tunnel.
+func (f *file) upstreamServers() (servers []netip.AddrPort, ok bool) {
 	content, err := readSmall(f.path)
-	for range 16 { // tunnels
+	for range 16 { // limits the depth of stacked tunnels
 		owner, ours := ownerOf(content)
 		if err != nil || !ours {
 			break
@@ -245,18 +249,18 @@ func (f *file) beneath() (servers []netip.AddrPort, ok bool) {
 	return nameservers(content), ok
 }
 
-// resolvLines is s in the words of resolv.conf(5).
+// resolvLines returns s in the format of resolv.conf(5).
 func resolvLines(s Settings) ([]byte, error) {
 	var b bytes.Buffer
 	n := 0
 	for _, a := range s.Servers {
-		if a.Port() == dnsPort && n < maxServers { // there is no word for other ports
+		if a.Port() == dnsPort && n < maxServers { // the format has no ports
 			fmt.Fprintf(&b, "nameserver %s\n", a.Addr())
 			n++
 		}
 	}
 	if n == 0 {
-		return nil, fmt.Errorf("none of the servers %v is at port %d, where this way alone can ask",
+		return nil, fmt.Errorf("none of the servers %v uses port %d, the only port that resolv.conf supports",
 			s.Servers, dnsPort)
 	}
 	if len(s.Search) > 0 {
@@ -265,31 +269,32 @@ func resolvLines(s Settings) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// whole is a file of ours, with an original that is to be kept in it, or nil.
-func whole(instance string, lines, original []byte) []byte {
+// render returns a tunnel's file. A non-nil original is kept in it.
+func render(instance string, lines, original []byte) []byte {
 	var b bytes.Buffer
 	b.WriteString(marker + instance + "\n" + notice)
 	b.Write(lines)
 	if original == nil {
 		return b.Bytes()
 	}
-	fmt.Fprintf(&b, "%s%d\n", kept, len(original))
+	fmt.Fprintf(&b, "%s%d\n", originalHeader, len(original))
 	for line := range bytes.Lines(original) {
-		fmt.Fprintf(&b, "%s%s\n", keptLine, bytes.TrimSuffix(line, []byte("\n")))
+		fmt.Fprintf(&b, "%s%s\n", originalPrefix, bytes.TrimSuffix(line, []byte("\n")))
 	}
 	return b.Bytes()
 }
 
-// ownerOf returns the name of the tunnel whose file content is.
+// ownerOf returns the name of the tunnel that wrote content.
 func ownerOf(content []byte) (instance string, ours bool) {
 	line, _, _ := bytes.Cut(content, []byte("\n"))
 	instance, ours = strings.CutPrefix(string(line), marker)
 	return instance, ours && instance != ""
 }
 
-// originalIn returns what was kept in a file of ours, nil if nothing was.
+// originalIn returns the original that is kept in a tunnel's file, nil if there
+// is none.
 func originalIn(content []byte) []byte {
-	_, rest, ok := bytes.Cut(content, []byte("\n"+kept))
+	_, rest, ok := bytes.Cut(content, []byte("\n"+originalHeader))
 	var size int
 	if _, err := fmt.Sscanf(string(rest), "%d\n", &size); !ok || err != nil {
 		return nil
@@ -297,7 +302,7 @@ func originalIn(content []byte) []byte {
 	_, rest, _ = bytes.Cut(rest, []byte("\n"))
 	original := []byte{}
 	for line := range bytes.Lines(rest) {
-		line, ok := bytes.CutPrefix(line, []byte(keptLine))
+		line, ok := bytes.CutPrefix(line, []byte(originalPrefix))
 		if !ok {
 			break
 		}
@@ -306,10 +311,11 @@ func originalIn(content []byte) []byte {
 	if size < 0 || size > len(original) {
 		return nil
 	}
-	return original[:size] // without a final line break that was not there
+	// The size excludes a final line break that the original did not have.
+	return original[:size]
 }
 
-// nameservers returns the servers of a resolv.conf.
+// nameservers returns the servers listed in a resolv.conf.
 func nameservers(content []byte) []netip.AddrPort {
 	var out []netip.AddrPort
 	for line := range bytes.Lines(content) {
@@ -324,7 +330,7 @@ func nameservers(content []byte) []netip.AddrPort {
 	return out
 }
 
-// readSmall reads a file.
+// readSmall reads a file of at most fileLimit bytes.
 func readSmall(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -338,15 +344,15 @@ func readSmall(path string) ([]byte, error) {
 	return b, err
 }
 
-// removeOld removes a file, if it is there at all.
-func removeOld(path string) error {
+// removeIfExists removes a file. A missing file is no error.
+func removeIfExists(path string) error {
 	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-		return nil // in a folder that cannot be written too
+		return nil // os.Remove fails in a read-only directory
 	}
 	return os.Remove(path)
 }
 
-// replace puts a file with content at path, for all to read, in one step.
+// replace atomically replaces the file at path with a world-readable one.
 func replace(path string, content []byte) (err error) {
 	tmp, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
 	if err != nil {
@@ -365,7 +371,7 @@ func replace(path string, content []byte) (err error) {
 	return os.Rename(tmp.Name(), path)
 }
 
-// writeInPlace changes the content of a file.
+// writeInPlace overwrites the content of an existing file.
 func writeInPlace(path string, content []byte) error {
 	f, err := os.OpenFile(path, os.O_WRONLY, 0)
 	if err != nil {

@@ -20,12 +20,12 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	lab.Enter() // for mounts
+	lab.Enter() // permits mounts
 	os.Exit(m.Run())
 }
 
-// original is a resolv.conf with what others would not keep: no final line
-// break, and odd lines.
+// original is a resolv.conf that a parser would not preserve: it has odd lines
+// and no final line break.
 const original = "# by hand\nnameserver 192.0.2.53\nnameserver 2001:db8::53\n\noptions edns0\n#|tricky\nsearch home.example"
 
 var (
@@ -40,7 +40,7 @@ var (
 
 const lines = "nameserver 10.77.0.1\nnameserver fd77::1\nsearch corp.example example\n"
 
-// host is the files of a host that has neither systemd-resolved nor openresolv.
+// host has a resolv.conf, but neither systemd-resolved nor openresolv.
 type host struct {
 	*testing.T
 	path string
@@ -77,7 +77,7 @@ func (h *host) open(instance string) *Manager {
 func (h *host) apply(m *Manager, s Settings) {
 	h.Helper()
 	if via, err := m.Apply(s); err != nil || via != h.path {
-		h.Fatalf("applied by way of %q, %v", via, err)
+		h.Fatalf("applied by %q, %v", via, err)
 	}
 }
 
@@ -88,14 +88,14 @@ func (h *host) close(m *Manager) {
 	}
 }
 
-// kill leaves m as a process that is killed does.
+// kill abandons m as if its process had been killed.
 func kill(m *Manager) {
 	m.file.watch.close()
 	m.file.watch = nil
-	m.ways = nil
+	m.backends = nil
 }
 
-// state describes the folder: each file with its inode, mode, owner and
+// state describes the directory: each file with its inode, mode, owner and
 // content.
 func (h *host) state() string {
 	h.Helper()
@@ -128,12 +128,12 @@ func (h *host) content() string {
 	return string(b)
 }
 
-// ours checks that the resolver asks the servers of instance.
+// ours checks that resolv.conf is the file of instance.
 func (h *host) ours(instance string) {
 	h.Helper()
 	if got := h.content(); !strings.HasPrefix(got, marker+instance+"\n"+notice) ||
 		!strings.Contains(got, "\n"+lines) {
-		h.Errorf("not of the tunnel %s:\n%s", instance, got)
+		h.Errorf("resolv.conf does not belong to tunnel %s:\n%s", instance, got)
 	}
 }
 
@@ -144,16 +144,16 @@ func (h *host) unchanged(before string) {
 	}
 }
 
-func (h *host) eventually(what string, ok func() bool) {
+func (h *host) eventually(condition string, ok func() bool) {
 	h.Helper()
 	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			h.Fatalf("%s: not so\n%s", what, h.state())
+			h.Fatalf("not reached: %s\n%s", condition, h.state())
 		}
 	}
 }
 
-// kinds are what resolv.conf can be.
+// kinds are the states of resolv.conf before a tunnel.
 var kinds = []struct {
 	name  string
 	setUp func(*host)
@@ -176,7 +176,7 @@ var kinds = []struct {
 	}},
 	{"mounted file", func(h *host) { h.mount(original) }},
 	{"mounted empty file", func(h *host) { h.mount("") }},
-	{"mounted file in a folder that cannot be written", func(h *host) {
+	{"mounted file in a read-only directory", func(h *host) {
 		h.mount(original)
 		dir := filepath.Dir(h.path)
 		if err := unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
@@ -190,11 +190,11 @@ var kinds = []struct {
 	}},
 }
 
-// mount has resolv.conf be a mount of another file, as `ip netns exec` and
-// containers do.
+// mount mounts another file on resolv.conf, as `ip netns exec` and containers
+// do.
 func (h *host) mount(content string) {
 	h.Helper()
-	h.write("nameserver 192.0.2.99\n") // beneath the mount
+	h.write("nameserver 192.0.2.99\n") // hidden by the mount
 	other := filepath.Join(h.TempDir(), "resolv.conf")
 	if err := os.WriteFile(other, []byte(content), 0o604); err != nil {
 		h.Fatal(err)
@@ -205,8 +205,8 @@ func (h *host) mount(content string) {
 	h.Cleanup(func() { _ = unix.Unmount(h.path, unix.MNT_DETACH) })
 }
 
-// withoutTimes is a state in which a file that was written in place has the
-// time of it.
+// withoutTimes removes the times from a state, because writing in place changes
+// them.
 func withoutTimes(state string) string {
 	out := strings.Split(state, "\n")
 	for i, line := range out {
@@ -261,9 +261,8 @@ func TestFileIsRestored(t *testing.T) {
 	}
 }
 
-// A file that a process which was killed left behind, and that somebody put
-// right since, stays.
-func TestMendedAfterKill(t *testing.T) {
+// A file of a killed process that someone has replaced since is not touched.
+func TestReplacedAfterKill(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
 	m := h.open("home")
@@ -282,9 +281,8 @@ func TestMendedAfterKill(t *testing.T) {
 	}
 }
 
-// A process that is killed between keeping the original and putting its own
-// there has changed nothing.
-func TestKilledBetween(t *testing.T) {
+// A process that is killed between backup and installation has changed nothing.
+func TestKilledAfterBackup(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
 	before := h.state()
@@ -295,15 +293,15 @@ func TestKilledBetween(t *testing.T) {
 	h.unchanged(before)
 }
 
-// What another program writes counts: it is there at the end. Meanwhile the
-// tunnel's servers come back.
-func TestAnotherProgram(t *testing.T) {
+// Another program's version of the file is restored at the end. Until then the
+// tunnel's servers are installed again.
+func TestChangesOfAnotherProgram(t *testing.T) {
 	const theirs = "nameserver 192.0.2.77\n"
 	for _, kind := range kinds {
 		for _, how := range []string{"replaces", "writes", "removes"} {
 			mounted := strings.HasPrefix(kind.name, "mounted")
 			if mounted && how != "writes" || kind.name == "dangling link" && how == "writes" {
-				continue // not possible
+				continue // impossible combination
 			}
 			t.Run(kind.name+" "+how, func(t *testing.T) {
 				h := newHost(t)
@@ -330,7 +328,7 @@ func TestAnotherProgram(t *testing.T) {
 				if servers, ok := m.Upstream(); how != "removes" &&
 					(!ok || !slices.Equal(servers,
 						[]netip.AddrPort{netip.MustParseAddrPort("192.0.2.77:53")})) {
-					t.Errorf("beside the tunnel's: %v, %v", servers, ok)
+					t.Errorf("upstream servers: %v, %v", servers, ok)
 				}
 				h.close(m)
 				got, err := os.ReadFile(h.path)
@@ -349,9 +347,9 @@ func TestAnotherProgram(t *testing.T) {
 	}
 }
 
-// What another program wrote just before the end stays, although the tunnel has
-// not noticed yet.
-func TestAnotherProgramAtTheEnd(t *testing.T) {
+// Another program's version written just before the end stays, although the
+// watcher has not noticed it yet.
+func TestChangeBeforeClose(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
 	m := h.open("home")
@@ -371,9 +369,8 @@ func TestAnotherProgramAtTheEnd(t *testing.T) {
 	}
 }
 
-// Who edits our file has it put right: it says so at its top. The original is
-// still the original.
-func TestEdited(t *testing.T) {
+// An edited file is restored, as its notice warns, and keeps the original.
+func TestEditedFileIsRestored(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
 	before := h.state()
@@ -391,26 +388,26 @@ func TestEdited(t *testing.T) {
 	h.unchanged(before)
 }
 
-// Two programs that both want the file do not keep each other busy.
-func TestPutBackAtARate(t *testing.T) {
+// Two programs that fight over the file are limited by a rate.
+func TestRestoreIsRateLimited(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
 	m := h.open("home")
 	h.apply(m, settings)
-	puts := 0
-	for range putBackBurst + 3 {
+	restores := 0
+	for range restoreBurst + 3 {
 		if err := replace(h.path, []byte("nameserver 192.0.2.77\n")); err != nil {
 			t.Fatal(err)
 		}
 		for deadline := time.Now().Add(10 * settleDelay); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 			if strings.Contains(h.content(), lines) {
-				puts++
+				restores++
 				break
 			}
 		}
 	}
-	if puts > putBackBurst+1 {
-		t.Errorf("put back %d times in a row", puts)
+	if restores > restoreBurst+1 {
+		t.Errorf("installed again %d times in a row", restores)
 	}
 	h.close(m)
 	if got := h.content(); got != "nameserver 192.0.2.77\n" {
@@ -418,8 +415,8 @@ func TestPutBackAtARate(t *testing.T) {
 	}
 }
 
-// Tunnels stack, the last one's servers are asked, and whoever ends first, the
-// host's file is there at the end.
+// Tunnels stack: the servers of the last one are used, and in whatever order
+// the tunnels end, the original is restored.
 func TestTwoTunnels(t *testing.T) {
 	other := settings
 	other.Search = []string{"other.example"}
@@ -433,11 +430,11 @@ func TestTwoTunnels(t *testing.T) {
 			h.apply(one, settings)
 			h.apply(two, other)
 			if got := h.content(); !strings.HasPrefix(got, marker+"two\n") {
-				t.Errorf("the last one's servers are not asked:\n%s", got)
+				t.Errorf("the servers of the last tunnel are not in use:\n%s", got)
 			}
 			for _, m := range []*Manager{one, two} {
 				if servers, ok := m.Upstream(); !ok || !slices.Equal(servers, hostServers) {
-					t.Errorf("beside the tunnels': %v, %v", servers, ok)
+					t.Errorf("upstream servers: %v, %v", servers, ok)
 				}
 			}
 			switch order {
@@ -474,7 +471,7 @@ func TestTwoTunnels(t *testing.T) {
 	}
 }
 
-// A file that is written in place holds one tunnel.
+// A file that is written in place serves one tunnel only.
 func TestTwoTunnelsInPlace(t *testing.T) {
 	h := newHost(t)
 	h.mount(original)
@@ -482,7 +479,7 @@ func TestTwoTunnelsInPlace(t *testing.T) {
 	h.apply(one, settings)
 	if _, err := two.Apply(settings); err == nil ||
 		!strings.Contains(err.Error(), "the tunnel one has "+h.path) {
-		t.Errorf("the second one: %v", err)
+		t.Errorf("second tunnel: %v", err)
 	}
 	h.ours("one")
 	h.close(two)
@@ -495,42 +492,48 @@ func TestTwoTunnelsInPlace(t *testing.T) {
 
 func TestRefused(t *testing.T) {
 	server := settings.Servers[:1]
-	for _, s := range []Settings{
-		{Servers: server, Domains: []string{"corp.example"}}, // cannot split
-		{Servers: server},
-		// no other ports
-		{Servers: []netip.AddrPort{netip.MustParseAddrPort("10.77.0.1:5353")},
-			Domains: []string{Root}},
-		{Servers: []netip.AddrPort{netip.MustParseAddrPort("[fe80::1%lo]:53")},
-			Domains: []string{Root}},
-		{Servers: []netip.AddrPort{{}}, Domains: []string{Root}},
-		{Servers: server, Domains: []string{Root}, Search: []string{"a\nnameserver 192.0.2.1"}},
-		{Servers: server, Domains: []string{Root}, Search: []string{"a b"}},
-		{Servers: server, Domains: []string{Root}, Search: []string{"-m"}},
-		{Servers: server, Domains: []string{Root}, Search: []string{""}},
-		{Servers: server, Domains: []string{Root}, Search: []string{Root}},
-		{Servers: server, Domains: []string{Root}, Search: []string{strings.Repeat("a", 64)}},
-		{Servers: server, Domains: []string{Root, "a..b"}},
+	root := []string{Root}
+	searching := func(domain string) Settings {
+		return Settings{Servers: server, Domains: root, Search: []string{domain}}
+	}
+	asking := func(address string) Settings {
+		return Settings{Servers: []netip.AddrPort{netip.MustParseAddrPort(address)}, Domains: root}
+	}
+	for name, s := range map[string]Settings{
+		"split DNS":                   {Servers: server, Domains: []string{"corp.example"}},
+		"no domains":                  {Servers: server},
+		"port 5353":                   asking("10.77.0.1:5353"),
+		"address with a zone":         asking("[fe80::1%lo]:53"),
+		"zero address":                {Servers: []netip.AddrPort{{}}, Domains: root},
+		"line break in search domain": searching("a\nnameserver 192.0.2.1"),
+		"space in search domain":      searching("a b"),
+		"option as search domain":     searching("-m"),
+		"empty search domain":         searching(""),
+		"root as search domain":       searching(Root),
+		"long label":                  searching(strings.Repeat("a", 64)),
+		"empty label":                 {Servers: server, Domains: []string{Root, "a..b"}},
 	} {
-		h := newHost(t)
-		h.write(original)
-		before := h.state()
-		m := h.open("home")
-		if via, err := m.Apply(s); err == nil {
-			t.Errorf("%+v: applied by way of %s", s, via)
-		}
-		h.unchanged(before)
-		// The resolver is not left with what is no more.
-		h.apply(m, settings)
-		if _, err := m.Apply(s); err == nil {
-			t.Errorf("%+v: applied", s)
-		}
-		h.unchanged(before)
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			h.write(original)
+			before := h.state()
+			m := h.open("home")
+			if via, err := m.Apply(s); err == nil {
+				t.Errorf("%+v: applied by %s", s, via)
+			}
+			h.unchanged(before)
+			// Settings that are refused also end earlier ones.
+			h.apply(m, settings)
+			if _, err := m.Apply(s); err == nil {
+				t.Errorf("%+v: applied", s)
+			}
+			h.unchanged(before)
+		})
 	}
 }
 
-// No more servers than are asked.
-func TestManyServers(t *testing.T) {
+// resolv.conf lists only as many servers as resolvers read.
+func TestServersAreLimited(t *testing.T) {
 	h := newHost(t)
 	s := Settings{Domains: []string{Root},
 		Servers: []netip.AddrPort{netip.MustParseAddrPort("10.77.0.9:853")}}
@@ -540,23 +543,27 @@ func TestManyServers(t *testing.T) {
 	}
 	h.apply(h.open("home"), s)
 	if got := nameservers([]byte(h.content())); !slices.Equal(got, s.Servers[1:4]) {
-		t.Errorf("asked: %v", got)
+		t.Errorf("servers %v, want %v", got, s.Servers[1:4])
 	}
 }
 
 func TestInstanceNames(t *testing.T) {
-	for _, name := range []string{"", "a/b", "a b", "a\n"} {
-		h := newHost(t)
-		if _, err := Open(h.config(name)); err == nil {
-			t.Errorf("%q: no error", name)
-		}
+	for row, name := range map[string]string{
+		"empty": "", "slash": "a/b", "space": "a b", "line break": "a\n",
+	} {
+		t.Run(row, func(t *testing.T) {
+			h := newHost(t)
+			if _, err := Open(h.config(name)); err == nil {
+				t.Errorf("%q: no error", name)
+			}
+		})
 	}
 }
 
-// What is kept in a file comes out as it was, whatever it is.
-func TestOriginalIsKept(t *testing.T) {
+// An original with any content survives in the file.
+func TestOriginalSurvives(t *testing.T) {
 	check := func(t interface{ Errorf(string, ...any) }, b []byte) {
-		content := whole("home", []byte(lines), append([]byte{}, b...))
+		content := render("home", []byte(lines), append([]byte{}, b...))
 		if got := originalIn(content); !bytes.Equal(got, b) || got == nil {
 			t.Errorf("kept %q, got %q", b, got)
 		}
@@ -567,22 +574,23 @@ func TestOriginalIsKept(t *testing.T) {
 			t.Errorf("servers %v", got)
 		}
 	}
-	for _, s := range []string{"", "\n", original, "a\r\n", "\x00", kept + "3\n#|abc\n", "#|\n\n",
-		string(whole("other", []byte(lines), []byte(original)))} {
+	for _, s := range []string{"", "\n", original, "a\r\n", "\x00", originalHeader + "3\n#|abc\n",
+		"#|\n\n",
+		string(render("other", []byte(lines), []byte(original)))} {
 		check(t, []byte(s))
 	}
 	rapid.Check(t, func(t *rapid.T) {
 		check(t, []byte(rapid.StringMatching(`[ -~\n#|]*`).Draw(t, "original")))
 	})
-	for _, cut := range []string{"9999999\n#|a\n", "-1\n", "x\n", ""} { // by others
-		if got := originalIn([]byte(marker + "home\n" + kept + cut)); got != nil {
-			t.Errorf("%q: %q", cut, got)
+	for _, damaged := range []string{"9999999\n#|a\n", "-1\n", "x\n", ""} {
+		if got := originalIn([]byte(marker + "home\n" + originalHeader + damaged)); got != nil {
+			t.Errorf("%q: %q", damaged, got)
 		}
 	}
 }
 
-// Servers that the kernel does not send to by the tunnel's interface are
-// outside, and those of a tunnel are not among them.
+// Outside returns the servers that the kernel does not reach through the
+// tunnel's interface, without the tunnel's own.
 func TestOutside(t *testing.T) {
 	inside, other := netip.MustParseAddrPort("127.0.0.9:53"),
 		netip.MustParseAddrPort("127.0.0.1:53")
@@ -591,10 +599,10 @@ func TestOutside(t *testing.T) {
 		applied bool
 		want    []netip.AddrPort
 	}{
-		"nothing is applied":        {"none", false, []netip.AddrPort{other}},
-		"the tunnel's are applied":  {"none", true, []netip.AddrPort{other}},
-		"the tunnel leads there":    {"lo", false, nil},
-		"it does, and some applied": {"lo", true, nil},
+		"not applied, other interface":    {"none", false, []netip.AddrPort{other}},
+		"applied, other interface":        {"none", true, []netip.AddrPort{other}},
+		"not applied, through the tunnel": {"lo", false, nil},
+		"applied, through the tunnel":     {"lo", true, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHost(t)
@@ -602,7 +610,7 @@ func TestOutside(t *testing.T) {
 			c := h.config("home")
 			c.Interface = tc.iface
 			if got := Servers(c); !slices.Equal(got, []netip.AddrPort{other}) {
-				t.Errorf("the host asks %v, want %v", got, other)
+				t.Errorf("servers of the host %v, want %v", got, other)
 			}
 			m, err := Open(c)
 			if err != nil {
@@ -613,7 +621,7 @@ func TestOutside(t *testing.T) {
 				h.apply(m, Settings{Servers: []netip.AddrPort{inside}, Domains: []string{Root}})
 			}
 			if got := m.Outside(); !slices.Equal(got, tc.want) {
-				t.Errorf("outside are %v, want %v", got, tc.want)
+				t.Errorf("servers outside %v, want %v", got, tc.want)
 			}
 		})
 	}

@@ -1,36 +1,39 @@
-// Package hostdns has the resolver of a Linux host use the nameservers of a
-// tunnel, and puts it back as it was.
+// Package hostdns makes the resolver of a Linux host use the nameservers of a
+// tunnel, and restores it afterwards.
 //
-// There are three ways, and the host decides which of them is taken:
+// A [Manager] works with one of three backends and chooses it by the state of
+// the host:
 //
-//   - systemd-resolved, over D-Bus, when it runs in this network namespace. It knows servers for each interface and can ask
-//     some of them about some names only (split DNS). When the interface goes, so does what it was told about it.
-//   - resolvconf(8) of openresolv, when that makes /etc/resolv.conf. The tunnel's servers are the only ones while they are
-//     there. The resolvconf of Debian cannot have it that way, so its file is replaced, as follows.
-//   - /etc/resolv.conf itself is replaced, see [Manager.Apply].
+//   - systemd-resolved, over D-Bus, when it runs in this network namespace. It
+//     has servers for each interface and supports split DNS: servers for some
+//     names only. Its settings disappear with the interface.
+//   - resolvconf(8) of openresolv, when it generates /etc/resolv.conf. The
+//     tunnel's servers replace all others. Debian's resolvconf has no exclusive
+//     servers, so its file is replaced instead.
+//   - /etc/resolv.conf itself, which is replaced.
 //
-// When systemd-resolved runs, but /etc/resolv.conf does not lead to it,
-// programs ask both, and both are told.
+// When systemd-resolved runs, but /etc/resolv.conf names other servers,
+// programs use both, and so both are configured.
 //
-// The last two know no names: all queries go to the tunnel's servers, or none.
+// The last two backends do not support split DNS: the tunnel's servers receive
+// all queries or none.
 //
 // # The file
 //
-// The original is kept beside the file as resolv.conf.masque-INSTANCE: the same
-// inode under another name, a symbolic link as such, so that a rename puts back
-// all that it was. Both steps are atomic, and what a killed process left behind
-// explains itself: the first line of our file says which tunnel it is of. A
-// file that cannot be replaced, as one that is mounted into a container or a
-// network namespace, is written in place, and holds the original as comments
-// below what is ours.
+// The original stays beside the file as resolv.conf.masque-INSTANCE: the same
+// inode under another name, or the same symbolic link, so that a rename
+// restores owner, mode and times too. Both steps are atomic. After a process
+// was killed, the first line of its file names the tunnel, and the next start
+// restores the original. A file that cannot be replaced, for example one that
+// is mounted into a container or a network namespace, is written in place and
+// keeps the original below the tunnel's lines, as comments.
 //
-// Tunnels stack: the file of one is the original of the next, and when they end
-// in another order the originals are handed on. What is written in place does
+// Tunnels stack: the file of one is the original of the next, and the originals
+// are handed on when tunnels end in another order. Files written in place do
 // not stack.
 //
-// When another program changes the file meanwhile, what it wrote is the
-// original from then on, so that it is there when the tunnel ends; the tunnel's
-// servers are put back at once, at a rate.
+// When another program changes the file, its version becomes the original. The
+// tunnel's servers are installed again, at a limited rate.
 package hostdns
 
 import (
@@ -44,19 +47,23 @@ import (
 	"sync"
 )
 
-// Config says whose resolver a Manager looks after.
+// Config configures a Manager for one tunnel.
 type Config struct {
-	// of the tunnel: what is ours is marked with it. Letters, digits and any of
-	// ".-_@"
-	Instance  string
-	Interface string // name of the tunnel's
+	// Instance is the name of the tunnel: letters, digits and any of ".-_@".
+	// Files and entries of the tunnel are marked with it.
+	Instance string
+	// Interface is the name of the tunnel's network interface.
+	Interface string
 
 	Logger *slog.Logger // nil: nothing is logged
 
-	// Where things are, for tests; "" for the usual.
-	ResolvConf string // /etc/resolv.conf
-	Bus        string // address of the D-Bus that systemd-resolved is on
-	Resolvconf string // the program of openresolv
+	// The fields below are for tests; empty fields take the usual values.
+	// ResolvConf is the path of the resolver's file, /etc/resolv.conf.
+	ResolvConf string
+	// Bus is the address of the D-Bus that systemd-resolved listens on.
+	Bus string
+	// Resolvconf is the path of openresolv's program.
+	Resolvconf string
 }
 
 func (c Config) withDefaults() Config {
@@ -75,15 +82,19 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
-// Root is the domain of all names.
+// Root is the domain that contains all names.
 const Root = "."
 
-// Settings are what a resolver is told about a tunnel. The zero value is
-// nothing.
+// Settings is the DNS configuration of a tunnel. The zero value configures no
+// servers.
 type Settings struct {
-	Servers []netip.AddrPort // of unencrypted DNS, the preferred one first
-	Search  []string         // domains that are tried behind short names
-	Domains []string         // what the servers resolve, with all names below; Root for all names
+	// Servers take unencrypted queries. The preferred server is first.
+	Servers []netip.AddrPort
+	// Search lists the domains to try as suffixes of short names.
+	Search []string
+	// Domains lists the domains that the servers resolve, each with all names
+	// below it. Root stands for all names.
+	Domains []string
 }
 
 // Full reports whether the servers are for all names.
@@ -95,8 +106,8 @@ func (s Settings) Equal(t Settings) bool {
 		slices.Equal(s.Domains, t.Domains)
 }
 
-// check returns what keeps s from being written anywhere. Names become lines of
-// files.
+// check returns an error unless s can be written to every backend. It is strict
+// about names because they become lines of files.
 func (s Settings) check() error {
 	for _, a := range s.Servers {
 		if !a.IsValid() || a.Addr().Zone() != "" || a.Addr().Is4In6() || a.Port() == 0 {
@@ -132,47 +143,49 @@ func isDomain(s string) bool {
 	return true
 }
 
-// ErrSplit is returned by Apply for settings of some names only on a host whose
-// resolver knows no such thing.
+// ErrSplit is returned by Apply for settings that cover some names only, on a
+// host whose resolver cannot split DNS.
 var ErrSplit = errors.New("this host's resolver cannot ask servers about some names only; systemd-resolved can, with " +
 	"/etc/resolv.conf a link to /run/systemd/resolve/stub-resolv.conf")
 
-// way is one of the ways to tell a resolver.
-type way interface {
+// backend configures one kind of resolver.
+type backend interface {
 	name() string
 	set(Settings) error
-	// unset takes back what set did, or a dead process. It may be called at any
-	// time.
+	// unset reverts set, also when a process that died called it. It may be
+	// called at any time.
 	unset() error
-	// holds returns nil while what set did is in effect, and otherwise what is
-	// not.
-	holds(Settings) error
-	// upstream returns the servers that the host has besides the tunnel's.
+	// verify returns nil while s is in effect, and otherwise an error that
+	// names the missing part.
+	verify(s Settings) error
+	// upstream returns the host's servers other than the tunnel's.
 	upstream() ([]netip.AddrPort, error)
 }
 
-// Manager looks after what the host's resolver knows of one tunnel. Its methods
-// may be called concurrently.
+// Manager configures the host's resolver for one tunnel. Its methods may be
+// called concurrently.
 type Manager struct {
 	cfg     Config
 	file    *file
 	program *resolvconf
 
-	mu      sync.Mutex
-	ways    []way    // that are in use, nil when none is
-	applied Settings // by them
+	mu sync.Mutex // guards the fields below
+	// backends are in use; nil when the tunnel configures no resolver.
+	backends []backend
+	// applied was accepted by all backends; zero when none are in use.
+	applied Settings
 }
 
-// Open removes what a dead process of the same instance left behind, and
-// changes nothing else. The caller must close the Manager. The error says what
-// could not be restored.
+// Open reverts the changes of a dead process of the same instance and makes no
+// others. The caller must close the Manager. An error names the part that could
+// not be restored.
 func Open(c Config) (*Manager, error) {
 	m, _, err := open(c)
 	return m, err
 }
 
-// Clean removes what a dead process of the same instance left behind, as Open
-// does. found reports whether it left a file.
+// Clean reverts the changes of a dead process of the same instance, as Open
+// does. It reports whether that process left a file.
 func Clean(c Config) (found bool, err error) {
 	_, found, err = open(c)
 	return found, err
@@ -186,17 +199,17 @@ func open(c Config) (m *Manager, found bool, err error) {
 		return nil, false, fmt.Errorf("hostdns: instance name %q: want letters, digits, '.', '-', '_' or '@'", c.Instance)
 	}
 	m = &Manager{cfg: c, file: newFile(c), program: newResolvconf(c)}
-	found = m.file.left()
+	found = m.file.leftBehind()
 	if err := m.restore(); err != nil {
 		return nil, found, fmt.Errorf("hostdns: %w", err)
 	}
 	if found {
-		c.Logger.Info("removed what a dead process left behind", "file", c.ResolvConf)
+		c.Logger.Info("restored the resolver after a process that died", "file", c.ResolvConf)
 	}
 	return m, found, nil
 }
 
-// restore undoes what this process or a dead one did to files.
+// restore reverts changes to files by this process or a dead one.
 func (m *Manager) restore() error {
 	err := m.file.unset()
 	if madeByOpenresolv(m.cfg) {
@@ -205,47 +218,47 @@ func (m *Manager) restore() error {
 	return err
 }
 
-// detect returns the ways that this host's resolver needs. At most the first of
-// them can split.
-func detect(c Config, f *file, program *resolvconf) []way {
-	var ways []way
+// detect returns the backends that reach this host's resolver. At most the
+// first of them supports split DNS.
+func detect(c Config, f *file, program *resolvconf) []backend {
+	var backends []backend
 	if r := newResolved(c); r.running() {
-		ways = append(ways, r)
+		backends = append(backends, r)
 		if leadsToResolved(c) {
-			return ways
+			return backends
 		}
 	}
 	if madeByOpenresolv(c) {
-		return append(ways, program)
+		return append(backends, program)
 	}
-	return append(ways, f)
+	return append(backends, f)
 }
 
-// Detect says which way Apply would take on this host, such as
-// "systemd-resolved", and whether it can split.
+// Detect returns the name of the backend that Apply would use on this host,
+// such as "systemd-resolved", and whether it supports split DNS.
 func Detect(c Config) (via string, splits bool) {
 	c = c.withDefaults()
-	ways := detect(c, newFile(c), newResolvconf(c))
-	return join(ways), splitting(ways)
+	backends := detect(c, newFile(c), newResolvconf(c))
+	return names(backends), canSplit(backends)
 }
 
-func join(ways []way) string {
-	names := make([]string, len(ways))
-	for i, w := range ways {
-		names[i] = w.name()
+func names(backends []backend) string {
+	list := make([]string, len(backends))
+	for i, b := range backends {
+		list[i] = b.name()
 	}
-	return strings.Join(names, " and ")
+	return strings.Join(list, " and ")
 }
 
-func splitting(ways []way) bool {
-	_, ok := ways[0].(*resolved)
-	return ok && len(ways) == 1
+func canSplit(backends []backend) bool {
+	_, ok := backends[0].(*resolved)
+	return ok && len(backends) == 1
 }
 
-// Apply has the host's resolver use s, in place of what the last Apply gave it,
-// and returns by which way, as Detect. Without servers, the resolver is as if
-// there were no tunnel. After an error it is as well. Errors: ErrSplit,
-// os.ErrPermission, and those of the way taken.
+// Apply makes the host's resolver use s in place of earlier settings and
+// returns the name of the backend, as Detect does. Without servers, and after
+// an error, the resolver is restored. Errors match ErrSplit, os.ErrPermission
+// or an error of the backend.
 func (m *Manager) Apply(s Settings) (via string, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -255,99 +268,102 @@ func (m *Manager) Apply(s Settings) (via string, err error) {
 	if err := s.check(); err != nil {
 		return "", errors.Join(fmt.Errorf("hostdns: %w", err), m.unset())
 	}
-	if m.ways != nil && s.Equal(m.applied) {
-		return join(m.ways), nil
+	if m.backends != nil && s.Equal(m.applied) {
+		return names(m.backends), nil
 	}
-	ways := m.ways
-	if ways == nil {
-		ways = detect(m.cfg, m.file, m.program)
+	backends := m.backends
+	if backends == nil {
+		backends = detect(m.cfg, m.file, m.program)
 	}
-	if !s.Full() && !splitting(ways) {
+	if !s.Full() && !canSplit(backends) {
 		return "", errors.Join(ErrSplit, m.unset())
 	}
-	m.ways = ways
-	for _, w := range ways {
-		if err := w.set(s); err != nil {
-			return "", errors.Join(fmt.Errorf("hostdns: %s: %w", w.name(), err), m.unset())
+	m.backends = backends
+	for _, b := range backends {
+		if err := b.set(s); err != nil {
+			return "", errors.Join(fmt.Errorf("hostdns: %s: %w", b.name(), err), m.unset())
 		}
 	}
 	m.applied = s
-	return join(ways), nil
+	return names(backends), nil
 }
 
-// Check looks whether the resolver still has what Apply gave it, and gives it
-// that again if it has not: restored says what was not there, "" when all was.
-// The error says why it does not have it now. It may be called at any time.
+// Check verifies that the resolver still has the applied settings and applies
+// them again if not. restored describes the settings that were missing, "" when
+// none were. An error explains why they are still missing. Check may be called
+// at any time.
 func (m *Manager) Check() (restored string, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.applied.Servers) == 0 {
 		return "", nil
 	}
-	for _, w := range m.ways {
-		lost := w.holds(m.applied)
+	for _, b := range m.backends {
+		lost := b.verify(m.applied)
 		if lost == nil {
 			continue
 		}
-		if err := w.set(m.applied); err != nil {
-			return "", fmt.Errorf("hostdns: %s: %w: %w", w.name(), lost, err)
+		if err := b.set(m.applied); err != nil {
+			return "", fmt.Errorf("hostdns: %s: %w: %w", b.name(), lost, err)
 		}
-		restored = fmt.Sprintf("%s: %v", w.name(), lost)
+		restored = fmt.Sprintf("%s: %v", b.name(), lost)
 	}
 	return restored, nil
 }
 
-// unset takes back what Apply did. m.mu is held.
+// unset reverts Apply. It is called with m.mu held.
 func (m *Manager) unset() error {
 	var errs []error
-	for _, w := range slices.Backward(m.ways) {
-		if err := w.unset(); err != nil {
-			errs = append(errs, fmt.Errorf("hostdns: %s: not restored: %w", w.name(), err))
+	for _, b := range slices.Backward(m.backends) {
+		if err := b.unset(); err != nil {
+			errs = append(errs, fmt.Errorf("hostdns: %s: not restored: %w", b.name(), err))
 		}
 	}
-	if m.applied = (Settings{}); len(errs) == 0 { // otherwise Close tries again
-		m.ways = nil
+	m.applied = Settings{}
+	if len(errs) == 0 { // otherwise Close tries again
+		m.backends = nil
 	}
 	return errors.Join(errs...)
 }
 
-// Close puts the host's resolver back as it was, as far as nobody else changed
-// it meanwhile. It may be called more than once.
+// Close restores the host's resolver, except for changes that another program
+// made meanwhile. It may be called more than once.
 func (m *Manager) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.unset()
 }
 
-// Upstream returns the servers that the host would ask if there were no
-// tunnels, for look-ups that must not depend on one. ok is false when its
-// resolver is as it is without tunnels, and can be asked itself.
+// Upstream returns the servers that the host would ask without tunnels, for
+// look-ups that must not depend on one. ok is false when no tunnel changed the
+// resolver, which can then be asked itself.
 func (m *Manager) Upstream() (servers []netip.AddrPort, ok bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.ways == nil {
-		return m.file.beneath()
+	if m.backends == nil {
+		return m.file.upstreamServers()
 	}
-	servers, err := m.ways[0].upstream()
+	servers, err := m.backends[0].upstream()
 	if err != nil {
 		m.cfg.Logger.Debug("servers beside the tunnel's are not known", "error", err)
 	}
-	// What systemd-resolved finds in resolv.conf may be the tunnel's too.
+	// systemd-resolved reads resolv.conf too, which may name the tunnel's
+	// servers.
 	return slices.DeleteFunc(servers, func(a netip.AddrPort) bool {
 		return slices.Contains(m.applied.Servers, a)
 	}), true
 }
 
-// Outside returns the servers that the host asks besides those of the tunnel,
-// and that the kernel sends queries to by another way than the tunnel. A server
-// on this host is one of them, because whom that asks is not known.
+// Outside returns the host's other servers that the kernel routes outside the
+// tunnel. They include servers on this host, because the destination of their
+// own queries is unknown.
 func (m *Manager) Outside() []netip.AddrPort {
 	m.mu.Lock()
-	ways, applied := m.ways, m.applied.Servers
-	if ways == nil {
-		ways = detect(m.cfg, m.file, m.program)
+	backends, applied := m.backends, m.applied.Servers
+	if backends == nil {
+		backends = detect(m.cfg, m.file, m.program)
 	}
-	servers := beneath(ways, m.file, m.cfg.Logger)
+	servers := upstreamServers(backends, m.file, m.cfg.Logger)
 	m.mu.Unlock()
 	return slices.DeleteFunc(servers, func(a netip.AddrPort) bool {
 		_, err := source(a)
@@ -355,19 +371,19 @@ func (m *Manager) Outside() []netip.AddrPort {
 	})
 }
 
-// Servers returns the servers that this host asks when it is told of no tunnel.
+// Servers returns the servers that this host asks without a tunnel.
 func Servers(c Config) []netip.AddrPort {
 	c = c.withDefaults()
 	f := newFile(c)
-	return beneath(detect(c, f, newResolvconf(c)), f, c.Logger)
+	return upstreamServers(detect(c, f, newResolvconf(c)), f, c.Logger)
 }
 
-// beneath returns the servers that a host with these ways asks besides those of
-// tunnels.
-func beneath(ways []way, f *file, logger *slog.Logger) []netip.AddrPort {
-	r, ok := ways[0].(*resolved)
+// upstreamServers returns the servers that a host with these backends asks
+// besides the servers of tunnels.
+func upstreamServers(backends []backend, f *file, logger *slog.Logger) []netip.AddrPort {
+	r, ok := backends[0].(*resolved)
 	if !ok {
-		servers, _ := f.beneath()
+		servers, _ := f.upstreamServers()
 		return servers
 	}
 	servers, err := r.upstream()
@@ -379,7 +395,7 @@ func beneath(ways []way, f *file, logger *slog.Logger) []netip.AddrPort {
 
 // source returns the address from which the kernel sends packets to a server.
 func source(server netip.AddrPort) (netip.Addr, error) {
-	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(server)) // which sends nothing
+	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(server)) // sends nothing
 	if err != nil {
 		return netip.Addr{}, err
 	}

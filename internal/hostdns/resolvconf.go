@@ -14,10 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// programTimeout is how long resolvconf may take: it runs other programs.
+// programTimeout limits a run of resolvconf, which runs other programs.
 const programTimeout = 10 * time.Second
 
-// programDirs are where programs are looked for.
+// programDirs are searched for programs.
 var programDirs = []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin",
 	"/sbin", "/bin"}
 
@@ -30,19 +30,21 @@ func findProgram(name string) string {
 	return ""
 }
 
-// resolvconf is the program of openresolv.
+// resolvconf is the backend that runs the program of openresolv.
 type resolvconf struct {
 	cfg Config
-	// names what is ours, in place of an interface, which would have another
-	// name next time
-	key    string
-	before []netip.AddrPort // servers of resolv.conf without ours
+	// key names the tunnel's entry. The interface does not, because its name
+	// may change between runs.
+	key string
+	// before lists the servers of resolv.conf without the tunnel's; nil before
+	// set.
+	before []netip.AddrPort
 }
 
 func newResolvconf(c Config) *resolvconf { return &resolvconf{cfg: c, key: "masque-" + c.Instance} }
 
-// madeByOpenresolv reports whether openresolv makes resolv.conf. Debian's
-// resolvconf has a longer first line.
+// madeByOpenresolv reports whether openresolv generates resolv.conf. The first
+// line of Debian's resolvconf is longer.
 func madeByOpenresolv(c Config) bool {
 	content, err := readSmall(c.ResolvConf)
 	return err == nil && c.Resolvconf != "" &&
@@ -63,8 +65,8 @@ func (r *resolvconf) set(s Settings) error {
 	if err != nil {
 		return err
 	}
-	// -x: no other servers, which would be asked when ours do not answer at
-	// once.
+	// -x excludes other servers, which would be asked when the tunnel's servers
+	// are slow to answer.
 	return r.run(lines, "-m", "0", "-x", "-a", r.key)
 }
 
@@ -73,7 +75,7 @@ func (r *resolvconf) unset() error {
 	return r.run(nil, "-f", "-d", r.key)
 }
 
-func (r *resolvconf) holds(s Settings) error {
+func (r *resolvconf) verify(s Settings) error {
 	content, err := readSmall(r.cfg.ResolvConf)
 	if err != nil {
 		return err
@@ -81,7 +83,7 @@ func (r *resolvconf) holds(s Settings) error {
 	if !slices.ContainsFunc(nameservers(content), func(a netip.AddrPort) bool {
 		return slices.Contains(s.Servers, a)
 	}) {
-		return fmt.Errorf("another program took the tunnel's servers out of %s", r.cfg.ResolvConf)
+		return fmt.Errorf("another program removed the tunnel's servers from %s", r.cfg.ResolvConf)
 	}
 	return nil
 }

@@ -16,15 +16,17 @@ import (
 )
 
 const (
-	systemBus   = "unix:path=/run/dbus/system_bus_socket"
-	busTimeout  = 5 * time.Second // of all calls for one change
+	systemBus = "unix:path=/run/dbus/system_bus_socket"
+	// busTimeout limits all calls of one change together.
+	busTimeout  = 5 * time.Second
 	resolveName = "org.freedesktop.resolve1"
 	resolvePath = "/org/freedesktop/resolve1"
 	manager     = resolveName + ".Manager."
 	dnsPort     = 53
 )
 
-// resolved is systemd-resolved, see org.freedesktop.resolve1(5).
+// resolved is the backend that configures systemd-resolved, see
+// org.freedesktop.resolve1(5).
 type resolved struct{ cfg Config }
 
 func newResolved(c Config) *resolved { return &resolved{cfg: c} }
@@ -49,13 +51,13 @@ func (r *resolved) bus(f func(context.Context, *dbus.Conn) error) error {
 	return f(ctx, conn)
 }
 
-// running reports whether systemd-resolved is there, and is that of this
-// network namespace: a namespace made by ip-netns(8) sees the bus of the
-// machine, whose interfaces are others.
+// running reports whether systemd-resolved runs in this network namespace. A
+// namespace made by ip-netns(8) sees the bus of the host, where interface
+// indexes differ.
 func (r *resolved) running() bool {
 	var pid uint32
 	err := r.bus(func(ctx context.Context, conn *dbus.Conn) error {
-		// A service that is not running is not started by this.
+		// This call does not start a stopped service.
 		return conn.BusObject().CallWithContext(ctx,
 			"org.freedesktop.DBus.GetConnectionUnixProcessID", 0, resolveName).Store(&pid)
 	})
@@ -63,14 +65,15 @@ func (r *resolved) running() bool {
 		return false
 	}
 	theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid))
-	if err != nil { // not for us to see
+	if err != nil { // missing permission
 		return leadsToResolved(r.cfg)
 	}
 	ours, err := os.Readlink("/proc/self/ns/net")
 	return err == nil && ours == theirs
 }
 
-// leadsToResolved reports whether who reads resolv.conf asks systemd-resolved.
+// leadsToResolved reports whether all servers of resolv.conf are addresses of
+// systemd-resolved.
 func leadsToResolved(c Config) bool {
 	content, err := readSmall(c.ResolvConf)
 	if err != nil {
@@ -86,7 +89,7 @@ func leadsToResolved(c Config) bool {
 	})
 }
 
-// Values of the bus.
+// These types encode D-Bus values.
 type (
 	linkServer struct {
 		Family  int32
@@ -96,14 +99,14 @@ type (
 		Family  int32
 		Address []byte
 		Port    uint16
-		Name    string // for DNS over TLS
+		Name    string // server name for DNS over TLS
 	}
 	linkDomain struct {
 		Name      string
 		RouteOnly bool // not a search domain
 	}
 	server struct {
-		Index   int32 // of the interface, 0 for none
+		Index   int32 // interface index, 0 for global servers
 		Family  int32
 		Address []byte
 	}
@@ -116,9 +119,9 @@ func family(a netip.Addr) int32 {
 	return unix.AF_INET6
 }
 
-// domains returns what the interface is for. All names below a search domain
-// are the tunnel's too, because systemd-resolved knows no search domains of
-// other interfaces' servers.
+// domains returns the domains of the tunnel's interface. All names below a
+// search domain go to the tunnel too, because systemd-resolved cannot have
+// search domains without routing their names.
 func (s Settings) domains() []linkDomain {
 	var out []linkDomain
 	for _, name := range s.Search {
@@ -145,7 +148,7 @@ func (r *resolved) set(s Settings) error {
 		plain = append(plain, linkServer{family(a.Addr()), address})
 		withPort = append(withPort, linkServerPort{family(a.Addr()), address, a.Port(), ""})
 	}
-	usual := !slices.ContainsFunc(s.Servers, func(a netip.AddrPort) bool {
+	standardPort := !slices.ContainsFunc(s.Servers, func(a netip.AddrPort) bool {
 		return a.Port() != dnsPort
 	})
 	return r.bus(func(ctx context.Context, conn *dbus.Conn) error {
@@ -156,20 +159,21 @@ func (r *resolved) set(s Settings) error {
 			}
 			return nil
 		}
-		// The servers come last: until then the interface is not asked, and
-		// from then on about nothing but its names. They are for queries
-		// without encryption, whatever the default for other interfaces is.
-		// Older versions do not know all.
+		// The servers are set last: resolved does not query the interface
+		// before, and afterwards only for its domains. Encryption is turned off
+		// whatever the host's default, because the servers take unencrypted
+		// queries. Older versions lack some methods.
 		if err := call("SetLinkDomains", index, s.domains()); err != nil {
 			return err
 		}
-		if err := call("SetLinkDefaultRoute", index, s.Full()); err != nil && !unknown(err) {
+		if err := call("SetLinkDefaultRoute", index, s.Full()); err != nil &&
+			!isUnknownMethod(err) {
 			return err
 		}
-		if err := call("SetLinkDNSOverTLS", index, "no"); err != nil && !unknown(err) {
+		if err := call("SetLinkDNSOverTLS", index, "no"); err != nil && !isUnknownMethod(err) {
 			return err
 		}
-		if usual {
+		if standardPort {
 			err = call("SetLinkDNS", index, plain)
 		} else {
 			err = call("SetLinkDNSEx", index, withPort)
@@ -177,8 +181,8 @@ func (r *resolved) set(s Settings) error {
 		if err != nil {
 			return err
 		}
-		// What was said about internal names before does not count any more.
-		if err := call("FlushCaches"); err != nil && !unknown(err) {
+		// Cached answers about internal names are stale now.
+		if err := call("FlushCaches"); err != nil && !isUnknownMethod(err) {
 			return err
 		}
 		return nil
@@ -188,7 +192,7 @@ func (r *resolved) set(s Settings) error {
 func (r *resolved) unset() error {
 	link, err := net.InterfaceByName(r.cfg.Interface)
 	if err != nil {
-		return nil // with the interface went what was said about it
+		return nil // the settings went with the interface
 	}
 	return r.bus(func(ctx context.Context, conn *dbus.Conn) error {
 		object := conn.Object(resolveName, resolvePath)
@@ -196,12 +200,13 @@ func (r *resolved) unset() error {
 			int32(link.Index)).Err; err != nil {
 			return fmt.Errorf("RevertLink: %w", explain(err))
 		}
-		_ = object.CallWithContext(ctx, manager+"FlushCaches", 0).Err // they are of no harm
+		// Stale cache entries do no harm.
+		_ = object.CallWithContext(ctx, manager+"FlushCaches", 0).Err
 		return nil
 	})
 }
 
-// servers returns the servers that systemd-resolved has.
+// servers returns all servers configured in systemd-resolved.
 func (r *resolved) servers() (all []server, err error) {
 	err = r.bus(func(ctx context.Context, conn *dbus.Conn) error {
 		return conn.Object(resolveName, resolvePath).StoreProperty(manager+"DNS", &all)
@@ -209,7 +214,7 @@ func (r *resolved) servers() (all []server, err error) {
 	return all, err
 }
 
-func (r *resolved) holds(s Settings) error {
+func (r *resolved) verify(s Settings) error {
 	link, err := net.InterfaceByName(r.cfg.Interface)
 	if err != nil {
 		return err
@@ -223,7 +228,7 @@ func (r *resolved) holds(s Settings) error {
 			a, _ := netip.AddrFromSlice(have.Address)
 			return int(have.Index) == link.Index && a == want.Addr()
 		}) {
-			return fmt.Errorf("it has lost %v, as when it is restarted", want.Addr())
+			return fmt.Errorf("it has lost %v, possibly by a restart", want.Addr())
 		}
 	}
 	return nil
@@ -251,13 +256,13 @@ func (r *resolved) upstream() ([]netip.AddrPort, error) {
 	return out, err
 }
 
-// unknown reports whether a method is not there.
-func unknown(err error) bool {
+// isUnknownMethod reports whether the service lacks the called method.
+func isUnknownMethod(err error) bool {
 	var e dbus.Error
 	return errors.As(err, &e) && e.Name == "org.freedesktop.DBus.Error.UnknownMethod"
 }
 
-// explain gives errors of the bus that say so the identity of os.ErrPermission.
+// explain makes access errors of the bus match os.ErrPermission.
 func explain(err error) error {
 	var e dbus.Error
 	if errors.As(err, &e) && (e.Name == "org.freedesktop.DBus.Error.AccessDenied" ||

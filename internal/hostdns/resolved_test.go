@@ -16,22 +16,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// busConfig is for a dbus-daemon of our own.
+// busConfig configures a private dbus-daemon.
 const busConfig = `<busconfig>
 <type>custom</type><listen>unix:path=%s</listen><auth>EXTERNAL</auth>
 <policy context="default"><allow user="*"/><allow own="*"/><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/></policy>
 </busconfig>`
 
-// fakeResolved is a systemd-resolved that notes what it is told.
+// fakeResolved is a systemd-resolved that records its calls.
 type fakeResolved struct {
 	mu    sync.Mutex
 	calls []string
-	old   bool     // it does not know methods that came later
-	deny  string   // a method that it refuses
-	own   []server // that it was told
+	old   bool     // lacks methods of later versions
+	deny  string   // name of a method to refuse
+	own   []server // servers set by calls
 }
 
-// restart has f forget what it was told.
+// restart makes f forget its servers.
 func (f *fakeResolved) restart() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -81,20 +81,19 @@ func (f *fakeResolved) SetLinkDNSOverTLS(link int32, mode string) *dbus.Error {
 }
 
 func (f *fakeResolved) RevertLink(link int32) *dbus.Error {
-	return f.note("RevertLink",
-		"%d", link)
+	return f.note("RevertLink", "%d", link)
 }
 
 func (f *fakeResolved) FlushCaches() *dbus.Error { return f.note("FlushCaches", "") }
 
-// change has f behave in another way from now on.
+// change sets the version and the refused method.
 func (f *fakeResolved) change(old bool, deny string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.old, f.deny = old, deny
 }
 
-// take returns what was called since the last time.
+// take returns the calls since the last take.
 func (f *fakeResolved) take() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -103,10 +102,10 @@ func (f *fakeResolved) take() []string {
 	return calls
 }
 
-// properties has the servers of all interfaces.
+// properties answers with the servers of all interfaces.
 type properties struct {
 	f       *fakeResolved
-	servers []server // besides
+	servers []server // servers of other interfaces
 }
 
 func (p properties) Get(_, name string) (dbus.Variant, *dbus.Error) {
@@ -118,8 +117,8 @@ func (p properties) Get(_, name string) (dbus.Variant, *dbus.Error) {
 	return dbus.MakeVariant(slices.Concat(p.servers, p.f.own)), nil
 }
 
-// startBus starts a D-Bus, with systemd-resolved on it if f is not nil, and
-// returns its address.
+// startBus starts a D-Bus daemon and returns its address. A non-nil f is its
+// systemd-resolved.
 func startBus(t *testing.T, f *fakeResolved, servers ...server) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -140,7 +139,7 @@ func startBus(t *testing.T, f *fakeResolved, servers ...server) string {
 		_ = daemon.Process.Kill()
 		_ = daemon.Wait()
 	})
-	if _, err := out.Read(make([]byte, 256)); err != nil { // it listens now
+	if _, err := out.Read(make([]byte, 256)); err != nil { // the daemon listens now
 		t.Fatal(err)
 	}
 	address := "unix:path=" + socket
@@ -168,11 +167,12 @@ const stub = "# systemd\nnameserver 127.0.0.53\noptions edns0 trust-ad\nsearch .
 func wantCalls(t *testing.T, f *fakeResolved, want ...string) {
 	t.Helper()
 	if got := f.take(); !slices.Equal(got, want) {
-		t.Errorf("told\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+		t.Errorf("called\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
 
-// lo is the interface of the tests.
+// lo returns the index of the loopback interface, which stands for the
+// tunnel's.
 func lo(t *testing.T) int {
 	t.Helper()
 	link, err := net.InterfaceByName("lo")
@@ -192,7 +192,7 @@ func TestResolved(t *testing.T) {
 	cfg.Bus = startBus(t, f,
 		server{int32(n), unix.AF_INET, []byte{10, 77, 0, 1}},
 		server{int32(n) + 1, unix.AF_INET, []byte{192, 0, 2, 53}},
-		// as systemd-resolved finds it in resolv.conf
+		// systemd-resolved reads these from resolv.conf.
 		server{0, unix.AF_INET, []byte{10, 77, 0, 1}},
 		server{0, unix.AF_INET6, netip.MustParseAddr("2001:db8::53").AsSlice()},
 		server{int32(n) + 1, unix.AF_INET6, netip.MustParseAddr("fe80::1").AsSlice()})
@@ -204,7 +204,7 @@ func TestResolved(t *testing.T) {
 		t.Fatal(err)
 	}
 	if servers, ok := m.Upstream(); ok {
-		t.Errorf("before: %v beside the tunnel's", servers)
+		t.Errorf("before Apply: upstream servers %v", servers)
 	}
 	wantCalls(t, f)
 
@@ -224,13 +224,13 @@ func TestResolved(t *testing.T) {
 	apply(settings)
 	wantCalls(t, f)
 	want := slices.Clone(hostServers)
-	want = append(want, netip.AddrPortFrom(netip.MustParseAddr("fe80::1").WithZone(fmt.Sprint(n+
-		1)), 53))
+	zoned := netip.MustParseAddr("fe80::1").WithZone(fmt.Sprint(n + 1))
+	want = append(want, netip.AddrPortFrom(zoned, 53))
 	if servers, ok := m.Upstream(); !ok || !slices.Equal(servers, want) {
-		t.Errorf("beside the tunnel's: %v, %v", servers, ok)
+		t.Errorf("upstream servers: %v, %v", servers, ok)
 	}
 
-	// Split: only the names of the tunnel.
+	// Split DNS: only names of the tunnel.
 	split := settings
 	split.Domains = []string{"corp.example", "internal.example"}
 	apply(split)
@@ -239,7 +239,7 @@ func TestResolved(t *testing.T) {
 		"SetLinkDefaultRoute "+link+" false", "SetLinkDNSOverTLS "+link+" no", servers,
 		"FlushCaches")
 
-	// Another port, on an older version.
+	// Another port and an older version.
 	f.change(true, "")
 	split.Servers = []netip.AddrPort{netip.MustParseAddrPort("10.77.0.1:5353")}
 	apply(split)
@@ -247,7 +247,7 @@ func TestResolved(t *testing.T) {
 		" [{corp.example false} {example false} {internal.example true}]",
 		"SetLinkDNSOverTLS "+link+" no", "SetLinkDNSEx "+link+" [{2 [10 77 0 1] 5353 }]")
 
-	// What is refused leaves nothing.
+	// A refusal leaves no settings.
 	f.change(true, "SetLinkDNS")
 	if _, err := m.Apply(settings); !errors.Is(err, os.ErrPermission) ||
 		!strings.Contains(err.Error(), "SetLinkDNS") {
@@ -264,8 +264,7 @@ func TestResolved(t *testing.T) {
 	h.unchanged(before)
 }
 
-// When programs that read resolv.conf do not ask systemd-resolved, they are
-// told as well.
+// When resolv.conf does not name systemd-resolved, both are configured.
 func TestResolvedAndFile(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
@@ -294,9 +293,8 @@ func TestResolvedAndFile(t *testing.T) {
 	wantCalls(t, f, fmt.Sprint("RevertLink ", lo(t)), "FlushCaches")
 }
 
-// A bus without systemd-resolved, and the one of another network namespace, do
-// not count.
-func TestNotThisResolved(t *testing.T) {
+// A bus without systemd-resolved does not count.
+func TestBusWithoutResolved(t *testing.T) {
 	h := newHost(t)
 	h.write(original)
 	cfg := h.config("home")

@@ -10,24 +10,24 @@ import (
 )
 
 const (
-	// settleDelay is what a program that writes a file has to finish.
+	// settleDelay gives another program time to finish writing the file.
 	settleDelay = 100 * time.Millisecond
-	// putBackEvery and putBackBurst are how often the work of another program
-	// is undone.
-	putBackEvery = 10 * time.Second
-	putBackBurst = 5
+	// restoreEvery and restoreBurst limit how often other programs' changes are
+	// reverted.
+	restoreEvery = 10 * time.Second
+	restoreBurst = 5
 )
 
-// watcher calls a function when a file changes.
+// watcher calls a function after changes of a file.
 type watcher struct {
 	w    *fsnotify.Watcher
 	done sync.WaitGroup
 	stop chan struct{}
 }
 
-// watch calls check after changes of the file at path, which may be replaced,
-// and at the start, until it is closed. Where check says that it had to act, it
-// is called at a rate.
+// watch calls check at the start and after each change of the file at path,
+// which may be replaced, until the watcher is closed. check reports whether it
+// restored the file; calls that follow are rate-limited.
 func watch(path string, check func() bool) (*watcher, error) {
 	w, err := fsnotify.NewWatcher()
 	if err != nil {
@@ -43,8 +43,8 @@ func watch(path string, check func() bool) (*watcher, error) {
 }
 
 func (x *watcher) run(path string, check func() bool) {
-	acts := rate.NewLimiter(rate.Every(putBackEvery), putBackBurst)
-	var wait time.Duration // for the next check
+	restores := rate.NewLimiter(rate.Every(restoreEvery), restoreBurst)
+	var wait time.Duration // minimum delay of the next check
 	pending := time.After(settleDelay)
 	for {
 		select {
@@ -55,16 +55,16 @@ func (x *watcher) run(path string, check func() bool) {
 			if pending == nil && e.Name == path {
 				pending = time.After(max(wait, settleDelay))
 			}
-		case <-x.w.Errors: // as when events were too many
+		case <-x.w.Errors: // for example, too many events
 			if pending == nil {
 				pending = time.After(max(wait, settleDelay))
 			}
 		case <-pending:
 			pending = nil
-			// The directory knows nothing of a file that is mounted there.
+			// Changes of a mounted file are not events of its directory.
 			_ = x.w.Add(path)
 			if wait = 0; check() {
-				wait = acts.Reserve().Delay()
+				wait = restores.Reserve().Delay()
 			}
 		case <-x.stop:
 			return
@@ -72,7 +72,8 @@ func (x *watcher) run(path string, check func() bool) {
 	}
 }
 
-// close returns when check is not called any more. A nil watcher is closed.
+// close stops the watcher and waits for a running check. A nil watcher is
+// closed.
 func (x *watcher) close() {
 	if x == nil {
 		return
