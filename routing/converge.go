@@ -163,8 +163,12 @@ func (s *scope) bring(list *ops, have observed, want plan) {
 		list.add(kindLink, func() error { return s.setUp(have.link) }, "set %s up", s.Interface)
 	}
 	for _, p := range want.addrs {
-		if _, ok := have.addrs[p]; ok {
+		_, ok := have.addrs[p]
+		if _, bad := have.spoilt[p]; ok && (!bad || !slices.Contains(s.rec.Addresses, p)) {
 			continue
+		}
+		if ok && !isIPv6(p) {
+			list.add(kindAddress, func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
 		}
 		for old := range have.addrs {
 			if isIPv6(p) && old.Addr() == p.Addr() { // once per interface, whatever the length

@@ -23,6 +23,7 @@ type observed struct {
 	group  uint32
 	gen    string                    // its address generation mode, "" without IPv6
 	addrs  map[netip.Prefix]struct{} // all of the interface
+	spoilt map[netip.Prefix]struct{} // those that the host would not use as a source
 	routes map[route]struct{}
 	others []netlink.Route // routes of our tables that are not as we make them
 	rules  map[rule]struct{}
@@ -40,7 +41,7 @@ func (s *scope) observe() (o observed, err error) {
 		o.up = o.link.Attrs().Flags&net.FlagUp != 0
 		o.mtu, o.group = o.link.Attrs().MTU, o.link.Attrs().Group
 		o.gen, _ = s.readSysctl("net/ipv6/conf/" + o.link.Attrs().Name + "/addr_gen_mode")
-		if o.addrs, err = s.listAddrs(o.link); err != nil {
+		if o.addrs, o.spoilt, err = s.listAddrs(o.link); err != nil {
 			return o, err
 		}
 	}
@@ -84,18 +85,24 @@ func (s *scope) findLink() (netlink.Link, error) {
 	return link, nil
 }
 
-func (s *scope) listAddrs(link netlink.Link) (map[netip.Prefix]struct{}, error) {
+// listAddrs returns the addresses of the interface, and which of those are of a
+// smaller scope than ours, or are to go away.
+func (s *scope) listAddrs(link netlink.Link) (all, spoilt map[netip.Prefix]struct{}, err error) {
 	addrs, err := repeat(func() ([]netlink.Addr, error) {
 		return s.nl.AddrList(link, netlink.FAMILY_ALL)
 	})
 	if err != nil {
-		return nil, fmt.Errorf("list addresses of %s: %w", s.Interface, explain(err))
+		return nil, nil, fmt.Errorf("list addresses of %s: %w", s.Interface, explain(err))
 	}
-	set := make(map[netip.Prefix]struct{})
+	all, spoilt = make(map[netip.Prefix]struct{}), make(map[netip.Prefix]struct{})
 	for _, a := range addrs {
-		set[prefixOf(a.IPNet)] = struct{}{}
+		p := prefixOf(a.IPNet)
+		all[p] = struct{}{}
+		if a.Flags&unix.IFA_F_PERMANENT == 0 || a.Flags&unix.IFA_F_DEPRECATED != 0 || !isIPv6(p) && a.Scope != unix.RT_SCOPE_UNIVERSE {
+			spoilt[p] = struct{}{}
+		}
 	}
-	return set, nil
+	return all, spoilt, nil
 }
 
 func (s *scope) families() []int {

@@ -105,6 +105,8 @@ func TestKeep(t *testing.T) {
 		{"one IPv6 rule", client, "ip -6 rule del priority 9741", "rule", "add IPv6 rule 9741: "},
 		{"an address", client, "ip addr del 10.77.0.2/32 dev masque0", "address route", "add address 10.77.0.2/32 to masque0"},
 		{"all addresses", client, "ip addr flush dev masque0", "address route", "add address fd77::2/128 to masque0"},
+		{"an IPv4 address is to go away", client, "ip addr change 10.77.0.2/32 dev masque0 valid_lft 1000 preferred_lft 0", "address route", "delete address 10.77.0.2/32 of masque0"},
+		{"an IPv6 address is not to be used", client, "ip addr change fd77::2/128 dev masque0 preferred_lft 0", "address", "add address fd77::2/128 to masque0"},
 		{"the link is set down", client, "ip link set masque0 down", "address link route", "set masque0 up"},
 		{"a smaller MTU", client, "ip link set masque0 mtu 1290", "mtu", "set the MTU of masque0 from 1290 to 1400"},
 		{"an MTU too small for IPv6", client, "ip link set masque0 mtu 1000", "address link mtu route", "set the MTU of masque0 from 1000 to 1400"},
@@ -178,6 +180,22 @@ func TestKeepAnAddressWithItsLength(t *testing.T) {
 	k := h.keep(m)
 	if now := k.await("the address", func(now Health) bool { return len(now.Addresses) == 2 }); now.Problem != "" {
 		t.Errorf("the problem is %q, want none", now.Problem)
+	}
+}
+
+// An address for this host alone is no source of packets that leave it.
+func TestKeepAnAddressWithItsScope(t *testing.T) {
+	h := newHost(t)
+	h.uplink()
+	h.tun("masque0")
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+	h.apply(m, full())
+	h.ip("addr del 10.77.0.2/32 dev masque0")
+	h.ip("addr add 10.77.0.2/32 dev masque0 scope host")
+	k := h.keep(m)
+	k.await("the address", func(now Health) bool { return now.Repairs["address"] == 2 && len(now.Addresses) == 2 })
+	if text := h.snapshot()["addr"]; strings.Contains(text, "10.77.0.2/32 scope host") {
+		t.Errorf("the scope is still that of the host:\n%s", text)
 	}
 }
 
