@@ -106,10 +106,7 @@ func (m *Manager) mayCarry(index int, to netip.Addr) bool {
 }
 
 func (m *Manager) describeBypass(to netip.Addr, index int) string {
-	name := fmt.Sprintf("interface %d", index)
-	if link, err := m.nl.LinkByIndex(index); err == nil {
-		name = link.Attrs().Name
-	}
+	name := m.linkName(index)
 	first, last := m.rulesBefore(to.Is6())
 	if first == nil {
 		return fmt.Sprintf("packets to %v leave by %s, not through the tunnel: delete the route of another program that takes them there: ip route get %v", to, name, to)
@@ -118,14 +115,20 @@ func (m *Manager) describeBypass(to netip.Addr, index int) string {
 		"delete the rule %d of another program (ip rule show), or give it a priority above %d", to, name, first.Priority, last)
 }
 
-// rulesBefore returns the first rule of another program that goes before the
-// tunnel's, nil for none, and the priority of the tunnel's last.
-func (m *Manager) rulesBefore(v6 bool) (first *netlink.Rule, last int) {
+// lastPriority returns the priority of the tunnel's last rule of a family.
+func (m *Manager) lastPriority(v6 bool) (last int) {
 	for r := range m.applied.rules {
 		if r.v6 == v6 {
 			last = max(last, r.netlink(&m.scope).Priority)
 		}
 	}
+	return last
+}
+
+// rulesBefore returns the first rule of another program that goes before the
+// tunnel's, nil for none, and the priority of the tunnel's last.
+func (m *Manager) rulesBefore(v6 bool) (first *netlink.Rule, last int) {
+	last = m.lastPriority(v6)
 	rules, err := m.listRules()
 	if err != nil {
 		return nil, last
@@ -139,4 +142,54 @@ func (m *Manager) rulesBefore(v6 bool) (first *netlink.Rule, last int) {
 		}
 	}
 	return first, last
+}
+
+// selective says which rules of other programs take some packets out of a tunnel
+// for everything: those with a mark, as balancers of uplinks give to all, or of
+// some users.
+func (m *Manager) selective() (list []string, err error) {
+	if m.Mark == 0 || len(m.applied.rules) == 0 {
+		return nil, nil
+	}
+	rules, err := m.listRules()
+	if err != nil {
+		return nil, err
+	}
+	outside := outsideMark(m.Mark)
+	last, full := make(map[bool]int), make(map[bool]bool)
+	for _, v6 := range []bool{false, true} {
+		last[v6], full[v6] = m.lastPriority(v6), IsFull(m.state.Routes, v6)
+	}
+	for _, n := range rules {
+		_, _, own := parseRule(&n)
+		v6 := n.Family == netlink.FAMILY_V6
+		marked := n.Mark != 0 && n.Mark&outside == 0 && !n.Invert && (n.Mask == nil || *n.Mask != 0)
+		if own || !full[v6] || n.Priority > last[v6] || !marked && n.UIDRange == nil || n.IifName != "" || n.Src != nil {
+			continue
+		}
+		options, whose := &netlink.RouteGetOptions{Mark: n.Mark}, fmt.Sprintf("packets with mark %#x", n.Mark)
+		if n.UIDRange != nil {
+			options.UID, whose = &n.UIDRange.Start, fmt.Sprintf("packets of users %d to %d", n.UIDRange.Start, n.UIDRange.End)
+		}
+		for _, a := range m.state.sample(v6) {
+			routes, err := m.nl.RouteGetWithOptions(a.AsSlice(), options)
+			if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_UNICAST || routes[0].LinkIndex == m.index || m.mayCarry(routes[0].LinkIndex, a) {
+				continue
+			}
+			list = append(list, fmt.Sprintf("the host's rule %d takes %s out of the tunnel, to %s: "+
+				"delete it (ip rule show), or have a kill switch hold them, if it is not meant to", n.Priority, whose, m.linkName(routes[0].LinkIndex)))
+			break
+		}
+	}
+	slices.Sort(list)
+	list = slices.Compact(list)
+	return list[:min(len(list), maxForeign)], nil
+}
+
+// linkName returns the name of an interface.
+func (m *Manager) linkName(index int) string {
+	if link, err := m.nl.LinkByIndex(index); err == nil {
+		return link.Attrs().Name
+	}
+	return fmt.Sprintf("interface %d", index)
 }

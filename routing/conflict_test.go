@@ -75,6 +75,38 @@ func TestConflicts(t *testing.T) {
 	}
 }
 
+// Rules that take some packets out of a tunnel for everything are named.
+func TestSelectiveRules(t *testing.T) {
+	for _, tt := range []struct {
+		name, rule string
+		want       string // how the warning begins, "": there is none
+	}{
+		{"a mark", "rule add priority 2001 fwmark 0x100/0x3f00 lookup 77", "the host's rule 2001 takes packets with mark 0x100 out of the tunnel, to up0"},
+		{"a user", "rule add priority 1500 uidrange 0-0 lookup main", "the host's rule 1500 takes packets of users 0 to 0 out of the tunnel, to up0"},
+		{"IPv6", "-6 rule add priority 2001 fwmark 0x100 lookup main", "the host's rule 2001 takes packets with mark 0x100 out of the tunnel, to up0"},
+		{"a table without a route", "rule add priority 2001 fwmark 0x100 lookup 78", ""},
+		{"after the tunnel's", "rule add priority 20000 fwmark 0x100 lookup main", ""},
+		{"what came in by an interface", "rule add priority 2001 fwmark 0x100 iif up0 lookup main", ""},
+		{"an address of the host", "rule add priority 2001 from 192.168.5.2 lookup main", ""},
+		{"the mark of what goes outside", "rule add priority 2001 fwmark 0x80000000/0x80000000 lookup main", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newHost(t)
+			h.uplink()
+			h.tun("masque0")
+			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+			h.apply(m, full())
+			h.ip("route add default dev up0 table 77")
+			h.ip(tt.rule)
+			switch got := h.conflicts(m); {
+			case tt.want == "" && len(got) > 0, tt.want != "" && (len(got) != 1 || !strings.HasPrefix(got[0], tt.want)):
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+			h.close(m)
+		})
+	}
+}
+
 func (h *host) conflicts(m *Manager) (list []string) {
 	h.t.Helper()
 	h.do(func() {

@@ -331,7 +331,8 @@ func (s *scope) planFor(want State) (plan, error) {
 
 // FollowHost is to be called when networks or routes of the host have changed. It
 // has the state applied fit them, and returns where they have the same addresses
-// as that, and what becomes of it; one sentence each, in a stable order.
+// as that, what becomes of it, and which rules of other programs take packets out
+// of the tunnel; one sentence each, in a stable order.
 func (m *Manager) FollowHost() (conflicting []string, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -356,7 +357,11 @@ func (m *Manager) FollowHost() (conflicting []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("routing: %w", err)
 	}
-	return append(conflicts(m.state, networks), foreign(m.state, routes)...), nil
+	selective, err := m.selective()
+	if err != nil {
+		return nil, fmt.Errorf("routing: %w", err)
+	}
+	return slices.Concat(conflicts(m.state, networks), foreign(m.state, routes), selective), nil
 }
 
 // Close puts the host back as it was before Open, as far as nobody else changed
