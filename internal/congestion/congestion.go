@@ -37,7 +37,7 @@ func (m Mode) Check() (Mode, error) {
 // Describe returns the effect of m in this build, for users.
 func (m Mode) Describe() string {
 	if !Selectable {
-		return string(Outer) + " (stock quic-go); build the programs with make to leave it to the connections inside"
+		return string(Outer) + ", by a stock quic-go; build the programs with make to leave it to the connections inside"
 	}
 	m, _ = m.Check()
 	return string(m)

@@ -16,13 +16,15 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// QUIC works over it at both ends, in each family: a stream that is echoed, long enough for many packets at a time.
+// TestQUIC echoes a QUIC stream over two Conns, for each address family. It is
+// long enough for offload.
 func TestQUIC(t *testing.T) {
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"a.example"}, NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"a.example"},
+		NotAfter: time.Now().Add(time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
@@ -33,7 +35,8 @@ func TestQUIC(t *testing.T) {
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(leaf)
-	server := &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}, NextProtos: []string{"test"}}
+	server := &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der},
+		PrivateKey: key}}, NextProtos: []string{"test"}}
 	client := &tls.Config{RootCAs: roots, ServerName: "a.example", NextProtos: []string{"test"}}
 
 	for _, f := range families {
@@ -61,7 +64,8 @@ func TestQUIC(t *testing.T) {
 					return err
 				}()
 			}()
-			to := &net.UDPAddr{IP: net.ParseIP(f.to), Port: there.Conn.LocalAddr().(*net.UDPAddr).Port}
+			to := &net.UDPAddr{IP: net.ParseIP(f.to),
+				Port: there.Conn.LocalAddr().(*net.UDPAddr).Port}
 			conn, err := here.Dial(ctx, to, client, nil)
 			if err != nil {
 				t.Fatal(err)
@@ -72,12 +76,12 @@ func TestQUIC(t *testing.T) {
 			}
 			data := numbered(1, 4<<20)
 			go func() {
-				_, _ = str.Write(data) // when it fails, the data does not come back
+				_, _ = str.Write(data) // an error shows when reading the echo
 				_ = str.Close()
 			}()
 			got, err := io.ReadAll(str)
 			if err != nil || !bytes.Equal(got, data) {
-				t.Errorf("%d bytes came back of %d: %v", len(got), len(data), err)
+				t.Errorf("%d of %d bytes came back, or they differ: %v", len(got), len(data), err)
 			}
 			if err := <-echoed; err != nil {
 				t.Error(err)
@@ -87,7 +91,7 @@ func TestQUIC(t *testing.T) {
 	}
 }
 
-// transport makes a quic.Transport on a Conn.
+// transport returns a quic.Transport with a Conn.
 func transport(t *testing.T, network, ip string) *quic.Transport {
 	t.Helper()
 	socket, err := net.ListenUDP(network, &net.UDPAddr{IP: net.ParseIP(ip)})

@@ -1,6 +1,13 @@
-// Package udpconn is the UDP socket under QUIC. It takes packets from the kernel many at a time (UDP GRO), has large buffers, and
-// reports what the kernel dropped for want of room in them. Sending many at a time (UDP GSO) is up to quic-go, which is told by
-// EIO when a path does not take it; this is where it is noticed and logged.
+// Package udpconn provides the UDP socket for a quic.Transport.
+//
+// A [Conn] receives many packets with one system call (UDP GRO), has large
+// buffers, and counts the packets that the kernel dropped because the receive
+// buffer was full. quic-go itself sends many packets with one system call (UDP
+// GSO). The kernel returns EIO if a network path does not support that; Conn
+// logs it once, and quic-go then sends packets one by one.
+//
+// A client that changes networks calls [Conn.LoseUnsent], so that QUIC survives
+// the time without a route.
 package udpconn
 
 import (
@@ -20,94 +27,132 @@ import (
 )
 
 const (
-	// bufferSize is what is asked for of each buffer of the socket, in bytes. It holds what a fast path brings while this process
-	// waits for its turn to run.
+	// bufferSize is the requested size in bytes of each socket buffer. It holds
+	// the packets that arrive on a fast path while the scheduler lets this
+	// process wait.
 	bufferSize = 8 << 20
-	// enoughBuffer is not worth a word. It is what quic-go asks for.
+
+	// enoughBuffer is the size in bytes of a socket buffer that needs no
+	// warning. quic-go requests this size.
 	enoughBuffer = 7 << 20
-	// maxReceive is the most that the kernel hands over at once, in bytes.
+
+	// maxReceive is the most bytes that the kernel returns at once.
 	maxReceive = 1 << 16
-	// oobSize is room for all control data that comes with it: addresses, ECN, size of segments, drops.
+
+	// oobSize is the room in bytes for the control data of received packets:
+	// addresses, ECN, segment size and drops.
 	oobSize = 256
 )
 
-// Conn is a UDP socket for a quic.Transport. All methods but ReadBatch may be called concurrently.
+// Conn is a UDP socket for a quic.Transport. All methods except ReadBatch may
+// be called concurrently.
 type Conn struct {
 	*net.UDPConn
 	logger  *slog.Logger
 	dropped func(packets int)
-	noGSO   sync.Once // logs that a path does not take many packets at a time
 
-	single bool          // packets are sent and received one by one
-	lossy  atomic.Bool   // what cannot leave is lost, and no error
-	refuse atomic.Uint32 // unix.Errno for which the last packet did not leave, 0 if it did
+	// logNoGSO logs once that a network path does not support GSO.
+	logNoGSO sync.Once
 
-	// What ReadBatch has from the kernel and not yet handed over.
-	buf     []byte
-	rest    []byte // of buf
-	size    int    // of all segments in rest, but that the last may be shorter
-	oob     []byte
-	control []byte         // what the kernel said of rest, as far as it is for QUIC
-	from    netip.AddrPort // where rest came from
-	addr    *net.UDPAddr   // the same for QUIC, which keeps it and does not write to it
-	drops   uint32         // as the kernel counts
+	// offloadDisabled is set by DisableOffload, before the Conn is used.
+	offloadDisabled bool
+
+	// loseUnsent is set by LoseUnsent.
+	loseUnsent atomic.Bool
+
+	// unsentErrno is the unix.Errno for which the last packet did not leave
+	// this host, or 0 if it left.
+	unsentErrno atomic.Uint32
+
+	// The fields below belong to ReadBatch.
+
+	buf []byte // received from the kernel
+	oob []byte // control data of buf
+
+	// unread is the part of buf that ReadBatch has not returned yet. It
+	// consists of segments of segmentSize bytes, the last of which may be
+	// shorter.
+	unread      []byte
+	segmentSize int
+
+	// control is the part of oob that QUIC needs. It belongs to each segment of
+	// unread.
+	control []byte
+
+	// from is the source of unread. addr is the same address for QUIC, which
+	// retains it without changing it.
+	from netip.AddrPort
+	addr *net.UDPAddr
+
+	drops uint32 // the kernel's counter of dropped packets
 }
 
-// New takes over c: closing the result closes c. Whatever the kernel refuses is done without; only c itself can fail. ReadBatch calls
-// dropped with the number of packets that the kernel has dropped since the last call, because the receive buffer was full;
-// it learns of them with the next packet that arrives. nil: nobody wants to know.
+// New returns a Conn that owns c. It enables the offloads and buffers that the
+// kernel supports and logs a remedy for missing ones. An error means that c
+// itself failed.
+//
+// ReadBatch calls dropped with the number of packets that the kernel dropped
+// since the previous call because the receive buffer was full. The kernel
+// reports this number with the next packet that arrives. dropped may be nil.
 func New(c *net.UDPConn, logger *slog.Logger, dropped func(packets int)) (*Conn, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
-	var g granted
-	if err := raw.Control(func(fd uintptr) { g = setUp(int(fd)) }); err != nil {
+	var f features
+	if err := raw.Control(func(fd uintptr) { f = setUp(int(fd)) }); err != nil {
 		return nil, err
 	}
 	if dropped == nil {
 		dropped = func(int) {}
 	}
-	conn := &Conn{UDPConn: c, logger: logger, dropped: dropped, buf: make([]byte, maxReceive), oob: make([]byte, oobSize)}
-	conn.report(g)
+	conn := &Conn{UDPConn: c, logger: logger, dropped: dropped, buf: make([]byte, maxReceive),
+		oob: make([]byte, oobSize)}
+	conn.report(f)
 	return conn, nil
 }
 
-// granted is what the kernel grants a socket.
-type granted struct {
+// features are the offloads and buffers that the kernel granted a socket.
+type features struct {
 	gso, gro                  bool
 	receiveBuffer, sendBuffer int // bytes
 }
 
-// setUp asks for all that helps and returns what was granted.
-func setUp(fd int) granted {
-	var g granted
+// setUp enables all features of the socket that the kernel supports and returns
+// them.
+func setUp(fd int) features {
+	var f features
 	for _, b := range []struct {
 		force, plain int
 		size         *int
-	}{{unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, &g.receiveBuffer}, {unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, &g.sendBuffer}} {
+	}{{unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, &f.receiveBuffer},
+		{unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, &f.sendBuffer}} {
 		// Without CAP_NET_ADMIN the limit is net.core.rmem_max and wmem_max.
 		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, b.force, bufferSize) != nil {
 			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, b.plain, bufferSize)
 		}
 		size, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, b.plain)
-		*b.size = size / 2 // the kernel doubles what is asked for, because it counts its overhead too
+		// The kernel doubles the requested size, because it counts its overhead
+		// too.
+		*b.size = size / 2
 	}
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1)
 	_, err := unix.GetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_SEGMENT)
-	g.gso = err == nil
-	g.gro = unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil
-	return g
+	f.gso = err == nil
+	f.gro = unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil
+	return f
 }
 
-// report logs what was granted, and how to have more.
-func (c *Conn) report(g granted) {
-	logger := c.logger.With("address", c.LocalAddr().String(), "gso", g.gso, "gro", g.gro, "receive_buffer", g.receiveBuffer, "send_buffer", g.sendBuffer)
+// report logs the features of the socket, with a remedy if some are missing.
+func (c *Conn) report(f features) {
+	logger := c.logger.With("address", c.LocalAddr().String(), "gso", f.gso, "gro", f.gro,
+		"receive_buffer", f.receiveBuffer, "send_buffer", f.sendBuffer)
 	var remedies []string
-	if g.receiveBuffer < enoughBuffer || g.sendBuffer < enoughBuffer {
-		remedies = append(remedies, fmt.Sprintf("set net.core.rmem_max and net.core.wmem_max to %d, or run with CAP_NET_ADMIN", bufferSize))
+	if f.receiveBuffer < enoughBuffer || f.sendBuffer < enoughBuffer {
+		remedies = append(remedies, fmt.Sprintf("set net.core.rmem_max and net.core.wmem_max "+
+			"to %d, or run with CAP_NET_ADMIN", bufferSize))
 	}
-	if !g.gso || !g.gro {
+	if !f.gso || !f.gro {
 		remedies = append(remedies, "use Linux 5.0 or newer")
 	}
 	if len(remedies) == 0 {
@@ -117,34 +162,38 @@ func (c *Conn) report(g granted) {
 	logger.Warn("the UDP socket is slower than it could be", "remedy", strings.Join(remedies, "; "))
 }
 
-// ReadBatch waits for packets and fills ms, each with one packet and its control data, until ms is full or there is no packet
-// at hand. The packets of one batch come from one address. quic-go reads from sockets that have this method with it, from one
-// goroutine, and with flags of 0.
+// ReadBatch waits for packets and stores one packet with its control data in
+// each of ms. It returns their number. All packets of a batch have the same
+// source address. quic-go reads from sockets that have this method by it, in
+// one goroutine and with flags of 0.
 func (c *Conn) ReadBatch(ms []ipv4.Message, _ int) (int, error) {
-	for len(c.rest) == 0 {
+	for len(c.unread) == 0 {
 		if err := c.receive(); err != nil {
 			return 0, err
 		}
 	}
 	n := 0
-	for ; n < len(ms) && len(c.rest) > 0; n++ {
+	for ; n < len(ms) && len(c.unread) > 0; n++ {
 		m := &ms[n]
-		segment := c.rest[:min(c.size, len(c.rest))]
-		c.rest = c.rest[len(segment):]
-		m.N = copy(m.Buffers[0], segment) // what does not fit is cut, and fails to decrypt
+		segment := c.unread[:min(c.segmentSize, len(c.unread))]
+		c.unread = c.unread[len(segment):]
+		// A packet that does not fit is truncated, and QUIC fails to decrypt
+		// it.
+		m.N = copy(m.Buffers[0], segment)
 		m.NN = copy(m.OOB, c.control)
 		m.Addr = c.addr
 	}
 	return n, nil
 }
 
-// receive takes the next packets from the kernel: one, or a run of them from one address.
+// receive receives the next packet from the kernel, or several packets from one
+// address.
 func (c *Conn) receive() error {
 	n, oobn, _, from, err := c.ReadMsgUDPAddrPort(c.buf, c.oob)
 	if err != nil {
 		return err
 	}
-	c.rest, c.size = c.buf[:n], n
+	c.unread, c.segmentSize = c.buf[:n], n
 	c.parse(c.oob[:oobn])
 	if c.from != from {
 		c.from, c.addr = from, net.UDPAddrFromAddrPort(from)
@@ -152,18 +201,21 @@ func (c *Conn) receive() error {
 	return nil
 }
 
-// parse reads the control data that came with rest and keeps what is for QUIC of it.
+// parse parses the control data of received packets. It sets segmentSize,
+// reports drops, and stores the other messages, which are for QUIC, in control.
 func (c *Conn) parse(oob []byte) {
 	c.control = c.control[:0]
-	for len(oob) >= unix.SizeofCmsghdr { // less is not a header, and ParseOneSocketControlMessage would read beyond it
-		h, data, rest, err := unix.ParseOneSocketControlMessage(oob)
+	for len(oob) >= unix.SizeofCmsghdr {
+		// The condition is needed because ParseOneSocketControlMessage would
+		// read beyond the end of a shorter slice.
+		h, data, next, err := unix.ParseOneSocketControlMessage(oob)
 		if err != nil {
 			return
 		}
 		switch {
 		case h.Level == unix.IPPROTO_UDP && h.Type == unix.UDP_GRO && len(data) >= 4:
 			if size := int(int32(binary.NativeEndian.Uint32(data))); size > 0 {
-				c.size = size
+				c.segmentSize = size
 			}
 		case h.Level == unix.SOL_SOCKET && h.Type == unix.SO_RXQ_OVFL && len(data) >= 4:
 			drops := binary.NativeEndian.Uint32(data)
@@ -172,97 +224,108 @@ func (c *Conn) parse(oob []byte) {
 			}
 			c.drops = drops
 		default:
-			c.control = append(c.control, oob[:len(oob)-len(rest)]...)
+			c.control = append(c.control, oob[:len(oob)-len(next)]...)
 		}
-		oob = rest
+		oob = next
 	}
 }
 
-// LoseUnsent has packets from now on be lost, without an error, that this host does not let out: for want of a route, an address or
-// an interface, or because its firewall forbids it. QUIC would end the connection on the first such error, although a host that
-// changes networks has a route again a moment later.
-func (c *Conn) LoseUnsent() { c.lossy.Store(true) }
+// LoseUnsent makes WriteMsgUDP lose packets silently if they cannot leave this
+// host because it has no route, address or interface, or because its firewall
+// refuses them. QUIC would close the connection on the first such error,
+// although a host that changes networks soon has a route again.
+func (c *Conn) LoseUnsent() { c.loseUnsent.Store(true) }
 
-// Unsent returns the unix.Errno for which the last packet did not leave this host, nil if it did.
+// Unsent returns the unix.Errno for which the last packet did not leave this
+// host, or nil if it left.
 func (c *Conn) Unsent() error {
-	if e := c.refuse.Load(); e != 0 {
+	if e := c.unsentErrno.Load(); e != 0 {
 		return unix.Errno(e)
 	}
 	return nil
 }
 
-// DisableOffload has packets be sent and received one by one, so that a capture
-// on this host sees each of them as it is on the wire: with offload it sees what
-// the kernel splits later, and no program decrypts that. It is called before
-// anything is sent or received.
+// DisableOffload makes the Conn send and receive packets one by one, so that a
+// packet capture on this host shows them as they are on the wire. With offload,
+// captures show large packets that the kernel splits later, which programs
+// cannot decrypt. DisableOffload must be called before packets are sent or
+// received.
 func (c *Conn) DisableOffload() error {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return err
 	}
-	c.single = true
+	c.offloadDisabled = true
 	return raw.Control(func(fd uintptr) {
-		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_GRO, 0) // a kernel without it has nothing to turn off
+		// The call fails on a kernel without GRO, which is fine.
+		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_GRO, 0)
 	})
 }
 
-// WriteMsgUDP sends b, several packets in one when oob says so. It logs the first time that a path does not take that: quic-go
-// then sends packets to that peer one by one.
+// WriteMsgUDP sends b as one packet, or as several if oob has a segment size.
+// The error is EIO if the path does not support that; quic-go then sends
+// packets to this peer one by one.
 func (c *Conn) WriteMsgUDP(b, oob []byte, addr *net.UDPAddr) (n, oobn int, err error) {
-	if c.single && segmented(oob) {
-		return 0, 0, os.NewSyscallError("sendmsg", unix.EIO) // as of a path that does not take it: quic-go sends them one by one then
+	if c.offloadDisabled && segmented(oob) {
+		// Make quic-go send the packets one by one.
+		return 0, 0, os.NewSyscallError("sendmsg", unix.EIO)
 	}
 	n, oobn, err = c.UDPConn.WriteMsgUDP(b, oob, addr)
 	if err == nil {
-		if c.refuse.Load() != 0 {
-			c.refuse.Store(0)
+		if c.unsentErrno.Load() != 0 {
+			c.unsentErrno.Store(0)
 		}
 		return n, oobn, nil
 	}
-	c.failed(err, addr)
+	c.noteError(err, addr)
 	if e := unsent(err); e != 0 {
-		c.refuse.Store(uint32(e))
-		if c.lossy.Load() {
+		c.unsentErrno.Store(uint32(e))
+		if c.loseUnsent.Load() {
 			return len(b), len(oob), nil
 		}
 	}
 	return n, oobn, err
 }
 
-// segmented reports whether control data asks the kernel to split a message into
-// packets (UDP_SEGMENT).
+// segmented reports whether control data asks the kernel to split a message
+// into packets (UDP_SEGMENT).
 func segmented(oob []byte) bool {
 	for len(oob) >= unix.SizeofCmsghdr {
-		h, _, rest, err := unix.ParseOneSocketControlMessage(oob)
+		h, _, next, err := unix.ParseOneSocketControlMessage(oob)
 		if err != nil {
 			return false
 		}
 		if h.Level == unix.IPPROTO_UDP && h.Type == unix.UDP_SEGMENT {
 			return true
 		}
-		oob = rest
+		oob = next
 	}
 	return false
 }
 
-// unsent returns what err says of the host's network as it is now, 0 if it is about the packet or the socket.
+// unsent returns the errno of err if it is about the current state of the
+// host's network, and 0 if it is about the packet or the socket.
 func unsent(err error) unix.Errno {
 	var e unix.Errno
 	if errors.As(err, &e) {
 		switch e {
-		case unix.ENETUNREACH, unix.EHOSTUNREACH, unix.ENETDOWN, unix.EADDRNOTAVAIL, unix.ENODEV, unix.EPERM, unix.EACCES, unix.ENOBUFS:
+		case unix.ENETUNREACH, unix.EHOSTUNREACH, unix.ENETDOWN, unix.EADDRNOTAVAIL, unix.ENODEV,
+			unix.EPERM, unix.EACCES, unix.ENOBUFS:
 			return e
 		}
 	}
 	return 0
 }
 
-// failed looks at what a write to remote failed with.
-func (c *Conn) failed(err error, remote *net.UDPAddr) {
+// noteError logs the error of a write to remote if the path does not support
+// GSO.
+func (c *Conn) noteError(err error, remote *net.UDPAddr) {
 	if errors.Is(err, unix.EIO) {
-		c.noGSO.Do(func() {
-			c.logger.Warn("the way out does not take UDP packets many at a time: sending them one by one, which is slower", "remote", remote.String(),
-				"remedy", "look for a driver that computes UDP checksums: ethtool -K DEVICE tx-checksum-ip-generic on")
+		c.logNoGSO.Do(func() {
+			c.logger.Warn("the network path does not support UDP segmentation offload: "+
+				"sending packets one by one, which is slower", "remote", remote.String(),
+				"remedy", "let the driver compute UDP checksums: "+
+					"ethtool -K DEVICE tx-checksum-ip-generic on")
 		})
 	}
 }

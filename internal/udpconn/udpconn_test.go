@@ -22,10 +22,10 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// patience bounds waits for things that take no time.
+// patience is how long tests wait for an expected event.
 const patience = 10 * time.Second
 
-// families are the ways to reach a socket.
+// families are the kinds of sockets and the addresses to reach them by.
 var families = []struct{ name, network, listen, to string }{
 	{"IPv4", "udp4", "127.0.0.1", "127.0.0.1"},
 	{"IPv6", "udp6", "::1", "::1"},
@@ -45,6 +45,7 @@ func listen(t testing.TB, network, ip string) *net.UDPConn {
 	return c
 }
 
+// newConn returns a Conn on c without logging.
 func newConn(t testing.TB, c *net.UDPConn, dropped func(int)) *Conn {
 	t.Helper()
 	conn, err := New(c, slog.New(slog.DiscardHandler), dropped)
@@ -54,35 +55,39 @@ func newConn(t testing.TB, c *net.UDPConn, dropped func(int)) *Conn {
 	return conn
 }
 
-// set sets an option of a socket.
+// set sets an integer option of a socket.
 func set(t testing.TB, c *net.UDPConn, level, option, value int) {
 	t.Helper()
 	raw, err := c.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if e := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, option, value) }); e != nil || err != nil {
+	if e := raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), level, option, value)
+	}); e != nil || err != nil {
 		t.Fatalf("option %d of level %d: %v, %v", option, level, e, err)
 	}
 }
 
-// sender opens a socket to send from to receiver, which is reached at the address to, and returns where that is.
+// sender opens a socket for sending to the IP address to of receiver. It also
+// returns receiver's address with its port.
 func sender(t testing.TB, to string, receiver *net.UDPConn) (*net.UDPConn, *net.UDPAddr) {
 	t.Helper()
 	c := listen(t, "udp", to)
 	return c, &net.UDPAddr{IP: net.ParseIP(to), Port: receiver.LocalAddr().(*net.UDPAddr).Port}
 }
 
-// control is one control message.
+// control returns a control message for a 64-bit kernel.
 func control(level, typ int32, data []byte) []byte {
 	b := make([]byte, unix.CmsgSpace(len(data)))
-	binary.NativeEndian.PutUint64(b, uint64(unix.CmsgLen(len(data)))) // of a 64-bit kernel
+	binary.NativeEndian.PutUint64(b, uint64(unix.CmsgLen(len(data))))
 	binary.NativeEndian.PutUint32(b[8:], uint32(level))
 	binary.NativeEndian.PutUint32(b[12:], uint32(typ))
 	copy(b[16:], data)
 	return b
 }
 
+// uint32s returns values in native byte order.
 func uint32s(values ...uint32) (b []byte) {
 	for _, v := range values {
 		b = binary.NativeEndian.AppendUint32(b, v)
@@ -90,12 +95,14 @@ func uint32s(values ...uint32) (b []byte) {
 	return b
 }
 
-// segmentSize is the control message of a send of several packets at once.
-func segmentSize(n int) []byte {
-	return control(unix.IPPROTO_UDP, unix.UDP_SEGMENT, binary.NativeEndian.AppendUint16(nil, uint16(n)))
+// gsoControl returns the control message for sending packets of n bytes at
+// once.
+func gsoControl(n int) []byte {
+	return control(unix.IPPROTO_UDP, unix.UDP_SEGMENT,
+		binary.NativeEndian.AppendUint16(nil, uint16(n)))
 }
 
-// ecn is the control message for the ECN bits of what is sent to ip.
+// ecn returns the control message for the ECN bits of a packet to ip.
 func ecn(ip net.IP, bits uint32) []byte {
 	if ip.To4() != nil {
 		return control(unix.IPPROTO_IP, unix.IP_TOS, uint32s(bits))
@@ -103,7 +110,7 @@ func ecn(ip net.IP, bits uint32) []byte {
 	return control(unix.IPPROTO_IPV6, unix.IPV6_TCLASS, uint32s(bits))
 }
 
-// numbered is n bytes, different for each call with another start.
+// numbered returns n bytes that differ for different values of start.
 func numbered(start, n int) []byte {
 	b := make([]byte, n)
 	for i := range b {
@@ -112,22 +119,24 @@ func numbered(start, n int) []byte {
 	return b
 }
 
+// messages returns n messages with buffers of the sizes that quic-go uses.
 func messages(n int) []ipv4.Message {
 	ms := make([]ipv4.Message, n)
 	for i := range ms {
-		ms[i].Buffers, ms[i].OOB = [][]byte{make([]byte, 1500)}, make([]byte, 128) // as quic-go has them
+		ms[i].Buffers, ms[i].OOB = [][]byte{make([]byte, 1500)}, make([]byte, 128)
 	}
 	return ms
 }
 
-// packet is what came of a message.
+// packet is a received message.
 type packet struct {
 	data string
 	from netip.AddrPort
-	ecn  int        // -1 when it is not said
-	to   netip.Addr // of the packet
+	ecn  int        // -1 if unknown
+	to   netip.Addr // destination
 }
 
+// read converts a received message, and checks its control data.
 func read(t testing.TB, m ipv4.Message) packet {
 	t.Helper()
 	p := packet{data: string(m.Buffers[0][:m.N]), from: m.Addr.(*net.UDPAddr).AddrPort(), ecn: -1}
@@ -145,18 +154,20 @@ func read(t testing.TB, m ipv4.Message) packet {
 		case [2]int32{unix.IPPROTO_IPV6, unix.IPV6_PKTINFO}:
 			p.to = netip.AddrFrom16([16]byte(c.Data[:16])).Unmap()
 		default:
-			t.Errorf("control message %d, %d is none of QUIC's", c.Header.Level, c.Header.Type)
+			t.Errorf("control message of level %d, type %d is not for QUIC", c.Header.Level,
+				c.Header.Type)
 		}
 	}
 	return p
 }
 
-// receive reads n packets, few at a time, of which the kernel has some in one piece when inOnePiece.
-func receive(t testing.TB, c *Conn, n, atATime int, inOnePiece bool) []packet {
+// receive reads n packets in batches of at most batch. It checks whether the
+// kernel coalesced some of them.
+func receive(t testing.TB, c *Conn, n, batch int, coalesced bool) []packet {
 	t.Helper()
 	var got []packet
-	kept := false
-	for ms := messages(atATime); len(got) < n; {
+	sawCoalesced := false
+	for ms := messages(batch); len(got) < n; {
 		k, err := c.ReadBatch(ms, 0)
 		if err != nil {
 			t.Fatalf("after %d packets: %v", len(got), err)
@@ -164,16 +175,18 @@ func receive(t testing.TB, c *Conn, n, atATime int, inOnePiece bool) []packet {
 		for _, m := range ms[:k] {
 			got = append(got, read(t, m))
 		}
-		kept = kept || len(c.rest) > 0
+		sawCoalesced = sawCoalesced || len(c.unread) > 0
 	}
-	if len(got) != n || kept != inOnePiece {
-		t.Errorf("%d packets of %d; came in one piece: %v, want %v", len(got), n, kept, inOnePiece)
+	if len(got) != n || sawCoalesced != coalesced {
+		t.Errorf("received %d of %d packets; coalesced: %v, want %v", len(got), n, sawCoalesced,
+			coalesced)
 	}
 	return got
 }
 
-// What is sent, at once or one by one, arrives as single packets in their order, with addresses and control data, whether the
-// kernel hands over many at a time or not, and however many are asked for.
+// TestReceive sends packets one by one and with GSO, and checks that ReadBatch
+// returns single packets in order, with their addresses and control data,
+// whether or not the kernel coalesces them.
 func TestReceive(t *testing.T) {
 	const size, count, last, ce = 1200, 20, 77, 3
 	for _, f := range families {
@@ -185,7 +198,7 @@ func TestReceive(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				socket := listen(t, f.network, f.listen)
 				c := newConn(t, socket, nil)
-				if !gro { // as a kernel that refuses it
+				if !gro { // like a kernel without GRO
 					set(t, socket, unix.IPPROTO_UDP, unix.UDP_GRO, 0)
 				}
 				set(t, socket, unix.IPPROTO_IP, unix.IP_RECVTOS, 1)
@@ -203,15 +216,17 @@ func TestReceive(t *testing.T) {
 					}
 				}
 				run := numbered(1, (count-1)*size+last)
-				send(from, run, slices.Concat(segmentSize(size), ecn(to.IP, ce)))
+				send(from, run, slices.Concat(gsoControl(size), ecn(to.IP, ce)))
 				send(second, []byte("one"), nil)
-				send(second, []byte{}, nil) // is nothing to QUIC
+				send(second, []byte{}, nil) // ignored by ReadBatch
 				send(from, []byte("another"), ecn(to.IP, 2))
 
 				want := make([]packet, 0, count+2)
 				add := func(c *net.UDPConn, ecn int, data string) {
 					addr := c.LocalAddr().(*net.UDPAddr).AddrPort()
-					want = append(want, packet{data, netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()), ecn, netip.MustParseAddr(f.to)})
+					want = append(want,
+						packet{data, netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()), ecn,
+							netip.MustParseAddr(f.to)})
 				}
 				for segment := range slices.Chunk(run, size) {
 					add(from, ce, string(segment))
@@ -221,7 +236,8 @@ func TestReceive(t *testing.T) {
 				got := receive(t, c, len(want), 8, gro)
 				for i := range want {
 					if got[i] != want[i] && !(got[i].ecn == -1 && want[i].ecn == 0) {
-						t.Errorf("packet %d is of %d bytes, %+v, want %d, %+v", i, len(got[i].data), got[i], len(want[i].data), want[i])
+						t.Errorf("packet %d is of %d bytes, %+v, want %d, %+v", i, len(got[i].data),
+							got[i], len(want[i].data), want[i])
 					}
 				}
 			})
@@ -229,7 +245,8 @@ func TestReceive(t *testing.T) {
 	}
 }
 
-// QUIC keeps addresses: one that was handed over stays as it is, and is not made anew for each packet.
+// TestAddresses checks that returned addresses, which QUIC retains, do not
+// change, and that packets from one source share one.
 func TestAddresses(t *testing.T) {
 	socket := listen(t, "udp4", "127.0.0.1")
 	c := newConn(t, socket, nil)
@@ -252,7 +269,7 @@ func TestAddresses(t *testing.T) {
 		}
 	}
 	if addrs[0] != addrs[1] {
-		t.Error("a new address for each packet")
+		t.Error("ReadBatch allocated an address for each packet")
 	}
 	if got := testing.AllocsPerRun(100, func() {
 		if _, err := a.WriteToUDPAddrPort([]byte("x"), to.AddrPort()); err != nil {
@@ -262,11 +279,12 @@ func TestAddresses(t *testing.T) {
 			t.Fatal(err)
 		}
 	}); got != 0 {
-		t.Errorf("%v allocations for a packet", got)
+		t.Errorf("%v allocations per packet", got)
 	}
 }
 
-// A packet that is longer than the buffer for it does not spill into the next.
+// TestLongPackets checks that a packet longer than its buffer is truncated and
+// does not affect the next one.
 func TestLongPackets(t *testing.T) {
 	socket := listen(t, "udp4", "127.0.0.1")
 	c := newConn(t, socket, nil)
@@ -278,11 +296,13 @@ func TestLongPackets(t *testing.T) {
 	}
 	got := receive(t, c, 2, 8, false)
 	if len(got[0].data) != 1500 || got[1].data != "short" {
-		t.Errorf("%d bytes, then %q", len(got[0].data), got[1].data)
+		t.Errorf("received %d bytes, then %q, want 1500 bytes, then \"short\"", len(got[0].data),
+			got[1].data)
 	}
 }
 
-// What the kernel drops because the buffer is full is reported with the next packet that arrives, once.
+// TestDropped fills the receive buffer and checks that the packets dropped by
+// the kernel are reported once, with the next packet that arrives.
 func TestDropped(t *testing.T) {
 	dropped := 0
 	socket := listen(t, "udp4", "127.0.0.1")
@@ -299,7 +319,7 @@ func TestDropped(t *testing.T) {
 		}
 	}
 	drain := func() {
-		for ms := messages(8); atHand(t, socket); {
+		for ms := messages(8); readable(t, socket); {
 			n, err := c.ReadBatch(ms, 0)
 			if err != nil {
 				t.Fatal(err)
@@ -314,26 +334,30 @@ func TestDropped(t *testing.T) {
 		send(1)
 		drain()
 		if dropped == before || got+dropped != sent {
-			t.Errorf("%d packets came and %d were dropped of %d", got, dropped, sent)
+			t.Errorf("%d packets received and %d dropped of %d", got, dropped, sent)
 		}
 		before = dropped
 		send(1)
 		drain()
 		if dropped != before || got+dropped != sent {
-			t.Errorf("%d were dropped after %d, without need; %d came of %d", dropped, before, got, sent)
+			t.Errorf("%d dropped, before it %d, although the buffer had room; %d of %d received",
+				dropped, before,
+				got, sent)
 		}
 	}
 }
 
-// atHand reports whether a packet waits in c.
-func atHand(t testing.TB, c *net.UDPConn) bool {
+// readable reports whether a packet waits in c.
+func readable(t testing.TB, c *net.UDPConn) bool {
 	t.Helper()
 	size := 0
 	raw, err := c.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if e := raw.Control(func(fd uintptr) { size, err = unix.IoctlGetInt(int(fd), unix.TIOCINQ) }); e != nil || err != nil {
+	if e := raw.Control(func(fd uintptr) {
+		size, err = unix.IoctlGetInt(int(fd), unix.TIOCINQ)
+	}); e != nil || err != nil {
 		t.Fatal(e, err)
 	}
 	return size > 0
@@ -350,53 +374,64 @@ func TestClose(t *testing.T) {
 		t.Error(err)
 	}
 	if err := <-ended; !errors.Is(err, net.ErrClosed) {
-		t.Errorf("a read that waited ended with %v", err)
+		t.Errorf("the waiting ReadBatch returned %v, want net.ErrClosed", err)
 	}
 	if _, err := New(c.UDPConn, slog.New(slog.DiscardHandler), nil); err == nil {
-		t.Error("a closed socket is taken")
+		t.Error("New accepted a closed socket")
 	}
 }
 
 func TestBuffers(t *testing.T) {
-	for name, tc := range map[string]struct {
-		granted
+	for name, tt := range map[string]struct {
+		features
 		want []string
 	}{
-		"all":           {granted{true, true, bufferSize, bufferSize}, []string{"level=DEBUG"}},
-		"about enough":  {granted{true, true, enoughBuffer, enoughBuffer}, []string{"level=DEBUG"}},
-		"small receive": {granted{true, true, 212992, bufferSize}, []string{"level=WARN", "receive_buffer=212992", "net.core.rmem_max and net.core.wmem_max to 8388608"}},
-		"small send":    {granted{true, true, bufferSize, 212992}, []string{"level=WARN", "send_buffer=212992", "net.core.rmem_max"}},
-		"no GRO":        {granted{true, false, bufferSize, bufferSize}, []string{"level=WARN", "gro=false", "Linux 5.0"}},
-		"no GSO":        {granted{false, true, bufferSize, bufferSize}, []string{"level=WARN", "gso=false", "Linux 5.0"}},
-		"nothing":       {granted{}, []string{"rmem_max", "; use Linux 5.0"}},
+		"all":          {features{true, true, bufferSize, bufferSize}, []string{"level=DEBUG"}},
+		"about enough": {features{true, true, enoughBuffer, enoughBuffer}, []string{"level=DEBUG"}},
+		"small receive": {features{true, true, 212992, bufferSize},
+			[]string{"level=WARN", "receive_buffer=212992",
+				"net.core.rmem_max and net.core.wmem_max to 8388608"}},
+		"small send": {features{true, true, bufferSize, 212992},
+			[]string{"level=WARN", "send_buffer=212992", "net.core.rmem_max"}},
+		"no GRO": {features{true, false, bufferSize, bufferSize},
+			[]string{"level=WARN", "gro=false", "Linux 5.0"}},
+		"no GSO": {features{false, true, bufferSize, bufferSize},
+			[]string{"level=WARN", "gso=false", "Linux 5.0"}},
+		"nothing": {features{}, []string{"rmem_max", "; use Linux 5.0"}},
 	} {
-		var text bytes.Buffer
-		c := &Conn{UDPConn: listen(t, "udp4", "127.0.0.1"), logger: logger(&text)}
-		c.report(tc.granted)
-		for _, want := range tc.want {
-			if !strings.Contains(text.String(), want) || strings.Count(text.String(), "\n") != 1 {
-				t.Errorf("%s: the log lacks %q:\n%s", name, want, &text)
+		t.Run(name, func(t *testing.T) {
+			var text bytes.Buffer
+			c := &Conn{UDPConn: listen(t, "udp4", "127.0.0.1"), logger: logger(&text)}
+			c.report(tt.features)
+			for _, want := range tt.want {
+				if !strings.Contains(text.String(), want) ||
+					strings.Count(text.String(), "\n") != 1 {
+					t.Errorf("the log lacks %q:\n%s", want, &text)
+				}
 			}
-		}
-		if quiet := strings.Contains(tc.want[0], "DEBUG"); quiet == strings.Contains(text.String(), "remedy") {
-			t.Errorf("%s: %s", name, &text)
-		}
+			if quiet := strings.Contains(tt.want[0],
+				"DEBUG"); quiet == strings.Contains(text.String(),
+				"remedy") {
+				t.Errorf("%s", &text)
+			}
+		})
 	}
 }
 
-// What is granted is what a socket has.
-func TestGranted(t *testing.T) {
+// TestSetUp checks the features of a socket on this kernel.
+func TestSetUp(t *testing.T) {
 	socket := listen(t, "udp4", "127.0.0.1")
 	raw, err := socket.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var g granted
-	if err := raw.Control(func(fd uintptr) { g = setUp(int(fd)) }); err != nil {
+	var f features
+	if err := raw.Control(func(fd uintptr) { f = setUp(int(fd)) }); err != nil {
 		t.Fatal(err)
 	}
-	if !g.gso || !g.gro || g.receiveBuffer <= 0 || g.receiveBuffer > bufferSize || g.sendBuffer <= 0 || g.sendBuffer > bufferSize {
-		t.Errorf("granted: %+v", g)
+	if !f.gso || !f.gro || f.receiveBuffer <= 0 || f.receiveBuffer > bufferSize ||
+		f.sendBuffer <= 0 || f.sendBuffer > bufferSize {
+		t.Errorf("features: %+v", f)
 	}
 }
 
@@ -404,7 +439,7 @@ func logger(to *bytes.Buffer) *slog.Logger {
 	return slog.New(slog.NewTextHandler(to, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
-// A path that refuses many packets at a time is named once; QUIC, which is told each time, sends one by one.
+// TestRefusedSegments checks that a path without GSO is logged once.
 func TestRefusedSegments(t *testing.T) {
 	var text bytes.Buffer
 	c := &Conn{logger: logger(&text)}
@@ -412,33 +447,37 @@ func TestRefusedSegments(t *testing.T) {
 	wrap := func(e unix.Errno) error {
 		return &net.OpError{Op: "write", Net: "udp", Err: os.NewSyscallError("sendmsg", e)}
 	}
-	c.failed(wrap(unix.EPERM), remote)
-	c.failed(context.DeadlineExceeded, remote)
+	c.noteError(wrap(unix.EPERM), remote)
+	c.noteError(context.DeadlineExceeded, remote)
 	if text.Len() > 0 {
-		t.Errorf("other errors are logged: %s", &text)
+		t.Errorf("other errors were logged: %s", &text)
 	}
-	c.failed(wrap(unix.EIO), remote)
-	c.failed(wrap(unix.EIO), remote)
-	if s := text.String(); strings.Count(s, "\n") != 1 || !strings.Contains(s, "remote=192.0.2.1:443") || !strings.Contains(s, "ethtool") {
-		t.Errorf("the log is: %s", s)
+	c.noteError(wrap(unix.EIO), remote)
+	c.noteError(wrap(unix.EIO), remote)
+	if s := text.String(); strings.Count(s, "\n") != 1 ||
+		!strings.Contains(s, "remote=192.0.2.1:443") || !strings.Contains(s, "ethtool") {
+		t.Errorf("logged: %s", s)
 	}
 }
 
-// Errors of a write reach QUIC, which tells by them that a packet is too long or a path is no good for many at a time.
+// TestWriteErrors checks that the errors of writes reach QUIC, which uses them
+// for path MTU discovery and to detect GSO.
 func TestWriteErrors(t *testing.T) {
 	c := newConn(t, listen(t, "udp4", "127.0.0.1"), nil)
 	to := c.LocalAddr().(*net.UDPAddr)
-	if n, _, err := c.WriteMsgUDP(numbered(1, 5000), segmentSize(1200), to); n != 5000 || err != nil {
+	if n, _, err := c.WriteMsgUDP(numbered(1, 5000), gsoControl(1200), to); n != 5000 ||
+		err != nil {
 		t.Errorf("%d bytes sent: %v", n, err)
 	}
 	if _, _, err := c.WriteMsgUDP(make([]byte, 1<<16), nil, to); !errors.Is(err, unix.EMSGSIZE) {
-		t.Errorf("too long a packet: %v", err)
+		t.Errorf("a packet that is too long: %v, want EMSGSIZE", err)
 	}
 }
 
-// What this host does not let out is lost without an error, once that is asked for, and can be asked about.
+// TestUnsent checks that packets which cannot leave the host are an error
+// before LoseUnsent and lost after it, and that Unsent returns the reason.
 func TestUnsent(t *testing.T) {
-	// The kernel refuses to broadcast with the error that it has for a firewall.
+	// The kernel refuses broadcasts with one of the errors of its firewall.
 	const refused = unix.EACCES
 	to := &net.UDPAddr{IP: net.IPv4bcast, Port: 9}
 	c := newConn(t, listen(t, "udp4", "127.0.0.1"), nil)
@@ -454,15 +493,17 @@ func TestUnsent(t *testing.T) {
 	if err := write(to); err != nil || !errors.Is(c.Unsent(), refused) {
 		t.Errorf("%v, %v", err, c.Unsent())
 	}
-	if _, _, err := c.WriteMsgUDP(make([]byte, 1<<16), nil, c.LocalAddr().(*net.UDPAddr)); !errors.Is(err, unix.EMSGSIZE) {
-		t.Errorf("too large a packet: %v", err)
+	if _, _, err := c.WriteMsgUDP(make([]byte, 1<<16), nil,
+		c.LocalAddr().(*net.UDPAddr)); !errors.Is(err, unix.EMSGSIZE) {
+		t.Errorf("a packet that is too long: %v, want EMSGSIZE", err)
 	}
 	if err := write(c.LocalAddr().(*net.UDPAddr)); err != nil || c.Unsent() != nil {
 		t.Errorf("%v, %v", err, c.Unsent())
 	}
 }
 
-// No control data makes parse fail, or hand over what is not whole.
+// FuzzControl checks that parse accepts any control data and returns only
+// complete messages.
 func FuzzControl(f *testing.F) {
 	gro := control(unix.IPPROTO_UDP, unix.UDP_GRO, uint32s(1200))
 	drops := control(unix.SOL_SOCKET, unix.SO_RXQ_OVFL, uint32s(7))
@@ -476,20 +517,23 @@ func FuzzControl(f *testing.F) {
 	f.Add(tos[:9])
 	f.Add([]byte{1})
 	f.Fuzz(func(t *testing.T, oob []byte) {
-		oob = slices.Clone(oob) // so that reading beyond its end is seen
+		oob = slices.Clone(oob) // lets the runtime detect reads beyond the end
 		dropped := 0
-		c := &Conn{dropped: func(n int) { dropped += n }, size: 100}
+		c := &Conn{dropped: func(n int) { dropped += n }, segmentSize: 100}
 		c.parse(oob)
-		if c.size <= 0 || dropped < 0 || len(c.control) > len(oob) {
-			t.Errorf("%x: segments of %d bytes, %d dropped, control data %x", oob, c.size, dropped, c.control)
+		if c.segmentSize <= 0 || dropped < 0 || len(c.control) > len(oob) {
+			t.Errorf("%x: segments of %d bytes, %d dropped, control data %x", oob, c.segmentSize,
+				dropped,
+				c.control)
 		}
 		if _, err := unix.ParseSocketControlMessage(c.control); err != nil {
-			t.Errorf("%x: what is left is %x: %v", oob, c.control, err)
+			t.Errorf("%x: control is %x: %v", oob, c.control, err)
 		}
 	})
 }
 
-// Without offload, a message of several packets is refused as by a path that cannot take it, and the kernel hands over one packet at a time.
+// TestDisableOffload checks that a message of several packets is refused like
+// on a path without GSO, and that GRO is off.
 func TestDisableOffload(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
@@ -505,8 +549,9 @@ func TestDisableOffload(t *testing.T) {
 			h.Level, h.Type = unix.IPPROTO_UDP, unix.UDP_SEGMENT
 			h.SetLen(unix.CmsgLen(len(segment)))
 			copy(oob[unix.CmsgLen(0):], segment)
-			var system *os.SyscallError // what quic-go looks for
-			if _, _, err := conn.WriteMsgUDP(make([]byte, 300), oob, to); !errors.As(err, &system) || system.Err != unix.EIO {
+			var system *os.SyscallError // the type that quic-go expects
+			if _, _, err := conn.WriteMsgUDP(make([]byte, 300), oob, to); !errors.As(err,
+				&system) || system.Err != unix.EIO {
 				t.Errorf("several packets in one message: %v, want EIO", err)
 			}
 			if _, _, err := conn.WriteMsgUDP(make([]byte, 300), nil, to); err != nil {
@@ -517,8 +562,9 @@ func TestDisableOffload(t *testing.T) {
 				t.Fatal(err)
 			}
 			_ = raw.Control(func(fd uintptr) {
-				if gro, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_GRO); err == nil && gro != 0 {
-					t.Error("the kernel still hands over many packets at a time")
+				if gro, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_UDP,
+					unix.UDP_GRO); err == nil && gro != 0 {
+					t.Error("GRO is still enabled")
 				}
 			})
 		})
