@@ -164,7 +164,7 @@ func (s *scope) bring(list *ops, have observed, want plan) {
 	}
 	for _, p := range want.addrs {
 		_, ok := have.addrs[p]
-		if _, bad := have.spoilt[p]; ok && (!bad || !slices.Contains(s.rec.Addresses, p)) {
+		if _, bad := have.spoilt[p]; ok && !bad {
 			continue
 		}
 		if ok && !isIPv6(p) {

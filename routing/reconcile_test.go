@@ -194,6 +194,12 @@ func TestKeepAnAddressWithItsScope(t *testing.T) {
 	h.ip("addr add 10.77.0.2/32 dev masque0 scope host")
 	k := h.keep(m)
 	k.await("the address", func(now Health) bool { return now.Repairs["address"] == 2 && len(now.Addresses) == 2 })
+	h.apply(m, State{})
+	h.ip("addr add 10.77.0.2/32 dev masque0 scope link") // before the tunnel has it
+	h.apply(m, full())
+	if text := h.snapshot()["addr"]; strings.Contains(text, "10.77.0.2/32 scope link") {
+		t.Errorf("the scope is still that of the link:\n%s", text)
+	}
 	if text := h.snapshot()["addr"]; strings.Contains(text, "10.77.0.2/32 scope host") {
 		t.Errorf("the scope is still that of the host:\n%s", text)
 	}
