@@ -84,7 +84,7 @@ func (s *session) beyond(routes []netip.Prefix) []netip.Prefix {
 		within := slices.ContainsFunc(s.c.cfg.AdvertiseRoutes, func(own netip.Prefix) bool {
 			return own.Overlaps(p) && own.Bits() <= p.Bits()
 		})
-		if reserved, overlaps := connectip.Reserved(p); overlaps && reserved.Bits() <= p.Bits() {
+		if reserved, overlaps := connectip.Reserved(p); overlaps && reserved.Bits() <= p.Bits() || p.Addr().Is4In6() {
 			within = true
 		}
 		if within {

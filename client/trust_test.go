@@ -284,9 +284,9 @@ func (n *near) await2(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// Routes to addresses of a link alone are not installed.
+// Routes to addresses of a link alone, and to IPv4 in the form of IPv6, are not installed.
 func TestRoutesToNowhere(t *testing.T) {
-	f := assigning(t, prefixes("10.77.0.2/32"), prefixes("192.0.2.0/24", "127.0.0.0/8", "169.254.1.0/24", "224.0.0.0/4", "fe80::/64", "ff00::/8"))
+	f := assigning(t, prefixes("10.77.0.2/32"), prefixes("192.0.2.0/24", "127.0.0.0/8", "169.254.1.0/24", "224.0.0.0/4", "::ffff:10.0.0.0/104", "fe80::/64", "ff00::/8"))
 	n := startClient(t, f, nil)
 	n.awaitConnected(t)
 	if got, want := n.network.last().Routes, prefixes("192.0.2.0/24"); !slices.Equal(got, want) {
