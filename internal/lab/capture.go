@@ -19,11 +19,11 @@ import (
 // Packet is a captured packet.
 type Packet struct {
 	gopacket.Packet
-	Outgoing bool // sent by the host, not received
+	Outgoing bool // sent by the host
 }
 
-// Capture collects the packets of one interface. Offloads are as the host has
-// them: between veth interfaces one "packet" may be many segments.
+// Capture collects the packets of one interface. Offloads apply: between veth
+// interfaces one packet may hold many segments.
 type Capture struct {
 	host   *Host
 	iface  string
@@ -32,9 +32,9 @@ type Capture struct {
 	sock   *os.File
 	pcap   *os.File
 	pcapw  *pcapgo.Writer
-	done   chan struct{} // the reader has ended
+	done   chan struct{} // closed at the end of read
 
-	mu      sync.Mutex
+	mu      sync.Mutex // guards packets, changed and err
 	packets []Packet
 	changed chan struct{} // closed at the next packet
 	err     error
@@ -42,13 +42,13 @@ type Capture struct {
 	closing sync.Once
 }
 
-// captureBuffer is the size asked for the socket's queue, in bytes.
+// captureBuffer is the requested size of the socket's queue, in bytes.
 const captureBuffer = 16 << 20
 
 // Capture starts to collect the packets of an interface for which filter
-// returns true, all when it is nil. All packets, filtered or not, go to the
-// artifact HOST-N-IFACE.pcap. The capture sees what is sent from the moment
-// that Capture returns, and ends with Close, or with the lab.
+// returns true; a nil filter accepts all. The artifact HOST-N-IFACE.pcap
+// receives all packets, also those that filter rejects. The capture sees
+// packets from the moment Capture returns until Close.
 func (h *Host) Capture(iface string, filter func(Packet) bool) (*Capture, error) {
 	c := &Capture{host: h, iface: iface, filter: filter, done: make(chan struct{}),
 		changed: make(chan struct{})}
@@ -88,7 +88,7 @@ func (c *Capture) open(index int) error {
 		return err
 	}
 	c.sock = os.NewFile(uintptr(fd), "capture")
-	// Only root of the machine may have that much; loss is reported by Close.
+	// Only root outside namespaces may exceed the limit. Close reports losses.
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, captureBuffer)
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, captureBuffer)
 	all := binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, unix.ETH_P_ALL))
@@ -117,9 +117,9 @@ func (c *Capture) read() {
 			return rerr != unix.EAGAIN
 		})
 		switch {
-		case err != nil: // the deadline that Close sets, after all was read
+		case err != nil: // drain set a deadline after the last packet
 			return
-		case errors.Is(rerr, unix.ENETDOWN): // an interface that goes down stays captured
+		case errors.Is(rerr, unix.ENETDOWN): // the interface may come up again
 		case rerr != nil:
 			c.fail(rerr)
 			return
@@ -171,8 +171,8 @@ func (c *Capture) Packets() []Packet {
 	return c.packets[:len(c.packets):len(c.packets)]
 }
 
-// Wait returns the first packet, of those collected and those to come, for
-// which match returns true.
+// Wait returns the first collected or future packet for which match returns
+// true.
 func (c *Capture) Wait(ctx context.Context, match func(Packet) bool) (Packet, error) {
 	for i := 0; ; {
 		c.mu.Lock()
@@ -200,9 +200,9 @@ func (c *Capture) Wait(ctx context.Context, match func(Packet) bool) (Packet, er
 	}
 }
 
-// Close takes in what has arrived and ends the capture. It fails when packets
-// were lost, so that a test which saw no packet knows that there was none. It
-// is idempotent.
+// Close reads the packets that have arrived and ends the capture. It returns an
+// error when packets were lost, so that a test can rely on the absence of a
+// packet. It may be called more than once.
 func (c *Capture) Close() error {
 	c.closing.Do(func() {
 		err := c.drain()
@@ -221,9 +221,9 @@ func (c *Capture) Close() error {
 	return c.err
 }
 
-// drain has the reader take what is queued and end.
+// drain waits until the reader has read all queued packets, and ends it.
 func (c *Capture) drain() error {
-	// A deadline in the past would end the reader before it has read all.
+	// A deadline in the past would end the reader before the queue is empty.
 	for {
 		queued, err := c.queued()
 		if err != nil {
@@ -233,7 +233,7 @@ func (c *Capture) drain() error {
 			break
 		}
 		select {
-		case <-c.done: // failed
+		case <-c.done: // reading failed
 			return nil
 		case <-time.After(time.Millisecond):
 		}

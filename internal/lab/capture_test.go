@@ -57,8 +57,8 @@ func TestCaptureSeesHopLimit(t *testing.T) {
 	}
 }
 
-// TestCaptureCloseTakesInAll sends a burst and closes at once.
-func TestCaptureCloseTakesInAll(t *testing.T) {
+// TestCaptureCloseReadsAll sends a burst and closes at once.
+func TestCaptureCloseReadsAll(t *testing.T) {
 	topo := newTopology(t, TopologyOptions{})
 	isUDP := func(p Packet) bool { return p.Layer(layers.LayerTypeUDP) != nil }
 	c, err := topo.Client.Capture("eth0", isUDP)
@@ -96,7 +96,7 @@ func TestCaptureWaitEnds(t *testing.T) {
 		t.Errorf("got %v, want %v", err, net.ErrClosed)
 	}
 	if _, err := h.Capture("eth7", nil); err == nil {
-		t.Error("captured on an interface that does not exist")
+		t.Error("Capture on a missing interface succeeded")
 	}
 }
 

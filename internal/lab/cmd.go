@@ -17,9 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Cmd is a program in a host. Its fields may be set until Start; they mean what
-// they mean in [exec.Cmd]. What is not set of Stdout and Stderr goes to the
-// program's log.
+// Cmd is a program in a host. Exported fields have the meaning that they have
+// in [exec.Cmd] and may be set before Start. If Stdout or Stderr is nil, that
+// output goes to the program's log.
 type Cmd struct {
 	Args           []string // the program and its arguments
 	Stdin          io.Reader
@@ -27,8 +27,8 @@ type Cmd struct {
 	Env            []string // nil: this process's environment
 	Dir            string
 
-	// Foreground leaves the program in this process's group, for one that
-	// the user talks to through the terminal.
+	// Foreground leaves the program in this process's group, so that it may
+	// read from the terminal.
 	Foreground bool
 
 	host *Host
@@ -40,9 +40,9 @@ type Cmd struct {
 }
 
 // Command describes a program to run in the host. Its log is the artifact
-// HOST-N-NAME.log, unless it stays empty. The program, and the group of
-// processes it leads, are killed when ctx ends; those, and whatever else it
-// left in the host, when the lab is closed.
+// HOST-N-NAME.log, unless it stays empty. The end of ctx kills the program and
+// its process group. Lab.Close also kills other processes that it left in the
+// host.
 func (h *Host) Command(ctx context.Context, name string, args ...string) *Cmd {
 	return &Cmd{host: h, ctx: ctx, Args: append([]string{name}, args...), done: make(chan struct{})}
 }
@@ -56,7 +56,7 @@ func (c *Cmd) Start() error {
 	cmd := exec.CommandContext(ctx, c.Args[0], c.Args[1:]...)
 	if !c.exec.CompareAndSwap(nil, cmd) {
 		cancel()
-		return fmt.Errorf("lab: host %s: %s is started already", c.host.name, c)
+		return fmt.Errorf("lab: host %s: %s was already started", c.host.name, c)
 	}
 	if err := c.start(cmd); err != nil {
 		cancel()
@@ -69,7 +69,7 @@ func (c *Cmd) Start() error {
 		defer cancel()
 		defer stop()
 		err := cmd.Wait()
-		if errors.Is(err, exec.ErrWaitDelay) { // the program itself did well
+		if errors.Is(err, exec.ErrWaitDelay) { // the program itself succeeded
 			err = nil
 		}
 		if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
@@ -89,7 +89,7 @@ func (c *Cmd) start(cmd *exec.Cmd) error {
 	if err != nil {
 		return err
 	}
-	defer log.Close() // the program has its own descriptor of it
+	defer log.Close() // the program has a descriptor of its own
 	c.log = log.Name()
 
 	cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.Env, cmd.Dir = c.Stdin, c.Stdout, c.Stderr, c.Env, c.Dir
@@ -138,8 +138,8 @@ func (c *Cmd) Run() error {
 	return c.Wait()
 }
 
-// Output runs the program and returns its standard output. Standard error is in
-// the log.
+// Output runs the program and returns its standard output. Standard error goes
+// to the log.
 func (c *Cmd) Output() ([]byte, error) {
 	var b bytes.Buffer
 	c.Stdout = &b
@@ -165,8 +165,8 @@ func (c *Cmd) Signal(s os.Signal) error {
 	return cmd.Process.Signal(s)
 }
 
-// Stop sends SIGTERM and waits for the program to end, or for ctx, after which
-// it kills the program and returns the context's error.
+// Stop sends SIGTERM and waits for the program to end. When ctx ends first, it
+// kills the program and returns the context's error.
 func (c *Cmd) Stop(ctx context.Context) error {
 	if err := c.Signal(unix.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
@@ -182,11 +182,11 @@ func (c *Cmd) Stop(ctx context.Context) error {
 	}
 }
 
-// PID returns the process id, inside the lab, of a started program.
+// PID returns the process ID of a started program, inside the lab.
 func (c *Cmd) PID() int { return c.exec.Load().Process.Pid }
 
-// ExitCode returns the program's exit code, and -1 while it runs, or when a
-// signal ended it or it did not start.
+// ExitCode returns the program's exit code, or -1 while it runs, after a signal
+// ended it, or when it did not start.
 func (c *Cmd) ExitCode() int {
 	select {
 	case <-c.done:
@@ -199,7 +199,7 @@ func (c *Cmd) ExitCode() int {
 // LogFile returns the path of the log of a started program.
 func (c *Cmd) LogFile() string { return c.log }
 
-// Log returns what is in the log of a started program so far.
+// Log returns the log of a started program so far.
 func (c *Cmd) Log() (string, error) {
 	b, err := os.ReadFile(c.log)
 	return string(b), err

@@ -1,5 +1,5 @@
 // Package lab makes hosts out of network namespaces, connects them, runs
-// programs in them and looks at what they send.
+// programs in them and captures their packets.
 //
 // A program that uses the package calls [Enter] before anything else. Enter
 // runs the program again in namespaces of its own, so that nothing the lab

@@ -16,11 +16,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stageVar tells the program which of the three processes it is. Its value is
-// the stage and the network namespace that the program was started in:
+// stageVar tells a process which of three stages it is. Its value is the stage
+// and the original network namespace:
 //
-//	(unset)  the process the user started; it makes the namespaces
-//	init     pid 1 in them; it mounts, starts the program and reaps orphans
+//	(unset)  the outer process, which makes the namespaces
+//	init     pid 1 inside; it mounts, starts the program and reaps orphans
 //	program  the program itself
 const stageVar = "MASQUE_LAB_STAGE"
 
@@ -28,22 +28,22 @@ const stageVar = "MASQUE_LAB_STAGE"
 // made.
 const ExitPrivileges = 7
 
-// entered is set in the process that runs inside.
+// entered is set in the process that runs inside the namespaces.
 var entered atomic.Bool
 
 // Enter moves the program into new mount, network, UTS and process namespaces,
 // and into a user namespace when it does not run as root. It must be called
 // before the program does anything else: the program is started again from
 // its beginning, with the same arguments, environment and standard files, and
-// Enter returns only in that second run. The first one passes signals on and
-// exits with the code of the second.
+// Enter returns only in that second run. The first process forwards signals and
+// exits with the exit code of the second.
 //
-// When the first process dies, from SIGKILL too, the kernel kills all that
-// was started inside, and with it goes every namespace, device and mount.
+// When the first process dies, also by SIGKILL, the kernel kills all processes
+// inside, which removes every namespace, device and mount.
 //
 // Inside, /proc shows only the lab's processes, /run is empty, and mounts are
-// private. When the namespaces cannot be made, Enter prints one line that says
-// why and what to do, and exits with [ExitPrivileges].
+// private. When the namespaces cannot be made, Enter prints one line with the
+// cause and the remedy, and exits with [ExitPrivileges].
 func Enter() {
 	if entered.Load() {
 		return
@@ -53,7 +53,7 @@ func Enter() {
 	case "init":
 		os.Exit(runInit(home))
 	case "program":
-		// Never take somebody's word for being inside.
+		// Verify the stage: the variable may have been set by hand.
 		if ns, err := os.Readlink("/proc/self/ns/net"); err != nil || ns == home {
 			fmt.Fprintf(os.Stderr, "%s: %s is set outside of a lab: unset it\n", progname(),
 				stageVar)
@@ -86,8 +86,8 @@ func runOutside() (int, error) {
 	signal.Notify(signals, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1,
 		unix.SIGUSR2)
 
-	// What is written here are signals for the program. Init takes the end of
-	// it for the end of this process.
+	// Bytes written here are signals for the program. Init ends when the pipe
+	// is closed, which means that this process has ended.
 	r, w, err := os.Pipe()
 	if err != nil {
 		return 0, fmt.Errorf("cannot make a pipe: %w", err)
@@ -134,7 +134,7 @@ func startInit(home string, control *os.File) (*exec.Cmd, error) {
 	}
 	if os.Geteuid() == 0 {
 		cmd, err := start(false)
-		if !errors.Is(err, fs.ErrPermission) { // root without capabilities, as in containers
+		if !errors.Is(err, fs.ErrPermission) { // containers run root without capabilities
 			return cmd, explain(err)
 		}
 	}
@@ -142,9 +142,9 @@ func startInit(home string, control *os.File) (*exec.Cmd, error) {
 	return cmd, explain(err)
 }
 
-// fromTerminal reports whether s came from a key press, which the kernel sends
-// to every process of the terminal's foreground group: the program has it
-// already, and must not get it twice.
+// fromTerminal reports whether s came from a key press. The kernel sends those
+// signals to every process of the terminal's foreground group, so that the
+// program must not receive them a second time.
 func fromTerminal(s syscall.Signal) bool {
 	if s != unix.SIGINT && s != unix.SIGQUIT {
 		return false
@@ -158,7 +158,7 @@ func fromTerminal(s syscall.Signal) bool {
 	return err == nil && group == unix.Getpgrp()
 }
 
-// exitCode is the code that a shell would report.
+// exitCode returns the code that a shell would report.
 func exitCode(s syscall.WaitStatus) int {
 	if s.Signaled() {
 		return 128 + int(s.Signal())
@@ -166,8 +166,7 @@ func exitCode(s syscall.WaitStatus) int {
 	return s.ExitStatus()
 }
 
-// explain turns a failure to make namespaces into an error that names the
-// setting in the way.
+// explain adds the responsible kernel setting to a failure to make namespaces.
 func explain(err error) error {
 	if err == nil {
 		return nil
@@ -188,8 +187,8 @@ func explain(err error) error {
 	return fmt.Errorf("cannot make namespaces: %w: run as root; in a container, start it with --privileged", err)
 }
 
-// CheckTUN returns nil when this process can make TUN devices, and otherwise
-// an error that says what is missing and what to do.
+// CheckTUN returns nil when this process can make TUN devices, and otherwise an
+// error with the cause and the remedy.
 func CheckTUN() error {
 	const dev = "/dev/net/tun"
 	fd, err := unix.Open(dev, unix.O_RDWR|unix.O_CLOEXEC, 0)

@@ -16,10 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// helperVar makes the test binary a small program that has entered a lab.
+// helperVar selects an action of helper, for a test binary inside a lab.
 const helperVar = "MASQUE_LAB_TEST_HELPER"
 
-// helper is what the tests below run in a lab of its own.
+// helper is the program that tests run in a lab of its own.
 func helper() {
 	switch os.Getenv(helperVar) {
 	case "exit":
@@ -36,7 +36,7 @@ func helper() {
 		<-c
 		fmt.Println("terminated")
 	case "sleep":
-		// A daemon in a session of its own, whose parent is gone.
+		// setsid -f makes a daemon in a session of its own, without a parent.
 		if err := exec.Command("setsid", "-f", "sleep", os.Getenv("SLEEP")).Run(); err != nil {
 			fmt.Println(err)
 		}
@@ -47,7 +47,7 @@ func helper() {
 	}
 }
 
-// orphans leaves many dead children to pid 1 while it waits for its own.
+// orphans leaves dead children to pid 1 while it waits for children of its own.
 func orphans() {
 	for i := range 20 {
 		err := exec.Command("sh", "-c", "(exit 9) & (exit 8) & exit "+strconv.Itoa(i)).Run()
@@ -80,18 +80,18 @@ func orphans() {
 	}
 }
 
-// enter starts this binary again, outside of the stage that this process is in.
-func enter(t *testing.T, what string, env ...string) *exec.Cmd {
+// enter prepares another run of this binary, which has to enter a lab.
+func enter(t *testing.T, action string, env ...string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(append(os.Environ(), helperVar+"="+what), env...)
+	cmd.Env = append(append(os.Environ(), helperVar+"="+action), env...)
 	cmd.Stderr = t.Output()
 	return cmd
 }
 
-func startHelper(t *testing.T, what string, env ...string) (*exec.Cmd, *bufio.Reader) {
+func startHelper(t *testing.T, action string, env ...string) (*exec.Cmd, *bufio.Reader) {
 	t.Helper()
-	cmd := enter(t, what, env...)
+	cmd := enter(t, action, env...)
 	out, err := cmd.StdoutPipe()
 	must(t, err)
 	must(t, cmd.Start())
@@ -101,19 +101,21 @@ func startHelper(t *testing.T, what string, env ...string) (*exec.Cmd, *bufio.Re
 	})
 	r := bufio.NewReader(out)
 	if line, err := r.ReadString('\n'); line != "ready\n" {
-		t.Fatalf("the helper says %q, %v", line, err)
+		t.Fatalf("the helper printed %q, %v", line, err)
 	}
 	return cmd, r
 }
 
 func TestEnterPassesExitCode(t *testing.T) {
-	for what, want := range map[string]int{"exit": 42, "die": 128 + 9, "orphans": 0} {
-		cmd := enter(t, what)
-		cmd.Stdout = t.Output()
-		cmd.Run()
-		if got := cmd.ProcessState.ExitCode(); got != want {
-			t.Errorf("%s: exit code %d, want %d", what, got, want)
-		}
+	for action, want := range map[string]int{"exit": 42, "die": 128 + 9, "orphans": 0} {
+		t.Run(action, func(t *testing.T) {
+			cmd := enter(t, action)
+			cmd.Stdout = t.Output()
+			cmd.Run()
+			if got := cmd.ProcessState.ExitCode(); got != want {
+				t.Errorf("exit code %d, want %d", got, want)
+			}
+		})
 	}
 }
 
@@ -125,7 +127,7 @@ func TestEnterNamespaces(t *testing.T) {
 		t.Fatalf("%q: %v", out, err)
 	}
 	if pid == 1 || parent != 1 || uid != 0 {
-		t.Errorf("pid %d, parent %d, uid %d: want a child of pid 1 that is root", pid, parent, uid)
+		t.Errorf("pid %d, parent %d, uid %d: want root and a child of pid 1", pid, parent, uid)
 	}
 }
 
@@ -133,7 +135,7 @@ func TestEnterPassesSignals(t *testing.T) {
 	cmd, r := startHelper(t, "signal")
 	must(t, cmd.Process.Signal(unix.SIGTERM))
 	if rest, err := io.ReadAll(r); string(rest) != "terminated\n" {
-		t.Errorf("the helper says %q, %v", rest, err)
+		t.Errorf("the helper printed %q, %v", rest, err)
 	}
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
@@ -163,7 +165,7 @@ func TestEnterRefusesForgedStage(t *testing.T) {
 	}
 }
 
-// TestEnterExplains takes the right to make user namespaces away.
+// TestEnterExplains forbids user namespaces.
 func TestEnterExplains(t *testing.T) {
 	script := `echo 0 >/proc/sys/user/max_net_namespaces && exec "$0"`
 	cmd := exec.Command("unshare", "-Ur", "sh", "-c", script, "/proc/self/exe")
@@ -203,7 +205,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 	}
 }
 
-// waitForSleepers waits until there are n.
+// waitForSleepers waits until n processes sleep for the time mark.
 func waitForSleepers(t *testing.T, mark string, n int) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); countSleepers(t,

@@ -16,24 +16,25 @@ import (
 // Host is one host of a lab: a network namespace, and files of its own in /etc,
 // /run and /var/lib.
 type Host struct {
-	lab     *Lab
-	name    string
-	dir     string // what the host sees as /run, /etc and /var/lib
-	netFD   int    // the network namespace
-	mountFD int    // the mount namespace
-	netName string // the network namespace as /proc names it
+	lab  *Lab
+	name string
+	// dir holds the directories that the host sees as /run, /etc and /var/lib.
+	dir     string
+	netFD   int    // network namespace
+	mountFD int    // mount namespace
+	netName string // name of the network namespace in /proc
 	nl      *netlink.Handle
 
-	jobs     chan func() // run on the host's thread
+	jobs     chan func() // functions to run on the host's thread
 	quit     chan struct{}
 	closing  sync.Once
-	hostsMu  sync.Mutex // of /etc/hosts
+	hostsMu  sync.Mutex // guards /etc/hosts
 	closeErr error
 }
 
-// Host makes a host. Its loopback interface is up; it has no other, and its
-// /etc/hosts knows no names but localhost. Duplicate address detection is off.
-// The name must not be taken, and becomes part of file names.
+// Host makes a host. It has a loopback interface, which is up, and no others.
+// Its /etc/hosts lists only localhost. Duplicate address detection is off. The
+// name must be new, and becomes part of file names.
 func (l *Lab) Host(name string) (*Host, error) {
 	h := &Host{lab: l, name: name, dir: filepath.Join(l.dir, name), netFD: -1, mountFD: -1,
 		jobs: make(chan func()), quit: make(chan struct{})}
@@ -41,7 +42,7 @@ func (l *Lab) Host(name string) (*Host, error) {
 	_, taken := l.hosts[name]
 	if l.closed || taken || name == "" || name == "artifacts" || strings.Contains(name, "/") {
 		l.mu.Unlock()
-		return nil, fmt.Errorf("lab: host %q: the name is taken or not usable, or the lab is closed", name)
+		return nil, fmt.Errorf("lab: host %q: the name is taken or invalid, or the lab is closed", name)
 	}
 	l.hosts[name] = nil // taken
 	l.mu.Unlock()
@@ -71,9 +72,8 @@ var errClosed = errors.New("the lab is closed")
 // Name returns the host's name.
 func (h *Host) Name() string { return h.name }
 
-// serve turns the calling thread into the host's and runs jobs on it. Programs
-// are started from this thread, because the kernel ends them with the thread
-// that started them.
+// serve makes the calling thread the host's and runs jobs on it. Programs are
+// started from this thread, because the kernel kills them when it ends.
 func (h *Host) serve(ready chan<- error) {
 	err := h.makeNamespaces()
 	ready <- err
@@ -125,8 +125,8 @@ func (h *Host) makeNamespaces() error {
 	return err
 }
 
-// mountFiles gives the host an empty /run and /var/lib, and an /etc that it may
-// change without changing the machine's.
+// mountFiles gives the host an empty /run and /var/lib, and a writable overlay
+// of /etc.
 func (h *Host) mountFiles() error {
 	run, lib := filepath.Join(h.dir, "run"), filepath.Join(h.dir, "lib")
 	etc, work := filepath.Join(h.dir, "etc"), filepath.Join(h.dir, "work")
@@ -135,7 +135,7 @@ func (h *Host) mountFiles() error {
 			return err
 		}
 	}
-	// /run last: the others are below it.
+	// /run is mounted last: the other directories are below it.
 	if err := unix.Mount("overlay", "/etc", "overlay", 0,
 		"lowerdir=/etc,upperdir="+etc+",workdir="+work); err != nil {
 		return fmt.Errorf("mount an overlay on /etc: %w: the kernel must have overlayfs, and be 5.11 or newer when not root", err)
@@ -146,7 +146,7 @@ func (h *Host) mountFiles() error {
 	if err := unix.Mount(run, "/run", "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mount /run: %w", err)
 	}
-	// Some containers forbid this one; nothing here depends on it.
+	// Some containers forbid this mount, which is optional.
 	unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
 
 	for name, content := range map[string]string{
@@ -154,7 +154,7 @@ func (h *Host) mountFiles() error {
 		"/etc/hostname":    h.name + "\n",
 		"/etc/resolv.conf": "# no name servers\n",
 	} {
-		// Some are symbolic links to where the machine's resolver writes.
+		// Some of these files are symbolic links into the machine's resolver.
 		if err := removeIfExists(name); err != nil {
 			return err
 		}
@@ -177,10 +177,10 @@ func (h *Host) setUp() error {
 	return h.Sysctl("net.ipv6.conf.default.accept_dad", "0")
 }
 
-// Do runs f in the host's network and mount namespaces, on a thread of its own,
-// and returns what f returns. Goroutines that f starts run elsewhere. Sockets
-// and files that f opens keep belonging to the host. The thread's own network
-// files are in /proc/thread-self/net: /proc/net is the main thread's.
+// Do calls f in the host's network and mount namespaces, on a thread of its
+// own, and returns its error. Goroutines that f starts run outside. Sockets and
+// files that f opens stay in the host. The host's network files are in
+// /proc/thread-self/net, because /proc/net belongs to the main thread.
 func (h *Host) Do(f func() error) error {
 	return call(func() error {
 		if err := h.enter(); err != nil {
@@ -208,9 +208,8 @@ func (h *Host) enter() error {
 	return unix.Chdir(cwd) // entering a mount namespace goes to its root
 }
 
-// Sysctl sets a kernel parameter in the host, such as "net.ipv4.ip_forward".
-// An interface name with dots in it must be written with slashes throughout,
-// as sysctl(8) has it.
+// Sysctl sets a kernel parameter in the host, such as "net.ipv4.ip_forward". A
+// key with a dotted interface name uses slashes as separators, as in sysctl(8).
 func (h *Host) Sysctl(key, value string) error {
 	err := h.Do(func() error { return os.WriteFile(sysctlPath(key), []byte(value), 0) })
 	if err != nil {
@@ -252,7 +251,7 @@ func (h *Host) Resolve(name string, addrs ...netip.Addr) error {
 	})
 }
 
-// close ends the host's thread and gives up its namespaces.
+// close ends the host's thread and closes its namespaces.
 func (h *Host) close() error {
 	h.closing.Do(func() {
 		close(h.quit)

@@ -7,36 +7,40 @@ import (
 	"time"
 )
 
-// Impairment is what one direction of a [Wire] does to IP packets. The zero
-// value does nothing. ARP and neighbour discovery pass unharmed unless the wire
-// is a black hole, so that a loss is a loss of traffic.
+// Impairment describes how one direction of a [Wire] treats IP packets. The
+// zero value passes all packets unchanged. ARP and neighbour discovery pass too
+// unless the wire is a black hole, so that only traffic is lost.
 type Impairment struct {
 	Delay     time.Duration // one way
-	Jitter    time.Duration // up to this much more, without reordering
+	Jitter    time.Duration // maximum random extra delay, without reordering
 	Loss      float64       // probability, 0 to 1
 	Duplicate float64       // probability that a packet arrives twice
-	// probability that a packet skips the delay and overtakes those before it
+	// Reorder is the probability that a packet skips the delay and overtakes
+	// earlier packets.
 	Reorder float64
-	Rate    int64 // bits per second of whole frames; 0: no limit
-	// bytes that may wait for the rate, the rest is dropped; 0: 50 ms of it,
-	// but at least 32 KiB
-	Queue     int
-	MTU       int  // longer IP packets vanish, without an ICMP error; 0: no limit
-	Blackhole bool // nothing passes
+	// Rate limits whole frames, in bits per second. 0: no limit.
+	Rate int64
+	// Queue is the number of bytes that may wait for Rate before packets are
+	// dropped. 0: the bytes of 50 ms at Rate, but at least 32 KiB.
+	Queue int
+	// MTU is the length in bytes above which IP packets vanish without an ICMP
+	// error. 0: no limit.
+	MTU       int
+	Blackhole bool // drops every frame
 
-	// Drop, if set, says which IP packets vanish. It is called from one
-	// goroutine per direction and must not keep the slice.
+	// Drop, if set, reports whether to drop an IP packet. It is called from one
+	// goroutine per direction and must not retain the slice.
 	Drop func(ip []byte) bool
 }
 
 // Stats counts frames of one direction of a [Wire].
 type Stats struct {
-	Received  uint64 // from the sending host
-	Delivered uint64 // to the receiving host, duplicates included
-	Lost      uint64 // to Loss
-	QueueFull uint64 // to Rate and Queue
-	TooBig    uint64 // to MTU
-	Dropped   uint64 // to Blackhole and Drop
+	Received  uint64 // frames from the sending host
+	Delivered uint64 // frames to the receiving host, with duplicates
+	Lost      uint64 // frames lost by Loss
+	QueueFull uint64 // frames dropped by Rate and Queue
+	TooBig    uint64 // frames dropped by MTU
+	Dropped   uint64 // frames dropped by Blackhole and Drop
 }
 
 // Lengths and types of Ethernet frames.
@@ -47,22 +51,22 @@ const (
 	etherTypeIPv6  = 0x86dd
 )
 
-// pipe is one direction of a wire: it decides when, and whether, each frame
+// pipe is one direction of a wire. It decides when and whether each frame
 // arrives.
 type pipe struct {
 	write func(frame []byte) // called from one goroutine
 
-	mu    sync.Mutex
+	mu    sync.Mutex // guards the fields up to last
 	imp   Impairment
 	rng   *rand.Rand
 	stats Stats
-	queue []frame   // by due time
-	sent  time.Time // when the last frame is through the rate limit
-	last  time.Time // when the last frame that was not reordered is due
+	queue []frame   // frames ordered by due time
+	sent  time.Time // time at which the last frame has passed the rate limit
+	last  time.Time // due time of the last frame in order
 
 	wake chan struct{} // the head of the queue changed
 	quit chan struct{}
-	done chan struct{} // deliver has ended
+	done chan struct{} // closed at the end of deliver
 }
 
 // frame is an Ethernet frame and the time it arrives.
@@ -92,13 +96,13 @@ func (p *pipe) snapshot() Stats {
 	return p.stats
 }
 
-// close stops delivery and waits until write is not called any more.
+// close stops delivery and waits for the last call of write.
 func (p *pipe) close() {
 	close(p.quit)
 	<-p.done
 }
 
-// send takes a frame from the sending host. It does not keep data.
+// send accepts a frame from the sending host. It does not retain data.
 func (p *pipe) send(data []byte) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -132,7 +136,7 @@ func (p *pipe) send(data []byte) {
 	}
 }
 
-// schedule queues one frame for the time it arrives.
+// schedule queues one frame for its arrival time.
 func (p *pipe) schedule(data []byte) {
 	now := time.Now()
 	due := now
@@ -167,7 +171,7 @@ func (p *pipe) schedule(data []byte) {
 	p.push(frame{due, append([]byte(nil), data...)})
 }
 
-// push inserts f behind the frames that are due no later.
+// push inserts f after the frames that are due no later.
 func (p *pipe) push(f frame) {
 	i := len(p.queue)
 	for i > 0 && p.queue[i-1].due.After(f.due) {
@@ -205,8 +209,8 @@ func (p *pipe) deliver() {
 	}
 }
 
-// pop takes the first frame off the queue if it is due, and otherwise returns
-// how long to wait for one.
+// pop removes and returns the first frame if it is due, and otherwise returns
+// the time until the next one.
 func (p *pipe) pop() ([]byte, time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// udpFrame is an Ethernet frame with an IPv4 header and a number, total bytes
-// long.
+// udpFrame returns an Ethernet frame of total bytes with an IPv4 header and a
+// number.
 func udpFrame(n, total int) []byte {
 	f := make([]byte, total)
 	binary.BigEndian.PutUint16(f[12:], etherTypeIPv4)
@@ -21,14 +21,14 @@ func udpFrame(n, total int) []byte {
 	return f
 }
 
-// arrival is what comes out of a pipe.
+// arrival is a frame that a pipe delivered.
 type arrival struct {
 	N  int
 	At time.Duration
 }
 
-// through sends count frames of size bytes, one every gap, and returns what
-// arrives. It runs on the fake clock of synctest.
+// through sends count frames of size bytes, one every gap, and returns the
+// arrivals. It runs on the fake clock of synctest.
 func through(t *testing.T, imp Impairment, seed uint64, count, size int,
 	gap time.Duration) (got []arrival, stats Stats) {
 	t.Helper()
@@ -73,7 +73,7 @@ func TestJitterKeepsOrder(t *testing.T) {
 		different = different || d != got[0].At
 	}
 	if !different {
-		t.Error("every frame took as long")
+		t.Error("every frame took the same time")
 	}
 }
 
@@ -90,7 +90,7 @@ func TestLossIsDeterministic(t *testing.T) {
 	}
 	if stats.Lost < 100 || stats.Lost > 300 || int(stats.Delivered) != len(a) ||
 		stats.Delivered <= stats.Received-stats.Lost {
-		t.Errorf("a fifth lost and some twice of 1000: got %+v", stats)
+		t.Errorf("1000 frames, a fifth lost, some duplicated: got %+v", stats)
 	}
 }
 
@@ -106,7 +106,8 @@ func TestReorder(t *testing.T) {
 }
 
 func TestRateAndQueue(t *testing.T) {
-	// 1000 bytes at 8 Mbit/s take 1 ms. Ten at once, and room for five.
+	// 1000 bytes at 8 Mbit/s take 1 ms. The queue has room for five frames of
+	// ten.
 	got, stats := through(t, Impairment{Rate: 8_000_000, Queue: 5000}, 1, 10, 1000, 0)
 	var want []arrival
 	for i := range 5 {
@@ -115,7 +116,7 @@ func TestRateAndQueue(t *testing.T) {
 	if !slices.Equal(got, want) || stats.QueueFull != 5 {
 		t.Errorf("got %v and %+v, want %v", got, stats, want)
 	}
-	// Sent no faster than the rate, none is dropped.
+	// At the rate itself no frame is dropped.
 	_, stats = through(t, Impairment{Rate: 8_000_000, Queue: 5000}, 1, 100, 1000, time.Millisecond)
 	if stats.Delivered != 100 {
 		t.Errorf("%+v, want all 100 delivered", stats)
@@ -124,24 +125,29 @@ func TestRateAndQueue(t *testing.T) {
 
 func TestDrops(t *testing.T) {
 	for _, tt := range []struct {
+		name string
 		imp  Impairment
-		size int // of the frame
+		size int // frame length in bytes
 		want Stats
 	}{
-		{Impairment{MTU: 1300}, etherHeaderLen + 1300, Stats{Received: 1, Delivered: 1}},
-		{Impairment{MTU: 1300}, etherHeaderLen + 1301, Stats{Received: 1, TooBig: 1}},
-		{Impairment{Loss: 1}, 100, Stats{Received: 1, Lost: 1}},
-		{Impairment{Blackhole: true}, 100, Stats{Received: 1, Dropped: 1}},
-		{Impairment{Drop: func(ip []byte) bool {
+		{"packet of the MTU", Impairment{MTU: 1300}, etherHeaderLen + 1300,
+			Stats{Received: 1, Delivered: 1}},
+		{"packet above the MTU", Impairment{MTU: 1300}, etherHeaderLen + 1301,
+			Stats{Received: 1, TooBig: 1}},
+		{"loss", Impairment{Loss: 1}, 100, Stats{Received: 1, Lost: 1}},
+		{"black hole", Impairment{Blackhole: true}, 100, Stats{Received: 1, Dropped: 1}},
+		{"Drop returns true", Impairment{Drop: func(ip []byte) bool {
 			return ip[0] == 0x45
 		}}, 100, Stats{Received: 1, Dropped: 1}},
-		{Impairment{Drop: func(ip []byte) bool {
+		{"Drop returns false", Impairment{Drop: func(ip []byte) bool {
 			return len(ip) != 86
 		}}, 100, Stats{Received: 1, Delivered: 1}},
 	} {
-		if _, got := through(t, tt.imp, 1, 1, tt.size, 0); got != tt.want {
-			t.Errorf("%+v, %d bytes: got %+v, want %+v", tt.imp, tt.size, got, tt.want)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			if _, got := through(t, tt.imp, 1, 1, tt.size, 0); got != tt.want {
+				t.Errorf("%+v, %d bytes: got %+v, want %+v", tt.imp, tt.size, got, tt.want)
+			}
+		})
 	}
 }
 

@@ -11,18 +11,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// controlFD is where init reads the signals for the program.
+// controlFD is the file descriptor from which init reads signals for the
+// program.
 const controlFD = 3
 
-// runInit is pid 1 of the lab: it prepares the mounts, starts the program, and
-// reaps what is left to it until the program ends. It returns the exit code.
-// The kernel kills all other processes when it exits.
+// runInit is pid 1 of the lab. It prepares the mounts, starts the program, and
+// reaps orphans until the program ends. It returns the exit code. Its exit
+// makes the kernel kill all other processes.
 func runInit(home string) int {
 	if os.Getpid() != 1 {
 		fmt.Fprintf(os.Stderr, "%s: %s is set outside of a lab: unset it\n", progname(), stageVar)
 		return ExitPrivileges
 	}
-	// Key presses reach this process too. They are for the program.
+	// Signals of key presses reach this process too, but are for the program.
 	signal.Notify(make(chan os.Signal, 1))
 
 	if err := prepareMounts(); err != nil {
@@ -30,7 +31,8 @@ func runInit(home string) int {
 		return ExitPrivileges
 	}
 	if lo, err := netlink.LinkByName("lo"); err == nil {
-		netlink.LinkSetUp(lo) // for programs that test themselves over loopback
+		// Programs may test themselves over loopback.
+		netlink.LinkSetUp(lo)
 	}
 
 	unix.CloseOnExec(controlFD)
@@ -61,8 +63,8 @@ func runInit(home string) int {
 	}
 }
 
-// passSignals gives the program the signals that arrive from outside, one byte
-// each, and ends the lab when the process outside is gone.
+// passSignals sends the program each signal that arrives from outside as one
+// byte, and ends the lab when the outer process has ended.
 func passSignals(pid int) {
 	control := os.NewFile(controlFD, "control")
 	buf := make([]byte, 1)
@@ -74,8 +76,8 @@ func passSignals(pid int) {
 	}
 }
 
-// prepareMounts gives the lab a /proc of its own processes, an empty /run and,
-// where the kernel allows it, a /sys of its own devices.
+// prepareMounts mounts a /proc for the lab's processes, an empty /run and,
+// where the kernel allows it, a /sys for the lab's devices.
 func prepareMounts() error {
 	for _, m := range []struct {
 		source, target, fstype string

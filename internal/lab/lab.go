@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// hostsDir holds what the hosts see as /run, /etc and /var/lib.
+// hostsDir holds the directories that hosts see as /run, /etc and /var/lib.
 const hostsDir = "/run/hosts"
 
 // Lab is a set of hosts and the links between them. Its methods may be called
@@ -27,28 +27,28 @@ type Lab struct {
 	ctx       context.Context
 	cancel    context.CancelFunc
 	dir       string // private files of this lab, on a tmpfs
-	artifacts string // where logs and captures go
+	artifacts string // directory for logs and captures
 
-	mu      sync.Mutex
+	mu      sync.Mutex // guards the fields below
 	hosts   map[string]*Host
 	cmds    []*Cmd
 	closers []io.Closer
-	counts  map[string]int // artifacts per prefix
+	counts  map[string]int // number of artifacts of each host
 	closed  bool
 }
 
-// Option changes what [New] makes.
+// Option configures the lab that [New] makes.
 type Option func(*Lab)
 
-// WithArtifacts has the lab write the output of every program and every
-// capture to files in dir, which must exist. Without it they are kept in
-// memory until the lab is closed.
+// WithArtifacts makes the lab write each program's output and each capture to a
+// file in dir, which must exist. By default these files are in memory and
+// disappear with the lab.
 func WithArtifacts(dir string) Option {
 	return func(l *Lab) { l.artifacts = dir }
 }
 
-// New makes an empty lab. When ctx ends, the programs in it are killed. The
-// caller must close it.
+// New makes an empty lab, which the caller must close. The end of ctx kills the
+// programs in it.
 func New(ctx context.Context, opts ...Option) (*Lab, error) {
 	if !entered.Load() {
 		return nil, errors.New("lab: not inside namespaces: call lab.Enter at the start of main or TestMain")
@@ -117,8 +117,8 @@ func (l *Lab) Close() error {
 	return errors.Join(errs...)
 }
 
-// own has Close close c. It reports false, and closes c, when the lab is
-// closed already.
+// own makes Close close c. If the lab is already closed, own closes c and
+// returns false.
 func (l *Lab) own(c io.Closer) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -145,7 +145,7 @@ func (l *Lab) artifact(h *Host, name, ext string) (*os.File, error) {
 	return f, nil
 }
 
-// killAll kills the processes of hosts until none is left.
+// killAll kills all processes of hosts and waits until they have ended.
 func killAll(hosts []*Host) error {
 	deadline := time.Now().Add(10 * time.Second)
 	for {
@@ -154,7 +154,7 @@ func killAll(hosts []*Host) error {
 			return err
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("lab: processes %v do not end", pids)
+			return fmt.Errorf("lab: processes %v did not end", pids)
 		}
 		for _, pid := range pids {
 			unix.Kill(pid, unix.SIGKILL)
@@ -188,7 +188,7 @@ func processes(hosts []*Host) ([]int, error) {
 }
 
 // Prefixes parses addresses with prefix lengths, such as "192.0.2.1/24". It
-// panics when one is malformed, and is meant for constants.
+// panics on a malformed one and is meant for constants.
 func Prefixes(s ...string) []netip.Prefix {
 	p := make([]netip.Prefix, len(s))
 	for i := range s {

@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// patience bounds waits for things that take milliseconds.
+// patience limits waits that usually take milliseconds.
 const patience = 20 * time.Second
 
 func testContext(t *testing.T) context.Context {
@@ -99,7 +99,7 @@ func TestTopologyReaches(t *testing.T) {
 		if _, err := topo.Proxy.Ping(ctx, to); err != nil {
 			t.Error(err)
 		}
-		// The proxy does not forward by itself, and the router has no route.
+		// The proxy does not forward, and the router has no route.
 		a, err := topo.Client.Probe(ctx, Probe{To: to})
 		if err != nil {
 			t.Error(err)
@@ -162,7 +162,7 @@ func TestPingFails(t *testing.T) {
 	defer cancel()
 	_, err := h.Ping(ctx, netip.MustParseAddr("192.0.2.1"))
 	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "unreachable") {
-		t.Errorf("got %v, want a network that is unreachable", err)
+		t.Errorf("got %v, want network unreachable", err)
 	}
 }
 
@@ -257,13 +257,13 @@ func TestCommandLogAndFailure(t *testing.T) {
 		t.Errorf("log: %q", log)
 	}
 	if err := h.Command(testContext(t), "/does/not/exist").Run(); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("a program that does not exist: %v", err)
+		t.Errorf("missing program: %v", err)
 	}
 	must(t, l.Close())
 	files, err := os.ReadDir(dir)
 	must(t, err)
 	if len(files) != 1 {
-		t.Errorf("artifacts: %v, want the only log that is not empty", files)
+		t.Errorf("artifacts: %v, want only the log with output", files)
 	}
 }
 
@@ -310,14 +310,16 @@ func TestListenAndDial(t *testing.T) {
 		"http://203.0.113.5/":      "hello 198.51.100.2:",
 		"http://[2001:db8:2::5]/x": "hello [2001:db8:1::2]:",
 	} {
-		resp, err := (&http.Client{Transport: transport, Timeout: patience}).Get(url)
-		must(t, err)
-		body, err := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		must(t, err)
-		if !strings.HasPrefix(string(body), want) {
-			t.Errorf("%s: got %q, want %q", url, body, want)
-		}
+		t.Run(url, func(t *testing.T) {
+			resp, err := (&http.Client{Transport: transport, Timeout: patience}).Get(url)
+			must(t, err)
+			body, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			must(t, err)
+			if !strings.HasPrefix(string(body), want) {
+				t.Errorf("got %q, want %q", body, want)
+			}
+		})
 	}
 	if _, err := topo.Client.DialContext(t.Context(), "tcp", "localhost:80"); err == nil {
 		t.Error("a name was dialled")
@@ -349,20 +351,24 @@ func TestSysctlAndMTU(t *testing.T) {
 		return err
 	}))
 	if err := topo.Client.Sysctl("net.ipv4.no_such_key", "1"); err == nil {
-		t.Error("a sysctl that does not exist was set")
+		t.Error("Sysctl of a missing parameter succeeded")
 	}
 	if err := topo.Client.SetMTU("eth7", 1400); err == nil {
-		t.Error("the MTU of an interface that does not exist was set")
+		t.Error("SetMTU on a missing interface succeeded")
 	}
 }
 
 func TestNames(t *testing.T) {
 	l := newLab(t)
 	newHost(t, l, "a")
-	for _, name := range []string{"a", "", "a/b", "artifacts"} {
-		if _, err := l.Host(name); err == nil {
-			t.Errorf("host %q was made", name)
-		}
+	for row, name := range map[string]string{
+		"taken": "a", "empty": "", "slash": "a/b", "reserved": "artifacts",
+	} {
+		t.Run(row, func(t *testing.T) {
+			if _, err := l.Host(name); err == nil {
+				t.Errorf("host %q was made", name)
+			}
+		})
 	}
 	l.Close()
 	if _, err := l.Host("b"); err == nil {

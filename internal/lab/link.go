@@ -15,26 +15,28 @@ import (
 // End is one end of a link: an interface of a host and its addresses.
 type End struct {
 	Host  *Host
-	Name  string // of the interface
+	Name  string // interface name
 	Addrs []netip.Prefix
 }
 
-// LinkOptions changes a link. The zero value is a veth pair as fast as the
-// machine, with an MTU of 1500.
+// LinkOptions configures a link. The zero value is a veth pair without a rate
+// limit and an MTU of 1500 bytes.
 type LinkOptions struct {
-	MTU  int    // bytes; 0: 1500
-	Rate uint64 // bits per second in each direction, by a token bucket; 0: no limit
+	MTU int // bytes; 0: 1500
+	// Rate limits each direction by a token bucket, in bits per second. 0: no
+	// limit.
+	Rate uint64
 }
 
 const defaultMTU = 1500
 
-// readyTimeout bounds the wait for the kernel to bring an interface up, which
-// it does in the background.
+// readyTimeout limits the wait for the kernel to bring an interface up in the
+// background.
 const readyTimeout = 10 * time.Second
 
 // Connect makes a veth pair between two hosts. It returns when both interfaces
-// are up and their addresses usable. For a link with delay, loss or other
-// trouble use [Lab.Wire].
+// are up and their addresses usable. For a link with delay or loss use
+// [Lab.Wire].
 func (l *Lab) Connect(a, b End, o LinkOptions) error {
 	if o.MTU == 0 {
 		o.MTU = defaultMTU
@@ -58,8 +60,8 @@ func (l *Lab) Connect(a, b End, o LinkOptions) error {
 	return bringUp(l.ctx, a, b)
 }
 
-// Bridge connects any number of ends into one LAN. It returns the host that is
-// the switch; its interface to the first end is "port0", and so on.
+// Bridge connects any number of ends to one LAN. It returns the host that is
+// the switch, whose interfaces are "port0" for the first end, and so on.
 func (l *Lab) Bridge(name string, o LinkOptions, ends ...End) (*Host, error) {
 	sw, err := l.Host(name)
 	if err != nil {
@@ -90,18 +92,18 @@ func (l *Lab) Bridge(name string, o LinkOptions, ends ...End) (*Host, error) {
 	return sw, nil
 }
 
-// limit puts a token bucket on the end's interface.
+// limit adds a token bucket to the end's interface.
 func (e End) limit(rate uint64) error {
 	link, err := e.Host.nl.LinkByName(e.Name)
 	if err == nil {
-		bytes := rate / 8
-		burst := max(bytes/250, 64<<10) // 4 ms, and never less than one offloaded packet
+		byteRate := rate / 8
+		burst := max(byteRate/250, 64<<10) // 4 ms, at least one offloaded packet
 		err = e.Host.nl.QdiscAdd(&netlink.Tbf{
 			QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index,
 				Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
-			Rate:   bytes,
-			Limit:  uint32(burst + bytes/20), // 50 ms
-			Buffer: uint32(float64(burst) / float64(bytes) * netlink.TIME_UNITS_PER_SEC * netlink.TickInUsec()),
+			Rate:   byteRate,
+			Limit:  uint32(burst + byteRate/20), // 50 ms
+			Buffer: uint32(float64(burst) / float64(byteRate) * netlink.TIME_UNITS_PER_SEC * netlink.TickInUsec()),
 		})
 	}
 	if err != nil {
@@ -110,8 +112,8 @@ func (e End) limit(rate uint64) error {
 	return nil
 }
 
-// bringUp gives interfaces their addresses, sets them up and waits until they
-// can be used.
+// bringUp adds addresses to interfaces, sets them up and waits until they are
+// usable.
 func bringUp(ctx context.Context, ends ...End) error {
 	for _, e := range ends {
 		link, err := e.Host.nl.LinkByName(e.Name)
@@ -137,8 +139,7 @@ func bringUp(ctx context.Context, ends ...End) error {
 	return nil
 }
 
-// waitUp waits until the kernel sees a carrier and has made the link-local
-// address.
+// waitUp waits until the interface has a carrier and its link-local address.
 func (e End) waitUp(ctx context.Context) error {
 	for {
 		link, err := e.Host.nl.LinkByName(e.Name)
@@ -169,7 +170,7 @@ func (e End) waitUp(ctx context.Context) error {
 	}
 }
 
-// AddAddr adds an address, with the length of its network, to an interface.
+// AddAddr adds an address with a prefix length to an interface.
 func (h *Host) AddAddr(iface string, p netip.Prefix) error {
 	link, err := h.nl.LinkByName(iface)
 	if err == nil {
@@ -203,8 +204,8 @@ func (h *Host) AddDefaultRoute(via netip.Addr) error {
 }
 
 // SetMTU sets the MTU of an interface, in bytes. A router with a small MTU on
-// the way out answers with Packet Too Big; for packets that vanish silently see
-// [Impairment].
+// its next link answers with Packet Too Big. Use [Impairment] to drop packets
+// silently.
 func (h *Host) SetMTU(iface string, mtu int) error {
 	return h.changeLink(iface, fmt.Sprintf("MTU %d", mtu), func(l netlink.Link) error {
 		return h.nl.LinkSetMTU(l, mtu)
@@ -219,13 +220,13 @@ func (h *Host) SetUp(iface string, up bool) error {
 	return h.changeLink(iface, "up", h.nl.LinkSetUp)
 }
 
-func (h *Host) changeLink(iface, what string, f func(netlink.Link) error) error {
+func (h *Host) changeLink(iface, change string, f func(netlink.Link) error) error {
 	link, err := h.nl.LinkByName(iface)
 	if err == nil {
 		err = f(link)
 	}
 	if err != nil {
-		return fmt.Errorf("lab: host %s: set %s %s: %w", h.name, iface, what, err)
+		return fmt.Errorf("lab: host %s: set %s %s: %w", h.name, iface, change, err)
 	}
 	return nil
 }

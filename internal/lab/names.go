@@ -8,9 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// NameNamespaces lets ip(8) in this host reach every host of the lab by its
-// name, as in "ip netns exec proxy tcpdump -ni eth0". Hosts made later are not
-// among them.
+// NameNamespaces lets ip(8) in this host find every host of the lab by its
+// name, as in "ip netns exec proxy tcpdump -ni eth0". It does not cover hosts
+// made later.
 func (h *Host) NameNamespaces() error {
 	h.lab.mu.Lock()
 	hosts := make(map[string]int)

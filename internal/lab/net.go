@@ -6,8 +6,8 @@ import (
 	"net"
 )
 
-// Listen listens in the host, as [net.Listen] does. The lab closes the listener
-// at the latest when it is closed.
+// Listen listens in the host, as [net.Listen] does. Lab.Close closes the
+// listener if the caller has not.
 func (h *Host) Listen(network, address string) (net.Listener, error) {
 	var ln net.Listener
 	err := h.Do(func() (err error) {
@@ -23,8 +23,8 @@ func (h *Host) Listen(network, address string) (net.Listener, error) {
 	return ln, nil
 }
 
-// ListenPacket listens in the host, as [net.ListenPacket] does. The lab closes
-// the socket at the latest when it is closed.
+// ListenPacket listens in the host, as [net.ListenPacket] does. Lab.Close
+// closes the socket if the caller has not.
 func (h *Host) ListenPacket(network, address string) (net.PacketConn, error) {
 	var conn net.PacketConn
 	err := h.Do(func() (err error) {
@@ -41,8 +41,8 @@ func (h *Host) ListenPacket(network, address string) (net.PacketConn, error) {
 }
 
 // DialContext connects from the host, and fits [net/http.Transport]. The
-// address must hold an IP address: names are not looked up in the host's
-// files.
+// address must be an IP address and a port, because names are not looked up in
+// the host's files.
 func (h *Host) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	name, _, err := net.SplitHostPort(address)
 	if err != nil {
@@ -62,7 +62,7 @@ func (h *Host) DialContext(ctx context.Context, network, address string) (net.Co
 	return conn, nil
 }
 
-// closeQuietly closes what its user may have closed before.
+// closeQuietly ignores errors, because the user may have closed c already.
 type closeQuietly struct{ c interface{ Close() error } }
 
 func (c closeQuietly) Close() error {

@@ -19,20 +19,24 @@ import (
 
 // Probe describes one ICMP echo request.
 type Probe struct {
-	To           netip.Addr
-	HopLimit     int  // 0: 64
-	Size         int  // of the whole IP packet, bytes; 0: the headers and 56 bytes, as ping sends
-	DontFragment bool // IPv4: set DF; both: send it even when the path is known to be too small
+	To       netip.Addr
+	HopLimit int // 0: 64
+	// Size is the length of the whole IP packet in bytes. 0: the headers and 56
+	// bytes of data, like ping.
+	Size int
+	// DontFragment sets DF on IPv4. On both families it also sends packets that
+	// exceed the known path MTU.
+	DontFragment bool
 }
 
-// Answer is what came back for a [Probe]: the echo, or an ICMP error about it.
+// Answer is the answer to a [Probe]: an echo reply or an ICMP error.
 type Answer struct {
 	From netip.Addr
 	RTT  time.Duration
-	Echo bool // else the next fields are those of the ICMP error
-	Type int  // of the host's family
+	Echo bool // false: an ICMP error, in the next three fields
+	Type int  // ICMP or ICMPv6 type
 	Code int
-	MTU  int // of Packet Too Big and Fragmentation Needed
+	MTU  int // MTU in Packet Too Big or Fragmentation Needed
 }
 
 // String describes the answer in words.
@@ -50,12 +54,12 @@ func (a Answer) String() string {
 // pingData is the size of the data that ping sends, in bytes.
 const pingData = 56
 
-// family holds what differs between ICMP of IPv4 and IPv6.
+// family describes the differences between ICMP for IPv4 and IPv6.
 type family struct {
-	network, any string
-	headerLen    int // of IP
-	protocol     int // of ICMP
-	echo, reply  icmp.Type
+	network, unspecified string
+	headerLen            int // bytes of the IP header
+	protocol             int // IP protocol number
+	echo, reply          icmp.Type
 }
 
 func familyOf(a netip.Addr) family {
@@ -81,7 +85,8 @@ func (h *Host) probe(ctx context.Context, p Probe) (Answer, error) {
 	f := familyOf(p.To)
 	var conn *net.IPConn
 	err := h.Do(func() error {
-		c, err := (&net.ListenConfig{Control: p.control}).ListenPacket(ctx, f.network, f.any)
+		c, err := (&net.ListenConfig{Control: p.control}).ListenPacket(ctx, f.network,
+			f.unspecified)
 		if err != nil {
 			return err
 		}
@@ -98,7 +103,7 @@ func (h *Host) probe(ctx context.Context, p Probe) (Answer, error) {
 	if p.Size > 0 {
 		size = max(p.Size-f.headerLen-8, 0)
 	}
-	// A random identifier: others in the host may ping too.
+	// The identifier is random because other programs may ping too.
 	echo := &icmp.Echo{ID: rand.IntN(1 << 16), Seq: 1, Data: make([]byte, size)}
 	msg, err := (&icmp.Message{Type: f.echo, Body: echo}).Marshal(nil)
 	if err != nil {
@@ -152,8 +157,8 @@ func (p Probe) control(_, _ string, c syscall.RawConn) error {
 	return errors.Join(err, cerr)
 }
 
-// answer parses an ICMP message, and reports whether it answers the echo
-// request with this identifier.
+// answer parses an ICMP message and reports whether it answers the echo request
+// with the identifier id.
 func (f family) answer(b []byte, to netip.Addr, id int) (Answer, bool) {
 	m, err := icmp.ParseMessage(f.protocol, b)
 	if err != nil {
@@ -162,7 +167,7 @@ func (f family) answer(b []byte, to netip.Addr, id int) (Answer, bool) {
 	if e, ok := m.Body.(*icmp.Echo); ok {
 		return Answer{Echo: true}, m.Type == f.reply && e.ID == id
 	}
-	const header = 8 // of the ICMP error
+	const header = 8 // length of the ICMP error's header
 	if len(b) < header || !f.quotes(b[header:], to, id) {
 		return Answer{}, false
 	}
@@ -176,7 +181,8 @@ func (f family) answer(b []byte, to netip.Addr, id int) (Answer, bool) {
 	return a, true
 }
 
-// quotes reports whether b begins with the echo request to the address.
+// quotes reports whether b begins with the echo request to the address with the
+// identifier id.
 func (f family) quotes(b []byte, to netip.Addr, id int) bool {
 	if len(b) < f.headerLen {
 		return false
@@ -191,9 +197,9 @@ func (f family) quotes(b []byte, to netip.Addr, id int) bool {
 		string(dst) == string(to.AsSlice()) && int(binary.BigEndian.Uint16(b[n+4:])) == id
 }
 
-// Ping sends echo requests, one at a time, until one is answered, and returns
-// its round trip time. It fails when ctx ends first, with the last ICMP error
-// if there was one.
+// Ping sends echo requests, one at a time, until it receives a reply, and
+// returns the round-trip time. If ctx ends first, the error includes the last
+// ICMP error.
 func (h *Host) Ping(ctx context.Context, to netip.Addr) (time.Duration, error) {
 	const wait, interval = time.Second, 100 * time.Millisecond
 	last := "no answer"
@@ -220,12 +226,12 @@ func (h *Host) Ping(ctx context.Context, to netip.Addr) (time.Duration, error) {
 // Hop is one line of a [Host.Traceroute].
 type Hop struct {
 	Answer
-	Silent bool // nobody answered
+	Silent bool // no answer
 }
 
-// Traceroute finds the routers on the way by echo requests with a hop limit of
-// 1, 2 and so on, up to limit. It waits for each answer no longer than wait,
-// and ends with the first answer that is not Time Exceeded.
+// Traceroute discovers routers by echo requests with a hop limit of 1, 2 and so
+// on, up to limit. It waits for each answer up to the duration wait, and ends
+// with the first answer other than Time Exceeded.
 func (h *Host) Traceroute(ctx context.Context, to netip.Addr, limit int, wait time.Duration) ([]Hop,
 	error) {
 	var hops []Hop

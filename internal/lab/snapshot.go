@@ -12,15 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Snapshot describes all that a VPN may change in a host: links, addresses,
-// routes of all tables, rules, nftables, kernel parameters, and
-// /etc/resolv.conf with what is beside it. It leaves out counters and timers,
-// and sorts what has no order, so two snapshots of a host that was put back in
-// order are equal byte by byte.
+// Snapshot describes everything that a VPN may change in a host: links,
+// addresses, routes of all tables, rules, nftables, kernel parameters, and
+// /etc/resolv.conf with its backups. It omits counters and timers and sorts
+// unordered lists, so that two snapshots of a restored host are equal.
 func (h *Host) Snapshot() (string, error) {
 	var text string
 	var err error
-	for range 10 { // a list that changes while it is read is read again
+	for range 10 { // retry lists that change during the dump
 		text, err = h.takeSnapshot()
 		if !errors.Is(err, netlink.ErrDumpInterrupted) {
 			break
@@ -45,9 +44,8 @@ func (h *Host) takeSnapshot() (string, error) {
 	return s.b.String(), err
 }
 
-// Diff compares two snapshots. It returns the lines that only a has with "- "
-// before them, and those that only b has with "+ ", and "" when the snapshots
-// are equal.
+// Diff compares two snapshots. Lines only in a begin with "- ", lines only in b
+// with "+ ". Diff returns "" for equal snapshots.
 func Diff(a, b string) string {
 	if a == b {
 		return ""
@@ -129,8 +127,7 @@ func (s *snapshot) routes(h *Host) error {
 		}
 		lines := make([]string, 0, len(routes))
 		for _, r := range routes {
-			// What the kernel learns about neighbours and carriers comes and
-			// goes.
+			// Routes learned from neighbours and carriers come and go.
 			flags := r.Flags &^ (unix.RTNH_F_LINKDOWN | unix.RTNH_F_DEAD | unix.RTM_F_CLONED)
 			lines = append(lines, fmt.Sprintf("table %d type %d %v via %v %v dev %q src %v proto %d scope %d priority %d tos %d flags %#x mtu %d lock %t advmss %d encap %v nexthops %v",
 				r.Table, r.Type, r.Dst, r.Gw, r.Via, s.names[r.LinkIndex], r.Src, r.Protocol,
@@ -210,8 +207,8 @@ func (s *snapshot) sysctls(*Host) error {
 	return nil
 }
 
-// resolver adds /etc/resolv.conf and what is beside it under such a name: its
-// mode, where it leads to if it is a link, and what it says.
+// resolver adds /etc/resolv.conf and the files whose names begin so: mode, link
+// target and content.
 func (s *snapshot) resolver(*Host) error {
 	const file = "/etc/resolv.conf"
 	names, err := filepath.Glob(file + "*")
@@ -224,9 +221,9 @@ func (s *snapshot) resolver(*Host) error {
 		if err != nil {
 			return err
 		}
-		to, _ := os.Readlink(name) // "" of what is no link
+		to, _ := os.Readlink(name) // "" unless a link
 		b, err := os.ReadFile(name)
-		if err != nil && (to == "" || !errors.Is(err, os.ErrNotExist)) { // a link may lead nowhere
+		if err != nil && (to == "" || !errors.Is(err, os.ErrNotExist)) { // the link may dangle
 			return err
 		}
 		lines = append(lines, fmt.Sprintf("%s %s %q", name, info.Mode(), to))

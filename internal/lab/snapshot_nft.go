@@ -7,8 +7,8 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// nftables adds every table with its chains, rules and sets. Counters have no
-// values, and elements that expire are left out.
+// nftables adds every table with its chains, rules and sets. It omits the
+// values of counters and elements with a timeout.
 func (s *snapshot) nftables(h *Host) error {
 	conn, err := nftables.New(nftables.WithNetNSFd(h.netFD), nftables.AsLasting())
 	if err != nil {

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestSnapshot changes each thing that a snapshot covers, and puts it back.
+// TestSnapshot changes each part of a snapshot and reverts it.
 func TestSnapshot(t *testing.T) {
 	topo := newTopology(t, TopologyOptions{})
 	h := topo.Client
@@ -39,26 +39,27 @@ func TestSnapshot(t *testing.T) {
 			"resolver"},
 		{"echo old >/etc/resolv.conf.masque-x", "rm /etc/resolv.conf.masque-x", "resolver"},
 	} {
-		sh(t, h, tt.do)
-		during, err := h.Snapshot()
-		must(t, err)
-		if section(during, tt.section) == section(before, tt.section) {
-			t.Errorf("%s: no difference in %q", tt.do, tt.section)
-		}
-		if Diff(before, during) == "" {
-			t.Errorf("%s: Diff finds no difference", tt.do)
-		}
-		sh(t, h, tt.undo)
-		after, err := h.Snapshot()
-		must(t, err)
-		if diff := Diff(before, after); diff != "" {
-			t.Fatalf("%s: undone, but it differs:\n%s", tt.do, diff)
-		}
+		t.Run(tt.do, func(t *testing.T) {
+			sh(t, h, tt.do)
+			during, err := h.Snapshot()
+			must(t, err)
+			if section(during, tt.section) == section(before, tt.section) {
+				t.Errorf("no difference in %q", tt.section)
+			}
+			if Diff(before, during) == "" {
+				t.Error("Diff finds no difference")
+			}
+			sh(t, h, tt.undo)
+			after, err := h.Snapshot()
+			must(t, err)
+			if diff := Diff(before, after); diff != "" {
+				t.Errorf("after %q it differs:\n%s", tt.undo, diff)
+			}
+		})
 	}
 }
 
-// TestSnapshotIgnoresTraffic passes packets through a counter and to
-// neighbours.
+// TestSnapshotIgnoresTraffic sends packets to neighbours and through a counter.
 func TestSnapshotIgnoresTraffic(t *testing.T) {
 	topo := newTopology(t, TopologyOptions{})
 	h := topo.Client

@@ -7,11 +7,11 @@ import (
 
 // Addresses of the standard topology.
 var (
-	ClientIPv4 = netip.MustParseAddr("198.51.100.2") // of the first client
+	ClientIPv4 = netip.MustParseAddr("198.51.100.2") // first client
 	ClientIPv6 = netip.MustParseAddr("2001:db8:1::2")
-	ProxyIPv4  = netip.MustParseAddr("203.0.113.5") // where clients reach the proxy
+	ProxyIPv4  = netip.MustParseAddr("203.0.113.5") // proxy, from the clients' side
 	ProxyIPv6  = netip.MustParseAddr("2001:db8:2::5")
-	TargetIPv4 = netip.MustParseAddr("192.0.2.2") // behind the proxy
+	TargetIPv4 = netip.MustParseAddr("192.0.2.2") // target, behind the proxy
 	TargetIPv6 = netip.MustParseAddr("2001:db8:3::2")
 )
 
@@ -19,22 +19,23 @@ var (
 // topology.
 const ProxyName = "proxy.example"
 
-// maxClients is what the addressing plan has room for.
+// maxClients is the capacity of the addressing plan.
 const maxClients = 250
 
-// TopologyOptions changes the standard topology. The zero value is one client
-// and links as fast as the machine.
+// TopologyOptions configures the standard topology. The zero value has one
+// client and links without impairment.
 type TopologyOptions struct {
-	Clients   int // 0: 1
-	ClientMTU int // of the links between clients and router, bytes, at least 1280; 0: 1500
+	Clients int // number of clients; 0: 1
+	// ClientMTU is the MTU of the links between clients and router, in bytes,
+	// at least 1280. 0: 1500.
+	ClientMTU int
 
-	// Impair, when not nil, makes the links between clients and router
-	// wires with this impairment, which can be changed later.
+	// Impair, if not nil, makes the links between clients and router wires with
+	// this impairment, which can be changed later.
 	Impair *Impairment
-	Seed   uint64 // of the wires
+	Seed   uint64 // seed of the wires
 
-	// Pool is routed from the target to the proxy, for a proxy that does not
-	// hide its clients behind its own address.
+	// Pool is routed from the target to the proxy, for a proxy without NAT.
 	Pool []netip.Prefix
 }
 
@@ -60,7 +61,7 @@ type Topology struct {
 	Router  *Host
 	Proxy   *Host
 	Target  *Host
-	Wires   []*Wire // client to router, as many as clients, when impaired
+	Wires   []*Wire // one for each client if impaired, else nil
 }
 
 // NewTopology makes the standard topology in l.

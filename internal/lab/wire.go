@@ -10,8 +10,8 @@ import (
 )
 
 // Wire is a link between two hosts that passes through this process, which can
-// delay, drop and reorder what goes over it. It carries a few hundred thousand
-// packets per second; [Lab.Connect] makes a faster one.
+// delay, drop and reorder packets. It carries a few hundred thousand packets
+// per second. Links of [Lab.Connect] are faster.
 type Wire struct {
 	ab, ba  *pipe
 	a, b    *os.File // the TAP devices
@@ -21,13 +21,15 @@ type Wire struct {
 
 // WireOptions describes a wire.
 type WireOptions struct {
-	MTU        int        // of the interfaces, bytes; 0: 1500
-	Impairment Impairment // in both directions
-	Seed       uint64     // of the random decisions: the same seed and packets, the same decisions
+	MTU        int        // interface MTU in bytes; 0: 1500
+	Impairment Impairment // initial impairment of both directions
+	// Seed determines the random decisions: they repeat with the same seed and
+	// packets.
+	Seed uint64
 }
 
-// Wire connects two hosts with a link that can be impaired. It returns when the
-// interfaces are up and their addresses usable. It needs /dev/net/tun.
+// Wire connects two hosts with a link that can be impaired. It returns when
+// both interfaces are up and their addresses usable. It needs /dev/net/tun.
 func (l *Lab) Wire(a, b End, o WireOptions) (*Wire, error) {
 	if o.MTU == 0 {
 		o.MTU = defaultMTU
@@ -41,8 +43,7 @@ func (l *Lab) Wire(a, b End, o WireOptions) (*Wire, error) {
 		w.a.Close()
 		return nil, err
 	}
-	// The interfaces go away with the lab: a write that fails is a frame on
-	// a cable that nobody listens to.
+	// Write errors are ignored: the interfaces disappear with the lab.
 	w.ab = newPipe(o.Impairment, o.Seed, func(f []byte) { w.b.Write(f) })
 	w.ba = newPipe(o.Impairment, o.Seed+1, func(f []byte) { w.a.Write(f) })
 	w.readers.Add(2)
@@ -54,8 +55,7 @@ func (l *Lab) Wire(a, b End, o WireOptions) (*Wire, error) {
 	return w, bringUp(l.ctx, a, b)
 }
 
-// Set changes both directions from now on. Packets that are under way keep
-// their fate.
+// Set changes both directions. It does not affect packets already queued.
 func (w *Wire) Set(imp Impairment) {
 	w.SetAB(imp)
 	w.SetBA(imp)
@@ -67,11 +67,11 @@ func (w *Wire) SetAB(imp Impairment) { w.ab.set(imp) }
 // SetBA changes the direction from the second end to the first.
 func (w *Wire) SetBA(imp Impairment) { w.ba.set(imp) }
 
-// Stats returns the counters of the direction from the first end to the
-// second, and of the other one.
+// Stats returns the counters of the direction from the first end to the second,
+// and of the reverse direction.
 func (w *Wire) Stats() (ab, ba Stats) { return w.ab.snapshot(), w.ba.snapshot() }
 
-// Close removes the interfaces of both hosts. The lab does it too.
+// Close removes the interfaces of both hosts. Lab.Close also does this.
 func (w *Wire) Close() error {
 	var err error
 	w.closing.Do(func() {
@@ -89,15 +89,15 @@ func (w *Wire) read(tap *os.File, p *pipe) {
 	buf := make([]byte, 1<<16)
 	for {
 		n, err := tap.Read(buf)
-		if err != nil { // closed, or somebody deleted the interface
+		if err != nil { // closed, or another program deleted the interface
 			return
 		}
 		p.send(buf[:n])
 	}
 }
 
-// openTAP makes the end's interface. A TAP device has no offloads, so each
-// read is one packet as it would be on a cable.
+// openTAP makes the end's interface. A TAP device has no offloads, so each read
+// is one packet of the link.
 func (e End) openTAP(mtu int) (*os.File, error) {
 	if err := CheckTUN(); err != nil {
 		return nil, fmt.Errorf("lab: %w", err)
@@ -113,7 +113,7 @@ func (e End) openTAP(mtu int) (*os.File, error) {
 	return tap, nil
 }
 
-// openTUN makes a device that lives until the file is closed; kind is IFF_TUN
+// openTUN makes a device that exists until the file is closed. kind is IFF_TUN
 // or IFF_TAP.
 func (h *Host) openTUN(name string, kind uint16) (*os.File, error) {
 	var file *os.File
