@@ -206,7 +206,7 @@ func TestInviteErrors(t *testing.T) {
 		{[]string{"alice", "--address", "10.77.0.9,10.77.0.9"}, "given twice"},
 		{[]string{"alice", "-o", filepath.Join(dir, "bob.toml")}, "exists already"},
 		{[]string{"alice", "--ca-key", filepath.Join(dir, "none.key")}, "none.key"},
-		{[]string{"alice", "--ca-key", filepath.Join(dir, keyFile)}, "the key is not the one of the certificate"},
+		{[]string{"alice", "--ca-key", filepath.Join(dir, keyFile)}, "the key does not belong to the certificate"},
 		{nil, "accepts 1 arg(s), received 0"},
 	} {
 		if _, last := do(t, 2, append([]string{"invite", "-c", file}, test.args...)...); !strings.Contains(last, test.want) {

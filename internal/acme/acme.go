@@ -1,6 +1,10 @@
-// Package acme keeps the certificate of one name good, by ACME (RFC 8555): it
-// gets it when there is none, renews it in time, and keeps it, its key and the
-// account in a folder. It is all of ours that knows certmagic.
+// Package acme obtains and renews the certificate of one name by ACME (RFC
+// 8555). Start [Manager.Run], wait for [Manager.Ready] and use
+// [Manager.Certificate] in each TLS handshake.
+//
+// The certificate, its key and the account are files in one directory, so that
+// a restart needs no new certificate. Failures are logged with a remedy and
+// retried, see [Status]. This is the only package that uses certmagic.
 package acme
 
 import (
@@ -24,17 +28,16 @@ import (
 // LetsEncrypt is the directory of Let's Encrypt.
 const LetsEncrypt = certmagic.LetsEncryptProductionCA
 
-// A Challenge is how the server sees that the name is this host's.
+// Challenge is the proof of control over the name.
 type Challenge string
 
-// The challenges. The server asks on a TCP port of its choice, which is the
-// standard one.
+// The supported challenges. The server connects to a standard TCP port.
 const (
 	TLSALPN Challenge = "tls-alpn-01" // RFC 8737, port 443
 	HTTP    Challenge = "http-01"     // RFC 8555 section 8.3, port 80
 )
 
-// Port is the TCP port that the server asks on.
+// Port returns the TCP port that the server connects to.
 func (c Challenge) Port() int {
 	if c == HTTP {
 		return certmagic.HTTPChallengePort
@@ -42,44 +45,51 @@ func (c Challenge) Port() int {
 	return certmagic.TLSALPNChallengePort
 }
 
-// Listen is where a challenge is answered unless something else is said.
+// Listen returns the default address for answers to the challenge.
 func (c Challenge) Listen() string { return ":" + strconv.Itoa(c.Port()) }
 
-// Config says which certificate to get, and how. All fields but Roots are
-// needed.
+// Config configures a Manager. All fields but Roots are required.
 type Config struct {
-	Name      string         // that the certificate is for, a domain name or an address
-	Directory string         // URL of the server's directory
-	Email     string         // of the account: where the server writes about problems
-	Roots     *x509.CertPool // that the server itself is verified with; nil: the system's
+	// Name is the domain name or address that the certificate is for.
+	Name      string
+	Directory string // URL of the server's directory
+	// Email is the contact of the account, for notices of the server.
+	Email string
+	// Roots verify the ACME server. nil: the system's roots.
+	Roots     *x509.CertPool
 	Challenge Challenge
-	Listen    string // TCP address and port where the challenge is answered, only while it is asked
-	Storage   string // folder, made when it is missing; all in it is readable for its owner alone
-	Logger    *slog.Logger
+	// Listen is the TCP address and port for answers to challenges. It is in
+	// use only during a challenge.
+	Listen string
+	// Storage is the directory of the files, made if missing. Only its owner
+	// can read them.
+	Storage string
+	Logger  *slog.Logger
 }
 
-// How long until a failed attempt is made again: below the rates at which
-// servers refuse (Let's Encrypt: five failures of a name in an hour).
+// Delays of further attempts. They stay below common rate limits (Let's
+// Encrypt: five failures of a name in an hour).
 const (
 	firstRetry = time.Minute
 	retryGrows = 3
 	lastRetry  = time.Hour
 )
 
-// lookInterval is how often at least the stored certificate, and when the
-// server wants it renewed, are looked at.
+// lookInterval is the longest time between checks of the stored certificate and
+// its renewal time.
 const lookInterval = 6 * time.Hour
 
-// Status tells how a Manager is.
+// Status is the state of a Manager.
 type Status struct {
-	// *Error of the last attempt to get or renew the certificate; nil: none is
-	// due, or it goes on
+	// Problem is the *Error of the last attempt to obtain or renew the
+	// certificate; nil while there is no failure.
 	Problem error
-	Next    time.Time // when it is tried again after Problem
+	// Next is the time of the next attempt after Problem.
+	Next time.Time
 }
 
-// Manager keeps one certificate good while Run runs. Its methods may be called
-// concurrently.
+// Manager obtains and renews one certificate while Run runs. Its methods may be
+// called concurrently.
 type Manager struct {
 	cfg         Config
 	certificate atomic.Pointer[tls.Certificate]
@@ -90,19 +100,19 @@ type Manager struct {
 	status Status
 }
 
-// New makes a Manager, which begins with Run.
+// New returns a Manager. Run starts its work.
 func New(cfg Config) *Manager {
 	return &Manager{cfg: cfg, ready: make(chan struct{}), again: make(chan struct{}, 1)}
 }
 
-// Ready is closed when there is a certificate.
+// Ready returns a channel that is closed once there is a certificate.
 func (m *Manager) Ready() <-chan struct{} { return m.ready }
 
-// Certificate returns the certificate to use, with its Leaf; nil before Ready.
-// It is not to be changed.
+// Certificate returns the current certificate with its Leaf; nil before Ready.
+// The caller must not modify it.
 func (m *Manager) Certificate() *tls.Certificate { return m.certificate.Load() }
 
-// Status returns what has been in the way since the last success.
+// Status returns the failure since the last success, if any.
 func (m *Manager) Status() Status {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -115,7 +125,7 @@ func (m *Manager) setStatus(s Status) {
 	m.status = s
 }
 
-// Again ends the wait after a failure: what was in the way may be gone.
+// Again ends the wait after a failure, for a cause that may be gone.
 func (m *Manager) Again() {
 	if m.Status().Problem == nil {
 		return
@@ -126,8 +136,8 @@ func (m *Manager) Again() {
 	}
 }
 
-// Run keeps the certificate good until ctx ends. What goes wrong is logged,
-// with a remedy, and tried again.
+// Run obtains and renews the certificate until ctx ends. It logs failures with
+// a remedy and tries again.
 func (m *Manager) Run(ctx context.Context) {
 	k := newKeeper(m.cfg)
 	defer k.close()
@@ -136,7 +146,7 @@ func (m *Manager) Run(ctx context.Context) {
 		RandomizationFactor: 0.1,
 	}
 	for {
-		wait, err := m.keep(ctx, k)
+		wait, err := m.maintain(ctx, k)
 		if ctx.Err() != nil {
 			return
 		}
@@ -168,9 +178,9 @@ func (m *Manager) Run(ctx context.Context) {
 	}
 }
 
-// keep uses the stored certificate, and gets a new one if that is due. It
-// returns how long it can be left alone.
-func (m *Manager) keep(ctx context.Context, k *keeper) (time.Duration, error) {
+// maintain uses the stored certificate and renews it when due. It returns the
+// time until the next check.
+func (m *Manager) maintain(ctx context.Context, k *keeper) (time.Duration, error) {
 	stored, err := k.load(ctx)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errUnusable) {
@@ -193,7 +203,7 @@ func (m *Manager) keep(ctx context.Context, k *keeper) (time.Duration, error) {
 	return m.obtained(ctx, k)
 }
 
-// obtained uses the certificate that the server has just given.
+// obtained uses the certificate that the server has just issued.
 func (m *Manager) obtained(ctx context.Context, k *keeper) (time.Duration, error) {
 	got, err := k.load(ctx)
 	if err != nil {
@@ -211,7 +221,7 @@ func (m *Manager) use(cert *tls.Certificate) {
 	}
 }
 
-// Stored returns the certificate that is in the folder, with its Leaf. The
+// Stored returns the certificate in the storage directory, with its Leaf. The
 // error wraps fs.ErrNotExist if there is none.
 func Stored(ctx context.Context, cfg Config) (*tls.Certificate, error) {
 	k := newKeeper(cfg)
@@ -219,8 +229,8 @@ func Stored(ctx context.Context, cfg Config) (*tls.Certificate, error) {
 	return k.load(ctx)
 }
 
-// CheckListen checks that the challenge could be answered: that its address can
-// be listened on, by doing it. The error is an *Error.
+// CheckListen checks by listening that the challenge's address is available.
+// The error is an *Error.
 func CheckListen(ctx context.Context, cfg Config) error {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", cfg.Listen)
@@ -230,8 +240,8 @@ func CheckListen(ctx context.Context, cfg Config) error {
 	return l.Close()
 }
 
-// CheckDirectory asks the server for its directory, and returns where its terms
-// of service are, "" if it has none. The error is an *Error.
+// CheckDirectory fetches the server's directory and returns the URL of its
+// terms of service, "" if it has none. The error is an *Error.
 func CheckDirectory(ctx context.Context, cfg Config) (terms string, err error) {
 	client := acme.Client{Directory: cfg.Directory, HTTPClient: httpClient(cfg)}
 	dir, err := client.GetDirectory(ctx)

@@ -24,16 +24,15 @@ import (
 
 const patience = 60 * time.Second
 
-// server is pebble on the loopback interface. It asks for challenges at port,
-// and its certificates are good for life.
+// server is pebble on the loopback interface. It connects to port for
+// challenges, and its certificates are valid for the duration life.
 type server struct {
 	Config
 	manage string // URL of the management interface
 	stop   func()
 }
 
-// start runs pebble, and returns it with the configuration of a certificate for
-// 127.0.0.1.
+// start runs pebble and returns it with a configuration for 127.0.0.1.
 func start(t *testing.T, challenge Challenge, life time.Duration) *server {
 	t.Helper()
 	dir := t.TempDir()
@@ -83,7 +82,7 @@ func start(t *testing.T, challenge Challenge, life time.Duration) *server {
 	return s
 }
 
-// issuer is the authority of the certificates that the server issues.
+// issuer returns the authority that signs the server's certificates.
 func (s *server) issuer(t *testing.T) *x509.CertPool {
 	t.Helper()
 	rsp, err := httpClient(s.Config).Get(s.manage + "/roots/0")
@@ -123,12 +122,12 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !ok(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("not in %v: %s", patience, what)
+			t.Fatalf("not reached in %v: %s", patience, what)
 		}
 	}
 }
 
-// run runs a Manager until the function that it returns is called.
+// run runs a Manager until the returned function is called.
 func run(t *testing.T, cfg Config) (*Manager, func()) {
 	t.Helper()
 	m := New(cfg)
@@ -156,15 +155,14 @@ func ready(t *testing.T, m *Manager) *tls.Certificate {
 	return m.Certificate()
 }
 
-// TestObtain: a certificate is got by each challenge, kept where its owner
-// alone can read it, and found there by the next Manager, which needs no server
-// for it.
+// TestObtain obtains a certificate by each challenge. Only the owner can read
+// it, and the next Manager finds it without a server.
 func TestObtain(t *testing.T) {
 	for _, challenge := range []Challenge{TLSALPN, HTTP} {
 		t.Run(string(challenge), func(t *testing.T) {
 			s := start(t, challenge, 90*24*time.Hour)
 			if _, err := Stored(t.Context(), s.Config); !errors.Is(err, fs.ErrNotExist) {
-				t.Errorf("before, the stored certificate is %v", err)
+				t.Errorf("before the first run: stored certificate: %v", err)
 			}
 			m, stop := run(t, s.Config)
 			cert := ready(t, m)
@@ -205,8 +203,8 @@ func TestObtain(t *testing.T) {
 	}
 }
 
-// TestRenew: a certificate is replaced before it ends, by one with another key,
-// and one that has ended is not used.
+// TestRenew checks that a certificate is renewed before it ends, with a new
+// key, and that an expired one is not used.
 func TestRenew(t *testing.T) {
 	s := start(t, TLSALPN, 6*time.Second)
 	m, stop := run(t, s.Config)
@@ -225,11 +223,11 @@ func TestRenew(t *testing.T) {
 	m, _ = run(t, s.Config)
 	eventually(t, "it is to be renewed", func() bool { return m.Status().Problem != nil })
 	if m.Certificate() != nil {
-		t.Error("a certificate that has ended is used")
+		t.Error("an expired certificate is used")
 	}
 }
 
-// TestUnusable: what is in the folder and is no pair is replaced.
+// TestUnusable checks that damaged files are replaced.
 func TestUnusable(t *testing.T) {
 	s := start(t, TLSALPN, 90*24*time.Hour)
 	m, stop := run(t, s.Config)
@@ -246,8 +244,7 @@ func TestUnusable(t *testing.T) {
 	}
 }
 
-// TestProblems: what is in the way is said with what to do, and tried again
-// when asked to.
+// TestProblems checks that failures come with a remedy, and that Again retries.
 func TestProblems(t *testing.T) {
 	s := start(t, TLSALPN, 90*24*time.Hour)
 	unknown := s.Config
@@ -282,7 +279,7 @@ func TestProblems(t *testing.T) {
 			e, ok := errors.AsType[*Error](m.Status().Problem)
 			if !ok || !strings.Contains(e.Reason, test.want) ||
 				!strings.Contains(e.Remedy, test.remedy) {
-				t.Errorf("said %v, want %q and %q", m.Status().Problem, test.want, test.remedy)
+				t.Errorf("got %v, want %q and %q", m.Status().Problem, test.want, test.remedy)
 			}
 			if next := time.Until(m.Status().Next); next <= 0 || next > 2*firstRetry {
 				t.Errorf("tried again in %v", next)
@@ -304,7 +301,7 @@ func TestProblems(t *testing.T) {
 	eventually(t, "there is no problem", func() bool { return m.Status().Problem == nil })
 }
 
-// TestCheckDirectory: the server's terms of service are named.
+// TestCheckDirectory checks that the terms of service are returned.
 func TestCheckDirectory(t *testing.T) {
 	s := start(t, TLSALPN, time.Hour)
 	if terms, err := CheckDirectory(t.Context(), s.Config); err != nil ||
@@ -318,8 +315,8 @@ func TestCheckDirectory(t *testing.T) {
 	}
 }
 
-// TestLocks: two processes do not ask for one certificate at the same time, and
-// a lock is not left behind.
+// TestLocks checks that only one process at a time asks for a certificate, and
+// that locks do not stay behind.
 func TestLocks(t *testing.T) {
 	dir := t.TempDir()
 	a, b := newStorage(dir), newStorage(dir)

@@ -15,7 +15,7 @@ import (
 	"github.com/mholt/acmez/v3/acme"
 )
 
-// Error says why there is no certificate, and what to do.
+// Error is the reason for a missing certificate, with a remedy.
 type Error struct {
 	Reason string
 	Remedy string // "" when there is none
@@ -31,7 +31,7 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// explain finds what an operator can do about an error.
+// explain adds a remedy for the operator to err.
 func explain(err error, cfg Config) *Error {
 	if e, ok := errors.AsType[*Error](err); ok {
 		return e
@@ -69,7 +69,7 @@ func explain(err error, cfg Config) *Error {
 		Err: err}
 }
 
-// remedy is what helps against a refusal (RFC 8555 section 6.7).
+// remedy returns the remedy for a refusal (RFC 8555 section 6.7).
 func remedy(p acme.Problem, cfg Config) string {
 	switch p.Type {
 	case acme.ProblemTypeCAA:
@@ -84,13 +84,13 @@ func remedy(p acme.Problem, cfg Config) string {
 		return "it wants accounts that were made elsewhere, which is not supported: choose another tls.acme.directory"
 	}
 	if _, ok := p.Resource.(acme.Authorization); ok {
-		// the challenge failed; servers differ in how they call it
+		// Servers use different types for a failed challenge.
 		return fmt.Sprintf("let all A and AAAA records of %s lead to this host, and TCP port %d in; nothing else may answer there", cfg.Name, cfg.Challenge.Port())
 	}
 	return ""
 }
 
-// explainListen is why a challenge cannot be answered.
+// explainListen explains why a challenge cannot be answered.
 func explainListen(err error, cfg Config) *Error {
 	where := fmt.Sprintf("TCP %s, where the ACME server asks for the challenge %s,", cfg.Listen,
 		cfg.Challenge)
@@ -113,8 +113,8 @@ func explainListen(err error, cfg Config) *Error {
 		Remedy: "change tls.acme.listen", Err: err}
 }
 
-// innermost is the cause at the end of a chain of errors; what wraps it names
-// the request, several times.
+// innermost returns the cause at the end of a chain of errors. The wrapping
+// errors name the request several times.
 func innermost(err error) error {
 	if e, ok := errors.AsType[*url.Error](err); ok {
 		return e.Err

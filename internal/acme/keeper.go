@@ -18,24 +18,26 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// renewalWindow is the part of a certificate's life that is left when it is
-// renewed, unless the server says when (RFC 9773): a third, which is what the
-// servers recommend.
+// renewalWindow is the remaining fraction of a certificate's lifetime at
+// renewal, unless the server suggests a time (RFC 9773). Servers recommend a
+// third.
 const renewalWindow = 3
 
-// errUnusable is the error of what is in the folder and is no certificate with
-// its key, as when the machine died between the two.
+// errUnusable is returned for stored files that are not a certificate with its
+// key, for example after a crash between the two writes.
 var errUnusable = errors.New("the stored certificate cannot be used")
 
-// keeper is certmagic for one certificate: what is stored of it, and the
-// conversation with the server. Nothing but Run decides when, so neither
-// certmagic's cache nor its schedule has a part in it.
+// keeper uses certmagic for one certificate: its files and the exchange with
+// the server. Run alone decides when to renew, so certmagic's cache and
+// schedule are not used.
 type keeper struct {
-	cfg     Config
-	cache   *certmagic.Cache // empty, but certmagic needs one
-	magic   *certmagic.Config
-	issuer  *certmagic.ACMEIssuer
-	renewal acme.RenewalInfo // what the server says of the certificate with the number that follows
+	cfg    Config
+	cache  *certmagic.Cache // empty, required by certmagic
+	magic  *certmagic.Config
+	issuer *certmagic.ACMEIssuer
+	// renewal is the server's renewal information for the certificate with the
+	// serial number below.
+	renewal acme.RenewalInfo
 	serial  string
 	asked   time.Time
 }
@@ -56,7 +58,7 @@ func newKeeper(cfg Config) *keeper {
 		OCSP:    certmagic.OCSPConfig{DisableStapling: true},
 		Logger:  logger,
 	})
-	host, port, _ := net.SplitHostPort(cfg.Listen) // the configuration was checked
+	host, port, _ := net.SplitHostPort(cfg.Listen) // cfg.Listen is already validated
 	number, _ := strconv.Atoi(port)
 	k.issuer = certmagic.NewACMEIssuer(k.magic, certmagic.ACMEIssuer{
 		CA: cfg.Directory, Email: cfg.Email, Agreed: true, TrustedRoots: cfg.Roots,
@@ -72,7 +74,7 @@ func newKeeper(cfg Config) *keeper {
 func (k *keeper) close() { k.cache.Stop() }
 
 // load reads the stored certificate. The error wraps fs.ErrNotExist if there is
-// none, and errUnusable if it is none.
+// none, and errUnusable if the files are damaged.
 func (k *keeper) load(ctx context.Context) (*tls.Certificate, error) {
 	chain, err := k.magic.Storage.Load(ctx,
 		certmagic.StorageKeys.SiteCert(k.issuer.IssuerKey(), k.cfg.Name))
@@ -91,19 +93,18 @@ func (k *keeper) load(ctx context.Context) (*tls.Certificate, error) {
 	return &cert, nil
 }
 
-// get has the server issue a certificate, and stores it with a new key: one
-// that follows the stored one, or takes the place of what cannot be used.
+// get obtains a certificate from the server and stores it with a new key. It
+// renews the stored certificate or replaces damaged files.
 func (k *keeper) get(ctx context.Context, renew bool) error {
-	// A port that is taken would show as a challenge that fails, with a reason
-	// that says nothing of it.
+	// Check the port first: otherwise the challenge would fail with an
+	// unrelated reason.
 	if err := CheckListen(ctx, k.cfg); err != nil {
 		return err
 	}
 	if renew {
 		return k.magic.RenewCertSync(ctx, k.cfg.Name, true)
 	}
-	// With all its files there, certmagic would take the certificate for
-	// obtained.
+	// certmagic would keep existing files and obtain no certificate.
 	if err := k.magic.Storage.Delete(ctx,
 		certmagic.StorageKeys.SiteCert(k.issuer.IssuerKey(), k.cfg.Name)); err != nil {
 		return err
@@ -111,8 +112,8 @@ func (k *keeper) get(ctx context.Context, renew bool) error {
 	return k.magic.ObtainCertSync(ctx, k.cfg.Name)
 }
 
-// due is when a certificate should be renewed. The server is asked, if it knows
-// about that, as often as it wants to be.
+// due returns the time of renewal. It queries the server, if it supports this,
+// at the interval that the server sets.
 func (k *keeper) due(ctx context.Context, leaf *x509.Certificate) time.Time {
 	due := leaf.NotAfter.Add(-leaf.NotAfter.Sub(leaf.NotBefore) / renewalWindow)
 	if serial := leaf.SerialNumber.String(); serial != k.serial || k.renewal.NeedsRefresh() ||
@@ -120,7 +121,7 @@ func (k *keeper) due(ctx context.Context, leaf *x509.Certificate) time.Time {
 		info, err := k.issuer.GetRenewalInfo(ctx,
 			certmagic.Certificate{Certificate: tls.Certificate{Leaf: leaf}})
 		if err != nil {
-			k.cfg.Logger.Debug("the server does not say when to renew", "error", err)
+			k.cfg.Logger.Debug("the server suggests no time of renewal", "error", err)
 		}
 		if err == nil || serial != k.serial {
 			k.renewal = info
@@ -133,7 +134,7 @@ func (k *keeper) due(ctx context.Context, leaf *x509.Certificate) time.Time {
 	return due
 }
 
-// httpClient is what a server is asked with outside of certmagic.
+// httpClient returns a client for requests outside of certmagic.
 func httpClient(cfg Config) *http.Client {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.TLSClientConfig = &tls.Config{RootCAs: cfg.Roots}

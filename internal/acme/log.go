@@ -10,8 +10,8 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// logCore takes what certmagic logs. All of it is for debugging: what goes
-// wrong comes back as an error as well, and is logged by Run with its remedy.
+// logCore writes certmagic's log at level debug. Its failures are also returned
+// as errors, which Run logs with a remedy.
 type logCore struct {
 	zapcore.LevelEnabler
 	logger *slog.Logger

@@ -12,9 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// storage is certmagic's folder with locks that end with the process: those of
-// certmagic itself outlive one that was killed, and its next start waits for
-// them.
+// storage is certmagic's file storage with locks that end with the process.
+// certmagic's own locks outlive a killed process and delay the next start.
 type storage struct {
 	*certmagic.FileStorage
 
@@ -27,7 +26,8 @@ func newStorage(dir string) *storage {
 		locks: make(map[string]*os.File)}
 }
 
-// lockInterval is how often a lock that another process has is tried.
+// lockInterval is the interval between attempts to take a lock that another
+// process holds.
 const lockInterval = 500 * time.Millisecond
 
 // Lock implements certmagic.Locker.

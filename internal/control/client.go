@@ -13,29 +13,29 @@ import (
 	"time"
 )
 
-// ErrNotRunning is the error of a call to an instance that is not there.
+// ErrNotRunning is returned for calls to an instance that does not run.
 var ErrNotRunning = errors.New("not running")
 
-// StatusError is what an instance answers when it does not do what it was
-// asked.
+// StatusError is the response to a request that an instance refused.
 type StatusError struct {
-	Status int // of HTTP
+	Status int // HTTP status code
 	Reason string
 }
 
 func (e *StatusError) Error() string { return e.Reason }
 
-// maxAnswer bounds what is read of one answer, or of one line of a stream.
+// maxAnswer is the maximum size in bytes of a response, or of one line of a
+// stream.
 const maxAnswer = 64 << 20
 
-// A Client calls one instance.
+// Client sends requests to one instance.
 type Client struct {
 	dir, name string
 	http      http.Client
 }
 
-// NewClient makes a Client of the instance of that name. It connects with
-// each call.
+// NewClient returns a Client for the instance name. Each call makes a new
+// connection.
 func NewClient(dir, name string) *Client {
 	c := &Client{dir: dir, name: name}
 	c.http.Transport = &http.Transport{
@@ -48,19 +48,19 @@ func NewClient(dir, name string) *Client {
 	return c
 }
 
-// Get asks for path and decodes the answer into v.
+// Get requests path and decodes the response into v.
 func (c *Client) Get(ctx context.Context, path string, v any) error {
 	return c.call(ctx, http.MethodGet, path, v)
 }
 
-// Post makes the instance do what path says and decodes the answer into v,
-// unless v is nil.
+// Post sends a POST request to path and decodes the response into v, unless v
+// is nil.
 func (c *Client) Post(ctx context.Context, path string, v any) error {
 	return c.call(ctx, http.MethodPost, path, v)
 }
 
-// Open makes the instance do what path says and returns its answer, whose body
-// the caller reads and closes.
+// Open sends a POST request to path and returns the response, whose body the
+// caller must close.
 func (c *Client) Open(ctx context.Context, path string) (*http.Response, error) {
 	return c.do(ctx, http.MethodPost, path)
 }
@@ -76,14 +76,14 @@ func (c *Client) call(ctx context.Context, method, path string, v any) error {
 		return nil
 	}
 	if err := json.NewDecoder(io.LimitReader(body, maxAnswer)).Decode(v); err != nil {
-		return fmt.Errorf("%s: reading its answer: %w", c.name, err)
+		return fmt.Errorf("%s: reading the answer: %w", c.name, err)
 	}
 	return nil
 }
 
-// Watch asks for path and gives each value of the answer, raw, to each until
-// it returns false. It returns nil then, and io.EOF when the instance ended
-// the stream.
+// Watch requests path and passes each JSON value of the response to each, until
+// each returns false. It then returns nil, or io.EOF if the instance ended the
+// stream.
 func (c *Client) Watch(ctx context.Context, path string, each func(json.RawMessage) bool) error {
 	answer, err := c.do(ctx, http.MethodGet, path)
 	if err != nil {
@@ -105,7 +105,7 @@ func (c *Client) Watch(ctx context.Context, path string, each func(json.RawMessa
 	}
 }
 
-// do returns an answer that is a success.
+// do returns a successful response.
 func (c *Client) do(ctx context.Context, method, path string) (*http.Response, error) {
 	r, err := http.NewRequestWithContext(ctx, method, "http://unix"+path, nil)
 	if err != nil {
@@ -113,8 +113,8 @@ func (c *Client) do(ctx context.Context, method, path string) (*http.Response, e
 	}
 	response, err := c.http.Do(r)
 	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED), // nobody there
-		// died before it answered
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED), // no process listens
+		// The process died before it answered.
 		errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.EOF):
 		return nil, fmt.Errorf("%s: %w", c.name, ErrNotRunning)
 	case errors.Is(err, fs.ErrPermission):

@@ -19,7 +19,7 @@ import (
 	"testing"
 )
 
-// TestMain is also the program that holds a lock for TestLockOfDeadProcess.
+// TestMain also is the process that holds a lock for TestLockOfDeadProcess.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("CONTROL_TEST_HOLD"); dir != "" {
 		if _, err := Acquire(dir, "home"); err != nil {
@@ -93,10 +93,10 @@ func TestCalls(t *testing.T) {
 		seen = append(seen, string(v))
 		return true
 	}); err != io.EOF {
-		t.Errorf("the end of a stream is %v", err)
+		t.Errorf("end of the stream: %v", err)
 	}
 	if !slices.Equal(seen, []string{"1", "2", "3"}) {
-		t.Errorf("saw %v", seen)
+		t.Errorf("received %v", seen)
 	}
 	if err := c.Watch(ctx, "/count", func(json.RawMessage) bool { return false }); err != nil {
 		t.Errorf("stopped watching: %v", err)
@@ -124,11 +124,11 @@ func TestNotRunning(t *testing.T) {
 		t.Errorf("a stale socket is listed: %v, %v", names, err)
 	}
 	if names, err := List(filepath.Join(dir, "none")); err != nil || names != nil {
-		t.Errorf("a folder that is not there: %v, %v", names, err)
+		t.Errorf("missing directory: %v, %v", names, err)
 	}
 }
 
-// stale leaves a socket that nobody listens on.
+// stale makes a socket that no process listens on.
 func stale(t *testing.T, dir, name string) {
 	t.Helper()
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: SocketPath(dir, name), Net: "unix"})
@@ -204,7 +204,7 @@ func TestLockOfDeadProcess(t *testing.T) {
 	}
 	line := make([]byte, 4)
 	if _, err := io.ReadFull(out, line); err != nil || string(line) != "held" {
-		t.Fatalf("the holder says %q, %v", line, err)
+		t.Fatalf("the holder printed %q, %v", line, err)
 	}
 	if _, err := Acquire(dir, "home"); !errors.Is(err, ErrRunning) {
 		t.Errorf("while another process holds it: %v", err)
@@ -215,7 +215,7 @@ func TestLockOfDeadProcess(t *testing.T) {
 	if err := NewClient(dir, "home").WaitGone(t.Context()); err != nil {
 		t.Error(err)
 	}
-	_ = holder.Wait() // killed
+	_ = holder.Wait() // reports the kill
 	lock, err := Acquire(dir, "home")
 	if err != nil {
 		t.Fatalf("after its death: %v", err)
@@ -235,7 +235,7 @@ func TestLockIsNoSymlink(t *testing.T) {
 		t.Error("a symbolic link was followed")
 	}
 	if _, err := os.Lstat(target); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("its target was made: %v", err)
+		t.Errorf("the link's target was made: %v", err)
 	}
 }
 

@@ -1,9 +1,14 @@
-// Package control is how commands talk to a running proxy or tunnel: HTTP with
-// JSON over a unix socket in the run directory, for the owner and root alone.
+// Package control is the control interface of a running proxy or tunnel: HTTP
+// with JSON over a unix socket in the run directory. Only the owner of the
+// process and root may use it.
 //
-// An instance has a name. It holds an exclusive lock on NAME.lock for as long
-// as it lives, which also ends when it is killed: a socket without a locked
-// lock file is left over from a dead process.
+// A [Server] answers requests and a [Client] sends them.
+//
+// # Instances
+//
+// An instance has a name. While it runs, it holds an exclusive [Lock] on the
+// file NAME.lock. The kernel releases the lock of a killed process, so a socket
+// without a locked file is left over.
 package control
 
 import (
@@ -19,10 +24,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DefaultDir is the run directory unless another is given.
+// DefaultDir is the default run directory.
 const DefaultDir = "/run/masque"
 
-// ErrRunning is the error of a second instance of one name.
+// ErrRunning is returned for a second instance of a name.
 var ErrRunning = errors.New("already running")
 
 const (
@@ -31,18 +36,18 @@ const (
 	pollInterval = 20 * time.Millisecond
 )
 
-// SocketPath is the name of an instance's socket.
+// SocketPath returns the path of an instance's socket.
 func SocketPath(dir, name string) string { return filepath.Join(dir, name+socketSuffix) }
 
 func lockPath(dir, name string) string { return filepath.Join(dir, name+lockSuffix) }
 
-// A Lock is held by the one running instance of a name.
+// Lock is held by the running instance of a name.
 type Lock struct {
 	file *os.File
 }
 
-// Acquire makes the run directory if there is none and takes the lock of the
-// name. The error wraps ErrRunning when a living process holds it, and
+// Acquire takes the lock of the name and makes the run directory if it is
+// missing. The error wraps ErrRunning when another process holds the lock, and
 // fs.ErrPermission when this user may not write to the directory.
 func Acquire(dir, name string) (*Lock, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -55,7 +60,7 @@ func Acquire(dir, name string) (*Lock, error) {
 			return nil, err
 		}
 		// The lock belongs to the open file: it ends with the process, and
-		// unlike flock(2) it can be looked at without taking it.
+		// unlike flock(2) it can be tested without taking it.
 		err = unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
 		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 			f.Close()
@@ -65,8 +70,8 @@ func Acquire(dir, name string) (*Lock, error) {
 			f.Close()
 			return nil, &fs.PathError{Op: "lock", Path: path, Err: err}
 		}
-		// The holder before may have removed the file after it was opened here:
-		// then this is a lock on nothing.
+		// The previous holder may have removed the file after the open: then
+		// this lock is on a deleted file.
 		if sameFile(f, path) {
 			return &Lock{file: f}, nil
 		}
@@ -80,12 +85,12 @@ func sameFile(f *os.File, path string) bool {
 	return errA == nil && errB == nil && os.SameFile(a, b)
 }
 
-// Release gives the lock up and removes its file.
+// Release releases the lock and removes its file.
 func (l *Lock) Release() error {
 	return errors.Join(os.Remove(l.file.Name()), l.file.Close())
 }
 
-// Running tells whether a living process holds the lock of the name.
+// Running reports whether a living process holds the lock of the name.
 func Running(dir, name string) (bool, error) {
 	f, err := os.OpenFile(lockPath(dir, name), os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -15,20 +15,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxSocketPath is what fits into a unix socket address (unix(7)).
+// maxSocketPath is the maximum length of a unix socket address in bytes
+// (unix(7)).
 const maxSocketPath = 107
 
-// A Server is the control socket of one instance.
+// Server is the control socket of one instance.
 type Server struct {
 	path string
 	http *http.Server
 	done chan struct{}
 }
 
-// Serve answers requests on the instance's socket until Close. The caller
-// holds the lock of the name, so that a socket that is already there is a dead
-// process's and is replaced. Callers that are neither root nor the user of
-// this process get 403.
+// Serve answers requests on the instance's socket until Close. The caller must
+// hold the lock of the name: an existing socket belongs to a dead process and
+// is replaced. Clients other than root and the user of this process get status
+// 403.
 func Serve(dir, name string, h http.Handler, logger *slog.Logger) (*Server, error) {
 	path := SocketPath(dir, name)
 	if len(path) > maxSocketPath {
@@ -42,7 +43,7 @@ func Serve(dir, name string, h http.Handler, logger *slog.Logger) (*Server, erro
 	if err != nil {
 		return nil, err
 	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false) // Close does
+	l.(*net.UnixListener).SetUnlinkOnClose(false) // Close removes the file
 	s := &Server{path: path, done: make(chan struct{})}
 	s.http = &http.Server{
 		Handler: onlyOwner(h), ConnContext: withPeer,
@@ -58,9 +59,9 @@ func Serve(dir, name string, h http.Handler, logger *slog.Logger) (*Server, erro
 	return s, nil
 }
 
-// listenConfig makes sockets that nobody else can connect to. Their mode is set
-// before they have a name, which in a folder of another user could be that of
-// another file by the time it is used.
+// listenConfig makes sockets that only their owner can connect to. It sets the
+// mode before the socket has a name: later, in another user's directory, the
+// name could belong to another file.
 var listenConfig = net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 	var err error
 	if e := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); e != nil {
@@ -69,7 +70,7 @@ var listenConfig = net.ListenConfig{Control: func(_, _ string, c syscall.RawConn
 	return err
 }}
 
-// Close removes the socket and waits a moment for requests under way.
+// Close removes the socket and waits a moment for active requests.
 func (s *Server) Close() error {
 	err := os.Remove(s.path)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
@@ -83,7 +84,7 @@ func (s *Server) Close() error {
 
 type peerKey struct{}
 
-// withPeer notes the user at the other end of a connection.
+// withPeer adds the user ID of the connected process to the context.
 func withPeer(ctx context.Context, c net.Conn) context.Context {
 	uid := -1
 	if u, ok := c.(*net.UnixConn); ok {
@@ -99,7 +100,7 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, peerKey{}, uid)
 }
 
-// onlyOwner lets root and the user of this process pass.
+// onlyOwner admits root and the user of this process.
 func onlyOwner(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		uid, ok := r.Context().Value(peerKey{}).(int)
@@ -112,26 +113,26 @@ func onlyOwner(h http.Handler) http.Handler {
 	})
 }
 
-// Reply answers with v as JSON on one line.
+// Reply writes v as JSON on one line.
 func Reply(w http.ResponseWriter, v any) {
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(v) // a caller that is gone needs no answer
+	_ = json.NewEncoder(w).Encode(v) // the client may have disconnected
 }
 
-// failure is the body of an answer that is not a success.
+// failure is the body of an error response.
 type failure struct {
 	Error string `json:"error"`
 }
 
-// Fail answers with an error.
+// Fail writes an error response.
 func Fail(w http.ResponseWriter, status int, err error) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(failure{Error: err.Error()})
 }
 
-// Stream answers with one JSON value per line: next is called until it gives
-// false or the caller goes. Each value is sent as soon as it is there.
+// Stream writes one JSON value per line until next returns false or the client
+// disconnects. It sends each value at once.
 func Stream(w http.ResponseWriter, r *http.Request, next func(ctx context.Context) (any, bool)) {
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	flush := http.NewResponseController(w)

@@ -1,5 +1,9 @@
-// Package metrics shows Prometheus what a program of ours has counted, and
-// everybody whether it works.
+// Package metrics serves a program's metrics to Prometheus and its health to
+// any HTTP client.
+//
+// A program gives [Serve] a [Config] with functions that return its current
+// [Values], its health and its readiness. [Server] answers GET /metrics,
+// /healthz and /readyz.
 package metrics
 
 import (
@@ -11,60 +15,62 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// Values are what a program has counted since it started, and what it has now.
-// The counts among them never get less. What is nil or zero without a comment
-// is of the other program, and left out.
+// Values are a program's counters since its start and its current gauges.
+// Counters never decrease. A field that is nil or zero belongs to the other
+// program and is omitted, unless its comment permits zero.
 type Values struct {
 	Stats    *connectip.Stats // never nil
-	Sessions int              // may be zero
+	Sessions int              // zero is a value
 
 	MaxSessions  int
-	UDPFlows     int // may be zero when MaxUDPFlows is not
+	UDPFlows     int // zero is a value if MaxUDPFlows is not zero
 	MaxUDPFlows  int
 	Requests     []Request
-	AuthFailures map[string]uint64 // by method
+	AuthFailures map[string]uint64 // keyed by method
 
 	PendingConnections int
-	ConnectionsEnded   map[string]uint64 // by reason, nil for none
+	ConnectionsEnded   map[string]uint64 // keyed by reason; nil: none
 	Pool               []Pool
 
-	Reconnects map[string]uint64 // by reason
-	Repairs    map[string]uint64 // on this host, by what was put right; of both programs
-	// of packets that wait now; of both programs, and zero where none waits
+	Reconnects map[string]uint64 // keyed by reason
+	Repairs    map[string]uint64 // repairs on this host keyed by object; both programs
+	// Queues counts waiting packets. Both programs; zero is a value.
 	Oldest connectip.Ages
-	Panics uint64        // of both programs
-	RTT    time.Duration // of the session, zero while there is none
-	MTU    int           // of the tunnel, bytes, likewise
+	Panics uint64        // both programs
+	RTT    time.Duration // session's round-trip time; zero without a session
+	MTU    int           // tunnel's MTU in bytes; zero without a session
 
-	CertificateExpiry time.Time // of this end's certificate, zero if it has none
+	// CertificateExpiry is the expiry of this end's certificate; zero without
+	// one.
+	CertificateExpiry time.Time
 }
 
-// Request is how many requests had one outcome.
+// Request counts the requests with one outcome.
 type Request struct {
 	Status int
 	Reason string
 	Count  uint64
 }
 
-// Pool is how the addresses of one family are used.
+// Pool is the usage of one address family.
 type Pool struct {
 	Family       string
 	Leased, Free float64
 }
 
-// Program says what it is whose values are shown.
+// Program identifies the program that has the values.
 type Program struct {
 	Name, Version, Revision, GoVersion string
 }
 
-// The words for directions, which are those of status --json: to this end of
-// the tunnel, and from it.
+// Directions of traffic, named as in status --json: to this end of the tunnel,
+// and from it.
 const (
 	received = "rx"
 	sent     = "tx"
 )
 
-// A metric is one family of metrics.
+// metric is one family of metrics.
 type metric struct {
 	desc *prometheus.Desc
 	kind prometheus.ValueType
@@ -122,26 +128,26 @@ var (
 		"When the certificate of this end ends, in seconds since 1970.")
 )
 
-// all are the metrics of both programs.
+// all lists the metrics of both programs.
 var all = []metric{
 	buildInfo, sessions, limit, flows, flowLimit, requests, auth, pending, ended, packets, bytes,
 	dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, repairs, oldest, panics, expiry,
 }
 
-// collector asks for the values whenever Prometheus does.
+// collector reads the values for each request of Prometheus.
 type collector struct {
 	program Program
 	values  func() Values
 }
 
-// Describe tells of all metrics, whether this program has them or not.
+// Describe sends the descriptions of all metrics of both programs.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, m := range all {
 		ch <- m.desc
 	}
 }
 
-// Collect sends what there is.
+// Collect sends the metrics that this program has.
 func (c collector) Collect(ch chan<- prometheus.Metric) {
 	send := func(m metric, value float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(m.desc, m.kind, value, labels...)

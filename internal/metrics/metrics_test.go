@@ -27,7 +27,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// full are values that have all there is.
+// full has a value in every field.
 func full() Values {
 	v := Values{
 		Stats: &connectip.Stats{}, Sessions: 3, MaxSessions: 9, UDPFlows: 2, MaxUDPFlows: 8,
@@ -52,8 +52,8 @@ func full() Values {
 	return v
 }
 
-// The names, types, units and texts are as Prometheus wants them, and each
-// metric has the labels that operators know.
+// The names, types, units and texts follow Prometheus' rules, and the labels
+// are the documented ones.
 func TestMetrics(t *testing.T) {
 	c := collector{Program{"masque-proxy", "v1", "abc", "go1"}, full}
 	problems, err := testutil.CollectAndLint(c)
@@ -108,13 +108,14 @@ func TestMetrics(t *testing.T) {
 		"masque_certificate_expiry_timestamp_seconds 472222h13m20s",
 	} {
 		if !strings.Contains("\n"+text.String(), "\n"+want+"\n") {
-			t.Errorf("there is no %s", want)
+			t.Errorf("missing %s", want)
 		}
 	}
 	if t.Failed() {
 		t.Log(text.String())
 	}
-	for _, f := range got { // with a bounded number of series, and nothing about users
+	// The number of series is bounded, and no label identifies a user.
+	for _, f := range got {
 		for _, m := range f.GetMetric() {
 			for _, l := range m.GetLabel() {
 				if slices.Contains([]string{"user", "remote", "address", "session"}, l.GetName()) {
@@ -125,7 +126,7 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// A program has only the metrics that are about it.
+// A program has only its own metrics.
 func TestMetricsOfOneProgram(t *testing.T) {
 	c := collector{values: func() Values { return Values{Stats: &connectip.Stats{}} }}
 	for _, name := range []string{
@@ -144,7 +145,7 @@ func TestMetricsOfOneProgram(t *testing.T) {
 	}
 }
 
-// The dashboard and the alerts name only metrics that there are.
+// The dashboard and the alerts name only existing metrics.
 func TestFilesNameMetrics(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collector{values: full}, collectors.NewGoCollector(),
@@ -188,9 +189,9 @@ type served struct {
 	t    *testing.T
 	addr string
 	mu   sync.Mutex
-	ill  error         // what is wrong with it
-	why  error         // it is not ready
-	hang chan struct{} // nil: values come at once
+	ill  error         // error of Well
+	why  error         // error of Ready
+	hang chan struct{} // blocks Values until closed; nil: Values returns at once
 }
 
 func serve(t *testing.T) *served {
@@ -286,8 +287,8 @@ func TestServer(t *testing.T) {
 	}
 }
 
-// A program that hangs is neither well nor ready, and asking costs no goroutine
-// for each question.
+// A program that hangs is neither healthy nor ready. Repeated requests start no
+// further goroutines.
 func TestHanging(t *testing.T) {
 	s := serve(t)
 	hang := make(chan struct{})
@@ -307,7 +308,7 @@ func TestHanging(t *testing.T) {
 	s.wants("/readyz", 200, "ok\n")
 }
 
-// A header without end is answered by an end.
+// An endless header ends the request.
 func TestSlowHeader(t *testing.T) {
 	s := serve(t)
 	c, err := net.Dial("tcp", s.addr)
@@ -319,7 +320,7 @@ func TestSlowHeader(t *testing.T) {
 		strings.Repeat("x", 1<<20)); err == nil {
 		answer, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err == nil && answer.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
-			t.Errorf("the answer is %d", answer.StatusCode)
+			t.Errorf("status %d", answer.StatusCode)
 		}
 	}
 	s.wants("/healthz", 200, "ok\n")

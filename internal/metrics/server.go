@@ -16,31 +16,32 @@ import (
 	"golang.org/x/net/netutil"
 )
 
-// What those who ask may cost.
+// Limits on the cost of requests.
 const (
 	maxConnections = 32
-	maxScrapes     = 4 // at once; others get 503
+	maxScrapes     = 4 // simultaneous requests; others get status 503
 	maxHeader      = 8 << 10
 	readTimeout    = 5 * time.Second
 	writeTimeout   = 10 * time.Second
-	idleTimeout    = 2 * time.Minute // a scrape a minute keeps its connection
+	idleTimeout    = 2 * time.Minute // outlasts the interval between scrapes
 	closeTimeout   = time.Second
-	// valuesTimeout is how long the values may take, which is microseconds:
-	// when they take longer, something hangs.
+	// valuesTimeout limits a call of Values. It usually takes microseconds, so
+	// that a longer call means that the program hangs.
 	valuesTimeout = 2 * time.Second
 )
 
-// Config is what is served.
+// Config configures a Server.
 type Config struct {
 	Program Program
-	// Values may be called at any time, from several goroutines. While it does
-	// not return, the program counts as hanging.
+	// Values returns the current values. It may be called at any time, from
+	// several goroutines. While a call does not return, the program counts as
+	// hanging.
 	Values func() Values
-	// Well, which may be nil, returns nil when the program is well, and
-	// otherwise what is wrong with it.
+	// Well returns nil while the program is healthy, and otherwise the reason.
+	// A nil Well means healthy.
 	Well func() error
-	// Ready returns nil when the program does what it is for, and otherwise why
-	// not.
+	// Ready returns nil while the program does its work, and otherwise the
+	// reason.
 	Ready  func() error
 	Logger *slog.Logger
 }
@@ -51,7 +52,7 @@ type Server struct {
 	done chan struct{}
 }
 
-// Serve answers on ln, which it closes in the end, until Close.
+// Serve answers requests on ln until Close. It closes ln.
 func Serve(ln net.Listener, c Config) *Server {
 	errorLog := slog.NewLogLogger(c.Logger.Handler(), slog.LevelDebug)
 	registry := prometheus.NewRegistry()
@@ -64,14 +65,14 @@ func Serve(ln net.Listener, c Config) *Server {
 		ErrorLog: errorLog, MaxRequestsInFlight: maxScrapes, Timeout: writeTimeout / 2,
 	}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
-		say(w, c.illness(r.Context(), look))
+		writeHealth(w, c.illness(r.Context(), look))
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		err := c.illness(r.Context(), look)
 		if err == nil {
 			err = c.Ready()
 		}
-		say(w, err)
+		writeHealth(w, err)
 	})
 	s := &Server{done: make(chan struct{}), http: &http.Server{
 		Handler:     mux,
@@ -83,14 +84,14 @@ func Serve(ln net.Listener, c Config) *Server {
 		defer close(s.done)
 		if err := s.http.Serve(netutil.LimitListener(ln, maxConnections)); !errors.Is(err,
 			http.ErrServerClosed) {
-			c.Logger.Error("metrics are not served any more", "address", ln.Addr().String(),
+			c.Logger.Error("metrics are no longer served", "address", ln.Addr().String(),
 				"error", err)
 		}
 	}()
 	return s
 }
 
-// Close stops at once, but for answers under way, which get a moment.
+// Close stops the server and gives active requests a moment to finish.
 func (s *Server) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
@@ -102,7 +103,8 @@ func (s *Server) Close() error {
 	return err
 }
 
-// illness returns what is wrong with the program, nil when it is well.
+// illness returns the reason why the program is unhealthy, nil when it is
+// healthy.
 func (c Config) illness(ctx context.Context, look *look) error {
 	if err := look.hangs(ctx); err != nil || c.Well == nil {
 		return err
@@ -110,8 +112,8 @@ func (c Config) illness(ctx context.Context, look *look) error {
 	return c.Well()
 }
 
-// say answers with "ok", or with 503 and what is wrong.
-func say(w http.ResponseWriter, err error) {
+// writeHealth answers "ok", or status 503 with the reason.
+func writeHealth(w http.ResponseWriter, err error) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
 	text := "ok"
@@ -122,16 +124,16 @@ func say(w http.ResponseWriter, err error) {
 	fmt.Fprintln(w, text)
 }
 
-// look finds out whether the program hangs. However often it is asked, one
-// goroutine at most waits for the values.
+// look detects whether the program hangs. At most one goroutine waits for the
+// values, however many requests there are.
 type look struct {
 	values func() Values
 
 	mu      sync.Mutex
-	running chan struct{} // closed when the last look has ended; nil before the first
+	running chan struct{} // closed at the end of the last look; nil before the first
 }
 
-var errHangs = errors.New("the program hangs: what it counts cannot be read")
+var errHangs = errors.New("the program hangs: its counters cannot be read")
 
 func (l *look) hangs(ctx context.Context) error {
 	timeout := time.NewTimer(valuesTimeout)
@@ -146,7 +148,7 @@ func (l *look) hangs(ctx context.Context) error {
 	}
 }
 
-// begin begins a look, unless one is going on.
+// begin starts a look unless one is running.
 func (l *look) begin() <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()

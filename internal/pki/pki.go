@@ -1,6 +1,6 @@
 // Package pki makes the credentials of a small installation: a certificate
-// authority of its own, the proxy's certificate, and certificates and tokens
-// for users. It is pure: bytes in, PEM out.
+// authority, the proxy's certificate, and certificates and tokens for users. It
+// reads and writes PEM in memory, no files.
 package pki
 
 import (
@@ -21,24 +21,23 @@ import (
 	"time"
 )
 
-// How long certificates are valid. That of an authority starts when it is made.
+// Validity of certificates.
 const (
 	AuthorityValidity = 10 * 365 * 24 * time.Hour
 	ServerValidity    = 2 * 365 * 24 * time.Hour
 	ClientValidity    = 365 * 24 * time.Hour
 )
 
-// Certificates are valid from a little before they are made, for peers whose
-// clocks are behind.
+// backdate makes certificates valid for peers whose clocks are slow.
 const backdate = time.Hour
 
-// A Pair is a certificate with its private key, both PEM. Key is PKCS #8 and a
+// Pair is a certificate with its private key, both in PEM. Key is PKCS #8 and
 // secret.
 type Pair struct {
 	Cert, Key []byte
 }
 
-// An Authority signs certificates.
+// Authority signs certificates.
 type Authority struct {
 	cert *x509.Certificate
 	key  crypto.Signer
@@ -80,22 +79,22 @@ func ParseAuthority(p Pair) (*Authority, error) {
 	}
 	cert := certs[0]
 	if !cert.IsCA {
-		return nil, errors.New("the certificate is not one of an authority")
+		return nil, errors.New("the certificate does not belong to an authority")
 	}
 	if !Matches(cert, key) {
-		return nil, errors.New("the key is not the one of the certificate")
+		return nil, errors.New("the key does not belong to the certificate")
 	}
 	return &Authority{cert: cert, key: key}, nil
 }
 
-// Server issues the certificate of a server. The host is a domain name or an
-// IP address. A nil key means a new one; renewals give the one there is.
+// Server issues the certificate of a server. The host is a domain name or an IP
+// address. A nil key makes a new one; a renewal passes the existing key.
 func (a *Authority) Server(host string, key crypto.Signer, now time.Time) (Pair, error) {
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: host},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
-	if len(host) > 64 { // the limit of a common name, which nobody reads here
+	if len(host) > 64 { // maximum length of a common name, which clients ignore
 		template.Subject.CommonName = ""
 	}
 	if ip := net.ParseIP(host); ip != nil {
@@ -106,8 +105,8 @@ func (a *Authority) Server(host string, key crypto.Signer, now time.Time) (Pair,
 	return a.issue(template, key, now, ServerValidity)
 }
 
-// Client issues the certificate of a user, whose name is its common name. It
-// ends with the authority's own at the latest.
+// Client issues the certificate of a user, with the user's name as common name.
+// It does not outlive the authority's certificate.
 func (a *Authority) Client(user string, now time.Time, validity time.Duration) (Pair, error) {
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: user},
@@ -139,7 +138,7 @@ func (a *Authority) issue(template *x509.Certificate, key crypto.Signer, now tim
 }
 
 func (a *Authority) sign(template *x509.Certificate, key crypto.Signer) (Pair, error) {
-	// Without a serial number CreateCertificate makes a random one.
+	// CreateCertificate chooses a random serial number.
 	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), a.key)
 	if err != nil {
 		return Pair{}, err
@@ -158,7 +157,7 @@ func newKey() (crypto.Signer, error) {
 	return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 }
 
-// ParseCertificates reads one or more certificates; other blocks are refused.
+// ParseCertificates reads one or more certificates and refuses other blocks.
 func ParseCertificates(data []byte) ([]*x509.Certificate, error) {
 	var certs []*x509.Certificate
 	for {
@@ -213,35 +212,34 @@ func ParseKey(data []byte) (crypto.Signer, error) {
 	}
 }
 
-// Matches tells whether key is the private key of the certificate.
+// Matches reports whether key is the private key of the certificate.
 func Matches(cert *x509.Certificate, key crypto.Signer) bool {
 	public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool })
 	return ok && public.Equal(cert.PublicKey)
 }
 
-// Fingerprint is the SHA-256 of the whole certificate.
+// Fingerprint returns the SHA-256 of the whole certificate.
 func Fingerprint(cert *x509.Certificate) [32]byte {
 	return sha256.Sum256(cert.Raw)
 }
 
-// NewToken makes a token of 256 random bits, in characters that a bearer token
-// may have (RFC 6750 section 2.1).
+// NewToken returns a token of 256 random bits, in characters permitted in a
+// bearer token (RFC 6750 section 2.1).
 func NewToken() string {
 	var b [32]byte
 	rand.Read(b[:]) // never fails
 	return base64.RawURLEncoding.EncodeToString(b[:])
 }
 
-// HashToken is what is stored of a token. Tokens are random, so that a plain
-// hash is enough.
+// HashToken returns the stored form of a token. A plain hash suffices because
+// tokens are random.
 func HashToken(token string) [32]byte {
 	return sha256.Sum256([]byte(token))
 }
 
 // ResetKey derives the key of QUIC's stateless resets (RFC 9000 section 10.3)
-// from the server's private key: it is the same after a restart, without a
-// file of its own to keep. HKDF is one-way, so it tells nothing about the
-// private key.
+// from the server's private key, so that it survives a restart without another
+// file. HKDF is one-way and reveals nothing about the private key.
 func ResetKey(key crypto.Signer) (*[32]byte, error) {
 	secret, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {

@@ -44,7 +44,7 @@ func certificate(t *testing.T, pair Pair) tls.Certificate {
 	return c
 }
 
-// handshake runs TLS 1.3 between the two over loopback.
+// handshake runs a TLS 1.3 handshake over loopback.
 func handshake(t *testing.T, server, client *tls.Config) (user string, serverErr, clientErr error) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -75,7 +75,7 @@ func handshake(t *testing.T, server, client *tls.Config) (user string, serverErr
 	}
 	c := tls.Client(conn, client)
 	if clientErr = c.Handshake(); clientErr == nil {
-		// the server's verdict on the client comes after its own handshake
+		// The server verifies the client after the client's own handshake.
 		_, clientErr = c.Read(make([]byte, 1))
 	}
 	conn.Close()
@@ -154,7 +154,7 @@ func TestHandshake(t *testing.T) {
 				}
 			}
 			if test.serverWants == "" && name != "alice" {
-				t.Errorf("the server sees %q", name)
+				t.Errorf("user name %q", name)
 			}
 		})
 	}
@@ -219,11 +219,11 @@ func TestParseAuthority(t *testing.T) {
 		t.Error(err)
 	}
 	for want, p := range map[string]Pair{
-		"not the one of the certificate": {Cert: pair.Cert, Key: other.Key},
-		"not one of an authority":        leaf,
-		"key: holds no private key":      {Cert: pair.Cert, Key: pair.Cert[:10]},
-		"certificate: holds a PRIVATE":   {Cert: pair.Key, Key: pair.Key},
-		"certificate: holds no cert":     {},
+		"does not belong to the certificate": {Cert: pair.Cert, Key: other.Key},
+		"does not belong to an authority":    leaf,
+		"key: holds no private key":          {Cert: pair.Cert, Key: pair.Cert[:10]},
+		"certificate: holds a PRIVATE":       {Cert: pair.Key, Key: pair.Key},
+		"certificate: holds no cert":         {},
 	} {
 		if _, err := ParseAuthority(p); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want %q", err, want)
