@@ -16,14 +16,14 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// record is a packet as it is in a file.
+// record is a packet from a capture file.
 type record struct {
-	at     time.Time
+	time   time.Time
 	length int
 	data   []byte
 }
 
-// read reads a whole file.
+// read parses a capture file.
 func read(t *testing.T, file []byte) (snapLen uint32, records []record) {
 	t.Helper()
 	r, err := pcapgo.NewReader(bytes.NewReader(file))
@@ -31,7 +31,7 @@ func read(t *testing.T, file []byte) (snapLen uint32, records []record) {
 		t.Fatal(err)
 	}
 	if r.LinkType() != layers.LinkTypeRaw {
-		t.Errorf("the link type is %v", r.LinkType())
+		t.Errorf("link type %v, want raw", r.LinkType())
 	}
 	for {
 		data, info, err := r.ReadPacketData()
@@ -45,7 +45,8 @@ func read(t *testing.T, file []byte) (snapLen uint32, records []record) {
 	}
 }
 
-// write runs c until the function is called that it returns, which gives the file.
+// write runs c.Write in a goroutine. The returned function ends it and returns
+// the file.
 func write(t *testing.T, c *Capture) (file func() []byte) {
 	t.Helper()
 	ctx, stop := context.WithCancel(t.Context())
@@ -64,43 +65,46 @@ func write(t *testing.T, c *Capture) (file func() []byte) {
 func TestCapture(t *testing.T) {
 	var tap Tap
 	one, two := tap.At("1"), tap.At("2")
-	one.Packet([]byte("nobody looks"))
-	Point{}.Packet([]byte("nobody can look"))
-	(*Tap)(nil).At("1").Packet([]byte("nobody can look"))
+	one.Packet([]byte("no capture"))
+	Point{}.Packet([]byte("no tap"))
+	(*Tap)(nil).At("1").Packet([]byte("no tap"))
 
 	before := time.Now()
-	everything, onlyTwo, short := tap.Start(Options{}), tap.Start(Options{Session: "2"}), tap.Start(Options{SnapLen: 3})
-	all, second, cut := write(t, everything), write(t, onlyTwo), write(t, short)
+	everything, onlyTwo, short := tap.Start(Options{}), tap.Start(Options{Session: "2"}),
+		tap.Start(Options{SnapLen: 3})
+	all, second, truncated := write(t, everything), write(t, onlyTwo), write(t, short)
 	pkt := []byte("first")
 	one.Packet(pkt)
-	copy(pkt, "xxxxx") // it is the caller's
+	copy(pkt, "xxxxx") // Packet must not retain pkt
 	two.Packet([]byte("second"))
 	after := time.Now()
 
 	snapLen, records := read(t, all())
-	if snapLen != MaxSnapLen || len(records) != 2 || string(records[0].data) != "first" || string(records[1].data) != "second" {
-		t.Errorf("captured %d, %v", snapLen, records)
+	if snapLen != MaxSnapLen || len(records) != 2 || string(records[0].data) != "first" ||
+		string(records[1].data) != "second" {
+		t.Errorf("snap length %d, records %v", snapLen, records)
 	}
 	for _, r := range records {
-		if r.at.Before(before) || r.at.After(after) {
-			t.Errorf("the time is %v, not between %v and %v", r.at, before, after)
+		if r.time.Before(before) || r.time.After(after) {
+			t.Errorf("time %v, want between %v and %v", r.time, before, after)
 		}
 	}
 	if _, records := read(t, second()); len(records) != 1 || string(records[0].data) != "second" {
-		t.Errorf("of one session: %v", records)
+		t.Errorf("records of one session: %v", records)
 	}
 	if captured, dropped := onlyTwo.Counts(); captured != 1 || dropped != 0 {
-		t.Errorf("counted %d and %d", captured, dropped)
+		t.Errorf("captured %d, dropped %d, want 1, 0", captured, dropped)
 	}
-	if snapLen, records := read(t, cut()); snapLen != 3 || len(records) != 2 || string(records[0].data) != "fir" || records[0].length != 5 {
-		t.Errorf("cut: %d, %v", snapLen, records)
+	if snapLen, records := read(t, truncated()); snapLen != 3 || len(records) != 2 ||
+		string(records[0].data) != "fir" || records[0].length != 5 {
+		t.Errorf("with a snap length of 3: snap length %d, records %v", snapLen, records)
 	}
 	if tap.running.Load() != nil {
-		t.Error("captures that have ended are not gone")
+		t.Error("ended captures are still running")
 	}
 	one.Packet([]byte("late"))
 	if captured, _ := everything.Counts(); captured != 2 {
-		t.Errorf("%d packets after the end", captured)
+		t.Errorf("captured %d packets, want 2, because the capture has ended", captured)
 	}
 }
 
@@ -112,15 +116,15 @@ func TestCaptureCount(t *testing.T) {
 		p.Packet([]byte("x"))
 	}
 	var b bytes.Buffer
-	if err := c.Write(t.Context(), &b); err != nil { // ends by itself
+	if err := c.Write(t.Context(), &b); err != nil {
 		t.Fatal(err)
 	}
 	if _, records := read(t, b.Bytes()); len(records) != 3 {
-		t.Errorf("%d packets", len(records))
+		t.Errorf("%d packets, want 3", len(records))
 	}
 }
 
-// gate is a file that takes nothing until it is opened.
+// gate is a file whose Write blocks until opened is closed.
 type gate struct {
 	bytes.Buffer
 	entered chan struct{}
@@ -136,7 +140,8 @@ func (g *gate) Write(b []byte) (int, error) {
 	return g.Buffer.Write(b)
 }
 
-// Packets do not wait for a file that takes none, and what finds no room is counted.
+// TestCaptureDrops checks that packets do not wait for a file that blocks, and
+// that those without room in the buffer are counted.
 func TestCaptureDrops(t *testing.T) {
 	var tap Tap
 	c := tap.Start(Options{})
@@ -153,7 +158,8 @@ func TestCaptureDrops(t *testing.T) {
 		p.Packet(pkt)
 	}
 	captured, dropped := c.Counts()
-	if want := uint64(bufferSize / (headerLen + 1400)); captured != 1+want || captured+dropped != 1+sent {
+	if want := uint64(bufferSize / (headerLen + 1400)); captured != 1+want ||
+		captured+dropped != 1+sent {
 		t.Errorf("captured %d, dropped %d of %d", captured, dropped, sent)
 	}
 	close(g.opened)
@@ -162,7 +168,7 @@ func TestCaptureDrops(t *testing.T) {
 		t.Error(err)
 	}
 	if _, records := read(t, g.Bytes()); uint64(len(records)) != captured {
-		t.Errorf("%d packets are in the file, %d were captured", len(records), captured)
+		t.Errorf("%d packets in the file, %d captured", len(records), captured)
 	}
 }
 
@@ -172,15 +178,17 @@ func (failing) Write([]byte) (int, error) { return 0, io.ErrShortWrite }
 
 func TestCaptureFails(t *testing.T) {
 	var tap Tap
-	if err := tap.Start(Options{}).Write(t.Context(), failing{}); !errors.Is(err, io.ErrShortWrite) {
-		t.Errorf("got %v", err)
+	if err := tap.Start(Options{}).Write(t.Context(), failing{}); !errors.Is(err,
+		io.ErrShortWrite) {
+		t.Errorf("got %v, want io.ErrShortWrite", err)
 	}
 	if tap.running.Load() != nil {
-		t.Error("it goes on")
+		t.Error("the capture is still running")
 	}
 }
 
-// Many sessions at once, with captures that come and go: of each, what was counted is in the file.
+// TestCaptureConcurrently starts and ends captures while many sessions have
+// packets, and compares the counts with the files.
 func TestCaptureConcurrently(t *testing.T) {
 	var tap Tap
 	stop := make(chan struct{})
@@ -224,11 +232,11 @@ func TestPacketAllocatesNothing(t *testing.T) {
 	p := tap.At("1")
 	pkt := make([]byte, 1400)
 	if n := testing.AllocsPerRun(100, func() { p.Packet(pkt) }); n != 0 {
-		t.Errorf("off: %v allocations", n)
+		t.Errorf("without a capture: %v allocations", n)
 	}
 	c := tap.Start(Options{})
 	if n := testing.AllocsPerRun(100, func() { p.Packet(pkt) }); n != 0 {
-		t.Errorf("on: %v allocations", n)
+		t.Errorf("with a capture: %v allocations", n)
 	}
 	write(t, c)()
 }

@@ -1,5 +1,9 @@
-// Package hostend keeps this host's end of tunnels whole: a device, and the kernel's side of it. What other programs change there is
-// put right, and when they delete the device, another one takes its place.
+// Package hostend maintains this host's end of the tunnels: a device with its
+// addresses, routes and rules in the kernel, called an [End].
+//
+// While a [Keeper] runs, the End restores the changes of other programs. If
+// another program deletes the device, the Keeper opens a new End. It counts
+// repairs and reports problems as a routing.Health.
 package hostend
 
 import (
@@ -17,61 +21,91 @@ import (
 )
 
 const (
-	// steady is how long a device has to last for the next one to be opened at once.
+	// steady is the time after which a loss is forgotten. A device that lasts
+	// so long is replaced without delay.
 	steady = 30 * time.Second
-	// spare is how many devices are opened at once, one soon after another.
-	spare = 3
-	// firstDelay and maxDelay are the waits before those after them.
+
+	// freeAttempts is the number of losses in quick succession after which the
+	// device is opened without delay.
+	freeAttempts = 3
+
+	// firstDelay and maxDelay are the first and the longest delay before later
+	// attempts.
 	firstDelay = time.Second
 	maxDelay   = 10 * time.Second
 )
 
-// repairDevice is what Health.Repairs calls a device that was opened in place of one that was lost.
+// repairDevice is the kind in Health.Repairs of replacing a lost device.
 const repairDevice = "device"
 
-// errClosed is why no End is opened any more.
+// errClosed means that the Keeper is closed and opens no more Ends.
 var errClosed = errors.New("closed")
 
-// End is a device and what belongs to it. Its methods may be called concurrently.
+// End is a device with its configuration in the kernel. Its methods may be
+// called concurrently.
 type End interface {
-	Name() string // of the device
-	Read() error  // takes packets of the device until it is closed, which gives nil, or lost
-	// Keep puts back what other programs change, as routing.Manager does.
+	// Name returns the name of the device.
+	Name() string
+
+	// Read forwards packets from the device. It returns nil after Close, and an
+	// error if the device is lost.
+	Read() error
+
+	// Keep restores the changes of other programs until ctx is done, like the
+	// method of routing.Manager.
 	Keep(ctx context.Context, report func(routing.Health)) error
-	Close() error // restores the host
+
+	// Close removes the device and restores the host.
+	Close() error
 }
 
-// Keeper has one End after another, each until it is lost.
+// Keeper has one End at a time and replaces it when its device is lost. The
+// exported fields are set before Start.
 type Keeper[E End] struct {
-	// Open opens an End. Where it is not the first, it gets what the last one had.
-	Open   func() (E, error)
-	Report func(routing.Health) // is called with every change of the health
+	// Open opens an End. The new End has the configuration of its predecessor.
+	Open func() (E, error)
+
+	// Report is called with each change of the health.
+	Report func(routing.Health)
+
 	Logger *slog.Logger
 
 	current atomic.Pointer[E] // nil before Start
 	reading sync.WaitGroup
-	lost    int       // devices, and attempts to open one, without a steady one in between
-	lostAt  time.Time // the last of them
 
-	mu     sync.Mutex
-	open   bool              // current is
-	closed bool              // by Close
-	former map[string]uint64 // repairs of the Ends before the current one
-	health routing.Health    // of the current one
-	loss   string            // what is wrong with the device, "" for nothing
-	deaf   string            // why changes are not noticed
+	// losses counts lost devices and failed attempts to open one since the last
+	// steady device. lastLoss is the time of the last one. Both belong to Run.
+	losses   int
+	lastLoss time.Time
 
-	telling sync.Mutex      // taken before mu
-	told    *routing.Health // the last report
+	mu     sync.Mutex // guards the fields below
+	open   bool       // the current End is open
+	closed bool       // Close was called
+
+	// previousRepairs counts the repairs of Ends before the current one, by
+	// kind.
+	previousRepairs map[string]uint64
+
+	// health is the last report of the current End.
+	health routing.Health
+
+	// deviceProblem and watchProblem are empty or texts for Health.Problem. The
+	// first is about the device, the second about watching for changes.
+	deviceProblem string
+	watchProblem  string
+
+	reportMu sync.Mutex      // guards reported; locked before mu
+	reported *routing.Health // argument of the last Report
 }
 
 // Start opens the first End.
 func (k *Keeper[E]) Start() error {
-	k.former = make(map[string]uint64)
+	k.previousRepairs = make(map[string]uint64)
 	return k.reopen()
 }
 
-// Current returns the End in use, or one that was lost and has no successor yet; the zero E before Start.
+// Current returns the current End, which may be lost and not replaced yet. It
+// returns the zero E before Start.
 func (k *Keeper[E]) Current() (e E) {
 	if p := k.current.Load(); p != nil {
 		e = *p
@@ -79,7 +113,7 @@ func (k *Keeper[E]) Current() (e E) {
 	return e
 }
 
-// Close closes the current End. None is opened any more.
+// Close closes the current End. No End is opened after it.
 func (k *Keeper[E]) Close() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -89,7 +123,7 @@ func (k *Keeper[E]) Close() error {
 	return err
 }
 
-// closeCurrent closes the current End, unless that was done. k.mu is held.
+// closeCurrent closes the current End unless it is closed. k.mu is held.
 func (k *Keeper[E]) closeCurrent() error {
 	if !k.open {
 		return nil
@@ -114,20 +148,22 @@ func (k *Keeper[E]) reopen() error {
 	return nil
 }
 
-// Run takes the packets of the device and keeps the host's end whole until ctx ends.
+// Run forwards packets, restores changes and replaces lost devices until ctx is
+// done.
 func (k *Keeper[E]) Run(ctx context.Context) {
 	for {
-		why := k.use(ctx, k.Current())
-		if ctx.Err() != nil || !k.replace(ctx, why) {
+		err := k.use(ctx, k.Current())
+		if ctx.Err() != nil || !k.replace(ctx, err) {
 			return
 		}
 	}
 }
 
-// use is Run with one End. It returns when ctx ends or the device is lost, and why.
+// use does the work of Run for one End. It returns the reason when ctx is done
+// or the device is lost.
 func (k *Keeper[E]) use(ctx context.Context, e E) error {
-	calm := time.AfterFunc(steady, func() { k.noteLoss("") })
-	defer calm.Stop()
+	forget := time.AfterFunc(steady, func() { k.setDeviceProblem("") })
+	defer forget.Stop()
 	ctx, lose := context.WithCancelCause(ctx)
 	defer lose(nil)
 	k.mu.Lock()
@@ -146,103 +182,110 @@ func (k *Keeper[E]) use(ctx context.Context, e E) error {
 	if errors.Is(err, routing.ErrInterfaceGone) {
 		return err
 	}
-	k.Logger.Warn("it is not noticed when another program changes this host's network", "error", err)
+	const text = "it is not noticed when another program changes this host's network"
+	k.Logger.Warn(text, "error", err)
 	k.mu.Lock()
-	k.deaf = fmt.Sprintf("it is not noticed when another program changes this host's network: %v", err)
+	k.watchProblem = fmt.Sprintf("%s: %v", text, err)
 	k.mu.Unlock()
-	k.tell()
+	k.reportChange()
 	<-ctx.Done()
 	return context.Cause(ctx)
 }
 
-// replace closes the current End, whose device is lost for the reason why, and opens another one, again and again until that
-// succeeds, which it reports, or ctx ends.
-func (k *Keeper[E]) replace(ctx context.Context, why error) bool {
+// replace closes the current End, whose device is lost because of reason, and
+// opens another one. It retries until it succeeds, and returns false if ctx is
+// done or the Keeper closed before that.
+func (k *Keeper[E]) replace(ctx context.Context, reason error) bool {
 	name := k.Current().Name()
-	k.noteLoss(fmt.Sprintf("interface %s was lost and is opened anew: %v", name, why))
+	k.setDeviceProblem(fmt.Sprintf("interface %s was lost and is opened anew: %v", name, reason))
 	k.mu.Lock()
 	err := k.closeCurrent()
-	k.former = k.sum()
+	k.previousRepairs = k.repairs()
 	k.health = routing.Health{}
 	k.mu.Unlock()
 	if err != nil {
-		k.Logger.Warn("something of a lost interface stays", "interface", name, "error", err)
+		k.Logger.Warn("cannot remove all configuration of a lost interface", "interface", name,
+			"error", err)
 	}
 	for {
 		wait := k.countLoss(time.Now())
-		k.Logger.Warn("the interface is lost: opening it anew", "interface", name, "reason", why, "retry_in", wait.String())
+		k.Logger.Warn("the interface is lost: opening it anew", "interface", name, "reason", reason,
+			"retry_in", wait.String())
 		select {
 		case <-ctx.Done():
 			return false
 		case <-time.After(wait):
 		}
-		if why = k.reopen(); why == nil {
+		if reason = k.reopen(); reason == nil {
 			break
 		}
-		if errors.Is(why, errClosed) {
+		if errors.Is(reason, errClosed) {
 			return false
 		}
-		k.noteLoss(fmt.Sprintf("interface %s was lost and cannot be opened anew: %v", name, why))
+		k.setDeviceProblem(fmt.Sprintf("interface %s was lost and cannot be opened anew: %v", name,
+			reason))
 	}
 	k.mu.Lock()
-	k.former[repairDevice]++
+	k.previousRepairs[repairDevice]++
 	k.mu.Unlock()
 	text := ""
-	if k.lost > spare {
+	if k.losses > freeAttempts {
 		text = fmt.Sprintf("another program deletes interface %s again and again: stop it", name)
 	}
-	k.noteLoss(text)
+	k.setDeviceProblem(text)
 	return true
 }
 
-// countLoss counts a loss, or an attempt to open that failed, and returns how long to wait before the next attempt.
+// countLoss counts a loss or a failed attempt to open, and returns the delay
+// before the next attempt.
 func (k *Keeper[E]) countLoss(now time.Time) time.Duration {
-	if now.Sub(k.lostAt) >= steady {
-		k.lost = 0
+	if now.Sub(k.lastLoss) >= steady {
+		k.losses = 0
 	}
-	k.lost++
-	k.lostAt = now
-	if more := k.lost - spare; more > 0 {
+	k.losses++
+	k.lastLoss = now
+	if more := k.losses - freeAttempts; more > 0 {
 		return min(firstDelay<<min(more-1, 16), maxDelay)
 	}
 	return 0
 }
 
-// sum returns all repairs so far. k.mu is held.
-func (k *Keeper[E]) sum() map[string]uint64 {
-	all := maps.Clone(k.former)
+// repairs returns the number of all repairs by kind. k.mu is held.
+func (k *Keeper[E]) repairs() map[string]uint64 {
+	sum := maps.Clone(k.previousRepairs)
 	for kind, n := range k.health.Repairs {
-		all[kind] += n
+		sum[kind] += n
 	}
-	return all
+	return sum
 }
 
-// report is called by Keep of the current End.
+// report is called by Keep of the current End with its health.
 func (k *Keeper[E]) report(h routing.Health) {
 	k.mu.Lock()
 	k.health = h
 	k.mu.Unlock()
-	k.tell()
+	k.reportChange()
 }
 
-// noteLoss has the health say what is wrong with the device, "" for nothing.
-func (k *Keeper[E]) noteLoss(text string) {
+// setDeviceProblem sets the problem of the device and reports it. An empty text
+// means that there is none.
+func (k *Keeper[E]) setDeviceProblem(text string) {
 	k.mu.Lock()
-	k.loss = text
+	k.deviceProblem = text
 	k.mu.Unlock()
-	k.tell()
+	k.reportChange()
 }
 
-// tell reports the health, if it has changed.
-func (k *Keeper[E]) tell() {
-	k.telling.Lock() // reports come in their order
-	defer k.telling.Unlock()
+// reportChange calls Report if the health has changed.
+func (k *Keeper[E]) reportChange() {
+	k.reportMu.Lock() // also keeps reports in order
+	defer k.reportMu.Unlock()
 	k.mu.Lock()
 	h := k.health
-	h.Repairs = k.sum()
-	h.Problem = cmp.Or(h.Problem, k.loss, k.deaf)
-	same := k.told != nil && h.Equal(*k.told)
-	k.told = &h
+	h.Repairs = k.repairs()
+	h.Problem = cmp.Or(h.Problem, k.deviceProblem, k.watchProblem)
+	same := k.reported != nil && h.Equal(*k.reported)
+	k.reported = &h
 	k.mu.Unlock()
 	if !same {
 		k.Report(h)

@@ -14,34 +14,35 @@ import (
 	"masquevpn/routing"
 )
 
-// machine makes ends.
+// machine opens fake Ends.
 type machine struct {
-	mu     sync.Mutex
+	mu     sync.Mutex // guards the fields below
 	opened []time.Time
-	ends   []*side
-	fail   error // of opening
+	ends   []*fakeEnd
+	fail   error // returned by open if not nil
 }
 
-// side is an end of a machine.
-type side struct {
-	lost   chan error
-	health chan routing.Health
-	closed chan struct{}
+// fakeEnd is an End without a device.
+type fakeEnd struct {
+	lost   chan error          // makes Keep return
+	health chan routing.Health // reported by Keep
+	closed chan struct{}       // closed by Close
 }
 
-func (m *machine) open() (*side, error) {
+func (m *machine) open() (*fakeEnd, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.opened = append(m.opened, time.Now())
 	if m.fail != nil {
 		return nil, m.fail
 	}
-	s := &side{lost: make(chan error, 1), health: make(chan routing.Health), closed: make(chan struct{})}
+	s := &fakeEnd{lost: make(chan error, 1), health: make(chan routing.Health),
+		closed: make(chan struct{})}
 	m.ends = append(m.ends, s)
 	return s, nil
 }
 
-func (m *machine) last() *side {
+func (m *machine) last() *fakeEnd {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.ends[len(m.ends)-1]
@@ -53,36 +54,36 @@ func (m *machine) setFail(err error) {
 	m.fail = err
 }
 
-func (*side) Name() string { return "tun0" }
+func (*fakeEnd) Name() string { return "tun0" }
 
-func (s *side) Read() error {
-	<-s.closed
+func (e *fakeEnd) Read() error {
+	<-e.closed
 	return nil
 }
 
-func (s *side) Keep(ctx context.Context, report func(routing.Health)) error {
+func (e *fakeEnd) Keep(ctx context.Context, report func(routing.Health)) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case h := <-s.health:
+		case h := <-e.health:
 			report(h)
-		case err := <-s.lost:
+		case err := <-e.lost:
 			return err
 		}
 	}
 }
 
-func (s *side) Close() error {
-	close(s.closed)
+func (e *fakeEnd) Close() error {
+	close(e.closed)
 	return nil
 }
 
-// keeping is a Keeper that runs in a bubble.
+// keeping is a Keeper that runs in a synctest bubble.
 type keeping struct {
 	machine
-	k      Keeper[*side]
-	health routing.Health // the last one, read after synctest.Wait
+	k      Keeper[*fakeEnd]
+	health routing.Health // last report
 }
 
 func (x *keeping) report(h routing.Health) {
@@ -91,7 +92,7 @@ func (x *keeping) report(h routing.Health) {
 	x.health = h
 }
 
-// now returns the last health, and how many devices there were attempts to open.
+// now returns the last report and the number of attempts to open a device.
 func (x *keeping) now() (routing.Health, int) {
 	synctest.Wait()
 	x.mu.Lock()
@@ -99,10 +100,12 @@ func (x *keeping) now() (routing.Health, int) {
 	return x.health, len(x.opened)
 }
 
+// inBubble runs f in a synctest bubble with a running Keeper.
 func inBubble(t *testing.T, f func(t *testing.T, x *keeping)) {
 	synctest.Test(t, func(t *testing.T) {
 		x := &keeping{}
-		x.k = Keeper[*side]{Open: x.open, Report: x.report, Logger: slog.New(slog.DiscardHandler)}
+		x.k = Keeper[*fakeEnd]{Open: x.open, Report: x.report,
+			Logger: slog.New(slog.DiscardHandler)}
 		if err := x.k.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -125,7 +128,8 @@ func inBubble(t *testing.T, f func(t *testing.T, x *keeping)) {
 	})
 }
 
-// An end whose device is lost is closed, and another one takes its place at once; what the lost one had repaired still counts.
+// TestLostDevice checks that an End whose device is lost is closed and replaced
+// without delay, and that its repairs still count.
 func TestLostDevice(t *testing.T) {
 	inBubble(t, func(t *testing.T, x *keeping) {
 		first := x.last()
@@ -134,24 +138,27 @@ func TestLostDevice(t *testing.T) {
 		synctest.Wait()
 		<-first.closed
 		if x.k.Current() != x.last() || x.last() == first {
-			t.Fatal("there is no other end")
+			t.Fatal("the lost End was not replaced")
 		}
-		x.last().health <- routing.Health{Interface: "tun0", Repairs: map[string]uint64{"rule": 1, "link": 1}}
+		x.last().health <- routing.Health{Interface: "tun0",
+			Repairs: map[string]uint64{"rule": 1, "link": 1}}
 		synctest.Wait()
-		if h, _ := x.now(); h.Problem != "" || h.Repairs["rule"] != 3 || h.Repairs["link"] != 1 || h.Repairs["device"] != 1 {
+		if h, _ := x.now(); h.Problem != "" || h.Repairs["rule"] != 3 || h.Repairs["link"] != 1 ||
+			h.Repairs["device"] != 1 {
 			t.Errorf("got %+v", h)
 		}
 	})
 }
 
-// A device that is deleted again and again is opened less and less often, and that is a problem until one lasts.
-func TestDeviceThatIsLostAgainAndAgain(t *testing.T) {
+// TestRepeatedlyLostDevice checks that a device that is deleted again and again
+// is opened at increasing intervals, and is a problem until one lasts.
+func TestRepeatedlyLostDevice(t *testing.T) {
 	inBubble(t, func(t *testing.T, x *keeping) {
 		begin := time.Now()
 		for time.Since(begin) < 5*time.Minute {
 			if e := x.k.Current(); e == x.last() {
 				select {
-				case <-e.closed: // and it is waited before the next
+				case <-e.closed: // the Keeper waits before it opens the next one
 				default:
 					e.lost <- routing.ErrInterfaceGone
 				}
@@ -160,20 +167,21 @@ func TestDeviceThatIsLostAgainAndAgain(t *testing.T) {
 		}
 		synctest.Wait()
 		if _, n := x.now(); n < 20 || n > 45 {
-			t.Errorf("%d devices in five minutes", n)
+			t.Errorf("%d devices in five minutes, want 20 to 45", n)
 		}
 		if h, _ := x.now(); !strings.Contains(h.Problem, "tun0") {
-			t.Errorf("problem %q", h.Problem)
+			t.Errorf("problem %q, want one with tun0", h.Problem)
 		}
 		time.Sleep(maxDelay + steady)
 		synctest.Wait()
 		if h, _ := x.now(); h.Problem != "" {
-			t.Errorf("when the device lasts: problem %q", h.Problem)
+			t.Errorf("problem %q after a device lasted, want none", h.Problem)
 		}
 	})
 }
 
-// While no device can be opened, it is tried again, and the health says why there is none.
+// TestDeviceThatCannotBeOpened checks that the Keeper retries, and reports the
+// error as a problem until it succeeds.
 func TestDeviceThatCannotBeOpened(t *testing.T) {
 	inBubble(t, func(t *testing.T, x *keeping) {
 		x.setFail(os.ErrPermission)
@@ -181,7 +189,7 @@ func TestDeviceThatCannotBeOpened(t *testing.T) {
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		if _, n := x.now(); n < 6 || n > 15 {
-			t.Errorf("%d attempts in a minute", n)
+			t.Errorf("%d attempts in a minute, want 6 to 15", n)
 		}
 		if h, _ := x.now(); !strings.Contains(h.Problem, "permission denied") || h.Interface != "" {
 			t.Errorf("got %+v", h)
@@ -198,14 +206,15 @@ func TestDeviceThatCannotBeOpened(t *testing.T) {
 	})
 }
 
-// Where the kernel tells nothing of changes, that is a problem, and the end is used all the same.
+// TestWithoutNotifications checks that the End stays in use if the kernel sends
+// no notifications of changes, and that this is a problem.
 func TestWithoutNotifications(t *testing.T) {
 	inBubble(t, func(t *testing.T, x *keeping) {
 		x.last().lost <- errors.New("no netlink")
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		if h, n := x.now(); n != 1 || !strings.Contains(h.Problem, "no netlink") {
-			t.Errorf("%d ends, problem %q", n, h.Problem)
+			t.Errorf("%d Ends, problem %q, want 1 and the error", n, h.Problem)
 		}
 	})
 }

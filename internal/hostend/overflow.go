@@ -2,13 +2,16 @@ package hostend
 
 import "sync"
 
-// Overflow counts the packets that the kernel dropped in front of one device because its queue was full.
+// Overflow counts the packets that the kernel dropped because the queue in
+// front of a device was full. The zero value is ready to use.
 type Overflow struct {
-	mu   sync.Mutex
-	seen uint64
+	mu   sync.Mutex // guards seen
+	seen uint64     // packets already counted
 }
 
-// Count calls add with how many there were since the last call, if the device knows.
+// Count calls add with the number of packets dropped since the previous call.
+// It does nothing if the device does not have the method Overflows of
+// tun.Device.
 func (o *Overflow) Count(device any, add func(packets int)) {
 	d, ok := device.(interface{ Overflows() uint64 })
 	if !ok {

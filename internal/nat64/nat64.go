@@ -1,6 +1,7 @@
-// Package nat64 knows how IPv4 addresses are written into IPv6 addresses for a
-// translator (RFC 6052), and how a host on a network without IPv4 finds out the
-// prefix of that network's translator (RFC 7050).
+// Package nat64 embeds IPv4 addresses in IPv6 addresses for a translator (RFC
+// 6052), and finds the translator's prefix in the answers of DNS64 (RFC 7050).
+// A host on a network without IPv4 reaches IPv4 hosts with both: it looks up
+// [Name], gives the addresses to [Prefixes], and calls [Embed].
 package nat64
 
 import (
@@ -8,25 +9,30 @@ import (
 	"slices"
 )
 
-// Name is the name whose IPv6 addresses, which it does not have, tell the prefix:
-// a DNS64 server makes them of its IPv4 addresses.
+// Name is the name to look up for Prefixes (RFC 7050 section 3). It has only
+// IPv4 addresses, so its IPv6 addresses come from a DNS64 server and have the
+// prefix.
 const Name = "ipv4only.arpa."
 
 var (
-	// lengths are those that a prefix may have.
+	// lengths are the allowed prefix lengths (RFC 6052 section 2.2).
 	lengths = []int{32, 40, 48, 56, 64, 96}
+
 	// wellKnown are the IPv4 addresses of Name.
-	wellKnown = []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 0, 170}), netip.AddrFrom4([4]byte{192, 0, 0, 171})}
+	wellKnown = []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 0, 170}),
+		netip.AddrFrom4([4]byte{192, 0, 0, 171})}
 )
 
-// reserved is the byte of an IPv6 address that holds no part of an IPv4 address
-// and is zero (RFC 6052 section 2.2).
+// reserved is the index of the byte of an IPv6 address that is always zero and
+// holds no part of the IPv4 address (RFC 6052 section 2.2).
 const reserved = 8
 
-// Embed returns the IPv6 address for an IPv4 address behind the translator with
-// a prefix. It reports false for what is not such a prefix, or not IPv4.
-func Embed(prefix netip.Prefix, addr netip.Addr) (netip.Addr, bool) {
-	if !prefix.IsValid() || !prefix.Addr().Is6() || !slices.Contains(lengths, prefix.Bits()) || !addr.Is4() {
+// Embed returns the IPv6 address by which a translator with the prefix makes
+// the IPv4 address addr reachable. ok is false if prefix cannot be the prefix
+// of a translator or addr is not IPv4.
+func Embed(prefix netip.Prefix, addr netip.Addr) (embedded netip.Addr, ok bool) {
+	if !prefix.IsValid() || !prefix.Addr().Is6() || !slices.Contains(lengths, prefix.Bits()) ||
+		!addr.Is4() {
 		return netip.Addr{}, false
 	}
 	b := prefix.Masked().Addr().As16()
@@ -44,35 +50,36 @@ func Embed(prefix netip.Prefix, addr netip.Addr) (netip.Addr, bool) {
 	return netip.AddrFrom16(b), true
 }
 
-// Prefixes returns the prefixes that the IPv6 addresses of Name tell. An address
-// that could have more than one is left out.
+// Prefixes returns the prefixes of translators, given the IPv6 addresses of
+// Name from DNS. It ignores addresses for which more than one prefix is
+// possible.
 func Prefixes(answers []netip.Addr) []netip.Prefix {
 	var found []netip.Prefix
 	for _, answer := range answers {
-		var fits []netip.Prefix
+		var candidates []netip.Prefix
 		for _, addr := range wellKnown {
-			var with []netip.Prefix
+			var matches []netip.Prefix
 			for _, bits := range lengths {
 				p := netip.PrefixFrom(answer, bits).Masked()
-				if a, ok := Embed(p, addr); ok && sameTo(a, answer, bits) {
-					with = append(with, p)
+				if a, ok := Embed(p, addr); ok && sameStart(a, answer, bits) {
+					matches = append(matches, p)
 				}
 			}
-			if len(with) == 1 {
-				fits = append(fits, with[0])
+			if len(matches) == 1 {
+				candidates = append(candidates, matches[0])
 			}
 		}
-		if len(fits) == 1 && !slices.Contains(found, fits[0]) {
-			found = append(found, fits[0])
+		if len(candidates) == 1 && !slices.Contains(found, candidates[0]) {
+			found = append(found, candidates[0])
 		}
 	}
 	return found
 }
 
-// sameTo reports whether two addresses are the same as far as a prefix of some
-// length and the IPv4 address behind it go. What is left is zero today, and may
-// mean something one day (RFC 6052 section 2.2).
-func sameTo(a, b netip.Addr, bits int) bool {
+// sameStart reports whether a and b have the same prefix of bits bits and the
+// same embedded IPv4 address. It ignores the bits after these, which are zero
+// today but reserved for extensions (RFC 6052 section 2.2).
+func sameStart(a, b netip.Addr, bits int) bool {
 	end := bits + 32
 	if bits < 96 {
 		end += 8 // the reserved byte

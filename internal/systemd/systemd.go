@@ -1,7 +1,9 @@
-// Package systemd is what a program and systemd tell each other: the state of a
-// service (sd_notify(3)), and sockets that systemd opened for it
-// (sd_listen_fds(3)). For a process that systemd did not start, all of it does
-// nothing.
+// Package systemd connects a service with systemd. A [Service] notifies systemd
+// of its state (sd_notify(3)), and [UDPSockets] returns the sockets that
+// systemd opened for the service (sd_listen_fds(3)).
+//
+// In a process that systemd did not start, notifications do nothing and there
+// are no sockets, so callers need not distinguish the cases.
 package systemd
 
 import (
@@ -19,20 +21,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Service tells systemd how this process is. Its methods may be called
-// concurrently.
+// Service notifies systemd of the state of this process. Its methods may be
+// called concurrently.
 type Service struct {
 	logger   *slog.Logger
-	watchdog bool
-	failed   sync.Once
+	watchdog bool      // systemd expects keep-alive notifications
+	failed   sync.Once // logs the first failed notification
 
-	mu     sync.Mutex
-	status string // told last
-	ill    bool   // as told last by Health
+	mu        sync.Mutex // guards the fields below
+	status    string     // text of the last Status
+	unhealthy bool       // state of the last Health
 }
 
-// NewService makes the Service of this process. That systemd cannot be told is
-// logged, once.
+// NewService returns the Service of this process. It logs the first
+// notification that fails.
 func NewService(logger *slog.Logger) *Service {
 	s := &Service{logger: logger}
 	interval, err := daemon.SdWatchdogEnabled(false)
@@ -43,32 +45,35 @@ func NewService(logger *slog.Logger) *Service {
 	return s
 }
 
-// IsService reports whether systemd started this process and waits to be told how it is.
+// IsService reports whether systemd started this process and expects
+// notifications.
 func IsService() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
 
-// Ready tells that the service has started, or has reloaded.
+// Ready notifies systemd that the service has started or reloaded.
 func (s *Service) Ready() { s.notify(daemon.SdNotifyReady) }
 
-// Reloading tells that the service reads its configuration again; Ready follows.
+// Reloading notifies systemd that the service reloads its configuration. The
+// caller calls Ready afterwards.
 func (s *Service) Reloading() {
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
-		return // without the time, systemd takes no notice
+		return // systemd ignores the notification unless it has the time
 	}
 	s.notify(fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, now.Nano()/1000))
 }
 
-// Waiting tells what the start of the service waits for, and that it goes on: systemd would otherwise end it after the time
-// of TimeoutStartSec=. It has to be told again within half a minute.
+// Waiting shows the event that the start of the service waits for, and extends
+// TimeoutStartSec=, after which systemd would stop the service. The caller must
+// call it again within 30 seconds.
 func (s *Service) Waiting(text string) {
 	s.Status(text)
 	s.notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (30 * time.Second).Microseconds()))
 }
 
-// Stopping tells that the service is about to end.
+// Stopping notifies systemd that the service is about to end.
 func (s *Service) Stopping() { s.notify(daemon.SdNotifyStopping) }
 
-// Status has `systemctl status` show a text of one line.
+// Status makes `systemctl status` show text, in one line.
 func (s *Service) Status(text string) {
 	text = strings.ReplaceAll(text, "\n", " ")
 	s.mu.Lock()
@@ -79,41 +84,45 @@ func (s *Service) Status(text string) {
 	}
 }
 
-// Alive feeds the watchdog, if there is one. A service that does not do so for
-// the time of WatchdogSec= is killed and started again.
+// Alive sends a keep-alive notification if systemd expects them. Without one
+// for the time of WatchdogSec=, systemd kills and restarts the service.
 func (s *Service) Alive() {
 	if s.watchdog {
 		s.notify(daemon.SdNotifyWatchdog)
 	}
 }
 
-// Health is Alive when illness is nil. Otherwise it shows and logs what is
-// wrong, and does not feed the watchdog.
-func (s *Service) Health(illness error) {
+// Health is like Alive if err is nil. Otherwise it shows err as the status,
+// logs the first of several errors, and sends no keep-alive notification.
+func (s *Service) Health(err error) {
 	s.mu.Lock()
-	before := s.ill
-	s.ill = illness != nil
+	before := s.unhealthy
+	s.unhealthy = err != nil
 	s.mu.Unlock()
-	if illness == nil {
+	if err == nil {
 		s.Alive()
 		return
 	}
-	s.Status(illness.Error())
+	s.Status(err.Error())
 	if !before {
-		s.logger.Error("the program is not well; a watchdog will restart it if it stays so", "reason", illness)
+		s.logger.Error("the program is not well; a watchdog will restart it if it stays so",
+			"reason", err)
 	}
 }
 
+// notify sends a notification and logs the first failure.
 func (s *Service) notify(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
-		s.failed.Do(func() { s.logger.Warn("systemd cannot be told how the service is", "error", err) })
+		s.failed.Do(func() {
+			s.logger.Warn("cannot notify systemd of the state of the service", "error", err)
+		})
 	}
 }
 
-// UDPSockets returns the UDP sockets that systemd opened for this
-// process, in its order, under the given name (FileDescriptorName=); none when
-// there are none. The caller closes them. Sockets of other names or types are
-// an error: something is listening, and nobody would answer.
+// UDPSockets returns the UDP sockets that systemd opened for this process, in
+// the order of the socket unit. The caller closes them. The sockets must have
+// the given name (FileDescriptorName=). A socket with another name or of
+// another type is an error, because nobody would read from it.
 func UDPSockets(name string) (sockets []*net.UDPConn, err error) {
 	defer func() {
 		if err != nil {
@@ -125,7 +134,8 @@ func UDPSockets(name string) (sockets []*net.UDPConn, err error) {
 	}()
 	for _, f := range activation.Files(true) {
 		if err == nil && f.Name() != name {
-			err = fmt.Errorf("the socket %q is not known: want FileDescriptorName=%s", f.Name(), name)
+			err = fmt.Errorf("the socket %q has an unknown name: use FileDescriptorName=%s",
+				f.Name(), name)
 		}
 		if err == nil {
 			var c *net.UDPConn
@@ -133,11 +143,13 @@ func UDPSockets(name string) (sockets []*net.UDPConn, err error) {
 				sockets = append(sockets, c)
 			}
 		}
-		f.Close() // net has a copy
+		f.Close() // udpSocket duplicated the descriptor
 	}
 	return sockets, err
 }
 
+// udpSocket returns the UDP socket with the descriptor of f, which it
+// duplicates.
 func udpSocket(f *os.File) (*net.UDPConn, error) {
 	c, err := net.FilePacketConn(f)
 	if err != nil {
@@ -145,7 +157,9 @@ func udpSocket(f *os.File) (*net.UDPConn, error) {
 	}
 	udp, ok := c.(*net.UDPConn)
 	if !ok {
-		return nil, errors.Join(fmt.Errorf("the socket %q is not of UDP: want ListenDatagram= with an address and a port", f.Name()), c.Close())
+		err := fmt.Errorf("the socket %q is not a UDP socket: "+
+			"use ListenDatagram= with an address and a port", f.Name())
+		return nil, errors.Join(err, c.Close())
 	}
 	return udp, nil
 }

@@ -13,7 +13,8 @@ import (
 	"testing"
 )
 
-// listen stands for systemd: the function reads what it is told next.
+// listen takes the part of systemd. The returned function reads the next
+// notification.
 func listen(t *testing.T) func() string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "notify")
@@ -41,26 +42,30 @@ func TestService(t *testing.T) {
 	s := NewService(slog.New(slog.DiscardHandler))
 	s.Ready()
 	s.Status("2 sessions")
-	s.Status("2 sessions") // not told again
+	s.Status("2 sessions") // sends nothing, because the text is the same
 	s.Status("a\nREADY=1")
 	s.Alive()
 	s.Reloading()
 	s.Waiting("no certificate yet")
 	s.Stopping()
-	for _, want := range []string{"READY=1", "STATUS=2 sessions", "STATUS=a READY=1", "WATCHDOG=1", "RELOADING=1\nMONOTONIC_USEC=", "STATUS=no certificate yet", "EXTEND_TIMEOUT_USEC=30000000", "STOPPING=1"} {
-		if got := next(); got != want && !(strings.HasSuffix(want, "USEC=") && strings.HasPrefix(got, want)) {
-			t.Errorf("systemd was told %q, want %q", got, want)
+	for _, want := range []string{"READY=1", "STATUS=2 sessions", "STATUS=a READY=1", "WATCHDOG=1",
+		"RELOADING=1\nMONOTONIC_USEC=", "STATUS=no certificate yet", "EXTEND_TIMEOUT_USEC=30000000",
+		"STOPPING=1"} {
+		if got := next(); got != want &&
+			!(strings.HasSuffix(want, "USEC=") && strings.HasPrefix(got, want)) {
+			t.Errorf("notification %q, want %q", got, want)
 		}
 	}
 }
 
-// A program that is not well does not feed the watchdog, and says why, in the log once.
+// TestHealth checks that an unhealthy Service sends no keep-alive
+// notifications, shows the reason and logs it once.
 func TestHealth(t *testing.T) {
 	next := listen(t)
 	t.Setenv("WATCHDOG_USEC", "30000000")
 	t.Setenv("WATCHDOG_PID", "")
-	var log bytes.Buffer
-	s := NewService(slog.New(slog.NewTextHandler(&log, nil)))
+	var logs bytes.Buffer
+	s := NewService(slog.New(slog.NewTextHandler(&logs, nil)))
 	s.Health(nil)
 	for range 3 {
 		s.Health(errors.New("packets are stuck"))
@@ -68,11 +73,11 @@ func TestHealth(t *testing.T) {
 	s.Stopping()
 	for _, want := range []string{"WATCHDOG=1", "STATUS=packets are stuck", "STOPPING=1"} {
 		if got := next(); got != want {
-			t.Errorf("systemd was told %q, want %q", got, want)
+			t.Errorf("notification %q, want %q", got, want)
 		}
 	}
-	if n := strings.Count(log.String(), "packets are stuck"); n != 1 {
-		t.Errorf("%d lines of the log, want 1:\n%s", n, &log)
+	if n := strings.Count(logs.String(), "packets are stuck"); n != 1 {
+		t.Errorf("logged %d times, want once:\n%s", n, &logs)
 	}
 }
 
@@ -83,27 +88,34 @@ func TestWithoutWatchdog(t *testing.T) {
 	s.Alive()
 	s.Stopping()
 	if got := next(); got != "STOPPING=1" {
-		t.Errorf("systemd was told %q", got)
+		t.Errorf("notification %q, want STOPPING=1", got)
 	}
 }
 
 func TestWithoutSystemd(t *testing.T) {
-	for _, test := range []struct {
+	for _, tt := range []struct {
+		name   string
 		socket string
-		lines  int // of the log
-	}{{"", 0}, {filepath.Join(t.TempDir(), "none"), 1}} {
-		t.Setenv("NOTIFY_SOCKET", test.socket)
-		var log bytes.Buffer
-		s := NewService(slog.New(slog.NewTextHandler(&log, nil)))
-		s.Ready()
-		s.Stopping()
-		if n := strings.Count(log.String(), "\n"); n != test.lines {
-			t.Errorf("socket %q: logged\n%s", test.socket, &log)
-		}
+		lines  int // logged
+	}{
+		{"no socket", "", 0},
+		{"socket without systemd", filepath.Join(t.TempDir(), "none"), 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Setenv("NOTIFY_SOCKET", tt.socket)
+			var logs bytes.Buffer
+			s := NewService(slog.New(slog.NewTextHandler(&logs, nil)))
+			s.Ready()
+			s.Stopping()
+			if n := strings.Count(logs.String(), "\n"); n != tt.lines {
+				t.Errorf("logged %d lines, want %d:\n%s", n, tt.lines, &logs)
+			}
+		})
 	}
 }
 
-// TestUDPSockets starts this test again as a service would be.
+// TestUDPSockets starts this test again with sockets, as systemd starts a
+// service.
 func TestUDPSockets(t *testing.T) {
 	if name := os.Getenv("SYSTEMD_TEST_NAME"); name != "" {
 		os.Setenv("LISTEN_PID", strconv.Itoa(os.Getpid()))
@@ -132,28 +144,34 @@ func TestUDPSockets(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close()
-	for _, test := range []struct {
+	for _, tt := range []struct {
+		test   string
 		socket interface{ File() (*os.File, error) }
-		name   string
+		name   string // FileDescriptorName=
 		want   string
 	}{
-		{udp.(*net.UDPConn), "quic", "socket: " + udp.LocalAddr().String()},
-		{udp.(*net.UDPConn), "metrics", `error: the socket "metrics" is not known: want FileDescriptorName=quic`},
-		{tcp.(*net.TCPListener), "quic", `error: the socket "quic"`},
-		{unix.(*net.UnixConn), "quic", `error: the socket "quic" is not of UDP`},
+		{"UDP", udp.(*net.UDPConn), "quic", "socket: " + udp.LocalAddr().String()},
+		{"other name", udp.(*net.UDPConn), "metrics",
+			`error: the socket "metrics" has an unknown name: use FileDescriptorName=quic`},
+		{"TCP", tcp.(*net.TCPListener), "quic", `error: the socket "quic"`},
+		{"unix", unix.(*net.UnixConn), "quic", `error: the socket "quic" is not a UDP socket`},
 	} {
-		f, err := test.socket.File()
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.Command(os.Args[0], "-test.run=^TestUDPSockets$")
-		cmd.ExtraFiles = []*os.File{f}
-		cmd.Env = append(os.Environ(), "SYSTEMD_TEST_NAME="+test.name, "LISTEN_FDS=1", "LISTEN_FDNAMES="+test.name)
-		out, err := cmd.CombinedOutput()
-		f.Close()
-		if line, _, _ := strings.Cut(string(out), "\n"); err != nil || !strings.HasPrefix(line, test.want) {
-			t.Errorf("%s: %v\n%s", test.name, err, out)
-		}
+		t.Run(tt.test, func(t *testing.T) {
+			f, err := tt.socket.File()
+			if err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.Command(os.Args[0], "-test.run=^TestUDPSockets$")
+			cmd.ExtraFiles = []*os.File{f}
+			cmd.Env = append(os.Environ(), "SYSTEMD_TEST_NAME="+tt.name, "LISTEN_FDS=1",
+				"LISTEN_FDNAMES="+tt.name)
+			out, err := cmd.CombinedOutput()
+			f.Close()
+			if line, _, _ := strings.Cut(string(out), "\n"); err != nil ||
+				!strings.HasPrefix(line, tt.want) {
+				t.Errorf("%v\n%s, want %s", err, out, tt.want)
+			}
+		})
 	}
 	if sockets, err := UDPSockets("quic"); len(sockets) > 0 || err != nil {
 		t.Errorf("without systemd: %v, %v", sockets, err)
@@ -163,10 +181,10 @@ func TestUDPSockets(t *testing.T) {
 func TestIsService(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "")
 	if IsService() {
-		t.Error("a process that systemd does not wait for is a service")
+		t.Error("IsService() = true without NOTIFY_SOCKET")
 	}
 	t.Setenv("NOTIFY_SOCKET", "/run/systemd/notify")
 	if !IsService() {
-		t.Error("a process that systemd waits for is no service")
+		t.Error("IsService() = false with NOTIFY_SOCKET")
 	}
 }
