@@ -338,7 +338,7 @@ func TestDNSMemory(t *testing.T) {
 					t.Error(err)
 				}
 			})
-			// The factor is large because slices are allocated anew as they
+			// The factor is large because slices are reallocated as they
 			// grow.
 			if used > 100*limit {
 				t.Errorf("%d bytes allocated", used)

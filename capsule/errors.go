@@ -22,7 +22,7 @@ type Error struct {
 	Type Type
 
 	// Entry is the index, from 0, of the address, route, configuration or
-	// prefix. -1 means the capsule as a whole.
+	// prefix. -1 means the capsule itself.
 	Entry int
 
 	// Field is the field's name in the RFC, such as "IP Prefix Length". It is

@@ -52,8 +52,8 @@ func ExampleReader() {
 	// route 10.0.0.0 to 10.255.255.255
 }
 
-// A receiver tells a violation of the protocol from a broken connection, and
-// logs the field that violates it.
+// A receiver distinguishes a malformed capsule from a broken connection, and
+// logs the field that is wrong.
 func ExampleError() {
 	// An IPv4 prefix cannot have 33 bits.
 	stream := bytes.NewReader([]byte{1, 7, 0, 4, 192, 0, 2, 0, 33})

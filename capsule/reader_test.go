@@ -45,7 +45,7 @@ func TestReaderSequence(t *testing.T) {
 			b = c.Append(b)
 		}
 		readers := map[string]func(io.Reader) io.Reader{
-			"whole":     func(r io.Reader) io.Reader { return r },
+			"at once":   func(r io.Reader) io.Reader { return r },
 			"one byte":  iotest.OneByteReader,
 			"half":      iotest.HalfReader,
 			"early EOF": iotest.DataErrReader,
@@ -71,10 +71,10 @@ func TestReaderSequence(t *testing.T) {
 // TestReaderTruncated ends the stream after each byte of a capsule. Truncated
 // capsules of unknown types are malformed too.
 func TestReaderTruncated(t *testing.T) {
-	whole := (&AddressAssign{[]Address{address(70, "192.0.2.1/32"),
+	assign := (&AddressAssign{[]Address{address(70, "192.0.2.1/32"),
 		address(0, "2001:db8::/64")}}).Append(nil)
 	for _, b := range [][]byte{
-		whole,
+		assign,
 		(&Datagram{Payload: make([]byte, 100)}).Append(nil),
 		unknownCapsule(strings.Repeat("x", 100)),
 		quicvarint.AppendWithLen(quicvarint.AppendWithLen(nil, 1, 8), 0, 8),

@@ -103,13 +103,15 @@ func TestReadAfterRemoval(t *testing.T) {
 	const loopback, nonexistent = 1, 1 << 30
 	cause := errors.New("not pollable")
 	for index, want := range map[int]error{loopback: cause, nonexistent: ErrRemoved} {
-		dev := &scripted{steps: []step{fails(0,
-			&fs.PathError{Op: "read", Path: nodePath, Err: cause})}}
-		d := &Device{backend: newOffload(dev), nl: nl, index: index}
-		bufs, sizes := buffers(1)
-		if _, err := d.Read(bufs, sizes, Headroom); !errors.Is(err, want) {
-			t.Errorf("device %d: error %v, want %v", index, err, want)
-		}
+		t.Run(fmt.Sprint("device ", index), func(t *testing.T) {
+			dev := &scripted{steps: []step{fails(0,
+				&fs.PathError{Op: "read", Path: nodePath, Err: cause})}}
+			d := &Device{backend: newOffload(dev), nl: nl, index: index}
+			bufs, sizes := buffers(1)
+			if _, err := d.Read(bufs, sizes, Headroom); !errors.Is(err, want) {
+				t.Errorf("error %v, want %v", err, want)
+			}
+		})
 	}
 }
 

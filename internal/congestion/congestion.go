@@ -18,7 +18,7 @@ const (
 	// The packets of the outer connection are Not-ECT.
 	Inner Mode = "inner"
 
-	// Outer uses QUIC's NewReno for the tunnel as a whole.
+	// Outer uses QUIC's NewReno for all packets of the tunnel.
 	Outer Mode = "outer"
 )
 

@@ -1,6 +1,7 @@
 package flowqueue
 
 import (
+	"fmt"
 	"testing"
 	"time"
 )
@@ -82,36 +83,40 @@ func TestStandingQueue(t *testing.T) {
 // within an interval, however long it was.
 func TestBurst(t *testing.T) {
 	for n, dropped := range map[int]bool{90: false, 300: true} {
-		l := newLink(t)
-		for range 20 {
-			l.burst(n)
-			l.send(time.Second, false)
-			l.clock += interval
-		}
-		if got := len(l.drops) > 0; got != dropped {
-			t.Errorf("bursts of %d packets: dropped at %v", n, l.drops)
-		}
+		t.Run(fmt.Sprint(n, " packets"), func(t *testing.T) {
+			l := newLink(t)
+			for range 20 {
+				l.burst(n)
+				l.send(time.Second, false)
+				l.clock += interval
+			}
+			if got := len(l.drops) > 0; got != dropped {
+				t.Errorf("dropped at %v, want drops: %v", l.drops, dropped)
+			}
+		})
 	}
 }
 
 // TestDroppingResumes checks that CoDel continues with the previous rate of
-// drops if the standing queue returns soon, and starts anew otherwise.
+// drops if the standing queue returns soon, and with the first one otherwise.
 func TestDroppingResumes(t *testing.T) {
 	for pause, resumed := range map[time.Duration]bool{interval: true, 20 * interval: false} {
-		l := newLink(t)
-		l.burst(60)
-		l.send(2*time.Second, true)
-		l.send(time.Second, false)
-		l.clock += pause
-		l.drops = nil
-		l.burst(60)
-		l.send(time.Second, true)
-		if len(l.drops) < 2 {
-			t.Fatalf("dropped at %v", l.drops)
-		}
-		if gap := l.drops[1] - l.drops[0]; (gap < interval/2) != resumed {
-			t.Errorf("after a pause of %v the second drop came after %v", pause, gap)
-		}
+		t.Run(pause.String(), func(t *testing.T) {
+			l := newLink(t)
+			l.burst(60)
+			l.send(2*time.Second, true)
+			l.send(time.Second, false)
+			l.clock += pause
+			l.drops = nil
+			l.burst(60)
+			l.send(time.Second, true)
+			if len(l.drops) < 2 {
+				t.Fatalf("dropped at %v", l.drops)
+			}
+			if gap := l.drops[1] - l.drops[0]; (gap < interval/2) != resumed {
+				t.Errorf("%v between the first drops, want the previous rate: %v", gap, resumed)
+			}
+		})
 	}
 }
 

@@ -197,7 +197,8 @@ func (k *Keeper[E]) use(ctx context.Context, e E) error {
 // done or the Keeper closed before that.
 func (k *Keeper[E]) replace(ctx context.Context, reason error) bool {
 	name := k.Current().Name()
-	k.setDeviceProblem(fmt.Sprintf("interface %s was lost and is opened anew: %v", name, reason))
+	k.setDeviceProblem(fmt.Sprintf("interface %s was lost and is being opened again: %v", name,
+		reason))
 	k.mu.Lock()
 	err := k.closeCurrent()
 	k.previousRepairs = k.repairs()
@@ -209,7 +210,8 @@ func (k *Keeper[E]) replace(ctx context.Context, reason error) bool {
 	}
 	for {
 		wait := k.countLoss(time.Now())
-		k.Logger.Warn("the interface is lost: opening it anew", "interface", name, "reason", reason,
+		k.Logger.Warn("the interface is lost: opening it again", "interface", name,
+			"reason", reason,
 			"retry_in", wait.String())
 		select {
 		case <-ctx.Done():
@@ -222,7 +224,7 @@ func (k *Keeper[E]) replace(ctx context.Context, reason error) bool {
 		if errors.Is(reason, errClosed) {
 			return false
 		}
-		k.setDeviceProblem(fmt.Sprintf("interface %s was lost and cannot be opened anew: %v", name,
+		k.setDeviceProblem(fmt.Sprintf("interface %s was lost and cannot be opened again: %v", name,
 			reason))
 	}
 	k.mu.Lock()

@@ -213,15 +213,17 @@ func TestAppendICMPErrorMTU(t *testing.T) {
 		-1: {0, 0}, 0: {0, 0}, 68: {68, 68}, 1280: {1280, 1280}, 65535: {65535, 65535},
 		70000: {65535, 70000},
 	} {
-		e4, ok4 := AppendICMPError(nil, b4, mustParse(t, b4), TooBig, router4, mtu)
-		e6, ok6 := AppendICMPError(nil, b6, mustParse(t, b6), TooBig, router6, mtu)
-		if !ok4 || !ok6 {
-			t.Fatalf("MTU %d: no error", mtu)
-		}
-		got := [2]uint32{binary.BigEndian.Uint32(e4[24:]), binary.BigEndian.Uint32(e6[44:])}
-		if got != want {
-			t.Errorf("MTU %d: reported %d, want %d", mtu, got, want)
-		}
+		t.Run(fmt.Sprint(mtu), func(t *testing.T) {
+			e4, ok4 := AppendICMPError(nil, b4, mustParse(t, b4), TooBig, router4, mtu)
+			e6, ok6 := AppendICMPError(nil, b6, mustParse(t, b6), TooBig, router6, mtu)
+			if !ok4 || !ok6 {
+				t.Fatal("no error")
+			}
+			got := [2]uint32{binary.BigEndian.Uint32(e4[24:]), binary.BigEndian.Uint32(e6[44:])}
+			if got != want {
+				t.Errorf("reported MTU %d, want %d", got, want)
+			}
+		})
 	}
 }
 

@@ -11,45 +11,52 @@ import (
 // TestQuotedLinux checks the quotes in ICMP errors captured on Linux.
 func TestQuotedLinux(t *testing.T) {
 	for _, name := range []string{"udp4", "udp4-options", "udp6", "udp6-ext"} {
-		sent := mustParse(t, linuxPacket(t, name))
-		b := linuxPacket(t, name+"-error")
-		p := mustParse(t, b)
-		if !IsICMPError(b, p) {
-			t.Fatalf("%s: not an error", name)
-		}
-		q, ok := Quoted(b, p)
-		if !ok || q != sent {
-			t.Errorf("%s: quoted %v, %+v, want %+v", name, ok, q, sent)
-		}
+		t.Run(name, func(t *testing.T) {
+			sent := mustParse(t, linuxPacket(t, name))
+			b := linuxPacket(t, name+"-error")
+			p := mustParse(t, b)
+			if !IsICMPError(b, p) {
+				t.Fatal("not an error")
+			}
+			q, ok := Quoted(b, p)
+			if !ok || q != sent {
+				t.Errorf("quoted %v, %+v, want %+v", ok, q, sent)
+			}
+		})
 	}
 	// The receiver reassembled these packets and quotes their first bytes.
 	for _, name := range []string{"udp4-frag", "udp4-options-frag", "udp6-frag", "udp6-ext-frag"} {
-		sent := mustParse(t, linuxPacket(t, name))
-		b := linuxPacket(t, name+"-error")
-		q, ok := Quoted(b, mustParse(t, b))
-		if !ok || q.Src != sent.Src || q.Dst != sent.Dst || q.Protocol != 17 || q.TotalLen < 3000 {
-			t.Errorf("%s: quoted %v, %+v", name, ok, q)
-		}
+		t.Run(name, func(t *testing.T) {
+			sent := mustParse(t, linuxPacket(t, name))
+			b := linuxPacket(t, name+"-error")
+			q, ok := Quoted(b, mustParse(t, b))
+			if !ok || q.Src != sent.Src || q.Dst != sent.Dst || q.Protocol != 17 ||
+				q.TotalLen < 3000 {
+				t.Errorf("quoted %v, %+v", ok, q)
+			}
+		})
 	}
 }
 
 // TestQuotedOwn applies Quoted to results of AppendICMPError.
 func TestQuotedOwn(t *testing.T) {
 	for _, c := range linuxPackets(t) {
-		p := mustParse(t, c.b)
-		for _, kind := range allKinds {
-			src := router4
-			if p.Version == 6 {
-				src = router6
+		t.Run(c.name, func(t *testing.T) {
+			p := mustParse(t, c.b)
+			for _, kind := range allKinds {
+				src := router4
+				if p.Version == 6 {
+					src = router6
+				}
+				b, ok := AppendICMPError(nil, c.b, p, kind, src, 1280)
+				if !ok {
+					continue
+				}
+				if q, ok := Quoted(b, mustParse(t, b)); !ok || q != p {
+					t.Errorf("kind %v: quoted %v, %+v, want %+v", kind, ok, q, p)
+				}
 			}
-			b, ok := AppendICMPError(nil, c.b, p, kind, src, 1280)
-			if !ok {
-				continue
-			}
-			if q, ok := Quoted(b, mustParse(t, b)); !ok || q != p {
-				t.Errorf("%s, kind %v: quoted %v, %+v, want %+v", c.name, kind, ok, q, p)
-			}
-		}
+		})
 	}
 }
 
