@@ -128,7 +128,7 @@ func TestOnlyTheStandingFlowDrops(t *testing.T) {
 	q.now = func() time.Duration { return clock }
 	flows := ports(q, 2)
 	q.Push(run(flows[0], 200, MaxSize))
-	thins, late := 0, 0
+	thinPackets, late := 0, 0
 	for i := range 500 {
 		if i%10 == 0 {
 			q.Push([]*Packet{packet(flows[1], i/10, minSize)})
@@ -136,17 +136,17 @@ func TestOnlyTheStandingFlowDrops(t *testing.T) {
 		p, dropped := popOne(t, q)
 		late += dropped
 		if portOf(p) == flows[1] {
-			if serialOf(p) != thins {
-				t.Fatalf("packet %d of the thin flow came after %d", serialOf(p), thins-1)
+			if serialOf(p) != thinPackets {
+				t.Fatalf("packet %d of the thin flow came after %d", serialOf(p), thinPackets-1)
 			}
-			thins++
+			thinPackets++
 		} else {
 			q.Push([]*Packet{packet(flows[0], i, MaxSize)})
 		}
 		clock += time.Millisecond
 	}
-	if thins != 50 || late == 0 {
+	if thinPackets != 50 || late == 0 {
 		t.Errorf("%d packets of the thin flow arrived, and %d of the other were dropped",
-			thins, late)
+			thinPackets, late)
 	}
 }

@@ -139,11 +139,11 @@ func TestUDPSockets(t *testing.T) {
 	}
 	defer tcp.Close()
 	dir := t.TempDir()
-	unix, err := net.ListenPacket("unixgram", filepath.Join(dir, "socket"))
+	unixgram, err := net.ListenPacket("unixgram", filepath.Join(dir, "socket"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close()
+	defer unixgram.Close()
 	for _, tt := range []struct {
 		test   string
 		socket interface{ File() (*os.File, error) }
@@ -154,7 +154,7 @@ func TestUDPSockets(t *testing.T) {
 		{"other name", udp.(*net.UDPConn), "metrics",
 			`error: the socket "metrics" has an unknown name: use FileDescriptorName=quic`},
 		{"TCP", tcp.(*net.TCPListener), "quic", `error: the socket "quic"`},
-		{"unix", unix.(*net.UnixConn), "quic", `error: the socket "quic" is not a UDP socket`},
+		{"unix", unixgram.(*net.UnixConn), "quic", `error: the socket "quic" is not a UDP socket`},
 	} {
 		t.Run(tt.test, func(t *testing.T) {
 			f, err := tt.socket.File()
