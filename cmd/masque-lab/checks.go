@@ -19,7 +19,7 @@ import (
 // targets are the addresses of the host behind the proxy.
 var targets = []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}
 
-// useSteps uses the tunnel in the ways people do.
+// useSteps uses the tunnel for typical traffic.
 func (p *pair) useSteps() []step {
 	var steps []step
 	for _, to := range targets {
@@ -60,11 +60,11 @@ func (p *pair) ping(ctx context.Context, from *lab.Host, to netip.Addr) (string,
 	return fmt.Sprintf("%s answers in %s", to, duration(rtt)), nil
 }
 
-// downloadSize is how many bytes are served.
+// downloadSize is the size of the served file in bytes.
 const downloadSize = 32 << 20
 
-// download fetches bytes from a web server on a host, at one of its addresses,
-// and compares their hash with that of what is served.
+// download fetches the file from a web server on a host, at one of its
+// addresses, and compares its hash with the original's.
 func (p *pair) download(ctx context.Context, to, from *lab.Host, at netip.Addr) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -74,7 +74,7 @@ func (p *pair) download(ctx context.Context, to, from *lab.Host, at netip.Addr) 
 		return "", err
 	}
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		io.Copy(w, content()) // a client that went away sees the wrong hash
+		io.Copy(w, content()) // the client checks the hash
 	})}
 	go server.Serve(ln)
 	defer server.Close()
@@ -107,7 +107,7 @@ func (p *pair) download(ctx context.Context, to, from *lab.Host, at netip.Addr) 
 		float64(n)*8/1e6/took.Seconds()), nil
 }
 
-// content is what is served: the same each time.
+// content returns the served file, the same each time.
 func content() io.Reader {
 	return io.LimitReader(rand.NewChaCha8([32]byte{'m', 'a', 's', 'q', 'u', 'e'}), downloadSize)
 }
@@ -121,7 +121,7 @@ func (p *pair) traceroute(ctx context.Context, to netip.Addr) (string, error) {
 	}
 	path := hopNames(hops)
 	if len(hops) != 2 || hops[0].Silent || !hops[1].Echo || hops[1].From != to {
-		return "", fmt.Errorf("the hops are %s, and should be the proxy and %s", path, to)
+		return "", fmt.Errorf("the hops are %s, want the proxy and %s", path, to)
 	}
 	return path, nil
 }
@@ -143,12 +143,12 @@ func (p *pair) showStatus(ctx context.Context) (string, error) {
 		return "", err
 	}
 	if s.Packets.RX == 0 || s.Packets.TX == 0 {
-		return "", errors.New("it has counted no packets, although some went through the tunnel")
+		return "", errors.New("it counted no packets, although some went through the tunnel")
 	}
 	return p.run(ctx, p.topo.Client, p.programs.client, "status", user)
 }
 
-// byteCount writes a number of bytes in SI units.
+// byteCount formats a number of bytes in SI units.
 func byteCount(n uint64) string {
 	const units = "kMGTPE"
 	if n < 1000 {

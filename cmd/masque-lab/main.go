@@ -1,6 +1,6 @@
-// Masque-lab shows and tests the VPN on one machine: it makes hosts in network
-// namespaces, runs masque-proxy and masque-client in them, and says for each
-// step whether it held.
+// Masque-lab demonstrates and tests the VPN on one machine. It makes hosts in
+// network namespaces, runs masque-proxy and masque-client in them, and reports
+// for each step whether it succeeded.
 package main
 
 import (
@@ -24,7 +24,7 @@ func main() { os.Exit(cli.Main(newRoot())) }
 // options are the flags of the command line.
 type options struct {
 	logLevel, logFormat string
-	logs                cli.LogOptions // of the two flags above
+	logs                cli.LogOptions // parsed from the two flags above
 	json                bool
 	keep                bool
 	artifacts           string
@@ -159,7 +159,7 @@ func (o *options) shell(cmd *cobra.Command) error {
 	return o.finish(p, report, runErr)
 }
 
-// prepare makes the lab and finds the programs. The caller calls done.
+// prepare makes the lab and finds the programs. The caller must call done.
 func (o *options) prepare(cmd *cobra.Command) (p *pair, done func(), err error) {
 	if err := lab.CheckTUN(); err != nil {
 		return nil, nil, cli.Errorf(cli.Privileges, "%v", err)
@@ -186,8 +186,8 @@ func (o *options) prepare(cmd *cobra.Command) (p *pair, done func(), err error) 
 	}, nil
 }
 
-// artifactsDir makes the directory that the programs' files go to. Files of an
-// earlier run would be in the way.
+// artifactsDir makes the directory for the programs' files. It must be empty,
+// so that files of different runs are not mixed.
 func (o *options) artifactsDir() (string, error) {
 	if o.artifacts == "" {
 		return os.MkdirTemp("", program+"-")
@@ -203,8 +203,7 @@ func (o *options) artifactsDir() (string, error) {
 	return o.artifacts, err
 }
 
-// finish closes the lab, prints the verdict and removes the artifacts that
-// nobody asked for.
+// finish closes the lab, prints the verdict and removes unwanted artifacts.
 func (o *options) finish(p *pair, r *report, err error) error {
 	for _, f := range []func() error{p.keepClientLogs, p.lab.Close} {
 		if ferr := f(); err == nil {

@@ -45,7 +45,7 @@ func execute(args ...string) (stdout, stderr string, code int) {
 	return out.String(), errs.String(), code
 }
 
-// useFakes puts programs that fail into PATH.
+// useFakes adds failing programs to PATH.
 func useFakes(t *testing.T) {
 	t.Helper()
 	if err := lab.CheckTUN(); err != nil {

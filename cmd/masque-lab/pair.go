@@ -20,28 +20,28 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// user is who the proxy is told to expect, and the name of the client's
-// connection, where there is only one.
+// user is the name of the only user and of its client's connection, in
+// scenarios with one client.
 const user = "alice"
 
 // pair is a proxy and its clients that run on hosts of a lab.
 type pair struct {
 	ctx      context.Context
 	lab      *lab.Lab
-	dir      string // artifacts
+	dir      string // directory of the artifacts
 	programs programs
-	logs     cli.LogOptions // of all programs
+	logs     cli.LogOptions // log options of all programs
 	logger   *slog.Logger
 	report   *report
-	logFiles []string // of what may explain a failure
+	logFiles []string // logs that may explain a failure
 
 	topo   *lab.Topology
-	users  []string // of the clients of topo, in their order
+	users  []string // names of the users, in the order of topo.Clients
 	proxy  *lab.Cmd
-	before map[*lab.Host]string // snapshots
+	before map[*lab.Host]string // snapshots before the tunnel
 }
 
-// status is what the lab looks at of `masque-client status --json`.
+// status contains the used fields of `masque-client status --json`.
 type status struct {
 	State     string   `json:"state"`
 	Interface string   `json:"interface"`
@@ -60,8 +60,8 @@ type route struct {
 	End   netip.Addr `json:"end"`
 }
 
-// connectSteps makes the hosts and the tunnel. The changes are made to the
-// proxy's configuration before it starts.
+// connectSteps makes the hosts and the tunnel. It applies the changes to the
+// proxy's configuration before the proxy starts.
 func (p *pair) connectSteps(changes ...func(map[string]any)) []step {
 	return []step{
 		{"make the hosts and connect them", p.makeHosts},
@@ -69,16 +69,16 @@ func (p *pair) connectSteps(changes ...func(map[string]any)) []step {
 		{"masque-proxy init: keys and configuration", func(ctx context.Context) (string, error) {
 			return p.initProxy(ctx, changes)
 		}},
-		{"masque-proxy invite " + user + ": one file for the client", p.of(user, p.invite)},
+		{"masque-proxy invite " + user + ": one file for the client", p.forUser(user, p.invite)},
 		{"masque-proxy run: on the host proxy", p.startProxy},
-		{"masque-client up: on the host client", p.of(user, p.connect)},
+		{"masque-client up: on the host client", p.forUser(user, p.connect)},
 	}
 }
 
-// disconnectSteps takes the tunnel down and checks that nothing is left of it.
+// disconnectSteps ends the tunnel and checks that the hosts are restored.
 func (p *pair) disconnectSteps() []step {
 	return []step{
-		{"masque-client down", p.of(user, p.disconnect)},
+		{"masque-client down", p.forUser(user, p.disconnect)},
 		{"stop the proxy with SIGTERM", p.stopProxy},
 		{"the client's kernel is as it was", func(context.Context) (string, error) {
 			return p.checkRestored(p.topo.Client)
@@ -89,13 +89,13 @@ func (p *pair) disconnectSteps() []step {
 	}
 }
 
-// of makes the action of a step out of what is done for one user.
-func (p *pair) of(user string, do func(context.Context, string) (string,
+// forUser returns the action of a step for one user.
+func (p *pair) forUser(user string, do func(context.Context, string) (string,
 	error)) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) { return do(ctx, user) }
 }
 
-// client is the host of a user's client.
+// client returns the host of a user's client.
 func (p *pair) client(user string) *lab.Host { return p.topo.Clients[slices.Index(p.users, user)] }
 
 func (p *pair) configDir() string             { return filepath.Join(p.dir, "proxy") }
@@ -117,7 +117,7 @@ func (p *pair) makeTopology(o lab.TopologyOptions, users ...string) (err error) 
 	return err
 }
 
-// snapshot remembers the kernel's state of the hosts that the VPN changes.
+// snapshot saves the kernel's state of the hosts that the VPN changes.
 func (p *pair) snapshot() (err error) {
 	p.before = make(map[*lab.Host]string)
 	for _, h := range append([]*lab.Host{p.topo.Proxy}, p.topo.Clients...) {
@@ -128,8 +128,7 @@ func (p *pair) snapshot() (err error) {
 	return nil
 }
 
-// checkUnreachable makes sure that what reaches the target later went through
-// the tunnel.
+// checkUnreachable checks that the target cannot be reached without the tunnel.
 func (p *pair) checkUnreachable(ctx context.Context) (string, error) {
 	var result string
 	for _, to := range targets {
@@ -247,10 +246,10 @@ func (p *pair) stopProxy(ctx context.Context) (string, error) {
 	return "", nil
 }
 
-// clientLog is where a client logs in the background, on its host.
+// clientLog is the path of a background client's log, on its host.
 func clientLog(user string) string { return "/run/masque/" + user + ".log" }
 
-// keepClientLogs moves the logs of clients in the background to the artifacts.
+// keepClientLogs moves the logs of background clients to the artifacts.
 func (p *pair) keepClientLogs() error {
 	var errs []error
 	for _, user := range p.users {
@@ -267,7 +266,7 @@ func (p *pair) keepClientLog(user string) error {
 		content, err = os.ReadFile(clientLog(user))
 		return err
 	})
-	if errors.Is(err, fs.ErrNotExist) { // it was never started
+	if errors.Is(err, fs.ErrNotExist) { // the client never started
 		return nil
 	}
 	name := filepath.Join(p.dir, p.client(user).Name()+"-"+filepath.Base(clientLog(user)))
@@ -275,7 +274,8 @@ func (p *pair) keepClientLog(user string) error {
 	return errors.Join(err, os.WriteFile(name, content, 0o600))
 }
 
-// checkRestored compares the kernel's state with that before the tunnel.
+// checkRestored compares the kernel's state with the snapshot before the
+// tunnel.
 func (p *pair) checkRestored(h *lab.Host) (string, error) {
 	after, err := h.Snapshot()
 	if err != nil {

@@ -14,10 +14,10 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// programs are the paths of the programs that are shown.
+// programs are the paths of masque-proxy and masque-client.
 type programs struct{ client, proxy string }
 
-// findPrograms looks beside this program's own file, and then in PATH.
+// findPrograms searches the directory of this program, and then PATH.
 func findPrograms() (programs, error) {
 	var p programs
 	exe, err := os.Executable()
@@ -38,21 +38,21 @@ func findPrograms() (programs, error) {
 	return p, nil
 }
 
-// command describes a program of ours on a host. Its log explains failures from
-// now on.
+// command describes one of the programs on a host. Its log is among those that
+// explain failures.
 func (p *pair) command(ctx context.Context, h *lab.Host, path string, args ...string) *lab.Cmd {
 	args = append(args, p.logs.Args()...)
 	p.logger.Debug("run", "host", h.Name(), "command", path+" "+strings.Join(args, " "))
 	return h.Command(ctx, path, args...)
 }
 
-// run runs a program of ours on a host and returns its standard output. The
-// error is the last line it wrote, which says the reason and what to do.
+// run runs one of the programs on a host and returns its standard output. The
+// error is the program's last line, which contains the reason and the remedy.
 func (p *pair) run(ctx context.Context, h *lab.Host, path string, args ...string) (string, error) {
 	c := p.command(ctx, h, path, args...)
 	out, err := c.Output()
 	if err != nil {
-		if len(tail(c.LogFile(), 2)) > 1 { // more than the line that explain quotes
+		if len(tail(c.LogFile(), 2)) > 1 { // explain quotes one line only
 			p.logFiles = slices.Insert(p.logFiles, 0, c.LogFile())
 		}
 		return string(out), explain(c, err)
@@ -60,7 +60,7 @@ func (p *pair) run(ctx context.Context, h *lab.Host, path string, args ...string
 	return string(out), nil
 }
 
-// explain turns the failure of a program into an error for people.
+// explain turns the failure of a program into an error for users.
 func explain(c *lab.Cmd, err error) error {
 	name := filepath.Base(c.Args[0])
 	var exit *exec.ExitError

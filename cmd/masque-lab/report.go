@@ -12,17 +12,17 @@ import (
 	"unicode/utf8"
 )
 
-// step is one thing that a scenario does and checks.
+// step is an action of a scenario with its check.
 type step struct {
-	what string // "connect the client", shown before it begins
+	name string // printed before it begins, as in "connect the client"
 	do   func(context.Context) (result string, err error)
 }
 
-// stepTimeout bounds every step. They take milliseconds; the programs' own
+// stepTimeout limits every step. Steps take milliseconds. The programs' own
 // time limits are shorter, and their messages better.
 const stepTimeout = time.Minute
 
-// stepResult is a step as --json shows it.
+// stepResult is the result of a step for --json.
 type stepResult struct {
 	What       string  `json:"what"`
 	OK         bool    `json:"ok"`
@@ -31,7 +31,7 @@ type stepResult struct {
 	DurationMS float64 `json:"duration_ms"`
 }
 
-// report runs steps and tells people, or programs, how they went.
+// report runs steps and writes their results as text or JSON.
 type report struct {
 	out      io.Writer
 	json     bool
@@ -44,29 +44,29 @@ func newReport(out io.Writer, asJSON bool, s scenario) *report {
 	return &report{out: out, json: asJSON, scenario: s, started: time.Now()}
 }
 
-// printf writes text for people.
+// printf writes text unless the output is JSON.
 func (r *report) printf(format string, args ...any) {
 	if !r.json {
 		fmt.Fprintf(r.out, format, args...)
 	}
 }
 
-// begin introduces the scenario.
+// begin prints the introduction of the scenario.
 func (r *report) begin() {
 	r.printf("%s: %s\n%s\n", r.scenario.name, r.scenario.about, r.scenario.intro)
 }
 
-// errInterrupted is how a step ends after SIGINT or SIGTERM.
+// errInterrupted ends a step after SIGINT or SIGTERM.
 var errInterrupted = errors.New("interrupted")
 
-// whatWidth is the width of the column of what steps do.
-const whatWidth = 52
+// nameWidth is the width of the column of step names, in characters.
+const nameWidth = 52
 
 // steps runs the steps until one fails.
 func (r *report) steps(ctx context.Context, steps []step) error {
 	for _, s := range steps {
-		r.printf("%3d  %s%s ", len(r.results)+1, s.what,
-			strings.Repeat(" ", max(0, whatWidth-utf8.RuneCountInString(s.what))))
+		r.printf("%3d  %s%s ", len(r.results)+1, s.name,
+			strings.Repeat(" ", max(0, nameWidth-utf8.RuneCountInString(s.name))))
 		begin := time.Now()
 		sctx, cancel := context.WithTimeout(ctx, stepTimeout)
 		result, err := s.do(sctx)
@@ -75,7 +75,7 @@ func (r *report) steps(ctx context.Context, steps []step) error {
 		if ctx.Err() != nil {
 			err = errInterrupted
 		}
-		done := stepResult{What: s.what, OK: err == nil, Result: result,
+		done := stepResult{What: s.name, OK: err == nil, Result: result,
 			DurationMS: float64(took.Microseconds()) / 1000}
 		verdict := "ok"
 		if err != nil {
@@ -91,8 +91,8 @@ func (r *report) steps(ctx context.Context, steps []step) error {
 	return nil
 }
 
-// printResult ends a step's line with its result, or puts a result of several
-// lines below it.
+// printResult completes a step's line with its result, or prints a result of
+// several lines below it.
 func (r *report) printResult(result string) {
 	switch {
 	case result == "":
@@ -104,8 +104,8 @@ func (r *report) printResult(result string) {
 	}
 }
 
-// end prints the verdict. Artifacts is the directory of what is kept, if any,
-// and logs are the files whose ends explain a failure.
+// end prints the verdict. artifacts is the directory of the artifacts, if any.
+// The ends of logs explain a failure.
 func (r *report) end(artifacts string, logs []string, err error) error {
 	if r.json {
 		return r.endJSON(artifacts, logs, err)
@@ -131,7 +131,7 @@ func (r *report) end(artifacts string, logs []string, err error) error {
 	return nil
 }
 
-// tailLines is how much of a log explains a failure.
+// tailLines is the number of a log's last lines that explain a failure.
 const tailLines = 12
 
 func (r *report) endJSON(artifacts string, logs []string, err error) error {
@@ -166,7 +166,7 @@ func (r *report) endJSON(artifacts string, logs []string, err error) error {
 	return e.Encode(v)
 }
 
-// failure is one line about what failed.
+// failure returns one line about the failed step.
 func (r *report) failure(err error) string {
 	first, _, _ := strings.Cut(err.Error(), "\n")
 	if n := len(r.results); n > 0 && !r.results[n-1].OK {
@@ -175,8 +175,8 @@ func (r *report) failure(err error) string {
 	return first
 }
 
-// tail returns the last n lines of a file, and none when it cannot be read or
-// is empty.
+// tail returns the last n lines of a file, none when the file is empty or
+// cannot be read.
 func tail(name string, n int) []string {
 	b, err := os.ReadFile(name)
 	text := strings.TrimRight(string(b), "\n")
@@ -191,7 +191,7 @@ func indent(text string) string {
 	return "       " + strings.ReplaceAll(strings.TrimRight(text, "\n"), "\n", "\n       ")
 }
 
-// duration writes a duration with three digits or so.
+// duration formats a duration with about three digits.
 func duration(d time.Duration) string {
 	switch {
 	case d < time.Millisecond:

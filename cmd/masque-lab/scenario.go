@@ -12,7 +12,7 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// scenario is a story of steps.
+// scenario is a sequence of steps.
 type scenario struct {
 	name  string
 	about string // one line
@@ -27,7 +27,7 @@ const picture = `
    2001:db8:1::2       the target)      2001:db8:2::5      2001:db8:3::2
 `
 
-// demonstration is `masque-lab demo`.
+// demonstration is the scenario of `masque-lab demo`.
 var demonstration = scenario{
 	name:  "demo",
 	about: "a VPN between hosts that exist only inside this command",
@@ -35,14 +35,14 @@ var demonstration = scenario{
 	steps: remoteAccess,
 }
 
-// shellScenario is the beginning of `masque-lab shell`.
+// shellScenario prepares the tunnel for `masque-lab shell`.
 var shellScenario = scenario{
 	name:  "shell",
 	about: "a VPN between hosts that exist only inside this command, and a shell on the client",
 	intro: picture,
 }
 
-// scenarios are those of `masque-lab run`.
+// scenarios are the scenarios of `masque-lab run`.
 var scenarios = []scenario{
 	{
 		name:  "remote-access",
@@ -83,7 +83,7 @@ func remoteAccess(p *pair) []step {
 	return slices.Concat(p.connectSteps(), p.useSteps(), p.disconnectSteps())
 }
 
-// fullTunnel watches the client's cable.
+// fullTunnel captures on the client's link.
 func fullTunnel(p *pair) []step {
 	var leaks *lab.Capture
 	watch := func(context.Context) (string, error) {
@@ -92,7 +92,7 @@ func fullTunnel(p *pair) []step {
 		return "all but QUIC to the proxy is a leak", err
 	}
 	outside := func(ctx context.Context) (string, error) {
-		// The proxy has no service there: what matters is which way it takes.
+		// The proxy has no service there. Only the path of the packets matters.
 		for _, to := range []string{"203.0.113.1", "2001:db8:2::1"} {
 			if err := p.checkPath(ctx, netip.MustParseAddr(to), true); err != nil {
 				return "", err
@@ -119,9 +119,9 @@ func fullTunnel(p *pair) []step {
 		p.disconnectSteps())
 }
 
-// isLeak reports whether a captured packet is one that a full tunnel must not
-// let out: anything but packets to the proxy's port and what keeps the link
-// itself going.
+// isLeak reports whether a captured packet must not leave the client outside a
+// full tunnel: anything but packets to the proxy's port and the link's own
+// address resolution.
 func isLeak(c lab.Packet) bool {
 	if !c.Outgoing {
 		return false
@@ -138,7 +138,7 @@ func isLeak(c lab.Packet) bool {
 		ip.DstIP.IsLinkLocalMulticast())
 }
 
-// advertise replaces the routes that the proxy advertises.
+// advertise replaces the list of routes that the proxy advertises.
 func advertise(prefixes ...string) func(config map[string]any) {
 	return func(config map[string]any) {
 		routes, ok := config["routes"].(map[string]any)
@@ -150,7 +150,7 @@ func advertise(prefixes ...string) func(config map[string]any) {
 	}
 }
 
-// splitTunnel has the proxy advertise less than everything.
+// splitTunnel makes the proxy advertise only some destinations.
 func splitTunnel(p *pair) []step {
 	around := func(ctx context.Context) (string, error) {
 		for _, to := range []string{"203.0.113.1", "2001:db8:2::1"} {
@@ -166,7 +166,7 @@ func splitTunnel(p *pair) []step {
 }
 
 // checkPath checks whether packets to an address of the router go through the
-// tunnel: then they come to it from the proxy, and otherwise from the client.
+// tunnel. Those arrive from the proxy, others from the client.
 func (p *pair) checkPath(ctx context.Context, to netip.Addr, tunnel bool) error {
 	iface := "client1"
 	if tunnel {

@@ -12,7 +12,7 @@ import (
 	"masquevpn/internal/cli"
 )
 
-// shellText says what can be tried.
+// shellText suggests commands to try.
 const shellText = `
 You are root on the host "client" now; nothing here touches your machine. Try:
 
@@ -28,7 +28,7 @@ Logs are in %[3]s. "exit" takes the tunnel down.
 
 `
 
-// endShellSteps takes down what the user has left of the tunnel.
+// endShellSteps ends the tunnel, if the user has not.
 func (p *pair) endShellSteps() []step {
 	return []step{
 		{"masque-client down", func(ctx context.Context) (string, error) {
@@ -59,7 +59,7 @@ func (p *pair) runShell(out io.Writer) error {
 	path := filepath.Dir(p.programs.client) + ":" + os.Getenv("PATH")
 	c.Env = append(os.Environ(), "PATH="+path)
 	err := c.Run()
-	// How the last command of the shell went is the user's business.
+	// The status of the shell's last command is no failure of the lab.
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
 		return nil
 	}

@@ -26,11 +26,11 @@ const sitePicture = `
                      192.0.2.0/24, 2001:db8:3::/64
 `
 
-// lan is a network behind a client, with one host besides.
+// lan is a network behind a client, with one host.
 type lan struct {
-	user  string         // of the gateway
-	near  []netip.Prefix // addresses of the gateway
-	addrs []netip.Addr   // of the host
+	user  string         // user name of the gateway
+	near  []netip.Prefix // gateway's addresses in the network
+	addrs []netip.Addr   // host's addresses
 	host  *lab.Host
 }
 
@@ -43,7 +43,8 @@ func (l *lan) networks() []netip.Prefix {
 	return out
 }
 
-// siteToSite connects two networks with each other and with that of the proxy.
+// siteToSite connects two networks with each other and with the proxy's
+// network.
 func siteToSite(p *pair) []step {
 	branch := newLAN("branch", "10.1.0.1/24", "2001:db8:a::1/64")
 	depot := newLAN("depot", "10.2.0.1/24", "2001:db8:b::1/64")
@@ -63,7 +64,7 @@ func siteToSite(p *pair) []step {
 	}
 	config := func(config map[string]any) {
 		advertise("192.0.2.0/24", "2001:db8:3::/64")(config)
-		config["nat"] = map[string]any{"masquerade": false} // the target has routes to all
+		config["nat"] = map[string]any{"masquerade": false} // the target has routes to all networks
 		var sites []map[string]any
 		for _, l := range lans {
 			sites = append(sites, map[string]any{"user": l.user, "networks": l.networks()})
@@ -88,7 +89,7 @@ func siteToSite(p *pair) []step {
 	steps = append(steps, step{"masque-proxy run: on the host proxy", p.startProxy})
 	for _, l := range lans {
 		steps = append(steps, step{"masque-client up: on the gateway " + l.user,
-			p.of(l.user, p.connect)})
+			p.forUser(l.user, p.connect)})
 	}
 	for i, to := range depot.addrs {
 		steps = append(steps,
@@ -114,12 +115,12 @@ func siteToSite(p *pair) []step {
 		step{"masque-proxy sessions", func(ctx context.Context) (string, error) {
 			return p.run(ctx, p.topo.Proxy, p.programs.proxy, "sessions")
 		}},
-		step{"masque-client down: on the gateway depot", p.of(depot.user, p.disconnect)},
+		step{"masque-client down: on the gateway depot", p.forUser(depot.user, p.disconnect)},
 		step{"its networks disappear at the other gateway",
 			func(ctx context.Context) (string, error) {
 				return p.withdrawn(ctx, branch.user, depot.addrs)
 			}},
-		step{"masque-client down: on the gateway branch", p.of(branch.user, p.disconnect)},
+		step{"masque-client down: on the gateway branch", p.forUser(branch.user, p.disconnect)},
 		step{"stop the proxy with SIGTERM", p.stopProxy},
 	)
 	for _, l := range lans {
@@ -134,7 +135,7 @@ func siteToSite(p *pair) []step {
 		}})
 }
 
-// newLAN plans a network: the host comes after the gateway.
+// newLAN plans a network. The host's address follows the gateway's.
 func newLAN(user string, gateway ...string) *lan {
 	l := &lan{user: user, near: lab.Prefixes(gateway...)}
 	for _, p := range l.near {
@@ -164,7 +165,7 @@ func (p *pair) makeLAN(l *lan) (err error) {
 	return nil
 }
 
-// outOfReach makes sure that what reaches a host later went through the tunnel.
+// outOfReach checks that a host cannot be reached without the tunnel.
 func (p *pair) outOfReach(ctx context.Context, from *lab.Host, to netip.Addr) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
@@ -179,8 +180,8 @@ func (p *pair) outOfReach(ctx context.Context, from *lab.Host, to netip.Addr) er
 	return nil
 }
 
-// inviteGateway invites the user of l, and adds the networks behind it to the
-// client's file.
+// inviteGateway invites the user of l and adds the networks behind the gateway
+// to the client's file.
 func (p *pair) inviteGateway(ctx context.Context, l *lan) (string, error) {
 	result, err := p.invite(ctx, l.user)
 	if err != nil {
@@ -198,13 +199,13 @@ func (p *pair) inviteGateway(ctx context.Context, l *lan) (string, error) {
 	return result, errors.Join(err, f.Close())
 }
 
-// traceSites checks that the path between two sites is by way of the proxy.
+// traceSites checks that the path between two sites goes through the proxy.
 func (p *pair) traceSites(ctx context.Context, from *lab.Host, to netip.Addr) (string, error) {
 	hops, err := from.Traceroute(ctx, to, 8, 3*time.Second)
 	if err != nil {
 		return "", err
 	}
-	// Each of the three routers counts once, and so does each way into a
+	// Each of the three routers counts once, and so does each entry into a
 	// tunnel.
 	path := hopNames(hops)
 	proxy := "10.77.0.1"
@@ -213,12 +214,12 @@ func (p *pair) traceSites(ctx context.Context, from *lab.Host, to netip.Addr) (s
 	}
 	if last := hops[len(hops)-1]; len(hops) != 6 || !last.Echo || last.From != to ||
 		hops[2].From.String() != proxy || hops[3].From.String() != proxy {
-		return "", fmt.Errorf("the hops are %s, and should be the near gateway twice, the proxy twice, the far gateway and %s", path, to)
+		return "", fmt.Errorf("the hops are %s, want the near gateway twice, the proxy twice, the far gateway and %s", path, to)
 	}
 	return path, nil
 }
 
-// withdrawn waits until the routes of a gateway lead to none of addrs.
+// withdrawn waits until the routes of a gateway no longer cover addrs.
 func (p *pair) withdrawn(ctx context.Context, user string, addrs []netip.Addr) (string, error) {
 	for {
 		s, err := p.readStatus(ctx, user)

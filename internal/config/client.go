@@ -7,52 +7,57 @@ import (
 	"time"
 )
 
-// Client is a client's configuration file, NAME.toml. Names of files in it were
-// joined with the folder of the file.
+// Client is a client's configuration file, NAME.toml. Relative file names are
+// joined with the directory of the file.
 type Client struct {
 	Proxy string // a name, HOST:PORT or a URI template
 
 	CA, Cert, Key          string // names of PEM files
-	CAPEM, CertPEM, KeyPEM string // or PEM in the file itself
-	ServerName             string // empty: from Proxy
+	CAPEM, CertPEM, KeyPEM string // PEM in the file itself
+	ServerName             string // empty: taken from Proxy
 
-	Token, TokenFile string // at most one is set
+	Token, TokenFile string // mutually exclusive
 
-	// "*": no preference (RFC 9484 section 4.6); the client package checks them
+	// Target and IPProto are the scope of the tunnel, "*" for no preference
+	// (RFC 9484 section 4.6). Package client validates them.
 	Target, IPProto string
 
 	Device  string // name of the TUN interface, may hold one %d
-	MTU     int    // bytes, 0: found out
+	MTU     int    // bytes; 0: discovered
 	Offload bool
 
-	Request []netip.Prefix // asked for with ADDRESS_REQUEST; empty, not nil: nothing is asked for
-	Static  []netip.Prefix // used instead of asking
+	// Request is sent in ADDRESS_REQUEST. Empty but not nil: no request.
+	Request []netip.Prefix
+	Static  []netip.Prefix // used without a request
 
 	Install         bool
-	LAN             LAN // which routes of the host go before the tunnel's
+	LAN             LAN // the host's routes that precede the tunnel's
 	Accept, Exclude []netip.Prefix
-	Mark            uint32         // the two bits of marks that are of the tunnel
+	Mark            uint32         // mask of two bits of marks for the tunnel
 	Advertise       []netip.Prefix // networks behind the client
 	Assign          []netip.Prefix // single addresses for the proxy
 
 	KillSwitch      bool
-	KillSwitchAllow []netip.Prefix // may be reached outside the tunnel all the same
+	KillSwitchAllow []netip.Prefix // destinations allowed outside the tunnel
 
-	DNS                   bool         // the host's resolver is told of the tunnel's servers
-	DNSServers            []netip.Addr // in place of what the proxy says, where there are any
-	DNSSearch, DNSDomains []string     // likewise; without the final dot, "." is all names
-	DNSOutside            bool         // under a full tunnel, names may be asked outside it
+	DNS        bool         // configures the host's resolver
+	DNSServers []netip.Addr // replace the proxy's servers unless empty
+	// DNSSearch and DNSDomains replace the proxy's lists unless empty. Names
+	// have no final dot; "." stands for all names.
+	DNSSearch, DNSDomains []string
+	// DNSOutside allows queries outside a full tunnel.
+	DNSOutside bool
 
-	Congestion string // inner or outer
+	Congestion string // "inner" or "outer"
 
 	Reconnect bool
 	MaxDelay  time.Duration
 
-	Metrics string // HOST:PORT, TCP, empty: nowhere
+	Metrics string // HOST:PORT, TCP; empty: no metrics
 
-	QlogDir string // name of the folder for qlog, empty: none
-	KeyLog  string // name of the file for TLS secrets, empty: none
-	PCAP    string // name of the file for packets inside the tunnel, empty: none
+	QlogDir string // directory for qlog; empty: none
+	KeyLog  string // file for TLS secrets; empty: none
+	PCAP    string // file for packets inside the tunnel; empty: none
 
 	doc *document
 }
@@ -161,8 +166,8 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	return c, nil
 }
 
-// IsProxy tells whether s can be the proxy of a client: a name, HOST:PORT, or a
-// URI template, which the client package checks.
+// IsProxy reports whether s can be the proxy of a client: a name, HOST:PORT, or
+// a URI template, which package client validates.
 func IsProxy(s string) bool {
 	return strings.Contains(s, "://") || IsHost(s) || isHostPort(s) && IsHost(hostOf(s))
 }
@@ -199,19 +204,19 @@ func (c *Client) parseTLS(tls *table) {
 	}
 }
 
-// Secret tells whether the file itself holds a secret, so that nobody but its
+// Secret reports whether the file itself contains a secret, so that only its
 // owner may read it.
 func (c *Client) Secret() bool {
 	return c.Token != "" || c.KeyPEM != ""
 }
 
-// Problem makes an *Error about a key of the file that was found out later, as
-// when a file that it names cannot be used.
+// Problem returns an *Error about a key whose problem was found after parsing,
+// for example an unusable file that it names.
 func (c *Client) Problem(key, reason, remedy string) *Error {
 	return &Error{Problems: []Problem{c.doc.problem(key, reason, remedy)}}
 }
 
-// hostOf is the host of HOST:PORT, without brackets.
+// hostOf returns the host of HOST:PORT, without brackets.
 func hostOf(hostPort string) string {
 	host := hostPort[:strings.LastIndexByte(hostPort, ':')]
 	return strings.Trim(host, "[]")

@@ -44,12 +44,11 @@ func TestClientDefaults(t *testing.T) {
 		t.Error(diff)
 	}
 	if got.Secret() {
-		t.Error("a file without a token or a key is secret")
+		t.Error("Secret() = true without a token or a key")
 	}
 }
 
-// TestClientFull sets every key: those of features that this version has, and
-// those of later ones to what leaves them off.
+// TestClientFull sets every key.
 func TestClientFull(t *testing.T) {
 	data, err := os.ReadFile("testdata/client.toml")
 	if err != nil {
@@ -92,7 +91,7 @@ func TestClientScope(t *testing.T) {
 	}
 }
 
-// An empty list is not the default: nothing is asked for.
+// An empty list disables the request, unlike a missing key.
 func TestClientRequest(t *testing.T) {
 	for text, want := range map[string][]netip.Prefix{
 		``:                         prefixes("0.0.0.0/32", "::/128"),
@@ -186,7 +185,7 @@ func TestProxyFull(t *testing.T) {
 		t.Error(diff)
 	}
 	if got.Sites[0].Reach != nil || got.Sites[2].Reach == nil {
-		t.Error("an empty reach is not told from none")
+		t.Error("an empty reach and a missing one are equal")
 	}
 }
 
@@ -244,16 +243,16 @@ func TestProxyDefaultMethods(t *testing.T) {
 	}
 }
 
-// TestProblems has one row per error: each names the file, the line, the key
-// and, unless it is a secret, the value.
+// TestProblems has one row per error. Each error names the file, the line, the
+// key and, unless it is secret, the value.
 func TestProblems(t *testing.T) {
 	const client, proxy, users = "client", "proxy", "users"
 	head := map[string]string{client: `proxy = "vpn.example.org"`,
 		proxy: `name = "vpn.example.org"`, users: `# users`}
 	for _, test := range []struct {
 		kind string
-		data []string // below the first line, which is right
-		want string   // the one problem
+		data []string // lines after the first, which is valid
+		want string   // text of the only problem
 	}{
 		// The document.
 		{client, []string{`[tls`}, `f.toml:2: `},
@@ -564,7 +563,7 @@ func TestProblems(t *testing.T) {
 				t.Errorf("got  %s\nwant %s", e, test.want)
 			}
 			if strings.Contains(e.Error(), "s3cret") {
-				t.Errorf("the message holds the secret: %s", e)
+				t.Errorf("the message contains the secret: %s", e)
 			}
 		})
 	}
@@ -686,8 +685,8 @@ func FuzzParse(f *testing.F) {
 
 func second[T any](_ T, err error) error { return err }
 
-// Files of editors that begin with a byte order mark are told apart from those
-// that are wrong.
+// A file with a byte order mark gets a remedy of its own, unlike other invalid
+// files.
 func TestByteOrderMarks(t *testing.T) {
 	for mark, remedy := range map[string]string{
 		"\xef\xbb\xbf": "save the file as UTF-8 without one",

@@ -14,20 +14,20 @@ import (
 	"github.com/pelletier/go-toml/v2/unstable"
 )
 
-// A document is a TOML file with the place of every key. Its tables hand out
-// typed values and remember which keys were asked for: what is in the file and
-// was never asked for is unknown, and refused.
+// document is a TOML file with the line of every key. Its tables return typed
+// values and record the requested keys: keys in the file that were never
+// requested are unknown, and refused.
 type document struct {
 	file     string
-	lines    map[string]int // by path, as in "user[1].addresses[0]"
-	values   map[string]any // scalars and arrays by path, for messages
+	lines    map[string]int // line numbers keyed by path, as in "user[1].addresses[0]"
+	values   map[string]any // scalars and arrays keyed by path, for messages
 	secret   map[string]bool
 	tables   []*table
 	problems []Problem
 }
 
-// byteOrderMarks are what some editors begin a file with, and TOML does not
-// allow.
+// byteOrderMarks lists the byte order marks of some editors, which TOML
+// forbids, with remedies.
 var byteOrderMarks = map[string]string{
 	"\xef\xbb\xbf": "save the file as UTF-8 without one",
 	"\xff\xfe":     "save the file as UTF-8, not UTF-16",
@@ -57,7 +57,7 @@ func parse(file string, data []byte) (*document, *table, error) {
 	return d, d.newTable("", root), nil
 }
 
-// index fills d.lines. The data is known to be valid TOML.
+// index fills d.lines. The data must be valid TOML.
 func (d *document) index(data []byte) {
 	var p unstable.Parser
 	p.Reset(data)
@@ -67,10 +67,10 @@ func (d *document) index(data []byte) {
 		}
 		return p.Shape(n.Raw).Start.Line
 	}
-	elements := make(map[string]int) // of arrays of tables, seen so far
-	// place returns the path of a dotted key below base, where the elements of
-	// arrays of tables that it passes are the latest ones.
-	place := func(base string, key unstable.Iterator) (path string, first int) {
+	elements := make(map[string]int) // number of elements seen, keyed by array of tables
+	// pathOf returns the path of a dotted key below base. It uses the latest
+	// element of each array of tables on the path.
+	pathOf := func(base string, key unstable.Iterator) (path string, first int) {
 		path = base
 		for key.Next() {
 			if n := elements[path]; n > 0 {
@@ -89,7 +89,7 @@ func (d *document) index(data []byte) {
 	var keyValue func(base string, n *unstable.Node)
 	var value func(path string, at int, n *unstable.Node)
 	keyValue = func(base string, n *unstable.Node) {
-		path, at := place(base, n.Key())
+		path, at := pathOf(base, n.Key())
 		d.lines[path] = at
 		value(path, at, n.Value())
 	}
@@ -112,14 +112,14 @@ func (d *document) index(data []byte) {
 	for p.NextExpression() {
 		switch n := p.Expression(); n.Kind {
 		case unstable.Table:
-			path, at := place("", n.Key())
+			path, at := pathOf("", n.Key())
 			if n := elements[path]; n > 0 {
 				path += "[" + strconv.Itoa(n-1) + "]"
 			}
 			d.lines[path] = at
 			base = path
 		case unstable.ArrayTable:
-			path, at := place("", n.Key())
+			path, at := pathOf("", n.Key())
 			elements[path]++
 			base = path + "[" + strconv.Itoa(elements[path]-1) + "]"
 			d.lines[base] = at
@@ -129,8 +129,8 @@ func (d *document) index(data []byte) {
 	}
 }
 
-// problem makes the Problem of the key at path. A value that the document has
-// at the path is quoted unless it is secret.
+// problem returns the Problem of the key at path. It quotes the key's value in
+// the document unless it is secret.
 func (d *document) problem(path, reason, remedy string) Problem {
 	p := Problem{File: d.file, Line: d.lines[path], Key: path, Reason: reason, Remedy: remedy}
 	for parent := path; p.Line == 0 && parent != ""; {
@@ -143,7 +143,7 @@ func (d *document) problem(path, reason, remedy string) Problem {
 	return p
 }
 
-// add records the problem of the key at path.
+// add records a problem of the key at path.
 func (d *document) add(path, reason, remedy string) {
 	d.problems = append(d.problems, d.problem(path, reason, remedy))
 }
@@ -154,7 +154,7 @@ func (d *document) finish() error {
 		for _, key := range slices.Sorted(maps.Keys(t.values)) {
 			if _, ok := t.asked[key]; !ok {
 				path := join(t.path, key)
-				delete(d.values, path) // what is behind a misspelt key may be a secret
+				delete(d.values, path) // the value of a misspelt key may be secret
 				d.add(path, "unknown key", d.suggest(t, key))
 			}
 		}
@@ -166,7 +166,7 @@ func (d *document) finish() error {
 	return &Error{Problems: d.problems}
 }
 
-// suggest says what may have been meant by an unknown key of t.
+// suggest returns a known key that resembles an unknown key of t.
 func (d *document) suggest(t *table, key string) string {
 	for _, other := range d.tables {
 		if _, ok := other.asked[key]; ok && other != t {
@@ -188,7 +188,7 @@ func (d *document) suggest(t *table, key string) string {
 	return "remove it"
 }
 
-// A table is one table of a document.
+// table is one table of a document.
 type table struct {
 	doc    *document
 	path   string
@@ -210,14 +210,14 @@ func (d *document) newTable(path string, values map[string]any) *table {
 	return t
 }
 
-// get returns the value of a key, and marks the key as known.
+// get returns the value of a key and marks the key as known.
 func (t *table) get(key string) (any, bool) {
 	t.asked[key] = struct{}{}
 	v, ok := t.values[key]
 	return v, ok
 }
 
-// has tells whether the file sets the key; it does not make the key known.
+// has reports whether the file sets the key. It does not mark the key as known.
 func (t *table) has(key string) bool {
 	_, ok := t.values[key]
 	return ok
@@ -261,8 +261,8 @@ func (t *table) tablesOf(key string) []*table {
 	return tables
 }
 
-// scalar returns the value of key as a T, or def when it is absent or of
-// another type, which is a problem.
+// scalar returns the value of key as a T. It returns def when the key is
+// absent, or, with a problem, when the value has another type.
 func scalar[T any](t *table, key string, def T, want string) T {
 	v, ok := t.get(key)
 	if !ok {
@@ -280,7 +280,7 @@ func (t *table) string(key, def string) string {
 	return scalar(t, key, def, "a string in quotes")
 }
 
-// stringOrInt is a string, or a number without quotes.
+// stringOrInt returns a string, also for a number without quotes.
 func (t *table) stringOrInt(key, def string) string {
 	if n, ok := t.values[key].(int64); ok {
 		t.asked[key] = struct{}{}
@@ -293,13 +293,14 @@ func (t *table) bool(key string, def bool) bool {
 	return scalar(t, key, def, "true or false")
 }
 
-// secretString is a string whose value is never quoted in messages.
+// secretString returns a string that messages never quote.
 func (t *table) secretString(key string) string {
 	t.doc.secret[join(t.path, key)] = true
 	return t.string(key, "")
 }
 
-// file is the name of a file, relative to the folder of the document.
+// file returns a file name, joined with the directory of the document if
+// relative.
 func (t *table) file(key, def string) string {
 	name := t.string(key, def)
 	if name == "" || filepath.IsAbs(name) {
@@ -308,7 +309,7 @@ func (t *table) file(key, def string) string {
 	return filepath.Join(filepath.Dir(t.doc.file), name)
 }
 
-// int is a number between low and high.
+// int returns a number from low to high.
 func (t *table) int(key string, def, low, high int) int {
 	want := fmt.Sprintf("a number from %d to %d", low, high)
 	n := scalar(t, key, int64(def), want)
@@ -319,7 +320,7 @@ func (t *table) int(key string, def, low, high int) int {
 	return int(n)
 }
 
-// oneOf is a string out of a fixed set; the first is the default.
+// oneOf returns a string out of a fixed set. The first is the default.
 func (t *table) oneOf(key string, words ...string) string {
 	s := t.string(key, words[0])
 	if !slices.Contains(words, s) {
@@ -329,7 +330,7 @@ func (t *table) oneOf(key string, words ...string) string {
 	return s
 }
 
-// strings is a list of strings.
+// strings returns a list of strings.
 func (t *table) strings(key string, def []string) []string {
 	v, ok := t.get(key)
 	if !ok {
@@ -354,7 +355,7 @@ func (t *table) strings(key string, def []string) []string {
 	return words
 }
 
-// either refuses two keys that are both set and mean the same.
+// either refuses two keys that exclude each other.
 func (t *table) either(a, aValue, b, bValue string) {
 	if aValue != "" && bValue != "" {
 		t.add(a, fmt.Sprintf("%s says the same", join(t.path, b)), "keep one of the two")
@@ -376,7 +377,7 @@ func parentOf(path string) string {
 	return path[:max(strings.LastIndexAny(path, ".["), 0)]
 }
 
-// quote writes a value as TOML does, shortened to what a message can carry.
+// quote formats a value as TOML, shortened for a message.
 func quote(v any) string {
 	const limit = 80
 	var s string
@@ -408,7 +409,7 @@ func alternatives(words []string) string {
 	return strings.Join(quoted, " or ")
 }
 
-// editDistance is the Levenshtein distance of two short words.
+// editDistance returns the Levenshtein distance of two short words.
 func editDistance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {

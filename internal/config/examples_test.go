@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestExamples: the files that packages show as examples are good.
+// TestExamples parses the example files of the packages.
 func TestExamples(t *testing.T) {
 	const dir = "../../packaging/examples/"
 	data, err := os.ReadFile(dir + "client.toml")

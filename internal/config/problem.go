@@ -1,10 +1,10 @@
 // Package config parses the configuration files of masque-proxy and
 // masque-client: proxy.toml, NAME.toml and users.toml.
 //
-// It turns bytes into validated structs and touches nothing else: reading the
-// files, and the certificates and secrets that they name, is the business of
-// the commands. All problems of a file are reported together, each with the
-// file, the line, the key, the value and what to do about it.
+// [ParseProxy], [ParseClient] and [ParseUsers] turn bytes into validated
+// structs. They read no other files: commands read the certificates and secrets
+// that a configuration names. All problems of a file are reported together in
+// an [Error], each with the file, the line, the key, the value and a remedy.
 package config
 
 import (
@@ -12,17 +12,17 @@ import (
 	"strings"
 )
 
-// A Problem is one thing wrong with a configuration file.
+// Problem is one mistake in a configuration file.
 type Problem struct {
-	File   string // as it was given to the parser
-	Line   int    // 1-based; 0 when the problem has no place in the file
-	Key    string // dotted, as in "tls.cert"; empty for syntax errors
-	Value  string // as a TOML value; empty when absent or secret
-	Reason string // what is wrong
-	Remedy string // what to do about it; may be empty
+	File   string // name given to the parser
+	Line   int    // 1-based; 0 without a position in the file
+	Key    string // dotted path, as in "tls.cert"; empty for syntax errors
+	Value  string // formatted as TOML; empty when absent or secret
+	Reason string // description of the mistake
+	Remedy string // instruction for the user; may be empty
 }
 
-// String is one line: FILE:LINE: KEY = VALUE: REASON; REMEDY.
+// String returns one line: FILE:LINE: KEY = VALUE: REASON; REMEDY.
 func (p Problem) String() string {
 	var b strings.Builder
 	b.WriteString(p.File)
@@ -44,13 +44,13 @@ func (p Problem) String() string {
 	return b.String()
 }
 
-// Error is the error of a configuration file that cannot be used. It holds at
+// Error is returned for a configuration file that cannot be used. It holds at
 // least one problem, in the order of the file's lines.
 type Error struct {
 	Problems []Problem
 }
 
-// Error has one line per problem.
+// Error returns one line per problem.
 func (e *Error) Error() string {
 	lines := make([]string, len(e.Problems))
 	for i, p := range e.Problems {

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// The ways a proxy authenticates users, in auth.methods.
+// The methods of authentication, in auth.methods.
 const (
 	MethodMTLS  = "mtls"
 	MethodToken = "token"
@@ -21,77 +21,80 @@ const (
 	ChallengeHTTP    = "http-01"
 )
 
-// Proxy is the proxy's configuration file, proxy.toml. Names of files in it
-// were joined with the folder of the file.
+// Proxy is the proxy's configuration file, proxy.toml. Relative file names are
+// joined with the directory of the file.
 type Proxy struct {
 	Name     string
 	Listen   []string // HOST:PORT, UDP
-	Template string   // empty: the default one of the name
+	Template string   // empty: the default template
 
 	Cert, Key string // names of PEM files; empty with ACME
 	ACME      *ACME  // nil: the certificate is in files
-	ClientCA  string // name of a PEM file, may be empty
+	ClientCA  string // name of a PEM file; empty: none
 
 	Methods []string
-	Users   string // name of the users file, empty when no method needs it
+	Users   string // name of the users file; empty if no method needs it
 
 	Device  string // name of the TUN interface, may hold one %d
-	MTU     int    // bytes, 0: found out
+	MTU     int    // bytes; 0: discovered
 	Offload bool
 
-	Pool4, Pool6 netip.Prefix // zero: none of that family
-	// bits of the largest prefix that a client may get, 0: an address only
+	Pool4, Pool6 netip.Prefix // zero: no addresses of the family
+	// Delegate4 and Delegate6 are the lengths of the largest prefixes that
+	// clients may get. 0: single addresses only.
 	Delegate4, Delegate6 int
-	Hold                 time.Duration // addresses are kept for the client that had them last
+	// Hold is the time for which a released address stays reserved for its last
+	// client.
+	Hold time.Duration
 
 	Advertise, Deny []netip.Prefix
 	ClientToClient  bool
 
 	Masquerade     bool
 	KernelHopLimit bool
-	Congestion     string // inner or outer
+	Congestion     string // "inner" or "outer"
 
-	DNSServers            []netip.Addr // clients are told of these
-	DNSDomains, DNSSearch []string     // without the final dot
+	DNSServers            []netip.Addr // pushed to clients
+	DNSDomains, DNSSearch []string     // names have no final dot
 	NAT64                 []netip.Prefix
 
-	ConnectUDP bool // RFC 9298
+	ConnectUDP bool // enables UDP proxying (RFC 9298)
 
 	Sessions, SessionsPerUser int
-	AddressesPerUser          int // 0: two for each session that the user may have
+	AddressesPerUser          int // 0: two for each permitted session
 	UDPFlows, UDPFlowsPerUser int
-	// Pending and PendingPerAddress are how many connections may be without an
-	// accepted request; 0: the proxy's default.
+	// Pending and PendingPerAddress limit the connections without an accepted
+	// request. 0: the proxy's default.
 	Pending, PendingPerAddress int
 
-	Metrics      string // HOST:PORT, TCP, empty: nowhere
-	MetricsNamed bool   // the file says so
+	Metrics      string // HOST:PORT, TCP; empty: no metrics
+	MetricsNamed bool   // set if the file has the key
 
 	Sites []Site
 
-	QlogDir string // name of the folder for qlog, empty: none
-	KeyLog  string // name of the file for TLS secrets, empty: none
+	QlogDir string // directory for qlog; empty: none
+	KeyLog  string // file for TLS secrets; empty: none
 
 	doc *document
 }
 
-// ACME is [tls.acme]: how the certificate is got. Directory, Challenge and
-// Listen may be empty, for their defaults.
+// ACME is the table [tls.acme]. Empty Directory, Challenge and Listen select
+// defaults.
 type ACME struct {
 	Email     string
 	Directory string // URL
-	CA        string // name of a PEM file, empty: the system's authorities
-	Challenge string // tls-alpn-01 or http-01
+	CA        string // name of a PEM file; empty: the system's authorities
+	Challenge string // "tls-alpn-01" or "http-01"
 	Listen    string // HOST:PORT, TCP; the host may be empty
-	Storage   string // name of a folder
+	Storage   string // directory
 }
 
-// Site is a [[site]]: a user whose client is a gateway.
+// Site is an entry [[site]]: a user whose client is a gateway.
 type Site struct {
 	User     string
-	Networks []netip.Prefix // behind the gateway
-	Peer     []netip.Prefix // for addresses of the proxy, besides Networks
-	Reach    []netip.Prefix // nil: all that there is
+	Networks []netip.Prefix // networks behind the gateway
+	Peer     []netip.Prefix // ranges for the proxy's addresses besides Networks
+	Reach    []netip.Prefix // permitted destinations; nil: all
 }
 
 // ParseProxy parses and validates the contents of a proxy's configuration. The
@@ -235,7 +238,7 @@ func parseSite(t *table) Site {
 			`write the networks behind the gateway, for example networks = ["192.0.2.0/24"]`)
 	}
 	if t.has("reach") && s.Reach == nil {
-		s.Reach = []netip.Prefix{} // it reaches nothing
+		s.Reach = []netip.Prefix{} // no destinations
 	}
 	return s
 }
@@ -293,7 +296,7 @@ func (p *Proxy) parseDNS(dns *table) {
 
 func (p *Proxy) parsePool(pool *table, given bool) {
 	v4, v6 := "10.77.0.0/24", "fd77::/64"
-	if given { // a pool that names one family has only that one
+	if given { // a given pool has no default for the other family
 		v4, v6 = "", ""
 	}
 	p.Pool4, p.Pool6 = pool.prefix("ipv4", v4, true), pool.prefix("ipv6", v6, false)
@@ -313,8 +316,8 @@ func (p *Proxy) parsePool(pool *table, given bool) {
 	p.Hold = pool.duration("hold", time.Hour, time.Second)
 }
 
-// Problem makes an *Error about a key of the file that was found out later, as
-// when a file that it names cannot be used.
+// Problem returns an *Error about a key whose problem was found after parsing,
+// for example an unusable file that it names.
 func (p *Proxy) Problem(key, reason, remedy string) *Error {
 	return &Error{Problems: []Problem{p.doc.problem(key, reason, remedy)}}
 }

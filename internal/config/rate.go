@@ -6,23 +6,23 @@ import (
 	"strings"
 )
 
-// Bounds of a rate, in bits per second: below, a packet would take longer than
-// connections wait for it.
+// Bounds of a rate, in bits per second. Below minRate a packet would take
+// longer than the idle timeout of connections.
 const (
 	minRate = 64_000
 	maxRate = 1_000_000_000_000
 )
 
-// units of rates, the largest first. They count bits per second, in powers of
-// 1000, as those of networks do.
+// units lists the units of rates, the largest first, in bits per second and
+// powers of 1000.
 var units = []struct {
 	name string
 	bits int64
 }{{"Gbit", 1_000_000_000}, {"Mbit", 1_000_000}, {"kbit", 1000}}
 
-// ParseRate reads a number of bits per second with its unit, as in "20Mbit",
-// "2.5Gbit" or "512kbit". A unit is needed, so that nobody takes bits for
-// bytes.
+// ParseRate parses a number of bits per second with its unit, as in "20Mbit",
+// "2.5Gbit" or "512kbit". The unit is required to prevent confusion of bits
+// with bytes.
 func ParseRate(s string) (bitsPerSecond int64, err error) {
 	for _, u := range units {
 		number, ok := cutSuffixFold(s, u.name)
@@ -52,7 +52,7 @@ func cutSuffixFold(s, suffix string) (string, bool) {
 	return s, false
 }
 
-// FormatRate writes bits per second as ParseRate reads them.
+// FormatRate formats bits per second for ParseRate.
 func FormatRate(bitsPerSecond int64) string {
 	for _, u := range units {
 		if bitsPerSecond >= u.bits || u.bits == 1000 {
@@ -62,7 +62,7 @@ func FormatRate(bitsPerSecond int64) string {
 	return ""
 }
 
-// rate is a number of bits per second, 0 when it is not given.
+// rate returns a number of bits per second, 0 when the key is absent.
 func (t *table) rate(key string) int64 {
 	const remedy = `write bits per second with their unit, for example "512kbit", "20Mbit" or "1Gbit"`
 	if _, ok := t.values[key].(int64); ok {

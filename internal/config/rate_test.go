@@ -22,8 +22,8 @@ func TestRates(t *testing.T) {
 	}
 }
 
-// A date is its beginning in UTC; routes that are empty are none, those that
-// are missing are all.
+// A date means its beginning in UTC. Empty routes permit nothing, missing
+// routes permit everything.
 func TestUserLimits(t *testing.T) {
 	u, err := ParseUsers("users.toml",
 		[]byte("[[user]]\nname = \"a\"\nexpires = 2026-12-31\nroutes = []\n[[user]]\nname = \"b\"\n"))

@@ -11,29 +11,31 @@ import (
 	"time"
 )
 
-// A User is one entry of users.toml.
+// User is one entry of users.toml.
 type User struct {
 	Name      string
 	TokenHash [32]byte // SHA-256 of the token; zero: no token
-	// SHA-256 of the only certificate accepted; zero: any with the user's name
+	// Certificate is the SHA-256 of the only accepted certificate. Zero: any
+	// certificate with the user's name.
 	Certificate [32]byte
-	Addresses   []netip.Addr // reserved for the user
-	Sessions    int          // at the same time; 0: the proxy's default
-	// at the same time, of all sessions together; 0: the proxy's default
+	Addresses   []netip.Addr // reserved addresses
+	Sessions    int          // maximum number of sessions; 0: the proxy's default
+	// MaxAddresses is the maximum number of addresses in all sessions together.
+	// 0: the proxy's default.
 	MaxAddresses int
-	// what the user may reach; nil: all that the proxy advertises, empty:
-	// nothing
+	// Routes lists the permitted destinations. nil: all that the proxy
+	// advertises. Empty: none.
 	Routes   []netip.Prefix
-	RateUp   int64     // bits per second from all of the user's clients together; 0: no limit
-	RateDown int64     // bits per second to them
-	Expires  time.Time // from when on the user is not let in; zero: never
+	RateUp   int64     // bits per second from all clients of the user; 0: no limit
+	RateDown int64     // bits per second to all clients of the user; 0: no limit
+	Expires  time.Time // end of access; zero: never
 	Created  time.Time
 
-	line, end int // lines of the entry, 1-based, end not included
+	line, end int // first line and the line after the last, 1-based
 }
 
 // Users is the users file, users.toml. It is immutable: Add and Remove return
-// the text of a new file, with everything else in it as it was.
+// the text of a new file and preserve the other entries.
 type Users struct {
 	file    string
 	text    string
@@ -41,7 +43,7 @@ type Users struct {
 	holders map[netip.Addr]string
 }
 
-// maxRoutes is how many networks a client takes.
+// maxRoutes is the maximum number of routes that a client accepts.
 const maxRoutes = 16384
 
 // ParseUsers parses and validates the contents of a users file. The error, if
@@ -96,8 +98,8 @@ func ParseUsers(file string, data []byte) (*Users, error) {
 	return u, nil
 }
 
-// findEnds sets where the text of each entry ends: at the next entry, with the
-// comments right above it, or at the end of the file.
+// findEnds sets the end of each entry: the end of the file, or the next entry
+// with the comments directly above it.
 func (u *Users) findEnds(d *document) {
 	lines := strings.Split(u.text, "\n")
 	for i := range u.list {
@@ -123,11 +125,11 @@ func (t *table) hash(key string) (h [32]byte) {
 	return h
 }
 
-// All returns the users in the order of the file. The caller must not change
+// All returns the users in the order of the file. The caller must not modify
 // them.
 func (u *Users) All() []User { return u.list }
 
-// ByName finds a user by name.
+// ByName returns the user with a name.
 func (u *Users) ByName(name string) (User, bool) {
 	i := slices.IndexFunc(u.list, func(user User) bool { return user.Name == name })
 	if i < 0 {
@@ -136,12 +138,12 @@ func (u *Users) ByName(name string) (User, bool) {
 	return u.list[i], true
 }
 
-// Holder returns the name of the user for whom an address is reserved, empty
-// for none.
+// Holder returns the name of the user for whom an address is reserved, "" if
+// none.
 func (u *Users) Holder(a netip.Addr) string { return u.holders[a] }
 
-// Reserved tells whether an address of the prefix is reserved for another user
-// than the one called name.
+// Reserved reports whether an address of the prefix is reserved for another
+// user than name.
 func (u *Users) Reserved(p netip.Prefix, name string) bool {
 	if p.IsSingleIP() {
 		holder := u.holders[p.Addr()]
@@ -155,8 +157,8 @@ func (u *Users) Reserved(p netip.Prefix, name string) bool {
 	return false
 }
 
-// ByTokenHash finds the user whose token has the hash. It looks at all users
-// and takes the same time wherever, and whether, it finds one.
+// ByTokenHash returns the user whose token has the hash. It compares all users,
+// so that its duration reveals nothing about the result.
 func (u *Users) ByTokenHash(hash [32]byte) (User, bool) {
 	found := -1
 	for i := range u.list {
@@ -169,7 +171,7 @@ func (u *Users) ByTokenHash(hash [32]byte) (User, bool) {
 	return u.list[found], true
 }
 
-// Add returns the text of the file with an entry for the user at its end.
+// Add returns the text of the file with a new entry for the user at the end.
 func (u *Users) Add(user User) []byte {
 	var b strings.Builder
 	b.WriteString(u.text)
@@ -221,9 +223,9 @@ func writeList[T fmt.Stringer](b *strings.Builder, key string, list []T) {
 	fmt.Fprintf(b, "%s = [%s]\n", key, strings.Join(words, ", "))
 }
 
-// Remove returns the text of the file without the user's entry; false if there
-// is no such user, or if its entry cannot be cut out because it was not
-// written as a table of its own, [[user]].
+// Remove returns the text of the file without the user's entry. It returns
+// false if there is no such user or if the entry is not a table of its own,
+// [[user]].
 func (u *Users) Remove(name string) ([]byte, bool) {
 	user, ok := u.ByName(name)
 	if !ok {
@@ -231,7 +233,7 @@ func (u *Users) Remove(name string) ([]byte, bool) {
 	}
 	lines := strings.SplitAfter(u.text, "\n")
 	rest := strings.Join(slices.Concat(lines[:user.line-1], lines[user.end-1:]), "")
-	// Prove it: what is left must be valid, and be everybody else.
+	// Verify that the result is valid and contains exactly the other users.
 	after, err := ParseUsers(u.file, []byte(rest))
 	if err != nil || len(after.list) != len(u.list)-1 {
 		return nil, false
@@ -245,6 +247,6 @@ func (u *Users) Remove(name string) ([]byte, bool) {
 	return []byte(rest), true
 }
 
-// noUsers is the text of a file without users that was meant to have none: an
-// empty file may be one that somebody is about to write.
+// noUsers is the text of a file that intentionally has no users. An empty file
+// may be one that another program is about to write.
 const noUsers = "# There are no users. Add one with: masque-proxy invite NAME\n"

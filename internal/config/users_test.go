@@ -69,7 +69,7 @@ func TestNoTokenIsNoToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, ok := u.ByTokenHash([32]byte{}); ok {
-		t.Error("a user without a token is found by the hash of none")
+		t.Error("the zero hash finds a user without a token")
 	}
 }
 
@@ -87,7 +87,7 @@ func TestUsersAddAndRemove(t *testing.T) {
 	}
 	data := u.Add(carol)
 	if !strings.HasPrefix(string(data), text) {
-		t.Error("adding changed what was there")
+		t.Error("adding changed other entries")
 	}
 	more, err := ParseUsers("users.toml", data)
 	if err != nil {
@@ -134,8 +134,8 @@ func TestAddToEmptyAndUnfinishedFiles(t *testing.T) {
 	}
 }
 
-// TestRemoveInline: entries that are not tables of their own cannot be cut out
-// by lines, and are left alone.
+// TestRemoveInline checks that inline entries stay, because they cannot be
+// removed by lines.
 func TestRemoveInline(t *testing.T) {
 	u, err := ParseUsers("users.toml", []byte(`user = [{name = "a"}, {name = "b"}]`))
 	if err != nil {
@@ -146,8 +146,8 @@ func TestRemoveInline(t *testing.T) {
 	}
 }
 
-// A file whose last user was removed is not empty: an empty one may be about to
-// be written.
+// Removal of the last user leaves a file that is not empty, because an empty
+// one may be about to be written.
 func TestRemoveTheLastUser(t *testing.T) {
 	u, err := ParseUsers("users.toml",
 		[]byte("[[user]]\nname = \"a\"\ntoken_sha256 = \""+strings.Repeat("ab", 32)+"\"\n"))

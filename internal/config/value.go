@@ -13,13 +13,13 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// prefixes is a list of prefixes whose host bits are zero.
+// prefixes returns a list of prefixes whose host bits are zero.
 func (t *table) prefixes(key string, def ...string) []netip.Prefix {
 	return t.addressList(key, def, true)
 }
 
-// addresses is a list of addresses with the length of their network, or of
-// the prefix that is asked for.
+// addresses returns a list of addresses with prefix lengths: of their network,
+// or of a requested prefix.
 func (t *table) addresses(key string, def ...string) []netip.Prefix {
 	return t.addressList(key, def, false)
 }
@@ -37,7 +37,8 @@ func (t *table) addressList(key string, def []string, masked bool) []netip.Prefi
 	return list
 }
 
-// hosts is a list of different addresses of hosts that others can reach.
+// hosts returns a list of distinct unicast addresses that other hosts can
+// reach.
 func (t *table) hosts(key string) []netip.Addr {
 	var list []netip.Addr
 	for i, s := range t.strings(key, nil) {
@@ -57,10 +58,10 @@ func (t *table) hosts(key string) []netip.Addr {
 	return list
 }
 
-// domains is a list of different domain names, without their final dots.
+// domains returns a list of distinct domain names, without their final dots.
 func (t *table) domains(key string) []string { return t.domainList(key, false) }
 
-// domainsOrAll is domains, of which "." stands for all names.
+// domainsOrAll returns a list like domains that may contain "." for all names.
 func (t *table) domainsOrAll(key string) []string { return t.domainList(key, true) }
 
 func (t *table) domainList(key string, root bool) []string {
@@ -84,7 +85,7 @@ func (t *table) domainList(key string, root bool) []string {
 	return list
 }
 
-// prefix is one prefix of the family, or the zero Prefix for "".
+// prefix returns one prefix of the family, or the zero Prefix for "".
 func (t *table) prefix(key, def string, v4 bool) netip.Prefix {
 	s := t.string(key, def)
 	if s == "" {
@@ -101,7 +102,7 @@ func (t *table) prefix(key, def string, v4 bool) netip.Prefix {
 	return p
 }
 
-// lengthWithin is the length of prefixes that lie in whole, or 0.
+// lengthWithin returns the length of prefixes that must lie within whole, or 0.
 func (t *table) lengthWithin(key string, whole netip.Prefix) int {
 	if whole.IsValid() {
 		return t.int(key, 0, whole.Bits()+1, whole.Addr().BitLen())
@@ -131,7 +132,7 @@ func parsePrefix(s string, masked bool) (p netip.Prefix, reason, remedy string) 
 	return p, "", ""
 }
 
-// duration is a time span of at least low.
+// duration returns a time span of at least low.
 func (t *table) duration(key string, def, low time.Duration) time.Duration {
 	s := t.string(key, def.String())
 	d, err := time.ParseDuration(s)
@@ -146,7 +147,7 @@ func (t *table) duration(key string, def, low time.Duration) time.Duration {
 	return d
 }
 
-// time is a moment; a date alone is its beginning in UTC.
+// time returns a point in time. A date means its beginning in UTC.
 func (t *table) time(key string) time.Time {
 	if v, ok := t.values[key].(toml.LocalDate); ok {
 		t.get(key)
@@ -156,7 +157,7 @@ func (t *table) time(key string) time.Time {
 		"a time such as 2026-01-02T15:04:05Z, or a date such as 2026-01-02, without quotes")
 }
 
-// mtu is "auto", which is 0, or a number of bytes.
+// mtu returns a number of bytes, or 0 for "auto".
 func (t *table) mtu(key string) int {
 	const low, high = 576, 65535
 	v, ok := t.get(key)
@@ -170,7 +171,7 @@ func (t *table) mtu(key string) int {
 	return 0
 }
 
-// lan is true, false or "all".
+// lan returns the value for true, false or "all".
 func (t *table) lan(key string) LAN {
 	switch v, ok := t.get(key); {
 	case !ok, v == true:
@@ -185,10 +186,10 @@ func (t *table) lan(key string) LAN {
 	return LANPrivate
 }
 
-// defaultMark is routing.DefaultMark, which is for Linux alone.
+// defaultMark equals routing.DefaultMark, which exists on Linux only.
 const defaultMark = 0xa0000000
 
-// mark is two bits of packet and connection marks.
+// mark returns a mask of two bits of packet and connection marks.
 func (t *table) mark(key string) uint32 {
 	v, ok := t.get(key)
 	if !ok {
@@ -207,8 +208,8 @@ func (t *table) mark(key string) uint32 {
 	return uint32(n)
 }
 
-// device is the name of a network interface; it may hold one %d, for which
-// the kernel puts the first free number.
+// device returns the name of a network interface. One %d in it stands for the
+// lowest free number.
 func (t *table) device(key, def string) string {
 	const limit = 15 // IFNAMSIZ with its terminating zero
 	s := t.string(key, def)
@@ -226,7 +227,7 @@ func (t *table) device(key, def string) string {
 	return s
 }
 
-// isHostPort tells whether s is HOST:PORT with a port from 1 to 65535. The
+// isHostPort reports whether s is HOST:PORT with a port from 1 to 65535. The
 // host may be empty or an address in brackets.
 func isHostPort(s string) bool {
 	_, port, err := net.SplitHostPort(s)
@@ -237,7 +238,7 @@ func isHostPort(s string) bool {
 	return err == nil && n > 0
 }
 
-// tcpAddress is an address of this host with a port, or "" for none.
+// tcpAddress returns an address of this host with a port, or "" for none.
 func (t *table) tcpAddress(key, def string) string {
 	s := t.string(key, def)
 	if s != "" && (!isHostPort(s) || hostOf(s) != "" && !isAddr(hostOf(s))) {
@@ -247,7 +248,7 @@ func (t *table) tcpAddress(key, def string) string {
 	return s
 }
 
-// IsHost tells whether s is a domain name or an IP address without a zone.
+// IsHost reports whether s is a domain name or an IP address without a zone.
 func IsHost(s string) bool {
 	if a, err := netip.ParseAddr(s); err == nil {
 		return a.Zone() == ""
@@ -256,7 +257,7 @@ func IsHost(s string) bool {
 	if s == "" || len(s) > 253 {
 		return false
 	}
-	digits := true // an address that is not one, as in 256.1.1.1
+	digits := true // rejects invalid addresses such as 256.1.1.1
 	for label := range strings.SplitSeq(s, ".") {
 		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
 			return false
@@ -275,9 +276,9 @@ func IsHost(s string) bool {
 	return !digits
 }
 
-// IsName tells whether s can name a user or a tunnel: it goes into file names,
-// certificates and logs. It has 1 to 64 letters, digits and any of ".-_@", and
-// starts with a letter or a digit.
+// IsName reports whether s can name a user or a tunnel, in file names,
+// certificates and logs: 1 to 64 letters, digits and any of ".-_@", beginning
+// with a letter or a digit.
 func IsName(s string) bool {
 	if s == "" || len(s) > 64 {
 		return false

@@ -10,19 +10,20 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// benchCase is something to measure.
+// benchCase is one measurement.
 type benchCase struct {
 	name     string
 	about    string
-	quick    bool            // part of the subset
-	oursOnly bool            // others have nothing like it
-	bare     bool            // the hosts only; run starts the tunnel
-	path     *lab.Impairment // of the network between the two ends; nil: as fast as the machine
-	time     time.Duration   // of one measurement
-	run      func(context.Context, *tunnel, time.Duration) ([]value, error)
+	quick    bool // part of the subset for -quick
+	oursOnly bool // other tunnels have no counterpart
+	bare     bool // makes only the hosts; run starts the tunnel
+	// path is the network between the ends. nil: no impairment.
+	path *lab.Impairment
+	time time.Duration // duration of one measurement
+	run  func(context.Context, *tunnel, time.Duration) ([]value, error)
 }
 
-// allCases are the cases, in the order in which they run.
+// allCases returns the cases in their order of execution.
 var allCases = slices.Concat(tcpCases, networkCases, udpCases, otherCases)
 
 var tcpCases = []benchCase{
@@ -44,7 +45,7 @@ func tcpCase(name, about string, quick bool, args ...string) benchCase {
 		}}
 }
 
-// networkCases are networks with delay, loss and a limit on their rate.
+// networkCases returns networks with delay, loss and a limited rate.
 var networkCases = []benchCase{
 	networkCase("net/20ms-200M/cubic8", false, 20, 200, 0, "-C", "cubic", "-P", "8"),
 	networkCase("net/20ms-500M-0.1%/cubic8", false, 20, 500, 0.001, "-C", "cubic", "-P", "8"),
@@ -53,10 +54,10 @@ var networkCases = []benchCase{
 	networkCase("net/50ms-200M-1%/bbr1", false, 50, 200, 0.01, "-C", "bbr"),
 }
 
-// networkCase is a case with a path of the given round trip time in ms, rate in
-// Mbit/s, and loss in each direction. Its queue takes 10 ms.
+// networkCase returns a case with a round-trip time in ms, a rate in Mbit/s,
+// and a loss in each direction. Its queue holds 10 ms.
 func networkCase(name string, quick bool, rtt, mbits int, loss float64, args ...string) benchCase {
-	const rampUp = 2 * time.Second // which iperf3 leaves out
+	const rampUp = 2 * time.Second // omitted by iperf3
 	path := &lab.Impairment{
 		Delay: time.Duration(rtt) * time.Millisecond / 2, Rate: int64(mbits) * 1e6,
 		Queue: mbits * 1e6 / 8 / 100, Loss: loss,
@@ -104,8 +105,8 @@ func idleRTT(ctx context.Context, t *tunnel, d time.Duration) ([]value, error) {
 	return rttValues(rtts), err
 }
 
-// startTime starts a client, and a proxy where there is none, and stops the
-// client again.
+// startTime measures the start of a client, after starting a proxy if none
+// runs, and stops the client again.
 func startTime(ctx context.Context, t *tunnel, _ time.Duration) (values []value, err error) {
 	if t.proxy == nil {
 		if err := t.kind.proxy(ctx, t); err != nil {
@@ -117,8 +118,8 @@ func startTime(ctx context.Context, t *tunnel, _ time.Duration) (values []value,
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, stop(ctx, t.client)) }()
-	// A packet sent too early is lost, so an answer, which takes a fraction of
-	// this, is not waited for much longer.
+	// A packet sent too early is lost. An answer takes a fraction of this time,
+	// so waiting longer is useless.
 	const wait = 2 * time.Millisecond
 	for {
 		pctx, cancel := context.WithTimeout(ctx, wait+time.Since(start)/20)

@@ -1,9 +1,10 @@
-// Bench compares tunnels: ours, wireguard-go, and connect-ip-go with water,
-// each between hosts in network namespaces of its own. Every case runs with one
-// tunnel after the other, round by round, so that what changes on the machine
-// meanwhile meets all of them.
+// Bench compares tunnels: masquevpn, wireguard-go, and connect-ip-go with
+// water, each between hosts in network namespaces of its own. Every case runs
+// with one tunnel after the other, in rounds, so that changes on the machine
+// affect all of them.
 //
-// `make bench` builds and runs it; docs/performance.md says what it measures.
+// `make bench` builds and runs it. docs/performance.md explains the
+// measurements.
 package main
 
 import (
@@ -22,19 +23,19 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// options are the command line.
+// options are the flags of the command line.
 type options struct {
 	bins   binaries
 	cases  *regexp.Regexp
 	peers  *regexp.Regexp
 	rounds int
-	time   time.Duration // of one measurement; 0: what the case wants
+	time   time.Duration // duration of one measurement; 0: the case's own
 	json   string
 	quick  bool
 	list   bool
 }
 
-// binaries are the directories with our programs, one for each build to
+// binaries are the directories of masquevpn's programs, one for each build to
 // compare.
 type binaries []string
 
@@ -98,11 +99,10 @@ func main() {
 	os.Exit(run(o))
 }
 
-// quickTime is the longest measurement with -quick.
+// quickTime is the maximum duration of one measurement with -quick.
 const quickTime = 2 * time.Second
 
-// programs are what the bench runs in its hosts besides the tunnels' own
-// programs.
+// programs are required in the hosts besides the tunnels' own programs.
 var programs = map[string]func(context.Context, []string) error{
 	"plain-proxy":  plainProxy,
 	"plain-client": plainClient,
@@ -139,7 +139,7 @@ func run(o options) int {
 type runner struct {
 	options
 	tunnels []kind
-	dir     string // for configurations; hosts see it
+	dir     string // directory for configurations, visible in hosts
 	report  *report
 }
 
@@ -168,8 +168,7 @@ func newRunner(ctx context.Context, o options, dir string) (*runner, error) {
 	return r, nil
 }
 
-// all runs the cases that were asked for. One that fails does not keep the
-// others from running.
+// all runs the selected cases. A failed case does not stop the others.
 func (r *runner) all(ctx context.Context) error {
 	var errs []error
 	found := false
@@ -192,7 +191,7 @@ func (r *runner) all(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// one runs one case: all tunnels are set up, and then measured in turn.
+// one runs one case: it sets up all tunnels and measures them in turn.
 func (r *runner) one(ctx context.Context, c benchCase) (err error) {
 	d := c.time
 	if r.quick {
@@ -222,13 +221,13 @@ func (r *runner) one(ctx context.Context, c benchCase) (err error) {
 		}
 		if err := t.start(ctx); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", k.name, err))
-			up = up[:len(up)-1] // the others can do without it
+			up = up[:len(up)-1] // the other tunnels go on
 			errs = append(errs, t.Lab.Close())
 		}
 	}
 	for round := range r.rounds {
 		for i := range up {
-			t := up[(i+round)%len(up)] // nobody always comes after the same one
+			t := up[(i+round)%len(up)] // the order rotates
 			values, err := c.run(ctx, t, d)
 			if ctx.Err() != nil {
 				return ctx.Err()

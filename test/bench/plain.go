@@ -24,14 +24,14 @@ import (
 	"masquevpn/internal/pki"
 )
 
-// The reference is what one gets from connect-ip-go and water without further
-// thought: a packet read is a packet sent.
+// The reference uses connect-ip-go and water in the simplest form: one packet
+// read is one packet sent.
 
 const (
 	plainMTU  = 1280
 	plainPort = "4433"
 	plainURL  = "https://" + lab.ProxyName + ":" + plainPort + "/vpn"
-	plainCA   = "plain-ca.crt" // in the tunnel's directory
+	plainCA   = "plain-ca.crt" // file in the tunnel's directory
 )
 
 // plainProxy serves one client. Its arguments are the name of the device and
@@ -86,7 +86,7 @@ func plainProxy(ctx context.Context, args []string) error {
 		}),
 	}
 	defer context.AfterFunc(ctx, func() { s.Close() })()
-	// Written last: the client waits for it.
+	// This file is written last, because the client waits for it.
 	if err := os.WriteFile(filepath.Join(args[1], plainCA), pair.Cert, 0o600); err != nil {
 		return err
 	}
@@ -96,7 +96,7 @@ func plainProxy(ctx context.Context, args []string) error {
 	return nil
 }
 
-// plainClient has the same arguments.
+// plainClient connects to the proxy. Its arguments are those for plainProxy.
 func plainClient(ctx context.Context, args []string) error {
 	p, err := newPlain(args)
 	if err != nil {
@@ -137,7 +137,7 @@ func plainClient(ctx context.Context, args []string) error {
 	return p.receive(conn)
 }
 
-// plain is a device, and the connection that it belongs to now.
+// plain is a device with its current connection.
 type plain struct {
 	device *water.Interface
 	conn   atomic.Pointer[connectip.Conn]
@@ -157,7 +157,7 @@ func newPlain(args []string) (*plain, error) {
 	return p, nil
 }
 
-// send carries packets from the device to the connection until the device is
+// send sends packets from the device to the connection until the device is
 // closed.
 func (p *plain) send() {
 	buf := make([]byte, 1500)
@@ -170,15 +170,15 @@ func (p *plain) send() {
 		if conn == nil {
 			continue
 		}
-		// An error is about this packet, such as neighbour discovery, or
-		// receive will see it too.
+		// An error concerns one packet, such as neighbour discovery, or receive
+		// gets it too.
 		if icmp, _ := conn.WritePacket(buf[:n]); len(icmp) > 0 {
 			p.device.Write(icmp)
 		}
 	}
 }
 
-// receive carries packets from conn to the device until one of them fails.
+// receive writes packets from conn to the device until one of them fails.
 func (p *plain) receive(conn *connectip.Conn) error {
 	p.conn.Store(conn)
 	buf := make([]byte, 1500)

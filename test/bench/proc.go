@@ -14,11 +14,11 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// clockTick is the unit of times in /proc/PID/stat on every Linux that Go runs
-// on.
+// clockTick is the unit of times in /proc/PID/stat, the same on every Linux
+// that Go supports.
 const clockTick = 10 * time.Millisecond
 
-// cpu returns the processor time that both ends of the tunnel have used so far.
+// cpu returns the processor time used by both ends of the tunnel so far.
 func (t *tunnel) cpu() (time.Duration, error) {
 	var sum time.Duration
 	for _, c := range []*lab.Cmd{t.client, t.proxy} {
@@ -40,7 +40,7 @@ func (t *tunnel) cpu() (time.Duration, error) {
 	return sum, nil
 }
 
-// memory returns what a program has in memory, in bytes.
+// memory returns the resident memory of a program in bytes.
 func memory(c *lab.Cmd) (float64, error) {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/status", c.PID()))
 	if err != nil {
@@ -56,14 +56,14 @@ func memory(c *lab.Cmd) (float64, error) {
 	return 0, fmt.Errorf("no VmRSS of %s", c)
 }
 
-// look is what counters say at one time.
+// look is a reading of all counters at one time.
 type look struct {
 	cpu   time.Duration
-	drops []drop        // always the same places, in the order of a packet to the target
-	c, p  client.Status // of ours only
+	drops []drop        // the same places in each look, in a packet's order
+	c, p  client.Status // masquevpn only
 }
 
-// drop counts packets lost at one place.
+// drop counts the packets lost at one place.
 type drop struct {
 	where string
 	n     uint64
@@ -107,9 +107,10 @@ func sum(m map[string]uint64) (total uint64) {
 	return total
 }
 
-// inside returns how many packets our two processes lost between two looks, of
-// how many: their own drops, and what one says it sent and the other, or its
-// socket, did not get.
+// inside returns the number of packets lost by masquevpn's two processes
+// between two looks, and the number of all packets. Losses are the drops of the
+// processes, and packets that one process sent but neither the other process
+// nor its socket received.
 func inside(before, after look) (lost, of int64) {
 	for i, d := range after.drops {
 		n := int64(d.n - before.drops[i].n)
@@ -127,7 +128,8 @@ func inside(before, after look) (lost, of int64) {
 	return max(lost, 0), up + down
 }
 
-// deviceDrops counts what the kernel dropped at a device in both directions.
+// deviceDrops returns the packets dropped by the kernel at a device in both
+// directions.
 func deviceDrops(ctx context.Context, h *lab.Host, iface string) (uint64, error) {
 	out, err := output(ctx, h, "ip", "-s", "-j", "link", "show", "dev", iface)
 	if err != nil {
@@ -148,8 +150,8 @@ func deviceDrops(ctx context.Context, h *lab.Host, iface string) (uint64, error)
 	return links[0].Stats.RX.Dropped + links[0].Stats.TX.Dropped, nil
 }
 
-// socketDrops counts what a host's UDP stack dropped because a socket's buffer
-// was full.
+// socketDrops returns the packets dropped in a host because the buffer of a UDP
+// socket was full.
 func socketDrops(h *lab.Host) (n uint64, err error) {
 	err = h.Do(func() error {
 		for _, f := range []struct{ file, prefix string }{{"snmp", "Udp: "},
@@ -165,8 +167,8 @@ func socketDrops(h *lab.Host) (n uint64, err error) {
 	return n, err
 }
 
-// unread counts what the kernel dropped at the UDP sockets of a port, over
-// IPv4, because their buffers were full.
+// unread returns the packets dropped at the IPv4 UDP sockets of a port because
+// their buffers were full.
 func unread(h *lab.Host, port int) (n int, err error) {
 	err = h.Do(func() error {
 		b, err := os.ReadFile("/proc/thread-self/net/udp")
@@ -174,8 +176,8 @@ func unread(h *lab.Host, port int) (n int, err error) {
 			return err
 		}
 		for line := range strings.Lines(string(b)) {
-			// The second field is the local address, in hexadecimal, and the
-			// last one counts drops.
+			// The second field is the local address in hexadecimal, the last
+			// one the number of drops.
 			if f := strings.Fields(line); strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
 				dropped, err := strconv.Atoi(f[len(f)-1])
 				if err != nil {
@@ -189,8 +191,8 @@ func unread(h *lab.Host, port int) (n int, err error) {
 	return n, err
 }
 
-// rcvbufErrors finds a counter in /proc/net/snmp, which has a line of names
-// above each line of numbers, or snmp6, which has one counter per line.
+// rcvbufErrors reads a counter in /proc/net/snmp, which has a line of names
+// above each line of numbers, or in snmp6, which has one counter per line.
 func rcvbufErrors(text, prefix string) uint64 {
 	var names []string
 	for line := range strings.Lines(text) {
@@ -216,8 +218,8 @@ func rcvbufErrors(text, prefix string) uint64 {
 	return 0
 }
 
-// backlogDrops counts what the kernel dropped between virtual interfaces, on
-// the whole machine.
+// backlogDrops returns the packets dropped by the kernel between virtual
+// interfaces, on the whole machine.
 func backlogDrops() (n uint64, err error) {
 	b, err := os.ReadFile("/proc/net/softnet_stat")
 	if err != nil {

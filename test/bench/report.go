@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// value is one thing that was measured once.
+// value is the result of one measurement.
 type value struct {
 	what, unit string
 	v          float64
@@ -26,7 +26,7 @@ type value struct {
 
 func (v value) String() string { return fmt.Sprintf("%s %s %s", v.what, number(v.v), v.unit) }
 
-// report collects what was measured. Its JSON form has every single value.
+// report collects the results. Its JSON form has all values.
 type report struct {
 	Machine  machine           `json:"machine"`
 	Versions map[string]string `json:"versions"`
@@ -34,7 +34,7 @@ type report struct {
 	Rounds   int               `json:"rounds"`
 	Results  []*result         `json:"results"`
 
-	tunnels []string // in the order of the columns
+	tunnels []string // names in the order of the columns
 }
 
 type machine struct {
@@ -44,12 +44,13 @@ type machine struct {
 	Go     string `json:"go"`
 }
 
-// result is one thing that was measured in one case.
+// result is one quantity measured in one case.
 type result struct {
-	Case   string                `json:"case"`
-	What   string                `json:"what"`
-	Unit   string                `json:"unit"`
-	Values map[string][]*float64 `json:"values"` // by tunnel and round; null where it failed
+	Case string `json:"case"`
+	What string `json:"what"`
+	Unit string `json:"unit"`
+	// Values lists results by round, keyed by tunnel; null for a failure.
+	Values map[string][]*float64 `json:"values"`
 }
 
 func newReport(ctx context.Context, o options, tunnels []kind) *report {
@@ -70,8 +71,8 @@ func newReport(ctx context.Context, o options, tunnels []kind) *report {
 	return r
 }
 
-// moduleVersion returns the version of a module that this program is built
-// with; wireguard-go is built from the same go.mod.
+// moduleVersion returns the version of a module in this program's go.mod, which
+// wireguard-go is built from too.
 func moduleVersion(path string) string {
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, m := range info.Deps {
@@ -100,7 +101,7 @@ func thisMachine() machine {
 	return m
 }
 
-// add records what was measured with a tunnel in a round, from 0.
+// add records the results of a tunnel in a round. Rounds count from 0.
 func (r *report) add(benchCase, tunnel string, round int, values []value) {
 	for _, v := range values {
 		i := slices.IndexFunc(r.Results, func(x *result) bool {
@@ -120,8 +121,8 @@ func (r *report) add(benchCase, tunnel string, round int, values []value) {
 	}
 }
 
-// print writes a table: the median and the range of each tunnel, and the median
-// of the rounds' ratios of the first tunnel to each of the others.
+// print writes a table with the median and the range of each tunnel, and the
+// median of the rounds' ratios of the first tunnel to each other tunnel.
 func (r *report) print(w io.Writer) {
 	fmt.Fprintf(w, "\n%s; %d cores, %s, Linux %s, %s; %d rounds: median (lowest to highest)\n",
 		r.Started.Format(time.DateTime),
@@ -159,8 +160,8 @@ func (r *report) print(w io.Writer) {
 	}
 }
 
-// telling reports whether a result is worth a line: nothing lost at one of many
-// places is not.
+// telling reports whether a result deserves a line. A place without losses does
+// not.
 func (x *result) telling() bool {
 	for _, values := range x.Values {
 		if slices.ContainsFunc(values, func(v *float64) bool { return v != nil && *v != 0 }) {
@@ -170,17 +171,17 @@ func (x *result) telling() bool {
 	return !strings.Contains(x.What, lostAt)
 }
 
-// telling returns the values that are worth showing.
+// telling returns the results that deserve a line.
 func telling(values []value) []value {
 	return slices.DeleteFunc(slices.Clone(values), func(v value) bool {
 		return v.v == 0 && strings.Contains(v.what, lostAt)
 	})
 }
 
-// lostAt is in the names of what counts losses at one place.
+// lostAt marks the names of counters of losses at one place.
 const lostAt = "lost: "
 
-// spread is the median of what there is, and the range in parentheses.
+// spread formats the median, with the range in parentheses.
 func spread(values []*float64) string {
 	var have []float64
 	for _, v := range values {
@@ -198,7 +199,7 @@ func spread(values []*float64) string {
 		number(slices.Max(have)))
 }
 
-// ratio is the median of a/b by round.
+// ratio returns the median of a/b over the rounds.
 func ratio(a, b []*float64) string {
 	var ratios []float64
 	for i := range min(len(a), len(b)) {
@@ -219,7 +220,7 @@ func median(values []float64) float64 {
 	return (values[(n-1)/2] + values[n/2]) / 2
 }
 
-// number writes v with three significant digits.
+// number formats v with three significant digits.
 func number(v float64) string {
 	switch {
 	case v == 0:

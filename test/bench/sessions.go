@@ -23,16 +23,15 @@ import (
 )
 
 const (
-	atOnce     = 32              // clients that connect at the same time
-	idleSettle = 5 * time.Second // after which sessions count as idle
-	firstCount = 100             // sessions
+	atOnce     = 32              // simultaneous connection attempts
+	idleSettle = 5 * time.Second // time until sessions count as idle
+	firstCount = 100             // number of sessions
 	fullCount  = 1000
 )
 
 // sessions is a program that connects many clients without devices. Its
-// arguments are a client's configuration and numbers of clients. When so many
-// are connected it prints how many seconds that took, and reads a line before
-// it goes on.
+// arguments are a client's configuration and counts of clients. At each count
+// it prints the time in seconds, and continues after it has read a line.
 func sessions(ctx context.Context, args []string) error {
 	if len(args) < 2 {
 		return errors.New("want a configuration and numbers of clients")
@@ -98,7 +97,7 @@ func connect(ctx context.Context, cfg client.Config, start func(func(context.Con
 	}
 }
 
-// noNetwork takes what would be applied to the host.
+// noNetwork accepts a network configuration and applies nothing to the host.
 type noNetwork struct{}
 
 func (noNetwork) Apply(routing.State) error { return nil }
@@ -110,7 +109,7 @@ func (noNetwork) FollowHost() ([]string, error) { return nil, nil }
 func (noNetwork) Held() error                   { return nil }
 func (noNetwork) Close() error                  { return nil }
 
-// clientConfig reads what `masque-proxy invite` made.
+// clientConfig reads the output of `masque-proxy invite`.
 func clientConfig(file string) (cfg client.Config, err error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
@@ -135,8 +134,8 @@ func clientConfig(file string) (cfg client.Config, err error) {
 	}, nil
 }
 
-// manySessions measures the proxy with idle sessions: its memory, and how fast
-// they come up.
+// manySessions measures the memory of the proxy with idle sessions, and the
+// rate at which they connect.
 func manySessions(ctx context.Context, t *tunnel, _ time.Duration) (values []value, err error) {
 	if err := t.kind.proxy(ctx, t); err != nil {
 		return nil, err
@@ -151,8 +150,8 @@ func manySessions(ctx context.Context, t *tunnel, _ time.Duration) (values []val
 	if err != nil {
 		return values, err
 	}
-	// Files, not readers and writers: with those, waiting for the program would
-	// also be waiting for us.
+	// Pass files rather than readers and writers: with those, Wait would also
+	// wait for this side to close them.
 	in, feed, err := os.Pipe()
 	if err != nil {
 		return values, err
@@ -201,7 +200,7 @@ func manySessions(ctx context.Context, t *tunnel, _ time.Duration) (values []val
 	return values, c.Wait()
 }
 
-// stop ends a program and does not mind how.
+// stop ends a program and ignores its exit status.
 func stop(ctx context.Context, c *lab.Cmd) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()

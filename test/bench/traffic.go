@@ -14,8 +14,8 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// tcp runs iperf3 from the client to the target for d, after rampUp, which does
-// not count, and pings meanwhile.
+// tcp runs iperf3 from the client to the target for d, after a rampUp that is
+// not measured, and pings meanwhile.
 func (t *tunnel) tcp(ctx context.Context, d, rampUp time.Duration, args ...string) ([]value,
 	error) {
 	port, err := t.iperfServer(ctx)
@@ -53,7 +53,7 @@ func (t *tunnel) tcp(ctx context.Context, d, rampUp time.Duration, args ...strin
 		values = append(values, value{"CPU", "s/GB",
 			(after.cpu - before.cpu).Seconds() / bytes * 1e9})
 	}
-	if t.ours && len(t.Wires) == 0 { // else the network loses some in between
+	if t.ours && len(t.Wires) == 0 { // impaired networks lose packets in between
 		lost, of := inside(before, after)
 		values = append(values, value{"lost in our processes", "%",
 			100 * float64(lost) / float64(max(of, 1))})
@@ -65,7 +65,7 @@ func (t *tunnel) tcp(ctx context.Context, d, rampUp time.Duration, args ...strin
 	return append(values, rttValues(rtts)...), nil
 }
 
-// iperfReport is what we need of the JSON that iperf3 prints.
+// iperfReport contains the used fields of iperf3's JSON output.
 type iperfReport struct {
 	End struct {
 		Sent        iperfSum `json:"sum_sent"`
@@ -90,9 +90,9 @@ func iperfError(out []byte) string {
 	return string(out)
 }
 
-// iperfServer starts a server for one test at the target and returns its port.
+// iperfServer starts a server for one test on the target and returns its port.
 func (t *tunnel) iperfServer(ctx context.Context) (string, error) {
-	t.servers++ // one that has not put the last test away refuses the next
+	t.servers++ // a server may still be busy with the last test
 	port := strconv.Itoa(5200 + t.servers)
 	server, err := launch(ctx, t.Target, "iperf3", "-s", "-1", "-p", port)
 	if err != nil {
@@ -105,7 +105,7 @@ func (t *tunnel) iperfServer(ctx context.Context) (string, error) {
 }
 
 // ping sends n echo requests through the tunnel, one every interval, and
-// returns the round trip times of those answered.
+// returns the round-trip times.
 func (t *tunnel) ping(ctx context.Context, n int, interval time.Duration) ([]time.Duration, error) {
 	c := t.Client.Command(ctx, "ping", "-n", "-c", strconv.Itoa(n), "-W", "1",
 		"-i", strconv.FormatFloat(interval.Seconds(), 'f', -1, 64), lab.TargetIPv4.String())
@@ -117,8 +117,8 @@ func (t *tunnel) ping(ctx context.Context, n int, interval time.Duration) ([]tim
 	return rtts, nil
 }
 
-// pingMeanwhile sends echo requests until stop is called; then the first result
-// returns what came of it.
+// pingMeanwhile sends echo requests until stop is called. The other result then
+// returns their round-trip times.
 func (t *tunnel) pingMeanwhile(ctx context.Context,
 	interval time.Duration) (result func() ([]time.Duration, error), stop func()) {
 	var out bytes.Buffer
@@ -128,7 +128,7 @@ func (t *tunnel) pingMeanwhile(ctx context.Context,
 	err := c.Start()
 	stop = func() {
 		if err == nil {
-			c.Stop(ctx) // its exit code only says whether something was lost
+			c.Stop(ctx) // the exit code only reports losses
 		}
 	}
 	return func() ([]time.Duration, error) {
@@ -140,7 +140,7 @@ func (t *tunnel) pingMeanwhile(ctx context.Context,
 	}, stop
 }
 
-// parsePing returns the round trip times in the output of ping.
+// parsePing returns the round-trip times in the output of ping.
 func parsePing(out []byte) []time.Duration {
 	var rtts []time.Duration
 	for s := bufio.NewScanner(bytes.NewReader(out)); s.Scan(); {
@@ -155,7 +155,7 @@ func parsePing(out []byte) []time.Duration {
 	return rtts
 }
 
-// rttValues are the median and the 95th percentile.
+// rttValues returns the median and the 95th percentile.
 func rttValues(rtts []time.Duration) []value {
 	if len(rtts) == 0 {
 		return nil

@@ -30,23 +30,23 @@ var (
 )
 
 const (
-	patience = 20 * time.Second      // bounds waits for what takes a second or two
-	poll     = 10 * time.Millisecond // between two looks at something that will be there soon
-	settle   = time.Second           // between the start of a tunnel and the first measurement
+	patience = 20 * time.Second      // limits waits that usually take a second or two
+	poll     = 10 * time.Millisecond // interval of checks for an expected event
+	settle   = time.Second           // delay between start and first measurement
 )
 
-// kind is a kind of tunnel.
+// kind describes one kind of tunnel.
 type kind struct {
 	name  string
 	ours  bool
-	bin   string // directory of our programs
-	iface string // of both ends
+	bin   string // directory of masquevpn's programs
+	iface string // device name on both ends
 	proxy func(context.Context, *tunnel) error
-	// client starts the client. When it returns, packets will flow soon.
+	// client starts the client. Packets may take a moment longer to flow.
 	client func(context.Context, *tunnel) error
 }
 
-// kinds returns the tunnels to compare, ours first.
+// kinds returns the tunnels to compare, masquevpn first.
 func kinds(bins []string) []kind {
 	var all []kind
 	for i, dir := range bins {
@@ -63,7 +63,7 @@ func kinds(bins []string) []kind {
 		kind{name: plainName, iface: "plain0", proxy: startPlainProxy, client: startPlainClient})
 }
 
-// Names of the tunnels that ours is compared with.
+// Names of the other tunnels.
 const (
 	wireguardName = "wireguard-go"
 	plainName     = "connect-ip-go"
@@ -73,16 +73,16 @@ const (
 type tunnel struct {
 	kind
 	*lab.Topology
-	dir           string              // for its files
-	client, proxy *lab.Cmd            // the processes of the two ends
-	servers       int                 // of iperf3, so far
-	capacity      map[udpLoad]float64 // see udpCapacity
-	clientKey     *ecdh.PrivateKey    // of wireguard-go
+	dir           string              // directory for the tunnel's files
+	client, proxy *lab.Cmd            // processes of the two ends
+	servers       int                 // number of iperf3 servers started so far
+	capacity      map[udpLoad]float64 // packets per second, see udpCapacity
+	clientKey     *ecdh.PrivateKey    // wireguard-go only
 	proxyKey      *ecdh.PrivateKey
 }
 
 // open makes the hosts for a tunnel, with path between the client and the
-// router, or a plain link when it is nil.
+// router. nil: a link without impairment.
 func (k kind) open(ctx context.Context, dir string, path *lab.Impairment) (*tunnel, error) {
 	l, err := lab.New(ctx)
 	if err != nil {
@@ -103,7 +103,7 @@ func (k kind) open(ctx context.Context, dir string, path *lab.Impairment) (*tunn
 }
 
 // start starts both ends, and waits until a ping gets through and the ends have
-// found out what the path carries.
+// discovered the path MTU.
 func (t *tunnel) start(ctx context.Context) error {
 	if err := t.kind.proxy(ctx, t); err != nil {
 		return err
@@ -127,13 +127,13 @@ func logOf(c *lab.Cmd) string {
 	return text
 }
 
-// launch starts a program that goes on running.
+// launch starts a program that keeps running.
 func launch(ctx context.Context, h *lab.Host, name string, args ...string) (*lab.Cmd, error) {
 	c := h.Command(ctx, name, args...)
 	return c, c.Start()
 }
 
-// output runs a program that has to succeed, and returns its standard output.
+// output runs a program that must succeed, and returns its standard output.
 func output(ctx context.Context, h *lab.Host, name string, args ...string) ([]byte, error) {
 	c := h.Command(ctx, name, args...)
 	out, err := c.Output()
@@ -143,7 +143,7 @@ func output(ctx context.Context, h *lab.Host, name string, args ...string) ([]by
 	return out, nil
 }
 
-// until waits until ok holds, as long as c runs.
+// until waits until ok returns true, while c runs.
 func until(ctx context.Context, c *lab.Cmd, ok func() bool) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -211,7 +211,7 @@ func startOurClient(ctx context.Context, t *tunnel) (err error) {
 	return err
 }
 
-// status returns what the client, and the proxy about its only session, say.
+// status returns the status of the client, and of the proxy's only session.
 func (t *tunnel) status(ctx context.Context) (c, p client.Status, err error) {
 	out, err := output(ctx, t.Client, filepath.Join(t.bin, "masque-client"), "status", "bench",
 		"--json")
@@ -237,7 +237,7 @@ func (t *tunnel) status(ctx context.Context) (c, p client.Status, err error) {
 
 // wireguard-go.
 
-// wireguardMTU is what fits into 1500 bytes.
+// wireguardMTU is the MTU for outer packets of 1500 bytes.
 const wireguardMTU = 1420
 
 func startWireguardProxy(ctx context.Context, t *tunnel) (err error) {
@@ -303,7 +303,7 @@ func startWireguard(ctx context.Context, t *tunnel, h *lab.Host, config string) 
 	return c, nil
 }
 
-// configure gives a tunnel's device its address and a route.
+// configure adds an address and a route to a tunnel's device.
 func (t *tunnel) configure(ctx context.Context, h *lab.Host, mtu int, addr netip.Addr,
 	route netip.Prefix) error {
 	script := fmt.Sprintf("addr add %s/32 dev %[2]s\nlink set %[2]s mtu %d up\nroute add %s dev %[2]s src %[1]s\n", addr, t.iface, mtu, route)
@@ -350,7 +350,7 @@ func (t *tunnel) startPlain(ctx context.Context, h *lab.Host, role string) (*lab
 	})
 }
 
-// describe returns the version of a program, as it says itself.
+// describe returns the version that a program prints.
 func describe(ctx context.Context, program string, args ...string) string {
 	out, err := exec.CommandContext(ctx, program, args...).Output()
 	if err != nil {

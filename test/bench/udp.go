@@ -14,36 +14,35 @@ import (
 )
 
 const (
-	udpBatch      = 32                     // packets per system call at most
-	udpTick       = 500 * time.Microsecond // between two times of sending
-	udpDrain      = 100 * time.Millisecond // without a packet, and all that will come is there
-	socketBuffer  = 4 << 20                // of the receiver, bytes
-	probeTime     = 400 * time.Millisecond // for each rate on the way to the capacity
-	firstRate     = 5000                   // of those, packets per second
+	udpBatch      = 32                     // maximum number of packets per system call
+	udpTick       = 500 * time.Microsecond // interval of sending
+	udpDrain      = 100 * time.Millisecond // silence that ends the reception
+	socketBuffer  = 4 << 20                // receiver's buffer in bytes
+	probeTime     = 400 * time.Millisecond // duration of each rate in the search for the capacity
+	firstRate     = 5000                   // lowest rate of the search, packets per second
 	lastRate      = 3e6
-	carried       = 0.95 // of a rate delivered: it is within the capacity
-	farBeyond     = 0.75 // of a rate delivered: higher ones will not be within the capacity
-	generatorFair = 0.8  // of a rate sent: the generator is at its limit
+	carried       = 0.95 // delivered fraction of a rate within the capacity
+	farBeyond     = 0.75 // delivered fraction that ends the search
+	generatorFair = 0.8  // sent fraction of a rate below which the generator is the limit
 )
 
-// udpLoad is a kind of packets: how many bytes of data they have, and where
-// they go.
+// udpLoad is the size of packets' data in bytes, and their direction.
 type udpLoad struct {
 	size int
-	down bool // from the target to the client
+	down bool // target to client; false: client to target
 }
 
-// udpResult is what became of packets.
+// udpResult counts packets.
 type udpResult struct {
 	sent, delivered int
-	unread          int           // lost in the receiver's socket
-	time            time.Duration // from the first to the last one sent
+	unread          int           // packets dropped at the receiver's socket
+	time            time.Duration // time from the first to the last packet sent
 }
 
 func (r udpResult) rate() float64 { return float64(r.delivered) / r.time.Seconds() }
 
-// udp sends packets at rate, per second, for d. They leave one by one, not
-// grouped by an offload, those of half a millisecond together.
+// udp sends packets for d, at a rate in packets per second. The packets of each
+// half millisecond leave together, but without offload.
 func (t *tunnel) udp(ctx context.Context, load udpLoad, rate float64, d time.Duration) (r udpResult,
 	err error) {
 	from, to, addr := t.Client, t.Target, lab.TargetIPv4
@@ -84,7 +83,7 @@ func (t *tunnel) udp(ctx context.Context, load udpLoad, rate float64, d time.Dur
 
 // clientInside returns the client's address in the tunnel.
 func (t *tunnel) clientInside(ctx context.Context) (netip.Addr, error) {
-	// which sends nothing
+	// This sends nothing.
 	conn, err := t.Client.DialContext(ctx, "udp4", netip.AddrPortFrom(lab.TargetIPv4, 9).String())
 	if err != nil {
 		return netip.Addr{}, err
@@ -93,8 +92,8 @@ func (t *tunnel) clientInside(ctx context.Context) (netip.Addr, error) {
 	return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr(), nil
 }
 
-// sendAt sends what is due, every udpTick, and returns how many packets it sent
-// and how long that took.
+// sendAt sends the packets that are due, every udpTick, and returns their
+// number and the time taken.
 func sendAt(ctx context.Context, conn net.Conn, size int, rate float64, d time.Duration) (int,
 	time.Duration, error) {
 	messages := make([]ipv4.Message, udpBatch)
@@ -107,8 +106,8 @@ func sendAt(ctx context.Context, conn net.Conn, size int, rate float64, d time.D
 	for {
 		passed := min(time.Since(start), d)
 		due := int(rate*passed.Seconds()) - sent
-		// Behind by more than a few ticks, the generator is the limit; bursts
-		// would only distort.
+		// A generator that is late by more than a few ticks is the limit.
+		// Catching up in bursts would distort the result.
 		for due = min(due, int(rate*4*udpTick.Seconds())+1); due > 0; {
 			n, err := out.WriteBatch(messages[:min(due, udpBatch)], 0)
 			if err != nil {
@@ -126,7 +125,8 @@ func sendAt(ctx context.Context, conn net.Conn, size int, rate float64, d time.D
 	}
 }
 
-// receiveAll counts packets until sent is closed and no more come.
+// receiveAll counts packets until sent is closed and udpDrain has passed in
+// silence.
 func receiveAll(conn net.PacketConn, sent <-chan struct{}) int {
 	in := ipv4.NewPacketConn(conn)
 	messages := make([]ipv4.Message, 2*udpBatch)
@@ -148,8 +148,8 @@ func receiveAll(conn net.PacketConn, sent <-chan struct{}) int {
 	}
 }
 
-// udpCapacity returns how many packets per second of a kind the tunnel delivers
-// when it loses few of them, trying ever higher rates the first time.
+// udpCapacity returns the packets per second that the tunnel delivers with few
+// losses. The first call searches with increasing rates.
 func (t *tunnel) udpCapacity(ctx context.Context, load udpLoad) (float64, error) {
 	if t.capacity[load] > 0 {
 		return t.capacity[load], nil
@@ -193,8 +193,7 @@ func (t *tunnel) udpLevels(ctx context.Context, load udpLoad, d time.Duration) (
 		100 * delivered[200] / delivered[100]}), nil
 }
 
-// udpAt measures at one rate. What it measures is called what it is, after
-// prefix.
+// udpAt measures at one rate. prefix precedes the names of the results.
 func (t *tunnel) udpAt(ctx context.Context, prefix string, load udpLoad, rate float64,
 	d time.Duration) ([]value, udpResult, error) {
 	before, err := t.look(ctx)
@@ -215,12 +214,12 @@ func (t *tunnel) udpAt(ctx context.Context, prefix string, load udpLoad, rate fl
 		{prefix + "delivered", "packets/s", r.rate()},
 		{prefix + "lost", "%", share(float64(r.sent - r.delivered))},
 	}
-	// The places are in the order of a packet on its way.
+	// The places are in a packet's order.
 	for i := range after.drops {
 		p := &after.drops[i]
 		p.n -= before.drops[i].n
 		if load.down && p.where == "client's socket" {
-			// of the whole host, the receiver's among them
+			// all sockets of the host, also the receiver's
 			p.n -= min(p.n, uint64(r.unread))
 		}
 	}
@@ -232,8 +231,8 @@ func (t *tunnel) udpAt(ctx context.Context, prefix string, load udpLoad, rate fl
 		elsewhere -= float64(c.n)
 		values = append(values, value{prefix + lostAt + c.where, "%", share(float64(c.n))})
 	}
-	// What is lost elsewhere may be less than nothing: other packets, of the
-	// tunnel's own, are lost as well.
+	// The remainder may be negative: packets of the tunnel itself are lost as
+	// well.
 	values = append(values, value{prefix + lostAt + "elsewhere", "%", share(max(elsewhere, 0))})
 	if r.delivered > 0 {
 		values = append(values, value{prefix + "CPU", "s/GB",
