@@ -172,10 +172,12 @@ func TestProgramsMissing(t *testing.T) {
 func TestUsage(t *testing.T) {
 	for _, args := range [][]string{nil, {"run"}, {"run", "no-such"}, {"demo", "extra"},
 		{"demo", "--no-such"}, {"list", "--log-level", "loud"}, {"no-such"}} {
-		stdout, stderr, code := execute(args...)
-		if code != int(cli.Usage) || stdout != "" || strings.Count(stderr, "\n") != 1 {
-			t.Errorf("%v: exit code %d, %q, %q", args, code, stdout, stderr)
-		}
+		t.Run("arguments "+strings.Join(args, " "), func(t *testing.T) {
+			stdout, stderr, code := execute(args...)
+			if code != int(cli.Usage) || stdout != "" || strings.Count(stderr, "\n") != 1 {
+				t.Errorf("%v: exit code %d, %q, %q", args, code, stdout, stderr)
+			}
+		})
 	}
 }
 
@@ -215,8 +217,10 @@ func TestChangeConfig(t *testing.T) {
 func TestBytes(t *testing.T) {
 	for n, want := range map[uint64]string{0: "0 B", 999: "999 B", 1000: "1.0 kB",
 		33554432: "33.6 MB", 1 << 63: "9.2 EB"} {
-		if got := byteCount(n); got != want {
-			t.Errorf("%d: %s, want %s", n, got, want)
-		}
+		t.Run(want, func(t *testing.T) {
+			if got := byteCount(n); got != want {
+				t.Errorf("%d: %s, want %s", n, got, want)
+			}
+		})
 	}
 }

@@ -80,14 +80,16 @@ func TestClientFull(t *testing.T) {
 
 func TestClientScope(t *testing.T) {
 	for _, ipproto := range []string{`"17"`, `17`} {
-		c, err := ParseClient("c.toml",
-			lines(`proxy = "p"`, `[scope]`, `target = "192.0.2.0/24"`, `ipproto = `+ipproto))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if c.Target != "192.0.2.0/24" || c.IPProto != "17" {
-			t.Errorf("target %q, ipproto %q", c.Target, c.IPProto)
-		}
+		t.Run(ipproto, func(t *testing.T) {
+			c, err := ParseClient("c.toml",
+				lines(`proxy = "p"`, `[scope]`, `target = "192.0.2.0/24"`, `ipproto = `+ipproto))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.Target != "192.0.2.0/24" || c.IPProto != "17" {
+				t.Errorf("target %q, ipproto %q", c.Target, c.IPProto)
+			}
+		})
 	}
 }
 
@@ -98,33 +100,38 @@ func TestClientRequest(t *testing.T) {
 		`request = []`:             {},
 		`request = ["0.0.0.0/32"]`: prefixes("0.0.0.0/32"),
 	} {
-		c, err := ParseClient("c.toml", lines(`proxy = "p"`, `[addresses]`, text))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if c.Request == nil || !slices.Equal(c.Request, want) {
-			t.Errorf("%q: got %#v, want %v", text, c.Request, want)
-		}
+		t.Run(text, func(t *testing.T) {
+			c, err := ParseClient("c.toml", lines(`proxy = "p"`, `[addresses]`, text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.Request == nil || !slices.Equal(c.Request, want) {
+				t.Errorf("%q: got %#v, want %v", text, c.Request, want)
+			}
+		})
 	}
 }
 
 func TestClientInlineSecrets(t *testing.T) {
 	for _, test := range []struct {
+		name   string
 		data   []byte
 		secret bool
 	}{
-		{lines(`proxy = "p"`, `[auth]`, `token = "abc"`), true},
-		{lines(`proxy = "p"`, `[tls]`, `cert_pem = "c"`, `key_pem = "k"`), true},
-		{lines(`proxy = "p"`, `[tls]`, `cert = "c"`, `key = "k"`), false},
-		{lines(`proxy = "p"`, `[tls]`, `ca_pem = "c"`), false},
+		{"token", lines(`proxy = "p"`, `[auth]`, `token = "abc"`), true},
+		{"key", lines(`proxy = "p"`, `[tls]`, `cert_pem = "c"`, `key_pem = "k"`), true},
+		{"name of a key file", lines(`proxy = "p"`, `[tls]`, `cert = "c"`, `key = "k"`), false},
+		{"authority", lines(`proxy = "p"`, `[tls]`, `ca_pem = "c"`), false},
 	} {
-		c, err := ParseClient("c.toml", test.data)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if c.Secret() != test.secret {
-			t.Errorf("Secret() = %v for\n%s", c.Secret(), test.data)
-		}
+		t.Run(test.name, func(t *testing.T) {
+			c, err := ParseClient("c.toml", test.data)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.Secret() != test.secret {
+				t.Errorf("Secret() = %v for\n%s", c.Secret(), test.data)
+			}
+		})
 	}
 }
 
@@ -221,21 +228,25 @@ func TestProxyACME(t *testing.T) {
 
 func TestProxyDefaultMethods(t *testing.T) {
 	for _, test := range []struct {
+		name string
 		data []byte
 		want []string
 	}{
-		{lines(`name = "p"`), []string{"token"}},
-		{lines(`name = "p"`, `[tls]`, `client_ca = "ca.crt"`), []string{"mtls", "token"}},
-		{lines(`name = "p"`, `[tls]`, `client_ca = "ca.crt"`, `[auth]`, `methods = ["token"]`),
-			[]string{"token"}},
+		{"no client authority", lines(`name = "p"`), []string{"token"}},
+		{"client authority", lines(`name = "p"`, `[tls]`, `client_ca = "ca.crt"`),
+			[]string{"mtls", "token"}},
+		{"explicit methods", lines(`name = "p"`, `[tls]`, `client_ca = "ca.crt"`, `[auth]`,
+			`methods = ["token"]`), []string{"token"}},
 	} {
-		p, err := ParseProxy("p.toml", test.data)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if diff := cmp.Diff(test.want, p.Methods); diff != "" {
-			t.Error(diff)
-		}
+		t.Run(test.name, func(t *testing.T) {
+			p, err := ParseProxy("p.toml", test.data)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(test.want, p.Methods); diff != "" {
+				t.Error(diff)
+			}
+		})
 	}
 	p, err := ParseProxy("p.toml", lines(`name = "p"`, `[auth]`, `methods = ["none"]`))
 	if err != nil || p.Users != "" {
@@ -580,24 +591,30 @@ func TestMissingMainKey(t *testing.T) {
 	}
 	for _, proxy := range []string{"", "a b", "host:0", "host:99999", "-x", "[::1", "host:port",
 		"10.0.0.256", "a/b"} {
-		_, err := ParseClient("c.toml", lines(`proxy = "`+proxy+`"`))
-		if err == nil || !strings.HasPrefix(err.Error(),
-			`c.toml:1: proxy = "`+proxy+`": not a name`) {
-			t.Errorf("proxy %q: %v", proxy, err)
-		}
+		t.Run("refused "+proxy, func(t *testing.T) {
+			_, err := ParseClient("c.toml", lines(`proxy = "`+proxy+`"`))
+			if err == nil || !strings.HasPrefix(err.Error(),
+				`c.toml:1: proxy = "`+proxy+`": not a name`) {
+				t.Errorf("proxy %q: %v", proxy, err)
+			}
+		})
 	}
 	for _, proxy := range []string{"host", "host:443", "2001:db8::1", "[2001:db8::1]:443",
 		"192.0.2.1", "https://h/{target}/{ipproto}"} {
-		if _, err := ParseClient("c.toml", lines(`proxy = "`+proxy+`"`)); err != nil {
-			t.Errorf("proxy %q: %v", proxy, err)
-		}
+		t.Run("accepted "+proxy, func(t *testing.T) {
+			if _, err := ParseClient("c.toml", lines(`proxy = "`+proxy+`"`)); err != nil {
+				t.Errorf("proxy %q: %v", proxy, err)
+			}
+		})
 	}
 	for _, name := range []string{"", "a:1", "a b"} {
-		_, err := ParseProxy("p.toml", lines(`name = "`+name+`"`))
-		if err == nil || !strings.HasPrefix(err.Error(),
-			`p.toml:1: name = "`+name+`": not a name`) {
-			t.Errorf("name %q: %v", name, err)
-		}
+		t.Run("name "+name, func(t *testing.T) {
+			_, err := ParseProxy("p.toml", lines(`name = "`+name+`"`))
+			if err == nil || !strings.HasPrefix(err.Error(),
+				`p.toml:1: name = "`+name+`": not a name`) {
+				t.Errorf("name %q: %v", name, err)
+			}
+		})
 	}
 }
 
@@ -641,9 +658,11 @@ func TestNames(t *testing.T) {
 		"": false, ".hidden": false, "-flag": false, "a/b": false, "a b": false, "ä": false,
 		"a\n": false, strings.Repeat("a", 65): false,
 	} {
-		if got := IsName(name); got != want {
-			t.Errorf("IsName(%q) = %v", name, got)
-		}
+		t.Run("name "+name, func(t *testing.T) {
+			if got := IsName(name); got != want {
+				t.Errorf("IsName(%q) = %v", name, got)
+			}
+		})
 	}
 	for host, want := range map[string]bool{
 		"vpn.example.org": true, "vpn.example.org.": true, "localhost": true, "10.0.0.1": true,
@@ -653,9 +672,11 @@ func TestNames(t *testing.T) {
 		strings.Repeat("a", 64): false, strings.Repeat("a.", 126) + "a": true,
 		strings.Repeat("a.", 127) + "a": false,
 	} {
-		if got := IsHost(host); got != want {
-			t.Errorf("IsHost(%q) = %v", host, got)
-		}
+		t.Run("host "+host, func(t *testing.T) {
+			if got := IsHost(host); got != want {
+				t.Errorf("IsHost(%q) = %v", host, got)
+			}
+		})
 	}
 }
 

@@ -12,13 +12,16 @@ func TestRates(t *testing.T) {
 		"": 0, "20": 0, "Mbit": 0, "20M": 0, "20Mbps": 0, "20MByte": 0, "-20Mbit": 0, "1e3Mbit": 0,
 		"0x10Mbit": 0, "infMbit": 0, "nanMbit": 0, "0Mbit": 0,
 	} {
-		got, err := ParseRate(s)
-		if got != want || (err == nil) != (want > 0) {
-			t.Errorf("%q: %d, %v, want %d", s, got, err, want)
-		}
-		if again, err := ParseRate(FormatRate(want)); want > 0 && (again != want || err != nil) {
-			t.Errorf("%d: written as %s, read as %d, %v", want, FormatRate(want), again, err)
-		}
+		t.Run(s, func(t *testing.T) {
+			got, err := ParseRate(s)
+			if got != want || (err == nil) != (want > 0) {
+				t.Errorf("%q: %d, %v, want %d", s, got, err, want)
+			}
+			if again, err := ParseRate(FormatRate(want)); want > 0 &&
+				(again != want || err != nil) {
+				t.Errorf("%d: written as %s, read as %d, %v", want, FormatRate(want), again, err)
+			}
+		})
 	}
 }
 

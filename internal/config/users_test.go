@@ -36,9 +36,11 @@ func TestUsersLookup(t *testing.T) {
 		t.Error(ok, diff)
 	}
 	for _, name := range []string{"alice", "bob"} {
-		if got, ok := u.ByTokenHash(sha256.Sum256([]byte(name))); !ok || got.Name != name {
-			t.Errorf("the token of %s finds %q, %v", name, got.Name, ok)
-		}
+		t.Run(name, func(t *testing.T) {
+			if got, ok := u.ByTokenHash(sha256.Sum256([]byte(name))); !ok || got.Name != name {
+				t.Errorf("the token of %s finds %q, %v", name, got.Name, ok)
+			}
+		})
 	}
 	if got, ok := u.ByTokenHash(sha256.Sum256([]byte("carol"))); ok {
 		t.Errorf("an unknown token finds %q", got.Name)
@@ -48,18 +50,22 @@ func TestUsersLookup(t *testing.T) {
 	}
 	for addr, want := range map[string]string{"10.77.0.9": "bob", "fd77::9": "bob",
 		"10.77.0.10": ""} {
-		if got := u.Holder(netip.MustParseAddr(addr)); got != want {
-			t.Errorf("%s is reserved for %q, want %q", addr, got, want)
-		}
+		t.Run(addr, func(t *testing.T) {
+			if got := u.Holder(netip.MustParseAddr(addr)); got != want {
+				t.Errorf("%s is reserved for %q, want %q", addr, got, want)
+			}
+		})
 	}
 	for prefix, want := range map[string]bool{"10.77.0.9/32": true, "10.77.0.8/29": true,
 		"10.77.0.16/28": false, "10.77.0.10/32": false, "fd77::/64": true} {
-		if got := u.Reserved(netip.MustParsePrefix(prefix), "alice"); got != want {
-			t.Errorf("%s is reserved for others than alice: %v", prefix, got)
-		}
-		if u.Reserved(netip.MustParsePrefix(prefix), "bob") {
-			t.Errorf("%s is reserved for others than bob", prefix)
-		}
+		t.Run(prefix, func(t *testing.T) {
+			if got := u.Reserved(netip.MustParsePrefix(prefix), "alice"); got != want {
+				t.Errorf("%s is reserved for others than alice: %v", prefix, got)
+			}
+			if u.Reserved(netip.MustParsePrefix(prefix), "bob") {
+				t.Errorf("%s is reserved for others than bob", prefix)
+			}
+		})
 	}
 }
 
@@ -120,17 +126,19 @@ func TestUsersAddAndRemove(t *testing.T) {
 
 func TestAddToEmptyAndUnfinishedFiles(t *testing.T) {
 	for _, text := range []string{"", "# no newline", "[[user]]\nname = \"a\""} {
-		u, err := ParseUsers("users.toml", []byte(text))
-		if err != nil {
-			t.Fatal(err)
-		}
-		more, err := ParseUsers("users.toml", u.Add(User{Name: "b", Created: time.Unix(0, 0)}))
-		if err != nil {
-			t.Fatalf("%q: %v", text, err)
-		}
-		if _, ok := more.ByName("b"); !ok || len(more.All()) != len(u.All())+1 {
-			t.Errorf("%q: %d users", text, len(more.All()))
-		}
+		t.Run(text, func(t *testing.T) {
+			u, err := ParseUsers("users.toml", []byte(text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			more, err := ParseUsers("users.toml", u.Add(User{Name: "b", Created: time.Unix(0, 0)}))
+			if err != nil {
+				t.Fatalf("%q: %v", text, err)
+			}
+			if _, ok := more.ByName("b"); !ok || len(more.All()) != len(u.All())+1 {
+				t.Errorf("%q: %d users", text, len(more.All()))
+			}
+		})
 	}
 }
 

@@ -258,22 +258,25 @@ func TestWaitGoneEnds(t *testing.T) {
 func TestOnlyOwner(t *testing.T) {
 	h := onlyOwner(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { Reply(w, 1) }))
 	for _, test := range []struct {
+		name string
 		uid  any
 		want int
 	}{
-		{0, http.StatusOK},
-		{os.Geteuid(), http.StatusOK},
-		{os.Geteuid() + 12345, http.StatusForbidden},
-		{-1, http.StatusForbidden},
-		{nil, http.StatusForbidden},
+		{"root", 0, http.StatusOK},
+		{"owner", os.Geteuid(), http.StatusOK},
+		{"other user", os.Geteuid() + 12345, http.StatusForbidden},
+		{"invalid user", -1, http.StatusForbidden},
+		{"no user", nil, http.StatusForbidden},
 	} {
-		r := httptest.NewRequest("GET", "/", nil)
-		r = r.WithContext(context.WithValue(r.Context(), peerKey{}, test.uid))
-		w := httptest.NewRecorder()
-		h.ServeHTTP(w, r)
-		if w.Code != test.want {
-			t.Errorf("user %v: %d, want %d", test.uid, w.Code, test.want)
-		}
+		t.Run(test.name, func(t *testing.T) {
+			r := httptest.NewRequest("GET", "/", nil)
+			r = r.WithContext(context.WithValue(r.Context(), peerKey{}, test.uid))
+			w := httptest.NewRecorder()
+			h.ServeHTTP(w, r)
+			if w.Code != test.want {
+				t.Errorf("user %v: %d, want %d", test.uid, w.Code, test.want)
+			}
+		})
 	}
 }
 

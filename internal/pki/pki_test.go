@@ -225,9 +225,11 @@ func TestParseAuthority(t *testing.T) {
 		"certificate: holds a PRIVATE":       {Cert: pair.Key, Key: pair.Key},
 		"certificate: holds no cert":         {},
 	} {
-		if _, err := ParseAuthority(p); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("got %v, want %q", err, want)
-		}
+		t.Run(want, func(t *testing.T) {
+			if _, err := ParseAuthority(p); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v, want %q", err, want)
+			}
+		})
 	}
 }
 
@@ -259,9 +261,11 @@ func TestParseKeyForms(t *testing.T) {
 		"RSA":                 encode("RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(rsaKey), nil),
 		"Ed25519":             encode("PRIVATE KEY", edDER, edErr),
 	} {
-		if _, err := ParseKey(data); err != nil {
-			t.Errorf("%s: %v", name, err)
-		}
+		t.Run(name, func(t *testing.T) {
+			if _, err := ParseKey(data); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 	for name, data := range map[string][]byte{
 		"nothing":   nil,
@@ -269,9 +273,11 @@ func TestParseKeyForms(t *testing.T) {
 		"garbage":   encode("PRIVATE KEY", []byte{1}, nil),
 		"no signer": encode("EC PARAMETERS", []byte{1}, nil),
 	} {
-		if _, err := ParseKey(data); err == nil {
-			t.Errorf("%s: a key", name)
-		}
+		t.Run(name, func(t *testing.T) {
+			if _, err := ParseKey(data); err == nil {
+				t.Error("ParseKey succeeded")
+			}
+		})
 	}
 }
 
