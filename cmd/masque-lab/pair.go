@@ -35,8 +35,9 @@ type pair struct {
 	report   *report
 	logFiles []string // logs that may explain a failure
 
-	topo   *lab.Topology
-	users  []string // names of the users, in the order of topo.Clients
+	topo *lab.Topology
+	// users are the names of the users, in the order of topo.Clients.
+	users  []string
 	proxy  *lab.Cmd
 	before map[*lab.Host]string // snapshots before the tunnel
 }

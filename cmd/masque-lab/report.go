@@ -14,7 +14,8 @@ import (
 
 // step is an action of a scenario with its check.
 type step struct {
-	name string // printed before it begins, as in "connect the client"
+	// name is printed before the step begins, as in "connect the client".
+	name string
 	do   func(context.Context) (result string, err error)
 }
 

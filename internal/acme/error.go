@@ -81,7 +81,7 @@ func remedy(p acme.Problem, cfg Config) string {
 	case acme.ProblemTypeInvalidContact, acme.ProblemTypeUnsupportedContact:
 		return "change tls.acme.email"
 	case acme.ProblemTypeExternalAccountRequired:
-		return "it wants accounts that were made elsewhere, which is not supported: choose another tls.acme.directory"
+		return "the server requires external account binding, which is not supported: choose another tls.acme.directory"
 	}
 	if _, ok := p.Resource.(acme.Authorization); ok {
 		// Servers use different types for a failed challenge.

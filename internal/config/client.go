@@ -33,9 +33,10 @@ type Client struct {
 	Install         bool
 	LAN             LAN // the host's routes that precede the tunnel's
 	Accept, Exclude []netip.Prefix
-	Mark            uint32         // mask of two bits of marks for the tunnel
-	Advertise       []netip.Prefix // networks behind the client
-	Assign          []netip.Prefix // single addresses for the proxy
+	// Mark is the mask of the two bits of marks that the tunnel uses.
+	Mark      uint32
+	Advertise []netip.Prefix // networks behind the client
+	Assign    []netip.Prefix // single addresses for the proxy
 
 	KillSwitch      bool
 	KillSwitchAllow []netip.Prefix // destinations allowed outside the tunnel
@@ -57,7 +58,8 @@ type Client struct {
 
 	QlogDir string // directory for qlog; empty: none
 	KeyLog  string // file for TLS secrets; empty: none
-	PCAP    string // file for packets inside the tunnel; empty: none
+	// PCAP is the file for packets inside the tunnel. Empty: none.
+	PCAP string
 
 	doc *document
 }
@@ -67,9 +69,11 @@ type LAN int
 
 // The values of routes.lan.
 const (
-	LANPrivate LAN = iota // true: under a full tunnel, the routes to private networks
-	LANAll                // "all": all routes
-	LANNone               // false: none
+	// LANPrivate (true) selects the routes to private networks, under a full
+	// tunnel.
+	LANPrivate LAN = iota
+	LANAll         // "all": all routes
+	LANNone        // false: none
 )
 
 // ParseClient parses and validates the contents of a client's configuration.

@@ -18,9 +18,11 @@ import (
 // values and record the requested keys: keys in the file that were never
 // requested are unknown, and refused.
 type document struct {
-	file     string
-	lines    map[string]int // line numbers keyed by path, as in "user[1].addresses[0]"
-	values   map[string]any // scalars and arrays keyed by path, for messages
+	file string
+	// lines holds line numbers keyed by path, as in "user[1].addresses[0]".
+	lines map[string]int
+	// values holds scalars and arrays keyed by path, for messages.
+	values   map[string]any
 	secret   map[string]bool
 	tables   []*table
 	problems []Problem
@@ -67,7 +69,8 @@ func (d *document) index(data []byte) {
 		}
 		return p.Shape(n.Raw).Start.Line
 	}
-	elements := make(map[string]int) // number of elements seen, keyed by array of tables
+	// elements counts the elements of each array of tables seen so far.
+	elements := make(map[string]int)
 	// pathOf returns the path of a dotted key below base. It uses the latest
 	// element of each array of tables on the path.
 	pathOf := func(base string, key unstable.Iterator) (path string, first int) {

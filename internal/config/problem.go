@@ -14,10 +14,13 @@ import (
 
 // Problem is one mistake in a configuration file.
 type Problem struct {
-	File   string // name given to the parser
-	Line   int    // 1-based; 0 without a position in the file
-	Key    string // dotted path, as in "tls.cert"; empty for syntax errors
-	Value  string // formatted as TOML; empty when absent or secret
+	File string // name given to the parser
+	// Line is the 1-based line number; 0 without a position in the file.
+	Line int
+	// Key is a dotted path, as in "tls.cert". Empty for syntax errors.
+	Key string
+	// Value is formatted as TOML. Empty when absent or secret.
+	Value  string
 	Reason string // description of the mistake
 	Remedy string // instruction for the user; may be empty
 }

@@ -33,7 +33,8 @@ type Proxy struct {
 	ClientCA  string // name of a PEM file; empty: none
 
 	Methods []string
-	Users   string // name of the users file; empty if no method needs it
+	// Users is the name of the users file. Empty if no method needs it.
+	Users string
 
 	Device  string // name of the TUN interface, may hold one %d
 	MTU     int    // bytes; 0: discovered
@@ -83,7 +84,8 @@ type Proxy struct {
 type ACME struct {
 	Email     string
 	Directory string // URL
-	CA        string // name of a PEM file; empty: the system's authorities
+	// CA is the name of a PEM file. Empty: the system's authorities.
+	CA        string
 	Challenge string // "tls-alpn-01" or "http-01"
 	Listen    string // HOST:PORT, TCP; the host may be empty
 	Storage   string // directory

@@ -19,19 +19,24 @@ type User struct {
 	// certificate with the user's name.
 	Certificate [32]byte
 	Addresses   []netip.Addr // reserved addresses
-	Sessions    int          // maximum number of sessions; 0: the proxy's default
+	// Sessions is the maximum number of sessions. 0: the proxy's default.
+	Sessions int
 	// MaxAddresses is the maximum number of addresses in all sessions together.
 	// 0: the proxy's default.
 	MaxAddresses int
 	// Routes lists the permitted destinations. nil: all that the proxy
 	// advertises. Empty: none.
-	Routes   []netip.Prefix
-	RateUp   int64     // bits per second from all clients of the user; 0: no limit
-	RateDown int64     // bits per second to all clients of the user; 0: no limit
+	Routes []netip.Prefix
+	// RateUp limits all clients of the user together, in bits per second from
+	// them. 0: no limit.
+	RateUp int64
+	// RateDown is the limit in bits per second to them. 0: no limit.
+	RateDown int64
 	Expires  time.Time // end of access; zero: never
 	Created  time.Time
 
-	line, end int // first line and the line after the last, 1-based
+	// line and end are the first line and the line after the last, 1-based.
+	line, end int
 }
 
 // Users is the users file, users.toml. It is immutable: Add and Remove return

@@ -281,7 +281,7 @@ func TestResolvedAndFile(t *testing.T) {
 	}
 	h.ours("home")
 	if len(f.take()) == 0 {
-		t.Error("systemd-resolved was not told")
+		t.Error("systemd-resolved received no calls")
 	}
 	split := settings
 	split.Domains = []string{"corp.example"}

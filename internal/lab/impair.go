@@ -60,9 +60,11 @@ type pipe struct {
 	imp   Impairment
 	rng   *rand.Rand
 	stats Stats
-	queue []frame   // frames ordered by due time
-	sent  time.Time // time at which the last frame has passed the rate limit
-	last  time.Time // due time of the last frame in order
+	queue []frame // frames ordered by due time
+	// sent is the time at which the last frame has passed the rate limit.
+	sent time.Time
+	// last is the due time of the last frame in order.
+	last time.Time
 
 	wake chan struct{} // the head of the queue changed
 	quit chan struct{}

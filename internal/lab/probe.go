@@ -33,8 +33,10 @@ type Probe struct {
 type Answer struct {
 	From netip.Addr
 	RTT  time.Duration
-	Echo bool // false: an ICMP error, in the next three fields
-	Type int  // ICMP or ICMPv6 type
+	// Echo is true for a reply and false for an ICMP error, which has the next
+	// three fields.
+	Echo bool
+	Type int // ICMP or ICMPv6 type
 	Code int
 	MTU  int // MTU in Packet Too Big or Fragmentation Needed
 }

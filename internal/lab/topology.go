@@ -61,7 +61,8 @@ type Topology struct {
 	Router  *Host
 	Proxy   *Host
 	Target  *Host
-	Wires   []*Wire // one for each client if impaired, else nil
+	// Wires has one wire for each client. nil without Impair.
+	Wires []*Wire
 }
 
 // NewTopology makes the standard topology in l.

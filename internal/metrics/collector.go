@@ -22,8 +22,9 @@ type Values struct {
 	Stats    *connectip.Stats // never nil
 	Sessions int              // zero is a value
 
-	MaxSessions  int
-	UDPFlows     int // zero is a value if MaxUDPFlows is not zero
+	MaxSessions int
+	// UDPFlows may be zero if MaxUDPFlows is not zero.
+	UDPFlows     int
 	MaxUDPFlows  int
 	Requests     []Request
 	AuthFailures map[string]uint64 // keyed by method
@@ -33,7 +34,8 @@ type Values struct {
 	Pool               []Pool
 
 	Reconnects map[string]uint64 // keyed by reason
-	Repairs    map[string]uint64 // repairs on this host keyed by object; both programs
+	// Repairs counts repairs on this host, keyed by object. Both programs.
+	Repairs map[string]uint64
 	// Queues counts waiting packets. Both programs; zero is a value.
 	Oldest connectip.Ages
 	Panics uint64        // both programs

@@ -129,8 +129,9 @@ func writeHealth(w http.ResponseWriter, err error) {
 type look struct {
 	values func() Values
 
-	mu      sync.Mutex
-	running chan struct{} // closed at the end of the last look; nil before the first
+	mu sync.Mutex
+	// running is closed at the end of the last look; nil before the first.
+	running chan struct{}
 }
 
 var errHangs = errors.New("the program hangs: its counters cannot be read")

@@ -16,7 +16,8 @@ type benchCase struct {
 	about    string
 	quick    bool // part of the subset for -quick
 	oursOnly bool // other tunnels have no counterpart
-	bare     bool // makes only the hosts; run starts the tunnel
+	// bare cases make only the hosts; run starts the tunnel.
+	bare bool
 	// path is the network between the ends. nil: no impairment.
 	path *lab.Impairment
 	time time.Duration // duration of one measurement

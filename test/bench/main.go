@@ -29,10 +29,11 @@ type options struct {
 	cases  *regexp.Regexp
 	peers  *regexp.Regexp
 	rounds int
-	time   time.Duration // duration of one measurement; 0: the case's own
-	json   string
-	quick  bool
-	list   bool
+	// time is the duration of one measurement. 0: the case's own.
+	time  time.Duration
+	json  string
+	quick bool
+	list  bool
 }
 
 // binaries are the directories of masquevpn's programs, one for each build to

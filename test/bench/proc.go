@@ -58,8 +58,9 @@ func memory(c *lab.Cmd) (float64, error) {
 
 // look is a reading of all counters at one time.
 type look struct {
-	cpu   time.Duration
-	drops []drop        // the same places in each look, in a packet's order
+	cpu time.Duration
+	// drops lists the same places in each look, in a packet's order.
+	drops []drop
 	c, p  client.Status // masquevpn only
 }
 

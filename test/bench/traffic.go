@@ -49,9 +49,9 @@ func (t *tunnel) tcp(ctx context.Context, d, rampUp time.Duration, args ...strin
 		{"retransmitted", "segments",
 			float64(r.End.Sent.Retransmits + r.End.SentReverse.Retransmits)},
 	}
-	if bytes := r.End.Received.Bytes + r.End.Reverse.Bytes; rampUp == 0 && bytes > 0 {
+	if received := r.End.Received.Bytes + r.End.Reverse.Bytes; rampUp == 0 && received > 0 {
 		values = append(values, value{"CPU", "s/GB",
-			(after.cpu - before.cpu).Seconds() / bytes * 1e9})
+			(after.cpu - before.cpu).Seconds() / received * 1e9})
 	}
 	if t.ours && len(t.Wires) == 0 { // impaired networks lose packets in between
 		lost, of := inside(before, after)
