@@ -273,7 +273,8 @@ func TestProblems(t *testing.T) {
 			`f.toml:3: routes.exlude: unknown key; did you mean "routes.exclude"?`},
 		{client, []string{`mtu = 1300`}, `f.toml:2: mtu: unknown key; it belongs to [tun]`},
 		{client, []string{`[tun]`, `name = "m"`, `[scope]`, `proxy = "x"`},
-			`f.toml:5: scope.proxy: unknown key; it belongs at the top of the file, before the first table`},
+			`f.toml:5: scope.proxy: unknown key; it belongs at the top of the file, before ` +
+				`the first table`},
 		{client, []string{`proxy = "again"`}, `f.toml:2: proxy: `},
 		{client, []string{`tun = "masque0"`},
 			`f.toml:2: tun: is a table, not a value; write [tun] on a line of its own`},
@@ -294,9 +295,11 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[tls]`, `cert = "a"`},
 			`f.toml:2: tls.key: the key of the certificate is missing; set tls.key or tls.key_pem`},
 		{client, []string{`[tls]`, `key = "a"`},
-			`f.toml:2: tls.cert: the certificate of the key is missing; set tls.cert or tls.cert_pem`},
+			`f.toml:2: tls.cert: the certificate of the key is missing; set tls.cert or ` +
+				`tls.cert_pem`},
 		{client, []string{`[tls]`, `server_name = "a b"`},
-			`f.toml:3: tls.server_name = "a b": not a name or an address; write for example "vpn.example.org"`},
+			`f.toml:3: tls.server_name = "a b": not a name or an address; write for example ` +
+				`"vpn.example.org"`},
 		{client, []string{`[auth]`, `token = "s3cret"`, `token_file = "t"`},
 			`f.toml:4: auth.token_file = "t": auth.token says the same; keep one of the two`},
 		{client, []string{`[auth]`, `token = 5`},
@@ -312,7 +315,8 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[scope]`, `ipproto = true`},
 			`f.toml:3: scope.ipproto = true: not a string in quotes; write a string in quotes`},
 		{client, []string{`[tun]`, `name = "a-name-that-is-too-long"`},
-			`f.toml:3: tun.name = "a-name-that-is-too-long": not a name of a network interface; write for example "masque0", at most 15 characters`},
+			`f.toml:3: tun.name = "a-name-that-is-too-long": not a name of a network ` +
+				`interface; write for example "masque0", at most 15 characters`},
 		{client, []string{`[tun]`, `name = "../x"`},
 			`f.toml:3: tun.name = "../x": not a name of a network interface; `},
 		{client, []string{`[tun]`, `name = "a%d%d"`},
@@ -327,17 +331,22 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[tunnel]`, `congestion = "both"`},
 			`f.toml:3: tunnel.congestion = "both": `},
 		{client, []string{`[addresses]`, `request = "0.0.0.0/32"`},
-			`f.toml:3: addresses.request = "0.0.0.0/32": not a list; write a list of strings: ["...", "..."]`},
+			`f.toml:3: addresses.request = "0.0.0.0/32": not a list; write a list of ` +
+				`strings: ["...", "..."]`},
 		{client, []string{`[addresses]`, `static = ["10.0.0.1"]`},
-			`f.toml:3: addresses.static[0] = "10.0.0.1": the prefix length is missing; write "10.0.0.1/32" for this one address`},
+			`f.toml:3: addresses.static[0] = "10.0.0.1": the prefix length is missing; write ` +
+				`"10.0.0.1/32" for this one address`},
 		{client, []string{`[addresses]`, `static = ["10.0.0.1/8"]`, `request = ["::/128"]`},
-			`f.toml:4: addresses.request = ["::/128"]: static addresses are used instead of asking; keep one of request and static`},
+			`f.toml:4: addresses.request = ["::/128"]: static addresses are used instead of ` +
+				`asking; keep one of request and static`},
 		{client, []string{`[routes]`, `install = 1`},
 			`f.toml:3: routes.install = 1: not true or false; write true or false`},
 		{client, []string{`[routes]`, `accept = [`, ` "0.0.0.0/0",`, ` "10.0.0.1/8",`, `]`},
-			`f.toml:5: routes.accept[1] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
+			`f.toml:5: routes.accept[1] = "10.0.0.1/8": bits are set behind the prefix ` +
+				`length; write "10.0.0.0/8"`},
 		{client, []string{`[routes]`, `mark = "0x250c"`},
-			`f.toml:3: routes.mark = "0x250c": not two bits of a mark; write for example "0xa0000000", two bits that no other program of this host uses in marks`},
+			`f.toml:3: routes.mark = "0x250c": not two bits of a mark; write for example ` +
+				`"0xa0000000", two bits that no other program of this host uses in marks`},
 		{client, []string{`[routes]`, `mark = 4`},
 			`f.toml:3: routes.mark = 4: not two bits of a mark; `},
 		{client, []string{`[routes]`, `mark = "0x100000001"`},
@@ -345,23 +354,30 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[routes]`, `mark = true`},
 			`f.toml:3: routes.mark = true: not two bits of a mark; `},
 		{client, []string{`[routes]`, `lan = 0`},
-			`f.toml:3: routes.lan = 0: not true, false or "all"; write true for the private networks of this host, "all" for all of its routes, false for neither`},
+			`f.toml:3: routes.lan = 0: not true, false or "all"; write true for the private ` +
+				`networks of this host, "all" for all of its routes, false for neither`},
 		{client, []string{`[routes]`, `lan = "none"`},
 			`f.toml:3: routes.lan = "none": not true, false or "all"; `},
 		{client, []string{`[routes]`, `lan = false`, `advertise = ["10.1.0.0/24"]`},
-			`f.toml:3: routes.lan = false: the networks behind this host, routes.advertise, would lead into the tunnel; remove one of the two`},
+			`f.toml:3: routes.lan = false: the networks behind this host, routes.advertise, ` +
+				`would lead into the tunnel; remove one of the two`},
 		{client, []string{`[routes]`, `exclude = [1]`},
 			`f.toml:3: routes.exclude[0] = 1: not a string in quotes; put it in quotes`},
 		{client, []string{`[routes]`, `exclude = ["lan"]`},
-			`f.toml:3: routes.exclude[0] = "lan": not an address prefix; write for example "192.0.2.0/24" or "2001:db8::/32"`},
+			`f.toml:3: routes.exclude[0] = "lan": not an address prefix; write for example ` +
+				`"192.0.2.0/24" or "2001:db8::/32"`},
 		{client, []string{`[routes]`, `exclude = ["::ffff:10.0.0.0/104"]`},
-			`f.toml:3: routes.exclude[0] = "::ffff:10.0.0.0/104": an IPv4 address in IPv6 form; write the IPv4 prefix`},
+			`f.toml:3: routes.exclude[0] = "::ffff:10.0.0.0/104": an IPv4 address in IPv6 ` +
+				`form; write the IPv4 prefix`},
 		{client, []string{`[routes]`, `advertise = ["10.0.0.1/8"]`},
-			`f.toml:3: routes.advertise[0] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
+			`f.toml:3: routes.advertise[0] = "10.0.0.1/8": bits are set behind the prefix ` +
+				`length; write "10.0.0.0/8"`},
 		{client, []string{`[routes]`, `assign = ["10.1.0.200"]`},
-			`f.toml:3: routes.assign[0] = "10.1.0.200": the prefix length is missing; write "10.1.0.200/32" for this one address`},
+			`f.toml:3: routes.assign[0] = "10.1.0.200": the prefix length is missing; write ` +
+				`"10.1.0.200/32" for this one address`},
 		{client, []string{`[routes]`, `assign = ["fd01::c8/64"]`},
-			`f.toml:3: routes.assign[0] = "fd01::c8/64": not a single address; write "fd01::c8/128"`},
+			`f.toml:3: routes.assign[0] = "fd01::c8/64": not a single address; write ` +
+				`"fd01::c8/128"`},
 		{client, []string{`[dns]`, `outside = "hold"`},
 			`f.toml:3: dns.outside = "hold": not true or false; write true or false`},
 		{client, []string{`[dns]`, `mode = "resolved"`},
@@ -369,15 +385,20 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[kill_switch]`, `enabled = "true"`},
 			`f.toml:3: kill_switch.enabled = "true": not true or false; write true or false`},
 		{client, []string{`[kill_switch]`, `allow = ["10.0.0.1/8"]`},
-			`f.toml:3: kill_switch.allow[0] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
+			`f.toml:3: kill_switch.allow[0] = "10.0.0.1/8": bits are set behind the prefix ` +
+				`length; write "10.0.0.0/8"`},
 		{client, []string{`[kill_switch]`, `allow = ["fd00::/8", "::/0"]`},
-			`f.toml:3: kill_switch.allow[1] = "::/0": allows everything of its family; name the networks, `},
+			`f.toml:3: kill_switch.allow[1] = "::/0": allows everything of its family; name ` +
+				`the networks, `},
 		{client, []string{`[dns]`, `servers = ["127.0.0.1"]`},
-			`f.toml:3: dns.servers[0] = "127.0.0.1": not an address that others can reach; write for example "10.77.0.1" or "fd77::1"`},
+			`f.toml:3: dns.servers[0] = "127.0.0.1": not an address that others can reach; ` +
+				`write for example "10.77.0.1" or "fd77::1"`},
 		{client, []string{`[dns]`, `servers = []`},
-			`f.toml:3: dns.servers = []: empty; leave it out for what the proxy says, or write mode = "off"`},
+			`f.toml:3: dns.servers = []: empty; leave it out for what the proxy says, or ` +
+				`write mode = "off"`},
 		{client, []string{`[dns]`, `servers = "10.77.0.1"`},
-			`f.toml:3: dns.servers = "10.77.0.1": not a list; write a list of strings: ["...", "..."]`},
+			`f.toml:3: dns.servers = "10.77.0.1": not a list; write a list of strings: ` +
+				`["...", "..."]`},
 		{client, []string{`[dns]`, `search = ["."]`},
 			`f.toml:3: dns.search[0] = ".": not a domain name; `},
 		{client, []string{`[dns]`, `search = ["a\nnameserver 192.0.2.1"]`},
@@ -389,7 +410,8 @@ func TestProblems(t *testing.T) {
 		{client, []string{`[reconnect]`, `enabled = "no"`},
 			`f.toml:3: reconnect.enabled = "no": not true or false; write true or false`},
 		{client, []string{`[reconnect]`, `max_delay = "soon"`},
-			`f.toml:3: reconnect.max_delay = "soon": not a time span; write for example "30s" or "5m"`},
+			`f.toml:3: reconnect.max_delay = "soon": not a time span; write for example ` +
+				`"30s" or "5m"`},
 		{client, []string{`[reconnect]`, `max_delay = "1ms"`},
 			`f.toml:3: reconnect.max_delay = "1ms": too short; write at least "1s"`},
 		{client, []string{`[log]`, `pcap = true`},
@@ -399,7 +421,8 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`[tls]`, `acme = true`},
 			`f.toml:3: tls.acme: is a table, not a value; write [tls.acme] on a line of its own`},
 		{proxy, []string{`[tls.acme]`, `email = "a@example.org"`},
-			`f.toml:2: tls.acme.agree_tos: the terms of service of the authority have to be agreed to; read them, and write agree_tos = true`},
+			`f.toml:2: tls.acme.agree_tos: the terms of service of the authority have to be ` +
+				`agreed to; read them, and write agree_tos = true`},
 		{proxy, []string{`[tls.acme]`, `email = "a@example.org"`, `agree_tos = false`},
 			`f.toml:4: tls.acme.agree_tos = false: the terms of service`},
 		{proxy, []string{`[tls.acme]`, `agree_tos = true`},
@@ -411,7 +434,9 @@ func TestProblems(t *testing.T) {
 			`f.toml:3: tls.cert = "a.crt": tls.acme gets the certificate; keep one of the two`},
 		{proxy, []string{`[tls.acme]`, `agree_tos = true`, `email = "a@example.org"`,
 			`directory = "http://acme.example/dir"`},
-			`f.toml:5: tls.acme.directory = "http://acme.example/dir": not the URL of a directory; write for example "https://acme-v02.api.letsencrypt.org/directory"`},
+			`f.toml:5: tls.acme.directory = "http://acme.example/dir": not the URL of a ` +
+				`directory; write for example ` +
+				`"https://acme-v02.api.letsencrypt.org/directory"`},
 		{proxy, []string{`[tls.acme]`, `agree_tos = true`, `email = "a@example.org"`,
 			`challenge = "dns-01"`},
 			`f.toml:5: tls.acme.challenge = "dns-01": not known; write "tls-alpn-01" or "http-01"`},
@@ -422,7 +447,8 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`listen = []`},
 			`f.toml:2: listen = []: empty; write for example ["[::]:443"]`},
 		{proxy, []string{`listen = ["443"]`},
-			`f.toml:2: listen[0] = "443": not an address and port; write for example "[::]:443" or "192.0.2.1:443"`},
+			`f.toml:2: listen[0] = "443": not an address and port; write for example ` +
+				`"[::]:443" or "192.0.2.1:443"`},
 		{proxy, []string{`listen = ["a.example:443"]`},
 			`f.toml:2: listen[0] = "a.example:443": not an address and port; `},
 		{proxy, []string{`listen = [":0"]`},
@@ -435,27 +461,35 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`[auth]`, `methods = ["token", "token"]`},
 			`f.toml:3: auth.methods[1] = "token": given twice; remove one`},
 		{proxy, []string{`[auth]`, `methods = ["token", "none"]`},
-			`f.toml:3: auth.methods[1] = "none": lets everyone in, whatever the other methods are; write it alone, or remove it`},
+			`f.toml:3: auth.methods[1] = "none": lets everyone in, whatever the other ` +
+				`methods are; write it alone, or remove it`},
 		{proxy, []string{`[auth]`, `methods = ["mtls"]`},
-			`f.toml:3: auth.methods[0] = "mtls": needs the CA of the clients' certificates; set tls.client_ca, or remove "mtls"`},
+			`f.toml:3: auth.methods[0] = "mtls": needs the CA of the clients' certificates; ` +
+				`set tls.client_ca, or remove "mtls"`},
 		{proxy, []string{`[auth]`, `users = ""`},
 			`f.toml:3: auth.users = "": empty; write the name of the users file`},
 		{proxy, []string{`[tunnel]`, `congestion = ""`}, `f.toml:3: tunnel.congestion = "": `},
 		{proxy, []string{`[pool]`}, `f.toml:2: pool: empty; `},
 		{proxy, []string{`[pool]`, `ipv4 = "fd77::/64"`},
-			`f.toml:3: pool.ipv4 = "fd77::/64": an address of the other family; put it under the other key`},
+			`f.toml:3: pool.ipv4 = "fd77::/64": an address of the other family; put it under ` +
+				`the other key`},
 		{proxy, []string{`[pool]`, `ipv6 = "10.0.0.0/24"`},
-			`f.toml:3: pool.ipv6 = "10.0.0.0/24": an address of the other family; put it under the other key`},
+			`f.toml:3: pool.ipv6 = "10.0.0.0/24": an address of the other family; put it ` +
+				`under the other key`},
 		{proxy, []string{`[pool]`, `ipv4 = "10.77.0.1/24"`},
-			`f.toml:3: pool.ipv4 = "10.77.0.1/24": bits are set behind the prefix length; write "10.77.0.0/24"`},
+			`f.toml:3: pool.ipv4 = "10.77.0.1/24": bits are set behind the prefix length; ` +
+				`write "10.77.0.0/24"`},
 		{proxy, []string{`[pool]`, `ipv4 = "10.77.0.0/31"`},
-			`f.toml:3: pool.ipv4 = "10.77.0.0/31": too small for the proxy and one client; write a prefix length of 30 or less`},
+			`f.toml:3: pool.ipv4 = "10.77.0.0/31": too small for the proxy and one client; ` +
+				`write a prefix length of 30 or less`},
 		{proxy, []string{`[pool]`, `ipv4 = "10.77.0.0/24"`, `delegate_ipv4 = 24`},
 			`f.toml:4: pool.delegate_ipv4 = 24: out of range; write a number from 25 to 32`},
 		{proxy, []string{`[pool]`, `ipv4 = "10.77.0.0/24"`, `delegate_ipv6 = 64`},
-			`f.toml:4: pool.delegate_ipv6 = 64: there is no pool of this family; set the pool too, or remove it`},
+			`f.toml:4: pool.delegate_ipv6 = 64: there is no pool of this family; set the ` +
+				`pool too, or remove it`},
 		{proxy, []string{`[pool]`, `ipv6 = "fd77::/127"`},
-			`f.toml:3: pool.ipv6 = "fd77::/127": too small for the proxy and one client; write a prefix length of 126 or less`},
+			`f.toml:3: pool.ipv6 = "fd77::/127": too small for the proxy and one client; ` +
+				`write a prefix length of 126 or less`},
 		{proxy, []string{`[routes]`, `advertise = ["all"]`},
 			`f.toml:3: routes.advertise[0] = "all": not an address prefix; `},
 		{proxy, []string{`[routes]`, `deny = ["10.0.0.1"]`},
@@ -467,7 +501,8 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`[dns]`, `servers = "10.77.0.1"`},
 			`f.toml:3: dns.servers = "10.77.0.1": not a list; `},
 		{proxy, []string{`[dns]`, `servers = ["10.77.0.1", "dns.example"]`},
-			`f.toml:3: dns.servers[1] = "dns.example": not an address; write for example "10.77.0.1" or "fd77::1"`},
+			`f.toml:3: dns.servers[1] = "dns.example": not an address; write for example ` +
+				`"10.77.0.1" or "fd77::1"`},
 		{proxy, []string{`[dns]`, `servers = ["127.0.0.53"]`},
 			`f.toml:3: dns.servers[0] = "127.0.0.53": not an address that others can reach; `},
 		{proxy, []string{`[dns]`, `servers = ["fe80::1%eth0"]`},
@@ -475,7 +510,8 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`[dns]`, `servers = ["fd77::1", "::ffff:10.77.0.1", "10.77.0.1"]`},
 			`f.toml:3: dns.servers[2] = "10.77.0.1": given twice; remove one`},
 		{proxy, []string{`[dns]`, `search = ["corp.example"]`},
-			`f.toml:3: dns.search = ["corp.example"]: there are no servers to resolve names; set dns.servers`},
+			`f.toml:3: dns.search = ["corp.example"]: there are no servers to resolve names; ` +
+				`set dns.servers`},
 		{proxy, []string{`[dns]`, `servers = ["fd77::1"]`, `search = ["*.example"]`},
 			`f.toml:4: dns.search[0] = "*.example": not a domain name; `},
 		{proxy, []string{`[dns]`, `servers = ["fd77::1"]`, `domains = ["10.0.0.1"]`},
@@ -484,7 +520,8 @@ func TestProblems(t *testing.T) {
 			`domains = ["corp.example", "CORP.example."]`},
 			`f.toml:4: dns.domains[1] = "CORP.example.": given twice; remove one`},
 		{proxy, []string{`[dns]`, `nat64 = ["64:ff9b::/95"]`},
-			`f.toml:3: dns.nat64[0] = "64:ff9b::/95": not a prefix of NAT64; write an IPv6 prefix of length 32, 40, 48, 56, 64 or 96, for example "64:ff9b::/96"`},
+			`f.toml:3: dns.nat64[0] = "64:ff9b::/95": not a prefix of NAT64; write an IPv6 ` +
+				`prefix of length 32, 40, 48, 56, 64 or 96, for example "64:ff9b::/96"`},
 		{proxy, []string{`[dns]`, `nat64 = ["10.0.0.0/32"]`},
 			`f.toml:3: dns.nat64[0] = "10.0.0.0/32": not a prefix of NAT64; `},
 		{proxy, []string{`[forwarding]`, `hop_limit = "keep"`},
@@ -494,26 +531,33 @@ func TestProblems(t *testing.T) {
 		{proxy, []string{`[limits]`, `sessions_per_user = "8"`},
 			`f.toml:3: limits.sessions_per_user = "8": not a number from 1 to 1048576; `},
 		{proxy, []string{`[metrics]`, `listen = "localhost:9484"`},
-			`f.toml:3: metrics.listen = "localhost:9484": not an address and port; write for example "127.0.0.1:9484", or "" for none`},
+			`f.toml:3: metrics.listen = "localhost:9484": not an address and port; write for ` +
+				`example "127.0.0.1:9484", or "" for none`},
 		{proxy, []string{`[metrics]`, `listen = "127.0.0.1:0"`},
-			`f.toml:3: metrics.listen = "127.0.0.1:0": not an address and port; write for example "127.0.0.1:9484", or "" for none`},
+			`f.toml:3: metrics.listen = "127.0.0.1:0": not an address and port; write for ` +
+				`example "127.0.0.1:9484", or "" for none`},
 		{proxy, []string{`[metrics]`, `listen = 9484`},
 			`f.toml:3: metrics.listen = 9484: not a string in quotes; write a string in quotes`},
 		{proxy, []string{`[metrics]`, `address = ":9484"`},
 			`f.toml:3: metrics.address: unknown key; remove it`},
 		{client, []string{`[metrics]`, `listen = "9484"`},
-			`f.toml:3: metrics.listen = "9484": not an address and port; write for example "127.0.0.1:9484", or "" for none`},
+			`f.toml:3: metrics.listen = "9484": not an address and port; write for example ` +
+				`"127.0.0.1:9484", or "" for none`},
 		{proxy, []string{`[connect_udp]`, `enabled = 1`},
 			`f.toml:3: connect_udp.enabled = 1: not true or false; `},
 		{proxy, []string{`[log]`, `pcap = "p"`}, `f.toml:3: log.pcap: unknown key; remove it`},
 		{proxy, []string{`[[site]]`, `networks = ["192.0.2.0/24"]`},
-			`f.toml:2: site[0].user: is missing; write the name of the user whose client is the gateway`},
+			`f.toml:2: site[0].user: is missing; write the name of the user whose client is ` +
+				`the gateway`},
 		{proxy, []string{`[[site]]`, `user = "a/b"`, `networks = ["192.0.2.0/24"]`},
-			`f.toml:3: site[0].user = "a/b": not a name of a user; write the name that was invited`},
+			`f.toml:3: site[0].user = "a/b": not a name of a user; write the name that was ` +
+				`invited`},
 		{proxy, []string{`[[site]]`, `user = "branch"`},
-			`f.toml:2: site[0].networks: is missing; write the networks behind the gateway, for example networks = ["192.0.2.0/24"]`},
+			`f.toml:2: site[0].networks: is missing; write the networks behind the gateway, ` +
+				`for example networks = ["192.0.2.0/24"]`},
 		{proxy, []string{`[[site]]`, `user = "branch"`, `networks = ["192.0.2.1/24"]`},
-			`f.toml:4: site[0].networks[0] = "192.0.2.1/24": bits are set behind the prefix length; write "192.0.2.0/24"`},
+			`f.toml:4: site[0].networks[0] = "192.0.2.1/24": bits are set behind the prefix ` +
+				`length; write "192.0.2.0/24"`},
 		{proxy, []string{`[[site]]`, `user = "branch"`, `networks = ["192.0.2.0/24"]`,
 			`reach = ["all"]`}, `f.toml:5: site[0].reach[0] = "all": not an address prefix; `},
 		{proxy, []string{`[[site]]`, `user = "branch"`, `networks = ["192.0.2.0/24"]`,
@@ -532,24 +576,30 @@ func TestProblems(t *testing.T) {
 		{users, []string{`[[user]]`, `name = "a"`, `certificate_sha256 = "00"`},
 			`f.toml:4: user[0].certificate_sha256 = "00": not a SHA-256; `},
 		{users, []string{`[[user]]`, `name = "a"`, `addresses = ["10.0.0.0/8"]`},
-			`f.toml:4: user[0].addresses[0] = "10.0.0.0/8": not an address; write for example "10.77.0.9"`},
+			`f.toml:4: user[0].addresses[0] = "10.0.0.0/8": not an address; write for ` +
+				`example "10.77.0.9"`},
 		{users, []string{`[[user]]`, `name = "a"`, `addresses = ["10.0.0.1"]`, `[[user]]`,
 			`name = "b"`, `addresses = ["::1", "10.0.0.1"]`},
 			`f.toml:7: user[1].addresses[1] = "10.0.0.1": reserved for a as well; remove one`},
 		{users, []string{`[[user]]`, `name = "a"`, `sessions = -1`},
 			`f.toml:4: user[0].sessions = -1: out of range; write a number from 0 to 1048576`},
 		{users, []string{`[[user]]`, `name = "a"`, `created = "now"`},
-			`f.toml:4: user[0].created = "now": not a time such as 2026-01-02T15:04:05Z, or a date such as 2026-01-02, without quotes; `},
+			`f.toml:4: user[0].created = "now": not a time such as 2026-01-02T15:04:05Z, or ` +
+				`a date such as 2026-01-02, without quotes; `},
 		{users, []string{`[[user]]`, `name = "a"`, `expires = "2026-12-31"`},
-			`f.toml:4: user[0].expires = "2026-12-31": not a time such as 2026-01-02T15:04:05Z, or a date such as 2026-01-02, without quotes; `},
+			`f.toml:4: user[0].expires = "2026-12-31": not a time such as ` +
+				`2026-01-02T15:04:05Z, or a date such as 2026-01-02, without quotes; `},
 		{users, []string{`[[user]]`, `name = "a"`, `routes = ["10.0.0.1/8"]`},
-			`f.toml:4: user[0].routes[0] = "10.0.0.1/8": bits are set behind the prefix length; write "10.0.0.0/8"`},
+			`f.toml:4: user[0].routes[0] = "10.0.0.1/8": bits are set behind the prefix ` +
+				`length; write "10.0.0.0/8"`},
 		{users, []string{`[[user]]`, `name = "a"`, `rate_up = 20`},
-			`f.toml:4: user[0].rate_up = 20: has no unit; write bits per second with their unit, for example "512kbit"`},
+			`f.toml:4: user[0].rate_up = 20: has no unit; write bits per second with their ` +
+				`unit, for example "512kbit"`},
 		{users, []string{`[[user]]`, `name = "a"`, `rate_up = true`},
 			`f.toml:4: user[0].rate_up = true: not a string in quotes; `},
 		{users, []string{`[[user]]`, `name = "a"`, `rate_down = "20MB"`},
-			`f.toml:4: user[0].rate_down = "20MB": not a number of kbit, Mbit or Gbit per second; write`},
+			`f.toml:4: user[0].rate_down = "20MB": not a number of kbit, Mbit or Gbit per ` +
+				`second; write`},
 		{users, []string{`[[user]]`, `name = "a"`, `rate_down = "9kbit"`},
 			`f.toml:4: user[0].rate_down = "9kbit": less than 64kbit; write`},
 		{users, []string{`[[user]]`, `name = "a"`, `token = "s3cret"`},
