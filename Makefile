@@ -3,12 +3,13 @@
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -X masquevpn/internal/cli.Version=$(VERSION)
-# The programs are built with edits to quic-go, in a vendored copy that is not in git (docs/architecture.md). A plain `go build`
-# works as well, without them.
-VENDOR  := vendor/.edited
-export GOFLAGS := $(filter-out -tags=%,$(shell $(GO) env GOFLAGS)) -tags=quicpatch
-# Builds without them, with the stock quic-go, whatever is in vendor/.
-STOCK   := GOFLAGS='$(filter-out -tags=%,$(GOFLAGS)) -mod=readonly'
+# make builds with a patched copy of quic-go (docs/quic-go.md): .build/go.mod replaces the module by it. Plain go commands build
+# with the stock quic-go, before and after make.
+QUICGO  := .build/go.mod
+USERFLAGS := $(filter-out -tags=% -modfile=%,$(shell $(GO) env GOFLAGS))
+export GOFLAGS := $(USERFLAGS) -tags=quicpatch -modfile=$(CURDIR)/$(QUICGO)
+# Builds with the stock quic-go, and in the modules below this one.
+STOCK   := GOFLAGS='$(USERFLAGS) -mod=readonly'
 # How long each fuzz target runs in `make fuzz`.
 FUZZTIME ?= 60s
 # Debian packages that the tests use as the other side: real programs, real packets.
@@ -34,13 +35,11 @@ FEW      := ^(TestVariant|TestPathMTU|TestReload|TestFragmentation|TestTwoSites|
 
 .PHONY: build packages demo test race fuzz e2e e2e-few e2e-matrix $(VARIANTS) e2e-packages e2e-coexist coexist-packages bench bench-quick bench-tools lint tools clean help
 
-$(VENDOR): go.mod go.sum $(wildcard internal/quicpatch/*.go)
-	rm -rf vendor
-	$(GO) mod vendor
-	GOFLAGS= $(GO) run ./internal/quicpatch
-	touch $@
+$(QUICGO): go.mod go.sum internal/quicpatch/apply.sh $(wildcard internal/quicpatch/patches/*) $(shell find internal/quicpatch/files -type f)
+	rm -rf vendor # of older versions of this Makefile: go would take it
+	internal/quicpatch/apply.sh $(@D)
 
-build: $(VENDOR) ## build the three programs into bin/
+build: $(QUICGO) ## build the three programs into bin/
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
 # Versions of packages begin with a digit; what is not tagged comes before all that is.
@@ -60,7 +59,7 @@ packages: build ## dist/*.deb and dist/*.rpm
 		bin/$$p completion fish > dist/root/completion/fish/$$p.fish || exit 1; \
 	done
 	gzip -9n dist/root/man1/*.1
-	cd packaging && $(GO) build -o ../dist/nfpm github.com/goreleaser/nfpm/v2/cmd/nfpm
+	cd packaging && $(STOCK) $(GO) build -o ../dist/nfpm github.com/goreleaser/nfpm/v2/cmd/nfpm
 	for format in deb rpm; do dist/nfpm package --config packaging/nfpm.yaml --packager $$format --target dist/ || exit 1; done
 
 demo: build ## a tunnel between hosts on this machine, in network namespaces
@@ -68,7 +67,7 @@ demo: build ## a tunnel between hosts on this machine, in network namespaces
 
 test: lint race e2e e2e-few $(if $(filter 0,$(shell id -u)),e2e-packages) ## everything that has to pass before a change goes in
 
-race: $(VENDOR) tools ## unit tests with the race detector, and the seeds of the fuzz targets
+race: $(QUICGO) tools ## unit tests with the race detector, and the seeds of the fuzz targets
 	$(GO) test -race $(UNITS)
 
 e2e: build tools ## end-to-end tests in network namespaces; RUN=REGEXP: some of them
@@ -93,10 +92,10 @@ e2e-race: build tools ## with the race detector in programs and tests
 	GOFLAGS='$(GOFLAGS) -race' $(E2E)
 
 e2e-packages: packages tools coexist-packages ## the packages installed, run as services, upgraded and removed, with systemd in namespaces (root)
-	cd packaging && $(GO) vet . && $(GO) test -count=1 -timeout 15m .
+	cd packaging && export $(STOCK) && $(GO) vet . && $(GO) test -count=1 -timeout 15m .
 
 e2e-coexist: packages tools coexist-packages ## a client and a proxy beside systemd-networkd, firewalld, containers and DHCP for TIME (1h) (root)
-	cd packaging && $(GO) test -count=1 -timeout 0 -run TestCoexistence -coexist-time $(TIME) -v .
+	cd packaging && $(STOCK) $(GO) test -count=1 -timeout 0 -run TestCoexistence -coexist-time $(TIME) -v .
 
 FETCH := apt-get -qq -o APT::Sandbox::User=root -o DPkg::Lock::Timeout=120 -o Dir::Cache::archives=$(CURDIR)/bin/coexist \
 	install -y --download-only --no-install-recommends $(FELLOWS)
@@ -104,7 +103,7 @@ FETCH := apt-get -qq -o APT::Sandbox::User=root -o DPkg::Lock::Timeout=120 -o Di
 coexist-packages:
 	@mkdir -p bin/coexist/partial && { $(FETCH) || { apt-get update -qq && $(FETCH); }; }
 
-fuzz: $(VENDOR) ## every fuzz target for FUZZTIME (60s)
+fuzz: $(QUICGO) ## every fuzz target for FUZZTIME (60s)
 	@for pkg in $$($(GO) list ./...); do \
 		for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
 			echo "$$pkg $$target"; \
@@ -120,14 +119,14 @@ bench-quick: bench-tools ## the most telling cases of it, in less than three min
 	bin/bench/bench -quick -json artifacts/bench-quick.json $(BENCH)
 
 bench-tools: build tools ## what `make bench` runs: bin/bench/bench
-	cd test/bench && GOFLAGS=-mod=readonly $(GO) build -buildvcs=false -o ../../bin/bench/ . golang.zx2c4.com/wireguard
+	cd test/bench && $(STOCK) $(GO) build -buildvcs=false -o ../../bin/bench/ . golang.zx2c4.com/wireguard
 	mkdir -p artifacts
 
-lint: $(VENDOR) ## gofmt, go vet, staticcheck, and the rules on who imports whom
+lint: $(QUICGO) ## gofmt, go vet, staticcheck, and the rules on who imports whom
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	$(GO) vet ./...
-	cd test/bench && GOFLAGS=-mod=readonly $(GO) vet ./...
+	cd test/bench && $(STOCK) $(GO) vet ./...
 	$(STOCK) $(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) tool depguard ./...
@@ -145,7 +144,7 @@ tools: ## the programs that the tests need (Debian packages; as root, but for sy
 	fi
 
 clean: ## remove what the build made
-	rm -rf bin dist artifacts vendor
+	rm -rf bin dist artifacts .build vendor
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

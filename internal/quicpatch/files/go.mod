@@ -1,0 +1,1 @@
+module github.com/quic-go/quic-go
