@@ -54,9 +54,15 @@ const maxRoutes = 16384
 // ParseUsers parses and validates the contents of a users file. The error, if
 // any, is an *Error.
 func ParseUsers(file string, data []byte) (*Users, error) {
+	u, _, err := parseUsers(file, data)
+	return u, err
+}
+
+// parseUsers is ParseUsers, and returns the document as well.
+func parseUsers(file string, data []byte) (*Users, *document, error) {
 	d, root, err := parse(file, data)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	u := &Users{file: file, text: string(data), holders: make(map[netip.Addr]string)}
 	for _, t := range root.tablesOf("user") {
@@ -97,10 +103,10 @@ func ParseUsers(file string, data []byte) (*Users, error) {
 		u.list = append(u.list, user)
 	}
 	if err := d.finish(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	u.findEnds(d)
-	return u, nil
+	return u, d, nil
 }
 
 // findEnds sets the end of each entry: the end of the file, or the next entry
