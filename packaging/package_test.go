@@ -111,6 +111,8 @@ func TestService(t *testing.T) {
 			t.Errorf("GET %s: want %q in\n%s", path, want, out)
 		}
 	}
+	m.do("test -s /usr/share/doc/masquevpn/copyright -a -s /usr/share/doc/masquevpn/CHANGELOG.md")
+	m.do("test -s /usr/share/doc/masquevpn/docs/reference/client.toml")
 	m.do("test -s /usr/share/doc/masquevpn/grafana/masque.json -a -s /usr/share/doc/masquevpn/prometheus/masque.rules.yml")
 
 	netAdmin, bind := uint64(1)<<12, uint64(1)<<10
