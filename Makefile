@@ -33,7 +33,7 @@ E2E     = $(GO) test -count=1 -timeout 40m -run '$(RUN)' ./test
 VARIANTS := e2e-plain-tun e2e-plain-udp e2e-stock e2e-race
 FEW      := ^(TestVariant|TestPathMTU|TestReload|TestFragmentation|TestTwoSites|TestForwardUDP|TestForeign.*|TestWireICMP)$$
 
-.PHONY: build packages demo test race fuzz e2e e2e-few e2e-matrix $(VARIANTS) e2e-packages e2e-coexist coexist-packages bench bench-quick bench-tools lint tools clean help
+.PHONY: build packages demo test check race fuzz e2e e2e-few e2e-matrix $(VARIANTS) e2e-packages e2e-coexist coexist-packages bench bench-quick bench-tools lint tools clean help
 
 $(QUICGO): go.mod go.sum internal/quicpatch/apply.sh $(wildcard internal/quicpatch/patches/*) $(shell find internal/quicpatch/files -type f)
 	rm -rf vendor # of older versions of this Makefile: go would take it
@@ -65,7 +65,15 @@ packages: build ## dist/*.deb and dist/*.rpm
 demo: build ## a tunnel between hosts on this machine, in network namespaces
 	bin/masque-lab demo
 
-test: lint race e2e e2e-few $(if $(filter 0,$(shell id -u)),e2e-packages) ## everything that has to pass before a change goes in
+ifdef PKG
+test: $(if $(filter %/test,$(PKG:/=)),build tools,$(QUICGO))
+	$(GO) test -count=1 $(if $(filter %/test,$(PKG:/=)),,-race) -run '$(RUN)' $(PKG)
+else
+test: lint race e2e e2e-few $(if $(filter 0,$(shell id -u)),e2e-packages) ## everything that has to pass before a change goes in; PKG=./proxy RUN=TestSite: some tests of one package
+endif
+
+check: lint ## lint and unit tests: no root, nothing to install, two minutes
+	$(GO) test $(UNITS)
 
 race: $(QUICGO) tools ## unit tests with the race detector, and the seeds of the fuzz targets
 	$(GO) test -race $(UNITS)
@@ -125,6 +133,7 @@ bench-tools: build tools ## what `make bench` runs: bin/bench/bench
 lint: $(QUICGO) ## gofmt, go vet, staticcheck, and the rules on who imports whom
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
+	$(GO) run ./internal/stylecheck $$(git ls-files '*.go')
 	$(GO) vet ./...
 	cd test/bench && $(STOCK) $(GO) vet ./...
 	$(STOCK) $(GO) vet ./...
