@@ -57,6 +57,14 @@ func halfRequests(ctx context.Context, local net.IP, proxy string, bytes int) (*
 	if control, err := conn.OpenUniStream(); err == nil {
 		_, _ = control.Write([]byte{0, 4, 2, 0x33, 1})
 	}
+	sendHalfRequests(conn, bytes)
+	return conn, free, nil
+}
+
+// sendHalfRequests opens as many requests on conn as the proxy lets it, sends a
+// part of each, and datagrams for all of them, until it has sent so many bytes or
+// the connection ends.
+func sendHalfRequests(conn *quic.Conn, bytes int) {
 	var streams []uint64
 	for {
 		str, err := conn.OpenStream()
@@ -75,7 +83,6 @@ func halfRequests(ctx context.Context, local net.IP, proxy string, bytes int) (*
 		}
 		bytes -= len(datagram)
 	}
-	return conn, free, nil
 }
 
 // Who has not said who he is has the proxy keep little, and no other client
@@ -110,6 +117,23 @@ func TestHalfRequests(t *testing.T) {
 	if got, want := s.Counters().Sessions, 1; got != want {
 		t.Errorf("%d sessions, want %d", got, want)
 	}
+}
+
+// A user whose request was accepted may open many more streams. Datagrams for
+// those that nobody receives from are not kept by the thousand.
+func TestUnreadDatagrams(t *testing.T) {
+	const (
+		sent = 64 << 20 // bytes
+		most = 16 << 20 // bytes that may be kept
+	)
+	s, device := hostile(t, nil)
+	attacker, other := tunnel(t, s, device, nil), tunnel(t, s, device, nil)
+	before := heap()
+	sendHalfRequests(attacker.conn, sent)
+	if grown := int64(heap()) - int64(before); grown > most {
+		t.Errorf("%d bytes are kept, more than %d", grown, most)
+	}
+	other.lives(t)
 }
 
 // Requests that are refused do not make a connection last, nor do those of

@@ -7,7 +7,8 @@ import (
 	"github.com/quic-go/quic-go/internal/wire"
 )
 
-// What a connection with Config.AwaitAdmission takes from a peer until Admit is called.
+// What a connection with Config.AwaitAdmission takes from a peer until Admit is
+// called.
 const (
 	maxPendingPackets   = 16 // that wait to be processed
 	maxPendingDatagrams = 32 // in all that have no handler
@@ -19,7 +20,8 @@ type admission struct {
 	datagrams int // without a handler so far; of the goroutine that runs the connection
 }
 
-// Admit lifts the limits on a connection with Config.AwaitAdmission, and lets the peer have that many bidirectional streams open.
+// Admit lifts the limits on a connection with Config.AwaitAdmission, and lets
+// the peer have that many bidirectional streams open.
 func (c *Conn) Admit(streams int) {
 	c.admission.done.Store(true)
 	c.streamsMap.incomingBidiStreams.raise(uint64(streams))
@@ -54,5 +56,6 @@ func (m *incomingStreamsMap[T]) raise(n uint64) {
 	}
 	m.maxNumStreams = n
 	m.maxStream = m.nextStreamToOpen + 4*protocol.StreamID(n-uint64(len(m.streams))-1)
-	m.queueMaxStreamID(&wire.MaxStreamsFrame{Type: m.streamType, MaxStreamNum: m.maxStream.StreamNum()})
+	m.queueMaxStreamID(&wire.MaxStreamsFrame{Type: m.streamType,
+		MaxStreamNum: m.maxStream.StreamNum()})
 }

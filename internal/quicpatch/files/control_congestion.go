@@ -10,5 +10,6 @@ func (c *Conn) congestionSwitch() *atomic.Bool {
 	return &c.controlled
 }
 
-// ControlCongestion turns congestion control on, for good, on a connection with Config.Uncontrolled.
+// ControlCongestion turns congestion control on, for good, on a connection with
+// Config.Uncontrolled.
 func (c *Conn) ControlCongestion() { c.controlled.Store(true) }

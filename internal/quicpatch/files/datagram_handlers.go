@@ -10,25 +10,30 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 )
 
-// DatagramHandler takes datagrams as they come in. Its methods are called by the goroutine that runs the connection: they must
-// not wait for it, which SendDatagram does when its queue is full.
+// DatagramHandler takes datagrams as they come in. Its methods are called by
+// the goroutine that runs the connection: they must not wait for it, which
+// SendDatagram does when its queue is full.
 type DatagramHandler interface {
-	// HandleDatagram takes one datagram, without the number that it begins with. The datagram must not be kept.
+	// HandleDatagram takes one datagram, without the number that it begins
+	// with. The datagram must not be kept.
 	HandleDatagram([]byte)
-	// FlushDatagrams is called after one or more datagrams: before another handler gets one, and at the end of each run of packets
-	// that were at hand.
+	// FlushDatagrams is called after one or more datagrams: before another
+	// handler gets one, and at the end of each run of packets that were at
+	// hand.
 	FlushDatagrams()
 }
 
-// datagramHandlers are the handlers of a connection by the number that their datagrams begin with.
+// datagramHandlers are the handlers of a connection by the number that their
+// datagrams begin with.
 type datagramHandlers struct {
 	mu   sync.Mutex // of changes
 	by   atomic.Pointer[map[uint64]DatagramHandler]
 	busy DatagramHandler // to be flushed, nil for none
 }
 
-// HandleDatagrams gives h, from now on, the datagrams that begin with the number id, as HTTP Datagrams of one stream do (RFC 9297
-// section 2.1). With nil they go to ReceiveDatagram again.
+// HandleDatagrams gives h, from now on, the datagrams that begin with the
+// number id, as HTTP Datagrams of one stream do (RFC 9297 section 2.1). With
+// nil they go to ReceiveDatagram again.
 func (c *Conn) HandleDatagrams(id uint64, h DatagramHandler) {
 	d := &c.datagramHandlers
 	d.mu.Lock()
@@ -85,8 +90,9 @@ func getDatagramBuffer(size int) []byte {
 	return datagramBuffers.Get().(*datagramBuffer)[:size]
 }
 
-// releaseDatagrams takes the contents of datagrams back that were packed, which is once. What remains of them in the history of
-// sent packets is not looked at: a datagram has no handler for its loss.
+// releaseDatagrams takes the contents of datagrams back that were packed, which
+// is once. What remains of them in the history of sent packets is not looked
+// at: a datagram has no handler for its loss.
 func releaseDatagrams(frames []ackhandler.Frame) {
 	for _, f := range frames {
 		if d, ok := f.Frame.(*wire.DatagramFrame); ok {

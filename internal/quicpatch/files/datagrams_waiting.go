@@ -9,7 +9,8 @@ import (
 	"github.com/quic-go/quic-go/internal/wire"
 )
 
-// SendDatagramNow is SendDatagram that does not wait: it reports whether there was room in the queue.
+// SendDatagramNow is SendDatagram that does not wait: it reports whether there
+// was room in the queue.
 func (c *Conn) SendDatagramNow(p []byte) (taken bool, _ error) {
 	if !c.supportsDatagrams() {
 		return false, errors.New("datagram support disabled")
@@ -45,7 +46,8 @@ func (h *datagramQueue) addNow(f *wire.DatagramFrame, p []byte) (taken bool, _ e
 	return true, nil
 }
 
-// OldestReceived returns for how long the oldest packet that has come in waits to be handled, 0 when none does.
+// OldestReceived returns for how long the oldest packet that has come in waits
+// to be handled, 0 when none does.
 func (c *Conn) OldestReceived() time.Duration {
 	c.receivedPacketMx.Lock()
 	defer c.receivedPacketMx.Unlock()
@@ -55,7 +57,8 @@ func (c *Conn) OldestReceived() time.Duration {
 	return monotime.Since(c.receivedPackets.PeekFront().rcvTime)
 }
 
-// DatagramsWaiting reports whether datagrams wait to be packed. While none does, SendDatagram does not wait.
+// DatagramsWaiting reports whether datagrams wait to be packed. While none
+// does, SendDatagram does not wait.
 func (c *Conn) DatagramsWaiting() bool {
 	h := c.datagramQueue
 	h.sendMx.Lock()

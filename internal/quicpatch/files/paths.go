@@ -7,7 +7,8 @@ import (
 	"github.com/quic-go/quic-go/internal/wire"
 )
 
-// Abandon closes t, as Close does, but leaves connections alone that have moved to the path of another transport.
+// Abandon closes t, as Close does, but leaves connections alone that have moved
+// to the path of another transport.
 func (t *Transport) Abandon() error {
 	if err := t.init(false); err != nil {
 		return err
@@ -22,7 +23,8 @@ func (t *Transport) Abandon() error {
 	return t.Close()
 }
 
-// forgetClosed drops the transports that are closed, which nothing comes in by any more.
+// forgetClosed drops the transports that are closed, which nothing comes in by
+// any more.
 func (cr connRunners) forgetClosed() {
 	for r := range cr {
 		h, ok := r.(*packetHandlerMap)
@@ -38,8 +40,10 @@ func (cr connRunners) forgetClosed() {
 	}
 }
 
-// sendPathProbe sends the next packet that probes a path, if there is one to send. It is no part of what congestion control or the
-// number of unacknowledged packets limit, which a path that has died may hold at that limit for good.
+// sendPathProbe sends the next packet that probes a path, if there is one to
+// send. It is no part of what congestion control or the number of
+// unacknowledged packets limit, which a path that has died may hold at that
+// limit for good.
 func (c *Conn) sendPathProbe(now monotime.Time) (sent bool, _ error) {
 	if c.perspective != protocol.PerspectiveClient || !c.handshakeConfirmed {
 		return false, nil
@@ -63,8 +67,9 @@ func (c *Conn) sendPathProbe(now monotime.Time) (sent bool, _ error) {
 	return true, nil
 }
 
-// switchToPath makes the connection ID that path id was probed with the active one, and retires the former (RFC 9000 section
-// 9.5). moved, which may be nil, is called in between.
+// switchToPath makes the connection ID that path id was probed with the active
+// one, and retires the former (RFC 9000 section 9.5). moved, which may be nil,
+// is called in between.
 func (h *connIDManager) switchToPath(id pathID, moved func()) {
 	h.pathMx.Lock()
 	defer h.pathMx.Unlock()
@@ -86,7 +91,8 @@ func (h *connIDManager) switchToPath(id pathID, moved func()) {
 		h.activeConnectionID = entry.ConnectionID
 		h.activeStatelessResetToken = &entry.StatelessResetToken
 		h.packetsSinceLastChange = 0
-		h.packetsPerConnectionID = protocol.PacketsPerConnectionID/2 + h.rand.Uint32N(protocol.PacketsPerConnectionID)
+		h.packetsPerConnectionID = protocol.PacketsPerConnectionID/2 +
+			h.rand.Uint32N(protocol.PacketsPerConnectionID)
 	}
 	if h.activeStatelessResetToken != nil {
 		h.addStatelessResetToken(*h.activeStatelessResetToken)

@@ -20,7 +20,8 @@ func newSender(
 	initialMaxDatagramSize protocol.ByteCount,
 	qlogger qlogwriter.Recorder,
 ) congestion.SendAlgorithmWithDebugInfos {
-	reno := congestion.NewCubicSender(congestion.DefaultClock{}, rttStats, connStats, initialMaxDatagramSize, true, qlogger)
+	reno := congestion.NewCubicSender(congestion.DefaultClock{}, rttStats, connStats,
+		initialMaxDatagramSize, true, qlogger)
 	if on == nil {
 		return reno
 	}

@@ -7,7 +7,8 @@ import (
 	"github.com/quic-go/quic-go/internal/protocol"
 )
 
-// optional is a controller that lets everything be sent, and hears of nothing, until on is set.
+// optional is a controller that lets everything be sent, and hears of nothing,
+// until on is set.
 type optional struct {
 	SendAlgorithmWithDebugInfos
 	on *atomic.Bool
@@ -40,19 +41,22 @@ func (o optional) GetCongestionWindow() protocol.ByteCount {
 	return o.SendAlgorithmWithDebugInfos.GetCongestionWindow()
 }
 
-func (o optional) OnPacketSent(t monotime.Time, inFlight protocol.ByteCount, pn protocol.PacketNumber, size protocol.ByteCount, retransmittable bool) {
+func (o optional) OnPacketSent(t monotime.Time, inFlight protocol.ByteCount,
+	pn protocol.PacketNumber, size protocol.ByteCount, retransmittable bool) {
 	if o.on.Load() {
 		o.SendAlgorithmWithDebugInfos.OnPacketSent(t, inFlight, pn, size, retransmittable)
 	}
 }
 
-func (o optional) OnPacketAcked(pn protocol.PacketNumber, size, priorInFlight protocol.ByteCount, t monotime.Time) {
+func (o optional) OnPacketAcked(pn protocol.PacketNumber, size, priorInFlight protocol.ByteCount,
+	t monotime.Time) {
 	if o.on.Load() {
 		o.SendAlgorithmWithDebugInfos.OnPacketAcked(pn, size, priorInFlight, t)
 	}
 }
 
-func (o optional) OnCongestionEvent(pn protocol.PacketNumber, lost, priorInFlight protocol.ByteCount) {
+func (o optional) OnCongestionEvent(pn protocol.PacketNumber, lost,
+	priorInFlight protocol.ByteCount) {
 	if o.on.Load() {
 		o.SendAlgorithmWithDebugInfos.OnCongestionEvent(pn, lost, priorInFlight)
 	}
