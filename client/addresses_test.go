@@ -23,19 +23,23 @@ func prefixes(s ...string) []netip.Prefix {
 	return out
 }
 
-// A prefix is the client's as a whole: its interface has the first address of a host, and any other is carried as well.
+// A prefix is the client's as a whole: its interface has the first address of a
+// host, and any other is carried as well.
 func TestDelegatedPrefix(t *testing.T) {
 	f := startProxy(t, func(c *proxy.Config) {
 		c.Pool6 = netip.MustParsePrefix("fd77::/56")
 		c.Delegate4, c.Delegate6 = 28, 64
 	})
-	n := startClient(t, f, func(c *Config) { c.Request = prefixes("0.0.0.0/28", "::/64", "0.0.0.0/32") })
+	n := startClient(t, f, func(c *Config) {
+		c.Request = prefixes("0.0.0.0/28", "::/64", "0.0.0.0/32")
+	})
 	n.awaitConnected(t)
 	want := prefixes("10.77.0.224/28", "fd77:0:0:ff::/64", "10.77.0.2/32")
 	if got := n.Status().Addresses; !slices.Equal(got, want) {
 		t.Errorf("addresses %v, want %v", got, want)
 	}
-	if got, want := n.network.last().Addresses, prefixes("10.77.0.225/32", "fd77:0:0:ff::1/128", "10.77.0.2/32"); !slices.Equal(got, want) {
+	if got, want := n.network.last().Addresses,
+		prefixes("10.77.0.225/32", "fd77:0:0:ff::1/128", "10.77.0.2/32"); !slices.Equal(got, want) {
 		t.Errorf("addresses in the kernel %v, want %v", got, want)
 	}
 	for _, inside := range []string{"10.77.0.225", "10.77.0.238", "10.77.0.2"} {
@@ -44,16 +48,19 @@ func TestDelegatedPrefix(t *testing.T) {
 	for _, inside := range []string{"fd77:0:0:ff::1", "fd77:0:0:ff:1:2:3:4"} {
 		carries(t, n, f, inside, "2001:db8::2")
 	}
-	// It comes back with a prefix for the prefix, and an address for the address.
+	// It comes back with a prefix for the prefix, and an address for the
+	// address.
 	f.Kick(f.Sessions()[0].ID)
-	n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && s.Reconnects > 0 })
+	n.await(t, "connected again", func(s Status) bool {
+		return s.State == StateConnected && s.Reconnects > 0
+	})
 	if got := n.Status().Addresses; !slices.Equal(got, want) {
 		t.Errorf("addresses %v after the reconnect, want %v", got, want)
 	}
 }
 
-// What the proxy changes while the session runs is applied as it comes, each list in place of the last, without an end of
-// the session.
+// What the proxy changes while the session runs is applied as it comes, each
+// list in place of the last, without an end of the session.
 func TestAddressesAndRoutesChange(t *testing.T) {
 	next := make(chan []capsule.Capsule)
 	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
@@ -65,10 +72,13 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 				{RequestID: asked[0].RequestID, Prefix: netip.MustParsePrefix("10.77.0.2/32")},
 				{RequestID: asked[1].RequestID, Prefix: netip.MustParsePrefix("fd77::2/128")},
 			}},
-			&capsule.RouteAdvertisement{Routes: capsule.Routes(prefixes("192.0.2.0/24", "2001:db8::/32"), 0)})
+			&capsule.RouteAdvertisement{Routes: capsule.Routes(prefixes("192.0.2.0/24",
+				"2001:db8::/32"), 0)})
 		for _, to := range []string{"10.77.0.2", "10.77.0.3"} {
 			from := netip.MustParseAddr("192.0.2.1")
-			go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, from, netip.MustParseAddr(to), 64, true, 1, 1, nil)...))
+			go keepSending(r.Context(), str,
+				append([]byte{0}, ippacket.AppendEcho(nil, from, netip.MustParseAddr(to), 64, true,
+					1, 1, nil)...))
 		}
 		for {
 			select {
@@ -108,7 +118,8 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 		}
 		for deadline := time.Now().Add(20 * time.Second); !want(n.network.last()); time.Sleep(time.Millisecond) {
 			if time.Now().After(deadline) {
-				t.Fatalf("step %d: the kernel has %+v, want addresses %v and routes %v", i, n.network.last(), step.addresses, step.routes)
+				t.Fatalf("step %d: the kernel has %+v, want addresses %v and routes %v", i,
+					n.network.last(), step.addresses, step.routes)
 			}
 		}
 		// What was there before and stays is there in every state between.
@@ -125,14 +136,17 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 				}
 			}
 		}
-		n.await(t, "told of it", func(s Status) bool { return slices.Equal(s.Addresses, step.addresses) })
+		n.await(t, "told of it", func(s Status) bool {
+			return slices.Equal(s.Addresses, step.addresses)
+		})
 	}
 	if s := n.Status(); s.State != StateConnected || s.Reconnects != 0 || n.network.closed {
 		t.Errorf("the session did not last: %+v", s)
 	}
 }
 
-// Each of two devices of one user has its own former addresses when its program is started anew, in whatever order.
+// Each of two devices of one user has its own former addresses when its program
+// is started anew, in whatever order.
 func TestInstallations(t *testing.T) {
 	f := startProxy(t, nil)
 	start := func(installation string) *near {
@@ -143,10 +157,13 @@ func TestInstallations(t *testing.T) {
 	stop := func(n *near, left int) {
 		n.stop()
 		<-n.done
-		eventually(t, "the proxy has taken the addresses back", func() bool { return len(f.Sessions()) == left })
+		eventually(t, "the proxy has taken the addresses back", func() bool {
+			return len(f.Sessions()) == left
+		})
 	}
 	laptop, phone := start("laptop"), start("phone")
-	had := map[string][]netip.Prefix{"laptop": laptop.Status().Addresses, "phone": phone.Status().Addresses}
+	had := map[string][]netip.Prefix{"laptop": laptop.Status().Addresses,
+		"phone": phone.Status().Addresses}
 	stop(laptop, 1)
 	stop(phone, 0)
 	for _, name := range []string{"phone", "tablet", "laptop"} {
@@ -157,7 +174,8 @@ func TestInstallations(t *testing.T) {
 	}
 }
 
-// Two copies of one installation, as of a cloned machine, have addresses of their own, and leave each other alone.
+// Two copies of one installation, as of a cloned machine, have addresses of
+// their own, and leave each other alone.
 func TestInstallationCopied(t *testing.T) {
 	f := startProxy(t, nil)
 	var copies []*near
@@ -171,7 +189,8 @@ func TestInstallationCopied(t *testing.T) {
 	}
 	for _, n := range copies {
 		eventually(t, "packets pass", func() bool {
-			n.device.Inject(ippacket.AppendEcho(nil, n.Status().Addresses[0].Addr(), netip.MustParseAddr("192.0.2.9"), 64, true, 1, 1, nil))
+			n.device.Inject(ippacket.AppendEcho(nil, n.Status().Addresses[0].Addr(),
+				netip.MustParseAddr("192.0.2.9"), 64, true, 1, 1, nil))
 			return n.Status().Packets.TX > 0
 		})
 		if s := n.Status(); s.State != StateConnected || s.Reconnects > 0 {

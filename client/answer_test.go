@@ -8,7 +8,8 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// Each acknowledgement brings a new sample of the round trip time; packets that the far end repeats, because it receives nothing, do not.
+// Each acknowledgement brings a new sample of the round trip time; packets that
+// the far end repeats, because it receives nothing, do not.
 func TestAnswerWatch(t *testing.T) {
 	for _, tc := range []struct {
 		name         string
@@ -20,7 +21,8 @@ func TestAnswerWatch(t *testing.T) {
 		{"too early", []time.Duration{9, 12}, false, "waiting for the first answer"},
 		{"acknowledged", []time.Duration{9, 12, 14}, true, ""},
 		{"nothing is acknowledged", []time.Duration{9, 9, 9, 9}, false, "does not acknowledge"},
-		{"nothing is acknowledged any more", []time.Duration{9, 12, 12}, false, "does not acknowledge"},
+		{"nothing is acknowledged any more", []time.Duration{9, 12, 12}, false,
+			"does not acknowledge"},
 		{"acknowledged late", []time.Duration{9, 9, 9, 9, 12}, true, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

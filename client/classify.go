@@ -16,7 +16,8 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// TLS alerts by which a server refuses the client (RFC 8446 section 6.2); QUIC carries them as CRYPTO_ERROR (RFC 9001 section 4.8).
+// TLS alerts by which a server refuses the client (RFC 8446 section 6.2); QUIC
+// carries them as CRYPTO_ERROR (RFC 9001 section 4.8).
 const (
 	cryptoError         = 0x100
 	alertBadCertificate = 42
@@ -27,7 +28,8 @@ const (
 	alertCertRequired   = 116
 )
 
-// classify turns what went wrong on the way to an accepted request into an Error. conn may be nil.
+// classify turns what went wrong on the way to an accepted request into an
+// Error. conn may be nil.
 func classify(err error, conn *quic.Conn, to target) error {
 	var e *Error
 	if errors.As(err, &e) {
@@ -46,28 +48,37 @@ func classify(err error, conn *quic.Conn, to target) error {
 	if errors.As(err, &t) && t.ErrorCode.IsCryptoError() {
 		alert := int(t.ErrorCode) - cryptoError
 		switch {
-		case t.Remote && (alert >= alertBadCertificate && alert <= alertUnknownCert || alert == alertUnknownCA ||
+		case t.Remote && (alert >= alertBadCertificate && alert <= alertUnknownCert ||
+			alert == alertUnknownCA ||
 			alert == alertAccessDenied || alert == alertCertRequired):
 			cause := causeEarlyRefusal
 			if proven(conn) {
 				cause = causeCredentials
 			}
-			return fail(cause, err, fmt.Sprintf("the proxy does not accept the client certificate (%s)", tls.AlertError(alert)),
+			return fail(cause, err,
+				fmt.Sprintf("the proxy does not accept the client certificate (%s)",
+					tls.AlertError(alert)),
 				"ask its operator for a new invitation")
 		case alert == alertNoProtocol && !proven(conn):
-			return fail(causeProtocol, err, to.host+" does not speak HTTP/3", "check the name and the port of the proxy")
+			return fail(causeProtocol, err, to.host+" does not speak HTTP/3",
+				"check the name and the port of the proxy")
 		}
 	}
 	var handshake *quic.HandshakeTimeoutError
 	var idle *quic.IdleTimeoutError
 	switch {
-	case errors.As(err, &handshake), errors.As(err, &idle), errors.Is(err, context.DeadlineExceeded):
-		return fail(causeSilence, err, fmt.Sprintf("the proxy %s does not answer on UDP port %s", to.host, to.port),
+	case errors.As(err, &handshake), errors.As(err, &idle),
+		errors.Is(err, context.DeadlineExceeded):
+		return fail(causeSilence, err,
+			fmt.Sprintf("the proxy %s does not answer on UDP port %s", to.host, to.port),
 			"check that it runs, and that no firewall on the way blocks UDP")
 	case errors.Is(err, os.ErrPermission):
-		return fail(causePrivileges, err, err.Error(), "run as root or with the capability CAP_NET_ADMIN")
+		return fail(causePrivileges, err, err.Error(),
+			"run as root or with the capability CAP_NET_ADMIN")
 	}
-	return fail(causeHandshake, err, fmt.Sprintf("connecting to %s port %s failed (%v)", to.host, to.port, connectip.Explain(err)), "")
+	return fail(causeHandshake, err,
+		fmt.Sprintf("connecting to %s port %s failed (%v)", to.host, to.port,
+			connectip.Explain(err)), "")
 }
 
 // proven reports whether the far end of conn has proved that it is the proxy.
@@ -86,7 +97,8 @@ func proven(conn *quic.Conn) bool {
 	}
 }
 
-// whyEnded explains the end of a stream on conn by that of the connection, where that ended first.
+// whyEnded explains the end of a stream on conn by that of the connection,
+// where that ended first.
 func whyEnded(err error, conn *quic.Conn, to target) error {
 	cause := err // that of the connection, but its context may end a little later
 	if conn.Context().Err() != nil {
@@ -97,17 +109,21 @@ func whyEnded(err error, conn *quic.Conn, to target) error {
 	var reset *quic.StatelessResetError
 	var idle *quic.IdleTimeoutError
 	switch {
-	case errors.As(cause, &app) && app.Remote, errors.As(cause, &transport) && transport.Remote && transport.ErrorCode == quic.NoError:
+	case errors.As(cause, &app) && app.Remote, errors.As(cause, &transport) && transport.Remote &&
+		transport.ErrorCode == quic.NoError:
 		return fail(causeEnded, cause, "the proxy closed the connection", "")
 	case errors.As(cause, &transport) && transport.Remote && !transport.ErrorCode.IsCryptoError():
-		return fail(causeEnded, cause, fmt.Sprintf("the session ended (%v)", connectip.Explain(cause)), "")
+		return fail(causeEnded, cause,
+			fmt.Sprintf("the session ended (%v)", connectip.Explain(cause)), "")
 	case errors.As(cause, &reset):
 		return fail(causeEnded, cause, "the proxy was restarted", "")
 	case errors.As(cause, &idle):
-		return fail(causeLost, cause, fmt.Sprintf("nothing came from the proxy for %v", idleTimeout), "")
+		return fail(causeLost, cause,
+			fmt.Sprintf("nothing came from the proxy for %v", idleTimeout), "")
 	}
 	if conn.Context().Err() == nil {
-		return fail(causeEnded, err, fmt.Sprintf("the session ended (%v)", connectip.Explain(err)), "")
+		return fail(causeEnded, err,
+			fmt.Sprintf("the session ended (%v)", connectip.Explain(err)), "")
 	}
 	return classify(cause, conn, to)
 }
@@ -136,7 +152,8 @@ func subjects(c *x509.Certificate) string {
 	return strings.Join(names, ", ")
 }
 
-// identity explains a certificate of the proxy that does not verify, or returns nil.
+// identity explains a certificate of the proxy that does not verify, or returns
+// nil.
 func identity(err error, to target) *Error {
 	var verify *tls.CertificateVerificationError
 	if !errors.As(err, &verify) {
@@ -147,10 +164,13 @@ func identity(err error, to target) *Error {
 	var invalid x509.CertificateInvalidError
 	switch {
 	case errors.As(err, &unknown):
-		return fail(causeIdentity, err, fmt.Sprintf("the certificate of %s is from an unknown authority", to.host),
+		return fail(causeIdentity, err,
+			fmt.Sprintf("the certificate of %s is from an unknown authority", to.host),
 			"set tls.ca to the authority of the proxy; if it is set, do not connect, and ask the operator")
 	case errors.As(err, &host):
-		return fail(causeIdentity, err, fmt.Sprintf("the certificate of %s is not for the name %s, but for %s", to.host, to.verify, subjects(host.Certificate)),
+		return fail(causeIdentity, err,
+			fmt.Sprintf("the certificate of %s is not for the name %s, but for %s", to.host,
+				to.verify, subjects(host.Certificate)),
 			"correct proxy or tls.server_name")
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		// Dates are looked at first, but whose certificate it is says more.
@@ -163,13 +183,15 @@ func identity(err error, to target) *Error {
 		}
 		return outOfTime(err, invalid.Cert, to)
 	}
-	return fail(causeIdentity, err, fmt.Sprintf("the certificate of %s could not be verified (%v)", to.host, verify.Err),
+	return fail(causeIdentity, err,
+		fmt.Sprintf("the certificate of %s could not be verified (%v)", to.host, verify.Err),
 		"do not connect, and ask its operator")
 }
 
 // verifyAt verifies a chain as the handshake does, for another time.
 func (to target) verifyAt(chain []*x509.Certificate, at time.Time) error {
-	opts := x509.VerifyOptions{Roots: to.roots, DNSName: to.verify, CurrentTime: at, Intermediates: x509.NewCertPool()}
+	opts := x509.VerifyOptions{Roots: to.roots, DNSName: to.verify, CurrentTime: at,
+		Intermediates: x509.NewCertPool()}
 	for _, c := range chain[1:] {
 		opts.Intermediates.AddCert(c)
 	}
@@ -190,8 +212,10 @@ func outOfTime(err error, cert *x509.Certificate, to target) *Error {
 	now := to.clock.now()
 	const remedy = "check this host's clock, and ask the operator for a new certificate"
 	if now.Before(cert.NotBefore) {
-		return fail(causeClock, err, fmt.Sprintf("the certificate of %s has expired or is not valid yet: it is valid from %s, and it is %s here",
-			to.host, date(cert.NotBefore), date(now)), "set this host's clock; a kill switch keeps time servers out unless kill_switch.allow names them")
+		return fail(causeClock, err,
+			fmt.Sprintf("the certificate of %s has expired or is not valid yet: it is valid from %s, and it is %s here",
+				to.host, date(cert.NotBefore), date(now)),
+			"set this host's clock; a kill switch keeps time servers out unless kill_switch.allow names them")
 	}
 	reason := fmt.Sprintf("the certificate of %s has expired or is not valid yet: it ended on %s, and it is %s here", to.host, date(cert.NotAfter), date(now))
 	if !to.clock.synchronised() {

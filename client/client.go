@@ -28,7 +28,8 @@ const (
 	headroom = connectip.Headroom
 	minMTU   = 1280 // of a link that carries IPv6 (RFC 8200 section 5)
 	maxMTU   = flowqueue.MaxSize
-	// sendBatch is how many packets are taken from the queue at once: few, because they are past what keeps the queue fair.
+	// sendBatch is how many packets are taken from the queue at once: few,
+	// because they are past what keeps the queue fair.
 	sendBatch = 16
 )
 
@@ -39,24 +40,29 @@ type Client struct {
 	dialer   *dialer
 	instance string // tells this run from others of the same user
 
-	ends    hostend.Keeper[*end]
-	host    *host
-	tried   tried                          // when it dialed last
-	hurry   *rate.Limiter                  // of attempts before their time
-	pushed  []capsule.DNSConfiguration     // what the last session said of DNS
-	queue   *flowqueue.Queue               // of packets of the device
-	current atomic.Pointer[connectip.Conn] // where packets of the device go, nil while there is no session
+	ends   hostend.Keeper[*end]
+	host   *host
+	tried  tried                      // when it dialed last
+	hurry  *rate.Limiter              // of attempts before their time
+	pushed []capsule.DNSConfiguration // what the last session said of DNS
+	queue  *flowqueue.Queue           // of packets of the device
+	// where packets of the device go, nil while there is no session
+	current atomic.Pointer[connectip.Conn]
 	stats   connectip.Stats
 	reading connectip.Busy // the device's reader has packets
 	sender  connectip.Busy // with what it took from queue
 	had     []netip.Prefix // addresses of the last session, to ask for again
-	unasked bool           // the proxy ends the tunnel when it is asked for addresses, and assigns some without that
+	// the proxy ends the tunnel when it is asked for addresses, and assigns
+	// some without that
+	unasked bool
 	applied bool           // the kernel has followed a proxy
 	held    []netip.Prefix // addresses that the kernel has of a proxy
 
-	overlaps string                                // what the log was told of networks that hold them
+	// what the log was told of networks that hold them
+	overlaps string
 	networks atomic.Pointer[[]routing.HostNetwork] // of this host
-	loop     *time.Timer                           // ends the notice of noteLoop, nil before the first
+	// ends the notice of noteLoop, nil before the first
+	loop *time.Timer
 
 	mu         sync.Mutex
 	status     connectip.Status
@@ -74,24 +80,31 @@ type Client struct {
 	dnsRepairs        uint64
 	dnsLost           bool // the resolver has lost what it was told
 
-	failure      *Error     // of the last attempt at a session, nil once one was connected
-	noting       sync.Mutex // guards askedOutside, and is held while conflicts with the host's routes are noted
-	askedOutside string     // what the log said last of names that are asked outside
+	failure *Error // of the last attempt at a session, nil once one was connected
+	// guards askedOutside, and is held while conflicts with the host's routes
+	// are noted
+	noting       sync.Mutex
+	askedOutside string // what the log said last of names that are asked outside
 
-	notices         map[string]notice // by key
-	connectedReason string            // reason of the last StateConnected, shown again when no notice degrades the tunnel
+	notices map[string]notice // by key
+	// reason of the last StateConnected, shown again when no notice degrades
+	// the tunnel
+	connectedReason string
 
 	changed chan struct{}
 }
 
-// Status describes a tunnel; its JSON form is that of `masque-client status --json`.
+// Status describes a tunnel; its JSON form is that of `masque-client status
+// --json`.
 type Status = connectip.Status
 
 // The states of a tunnel.
 const (
-	StateConnecting   = "connecting"
-	StateConnected    = "connected"
-	StateDegraded     = "degraded" // connected, but the host or the path does not keep what the tunnel promises
+	StateConnecting = "connecting"
+	StateConnected  = "connected"
+	// connected, but the host or the path does not keep what the tunnel
+	// promises
+	StateDegraded     = "degraded"
 	StateReconnecting = "reconnecting"
 	StateStopping     = "stopping"
 	StateFailed       = "failed"
@@ -104,7 +117,8 @@ const (
 	KillSwitchOpen   = "open"   // another program has opened it
 )
 
-// New checks cfg and makes a Client of it; nothing is opened or sent yet. Errors are *Error of KindUsage.
+// New checks cfg and makes a Client of it; nothing is opened or sent yet.
+// Errors are *Error of KindUsage.
 func New(cfg Config) (*Client, error) {
 	to, err := cfg.resolveTarget()
 	if err != nil {
@@ -118,14 +132,17 @@ func New(cfg Config) (*Client, error) {
 	if withKernel {
 		control = routing.MarkSocket(cfg.Mark)
 	}
-	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()), queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice)}
+	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()),
+		queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice)}
 	c.ends.Open, c.ends.Report, c.ends.Logger = c.openEnd, c.noteHealth, cfg.Logger
 	c.host, c.hurry = newHost(cfg.Suspended), rate.NewLimiter(rate.Every(hurryInterval), hurryBurst)
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
 	c.dialer.resolver = resolver(control, cfg.Nameservers)
 	c.dialer.tracer = cfg.Tracer
-	c.dialer.dropped = func(packets int) { c.stats.Receive.DropMany(connectip.DropSocketFull, packets) }
+	c.dialer.dropped = func(packets int) {
+		c.stats.Receive.DropMany(connectip.DropSocketFull, packets)
+	}
 	c.status = connectip.Status{
 		Schema: connectip.StatusSchema, Name: cfg.Name, State: StateConnecting, Since: time.Now(),
 		Proxy:     connectip.ProxyStatus{Name: to.host, HTTP: "h3"},
@@ -135,8 +152,9 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
-// Run keeps the tunnel until ctx ends, which gives nil, or until it fails for good, which gives an *Error. Either way
-// the host is as it was before, but for a kill switch, which stays closed. It may be called once.
+// Run keeps the tunnel until ctx ends, which gives nil, or until it fails for
+// good, which gives an *Error. Either way the host is as it was before, but for
+// a kill switch, which stays closed. It may be called once.
 func (c *Client) Run(ctx context.Context) (err error) {
 	defer func() {
 		if err != nil {
@@ -152,7 +170,8 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	}
 	c.setState(StateConnecting, "")
 	var sending, keeping sync.WaitGroup
-	// Joined errors lose their kind, so only a failure to restore the host is added.
+	// Joined errors lose their kind, so only a failure to restore the host is
+	// added.
 	defer func() {
 		if closeErr := c.ends.Close(); closeErr != nil {
 			err = errors.Join(err, closeErr)
@@ -179,7 +198,8 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	return err
 }
 
-// closeKillSwitch closes the kill switch, if there is one, but for an interface, or puts it back where others removed it.
+// closeKillSwitch closes the kill switch, if there is one, but for an
+// interface, or puts it back where others removed it.
 func (c *Client) closeKillSwitch(iface string) error {
 	if c.cfg.KillSwitch == nil {
 		return nil
@@ -202,9 +222,11 @@ func privileged(err error, what string) error {
 	return fail(c, err, what+err.Error(), "")
 }
 
-// keepConnected has one session after another until ctx ends or trying again cannot help.
+// keepConnected has one session after another until ctx ends or trying again
+// cannot help.
 func (c *Client) keepConnected(ctx context.Context) error {
-	r := retry{enabled: c.cfg.Reconnect, service: c.cfg.Service, maxDelay: c.cfg.MaxDelay, logger: c.cfg.Logger}
+	r := retry{enabled: c.cfg.Reconnect, service: c.cfg.Service, maxDelay: c.cfg.MaxDelay,
+		logger: c.cfg.Logger}
 	r.applied = func() bool { return c.applied }
 	r.waiting = func(everConnected bool, e *Error) {
 		c.mu.Lock()
@@ -231,7 +253,8 @@ func (c *Client) keepConnected(ctx context.Context) error {
 	})
 }
 
-// panicked logs a panic of a goroutine that serves a session, which ends with it.
+// panicked logs a panic of a goroutine that serves a session, which ends with
+// it.
 func (c *Client) panicked(e *rescue.Error) {
 	c.cfg.Logger.Error("a fault of this program ended the session; please report it with this line",
 		"panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
@@ -245,7 +268,8 @@ func (c *Client) notePeer(e *Error) {
 	}
 }
 
-// dispatch queues packets, which the queue owns from then on: they are set to nil. A single one for an idle tunnel is sent at once.
+// dispatch queues packets, which the queue owns from then on: they are set to
+// nil. A single one for an idle tunnel is sent at once.
 func (c *Client) dispatch(packets []*flowqueue.Packet) {
 	c.reading.Begin()
 	defer c.reading.End()
@@ -286,8 +310,8 @@ func (c *Client) sendQueued() {
 	}
 }
 
-// Changed returns a channel that is closed at the next change of state, or of what the proxy assigned, advertised or said about
-// DNS.
+// Changed returns a channel that is closed at the next change of state, or of
+// what the proxy assigned, advertised or said about DNS.
 func (c *Client) Changed() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -320,8 +344,9 @@ func (c *Client) Failure() *Error {
 	return c.failure
 }
 
-// setStateLocked is setState without a wake-up for those who wait. A tunnel that
-// is connected is shown as degraded while a notice asks for that. c.mu is held.
+// setStateLocked is setState without a wake-up for those who wait. A tunnel
+// that is connected is shown as degraded while a notice asks for that. c.mu is
+// held.
 func (c *Client) setStateLocked(state, reason string) {
 	if state == StateConnected {
 		c.failure, c.connectedReason = nil, reason

@@ -173,7 +173,8 @@ func startProxy(t *testing.T, change func(*proxy.Config)) *far {
 		TLS:     &tls.Config{Certificates: []tls.Certificate{in.proxy}, ClientCAs: in.ca},
 		Methods: []string{proxy.MethodToken, proxy.MethodMTLS}, Users: users{},
 		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
-		Advertise:     []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")},
+		Advertise: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"),
+			netip.MustParsePrefix("::/0")},
 		OpenDevice:    func() (proxy.Device, error) { return f.device, nil },
 		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return &network{}, nil },
 		LocalNetworks: func() ([]netip.Prefix, error) { return nil, nil },
@@ -287,29 +288,36 @@ func (n *near) failure(t *testing.T) *Error {
 
 func TestConnects(t *testing.T) {
 	for name, change := range map[string]func(*Config){
-		"token":       nil,
-		"certificate": func(c *Config) { c.Token, c.TLS.Certificates = "", []tls.Certificate{newInstallation().user} },
-		"both":        func(c *Config) { c.TLS.Certificates = []tls.Certificate{newInstallation().user} },
+		"token": nil,
+		"certificate": func(c *Config) {
+			c.Token, c.TLS.Certificates = "", []tls.Certificate{newInstallation().user}
+		},
+		"both": func(c *Config) { c.TLS.Certificates = []tls.Certificate{newInstallation().user} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := startProxy(t, nil)
 			n := startClient(t, f, change)
 			n.awaitConnected(t)
-			want := []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32"), netip.MustParsePrefix("fd77::2/128")}
+			want := []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32"),
+				netip.MustParsePrefix("fd77::2/128")}
 			s := n.Status()
 			state := n.network.last()
 			if !slices.Equal(s.Addresses, want) || !slices.Equal(state.Addresses, want) {
-				t.Errorf("addresses %v, in the kernel %v, want %v", s.Addresses, state.Addresses, want)
+				t.Errorf("addresses %v, in the kernel %v, want %v", s.Addresses,
+					state.Addresses, want)
 			}
-			if all := []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}; !slices.Equal(state.Routes, all) {
+			if all := []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"),
+				netip.MustParsePrefix("::/0")}; !slices.Equal(state.Routes, all) {
 				t.Errorf("routes in the kernel %v, want %v", state.Routes, all)
 			}
-			if s.Proxy.AuthenticatedAs != proxyName || s.Proxy.Endpoint != f.addr || state.MTU < minMTU {
+			if s.Proxy.AuthenticatedAs != proxyName || s.Proxy.Endpoint != f.addr ||
+				state.MTU < minMTU {
 				t.Errorf("status %+v, MTU in the kernel %d", s, state.MTU)
 			}
 			carries(t, n, f, "10.77.0.2", "192.0.2.2")
 			carries(t, n, f, "fd77::2", "2001:db8::2")
-			if sessions := f.Sessions(); len(sessions) != 1 || sessions[0].User != "alice" || !slices.Equal(sessions[0].Addresses, want) {
+			if sessions := f.Sessions(); len(sessions) != 1 || sessions[0].User != "alice" ||
+				!slices.Equal(sessions[0].Addresses, want) {
 				t.Errorf("sessions at the proxy: %+v", sessions)
 			}
 			n.stop()
@@ -321,7 +329,8 @@ func TestConnects(t *testing.T) {
 	}
 }
 
-// carries sends a packet in each direction between an address of n and one beyond f.
+// carries sends a packet in each direction between an address of n and one
+// beyond f.
 func carries(t *testing.T, n *near, f *far, inside, beyond string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -345,7 +354,8 @@ func receive(t *testing.T, ctx context.Context, d *tuntest.Device, src, dst neti
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, id, _, _, ok := ippacket.ParseEcho(pkt, p); ok && id == 99 && p.Src == src && p.Dst == dst {
+		if _, id, _, _, ok := ippacket.ParseEcho(pkt, p); ok && id == 99 && p.Src == src &&
+			p.Dst == dst {
 			return
 		}
 	}
@@ -365,22 +375,44 @@ func TestFailures(t *testing.T) {
 		kind   Kind
 		says   string
 	}{
-		"wrong token":           {func(c *Config) { c.Token = "guess" }, KindCredentials, "does not accept the credentials"},
-		"no credentials":        {func(c *Config) { c.Token = "" }, KindCredentials, "does not accept the credentials"},
-		"foreign certificate":   {func(c *Config) { c.TLS.Certificates = []tls.Certificate{foreignCert} }, KindCredentials, "client certificate"},
-		"unknown CA":            {func(c *Config) { c.TLS.RootCAs = otherCAs }, KindIdentity, "unknown authority"},
-		"wrong name":            {func(c *Config) { c.TLS.ServerName = "other.example" }, KindIdentity, "not for the name other.example, but for " + proxyName},
-		"clock beyond validity": {func(c *Config) { c.TLS.Time = func() time.Time { return time.Now().Add(100 * 365 * 24 * time.Hour) } }, KindIdentity, "expired"},
-		"no such host":          {func(c *Config) { c.Proxy, c.Reconnect = "no-such-host.invalid", false }, KindUnreachable, "cannot be resolved"},
-		"closed port":           {func(c *Config) { c.Proxy, c.Reconnect = "127.0.0.1:9", false }, KindUnreachable, "does not answer on UDP port 9"},
-		"unknown path":          {func(c *Config) { c.Proxy = "https://" + f.addr + "/other" }, KindUsage, "status 404"},
-		"missing device":        {func(c *Config) { c.OpenDevice = func() (Device, error) { return nil, os.ErrPermission } }, KindPrivileges, "permission"},
+		"wrong token": {func(c *Config) {
+			c.Token = "guess"
+		}, KindCredentials, "does not accept the credentials"},
+		"no credentials": {func(c *Config) {
+			c.Token = ""
+		}, KindCredentials, "does not accept the credentials"},
+		"foreign certificate": {func(c *Config) {
+			c.TLS.Certificates = []tls.Certificate{foreignCert}
+		}, KindCredentials, "client certificate"},
+		"unknown CA": {func(c *Config) {
+			c.TLS.RootCAs = otherCAs
+		}, KindIdentity, "unknown authority"},
+		"wrong name": {func(c *Config) {
+			c.TLS.ServerName = "other.example"
+		}, KindIdentity, "not for the name other.example, but for " + proxyName},
+		"clock beyond validity": {func(c *Config) {
+			c.TLS.Time = func() time.Time { return time.Now().Add(100 * 365 * 24 * time.Hour) }
+		}, KindIdentity, "expired"},
+		"no such host": {func(c *Config) {
+			c.Proxy, c.Reconnect = "no-such-host.invalid", false
+		}, KindUnreachable, "cannot be resolved"},
+		"closed port": {func(c *Config) {
+			c.Proxy, c.Reconnect = "127.0.0.1:9", false
+		}, KindUnreachable, "does not answer on UDP port 9"},
+		"unknown path": {func(c *Config) {
+			c.Proxy = "https://" + f.addr + "/other"
+		}, KindUsage, "status 404"},
+		"missing device": {func(c *Config) {
+			c.OpenDevice = func() (Device, error) { return nil, os.ErrPermission }
+		}, KindPrivileges, "permission"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := startClient(t, f, tc.change)
 			e := n.failure(t)
-			if e.Kind != tc.kind || !strings.Contains(e.Error(), tc.says) || strings.Contains(e.Error(), "\n") {
-				t.Errorf("got kind %d, %q, want kind %d and one line with %q", e.Kind, e, tc.kind, tc.says)
+			if e.Kind != tc.kind || !strings.Contains(e.Error(), tc.says) ||
+				strings.Contains(e.Error(), "\n") {
+				t.Errorf("got kind %d, %q, want kind %d and one line with %q", e.Kind, e, tc.kind,
+					tc.says)
 			}
 			if name != "missing device" && !n.network.closed {
 				t.Error("the network was not closed")
@@ -394,32 +426,45 @@ func TestFailures(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	for key, cfg := range map[string]Config{
-		"proxy":               {},
-		"proxy ":              {Proxy: "https://p/{+target}"},
-		"proxy  ":             {Proxy: "https://p/ip/{target}", IPProto: "17"},
-		"proxy   ":            {Proxy: "https://p/ip", Target: "192.0.2.0/24"},
-		"scope.target":        {Proxy: "p", Target: "192.0.2.1/24"},
-		"scope.ipproto":       {Proxy: "p", IPProto: "tcp"},
-		"tun.mtu":             {Proxy: "p", TUN: tun.Config{MTU: 9000}},
-		"addresses.request":   {Proxy: "p", Request: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}},
-		"routes.advertise":    {Proxy: "p", AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}},
-		"routes.advertise ":   {Proxy: "p", AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}},
-		"routes.advertise  ":  {Proxy: "p", AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}, Static: []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")}},
-		"routes.advertise   ": {Proxy: "p", AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("fd77::/64")}, Request: []netip.Prefix{netip.MustParsePrefix("fd77::9/128")}},
-		"routes.assign":       {Proxy: "p", AssignPeer: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}},
-		"routes.assign ":      {Proxy: "p", AssignPeer: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}},
-		"routes.assign  ":     {Proxy: "p", AssignPeer: []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")}, Static: []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")}},
+		"proxy":         {},
+		"proxy ":        {Proxy: "https://p/{+target}"},
+		"proxy  ":       {Proxy: "https://p/ip/{target}", IPProto: "17"},
+		"proxy   ":      {Proxy: "https://p/ip", Target: "192.0.2.0/24"},
+		"scope.target":  {Proxy: "p", Target: "192.0.2.1/24"},
+		"scope.ipproto": {Proxy: "p", IPProto: "tcp"},
+		"tun.mtu":       {Proxy: "p", TUN: tun.Config{MTU: 9000}},
+		"addresses.request": {Proxy: "p",
+			Request: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}},
+		"routes.advertise": {Proxy: "p",
+			AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}},
+		"routes.advertise ": {Proxy: "p",
+			AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}},
+		"routes.advertise  ": {Proxy: "p",
+			AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")},
+			Static:          []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")}},
+		"routes.advertise   ": {Proxy: "p",
+			AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("fd77::/64")},
+			Request:         []netip.Prefix{netip.MustParsePrefix("fd77::9/128")}},
+		"routes.assign": {Proxy: "p",
+			AssignPeer: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}},
+		"routes.assign ": {Proxy: "p",
+			AssignPeer: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}},
+		"routes.assign  ": {Proxy: "p",
+			AssignPeer: []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")},
+			Static:     []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")}},
 		"reconnect.max_delay": {Proxy: "p", MaxDelay: -1},
 	} {
 		_, err := New(cfg)
 		var e *Error
-		if !errors.As(err, &e) || e.Kind != KindUsage || !strings.HasPrefix(e.Reason, strings.TrimSpace(key)+":") {
+		if !errors.As(err, &e) || e.Kind != KindUsage ||
+			!strings.HasPrefix(e.Reason, strings.TrimSpace(key)+":") {
 			t.Errorf("%s: got %v", key, err)
 		}
 	}
 }
 
-// A client whose session ends comes back with the same addresses, also when another client came in between.
+// A client whose session ends comes back with the same addresses, also when
+// another client came in between.
 func TestReconnectsWithTheSameAddresses(t *testing.T) {
 	f := startProxy(t, nil)
 	first, second := startClient(t, f, nil), (*near)(nil)
@@ -435,7 +480,9 @@ func TestReconnectsWithTheSameAddresses(t *testing.T) {
 	for _, s := range f.Sessions() {
 		f.Kick(s.ID)
 	}
-	second.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && s.Reconnects > 0 })
+	second.await(t, "connected again", func(s Status) bool {
+		return s.State == StateConnected && s.Reconnects > 0
+	})
 	if got := second.Status().Addresses; !slices.Equal(got, want) {
 		t.Errorf("addresses %v after the reconnect, want %v", got, want)
 	}
@@ -444,8 +491,12 @@ func TestReconnectsWithTheSameAddresses(t *testing.T) {
 
 func TestRevokedUser(t *testing.T) {
 	var gone atomic.Bool
-	f := startProxy(t, func(c *proxy.Config) { c.Users, c.Methods = users{&gone}, []string{proxy.MethodMTLS} })
-	n := startClient(t, f, func(c *Config) { c.TLS.Certificates = []tls.Certificate{newInstallation().user} })
+	f := startProxy(t, func(c *proxy.Config) {
+		c.Users, c.Methods = users{&gone}, []string{proxy.MethodMTLS}
+	})
+	n := startClient(t, f, func(c *Config) {
+		c.TLS.Certificates = []tls.Certificate{newInstallation().user}
+	})
 	n.awaitConnected(t)
 	gone.Store(true)
 	f.UsersChanged()
@@ -456,7 +507,8 @@ func TestRevokedUser(t *testing.T) {
 
 func TestPoolExhausted(t *testing.T) {
 	f := startProxy(t, func(c *proxy.Config) {
-		c.Pool4, c.Pool6 = netip.MustParsePrefix("10.77.0.0/30"), netip.Prefix{} // one address for clients
+		// one address for clients
+		c.Pool4, c.Pool6 = netip.MustParsePrefix("10.77.0.0/30"), netip.Prefix{}
 	})
 	first := startClient(t, f, nil)
 	first.awaitConnected(t)
@@ -480,29 +532,38 @@ func TestSessionLimit(t *testing.T) {
 func TestSplitTunnel(t *testing.T) {
 	f := startProxy(t, nil)
 	n := startClient(t, f, func(c *Config) {
-		c.Accept = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
+		c.Accept = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
+			netip.MustParsePrefix("2001:db8::/32")}
 	})
 	n.awaitConnected(t)
-	if got := n.network.last().Routes; !slices.Equal(got, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}) {
+	if got := n.network.last().Routes; !slices.Equal(got,
+		[]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
+			netip.MustParsePrefix("2001:db8::/32")}) {
 		t.Errorf("installed %v", got)
 	}
 }
 
-// On a host where IPv6 is turned off, the tunnel carries IPv4, and the status says what becomes of IPv6.
+// On a host where IPv6 is turned off, the tunnel carries IPv4, and the status
+// says what becomes of IPv6.
 func TestHostWithoutIPv6(t *testing.T) {
 	f := startProxy(t, nil)
 	kernel := &network{held: routing.ErrIPv6Disabled}
-	n := startClient(t, f, func(c *Config) { c.OpenNetwork = func(Device) (Network, error) { return kernel, nil } })
+	n := startClient(t, f, func(c *Config) {
+		c.OpenNetwork = func(Device) (Network, error) { return kernel, nil }
+	})
 	n.awaitConnected(t)
 	want := []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")}
 	s := n.Status()
 	if !slices.Equal(s.Addresses, want) || len(s.Routes) != 1 || !s.Routes[0].Start.Is4() {
-		t.Errorf("the status has addresses %v and routes %v, want those of IPv4", s.Addresses, s.Routes)
+		t.Errorf("the status has addresses %v and routes %v, want those of IPv4", s.Addresses,
+			s.Routes)
 	}
-	if len(s.Warnings) != 1 || !strings.Contains(s.Warnings[0], "IPv6 that belongs in the tunnel is refused") {
+	if len(s.Warnings) != 1 || !strings.Contains(s.Warnings[0],
+		"IPv6 that belongs in the tunnel is refused") {
 		t.Errorf("the warnings are %q", s.Warnings)
 	}
-	// The kernel is told of IPv6 all the same: it is for the kernel's side to hold.
+	// The kernel is told of IPv6 all the same: it is for the kernel's side to
+	// hold.
 	if got := kernel.last().Routes; !slices.Contains(got, netip.MustParsePrefix("::/0")) {
 		t.Errorf("routes %v, want ::/0 among them", got)
 	}
@@ -542,7 +603,8 @@ func TestIsolation(t *testing.T) {
 func TestManyRoutes(t *testing.T) {
 	var many []netip.Prefix
 	for i := range routing.MaxRoutes - 2 { // and the proxy's own addresses
-		many = append(many, netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, 0, byte(i >> 7), byte(i << 1)}), 64))
+		many = append(many, netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, 0,
+			byte(i >> 7), byte(i << 1)}), 64))
 	}
 	f := startProxy(t, func(c *proxy.Config) { c.Advertise = many })
 	n := startClient(t, f, nil)
@@ -560,26 +622,32 @@ func TestNewRefusesWhatCannotBeSent(t *testing.T) {
 	}{
 		{"networks", "routes.advertise", func(c *Config) {
 			for i := range 4000 {
-				c.AdvertiseRoutes = append(c.AdvertiseRoutes, netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, 0, byte(i >> 7), byte(i << 1)}), 64))
+				c.AdvertiseRoutes = append(c.AdvertiseRoutes,
+					netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, 0,
+						byte(i >> 7), byte(i << 1)}), 64))
 			}
 		}},
 		{"addresses of the proxy", "routes.assign", func(c *Config) {
 			for i := range 65 {
-				c.AssignPeer = append(c.AssignPeer, netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}), 32))
+				c.AssignPeer = append(c.AssignPeer,
+					netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}), 32))
 			}
 		}},
 		{"addresses", "addresses.request", func(c *Config) {
 			c.Request = slices.Repeat([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/32")}, 65)
 		}},
 		{"a token", "auth.token", func(c *Config) { c.Token = strings.Repeat("a", 9000) }},
-		{"a template", "proxy", func(c *Config) { c.Proxy = "https://vpn.example/" + strings.Repeat("a", 5000) }},
+		{"a template", "proxy", func(c *Config) {
+			c.Proxy = "https://vpn.example/" + strings.Repeat("a", 5000)
+		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := Config{Name: "home", Proxy: "vpn.example"}
 			tc.change(&c)
 			_, err := New(c)
 			var e *Error
-			if !errors.As(err, &e) || e.Kind != KindUsage || !strings.HasPrefix(e.Reason, tc.key+": ") {
+			if !errors.As(err, &e) || e.Kind != KindUsage ||
+				!strings.HasPrefix(e.Reason, tc.key+": ") {
 				t.Errorf("got %v, want a usage error about %s", err, tc.key)
 			}
 		})

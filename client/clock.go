@@ -20,7 +20,9 @@ func newClock(config *tls.Config) clock {
 	if config != nil && config.Time != nil {
 		return clock{now: config.Time, synchronised: func() bool { return true }}
 	}
-	return clock{now: func() time.Time { return notBefore(time.Now(), built()) }, synchronised: synchronised}
+	return clock{now: func() time.Time {
+		return notBefore(time.Now(), built())
+	}, synchronised: synchronised}
 }
 
 // notBefore returns now, or built where that is later. A clock that says

@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// Certificates are verified for the time of the host's clock, but for none before the program was made.
+// Certificates are verified for the time of the host's clock, but for none
+// before the program was made.
 func TestNotBefore(t *testing.T) {
 	built := time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC)
 	for name, tc := range map[string]struct{ now, built, want time.Time }{
@@ -22,7 +23,8 @@ func TestNotBefore(t *testing.T) {
 	}
 }
 
-// A clock of the configuration goes before that of the host, and counts as right.
+// A clock of the configuration goes before that of the host, and counts as
+// right.
 func TestConfiguredClock(t *testing.T) {
 	at := time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC)
 	c := newClock(&tls.Config{Time: func() time.Time { return at }})

@@ -1,5 +1,6 @@
-// Package client is a CONNECT-IP client (RFC 9484): it dials a proxy over HTTP/3, asks for addresses, applies them and the
-// advertised routes to the host, carries packets, and comes back when the connection is lost.
+// Package client is a CONNECT-IP client (RFC 9484): it dials a proxy over
+// HTTP/3, asks for addresses, applies them and the advertised routes to the
+// host, carries packets, and comes back when the connection is lost.
 package client
 
 import (
@@ -36,11 +37,13 @@ type Config struct {
 	TLS   *tls.Config // RootCAs (nil: the system's), Certificates, ServerName ("": from Proxy)
 	Token string      // bearer token, "" for none
 
-	// Instance is a token that no other client uses at the same time: a proxy ends a session of the same user that had it before, as when
-	// its client was killed, and hands its addresses over. Default: a random one.
+	// Instance is a token that no other client uses at the same time: a proxy
+	// ends a session of the same user that had it before, as when its client
+	// was killed, and hands its addresses over. Default: a random one.
 	Instance string
-	// Installation is a token that tells this device from others of the same user, so that it has its former addresses when the
-	// program is started anew. It should be hard to guess. "" for none.
+	// Installation is a token that tells this device from others of the same
+	// user, so that it has its former addresses when the program is started
+	// anew. It should be hard to guess. "" for none.
 	Installation string
 
 	Target  string // request scope (RFC 9484 section 4.6), "" and "*" for any
@@ -58,18 +61,23 @@ type Config struct {
 	Exclude       []netip.Prefix     // goes around the tunnel
 	HostRoutes    routing.HostRoutes // routes of the host that go before the tunnel's
 
-	// Mark is the two bits of packet and connection marks that are of this tunnel, see routing.Config. Default: routing.DefaultMark.
+	// Mark is the two bits of packet and connection marks that are of this
+	// tunnel, see routing.Config. Default: routing.DefaultMark.
 	Mark uint32
 
-	// KillSwitch, if there is one, is closed before anything is sent, kept closed, and left
-	// closed: to lift it is up to the caller, when Run has returned.
+	// KillSwitch, if there is one, is closed before anything is sent, kept
+	// closed, and left closed: to lift it is up to the caller, when Run has
+	// returned.
 	KillSwitch KillSwitch
-	// Nameservers (host:port) are asked for the proxy's name instead of a resolver on this host, whose own questions a kill
-	// switch would stop. Without them that one is asked.
+	// Nameservers (host:port) are asked for the proxy's name instead of a
+	// resolver on this host, whose own questions a kill switch would stop.
+	// Without them that one is asked.
 	Nameservers []string
 
-	// AdvertiseRoutes are networks behind this host that the proxy may send to, which makes this host a gateway and a router
-	// (RFC 9484 section 8.2). AssignPeer are single addresses that the proxy is given, usually out of those networks.
+	// AdvertiseRoutes are networks behind this host that the proxy may send to,
+	// which makes this host a gateway and a router (RFC 9484 section 8.2).
+	// AssignPeer are single addresses that the proxy is given, usually out of
+	// those networks.
 	AdvertiseRoutes []netip.Prefix
 	AssignPeer      []netip.Prefix
 
@@ -85,22 +93,29 @@ type Config struct {
 
 	Journal string // path of a file that lets the next start clean up after a crash; "" for none
 	Logger  *slog.Logger
-	Tap     *capture.Tap                                                    // where packets of the tunnel pass; nil for none
-	Tracer  func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // of quic.Config, for qlog; nil for none
+	// where packets of the tunnel pass; nil for none
+	Tap *capture.Tap
+	// of quic.Config, for qlog; nil for none
+	Tracer func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace
 
-	// OpenDevice, OpenNetwork and OpenResolver replace the TUN device, the kernel's routing and the host's resolver, for use
-	// without privileges. With the routing replaced, and no OpenResolver, no resolver is told anything.
+	// OpenDevice, OpenNetwork and OpenResolver replace the TUN device, the
+	// kernel's routing and the host's resolver, for use without privileges.
+	// With the routing replaced, and no OpenResolver, no resolver is told
+	// anything.
 	OpenDevice   func() (Device, error)
 	OpenNetwork  func(Device) (Network, error)
 	OpenResolver func(Device) (Resolver, error)
 
-	// OpenUplink replaces the kernel's knowledge of how packets get to the proxy. With the routing replaced, and no OpenUplink, nothing
-	// is known of it. Suspended replaces the clocks that tell for how long in all this host has been suspended since it booted.
+	// OpenUplink replaces the kernel's knowledge of how packets get to the
+	// proxy. With the routing replaced, and no OpenUplink, nothing is known of
+	// it. Suspended replaces the clocks that tell for how long in all this host
+	// has been suspended since it booted.
 	OpenUplink func() (Uplink, error)
 	Suspended  func() time.Duration
 
-	// HostNetworks replaces the kernel's knowledge of the addresses of this host, without those of an interface. With the routing
-	// replaced, and no HostNetworks, none are known.
+	// HostNetworks replaces the kernel's knowledge of the addresses of this
+	// host, without those of an interface. With the routing replaced, and no
+	// HostNetworks, none are known.
 	HostNetworks func(except string) ([]routing.HostNetwork, error)
 }
 
@@ -117,17 +132,21 @@ type Device interface {
 // Network is the kernel's side of a Device; *routing.Manager is one.
 type Network interface {
 	Apply(routing.State) error
-	// FollowHost has the state applied fit the host's networks and routes, and returns where these have the same addresses as that.
+	// FollowHost has the state applied fit the host's networks and routes, and
+	// returns where these have the same addresses as that.
 	FollowHost() (conflicts []string, err error)
 	Held() error // why the state applied has its IPv6 routes leading nowhere, nil if it has not
-	// Keep puts back what other programs change of the state applied, until ctx ends or the device is lost.
+	// Keep puts back what other programs change of the state applied, until ctx
+	// ends or the device is lost.
 	Keep(ctx context.Context, report func(routing.Health)) error
 	Close() error
 }
 
-// KillSwitch keeps packets from leaving this host but through a tunnel; *routing.KillSwitch is one.
+// KillSwitch keeps packets from leaving this host but through a tunnel;
+// *routing.KillSwitch is one.
 type KillSwitch interface {
-	// Close lets packets leave through the interface of that name only, "" for none. It may be called again and again.
+	// Close lets packets leave through the interface of that name only, "" for
+	// none. It may be called again and again.
 	Close(iface string) error
 	// Keep closes it again when another program opens it, until ctx ends.
 	Keep(ctx context.Context, report func(routing.KillSwitchHealth)) error
@@ -148,7 +167,8 @@ const (
 	KindRefused      Kind = 8 // no address, or no route, was granted
 )
 
-// Error is why a tunnel is not there: one line that says what is wrong and what to do.
+// Error is why a tunnel is not there: one line that says what is wrong and what
+// to do.
 type Error struct {
 	Kind   Kind
 	Reason string
@@ -183,7 +203,8 @@ type target struct {
 	clock    clock          // by which it is verified
 }
 
-// parseProxy checks where raw, a Config.Proxy, leads. What config says of the name to verify goes before that in raw.
+// parseProxy checks where raw, a Config.Proxy, leads. What config says of the
+// name to verify goes before that in raw.
 func parseProxy(raw string, config *tls.Config) (target, error) {
 	if raw == "" {
 		return target{}, usage("proxy", "the name of the proxy is missing")
@@ -235,7 +256,8 @@ func (c *Config) resolveTarget() (target, error) {
 	return to, nil
 }
 
-// maxToken is how many bytes of a bearer token leave room for the rest of a request, of which proxies take 16 KiB.
+// maxToken is how many bytes of a bearer token leave room for the rest of a
+// request, of which proxies take 16 KiB.
 const maxToken = 8 << 10
 
 // withDefaults returns c complete and checked.
@@ -247,19 +269,23 @@ func (c Config) withDefaults() (Config, error) {
 		}
 	}
 	if n := len(c.Request); n > connectip.MaxAssigned {
-		return c, usage("addresses.request", "%d addresses are too many, at most %d are possible", n, connectip.MaxAssigned)
+		return c, usage("addresses.request", "%d addresses are too many, at most %d are possible",
+			n, connectip.MaxAssigned)
 	}
 	if n := len(c.Token); n > maxToken {
-		return c, usage("auth.token", "%d bytes are too long for a proxy, at most %d are possible", n, maxToken)
+		return c, usage("auth.token", "%d bytes are too long for a proxy, at most %d are possible",
+			n, maxToken)
 	}
 	for _, p := range c.Request {
 		if !p.IsValid() || p != p.Masked() {
-			return c, usage("addresses.request", "%v is not an address prefix without bits beyond its length", p)
+			return c, usage("addresses.request",
+				"%v is not an address prefix without bits beyond its length", p)
 		}
 	}
 	for _, token := range []string{c.Instance, c.Installation} {
 		if token != "" && !connectip.IsToken(token) {
-			return c, fail(causeConfiguration, nil, "a token of the client is not 1 to 64 letters, digits and any of -._~+/=", "")
+			return c, fail(causeConfiguration, nil,
+				"a token of the client is not 1 to 64 letters, digits and any of -._~+/=", "")
 		}
 	}
 	if err := c.checkSite(); err != nil {
@@ -302,7 +328,8 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.OpenResolver == nil && c.OpenNetwork == nil {
 		c.OpenResolver = func(d Device) (Resolver, error) {
-			return hostdns.Open(hostdns.Config{Instance: c.Name, Interface: d.Name(), Logger: c.Logger})
+			return hostdns.Open(hostdns.Config{Instance: c.Name, Interface: d.Name(),
+				Logger: c.Logger})
 		}
 	}
 	if c.OpenUplink == nil && c.OpenNetwork == nil {
@@ -320,22 +347,26 @@ func (c Config) withDefaults() (Config, error) {
 	if c.OpenNetwork == nil {
 		c.OpenNetwork = func(d Device) (Network, error) {
 			return routing.Open(routing.Config{
-				Instance: c.Name, Interface: d.Name(), Mark: c.Mark, Journal: c.Journal, Logger: c.Logger,
+				Instance: c.Name, Interface: d.Name(), Mark: c.Mark, Journal: c.Journal,
+				Logger: c.Logger,
 			})
 		}
 	}
 	return c, nil
 }
 
-// resolver asks DNS outside the tunnel, so that a dead tunnel can be dialed again by name. In place of a resolver on this host it
-// asks nameservers, if there are any, each time the next one.
+// resolver asks DNS outside the tunnel, so that a dead tunnel can be dialed
+// again by name. In place of a resolver on this host it asks nameservers, if
+// there are any, each time the next one.
 func resolver(control controlFunc, nameservers []string) *net.Resolver {
 	d := &net.Dialer{Control: control}
 	var asked atomic.Uint32
-	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
-		if a, err := netip.ParseAddrPort(address); err == nil && a.Addr().IsLoopback() && len(nameservers) > 0 {
-			address = nameservers[int(asked.Add(1)-1)%len(nameservers)]
-		}
-		return d.DialContext(ctx, network, address)
-	}}
+	return &net.Resolver{PreferGo: true,
+		Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+			if a, err := netip.ParseAddrPort(address); err == nil && a.Addr().IsLoopback() &&
+				len(nameservers) > 0 {
+				address = nameservers[int(asked.Add(1)-1)%len(nameservers)]
+			}
+			return d.DialContext(ctx, network, address)
+		}}
 }

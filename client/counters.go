@@ -11,12 +11,14 @@ import (
 	"masquevpn/internal/rescue"
 )
 
-// Counters are what a Client has counted since it was made. Counts never get less.
+// Counters are what a Client has counted since it was made. Counts never get
+// less.
 type Counters struct {
-	Stats      connectip.Stats
-	Reconnects map[string]uint64 // by what was wrong with the session, or the attempt at one, before
-	Oldest     connectip.Ages    // of the packets that wait in the client now
-	Panics     uint64            // that ended a session
+	Stats connectip.Stats
+	// by what was wrong with the session, or the attempt at one, before
+	Reconnects map[string]uint64
+	Oldest     connectip.Ages // of the packets that wait in the client now
+	Panics     uint64         // that ended a session
 }
 
 // Counters may be called at any time.
@@ -36,7 +38,9 @@ func (c *Client) Counters() *Counters {
 // countOverflow counts what the kernel dropped in front of the device.
 func (c *Client) countOverflow() {
 	if e := c.ends.Current(); e != nil {
-		e.overflow.Count(e.device, func(n int) { c.stats.Send.DropMany(connectip.DropDeviceFull, n) })
+		e.overflow.Count(e.device, func(n int) {
+			c.stats.Send.DropMany(connectip.DropDeviceFull, n)
+		})
 	}
 }
 
@@ -51,7 +55,8 @@ func (c *Client) oldest() (a connectip.Ages) {
 	return a
 }
 
-// Stuck says where packets are stuck for a reason that is this client's own, nil for nowhere.
+// Stuck says where packets are stuck for a reason that is this client's own,
+// nil for nowhere.
 func (c *Client) Stuck() error {
 	a := c.oldest()
 	return a.Stuck()
@@ -62,12 +67,14 @@ type loss uint8
 
 // The reasons, each with the word under which it is counted.
 const (
-	lossError   loss = iota // on this host, or in what the proxy said
-	lossClosed              // the proxy ended it in good order
-	lossReset               // the proxy ended it because something was wrong, or has been restarted and knows it no more
-	lossTimeout             // nothing came from the proxy
-	lossRefused             // the proxy said no
-	lossNetwork             // packets cannot be sent, or the proxy's name not be resolved
+	lossError  loss = iota // on this host, or in what the proxy said
+	lossClosed             // the proxy ended it in good order
+	// the proxy ended it because something was wrong, or has been restarted and
+	// knows it no more
+	lossReset
+	lossTimeout // nothing came from the proxy
+	lossRefused // the proxy said no
+	lossNetwork // packets cannot be sent, or the proxy's name not be resolved
 	numLosses
 )
 

@@ -20,15 +20,19 @@ func TestLosses(t *testing.T) {
 		want string
 		err  error
 	}{
-		{"refused", &Error{Kind: KindFailure, Reason: "the proxy takes no more sessions now, status 429"}},
+		{"refused", &Error{Kind: KindFailure,
+			Reason: "the proxy takes no more sessions now, status 429"}},
 		{"refused", &Error{Kind: KindRefused, Reason: "the proxy assigned no address"}},
 		{"closed", connectip.ErrClosedByPeer},
-		{"closed", &quic.ApplicationError{Remote: true, ErrorCode: quic.ApplicationErrorCode(http3.ErrCodeNoError)}},
+		{"closed", &quic.ApplicationError{Remote: true,
+			ErrorCode: quic.ApplicationErrorCode(http3.ErrCodeNoError)}},
 		{"closed", &quic.ApplicationError{Remote: true}},
 		{"closed", &quic.TransportError{Remote: true}},
 		{"reset", &quic.TransportError{Remote: true, ErrorCode: quic.ProtocolViolation}},
-		{"reset", &quic.ApplicationError{Remote: true, ErrorCode: quic.ApplicationErrorCode(http3.ErrCodeInternalError)}},
-		{"reset", fmt.Errorf("reading a capsule: %w", &http3.Error{Remote: true, ErrorCode: http3.ErrCodeRequestCanceled})},
+		{"reset", &quic.ApplicationError{Remote: true,
+			ErrorCode: quic.ApplicationErrorCode(http3.ErrCodeInternalError)}},
+		{"reset", fmt.Errorf("reading a capsule: %w",
+			&http3.Error{Remote: true, ErrorCode: http3.ErrCodeRequestCanceled})},
 		{"reset", &quic.StreamError{Remote: true}},
 		{"reset", &quic.StatelessResetError{}},
 		{"timeout", &quic.IdleTimeoutError{}},
@@ -63,15 +67,19 @@ func TestReconnectsAreCounted(t *testing.T) {
 	for _, s := range f.Sessions() {
 		f.Kick(s.ID)
 	}
-	n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && s.Reconnects > 0 })
+	n.await(t, "connected again", func(s Status) bool {
+		return s.State == StateConnected && s.Reconnects > 0
+	})
 	c, sum := n.Counters(), uint64(0)
 	for _, count := range c.Reconnects {
 		sum += count
 	}
-	if sum != n.Status().Reconnects || c.Reconnects["closed"]+c.Reconnects["reset"] == 0 || len(c.Reconnects) != int(numLosses) {
+	if sum != n.Status().Reconnects || c.Reconnects["closed"]+c.Reconnects["reset"] == 0 ||
+		len(c.Reconnects) != int(numLosses) {
 		t.Errorf("reconnects %v, %d in the status", c.Reconnects, n.Status().Reconnects)
 	}
 	if c.Stats.Receive.Packets.Load() != n.Status().Packets.RX {
-		t.Errorf("%d packets, %d in the status", c.Stats.Receive.Packets.Load(), n.Status().Packets.RX)
+		t.Errorf("%d packets, %d in the status", c.Stats.Receive.Packets.Load(),
+			n.Status().Packets.RX)
 	}
 }

@@ -28,22 +28,27 @@ import (
 
 const (
 	idleTimeout = 30 * time.Second
-	// keepAlive is how often an idle connection is used. Tunnels do so with packets that a restarted proxy answers, so that it
-	// goes unnoticed no longer.
+	// keepAlive is how often an idle connection is used. Tunnels do so with
+	// packets that a restarted proxy answers, so that it goes unnoticed no
+	// longer.
 	keepAlive        = 10 * time.Second
 	handshakeTimeout = 5 * time.Second
 	resolveTimeout   = 5 * time.Second
-	// translatorTimeout is for how long the network is asked for its translator, and maxTranslators how many of those are tried.
+	// translatorTimeout is for how long the network is asked for its
+	// translator, and maxTranslators how many of those are tried.
 	translatorTimeout = 2 * time.Second
 	maxTranslators    = 2
 	answerTimeout     = 10 * time.Second
-	// attemptDelay is the time after which the next address of the proxy is tried as well (RFC 8305 section 5).
+	// attemptDelay is the time after which the next address of the proxy is
+	// tried as well (RFC 8305 section 5).
 	attemptDelay = 250 * time.Millisecond
-	// initialPacketSize leaves room for an IPv6 packet of 1280 bytes in a datagram and fits, with its headers, a path of 1400
-	// bytes. smallPacketSize is what every path of QUIC carries.
+	// initialPacketSize leaves room for an IPv6 packet of 1280 bytes in a
+	// datagram and fits, with its headers, a path of 1400 bytes.
+	// smallPacketSize is what every path of QUIC carries.
 	initialPacketSize = 1350
 	smallPacketSize   = 1200
-	// maxInterim is how many answers may come, of which all but the last are informational (RFC 9110 section 15.2).
+	// maxInterim is how many answers may come, of which all but the last are
+	// informational (RFC 9110 section 15.2).
 	maxInterim = 8
 )
 
@@ -57,22 +62,28 @@ type dialer struct {
 	congestion congestion.Mode
 	control    controlFunc // of sockets, may be nil
 	resolver   *net.Resolver
-	dropped    func(packets int)                                               // of what the kernel dropped because a socket was full, may be nil
-	upstream   func() (servers []netip.AddrPort, applied bool)                 // see Resolver, may be nil
-	tracer     func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // may be nil
-	progress   func(string)                                                    // is told of each step that went well; may be nil
-	hasRoute   func(netip.Addr) bool                                           // whether packets to an address leave this host
-	logger     *slog.Logger
-	lastAddrs  []netip.AddrPort // of the proxy
-	outer      outerSockets
-	timeouts   int // attempts that got no answer
+	// of what the kernel dropped because a socket was full, may be nil
+	dropped func(packets int)
+	// see Resolver, may be nil
+	upstream func() (servers []netip.AddrPort, applied bool)
+	tracer   func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // may be nil
+	// is told of each step that went well; may be nil
+	progress  func(string)
+	hasRoute  func(netip.Addr) bool // whether packets to an address leave this host
+	logger    *slog.Logger
+	lastAddrs []netip.AddrPort // of the proxy
+	outer     outerSockets
+	timeouts  int // attempts that got no answer
 }
 
-func newDialer(to target, config *tls.Config, token string, control controlFunc, logger *slog.Logger) *dialer {
-	return &dialer{to: to, tls: to.tlsConfig(config), token: token, control: control, resolver: resolver(control, nil), logger: logger, hasRoute: hasRoute}
+func newDialer(to target, config *tls.Config, token string, control controlFunc,
+	logger *slog.Logger) *dialer {
+	return &dialer{to: to, tls: to.tlsConfig(config), token: token, control: control,
+		resolver: resolver(control, nil), logger: logger, hasRoute: hasRoute}
 }
 
-// hasRoute reports whether the kernel has a route to an address, outside of tunnels.
+// hasRoute reports whether the kernel has a route to an address, outside of
+// tunnels.
 func hasRoute(to netip.Addr) bool {
 	_, err := routing.WayTo(to, routing.DefaultMark)
 	return err == nil
@@ -84,8 +95,9 @@ type dialed struct {
 	socket    *udpconn.Conn   // of transport
 	path      *quic.Path      // nil for the first one
 	leave     func()          // closes the path that it was on before
-	conn      *quic.Conn      // whose LocalAddr and RemoteAddr must not be asked for: they may change
-	remote    netip.AddrPort
+	// whose LocalAddr and RemoteAddr must not be asked for: they may change
+	conn   *quic.Conn
+	remote netip.AddrPort
 }
 
 // close ends the connection and frees its socket.
@@ -99,9 +111,10 @@ func (d *dialed) closeWith(code http3.ErrCode) {
 	_ = d.socket.Close()
 }
 
-// dial connects to the proxy and makes the first request on the connection, for which request has answerTimeout. Its error
-// ends the connection.
-func (d *dialer) dial(ctx context.Context, request func(context.Context, *http3.ClientConn) error) (*dialed, error) {
+// dial connects to the proxy and makes the first request on the connection, for
+// which request has answerTimeout. Its error ends the connection.
+func (d *dialer) dial(ctx context.Context,
+	request func(context.Context, *http3.ClientConn) error) (*dialed, error) {
 	addrs, err := d.resolve(ctx)
 	if err != nil {
 		return nil, err
@@ -134,7 +147,8 @@ func (d *dialer) dial(ctx context.Context, request func(context.Context, *http3.
 	return c, nil
 }
 
-// resolve finds the addresses of the proxy. When DNS does not answer, those of the last time serve.
+// resolve finds the addresses of the proxy. When DNS does not answer, those of
+// the last time serve.
 func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	port, err := strconv.ParseUint(d.to.port, 10, 16)
 	if err != nil || port == 0 {
@@ -149,10 +163,13 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	found, err := d.lookup(lookup, "ip", d.to.host)
 	if err != nil {
 		if len(d.lastAddrs) > 0 {
-			d.logger.Info("the proxy's name could not be resolved, trying its last addresses", "error", err)
+			d.logger.Info("the proxy's name could not be resolved, trying its last addresses",
+				"error", err)
 			return d.lastAddrs, nil
 		}
-		return nil, fail(causeName, err, fmt.Sprintf("the name %s of the proxy cannot be resolved (%v)", d.to.host, dnsReason(err)),
+		return nil, fail(causeName, err,
+			fmt.Sprintf("the name %s of the proxy cannot be resolved (%v)", d.to.host,
+				dnsReason(err)),
 			"check its spelling in the configuration, and this host's DNS")
 	}
 	d.lastAddrs = interleave(d.translate(ctx, found), uint16(port))
@@ -160,19 +177,23 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	return d.lastAddrs, nil
 }
 
-// translate adds to addrs, if this host has no route to any of them, the addresses by which a translator of its network reaches those
-// of IPv4 (RFC 7050, RFC 6052). Nobody vouches for what DNS says of the translator, which need not matter: whoever answers has to
-// prove to be the proxy.
+// translate adds to addrs, if this host has no route to any of them, the
+// addresses by which a translator of its network reaches those of IPv4 (RFC
+// 7050, RFC 6052). Nobody vouches for what DNS says of the translator, which
+// need not matter: whoever answers has to prove to be the proxy.
 func (d *dialer) translate(ctx context.Context, addrs []netip.Addr) []netip.Addr {
 	ipv4 := slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Unmap().Is4() })
-	if !ipv4 || slices.ContainsFunc(addrs, func(a netip.Addr) bool { return d.hasRoute(a.Unmap()) }) {
+	if !ipv4 || slices.ContainsFunc(addrs, func(a netip.Addr) bool {
+		return d.hasRoute(a.Unmap())
+	}) {
 		return addrs
 	}
 	ctx, cancel := context.WithTimeout(ctx, translatorTimeout)
 	defer cancel()
 	answers, err := d.lookup(ctx, "ip6", nat64.Name)
 	if err != nil {
-		d.logger.Debug("the network of this host has no translator for IPv4 that it tells of", "error", err)
+		d.logger.Debug("the network of this host has no translator for IPv4 that it tells of",
+			"error", err)
 		return addrs
 	}
 	prefixes := nat64.Prefixes(answers)
@@ -200,7 +221,8 @@ func dnsReason(err error) string {
 	return err.Error()
 }
 
-// interleave orders addresses for attempts: IPv6 first, then by turns (RFC 8305 section 4).
+// interleave orders addresses for attempts: IPv6 first, then by turns (RFC 8305
+// section 4).
 func interleave(addrs []netip.Addr, port uint16) []netip.AddrPort {
 	var by [2][]netip.Addr
 	for _, a := range addrs {
@@ -222,7 +244,8 @@ func interleave(addrs []netip.Addr, port uint16) []netip.AddrPort {
 	return out
 }
 
-// race dials addrs, each a moment after the one before, and returns the first connection (RFC 8305).
+// race dials addrs, each a moment after the one before, and returns the first
+// connection (RFC 8305).
 func (d *dialer) race(ctx context.Context, addrs []netip.AddrPort) (*dialed, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -263,14 +286,16 @@ func (d *dialer) race(ctx context.Context, addrs []netip.AddrPort) (*dialed, err
 	return nil, failed
 }
 
-// worse reports whether a says more about the failure of an attempt than b: a proxy that answered beats silence, and silence an
-// address that this host cannot send to.
+// worse reports whether a says more about the failure of an attempt than b: a
+// proxy that answered beats silence, and silence an address that this host
+// cannot send to.
 func worse(a, b error) bool {
 	var x, y *Error
 	if !errors.As(a, &x) || !errors.As(b, &y) || y.Kind != KindUnreachable {
 		return errors.As(a, &x) && !errors.As(b, &y)
 	}
-	return x.Kind != KindUnreachable || errors.As(b, new(*unsentError)) && !errors.As(a, new(*unsentError))
+	return x.Kind != KindUnreachable ||
+		errors.As(b, new(*unsentError)) && !errors.As(a, new(*unsentError))
 }
 
 // unsentError says that packets do not leave this host.
@@ -301,7 +326,8 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 		_ = udp.Close()
 		if unsent != nil {
 			unsent := &unsentError{unsent}
-			return nil, fail(causeNetwork, unsent, unsent.Error(), "check this host's network and firewall")
+			return nil, fail(causeNetwork, unsent, unsent.Error(),
+				"check this host's network and firewall")
 		}
 		return nil, answered(classify(err, nil, d.to), addr)
 	}
@@ -310,7 +336,8 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 }
 
 // open makes a socket for packets to addr, and the transport over it.
-func (d *dialer) open(ctx context.Context, addr netip.AddrPort) (*quic.Transport, *udpconn.Conn, error) {
+func (d *dialer) open(ctx context.Context, addr netip.AddrPort) (*quic.Transport, *udpconn.Conn,
+	error) {
 	network := "udp4"
 	if addr.Addr().Is6() {
 		network = "udp6"
@@ -335,8 +362,9 @@ func (d *dialer) open(ctx context.Context, addr netip.AddrPort) (*quic.Transport
 	return &quic.Transport{Conn: udp}, udp, nil
 }
 
-// packetSize is the size of the first QUIC packets, in bytes. When an attempt gets no answer, the path may be too narrow for
-// them: two attempts with small packets follow, because it takes the proxy one of them to notice.
+// packetSize is the size of the first QUIC packets, in bytes. When an attempt
+// gets no answer, the path may be too narrow for them: two attempts with small
+// packets follow, because it takes the proxy one of them to notice.
 func (d *dialer) packetSize() uint16 {
 	if d.timeouts%3 == 0 {
 		return initialPacketSize
@@ -344,7 +372,8 @@ func (d *dialer) packetSize() uint16 {
 	return smallPacketSize
 }
 
-// handshake begins HTTP/3 on conn and checks that the far end is a proxy (RFC 9220, RFC 9297 section 2.1.1).
+// handshake begins HTTP/3 on conn and checks that the far end is a proxy (RFC
+// 9220, RFC 9297 section 2.1.1).
 func (d *dialer) handshake(ctx context.Context, conn *quic.Conn) (*http3.ClientConn, error) {
 	h3 := (&http3.Transport{EnableDatagrams: true, DisableCompression: true}).NewClientConn(conn)
 	select {
@@ -356,9 +385,13 @@ func (d *dialer) handshake(ctx context.Context, conn *quic.Conn) (*http3.ClientC
 	}
 	switch s := h3.Settings(); {
 	case !s.EnableExtendedConnect:
-		return nil, fail(causeNoProxy, nil, d.to.host+" does not offer Extended CONNECT, so it is no MASQUE proxy", "check the name and the port of the proxy")
+		return nil, fail(causeNoProxy, nil,
+			d.to.host+" does not offer Extended CONNECT, so it is no MASQUE proxy",
+			"check the name and the port of the proxy")
 	case !s.EnableDatagrams:
-		return nil, fail(causeNoProxy, nil, d.to.host+" does not offer HTTP Datagrams, so it is no MASQUE proxy", "check the name and the port of the proxy")
+		return nil, fail(causeNoProxy, nil,
+			d.to.host+" does not offer HTTP Datagrams, so it is no MASQUE proxy",
+			"check the name and the port of the proxy")
 	}
 	return h3, nil
 }
@@ -380,7 +413,8 @@ func (c *Client) dial(ctx context.Context) (d *dialed, str *http3.RequestStream,
 	return d, str, err
 }
 
-// request sends the Extended CONNECT request of the tunnel and checks the answer (RFC 9484 section 4).
+// request sends the Extended CONNECT request of the tunnel and checks the
+// answer (RFC 9484 section 4).
 func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.RequestStream, error) {
 	u, err := c.to.template.Expand(c.to.scope)
 	if err != nil {
@@ -421,46 +455,60 @@ func readFinalResponse(str *http3.RequestStream) (*http.Response, error) {
 		if err != nil {
 			return nil, err
 		}
-		if rsp.StatusCode >= 200 || rsp.StatusCode == http.StatusSwitchingProtocols { // which HTTP/3 does not have
+		if rsp.StatusCode >= 200 || rsp.StatusCode == http.StatusSwitchingProtocols {
+			// which HTTP/3 does not have
 			return rsp, nil
 		}
 	}
 	return nil, fmt.Errorf("the proxy sent more than %d answers and no final one", maxInterim-1)
 }
 
-// checkResponse returns nil for a success (RFC 9484 section 4.5) that is well-formed (RFC 9297 section 3.2).
+// checkResponse returns nil for a success (RFC 9484 section 4.5) that is
+// well-formed (RFC 9297 section 3.2).
 func checkResponse(rsp *http.Response) error {
 	status := rsp.StatusCode
 	kind, rcode := proxyError(rsp.Header)
 	detail := proxyDetail(rsp.Header)
 	switch {
-	case status == http.StatusNoContent || status == http.StatusResetContent || status == http.StatusPartialContent:
+	case status == http.StatusNoContent || status == http.StatusResetContent ||
+		status == http.StatusPartialContent:
 		return fmt.Errorf("the proxy's answer %d is not one to a request for a tunnel", status)
 	case status >= 200 && status < 300:
 		for _, field := range []string{"Content-Length", "Content-Type"} {
 			if _, ok := rsp.Header[field]; ok {
-				return fmt.Errorf("the proxy's answer %d has a %s, which a tunnel cannot have", status, field)
+				return fmt.Errorf("the proxy's answer %d has a %s, which a tunnel cannot have",
+					status, field)
 			}
 		}
 		return nil
 	case status == http.StatusUnauthorized || status == http.StatusProxyAuthRequired:
-		return fail(causeCredentials, nil, "the proxy does not accept the credentials", "ask its operator for a new invitation")
+		return fail(causeCredentials, nil, "the proxy does not accept the credentials",
+			"ask its operator for a new invitation")
 	case status == http.StatusForbidden:
-		return fail(causeForbidden, nil, "the proxy does not allow this request"+detail, "check [scope], or ask its operator")
+		return fail(causeForbidden, nil, "the proxy does not allow this request"+detail,
+			"check [scope], or ask its operator")
 	case status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable:
-		return fail(causeBusy, nil, fmt.Sprintf("the proxy takes no more sessions now, status %d%s", status, detail), "")
+		return fail(causeBusy, nil,
+			fmt.Sprintf("the proxy takes no more sessions now, status %d%s", status, detail), "")
 	case kind == "dns_error" && rcode == "NXDOMAIN":
-		return fail(causeTarget, nil, "the proxy finds no address of the target's name", "check its spelling")
+		return fail(causeTarget, nil, "the proxy finds no address of the target's name",
+			"check its spelling")
 	case kind == "dns_error" || kind == "dns_timeout":
-		return fail(causeBusy, nil, "the proxy cannot resolve the target's name now"+detail, "ask its operator to check its DNS")
-	case status >= 500 || status == http.StatusRequestTimeout: // the latter when SETTINGS of this client got lost
-		return fail(causeBusy, nil, fmt.Sprintf("the proxy failed, status %d%s", status, detail), "")
+		return fail(causeBusy, nil, "the proxy cannot resolve the target's name now"+detail,
+			"ask its operator to check its DNS")
+	case status >= 500 || status == http.StatusRequestTimeout:
+		// the latter when SETTINGS of this client got lost
+		return fail(causeBusy, nil,
+			fmt.Sprintf("the proxy failed, status %d%s", status, detail), "")
 	default:
-		return fail(causeAnswer, nil, fmt.Sprintf("the proxy answered with status %d%s", status, detail), "check the URI template in proxy")
+		return fail(causeAnswer, nil,
+			fmt.Sprintf("the proxy answered with status %d%s", status, detail),
+			"check the URI template in proxy")
 	}
 }
 
-// proxyDetail returns Proxy-Status in brackets, to go behind a text; "" for none.
+// proxyDetail returns Proxy-Status in brackets, to go behind a text; "" for
+// none.
 func proxyDetail(h http.Header) string {
 	if s := h.Get("Proxy-Status"); s != "" {
 		return fmt.Sprintf(" (%.200q)", s)
@@ -468,7 +516,8 @@ func proxyDetail(h http.Header) string {
 	return ""
 }
 
-// proxyError returns the error type in Proxy-Status, and the DNS response code with it (RFC 9209 section 2.3); "" for none.
+// proxyError returns the error type in Proxy-Status, and the DNS response code
+// with it (RFC 9209 section 2.3); "" for none.
 func proxyError(h http.Header) (kind, rcode string) {
 	list, err := httpsfv.UnmarshalList(h["Proxy-Status"])
 	if err != nil {
@@ -489,7 +538,8 @@ func proxyError(h http.Header) (kind, rcode string) {
 	return kind, rcode
 }
 
-// tlsConfig is what the proxy is dialed with: base, which may be nil, completed.
+// tlsConfig is what the proxy is dialed with: base, which may be nil,
+// completed.
 func (to target) tlsConfig(base *tls.Config) *tls.Config {
 	t := &tls.Config{}
 	if base != nil {
@@ -499,10 +549,13 @@ func (to target) tlsConfig(base *tls.Config) *tls.Config {
 	t.NextProtos = []string{http3.NextProtoH3}
 	t.MinVersion = tls.VersionTLS13
 	if len(t.Certificates) > 0 && t.GetClientCertificate == nil {
-		// Without this, a certificate of an authority that the proxy does not name is silently left out, and the proxy's
-		// refusal says nothing of it.
+		// Without this, a certificate of an authority that the proxy does not
+		// name is silently left out, and the proxy's refusal says nothing of
+		// it.
 		cert := t.Certificates[0]
-		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
+		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			return &cert, nil
+		}
 	}
 	return t
 }

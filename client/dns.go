@@ -16,8 +16,9 @@ import (
 	"masquevpn/routing"
 )
 
-// DNS says what the host's resolver is told while the tunnel is there. The zero value is what the proxy says
-// (draft-ietf-masque-connect-ip-dns-06). Lists that are not empty count in place of the proxy's.
+// DNS says what the host's resolver is told while the tunnel is there. The zero
+// value is what the proxy says (draft-ietf-masque-connect-ip-dns-06). Lists
+// that are not empty count in place of the proxy's.
 type DNS struct {
 	Off     bool // nothing
 	Hold    bool // queries that would leave outside a full tunnel are refused
@@ -32,7 +33,8 @@ type Resolver interface {
 	Check() (restored string, err error)                // of what other programs changed
 	Reaches(server netip.AddrPort) bool                 // through the tunnel
 	Upstream() (servers []netip.AddrPort, applied bool) // besides the tunnel's
-	Outside() []netip.AddrPort                          // those of them that queries reach outside the tunnel
+	// those of them that queries reach outside the tunnel
+	Outside() []netip.AddrPort
 	Close() error
 }
 
@@ -43,7 +45,8 @@ const (
 	maxDomains = 256
 )
 
-// over returns what of pushed, which the proxy said, is left of it when d has its say.
+// over returns what of pushed, which the proxy said, is left of it when d has
+// its say.
 func (d DNS) over(pushed []capsule.DNSConfiguration) []capsule.DNSConfiguration {
 	if len(d.Servers) == 0 && (len(pushed) == 0 || len(d.Search)+len(d.Domains) == 0) {
 		return pushed
@@ -69,8 +72,9 @@ func (d DNS) over(pushed []capsule.DNSConfiguration) []capsule.DNSConfiguration 
 	return []capsule.DNSConfiguration{merged}
 }
 
-// applyDNS has the host's resolver follow what is said about DNS, once the routes are there. A resolver that cannot be told
-// does not end the tunnel: the status and the log say so.
+// applyDNS has the host's resolver follow what is said about DNS, once the
+// routes are there. A resolver that cannot be told does not end the tunnel: the
+// status and the log say so.
 func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Prefix) {
 	c := s.c
 	said := c.cfg.DNS.over(pushed)
@@ -83,7 +87,8 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	} else if r := c.resolver(); r != nil {
 		via, err := r.Apply(settings) // of nothing, when there is nothing
 		if len(settings.Servers) == 0 && len(skipped) > 0 {
-			err = errors.Join(fmt.Errorf("no route into the tunnel leads to %s", join(skipped)), err)
+			err = errors.Join(fmt.Errorf("no route into the tunnel leads to %s",
+				join(skipped)), err)
 		} else if len(settings.Servers) == 0 && narrowed {
 			err = errors.Join(errAllNames, err)
 		}
@@ -97,14 +102,18 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	c.status.DNS = told.DNS
 	c.mu.Unlock()
 	if len(skipped) > 0 && !slices.Equal(skipped, s.skipped) {
-		c.cfg.Logger.Warn("nameservers that no route into the tunnel leads to are not used", "servers", skipped)
+		c.cfg.Logger.Warn("nameservers that no route into the tunnel leads to are not used",
+			"servers", skipped)
 	}
 	s.skipped = skipped
 	switch now := told.DNS; {
-	case now.Applied && !(before.Applied && slices.Equal(before.Servers, now.Servers) && slices.Equal(before.Search, now.Search) && slices.Equal(before.Domains, now.Domains)):
-		c.cfg.Logger.Info("DNS is applied", "via", now.Via, "servers", now.Servers, "search", now.Search, "domains", now.Domains)
+	case now.Applied && !(before.Applied && slices.Equal(before.Servers, now.Servers) &&
+		slices.Equal(before.Search, now.Search) && slices.Equal(before.Domains, now.Domains)):
+		c.cfg.Logger.Info("DNS is applied", "via", now.Via, "servers", now.Servers, "search",
+			now.Search, "domains", now.Domains)
 		if narrowed {
-			c.cfg.Logger.Warn("the proxy's nameservers are asked about these domains alone", "domains", now.Domains, "reason", errAllNames)
+			c.cfg.Logger.Warn("the proxy's nameservers are asked about these domains alone",
+				"domains", now.Domains, "reason", errAllNames)
 		}
 	case now.Reason != "" && now.Reason != before.Reason && !c.cfg.DNS.Off:
 		c.cfg.Logger.Warn("DNS is not applied", "servers", now.Servers, "reason", now.Reason)
@@ -113,10 +122,12 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	}
 }
 
-// noticeDNS is the key of the warning about names that are asked outside the tunnel.
+// noticeDNS is the key of the warning about names that are asked outside the
+// tunnel.
 const noticeDNS = "dns"
 
-// noteOutside says, in the log and in the status, whom this host asks for names outside a tunnel for everything.
+// noteOutside says, in the log and in the status, whom this host asks for names
+// outside a tunnel for everything.
 func (c *Client) noteOutside() {
 	c.noting.Lock()
 	defer c.noting.Unlock()
@@ -124,7 +135,8 @@ func (c *Client) noteOutside() {
 	state, told := c.lastState, c.status.DNS
 	c.mu.Unlock()
 	text := ""
-	if r := c.resolver(); r != nil && state != nil && (routing.IsFull(state.Routes, false) || routing.IsFull(state.Routes, true)) &&
+	if r := c.resolver(); r != nil && state != nil &&
+		(routing.IsFull(state.Routes, false) || routing.IsFull(state.Routes, true)) &&
 		!(told.Applied && slices.Contains(told.Domains, hostdns.Root)) {
 		if servers := r.Outside(); len(servers) > 0 {
 			text = c.outside(join(servers), told)
@@ -137,7 +149,8 @@ func (c *Client) noteOutside() {
 	c.warn(noticeDNS, text)
 }
 
-// outside says what becomes of queries to servers outside the tunnel, and why it has none for them.
+// outside says what becomes of queries to servers outside the tunnel, and why
+// it has none for them.
 func (c *Client) outside(servers string, told connectip.DNSStatus) string {
 	why := "the proxy hands out no nameservers"
 	switch {
@@ -159,27 +172,34 @@ func (c *Client) outside(servers string, told connectip.DNSStatus) string {
 // errAllNames is why the proxy's nameservers are not asked about all names.
 var errAllNames = errors.New("the proxy's nameservers are for all names, and not all traffic goes through the tunnel: to ask them about all, set dns.domains to [\".\"]")
 
-// narrow takes all names from the nameservers of the proxy in a tunnel that does
-// not carry everything, unless the configuration gives them all names: who is
-// asked for some networks shall not hear of, nor answer for, all others. What is
-// left are the domains that the proxy lists, or those that it has tried behind
-// short names, where it lists none. It reports whether something was taken.
+// narrow takes all names from the nameservers of the proxy in a tunnel that
+// does not carry everything, unless the configuration gives them all names: who
+// is asked for some networks shall not hear of, nor answer for, all others.
+// What is left are the domains that the proxy lists, or those that it has tried
+// behind short names, where it lists none. It reports whether something was
+// taken.
 func (s *session) narrow(settings *hostdns.Settings) bool {
 	d := s.c.cfg.DNS
 	if s.full || len(settings.Servers) == 0 || len(d.Servers)+len(d.Domains) > 0 {
 		return false
 	}
-	listed := slices.DeleteFunc(slices.Clone(settings.Domains), func(name string) bool { return name == hostdns.Root })
+	listed := slices.DeleteFunc(slices.Clone(settings.Domains), func(name string) bool {
+		return name == hostdns.Root
+	})
 	all := len(listed) < len(settings.Domains)
 	if len(listed) == 0 && all {
 		listed = settings.Search
 	}
 	below := func(name string) bool {
-		return slices.ContainsFunc(listed, func(domain string) bool { return name == domain || strings.HasSuffix(name, "."+domain) })
+		return slices.ContainsFunc(listed, func(domain string) bool {
+			return name == domain || strings.HasSuffix(name, "."+domain)
+		})
 	}
 	search := settings.Search
 	if len(d.Search) == 0 {
-		search = slices.DeleteFunc(slices.Clone(search), func(name string) bool { return !below(name) })
+		search = slices.DeleteFunc(slices.Clone(search), func(name string) bool {
+			return !below(name)
+		})
 	}
 	narrowed := all || len(search) < len(settings.Search)
 	settings.Domains, settings.Search = listed, search
@@ -189,9 +209,10 @@ func (s *session) narrow(settings *hostdns.Settings) bool {
 	return narrowed
 }
 
-// usable returns what of DNS the resolver is told. Servers that queries would not reach through the tunnel are skipped: they
-// would be asked outside.
-func (c *Client) usable(said []capsule.DNSConfiguration, status connectip.DNSStatus) (settings hostdns.Settings, skipped []netip.AddrPort) {
+// usable returns what of DNS the resolver is told. Servers that queries would
+// not reach through the tunnel are skipped: they would be asked outside.
+func (c *Client) usable(said []capsule.DNSConfiguration,
+	status connectip.DNSStatus) (settings hostdns.Settings, skipped []netip.AddrPort) {
 	r := c.resolver()
 	if c.cfg.DNS.Off || r == nil {
 		return settings, nil
@@ -231,7 +252,8 @@ func reason(err error) string {
 	return strings.ReplaceAll(err.Error(), "\n", "; ")
 }
 
-// upstream returns the nameservers of the host besides the tunnel's. applied is false while they are those of its resolver.
+// upstream returns the nameservers of the host besides the tunnel's. applied is
+// false while they are those of its resolver.
 func (c *Client) upstream() (servers []netip.AddrPort, applied bool) {
 	r := c.resolver()
 	if r == nil {
@@ -243,8 +265,10 @@ func (c *Client) upstream() (servers []netip.AddrPort, applied bool) {
 // maxUpstream is how many nameservers are asked for the proxy's name.
 const maxUpstream = 3
 
-// lookup finds the addresses of a name, of a network as net.Resolver has it, outside the tunnel, so that a dead tunnel can be dialed
-// again. While the host's resolver asks through the tunnel, the servers that it has besides are asked in turn.
+// lookup finds the addresses of a name, of a network as net.Resolver has it,
+// outside the tunnel, so that a dead tunnel can be dialed again. While the
+// host's resolver asks through the tunnel, the servers that it has besides are
+// asked in turn.
 func (d *dialer) lookup(ctx context.Context, network, name string) ([]netip.Addr, error) {
 	var servers []netip.AddrPort
 	applied := false

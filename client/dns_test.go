@@ -31,32 +31,40 @@ func TestDNSInStatus(t *testing.T) {
 	f := startProxy(t, func(c *proxy.Config) {
 		c.DNS = proxy.DNS{
 			Servers: []netip.Addr{netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("fd77::1")},
-			Search:  []string{"corp.example"}, NAT64: []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")},
+			Search:  []string{"corp.example"},
+			NAT64:   []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")},
 		}
 	})
 	n := startClient(t, f, nil)
 	n.awaitConnected(t)
 	awaitDNS(t, n, connectip.DNSStatus{
-		Servers: []string{"10.77.0.1", "fd77::1"}, Search: []string{"corp.example"}, Domains: []string{"."},
-		NAT64: []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")},
+		Servers: []string{"10.77.0.1", "fd77::1"}, Search: []string{"corp.example"},
+		Domains: []string{"."},
+		NAT64:   []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")},
 	})
-	if err := f.SetDNS(proxy.DNS{Servers: []netip.Addr{netip.MustParseAddr("192.0.2.53")}, Domains: []string{"corp.example"}}); err != nil {
+	if err := f.SetDNS(proxy.DNS{Servers: []netip.Addr{netip.MustParseAddr("192.0.2.53")},
+		Domains: []string{"corp.example"}}); err != nil {
 		t.Fatal(err)
 	}
-	awaitDNS(t, n, connectip.DNSStatus{Servers: []string{"192.0.2.53"}, Search: []string{}, Domains: []string{"corp.example"}, NAT64: []netip.Prefix{}})
+	awaitDNS(t, n, connectip.DNSStatus{Servers: []string{"192.0.2.53"}, Search: []string{},
+		Domains: []string{"corp.example"}, NAT64: []netip.Prefix{}})
 	if err := f.SetDNS(proxy.DNS{}); err != nil {
 		t.Fatal(err)
 	}
-	awaitDNS(t, n, connectip.DNSStatus{Servers: []string{}, Search: []string{}, Domains: []string{}, NAT64: []netip.Prefix{}})
+	awaitDNS(t, n, connectip.DNSStatus{Servers: []string{}, Search: []string{}, Domains: []string{},
+		NAT64: []netip.Prefix{}})
 }
 
 // awaitDNS waits until the status says want about DNS.
 func awaitDNS(t *testing.T, n *near, want connectip.DNSStatus) {
 	t.Helper()
-	n.await(t, fmt.Sprintf("told %+v", want), func(s Status) bool { return reflect.DeepEqual(s.DNS, want) })
+	n.await(t, fmt.Sprintf("told %+v", want), func(s Status) bool {
+		return reflect.DeepEqual(s.DNS, want)
+	})
 }
 
-// resolving is a host whose resolver and routing note what they are told, in order.
+// resolving is a host whose resolver and routing note what they are told, in
+// order.
 type resolving struct {
 	outside []netip.Addr // servers that are not reached through the tunnel
 	fail    error        // of Apply
@@ -144,7 +152,8 @@ func (r *resolving) config(c *Config) {
 func pushing(d proxy.DNS) func(*proxy.Config) { return func(c *proxy.Config) { c.DNS = d } }
 
 var corp = proxy.DNS{
-	Servers: []netip.Addr{netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("192.0.2.53")}, Search: []string{"corp.example"},
+	Servers: []netip.Addr{netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("192.0.2.53")},
+	Search:  []string{"corp.example"},
 }
 
 // Routes come before DNS and go after it.
@@ -152,11 +161,15 @@ func TestDNSIsApplied(t *testing.T) {
 	f := startProxy(t, pushing(corp))
 	r := &resolving{}
 	n := startClient(t, f, r.config)
-	n.await(t, "applied", func(s Status) bool { return s.DNS.Applied && s.DNS.Via == "a test" && s.DNS.Reason == "" })
+	n.await(t, "applied", func(s Status) bool {
+		return s.DNS.Applied && s.DNS.Via == "a test" && s.DNS.Reason == ""
+	})
 	if err := f.SetDNS(proxy.DNS{}); err != nil {
 		t.Fatal(err)
 	}
-	n.await(t, "without DNS", func(s Status) bool { return !s.DNS.Applied && s.DNS.Via == "" && len(s.DNS.Servers) == 0 })
+	n.await(t, "without DNS", func(s Status) bool {
+		return !s.DNS.Applied && s.DNS.Via == "" && len(s.DNS.Servers) == 0
+	})
 	if err := f.SetDNS(corp); err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +181,8 @@ func TestDNSIsApplied(t *testing.T) {
 	if said[0] == "no servers" { // the routes came first, on their own
 		said = said[1:]
 	}
-	if want := []string{servers, "no servers", servers, "closed", "no routes"}; !slices.Equal(said, want) {
+	if want := []string{servers, "no servers", servers, "closed",
+		"no routes"}; !slices.Equal(said, want) {
 		t.Errorf("the host was told %q, want %q", said, want)
 	}
 	if all := r.all(); all[0] != "2 routes" {
@@ -187,32 +201,40 @@ func TestDNSAsConfigured(t *testing.T) {
 		want    string // that the resolver is told at the end
 		reason  string // of not applying it
 	}{
-		"as pushed": {pushed: corp, want: "servers [10.77.0.1:53 192.0.2.53:53] search [corp.example] domains [.]"},
-		"off":       {pushed: corp, dns: DNS{Off: true}, reason: "dns.mode is off"},
+		"as pushed": {pushed: corp,
+			want: "servers [10.77.0.1:53 192.0.2.53:53] search [corp.example] domains [.]"},
+		"off": {pushed: corp, dns: DNS{Off: true}, reason: "dns.mode is off"},
 		"other servers": {
-			pushed: corp, dns: DNS{Servers: []netip.Addr{addr("192.0.2.1")}}, want: "servers [192.0.2.1:53] search [corp.example] domains [.]",
+			pushed: corp, dns: DNS{Servers: []netip.Addr{addr("192.0.2.1")}},
+			want: "servers [192.0.2.1:53] search [corp.example] domains [.]",
 		},
 		"without the proxy": {
 			dns:  DNS{Servers: []netip.Addr{addr("192.0.2.1")}, Search: []string{"a.example"}},
 			want: "servers [192.0.2.1:53] search [a.example] domains [.]",
 		},
 		"search and domains": {
-			pushed: corp, dns: DNS{Search: []string{"a.example"}, Domains: []string{"a.example", "b.example"}},
+			pushed: corp, dns: DNS{Search: []string{"a.example"},
+				Domains: []string{"a.example", "b.example"}},
 			want: "servers [10.77.0.1:53 192.0.2.53:53] search [a.example] domains [a.example b.example]",
 		},
 		"split, for all names": {
-			pushed: proxy.DNS{Servers: corp.Servers, Domains: []string{"corp.example"}}, dns: DNS{Domains: []string{"."}},
-			want: "servers [10.77.0.1:53 192.0.2.53:53] search [] domains [.]",
+			pushed: proxy.DNS{Servers: corp.Servers, Domains: []string{"corp.example"}},
+			dns:    DNS{Domains: []string{"."}},
+			want:   "servers [10.77.0.1:53 192.0.2.53:53] search [] domains [.]",
 		},
 		"one outside": {
-			pushed: corp, outside: corp.Servers[1:], want: "servers [10.77.0.1:53] search [corp.example] domains [.]",
+			pushed: corp, outside: corp.Servers[1:],
+			want: "servers [10.77.0.1:53] search [corp.example] domains [.]",
 		},
 		"all outside": {
-			pushed: corp, outside: corp.Servers, want: "no servers", reason: "no route into the tunnel leads to 10.77.0.1, 192.0.2.53",
+			pushed: corp, outside: corp.Servers, want: "no servers",
+			reason: "no route into the tunnel leads to 10.77.0.1, 192.0.2.53",
 		},
 		"refused": {
-			pushed: corp, fail: errors.Join(errors.New("the resolver is busy"), errors.New("and stays so")),
-			want: "servers [10.77.0.1:53 192.0.2.53:53] search [corp.example] domains [.]", reason: "the resolver is busy; and stays so",
+			pushed: corp, fail: errors.Join(errors.New("the resolver is busy"),
+				errors.New("and stays so")),
+			want:   "servers [10.77.0.1:53 192.0.2.53:53] search [corp.example] domains [.]",
+			reason: "the resolver is busy; and stays so",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -223,11 +245,14 @@ func TestDNSAsConfigured(t *testing.T) {
 				c.DNS = test.dns
 			})
 			n.await(t, "as wanted", func(s Status) bool {
-				return s.State == StateConnected && s.DNS.Reason == test.reason && s.DNS.Applied == (test.reason == "") && len(s.DNS.Servers) > 0
+				return s.State == StateConnected && s.DNS.Reason == test.reason &&
+					s.DNS.Applied == (test.reason == "") && len(s.DNS.Servers) > 0
 			})
 			said := r.all()
 			if test.want == "" {
-				if slices.ContainsFunc(said, func(s string) bool { return strings.Contains(s, "servers") }) {
+				if slices.ContainsFunc(said, func(s string) bool {
+					return strings.Contains(s, "servers")
+				}) {
 					t.Errorf("the resolver was told %q", said)
 				}
 				return
@@ -239,12 +264,14 @@ func TestDNSAsConfigured(t *testing.T) {
 	}
 }
 
-// Between two sessions the resolver is left as it is, and so it is until the proxy has said what it wants now.
+// Between two sessions the resolver is left as it is, and so it is until the
+// proxy has said what it wants now.
 func TestDNSAcrossSessions(t *testing.T) {
 	var sessions atomic.Int32
 	lose, speak := make(chan struct{}), make(chan struct{})
 	dns := &capsule.DNSAssign{Configurations: []capsule.DNSConfiguration{{
-		Nameservers: []capsule.Nameserver{{Priority: 1, Addresses: corp.Servers[:1]}}, InternalDomains: []string{""},
+		Nameservers:     []capsule.Nameserver{{Priority: 1, Addresses: corp.Servers[:1]}},
+		InternalDomains: []string{""},
 	}}}
 	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
 		n := sessions.Add(1)
@@ -253,7 +280,8 @@ func TestDNSAcrossSessions(t *testing.T) {
 		reader := capsule.NewReader(str, 1<<16)
 		requested(reader)
 		write(str, &capsule.AddressAssign{Addresses: []capsule.Address{
-			{RequestID: 1, Prefix: netip.MustParsePrefix("10.77.0.2/32")}, {RequestID: 2, Prefix: netip.MustParsePrefix("fd77::2/128")},
+			{RequestID: 1, Prefix: netip.MustParsePrefix("10.77.0.2/32")},
+			{RequestID: 2, Prefix: netip.MustParsePrefix("fd77::2/128")},
 		}}, &capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, 0)})
 		switch n {
 		case 1:
@@ -261,7 +289,9 @@ func TestDNSAcrossSessions(t *testing.T) {
 		case 2:
 			<-speak
 		}
-		go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
+		go keepSending(r.Context(), str,
+			append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"),
+				netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
 		if n == 1 {
 			<-lose
 			_ = str.Close()
@@ -280,18 +310,23 @@ func TestDNSAcrossSessions(t *testing.T) {
 	r.said = nil
 	r.mu.Unlock()
 	close(lose)
-	n.await(t, "routed again", func(s Status) bool { return s.State != StateConnected && len(r.all()) > 1 })
+	n.await(t, "routed again", func(s Status) bool {
+		return s.State != StateConnected && len(r.all()) > 1
+	})
 	if said := r.all(); slices.Contains(said, "no servers") || !n.Status().DNS.Applied {
 		t.Errorf("between the sessions the host was told %q", said)
 	}
 	close(speak)
-	n.await(t, "without what only the first session said", func(s Status) bool { return s.State == StateConnected && !s.DNS.Applied })
+	n.await(t, "without what only the first session said", func(s Status) bool {
+		return s.State == StateConnected && !s.DNS.Applied
+	})
 	if said := r.all(); said[len(said)-1] != "no servers" {
 		t.Errorf("the host was told %q", said)
 	}
 }
 
-// serveNames answers queries for the name of the proxy on a socket of its own, if there is an answer, and counts them.
+// serveNames answers queries for the name of the proxy on a socket of its own,
+// if there is an answer, and counts them.
 func serveNames(t *testing.T, answer ...netip.Addr) (netip.AddrPort, *atomic.Int32) {
 	t.Helper()
 	c, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -316,7 +351,8 @@ func serveNames(t *testing.T, answer ...netip.Addr) (netip.AddrPort, *atomic.Int
 			m.Response, m.Additionals = true, nil
 			if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
 				m.Answers = []dnsmessage.Resource{{
-					Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 1}, Body: &dnsmessage.AResource{A: answer[0].As4()},
+					Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class,
+						TTL: 1}, Body: &dnsmessage.AResource{A: answer[0].As4()},
 				}}
 			}
 			if b, err := m.Pack(); err == nil {
@@ -331,7 +367,8 @@ func serveNames(t *testing.T, answer ...netip.Addr) (netip.AddrPort, *atomic.Int
 	return c.LocalAddr().(*net.UDPAddr).AddrPort(), &queries
 }
 
-// While the host's resolver asks through the tunnel, the proxy's name is looked up with the servers that the host has besides.
+// While the host's resolver asks through the tunnel, the proxy's name is looked
+// up with the servers that the host has besides.
 func TestLookupBesideTheTunnel(t *testing.T) {
 	to, err := parseProxy("vpn.example.org", nil)
 	if err != nil {
@@ -344,11 +381,13 @@ func TestLookupBesideTheTunnel(t *testing.T) {
 	d.upstream = func() ([]netip.AddrPort, bool) { return upstream, true }
 	want := []netip.AddrPort{netip.MustParseAddrPort("192.0.2.5:443")}
 
-	if _, err := d.resolve(t.Context()); err == nil || !strings.Contains(err.Error(), "no nameservers besides those of the tunnel") {
+	if _, err := d.resolve(t.Context()); err == nil ||
+		!strings.Contains(err.Error(), "no nameservers besides those of the tunnel") {
 		t.Errorf("without servers: %v", err)
 	}
 	upstream = []netip.AddrPort{silent, knows}
-	if got, err := d.resolve(t.Context()); err != nil || !slices.Equal(got, want) || asked.Load() == 0 {
+	if got, err := d.resolve(t.Context()); err != nil || !slices.Equal(got, want) ||
+		asked.Load() == 0 {
 		t.Errorf("got %v, %v", got, err)
 	}
 	// When none knows, the last addresses serve.
@@ -360,8 +399,9 @@ func TestLookupBesideTheTunnel(t *testing.T) {
 	}
 }
 
-// Under a tunnel for everything, the status says when names are asked outside it, and why; a resolver that asks the tunnel's servers for
-// all names does not do that.
+// Under a tunnel for everything, the status says when names are asked outside
+// it, and why; a resolver that asks the tunnel's servers for all names does not
+// do that.
 func TestDNSOutside(t *testing.T) {
 	router := []netip.AddrPort{netip.MustParseAddrPort("192.168.1.1:53")}
 	for name, tc := range map[string]struct {
@@ -375,16 +415,23 @@ func TestDNSOutside(t *testing.T) {
 			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (the proxy hands out no nameservers): set dns.servers to nameservers in the tunnel, or dns.outside = false"},
 		"held": {change: func(c *Config) { c.DNS.Hold = true }, asks: router, hold: true,
 			want: "DNS queries to 192.168.1.1 are refused, because they would leave outside the tunnel (the proxy hands out no nameservers)"},
-		"behind a kill switch": {change: func(c *Config) { c.KillSwitch = &killSwitch{} }, asks: router,
+		"behind a kill switch": {change: func(c *Config) {
+			c.KillSwitch = &killSwitch{}
+		}, asks: router,
 			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear, as far as kill_switch.allow lets them"},
 		"off": {pushed: corp, change: func(c *Config) { c.DNS.Off = true }, asks: router,
 			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (dns.mode is off)"},
-		"for some names": {pushed: proxy.DNS{Servers: corp.Servers, Domains: []string{"corp.example"}}, asks: router,
+		"for some names": {pushed: proxy.DNS{Servers: corp.Servers,
+			Domains: []string{"corp.example"}}, asks: router,
 			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (the tunnel's nameservers are for some names alone)"},
-		"for all names":       {pushed: proxy.DNS{Servers: corp.Servers}, asks: router},
-		"through the tunnel":  {},
-		"split":               {change: func(c *Config) { c.Accept = prefixes("192.0.2.0/24") }, asks: router},
-		"split, none is held": {change: func(c *Config) { c.Accept, c.DNS.Hold = prefixes("192.0.2.0/24"), true }, asks: router},
+		"for all names":      {pushed: proxy.DNS{Servers: corp.Servers}, asks: router},
+		"through the tunnel": {},
+		"split": {change: func(c *Config) {
+			c.Accept = prefixes("192.0.2.0/24")
+		}, asks: router},
+		"split, none is held": {change: func(c *Config) {
+			c.Accept, c.DNS.Hold = prefixes("192.0.2.0/24"), true
+		}, asks: router},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := startProxy(t, pushing(tc.pushed))
@@ -409,7 +456,8 @@ func TestDNSOutside(t *testing.T) {
 	}
 }
 
-// The host that comes into another network, where names are asked outside, says so then.
+// The host that comes into another network, where names are asked outside, says
+// so then.
 func TestDNSOutsideLater(t *testing.T) {
 	f := startProxy(t, nil)
 	u, r := newUplink(), &resolving{}
@@ -423,6 +471,8 @@ func TestDNSOutsideLater(t *testing.T) {
 		r.asks = asks
 		r.mu.Unlock()
 		u.set("192.0.2.1", nil)
-		n.await(t, fmt.Sprintf("the status follows %v", asks), func(s Status) bool { return len(s.Warnings) == len(asks) })
+		n.await(t, fmt.Sprintf("the status follows %v", asks), func(s Status) bool {
+			return len(s.Warnings) == len(asks)
+		})
 	}
 }

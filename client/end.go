@@ -24,8 +24,8 @@ const (
 // checkDNSInterval is the time between two looks at the host's resolver.
 const checkDNSInterval = 5 * time.Second
 
-// repairKillSwitch and repairDNS are what Status.KernelRepairs counts besides the
-// repairs of routing.Health.
+// repairKillSwitch and repairDNS are what Status.KernelRepairs counts besides
+// the repairs of routing.Health.
 const (
 	repairKillSwitch = "kill_switch"
 	repairDNS        = "dns"
@@ -178,8 +178,10 @@ func (c *Client) noteKillSwitch(h routing.KillSwitchHealth) {
 // keepKillSwitch has the kill switch stay closed until ctx ends.
 func (c *Client) keepKillSwitch(ctx context.Context) {
 	if err := c.cfg.KillSwitch.Keep(ctx, c.noteKillSwitch); err != nil {
-		c.cfg.Logger.Warn("it is not noticed when another program opens the kill switch", "error", err)
-		c.degrade(noticeKillSwitch, fmt.Sprintf("it is not noticed when another program opens the kill switch: %v", err))
+		c.cfg.Logger.Warn("it is not noticed when another program opens the kill switch",
+			"error", err)
+		c.degrade(noticeKillSwitch,
+			fmt.Sprintf("it is not noticed when another program opens the kill switch: %v", err))
 	}
 }
 
@@ -231,9 +233,11 @@ func (c *Client) noteDNS(restored string, err error) {
 	c.mu.Unlock()
 	switch {
 	case restored != "":
-		c.cfg.Logger.Warn("another program changed this host's DNS: put right", "restored", restored)
+		c.cfg.Logger.Warn("another program changed this host's DNS: put right", "restored",
+			restored)
 	case lost && !before:
-		c.cfg.Logger.Warn("another program changed this host's DNS, and it cannot be put right", "error", err)
+		c.cfg.Logger.Warn("another program changed this host's DNS, and it cannot be put right",
+			"error", err)
 	}
 	text := ""
 	if lost {

@@ -42,10 +42,12 @@ func (h *hosts) last() (*tuntest.Device, *network) {
 }
 
 var healthy = routing.Health{
-	Interface: "tuntest", Addresses: []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32"), netip.MustParsePrefix("fd77::2/128")},
+	Interface: "tuntest", Addresses: []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32"),
+		netip.MustParsePrefix("fd77::2/128")},
 }
 
-// A device that another program deletes is opened anew, with the addresses and routes of the one before, and the session goes on.
+// A device that another program deletes is opened anew, with the addresses and
+// routes of the one before, and the session goes on.
 func TestDeletedDevice(t *testing.T) {
 	f := startProxy(t, nil)
 	h, k := &hosts{}, &killSwitch{}
@@ -62,7 +64,8 @@ func TestDeletedDevice(t *testing.T) {
 	if after == before || !before.isClosed() {
 		t.Fatal("the network before is not closed")
 	}
-	if got, want := after.all()[0], before.last(); !slices.Equal(got.Routes, want.Routes) || !slices.Equal(got.Addresses, want.Addresses) {
+	if got, want := after.all()[0], before.last(); !slices.Equal(got.Routes, want.Routes) ||
+		!slices.Equal(got.Addresses, want.Addresses) {
 		t.Errorf("the kernel has %+v, want %+v", got, want)
 	}
 	k.mu.Lock()
@@ -79,7 +82,8 @@ func TestDeletedDevice(t *testing.T) {
 	}
 }
 
-// What the kernel does not keep makes the state degraded, and the status says what the kernel has.
+// What the kernel does not keep makes the state degraded, and the status says
+// what the kernel has.
 func TestStatusFollowsTheKernel(t *testing.T) {
 	f := startProxy(t, nil)
 	h := &hosts{}
@@ -87,14 +91,18 @@ func TestStatusFollowsTheKernel(t *testing.T) {
 	n.awaitConnected(t)
 	_, kernel := h.last()
 	lost := healthy
-	lost.Addresses, lost.Problem, lost.Repairs = healthy.Addresses[1:], "another program undoes it", map[string]uint64{"address": 6}
+	lost.Addresses, lost.Problem, lost.Repairs = healthy.Addresses[1:], "another program undoes it",
+		map[string]uint64{"address": 6}
 	kernel.health <- lost
 	n.await(t, "degraded", func(s Status) bool {
-		return s.State == StateDegraded && s.Reason == "another program undoes it" && s.KernelRepairs["address"] == 6 &&
+		return s.State == StateDegraded && s.Reason == "another program undoes it" &&
+			s.KernelRepairs["address"] == 6 &&
 			slices.Equal(s.Addresses, lost.Addresses)
 	})
 	kernel.health <- healthy
-	n.await(t, "well again", func(s Status) bool { return s.State == StateConnected && slices.Equal(s.Addresses, healthy.Addresses) })
+	n.await(t, "well again", func(s Status) bool {
+		return s.State == StateConnected && slices.Equal(s.Addresses, healthy.Addresses)
+	})
 }
 
 // IPv6 that is turned off or on later is looked at again.
@@ -108,13 +116,18 @@ func TestIPv6TurnedOffLater(t *testing.T) {
 	held := healthy
 	held.IPv6Held, held.Addresses = true, healthy.Addresses[:1]
 	kernel.health <- held
-	n.await(t, "without IPv6", func(s Status) bool { return len(s.Routes) == 1 && slices.Equal(s.Addresses, held.Addresses) })
+	n.await(t, "without IPv6", func(s Status) bool {
+		return len(s.Routes) == 1 && slices.Equal(s.Addresses, held.Addresses)
+	})
 	kernel.hold(nil)
 	kernel.health <- healthy
-	n.await(t, "with IPv6", func(s Status) bool { return len(s.Routes) == 2 && slices.Equal(s.Addresses, healthy.Addresses) })
+	n.await(t, "with IPv6", func(s Status) bool {
+		return len(s.Routes) == 2 && slices.Equal(s.Addresses, healthy.Addresses)
+	})
 }
 
-// A kill switch that another program has opened makes the state degraded, and the status says that it is open.
+// A kill switch that another program has opened makes the state degraded, and
+// the status says that it is open.
 func TestKillSwitchThatIsOpened(t *testing.T) {
 	f := startProxy(t, nil)
 	k := &killSwitch{health: make(chan routing.KillSwitchHealth)}
@@ -122,17 +135,22 @@ func TestKillSwitchThatIsOpened(t *testing.T) {
 	n.awaitConnected(t)
 	k.health <- routing.KillSwitchHealth{Closed: true, Repairs: 1}
 	n.await(t, "closed again", func(s Status) bool {
-		return s.State == StateConnected && s.KillSwitch == KillSwitchClosed && s.KernelRepairs["kill_switch"] == 1
+		return s.State == StateConnected && s.KillSwitch == KillSwitchClosed &&
+			s.KernelRepairs["kill_switch"] == 1
 	})
 	k.health <- routing.KillSwitchHealth{Problem: "no memory", Repairs: 1}
 	n.await(t, "open", func(s Status) bool {
-		return s.State == StateDegraded && s.KillSwitch == KillSwitchOpen && s.Reason == "the kill switch is open: no memory"
+		return s.State == StateDegraded && s.KillSwitch == KillSwitchOpen &&
+			s.Reason == "the kill switch is open: no memory"
 	})
 	k.health <- routing.KillSwitchHealth{Closed: true, Repairs: 2}
-	n.await(t, "well again", func(s Status) bool { return s.State == StateConnected && s.KillSwitch == KillSwitchClosed })
+	n.await(t, "well again", func(s Status) bool {
+		return s.State == StateConnected && s.KillSwitch == KillSwitchClosed
+	})
 }
 
-// A resolver that has lost what it was told makes the state degraded, and the status says so.
+// A resolver that has lost what it was told makes the state degraded, and the
+// status says so.
 func TestDNSThatIsLost(t *testing.T) {
 	f := startProxy(t, pushing(corp))
 	r := &resolving{}
@@ -140,12 +158,14 @@ func TestDNSThatIsLost(t *testing.T) {
 	n.await(t, "applied", func(s Status) bool { return s.State == StateConnected && s.DNS.Applied })
 	r.change("", errors.New("somebody else's file"))
 	n.noteDNS(r.Check())
-	if s := n.Status(); s.State != StateDegraded || s.DNS.Applied || s.DNS.Reason != "somebody else's file" {
+	if s := n.Status(); s.State != StateDegraded || s.DNS.Applied ||
+		s.DNS.Reason != "somebody else's file" {
 		t.Errorf("lost: %+v", s)
 	}
 	r.change("the servers", nil)
 	n.noteDNS(r.Check())
-	if s := n.Status(); s.State != StateConnected || !s.DNS.Applied || s.DNS.Reason != "" || s.KernelRepairs["dns"] != 1 {
+	if s := n.Status(); s.State != StateConnected || !s.DNS.Applied || s.DNS.Reason != "" ||
+		s.KernelRepairs["dns"] != 1 {
 		t.Errorf("restored: %+v", s)
 	}
 }

@@ -38,9 +38,11 @@ const (
 type source int
 
 const (
-	byHost   source = iota // nobody but this host
-	byAnyone               // whoever can send packets to this host: the far end has not proved that it is the proxy
-	byProxy                // the proxy, which has proved who it is
+	byHost source = iota // nobody but this host
+	// whoever can send packets to this host: the far end has not proved that it
+	// is the proxy
+	byAnyone
+	byProxy // the proxy, which has proved who it is
 )
 
 // failure is what follows from a cause. The host keeps its device and its
@@ -68,24 +70,36 @@ var failures = [numCauses]failure{
 	causeConfiguration: {"the configuration is wrong", byHost, KindUsage, true, true, false},
 	causePrivileges:    {"a privilege is missing", byHost, KindPrivileges, true, true, false},
 	causeFailure:       {"something else fails", byHost, KindFailure, false, false, false},
-	causeNetwork:       {"packets do not leave this host", byHost, KindUnreachable, false, false, false},
-	causeName:          {"the proxy's name cannot be resolved", byAnyone, KindUnreachable, false, false, false},
-	causeSilence:       {"nobody answers", byAnyone, KindUnreachable, false, false, false},
-	causeHandshake:     {"the handshake breaks off", byAnyone, KindUnreachable, false, false, false},
-	causeProtocol:      {"the far end says that it does not speak HTTP/3", byAnyone, KindUsage, true, false, false},
-	causeEarlyRefusal:  {"the far end refuses the client before it has proved who it is", byAnyone, KindCredentials, true, false, false},
-	causeIdentity:      {"the certificate is of another authority or for another name", byAnyone, KindIdentity, true, false, false},
-	causeExpired:       {"the certificate has expired", byAnyone, KindIdentity, true, false, false},
-	causeClock:         {"the certificate is not valid yet, or has expired by a clock that is not synchronised", byAnyone, KindIdentity, false, false, false},
-	causeNoProxy:       {"the far end offers no Extended CONNECT or no HTTP Datagrams", byProxy, KindUsage, true, false, false},
-	causeCredentials:   {"the proxy refuses the credentials: 401, 407, or an alert about the client's certificate", byProxy, KindCredentials, true, true, true},
-	causeForbidden:     {"the proxy does not allow the request: 403", byProxy, KindRefused, true, true, true},
-	causeAnswer:        {"the proxy gives another answer that is no success: 3xx, 4xx", byProxy, KindUsage, true, false, false},
-	causeTarget:        {"the proxy finds no address of the target's name", byProxy, KindRefused, true, false, false},
-	causeBusy:          {"the proxy is busy or fails: 408, 429, 5xx", byProxy, KindFailure, false, false, false},
-	causeAddresses:     {"addresses or routes are not granted, or cannot be used here", byProxy, KindRefused, true, false, false},
-	causeEnded:         {"the proxy ends the session", byProxy, KindFailure, false, false, false},
-	causeLost:          {"nothing comes from the proxy any more", byAnyone, KindUnreachable, false, false, false},
+	causeNetwork: {"packets do not leave this host", byHost, KindUnreachable, false,
+		false, false},
+	causeName: {"the proxy's name cannot be resolved", byAnyone, KindUnreachable, false,
+		false, false},
+	causeSilence:   {"nobody answers", byAnyone, KindUnreachable, false, false, false},
+	causeHandshake: {"the handshake breaks off", byAnyone, KindUnreachable, false, false, false},
+	causeProtocol: {"the far end says that it does not speak HTTP/3", byAnyone, KindUsage, true,
+		false, false},
+	causeEarlyRefusal: {"the far end refuses the client before it has proved who it is", byAnyone,
+		KindCredentials, true, false, false},
+	causeIdentity: {"the certificate is of another authority or for another name", byAnyone,
+		KindIdentity, true, false, false},
+	causeExpired: {"the certificate has expired", byAnyone, KindIdentity, true, false, false},
+	causeClock:   {"the certificate is not valid yet, or has expired by a clock that is not synchronised", byAnyone, KindIdentity, false, false, false},
+	causeNoProxy: {"the far end offers no Extended CONNECT or no HTTP Datagrams", byProxy,
+		KindUsage, true, false, false},
+	causeCredentials: {"the proxy refuses the credentials: 401, 407, or an alert about the client's certificate", byProxy, KindCredentials, true, true, true},
+	causeForbidden: {"the proxy does not allow the request: 403", byProxy, KindRefused, true,
+		true, true},
+	causeAnswer: {"the proxy gives another answer that is no success: 3xx, 4xx", byProxy,
+		KindUsage, true, false, false},
+	causeTarget: {"the proxy finds no address of the target's name", byProxy, KindRefused, true,
+		false, false},
+	causeBusy: {"the proxy is busy or fails: 408, 429, 5xx", byProxy, KindFailure, false,
+		false, false},
+	causeAddresses: {"addresses or routes are not granted, or cannot be used here", byProxy,
+		KindRefused, true, false, false},
+	causeEnded: {"the proxy ends the session", byProxy, KindFailure, false, false, false},
+	causeLost: {"nothing comes from the proxy any more", byAnyone, KindUnreachable, false,
+		false, false},
 }
 
 // final reports whether a client ends because of c. service says that nobody

@@ -24,7 +24,8 @@ import (
 
 // Each failure in each situation: whether the client ends or goes on.
 func TestFailureTable(t *testing.T) {
-	sources := map[source]string{byHost: "this host", byAnyone: "anybody on the way", byProxy: "the proxy"}
+	sources := map[source]string{byHost: "this host", byAnyone: "anybody on the way",
+		byProxy: "the proxy"}
 	word := map[bool]string{true: "ends", false: "goes on"}
 	doc, err := os.ReadFile("../docs/failures.md")
 	if err != nil {
@@ -52,13 +53,15 @@ func TestFailureTable(t *testing.T) {
 					t.Errorf("%s: it %s, want that it %s", name, word[got], word[mode.want])
 				}
 			}
-			row := fmt.Sprintf("| %s | %s | %d | %s | %s | %s |\n", f.name, sources[f.source], f.kind, word[f.byHand], word[f.service], word[f.later])
+			row := fmt.Sprintf("| %s | %s | %d | %s | %s | %s |\n", f.name, sources[f.source],
+				f.kind, word[f.byHand], word[f.service], word[f.later])
 			if !strings.Contains(string(doc), row) {
 				t.Errorf("docs/failures.md lacks the row\n%s", row)
 			}
 		})
 	}
-	if got := strings.Count(string(doc), " | ends |") + strings.Count(string(doc), " | goes on |"); got < int(numCauses) {
+	if got := strings.Count(string(doc), " | ends |") +
+		strings.Count(string(doc), " | goes on |"); got < int(numCauses) {
 		t.Errorf("docs/failures.md has %d rows, want %d", got, numCauses)
 	}
 }
@@ -69,10 +72,13 @@ func ends(t *testing.T, c cause, service, ran bool) (ended bool) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
 		r := retry{
-			enabled: true, service: service, maxDelay: DefaultMaxDelay, logger: slog.New(slog.DiscardHandler),
+			enabled: true, service: service, maxDelay: DefaultMaxDelay,
+			logger:  slog.New(slog.DiscardHandler),
 			applied: func() bool { return ran }, waiting: func(bool, *Error) {},
 		}
-		err := r.run(ctx, func(context.Context) (time.Duration, error) { return 0, fail(c, nil, "it fails", "") })
+		err := r.run(ctx, func(context.Context) (time.Duration, error) {
+			return 0, fail(c, nil, "it fails", "")
+		})
 		ended = err != nil
 	})
 	return ended
@@ -84,7 +90,8 @@ func TestSameReasonIsOneWarning(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
 		var out strings.Builder
-		r := retry{enabled: true, maxDelay: DefaultMaxDelay, logger: slog.New(slog.NewTextHandler(&out, nil)), waiting: func(bool, *Error) {}}
+		r := retry{enabled: true, maxDelay: DefaultMaxDelay,
+			logger: slog.New(slog.NewTextHandler(&out, nil)), waiting: func(bool, *Error) {}}
 		attempts := 0
 		_ = r.run(ctx, func(context.Context) (time.Duration, error) {
 			attempts++
@@ -113,39 +120,55 @@ func TestCauses(t *testing.T) {
 		}
 	}
 	with := func(c tls.Certificate, protocol string, extended bool) func(*testing.T) *far {
-		return func(t *testing.T) *far { return serve(t, "127.0.0.1:0", c, protocol, extended, nil) }
+		return func(t *testing.T) *far {
+			return serve(t, "127.0.0.1:0", c, protocol, extended, nil)
+		}
 	}
 	const long = 100 * 365 * 24 * time.Hour
-	unsynchronised := func(c *Client) { c.dialer.to.clock.synchronised = func() bool { return false } }
+	unsynchronised := func(c *Client) {
+		c.dialer.to.clock.synchronised = func() bool { return false }
+	}
 	for name, tc := range map[string]struct {
 		far    func(*testing.T) *far
 		want   cause
 		change func(*Client) // may be nil
 	}{
-		"another authority":           {with(pair(other, proxyName, now), http3.NextProtoH3, true), causeIdentity, nil},
-		"another authority, too soon": {with(pair(other, proxyName, now.Add(48*time.Hour)), http3.NextProtoH3, true), causeIdentity, nil},
-		"another name":                {with(pair(in.authority, "other.example", now), http3.NextProtoH3, true), causeIdentity, nil},
-		"expired":                     {with(pair(in.authority, proxyName, now.Add(-long)), http3.NextProtoH3, true), causeExpired, nil},
-		"expired by a wrong clock":    {with(pair(in.authority, proxyName, now.Add(-long)), http3.NextProtoH3, true), causeClock, unsynchronised},
-		"not valid yet":               {with(pair(in.authority, proxyName, now.Add(48*time.Hour)), http3.NextProtoH3, true), causeClock, nil},
-		"another protocol":            {with(in.proxy, "h2", true), causeProtocol, nil},
-		"no Extended CONNECT":         {with(in.proxy, http3.NextProtoH3, false), causeNoProxy, nil},
-		"forged: no protocol":         {forging(closing(0x100 + alertNoProtocol)), causeProtocol, nil},
-		"forged: bad certificate":     {forging(closing(0x100 + alertBadCertificate)), causeEarlyRefusal, nil},
-		"forged: certificate missing": {forging(closing(0x100 + alertCertRequired)), causeEarlyRefusal, nil},
-		"forged: refused":             {forging(closing(uint64(quic.ConnectionRefused))), causeHandshake, nil},
-		"forged: no version":          {forging(noVersion), causeHandshake, nil},
-		"301":                         {status(301), causeAnswer, nil},
-		"401":                         {status(401), causeCredentials, nil},
-		"403":                         {status(403), causeForbidden, nil},
-		"404":                         {status(404), causeAnswer, nil},
-		"407":                         {status(407), causeCredentials, nil},
-		"429":                         {status(429), causeBusy, nil},
-		"500":                         {status(500), causeBusy, nil},
+		"another authority": {with(pair(other, proxyName, now), http3.NextProtoH3, true),
+			causeIdentity, nil},
+		"another authority, too soon": {with(pair(other, proxyName, now.Add(48*time.Hour)),
+			http3.NextProtoH3, true), causeIdentity, nil},
+		"another name": {with(pair(in.authority, "other.example", now),
+			http3.NextProtoH3, true), causeIdentity, nil},
+		"expired": {with(pair(in.authority, proxyName, now.Add(-long)),
+			http3.NextProtoH3, true), causeExpired, nil},
+		"expired by a wrong clock": {with(pair(in.authority, proxyName, now.Add(-long)),
+			http3.NextProtoH3, true), causeClock, unsynchronised},
+		"not valid yet": {with(pair(in.authority, proxyName, now.Add(48*time.Hour)),
+			http3.NextProtoH3, true), causeClock, nil},
+		"another protocol": {with(in.proxy, "h2", true), causeProtocol, nil},
+		"no Extended CONNECT": {with(in.proxy, http3.NextProtoH3, false),
+			causeNoProxy, nil},
+		"forged: no protocol": {forging(closing(0x100 + alertNoProtocol)),
+			causeProtocol, nil},
+		"forged: bad certificate": {forging(closing(0x100 + alertBadCertificate)),
+			causeEarlyRefusal, nil},
+		"forged: certificate missing": {forging(closing(0x100 + alertCertRequired)),
+			causeEarlyRefusal, nil},
+		"forged: refused": {forging(closing(uint64(quic.ConnectionRefused))),
+			causeHandshake, nil},
+		"forged: no version": {forging(noVersion), causeHandshake, nil},
+		"301":                {status(301), causeAnswer, nil},
+		"401":                {status(401), causeCredentials, nil},
+		"403":                {status(403), causeForbidden, nil},
+		"404":                {status(404), causeAnswer, nil},
+		"407":                {status(407), causeCredentials, nil},
+		"429":                {status(429), causeBusy, nil},
+		"500":                {status(500), causeBusy, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := tc.far(t)
-			c, err := New(Config{Name: "test", Proxy: f.addr, Token: "secret", TLS: &tls.Config{RootCAs: in.ca, ServerName: proxyName, Time: time.Now}})
+			c, err := New(Config{Name: "test", Proxy: f.addr, Token: "secret",
+				TLS: &tls.Config{RootCAs: in.ca, ServerName: proxyName, Time: time.Now}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -164,15 +187,18 @@ func TestCauses(t *testing.T) {
 	}
 }
 
-// serve is an HTTP/3 server on address that speaks protocol and has a certificate of its own.
-func serve(t *testing.T, address string, c tls.Certificate, protocol string, extended bool, handler http.HandlerFunc) *far {
+// serve is an HTTP/3 server on address that speaks protocol and has a
+// certificate of its own.
+func serve(t *testing.T, address string, c tls.Certificate, protocol string, extended bool,
+	handler http.HandlerFunc) *far {
 	t.Helper()
 	socket, err := net.ListenPacket("udp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
 	config := &quic.Config{EnableDatagrams: true, InitialPacketSize: initialPacketSize}
-	l, err := quic.Listen(socket, &tls.Config{Certificates: []tls.Certificate{c}, NextProtos: []string{protocol}}, config)
+	l, err := quic.Listen(socket, &tls.Config{Certificates: []tls.Certificate{c},
+		NextProtos: []string{protocol}}, config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,8 +217,9 @@ func serve(t *testing.T, address string, c tls.Certificate, protocol string, ext
 	return &far{addr: socket.LocalAddr().String()}
 }
 
-// Somebody who answers in the proxy's place ends neither a client that had a session nor a service: routes and kill switch stay, the
-// status says who answers, and when the proxy is back, so is the session.
+// Somebody who answers in the proxy's place ends neither a client that had a
+// session nor a service: routes and kill switch stay, the status says who
+// answers, and when the proxy is back, so is the session.
 func TestImpostor(t *testing.T) {
 	other, _, err := pki.NewAuthority("another CA", time.Now())
 	must(err)
@@ -210,12 +237,19 @@ func TestImpostor(t *testing.T) {
 			"somebody other than the proxy answers at ",
 		},
 		"a forged alert": {
-			func(t *testing.T, address string) *far { return forge(t, address, closing(0x100+alertNoProtocol)) },
+			func(t *testing.T, address string) *far {
+				return forge(t, address,
+					closing(0x100+alertNoProtocol))
+			},
 			"somebody who has not proved to be the proxy refuses the connection at ",
 		},
 	} {
-		t.Run(name+" after a session", func(t *testing.T) { meetImpostor(t, tc.impostor, tc.says, false) })
-		t.Run(name+" at the start of a service", func(t *testing.T) { meetImpostor(t, tc.impostor, tc.says, true) })
+		t.Run(name+" after a session", func(t *testing.T) {
+			meetImpostor(t, tc.impostor, tc.says, false)
+		})
+		t.Run(name+" at the start of a service", func(t *testing.T) {
+			meetImpostor(t, tc.impostor, tc.says, true)
+		})
 	}
 }
 
@@ -240,7 +274,8 @@ func meetImpostor(t *testing.T, impostor func(*testing.T, string) *far, says str
 			start(f)
 		}
 		said := func(s Status) bool {
-			return strings.HasPrefix(s.Reason, says+address) && len(s.Warnings) == 1 && strings.HasPrefix(s.Warnings[0], says)
+			return strings.HasPrefix(s.Reason, says+address) && len(s.Warnings) == 1 &&
+				strings.HasPrefix(s.Warnings[0], says)
 		}
 		n.await(t, "refused", said)
 		<-n.Changed() // by the next attempt
@@ -251,7 +286,9 @@ func meetImpostor(t *testing.T, impostor func(*testing.T, string) *far, says str
 	})
 	t.Run("afterwards", func(t *testing.T) {
 		proxied(t)
-		n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && len(s.Warnings) == 0 })
+		n.await(t, "connected again", func(s Status) bool {
+			return s.State == StateConnected && len(s.Warnings) == 0
+		})
 	})
 }
 

@@ -22,10 +22,13 @@ const (
 	noticeEmpty  = "no_routes"
 )
 
-// whole adds to routes, which are installed, what a tunnel for everything lacks: a proxy with addresses of one family advertises
-// routes of that family only (RFC 9484 section 4.6), and the other family's traffic would leave beside the tunnel. When most of
-// one family is in the tunnel, and the configuration accepts most of the other, of which addrs has no address, what is accepted
-// of that goes into the tunnel as well. There is no way on for its packets: they are answered with No Route, at once.
+// whole adds to routes, which are installed, what a tunnel for everything
+// lacks: a proxy with addresses of one family advertises routes of that family
+// only (RFC 9484 section 4.6), and the other family's traffic would leave
+// beside the tunnel. When most of one family is in the tunnel, and the
+// configuration accepts most of the other, of which addrs has no address, what
+// is accepted of that goes into the tunnel as well. There is no way on for its
+// packets: they are answered with No Route, at once.
 //
 // A gateway is left out, because a route would make it forward that family.
 func (s *session) whole(routes, addrs []netip.Prefix) []netip.Prefix {
@@ -36,12 +39,15 @@ func (s *session) whole(routes, addrs []netip.Prefix) []netip.Prefix {
 	}{{"IPv4", false}, {"IPv6", true}} {
 		other := func(p netip.Prefix) bool { return p.Addr().Is6() != f.ipv6 }
 		accepted := slices.DeleteFunc(slices.Clone(s.c.cfg.Accept), other)
-		if len(s.c.cfg.AdvertiseRoutes) > 0 || !routing.IsFull(routes, !f.ipv6) || !routing.IsFull(accepted, f.ipv6) ||
+		if len(s.c.cfg.AdvertiseRoutes) > 0 || !routing.IsFull(routes, !f.ipv6) ||
+			!routing.IsFull(accepted, f.ipv6) ||
 			slices.ContainsFunc(addrs, func(p netip.Prefix) bool { return !other(p) }) {
 			continue
 		}
 		family = f.name
-		routes = slices.Concat(slices.DeleteFunc(slices.Clone(routes), func(p netip.Prefix) bool { return !other(p) }), accepted)
+		routes = slices.Concat(slices.DeleteFunc(slices.Clone(routes), func(p netip.Prefix) bool {
+			return !other(p)
+		}), accepted)
 		break
 	}
 	if family != "" && family != s.blocked {
@@ -57,15 +63,17 @@ func (s *session) whole(routes, addrs []netip.Prefix) []netip.Prefix {
 	return routes
 }
 
-// noteBeside says, in the log and in the status, which family leaves this host beside a tunnel for everything of the other one,
-// although the configuration accepts it, because the proxy advertises less of it.
+// noteBeside says, in the log and in the status, which family leaves this host
+// beside a tunnel for everything of the other one, although the configuration
+// accepts it, because the proxy advertises less of it.
 func (s *session) noteBeside(routes []netip.Prefix) {
 	text := ""
 	for _, f := range []struct {
 		name, other string
 		ipv6        bool
 	}{{"IPv4", "IPv6", false}, {"IPv6", "IPv4", true}} {
-		if routing.IsFull(routes, !f.ipv6) && !routing.IsFull(routes, f.ipv6) && routing.IsFull(s.c.cfg.Accept, f.ipv6) {
+		if routing.IsFull(routes, !f.ipv6) && !routing.IsFull(routes, f.ipv6) &&
+			routing.IsFull(s.c.cfg.Accept, f.ipv6) {
 			text = fmt.Sprintf("%s leaves this host outside the tunnel, which carries all of %s: the proxy advertises no routes for it", f.name, f.other)
 		}
 	}
@@ -76,8 +84,9 @@ func (s *session) noteBeside(routes []netip.Prefix) {
 	s.c.warn(noticeBeside, text)
 }
 
-// noteEmpty says, in the log and in the status, that the tunnel has none of the routes that the configuration would accept, so
-// that all leaves this host as it would without it. A gateway may have none until another one comes.
+// noteEmpty says, in the log and in the status, that the tunnel has none of the
+// routes that the configuration would accept, so that all leaves this host as
+// it would without it. A gateway may have none until another one comes.
 func (s *session) noteEmpty(advertised []capsule.Route, routes []netip.Prefix) {
 	text := ""
 	if len(routes) == 0 && len(s.c.cfg.Accept) > 0 && len(s.c.cfg.AdvertiseRoutes) == 0 {
@@ -95,8 +104,9 @@ func (s *session) noteEmpty(advertised []capsule.Route, routes []netip.Prefix) {
 	s.c.warn(noticeEmpty, text)
 }
 
-// noteHeld says, in the log and in the status, that the interface of the tunnel cannot have IPv6, for the reason held, and that
-// what belongs in the tunnel is therefore refused; nil takes that back.
+// noteHeld says, in the log and in the status, that the interface of the tunnel
+// cannot have IPv6, for the reason held, and that what belongs in the tunnel is
+// therefore refused; nil takes that back.
 func (s *session) noteHeld(held error) {
 	text := ""
 	if held != nil {

@@ -12,8 +12,9 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 )
 
-// An answer is what somebody without any key makes of the connection IDs of a client's first packet: original, which the client
-// chose for the proxy, and its own.
+// An answer is what somebody without any key makes of the connection IDs of a
+// client's first packet: original, which the client chose for the proxy, and
+// its own.
 type answer func(original, own []byte) []byte
 
 func forging(a answer) func(*testing.T) *far {
@@ -50,17 +51,20 @@ func forge(t *testing.T, address string, a answer) *far {
 	return &far{addr: socket.LocalAddr().String()}
 }
 
-// noVersion answers that no version of QUIC is spoken that the client knows (RFC 9000 section 17.2.1).
+// noVersion answers that no version of QUIC is spoken that the client knows
+// (RFC 9000 section 17.2.1).
 func noVersion(original, own []byte) []byte {
 	b := append(longHeader(0x80, 0, own, original), 0x1a, 0x2a, 0x3a, 0x4a)
 	return b
 }
 
-// closing answers with an Initial packet that closes the connection with an error (RFC 9000 sections 17.2.2 and 19.19). The keys
-// of such packets follow from what the client's own carried in the clear (RFC 9001 section 5).
+// closing answers with an Initial packet that closes the connection with an
+// error (RFC 9000 sections 17.2.2 and 19.19). The keys of such packets follow
+// from what the client's own carried in the clear (RFC 9001 section 5).
 func closing(code uint64) answer {
 	return func(original, own []byte) []byte {
-		initial, err := hkdf.Extract(sha256.New, original, []byte("\x38\x76\x2c\xf7\xf5\x59\x34\xb3\x4d\x17\x9a\xe6\xa4\xc8\x0c\xad\xcc\xbb\x7f\x0a"))
+		initial, err := hkdf.Extract(sha256.New, original,
+			[]byte("\x38\x76\x2c\xf7\xf5\x59\x34\xb3\x4d\x17\x9a\xe6\xa4\xc8\x0c\xad\xcc\xbb\x7f\x0a"))
 		must(err)
 		secret := expand(initial, "server in", 32)
 		block, err := aes.NewCipher(expand(secret, "quic key", 16))
@@ -70,7 +74,8 @@ func closing(code uint64) answer {
 		mask, err := aes.NewCipher(expand(secret, "quic hp", 16))
 		must(err)
 
-		payload := append(quicvarint.Append([]byte{0x1c}, code), 0, 0) // CONNECTION_CLOSE, of no frame, without a reason
+		// CONNECTION_CLOSE, of no frame, without a reason
+		payload := append(quicvarint.Append([]byte{0x1c}, code), 0, 0)
 		payload = append(payload, make([]byte, 32)...)
 		b := longHeader(0xc0, 1, own, original[:4])
 		b = quicvarint.Append(b, 0) // no token

@@ -15,18 +15,21 @@ import (
 )
 
 const (
-	// suspendInterval is how often the clocks are compared, and minSuspend what they have to differ by for the host to count as
-	// having been suspended.
+	// suspendInterval is how often the clocks are compared, and minSuspend what
+	// they have to differ by for the host to count as having been suspended.
 	suspendInterval = time.Second
 	minSuspend      = time.Second
-	// hurryInterval and hurryBurst limit how often the proxy is dialed before its time.
+	// hurryInterval and hurryBurst limit how often the proxy is dialed before
+	// its time.
 	hurryInterval = time.Second
 	hurryBurst    = 3
 )
 
-// Uplink tells how packets to the proxy leave this host, outside the tunnel; *routing.Watcher is one.
+// Uplink tells how packets to the proxy leave this host, outside the tunnel;
+// *routing.Watcher is one.
 type Uplink interface {
-	// Way returns the way to an address as it is now, and an error that says what is missing when there is none.
+	// Way returns the way to an address as it is now, and an error that says
+	// what is missing when there is none.
 	Way(to netip.Addr) (routing.Way, error)
 	// Changed receives a value when ways may have changed.
 	Changed() <-chan struct{}
@@ -36,7 +39,8 @@ type Uplink interface {
 // errUnknown says that there is no Uplink.
 var errUnknown = errors.New("the network of this host is not known")
 
-// host is what changes under a client: the network that it dials over, and time.
+// host is what changes under a client: the network that it dials over, and
+// time.
 type host struct {
 	uplink    Uplink // nil: not known
 	suspended func() time.Duration
@@ -50,10 +54,12 @@ func newHost(suspended func() time.Duration) *host {
 	return h
 }
 
-// suspended returns for how long in all this host has been suspended since it booted: one of the clocks stands still meanwhile.
+// suspended returns for how long in all this host has been suspended since it
+// booted: one of the clocks stands still meanwhile.
 func suspended() time.Duration {
 	var boot, awake unix.Timespec
-	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &awake) != nil || unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot) != nil {
+	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &awake) != nil ||
+		unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot) != nil {
 		return 0
 	}
 	return time.Duration(boot.Nano() - awake.Nano())
@@ -79,7 +85,8 @@ func (h *host) ways(to []netip.AddrPort) []routing.Way {
 	return ways
 }
 
-// watch follows the host until ctx ends, and calls noteChange when its network has changed.
+// watch follows the host until ctx ends, and calls noteChange when its network
+// has changed.
 func (h *host) watch(ctx context.Context, noteChange func()) {
 	var changed <-chan struct{}
 	if h.uplink != nil {
@@ -107,7 +114,8 @@ func (h *host) watch(ctx context.Context, noteChange func()) {
 	}
 }
 
-// noteHost has the status say what a change of the host's network means for the tunnel.
+// noteHost has the status say what a change of the host's network means for the
+// tunnel.
 func (c *Client) noteHost() {
 	c.noteConflicts()
 	c.noteOutside()
@@ -116,7 +124,8 @@ func (c *Client) noteHost() {
 // noticeConflict is the key of warnings about routes and networks of the host.
 const noticeConflict = "conflict"
 
-// noteConflicts says, in the log and in the status, where the tunnel and the host's networks and routes are at odds now.
+// noteConflicts says, in the log and in the status, where the tunnel and the
+// host's networks and routes are at odds now.
 func (c *Client) noteConflicts() {
 	c.noting.Lock()
 	defer c.noting.Unlock()
@@ -154,14 +163,16 @@ type tried struct {
 	slept time.Duration
 }
 
-// noteTry is called before and after dialing, which is what finds the addresses of the proxy.
+// noteTry is called before and after dialing, which is what finds the addresses
+// of the proxy.
 func (c *Client) noteTry() {
 	c.tried.slept = c.host.slept()
 	c.tried.addrs = c.dialer.lastAddrs
 	c.tried.ways = c.host.ways(c.tried.addrs)
 }
 
-// networkChanged waits until ctx ends, or until the host is another than when it dialed last, which it reports.
+// networkChanged waits until ctx ends, or until the host is another than when
+// it dialed last, which it reports.
 func (c *Client) networkChanged(ctx context.Context) bool {
 	for {
 		select {
@@ -169,8 +180,10 @@ func (c *Client) networkChanged(ctx context.Context) bool {
 			return false
 		case <-c.host.changed:
 		}
-		// Without an address of the proxy, anything may be what was missing to find it.
-		if len(c.tried.addrs) == 0 || c.host.slept() != c.tried.slept || !slices.Equal(c.host.ways(c.tried.addrs), c.tried.ways) {
+		// Without an address of the proxy, anything may be what was missing to
+		// find it.
+		if len(c.tried.addrs) == 0 || c.host.slept() != c.tried.slept ||
+			!slices.Equal(c.host.ways(c.tried.addrs), c.tried.ways) {
 			if c.hurry.Wait(ctx) != nil {
 				return false
 			}

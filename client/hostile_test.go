@@ -12,7 +12,8 @@ import (
 	"masquevpn/capsule"
 )
 
-// A proxy that changes its mind all the time does not keep the kernel busy, and its last word counts.
+// A proxy that changes its mind all the time does not keep the kernel busy, and
+// its last word counts.
 func TestFloodOfAdvertisements(t *testing.T) {
 	const flood = 100
 	last := netip.MustParsePrefix("198.51.100.0/24")
@@ -32,14 +33,16 @@ func TestFloodOfAdvertisements(t *testing.T) {
 			if i == flood-1 {
 				p = last
 			}
-			capsules = append(capsules, &capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{p}, 0)})
+			capsules = append(capsules,
+				&capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{p}, 0)})
 		}
 		write(str, capsules...)
 		<-r.Context().Done()
 	})
 	n := startClient(t, f, nil)
 	deadline := time.Now().Add(60 * time.Second)
-	for ; !slices.Equal(n.network.last().Routes, []netip.Prefix{last}); time.Sleep(10 * time.Millisecond) {
+	for ; !slices.Equal(n.network.last().Routes,
+		[]netip.Prefix{last}); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("the kernel has %v, want %v", n.network.last().Routes, last)
 		}

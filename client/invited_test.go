@@ -24,7 +24,8 @@ func (u oneCertificate) ByName(name string) (proxy.User, bool) {
 
 func (u oneCertificate) ByToken(string) (proxy.User, bool) { return u.ByName("alice") }
 
-// Of several certificates for the name of a user, all good, one is accepted: that of the last invitation.
+// Of several certificates for the name of a user, all good, one is accepted:
+// that of the last invitation.
 func TestInvitedAgain(t *testing.T) {
 	first := newInstallation().user
 	second, err := newInstallation().authority.Client("alice", time.Now(), time.Hour)
@@ -36,7 +37,8 @@ func TestInvitedAgain(t *testing.T) {
 	var current atomic.Pointer[[32]byte]
 	current.Store(sum(first))
 	f := startProxy(t, func(c *proxy.Config) {
-		c.Users, c.Methods = oneCertificate{users{}, &current}, []string{proxy.MethodMTLS, proxy.MethodToken}
+		c.Users, c.Methods = oneCertificate{users{}, &current},
+			[]string{proxy.MethodMTLS, proxy.MethodToken}
 	})
 	with := func(c tls.Certificate) func(*Config) {
 		return func(cfg *Config) { cfg.Token, cfg.TLS.Certificates = "", []tls.Certificate{c} }
@@ -51,7 +53,9 @@ func TestInvitedAgain(t *testing.T) {
 	if e := old.failure(t); e.Kind != KindCredentials {
 		t.Errorf("with the certificate of before: %v", e)
 	}
-	if e := startClient(t, f, func(c *Config) { c.TLS.Certificates = []tls.Certificate{first} }).failure(t); e.Kind != KindCredentials {
+	if e := startClient(t, f, func(c *Config) {
+		c.TLS.Certificates = []tls.Certificate{first}
+	}).failure(t); e.Kind != KindCredentials {
 		t.Errorf("with the certificate of before and a good token: %v", e)
 	}
 	startClient(t, f, with(keyPair(second))).awaitConnected(t)

@@ -47,7 +47,8 @@ func (k *killSwitch) note(event string) {
 	k.events = append(k.events, event)
 }
 
-// The kill switch is closed before there is a device, and again before each attempt to connect: somebody may have removed it.
+// The kill switch is closed before there is a device, and again before each
+// attempt to connect: somebody may have removed it.
 func TestKillSwitchComesFirst(t *testing.T) {
 	k := &killSwitch{}
 	f := startProxy(t, nil)
@@ -61,7 +62,9 @@ func TestKillSwitchComesFirst(t *testing.T) {
 	})
 	n.awaitConnected(t)
 	f.Kick(f.Sessions()[0].ID)
-	n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && s.Reconnects > 0 })
+	n.await(t, "connected again", func(s Status) bool {
+		return s.State == StateConnected && s.Reconnects > 0
+	})
 	iface := n.Status().Interface
 	again := fmt.Sprintf("close but for %q", iface)
 	k.mu.Lock()
@@ -74,14 +77,16 @@ func TestKillSwitchComesFirst(t *testing.T) {
 	}
 }
 
-// Nothing is opened, and nobody is dialed, while the kill switch cannot be closed.
+// Nothing is opened, and nobody is dialed, while the kill switch cannot be
+// closed.
 func TestKillSwitchThatDoesNotClose(t *testing.T) {
 	f := startProxy(t, func(c *proxy.Config) { c.Methods = []string{proxy.MethodNone} })
 	n := startClient(t, f, func(c *Config) {
 		c.KillSwitch = &killSwitch{err: fmt.Errorf("no nftables: %w", os.ErrPermission)}
 		c.OpenDevice = func() (Device, error) { return nil, errors.New("the device was opened") }
 	})
-	if e := n.failure(t); e.Kind != KindPrivileges || !strings.HasPrefix(e.Reason, "closing the kill switch: no nftables") {
+	if e := n.failure(t); e.Kind != KindPrivileges ||
+		!strings.HasPrefix(e.Reason, "closing the kill switch: no nftables") {
 		t.Errorf("got %+v", e)
 	}
 	if s := n.Status(); s.KillSwitch != KillSwitchOff {

@@ -18,7 +18,8 @@ const (
 	protocolUDP = 17
 	// maxOuter is how many of the newest outer sockets are known.
 	maxOuter = 8
-	// loopMemory is for how long after the last packet that came back the status says so.
+	// loopMemory is for how long after the last packet that came back the
+	// status says so.
 	loopMemory = time.Minute
 )
 
@@ -65,14 +66,16 @@ func (o *outerSockets) sent(pkt []byte) bool {
 	if protocol != protocolUDP || len(pkt) < header+4 {
 		return false
 	}
-	source, destination := binary.BigEndian.Uint16(pkt[header:]), binary.BigEndian.Uint16(pkt[header+2:])
+	source, destination := binary.BigEndian.Uint16(pkt[header:]),
+		binary.BigEndian.Uint16(pkt[header+2:])
 	return slices.Contains(*list, outerSocket{source, netip.AddrPortFrom(dst, destination)})
 }
 
 const noticeLoop = "loop" // packets of the outer socket come out of the tunnel's interface
 
-// dropLoops reports whether there are packets of the outer socket among those that the host sends into the tunnel: they would go
-// round and round. Then it drops them, and takes the others.
+// dropLoops reports whether there are packets of the outer socket among those
+// that the host sends into the tunnel: they would go round and round. Then it
+// drops them, and takes the others.
 func (c *Client) dropLoops(packets []*flowqueue.Packet) bool {
 	outer := func(p *flowqueue.Packet) bool { return c.dialer.outer.sent(p.Bytes()[headroom:]) }
 	if !slices.ContainsFunc(packets, outer) {
@@ -93,7 +96,8 @@ func (c *Client) dropLoops(packets []*flowqueue.Packet) bool {
 	return true
 }
 
-// noteLoop says why the tunnel does not work, until nothing has come back for a while.
+// noteLoop says why the tunnel does not work, until nothing has come back for a
+// while.
 func (c *Client) noteLoop() {
 	c.mu.Lock()
 	timer := c.loop

@@ -16,9 +16,11 @@ import (
 func udpHeader(protocol byte, src, dst netip.AddrPort) []byte {
 	var b []byte
 	if dst.Addr().Is4() {
-		b = append([]byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, protocol, 0, 0}, append(src.Addr().AsSlice(), dst.Addr().AsSlice()...)...)
+		b = append([]byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, protocol, 0, 0},
+			append(src.Addr().AsSlice(), dst.Addr().AsSlice()...)...)
 	} else {
-		b = append([]byte{0x60, 0, 0, 0, 0, 8, protocol, 64}, append(src.Addr().AsSlice(), dst.Addr().AsSlice()...)...)
+		b = append([]byte{0x60, 0, 0, 0, 0, 8, protocol, 64},
+			append(src.Addr().AsSlice(), dst.Addr().AsSlice()...)...)
 	}
 	b = binary.BigEndian.AppendUint16(b, src.Port())
 	b = binary.BigEndian.AppendUint16(b, dst.Port())
@@ -27,8 +29,10 @@ func udpHeader(protocol byte, src, dst netip.AddrPort) []byte {
 
 // Packets of the outer socket are told from others to the same proxy.
 func TestOuterSocketsSent(t *testing.T) {
-	proxy4, proxy6 := netip.MustParseAddrPort("203.0.113.5:443"), netip.MustParseAddrPort("[2001:db8::5]:443")
-	host4, host6 := netip.MustParseAddrPort("192.168.1.10:50000"), netip.MustParseAddrPort("[fd00::10]:50001")
+	proxy4, proxy6 := netip.MustParseAddrPort("203.0.113.5:443"),
+		netip.MustParseAddrPort("[2001:db8::5]:443")
+	host4, host6 := netip.MustParseAddrPort("192.168.1.10:50000"),
+		netip.MustParseAddrPort("[fd00::10]:50001")
 	for _, tt := range []struct {
 		name string
 		pkt  []byte
@@ -36,8 +40,10 @@ func TestOuterSocketsSent(t *testing.T) {
 	}{
 		{"IPv4", udpHeader(17, host4, proxy4), true},
 		{"IPv6", udpHeader(17, host6, proxy6), true},
-		{"another port of this host", udpHeader(17, netip.MustParseAddrPort("192.168.1.10:50002"), proxy4), false},
-		{"another port of the proxy", udpHeader(17, host4, netip.MustParseAddrPort("203.0.113.5:53")), false},
+		{"another port of this host",
+			udpHeader(17, netip.MustParseAddrPort("192.168.1.10:50002"), proxy4), false},
+		{"another port of the proxy",
+			udpHeader(17, host4, netip.MustParseAddrPort("203.0.113.5:53")), false},
 		{"another host", udpHeader(17, host4, netip.MustParseAddrPort("203.0.113.6:443")), false},
 		{"TCP", udpHeader(6, host4, proxy4), false},
 		{"cut short", udpHeader(17, host4, proxy4)[:22], false},
@@ -57,7 +63,8 @@ func TestOuterSocketsSent(t *testing.T) {
 	}
 }
 
-// A packet of the outer socket that comes back by the device is dropped, and the log and the notices say what to do.
+// A packet of the outer socket that comes back by the device is dropped, and
+// the log and the notices say what to do.
 func TestLoop(t *testing.T) {
 	var log bytes.Buffer
 	c, err := New(Config{Proxy: "203.0.113.5", Logger: slog.New(slog.NewTextHandler(&log, nil))})
@@ -68,7 +75,9 @@ func TestLoop(t *testing.T) {
 	for range 2 {
 		packets := []*flowqueue.Packet{flowqueue.Get(), flowqueue.Get()}
 		for i, from := range []string{"192.168.1.10:50000", "192.168.1.10:50001"} {
-			packets[i].Size = copy(packets[i].Buffer()[headroom:], udpHeader(17, netip.MustParseAddrPort(from), netip.MustParseAddrPort("203.0.113.5:443")))
+			packets[i].Size = copy(packets[i].Buffer()[headroom:],
+				udpHeader(17, netip.MustParseAddrPort(from),
+					netip.MustParseAddrPort("203.0.113.5:443")))
 		}
 		if !c.dropLoops(packets) || packets[0] != nil || packets[1] != nil {
 			t.Errorf("left: %v", packets)

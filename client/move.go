@@ -4,9 +4,10 @@ package client
 
 import "context"
 
-// move moves the connection to a new socket, once packets have come from the proxy there (RFC 9000 section 9). The former one
-// serves what is under way until leave is called. The socket is not bound to an address, so the new path begins where the kernel
-// sends packets to the proxy from now.
+// move moves the connection to a new socket, once packets have come from the
+// proxy there (RFC 9000 section 9). The former one serves what is under way
+// until leave is called. The socket is not bound to an address, so the new path
+// begins where the kernel sends packets to the proxy from now.
 func (d *dialed) move(ctx context.Context, dialer *dialer) error {
 	t, socket, err := dialer.open(ctx, d.remote)
 	if err != nil {

@@ -4,5 +4,6 @@ package client
 
 import "context"
 
-// move does nothing: quic-go without our edits runs out of connection IDs after a few moves.
+// move does nothing: quic-go without our edits runs out of connection IDs after
+// a few moves.
 func (d *dialed) move(context.Context, *dialer) error { return errCannotMove }

@@ -39,7 +39,8 @@ func nameserver(t *testing.T, records map[string][]string) *net.Resolver {
 			m.Response, m.Additionals = true, nil
 			for _, text := range records[q.Name.String()] {
 				a := netip.MustParseAddr(text)
-				r := dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, Type: q.Type}}
+				r := dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: q.Name,
+					Class: q.Class, Type: q.Type}}
 				switch {
 				case a.Is4() && q.Type == dnsmessage.TypeA:
 					r.Body = &dnsmessage.AResource{A: a.As4()}
@@ -58,12 +59,14 @@ func nameserver(t *testing.T, records map[string][]string) *net.Resolver {
 			}
 		}
 	}()
-	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "udp", socket.LocalAddr().String())
-	}}
+	return &net.Resolver{PreferGo: true,
+		Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "udp", socket.LocalAddr().String())
+		}}
 }
 
-// On a network without IPv4 that has a translator, the proxy's IPv4 address is tried by way of that.
+// On a network without IPv4 that has a translator, the proxy's IPv4 address is
+// tried by way of that.
 func TestTranslator(t *testing.T) {
 	translator := []string{"64:ff9b::192.0.0.170", "64:ff9b::192.0.0.171"}
 	for name, tc := range map[string]struct {
@@ -72,19 +75,30 @@ func TestTranslator(t *testing.T) {
 		ipv4, ipv6 bool // the host has routes of this family
 		want       []string
 	}{
-		"an IPv4 address": {"192.0.2.33", map[string][]string{"ipv4only.arpa.": translator}, false, true,
+		"an IPv4 address": {"192.0.2.33", map[string][]string{"ipv4only.arpa.": translator},
+			false, true,
 			[]string{"[64:ff9b::192.0.2.33]:443", "192.0.2.33:443"}},
-		"with a port": {"192.0.2.33:4433", map[string][]string{"ipv4only.arpa.": translator}, false, true,
+		"with a port": {"192.0.2.33:4433", map[string][]string{"ipv4only.arpa.": translator},
+			false, true,
 			[]string{"[64:ff9b::192.0.2.33]:4433", "192.0.2.33:4433"}},
-		"another prefix": {"192.0.2.33", map[string][]string{"ipv4only.arpa.": {"2001:db8:122:c000:0:aa00::"}}, false, true,
+		"another prefix": {"192.0.2.33",
+			map[string][]string{"ipv4only.arpa.": {"2001:db8:122:c000:0:aa00::"}}, false, true,
 			[]string{"[2001:db8:122:c000:2:2100::]:443", "192.0.2.33:443"}},
-		"a host with IPv4":    {"192.0.2.33", map[string][]string{"ipv4only.arpa.": translator}, true, true, []string{"192.0.2.33:443"}},
-		"no translator":       {"192.0.2.33", nil, false, true, []string{"192.0.2.33:443"}},
-		"IPv4 of another use": {"192.0.2.33", map[string][]string{"ipv4only.arpa.": {"64:ff9b::192.0.2.1"}}, false, true, []string{"192.0.2.33:443"}},
-		"an IPv6 address":     {"[2001:db8::1]:443", map[string][]string{"ipv4only.arpa.": translator}, false, true, []string{"[2001:db8::1]:443"}},
-		"a name of IPv4": {"vpn.example", map[string][]string{"ipv4only.arpa.": translator, "vpn.example.": {"192.0.2.33"}}, false, true,
+		"a host with IPv4": {"192.0.2.33", map[string][]string{"ipv4only.arpa.": translator},
+			true, true, []string{"192.0.2.33:443"}},
+		"no translator": {"192.0.2.33", nil, false, true, []string{"192.0.2.33:443"}},
+		"IPv4 of another use": {"192.0.2.33",
+			map[string][]string{"ipv4only.arpa.": {"64:ff9b::192.0.2.1"}}, false, true,
+			[]string{"192.0.2.33:443"}},
+		"an IPv6 address": {"[2001:db8::1]:443", map[string][]string{"ipv4only.arpa.": translator},
+			false, true, []string{"[2001:db8::1]:443"}},
+		"a name of IPv4": {"vpn.example",
+			map[string][]string{"ipv4only.arpa.": translator, "vpn.example.": {"192.0.2.33"}},
+			false, true,
 			[]string{"[64:ff9b::192.0.2.33]:443", "192.0.2.33:443"}},
-		"a name of both": {"vpn.example", map[string][]string{"ipv4only.arpa.": translator, "vpn.example.": {"192.0.2.33", "2001:db8::1"}}, false, true,
+		"a name of both": {"vpn.example",
+			map[string][]string{"ipv4only.arpa.": translator,
+				"vpn.example.": {"192.0.2.33", "2001:db8::1"}}, false, true,
 			[]string{"[2001:db8::1]:443", "192.0.2.33:443"}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -84,6 +84,7 @@ func (c *Client) degradation() string {
 	return ""
 }
 
-// HasSession reports whether s is of a tunnel with a session that was connected:
-// its addresses, routes and interface are in use, even while it is degraded.
+// HasSession reports whether s is of a tunnel with a session that was
+// connected: its addresses, routes and interface are in use, even while it is
+// degraded.
 func HasSession(s Status) bool { return s.State == StateConnected || s.State == StateDegraded }

@@ -13,7 +13,8 @@ func TestNotices(t *testing.T) {
 		t.Helper()
 		s := n.Status()
 		if s.State != state || s.Reason != reason || !slices.Equal(s.Warnings, warnings) {
-			t.Errorf("%s: got %q, %q, warnings %q; want %q, %q, %q", step, s.State, s.Reason, s.Warnings, state, reason, warnings)
+			t.Errorf("%s: got %q, %q, warnings %q; want %q, %q, %q", step, s.State, s.Reason,
+				s.Warnings, state, reason, warnings)
 		}
 	}
 	n.warn("b", "a warning")
@@ -21,7 +22,8 @@ func TestNotices(t *testing.T) {
 	n.degrade("a", "something is missing")
 	check("degraded", StateDegraded, "something is missing", "something is missing", "a warning")
 	n.setState(StateConnected, "a narrow path")
-	check("connected with a reason", StateDegraded, "something is missing", "something is missing", "a warning")
+	check("connected with a reason", StateDegraded, "something is missing", "something is missing",
+		"a warning")
 	n.warn("b", "")
 	n.degrade("a", "")
 	check("mended", StateConnected, "a narrow path")

@@ -33,8 +33,11 @@ func TestPanicEndsSession(t *testing.T) {
 	n.awaitConnected(t)
 	before := n.Counters().Panics
 	own := n.Status().Addresses[0].Addr()
-	f.device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.9"), own, 64, true, 1, 1, nil))
-	n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && s.Reconnects == 1 })
+	f.device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.9"), own, 64, true, 1,
+		1, nil))
+	n.await(t, "connected again", func(s Status) bool {
+		return s.State == StateConnected && s.Reconnects == 1
+	})
 	if got := n.Counters().Panics - before; got != 1 {
 		t.Errorf("%d panics are counted, want 1", got)
 	}

@@ -10,7 +10,8 @@ import (
 )
 
 const (
-	// steadyAfter is how long a session has to last for the next wait before reconnecting to be short again.
+	// steadyAfter is how long a session has to last for the next wait before
+	// reconnecting to be short again.
 	steadyAfter = 10 * time.Second
 	firstDelay  = 250 * time.Millisecond
 )
@@ -23,15 +24,19 @@ type retry struct {
 	logger   *slog.Logger
 	applied  func() bool                        // the kernel has followed a proxy; nil for never
 	waiting  func(everConnected bool, e *Error) // called before each wait
-	// sooner waits until ctx ends, or until trying again is worth it before its time, which it reports. It may be nil.
+	// sooner waits until ctx ends, or until trying again is worth it before its
+	// time, which it reports. It may be nil.
 	sooner func(ctx context.Context) bool
 }
 
-// run has one session after another until ctx ends, which gives nil, or until trying again cannot help. session returns why
-// it ended, and how long it was connected.
-func (r retry) run(ctx context.Context, session func(context.Context) (connected time.Duration, err error)) error {
+// run has one session after another until ctx ends, which gives nil, or until
+// trying again cannot help. session returns why it ended, and how long it was
+// connected.
+func (r retry) run(ctx context.Context,
+	session func(context.Context) (connected time.Duration, err error)) error {
 	wait := &backoff.ExponentialBackOff{
-		InitialInterval: firstDelay, RandomizationFactor: backoff.DefaultRandomizationFactor, Multiplier: 2, MaxInterval: r.maxDelay,
+		InitialInterval: firstDelay, RandomizationFactor: backoff.DefaultRandomizationFactor,
+		Multiplier: 2, MaxInterval: r.maxDelay,
 	}
 	wait.Reset()
 	everConnected, said := false, ""
@@ -58,7 +63,8 @@ func (r retry) run(ctx context.Context, session func(context.Context) (connected
 			level = slog.LevelInfo
 		}
 		said = e.waiting()
-		r.logger.Log(ctx, level, "no session", "reason", said, "retry_in", delay.Round(time.Millisecond).String())
+		r.logger.Log(ctx, level, "no session", "reason", said, "retry_in",
+			delay.Round(time.Millisecond).String())
 		r.waiting(everConnected, e)
 		if r.wait(ctx, delay) {
 			wait.Reset()
@@ -69,7 +75,8 @@ func (r retry) run(ctx context.Context, session func(context.Context) (connected
 	}
 }
 
-// wait waits for delay, or until ctx ends. It reports whether it ended before, because something has changed.
+// wait waits for delay, or until ctx ends. It reports whether it ended before,
+// because something has changed.
 func (r retry) wait(ctx context.Context, delay time.Duration) bool {
 	ctx, cancel := context.WithTimeout(ctx, delay)
 	defer cancel()

@@ -15,21 +15,26 @@ import (
 )
 
 const (
-	// pathInterval is how often it is looked whether something came from the proxy.
+	// pathInterval is how often it is looked whether something came from the
+	// proxy.
 	pathInterval = time.Second
-	// silence is how long nothing may come after something was sent before the proxy is asked, and then for how long it may not
-	// answer. On a path with a long round trip it is silenceRTTs of those.
+	// silence is how long nothing may come after something was sent before the
+	// proxy is asked, and then for how long it may not answer. On a path with a
+	// long round trip it is silenceRTTs of those.
 	silence     = 3 * time.Second
 	silenceRTTs = 4
-	// probeTime is how long a new path may take to prove that it reaches the proxy.
+	// probeTime is how long a new path may take to prove that it reaches the
+	// proxy.
 	probeTime = 3 * time.Second
-	// pingInterval and pings are what is sent on a path that the connection has just moved to. The proxy needs a few packets
-	// before it has verified that it may send there.
+	// pingInterval and pings are what is sent on a path that the connection has
+	// just moved to. The proxy needs a few packets before it has verified that
+	// it may send there.
 	pingInterval = 100 * time.Millisecond
 	pings        = 10
 )
 
-// errCannotMove says that a connection cannot move to another path. Its socket is bound to none, and so is on the new one already.
+// errCannotMove says that a connection cannot move to another path. Its socket
+// is bound to none, and so is on the new one already.
 var errCannotMove = errors.New("this build cannot move connections")
 
 // lostError is why a path to the proxy is given up.
@@ -42,7 +47,8 @@ func lost(p pathState) error {
 	return fail(causeLost, &e, e.reason, "")
 }
 
-// pathState is what there is to say of a session's path, the zero value for nothing.
+// pathState is what there is to say of a session's path, the zero value for
+// nothing.
 type pathState struct {
 	reason string
 	down   bool // nothing comes through
@@ -63,7 +69,8 @@ func (s *session) setPath(p pathState) {
 	}
 }
 
-// showPath makes the status that of a connected session, with the state of its path, or else what its path does not carry.
+// showPath makes the status that of a connected session, with the state of its
+// path, or else what its path does not carry.
 func (s *session) showPath(limits string) {
 	s.mu.Lock()
 	p := s.path
@@ -99,7 +106,8 @@ func newRoamer(s *session, d *dialed) *roamer {
 	return r
 }
 
-// run looks after the path until ctx ends, or until it gives it up and says why.
+// run looks after the path until ctx ends, or until it gives it up and says
+// why.
 func (r *roamer) run(ctx context.Context) error {
 	tick := time.NewTicker(pathInterval)
 	defer tick.Stop()
@@ -119,7 +127,8 @@ func (r *roamer) run(ctx context.Context) error {
 	}
 }
 
-// hostChanged moves to another path if the host has been suspended or sends another way than before.
+// hostChanged moves to another path if the host has been suspended or sends
+// another way than before.
 func (r *roamer) hostChanged(ctx context.Context) error {
 	if r.s.c.networksChanged() {
 		r.s.changed() // and with them what the proxy may assign and send
@@ -157,13 +166,15 @@ func (r *roamer) hostChanged(ctx context.Context) error {
 	return nil
 }
 
-// listen moves to another path if nothing comes on this one although something was sent. What only answers the proxy counts as
-// sent too, so the proxy is asked before that means anything.
+// listen moves to another path if nothing comes on this one although something
+// was sent. What only answers the proxy counts as sent too, so the proxy is
+// asked before that means anything.
 func (r *roamer) listen(ctx context.Context) error {
 	now, stats, unsent := time.Now(), r.d.conn.ConnectionStats(), r.d.socket.Unsent()
 	patience := max(silence, silenceRTTs*stats.SmoothedRTT)
 	switch {
-	case stats.PacketsReceived != r.heard && unsent == nil: // what comes is worth little if nothing leaves
+	case stats.PacketsReceived != r.heard && unsent == nil:
+		// what comes is worth little if nothing leaves
 		r.hear(stats)
 		if r.noWay { // it was mistaken
 			r.noWay = false
@@ -177,7 +188,8 @@ func (r *roamer) listen(ctx context.Context) error {
 		r.asked, r.since = true, now
 		go r.s.conn.Ping() // which blocks when too much waits to be sent already
 	default:
-		why := pathState{reason: fmt.Sprintf("nothing has come from the proxy for %v", now.Sub(r.heardT).Round(time.Second)), down: true}
+		why := pathState{reason: fmt.Sprintf("nothing has come from the proxy for %v",
+			now.Sub(r.heardT).Round(time.Second)), down: true}
 		if unsent != nil {
 			why.reason, why.local = (&unsentError{unsent}).Error(), true
 		}
@@ -188,17 +200,20 @@ func (r *roamer) listen(ctx context.Context) error {
 
 // hear notes that something came from the proxy.
 func (r *roamer) hear(stats quic.ConnectionStats) {
-	r.heard, r.heardT, r.sent, r.since, r.asked = stats.PacketsReceived, time.Now(), stats.PacketsSent, time.Time{}, false
+	r.heard, r.heardT, r.sent, r.since, r.asked = stats.PacketsReceived, time.Now(),
+		stats.PacketsSent, time.Time{}, false
 }
 
-// move moves the connection to a new path, for the reason that why says. It gives the session up when no path leads to the proxy.
+// move moves the connection to a new path, for the reason that why says. It
+// gives the session up when no path leads to the proxy.
 func (r *roamer) move(ctx context.Context, why pathState) error {
 	c := r.s.c
 	c.cfg.Logger.Info("moving to another path", "reason", why.reason)
 	r.s.setPath(why)
 	before := r.d.conn.ConnectionStats().PacketsReceived
 	go r.s.conn.Ping()
-	probing, cancel := context.WithTimeout(ctx, max(probeTime, silenceRTTs*r.d.conn.ConnectionStats().SmoothedRTT))
+	probing, cancel := context.WithTimeout(ctx,
+		max(probeTime, silenceRTTs*r.d.conn.ConnectionStats().SmoothedRTT))
 	defer cancel()
 	err := r.d.move(probing, c.dialer)
 	if errors.Is(err, errCannotMove) && r.hears(probing, before) {
@@ -214,7 +229,8 @@ func (r *roamer) move(ctx context.Context, why pathState) error {
 		r.s.setPath(pathState{})
 		r.settle(ctx)
 		stats = r.d.conn.ConnectionStats()
-	case stats.PacketsReceived > before && r.d.socket.Unsent() == nil: // by the old path, because nothing came by the new one
+	case stats.PacketsReceived > before && r.d.socket.Unsent() == nil:
+		// by the old path, because nothing came by the new one
 		c.cfg.Logger.Warn("the connection stays where it was", "reason", err)
 	case len(c.host.changed) > 0: // the network of this host has not settled yet
 		r.noWay = true
@@ -230,7 +246,8 @@ func (r *roamer) move(ctx context.Context, why pathState) error {
 	return nil
 }
 
-// settle has the proxy move too, and closes the former path when what was under way on it has come.
+// settle has the proxy move too, and closes the former path when what was under
+// way on it has come.
 func (r *roamer) settle(ctx context.Context) {
 	tick := time.NewTicker(pingInterval)
 	defer tick.Stop()
@@ -247,7 +264,8 @@ func (r *roamer) settle(ctx context.Context) {
 	r.d.leave()
 }
 
-// hears waits until more packets have come than before, which it reports, or ctx ends.
+// hears waits until more packets have come than before, which it reports, or
+// ctx ends.
 func (r *roamer) hears(ctx context.Context, before uint64) bool {
 	tick := time.NewTicker(pingInterval)
 	defer tick.Stop()
@@ -261,7 +279,8 @@ func (r *roamer) hears(ctx context.Context, before uint64) bool {
 	return true
 }
 
-// showUplink has the status say how packets leave this host, if way is not zero.
+// showUplink has the status say how packets leave this host, if way is not
+// zero.
 func (c *Client) showUplink(way routing.Way) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

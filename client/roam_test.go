@@ -32,7 +32,8 @@ type uplink struct {
 }
 
 func newUplink() *uplink {
-	return &uplink{way: routing.Way{Interface: "eth0", Source: netip.MustParseAddr("192.0.2.1")}, changed: make(chan struct{}, 1)}
+	return &uplink{way: routing.Way{Interface: "eth0", Source: netip.MustParseAddr("192.0.2.1")},
+		changed: make(chan struct{}, 1)}
 }
 
 func (u *uplink) Way(netip.Addr) (routing.Way, error) {
@@ -54,7 +55,8 @@ func (u *uplink) set(source string, err error) {
 
 func (u *uplink) open() (Uplink, error) { return u, nil }
 
-// nat passes packets between a client and a proxy, like a router with address translation.
+// nat passes packets between a client and a proxy, like a router with address
+// translation.
 type nat struct {
 	t      *testing.T
 	inside *net.UDPConn
@@ -121,7 +123,8 @@ func (n *nat) binding(from netip.AddrPort) *net.UDPConn {
 	return c
 }
 
-// rebind forgets all bindings: from now on packets leave from other ports, and what comes to the old ones is lost.
+// rebind forgets all bindings: from now on packets leave from other ports, and
+// what comes to the old ones is lost.
 func (n *nat) rebind() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -140,7 +143,8 @@ func onlySession(t *testing.T, f *far) proxy.SessionStatus {
 	return all[0]
 }
 
-// The proxy follows a client whose address changes without its knowledge, however often.
+// The proxy follows a client whose address changes without its knowledge,
+// however often.
 func TestNATRebinding(t *testing.T) {
 	f := startProxy(t, nil)
 	nat := newNAT(t, f)
@@ -162,12 +166,13 @@ func TestNATRebinding(t *testing.T) {
 		t.Error("it is another session")
 	}
 	if s := n.Status(); s.Reconnects != 0 || s.Migrations != 0 {
-		t.Errorf("%d reconnects, %d migrations: the client is not to notice", s.Reconnects, s.Migrations)
+		t.Errorf("%d reconnects, %d migrations: the client is not to notice", s.Reconnects,
+			s.Migrations)
 	}
 }
 
-// When this host sends from another address, the session moves to a new path, however often, and stays what it is. Its former
-// sockets are closed.
+// When this host sends from another address, the session moves to a new path,
+// however often, and stays what it is. Its former sockets are closed.
 func TestUplinkChanges(t *testing.T) {
 	f := startProxy(t, nil)
 	nat := newNAT(t, f)
@@ -179,7 +184,8 @@ func TestUplinkChanges(t *testing.T) {
 		was := onlySession(t, f).Remote
 		u.set(fmt.Sprintf("192.0.2.%d", 10+i), nil)
 		n.await(t, "on the new path", func(s Status) bool {
-			return s.State == StateConnected && s.Reason == "" && int(s.Uplink.Source.As4()[3]) == 10+i
+			return s.State == StateConnected && s.Reason == "" &&
+				int(s.Uplink.Source.As4()[3]) == 10+i
 		})
 		eventually(t, "the proxy sends there too", func() bool {
 			return !congestion.Selectable || onlySession(t, f).Remote != was
@@ -208,7 +214,8 @@ func openFiles(t *testing.T) int {
 	return len(files)
 }
 
-// A host without a way to the proxy says so, and goes on where it was when it has one again.
+// A host without a way to the proxy says so, and goes on where it was when it
+// has one again.
 func TestUplinkAway(t *testing.T) {
 	f := startProxy(t, nil)
 	u := newUplink()
@@ -220,14 +227,17 @@ func TestUplinkAway(t *testing.T) {
 		return s.State == StateReconnecting && strings.Contains(s.Reason, "no route to the proxy")
 	})
 	u.set("192.0.2.1", nil)
-	n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && s.Reason == "" })
+	n.await(t, "connected again", func(s Status) bool {
+		return s.State == StateConnected && s.Reason == ""
+	})
 	eventually(t, "packets pass", func() bool { return passes(n, f) })
 	if after := onlySession(t, f); after.ID != before.ID {
 		t.Error("it is another session")
 	}
 }
 
-// A path on which nothing comes any more is noticed long before QUIC gives it up, and the client is back soon after it works again.
+// A path on which nothing comes any more is noticed long before QUIC gives it
+// up, and the client is back soon after it works again.
 func TestBlackhole(t *testing.T) {
 	f := startProxy(t, nil)
 	nat := newNAT(t, f)
@@ -238,7 +248,8 @@ func TestBlackhole(t *testing.T) {
 	start := time.Now()
 	passes(n, f)
 	n.await(t, "reconnecting", func(s Status) bool {
-		return s.State == StateReconnecting && strings.Contains(s.Reason, "nothing has come from the proxy")
+		return s.State == StateReconnecting &&
+			strings.Contains(s.Reason, "nothing has come from the proxy")
 	})
 	if d := time.Since(start); d > idleTimeout/2 {
 		t.Errorf("it took %v", d)
@@ -268,7 +279,8 @@ func TestIdleIsNotDead(t *testing.T) {
 	}
 }
 
-// A host that was suspended looks after its path when it wakes up, and does not wait for a session that the proxy has ended.
+// A host that was suspended looks after its path when it wakes up, and does not
+// wait for a session that the proxy has ended.
 func TestSuspended(t *testing.T) {
 	for _, tt := range []struct {
 		slept time.Duration
@@ -278,25 +290,34 @@ func TestSuspended(t *testing.T) {
 			f := startProxy(t, nil)
 			nat := newNAT(t, f)
 			var slept atomic.Int64
-			n := startClient(t, f, func(c *Config) { c.Suspended = func() time.Duration { return time.Duration(slept.Load()) } })
+			n := startClient(t, f, func(c *Config) {
+				c.Suspended = func() time.Duration { return time.Duration(slept.Load()) }
+			})
 			n.awaitConnected(t)
 			before := onlySession(t, f)
 			nat.rebind() // as routers do with what is not used
 			slept.Add(int64(tt.slept))
 			n.await(t, "awake", func(s Status) bool {
-				return s.State == StateConnected && (tt.same && s.Migrations == 1 || !tt.same && s.Reconnects == 1)
+				return s.State == StateConnected &&
+					(tt.same && s.Migrations == 1 || !tt.same && s.Reconnects == 1)
 			})
 			eventually(t, "packets pass", func() bool { return passes(n, f) })
-			if after := onlySession(t, f); (after.ID == before.ID) != tt.same || !slices.Equal(after.Addresses, before.Addresses) {
-				t.Errorf("session %s with %v became %s with %v", before.ID, before.Addresses, after.ID, after.Addresses)
+			if after := onlySession(t, f); (after.ID == before.ID) != tt.same ||
+				!slices.Equal(after.Addresses, before.Addresses) {
+				t.Errorf("session %s with %v became %s with %v", before.ID, before.Addresses,
+					after.ID, after.Addresses)
 			}
 		})
 	}
 }
 
-// Waiting before the next attempt ends when the way to the proxy changes, and not for whatever else the kernel reports.
+// Waiting before the next attempt ends when the way to the proxy changes, and
+// not for whatever else the kernel reports.
 func TestNetworkChangeEndsWait(t *testing.T) {
-	c, err := New(Config{Name: "test", Proxy: "192.0.2.1", OpenNetwork: func(Device) (Network, error) { return &network{}, nil }})
+	c, err := New(Config{Name: "test", Proxy: "192.0.2.1",
+		OpenNetwork: func(Device) (Network, error) {
+			return &network{}, nil
+		}})
 	must(err)
 	synctest.Test(t, func(t *testing.T) {
 		u := newUplink()
@@ -328,7 +349,8 @@ func TestNetworkChangeEndsWait(t *testing.T) {
 	})
 }
 
-// The status lists conflicts with the host's routes while there are any, and the log each of them once.
+// The status lists conflicts with the host's routes while there are any, and
+// the log each of them once.
 func TestConflictsAreShown(t *testing.T) {
 	f := startProxy(t, nil)
 	u, kernel, log := newUplink(), &network{}, &logLines{}
@@ -342,7 +364,9 @@ func TestConflictsAreShown(t *testing.T) {
 		kernel.conflicts = conflicts
 		kernel.mu.Unlock()
 		u.set("192.0.2.1", nil)
-		n.await(t, fmt.Sprintf("warnings %q", conflicts), func(s Status) bool { return slices.Equal(s.Warnings, conflicts) })
+		n.await(t, fmt.Sprintf("warnings %q", conflicts), func(s Status) bool {
+			return slices.Equal(s.Warnings, conflicts)
+		})
 	}
 	for _, text := range []string{"msg=one", "msg=two"} {
 		if got := strings.Count(log.String(), text); got != 1 {
@@ -369,7 +393,8 @@ func (l *logLines) String() string {
 	return l.text.String()
 }
 
-// passes reports whether a packet gets through in each direction. It may get lost.
+// passes reports whether a packet gets through in each direction. It may get
+// lost.
 func passes(n *near, f *far) bool {
 	for _, way := range []struct {
 		from, to *tuntest.Device

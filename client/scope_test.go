@@ -25,20 +25,25 @@ func (k knownNames) LookupNetIP(_ context.Context, _, host string) ([]netip.Addr
 }
 
 func withResolver(c *proxy.Config) {
-	c.Resolver = knownNames{"target.example": {netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("2001:db8::2")}}
+	c.Resolver = knownNames{"target.example": {netip.MustParseAddr("192.0.2.2"),
+		netip.MustParseAddr("2001:db8::2")}}
 }
 
-// A tunnel to one host for one protocol: the routes say so, and so does the status.
+// A tunnel to one host for one protocol: the routes say so, and so does the
+// status.
 func TestScopedTunnel(t *testing.T) {
 	f := startProxy(t, withResolver)
 	n := startClient(t, f, func(c *Config) { c.Target, c.IPProto = "target.example", "17" })
 	n.awaitConnected(t)
 	v4, v6 := netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("2001:db8::2")
-	if got, want := n.network.last().Routes, []netip.Prefix{netip.PrefixFrom(v4, 32), netip.PrefixFrom(v6, 128)}; !slices.Equal(got, want) {
+	if got, want := n.network.last().Routes,
+		[]netip.Prefix{netip.PrefixFrom(v4, 32),
+			netip.PrefixFrom(v6, 128)}; !slices.Equal(got, want) {
 		t.Errorf("routes in the kernel %v, want %v", got, want)
 	}
 	want := []connectip.RouteStatus{
-		connectip.RouteStatus(capsule.Route{Start: v4, End: v4, Protocol: 17}), connectip.RouteStatus(capsule.Route{Start: v6, End: v6, Protocol: 17}),
+		connectip.RouteStatus(capsule.Route{Start: v4, End: v4, Protocol: 17}),
+		connectip.RouteStatus(capsule.Route{Start: v6, End: v6, Protocol: 17}),
 	}
 	if got := n.Status().Routes; !slices.Equal(got, want) {
 		t.Errorf("routes in the status %v, want %v", got, want)
@@ -58,8 +63,11 @@ func TestScopeRefusedByTheProxy(t *testing.T) {
 		"broken.example":  {KindFailure, "cannot resolve the target's name now"},
 	} {
 		t.Run(target, func(t *testing.T) {
-			n := startClient(t, f, func(c *Config) { c.Target, c.Reconnect = target, want.kind == KindRefused })
-			if e := n.failure(t); e.Kind != want.kind || !strings.Contains(e.Error(), want.says) || strings.Contains(e.Error(), "\n") {
+			n := startClient(t, f, func(c *Config) {
+				c.Target, c.Reconnect = target, want.kind == KindRefused
+			})
+			if e := n.failure(t); e.Kind != want.kind || !strings.Contains(e.Error(), want.says) ||
+				strings.Contains(e.Error(), "\n") {
 				t.Errorf("got kind %d, %q, want kind %d and %q", e.Kind, e, want.kind, want.says)
 			}
 		})

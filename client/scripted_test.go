@@ -30,7 +30,8 @@ func scripted(t *testing.T, handler http.HandlerFunc) *far {
 		t.Fatal(err)
 	}
 	server := &http3.Server{
-		EnableDatagrams: true, QUICConfig: &quic.Config{EnableDatagrams: true, InitialPacketSize: initialPacketSize},
+		EnableDatagrams: true, QUICConfig: &quic.Config{EnableDatagrams: true,
+			InitialPacketSize: initialPacketSize},
 		TLSConfig: http3.ConfigureTLSConfig(&tls.Config{Certificates: []tls.Certificate{newInstallation().proxy}}),
 		Handler:   handler,
 	}
@@ -76,7 +77,8 @@ func keepSending(ctx context.Context, str *http3.Stream, datagram []byte) {
 	}
 }
 
-// A proxy that does not grant the addresses of the last session is asked for any the next time.
+// A proxy that does not grant the addresses of the last session is asked for
+// any the next time.
 func TestFormerAddressesAreRefused(t *testing.T) {
 	var sessions atomic.Int32
 	lose := make(chan struct{})
@@ -98,7 +100,9 @@ func TestFormerAddressesAreRefused(t *testing.T) {
 			answer.Addresses = append(answer.Addresses, a)
 		}
 		write(str, &answer, &capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, 0)})
-		go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
+		go keepSending(r.Context(), str,
+			append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"),
+				netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
 		if sessions.Add(1) == 1 {
 			<-lose
 			_ = str.Close()
@@ -110,13 +114,16 @@ func TestFormerAddressesAreRefused(t *testing.T) {
 	n := startClient(t, f, nil)
 	n.awaitConnected(t)
 	close(lose)
-	n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && s.Reconnects > 0 })
+	n.await(t, "connected again", func(s Status) bool {
+		return s.State == StateConnected && s.Reconnects > 0
+	})
 }
 
 // A proxy that does not answer the request is said to be just that.
 func TestSilentProxy(t *testing.T) {
 	f := scripted(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
-	c, err := New(Config{Name: "test", Proxy: f.addr, TLS: &tls.Config{RootCAs: newInstallation().ca, ServerName: proxyName}})
+	c, err := New(Config{Name: "test", Proxy: f.addr,
+		TLS: &tls.Config{RootCAs: newInstallation().ca, ServerName: proxyName}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,33 +132,42 @@ func TestSilentProxy(t *testing.T) {
 	defer cancel()
 	_, _, err = c.dial(ctx)
 	var e *Error
-	if !errors.As(err, &e) || e.Kind != KindUnreachable || !strings.Contains(e.Reason, "does not answer") {
+	if !errors.As(err, &e) || e.Kind != KindUnreachable ||
+		!strings.Contains(e.Reason, "does not answer") {
 		t.Errorf("got %v", err)
 	}
 }
 
-// assignBoth assigns one address of each family and advertises a network of each, unprompted.
+// assignBoth assigns one address of each family and advertises a network of
+// each, unprompted.
 func assignBoth(str *http3.Stream) {
 	write(str,
 		&capsule.AddressAssign{Addresses: []capsule.Address{{Prefix: netip.MustParsePrefix("10.77.0.2/32")}, {Prefix: netip.MustParsePrefix("fd77::2/128")}}},
-		&capsule.RouteAdvertisement{Routes: capsule.Routes(prefixes("192.0.2.0/24", "2001:db8::/32"), 0)})
+		&capsule.RouteAdvertisement{Routes: capsule.Routes(prefixes("192.0.2.0/24",
+			"2001:db8::/32"), 0)})
 }
 
-// The addresses of a tunnel are those that the proxy assigns unprompted, and those of the configuration, each once.
+// The addresses of a tunnel are those that the proxy assigns unprompted, and
+// those of the configuration, each once.
 func TestUnpromptedAddresses(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		change func(*Config)
 	}{
 		{"nothing is asked for", func(c *Config) { c.Request = prefixes() }},
-		{"the same are static", func(c *Config) { c.Static = prefixes("10.77.0.2/32", "fd77::2/128") }},
+		{"the same are static", func(c *Config) {
+			c.Static = prefixes("10.77.0.2/32", "fd77::2/128")
+		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
 				w.WriteHeader(http.StatusOK)
 				str := w.(http3.HTTPStreamer).HTTPStream()
 				assignBoth(str)
-				go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
+				go keepSending(r.Context(), str,
+					append([]byte{0},
+						ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"),
+							netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
 				if asked := requested(capsule.NewReader(str, 1<<16)); asked != nil {
 					t.Errorf("the client asks for %v", asked)
 				}
@@ -169,7 +185,8 @@ func TestUnpromptedAddresses(t *testing.T) {
 	}
 }
 
-// A proxy that ends the tunnel when it is asked for addresses, and assigns some unprompted, is asked once in a run.
+// A proxy that ends the tunnel when it is asked for addresses, and assigns some
+// unprompted, is asked once in a run.
 func TestProxyThatCannotBeAsked(t *testing.T) {
 	var asked, sessions atomic.Int32
 	lose := make(chan struct{})
@@ -177,7 +194,9 @@ func TestProxyThatCannotBeAsked(t *testing.T) {
 		w.WriteHeader(http.StatusOK)
 		str := w.(http3.HTTPStreamer).HTTPStream()
 		assignBoth(str)
-		go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
+		go keepSending(r.Context(), str,
+			append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"),
+				netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
 		read := make(chan struct{})
 		go func() {
 			defer close(read)
@@ -199,12 +218,16 @@ func TestProxyThatCannotBeAsked(t *testing.T) {
 	})
 	log := &logLines{} // the status has the reason until the next attempt, which may be at once
 	n := startClient(t, f, func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(log, nil)) })
-	n.await(t, "connected without asking", func(s Status) bool { return s.State == StateConnected && sessions.Load() == 2 })
+	n.await(t, "connected without asking", func(s Status) bool {
+		return s.State == StateConnected && sessions.Load() == 2
+	})
 	if !strings.Contains(log.String(), "addresses.request = []") {
 		t.Error("the log does not say what to do")
 	}
 	close(lose)
-	n.await(t, "connected anew", func(s Status) bool { return s.State == StateConnected && sessions.Load() == 3 })
+	n.await(t, "connected anew", func(s Status) bool {
+		return s.State == StateConnected && sessions.Load() == 3
+	})
 	if got := asked.Load(); got != 1 {
 		t.Errorf("asked for addresses %d times, want once", got)
 	}
@@ -217,7 +240,9 @@ func TestAddressesAreTakenAway(t *testing.T) {
 		w.WriteHeader(http.StatusOK)
 		str := w.(http3.HTTPStreamer).HTTPStream()
 		assignBoth(str)
-		go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
+		go keepSending(r.Context(), str,
+			append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"),
+				netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
 		<-take
 		write(str, &capsule.AddressAssign{})
 		<-r.Context().Done()
@@ -230,7 +255,8 @@ func TestAddressesAreTakenAway(t *testing.T) {
 	})
 }
 
-// A tunnel without routes is connected, and carries nothing: the status says so until there are some.
+// A tunnel without routes is connected, and carries nothing: the status says so
+// until there are some.
 func TestRoutesAreTakenAway(t *testing.T) {
 	steps := make(chan []string)
 	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
@@ -255,13 +281,16 @@ func TestRoutesAreTakenAway(t *testing.T) {
 	} {
 		steps <- step.routes
 		n.await(t, "told of "+step.want, func(s Status) bool {
-			said := slices.ContainsFunc(s.Warnings, func(w string) bool { return strings.HasPrefix(w, "nothing goes through the tunnel: "+step.want) })
+			said := slices.ContainsFunc(s.Warnings, func(w string) bool {
+				return strings.HasPrefix(w, "nothing goes through the tunnel: "+step.want)
+			})
 			return said == (step.want != "") && s.State == StateConnected
 		})
 	}
 }
 
-// A proxy that assigns nothing without being asked is asked again, and the user is told.
+// A proxy that assigns nothing without being asked is asked again, and the user
+// is told.
 func TestNothingComesUnprompted(t *testing.T) {
 	s := &session{c: &Client{unasked: true, cfg: Config{Request: prefixes("0.0.0.0/32")}}}
 	var e *Error
@@ -269,12 +298,14 @@ func TestNothingComesUnprompted(t *testing.T) {
 		t.Errorf("got %v, and the next session does without asking: %t", e, s.c.unasked)
 	}
 	s = &session{c: &Client{}}
-	if err := s.notConfigured(); !errors.As(err, &e) || !strings.Contains(e.Error(), "remove addresses.request") {
+	if err := s.notConfigured(); !errors.As(err, &e) ||
+		!strings.Contains(e.Error(), "remove addresses.request") {
 		t.Errorf("got %v", e)
 	}
 }
 
-// A proxy that acknowledges what is sent into the tunnel and answers none of it is connected, with a warning until something comes.
+// A proxy that acknowledges what is sent into the tunnel and answers none of it
+// is connected, with a warning until something comes.
 func TestProxyAnswersNoEcho(t *testing.T) {
 	answer := make(chan struct{})
 	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
@@ -282,13 +313,18 @@ func TestProxyAnswersNoEcho(t *testing.T) {
 		str := w.(http3.HTTPStreamer).HTTPStream()
 		assignBoth(str)
 		<-answer
-		go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
+		go keepSending(r.Context(), str,
+			append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"),
+				netip.MustParseAddr("10.77.0.2"), 64, true, 1, 1, nil)...))
 		_ = requested(capsule.NewReader(str, 1<<16))
 	})
 	n := startClient(t, f, func(c *Config) { c.Request = prefixes() })
-	n.await(t, "waiting for an answer", func(s Status) bool { return strings.Contains(s.Reason, "waiting for the first answer") })
+	n.await(t, "waiting for an answer", func(s Status) bool {
+		return strings.Contains(s.Reason, "waiting for the first answer")
+	})
 	n.await(t, "connected with a warning", func(s Status) bool {
-		return s.State == StateConnected && s.Reason == "" && len(s.Warnings) == 1 && strings.Contains(s.Warnings[0], "answers no echo")
+		return s.State == StateConnected && s.Reason == "" && len(s.Warnings) == 1 &&
+			strings.Contains(s.Warnings[0], "answers no echo")
 	})
 	since := n.Status().Since
 	close(answer)
@@ -303,11 +339,14 @@ func TestMalformedCapsuleIsTheReason(t *testing.T) {
 	f := scripted(t, func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(http.StatusOK)
 		str := w.(http3.HTTPStreamer).HTTPStream()
-		_, _ = str.Write([]byte{0x01, 0x07, 0x00, 0x04, 10, 77, 0, 2, 24}) // ADDRESS_ASSIGN of 10.77.0.2/24
+		// ADDRESS_ASSIGN of 10.77.0.2/24
+		_, _ = str.Write([]byte{0x01, 0x07, 0x00, 0x04, 10, 77, 0, 2, 24})
 		_ = requested(capsule.NewReader(str, 1<<16))
 	})
 	n := startClient(t, f, nil)
-	n.await(t, "between two attempts", func(s Status) bool { return strings.Contains(s.Reason, "malformed") })
+	n.await(t, "between two attempts", func(s Status) bool {
+		return strings.Contains(s.Reason, "malformed")
+	})
 	if e := n.Failure(); e == nil || e.Kind != KindFailure {
 		t.Errorf("got %v, want a failure", e)
 	}

@@ -22,18 +22,21 @@ import (
 )
 
 const (
-	// configTimeout is how long the proxy may take to assign addresses and to advertise routes.
+	// configTimeout is how long the proxy may take to assign addresses and to
+	// advertise routes.
 	configTimeout = 10 * time.Second
-	// quietDelay and settleDelay let capsules and MTU changes that come together be applied together: when nothing has changed
-	// for the one, and at the latest after the other.
+	// quietDelay and settleDelay let capsules and MTU changes that come
+	// together be applied together: when nothing has changed for the one, and
+	// at the latest after the other.
 	quietDelay  = 2 * time.Millisecond
 	settleDelay = 20 * time.Millisecond
-	// applyRate and applyBurst are how often the kernel follows a proxy that changes its mind, in a second and at once.
+	// applyRate and applyBurst are how often the kernel follows a proxy that
+	// changes its mind, in a second and at once.
 	applyRate  = 1
 	applyBurst = 10
 	// answerInterval is how often it is looked whether the far end acknowledges
-	// what it does not answer, and answerLooks after how many looks it is believed
-	// to answer nothing.
+	// what it does not answer, and answerLooks after how many looks it is
+	// believed to answer nothing.
 	answerInterval = time.Second
 	answerLooks    = 3
 )
@@ -57,7 +60,9 @@ type session struct {
 	held      []netip.Prefix    // addresses that the kernel has
 	assigned  []capsule.Address // the last ADDRESS_ASSIGN; nil before the first
 	requested time.Time         // when addresses were asked for; zero: they were not
-	waiting   bool              // for the answer to a request for addresses, or for the first unprompted ones
+	// for the answer to a request for addresses, or for the first unprompted
+	// ones
+	waiting   bool
 	routes    []capsule.Route
 	hasRoutes bool
 	dns       []capsule.DNSConfiguration
@@ -66,19 +71,22 @@ type session struct {
 	path      pathState
 
 	// What follows is of keep alone.
-	configured   bool             // the kernel has had what the proxy said
-	full         bool             // all traffic of a family goes through the tunnel
-	onlyIPv4     bool             // the tunnel's interface cannot have IPv6
-	refused      []netip.Prefix   // routes of the proxy that are not installed
-	skipped      []netip.AddrPort // nameservers that are not used
-	blocked      string           // the family that has no way through a tunnel for everything, "" for none
-	beside       string           // what was said of a family that leaves outside the tunnel, "" for nothing
-	empty        string           // what was said of a tunnel without routes, "" for nothing
-	advertised   []netip.Prefix   // to the proxy
-	assignedPeer []netip.Prefix   // to the proxy
+	configured bool             // the kernel has had what the proxy said
+	full       bool             // all traffic of a family goes through the tunnel
+	onlyIPv4   bool             // the tunnel's interface cannot have IPv6
+	refused    []netip.Prefix   // routes of the proxy that are not installed
+	skipped    []netip.AddrPort // nameservers that are not used
+	// the family that has no way through a tunnel for everything, "" for none
+	blocked string
+	// what was said of a family that leaves outside the tunnel, "" for nothing
+	beside       string
+	empty        string         // what was said of a tunnel without routes, "" for nothing
+	advertised   []netip.Prefix // to the proxy
+	assignedPeer []netip.Prefix // to the proxy
 }
 
-// session dials, keeps the session until it ends, and returns why it ended and how long it was connected.
+// session dials, keeps the session until it ends, and returns why it ended and
+// how long it was connected.
 func (c *Client) session(ctx context.Context) (connected time.Duration, err error) {
 	if err := c.closeKillSwitch(c.iface()); err != nil {
 		return 0, err
@@ -95,10 +103,12 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	code := http3.ErrCodeNoError
 	defer func() { d.closeWith(code) }()
 	c.readNetworks()
-	// Until the proxy has had the time to speak of DNS, the resolver is left as it is.
+	// Until the proxy has had the time to speak of DNS, the resolver is left as
+	// it is.
 	s := &session{
 		asks: !c.unasked && len(c.cfg.Request) > 0, outer: c.dialer.lastAddrs, held: c.held,
-		c: c, quic: d.conn, wake: make(chan struct{}, 1), lost: make(chan error, 1), show: make(chan struct{}, 1), dns: c.pushed,
+		c: c, quic: d.conn, wake: make(chan struct{}, 1), lost: make(chan error, 1),
+		show: make(chan struct{}, 1), dns: c.pushed,
 	}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
 		Device: currentDevice{c},
@@ -108,7 +118,8 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 			DNS: s.handleDNS, PREF64: s.handlePREF64, MTU: func(int) { s.changed() },
 		},
 		Static: c.cfg.Static,
-		// All routes that the kernel is given, and no more than a trifle besides.
+		// All routes that the kernel is given, and no more than a trifle
+		// besides.
 		MaxCapsule: routing.MaxRoutes * capsule.MaxRouteLen,
 		Stats:      &c.stats,
 		Panicked:   c.panicked,
@@ -147,7 +158,8 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	if errors.Is(err, errEnded) {
 		reason := <-ended
 		if errors.Is(reason, capsule.ErrMalformed) || errors.Is(reason, capsule.ErrTooLarge) {
-			// The reset of the stream may get lost with the connection, so that says it as well (RFC 9114 section 8).
+			// The reset of the stream may get lost with the connection, so that
+			// says it as well (RFC 9114 section 8).
 			code = connectip.ErrorCode(reason)
 		}
 		err = s.explainRequest(whyEnded(reason, s.quic, c.to))
@@ -184,7 +196,8 @@ func (s *session) guarded(f func()) {
 // errEnded stands for the end of the stream, whose reason is with its Run.
 var errEnded = errors.New("the session ended")
 
-// keep asks for addresses, applies what comes, and returns when the session or ctx ends, or cannot go on.
+// keep asks for addresses, applies what comes, and returns when the session or
+// ctx ends, or cannot go on.
 func (s *session) keep(ctx context.Context, ended chan error) (connected time.Time, err error) {
 	c := s.c
 	if err := s.request(); err != nil {
@@ -312,9 +325,11 @@ func (s *session) explainRequest(err error) error {
 	granted := slices.ContainsFunc(s.assigned, func(a capsule.Address) bool { return !a.Refused() })
 	var e *Error
 	switch {
-	case !errors.As(err, &e) || e.Kind != KindFailure || errors.As(err, new(*quic.StatelessResetError)):
+	case !errors.As(err, &e) || e.Kind != KindFailure ||
+		errors.As(err, new(*quic.StatelessResetError)):
 		return err
-	case s.requested.IsZero() || time.Since(s.requested) > configTimeout || !granted || !s.conn.Unanswered():
+	case s.requested.IsZero() || time.Since(s.requested) > configTimeout || !granted ||
+		!s.conn.Unanswered():
 		return err
 	}
 	s.c.unasked = true
@@ -322,7 +337,8 @@ func (s *session) explainRequest(err error) error {
 		"set addresses.request = []; until then each run of the client begins with such a failure")
 }
 
-// wanted is what to ask for: the addresses of the last session, where there was one, and otherwise those configured.
+// wanted is what to ask for: the addresses of the last session, where there was
+// one, and otherwise those configured.
 func (c *Client) wanted() []netip.Prefix {
 	want := slices.Clone(c.cfg.Request)
 	had := slices.Clone(c.had)
@@ -375,7 +391,8 @@ func (s *session) handleDNS(configurations []capsule.DNSConfiguration) error {
 	return nil
 }
 
-// forgetDNS lets go of what a former session said, unless this one has said something too.
+// forgetDNS lets go of what a former session said, unless this one has said
+// something too.
 func (s *session) forgetDNS() {
 	s.mu.Lock()
 	forget := !s.hasDNS && len(s.dns) > 0
@@ -402,15 +419,16 @@ func (s *session) addresses() []netip.Prefix {
 	defer s.mu.Unlock()
 	out := slices.Clone(s.c.cfg.Static)
 	for _, a := range s.assigned {
-		if !a.Refused() && s.wants(a.Prefix) && !slices.Contains(out, a.Prefix) { // a proxy may assign what is static
+		if !a.Refused() && s.wants(a.Prefix) && !slices.Contains(out, a.Prefix) {
+			// a proxy may assign what is static
 			out = append(out, a.Prefix)
 		}
 	}
 	return out
 }
 
-// hostAddresses returns the addresses of the interface for what is assigned. A prefix has one; the rest of it is for whatever
-// is behind this host.
+// hostAddresses returns the addresses of the interface for what is assigned. A
+// prefix has one; the rest of it is for whatever is behind this host.
 func (s *session) hostAddresses(assigned []netip.Prefix) []netip.Prefix {
 	out := slices.Clone(assigned)
 	for i, p := range out {
@@ -422,7 +440,8 @@ func (s *session) hostAddresses(assigned []netip.Prefix) []netip.Prefix {
 	return out
 }
 
-// apply makes the kernel follow what the proxy said. complete is false while the proxy has not said enough.
+// apply makes the kernel follow what the proxy said. complete is false while
+// the proxy has not said enough.
 func (s *session) apply() (complete bool, err error) {
 	c := s.c
 	s.mu.Lock()
@@ -444,12 +463,15 @@ func (s *session) apply() (complete bool, err error) {
 	}
 	if len(addrs) == 0 {
 		c.had = nil // it may grant others
-		return false, fail(causeAddresses, nil, "the proxy assigned no address", "its pool may be exhausted; ask its operator")
+		return false, fail(causeAddresses, nil, "the proxy assigned no address",
+			"its pool may be exhausted; ask its operator")
 	}
 	if err := c.cfg.checkBehind(addrs); err != nil {
 		return false, err
 	}
-	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude, HostRoutes: c.cfg.HostRoutes, Local: c.cfg.AdvertiseRoutes, Forward: len(c.cfg.AdvertiseRoutes) > 0, Reach: c.cfg.behind(addrs)}
+	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude,
+		HostRoutes: c.cfg.HostRoutes, Local: c.cfg.AdvertiseRoutes,
+		Forward: len(c.cfg.AdvertiseRoutes) > 0, Reach: c.cfg.behind(addrs)}
 	inside, err := accepted(routes, c.cfg.Accept)
 	if err != nil {
 		return false, err
@@ -470,14 +492,18 @@ func (s *session) apply() (complete bool, err error) {
 	if held := network.Held(); err == nil {
 		s.noteHeld(held)
 		if s.onlyIPv4 = held != nil; s.onlyIPv4 {
-			addrs, routes = onlyIPv4(addrs), slices.DeleteFunc(slices.Clone(routes), func(r capsule.Route) bool { return r.Start.Is6() })
+			addrs, routes = onlyIPv4(addrs),
+				slices.DeleteFunc(slices.Clone(routes), func(r capsule.Route) bool {
+					return r.Start.Is6()
+				})
 		}
 		if len(addrs) == 0 {
 			err = held
 		}
 	}
 	if err != nil {
-		e := fail(causeAddresses, err, fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err), "")
+		e := fail(causeAddresses, err,
+			fmt.Sprintf("the addresses and routes of the proxy cannot be applied (%v)", err), "")
 		if errors.Is(err, routing.ErrTooManyRoutes) {
 			e.Remedy = "set routes.accept to fewer of them"
 		}
@@ -504,9 +530,10 @@ func (s *session) apply() (complete bool, err error) {
 	return true, nil
 }
 
-// mtu is the MTU that the device should have, in bytes. It never goes below what IPv6 needs, because the kernel would then
-// take IPv6 off the device, and what belongs in the tunnel would leave beside it; a link that carries less answers for
-// itself.
+// mtu is the MTU that the device should have, in bytes. It never goes below
+// what IPv6 needs, because the kernel would then take IPv6 off the device, and
+// what belongs in the tunnel would leave beside it; a link that carries less
+// answers for itself.
 func (s *session) mtu() int {
 	if m := s.c.cfg.TUN.MTU; m != 0 {
 		return m
@@ -515,18 +542,23 @@ func (s *session) mtu() int {
 }
 
 func onlyIPv4(prefixes []netip.Prefix) []netip.Prefix {
-	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return p.Addr().Is6() })
+	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool {
+		return p.Addr().Is6()
+	})
 }
 
-// limits says what a connected tunnel does not carry, "" when there is nothing to say.
+// limits says what a connected tunnel does not carry, "" when there is nothing
+// to say.
 func (s *session) limits() string {
 	if mtu := s.conn.MTU(); mtu < minMTU {
-		return fmt.Sprintf("the path carries packets of %d bytes; IPv6, which needs %d, is off", mtu, minMTU)
+		return fmt.Sprintf("the path carries packets of %d bytes; IPv6, which needs %d, is off",
+			mtu, minMTU)
 	}
 	return ""
 }
 
-// accepted returns the fewest prefixes that cover what is both advertised and accepted.
+// accepted returns the fewest prefixes that cover what is both advertised and
+// accepted.
 func accepted(routes []capsule.Route, accept []netip.Prefix) ([]netip.Prefix, error) {
 	var advertised, allowed netipx.IPSetBuilder
 	for _, r := range routes {
@@ -556,9 +588,11 @@ func (s *session) notConfigured() error {
 	if !granted && len(s.c.cfg.Static) == 0 {
 		what = "assigned no addresses"
 		if s.requested.IsZero() && !s.c.unasked {
-			what, remedy = "assigned no addresses unasked", "remove addresses.request, or ask its operator"
+			what, remedy = "assigned no addresses unasked",
+				"remove addresses.request, or ask its operator"
 		}
 		s.c.unasked = false // it may be another proxy of that name
 	}
-	return fail(causeAddresses, nil, fmt.Sprintf("the proxy %s within %v", what, configTimeout), remedy)
+	return fail(causeAddresses, nil,
+		fmt.Sprintf("the proxy %s within %v", what, configTimeout), remedy)
 }

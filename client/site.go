@@ -22,25 +22,32 @@ func (c *Config) checkSite() error {
 			return usage("routes.advertise", "%v is not a prefix without bits beyond its length", p)
 		}
 		if reserved, overlaps := connectip.Reserved(p); overlaps {
-			return usage("routes.advertise", "%v overlaps %v, which is never behind a gateway", p, reserved)
+			return usage("routes.advertise", "%v overlaps %v, which is never behind a gateway", p,
+				reserved)
 		}
 		if i := slices.IndexFunc(own, p.Overlaps); i >= 0 {
-			return usage("routes.advertise", "%v holds %v, an address of the tunnel itself", p, own[i])
+			return usage("routes.advertise", "%v holds %v, an address of the tunnel itself",
+				p, own[i])
 		}
 	}
 	// What a peer of ours takes.
-	if n := len((&capsule.RouteAdvertisement{Routes: capsule.Routes(c.AdvertiseRoutes, 0)}).Append(nil)); n > connectip.MaxCapsule {
-		return usage("routes.advertise", "%d networks are too many for a proxy: advertise fewer and larger ones", len(c.AdvertiseRoutes))
+	if n := len((&capsule.RouteAdvertisement{Routes: capsule.Routes(c.AdvertiseRoutes,
+		0)}).Append(nil)); n > connectip.MaxCapsule {
+		return usage("routes.advertise",
+			"%d networks are too many for a proxy: advertise fewer and larger ones",
+			len(c.AdvertiseRoutes))
 	}
 	if n := len(c.AssignPeer); n > connectip.MaxAssigned {
-		return usage("routes.assign", "%d addresses are too many, at most %d are possible", n, connectip.MaxAssigned)
+		return usage("routes.assign", "%d addresses are too many, at most %d are possible", n,
+			connectip.MaxAssigned)
 	}
 	for i, p := range c.AssignPeer {
 		if !p.IsValid() || p.Addr().Is4In6() || !p.IsSingleIP() {
 			return usage("routes.assign", "%v is not a single address", p)
 		}
 		if reserved, overlaps := connectip.Reserved(p); overlaps {
-			return usage("routes.assign", "%v is within %v, which is never behind a gateway", p, reserved)
+			return usage("routes.assign", "%v is within %v, which is never behind a gateway", p,
+				reserved)
 		}
 		if slices.ContainsFunc(own, p.Overlaps) || slices.Contains(c.AssignPeer[:i], p) {
 			return usage("routes.assign", "%v is an address of the tunnel already", p)
@@ -49,23 +56,27 @@ func (c *Config) checkSite() error {
 	return nil
 }
 
-// checkBehind checks that the proxy's choice of addresses and the networks behind this host go together.
+// checkBehind checks that the proxy's choice of addresses and the networks
+// behind this host go together.
 func (c *Config) checkBehind(addrs []netip.Prefix) error {
 	for _, a := range addrs {
 		if i := slices.IndexFunc(c.AdvertiseRoutes, a.Overlaps); i >= 0 {
-			return fail(causeAddresses, nil, fmt.Sprintf("routes.advertise: %v holds %v, the address in the tunnel that the proxy assigned",
-				c.AdvertiseRoutes[i], a.Addr()), "correct it, or ask the operator of the proxy")
+			return fail(causeAddresses, nil,
+				fmt.Sprintf("routes.advertise: %v holds %v, the address in the tunnel that the proxy assigned",
+					c.AdvertiseRoutes[i], a.Addr()), "correct it, or ask the operator of the proxy")
 		}
 		if slices.ContainsFunc(c.AssignPeer, a.Overlaps) {
-			return fail(causeAddresses, nil, fmt.Sprintf("routes.assign: %v is the address in the tunnel that the proxy assigned to this host", a.Addr()),
+			return fail(causeAddresses, nil,
+				fmt.Sprintf("routes.assign: %v is the address in the tunnel that the proxy assigned to this host", a.Addr()),
 				"choose another")
 		}
 	}
 	return nil
 }
 
-// behind returns what lies behind this host as the proxy may know it: the networks that are advertised, and of an assigned prefix
-// all but this host's own address.
+// behind returns what lies behind this host as the proxy may know it: the
+// networks that are advertised, and of an assigned prefix all but this host's
+// own address.
 func (c *Config) behind(assigned []netip.Prefix) []netip.Prefix {
 	out := slices.Clone(c.AdvertiseRoutes)
 	for _, p := range assigned {
@@ -76,15 +87,17 @@ func (c *Config) behind(assigned []netip.Prefix) []netip.Prefix {
 	return out
 }
 
-// beyond returns the routes that are not within a network behind this host, nor to addresses that no router forwards to. A route
-// that such a network is part of stays: the host's own, longer one goes first.
+// beyond returns the routes that are not within a network behind this host, nor
+// to addresses that no router forwards to. A route that such a network is part
+// of stays: the host's own, longer one goes first.
 func (s *session) beyond(routes []netip.Prefix) []netip.Prefix {
 	var refused []netip.Prefix
 	routes = slices.DeleteFunc(routes, func(p netip.Prefix) bool {
 		within := slices.ContainsFunc(s.c.cfg.AdvertiseRoutes, func(own netip.Prefix) bool {
 			return own.Overlaps(p) && own.Bits() <= p.Bits()
 		})
-		if reserved, overlaps := connectip.Reserved(p); overlaps && reserved.Bits() <= p.Bits() || p.Addr().Is4In6() {
+		if reserved, overlaps := connectip.Reserved(p); overlaps && reserved.Bits() <= p.Bits() ||
+			p.Addr().Is4In6() {
 			within = true
 		}
 		if within {
@@ -99,8 +112,8 @@ func (s *session) beyond(routes []netip.Prefix) []netip.Prefix {
 	return routes
 }
 
-// offer assigns the proxy its addresses and advertises the networks behind this host, as far as they changed since the last
-// time (RFC 9484 section 8.2).
+// offer assigns the proxy its addresses and advertises the networks behind this
+// host, as far as they changed since the last time (RFC 9484 section 8.2).
 func (s *session) offer() error {
 	networks := s.c.cfg.AdvertiseRoutes
 	assign := s.c.cfg.AssignPeer
@@ -132,12 +145,14 @@ func unasked(prefixes []netip.Prefix) []capsule.Address {
 	return addrs
 }
 
-// handleRequested answers a proxy that asks for addresses: it gets those that it is assigned anyway, each once, and no others.
+// handleRequested answers a proxy that asks for addresses: it gets those that
+// it is assigned anyway, each once, and no others.
 func (s *session) handleRequested(requested []capsule.Address) error {
 	answer := unasked(s.c.cfg.AssignPeer)
 	for _, r := range requested {
 		i := slices.IndexFunc(answer, func(a capsule.Address) bool {
-			same := a.Prefix.Addr().Is4() == r.Prefix.Addr().Is4() && !a.Refused() && a.RequestID == 0
+			same := a.Prefix.Addr().Is4() == r.Prefix.Addr().Is4() && !a.Refused() &&
+				a.RequestID == 0
 			return same && (r.Prefix.Addr().IsUnspecified() || r.Prefix.Overlaps(a.Prefix))
 		})
 		if i < 0 {

@@ -21,7 +21,8 @@ var (
 	lan6 = netip.MustParsePrefix("2001:db8:a::/64")
 )
 
-// startSite runs a proxy for which alice is the gateway of lan4 and lan6, and that gateway.
+// startSite runs a proxy for which alice is the gateway of lan4 and lan6, and
+// that gateway.
 func startSite(t *testing.T, changeProxy func(*proxy.Config), change func(*Config)) (*far, *near) {
 	t.Helper()
 	f := startProxy(t, func(c *proxy.Config) {
@@ -54,14 +55,16 @@ func (f *far) awaitNetworks(t *testing.T, want ...netip.Prefix) {
 	}
 }
 
-// A gateway advertises its networks, also after a reconnect, and forwards packets of them: its host is a router, so the hop
-// limit goes down when they enter the tunnel.
+// A gateway advertises its networks, also after a reconnect, and forwards
+// packets of them: its host is a router, so the hop limit goes down when they
+// enter the tunnel.
 func TestGateway(t *testing.T) {
 	peer := netip.MustParsePrefix("10.1.0.200/32")
 	f, n := startSite(t, nil, func(c *Config) { c.AssignPeer = []netip.Prefix{peer} })
 	n.awaitConnected(t)
 	f.awaitNetworks(t, lan4, lan6)
-	if s := n.network.last(); !s.Forward || !slices.Contains(s.Routes, peer) || !slices.Contains(s.Routes, netip.MustParsePrefix("192.0.2.0/24")) {
+	if s := n.network.last(); !s.Forward || !slices.Contains(s.Routes, peer) ||
+		!slices.Contains(s.Routes, netip.MustParsePrefix("192.0.2.0/24")) {
 		t.Errorf("the kernel has %+v", s)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -69,7 +72,8 @@ func TestGateway(t *testing.T) {
 	beyond := netip.MustParseAddr("192.0.2.9")
 	forwarded := func(inside netip.Addr) {
 		t.Helper()
-		// The proxy reports networks before it takes packets from them, so that it may drop the first.
+		// The proxy reports networks before it takes packets from them, so that
+		// it may drop the first.
 		for arrived := false; !arrived; {
 			n.device.Inject(ippacket.AppendEcho(nil, inside, beyond, 64, true, 99, 1, nil))
 			again, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
@@ -102,7 +106,9 @@ func TestGateway(t *testing.T) {
 	for _, s := range f.Sessions() {
 		f.Kick(s.ID)
 	}
-	n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected && s.Reconnects > 0 })
+	n.await(t, "connected again", func(s Status) bool {
+		return s.State == StateConnected && s.Reconnects > 0
+	})
 	f.awaitNetworks(t, lan4, lan6)
 	forwarded(netip.MustParseAddr("10.1.0.6"))
 }
@@ -116,18 +122,22 @@ func TestNoGateway(t *testing.T) {
 	}
 }
 
-// Routes of the proxy into the networks behind this host are not installed, and its packets may not come from there.
+// Routes of the proxy into the networks behind this host are not installed, and
+// its packets may not come from there.
 func TestOwnNetworksAreNotTheProxys(t *testing.T) {
 	within := netip.MustParsePrefix("10.1.0.128/25")
 	f, n := startSite(t, func(c *proxy.Config) {
-		c.Advertise, c.Sites[0].Networks = []netip.Prefix{within, netip.MustParsePrefix("10.2.0.0/24")}, []netip.Prefix{lan6}
+		c.Advertise, c.Sites[0].Networks = []netip.Prefix{within,
+			netip.MustParsePrefix("10.2.0.0/24")}, []netip.Prefix{lan6}
 	}, nil)
 	n.awaitConnected(t)
 	f.awaitNetworks(t, lan6)
-	if routes := n.network.last().Routes; slices.Contains(routes, within) || !slices.Contains(routes, netip.MustParsePrefix("10.2.0.0/24")) {
+	if routes := n.network.last().Routes; slices.Contains(routes, within) ||
+		!slices.Contains(routes, netip.MustParsePrefix("10.2.0.0/24")) {
 		t.Errorf("installed %v", routes)
 	}
-	own, spoofed, right := n.Status().Addresses[0].Addr(), netip.MustParseAddr("10.1.0.130"), netip.MustParseAddr("10.2.0.5")
+	own, spoofed, right := n.Status().Addresses[0].Addr(), netip.MustParseAddr("10.1.0.130"),
+		netip.MustParseAddr("10.2.0.5")
 	for _, src := range []netip.Addr{spoofed, right} {
 		f.device.Inject(ippacket.AppendEcho(nil, src, own, 64, true, 99, 1, nil))
 	}
@@ -149,7 +159,8 @@ func TestOwnNetworksAreNotTheProxys(t *testing.T) {
 			break
 		}
 	}
-	// Nor does one that the kernel has no better route for go to the proxy, where it would go round in circles.
+	// Nor does one that the kernel has no better route for go to the proxy,
+	// where it would go round in circles.
 	n.device.Inject(ippacket.AppendEcho(nil, own, spoofed, 64, true, 99, 1, nil))
 	for {
 		pkt, err := n.device.Receive(ctx)
@@ -162,7 +173,8 @@ func TestOwnNetworksAreNotTheProxys(t *testing.T) {
 	}
 }
 
-// Routes that lie within a network behind this host, and nothing else, are left out.
+// Routes that lie within a network behind this host, and nothing else, are left
+// out.
 func TestBeyond(t *testing.T) {
 	c, err := New(Config{Proxy: "p", AdvertiseRoutes: []netip.Prefix{lan4}})
 	if err != nil {
@@ -173,26 +185,33 @@ func TestBeyond(t *testing.T) {
 	for _, p := range []string{"10.0.0.0/8", "10.1.0.0/24", "10.1.0.64/26", "10.1.1.0/24", "::/0"} {
 		routes = append(routes, netip.MustParsePrefix(p))
 	}
-	if got, want := s.beyond(slices.Clone(routes)), slices.Delete(slices.Clone(routes), 1, 3); !slices.Equal(got, want) {
+	if got, want := s.beyond(slices.Clone(routes)),
+		slices.Delete(slices.Clone(routes), 1, 3); !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
 }
 
-// A network that holds the tunnel's own address is a mistake in the configuration, and ends the client.
+// A network that holds the tunnel's own address is a mistake in the
+// configuration, and ends the client.
 func TestAdvertisesItsOwnAddress(t *testing.T) {
 	for name, change := range map[string]func(*Config){
-		"routes.advertise": func(c *Config) { c.AdvertiseRoutes = []netip.Prefix{netip.MustParsePrefix("10.77.0.0/16")} },
-		"routes.assign":    func(c *Config) { c.AssignPeer = []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")} },
+		"routes.advertise": func(c *Config) {
+			c.AdvertiseRoutes = []netip.Prefix{netip.MustParsePrefix("10.77.0.0/16")}
+		},
+		"routes.assign": func(c *Config) {
+			c.AssignPeer = []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")}
+		},
 	} {
 		_, n := startSite(t, nil, change)
-		if e := n.failure(t); e.Kind != KindRefused || !strings.HasPrefix(e.Reason, name+": ") || !strings.Contains(e.Reason, "10.77.0.2") {
+		if e := n.failure(t); e.Kind != KindRefused || !strings.HasPrefix(e.Reason, name+": ") ||
+			!strings.Contains(e.Reason, "10.77.0.2") {
 			t.Errorf("got %v", e)
 		}
 	}
 }
 
-// A proxy that asks for addresses gets those that it is meant to have, each once, and refusals for the rest; the list stays
-// complete.
+// A proxy that asks for addresses gets those that it is meant to have, each
+// once, and refusals for the rest; the list stays complete.
 func TestProxyAsksForAddresses(t *testing.T) {
 	answers := make(chan []capsule.Address, 4)
 	f := scripted(t, func(w http.ResponseWriter, _ *http.Request) {

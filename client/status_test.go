@@ -2,7 +2,8 @@ package client
 
 import "testing"
 
-// What the kernel drops because a UDP socket is full is counted, over all sockets that there were, and shown.
+// What the kernel drops because a UDP socket is full is counted, over all
+// sockets that there were, and shown.
 func TestFullSocketsAreCounted(t *testing.T) {
 	c, err := New(Config{Proxy: "p"})
 	if err != nil {

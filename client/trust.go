@@ -47,7 +47,9 @@ func (c *Client) hostNetworks() []routing.HostNetwork {
 // isOwn reports whether a is an address of this host, those of the tunnel
 // included.
 func (c *Client) isOwn(a netip.Addr) bool {
-	return slices.ContainsFunc(c.hostNetworks(), func(n routing.HostNetwork) bool { return n.Address.Addr() == a }) ||
+	return slices.ContainsFunc(c.hostNetworks(), func(n routing.HostNetwork) bool {
+		return n.Address.Addr() == a
+	}) ||
 		slices.ContainsFunc(c.held, func(p netip.Prefix) bool { return connectip.HostAddr(p) == a })
 }
 
@@ -62,13 +64,16 @@ func (s *session) taken(assigned []capsule.Address) []capsule.Address {
 
 // wants reports whether p is of a family that the session asks for.
 func (s *session) wants(p netip.Prefix) bool {
-	return !s.asks || slices.ContainsFunc(s.c.cfg.Request, func(w netip.Prefix) bool { return w.Addr().Is4() == p.Addr().Is4() })
+	return !s.asks || slices.ContainsFunc(s.c.cfg.Request, func(w netip.Prefix) bool {
+		return w.Addr().Is4() == p.Addr().Is4()
+	})
 }
 
 // unassignable are addresses, besides the reserved ones, that no host has as
 // its own (RFC 6890): of IPv4 in another form, which programs and translators
 // take for what they hold, of discard, and of IETF protocols.
-var unassignable = prefixesOf("192.0.0.8/29", "192.0.0.170/31", "::/96", "::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "100::/64")
+var unassignable = prefixesOf("192.0.0.8/29", "192.0.0.170/31", "::/96", "::ffff:0:0/96",
+	"64:ff9b::/96", "64:ff9b:1::/48", "100::/64")
 
 func prefixesOf(texts ...string) (out []netip.Prefix) {
 	for _, t := range texts {
@@ -118,7 +123,9 @@ func (s *session) unfit(p netip.Prefix) string {
 // is one.
 func (c *Client) overlap(p netip.Prefix) (routing.HostNetwork, bool) {
 	networks := c.hostNetworks()
-	i := slices.IndexFunc(networks, func(n routing.HostNetwork) bool { return n.Address.Masked().Overlaps(p) })
+	i := slices.IndexFunc(networks, func(n routing.HostNetwork) bool {
+		return n.Address.Masked().Overlaps(p)
+	})
 	if i < 0 {
 		return routing.HostNetwork{}, false
 	}
@@ -149,7 +156,8 @@ func (s *session) checkAssigned() error {
 			continue
 		}
 		if why := s.unfit(a.Prefix); why != "" {
-			return fail(causeAddresses, nil, fmt.Sprintf("the proxy assigned %v, which %s: it is not taken", a.Prefix, why),
+			return fail(causeAddresses, nil,
+				fmt.Sprintf("the proxy assigned %v, which %s: it is not taken", a.Prefix, why),
 				"ask its operator for other addresses")
 		}
 	}
@@ -167,7 +175,9 @@ func (c *Client) returnTaken() {
 		return
 	}
 	isTaken := func(p netip.Prefix) bool {
-		return slices.ContainsFunc(c.hostNetworks(), func(n routing.HostNetwork) bool { return n.Address.Addr() == p.Addr() })
+		return slices.ContainsFunc(c.hostNetworks(), func(n routing.HostNetwork) bool {
+			return n.Address.Addr() == p.Addr()
+		})
 	}
 	state := *last
 	state.Addresses = slices.DeleteFunc(slices.Clone(last.Addresses), isTaken)
@@ -197,7 +207,8 @@ func (c *Client) noteOverlap(addrs []netip.Prefix) {
 		}
 	}
 	if text != "" && text != c.overlaps {
-		c.cfg.Logger.Warn("the tunnel and a network of this host have the same addresses", "reason", text)
+		c.cfg.Logger.Warn("the tunnel and a network of this host have the same addresses",
+			"reason", text)
 	}
 	c.overlaps = text
 	c.warn(noticeOverlap, text)
@@ -239,7 +250,8 @@ func (c *Client) unacceptable(routes []capsule.Route) *netipx.IPSet {
 	networks := c.hostNetworks()
 	if c.cfg.InstallRoutes {
 		tunnel, _ := accepted(routes, c.cfg.Accept) // the ranges are valid
-		state := routing.State{Routes: tunnel, HostRoutes: c.cfg.HostRoutes, Local: c.cfg.AdvertiseRoutes}
+		state := routing.State{Routes: tunnel, HostRoutes: c.cfg.HostRoutes,
+			Local: c.cfg.AdvertiseRoutes}
 		b = localFirst(slices.DeleteFunc(slices.Clone(networks), func(n routing.HostNetwork) bool {
 			return !state.HostFirst(n.Address.Masked())
 		}), tunnel)

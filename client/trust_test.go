@@ -28,7 +28,8 @@ func home(string) ([]routing.HostNetwork, error) {
 	}, nil
 }
 
-// assigning is a proxy that answers requests for addresses with some of its own choice, and advertises routes.
+// assigning is a proxy that answers requests for addresses with some of its own
+// choice, and advertises routes.
 func assigning(t *testing.T, addresses, routes []netip.Prefix) *far {
 	return scripted(t, func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusOK)
@@ -38,7 +39,9 @@ func assigning(t *testing.T, addresses, routes []netip.Prefix) *far {
 		asked := requested(reader)
 		for _, p := range addresses {
 			a := capsule.Address{Prefix: p}
-			if i := slices.IndexFunc(asked, func(x capsule.Address) bool { return x.Prefix.Addr().Is4() == p.Addr().Is4() }); i >= 0 {
+			if i := slices.IndexFunc(asked, func(x capsule.Address) bool {
+				return x.Prefix.Addr().Is4() == p.Addr().Is4()
+			}); i >= 0 {
 				a.RequestID = asked[i].RequestID
 				asked = slices.Delete(asked, i, i+1)
 			}
@@ -47,48 +50,68 @@ func assigning(t *testing.T, addresses, routes []netip.Prefix) *far {
 		for _, a := range asked {
 			a.Prefix = netip.PrefixFrom(a.Prefix.Addr(), a.Prefix.Addr().BitLen()) // refused
 			if !a.Prefix.Addr().IsUnspecified() {
-				a.Prefix = map[bool]netip.Prefix{true: netip.MustParsePrefix("0.0.0.0/32"), false: netip.MustParsePrefix("::/128")}[a.Prefix.Addr().Is4()]
+				a.Prefix = map[bool]netip.Prefix{true: netip.MustParsePrefix("0.0.0.0/32"),
+					false: netip.MustParsePrefix("::/128")}[a.Prefix.Addr().Is4()]
 			}
 			assigned = append(assigned, a)
 		}
-		write(str, &capsule.AddressAssign{Addresses: assigned}, &capsule.RouteAdvertisement{Routes: capsule.Routes(routes, 0)})
+		write(str, &capsule.AddressAssign{Addresses: assigned},
+			&capsule.RouteAdvertisement{Routes: capsule.Routes(routes, 0)})
 		for _, p := range addresses { // something that comes in
 			if p.Addr().Is4() && len(routes) > 0 {
-				go keepSending(r.Context(), str, append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), p.Addr(), 64, true, 1, 1, nil)...))
+				go keepSending(r.Context(), str,
+					append([]byte{0},
+						ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), p.Addr(), 64,
+							true, 1, 1, nil)...))
 			}
 		}
 		_ = requested(reader)
 	})
 }
 
-// Addresses that would cut the host off, or let the proxy into its networks, are refused before the kernel hears of them.
+// Addresses that would cut the host off, or let the proxy into its networks,
+// are refused before the kernel hears of them.
 func TestAssignedAddressesAreRefused(t *testing.T) {
 	for name, tc := range map[string]struct {
 		assigned []netip.Prefix
 		request  []netip.Prefix // nil: any of each family
 		want     string
 	}{
-		"an address of the host":              {prefixes("192.168.1.10/32"), nil, "which holds 192.168.1.10, an address of eth0"},
-		"an address of the host for others":   {prefixes("203.0.113.7/32"), nil, "which holds 203.0.113.7, an address of lo"},
-		"an IPv6 address of the host":         {prefixes("10.77.0.2/32", "fd00:1::10/128"), nil, "which holds fd00:1::10, an address of eth0"},
-		"an address of the LAN":               {prefixes("192.168.1.99/32"), nil, "which lies in 192.168.1.0/24, the network of eth0"},
-		"an address of a container's network": {prefixes("172.17.3.4/32"), nil, "which lies in 172.17.0.0/16, the network of docker0"},
-		"the LAN":                             {prefixes("192.168.1.0/24"), prefixes("0.0.0.0/24"), "which holds 192.168.1.10, an address of eth0"},
-		"a part of the LAN":                   {prefixes("192.168.1.128/25"), prefixes("0.0.0.0/24"), "which lies in 192.168.1.0/24, the network of eth0"},
-		"a prefix around the LAN":             {prefixes("192.168.0.0/16"), prefixes("0.0.0.0/16"), "which holds 192.168.1.10, an address of eth0"},
-		"a prefix for an address":             {prefixes("10.77.0.0/24"), nil, "which is larger than what addresses.request asks for"},
-		"an IPv6 prefix for an address":       {prefixes("fd77::/64"), nil, "which is larger than what addresses.request asks for"},
-		"loopback":                            {prefixes("127.0.0.5/32"), nil, "which overlaps 127.0.0.0/8"},
-		"the proxy's own address":             {prefixes("127.0.0.1/32"), nil, "which overlaps 127.0.0.0/8"},
-		"broadcast":                           {prefixes("255.255.255.255/32"), nil, "which overlaps 224.0.0.0/3"},
-		"multicast":                           {prefixes("ff02::1/128"), nil, "which overlaps ff00::/8"},
-		"IPv4 mapped into IPv6":               {prefixes("::ffff:10.0.0.1/128"), nil, "which overlaps ::ffff:0.0.0.0/96"},
-		"IPv4 in IPv6":                        {prefixes("::10.0.0.1/128"), nil, "which overlaps ::/96"},
-		"an address of a translator":          {prefixes("64:ff9b::a00:1/128"), nil, "which overlaps 64:ff9b::/96"},
-		"discard":                             {prefixes("100::1/128"), nil, "which overlaps 100::/64"},
-		"a dummy address":                     {prefixes("192.0.0.8/32"), nil, "which overlaps 192.0.0.8/29"},
-		"link-local":                          {prefixes("fe80::2/128"), nil, "which overlaps fe80::/10"},
-		"everything":                          {prefixes("0.0.0.0/0"), prefixes("0.0.0.0/0"), "which overlaps 0.0.0.0/8"},
+		"an address of the host": {prefixes("192.168.1.10/32"), nil,
+			"which holds 192.168.1.10, an address of eth0"},
+		"an address of the host for others": {prefixes("203.0.113.7/32"), nil,
+			"which holds 203.0.113.7, an address of lo"},
+		"an IPv6 address of the host": {prefixes("10.77.0.2/32", "fd00:1::10/128"), nil,
+			"which holds fd00:1::10, an address of eth0"},
+		"an address of the LAN": {prefixes("192.168.1.99/32"), nil,
+			"which lies in 192.168.1.0/24, the network of eth0"},
+		"an address of a container's network": {prefixes("172.17.3.4/32"), nil,
+			"which lies in 172.17.0.0/16, the network of docker0"},
+		"the LAN": {prefixes("192.168.1.0/24"), prefixes("0.0.0.0/24"),
+			"which holds 192.168.1.10, an address of eth0"},
+		"a part of the LAN": {prefixes("192.168.1.128/25"), prefixes("0.0.0.0/24"),
+			"which lies in 192.168.1.0/24, the network of eth0"},
+		"a prefix around the LAN": {prefixes("192.168.0.0/16"), prefixes("0.0.0.0/16"),
+			"which holds 192.168.1.10, an address of eth0"},
+		"a prefix for an address": {prefixes("10.77.0.0/24"), nil,
+			"which is larger than what addresses.request asks for"},
+		"an IPv6 prefix for an address": {prefixes("fd77::/64"), nil,
+			"which is larger than what addresses.request asks for"},
+		"loopback":                {prefixes("127.0.0.5/32"), nil, "which overlaps 127.0.0.0/8"},
+		"the proxy's own address": {prefixes("127.0.0.1/32"), nil, "which overlaps 127.0.0.0/8"},
+		"broadcast": {prefixes("255.255.255.255/32"), nil,
+			"which overlaps 224.0.0.0/3"},
+		"multicast": {prefixes("ff02::1/128"), nil, "which overlaps ff00::/8"},
+		"IPv4 mapped into IPv6": {prefixes("::ffff:10.0.0.1/128"), nil,
+			"which overlaps ::ffff:0.0.0.0/96"},
+		"IPv4 in IPv6": {prefixes("::10.0.0.1/128"), nil, "which overlaps ::/96"},
+		"an address of a translator": {prefixes("64:ff9b::a00:1/128"), nil,
+			"which overlaps 64:ff9b::/96"},
+		"discard":         {prefixes("100::1/128"), nil, "which overlaps 100::/64"},
+		"a dummy address": {prefixes("192.0.0.8/32"), nil, "which overlaps 192.0.0.8/29"},
+		"link-local":      {prefixes("fe80::2/128"), nil, "which overlaps fe80::/10"},
+		"everything": {prefixes("0.0.0.0/0"), prefixes("0.0.0.0/0"),
+			"which overlaps 0.0.0.0/8"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := assigning(t, tc.assigned, prefixes("0.0.0.0/0", "::/0"))
@@ -107,15 +130,19 @@ func TestAssignedAddressesAreRefused(t *testing.T) {
 // The outer address of the proxy is refused as an address of the tunnel.
 func TestOuterAddressIsRefused(t *testing.T) {
 	s := &session{c: &Client{}, outer: []netip.AddrPort{netip.MustParseAddrPort("198.51.100.2:443")}}
-	if got, want := s.unfit(netip.MustParsePrefix("198.51.100.2/32")), "holds 198.51.100.2, where the proxy is reached outside the tunnel"; got != want {
+	if got, want := s.unfit(netip.MustParsePrefix("198.51.100.2/32")),
+		"holds 198.51.100.2, where the proxy is reached outside the tunnel"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
 
-// An address of a family that was not asked for is left alone, and what was asked for serves.
+// An address of a family that was not asked for is left alone, and what was
+// asked for serves.
 func TestUnaskedFamily(t *testing.T) {
 	f := assigning(t, prefixes("10.77.0.2/32", "fd77::2/128"), prefixes("0.0.0.0/0", "::/0"))
-	n := startClient(t, f, func(c *Config) { c.HostNetworks, c.Request = home, prefixes("0.0.0.0/32") })
+	n := startClient(t, f, func(c *Config) {
+		c.HostNetworks, c.Request = home, prefixes("0.0.0.0/32")
+	})
 	n.awaitConnected(t)
 	if got, want := n.network.last().Addresses, prefixes("10.77.0.2/32"); !slices.Equal(got, want) {
 		t.Errorf("addresses in the kernel %v, want %v", got, want)
@@ -140,7 +167,8 @@ func (h *travelling) moveTo(network string) {
 	h.at = []routing.HostNetwork{{Address: netip.MustParsePrefix(network), Interface: "wlan0"}}
 }
 
-// A tunnel goes on when the host comes into a network with the tunnel's addresses, also in its next session, and says so.
+// A tunnel goes on when the host comes into a network with the tunnel's
+// addresses, also in its next session, and says so.
 func TestMovesIntoTheTunnelsNetwork(t *testing.T) {
 	f := startProxy(t, nil)
 	h := &travelling{}
@@ -152,18 +180,24 @@ func TestMovesIntoTheTunnelsNetwork(t *testing.T) {
 	up.set("10.77.0.99", nil)
 	warned := func(s Status) bool {
 		return s.State == StateConnected && slices.ContainsFunc(s.Warnings, func(w string) bool {
-			return strings.HasPrefix(w, "the tunnel's address 10.77.0.2 lies in 10.77.0.0/24, the network of wlan0: ")
+			return strings.HasPrefix(w,
+				"the tunnel's address 10.77.0.2 lies in 10.77.0.0/24, the network of wlan0: ")
 		})
 	}
 	n.await(t, "warned", warned)
 	f.Kick(f.Sessions()[0].ID)
-	n.await(t, "warned in its next session", func(s Status) bool { return warned(s) && s.Reconnects > 0 })
+	n.await(t, "warned in its next session", func(s Status) bool {
+		return warned(s) && s.Reconnects > 0
+	})
 	h.moveTo("192.168.1.10/24")
 	up.set("192.168.1.10", nil)
-	n.await(t, "without a warning", func(s Status) bool { return s.State == StateConnected && len(s.Warnings) == 0 })
+	n.await(t, "without a warning", func(s Status) bool {
+		return s.State == StateConnected && len(s.Warnings) == 0
+	})
 }
 
-// When another network gives the host the tunnel's own address, the host keeps that one, and the routes of the tunnel stay.
+// When another network gives the host the tunnel's own address, the host keeps
+// that one, and the routes of the tunnel stay.
 func TestTunnelsAddressIsTaken(t *testing.T) {
 	f := startProxy(t, nil)
 	h := &travelling{}
@@ -175,9 +209,11 @@ func TestTunnelsAddressIsTaken(t *testing.T) {
 	h.moveTo("10.77.0.2/24")
 	up.set("10.77.0.2", nil)
 	n.await(t, "without its address", func(s Status) bool {
-		return s.State == StateReconnecting && strings.Contains(s.Reason, "which holds 10.77.0.2, an address of wlan0")
+		return s.State == StateReconnecting &&
+			strings.Contains(s.Reason, "which holds 10.77.0.2, an address of wlan0")
 	})
-	if last := n.network.last(); !slices.Equal(last.Addresses, prefixes("fd77::2/128")) || !slices.Equal(last.Routes, routes) {
+	if last := n.network.last(); !slices.Equal(last.Addresses, prefixes("fd77::2/128")) ||
+		!slices.Equal(last.Routes, routes) {
 		t.Errorf("the kernel has %+v", last)
 	}
 	h.moveTo("192.168.1.10/24")
@@ -198,7 +234,8 @@ func TestAcceptable(t *testing.T) {
 		},
 		"full": {
 			prefixes("0.0.0.0/0", "::/0"), nil, nil, true, true,
-			[]string{"192.0.2.1", "192.168.2.1", "2001:db8::1"}, []string{"192.168.1.20", "192.168.1.10", "172.17.0.9", "fd00:1::99", "203.0.113.7"},
+			[]string{"192.0.2.1", "192.168.2.1", "2001:db8::1"},
+			[]string{"192.168.1.20", "192.168.1.10", "172.17.0.9", "fd00:1::99", "203.0.113.7"},
 		},
 		"full, before the LAN": {
 			prefixes("0.0.0.0/0"), nil, nil, false, true,
@@ -222,7 +259,9 @@ func TestAcceptable(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c, err := New(Config{Proxy: "p", Accept: tc.accept, Exclude: tc.exclude, HostRoutes: map[bool]routing.HostRoutes{false: routing.HostNone}[tc.lan], InstallRoutes: tc.install})
+			c, err := New(Config{Proxy: "p", Accept: tc.accept, Exclude: tc.exclude,
+				HostRoutes:    map[bool]routing.HostRoutes{false: routing.HostNone}[tc.lan],
+				InstallRoutes: tc.install})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -245,7 +284,9 @@ func TestAcceptable(t *testing.T) {
 
 func covers(routes []capsule.Route, addr string) bool {
 	a := netip.MustParseAddr(addr)
-	return slices.ContainsFunc(routes, func(r capsule.Route) bool { return r.Start.Compare(a) <= 0 && a.Compare(r.End) <= 0 })
+	return slices.ContainsFunc(routes, func(r capsule.Route) bool {
+		return r.Start.Compare(a) <= 0 && a.Compare(r.End) <= 0
+	})
 }
 
 // Each protocol keeps its own routes.
@@ -256,19 +297,24 @@ func TestAcceptableByProtocol(t *testing.T) {
 	}
 	all := prefixes("192.0.2.0/24", "198.51.100.0/24")
 	got := c.acceptable(slices.Concat(capsule.Routes(all[:1], 6), capsule.Routes(all, 17)))
-	if want := slices.Concat(capsule.Routes(all[:1], 6), capsule.Routes(all[:1], 17)); !slices.Equal(got, want) {
+	if want := slices.Concat(capsule.Routes(all[:1], 6),
+		capsule.Routes(all[:1], 17)); !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
 }
 
-// A packet of the proxy that claims to be of the host's LAN, or of what a split tunnel does not lead to, does not come in.
+// A packet of the proxy that claims to be of the host's LAN, or of what a split
+// tunnel does not lead to, does not come in.
 func TestSourcesOfASplitTunnel(t *testing.T) {
 	f := startProxy(t, nil)
-	n := startClient(t, f, func(c *Config) { c.HostNetworks, c.Accept = home, prefixes("192.0.2.0/24", "192.168.0.0/16") })
+	n := startClient(t, f, func(c *Config) {
+		c.HostNetworks, c.Accept = home, prefixes("192.0.2.0/24", "192.168.0.0/16")
+	})
 	n.awaitConnected(t)
 	inside := netip.MustParseAddr("10.77.0.2")
 	for _, from := range []string{"192.168.1.20", "198.51.100.1"} {
-		f.device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr(from), inside, 64, true, 7, 1, nil))
+		f.device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr(from), inside, 64, true, 7,
+			1, nil))
 	}
 	n.await2(t, "dropped", func() bool { return n.Status().Drops["source"] == 2 })
 	carries(t, n, f, "10.77.0.2", "192.0.2.2")
@@ -284,9 +330,12 @@ func (n *near) await2(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// Routes to addresses of a link alone, and to IPv4 in the form of IPv6, are not installed.
+// Routes to addresses of a link alone, and to IPv4 in the form of IPv6, are not
+// installed.
 func TestRoutesToNowhere(t *testing.T) {
-	f := assigning(t, prefixes("10.77.0.2/32"), prefixes("192.0.2.0/24", "127.0.0.0/8", "169.254.1.0/24", "224.0.0.0/4", "::ffff:10.0.0.0/104", "fe80::/64", "ff00::/8"))
+	f := assigning(t, prefixes("10.77.0.2/32"),
+		prefixes("192.0.2.0/24", "127.0.0.0/8", "169.254.1.0/24", "224.0.0.0/4",
+			"::ffff:10.0.0.0/104", "fe80::/64", "ff00::/8"))
 	n := startClient(t, f, nil)
 	n.awaitConnected(t)
 	if got, want := n.network.last().Routes, prefixes("192.0.2.0/24"); !slices.Equal(got, want) {
@@ -294,8 +343,9 @@ func TestRoutesToNowhere(t *testing.T) {
 	}
 }
 
-// The proxy's nameservers are asked about all names in a tunnel for everything, or when the configuration says so; otherwise about
-// the domains that the proxy names.
+// The proxy's nameservers are asked about all names in a tunnel for everything,
+// or when the configuration says so; otherwise about the domains that the proxy
+// names.
 func TestNamesOfASplitTunnel(t *testing.T) {
 	servers := []netip.Addr{netip.MustParseAddr("192.0.2.53")}
 	split := prefixes("192.0.2.0/24")
@@ -306,14 +356,26 @@ func TestNamesOfASplitTunnel(t *testing.T) {
 		want   string
 		reason string // a part of it
 	}{
-		"full":                  {pushed: proxy.DNS{Servers: servers}, want: "servers [192.0.2.53:53] search [] domains [.]"},
-		"full for one family":   {pushed: proxy.DNS{Servers: servers}, accept: prefixes("0.0.0.0/0"), want: "servers [192.0.2.53:53] search [] domains [.]"},
-		"all names":             {pushed: proxy.DNS{Servers: servers}, accept: split, want: "no servers", reason: "set dns.domains"},
-		"search domains":        {pushed: proxy.DNS{Servers: servers, Search: []string{"corp.example"}}, accept: split, want: "servers [192.0.2.53:53] search [corp.example] domains [corp.example]"},
-		"listed":                {pushed: proxy.DNS{Servers: servers, Domains: []string{"corp.example"}}, accept: split, want: "servers [192.0.2.53:53] search [] domains [corp.example]"},
-		"another search domain": {pushed: proxy.DNS{Servers: servers, Search: []string{"a.corp.example", "other.example"}, Domains: []string{"corp.example"}}, accept: split, want: "servers [192.0.2.53:53] search [a.corp.example] domains [corp.example]"},
-		"the file names all":    {pushed: proxy.DNS{Servers: servers}, accept: split, dns: DNS{Domains: []string{"."}}, want: "servers [192.0.2.53:53] search [] domains [.]"},
-		"the file's servers":    {accept: split, dns: DNS{Servers: servers}, want: "servers [192.0.2.53:53] search [] domains [.]"},
+		"full": {pushed: proxy.DNS{Servers: servers},
+			want: "servers [192.0.2.53:53] search [] domains [.]"},
+		"full for one family": {pushed: proxy.DNS{Servers: servers},
+			accept: prefixes("0.0.0.0/0"), want: "servers [192.0.2.53:53] search [] domains [.]"},
+		"all names": {pushed: proxy.DNS{Servers: servers}, accept: split,
+			want: "no servers", reason: "set dns.domains"},
+		"search domains": {pushed: proxy.DNS{Servers: servers,
+			Search: []string{"corp.example"}}, accept: split,
+			want: "servers [192.0.2.53:53] search [corp.example] domains [corp.example]"},
+		"listed": {pushed: proxy.DNS{Servers: servers,
+			Domains: []string{"corp.example"}}, accept: split,
+			want: "servers [192.0.2.53:53] search [] domains [corp.example]"},
+		"another search domain": {pushed: proxy.DNS{Servers: servers,
+			Search: []string{"a.corp.example", "other.example"}, Domains: []string{"corp.example"}},
+			accept: split, want: "servers [192.0.2.53:53] search [a.corp.example] domains [corp.example]"},
+		"the file names all": {pushed: proxy.DNS{Servers: servers}, accept: split,
+			dns:  DNS{Domains: []string{"."}},
+			want: "servers [192.0.2.53:53] search [] domains [.]"},
+		"the file's servers": {accept: split, dns: DNS{Servers: servers},
+			want: "servers [192.0.2.53:53] search [] domains [.]"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := startProxy(t, pushing(tc.pushed))
@@ -323,8 +385,11 @@ func TestNamesOfASplitTunnel(t *testing.T) {
 				c.Accept, c.DNS = tc.accept, tc.dns
 			})
 			n.await(t, "told", func(s Status) bool {
-				said := slices.DeleteFunc(r.all(), func(s string) bool { return strings.HasSuffix(s, " routes") })
-				return s.State == StateConnected && len(s.DNS.Servers) > 0 && len(said) > 0 && said[len(said)-1] == tc.want &&
+				said := slices.DeleteFunc(r.all(), func(s string) bool {
+					return strings.HasSuffix(s, " routes")
+				})
+				return s.State == StateConnected && len(s.DNS.Servers) > 0 && len(said) > 0 &&
+					said[len(said)-1] == tc.want &&
 					s.DNS.Applied == (tc.reason == "") && strings.Contains(s.DNS.Reason, tc.reason)
 			})
 		})
@@ -333,11 +398,15 @@ func TestNamesOfASplitTunnel(t *testing.T) {
 
 // A server that is an address of this host is not used.
 func TestOwnAddressAsNameserver(t *testing.T) {
-	f := startProxy(t, pushing(proxy.DNS{Servers: []netip.Addr{netip.MustParseAddr("192.168.1.10"), netip.MustParseAddr("10.77.0.2"), netip.MustParseAddr("192.0.2.53")}}))
+	f := startProxy(t, pushing(proxy.DNS{Servers: []netip.Addr{netip.MustParseAddr("192.168.1.10"),
+		netip.MustParseAddr("10.77.0.2"), netip.MustParseAddr("192.0.2.53")}}))
 	r := &resolving{}
 	n := startClient(t, f, func(c *Config) { r.config(c); c.HostNetworks = home })
 	n.await(t, "told", func(s Status) bool { return s.DNS.Applied })
-	if said := r.all(); !slices.Contains(said, "servers [192.0.2.53:53] search [] domains [.]") || slices.ContainsFunc(said, func(s string) bool { return strings.Contains(s, "192.168.1.10") || strings.Contains(s, "10.77.0.2") }) {
+	if said := r.all(); !slices.Contains(said, "servers [192.0.2.53:53] search [] domains [.]") ||
+		slices.ContainsFunc(said, func(s string) bool {
+			return strings.Contains(s, "192.168.1.10") || strings.Contains(s, "10.77.0.2")
+		}) {
 		t.Errorf("the host was told %q", said)
 	}
 }

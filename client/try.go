@@ -8,9 +8,11 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// Try connects to the proxy as Run does, has the request of the tunnel accepted, and closes the connection again. It opens no
-// device, asks for no addresses, changes nothing on this host, and needs no privileges; a session of the user is there for a moment.
-// Each step that went well is told to step, in words. The error, which is an *Error, says which did not.
+// Try connects to the proxy as Run does, has the request of the tunnel
+// accepted, and closes the connection again. It opens no device, asks for no
+// addresses, changes nothing on this host, and needs no privileges; a session
+// of the user is there for a moment. Each step that went well is told to step,
+// in words. The error, which is an *Error, says which did not.
 func Try(ctx context.Context, cfg Config, step func(string)) error {
 	c, err := New(cfg)
 	if err != nil {
@@ -44,8 +46,10 @@ func (d *dialer) noteConn(conn *quic.Conn) {
 	if d.progress == nil {
 		return
 	}
-	d.note("%v answers on UDP, round trip %v", conn.RemoteAddr(), conn.ConnectionStats().SmoothedRTT.Round(10*time.Microsecond))
+	d.note("%v answers on UDP, round trip %v", conn.RemoteAddr(),
+		conn.ConnectionStats().SmoothedRTT.Round(10*time.Microsecond))
 	if chain := conn.ConnectionState().TLS.PeerCertificates; len(chain) > 0 {
-		d.note("its certificate is for %s, from %q, and ends on %s", d.to.verify, chain[0].Issuer.CommonName, chain[0].NotAfter.Format(time.DateOnly))
+		d.note("its certificate is for %s, from %q, and ends on %s", d.to.verify,
+			chain[0].Issuer.CommonName, chain[0].NotAfter.Format(time.DateOnly))
 	}
 }

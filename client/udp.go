@@ -33,14 +33,17 @@ import (
 const (
 	// udpProtocol is the value of :protocol (RFC 9298 section 3.4).
 	udpProtocol = "connect-udp"
-	// udpPath is that of the default template for UDP proxying (RFC 9298 section 2).
+	// udpPath is that of the default template for UDP proxying (RFC 9298
+	// section 2).
 	udpPath = "/.well-known/masque/udp/{target_host}/{target_port}/"
-	// DefaultUDPIdleTimeout is the shortest that RFC 9298 section 3.1 recommends.
+	// DefaultUDPIdleTimeout is the shortest that RFC 9298 section 3.1
+	// recommends.
 	DefaultUDPIdleTimeout = 2 * time.Minute
 	// useInterval is less than the time that proxies leave connections
 	// without requests. Ours does for two minutes.
 	useInterval = time.Minute
-	// maxFlows is how many local peers are served at once. A proxy like ours takes as many requests on a connection.
+	// maxFlows is how many local peers are served at once. A proxy like ours
+	// takes as many requests on a connection.
 	maxFlows = 64
 )
 
@@ -55,15 +58,17 @@ type UDPConfig struct {
 
 	Mark uint32 // as Config.Mark, default routing.DefaultMark
 
-	IdleTimeout time.Duration // after which the flow of a local peer ends; default DefaultUDPIdleTimeout
+	// after which the flow of a local peer ends; default DefaultUDPIdleTimeout
+	IdleTimeout time.Duration
 	Reconnect   bool
 	MaxDelay    time.Duration // between attempts to connect; default DefaultMaxDelay
 	Logger      *slog.Logger
 	Tracer      func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // as Config.Tracer
 }
 
-// UDPForwarder makes a UDP port on this host stand for one beyond a proxy (RFC 9298). Each local peer has a flow of its own, all
-// of them on one connection. It needs no privileges. Make it with NewUDPForwarder.
+// UDPForwarder makes a UDP port on this host stand for one beyond a proxy (RFC
+// 9298). Each local peer has a flow of its own, all of them on one connection.
+// It needs no privileges. Make it with NewUDPForwarder.
 type UDPForwarder struct {
 	cfg      UDPConfig
 	dialer   *dialer
@@ -91,7 +96,8 @@ type udpLink struct {
 	fail context.CancelCauseFunc
 }
 
-// NewUDPForwarder checks cfg and makes a UDPForwarder of it; nothing is opened or sent yet. Errors are *Error of KindUsage.
+// NewUDPForwarder checks cfg and makes a UDPForwarder of it; nothing is opened
+// or sent yet. Errors are *Error of KindUsage.
 func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 	to, err := parseProxy(cfg.Proxy, cfg.TLS)
 	if err != nil {
@@ -102,17 +108,21 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 		return nil, usage("proxy", "%v", err)
 	}
 	if _, port, err := net.SplitHostPort(cfg.Listen); err != nil || !isPort(port, 0) {
-		return nil, usage("listen", "%q is not an address and a UDP port, such as 127.0.0.1:5353", cfg.Listen)
+		return nil, usage("listen", "%q is not an address and a UDP port, such as 127.0.0.1:5353",
+			cfg.Listen)
 	}
 	host, port, err := net.SplitHostPort(cfg.Target)
 	if err != nil || !isPort(port, 1) {
-		return nil, usage("target", "%q is not a name or an address and a UDP port, such as dns.example:53", cfg.Target)
+		return nil, usage("target",
+			"%q is not a name or an address and a UDP port, such as dns.example:53", cfg.Target)
 	}
-	if scope, err := connectip.ParseScope(host, "*"); err != nil || scope.IsZero() || strings.Contains(host, "/") {
+	if scope, err := connectip.ParseScope(host, "*"); err != nil || scope.IsZero() ||
+		strings.Contains(host, "/") {
 		return nil, usage("target", "%q is neither a name nor an address", host)
 	}
 	if n := len(cfg.Token); n > maxToken {
-		return nil, usage("auth.token", "%d bytes are too long for a proxy, at most %d are possible", n, maxToken)
+		return nil, usage("auth.token",
+			"%d bytes are too long for a proxy, at most %d are possible", n, maxToken)
 	}
 	if cfg.IdleTimeout < 0 || cfg.MaxDelay < 0 {
 		return nil, usage("reconnect.max_delay", "a time span cannot be negative")
@@ -127,13 +137,19 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	f := &UDPForwarder{
-		cfg: cfg, template: template, instance: rand.Text(), started: time.Now(), answer: answerTimeout, use: useInterval, ready: make(chan struct{}),
-		complain: rate.NewLimiter(rate.Every(10*time.Second), 3), flows: make(map[*udpFlow]struct{}),
+		cfg: cfg, template: template, instance: rand.Text(), started: time.Now(),
+		answer: answerTimeout, use: useInterval, ready: make(chan struct{}),
+		complain: rate.NewLimiter(rate.Every(10*time.Second), 3),
+		flows:    make(map[*udpFlow]struct{}),
 	}
-	f.dialer = newDialer(to, cfg.TLS, cfg.Token, markIfAllowed(cmp.Or(cfg.Mark, routing.DefaultMark)), cfg.Logger)
+	f.dialer = newDialer(to, cfg.TLS, cfg.Token,
+		markIfAllowed(cmp.Or(cfg.Mark, routing.DefaultMark)), cfg.Logger)
 	f.dialer.tracer = cfg.Tracer
-	f.dialer.congestion = congestion.Outer // RFC 9298 section 6: nobody knows whether what is inside controls itself
-	f.dialer.dropped = func(packets int) { f.stats.Receive.DropMany(connectip.DropSocketFull, packets) }
+	// RFC 9298 section 6: nobody knows whether what is inside controls itself
+	f.dialer.congestion = congestion.Outer
+	f.dialer.dropped = func(packets int) {
+		f.stats.Receive.DropMany(connectip.DropSocketFull, packets)
+	}
 	return f, nil
 }
 
@@ -142,8 +158,8 @@ func isPort(s string, low uint64) bool {
 	return err == nil && n >= low
 }
 
-// markIfAllowed keeps the connection to the proxy out of a tunnel of this host, if this process may. Inside a tunnel to the same
-// proxy it would not work.
+// markIfAllowed keeps the connection to the proxy out of a tunnel of this host,
+// if this process may. Inside a tunnel to the same proxy it would not work.
 func markIfAllowed(mark uint32) controlFunc {
 	set := routing.MarkSocket(mark)
 	return func(network, address string, c syscall.RawConn) error {
@@ -163,10 +179,12 @@ func (f *UDPForwarder) LocalAddr() netip.AddrPort {
 	return f.socket.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
-// Stats returns what was carried: Send is from local peers to the proxy, Receive from the proxy.
+// Stats returns what was carried: Send is from local peers to the proxy,
+// Receive from the proxy.
 func (f *UDPForwarder) Stats() *connectip.Stats { return &f.stats }
 
-// Run forwards until ctx ends, which gives nil, or until it fails for good, which gives an *Error. It may be called once.
+// Run forwards until ctx ends, which gives nil, or until it fails for good,
+// which gives an *Error. It may be called once.
 func (f *UDPForwarder) Run(ctx context.Context) error {
 	var lc net.ListenConfig
 	c, err := lc.ListenPacket(ctx, "udp", f.cfg.Listen)
@@ -186,23 +204,27 @@ func (f *UDPForwarder) Run(ctx context.Context) error {
 		defer stop()
 		readErr = f.readSocket()
 	})
-	r := retry{enabled: f.cfg.Reconnect, maxDelay: f.cfg.MaxDelay, logger: f.cfg.Logger, waiting: func(bool, *Error) {}}
+	r := retry{enabled: f.cfg.Reconnect, maxDelay: f.cfg.MaxDelay, logger: f.cfg.Logger,
+		waiting: func(bool, *Error) {}}
 	err = r.run(ctx, f.session)
 	f.socket.Close()
 	reader.Wait()
 	f.running.Wait()
 	if !errors.Is(readErr, net.ErrClosed) {
-		return fail(causeFailure, readErr, fmt.Sprintf("reading from UDP %s: %v", f.cfg.Listen, readErr), "")
+		return fail(causeFailure, readErr,
+			fmt.Sprintf("reading from UDP %s: %v", f.cfg.Listen, readErr), "")
 	}
 	return err
 }
 
-// session connects, and forwards until the connection or ctx ends. It returns why it ended and how long it lasted.
+// session connects, and forwards until the connection or ctx ends. It returns
+// why it ended and how long it lasted.
 func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, err error) {
 	link := &udpLink{}
 	d, err := f.dialer.dial(ctx, func(ctx context.Context, h3 *http3.ClientConn) error {
 		link.h3 = h3
-		// This one flow is to see that the proxy takes the credentials and the target.
+		// This one flow is to see that the proxy takes the credentials and the
+		// target.
 		str, err := f.request(ctx, link)
 		if err == nil {
 			connectip.NewUDPStream(str).Close()
@@ -220,7 +242,8 @@ func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, er
 	f.running.Go(func() { f.keepUsed(link) })
 	f.link.Store(link)
 	defer f.link.Store(nil)
-	f.cfg.Logger.Info("connected", "proxy", f.dialer.to.host, "remote", d.conn.RemoteAddr().String())
+	f.cfg.Logger.Info("connected", "proxy", f.dialer.to.host, "remote",
+		d.conn.RemoteAddr().String())
 	select {
 	case <-f.ready:
 	default:
@@ -235,12 +258,15 @@ func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, er
 	return time.Since(since), err
 }
 
-// keepAliveDatagram is for the first stream of a connection, which is over, and has a context that nobody knows (RFC 9297 section
-// 2.1, RFC 9298 section 5): it goes nowhere. A proxy that has forgotten the connection answers it with a stateless reset, which
-// it need not do with the packets by which QUIC keeps a connection alive, or with other short ones (RFC 9000 section 10.3.3).
+// keepAliveDatagram is for the first stream of a connection, which is over, and
+// has a context that nobody knows (RFC 9297 section 2.1, RFC 9298 section 5):
+// it goes nowhere. A proxy that has forgotten the connection answers it with a
+// stateless reset, which it need not do with the packets by which QUIC keeps a
+// connection alive, or with other short ones (RFC 9000 section 10.3.3).
 var keepAliveDatagram = append([]byte{0, 2}, make([]byte, 62)...)
 
-// sendKeepAlives lets conn learn of a restart of the proxy until ctx ends: soon when packets go unanswered, else now and then.
+// sendKeepAlives lets conn learn of a restart of the proxy until ctx ends: soon
+// when packets go unanswered, else now and then.
 func sendKeepAlives(ctx context.Context, conn *quic.Conn) {
 	const look = time.Second
 	tick := time.NewTicker(look)
@@ -253,7 +279,8 @@ func sendKeepAlives(ctx context.Context, conn *quic.Conn) {
 		case <-tick.C:
 		}
 		now := conn.ConnectionStats()
-		unanswered := now.PacketsSent > last.PacketsSent && now.PacketsReceived == last.PacketsReceived
+		unanswered := now.PacketsSent > last.PacketsSent &&
+			now.PacketsReceived == last.PacketsReceived
 		if idle += look; unanswered || idle >= keepAlive {
 			_ = conn.SendDatagram(keepAliveDatagram)
 			idle = 0
@@ -291,8 +318,8 @@ func (f *UDPForwarder) keepUsed(link *udpLink) {
 	}
 }
 
-// request opens one flow and returns its stream. ctx does not interrupt it once the request is sent: only the end of the connection
-// does.
+// request opens one flow and returns its stream. ctx does not interrupt it once
+// the request is sent: only the end of the connection does.
 func (f *UDPForwarder) request(ctx context.Context, link *udpLink) (*http3.RequestStream, error) {
 	req, err := f.newRequest(ctx)
 	if err != nil {
@@ -319,7 +346,8 @@ func (f *UDPForwarder) newRequest(ctx context.Context) (*http.Request, error) {
 	if err != nil {
 		return nil, usage("target", "%v", err)
 	}
-	uri, err := f.template.Expand(uritemplate.Values{"target_host": uritemplate.String(host), "target_port": uritemplate.String(port)})
+	uri, err := f.template.Expand(uritemplate.Values{"target_host": uritemplate.String(host),
+		"target_port": uritemplate.String(port)})
 	if err != nil {
 		return nil, usage("target", "%v", err)
 	}
@@ -334,7 +362,8 @@ func (f *UDPForwarder) newRequest(ctx context.Context) (*http.Request, error) {
 	return req, nil
 }
 
-// awaitAnswer reads the answer to a request, and returns why it is not what was asked for.
+// awaitAnswer reads the answer to a request, and returns why it is not what was
+// asked for.
 func (f *UDPForwarder) awaitAnswer(str *http3.RequestStream) error {
 	rsp, err := readFinalResponse(str)
 	if err != nil {
@@ -348,9 +377,14 @@ func (f *UDPForwarder) awaitAnswer(str *http3.RequestStream) error {
 	case errors.As(bad, &e) && rsp.StatusCode == http.StatusForbidden:
 		e.Remedy = "choose another target, or ask its operator to allow this one"
 	case rsp.StatusCode == http.StatusNotImplemented || rsp.StatusCode == http.StatusNotFound:
-		bad = fail(causeAnswer, nil, fmt.Sprintf("%s does not forward UDP, status %d", f.dialer.to.host, rsp.StatusCode), "ask its operator to turn connect_udp on")
-	case rsp.StatusCode == http.StatusTooManyRequests || rsp.StatusCode == http.StatusServiceUnavailable:
-		bad = &limitError{fail(causeBusy, nil, fmt.Sprintf("the proxy takes no more flows of UDP now, status %d%s", rsp.StatusCode, proxyDetail(rsp.Header)), "")}
+		bad = fail(causeAnswer, nil,
+			fmt.Sprintf("%s does not forward UDP, status %d", f.dialer.to.host, rsp.StatusCode),
+			"ask its operator to turn connect_udp on")
+	case rsp.StatusCode == http.StatusTooManyRequests ||
+		rsp.StatusCode == http.StatusServiceUnavailable:
+		bad = &limitError{fail(causeBusy, nil,
+			fmt.Sprintf("the proxy takes no more flows of UDP now, status %d%s", rsp.StatusCode,
+				proxyDetail(rsp.Header)), "")}
 	}
 	return bad
 }

@@ -91,10 +91,12 @@ func startForwarder(t *testing.T, addr string, change func(*UDPConfig)) *forward
 	return startForwarderWith(t, addr, change, func(*UDPForwarder) {})
 }
 
-func startForwarderWith(t *testing.T, addr string, change func(*UDPConfig), adjust func(*UDPForwarder)) *forwarder {
+func startForwarderWith(t *testing.T, addr string, change func(*UDPConfig),
+	adjust func(*UDPForwarder)) *forwarder {
 	t.Helper()
 	cfg := UDPConfig{
-		Proxy: addr, Token: "secret", TLS: &tls.Config{RootCAs: newInstallation().ca, ServerName: proxyName},
+		Proxy: addr, Token: "secret",
+		TLS:    &tls.Config{RootCAs: newInstallation().ca, ServerName: proxyName},
 		Listen: "127.0.0.1:0", Target: udpTarget, Reconnect: true,
 	}
 	if change != nil {
@@ -203,8 +205,10 @@ func (f *far) awaitFlows(t *testing.T, n int) []proxy.SessionStatus {
 
 func TestForwardUDP(t *testing.T) {
 	for name, change := range map[string]func(*UDPConfig){
-		"token":       nil,
-		"certificate": func(c *UDPConfig) { c.Token, c.TLS.Certificates = "", []tls.Certificate{newInstallation().user} },
+		"token": nil,
+		"certificate": func(c *UDPConfig) {
+			c.Token, c.TLS.Certificates = "", []tls.Certificate{newInstallation().user}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := startUDPProxy(t, echo(t), nil)
@@ -233,7 +237,8 @@ func TestForwardUDP(t *testing.T) {
 			}
 			p.awaitFlows(t, 0)
 			// As many as the exchanges, or some more when an answer was late.
-			if tx, rx := f.Stats().Send.Packets.Load(), f.Stats().Receive.Packets.Load(); tx < 50 || rx < 50 {
+			if tx, rx := f.Stats().Send.Packets.Load(), f.Stats().Receive.Packets.Load(); tx < 50 ||
+				rx < 50 {
 				t.Errorf("the forwarder counted %d packets sent, %d received", tx, rx)
 			}
 			if s := p.Status(); s.Packets.RX < 50 || s.Packets.TX < 50 {
@@ -256,19 +261,37 @@ func TestForwardUDPFailures(t *testing.T) {
 		kind   Kind
 		says   string
 	}{
-		"wrong token":   {func(c *UDPConfig) { c.Token = "guess" }, KindCredentials, "does not accept the credentials"},
-		"unknown CA":    {func(c *UDPConfig) { c.TLS.RootCAs = otherCAs }, KindIdentity, "unknown authority"},
-		"closed port":   {func(c *UDPConfig) { c.Proxy, c.Reconnect = "127.0.0.1:9", false }, KindUnreachable, "does not answer on UDP port 9"},
-		"denied target": {func(c *UDPConfig) { c.Target = "198.51.100.1:53" }, KindRefused, "destination_ip_prohibited"},
-		"loopback":      {func(c *UDPConfig) { c.Target = "[::1]:53" }, KindRefused, "choose another target"},
-		"unknown name":  {func(c *UDPConfig) { c.Target = "no-such-host.example:53" }, KindRefused, "no address of the target's name"},
-		"turned off":    {func(c *UDPConfig) { c.Proxy = off.addr }, KindUsage, "does not forward UDP"},
-		"taken port":    {func(c *UDPConfig) { c.Listen = taken }, KindFailure, "address already in use"},
+		"wrong token": {func(c *UDPConfig) {
+			c.Token = "guess"
+		}, KindCredentials, "does not accept the credentials"},
+		"unknown CA": {func(c *UDPConfig) {
+			c.TLS.RootCAs = otherCAs
+		}, KindIdentity, "unknown authority"},
+		"closed port": {func(c *UDPConfig) {
+			c.Proxy, c.Reconnect = "127.0.0.1:9", false
+		}, KindUnreachable, "does not answer on UDP port 9"},
+		"denied target": {func(c *UDPConfig) {
+			c.Target = "198.51.100.1:53"
+		}, KindRefused, "destination_ip_prohibited"},
+		"loopback": {func(c *UDPConfig) {
+			c.Target = "[::1]:53"
+		}, KindRefused, "choose another target"},
+		"unknown name": {func(c *UDPConfig) {
+			c.Target = "no-such-host.example:53"
+		}, KindRefused, "no address of the target's name"},
+		"turned off": {func(c *UDPConfig) {
+			c.Proxy = off.addr
+		}, KindUsage, "does not forward UDP"},
+		"taken port": {func(c *UDPConfig) {
+			c.Listen = taken
+		}, KindFailure, "address already in use"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			e := startForwarder(t, p.addr, tc.change).failure(t)
-			if e.Kind != tc.kind || !strings.Contains(e.Error(), tc.says) || strings.Contains(e.Error(), "\n") {
-				t.Errorf("got kind %d, %q, want kind %d and one line with %q", e.Kind, e, tc.kind, tc.says)
+			if e.Kind != tc.kind || !strings.Contains(e.Error(), tc.says) ||
+				strings.Contains(e.Error(), "\n") {
+				t.Errorf("got kind %d, %q, want kind %d and one line with %q", e.Kind, e, tc.kind,
+					tc.says)
 			}
 		})
 	}
@@ -314,7 +337,8 @@ func TestNewUDPForwarderRefuses(t *testing.T) {
 	}
 }
 
-// A proxy that is gone and back is used again, by peers that were there before and by new ones.
+// A proxy that is gone and back is used again, by peers that were there before
+// and by new ones.
 func TestForwardUDPReconnects(t *testing.T) {
 	target := echo(t)
 	var f *forwarder
@@ -335,7 +359,8 @@ func TestForwardUDPReconnects(t *testing.T) {
 	p.awaitFlows(t, 2)
 }
 
-// When the proxy has a limit, a peer that is quiet makes room for one that is not.
+// When the proxy has a limit, a peer that is quiet makes room for one that is
+// not.
 func TestForwardUDPMakesRoom(t *testing.T) {
 	p := startUDPProxy(t, echo(t), func(c *proxy.Config) { c.MaxUDPFlowsPerUser = 2 })
 	f := startForwarder(t, p.addr, nil)
@@ -450,8 +475,12 @@ func TestForwardUDPTargetRefuses(t *testing.T) {
 // Who is refused while it runs is told, and asks no more.
 func TestForwardUDPRevoked(t *testing.T) {
 	var gone atomic.Bool
-	p := startUDPProxy(t, echo(t), func(c *proxy.Config) { c.Users, c.Methods = users{&gone}, []string{proxy.MethodMTLS} })
-	f := startForwarder(t, p.addr, func(c *UDPConfig) { c.TLS.Certificates = []tls.Certificate{newInstallation().user} })
+	p := startUDPProxy(t, echo(t), func(c *proxy.Config) {
+		c.Users, c.Methods = users{&gone}, []string{proxy.MethodMTLS}
+	})
+	f := startForwarder(t, p.addr, func(c *UDPConfig) {
+		c.TLS.Certificates = []tls.Certificate{newInstallation().user}
+	})
 	f.awaitReady(t)
 	c := newPeer(t, f)
 	c.exchange(t, "hello")
@@ -459,7 +488,8 @@ func TestForwardUDPRevoked(t *testing.T) {
 	p.UsersChanged()
 	p.awaitFlows(t, 0)
 	for ended := false; !ended; {
-		if _, err := c.Write([]byte("hello?")); err != nil && !strings.Contains(err.Error(), "refused") {
+		if _, err := c.Write([]byte("hello?")); err != nil &&
+			!strings.Contains(err.Error(), "refused") {
 			t.Fatal(err)
 		}
 		select {
@@ -473,8 +503,8 @@ func TestForwardUDPRevoked(t *testing.T) {
 	}
 }
 
-// Packets that are too large for a datagram go through all the same, both ways; one that is too long is dropped and counted, and its
-// flow goes on.
+// Packets that are too large for a datagram go through all the same, both ways;
+// one that is too long is dropped and counted, and its flow goes on.
 func TestForwardUDPTooLarge(t *testing.T) {
 	p := startUDPProxy(t, echo(t), nil)
 	f := startForwarder(t, p.addr, nil)
@@ -493,8 +523,10 @@ func TestForwardUDPTooLarge(t *testing.T) {
 	p.awaitFlows(t, 1)
 }
 
-// foreign is masque-go's own proxy. It does with the request for flow number n, from 1, what script says.
-func foreign(t *testing.T, script func(n int32, w http.ResponseWriter, r *http.Request) (handled bool)) *far {
+// foreign is masque-go's own proxy. It does with the request for flow number n,
+// from 1, what script says.
+func foreign(t *testing.T, script func(n int32, w http.ResponseWriter,
+	r *http.Request) (handled bool)) *far {
 	t.Helper()
 	var n atomic.Int32
 	var relay masque.Proxy
@@ -525,7 +557,8 @@ func TestForwardUDPThroughForeignProxy(t *testing.T) {
 	newPeer(t, f).exchange(t, "hello again")
 }
 
-// What a proxy answers that is no proxy for UDP, or does not answer at all, ends no more than it has to.
+// What a proxy answers that is no proxy for UDP, or does not answer at all,
+// ends no more than it has to.
 func TestForwardUDPBadAnswers(t *testing.T) {
 	for name, tc := range map[string]struct {
 		answer func(w http.ResponseWriter)
@@ -535,13 +568,22 @@ func TestForwardUDPBadAnswers(t *testing.T) {
 			w.Header().Set("Content-Type", "text/plain")
 			w.WriteHeader(http.StatusOK)
 			w.(http.Flusher).Flush()
-			_, _ = io.Copy(io.Discard, w.(http3.HTTPStreamer).HTTPStream()) // the stream stays until the client ends it
+			// the stream stays until the client ends it
+			_, _ = io.Copy(io.Discard, w.(http3.HTTPStreamer).HTTPStream())
 		}},
-		"no content":  {answer: func(w http.ResponseWriter) { w.WriteHeader(http.StatusNoContent) }},
-		"unavailable": {answer: func(w http.ResponseWriter) { w.WriteHeader(http.StatusBadGateway) }},
-		"forbidden":   {answer: func(w http.ResponseWriter) { w.WriteHeader(http.StatusForbidden) }},
-		"credentials": {answer: func(w http.ResponseWriter) { w.WriteHeader(http.StatusUnauthorized) }, says: "credentials"},
-		"silence":     {says: "does not answer"},
+		"no content": {answer: func(w http.ResponseWriter) {
+			w.WriteHeader(http.StatusNoContent)
+		}},
+		"unavailable": {answer: func(w http.ResponseWriter) {
+			w.WriteHeader(http.StatusBadGateway)
+		}},
+		"forbidden": {answer: func(w http.ResponseWriter) {
+			w.WriteHeader(http.StatusForbidden)
+		}},
+		"credentials": {answer: func(w http.ResponseWriter) {
+			w.WriteHeader(http.StatusUnauthorized)
+		}, says: "credentials"},
+		"silence": {says: "does not answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			done := make(chan struct{})
@@ -558,7 +600,9 @@ func TestForwardUDPBadAnswers(t *testing.T) {
 				return true
 			})
 			target := echo(t).LocalAddr().String()
-			f := startForwarderWith(t, p.addr, func(c *UDPConfig) { c.Target, c.Reconnect = target, false },
+			f := startForwarderWith(t, p.addr, func(c *UDPConfig) {
+				c.Target, c.Reconnect = target, false
+			},
 				func(f *UDPForwarder) { f.answer = 200 * time.Millisecond })
 			f.awaitReady(t)
 			c := newPeer(t, f)

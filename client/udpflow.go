@@ -17,16 +17,19 @@ import (
 )
 
 const (
-	// pooledPayload is what nearly all packets fit into, in bytes; the buffers of longer ones are not used again.
+	// pooledPayload is what nearly all packets fit into, in bytes; the buffers
+	// of longer ones are not used again.
 	pooledPayload = 2048
-	// flowQueue is how many packets of one local peer wait, as for the answer to the request of its flow.
+	// flowQueue is how many packets of one local peer wait, as for the answer
+	// to the request of its flow.
 	flowQueue = 64
 	// evictAfter is how long a flow has to be quiet to make room for another.
 	evictAfter = time.Second
 	// holdTime is how long no flow is asked for after the proxy refused one.
 	holdTime = time.Second
-	// limitRetryDelay, and twice as long each time up to limitRetryMax, passes before a flow for which there was no room is tried
-	// again: the proxy takes a moment to see that another has ended.
+	// limitRetryDelay, and twice as long each time up to limitRetryMax, passes
+	// before a flow for which there was no room is tried again: the proxy takes
+	// a moment to see that another has ended.
 	limitRetryDelay = 50 * time.Millisecond
 	limitRetryMax   = time.Second
 )
@@ -66,7 +69,8 @@ func (p udpPacket) free() {
 	}
 }
 
-// readSocket takes packets of local peers to their flows until the socket fails or is closed.
+// readSocket takes packets of local peers to their flows until the socket fails
+// or is closed.
 func (f *UDPForwarder) readSocket() error {
 	peers := make(map[netip.AddrPort]*udpFlow)     // those that have ended may be among them
 	buf := make([]byte, connectip.MaxUDPPayload+1) // what fills it is too long
@@ -125,13 +129,15 @@ func (f *UDPForwarder) newFlow(peer netip.AddrPort) *udpFlow {
 	return flow
 }
 
-// panicked logs a panic of a goroutine that serves one flow, which ends with it.
+// panicked logs a panic of a goroutine that serves one flow, which ends with
+// it.
 func (f *UDPForwarder) panicked(e *rescue.Error) {
 	f.cfg.Logger.Error("a fault of this program ended a flow of UDP; please report it with this line",
 		"panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
 }
 
-// evict ends the flow that was quiet for longest, if there is one that was for evictAfter. f.mu is held.
+// evict ends the flow that was quiet for longest, if there is one that was for
+// evictAfter. f.mu is held.
 func (f *UDPForwarder) evict() bool {
 	var oldest *udpFlow
 	for flow := range f.flows {
@@ -155,7 +161,8 @@ func (flow *udpFlow) quiet() time.Duration {
 	return time.Since(flow.f.started) - time.Duration(flow.active.Load())
 }
 
-// run opens the flow and carries its packets until it, its connection, or the need for it ends.
+// run opens the flow and carries its packets until it, its connection, or the
+// need for it ends.
 func (flow *udpFlow) run() {
 	f := flow.f
 	defer func() {
@@ -206,11 +213,15 @@ func (flow *udpFlow) drain() {
 	}
 }
 
-// request asks for the flow. When the proxy has a limit that forbids it, it goes in place of one that is quiet.
+// request asks for the flow. When the proxy has a limit that forbids it, it
+// goes in place of one that is quiet.
 func (flow *udpFlow) request() (*http3.RequestStream, error) {
 	f := flow.f
-	// The answer is waited for without end, so one that does not come in time ends the connection.
-	late := time.AfterFunc(f.answer, func() { flow.link.fail(classify(context.DeadlineExceeded, nil, f.dialer.to)) })
+	// The answer is waited for without end, so one that does not come in time
+	// ends the connection.
+	late := time.AfterFunc(f.answer, func() {
+		flow.link.fail(classify(context.DeadlineExceeded, nil, f.dialer.to))
+	})
 	defer late.Stop()
 	evicted := false
 	for delay := limitRetryDelay; ; delay *= 2 {
@@ -232,7 +243,8 @@ func (flow *udpFlow) request() (*http3.RequestStream, error) {
 	}
 }
 
-// refused says why there is no flow. What no later flow can mend ends the connection.
+// refused says why there is no flow. What no later flow can mend ends the
+// connection.
 func (flow *udpFlow) refused(err error) {
 	f := flow.f
 	if flow.ctx.Err() != nil {
@@ -251,7 +263,8 @@ func (flow *udpFlow) refused(err error) {
 	}
 }
 
-// up carries packets to the proxy until the flow ends or nothing passes in either direction for long.
+// up carries packets to the proxy until the flow ends or nothing passes in
+// either direction for long.
 func (flow *udpFlow) up(str *connectip.UDPStream) {
 	const looks = 4
 	count := &flow.f.stats.Send

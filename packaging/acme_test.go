@@ -6,8 +6,9 @@ import (
 	"time"
 )
 
-// certificates makes an ACME server that knows the proxy's name, and a proxy that wants its certificate from there. systemd
-// has less patience with the proxy's start than that takes.
+// certificates makes an ACME server that knows the proxy's name, and a proxy
+// that wants its certificate from there. systemd has less patience with the
+// proxy's start than that takes.
 const certificates = `set -e
 ip link set lo up
 echo "127.0.0.1 vpn.example.org acme.example" >> /etc/hosts
@@ -24,8 +25,8 @@ printf '[Service]\nTimeoutStartSec=3s\n' > /etc/systemd/system/masque-proxy.serv
 systemctl daemon-reload
 `
 
-// TestServiceWaitsForCertificate: the start of the service waits for its certificate, says why, and the service may do what
-// getting one takes.
+// TestServiceWaitsForCertificate: the start of the service waits for its
+// certificate, says why, and the service may do what getting one takes.
 func TestServiceWaitsForCertificate(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
@@ -33,7 +34,8 @@ func TestServiceWaitsForCertificate(t *testing.T) {
 	m.do(certificates)
 	m.do("systemctl start --no-block masque-proxy")
 	m.until("systemd knows why", func() bool {
-		return strings.Contains(m.do("systemctl show -P StatusText masque-proxy"), "no certificate yet, tried again at ")
+		return strings.Contains(m.do("systemctl show -P StatusText masque-proxy"),
+			"no certificate yet, tried again at ")
 	})
 	pid := m.mainPID("masque-proxy")
 	time.Sleep(6 * time.Second) // which is beyond TimeoutStartSec
@@ -45,9 +47,12 @@ func TestServiceWaitsForCertificate(t *testing.T) {
 		return strings.Contains(m.do("masque-proxy check -c /etc/masque/proxy.toml --online || true"), "https://acme.example:14000/dir answers")
 	})
 	m.do("masque-proxy reload")
-	m.until("the proxy serves", func() bool { return m.command("systemctl is-active masque-proxy").Run() == nil })
+	m.until("the proxy serves", func() bool {
+		return m.command("systemctl is-active masque-proxy").Run() == nil
+	})
 	m.is("systemctl show -P MainPID masque-proxy", pid)
-	m.is("stat -c '%U %a' /var/lib/masque/acme /var/lib/masque/acme/reset.key", "masque 700\nmasque 600")
+	m.is("stat -c '%U %a' /var/lib/masque/acme /var/lib/masque/acme/reset.key",
+		"masque 700\nmasque 600")
 	m.do("systemctl restart masque-proxy") // with what is stored
 	m.do("masque-proxy status")
 }

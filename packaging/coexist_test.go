@@ -18,18 +18,22 @@ import (
 	"time"
 )
 
-var coexistTime = flag.Duration("coexist-time", time.Minute, "how long TestCoexistence has other programs at work")
+var coexistTime = flag.Duration("coexist-time", time.Minute,
+	"how long TestCoexistence has other programs at work")
 
 //go:embed testdata/coexist
 var coexistScripts embed.FS
 
-// coexistPackages is where `make coexist-packages` has put the Debian packages of the other programs, as far as this host lacks them. They are
-// installed on the machines alone: once installed, firewalld would take over the firewall of this host.
+// coexistPackages is where `make coexist-packages` has put the Debian packages
+// of the other programs, as far as this host lacks them. They are installed on
+// the machines alone: once installed, firewalld would take over the firewall of
+// this host.
 const coexistPackages = "../bin/coexist"
 
 const target = "ip netns exec target "
 
-// newCrowdedMachine is a machine on which the other programs of TestCoexistence are installed, and nothing of ours runs.
+// newCrowdedMachine is a machine on which the other programs of TestCoexistence
+// are installed, and nothing of ours runs.
 func newCrowdedMachine(t *testing.T) *machine {
 	t.Helper()
 	m := newMachine(t)
@@ -56,7 +60,8 @@ func newCrowdedMachine(t *testing.T) *machine {
 		}
 		m.write("/opt/coexist/packages/"+filepath.Base(p), b)
 	}
-	// Without udev, systemd-networkd waits for it, unless /sys is as in a container.
+	// Without udev, systemd-networkd waits for it, unless /sys is as in a
+	// container.
 	m.do(`set -e
 chmod +x /opt/coexist/*.sh
 if ls /opt/coexist/packages/*.deb >/dev/null 2>&1; then dpkg -i /opt/coexist/packages/*.deb >/dev/null; fi
@@ -79,13 +84,15 @@ func (m *machine) write(path string, content []byte) {
 // connect makes a pair of interfaces, one on each of two machines.
 func connect(t *testing.T, a *machine, nameA string, b *machine, nameB string) {
 	t.Helper()
-	if out, err := exec.Command("ip", "link", "add", nameA, "netns", a.pid, "type", "veth", "peer", "name", nameB, "netns", b.pid).CombinedOutput(); err != nil {
+	if out, err := exec.Command("ip", "link", "add", nameA, "netns", a.pid, "type", "veth", "peer",
+		"name", nameB, "netns", b.pid).CombinedOutput(); err != nil {
 		t.Fatalf("connecting two machines: %v\n%s", err, out)
 	}
 }
 
-// provider is the network between client and proxy: a namespace on the machine of the proxy with a router, a DHCP server, and router advertisements
-// on the client's first network, and the host behind the proxy, in another.
+// provider is the network between client and proxy: a namespace on the machine
+// of the proxy with a router, a DHCP server, and router advertisements on the
+// client's first network, and the host behind the proxy, in another.
 const provider = `set -e
 ip netns add isp
 ip netns add target
@@ -132,8 +139,10 @@ dhcp-optsfile=/run/isp/options
 END
 `
 
-// classless returns the options of the DHCP server in round n: the default route, routes to networks of the provider, which it may have, and in some
-// rounds to public networks that belong in a full tunnel (option 121, RFC 3442).
+// classless returns the options of the DHCP server in round n: the default
+// route, routes to networks of the provider, which it may have, and in some
+// rounds to public networks that belong in a full tunnel (option 121, RFC
+// 3442).
 func classless(n int) string {
 	first, second := "0.0.0.0/0,192.168.7.1,10.5.0.0/16,192.168.7.1", "10.6.0.0/16,192.168.8.1"
 	switch n % 4 {
@@ -148,19 +157,24 @@ func classless(n int) string {
 	return fmt.Sprintf("tag:lan0,option:classless-static-route,%s\ntag:lan1,option:router\ntag:lan1,option:classless-static-route,%s\n", first, second)
 }
 
-// own are the packets that a client with a full tunnel may send on its networks, as a filter for tcpdump: those of the tunnel, DHCP, ICMP errors about
-// answers of the DHCP server, which firewalld refuses when they come late, and what finds neighbours, routers and listeners.
+// own are the packets that a client with a full tunnel may send on its
+// networks, as a filter for tcpdump: those of the tunnel, DHCP, ICMP errors
+// about answers of the DHCP server, which firewalld refuses when they come
+// late, and what finds neighbours, routers and listeners.
 const own = "arp or igmp or (udp and dst host 203.0.113.2 and dst port 443) or (udp and dst port 67) or (udp and dst port 547)" +
 	" or (icmp[0] == 3 and icmp[17] == 17 and icmp[28:2] == 67)" +
 	" or (icmp6 and ip6[40] >= 130 and ip6[40] <= 143) or (ip6 and ip6[6] == 0 and ip6[48] >= 130 and ip6[48] <= 143)"
 
-// capture has tcpdump write a line for each packet that comes in by an interface of a namespace and matches a filter.
+// capture has tcpdump write a line for each packet that comes in by an
+// interface of a namespace and matches a filter.
 func (m *machine) capture(namespace, iface, filter string) (lines func() []string) {
 	m.Helper()
 	file := "/run/capture-" + namespace + "-" + iface
 	m.do(fmt.Sprintf("systemd-run --quiet --unit=capture-%[1]s-%[2]s -p NetworkNamespacePath=/run/netns/%[1]s -p StandardOutput=file:%[3]s -p StandardError=file:%[3]s.log "+
 		"tcpdump -Z root -tttt -l -n -Q in -i %[2]s '%[4]s'", namespace, iface, file, filter))
-	m.until("tcpdump listens on "+iface, func() bool { return strings.Contains(m.do("cat "+file+".log || true"), "listening on") })
+	m.until("tcpdump listens on "+iface, func() bool {
+		return strings.Contains(m.do("cat "+file+".log || true"), "listening on")
+	})
 	return func() []string {
 		m.Helper()
 		m.do("systemctl stop capture-" + namespace + "-" + iface)
@@ -200,9 +214,12 @@ func (f *fellow) run(ctx context.Context) {
 	}
 }
 
-// TestCoexistence has a client and a proxy beside the programs that change the network of real hosts, all of them at work: systemd-networkd,
-// firewalld, containers as dockerd has them, mwan3's rules, two DHCP clients with routes that change. What the client sends on its networks is the
-// tunnel's own, whatever they do, and a TCP connection inside lasts. `make e2e-coexist TIME=1h` is the long run.
+// TestCoexistence has a client and a proxy beside the programs that change the
+// network of real hosts, all of them at work: systemd-networkd, firewalld,
+// containers as dockerd has them, mwan3's rules, two DHCP clients with routes
+// that change. What the client sends on its networks is the tunnel's own,
+// whatever they do, and a TCP connection inside lasts. `make e2e-coexist
+// TIME=1h` is the long run.
 func TestCoexistence(t *testing.T) {
 	t.Parallel()
 	near, far := newCrowdedMachine(t), newCrowdedMachine(t)
@@ -226,10 +243,12 @@ systemctl start systemd-networkd firewalld
 ip link set eth1 up
 dhclient -1 -q -pf /run/dhclient.pid -lf /run/dhclient.leases eth1`)
 	near.until("systemd-networkd has a lease", func() bool {
-		return strings.Contains(near.do("ip route; ip -6 route"), "default via 192.168.7.1 dev eth0")
+		return strings.Contains(near.do("ip route; ip -6 route"),
+			"default via 192.168.7.1 dev eth0")
 	})
 
-	// What an administrator does once for the tunnel and for containers, as docs/operations.md has it.
+	// What an administrator does once for the tunnel and for containers, as
+	// docs/operations.md has it.
 	for _, m := range []*machine{near, far} {
 		m.do(`set -e
 /opt/coexist/bridge.sh daemon
@@ -257,32 +276,44 @@ firewall-cmd -q --reload
 	}
 
 	fellows := []*fellow{
-		{name: "systemd-networkd of the client", every: 4 * time.Second, round: func(n int) (*machine, string) {
-			return near, []string{
-				fmt.Sprintf("mkdir -p /etc/systemd/network/10-lan.network.d && printf '[DHCPv4]\\nRouteMetric=%d\\n' > /etc/systemd/network/10-lan.network.d/metric.conf && networkctl reload", 1000+n),
-				"networkctl reconfigure eth0", "networkctl renew eth0", "networkctl reload",
-			}[n%4]
-		}},
-		{name: "systemd-networkd of the proxy", every: 5 * time.Second, round: func(n int) (*machine, string) {
-			return far, []string{
-				fmt.Sprintf("mkdir -p /etc/systemd/network/10-wan.network.d && printf '[Route]\\nDestination=10.%d.0.0/16\\nGateway=203.0.113.1\\n' > /etc/systemd/network/10-wan.network.d/route.conf && networkctl reload", n%200),
-				"networkctl reconfigure eth0", "networkctl reload",
-			}[n%3]
-		}},
-		{name: "firewalld of the client", every: 7 * time.Second, round: func(int) (*machine, string) { return near, reload }},
-		{name: "firewalld of the proxy", every: 8 * time.Second, round: func(int) (*machine, string) { return far, reload }},
-		{name: "containers of the client", every: 3 * time.Second, round: func(n int) (*machine, string) {
-			return near, containers(n)
-		}},
-		{name: "containers of the proxy", every: 3 * time.Second, round: func(n int) (*machine, string) {
-			return far, containers(n)
-		}},
-		{name: "mwan3's rules of the client", every: 6 * time.Second, round: func(int) (*machine, string) {
-			return near, "/opt/coexist/multiwan.sh load 192.168.7.1"
-		}},
-		{name: "routes of the DHCP server", every: 9 * time.Second, round: func(n int) (*machine, string) {
-			return far, fmt.Sprintf("printf '%s' > /run/isp/options && systemctl kill -s HUP isp", strings.ReplaceAll(classless(n), "\n", `\n`))
-		}},
+		{name: "systemd-networkd of the client", every: 4 * time.Second,
+			round: func(n int) (*machine, string) {
+				return near, []string{
+					fmt.Sprintf("mkdir -p /etc/systemd/network/10-lan.network.d && printf '[DHCPv4]\\nRouteMetric=%d\\n' > /etc/systemd/network/10-lan.network.d/metric.conf && networkctl reload", 1000+n),
+					"networkctl reconfigure eth0", "networkctl renew eth0", "networkctl reload",
+				}[n%4]
+			}},
+		{name: "systemd-networkd of the proxy", every: 5 * time.Second,
+			round: func(n int) (*machine, string) {
+				return far, []string{
+					fmt.Sprintf("mkdir -p /etc/systemd/network/10-wan.network.d && printf '[Route]\\nDestination=10.%d.0.0/16\\nGateway=203.0.113.1\\n' > /etc/systemd/network/10-wan.network.d/route.conf && networkctl reload", n%200),
+					"networkctl reconfigure eth0", "networkctl reload",
+				}[n%3]
+			}},
+		{name: "firewalld of the client", every: 7 * time.Second,
+			round: func(int) (*machine, string) {
+				return near, reload
+			}},
+		{name: "firewalld of the proxy", every: 8 * time.Second,
+			round: func(int) (*machine, string) {
+				return far, reload
+			}},
+		{name: "containers of the client", every: 3 * time.Second,
+			round: func(n int) (*machine, string) {
+				return near, containers(n)
+			}},
+		{name: "containers of the proxy", every: 3 * time.Second,
+			round: func(n int) (*machine, string) {
+				return far, containers(n)
+			}},
+		{name: "mwan3's rules of the client", every: 6 * time.Second,
+			round: func(int) (*machine, string) {
+				return near, "/opt/coexist/multiwan.sh load 192.168.7.1"
+			}},
+		{name: "routes of the DHCP server", every: 9 * time.Second,
+			round: func(n int) (*machine, string) {
+				return far, fmt.Sprintf("printf '%s' > /run/isp/options && systemctl kill -s HUP isp", strings.ReplaceAll(classless(n), "\n", `\n`))
+			}},
 		{name: "dhclient", every: 10 * time.Second, round: func(int) (*machine, string) {
 			const files = "-q -pf /run/dhclient.pid -lf /run/dhclient.leases eth1"
 			return near, "dhclient -r " + files + " && dhclient -1 " + files
@@ -290,7 +321,9 @@ firewall-cmd -q --reload
 	}
 
 	far.do("systemd-run --quiet --unit=transfer -p NetworkNamespacePath=/run/netns/target python3 /opt/coexist/transfer.py serve 198.51.100.2 7000")
-	far.until("the receiver listens", func() bool { return strings.Contains(far.do(target+"ss -Hltn"), ":7000") })
+	far.until("the receiver listens", func() bool {
+		return strings.Contains(far.do(target+"ss -Hltn"), ":7000")
+	})
 	seconds := int(coexistTime.Seconds())
 	near.do(fmt.Sprintf("systemd-run --quiet --unit=scatter python3 /opt/coexist/scatter.py %d 198.51.100.2 192.0.2.7 192.0.2.200 198.18.0.9 2001:db8:9::2 2001:db8:77::7", seconds+10))
 	sending := near.command(fmt.Sprintf("python3 /opt/coexist/transfer.py send 198.51.100.2 7000 %d", seconds))
@@ -314,7 +347,8 @@ firewall-cmd -q --reload
 		Warnings []string
 	}
 	state := func() string {
-		out, _ := near.command("masque-client status alice --json").Output() // it fails unless it is connected
+		// it fails unless it is connected
+		out, _ := near.command("masque-client status alice --json").Output()
 		status.State = ""
 		if err := json.Unmarshal(out, &status); err != nil {
 			t.Fatalf("%v in %s", err, out)
@@ -354,15 +388,18 @@ firewall-cmd -q --reload
 	}
 	if t.Failed() {
 		t.Logf("client's log\n%s", near.do("journalctl -u masque-client@alice -o cat | tail -n 60"))
-		t.Logf("client's host\n%s", near.do("ip rule; ip route show table all; nft list tables; ip addr"))
+		t.Logf("client's host\n%s",
+			near.do("ip rule; ip route show table all; nft list tables; ip addr"))
 		t.Logf("proxy's log\n%s", far.do("journalctl -u masque-proxy -o cat | tail -n 40"))
 	}
 }
 
-// reload is a round of firewalld, which flushes what iptables has as well; dockerd hears of it and puts its rules back.
+// reload is a round of firewalld, which flushes what iptables has as well;
+// dockerd hears of it and puts its rules back.
 const reload = "firewall-cmd -q --reload && /opt/coexist/bridge.sh daemon"
 
-// byDestination sums up lines of tcpdump: how many packets to where, and the first and the last of them.
+// byDestination sums up lines of tcpdump: how many packets to where, and the
+// first and the last of them.
 func byDestination(packets []string) string {
 	first, last, count := map[string]string{}, map[string]string{}, map[string]int{}
 	for _, line := range packets {
@@ -386,7 +423,8 @@ func byDestination(packets []string) string {
 // tally counts the lines of a log in JSON by their message.
 const tally = `sed -n 's/.*"msg":"\([^"]*\)".*/\1/p' | sort | uniq -c | sort -rn`
 
-// containers is a round of dockerd: a container comes up and sends, one goes, and now and then the daemon is started anew.
+// containers is a round of dockerd: a container comes up and sends, one goes,
+// and now and then the daemon is started anew.
 func containers(n int) string {
 	if n%5 == 0 {
 		return "/opt/coexist/bridge.sh daemon"

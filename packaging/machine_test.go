@@ -1,5 +1,6 @@
-// Package packaging tests the packages in dist/ as `make packages` leaves them there: on a machine of its own, with systemd, on
-// which they are installed, run, upgraded, removed and purged.
+// Package packaging tests the packages in dist/ as `make packages` leaves them
+// there: on a machine of its own, with systemd, on which they are installed,
+// run, upgraded, removed and purged.
 package packaging
 
 import (
@@ -20,8 +21,9 @@ import (
 // patience bounds waits for things that take a second or two.
 const patience = 60 * time.Second
 
-// keeper keeps a machine for as long as its standard input is open, and removes what is left of it. The machine has a control
-// group of its own, without which systemd would take the groups of another machine for its own.
+// keeper keeps a machine for as long as its standard input is open, and removes
+// what is left of it. The machine has a control group of its own, without which
+// systemd would take the groups of another machine for its own.
 const keeper = `set -e
 mount --make-rprivate /
 mount -t tmpfs tmpfs "$1"
@@ -39,8 +41,10 @@ wait || true
 until find "$group" -depth -type d -exec rmdir {} + 2>/dev/null; do sleep 0.1; done # the kernel takes a moment
 `
 
-// boot makes the machine: namespaces of its own, the files of this one as they are, with changes kept in memory, devices that
-// do not reach the real ones, and systemd as its first process. What would change the kernel for all namespaces is masked.
+// boot makes the machine: namespaces of its own, the files of this one as they
+// are, with changes kept in memory, devices that do not reach the real ones,
+// and systemd as its first process. What would change the kernel for all
+// namespaces is masked.
 const boot = `set -e
 umount "$1/cgroup"
 mkdir "$1/upper" "$1/work" "$1/root" "$1/old"
@@ -71,8 +75,8 @@ export container=test
 exec /lib/systemd/systemd --unit=basic.target --log-target=journal --show-status=no
 `
 
-// machine is a running one. In /opt/packages it has the packages of dist/, and those of the same files to upgrade to. Its files
-// are gone with it.
+// machine is a running one. In /opt/packages it has the packages of dist/, and
+// those of the same files to upgrade to. Its files are gone with it.
 type machine struct {
 	*testing.T
 	pid string // of systemd
@@ -85,7 +89,8 @@ var later = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	for _, format := range []string{"deb", "rpm"} {
-		nfpm := exec.Command("dist/nfpm", "package", "--config", "packaging/nfpm.yaml", "--packager", format, "--target", dir)
+		nfpm := exec.Command("dist/nfpm", "package", "--config", "packaging/nfpm.yaml",
+			"--packager", format, "--target", dir)
 		nfpm.Dir, nfpm.Env = "..", append(os.Environ(), "PKG_VERSION=9999", "ARCH="+runtime.GOARCH)
 		if out, err := nfpm.CombinedOutput(); err != nil {
 			return "", fmt.Errorf("packages to upgrade to: %w\n%s", err, out)
@@ -123,9 +128,11 @@ func newMachine(t *testing.T) *machine {
 		t.Fatal(err)
 	}
 	log := new(bytes.Buffer)
-	cmd := exec.Command("unshare", "--mount", "sh", "-c", keeper, "sh", t.TempDir(), boot, dist, next)
+	cmd := exec.Command("unshare", "--mount", "sh", "-c", keeper, "sh", t.TempDir(), boot,
+		dist, next)
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // Ctrl-C is not for it: it ends after this process, however that ends
+	// Ctrl-C is not for it: it ends after this process, however that ends
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	alive, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -170,14 +177,17 @@ func newMachine(t *testing.T) *machine {
 
 // children lists the processes that a process started.
 func children(pid string) []string {
-	list, _ := os.ReadFile("/proc/" + pid + "/task/" + pid + "/children") // none of a process that is gone
+	// none of a process that is gone
+	list, _ := os.ReadFile("/proc/" + pid + "/task/" + pid + "/children")
 	return strings.Fields(string(list))
 }
 
 // command is a line of shell on the machine.
 func (m *machine) command(line string) *exec.Cmd {
-	c := exec.Command("nsenter", "--target", m.pid, "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--root", "--wdns=/", "sh", "-c", line)
-	c.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C.UTF-8"}
+	c := exec.Command("nsenter", "--target", m.pid, "--mount", "--pid", "--net", "--uts", "--ipc",
+		"--cgroup", "--root", "--wdns=/", "sh", "-c", line)
+	c.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND=noninteractive",
+		"LC_ALL=C.UTF-8"}
 	return c
 }
 
@@ -191,7 +201,8 @@ func (m *machine) do(line string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// fails runs a line of shell, which has to end with the given exit code, and returns what it says.
+// fails runs a line of shell, which has to end with the given exit code, and
+// returns what it says.
 func (m *machine) fails(code int, line string) string {
 	m.Helper()
 	c := m.command(line)

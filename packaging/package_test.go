@@ -18,8 +18,9 @@ const (
 	upgrade = "apt-get install -y /opt/packages/masquevpn_9999_*.deb"
 )
 
-// apart gives one service a host of its own: the network namespace "other", connected to the machine, which is that of the rest.
-// The proxy's name leads to addr. Both programs say all they have to say.
+// apart gives one service a host of its own: the network namespace "other",
+// connected to the machine, which is that of the rest. The proxy's name leads
+// to addr. Both programs say all they have to say.
 func (m *machine) apart(unit, addr string) {
 	m.Helper()
 	m.do(`set -e
@@ -40,7 +41,8 @@ printf '[Service]\nNetworkNamespacePath=/run/netns/other\n' > ` + unit + `.d/apa
 printf '[Service]\nExecStart=\nExecStart=/usr/bin/masque-client --log-level debug run -c /etc/masque/%%i.toml\n' > masque-client@.service.d/test.conf
 printf '[Service]\nExecStart=\nExecStart=/usr/bin/masque-proxy --log-level debug run -c /etc/masque/proxy.toml\nWatchdogSec=5s\n' > masque-proxy.service.d/test.conf`)
 	m.until("the link is up", func() bool { // and has all its addresses
-		return strings.Count(m.do("ip -o addr show dev eth0; "+other+"ip -o addr show dev eth0"), "inet6 fe80:") == 2
+		return strings.Count(m.do("ip -o addr show dev eth0; "+other+"ip -o addr show dev eth0"),
+			"inet6 fe80:") == 2
 	})
 }
 
@@ -51,7 +53,8 @@ func (m *machine) network() string {
 	m.Helper()
 	const state = `ip -o addr; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; nft list ruleset;
 cd /proc/sys/net; grep -r . ipv4/ip_forward ipv4/conf ipv6/conf 2>/dev/null | sort`
-	return m.do("for enter in '' '" + other + "'; do $enter sh -c '" + state + "'; done; cat /etc/resolv.conf")
+	return m.do("for enter in '' '" + other + "'; do $enter sh -c '" + state +
+		"'; done; cat /etc/resolv.conf")
 }
 
 // files makes the files of a proxy and of its user alice as a service.
@@ -106,7 +109,8 @@ func TestService(t *testing.T) {
 	})
 	m.is("systemctl show -P StatusText masque-client@alice", "connected")
 	const get = `bash -c 'exec 3<>/dev/tcp/127.0.0.1/9484; printf "GET %s HTTP/1.0\r\n\r\n" >&3; cat <&3'`
-	for path, want := range map[string]string{"/readyz": "\r\nok", "/metrics": "\nmasque_sessions 1\n"} {
+	for path, want := range map[string]string{"/readyz": "\r\nok",
+		"/metrics": "\nmasque_sessions 1\n"} {
 		if out := m.do(fmt.Sprintf(get, path)); !strings.Contains(out, want) {
 			t.Errorf("GET %s: want %q in\n%s", path, want, out)
 		}
@@ -116,7 +120,8 @@ func TestService(t *testing.T) {
 	m.do("test -s /usr/share/doc/masquevpn/grafana/masque.json -a -s /usr/share/doc/masquevpn/prometheus/masque.rules.yml")
 
 	netAdmin, bind := uint64(1)<<12, uint64(1)<<10
-	for unit, want := range map[string]uint64{"masque-proxy": netAdmin | bind, "masque-client@alice": netAdmin} {
+	for unit, want := range map[string]uint64{"masque-proxy": netAdmin | bind,
+		"masque-client@alice": netAdmin} {
 		status := m.do("cat /proc/" + m.mainPID(unit) + "/status")
 		for _, field := range []string{"CapPrm", "CapEff", "CapBnd", "CapAmb"} {
 			if line := fmt.Sprintf("%s:\t%016x\n", field, want); !strings.Contains(status, line) {
@@ -124,15 +129,19 @@ func TestService(t *testing.T) {
 			}
 		}
 		uid := m.do("id -u masque")
-		if !strings.Contains(status, "Uid:\t"+strings.Join([]string{uid, uid, uid, uid}, "\t")+"\n") || !strings.Contains(status, "Seccomp:\t2\n") {
+		if !strings.Contains(status,
+			"Uid:\t"+strings.Join([]string{uid, uid, uid, uid}, "\t")+"\n") ||
+			!strings.Contains(status, "Seccomp:\t2\n") {
 			t.Errorf("%s: not user %s with a filter of system calls:\n%s", unit, uid, status)
 		}
-		// What is root's in a process of another user (proc(5)) cannot be dumped, nor looked into by others of that user.
+		// What is root's in a process of another user (proc(5)) cannot be
+		// dumped, nor looked into by others of that user.
 		m.is("stat -c %U /proc/"+m.mainPID(unit)+"/environ", "root")
 	}
 	m.is("stat -c '%U:%G %a' /run/masque /var/lib/masque", "masque:masque 750\nmasque:masque 750")
 	m.noSecrets()
-	for _, line := range []string{"masque-client status alice", "masque-proxy status", "masque-proxy reload"} {
+	for _, line := range []string{"masque-client status alice", "masque-proxy status",
+		"masque-proxy reload"} {
 		m.do(line)
 		m.fails(7, "setpriv --reuid=65534 --regid=65534 --clear-groups "+line)
 	}
@@ -146,7 +155,10 @@ func TestService(t *testing.T) {
 	// A proxy that hangs is ended and started again, without anybody's help.
 	hung := m.mainPID("masque-proxy")
 	m.do("kill -STOP " + hung)
-	m.until("another proxy runs", func() bool { pid := m.mainPID("masque-proxy"); return pid != hung && pid != "0" })
+	m.until("another proxy runs", func() bool {
+		pid := m.mainPID("masque-proxy")
+		return pid != hung && pid != "0"
+	})
 	m.until("packets flow again", func() bool { return m.command(ping+"10.77.0.1").Run() == nil })
 
 	// An upgrade interrupts nobody.
@@ -157,7 +169,8 @@ func TestService(t *testing.T) {
 	if err := pinging.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if out := m.do(upgrade); !strings.Contains(out, "systemctl restart masque-client@alice.service masque-proxy.service") {
+	if out := m.do(upgrade); !strings.Contains(out,
+		"systemctl restart masque-client@alice.service masque-proxy.service") {
 		t.Errorf("the upgrade says\n%s", out)
 	}
 	m.do("kill -INT $(cat /run/ping)")
@@ -168,7 +181,8 @@ func TestService(t *testing.T) {
 		t.Helper()
 		for _, program := range []string{"proxy", "client@alice"} {
 			name, _, _ := strings.Cut(program, "@")
-			m.is("readlink /proc/"+m.mainPID("masque-"+program)+"/exe", "/usr/bin/masque-"+name+deleted)
+			m.is("readlink /proc/"+m.mainPID("masque-"+program)+"/exe",
+				"/usr/bin/masque-"+name+deleted)
 		}
 	}
 	running(" (deleted)")
@@ -182,7 +196,8 @@ func TestService(t *testing.T) {
 
 	m.do("systemctl enable masque-proxy.socket masque-client@alice")
 	m.do("apt-get remove -y masquevpn")
-	m.is("systemctl is-active masque-proxy masque-proxy.socket masque-client@alice || true", "inactive\ninactive\ninactive")
+	m.is("systemctl is-active masque-proxy masque-proxy.socket masque-client@alice || true",
+		"inactive\ninactive\ninactive")
 	if now := m.network(); now != fresh {
 		t.Errorf("before\n%s\nafter removal\n%s", fresh, now)
 	}
@@ -202,7 +217,8 @@ func TestService(t *testing.T) {
 	m.fails(1, "test -d /etc/masque")
 }
 
-// resolvedPolicy is what systemd-resolved asks polkit about, as far as it matters here.
+// resolvedPolicy is what systemd-resolved asks polkit about, as far as it
+// matters here.
 const resolvedPolicy = `<?xml version="1.0"?>
 <!DOCTYPE policyconfig PUBLIC "-//freedesktop//DTD PolicyKit Policy Configuration 1.0//EN" "http://www.freedesktop.org/standards/PolicyKit/1/policyconfig.dtd">
 <policyconfig>
@@ -211,7 +227,8 @@ const resolvedPolicy = `<?xml version="1.0"?>
 </policyconfig>
 `
 
-// TestResolved: the user of the services may set the DNS of interfaces, and nothing else.
+// TestResolved: the user of the services may set the DNS of interfaces, and
+// nothing else.
 func TestResolved(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
@@ -226,7 +243,9 @@ func TestResolved(t *testing.T) {
 		{"masque", "register-service", 1},
 		{"nobody", "set-dns-servers", 1},
 	} {
-		m.fails(test.code, "setpriv --reuid="+test.user+" --clear-groups sh -c 'pkcheck --process $$ --action-id org.freedesktop.resolve1."+test.action+"'")
+		m.fails(test.code, "setpriv --reuid="+test.user+
+			" --clear-groups sh -c 'pkcheck --process $$ --action-id org.freedesktop.resolve1."+
+			test.action+"'")
 	}
 }
 
@@ -268,8 +287,10 @@ func (m *machine) noSecrets() {
 		m.Fatalf("found only these secrets: %q", secrets)
 	}
 	for _, line := range []string{
-		"journalctl --sync; journalctl --no-pager -o export -a", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "cat /run/masque/*.log 2>/dev/null || true",
-		"cat /run/masque/*.journal 2>/dev/null || true", "masque-client status alice --json", "masque-proxy status --json", "masque-proxy sessions --json",
+		"journalctl --sync; journalctl --no-pager -o export -a",
+		"cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "cat /run/masque/*.log 2>/dev/null || true",
+		"cat /run/masque/*.journal 2>/dev/null || true", "masque-client status alice --json",
+		"masque-proxy status --json", "masque-proxy sessions --json",
 	} {
 		out := m.do(line)
 		for _, secret := range secrets {
@@ -280,10 +301,12 @@ func (m *machine) noSecrets() {
 	}
 }
 
-// keyLine matches the first line of a private key in PEM form (PKCS #8), and a token that stands alone.
+// keyLine matches the first line of a private key in PEM form (PKCS #8), and a
+// token that stands alone.
 var keyLine = regexp.MustCompile(`^M[A-Za-z0-9+/]{63}$`)
 
-// TestKillSwitch: who stops a service with a kill switch is told how to lift it.
+// TestKillSwitch: who stops a service with a kill switch is told how to lift
+// it.
 func TestKillSwitch(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
@@ -299,7 +322,8 @@ func TestKillSwitch(t *testing.T) {
 	connect()
 	m.do("systemctl stop masque-client@alice")
 	m.do("! " + ping)
-	for _, line := range []string{"systemctl status masque-client@alice || true", "masque-client status alice 2>&1 || true"} {
+	for _, line := range []string{"systemctl status masque-client@alice || true",
+		"masque-client status alice 2>&1 || true"} {
 		if out := m.do(line); !strings.Contains(out, "masque-client down alice") {
 			t.Errorf("%s: does not say how to lift the kill switch:\n%s", line, out)
 		}
@@ -311,7 +335,9 @@ func TestKillSwitch(t *testing.T) {
 	// What `down` ends is not started again, and nothing is left to lift.
 	connect()
 	m.do("masque-client down alice && " + ping)
-	m.until("the service has ended", func() bool { return m.do("systemctl is-active masque-client@alice || true") == "inactive" })
+	m.until("the service has ended", func() bool {
+		return m.do("systemctl is-active masque-client@alice || true") == "inactive"
+	})
 
 	connect()
 	m.do("systemctl stop masque-client@alice masque-proxy")
@@ -322,7 +348,8 @@ func TestKillSwitch(t *testing.T) {
 	}
 }
 
-// TestRPM is the life of the rpm: its scripts are called in another way than those of the deb.
+// TestRPM is the life of the rpm: its scripts are called in another way than
+// those of the deb.
 func TestRPM(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
@@ -334,7 +361,8 @@ func TestRPM(t *testing.T) {
 	fresh := m.network()
 	m.do(files + "systemctl start masque-proxy masque-client@alice; masque-client wait alice --for connected --timeout 30s")
 	pids := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice")
-	if out := m.do(rpm + "-U /opt/packages/*-9999-*.rpm"); !strings.Contains(out, "systemctl restart masque-client@alice.service masque-proxy.service") {
+	if out := m.do(rpm + "-U /opt/packages/*-9999-*.rpm"); !strings.Contains(out,
+		"systemctl restart masque-client@alice.service masque-proxy.service") {
 		t.Errorf("the upgrade says\n%s", out)
 	}
 	if now := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice"); now != pids {
@@ -358,7 +386,8 @@ func TestReproducible(t *testing.T) {
 			t.Fatalf("%v in dist: %v", packages, err)
 		}
 		again := filepath.Join(t.TempDir(), filepath.Base(packages[0]))
-		nfpm := exec.Command("dist/nfpm", "package", "--config", "packaging/nfpm.yaml", "--packager", format, "--target", again)
+		nfpm := exec.Command("dist/nfpm", "package", "--config", "packaging/nfpm.yaml",
+			"--packager", format, "--target", again)
 		nfpm.Dir = ".."
 		if out, err := nfpm.CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
@@ -395,10 +424,12 @@ func TestSameFiles(t *testing.T) {
 	for _, line := range list("*.deb", "dpkg-deb", "--contents") {
 		fields := strings.Fields(line)
 		if path := strings.TrimPrefix(fields[len(fields)-1], "."); !strings.HasSuffix(path, "/") {
-			deb = append(deb, strings.Replace(path, "/zsh/vendor-completions/", "/zsh/site-functions/", 1))
+			deb = append(deb, strings.Replace(path, "/zsh/vendor-completions/",
+				"/zsh/site-functions/", 1))
 		}
 	}
-	for _, path := range list("*.rpm", "rpm", "-qp", "--queryformat", "[%{FILEMODES:perms} %{FILENAMES}\n]") {
+	for _, path := range list("*.rpm", "rpm", "-qp", "--queryformat",
+		"[%{FILEMODES:perms} %{FILENAMES}\n]") {
 		if mode, path, _ := strings.Cut(path, " "); !strings.HasPrefix(mode, "d") {
 			rpm = append(rpm, path)
 		}
@@ -408,13 +439,17 @@ func TestSameFiles(t *testing.T) {
 	if !slices.Equal(deb, rpm) {
 		t.Errorf("the deb has\n%s\nthe rpm\n%s", strings.Join(deb, "\n"), strings.Join(rpm, "\n"))
 	}
-	for _, want := range []string{"/usr/bin/masque-proxy", "/usr/lib/systemd/system/masque-client@.service", "/usr/share/man/man1/masque-client-up.1.gz", "/usr/share/bash-completion/completions/masque-proxy"} {
+	for _, want := range []string{"/usr/bin/masque-proxy",
+		"/usr/lib/systemd/system/masque-client@.service",
+		"/usr/share/man/man1/masque-client-up.1.gz",
+		"/usr/share/bash-completion/completions/masque-proxy"} {
 		if !slices.Contains(deb, want) {
 			t.Errorf("no %s in the packages", want)
 		}
 	}
 	scripts := strings.Join(list("*.rpm", "rpm", "-qp", "--scripts"), "\n")
-	for _, want := range []string{"postinstall scriptlet", "preuninstall scriptlet", "postuninstall scriptlet"} {
+	for _, want := range []string{"postinstall scriptlet", "preuninstall scriptlet",
+		"postuninstall scriptlet"} {
 		if !strings.Contains(scripts, want) {
 			t.Errorf("the rpm has no %s:\n%s", want, scripts)
 		}

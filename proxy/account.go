@@ -14,20 +14,23 @@ import (
 // expiryInterval is how often it is looked whether a user's time is over.
 const expiryInterval = 250 * time.Millisecond
 
-// account is what all sessions of one user share: what the user may, as the users file has it now, and what of the rates is used.
+// account is what all sessions of one user share: what the user may, as the
+// users file has it now, and what of the rates is used.
 type account struct {
 	reach    atomic.Pointer[netipx.IPSet] // what may be reached, nil for all
 	expires  atomic.Pointer[time.Time]    // nil for never
 	up, down pacer
 
-	following sync.Mutex // the user is looked up and followed under it, so that the last look counts
+	// the user is looked up and followed under it, so that the last look counts
+	following sync.Mutex
 
 	leases atomic.Int64 // of all sessions of the user
 
 	sessions int // that have it
 }
 
-// accounts are those of users who have sessions, by name. The mutex of the sessions is held.
+// accounts are those of users who have sessions, by name. The mutex of the
+// sessions is held.
 type accounts map[string]*account
 
 // open returns the account of u for one more session.
@@ -52,7 +55,8 @@ func (l accounts) close(name string) {
 
 // set makes the account that of u.
 func (a *account) set(u User) {
-	if now, reach := a.reach.Load(), u.reach(); (now == nil) != (reach == nil) || now != nil && !now.Equal(reach) {
+	if now, reach := a.reach.Load(), u.reach(); (now == nil) != (reach == nil) ||
+		now != nil && !now.Equal(reach) {
 		a.reach.Store(reach)
 	}
 	a.expires.Store(nil)
@@ -77,11 +81,13 @@ func (u User) reach() *netipx.IPSet {
 	return setOf(u.Routes)
 }
 
-// expired reports whether u is not let in any more at now. It is a matter of the wall clock: Expires has no other.
+// expired reports whether u is not let in any more at now. It is a matter of
+// the wall clock: Expires has no other.
 func (u User) expired(now time.Time) bool { return !u.Expires.IsZero() && !now.Before(u.Expires) }
 
-// UsersChanged makes sessions follow their users. It ends those whose users are no more, have other credentials than when the session
-// began, or whose time is over; the others have the rates and the routes that their users have now.
+// UsersChanged makes sessions follow their users. It ends those whose users are
+// no more, have other credentials than when the session began, or whose time is
+// over; the others have the rates and the routes that their users have now.
 func (s *Server) UsersChanged() {
 	for _, ss := range s.sessions.list() {
 		if err := s.follow(ss); err != nil {
@@ -90,7 +96,8 @@ func (s *Server) UsersChanged() {
 	}
 }
 
-// follow makes ss follow its user as it is now, and returns why it has to end, nil when it may go on.
+// follow makes ss follow its user as it is now, and returns why it has to end,
+// nil when it may go on.
 func (s *Server) follow(ss *session) error {
 	if ss.user.Name == "" { // without authentication
 		return nil
@@ -118,8 +125,9 @@ func (s *Server) follow(ss *session) error {
 	return nil
 }
 
-// endExpired ends sessions of users whose time is over, until ctx ends. It looks at the clock again and again, because timers do not
-// follow when that is set.
+// endExpired ends sessions of users whose time is over, until ctx ends. It
+// looks at the clock again and again, because timers do not follow when that is
+// set.
 func (s *Server) endExpired(ctx context.Context) error {
 	tick := time.NewTicker(expiryInterval)
 	defer tick.Stop()
@@ -150,7 +158,8 @@ func (l *sessions) expired(now time.Time) (list []*session) {
 // errExpired is the cause for which the session of a user ends.
 var errExpired = errors.New("the user's time is over")
 
-// withheld returns what the proxy advertises, but not to a user who reaches only what is in reach.
+// withheld returns what the proxy advertises, but not to a user who reaches
+// only what is in reach.
 func (s *Server) withheld(reach *netipx.IPSet) []netip.Prefix {
 	if reach == nil {
 		return nil

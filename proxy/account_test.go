@@ -25,12 +25,14 @@ func withUsers(users Users, more func(*Config)) func(*Config) {
 	}
 }
 
-// A user with routes is told of these alone, is told by policy that the rest is prohibited, and no name of what is elsewhere is
-// resolved. All of it follows the users.
+// A user with routes is told of these alone, is told by policy that the rest is
+// prohibited, and no name of what is elsewhere is resolved. All of it follows
+// the users.
 func TestUserRoutes(t *testing.T) {
 	one, other := netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.51.100.0/24")
 	gateway := netip.MustParsePrefix("10.77.0.1/32")
-	users := &oneChanging{alice: User{Name: "alice", Routes: []netip.Prefix{one, netip.MustParsePrefix("203.0.113.0/24")}}}
+	users := &oneChanging{alice: User{Name: "alice",
+		Routes: []netip.Prefix{one, netip.MustParsePrefix("203.0.113.0/24")}}}
 	addr := netip.MustParseAddr
 	x := newReloadable(t, withUsers(users, func(c *Config) {
 		c.Advertise = []netip.Prefix{one, other}
@@ -77,7 +79,8 @@ func TestUserRoutes(t *testing.T) {
 	if got, want := x.Sessions()[0].Routes, 2; len(got) != want {
 		t.Errorf("advertised %v, want %v and %v", got, gateway, one)
 	}
-	x.cfg.DNS = DNS{Servers: []netip.Addr{addr("198.51.100.53"), addr("192.0.2.53"), addr("10.77.0.1")}}
+	x.cfg.DNS = DNS{Servers: []netip.Addr{addr("198.51.100.53"), addr("192.0.2.53"),
+		addr("10.77.0.1")}}
 	x.reload()
 	dnsOf("192.0.2.53", "10.77.0.1")
 	x.passes("192.0.2.1", 1)
@@ -94,7 +97,9 @@ func TestUserRoutes(t *testing.T) {
 
 	users.change(func(o *oneChanging) { o.alice.Routes = nil })
 	x.UsersChanged()
-	if got, want := nextRoutes(t, x.r), []capsule.Route{route("10.77.0.1", 0), route("192.0.2.0/24", 0), route("198.51.100.0/24", 0)}; !slices.Equal(got, want) {
+	if got, want := nextRoutes(t, x.r),
+		[]capsule.Route{route("10.77.0.1", 0), route("192.0.2.0/24", 0),
+			route("198.51.100.0/24", 0)}; !slices.Equal(got, want) {
 		t.Errorf("advertised %v, want %v", got, want)
 	}
 	dnsOf("198.51.100.53", "192.0.2.53", "10.77.0.1")
@@ -103,7 +108,9 @@ func TestUserRoutes(t *testing.T) {
 	users.change(func(o *oneChanging) { o.alice.Routes = []netip.Prefix{other} })
 	x.UsersChanged()
 	x.answered("192.0.2.1", 13) // whether or not the client has been told
-	if got, want := nextRoutes(t, x.r), []capsule.Route{route("10.77.0.1", 0), route("198.51.100.0/24", 0)}; !slices.Equal(got, want) {
+	if got, want := nextRoutes(t, x.r),
+		[]capsule.Route{route("10.77.0.1", 0),
+			route("198.51.100.0/24", 0)}; !slices.Equal(got, want) {
 		t.Errorf("advertised %v, want %v", got, want)
 	}
 	x.passes("198.51.100.1", 4)
@@ -118,7 +125,9 @@ func TestUserRoutes(t *testing.T) {
 	if rsp.StatusCode != 200 {
 		t.Fatalf("status %d", rsp.StatusCode)
 	}
-	i := slices.IndexFunc(x.sessions.list(), func(ss *session) bool { return ss.udp != nil && ss.ctx.Err() == nil })
+	i := slices.IndexFunc(x.sessions.list(), func(ss *session) bool {
+		return ss.udp != nil && ss.ctx.Err() == nil
+	})
 	flow := x.sessions.list()[i]
 	users.change(func(o *oneChanging) { o.alice.Routes = []netip.Prefix{} })
 	x.UsersChanged()
@@ -145,7 +154,8 @@ func TestUserExpires(t *testing.T) {
 				t.Errorf("the session ended: %v, want %v", got, errExpired)
 			}
 		}
-		if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, asAlice); rsp.StatusCode != 401 {
+		if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath,
+			asAlice); rsp.StatusCode != 401 {
 			t.Errorf("status %d after that, want 401", rsp.StatusCode)
 		}
 	}
@@ -175,12 +185,14 @@ func TestAccounts(t *testing.T) {
 		request(t, h3, "CONNECT", "connect-ip", anyPath, asAlice)
 	}
 	list := s.sessions.list()
-	if len(list) != 2 || list[0].account != list[1].account || list[0].account.up.rate.Load() != 64_000 {
+	if len(list) != 2 || list[0].account != list[1].account ||
+		list[0].account.up.rate.Load() != 64_000 {
 		t.Fatalf("%d sessions, accounts %+v", len(list), s.sessions.accounts)
 	}
 	users.change(func(o *oneChanging) { o.alice.RateUp, o.alice.RateDown = 0, 128_000 })
 	s.UsersChanged()
-	if up, down := list[1].account.up.rate.Load(), list[1].account.down.rate.Load(); up != 0 || down != 128_000 {
+	if up, down := list[1].account.up.rate.Load(), list[1].account.down.rate.Load(); up != 0 ||
+		down != 128_000 {
 		t.Errorf("rates %d and %d, want none and 128000", up, down)
 	}
 	for _, ss := range list {

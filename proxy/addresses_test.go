@@ -24,20 +24,23 @@ type asker struct {
 // newAsker begins a session of a client program.
 func newAsker(t *testing.T, h3 *http3.ClientConn, instance string) *asker {
 	t.Helper()
-	rsp, str := request(t, h3, "CONNECT", "connect-ip", anyPath, http.Header{connectip.InstanceHeader: {instance}})
+	rsp, str := request(t, h3, "CONNECT", "connect-ip", anyPath,
+		http.Header{connectip.InstanceHeader: {instance}})
 	if rsp.StatusCode != 200 {
 		t.Fatalf("status %d", rsp.StatusCode)
 	}
 	return &asker{t: t, str: str, r: reader(t, str)}
 }
 
-// ask asks for prefixes and returns the full list that comes back. It checks that each request is answered once.
+// ask asks for prefixes and returns the full list that comes back. It checks
+// that each request is answered once.
 func (a *asker) ask(wants ...string) []capsule.Address {
 	a.t.Helper()
 	var c capsule.AddressRequest
 	for _, s := range wants {
 		a.id++
-		c.Addresses = append(c.Addresses, capsule.Address{RequestID: a.id, Prefix: netip.MustParsePrefix(s)})
+		c.Addresses = append(c.Addresses,
+			capsule.Address{RequestID: a.id, Prefix: netip.MustParsePrefix(s)})
 	}
 	if _, err := a.str.Write(c.Append(nil)); err != nil {
 		a.t.Fatal(err)
@@ -59,7 +62,8 @@ func (a *asker) ask(wants ...string) []capsule.Address {
 				}
 			}
 			if n != 1 {
-				a.t.Errorf("the request %d for %v is answered %d times: %v", asked.RequestID, asked.Prefix, n, list.Addresses)
+				a.t.Errorf("the request %d for %v is answered %d times: %v", asked.RequestID,
+					asked.Prefix, n, list.Addresses)
 			}
 		}
 		return list.Addresses
@@ -92,29 +96,35 @@ func delegating(t *testing.T, change func(*Config)) *http3.ClientConn {
 	})
 }
 
-// Whoever asks for a prefix gets one, as long as the operator allows and no longer.
+// Whoever asks for a prefix gets one, as long as the operator allows and no
+// longer.
 func TestDelegation(t *testing.T) {
 	h3 := delegating(t, nil)
 	a := newAsker(t, h3, "a")
-	a.want(a.ask("0.0.0.0/24", "::/64", "0.0.0.0/32"), "10.77.0.224/28", "fd77:0:0:ff::/64", "10.77.0.2/32")
+	a.want(a.ask("0.0.0.0/24", "::/64", "0.0.0.0/32"), "10.77.0.224/28", "fd77:0:0:ff::/64",
+		"10.77.0.2/32")
 	b := newAsker(t, h3, "b")
 	b.want(b.ask("10.77.0.64/28", "fd77:0:0:7::/64"), "10.77.0.64/28", "fd77:0:0:7::/64")
 	c := newAsker(t, h3, "c")
 	c.want(c.ask("10.77.0.64/29", "0.0.0.0/32"), "10.77.0.240/29", "10.77.0.3/32")
 	// A second one of the same family would be for too much.
-	c.want(c.ask("0.0.0.0/28", "::/60"), "10.77.0.240/29", "10.77.0.3/32", "10.77.0.4/32", "fd77:0:0:fe::/64")
+	c.want(c.ask("0.0.0.0/28", "::/60"), "10.77.0.240/29", "10.77.0.3/32", "10.77.0.4/32",
+		"fd77:0:0:fe::/64")
 }
 
 // Without the operator's leave, a wish for a prefix is one for an address.
 func TestNoDelegation(t *testing.T) {
 	h3 := delegating(t, func(c *Config) { c.Delegate4, c.Delegate6 = 0, 0 })
 	a := newAsker(t, h3, "a")
-	a.want(a.ask("0.0.0.0/24", "10.77.0.64/28", "fd77:0:0:7::/64"), "10.77.0.2/32", "10.77.0.64/32", "fd77:0:0:7::/128")
+	a.want(a.ask("0.0.0.0/24", "10.77.0.64/28", "fd77:0:0:7::/64"), "10.77.0.2/32", "10.77.0.64/32",
+		"fd77:0:0:7::/128")
 }
 
-// A client may ask again at any time. Each answer is the full list; a refusal is in one answer only.
+// A client may ask again at any time. Each answer is the full list; a refusal
+// is in one answer only.
 func TestAsksAgain(t *testing.T) {
-	h3 := start(t, func(c *Config) { c.Pool4 = netip.MustParsePrefix("10.77.0.0/29") }) // five addresses for clients
+	// five addresses for clients
+	h3 := start(t, func(c *Config) { c.Pool4 = netip.MustParsePrefix("10.77.0.0/29") })
 	a := newAsker(t, h3, "a")
 	a.want(a.ask("0.0.0.0/32", "::/128"), "10.77.0.2/32", "")
 	a.want(a.ask("0.0.0.0/32"), "10.77.0.2/32", "10.77.0.3/32")
@@ -123,9 +133,12 @@ func TestAsksAgain(t *testing.T) {
 	if got[0].RequestID != 4 || got[1].RequestID != 3 {
 		t.Errorf("request IDs %v", got)
 	}
-	a.want(a.ask("10.77.0.3/32", "10.77.0.3/32"), "10.77.0.2/32", "10.77.0.3/32", "10.77.0.4/32") // one cannot answer both
-	a.want(a.ask("0.0.0.0/32", "0.0.0.0/32", "0.0.0.0/32"), "10.77.0.2/32", "10.77.0.3/32", "10.77.0.4/32", "10.77.0.5/32", "10.77.0.6/32", "")
-	a.want(a.ask("10.77.0.6/32"), "10.77.0.2/32", "10.77.0.3/32", "10.77.0.4/32", "10.77.0.5/32", "10.77.0.6/32")
+	// one cannot answer both
+	a.want(a.ask("10.77.0.3/32", "10.77.0.3/32"), "10.77.0.2/32", "10.77.0.3/32", "10.77.0.4/32")
+	a.want(a.ask("0.0.0.0/32", "0.0.0.0/32", "0.0.0.0/32"), "10.77.0.2/32", "10.77.0.3/32",
+		"10.77.0.4/32", "10.77.0.5/32", "10.77.0.6/32", "")
+	a.want(a.ask("10.77.0.6/32"), "10.77.0.2/32", "10.77.0.3/32", "10.77.0.4/32", "10.77.0.5/32",
+		"10.77.0.6/32")
 }
 
 func TestAddressesOfOneSession(t *testing.T) {
@@ -138,7 +151,8 @@ func TestAddressesOfOneSession(t *testing.T) {
 	}
 }
 
-// What a session had goes back to its client at once, and to others when they have waited, or nothing else is free.
+// What a session had goes back to its client at once, and to others when they
+// have waited, or nothing else is free.
 func TestFreedAddresses(t *testing.T) {
 	h3 := start(t, func(c *Config) { c.Pool4 = netip.MustParsePrefix("10.77.0.0/29") })
 	first := newAsker(t, h3, "a")
@@ -152,7 +166,8 @@ func TestFreedAddresses(t *testing.T) {
 		"10.77.0.2/32", "10.77.0.4/32", "10.77.0.5/32", "10.77.0.6/32", "10.77.0.3/32")
 }
 
-// All sessions of a user together have so many addresses: by default two for each that the user may have. What goes back counts no more.
+// All sessions of a user together have so many addresses: by default two for
+// each that the user may have. What goes back counts no more.
 func TestAddressesOfOneUser(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
@@ -161,9 +176,12 @@ func TestAddressesOfOneUser(t *testing.T) {
 		want   int // addresses of the user
 	}{
 		{"default", User{Name: "alice"}, func(c *Config) { c.MaxSessionsPerUser = 3 }, 6},
-		{"by the user's own number of sessions", User{Name: "alice", Sessions: 4}, func(*Config) {}, 8},
+		{"by the user's own number of sessions", User{Name: "alice", Sessions: 4},
+			func(*Config) {}, 8},
 		{"for all users", User{Name: "alice"}, func(c *Config) { c.MaxAddressesPerUser = 3 }, 3},
-		{"for the user", User{Name: "alice", MaxAddresses: 5}, func(c *Config) { c.MaxAddressesPerUser = 3 }, 5},
+		{"for the user", User{Name: "alice", MaxAddresses: 5}, func(c *Config) {
+			c.MaxAddressesPerUser = 3
+		}, 5},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			log := &logs{}
@@ -173,7 +191,8 @@ func TestAddressesOfOneUser(t *testing.T) {
 			}))
 			_, h3 := s.dial(t, nil)
 			granted := func(a *asker, n int) int {
-				return len(slices.DeleteFunc(a.ask(slices.Repeat([]string{"0.0.0.0/32"}, n)...), capsule.Address.Refused))
+				return len(slices.DeleteFunc(a.ask(slices.Repeat([]string{"0.0.0.0/32"}, n)...),
+					capsule.Address.Refused))
 			}
 			first, second := as(t, h3, "alice"), as(t, h3, "alice")
 			if n := granted(first, 2) + granted(second, maxAddresses); n != tc.want {

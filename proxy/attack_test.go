@@ -24,16 +24,19 @@ import (
 var (
 	attackProxy       = flag.String("attack", "", "address and port of a proxy to attack")
 	attackConnections = flag.Int("attack-connections", 1, "how many connections attack it")
-	attackBytes       = flag.Int("attack-bytes", 1<<20, "how many bytes of datagrams each of them sends")
-	attackHeader      = flag.Int("attack-header", 3<<10, "how many bytes of a header each request of theirs has")
-	attackTime        = flag.Duration("attack-time", 20*time.Second, "for how long")
+	attackBytes       = flag.Int("attack-bytes", 1<<20,
+		"how many bytes of datagrams each of them sends")
+	attackHeader = flag.Int("attack-header", 3<<10,
+		"how many bytes of a header each request of theirs has")
+	attackTime = flag.Duration("attack-time", 20*time.Second, "for how long")
 )
 
 // halfRequests makes a connection without credentials from local, opens as
 // many requests as the proxy lets it, sends a part of each, and datagrams for
 // all of them, until it has sent so many bytes or the connection ends. The
 // connection is not closed.
-func halfRequests(ctx context.Context, local net.IP, proxy string, bytes int) (*quic.Conn, func(), error) {
+func halfRequests(ctx context.Context, local net.IP, proxy string, bytes int) (*quic.Conn, func(),
+	error) {
 	to, err := net.ResolveUDPAddr("udp", proxy)
 	if err != nil {
 		return nil, nil, err
@@ -47,7 +50,8 @@ func halfRequests(ctx context.Context, local net.IP, proxy string, bytes int) (*
 		_ = transport.Close()
 		_ = udp.Close()
 	}
-	conn, err := transport.Dial(ctx, to, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{http3.NextProtoH3}},
+	conn, err := transport.Dial(ctx, to,
+		&tls.Config{InsecureSkipVerify: true, NextProtos: []string{http3.NextProtoH3}},
 		&quic.Config{EnableDatagrams: true, KeepAlivePeriod: time.Second})
 	if err != nil {
 		free()
@@ -62,8 +66,8 @@ func halfRequests(ctx context.Context, local net.IP, proxy string, bytes int) (*
 }
 
 // sendHalfRequests opens as many requests on conn as the proxy lets it, sends a
-// part of each, and datagrams for all of them, until it has sent so many bytes or
-// the connection ends.
+// part of each, and datagrams for all of them, until it has sent so many bytes
+// or the connection ends.
 func sendHalfRequests(conn *quic.Conn, bytes int) {
 	var streams []uint64
 	for {
@@ -73,7 +77,8 @@ func sendHalfRequests(conn *quic.Conn, bytes int) {
 		}
 		// A HEADERS frame of which the end does not come.
 		_ = str.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
-		_, _ = str.Write(append(quicvarint.Append([]byte{1}, maxHeaderBytes), make([]byte, *attackHeader)...))
+		_, _ = str.Write(append(quicvarint.Append([]byte{1}, maxHeaderBytes),
+			make([]byte, *attackHeader)...))
 		streams = append(streams, uint64(str.StreamID())/4)
 	}
 	for i := 0; bytes > 0 && len(streams) > 0; i++ {
@@ -100,7 +105,8 @@ func TestHalfRequests(t *testing.T) {
 	var attack sync.WaitGroup
 	for range attackers {
 		attack.Go(func() {
-			_, free, err := halfRequests(t.Context(), net.IPv4(127, 0, 0, 1), s.Addrs()[0].String(), each)
+			_, free, err := halfRequests(t.Context(), net.IPv4(127, 0, 0, 1),
+				s.Addrs()[0].String(), each)
 			if err == nil {
 				t.Cleanup(free)
 			}
@@ -147,7 +153,8 @@ func TestRefusedRequestsAreNone(t *testing.T) {
 	if n := s.Counters().PendingConnections; n != 1 {
 		t.Errorf("%d connections are pending after a request that was refused", n)
 	}
-	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, nil); rsp.StatusCode != http.StatusOK {
+	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath,
+		nil); rsp.StatusCode != http.StatusOK {
 		t.Fatalf("status %d", rsp.StatusCode)
 	}
 	if n := s.Counters().PendingConnections; n != 0 {
@@ -162,7 +169,8 @@ func TestRefusedRequestsAreNone(t *testing.T) {
 func TestStreamsAfterAcceptance(t *testing.T) {
 	s, _ := hostile(t, nil)
 	conn, h3 := s.dial(t, nil)
-	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, nil); rsp.StatusCode != http.StatusOK {
+	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath,
+		nil); rsp.StatusCode != http.StatusOK {
 		t.Fatalf("status %d", rsp.StatusCode)
 	}
 	for range maxStreams - 1 {

@@ -10,8 +10,9 @@ import (
 )
 
 const (
-	// failureBurst is how many failures to authenticate of one source, or about one user, are answered at once; failureRate how many
-	// in a second after that; maxFailureDelay the longest that one waits.
+	// failureBurst is how many failures to authenticate of one source, or about
+	// one user, are answered at once; failureRate how many in a second after
+	// that; maxFailureDelay the longest that one waits.
 	failureBurst    = 20
 	failureRate     = 1
 	maxFailureDelay = 5 * time.Second
@@ -19,12 +20,14 @@ const (
 	maxWaitingFailures = 1024
 	// maxSources is how many sources are remembered, twice.
 	maxSources = 4096
-	// forgetSources is when a source that did not fail again is as good as a new one.
+	// forgetSources is when a source that did not fail again is as good as a
+	// new one.
 	forgetSources = failureBurst / failureRate * time.Second
 )
 
-// attempts slows those down who fail to authenticate. Sources are remembered in two maps, of which the older one is dropped from time
-// to time; so they are forgotten without a look at each.
+// attempts slows those down who fail to authenticate. Sources are remembered in
+// two maps, of which the older one is dropped from time to time; so they are
+// forgotten without a look at each.
 type attempts struct {
 	now func() time.Time // nil: time.Now
 
@@ -34,8 +37,9 @@ type attempts struct {
 	waiting       int
 }
 
-// begin notes a failure of who is at remote, about the user of that name, "" for nobody. It returns how long the answer has to wait,
-// after which end is to be called; or false when so many wait that this one must not.
+// begin notes a failure of who is at remote, about the user of that name, ""
+// for nobody. It returns how long the answer has to wait, after which end is to
+// be called; or false when so many wait that this one must not.
 func (a *attempts) begin(remote net.Addr, user string) (time.Duration, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -41,7 +41,8 @@ func TestAttempts(t *testing.T) {
 	now = now.Add(3 * forgetSources)
 	begin("192.0.2.1", "", 0)
 
-	// Of IPv6, a client has a network. What is about one user counts wherever it comes from.
+	// Of IPv6, a client has a network. What is about one user counts wherever
+	// it comes from.
 	for i := range failureBurst {
 		begin(fmt.Sprintf("2001:db8::%x", i), "", 0)
 		begin(fmt.Sprintf("192.0.2.%d", 100+i), "alice", 0)
@@ -68,12 +69,15 @@ func TestAttempts(t *testing.T) {
 	}
 }
 
-// Who guesses waits for the answer, and for the next guess on the same connection. Who has good credentials does not, behind the same
-// address. The log has all that an operator needs and no secret.
+// Who guesses waits for the answer, and for the next guess on the same
+// connection. Who has good credentials does not, behind the same address. The
+// log has all that an operator needs and no secret.
 func TestGuessing(t *testing.T) {
 	var out syncBuffer
 	users := &oneChanging{alice: User{Name: "alice"}}
-	s := startServer(t, withUsers(users, func(c *Config) { c.Logger = slog.New(slog.NewJSONHandler(&out, nil)) }))
+	s := startServer(t, withUsers(users, func(c *Config) {
+		c.Logger = slog.New(slog.NewJSONHandler(&out, nil))
+	}))
 	_, h3 := s.dial(t, nil)
 	guess := http.Header{"Authorization": {"Bearer s3cret"}}
 	for range failureBurst + 3 {
@@ -97,7 +101,8 @@ func TestGuessing(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	_, other := s.dial(t, nil)
-	if rsp, _ := request(t, other, "CONNECT", "connect-ip", anyPath, asAlice); rsp.StatusCode != 200 {
+	if rsp, _ := request(t, other, "CONNECT", "connect-ip", anyPath,
+		asAlice); rsp.StatusCode != 200 {
 		t.Errorf("with good credentials: status %d", rsp.StatusCode)
 	}
 	select {
@@ -120,7 +125,8 @@ func TestGuessing(t *testing.T) {
 			break
 		}
 	}
-	if line.Level != "WARN" || !strings.HasPrefix(line.Remote, "127.0.0.1:") || line.Method != "token" || line.Class != classWrongToken || line.Reason == "" {
+	if line.Level != "WARN" || !strings.HasPrefix(line.Remote, "127.0.0.1:") ||
+		line.Method != "token" || line.Class != classWrongToken || line.Reason == "" {
 		t.Errorf("the log has %+v", line)
 	}
 	if strings.Contains(out.String(), "s3cret") {

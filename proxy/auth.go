@@ -20,9 +20,10 @@ import (
 
 // The classes of failures to authenticate, as the log has them.
 const (
-	classMissing            = "no_credentials"
-	classUnknownUser        = "unknown_user"
-	classWrongToken         = "wrong_token"         // that of nobody, perhaps of a user who was removed
+	classMissing     = "no_credentials"
+	classUnknownUser = "unknown_user"
+	// that of nobody, perhaps of a user who was removed
+	classWrongToken         = "wrong_token"
 	classOldCertificate     = "old_certificate"     // not that of the last invitation
 	classExpiredCertificate = "expired_certificate" // found by TLS, as is the next
 	classBadCertificate     = "bad_certificate"     // of another authority, or not for this
@@ -31,7 +32,8 @@ const (
 	classRevoked            = "revoked" // between the request and its answer
 )
 
-// methodMissing is what a failure is counted under when there were no credentials.
+// methodMissing is what a failure is counted under when there were no
+// credentials.
 const methodMissing = "missing"
 
 // authFailures counts failures of authentication by method.
@@ -55,8 +57,8 @@ func (f *authFailures) counts() map[string]uint64 {
 	return m
 }
 
-// authFailure is why somebody is not let in. It is for the log and never has a secret in it: the client is told nothing but that
-// it failed.
+// authFailure is why somebody is not let in. It is for the log and never has a
+// secret in it: the client is told nothing but that it failed.
 type authFailure struct {
 	method string // whose credentials were not good, or methodMissing
 	class  string
@@ -66,11 +68,13 @@ type authFailure struct {
 
 func (f *authFailure) Error() string { return f.reason }
 
-// attemptsKey is the key of the turns of a connection, a chan struct{} with room for one, in the context of a request.
+// attemptsKey is the key of the turns of a connection, a chan struct{} with
+// room for one, in the context of a request.
 type attemptsKey struct{}
 
-// identify finds out whose request r is. A connection tries one set of credentials at a time, and who fails too often waits for the
-// answer: that holds up nobody with good credentials, not even behind the same address.
+// identify finds out whose request r is. A connection tries one set of
+// credentials at a time, and who fails too often waits for the answer: that
+// holds up nobody with good credentials, not even behind the same address.
 func (h handler) identify(r *http.Request) (user User, method string, refused *refusal) {
 	conn := r.Context().Value(connKey{}).(*quic.Conn)
 	turn := r.Context().Value(attemptsKey{}).(chan struct{})
@@ -107,7 +111,8 @@ func (s *Server) refused(remote net.Addr, f *authFailure) {
 	if f.user != "" {
 		log = log.With("user", f.user)
 	}
-	log.Warn("authentication failed", "remote", remote.String(), "method", f.method, "class", f.class, "reason", shorten(f))
+	log.Warn("authentication failed", "remote", remote.String(), "method", f.method, "class",
+		f.class, "reason", shorten(f))
 }
 
 // authenticate finds out whose credentials r has, and by which method.
@@ -119,16 +124,19 @@ func (s *Server) authenticate(r *http.Request) (user User, method string, failur
 	fail := func(class, user, format string, args ...any) (User, string, *authFailure) {
 		return User{}, method, &authFailure{method, class, user, fmt.Sprintf(format, args...)}
 	}
-	if slices.Contains(s.cfg().Methods, MethodMTLS) && r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
+	if slices.Contains(s.cfg().Methods, MethodMTLS) && r.TLS != nil &&
+		len(r.TLS.VerifiedChains) > 0 {
 		method = MethodMTLS
 		leaf := r.TLS.VerifiedChains[0][0]
 		name := leaf.Subject.CommonName
 		u, ok := s.cfg().Users.ByName(name)
 		if !ok {
-			return fail(classUnknownUser, name, "the certificate is for %q, who is not a user", name)
+			return fail(classUnknownUser, name,
+				"the certificate is for %q, who is not a user", name)
 		}
 		if u.Certificate != ([32]byte{}) && u.Certificate != sha256.Sum256(leaf.Raw) {
-			return fail(classOldCertificate, name, "the certificate is for %q, but not the one that the user has now", name)
+			return fail(classOldCertificate, name,
+				"the certificate is for %q, but not the one that the user has now", name)
 		}
 		user = u
 	}
@@ -141,7 +149,8 @@ func (s *Server) authenticate(r *http.Request) (user User, method string, failur
 			return fail(classWrongToken, user.Name, "the token is not that of any user")
 		}
 		if user.Name != "" && user.Name != u.Name {
-			return fail(classMismatch, user.Name, "the certificate is that of %q and the token that of %q", user.Name, u.Name)
+			return fail(classMismatch, user.Name,
+				"the certificate is that of %q and the token that of %q", user.Name, u.Name)
 		}
 		user = u
 	}
@@ -149,12 +158,14 @@ func (s *Server) authenticate(r *http.Request) (user User, method string, failur
 		return fail(classMissing, "", "no credentials were given")
 	}
 	if user.expired(time.Now()) {
-		return fail(classExpiredUser, user.Name, "the time of the user %q was over at %s", user.Name, user.Expires.UTC().Format(time.RFC3339))
+		return fail(classExpiredUser, user.Name, "the time of the user %q was over at %s",
+			user.Name, user.Expires.UTC().Format(time.RFC3339))
 	}
 	return user, method, nil
 }
 
-// watchHandshake has it counted and logged when TLS refuses the certificate of c's client, which no request tells of.
+// watchHandshake has it counted and logged when TLS refuses the certificate of
+// c's client, which no request tells of.
 func (s *Server) watchHandshake(c *quic.Conn) {
 	if !slices.Contains(s.cfg().Methods, MethodMTLS) {
 		return
@@ -166,16 +177,19 @@ func (s *Server) watchHandshake(c *quic.Conn) {
 	})
 }
 
-// cryptoError is what an alert of TLS is added to in the error code of a connection (RFC 9001 section 4.8).
+// cryptoError is what an alert of TLS is added to in the error code of a
+// connection (RFC 9001 section 4.8).
 const cryptoError = 0x100
 
-// alertCertificateRequired is that by which TLS refuses a client without a certificate, and certificateAlerts are those by which it
-// refuses the certificate of one (RFC 8446 section 6.2).
+// alertCertificateRequired is that by which TLS refuses a client without a
+// certificate, and certificateAlerts are those by which it refuses the
+// certificate of one (RFC 8446 section 6.2).
 const alertCertificateRequired = tls.AlertError(116)
 
 var certificateAlerts = []tls.AlertError{42, 43, 44, 45, 46, 48}
 
-// handshakeFailure returns the failure to authenticate for which a connection ended, nil if that is not why.
+// handshakeFailure returns the failure to authenticate for which a connection
+// ended, nil if that is not why.
 func handshakeFailure(err error) *authFailure {
 	var transport *quic.TransportError
 	if !errors.As(err, &transport) || transport.Remote || !transport.ErrorCode.IsCryptoError() {
@@ -183,13 +197,16 @@ func handshakeFailure(err error) *authFailure {
 	}
 	switch alert := tls.AlertError(transport.ErrorCode - cryptoError); {
 	case alert == alertCertificateRequired:
-		return &authFailure{method: methodMissing, class: classMissing, reason: "the client has no certificate"}
+		return &authFailure{method: methodMissing, class: classMissing,
+			reason: "the client has no certificate"}
 	case !slices.Contains(certificateAlerts, alert):
 		return nil
 	}
 	f := &authFailure{method: MethodMTLS, class: classBadCertificate, reason: transport.Error()}
-	if unverified, ok := errors.AsType[*tls.CertificateVerificationError](err); ok && len(unverified.UnverifiedCertificates) > 0 {
-		f.reason = fmt.Sprintf("the certificate says %q: %s", unverified.UnverifiedCertificates[0].Subject.CommonName, unverified.Err.Error())
+	if unverified, ok := errors.AsType[*tls.CertificateVerificationError](err); ok &&
+		len(unverified.UnverifiedCertificates) > 0 {
+		f.reason = fmt.Sprintf("the certificate says %q: %s",
+			unverified.UnverifiedCertificates[0].Subject.CommonName, unverified.Err.Error())
 	}
 	var invalid x509.CertificateInvalidError
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {

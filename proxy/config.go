@@ -1,5 +1,6 @@
-// Package proxy is a CONNECT-IP proxy (RFC 9484): an HTTP/3 server that authenticates clients, leases them addresses,
-// advertises routes and forwards their packets through one TUN device.
+// Package proxy is a CONNECT-IP proxy (RFC 9484): an HTTP/3 server that
+// authenticates clients, leases them addresses, advertises routes and forwards
+// their packets through one TUN device.
 package proxy
 
 import (
@@ -22,7 +23,8 @@ import (
 	"masquevpn/tun"
 )
 
-// The ways in which a client can prove who it is. When several are configured, any one of them is enough.
+// The ways in which a client can prove who it is. When several are configured,
+// any one of them is enough.
 const (
 	MethodNone  = "none"  // everybody may connect
 	MethodToken = "token" // Authorization: Bearer TOKEN (RFC 6750)
@@ -39,59 +41,84 @@ const (
 	DefaultTemplatePath    = connectip.DefaultPath
 )
 
-// Config is the configuration of a Server. The zero value of a field without a default is an error in New.
+// Config is the configuration of a Server. The zero value of a field without a
+// default is an error in New.
 type Config struct {
-	Name     string         // what clients dial
-	Listen   []string       // UDP addresses, host:port; default [::]:443
-	Sockets  []*net.UDPConn // to serve instead of Listen; Run closes them
-	Template string         // URI template served besides the default one; default: https://NAME/ and the default path
-	TLS      *tls.Config    // the certificate; ClientCAs for MethodMTLS
+	Name    string         // what clients dial
+	Listen  []string       // UDP addresses, host:port; default [::]:443
+	Sockets []*net.UDPConn // to serve instead of Listen; Run closes them
+	// URI template served besides the default one; default: https://NAME/ and
+	// the default path
+	Template string
+	TLS      *tls.Config // the certificate; ClientCAs for MethodMTLS
 
 	Methods []string // of authentication; at least one
 	Users   Users    // nil with MethodNone alone
 
-	TUN          tun.Config   // MTU 0: automatic
-	Pool4, Pool6 netip.Prefix // addresses for clients, the first of each is the proxy's; one may be invalid: no such family
-	// Delegate4 and Delegate6 are the length, in bits, of the largest block that a client gets who asks for a prefix; 0: it gets
-	// a single address instead.
+	TUN tun.Config // MTU 0: automatic
+	// addresses for clients, the first of each is the proxy's; one may be
+	// invalid: no such family
+	Pool4, Pool6 netip.Prefix
+	// Delegate4 and Delegate6 are the length, in bits, of the largest block
+	// that a client gets who asks for a prefix; 0: it gets a single address
+	// instead.
 	Delegate4, Delegate6 int
-	Hold                 time.Duration // for which addresses are kept for the client that had them last; default DefaultHold
-	Advertise            []netip.Prefix
-	Deny                 []netip.Prefix // destinations, besides the built-in ones
-	ClientToClient       bool
-	Sites                []Site
-	Masquerade           bool            // clients appear under the proxy's own addresses elsewhere
-	Congestion           congestion.Mode // default congestion.Inner, in builds that can
-	KernelHopLimit       bool            // the kernel alone decrements hop limits
-	DNS                  DNS             // see Server.SetDNS for later changes
+	// for which addresses are kept for the client that had them last; default
+	// DefaultHold
+	Hold           time.Duration
+	Advertise      []netip.Prefix
+	Deny           []netip.Prefix // destinations, besides the built-in ones
+	ClientToClient bool
+	Sites          []Site
+	Masquerade     bool            // clients appear under the proxy's own addresses elsewhere
+	Congestion     congestion.Mode // default congestion.Inner, in builds that can
+	KernelHopLimit bool            // the kernel alone decrements hop limits
+	DNS            DNS             // see Server.SetDNS for later changes
 
-	ConnectUDP     bool          // serve UDP proxying (RFC 9298) as well
-	UDPIdleTimeout time.Duration // after which a flow without packets ends; default DefaultUDPIdleTimeout
+	ConnectUDP bool // serve UDP proxying (RFC 9298) as well
+	// after which a flow without packets ends; default DefaultUDPIdleTimeout
+	UDPIdleTimeout time.Duration
 
-	MaxSessions         int // default DefaultSessions; without those for UDP proxying, as in the next
-	MaxSessionsPerUser  int // default DefaultSessionsPerUser
-	MaxAddressesPerUser int // leases of all sessions of a user; default: two for each session that the user may have
+	// default DefaultSessions; without those for UDP proxying, as in the next
+	MaxSessions        int
+	MaxSessionsPerUser int // default DefaultSessionsPerUser
+	// leases of all sessions of a user; default: two for each session that the
+	// user may have
+	MaxAddressesPerUser int
 	MaxUDPFlows         int // default DefaultUDPFlows
 	MaxUDPFlowsPerUser  int // default DefaultUDPFlowsPerUser
-	// MaxPending and MaxPendingPerAddress are how many connections may be without an accepted request, in all and from one IPv4
-	// address or /64 of IPv6; default DefaultPendingConnections and DefaultPendingConnectionsPerAddress.
+	// MaxPending and MaxPendingPerAddress are how many connections may be
+	// without an accepted request, in all and from one IPv4 address or /64 of
+	// IPv6; default DefaultPendingConnections and
+	// DefaultPendingConnectionsPerAddress.
 	MaxPending, MaxPendingPerAddress int
 
-	StatelessResetKey *[32]byte // kept across restarts, it lets clients notice a restart at once (RFC 9000 section 10.3)
-	Journal           string    // path of a file that lets the next start clean up after a crash; "" for none
-	Logger            *slog.Logger
-	Tap               *capture.Tap                                                    // where packets of the sessions pass; nil for none
-	Tracer            func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // of quic.Config, for qlog; nil for none
+	// kept across restarts, it lets clients notice a restart at once (RFC 9000
+	// section 10.3)
+	StatelessResetKey *[32]byte
+	// path of a file that lets the next start clean up after a crash; "" for
+	// none
+	Journal string
+	Logger  *slog.Logger
+	// where packets of the sessions pass; nil for none
+	Tap *capture.Tap
+	// of quic.Config, for qlog; nil for none
+	Tracer func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace
 
-	// Resolver finds the addresses of the names in requests; default: what the host is configured with.
+	// Resolver finds the addresses of the names in requests; default: what the
+	// host is configured with.
 	Resolver Resolver
-	// OpenDevice and OpenNetwork replace the TUN device and the kernel's routing, for use without privileges.
+	// OpenDevice and OpenNetwork replace the TUN device and the kernel's
+	// routing, for use without privileges.
 	OpenDevice  func() (Device, error)
 	OpenNetwork func(Device) (Network, error)
-	// DialUDP opens a socket to the target of a flow, whose packets must not be fragmented; default: one of the kernel's.
+	// DialUDP opens a socket to the target of a flow, whose packets must not be
+	// fragmented; default: one of the kernel's.
 	DialUDP func(context.Context, netip.AddrPort) (net.Conn, error)
-	// LocalNetworks returns the addresses of the host's interfaces, all but the device, with the lengths of their networks.
-	// Clients may not reach the addresses, and no site may have the networks. Default: as the kernel has them.
+	// LocalNetworks returns the addresses of the host's interfaces, all but the
+	// device, with the lengths of their networks. Clients may not reach the
+	// addresses, and no site may have the networks. Default: as the kernel has
+	// them.
 	LocalNetworks func() ([]netip.Prefix, error)
 }
 
@@ -108,31 +135,38 @@ type Device interface {
 // Network is the kernel's side of a Device; *routing.Manager is one.
 type Network interface {
 	Apply(routing.State) error
-	// Keep puts back what other programs change of the state applied, until ctx ends or the device is lost.
+	// Keep puts back what other programs change of the state applied, until ctx
+	// ends or the device is lost.
 	Keep(ctx context.Context, report func(routing.Health)) error
 	Close() error
 }
 
 // User is somebody who may connect.
 type User struct {
-	Name         string
-	TokenHash    [32]byte     // SHA-256 of the token; zero: none
-	Certificate  [32]byte     // SHA-256 of the only certificate (DER) that is accepted; zero: any that is for the name
+	Name      string
+	TokenHash [32]byte // SHA-256 of the token; zero: none
+	// SHA-256 of the only certificate (DER) that is accepted; zero: any that is
+	// for the name
+	Certificate  [32]byte
 	Addresses    []netip.Addr // reserved for this user
 	Sessions     int          // at once; 0: Config.MaxSessionsPerUser
 	MaxAddresses int          // leased at once; 0: Config.MaxAddressesPerUser
 
-	Routes   []netip.Prefix // what may be reached of Config.Advertise; nil: all, empty: nothing
-	RateUp   int64          // bits per second from all clients of the user together, IP packets without what is around them; 0: no limit
-	RateDown int64          // and to them
-	Expires  time.Time      // from when on the user is not let in, by the wall clock; zero: never
+	Routes []netip.Prefix // what may be reached of Config.Advertise; nil: all, empty: nothing
+	// bits per second from all clients of the user together, IP packets without
+	// what is around them; 0: no limit
+	RateUp   int64
+	RateDown int64     // and to them
+	Expires  time.Time // from when on the user is not let in, by the wall clock; zero: never
 }
 
-// Users finds users. Its methods are called from several goroutines and answer at once.
+// Users finds users. Its methods are called from several goroutines and answer
+// at once.
 type Users interface {
 	ByName(name string) (User, bool)
 	ByToken(token string) (User, bool) // compares in constant time
-	// Reserved reports whether an address of p is reserved for somebody else than the user called name.
+	// Reserved reports whether an address of p is reserved for somebody else
+	// than the user called name.
 	Reserved(p netip.Prefix, name string) bool
 }
 
@@ -146,7 +180,8 @@ const (
 	KindPrivileges Kind = 7 // a privilege is missing
 )
 
-// Error is a failure of the Server as a whole: one line that says what is wrong and what to do.
+// Error is a failure of the Server as a whole: one line that says what is wrong
+// and what to do.
 type Error struct {
 	Kind   Kind
 	Reason string
@@ -197,7 +232,8 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	for _, p := range []netip.Prefix{c.Pool4, c.Pool6} {
 		if p.IsValid() && p != p.Masked() {
-			return c, usage("pool", "%v has bits set beyond its prefix length; %v is meant", p, p.Masked())
+			return c, usage("pool", "%v has bits set beyond its prefix length; %v is meant", p,
+				p.Masked())
 		}
 	}
 	for _, d := range []struct {
@@ -210,7 +246,8 @@ func (c Config) withDefaults() (Config, error) {
 		case !d.pool.IsValid():
 			return c, usage(d.key, "there is no pool of this family to take prefixes from")
 		case d.bits <= d.pool.Bits() || d.bits > d.pool.Addr().BitLen():
-			return c, usage(d.key, "%d is not a length from %d to %d, as prefixes within %v have", d.bits, d.pool.Bits()+1, d.pool.Addr().BitLen(), d.pool)
+			return c, usage(d.key, "%d is not a length from %d to %d, as prefixes within %v have",
+				d.bits, d.pool.Bits()+1, d.pool.Addr().BitLen(), d.pool)
 		}
 	}
 	if c.TUN.MTU != 0 && (c.TUN.MTU < minMTU || c.TUN.MTU > maxMTU) {
@@ -219,7 +256,8 @@ func (c Config) withDefaults() (Config, error) {
 	if err := c.DNS.check(); err != nil {
 		return c, err
 	}
-	if min(c.MaxSessions, c.MaxSessionsPerUser, c.MaxAddressesPerUser, c.MaxUDPFlows, c.MaxUDPFlowsPerUser, c.MaxPending, c.MaxPendingPerAddress) < 0 {
+	if min(c.MaxSessions, c.MaxSessionsPerUser, c.MaxAddressesPerUser, c.MaxUDPFlows,
+		c.MaxUDPFlowsPerUser, c.MaxPending, c.MaxPendingPerAddress) < 0 {
 		return c, usage("limits", "a limit cannot be negative")
 	}
 	if c.MaxSessions == 0 {
@@ -241,7 +279,8 @@ func (c Config) withDefaults() (Config, error) {
 		c.MaxPendingPerAddress = DefaultPendingConnectionsPerAddress
 	}
 	if n := c.advertised(); n > routing.MaxRoutes {
-		return c, usage("routes.advertise", "%d networks are left when those that touch are joined, and clients take %d: advertise fewer and larger ones", n, routing.MaxRoutes)
+		return c, usage("routes.advertise",
+			"%d networks are left when those that touch are joined, and clients take %d: advertise fewer and larger ones", n, routing.MaxRoutes)
 	}
 	if c.Resolver == nil {
 		c.Resolver = net.DefaultResolver
@@ -271,7 +310,8 @@ func (c Config) withDefaults() (Config, error) {
 	return c, nil
 }
 
-// advertised returns how many routes a client needs for what is advertised to all, the proxy's own addresses included.
+// advertised returns how many routes a client needs for what is advertised to
+// all, the proxy's own addresses included.
 func (c Config) advertised() int {
 	all := slices.Clone(c.Advertise)
 	for _, p := range []netip.Prefix{c.Pool4, c.Pool6} {
@@ -284,7 +324,8 @@ func (c Config) advertised() int {
 
 func (c Config) checkMethods() error {
 	if len(c.Methods) == 0 {
-		return usage("auth.methods", "at least one of %q, %q and %q is needed", MethodMTLS, MethodToken, MethodNone)
+		return usage("auth.methods", "at least one of %q, %q and %q is needed", MethodMTLS,
+			MethodToken, MethodNone)
 	}
 	for _, m := range c.Methods {
 		switch m {
@@ -298,7 +339,8 @@ func (c Config) checkMethods() error {
 				return usage("tls.client_ca", "it is needed for the method %q", MethodMTLS)
 			}
 		default:
-			return usage("auth.methods", "%q is none of %q, %q and %q", m, MethodMTLS, MethodToken, MethodNone)
+			return usage("auth.methods", "%q is none of %q, %q and %q", m, MethodMTLS, MethodToken,
+				MethodNone)
 		}
 	}
 	if !slices.Contains(c.Methods, MethodNone) && c.Users == nil {
@@ -307,7 +349,8 @@ func (c Config) checkMethods() error {
 	return nil
 }
 
-// templates returns the URI templates that are served: the configured one and the default one.
+// templates returns the URI templates that are served: the configured one and
+// the default one.
 func (c Config) templates() ([]*connectip.Template, error) {
 	def, err := connectip.ParseTemplate("https://" + authority(c.Name) + connectip.DefaultPath)
 	if err != nil {

@@ -78,7 +78,8 @@ type connections struct {
 func newConnections(log *slog.Logger, most, mostPerAddress int) *connections {
 	c := &connections{log: log, ended: make(map[string]uint64)}
 	c.limit(most, mostPerAddress)
-	for _, reason := range []string{endNoRequest, endTooManyBytes, endTooMany, endTooManyOfAddress, endTooManyOfUser, endIdle} {
+	for _, reason := range []string{endNoRequest, endTooManyBytes, endTooMany, endTooManyOfAddress,
+		endTooManyOfUser, endIdle} {
 		c.ended[reason] = 0
 	}
 	return c
@@ -122,7 +123,8 @@ type connectionKey struct{}
 // is quic.Transport.ConnContext.
 func (l *connections) begin(ctx context.Context, info *quic.ClientInfo) (context.Context, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	c := &connection{remote: info.RemoteAddr, cancel: cancel, until: time.Now().Add(firstRequestTimeout)}
+	c := &connection{remote: info.RemoteAddr, cancel: cancel,
+		until: time.Now().Add(firstRequestTimeout)}
 	l.mu.Lock()
 	l.add(&l.pending, c, source(c.remote), l.max, l.maxPerAddress, endTooManyOfAddress)
 	l.mu.Unlock()
@@ -170,7 +172,8 @@ func (l *connections) released(c *connection, name string, most int) {
 }
 
 // add has c wait in to under key. l.mu is held.
-func (l *connections) add(to *waiting, c *connection, key string, most, mostOfKey int, ofKey string) {
+func (l *connections) add(to *waiting, c *connection, key string, most, mostOfKey int,
+	ofKey string) {
 	switch {
 	case to.of[key] >= mostOfKey:
 		l.end(to.oldest(key), ofKey)

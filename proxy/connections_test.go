@@ -126,7 +126,8 @@ func TestConnectionsWithoutSession(t *testing.T) {
 			g.opens("b", "192.0.2.1")
 			g.opens("c", "192.0.2.2")
 			g.accepted(g.made["c"])
-			for name, n := range map[string]uint64{"a": maxPendingBytes + 1, "b": maxPendingBytes, "c": 1 << 30} {
+			for name, n := range map[string]uint64{"a": maxPendingBytes + 1, "b": maxPendingBytes,
+				"c": 1 << 30} {
 				g.quic[name].received.Store(n)
 			}
 			time.Sleep(2 * sweepInterval)
@@ -167,7 +168,8 @@ func TestConnectionsWithoutSession(t *testing.T) {
 				g.opens(fmt.Sprintf("stranger%02d", i), "192.0.2.1")
 			}
 			for i := range 20 {
-				g.quic[fmt.Sprintf("stranger%02d", i)].ended = make(chan quic.ApplicationErrorCode, 1)
+				g.quic[fmt.Sprintf("stranger%02d",
+					i)].ended = make(chan quic.ApplicationErrorCode, 1)
 				delete(g.quic, fmt.Sprintf("stranger%02d", i))
 			}
 			want := make([]string, 20)
@@ -219,7 +221,8 @@ func TestConnectionsWithoutSession(t *testing.T) {
 func TestConnectionsInHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(t, 1, 1)
-		ctx, err := g.begin(t.Context(), &quic.ClientInfo{RemoteAddr: &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1)}})
+		ctx, err := g.begin(t.Context(),
+			&quic.ClientInfo{RemoteAddr: &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1)}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -227,7 +230,8 @@ func TestConnectionsInHandshake(t *testing.T) {
 		if ctx.Err() == nil {
 			t.Error("the context of the older one has not ended")
 		}
-		late := &someConnection{ended: make(chan quic.ApplicationErrorCode, 1), done: func(error) {}}
+		late := &someConnection{ended: make(chan quic.ApplicationErrorCode, 1),
+			done: func(error) {}}
 		g.attach(connectionOf(ctx), late)
 		synctest.Wait()
 		if len(late.ended) != 1 {

@@ -10,7 +10,8 @@ import (
 	"masquevpn/internal/rescue"
 )
 
-// Counters are what a Server has counted since it was made, and what it has now. Counts never get less.
+// Counters are what a Server has counted since it was made, and what it has
+// now. Counts never get less.
 type Counters struct {
 	Stats        connectip.Stats // of all sessions, and of packets that were no session's
 	Sessions     int             // now, tunnels
@@ -22,8 +23,9 @@ type Counters struct {
 	Pool         []PoolUse
 	// KernelRepairs are how often the host was put right, by what it was.
 	KernelRepairs map[string]uint64
-	// PendingConnections are those without an accepted request now, and ConnectionsEnded how many the proxy ended because no
-	// session ran on them, by reason.
+	// PendingConnections are those without an accepted request now, and
+	// ConnectionsEnded how many the proxy ended because no session ran on them,
+	// by reason.
 	PendingConnections int
 	ConnectionsEnded   map[string]uint64
 	// Oldest are the ages of the oldest packets that wait in the proxy now.
@@ -38,7 +40,8 @@ type RequestCount struct {
 	Count  uint64
 }
 
-// PoolUse is how the addresses of one family are used. There may be more than an integer can count.
+// PoolUse is how the addresses of one family are used. There may be more than
+// an integer can count.
 type PoolUse struct {
 	Family       string // ipv4 or ipv6
 	Leased, Free float64
@@ -47,13 +50,16 @@ type PoolUse struct {
 // Counters may be called at any time, also before Run and after it.
 func (s *Server) Counters() *Counters {
 	c := &Counters{
-		MaxSessions: s.cfg().MaxSessions, MaxUDPFlows: s.cfg().MaxUDPFlows, Requests: s.requests.counts(), AuthFailures: s.authFailed.counts(), Pool: s.pool.use(),
+		MaxSessions: s.cfg().MaxSessions, MaxUDPFlows: s.cfg().MaxUDPFlows,
+		Requests: s.requests.counts(), AuthFailures: s.authFailed.counts(), Pool: s.pool.use(),
 	}
 	s.mu.Lock()
 	c.KernelRepairs = s.health.Repairs
 	s.mu.Unlock()
 	if e := s.ends.Current(); e != nil {
-		e.overflow.Count(e.device, func(n int) { s.unrouted.Send.DropMany(connectip.DropDeviceFull, n) })
+		e.overflow.Count(e.device, func(n int) {
+			s.unrouted.Send.DropMany(connectip.DropDeviceFull, n)
+		})
 	}
 	c.Oldest, c.Panics = s.oldest(), rescue.Caught()
 	c.PendingConnections, c.ConnectionsEnded = s.connections.counts()
@@ -71,7 +77,8 @@ func (s *Server) oldest() (a connectip.Ages) {
 	return a
 }
 
-// Stuck says where packets are stuck for a reason that is this proxy's own, nil for nowhere.
+// Stuck says where packets are stuck for a reason that is this proxy's own, nil
+// for nowhere.
 func (s *Server) Stuck() error {
 	a := s.oldest()
 	return a.Stuck()
@@ -92,8 +99,8 @@ type requestCounts struct {
 	by map[outcome]uint64
 }
 
-// newRequestCounts begins with those outcomes at 0 that somebody may want to be alerted of: an alert sees how a number grows, and
-// not how it appears.
+// newRequestCounts begins with those outcomes at 0 that somebody may want to be
+// alerted of: an alert sees how a number grows, and not how it appears.
 func newRequestCounts() requestCounts {
 	const limit = "connection_limit_reached"
 	return requestCounts{by: map[outcome]uint64{

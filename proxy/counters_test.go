@@ -32,23 +32,28 @@ func awaitCounters(t *testing.T, s *Server, what string, ok func(*Counters) bool
 			return c
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not in time: %s: %d sessions, requests %v, pool %v, refused %v", what, c.Sessions, c.Requests, c.Pool, c.AuthFailures)
+			t.Fatalf("not in time: %s: %d sessions, requests %v, pool %v, refused %v", what,
+				c.Sessions, c.Requests, c.Pool, c.AuthFailures)
 		}
 	}
 }
 
-// What happens is counted, stays counted when its session is gone, and the status says the same.
+// What happens is counted, stays counted when its session is gone, and the
+// status says the same.
 func TestCounters(t *testing.T) {
 	s, device := hostile(t, nil)
-	if c := s.Counters(); c.Sessions != 0 || c.MaxSessions != DefaultSessions || !slices.Equal(c.Pool, []PoolUse{{"ipv4", 0, 253}}) {
+	if c := s.Counters(); c.Sessions != 0 || c.MaxSessions != DefaultSessions ||
+		!slices.Equal(c.Pool, []PoolUse{{"ipv4", 0, 253}}) {
 		t.Errorf("at the start: %+v", c)
 	}
 	p := tunnel(t, s, device, nil)
 	p.lives(t)
-	if err := p.SendDatagram(ippacket.AppendEcho([]byte{0}, netip.MustParseAddr("192.0.2.9"), netip.MustParseAddr("192.0.2.1"), 64, true, 1, 1, nil)); err != nil {
+	if err := p.SendDatagram(ippacket.AppendEcho([]byte{0}, netip.MustParseAddr("192.0.2.9"),
+		netip.MustParseAddr("192.0.2.1"), 64, true, 1, 1, nil)); err != nil {
 		t.Fatal(err)
 	}
-	device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.77.0.99"), 64, false, 1, 1, nil))
+	device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"),
+		netip.MustParseAddr("10.77.0.99"), 64, false, 1, 1, nil))
 	for _, path := range []string{"/other", "/.well-known/masque/ip/::1/*/"} {
 		request(t, p.h3, "CONNECT", "connect-ip", path, nil)
 	}
@@ -57,9 +62,12 @@ func TestCounters(t *testing.T) {
 		return c.Stats.Receive.Drops()["source"] == 1 && c.Stats.Send.Drops()["no_session"] == 1 &&
 			icmp["source_not_assigned"] == 1 && icmp["no_session"] == 1
 	})
-	c := awaitCounters(t, s.Server, "the lease", func(c *Counters) bool { return c.Sessions == 1 && c.Pool[0] == PoolUse{"ipv4", 1, 252} })
+	c := awaitCounters(t, s.Server, "the lease", func(c *Counters) bool {
+		return c.Sessions == 1 && c.Pool[0] == PoolUse{"ipv4", 1, 252}
+	})
 	want := []RequestCount{
-		{200, "accepted", 1}, {400, "http_request_error", 1}, {401, "credentials", 0}, {404, "not_served", 1},
+		{200, "accepted", 1}, {400, "http_request_error", 1}, {401, "credentials", 0},
+		{404, "not_served", 1},
 		{429, "connection_limit_reached", 0}, {503, "connection_limit_reached", 0},
 	}
 	if !slices.Equal(c.Requests, want) {
@@ -72,7 +80,9 @@ func TestCounters(t *testing.T) {
 	if err := p.conn.CloseWithError(0, ""); err != nil {
 		t.Fatal(err)
 	}
-	c = awaitCounters(t, s.Server, "the session has ended", func(c *Counters) bool { return c.Sessions == 0 })
+	c = awaitCounters(t, s.Server, "the session has ended", func(c *Counters) bool {
+		return c.Sessions == 0
+	})
 	if got := c.Stats.Receive.Bytes.Load(); got < before || before == 0 {
 		t.Errorf("%d bytes after the end of the session, %d before", got, before)
 	}
@@ -92,13 +102,16 @@ func TestCounters(t *testing.T) {
 			byStatus[strconv.Itoa(r.Status)] += r.Count
 		}
 	}
-	if st.Sessions != 0 || st.Bytes.RX != c.Stats.Receive.Bytes.Load() || st.Packets.TX != c.Stats.Send.Packets.Load() ||
-		st.ICMPSent != c.Stats.ICMPSent.Total() || !maps.Equal(st.Drops, drops) || !maps.Equal(st.Requests, byStatus) {
+	if st.Sessions != 0 || st.Bytes.RX != c.Stats.Receive.Bytes.Load() ||
+		st.Packets.TX != c.Stats.Send.Packets.Load() ||
+		st.ICMPSent != c.Stats.ICMPSent.Total() || !maps.Equal(st.Drops, drops) ||
+		!maps.Equal(st.Requests, byStatus) {
 		t.Errorf("status %+v", st)
 	}
 }
 
-// While sessions come and go, no sum is ever without what one of them carried: that would look like a restart.
+// While sessions come and go, no sum is ever without what one of them carried:
+// that would look like a restart.
 func TestSumsNeverGetLess(t *testing.T) {
 	l := sessions{byID: make(map[string]*session)}
 	const writers, rounds = 16, 5000
@@ -158,11 +171,16 @@ func TestAuthFailures(t *testing.T) {
 	})
 	ask := func(token string, certificates ...tls.Certificate) {
 		t.Helper()
-		conf := &tls.Config{RootCAs: s.roots, ServerName: "localhost", NextProtos: []string{http3.NextProtoH3}}
+		conf := &tls.Config{RootCAs: s.roots, ServerName: "localhost",
+			NextProtos: []string{http3.NextProtoH3}}
 		if len(certificates) > 0 {
-			conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &certificates[0], nil }
+			conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate,
+				error) {
+				return &certificates[0], nil
+			}
 		}
-		conn, err := quic.DialAddr(t.Context(), s.Addrs()[0].String(), conf, &quic.Config{EnableDatagrams: true})
+		conn, err := quic.DialAddr(t.Context(), s.Addrs()[0].String(), conf,
+			&quic.Config{EnableDatagrams: true})
 		if err != nil {
 			return // the proxy may have been quicker than the handshake's end here
 		}
@@ -172,7 +190,8 @@ func TestAuthFailures(t *testing.T) {
 		if token != "" {
 			header.Set("Authorization", "Bearer "+token)
 		}
-		req, err := http.NewRequestWithContext(t.Context(), "CONNECT", "https://localhost"+anyPath, nil)
+		req, err := http.NewRequestWithContext(t.Context(), "CONNECT",
+			"https://localhost"+anyPath, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -182,14 +201,17 @@ func TestAuthFailures(t *testing.T) {
 		case <-conn.Context().Done():
 			return
 		}
-		if str, err := h3.OpenRequestStream(t.Context()); err == nil && str.SendRequestHeader(req) == nil {
+		if str, err := h3.OpenRequestStream(t.Context()); err == nil &&
+			str.SendRequestHeader(req) == nil {
 			_, _ = str.ReadResponse()
 		}
 	}
 	failed := func(mtls, token, missing uint64) {
 		t.Helper()
 		want := map[string]uint64{"mtls": mtls, "token": token, "missing": missing}
-		c := awaitCounters(t, s.Server, "refused", func(c *Counters) bool { return maps.Equal(c.AuthFailures, want) })
+		c := awaitCounters(t, s.Server, "refused", func(c *Counters) bool {
+			return maps.Equal(c.AuthFailures, want)
+		})
 		if !maps.Equal(s.Status().AuthFailures, c.AuthFailures) {
 			t.Errorf("the status has %v", s.Status().AuthFailures)
 		}
@@ -209,6 +231,7 @@ func TestAuthFailures(t *testing.T) {
 	ask("bob", certificate(ca, "alice"))
 	failed(2, 2, 1)
 	awaitCounters(t, s.Server, "a line in the log", func(*Counters) bool {
-		return strings.Contains(out.String(), `level=WARN msg="authentication failed" remote=127.0.0.1:`)
+		return strings.Contains(out.String(),
+			`level=WARN msg="authentication failed" remote=127.0.0.1:`)
 	})
 }

@@ -10,7 +10,8 @@ import (
 	"masquevpn/capsule"
 )
 
-// DNS is what clients are told about name resolution (draft-ietf-masque-connect-ip-dns-06). The zero value tells them nothing.
+// DNS is what clients are told about name resolution
+// (draft-ietf-masque-connect-ip-dns-06). The zero value tells them nothing.
 type DNS struct {
 	Servers []netip.Addr   // of unencrypted DNS, the preferred one first
 	Domains []string       // what the servers resolve, with all names below; none: all names
@@ -29,13 +30,17 @@ const (
 func (d DNS) check() error {
 	switch {
 	case len(d.Servers) > maxServers:
-		return usage("dns.servers", "%d are too many, at most %d are possible", len(d.Servers), maxServers)
+		return usage("dns.servers", "%d are too many, at most %d are possible", len(d.Servers),
+			maxServers)
 	case len(d.Search) > maxDomains:
-		return usage("dns.search", "%d are too many, at most %d are possible", len(d.Search), maxDomains)
+		return usage("dns.search", "%d are too many, at most %d are possible", len(d.Search),
+			maxDomains)
 	case len(d.Domains) > maxDomains:
-		return usage("dns.domains", "%d are too many, at most %d are possible", len(d.Domains), maxDomains)
+		return usage("dns.domains", "%d are too many, at most %d are possible", len(d.Domains),
+			maxDomains)
 	case len(d.NAT64) > maxNAT64:
-		return usage("dns.nat64", "%d are too many, at most %d are possible", len(d.NAT64), maxNAT64)
+		return usage("dns.nat64", "%d are too many, at most %d are possible", len(d.NAT64),
+			maxNAT64)
 	case len(d.Servers) == 0 && len(d.Search)+len(d.Domains) > 0:
 		return usage("dns.servers", "there are domains, but no servers to resolve names in them")
 	}
@@ -48,14 +53,16 @@ func (d DNS) check() error {
 	return nil
 }
 
-// configurations is d as it goes into a capsule: the servers by falling preference, and all for the same names.
+// configurations is d as it goes into a capsule: the servers by falling
+// preference, and all for the same names.
 func (d DNS) configurations() []capsule.DNSConfiguration {
 	if len(d.Servers) == 0 {
 		return nil
 	}
 	c := capsule.DNSConfiguration{InternalDomains: d.Domains, SearchDomains: d.Search}
 	for i, a := range d.Servers {
-		c.Nameservers = append(c.Nameservers, capsule.Nameserver{Priority: uint16(i + 1), Addresses: []netip.Addr{a}})
+		c.Nameservers = append(c.Nameservers,
+			capsule.Nameserver{Priority: uint16(i + 1), Addresses: []netip.Addr{a}})
 	}
 	if len(d.Domains) == 0 {
 		c.InternalDomains = []string{""} // the root
@@ -63,8 +70,9 @@ func (d DNS) configurations() []capsule.DNSConfiguration {
 	return []capsule.DNSConfiguration{c}
 }
 
-// SetDNS changes what clients are told about name resolution; those that are connected learn of it at once.
-// The error, if any, is an *Error of KindUsage, and all stays as it was.
+// SetDNS changes what clients are told about name resolution; those that are
+// connected learn of it at once. The error, if any, is an *Error of KindUsage,
+// and all stays as it was.
 func (s *Server) SetDNS(d DNS) error {
 	if err := d.check(); err != nil {
 		return err
@@ -86,8 +94,8 @@ func (s *Server) SetDNS(d DNS) error {
 	return nil
 }
 
-// warnOfDNS says what clients are told to ask and cannot reach through the tunnel: their queries would leave outside of it, or
-// be refused.
+// warnOfDNS says what clients are told to ask and cannot reach through the
+// tunnel: their queries would leave outside of it, or be refused.
 func (s *Server) warnOfDNS() {
 	routes, err := s.routes(nil, nil, 0, s.pool.serves)
 	if err != nil {
@@ -118,8 +126,9 @@ func (s *Server) warnOfDNS() {
 	}
 }
 
-// dns returns what this client is told: of what the proxy is configured with, that which lies in the scope of its request, which its
-// user may reach, and which is of a family that it has addresses of. ss.mu is held.
+// dns returns what this client is told: of what the proxy is configured with,
+// that which lies in the scope of its request, which its user may reach, and
+// which is of a family that it has addresses of. ss.mu is held.
 func (ss *session) dns() DNS {
 	d, may := *ss.server.dns.Load(), ss.account.reach.Load()
 	const udp = 17
@@ -134,12 +143,14 @@ func (ss *session) dns() DNS {
 		d.Domains, d.Search = nil, nil
 	}
 	d.NAT64 = slices.DeleteFunc(slices.Clone(d.NAT64), func(p netip.Prefix) bool {
-		return ss.reach != nil && !ss.reach.ContainsPrefix(p) || !ss.uses(p.Addr()) || may != nil && !may.ContainsPrefix(p)
+		return ss.reach != nil && !ss.reach.ContainsPrefix(p) || !ss.uses(p.Addr()) ||
+			may != nil && !may.ContainsPrefix(p)
 	})
 	return d
 }
 
-// assignDNS tells the client how names are resolved, as far as that is not what it was told last.
+// assignDNS tells the client how names are resolved, as far as that is not what
+// it was told last.
 func (ss *session) assignDNS() error {
 	ss.mu.Lock()
 	before := ss.told

@@ -20,9 +20,10 @@ import (
 )
 
 var corp = DNS{
-	Servers: []netip.Addr{netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("fd77::53"), netip.MustParseAddr("192.0.2.53")},
-	Search:  []string{"corp.example"},
-	NAT64:   []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")},
+	Servers: []netip.Addr{netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("fd77::53"),
+		netip.MustParseAddr("192.0.2.53")},
+	Search: []string{"corp.example"},
+	NAT64:  []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")},
 }
 
 // dualStack gives the proxy both families and corp to tell.
@@ -34,7 +35,9 @@ func dualStack(c *Config) {
 func configuration(domains, search []string, servers ...string) *capsule.DNSAssign {
 	c := capsule.DNSConfiguration{InternalDomains: domains, SearchDomains: search}
 	for i, s := range servers {
-		c.Nameservers = append(c.Nameservers, capsule.Nameserver{Priority: uint16(i + 1), Addresses: []netip.Addr{netip.MustParseAddr(s)}})
+		c.Nameservers = append(c.Nameservers,
+			capsule.Nameserver{Priority: uint16(i + 1),
+				Addresses: []netip.Addr{netip.MustParseAddr(s)}})
 	}
 	return &capsule.DNSAssign{Configurations: []capsule.DNSConfiguration{c}}
 }
@@ -56,7 +59,8 @@ func wantCapsules(t *testing.T, r *capsule.Reader, want ...capsule.Capsule) {
 		if err != nil {
 			t.Fatalf("%v, want %v", err, w)
 		}
-		if diff := cmp.Diff(w, got, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}), cmpopts.EquateEmpty()); diff != "" {
+		if diff := cmp.Diff(w, got, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}),
+			cmpopts.EquateEmpty()); diff != "" {
 			t.Fatalf("(-want +got):\n%s", diff)
 		}
 	}
@@ -69,8 +73,10 @@ func TestDNSIsPushed(t *testing.T) {
 	_, str := request(t, h3, "CONNECT", "connect-ip", anyPath, nil)
 	r := reader(t, str)
 	everything := &capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}, 0)}
-	wantCapsules(t, r, everything, configuration([]string{""}, corp.Search, "10.77.0.1", "fd77::53", "192.0.2.53"), &capsule.PREF64{Prefixes: corp.NAT64})
-	if got := s.Sessions()[0].DNS; len(got.Servers) != 3 || !slices.Equal(got.Domains, []string{"."}) || got.Applied {
+	wantCapsules(t, r, everything, configuration([]string{""}, corp.Search, "10.77.0.1", "fd77::53",
+		"192.0.2.53"), &capsule.PREF64{Prefixes: corp.NAT64})
+	if got := s.Sessions()[0].DNS; len(got.Servers) != 3 ||
+		!slices.Equal(got.Domains, []string{"."}) || got.Applied {
 		t.Errorf("status %+v", got)
 	}
 
@@ -79,10 +85,13 @@ func TestDNSIsPushed(t *testing.T) {
 		want []capsule.Capsule
 	}{
 		{corp, nil}, // no change
-		{DNS{Servers: corp.Servers[:1], Domains: []string{"corp.example"}, NAT64: corp.NAT64}, []capsule.Capsule{configuration([]string{"corp.example"}, nil, "10.77.0.1")}},
-		{DNS{Servers: corp.Servers[:1], Domains: []string{"corp.example"}}, []capsule.Capsule{&capsule.PREF64{}}},
+		{DNS{Servers: corp.Servers[:1], Domains: []string{"corp.example"}, NAT64: corp.NAT64},
+			[]capsule.Capsule{configuration([]string{"corp.example"}, nil, "10.77.0.1")}},
+		{DNS{Servers: corp.Servers[:1], Domains: []string{"corp.example"}},
+			[]capsule.Capsule{&capsule.PREF64{}}},
 		{DNS{}, []capsule.Capsule{&capsule.DNSAssign{}}},
-		{DNS{Servers: corp.Servers[1:2]}, []capsule.Capsule{configuration([]string{""}, nil, "fd77::53")}},
+		{DNS{Servers: corp.Servers[1:2]},
+			[]capsule.Capsule{configuration([]string{""}, nil, "fd77::53")}},
 	} {
 		if err := s.SetDNS(step.dns); err != nil {
 			t.Fatal(err)
@@ -106,11 +115,14 @@ func TestDNSFollowsScopeAndAddresses(t *testing.T) {
 		name, path string
 		want       []capsule.Capsule
 	}{
-		{"target", "/.well-known/masque/ip/192.0.2.0%2F24/*/", []capsule.Capsule{configuration([]string{""}, corp.Search, "192.0.2.53")}},
-		{"UDP", "/.well-known/masque/ip/192.0.2.53/17/", []capsule.Capsule{configuration([]string{""}, corp.Search, "192.0.2.53")}},
+		{"target", "/.well-known/masque/ip/192.0.2.0%2F24/*/",
+			[]capsule.Capsule{configuration([]string{""}, corp.Search, "192.0.2.53")}},
+		{"UDP", "/.well-known/masque/ip/192.0.2.53/17/",
+			[]capsule.Capsule{configuration([]string{""}, corp.Search, "192.0.2.53")}},
 		{"TCP", "/.well-known/masque/ip/192.0.2.53/6/", nil},
 		{"elsewhere", "/.well-known/masque/ip/198.51.100.0%2F24/*/", nil},
-		{"NAT64", "/.well-known/masque/ip/64%3Aff9b%3A%3A%2F96/*/", []capsule.Capsule{&capsule.PREF64{Prefixes: corp.NAT64}}},
+		{"NAT64", "/.well-known/masque/ip/64%3Aff9b%3A%3A%2F96/*/",
+			[]capsule.Capsule{&capsule.PREF64{Prefixes: corp.NAT64}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			rsp, str := request(t, h3, "CONNECT", "connect-ip", tc.path, nil)
@@ -120,8 +132,10 @@ func TestDNSFollowsScopeAndAddresses(t *testing.T) {
 			r := reader(t, str)
 			nextRoutes(t, r)
 			wantCapsules(t, r, tc.want...)
-			// What follows next is the answer to this, and nothing else about DNS.
-			ask := &capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}
+			// What follows next is the answer to this, and nothing else about
+			// DNS.
+			ask := &capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1,
+				Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}
 			if _, err := str.Write(ask.Append(nil)); err != nil {
 				t.Fatal(err)
 			}
@@ -135,13 +149,16 @@ func TestDNSFollowsScopeAndAddresses(t *testing.T) {
 		_, str := request(t, h3, "CONNECT", "connect-ip", anyPath, nil)
 		r := reader(t, str)
 		nextRoutes(t, r)
-		wantCapsules(t, r, configuration([]string{""}, corp.Search, "10.77.0.1", "fd77::53", "192.0.2.53"), &capsule.PREF64{Prefixes: corp.NAT64})
-		ask := &capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}
+		wantCapsules(t, r, configuration([]string{""}, corp.Search, "10.77.0.1", "fd77::53",
+			"192.0.2.53"), &capsule.PREF64{Prefixes: corp.NAT64})
+		ask := &capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1,
+			Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}
 		if _, err := str.Write(ask.Append(nil)); err != nil {
 			t.Fatal(err)
 		}
 		nextRoutes(t, r)
-		wantCapsules(t, r, configuration([]string{""}, corp.Search, "10.77.0.1", "192.0.2.53"), &capsule.PREF64{})
+		wantCapsules(t, r, configuration([]string{""}, corp.Search, "10.77.0.1", "192.0.2.53"),
+			&capsule.PREF64{})
 	})
 }
 
@@ -151,10 +168,14 @@ func TestWarnsOfUnreachableDNS(t *testing.T) {
 	startServer(t, func(c *Config) {
 		dualStack(c)
 		c.Logger = slog.New(slog.NewTextHandler(&log, nil))
-		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.51.100.0/24")}
+		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
+			netip.MustParsePrefix("198.51.100.0/24")}
 		c.Deny = []netip.Prefix{netip.MustParsePrefix("198.51.100.128/25")}
-		c.LocalNetworks = func() ([]netip.Prefix, error) { return []netip.Prefix{netip.MustParsePrefix("192.0.2.53/24")}, nil }
-		c.DNS.Servers = append(slices.Clone(c.DNS.Servers), netip.MustParseAddr("198.51.100.129"), netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("203.0.113.1"))
+		c.LocalNetworks = func() ([]netip.Prefix, error) {
+			return []netip.Prefix{netip.MustParsePrefix("192.0.2.53/24")}, nil
+		}
+		c.DNS.Servers = append(slices.Clone(c.DNS.Servers), netip.MustParseAddr("198.51.100.129"),
+			netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("203.0.113.1"))
 	})
 	want := map[string]string{
 		"10.77.0.1": "", "198.51.100.1": "",
@@ -168,7 +189,8 @@ func TestWarnsOfUnreachableDNS(t *testing.T) {
 				lines = append(lines, line)
 			}
 		}
-		if why == "" && len(lines) > 0 || why != "" && (len(lines) != 1 || !strings.Contains(lines[0], why)) {
+		if why == "" && len(lines) > 0 ||
+			why != "" && (len(lines) != 1 || !strings.Contains(lines[0], why)) {
 			t.Errorf("%s: %q, want that clients %s it", what, lines, why)
 		}
 	}
@@ -178,8 +200,11 @@ func TestDNSCheck(t *testing.T) {
 	many := func(n int) (servers []netip.Addr, domains []string, nat64 []netip.Prefix) {
 		for i := range n {
 			servers = append(servers, netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}))
-			domains = append(domains, fmt.Sprintf("%s.%03d.example", strings.Repeat(strings.Repeat("a", 60)+".", 3)+strings.Repeat("b", 50), i))
-			nat64 = append(nat64, netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, byte(i)}), 32))
+			domains = append(domains,
+				fmt.Sprintf("%s.%03d.example",
+					strings.Repeat(strings.Repeat("a", 60)+".", 3)+strings.Repeat("b", 50), i))
+			nat64 = append(nat64, netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01,
+				byte(i)}), 32))
 		}
 		return servers, domains, nat64
 	}
@@ -199,11 +224,13 @@ func TestDNSCheck(t *testing.T) {
 		{"dns.nat64", DNS{NAT64: []netip.Prefix{netip.MustParsePrefix("64:ff9b::/95")}}},
 	} {
 		var e *Error
-		if err := tc.dns.check(); !errors.As(err, &e) || e.Kind != KindUsage || !strings.HasPrefix(e.Reason, tc.key+": ") {
+		if err := tc.dns.check(); !errors.As(err, &e) || e.Kind != KindUsage ||
+			!strings.HasPrefix(e.Reason, tc.key+": ") {
 			t.Errorf("%+v: got %v, want an error about %s", tc.dns, err, tc.key)
 		}
 	}
-	most := DNS{Servers: servers[:maxServers], Domains: domains[:maxDomains], Search: domains[:maxDomains], NAT64: nat64[:maxNAT64]}
+	most := DNS{Servers: servers[:maxServers], Domains: domains[:maxDomains],
+		Search: domains[:maxDomains], NAT64: nat64[:maxNAT64]}
 	if err := most.check(); err != nil {
 		t.Error(err)
 	}

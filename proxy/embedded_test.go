@@ -39,15 +39,18 @@ func TestEmbedding(t *testing.T) {
 func TestDeniedByOtherNames(t *testing.T) {
 	h := newHub(t, func(c *Config) {
 		c.Deny = []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24")}
-		c.DNS = DNS{Servers: []netip.Addr{netip.MustParseAddr("192.0.2.53")}, NAT64: []netip.Prefix{netip.MustParsePrefix("2001:db8:64::/48")}}
+		c.DNS = DNS{Servers: []netip.Addr{netip.MustParseAddr("192.0.2.53")},
+			NAT64: []netip.Prefix{netip.MustParsePrefix("2001:db8:64::/48")}}
 	})
 	for _, tc := range []struct {
 		addr   string
 		denied bool
 	}{
 		{"203.0.113.7", true}, {"8.8.8.8", false}, // as they are
-		{"64:ff9b::203.0.113.7", true}, {"64:ff9b::a9fe:a9fe", true}, {"64:ff9b::192.0.2.1", true}, {"64:ff9b::8.8.8.8", false},
-		{"64:ff9b:1:cb00:71:700::", true}, {"64:ff9b:1:cb:0:7107::", true}, {"64:ff9b:1:0:cb:71:700:0", true},
+		{"64:ff9b::203.0.113.7", true}, {"64:ff9b::a9fe:a9fe", true}, {"64:ff9b::192.0.2.1", true},
+		{"64:ff9b::8.8.8.8", false},
+		{"64:ff9b:1:cb00:71:700::", true}, {"64:ff9b:1:cb:0:7107::", true},
+		{"64:ff9b:1:0:cb:71:700:0", true},
 		{"64:ff9b:1::203.0.113.7", true}, {"64:ff9b:1::8.8.8.8", false},
 		{"2001:db8:64:cb00:71:700::", true}, {"2001:db8:64:808:8:800::", false},
 		{"::ffff:203.0.113.7", true}, {"::203.0.113.7", true}, {"::1", true},
@@ -55,8 +58,11 @@ func TestDeniedByOtherNames(t *testing.T) {
 	} {
 		a := netip.MustParseAddr(tc.addr)
 		denied := h.deniedNow()
-		for kind, list := range map[string][]netip.Prefix{"clients": denied.clients, "sites": denied.sites} {
-			if got := slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(a) }); got != tc.denied {
+		for kind, list := range map[string][]netip.Prefix{"clients": denied.clients,
+			"sites": denied.sites} {
+			if got := slices.ContainsFunc(list, func(p netip.Prefix) bool {
+				return p.Contains(a)
+			}); got != tc.denied {
 				t.Errorf("%s is denied to %s: %v, want %v", tc.addr, kind, got, tc.denied)
 			}
 		}

@@ -12,7 +12,8 @@ import (
 	"masquevpn/tun"
 )
 
-// end is this host's end of the tunnels: the device and the kernel's side of it.
+// end is this host's end of the tunnels: the device and the kernel's side of
+// it.
 type end struct {
 	device   Device
 	network  Network
@@ -69,7 +70,8 @@ func (s *Server) openNetwork(d Device) (Network, error) {
 	if open := s.cfg().OpenNetwork; open != nil {
 		return open(d)
 	}
-	return routing.Open(routing.Config{Instance: "proxy-" + d.Name(), Interface: d.Name(), Journal: s.cfg().Journal, Logger: s.cfg().Logger})
+	return routing.Open(routing.Config{Instance: "proxy-" + d.Name(), Interface: d.Name(),
+		Journal: s.cfg().Journal, Logger: s.cfg().Logger})
 }
 
 // openError makes an Error of why the first end cannot be opened.
@@ -83,7 +85,8 @@ func openError(err error) error {
 
 func (e *end) Name() string { return e.device.Name() }
 
-// Read takes packets from the device to the sessions they are for, until the device is closed.
+// Read takes packets from the device to the sessions they are for, until the
+// device is closed.
 func (e *end) Read() error {
 	if err := flowqueue.ReadFrom(e.device, e.dispatch); err != nil {
 		return fmt.Errorf("reading from %s: %w", e.device.Name(), err)
@@ -95,7 +98,8 @@ func (e *end) Keep(ctx context.Context, report func(routing.Health)) error {
 	return e.network.Keep(ctx, report)
 }
 
-// Close restores the host. The kernel's side goes before the device: addresses and routes are removed from it.
+// Close restores the host. The kernel's side goes before the device: addresses
+// and routes are removed from it.
 func (e *end) Close() (err error) {
 	if e.network != nil {
 		err = e.network.Close()
@@ -106,7 +110,8 @@ func (e *end) Close() (err error) {
 	return err
 }
 
-// currentDevice is the device of the current end. Sessions write to it, and so survive a change of devices.
+// currentDevice is the device of the current end. Sessions write to it, and so
+// survive a change of devices.
 type currentDevice struct{ s *Server }
 
 func (d currentDevice) Write(bufs [][]byte, offset int) (int, error) {
@@ -122,7 +127,8 @@ func (s *Server) noteHealth(h routing.Health) {
 	s.health = h
 }
 
-// Problem returns what of the kernel's side is not as clients need it, and what to do about it; "" when all is well.
+// Problem returns what of the kernel's side is not as clients need it, and what
+// to do about it; "" when all is well.
 func (s *Server) Problem() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -11,7 +11,8 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// A device that another program deletes is opened anew, with what the kernel was told before, and the sessions go on.
+// A device that another program deletes is opened anew, with what the kernel
+// was told before, and the sessions go on.
 func TestDeletedDevice(t *testing.T) {
 	var mu sync.Mutex
 	var devices []*tuntest.Device
@@ -53,17 +54,23 @@ func TestDeletedDevice(t *testing.T) {
 	}
 }
 
-// What the kernel does not keep is in the status, and Reload tells the kernel again, even if it was told the same before.
+// What the kernel does not keep is in the status, and Reload tells the kernel
+// again, even if it was told the same before.
 func TestLostKernelSide(t *testing.T) {
 	k := &kernel{health: make(chan routing.Health)}
-	x := newReloadable(t, func(c *Config) { c.OpenNetwork = func(Device) (Network, error) { return k, nil } })
+	x := newReloadable(t, func(c *Config) {
+		c.OpenNetwork = func(Device) (Network, error) { return k, nil }
+	})
 	if s := x.Status(); s.State != StateRunning || len(s.Warnings) != 0 {
 		t.Errorf("at the start: %+v", s)
 	}
 	for range 2 { // the second is taken when the first has its effect
-		k.health <- routing.Health{Problem: "another program turns forwarding off", Repairs: map[string]uint64{"sysctl": 7}}
+		k.health <- routing.Health{Problem: "another program turns forwarding off",
+			Repairs: map[string]uint64{"sysctl": 7}}
 	}
-	if s := x.Status(); s.State != StateDegraded || strings.Join(s.Warnings, "") != "another program turns forwarding off" || s.KernelRepairs["sysctl"] != 7 {
+	if s := x.Status(); s.State != StateDegraded ||
+		strings.Join(s.Warnings, "") != "another program turns forwarding off" ||
+		s.KernelRepairs["sysctl"] != 7 {
 		t.Errorf("with a problem: %+v", s)
 	}
 	told := len(k.all())

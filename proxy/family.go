@@ -9,7 +9,8 @@ import (
 	"go4.org/netipx"
 )
 
-// maxResting is how many leases of one family rest at once; beyond that, the oldest are forgotten early.
+// maxResting is how many leases of one family rest at once; beyond that, the
+// oldest are forgotten early.
 const maxResting = 4096
 
 // space is what addresses of one family are leased from.
@@ -34,15 +35,19 @@ type rest struct {
 	lease netip.Prefix
 	owner string
 	until time.Time
-	parts []netip.Prefix // of lease, what rests for it, and some that another lease was given back for since
+	// of lease, what rests for it, and some that another lease was given back
+	// for since
+	parts []netip.Prefix
 }
 
 func newFamily(s space) *family {
 	gateway := s.prefix.Addr().Next()
-	return &family{space: s, gateway: gateway, last: netipx.PrefixLastIP(s.prefix), next: gateway.Next()}
+	return &family{space: s, gateway: gateway, last: netipx.PrefixLastIP(s.prefix),
+		next: gateway.Next()}
 }
 
-// grants returns the length of prefix that a client gets who wants one of the given length.
+// grants returns the length of prefix that a client gets who wants one of the
+// given length.
 func (f *family) grants(bits int) int {
 	full := f.prefix.Addr().BitLen()
 	if f.delegate == 0 || bits >= full {
@@ -51,15 +56,18 @@ func (f *family) grants(bits int) int {
 	return max(bits, f.delegate)
 }
 
-// free reports whether x may be leased, whether it rests or not: it is in the space, without the addresses of the network, the
-// proxy and, in IPv4, broadcast, and overlaps no lease.
+// free reports whether x may be leased, whether it rests or not: it is in the
+// space, without the addresses of the network, the proxy and, in IPv4,
+// broadcast, and overlaps no lease.
 func (f *family) free(x netip.Prefix) bool {
 	return x.Bits() > f.prefix.Bits() && f.prefix.Contains(x.Addr()) &&
-		!x.Contains(f.prefix.Addr()) && !x.Contains(f.gateway) && !(x.Addr().Is4() && x.Contains(f.last)) &&
+		!x.Contains(f.prefix.Addr()) && !x.Contains(f.gateway) &&
+		!(x.Addr().Is4() && x.Contains(f.last)) &&
 		!f.leased.OverlapsPrefix(x)
 }
 
-// restsForOthers reports whether a part of x was given back a while ago by somebody else than owner.
+// restsForOthers reports whether a part of x was given back a while ago by
+// somebody else than owner.
 func (f *family) restsForOthers(x netip.Prefix, owner string) bool {
 	if !f.resting.OverlapsPrefix(x) {
 		return false
@@ -77,10 +85,12 @@ func (f *family) restsForOthers(x netip.Prefix, owner string) bool {
 
 func (r *rest) of(owner string) bool { return owner != "" && r.owner == owner }
 
-// use returns how many addresses are leased and how many are left, those that rest or are reserved for a user included.
+// use returns how many addresses are leased and how many are left, those that
+// rest or are reserved for a user included.
 func (f *family) use() PoolUse {
 	size := func(p netip.Prefix) float64 { return math.Ldexp(1, p.Addr().BitLen()-p.Bits()) }
-	u := PoolUse{Family: "ipv6", Free: size(f.prefix) - 2} // without those of the network and the proxy
+	// without those of the network and the proxy
+	u := PoolUse{Family: "ipv6", Free: size(f.prefix) - 2}
 	if f.prefix.Addr().Is4() {
 		u.Family, u.Free = "ipv4", u.Free-1 // and that of broadcast
 	}
@@ -91,7 +101,8 @@ func (f *family) use() PoolUse {
 	return u
 }
 
-// rest lets x rest until then, which owner gave back. It is what counts of x from now on.
+// rest lets x rest until then, which owner gave back. It is what counts of x
+// from now on.
 func (f *family) rest(x netip.Prefix, owner string, until time.Time) {
 	if len(f.queue) == maxResting {
 		f.forgetOldest()
@@ -141,7 +152,8 @@ func (f *family) forgetOldest() {
 	}
 }
 
-// lastOf returns what owner gave back last, of those prefixes of the given length that are ok.
+// lastOf returns what owner gave back last, of those prefixes of the given
+// length that are ok.
 func (f *family) lastOf(owner string, bits int, ok func(netip.Prefix) bool) (netip.Prefix, bool) {
 	for i := len(f.queue) - 1; i >= 0; i-- {
 		if r := f.queue[i]; r.of(owner) && r.lease.Bits() == bits && ok(r.lease) {
@@ -151,10 +163,13 @@ func (f *family) lastOf(owner string, bits int, ok func(netip.Prefix) bool) (net
 	return netip.Prefix{}, false
 }
 
-// search returns a prefix of the given length that is ok. It skips leases as a whole, and what rests for the reasons that skip
-// is about, so that it is quick in a large space too.
-func (f *family) search(bits int, skip func(*rest) bool, ok func(netip.Prefix) bool) (netip.Prefix, bool) {
-	// covering returns the largest prefix around x that is not worth a look, or x.
+// search returns a prefix of the given length that is ok. It skips leases as a
+// whole, and what rests for the reasons that skip is about, so that it is quick
+// in a large space too.
+func (f *family) search(bits int, skip func(*rest) bool,
+	ok func(netip.Prefix) bool) (netip.Prefix, bool) {
+	// covering returns the largest prefix around x that is not worth a look, or
+	// x.
 	covering := func(x netip.Prefix) netip.Prefix {
 		if lease, ok := f.leased.LookupPrefixLPM(x); ok {
 			return lease
@@ -170,9 +185,12 @@ func (f *family) search(bits int, skip func(*rest) bool, ok func(netip.Prefix) b
 	return f.searchUp(covering, ok)
 }
 
-// searchUp looks for a single address. In a space of single addresses each search goes on after the last one, so that an
-// address is used again as late as possible. Where blocks are leased as well, single addresses stay together at the bottom.
-func (f *family) searchUp(covering func(netip.Prefix) netip.Prefix, ok func(netip.Prefix) bool) (netip.Prefix, bool) {
+// searchUp looks for a single address. In a space of single addresses each
+// search goes on after the last one, so that an address is used again as late
+// as possible. Where blocks are leased as well, single addresses stay together
+// at the bottom.
+func (f *family) searchUp(covering func(netip.Prefix) netip.Prefix,
+	ok func(netip.Prefix) bool) (netip.Prefix, bool) {
 	first := f.gateway.Next()
 	start := f.next
 	if f.delegate > 0 || !f.prefix.Contains(start) {
@@ -196,7 +214,8 @@ func (f *family) searchUp(covering func(netip.Prefix) netip.Prefix, ok func(neti
 }
 
 // searchDown looks for a block, from the top of the space.
-func (f *family) searchDown(bits int, covering func(netip.Prefix) netip.Prefix, ok func(netip.Prefix) bool) (netip.Prefix, bool) {
+func (f *family) searchDown(bits int, covering func(netip.Prefix) netip.Prefix,
+	ok func(netip.Prefix) bool) (netip.Prefix, bool) {
 	for a := f.last; f.prefix.Contains(a); {
 		x := netip.PrefixFrom(a, bits).Masked()
 		if ok(x) {

@@ -15,15 +15,19 @@ const (
 	headroom = connectip.Headroom
 	minMTU   = 1280
 	maxMTU   = flowqueue.MaxSize
-	// sendBatch is how many packets are taken from a queue at once: few, because they are past what keeps the queue fair.
+	// sendBatch is how many packets are taken from a queue at once: few,
+	// because they are past what keeps the queue fair.
 	sendBatch = 16
-	// autoMTU is what a QUIC packet of the largest size that quic-go sends has room for. A session that carries less says so
-	// to whoever sends too much, by Packet Too Big.
+	// autoMTU is what a QUIC packet of the largest size that quic-go sends has
+	// room for. A session that carries less says so to whoever sends too much,
+	// by Packet Too Big.
 	autoMTU = 1400
 )
 
-// dispatch queues packets for their sessions, which own them from then on: they are set to nil. The others stay the caller's. A
-// single packet for an idle session is sent at once. It never waits for a session: a queue that is full drops.
+// dispatch queues packets for their sessions, which own them from then on: they
+// are set to nil. The others stay the caller's. A single packet for an idle
+// session is sent at once. It never waits for a session: a queue that is full
+// drops.
 func (s *Server) dispatch(packets []*flowqueue.Packet) {
 	s.reading.Begin()
 	defer s.reading.End()
@@ -32,9 +36,11 @@ func (s *Server) dispatch(packets []*flowqueue.Packet) {
 	queue := func(end int) {
 		switch {
 		case to == nil:
-		case end-first == 1 && to.queue.Idle() && to.account.down.behind() == 0 && to.conn.Ready(): // who is in the table has a conn
+		case end-first == 1 && to.queue.Idle() && to.account.down.behind() == 0 && to.conn.Ready():
+			// who is in the table has a conn
 			to.account.down.spend(packets[first].Size)
-			to.conn.TrySend(packets[first].Bytes(), headroom) // waking another goroutine takes longer
+			// waking another goroutine takes longer
+			to.conn.TrySend(packets[first].Bytes(), headroom)
 		default:
 			to.push(packets[first:end])
 		}
@@ -55,7 +61,8 @@ func (ss *session) push(packets []*flowqueue.Packet) {
 	ss.stats.Send.DropMany(connectip.DropQueueFull, ss.queue.Push(packets))
 }
 
-// sessionOf returns the session that p is for; when there is none, p is answered and counted.
+// sessionOf returns the session that p is for; when there is none, p is
+// answered and counted.
 func (s *Server) sessionOf(p *flowqueue.Packet) *session {
 	pkt := p.Bytes()[headroom:]
 	dst, ok := ippacket.Destination(pkt)

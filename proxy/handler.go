@@ -20,7 +20,8 @@ import (
 	"masquevpn/internal/worker"
 )
 
-// settingsTimeout is how long a request waits for the client's SETTINGS, which travel on a stream of their own.
+// settingsTimeout is how long a request waits for the client's SETTINGS, which
+// travel on a stream of their own.
 const settingsTimeout = 5 * time.Second
 
 // handler serves HTTP/3 requests while running lasts.
@@ -29,7 +30,8 @@ type handler struct {
 	running context.Context
 }
 
-// refusal is an answer other than 2xx. Its reason goes to the log; the client sees status and proxyStatus (RFC 9209).
+// refusal is an answer other than 2xx. Its reason goes to the log; the client
+// sees status and proxyStatus (RFC 9209).
 type refusal struct {
 	status      int
 	proxyStatus string // error type, "" for none
@@ -42,7 +44,8 @@ func refuse(status int, proxyStatus, format string, args ...any) *refusal {
 	return &refusal{status: status, proxyStatus: proxyStatus, reason: fmt.Errorf(format, args...)}
 }
 
-// word is what r is counted under: the error type that the client sees, or else a word of our own.
+// word is what r is counted under: the error type that the client sees, or else
+// a word of our own.
 func (r *refusal) word() string {
 	if r.proxyStatus != "" {
 		return r.proxyStatus
@@ -60,7 +63,8 @@ func (r *refusal) word() string {
 	return "other"
 }
 
-// field returns the value of Proxy-Status by which the proxy called name tells the client why, "" for none.
+// field returns the value of Proxy-Status by which the proxy called name tells
+// the client why, "" for none.
 func (r *refusal) field(name string) string {
 	if r.proxyStatus == "" {
 		return ""
@@ -89,7 +93,8 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if refused.status == http.StatusUnauthorized {
 			w.Header().Set("WWW-Authenticate", "Bearer")
 		} else { // failures to authenticate are in the log already
-			h.s.peerLog.Info("request refused", "remote", r.RemoteAddr, "status", refused.status, "reason", shorten(refused.reason))
+			h.s.peerLog.Info("request refused", "remote", r.RemoteAddr, "status", refused.status,
+				"reason", shorten(refused.reason))
 		}
 		if s := refused.field(h.s.cfg().Name); s != "" {
 			w.Header().Set("Proxy-Status", s)
@@ -100,18 +105,21 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.serve(w, r, ss)
 }
 
-// panicked notes a panic while a request was answered, and has HTTP/3 reset its stream.
+// panicked notes a panic while a request was answered, and has HTTP/3 reset its
+// stream.
 func (h handler) panicked(r *http.Request, e *rescue.Error) {
 	h.s.cfg().Logger.Error("a fault of this program ended a request; please report it with this line",
 		"remote", r.RemoteAddr, "panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
 	panic(http.ErrAbortHandler)
 }
 
-// accept decides on a request. An accepted one has its session among the running ones, not yet started.
+// accept decides on a request. An accepted one has its session among the
+// running ones, not yet started.
 func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refusal) {
 	switch {
 	case r.Method != http.MethodConnect || strings.HasPrefix(r.Proto, "HTTP/"):
-		return nil, refuse(http.StatusNotFound, "", "%s %q is not a request for proxying", r.Method, r.RequestURI)
+		return nil, refuse(http.StatusNotFound, "", "%s %q is not a request for proxying", r.Method,
+			r.RequestURI)
 	case r.Proto != connectip.Protocol && (r.Proto != udpProtocol || !h.s.cfg().ConnectUDP):
 		return nil, refuse(http.StatusNotImplemented, "", ":protocol %q is not known", r.Proto)
 	}
@@ -157,8 +165,10 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	return ss, nil
 }
 
-// token returns the value of a header field that is a token of the client. What is no token is ignored: the field is not of any
-// standard, another program may use the name for something else, and all that the client misses are its former addresses.
+// token returns the value of a header field that is a token of the client. What
+// is no token is ignored: the field is not of any standard, another program may
+// use the name for something else, and all that the client misses are its
+// former addresses.
 func token(r *http.Request, header string) string {
 	if s := r.Header.Get(header); connectip.IsToken(s) {
 		return strings.Clone(s)
@@ -166,7 +176,8 @@ func token(r *http.Request, header string) string {
 	return ""
 }
 
-// admit takes ss in among the running sessions, in place of those that it replaces, unless a limit forbids it.
+// admit takes ss in among the running sessions, in place of those that it
+// replaces, unless a limit forbids it.
 func (h handler) admit(ss *session) *refusal {
 	user, limit := ss.user, ss.limits()
 	replaced, err := h.s.sessions.add(ss, limit)
@@ -180,9 +191,11 @@ func (h handler) admit(ss *session) *refusal {
 			close(ss.done)
 		}
 	}()
-	// Resolving a name takes a while. Whoever is gone since was not among the sessions when those of removed users ended.
+	// Resolving a name takes a while. Whoever is gone since was not among the
+	// sessions when those of removed users ended.
 	if err := h.s.follow(ss); err != nil {
-		failure := &authFailure{method: ss.method, class: classRevoked, user: user.Name, reason: err.Error()}
+		failure := &authFailure{method: ss.method, class: classRevoked, user: user.Name,
+			reason: err.Error()}
 		h.s.refused(ss.quic.RemoteAddr(), failure)
 		return &refusal{status: http.StatusUnauthorized, reason: failure}
 	}
@@ -200,7 +213,8 @@ func (h handler) admit(ss *session) *refusal {
 	return nil
 }
 
-// setScope makes ss one for IP proxying, with the scope that the raw request path asks for.
+// setScope makes ss one for IP proxying, with the scope that the raw request
+// path asks for.
 func (ss *session) setScope(ctx context.Context, path string) *refusal {
 	scope, err := ss.server.scope(path)
 	if errors.Is(err, errNotServed) {
@@ -217,8 +231,8 @@ func (ss *session) setScope(ctx context.Context, path string) *refusal {
 	return refused
 }
 
-// serve answers an accepted request. A session of IP packets goes on when it returns, in a goroutine without all that the request
-// needed.
+// serve answers an accepted request. A session of IP packets goes on when it
+// returns, in a goroutine without all that the request needed.
 func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 	defer rescue.Catch(func(e *rescue.Error) {
 		ss.panicked(e)
@@ -227,14 +241,17 @@ func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 	})
 	w.Header().Set(http3.CapsuleProtocolHeader, "?1")
 	if ss.udp != nil {
-		congestion.Control(ss.quic) // RFC 9298 section 6: nobody knows whether what is inside controls itself
+		// RFC 9298 section 6: nobody knows whether what is inside controls
+		// itself
+		congestion.Control(ss.quic)
 		w.Header().Set("Proxy-Status", ss.udp.nextHop(h.s.cfg().Name))
 	}
 	w.WriteHeader(http.StatusOK)
 	w.(http.Flusher).Flush()
 	h.s.requests.count(http.StatusOK, accepted)
 	if ss.udp != nil { // of these a client may make many, for a packet each
-		ss.log.Debug("session started", "remote", r.RemoteAddr, "udp_target", ss.udp.target.String())
+		ss.log.Debug("session started", "remote", r.RemoteAddr, "udp_target",
+			ss.udp.target.String())
 		h.ended(ss, slog.LevelDebug, ss.runUDP(w))
 		return
 	}
@@ -245,14 +262,16 @@ func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 
 // ended takes a session, which ended with err, from the running ones.
 func (h handler) ended(ss *session, level slog.Level, err error) {
-	ss.log.Log(ss.ctx, level, "session ended", "reason", shorten(err), "rx_bytes", ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())
+	ss.log.Log(ss.ctx, level, "session ended", "reason", shorten(err), "rx_bytes",
+		ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())
 	ss.stop(nil)
 	h.s.sessions.remove(ss)
 	ss.ends()
 	close(ss.done)
 }
 
-// datagramsEnabled waits for the client's SETTINGS: without HTTP Datagrams no packet could be sent to it (RFC 9297 section 2.1.1).
+// datagramsEnabled waits for the client's SETTINGS: without HTTP Datagrams no
+// packet could be sent to it (RFC 9297 section 2.1.1).
 func datagramsEnabled(w http.ResponseWriter, r *http.Request) *refusal {
 	settings := w.(http3.Settingser)
 	timeout := time.NewTimer(settingsTimeout)
@@ -262,10 +281,12 @@ func datagramsEnabled(w http.ResponseWriter, r *http.Request) *refusal {
 	case <-r.Context().Done():
 		return refuse(http.StatusRequestTimeout, "", "the client went away")
 	case <-timeout.C:
-		return refuse(http.StatusRequestTimeout, "", "the client sent no SETTINGS within %v", settingsTimeout)
+		return refuse(http.StatusRequestTimeout, "", "the client sent no SETTINGS within %v",
+			settingsTimeout)
 	}
 	if !settings.Settings().EnableDatagrams {
-		return refuse(http.StatusBadRequest, "http_request_error", "the client does not take HTTP Datagrams")
+		return refuse(http.StatusBadRequest, "http_request_error",
+			"the client does not take HTTP Datagrams")
 	}
 	return nil
 }

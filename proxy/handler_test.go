@@ -67,9 +67,11 @@ func startServer(t *testing.T, change func(*Config)) running {
 		t.Fatal(err)
 	}
 	cfg := Config{
-		Name: "localhost", Listen: []string{"127.0.0.1:0"}, TLS: &tls.Config{Certificates: []tls.Certificate{cert}},
+		Name: "localhost", Listen: []string{"127.0.0.1:0"},
+		TLS:     &tls.Config{Certificates: []tls.Certificate{cert}},
 		Methods: []string{MethodNone}, Pool4: netip.MustParsePrefix("10.77.0.0/24"),
-		Advertise:   []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")},
+		Advertise: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"),
+			netip.MustParsePrefix("::/0")},
 		OpenDevice:  func() (Device, error) { return tuntest.New(1400), nil },
 		OpenNetwork: func(Device) (Network, error) { return noNetwork{}, nil },
 	}
@@ -104,7 +106,8 @@ func (r running) dial(t *testing.T, change func(*quic.Config)) (*quic.Conn, *htt
 		change(conf)
 	}
 	conn, err := quic.DialAddr(t.Context(), r.Addrs()[0].String(),
-		&tls.Config{RootCAs: r.roots, ServerName: "localhost", NextProtos: []string{http3.NextProtoH3}}, conf)
+		&tls.Config{RootCAs: r.roots, ServerName: "localhost",
+			NextProtos: []string{http3.NextProtoH3}}, conf)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +118,8 @@ func (r running) dial(t *testing.T, change func(*quic.Config)) (*quic.Conn, *htt
 }
 
 // send sends one request and returns its stream.
-func send(t *testing.T, h3 *http3.ClientConn, method, protocol, path string, header http.Header) *http3.RequestStream {
+func send(t *testing.T, h3 *http3.ClientConn, method, protocol, path string,
+	header http.Header) *http3.RequestStream {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, "https://localhost"+path, nil)
 	if err != nil {
@@ -138,7 +142,8 @@ func send(t *testing.T, h3 *http3.ClientConn, method, protocol, path string, hea
 }
 
 // request sends one request and returns the answer and its stream.
-func request(t *testing.T, h3 *http3.ClientConn, method, protocol, path string, header http.Header) (*http.Response, *http3.RequestStream) {
+func request(t *testing.T, h3 *http3.ClientConn, method, protocol, path string,
+	header http.Header) (*http.Response, *http3.RequestStream) {
 	t.Helper()
 	str := send(t, h3, method, protocol, path, header)
 	rsp, err := str.ReadResponse()
@@ -168,7 +173,8 @@ func TestRequests(t *testing.T) {
 		{"colons", "CONNECT", "connect-ip", "/.well-known/masque/ip/::1/*/", 400},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			rsp, str := request(t, h3, tc.method, tc.protocol, tc.path, nil) // no Capsule-Protocol: it is not required
+			// no Capsule-Protocol: it is not required
+			rsp, str := request(t, h3, tc.method, tc.protocol, tc.path, nil)
 			if rsp.StatusCode != tc.status {
 				t.Errorf("status %d, want %d", rsp.StatusCode, tc.status)
 			}
@@ -183,11 +189,14 @@ func TestRequests(t *testing.T) {
 
 func TestUnauthenticated(t *testing.T) {
 	h3 := start(t, func(c *Config) { c.Methods, c.Users = []string{MethodToken}, noUsers{} })
-	for name, path := range map[string]string{"good path": anyPath, "bad path": "/.well-known/masque/ip/*/256/", "unknown path": "/other"} {
+	for name, path := range map[string]string{"good path": anyPath,
+		"bad path": "/.well-known/masque/ip/*/256/", "unknown path": "/other"} {
 		for _, authorization := range []string{"", "Bearer guess", "bearer", "Basic YTpi"} {
-			rsp, _ := request(t, h3, "CONNECT", "connect-ip", path, http.Header{"Authorization": {authorization}})
+			rsp, _ := request(t, h3, "CONNECT", "connect-ip", path,
+				http.Header{"Authorization": {authorization}})
 			if rsp.StatusCode != 401 || rsp.Header.Get("WWW-Authenticate") != "Bearer" {
-				t.Errorf("%s, %q: status %d, header %v", name, authorization, rsp.StatusCode, rsp.Header)
+				t.Errorf("%s, %q: status %d, header %v", name, authorization, rsp.StatusCode,
+					rsp.Header)
 			}
 		}
 	}
@@ -206,13 +215,15 @@ func TestSessionLimits(t *testing.T) {
 		if rsp.StatusCode != want {
 			t.Errorf("request %d: status %d, want %d", i+1, rsp.StatusCode, want)
 		}
-		if s := rsp.Header.Get("Proxy-Status"); want == 503 && !strings.Contains(s, "error=connection_limit_reached") {
+		if s := rsp.Header.Get("Proxy-Status"); want == 503 &&
+			!strings.Contains(s, "error=connection_limit_reached") {
 			t.Errorf("Proxy-Status %q", s)
 		}
 	}
 }
 
-// A client that comes back takes over from the session that it left behind, with its addresses.
+// A client that comes back takes over from the session that it left behind,
+// with its addresses.
 func TestTakeOver(t *testing.T) {
 	h3 := start(t, func(c *Config) { c.MaxSessions = 1 })
 	header := http.Header{connectip.InstanceHeader: {"abc"}}
@@ -227,7 +238,8 @@ func TestTakeOver(t *testing.T) {
 		if _, err := str.Write(ask.Append(nil)); err != nil {
 			t.Fatal(err)
 		}
-		if got := assignment(t, str); len(got) != 1 || got[0].Prefix != want || got[0].RequestID != 7 {
+		if got := assignment(t, str); len(got) != 1 || got[0].Prefix != want ||
+			got[0].RequestID != 7 {
 			t.Fatalf("request %d: assigned %v, want %v", i+1, got, want)
 		}
 		if i == 0 {
@@ -257,10 +269,12 @@ func assignment(t *testing.T, str *http3.RequestStream) []capsule.Address {
 	}
 }
 
-// The routes of a family without addresses are not advertised; the proxy's own address is.
+// The routes of a family without addresses are not advertised; the proxy's own
+// address is.
 func TestRoutesAdvertised(t *testing.T) {
 	h3 := start(t, func(c *Config) {
-		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
+		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
+			netip.MustParsePrefix("2001:db8::/32")}
 	})
 	_, str := request(t, h3, "CONNECT", "connect-ip", anyPath, nil)
 	c, err := capsule.NewReader(str, 1<<16).Next()
@@ -268,14 +282,16 @@ func TestRoutesAdvertised(t *testing.T) {
 		t.Fatal(err)
 	}
 	got, ok := c.(*capsule.RouteAdvertisement)
-	want := capsule.Routes([]netip.Prefix{netip.MustParsePrefix("10.77.0.1/32"), netip.MustParsePrefix("192.0.2.0/24")}, 0)
+	want := capsule.Routes([]netip.Prefix{netip.MustParsePrefix("10.77.0.1/32"),
+		netip.MustParsePrefix("192.0.2.0/24")}, 0)
 	if !ok || len(got.Routes) != 2 || got.Routes[0] != want[0] || got.Routes[1] != want[1] {
 		t.Errorf("advertised %v, want %v", c, want)
 	}
 }
 
-// A client can neither assign the proxy an address, which would be reachable though it is denied, nor advertise routes, which
-// would be sources that it may use.
+// A client can neither assign the proxy an address, which would be reachable
+// though it is denied, nor advertise routes, which would be sources that it may
+// use.
 func TestClientsGrantThemselvesNothing(t *testing.T) {
 	device := tuntest.New(1400)
 	h3 := start(t, func(c *Config) {
@@ -287,7 +303,8 @@ func TestClientsGrantThemselvesNothing(t *testing.T) {
 	everything := []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
 	b := (&capsule.AddressAssign{Addresses: []capsule.Address{{Prefix: denied}}}).Append(nil)
 	b = (&capsule.RouteAdvertisement{Routes: capsule.Routes(everything, 0)}).Append(b)
-	b = (&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}).Append(b)
+	b = (&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1,
+		Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}).Append(b)
 	if _, err := str.Write(b); err != nil {
 		t.Fatal(err)
 	}

@@ -53,7 +53,8 @@ func tunnel(t *testing.T, s running, device *tuntest.Device, change func(*quic.C
 	t.Helper()
 	conn, h3 := s.dial(t, change)
 	_, str := request(t, h3, "CONNECT", "connect-ip", anyPath, nil)
-	p := &peer{RequestStream: str, conn: conn, h3: h3, device: device, reader: capsule.NewReader(str, 1<<16)}
+	p := &peer{RequestStream: str, conn: conn, h3: h3, device: device,
+		reader: capsule.NewReader(str, 1<<16)}
 	if _, err := str.Write(asking(1)); err != nil {
 		t.Fatal(err)
 	}
@@ -71,12 +72,14 @@ func tunnel(t *testing.T, s running, device *tuntest.Device, change func(*quic.C
 
 // asking is a request for any address.
 func asking(id uint64) []byte {
-	return (&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: id, Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}).Append(nil)
+	return (&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: id,
+		Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}).Append(nil)
 }
 
 var lastEcho atomic.Uint32
 
-// lives checks that packets pass in both directions. They may get lost, so they are sent until one arrives.
+// lives checks that packets pass in both directions. They may get lost, so they
+// are sent until one arrives.
 func (p *peer) lives(t *testing.T) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
@@ -96,7 +99,8 @@ func (p *peer) lives(t *testing.T) {
 }
 
 // untilArrived sends until an echo with the given ID is received.
-func untilArrived(t *testing.T, ctx context.Context, send func() error, receive func(context.Context) ([]byte, error), id uint16) {
+func untilArrived(t *testing.T, ctx context.Context, send func() error,
+	receive func(context.Context) ([]byte, error), id uint16) {
 	t.Helper()
 	for ctx.Err() == nil {
 		if err := send(); err != nil {
@@ -133,7 +137,8 @@ func manyRoutes() []byte {
 	return c.Append(nil)
 }
 
-// Whatever a client sends, and however long: every other session keeps passing traffic, and memory is bounded.
+// Whatever a client sends, and however long: every other session keeps passing
+// traffic, and memory is bounded.
 func TestHostileClients(t *testing.T) {
 	repeat := func(b []byte) func(*peer) error {
 		b = bytes.Repeat(b, max(1, (32<<10)/len(b)))
@@ -151,7 +156,8 @@ func TestHostileClients(t *testing.T) {
 			}
 			defer str.CancelWrite(0)
 			defer str.CancelRead(0)
-			req := &http.Request{Method: http.MethodConnect, Proto: "connect-ip", Host: "localhost", URL: &url.URL{Scheme: "https", Host: "localhost", Path: anyPath}}
+			req := &http.Request{Method: http.MethodConnect, Proto: "connect-ip", Host: "localhost",
+				URL: &url.URL{Scheme: "https", Host: "localhost", Path: anyPath}}
 			if err := str.SendRequestHeader(req); err != nil {
 				return err
 			}
@@ -178,7 +184,8 @@ func TestHostileClients(t *testing.T) {
 		volley func(*peer) error
 		paced  bool // it is held up, because handling it costs more than sending it
 	}{
-		"unknown capsule without end":  {quicvarint.Append([]byte{0x2b}, quicvarint.Max), repeat([]byte{0}), false},
+		"unknown capsule without end": {quicvarint.Append([]byte{0x2b}, quicvarint.Max),
+			repeat([]byte{0}), false},
 		"unknown capsules without end": {nil, repeat([]byte{0x2b, 0}), false},
 		"a byte in each frame": {nil, func(p *peer) error {
 			for _, b := range bytes.Repeat((&capsule.AddressAssign{}).Append(nil), 1000) {
@@ -197,12 +204,16 @@ func TestHostileClients(t *testing.T) {
 			_, err := p.Write(asking(ids))
 			return err
 		}, false},
-		"long packets in capsules": {nil, repeat((&capsule.Datagram{Payload: make([]byte, 60<<10)}).Append(nil)), false},
-		"malformed capsules":       {nil, again((&capsule.AddressRequest{}).Append(nil)), false},
-		"long capsules":            {nil, again(quicvarint.Append([]byte{3}, 1<<40)), false},
-		"unknown contexts":         {nil, datagrams(func(p *peer) error { return p.SendDatagram([]byte{2, 0x45}) }), false},
+		"long packets in capsules": {nil,
+			repeat((&capsule.Datagram{Payload: make([]byte, 60<<10)}).Append(nil)), false},
+		"malformed capsules": {nil, again((&capsule.AddressRequest{}).Append(nil)), false},
+		"long capsules":      {nil, again(quicvarint.Append([]byte{3}, 1<<40)), false},
+		"unknown contexts": {nil, datagrams(func(p *peer) error {
+			return p.SendDatagram([]byte{2, 0x45})
+		}), false},
 		"spoofed packets": {nil, datagrams(func(p *peer) error {
-			return p.SendDatagram(ippacket.AppendEcho([]byte{0}, netip.MustParseAddr("203.0.113.1"), p.addr, 64, true, 1, 1, make([]byte, 1000)))
+			return p.SendDatagram(ippacket.AppendEcho([]byte{0}, netip.MustParseAddr("203.0.113.1"),
+				p.addr, 64, true, 1, 1, make([]byte, 1000)))
 		}), false},
 		"datagrams for no stream": {nil, datagrams(func(p *peer) error {
 			return p.conn.SendDatagram(append(quicvarint.Append(nil, 1<<20), 0, 0x45))
@@ -224,7 +235,8 @@ func TestHostileClients(t *testing.T) {
 					volleys.Add(1)
 				}
 			})
-			// Some attacks are held up after the first volleys, and so have a while to go on.
+			// Some attacks are held up after the first volleys, and so have a
+			// while to go on.
 			const enough = 300
 			for i := 0; i < 50 && volleys.Load() < enough; i++ {
 				other.lives(t)
@@ -253,11 +265,14 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-// A client that does not read what it is told holds up nothing but itself, and can be got rid of.
+// A client that does not read what it is told holds up nothing but itself, and
+// can be got rid of.
 func TestClientThatDoesNotRead(t *testing.T) {
 	s, device := hostile(t, nil)
 	other := tunnel(t, s, device, nil)
-	evil := tunnel(t, s, device, func(c *quic.Config) { c.InitialStreamReceiveWindow, c.MaxStreamReceiveWindow = 256, 256 })
+	evil := tunnel(t, s, device, func(c *quic.Config) {
+		c.InitialStreamReceiveWindow, c.MaxStreamReceiveWindow = 256, 256
+	})
 	var asked []byte
 	for id := range uint64(40) {
 		asked = append(asked, asking(id+2)...)
@@ -265,7 +280,8 @@ func TestClientThatDoesNotRead(t *testing.T) {
 	if _, err := evil.Write(asked); err != nil {
 		t.Fatal(err)
 	}
-	// The proxy's answers are more than the window holds: it is writing one of them from now on.
+	// The proxy's answers are more than the window holds: it is writing one of
+	// them from now on.
 	for i := range 3 {
 		servers := []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})}
 		if err := s.SetDNS(DNS{Servers: servers}); err != nil {
@@ -317,7 +333,8 @@ func TestLogIsBounded(t *testing.T) {
 			log.Info("request refused")
 		}
 		lines := strings.Split(strings.TrimSpace(out.String()), "\n")
-		if want := fmt.Sprintf("left_out_before=%d", 9*logBurst); len(lines) != logRate || !strings.Contains(lines[0], want) || strings.Contains(lines[1], "left_out") {
+		if want := fmt.Sprintf("left_out_before=%d", 9*logBurst); len(lines) != logRate ||
+			!strings.Contains(lines[0], want) || strings.Contains(lines[1], "left_out") {
 			t.Errorf("%d lines, the first %q, want %d with %s", len(lines), lines[0], logRate, want)
 		}
 	})

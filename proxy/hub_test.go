@@ -26,7 +26,10 @@ import (
 // byToken are users whose token is their name.
 type byToken []string
 
-func (u byToken) ByName(name string) (User, bool)   { return User{Name: name}, slices.Contains(u, name) }
+func (u byToken) ByName(name string) (User, bool) {
+	return User{Name: name},
+		slices.Contains(u, name)
+}
 func (u byToken) ByToken(token string) (User, bool) { return u.ByName(token) }
 func (byToken) Reserved(netip.Prefix, string) bool  { return false }
 
@@ -127,11 +130,14 @@ func newHub(t *testing.T, change func(*Config)) *hub {
 		c.OpenDevice = func() (Device, error) { return h.device, nil }
 		c.OpenNetwork = func(Device) (Network, error) { return h.kernel, nil }
 		c.LocalNetworks = func() ([]netip.Prefix, error) {
-			return []netip.Prefix{netip.PrefixFrom(hostNetwork.Addr().Next(), 24), netip.MustParsePrefix("192.0.2.1/24")}, nil
+			return []netip.Prefix{netip.PrefixFrom(hostNetwork.Addr().Next(), 24),
+				netip.MustParsePrefix("192.0.2.1/24")}, nil
 		}
 		c.Logger = slog.New(slog.NewTextHandler(h.log, nil))
 		c.Sites = []Site{
-			{User: "a", Networks: []netip.Prefix{netA, netA6, netip.MustParsePrefix("172.16.0.0/12")}, Peer: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/24")}},
+			{User: "a", Networks: []netip.Prefix{netA, netA6,
+				netip.MustParsePrefix("172.16.0.0/12")},
+				Peer: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/24")}},
 			{User: "b", Networks: []netip.Prefix{netB, netip.MustParsePrefix("10.1.0.0/16")}},
 		}
 		if change != nil {
@@ -152,7 +158,8 @@ type gateway struct {
 	packets chan []byte
 }
 
-// connect begins a session of user, asks for an IPv4 address, and advertises networks.
+// connect begins a session of user, asks for an IPv4 address, and advertises
+// networks.
 func (h *hub) connect(user, instance string, networks ...netip.Prefix) *gateway {
 	h.t.Helper()
 	header := http.Header{"Authorization": {"Bearer " + user}}
@@ -163,7 +170,8 @@ func (h *hub) connect(user, instance string, networks ...netip.Prefix) *gateway 
 	if rsp.StatusCode != 200 {
 		h.t.Fatalf("status %d", rsp.StatusCode)
 	}
-	g := &gateway{hub: h, str: str, routes: make(chan []capsule.Route, 100), packets: make(chan []byte, 100)}
+	g := &gateway{hub: h, str: str, routes: make(chan []capsule.Route, 100),
+		packets: make(chan []byte, 100)}
 	assigned := make(chan []capsule.Address, 1)
 	go func() {
 		r := capsule.NewReader(str, 1<<16)
@@ -189,7 +197,8 @@ func (h *hub) connect(user, instance string, networks ...netip.Prefix) *gateway 
 			g.packets <- b[1:]
 		}
 	}()
-	g.write(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: netip.MustParsePrefix("0.0.0.0/32")}}})
+	g.write(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1,
+		Prefix: netip.MustParsePrefix("0.0.0.0/32")}}})
 	for _, a := range <-assigned {
 		g.own = append(g.own, a.Prefix.Addr())
 	}
@@ -221,7 +230,8 @@ func (g *gateway) close() {
 // send sends a packet into the tunnel.
 func (g *gateway) send(src, dst string) {
 	g.hub.t.Helper()
-	pkt := ippacket.AppendEcho([]byte{0}, netip.MustParseAddr(src), netip.MustParseAddr(dst), 64, true, 1, 1, nil)
+	pkt := ippacket.AppendEcho([]byte{0}, netip.MustParseAddr(src), netip.MustParseAddr(dst), 64,
+		true, 1, 1, nil)
 	g.write(&capsule.Datagram{Payload: pkt})
 }
 
@@ -248,7 +258,8 @@ func (g *gateway) receives(src, dst string) {
 	for {
 		select {
 		case pkt := <-g.packets:
-			if p, err := ippacket.Parse(pkt); err == nil && p.Src.String() == src && p.Dst.String() == dst {
+			if p, err := ippacket.Parse(pkt); err == nil && p.Src.String() == src &&
+				p.Dst.String() == dst {
 				return
 			}
 		case <-time.After(10 * time.Second):
@@ -257,7 +268,8 @@ func (g *gateway) receives(src, dst string) {
 	}
 }
 
-// isProhibited waits for the ICMP error about a packet that the proxy does not let pass.
+// isProhibited waits for the ICMP error about a packet that the proxy does not
+// let pass.
 func (g *gateway) isProhibited(src, dst string) {
 	g.hub.t.Helper()
 	for {
@@ -267,7 +279,8 @@ func (g *gateway) isProhibited(src, dst string) {
 			if err != nil {
 				continue
 			}
-			if q, ok := ippacket.Quoted(pkt, p); ok && q.Src.String() == src && q.Dst.String() == dst {
+			if q, ok := ippacket.Quoted(pkt, p); ok && q.Src.String() == src &&
+				q.Dst.String() == dst {
 				if code := pkt[p.HeaderLen+1]; code != 13 {
 					g.hub.t.Errorf("%s to %s is answered with code %d", src, dst, code)
 				}
@@ -289,13 +302,15 @@ func (h *hub) forwards(src, dst string) {
 		if err != nil {
 			h.t.Fatalf("no packet from %s to %s came out: %v", src, dst, err)
 		}
-		if p, err := ippacket.Parse(pkt); err == nil && p.Src.String() == src && p.Dst.String() == dst {
+		if p, err := ippacket.Parse(pkt); err == nil && p.Src.String() == src &&
+			p.Dst.String() == dst {
 			return
 		}
 	}
 }
 
-// leadsTo waits until packets from src to dst, which come out of the kernel, are sent to g.
+// leadsTo waits until packets from src to dst, which come out of the kernel,
+// are sent to g.
 func (h *hub) leadsTo(g *gateway, src, dst string) {
 	h.t.Helper()
 	h.eventually(fmt.Sprintf("packets from %s to %s are sent on", src, dst), func() bool {
@@ -321,7 +336,8 @@ func (h *hub) lets(g *gateway, src, dst string) {
 			if err != nil {
 				return false
 			}
-			if p, err := ippacket.Parse(pkt); err == nil && p.Src.String() == src && p.Dst.String() == dst {
+			if p, err := ippacket.Parse(pkt); err == nil && p.Src.String() == src &&
+				p.Dst.String() == dst {
 				return true
 			}
 		}
@@ -330,7 +346,8 @@ func (h *hub) lets(g *gateway, src, dst string) {
 
 // inject gives the proxy's device a packet of the kernel.
 func (h *hub) inject(src, dst string) {
-	h.device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr(src), netip.MustParseAddr(dst), 64, true, 1, 1, nil))
+	h.device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr(src), netip.MustParseAddr(dst), 64,
+		true, 1, 1, nil))
 }
 
 // installs waits until the kernel has exactly these routes of sites.
@@ -338,7 +355,8 @@ func (h *hub) installs(want ...netip.Prefix) {
 	h.t.Helper()
 	slices.SortFunc(want, netip.Prefix.Compare)
 	h.eventually(fmt.Sprintf("routes %v", want), func() bool {
-		return slices.Equal(slices.SortedFunc(slices.Values(h.kernel.last().Routes), netip.Prefix.Compare), want)
+		return slices.Equal(slices.SortedFunc(slices.Values(h.kernel.last().Routes),
+			netip.Prefix.Compare), want)
 	})
 }
 
@@ -346,7 +364,8 @@ func (h *hub) eventually(what string, ok func() bool) {
 	h.t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			h.t.Fatalf("not in time: %s; the kernel has %+v\n%s", what, h.kernel.last(), strings.Join(h.log.lines(""), "\n"))
+			h.t.Fatalf("not in time: %s; the kernel has %+v\n%s", what, h.kernel.last(),
+				strings.Join(h.log.lines(""), "\n"))
 		}
 	}
 }

@@ -13,13 +13,14 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// How many lines of each kind clients can have written to the log, in a second and at once. A flood is told by what the next line
-// says was left out.
+// How many lines of each kind clients can have written to the log, in a second
+// and at once. A flood is told by what the next line says was left out.
 const (
 	logRate  = 20
 	logBurst = 500
-	// sourceRate and sourceBurst are the part of that which one user, or one address, may have, so that no flood hides what others
-	// cause. maxLogSources is how many of them are told apart, twice.
+	// sourceRate and sourceBurst are the part of that which one user, or one
+	// address, may have, so that no flood hides what others cause.
+	// maxLogSources is how many of them are told apart, twice.
 	sourceRate    = 4
 	sourceBurst   = 100
 	maxLogSources = 1024
@@ -27,18 +28,21 @@ const (
 	maxReason = 500
 )
 
-// throttle is a handler of log records that clients cause. It leaves out those of the same message that come too fast.
+// throttle is a handler of log records that clients cause. It leaves out those
+// of the same message that come too fast.
 type throttle struct {
 	slog.Handler
 	kinds  *kinds
 	source string // who causes the records, "" where each says it by its address
 }
 
-// kinds are the messages that were logged so far. There are as many as the code has, for what differs is in the attributes.
+// kinds are the messages that were logged so far. There are as many as the code
+// has, for what differs is in the attributes.
 type kinds struct {
 	mu sync.Mutex
 	by map[string]*kind
-	// recent and older are the limits of sources, for each message. The older map is dropped when the other one is full.
+	// recent and older are the limits of sources, for each message. The older
+	// map is dropped when the other one is full.
 	recent, older map[cause]*rate.Limiter
 }
 
@@ -55,7 +59,8 @@ func newThrottle(l *slog.Logger) *slog.Logger {
 	return slog.New(throttle{l.Handler(), &kinds{by: make(map[string]*kind)}, ""})
 }
 
-// Handle writes r, with the number of those before it that were left out, or leaves it out.
+// Handle writes r, with the number of those before it that were left out, or
+// leaves it out.
 func (t throttle) Handle(ctx context.Context, r slog.Record) error {
 	source := t.source
 	if source == "" {
@@ -93,7 +98,8 @@ func (t throttle) WithGroup(name string) slog.Handler {
 	return throttle{t.Handler.WithGroup(name), t.kinds, t.source}
 }
 
-// addressOf is the source of what comes from remote, an address with a port: the address, or the network of 64 bits that it is in.
+// addressOf is the source of what comes from remote, an address with a port:
+// the address, or the network of 64 bits that it is in.
 func addressOf(remote string) string {
 	a, err := netip.ParseAddrPort(remote)
 	if err != nil {
@@ -102,7 +108,8 @@ func addressOf(remote string) string {
 	return source(net.UDPAddrFromAddrPort(a))
 }
 
-// allow reports whether a message may be written now, and how many of them were left out before it.
+// allow reports whether a message may be written now, and how many of them were
+// left out before it.
 func (k *kinds) allow(c cause) (left uint64, ok bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -8,20 +8,24 @@ import (
 )
 
 const (
-	// initialPacketSize is that of the first QUIC packets, in bytes. It leaves room for an IPv6 packet of 1280 bytes in a datagram
-	// and fits, with its headers, a path of 1400 bytes.
+	// initialPacketSize is that of the first QUIC packets, in bytes. It leaves
+	// room for an IPv6 packet of 1280 bytes in a datagram and fits, with its
+	// headers, a path of 1400 bytes.
 	initialPacketSize = 1350
 	// smallPacketSize is what every path of QUIC carries.
 	smallPacketSize = 1200
-	// retryWindow is how long an unfinished handshake counts. A client tries again within seconds.
+	// retryWindow is how long an unfinished handshake counts. A client tries
+	// again within seconds.
 	retryWindow = 20 * time.Second
 	// maxNarrow is how many addresses are remembered.
 	maxNarrow = 4096
 )
 
-// narrowPaths remembers which addresses began a handshake and have not made a request since. When such a client tries again,
-// the path may be too narrow for the packets that handshakes begin with, and it gets small ones; path MTU discovery takes it
-// from there. For a client to whom this happens by chance, that costs a few round trips.
+// narrowPaths remembers which addresses began a handshake and have not made a
+// request since. When such a client tries again, the path may be too narrow for
+// the packets that handshakes begin with, and it gets small ones; path MTU
+// discovery takes it from there. For a client to whom this happens by chance,
+// that costs a few round trips.
 type narrowPaths struct {
 	mu    sync.Mutex
 	begun map[netip.Addr]time.Time

@@ -16,23 +16,27 @@ import (
 )
 
 const (
-	// localInterval is the time between looks at the host's own addresses, which clients may not reach, besides those that the
-	// kernel asks for by telling of changes.
+	// localInterval is the time between looks at the host's own addresses,
+	// which clients may not reach, besides those that the kernel asks for by
+	// telling of changes.
 	localInterval = 10 * time.Second
 	// settleDelay lets changes that come together be made together.
 	settleDelay = 20 * time.Millisecond
-	// changeRate and changeBurst are how often in a second, and how often at once, what sites say has an effect on all others.
+	// changeRate and changeBurst are how often in a second, and how often at
+	// once, what sites say has an effect on all others.
 	changeRate  = 1
 	changeBurst = 10
 )
 
-// keepNetwork makes the kernel, the table and the sessions follow what sites say, and the host's own addresses, until ctx ends.
+// keepNetwork makes the kernel, the table and the sessions follow what sites
+// say, and the host's own addresses, until ctx ends.
 func (s *Server) keepNetwork(ctx context.Context) error {
 	tick := time.NewTicker(localInterval)
 	defer tick.Stop()
 	var addressesChanged <-chan struct{}
 	if w, err := routing.Watch(0); err != nil {
-		s.cfg().Logger.Warn("cannot follow the host's own addresses and the networks of sites", "error", err)
+		s.cfg().Logger.Warn("cannot follow the host's own addresses and the networks of sites",
+			"error", err)
 	} else {
 		defer w.Close()
 		addressesChanged = w.Changed()
@@ -54,7 +58,8 @@ func (s *Server) keepNetwork(ctx context.Context) error {
 			}
 		}
 		if err = errors.Join(err, s.refresh()); err != nil {
-			s.cfg().Logger.Warn("cannot follow the host's own addresses and the networks of sites", "error", err)
+			s.cfg().Logger.Warn("cannot follow the host's own addresses and the networks of sites",
+				"error", err)
 		}
 	}
 }
@@ -75,7 +80,8 @@ func (s *Server) readLocal() error {
 	return nil
 }
 
-// refresh does once what keepNetwork does, with the host's addresses as they were read last.
+// refresh does once what keepNetwork does, with the host's addresses as they
+// were read last.
 func (s *Server) refresh() error {
 	s.refreshing.Lock()
 	defer s.refreshing.Unlock()
@@ -98,15 +104,18 @@ func (s *Server) refresh() error {
 		}
 	}
 	if err := s.install(l); err != nil {
-		s.cfg().Logger.Error("the networks of the sites cannot be installed; trying again", "retry_in", localInterval.String(), "error", err)
+		s.cfg().Logger.Error("the networks of the sites cannot be installed; trying again",
+			"retry_in", localInterval.String(), "error", err)
 	}
 	return nil
 }
 
-// install makes the kernel follow l. What the kernel was told already, it keeps by itself, see end.Keep.
+// install makes the kernel follow l. What the kernel was told already, it keeps
+// by itself, see end.Keep.
 func (s *Server) install(l layout) error {
 	state := s.networkState(l)
-	if s.installed != nil && slices.Equal(state.Routes, s.installed.Routes) && slices.Equal(state.Addresses, s.installed.Addresses) {
+	if s.installed != nil && slices.Equal(state.Routes, s.installed.Routes) &&
+		slices.Equal(state.Addresses, s.installed.Addresses) {
 		return nil
 	}
 	err := s.ends.Current().network.Apply(state)
@@ -120,7 +129,8 @@ func (s *Server) install(l layout) error {
 	return nil
 }
 
-// reinstall has the kernel be told again, by the next refresh, whatever it was told before.
+// reinstall has the kernel be told again, by the next refresh, whatever it was
+// told before.
 func (s *Server) reinstall() {
 	s.refreshing.Lock()
 	defer s.refreshing.Unlock()
@@ -141,7 +151,8 @@ func (s *Server) networkState(l layout) routing.State {
 	return state
 }
 
-// denied is where packets of clients may not go, for clients that are gateways of sites and for others.
+// denied is where packets of clients may not go, for clients that are gateways
+// of sites and for others.
 type denied struct{ clients, sites []netip.Prefix }
 
 // of returns what is denied to ss, whoever its user is.
@@ -152,9 +163,10 @@ func (d denied) of(ss *session) []netip.Prefix {
 	return d.clients
 }
 
-// deny works out where packets of clients may not go: the built-in and the configured destinations, the proxy's own addresses
-// other than those in the tunnel, and other clients, with the networks behind them, unless they may be reached. Sites reach
-// each other all the same.
+// deny works out where packets of clients may not go: the built-in and the
+// configured destinations, the proxy's own addresses other than those in the
+// tunnel, and other clients, with the networks behind them, unless they may be
+// reached. Sites reach each other all the same.
 func (s *Server) deny(l layout) error {
 	var b netipx.IPSetBuilder
 	for _, p := range builtinDenied {
@@ -224,7 +236,8 @@ func (s *Server) deniedNow() denied {
 	return s.denied
 }
 
-// localNetworks returns the addresses of this host's interfaces with the lengths of their networks, but for those of one.
+// localNetworks returns the addresses of this host's interfaces with the
+// lengths of their networks, but for those of one.
 func localNetworks(except string) ([]netip.Prefix, error) {
 	all, err := net.InterfaceAddrs()
 	if err != nil {
@@ -235,7 +248,9 @@ func localNetworks(except string) ([]netip.Prefix, error) {
 		return nil, err
 	}
 	var own []net.Addr
-	if i := slices.IndexFunc(interfaces, func(i net.Interface) bool { return i.Name == except }); i >= 0 {
+	if i := slices.IndexFunc(interfaces, func(i net.Interface) bool {
+		return i.Name == except
+	}); i >= 0 {
 		if own, err = interfaces[i].Addrs(); err != nil {
 			return nil, err
 		}

@@ -6,9 +6,11 @@ import (
 )
 
 const (
-	// slack is how much of its rate a pacer keeps for later, as time: sleepers wake late.
+	// slack is how much of its rate a pacer keeps for later, as time: sleepers
+	// wake late.
 	slack = 20 * time.Millisecond
-	// turn is how much of a rate is sent at once, as time: what was taken from a queue to be sent is past what keeps it fair.
+	// turn is how much of a rate is sent at once, as time: what was taken from
+	// a queue to be sent is past what keeps it fair.
 	turn = 2 * time.Millisecond
 	// fullPacket is the size that turns are counted in, in bytes.
 	fullPacket = 1400
@@ -17,8 +19,9 @@ const (
 // began is what pacers count time from.
 var began = time.Now()
 
-// pacer holds those who share it to a rate: a token bucket that is one number (GCRA), so that they share it without a lock. Each
-// waits first, then sends what is there then, and says how much it was. The zero value holds nobody.
+// pacer holds those who share it to a rate: a token bucket that is one number
+// (GCRA), so that they share it without a lock. Each waits first, then sends
+// what is there then, and says how much it was. The zero value holds nobody.
 type pacer struct {
 	rate atomic.Int64 // bits per second, 0 for no limit
 	due  atomic.Int64 // when what was sent so far has taken its time, in nanoseconds

@@ -15,7 +15,8 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// Whoever shares a pacer sends as much as the rate allows together, and about the same each.
+// Whoever shares a pacer sends as much as the rate allows together, and about
+// the same each.
 func TestPacer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const senders, size, rate, seconds = 4, 1000, 800_000, 10 // 100 packets a second
@@ -63,7 +64,8 @@ func TestPacerWithoutRate(t *testing.T) {
 	if p.behind() != 0 || p.limited() || p.packets(sendBatch) != sendBatch {
 		t.Error("the zero value holds somebody")
 	}
-	for rate, want := range map[int64]int{64_000: 1, 10_000_000: 1, 20_000_000: 3, 1_000_000_000: sendBatch} {
+	for rate, want := range map[int64]int{64_000: 1, 10_000_000: 1, 20_000_000: 3,
+		1_000_000_000: sendBatch} {
 		p.rate.Store(rate)
 		if got := p.packets(sendBatch); got != want {
 			t.Errorf("at %d bits per second, %d packets at once, want %d", rate, got, want)
@@ -76,14 +78,16 @@ func TestPacerWithoutRate(t *testing.T) {
 	p.wait(closed)
 }
 
-// Who writes above the rate does not wait; what is too much is dropped and counted, and nothing is lost of what is not.
+// Who writes above the rate does not wait; what is too much is dropped and
+// counted, and nothing is lost of what is not.
 func TestUplink(t *testing.T) {
 	device := tuntest.New(1400)
 	a := new(account)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	ss := &session{account: a, ctx: ctx, stop: cancel}
 	u := &uplink{Device: device, ss: ss}
-	pkt := ippacket.AppendEcho(make([]byte, headroom), netip.MustParseAddr("10.77.0.2"), netip.MustParseAddr("192.0.2.1"), 64, true, 1, 1, make([]byte, 1000))
+	pkt := ippacket.AppendEcho(make([]byte, headroom), netip.MustParseAddr("10.77.0.2"),
+		netip.MustParseAddr("192.0.2.1"), 64, true, 1, 1, make([]byte, 1000))
 	write := func(n int) {
 		t.Helper()
 		for range n {

@@ -13,20 +13,24 @@ var (
 	errNoFamily      = errors.New("the pool has no addresses of this family")
 )
 
-// pool leases addresses, one by one or, where that is allowed, in aligned blocks (prefix delegation). No two leases overlap.
-// What is given back rests for a while: until then it is its last owner's again at once, and somebody else's only when nothing
-// else is free, because the last owner may come back, and packets to and from it may still be under way.
+// pool leases addresses, one by one or, where that is allowed, in aligned
+// blocks (prefix delegation). No two leases overlap. What is given back rests
+// for a while: until then it is its last owner's again at once, and somebody
+// else's only when nothing else is free, because the last owner may come back,
+// and packets to and from it may still be under way.
 type pool struct {
-	reserved func(p netip.Prefix, user string) bool // an address of p is for somebody else than user
-	hold     time.Duration                          // for which what is given back rests
+	// an address of p is for somebody else than user
+	reserved func(p netip.Prefix, user string) bool
+	hold     time.Duration // for which what is given back rests
 	now      func() time.Time
 
 	mu       sync.Mutex
 	families []*family
 }
 
-// newPool makes a pool of spaces; those without a valid prefix are left out. reserved reports whether an address of a prefix is
-// reserved for somebody else than a user.
+// newPool makes a pool of spaces; those without a valid prefix are left out.
+// reserved reports whether an address of a prefix is reserved for somebody else
+// than a user.
 func newPool(reserved func(p netip.Prefix, user string) bool, spaces ...space) *pool {
 	p := &pool{reserved: reserved, hold: DefaultHold, now: time.Now}
 	for _, s := range spaces {
@@ -37,7 +41,8 @@ func newPool(reserved func(p netip.Prefix, user string) bool, spaces ...space) *
 	return p
 }
 
-// gateways returns the proxy's own addresses with the prefix lengths of their pools.
+// gateways returns the proxy's own addresses with the prefix lengths of their
+// pools.
 func (p *pool) gateways() []netip.Prefix {
 	var g []netip.Prefix
 	for _, f := range p.families {
@@ -64,7 +69,8 @@ func (p *pool) prefixes() []netip.Prefix {
 	return out
 }
 
-// contains reports whether a is in the pool, leased or not, and not the proxy's own.
+// contains reports whether a is in the pool, leased or not, and not the proxy's
+// own.
 func (p *pool) contains(a netip.Addr) bool {
 	f := p.family(a)
 	return f != nil && f.prefix.Contains(a) && a != f.gateway
@@ -82,9 +88,11 @@ func (p *pool) family(a netip.Addr) *family {
 	return nil
 }
 
-// lease takes what user wants. An unspecified address means any. A prefix is granted as a block of the wanted length, or of
-// the shortest that is allowed, where blocks are delegated and one is free; otherwise it is a wish for its first address.
-// What is not free is replaced by something that is. owner tells whose the lease is once it is given back, "" for nobody's.
+// lease takes what user wants. An unspecified address means any. A prefix is
+// granted as a block of the wanted length, or of the shortest that is allowed,
+// where blocks are delegated and one is free; otherwise it is a wish for its
+// first address. What is not free is replaced by something that is. owner tells
+// whose the lease is once it is given back, "" for nobody's.
 func (p *pool) lease(user User, owner string, want netip.Prefix) (netip.Prefix, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -103,9 +111,11 @@ func (p *pool) lease(user User, owner string, want netip.Prefix) (netip.Prefix, 
 	return netip.Prefix{}, errPoolExhausted
 }
 
-// leaseBits finds a free prefix of f with the given length: the wanted one if it may be, or else one that is reserved for the
-// user, the owner's last one, any, and only then one that rests for somebody else.
-func (p *pool) leaseBits(f *family, user User, owner string, want netip.Addr, bits int) (netip.Prefix, bool) {
+// leaseBits finds a free prefix of f with the given length: the wanted one if
+// it may be, or else one that is reserved for the user, the owner's last one,
+// any, and only then one that rests for somebody else.
+func (p *pool) leaseBits(f *family, user User, owner string, want netip.Addr,
+	bits int) (netip.Prefix, bool) {
 	free := func(x netip.Prefix) bool { return f.free(x) && !p.reserved(x, user.Name) }
 	rested := func(x netip.Prefix) bool { return free(x) && !f.restsForOthers(x, owner) }
 	if x, err := want.Prefix(bits); err == nil && rested(x) {
@@ -125,9 +135,11 @@ func (p *pool) leaseBits(f *family, user User, owner string, want netip.Addr, bi
 	return f.search(bits, func(*rest) bool { return false }, free)
 }
 
-// firstReserved returns the first address that is reserved for user, of the family of a, and free. Those that rested come first:
-// what is reserved for the user, only another device of the user's can have had.
-func firstReserved(user User, a netip.Addr, rested, free func(netip.Prefix) bool) (netip.Prefix, bool) {
+// firstReserved returns the first address that is reserved for user, of the
+// family of a, and free. Those that rested come first: what is reserved for the
+// user, only another device of the user's can have had.
+func firstReserved(user User, a netip.Addr, rested,
+	free func(netip.Prefix) bool) (netip.Prefix, bool) {
 	for _, ok := range []func(netip.Prefix) bool{rested, free} {
 		for _, r := range user.Addresses {
 			if x := netip.PrefixFrom(r, r.BitLen()); r.Is4() == a.Is4() && ok(x) {
@@ -138,7 +150,8 @@ func firstReserved(user User, a netip.Addr, rested, free func(netip.Prefix) bool
 	return netip.Prefix{}, false
 }
 
-// leaseReserved takes an address of each family that is reserved for user, where there is one that nobody has.
+// leaseReserved takes an address of each family that is reserved for user,
+// where there is one that nobody has.
 func (p *pool) leaseReserved(user User, owner string) (leases []netip.Prefix) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

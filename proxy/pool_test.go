@@ -63,8 +63,11 @@ type model struct {
 // candidates returns all prefixes of the given length that may be leased.
 func (m *model) candidates(bits int) (out []netip.Prefix) {
 	for p := netip.PrefixFrom(m.prefix.Addr(), bits); m.prefix.Contains(p.Addr()); {
-		special := p.Contains(m.prefix.Addr()) || p.Contains(m.prefix.Addr().Next()) || p.Contains(netip.MustParseAddr("10.77.0.63"))
-		if !special && !slices.ContainsFunc(m.held, func(o held) bool { return o.prefix.Overlaps(p) }) {
+		special := p.Contains(m.prefix.Addr()) || p.Contains(m.prefix.Addr().Next()) ||
+			p.Contains(netip.MustParseAddr("10.77.0.63"))
+		if !special && !slices.ContainsFunc(m.held, func(o held) bool {
+			return o.prefix.Overlaps(p)
+		}) {
 			out = append(out, p)
 		}
 		a := p.Addr()
@@ -76,7 +79,8 @@ func (m *model) candidates(bits int) (out []netip.Prefix) {
 	return out
 }
 
-// restsForOthers reports whether an address of p was given back by somebody else than owner less than DefaultHold ago.
+// restsForOthers reports whether an address of p was given back by somebody
+// else than owner less than DefaultHold ago.
 func (m *model) restsForOthers(p netip.Prefix, owner string, now time.Time) bool {
 	for a := p.Addr(); p.Contains(a); a = a.Next() {
 		if g, ok := m.given[a]; ok && g.owner != owner && now.Sub(g.at) < DefaultHold {
@@ -96,12 +100,14 @@ func (m *model) release(p *pool, i int, now time.Time) {
 	}
 }
 
-// However leases and releases of addresses and blocks follow each other, no two leases overlap, none is lost or out of place,
-// what is wanted and free is granted, and what rests goes to others only when nothing else is free.
+// However leases and releases of addresses and blocks follow each other, no two
+// leases overlap, none is lost or out of place, what is wanted and free is
+// granted, and what rests goes to others only when nothing else is free.
 func TestPoolProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		m := model{
-			space: space{netip.MustParsePrefix("10.77.0.0/26"), rapid.SampledFrom([]int{0, 28, 30}).Draw(t, "delegate")},
+			space: space{netip.MustParsePrefix("10.77.0.0/26"),
+				rapid.SampledFrom([]int{0, 28, 30}).Draw(t, "delegate")},
 			given: map[netip.Addr]given{},
 		}
 		p, clock := testPool(nobody, m.space, space{prefix: netip.MustParsePrefix("fd77::/64")})
@@ -112,7 +118,8 @@ func TestPoolProperties(t *testing.T) {
 				continue
 			}
 			owner := rapid.SampledFrom([]string{"alice", "bob", "carol"}).Draw(t, "owner")
-			want := netip.PrefixFrom(netip.IPv4Unspecified(), rapid.IntRange(24, 32).Draw(t, "bits"))
+			want := netip.PrefixFrom(netip.IPv4Unspecified(),
+				rapid.IntRange(24, 32).Draw(t, "bits"))
 			if rapid.Bool().Draw(t, "prefer") {
 				a := netip.AddrFrom4([4]byte{10, 77, 0, rapid.ByteMax(70).Draw(t, "host")})
 				want = netip.PrefixFrom(a, want.Bits()).Masked()
@@ -150,7 +157,9 @@ func (m *model) lease(t *rapid.T, p *pool, owner string, want netip.Prefix, now 
 		t.Fatalf("leased %v for %v, which is none of %v", got, want, free)
 	}
 	rests := func(x netip.Prefix) bool { return m.restsForOthers(x, owner, now) }
-	if i := slices.IndexFunc(free, func(x netip.Prefix) bool { return !rests(x) }); rests(got) && i >= 0 {
+	if i := slices.IndexFunc(free, func(x netip.Prefix) bool {
+		return !rests(x)
+	}); rests(got) && i >= 0 {
 		t.Fatalf("%s got %v, which rests for others, when %v is free", owner, got, free[i])
 	}
 	wanted := netip.PrefixFrom(want.Addr(), bits).Masked()
@@ -160,7 +169,8 @@ func (m *model) lease(t *rapid.T, p *pool, owner string, want netip.Prefix, now 
 	m.held = append(m.held, held{got, owner})
 }
 
-// After ten thousand leases and releases of all kinds every address is there again, once.
+// After ten thousand leases and releases of all kinds every address is there
+// again, once.
 func TestPoolLosesNothing(t *testing.T) {
 	s := space{netip.MustParsePrefix("10.77.0.0/24"), 28}
 	s6 := space{netip.MustParsePrefix("fd77::/48"), 64}
@@ -170,7 +180,8 @@ func TestPoolLosesNothing(t *testing.T) {
 	for i := range 10000 {
 		clock.pass(time.Second)
 		owner := fmt.Sprint("user", random.IntN(50))
-		want := netip.MustParsePrefix([]string{any4, any6, "0.0.0.0/28", "::/64", "0.0.0.0/30", "::/80"}[random.IntN(6)])
+		want := netip.MustParsePrefix([]string{any4, any6, "0.0.0.0/28", "::/64", "0.0.0.0/30",
+			"::/80"}[random.IntN(6)])
 		got, err := p.lease(User{Name: owner}, owner, want)
 		if err == nil {
 			for _, h := range leases {
@@ -203,18 +214,24 @@ func TestPoolLosesNothing(t *testing.T) {
 		}
 		seen[got] = true
 	}
-	if got, err := p.lease(User{}, "", netip.MustParsePrefix(any4)); !errors.Is(err, errPoolExhausted) {
+	if got, err := p.lease(User{}, "", netip.MustParsePrefix(any4)); !errors.Is(err,
+		errPoolExhausted) {
 		t.Errorf("leased %v, %v from a full pool", got, err)
 	}
 }
 
 func TestPoolReservations(t *testing.T) {
 	reserved := netip.MustParseAddr("10.77.0.18")
-	p, _ := testPool(func(p netip.Prefix, user string) bool { return p.Contains(reserved) && user != "alice" },
+	p, _ := testPool(func(p netip.Prefix, user string) bool {
+		return p.Contains(reserved) && user != "alice"
+	},
 		space{netip.MustParsePrefix("10.77.0.0/27"), 28})
 	alice := User{Name: "alice", Addresses: []netip.Addr{reserved}}
-	if got := mustLease(t, p, "bob", "10.77.0.16/29"); got != netip.MustParsePrefix("10.77.0.8/29") {
-		t.Errorf("bob got the block %v", got) // of the others, one has the reserved address, one the proxy's, one broadcast
+	if got := mustLease(t, p, "bob",
+		"10.77.0.16/29"); got != netip.MustParsePrefix("10.77.0.8/29") {
+		// of the others, one has the reserved address, one the proxy's, one
+		// broadcast
+		t.Errorf("bob got the block %v", got)
 	}
 	for i := 0; ; i++ {
 		got, err := p.lease(User{Name: "bob"}, "bob", netip.PrefixFrom(reserved, 32))
@@ -228,12 +245,14 @@ func TestPoolReservations(t *testing.T) {
 	if got, err := p.lease(alice, "alice", netip.MustParsePrefix(any4)); got.Addr() != reserved {
 		t.Errorf("alice got %v, %v", got, err)
 	}
-	if _, err := p.lease(alice, "alice", netip.MustParsePrefix(any6)); !errors.Is(err, errNoFamily) {
+	if _, err := p.lease(alice, "alice", netip.MustParsePrefix(any6)); !errors.Is(err,
+		errNoFamily) {
 		t.Errorf("an IPv6 address from a pool without: %v", err)
 	}
 }
 
-// An address that was given back is the last to be used again, but for its last owner.
+// An address that was given back is the last to be used again, but for its last
+// owner.
 func TestPoolReusesLate(t *testing.T) {
 	p, clock := testPool(nobody, space{prefix: netip.MustParsePrefix("10.77.0.0/24")})
 	first := mustLease(t, p, "alice", any4)

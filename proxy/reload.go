@@ -2,14 +2,17 @@ package proxy
 
 import "reflect"
 
-// Reload changes the configuration of a Server, which may be running. Sessions go on, and lose no packet of what is allowed
-// before and after: they are told of their new routes and DNS, and held to what is denied from now on; a flow of UDP proxying
-// that leads where clients may not go any more ends, and so does the session of a user who is, or is no more, a site's, for its
-// client to begin anew. Limits count for new sessions.
+// Reload changes the configuration of a Server, which may be running. Sessions
+// go on, and lose no packet of what is allowed before and after: they are told
+// of their new routes and DNS, and held to what is denied from now on; a flow
+// of UDP proxying that leads where clients may not go any more ends, and so
+// does the session of a user who is, or is no more, a site's, for its client to
+// begin anew. Limits count for new sessions.
 //
-// It returns the keys of the configuration file whose values differ and need a restart; they stay as they were. With an error,
-// which is an *Error of KindUsage, all stays as it was. Of c, it does not look at Sockets, TLS, Users, StatelessResetKey, Journal, Logger,
-// Resolver and the functions.
+// It returns the keys of the configuration file whose values differ and need a
+// restart; they stay as they were. With an error, which is an *Error of
+// KindUsage, all stays as it was. Of c, it does not look at Sockets, TLS,
+// Users, StatelessResetKey, Journal, Logger, Resolver and the functions.
 func (s *Server) Reload(c Config) (restart []string, err error) {
 	if c, err = c.withDefaults(); err != nil {
 		return nil, err
@@ -26,7 +29,8 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	next := *s.cfg()
 	restart = next.needRestart(c)
 	next.Advertise, next.Deny, next.ClientToClient = c.Advertise, c.Deny, c.ClientToClient
-	next.MaxSessions, next.MaxSessionsPerUser, next.MaxAddressesPerUser = c.MaxSessions, c.MaxSessionsPerUser, c.MaxAddressesPerUser
+	next.MaxSessions, next.MaxSessionsPerUser, next.MaxAddressesPerUser = c.MaxSessions,
+		c.MaxSessionsPerUser, c.MaxAddressesPerUser
 	next.MaxPending, next.MaxPendingPerAddress = c.MaxPending, c.MaxPendingPerAddress
 	next.MaxUDPFlows, next.MaxUDPFlowsPerUser = c.MaxUDPFlows, c.MaxUDPFlowsPerUser
 	next.ConnectUDP, next.Sites = c.ConnectUDP, c.Sites
@@ -46,12 +50,14 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 		s.cfg().Logger.Warn("cannot read the host's own addresses", "error", err)
 	}
 	for _, ss := range s.sessions.list() {
-		if ss.udp != nil || ss.account.reach.Load() != nil { // what is denied to them depends on what is advertised
+		if ss.udp != nil || ss.account.reach.Load() != nil {
+			// what is denied to them depends on what is advertised
 			if err := ss.updateDenied(); err != nil {
 				ss.stop(err)
 			}
 		}
-		if ss.udp == nil && ss.scope.IsZero() && (ss.claim != nil) != (rights[ss.user.Name] != nil) {
+		if ss.udp == nil && ss.scope.IsZero() &&
+			(ss.claim != nil) != (rights[ss.user.Name] != nil) {
 			ss.stop(errSite)
 		}
 		ss.refresh()
@@ -59,7 +65,8 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	return restart, nil
 }
 
-// needRestart returns the keys of what Reload does not change and next has otherwise.
+// needRestart returns the keys of what Reload does not change and next has
+// otherwise.
 func (c *Config) needRestart(next Config) []string {
 	var keys []string
 	for _, x := range []struct {

@@ -51,7 +51,8 @@ func newReloadable(t *testing.T, change func(*Config)) *reloadable {
 	}
 	x.str, x.r = str, reader(t, str)
 	nextRoutes(t, x.r)
-	ask := capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: netip.MustParsePrefix("10.77.0.2/32")}}}
+	ask := capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1,
+		Prefix: netip.MustParsePrefix("10.77.0.2/32")}}}
 	if _, err := str.Write(ask.Append(nil)); err != nil {
 		t.Fatal(err)
 	}
@@ -95,12 +96,14 @@ func (x *reloadable) passes(dst string, seq uint16) {
 	if err != nil {
 		x.t.Fatal(err)
 	}
-	if _, _, got, _, ok := ippacket.ParseEcho(pkt, p); !ok || got != seq || p.Dst != netip.MustParseAddr(dst) {
+	if _, _, got, _, ok := ippacket.ParseEcho(pkt, p); !ok || got != seq ||
+		p.Dst != netip.MustParseAddr(dst) {
 		x.t.Fatalf("got packet %d to %v, want %d to %s", got, p.Dst, seq, dst)
 	}
 }
 
-// answered checks that a packet of the client is answered with Destination Unreachable of the given code.
+// answered checks that a packet of the client is answered with Destination
+// Unreachable of the given code.
 func (x *reloadable) answered(dst string, code uint8) {
 	x.t.Helper()
 	x.send(dst, 0)
@@ -112,7 +115,8 @@ func (x *reloadable) answered(dst string, code uint8) {
 	}
 	pkt := bytes.TrimPrefix(b, []byte{0})
 	p, err := ippacket.Parse(pkt)
-	if err != nil || !ippacket.IsICMPError(pkt, p) || pkt[p.HeaderLen] != 3 || pkt[p.HeaderLen+1] != code {
+	if err != nil || !ippacket.IsICMPError(pkt, p) || pkt[p.HeaderLen] != 3 ||
+		pkt[p.HeaderLen+1] != code {
 		x.t.Fatalf("a packet to %s is answered with % x, %v; want code %d", dst, pkt, err, code)
 	}
 }
@@ -122,12 +126,15 @@ func TestReload(t *testing.T) {
 	x := newReloadable(t, nil)
 	x.passes("192.0.2.1", 1)
 	x.answered("198.51.100.1", 0)
-	x.answered("10.77.0.3", 0) // clients do not know of each other where their network is not advertised
+	// clients do not know of each other where their network is not advertised
+	x.answered("10.77.0.3", 0)
 
-	x.cfg.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("10.77.0.0/24")}
+	x.cfg.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
+		netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("10.77.0.0/24")}
 	x.cfg.Deny = []netip.Prefix{netip.MustParsePrefix("192.0.2.128/25")}
 	x.reload()
-	if got, want := nextRoutes(t, x.r), capsule.Routes(x.cfg.Advertise, 0); !slices.Equal(got, want) {
+	if got, want := nextRoutes(t, x.r),
+		capsule.Routes(x.cfg.Advertise, 0); !slices.Equal(got, want) {
 		t.Errorf("advertised %v, want %v", got, want)
 	}
 	x.passes("192.0.2.1", 2)
@@ -142,18 +149,22 @@ func TestReload(t *testing.T) {
 
 	x.cfg.Advertise = []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}
 	x.reload()
-	if got, want := nextRoutes(t, x.r), []capsule.Route{route("10.77.0.1", 0), route("198.51.100.0/24", 0)}; !slices.Equal(got, want) {
+	if got, want := nextRoutes(t, x.r),
+		[]capsule.Route{route("10.77.0.1", 0),
+			route("198.51.100.0/24", 0)}; !slices.Equal(got, want) {
 		t.Errorf("advertised %v, want %v", got, want)
 	}
 	x.answered("192.0.2.1", 0)
 	x.passes("198.51.100.1", 6)
 
-	if s := x.Sessions(); len(s) != 1 || !slices.Equal(s[0].Addresses, []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")}) {
+	if s := x.Sessions(); len(s) != 1 ||
+		!slices.Equal(s[0].Addresses, []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")}) {
 		t.Errorf("sessions %+v", s)
 	}
 }
 
-// Of what is allowed before and after, no packet is lost, however often the configuration changes meanwhile.
+// Of what is allowed before and after, no packet is lost, however often the
+// configuration changes meanwhile.
 func TestReloadLosesNothing(t *testing.T) {
 	x := newReloadable(t, nil)
 	both := [2][]netip.Prefix{
@@ -184,26 +195,36 @@ func TestReloadLosesNothing(t *testing.T) {
 	<-stopped
 }
 
-// What needs a restart is named, and stays as it was; what is wrong changes nothing.
+// What needs a restart is named, and stays as it was; what is wrong changes
+// nothing.
 func TestReloadRefuses(t *testing.T) {
 	network := &kernel{}
-	x := newReloadable(t, func(c *Config) { c.OpenNetwork = func(Device) (Network, error) { return network, nil } })
+	x := newReloadable(t, func(c *Config) {
+		c.OpenNetwork = func(Device) (Network, error) { return network, nil }
+	})
 	good := x.cfg
-	x.cfg.Name, x.cfg.Listen, x.cfg.Template = "other.example", []string{"127.0.0.1:1"}, "https://other.example/x"
-	x.cfg.Pool4, x.cfg.Pool6, x.cfg.Delegate4 = netip.MustParsePrefix("10.78.0.0/24"), netip.MustParsePrefix("fd78::/64"), 28
+	x.cfg.Name, x.cfg.Listen, x.cfg.Template = "other.example", []string{"127.0.0.1:1"},
+		"https://other.example/x"
+	x.cfg.Pool4, x.cfg.Pool6, x.cfg.Delegate4 = netip.MustParsePrefix("10.78.0.0/24"),
+		netip.MustParsePrefix("fd78::/64"), 28
 	x.cfg.Delegate6 = 80
 	x.cfg.TUN.Name, x.cfg.TUN.MTU, x.cfg.TUN.Offload = "x", 1300, !x.cfg.TUN.Offload
 	x.cfg.Masquerade, x.cfg.KernelHopLimit = true, true
 	x.cfg.Methods, x.cfg.Users = []string{MethodToken}, noUsers{}
-	x.reload("name", "listen", "template", "auth.methods", "tun.name", "tun.mtu", "tun.offload", "pool.ipv4", "pool.ipv6",
+	x.reload("name", "listen", "template", "auth.methods", "tun.name", "tun.mtu", "tun.offload",
+		"pool.ipv4", "pool.ipv6",
 		"pool.delegate_ipv4", "pool.delegate_ipv6", "nat.masquerade", "forwarding.hop_limit")
-	if s := x.Status(); s.Name != "localhost" || len(s.Listen) != 1 || s.Listen[0] != "127.0.0.1:0" {
+	if s := x.Status(); s.Name != "localhost" || len(s.Listen) != 1 ||
+		s.Listen[0] != "127.0.0.1:0" {
 		t.Errorf("status %+v", s)
 	}
-	if slices.ContainsFunc(network.all(), func(s routing.State) bool { return len(s.Masquerade) > 0 }) {
+	if slices.ContainsFunc(network.all(), func(s routing.State) bool {
+		return len(s.Masquerade) > 0
+	}) {
 		t.Error("masquerading is on")
 	}
-	rsp, str := request(t, x.h3, "CONNECT", "connect-ip", anyPath, nil) // still without authentication
+	// still without authentication
+	rsp, str := request(t, x.h3, "CONNECT", "connect-ip", anyPath, nil)
 	if rsp.StatusCode != 200 {
 		t.Errorf("status %d", rsp.StatusCode)
 	}
@@ -246,7 +267,8 @@ func TestReloadLimits(t *testing.T) {
 	if rsp, _ := request(t, x.h3, "CONNECT", "connect-ip", anyPath, nil); rsp.StatusCode != 200 {
 		t.Errorf("status %d below the new limit", rsp.StatusCode)
 	}
-	if rsp, _ := request(t, x.h3, "CONNECT", "connect-udp", udpPath+"192.0.2.7/53/", nil); rsp.StatusCode != 200 {
+	if rsp, _ := request(t, x.h3, "CONNECT", "connect-udp", udpPath+"192.0.2.7/53/",
+		nil); rsp.StatusCode != 200 {
 		t.Errorf("status %d for UDP proxying, which is on now", rsp.StatusCode)
 	}
 }
@@ -254,8 +276,12 @@ func TestReloadLimits(t *testing.T) {
 // A flow of UDP proxying to where clients may not go any more ends.
 func TestReloadEndsFlows(t *testing.T) {
 	for name, change := range map[string]func(*Config){
-		"denied":         func(c *Config) { c.Deny = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")} },
-		"not advertised": func(c *Config) { c.Advertise = []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")} },
+		"denied": func(c *Config) {
+			c.Deny = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
+		},
+		"not advertised": func(c *Config) {
+			c.Advertise = []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var cfg Config
@@ -293,7 +319,8 @@ func TestReloadBeforeRun(t *testing.T) {
 	}
 }
 
-// oneChanging is users of whom there is one, who may change. The token is the name.
+// oneChanging is users of whom there is one, who may change. The token is the
+// name.
 type oneChanging struct {
 	mu    sync.Mutex
 	alice User
@@ -328,9 +355,12 @@ func TestUsersChanged(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			users := &oneChanging{alice: User{Name: "alice", TokenHash: [32]byte{1}}}
-			s := startServer(t, func(c *Config) { c.Methods, c.Users = []string{MethodToken}, users })
+			s := startServer(t, func(c *Config) {
+				c.Methods, c.Users = []string{MethodToken}, users
+			})
 			_, h3 := s.dial(t, nil)
-			request(t, h3, "CONNECT", "connect-ip", anyPath, http.Header{"Authorization": {"Bearer alice"}})
+			request(t, h3, "CONNECT", "connect-ip", anyPath,
+				http.Header{"Authorization": {"Bearer alice"}})
 			ss := s.sessions.list()[0]
 			users.change(tc.change)
 			s.UsersChanged()
@@ -359,7 +389,8 @@ func TestUserChangesMeanwhile(t *testing.T) {
 		})
 	})
 	_, h3 := s.dial(t, nil)
-	rsp, _ := request(t, h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/target.example/*/", http.Header{"Authorization": {"Bearer alice"}})
+	rsp, _ := request(t, h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/target.example/*/",
+		http.Header{"Authorization": {"Bearer alice"}})
 	if rsp.StatusCode != 401 || len(s.Sessions()) != 0 {
 		t.Errorf("status %d, sessions %+v", rsp.StatusCode, s.Sessions())
 	}
@@ -369,12 +400,14 @@ func TestUserChangesMeanwhile(t *testing.T) {
 func disjoint(n int) []netip.Prefix {
 	var out []netip.Prefix
 	for i := range n {
-		out = append(out, netip.PrefixFrom(netip.AddrFrom4([4]byte{11, byte(i >> 15), byte(i >> 7), byte(i << 1)}), 32))
+		out = append(out, netip.PrefixFrom(netip.AddrFrom4([4]byte{11, byte(i >> 15), byte(i >> 7),
+			byte(i << 1)}), 32))
 	}
 	return out
 }
 
-// More routes than clients take are refused at the start and by Reload, and what can be joined is.
+// More routes than clients take are refused at the start and by Reload, and
+// what can be joined is.
 func TestAdvertisedRoutes(t *testing.T) {
 	const most = routing.MaxRoutes - 1 // without the proxy's own address
 	for _, tc := range []struct {
@@ -391,10 +424,12 @@ func TestAdvertisedRoutes(t *testing.T) {
 				}
 			}
 		}), 2},
-		{"ranges that many routes make", append(disjoint(most-10), slices.Collect(func(yield func(netip.Prefix) bool) {
-			for b := 9; b <= 32 && yield(netip.PrefixFrom(netip.AddrFrom4([4]byte{12}), b).Masked()); b++ {
-			}
-		})...), routing.MaxRoutes - 9},
+		{"ranges that many routes make",
+			append(disjoint(most-10), slices.Collect(func(yield func(netip.Prefix) bool) {
+				for b := 9; b <= 32 &&
+					yield(netip.PrefixFrom(netip.AddrFrom4([4]byte{12}), b).Masked()); b++ {
+				}
+			})...), routing.MaxRoutes - 9},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			x := newReloadable(t, nil)
@@ -402,7 +437,9 @@ func TestAdvertisedRoutes(t *testing.T) {
 			_, err := x.Reload(x.cfg)
 			if tc.sent == 0 {
 				var e *Error
-				if !errors.As(err, &e) || e.Kind != KindUsage || !strings.HasPrefix(e.Reason, "routes.advertise: ") || !strings.Contains(e.Reason, "16385") {
+				if !errors.As(err, &e) || e.Kind != KindUsage ||
+					!strings.HasPrefix(e.Reason, "routes.advertise: ") ||
+					!strings.Contains(e.Reason, "16385") {
 					t.Errorf("Reload: got %v, want a usage error about routes.advertise", err)
 				}
 				if _, err := New(x.cfg); !errors.As(err, &e) {
@@ -415,7 +452,9 @@ func TestAdvertisedRoutes(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, str := request(t, x.h3, "CONNECT", "connect-ip", anyPath, nil)
-			if got := nextRoutes(t, capsule.NewReader(str, routing.MaxRoutes*capsule.MaxRouteLen)); len(got) != tc.sent {
+			if got := nextRoutes(t,
+				capsule.NewReader(str,
+					routing.MaxRoutes*capsule.MaxRouteLen)); len(got) != tc.sent {
 				t.Errorf("%d routes are advertised, want %d", len(got), tc.sent)
 			}
 		})

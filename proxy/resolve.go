@@ -13,22 +13,26 @@ import (
 
 const (
 	lookupTimeout = 5 * time.Second
-	// maxLookups and maxLookupsOfUser are how many names are being looked up at once, in all and for one user.
+	// maxLookups and maxLookupsOfUser are how many names are being looked up at
+	// once, in all and for one user.
 	maxLookups       = 64
 	maxLookupsOfUser = 8
 	// maxResolved is how many addresses of one name count.
 	maxResolved = 64
 )
 
-// Resolver finds the addresses of DNS names; *net.Resolver is one. Errors should be, or wrap, a *net.DNSError.
+// Resolver finds the addresses of DNS names; *net.Resolver is one. Errors
+// should be, or wrap, a *net.DNSError.
 type Resolver interface {
 	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
 
-// resolve returns the addresses of name, IPv4 and IPv6, or why there are none in the terms of RFC 9209 section 2.3.
+// resolve returns the addresses of name, IPv4 and IPv6, or why there are none
+// in the terms of RFC 9209 section 2.3.
 func (s *Server) resolve(ctx context.Context, user User, name string) ([]netip.Addr, *refusal) {
 	if !s.lookups.begin(user.Name) {
-		return nil, refuse(http.StatusServiceUnavailable, "connection_limit_reached", "user %q: too many names are being resolved", user.Name)
+		return nil, refuse(http.StatusServiceUnavailable, "connection_limit_reached",
+			"user %q: too many names are being resolved", user.Name)
 	}
 	defer s.lookups.end(user.Name)
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
@@ -71,7 +75,8 @@ type lookups struct {
 	ofUser map[string]int
 }
 
-// begin reports whether one more may begin, which then has to end. Users without a name are one that has the whole limit.
+// begin reports whether one more may begin, which then has to end. Users
+// without a name are one that has the whole limit.
 func (l *lookups) begin(user string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()

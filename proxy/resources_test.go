@@ -19,8 +19,8 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// atProcs runs f with one, two and many processors: what is shared by goroutines of several peers often has a size that
-// follows from their number.
+// atProcs runs f with one, two and many processors: what is shared by
+// goroutines of several peers often has a size that follows from their number.
 func atProcs(t *testing.T, f func(t *testing.T)) {
 	for _, n := range []int{1, 2, 16} {
 		t.Run(fmt.Sprintf("processors=%d", n), func(t *testing.T) {
@@ -30,7 +30,8 @@ func atProcs(t *testing.T, f func(t *testing.T)) {
 	}
 }
 
-// One client that sends into many tunnels of one connection in turn holds up nobody else.
+// One client that sends into many tunnels of one connection in turn holds up
+// nobody else.
 func TestManyTunnelsOfOneConnection(t *testing.T) {
 	const tunnels, rounds = 40, 100
 	atProcs(t, func(t *testing.T) {
@@ -47,7 +48,8 @@ func TestManyTunnelsOfOneConnection(t *testing.T) {
 		}
 		for range rounds {
 			for _, g := range all {
-				pkt := ippacket.AppendEcho([]byte{0}, g.own[0], netip.MustParseAddr("192.0.2.9"), 64, true, 1, 1, nil)
+				pkt := ippacket.AppendEcho([]byte{0}, g.own[0], netip.MustParseAddr("192.0.2.9"),
+					64, true, 1, 1, nil)
 				if err := g.str.SendDatagram(pkt); err != nil {
 					t.Fatal(err)
 				}
@@ -77,7 +79,9 @@ func (d trap) Write(bufs [][]byte, offset int) (int, error) {
 func newTrap(t *testing.T, then func()) *hub {
 	device := tuntest.New(1400)
 	h := newHub(t, func(c *Config) {
-		c.OpenDevice = func() (Device, error) { return trap{device, netip.MustParseAddr("192.0.2.66"), then}, nil }
+		c.OpenDevice = func() (Device, error) {
+			return trap{device, netip.MustParseAddr("192.0.2.66"), then}, nil
+		}
 	})
 	h.device = device
 	return h
@@ -92,14 +96,17 @@ func (g *gateway) sendDatagram(dst string) {
 	}
 }
 
-// A panic in what serves one client ends that client's session, says where it was, and holds up nobody else.
+// A panic in what serves one client ends that client's session, says where it
+// was, and holds up nobody else.
 func TestPanicEndsOneSession(t *testing.T) {
 	for _, tc := range []struct {
 		name string
 		send func(*gateway)
 	}{
 		{"goroutine of the connection", func(g *gateway) { g.sendDatagram("192.0.2.66") }},
-		{"goroutine that reads capsules", func(g *gateway) { g.send(g.own[0].String(), "192.0.2.66") }},
+		{"goroutine that reads capsules", func(g *gateway) {
+			g.send(g.own[0].String(), "192.0.2.66")
+		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			atProcs(t, func(t *testing.T) {
@@ -151,7 +158,8 @@ func (u vanishing) ByName(string) (User, bool) {
 	return User{}, false
 }
 
-// A session that is refused after it was taken in has ended for those who wait for it, as a newer session of the same client does.
+// A session that is refused after it was taken in has ended for those who wait
+// for it, as a newer session of the same client does.
 func TestRefusedSessionIsDone(t *testing.T) {
 	var server atomic.Pointer[Server]
 	refused := make(chan *session, 1)
@@ -161,7 +169,8 @@ func TestRefusedSessionIsDone(t *testing.T) {
 	})
 	server.Store(x.Server)
 	_, h3 := x.dial(t, nil)
-	rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, http.Header{"Authorization": {"Bearer a"}})
+	rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath,
+		http.Header{"Authorization": {"Bearer a"}})
 	if rsp.StatusCode != http.StatusUnauthorized {
 		t.Fatalf("status %d, want %d", rsp.StatusCode, http.StatusUnauthorized)
 	}
@@ -172,15 +181,22 @@ func TestRefusedSessionIsDone(t *testing.T) {
 	}
 }
 
-// A flood of lines that one client causes hides none that others cause, whether it is known by its user or by its address.
+// A flood of lines that one client causes hides none that others cause, whether
+// it is known by its user or by its address.
 func TestLogOfOthers(t *testing.T) {
 	for _, tc := range []struct {
 		name           string
 		flood, another func(*slog.Logger)
 	}{
-		{"user", func(l *slog.Logger) { l.With("user", "mallory").Warn("m", "who", "flood") }, func(l *slog.Logger) { l.With("user", "alice").Warn("m", "who", "other") }},
-		{"address", func(l *slog.Logger) { l.Warn("m", "remote", "192.0.2.1:1", "who", "flood") }, func(l *slog.Logger) { l.Warn("m", "remote", "192.0.2.2:1", "who", "other") }},
-		{"network", func(l *slog.Logger) { l.Warn("m", "remote", "[2001:db8::1]:1", "who", "flood") }, func(l *slog.Logger) { l.Warn("m", "remote", "[2001:db8:0:1::1]:1", "who", "other") }},
+		{"user", func(l *slog.Logger) {
+			l.With("user", "mallory").Warn("m", "who", "flood")
+		}, func(l *slog.Logger) { l.With("user", "alice").Warn("m", "who", "other") }},
+		{"address", func(l *slog.Logger) {
+			l.Warn("m", "remote", "192.0.2.1:1", "who", "flood")
+		}, func(l *slog.Logger) { l.Warn("m", "remote", "192.0.2.2:1", "who", "other") }},
+		{"network", func(l *slog.Logger) {
+			l.Warn("m", "remote", "[2001:db8::1]:1", "who", "flood")
+		}, func(l *slog.Logger) { l.Warn("m", "remote", "[2001:db8:0:1::1]:1", "who", "other") }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -197,7 +213,8 @@ func TestLogOfOthers(t *testing.T) {
 				if got := strings.Count(out.String(), "who=other"); got != seconds {
 					t.Errorf("%d lines of another client, want %d", got, seconds)
 				}
-				if got, most := strings.Count(out.String(), "who=flood"), sourceBurst+seconds*sourceRate; got > most {
+				if got, most := strings.Count(out.String(), "who=flood"),
+					sourceBurst+seconds*sourceRate; got > most {
 					t.Errorf("%d lines of the flood, want %d at most", got, most)
 				}
 			})
@@ -216,7 +233,8 @@ func TestLogSourcesAreBounded(t *testing.T) {
 	}
 }
 
-// A client that holds a batch with a packet, and then sends what is no packet without end, gives it back.
+// A client that holds a batch with a packet, and then sends what is no packet
+// without end, gives it back.
 func TestBatchesUnderGarbage(t *testing.T) {
 	atProcs(t, func(t *testing.T) {
 		h := newHub(t, nil)
@@ -230,7 +248,8 @@ func TestBatchesUnderGarbage(t *testing.T) {
 			_, attacker.h3 = h.dial(t, nil)
 			g := attacker.connect("c", "")
 			floods.Go(func() {
-				pkt := ippacket.AppendEcho([]byte{0}, g.own[0], netip.MustParseAddr("192.0.2.9"), 64, true, 1, 1, nil)
+				pkt := ippacket.AppendEcho([]byte{0}, g.own[0], netip.MustParseAddr("192.0.2.9"),
+					64, true, 1, 1, nil)
 				for n := 0; ; n++ {
 					select {
 					case <-stop:
@@ -252,7 +271,8 @@ func TestBatchesUnderGarbage(t *testing.T) {
 	})
 }
 
-// A panic while a request is answered ends that request alone, and leaves no session and no lock behind.
+// A panic while a request is answered ends that request alone, and leaves no
+// session and no lock behind.
 func TestPanicEndsOneRequest(t *testing.T) {
 	var panics atomic.Bool
 	panics.Store(true)
@@ -274,7 +294,8 @@ func TestPanicEndsOneRequest(t *testing.T) {
 		t.Errorf("%d sessions are left, want none", n)
 	}
 	// The same user, on the same connection.
-	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, auth); rsp.StatusCode != http.StatusUnauthorized {
+	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath,
+		auth); rsp.StatusCode != http.StatusUnauthorized {
 		t.Errorf("status %d after the panic, want %d", rsp.StatusCode, http.StatusUnauthorized)
 	}
 }

@@ -11,8 +11,9 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// builtinDenied are the destinations that no client reaches through a proxy: the proxy itself, its links, and cloud
-// metadata services, which trust whoever asks from the proxy's address.
+// builtinDenied are the destinations that no client reaches through a proxy:
+// the proxy itself, its links, and cloud metadata services, which trust whoever
+// asks from the proxy's address.
 var builtinDenied = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"),
 	netip.MustParsePrefix("127.0.0.0/8"),
@@ -30,9 +31,12 @@ var builtinDenied = []netip.Prefix{
 	netip.MustParsePrefix("::ffff:0:0/96"),
 }
 
-// reach returns the addresses that a request with the given scope is about, nil for all, with its name resolved (RFC 9484
-// section 4.6). Of a name's addresses it has those that clients may reach; a scope of which they reach nothing is refused.
-func (s *Server) reach(ctx context.Context, user User, scope connectip.Scope) (*netipx.IPSet, *refusal) {
+// reach returns the addresses that a request with the given scope is about, nil
+// for all, with its name resolved (RFC 9484 section 4.6). Of a name's addresses
+// it has those that clients may reach; a scope of which they reach nothing is
+// refused.
+func (s *Server) reach(ctx context.Context, user User, scope connectip.Scope) (*netipx.IPSet,
+	*refusal) {
 	var b netipx.IPSetBuilder
 	switch {
 	case scope.Name != "":
@@ -53,18 +57,24 @@ func (s *Server) reach(ctx context.Context, user User, scope connectip.Scope) (*
 	}
 	set, err := b.IPSet()
 	if err != nil {
-		return nil, refuse(http.StatusInternalServerError, "proxy_internal_error", "%v: %v", scope, err)
+		return nil, refuse(http.StatusInternalServerError, "proxy_internal_error", "%v: %v",
+			scope, err)
 	}
-	if routes, err := s.routes(set, user.reach(), scope.Protocol, s.pool.serves); err != nil || s.allDenied(routes) {
-		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited", "%v: the client may reach nothing of it", scope)
+	if routes, err := s.routes(set, user.reach(), scope.Protocol, s.pool.serves); err != nil ||
+		s.allDenied(routes) {
+		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited",
+			"%v: the client may reach nothing of it", scope)
 	}
 	return set, nil
 }
 
-// routes returns what is advertised to a client whose request is about the addresses of reach, nil for all, and one protocol,
-// 0 for all: as far as the scope reaches, the proxy's routes, of them only what may has, nil for all, and its own addresses. A family
-// without addresses for the client has no use for routes; families says which have some.
-func (s *Server) routes(reach, may *netipx.IPSet, protocol uint8, families func(netip.Addr) bool) ([]capsule.Route, error) {
+// routes returns what is advertised to a client whose request is about the
+// addresses of reach, nil for all, and one protocol, 0 for all: as far as the
+// scope reaches, the proxy's routes, of them only what may has, nil for all,
+// and its own addresses. A family without addresses for the client has no use
+// for routes; families says which have some.
+func (s *Server) routes(reach, may *netipx.IPSet, protocol uint8,
+	families func(netip.Addr) bool) ([]capsule.Route, error) {
 	var b netipx.IPSetBuilder
 	for _, p := range s.cfg().Advertise {
 		b.AddPrefix(p)

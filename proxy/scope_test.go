@@ -19,7 +19,8 @@ import (
 	"masquevpn/capsule"
 )
 
-// names is a Resolver that knows a few names, and fails like DNS for all others.
+// names is a Resolver that knows a few names, and fails like DNS for all
+// others.
 type names map[string][]string
 
 func (n names) LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error) {
@@ -43,15 +44,18 @@ func (n names) LookupNetIP(ctx context.Context, network, host string) ([]netip.A
 	return addrs, nil
 }
 
-// scoped starts a proxy that advertises two networks, and knows names in and outside of them.
+// scoped starts a proxy that advertises two networks, and knows names in and
+// outside of them.
 func scoped(t *testing.T, change func(*Config)) *http3.ClientConn {
 	return start(t, func(c *Config) {
 		c.Pool6 = netip.MustParsePrefix("fd77::/64")
-		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
+		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
+			netip.MustParsePrefix("2001:db8::/32")}
 		c.Deny = []netip.Prefix{netip.MustParsePrefix("192.0.2.128/25")}
 		c.LocalNetworks = func() ([]netip.Prefix, error) { return nil, nil }
 		c.Resolver = names{
-			"target.example":  {"192.0.2.7", "2001:db8::7", "192.0.2.9", "::ffff:192.0.2.7", "192.0.2.200", "198.51.100.1"},
+			"target.example": {"192.0.2.7", "2001:db8::7", "192.0.2.9", "::ffff:192.0.2.7",
+				"192.0.2.200", "198.51.100.1"},
 			"v4.example":      {"192.0.2.7"},
 			"denied.example":  {"192.0.2.200"},
 			"outside.example": {"198.51.100.1", "fe80::1"},
@@ -63,7 +67,8 @@ func scoped(t *testing.T, change func(*Config)) *http3.ClientConn {
 	})
 }
 
-// proxyStatus parses Proxy-Status and returns its error, and its rcode if there is one.
+// proxyStatus parses Proxy-Status and returns its error, and its rcode if there
+// is one.
 func proxyStatus(t *testing.T, rsp *http.Response) (kind, rcode string) {
 	t.Helper()
 	list, err := httpsfv.UnmarshalList(rsp.Header["Proxy-Status"])
@@ -108,14 +113,16 @@ func TestScopes(t *testing.T) {
 	h3 := scoped(t, nil)
 	const base = "/.well-known/masque/ip/"
 	for path, want := range map[string][]capsule.Route{
-		"*/17/":                {route("10.77.0.1", 17), route("192.0.2.0/24", 17), route("2001:db8::/32", 17), route("fd77::1", 17)},
+		"*/17/": {route("10.77.0.1", 17), route("192.0.2.0/24", 17),
+			route("2001:db8::/32", 17), route("fd77::1", 17)},
 		"192.0.2.7/*/":         {route("192.0.2.7", 0)},
 		"192.0.2.0%2F25/6/":    {route("192.0.2.0/25", 6)},
 		"0.0.0.0%2F0/*/":       {route("10.77.0.1", 0), route("192.0.2.0/24", 0)},
 		"2001%3Adb8%3A%3A/58/": {route("2001:db8::", 58)},
 		"10.77.0.1/*/":         {route("10.77.0.1", 0)},
-		"target.example/17/":   {route("192.0.2.7", 17), route("192.0.2.9", 17), route("2001:db8::7", 17)},
-		"v4.example/*/":        {route("192.0.2.7", 0)},
+		"target.example/17/": {route("192.0.2.7", 17), route("192.0.2.9", 17),
+			route("2001:db8::7", 17)},
+		"v4.example/*/": {route("192.0.2.7", 0)},
 	} {
 		t.Run(path, func(t *testing.T) {
 			rsp, str := request(t, h3, "CONNECT", "connect-ip", base+path, nil)
@@ -162,7 +169,8 @@ func TestScopesRefused(t *testing.T) {
 	}
 }
 
-// A name has as many routes as a capsule and a kernel take with ease, however many addresses DNS has for it.
+// A name has as many routes as a capsule and a kernel take with ease, however
+// many addresses DNS has for it.
 func TestManyAddressesOfOneName(t *testing.T) {
 	many := names{}
 	a := netip.MustParseAddr("192.0.2.0")
@@ -179,7 +187,8 @@ func TestManyAddressesOfOneName(t *testing.T) {
 
 // Routes of a family are withdrawn when the client gets no address of it.
 func TestRoutesFollowAddresses(t *testing.T) {
-	h3 := scoped(t, func(c *Config) { c.Pool6 = netip.MustParsePrefix("fd77::/126") }) // two addresses for clients
+	// two addresses for clients
+	h3 := scoped(t, func(c *Config) { c.Pool6 = netip.MustParsePrefix("fd77::/126") })
 	ask := func(path string, wants ...string) ([]capsule.Address, *capsule.Reader) {
 		t.Helper()
 		_, str := request(t, h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/"+path, nil)
@@ -187,7 +196,8 @@ func TestRoutesFollowAddresses(t *testing.T) {
 		nextRoutes(t, r)
 		var c capsule.AddressRequest
 		for i, s := range wants {
-			c.Addresses = append(c.Addresses, capsule.Address{RequestID: uint64(i + 1), Prefix: netip.MustParsePrefix(s)})
+			c.Addresses = append(c.Addresses,
+				capsule.Address{RequestID: uint64(i + 1), Prefix: netip.MustParsePrefix(s)})
 		}
 		if _, err := str.Write(c.Append(nil)); err != nil {
 			t.Fatal(err)
@@ -198,19 +208,22 @@ func TestRoutesFollowAddresses(t *testing.T) {
 		}
 		return x.(*capsule.AddressAssign).Addresses, r
 	}
-	if got, _ := ask("*/*/", "::/128", "::/128", "0.0.0.0/32"); len(got) != 3 || slices.ContainsFunc(got, capsule.Address.Refused) {
+	if got, _ := ask("*/*/", "::/128", "::/128", "0.0.0.0/32"); len(got) != 3 ||
+		slices.ContainsFunc(got, capsule.Address.Refused) {
 		t.Fatalf("assigned %v", got)
 	}
 	got, r := ask("target.example/17/", "0.0.0.0/32", "::/128")
 	if len(got) != 2 || got[0].Refused() || !got[1].Refused() {
 		t.Fatalf("assigned %v, want an IPv4 address only", got)
 	}
-	if got, want := nextRoutes(t, r), []capsule.Route{route("192.0.2.7", 17), route("192.0.2.9", 17)}; !slices.Equal(got, want) {
+	if got, want := nextRoutes(t, r),
+		[]capsule.Route{route("192.0.2.7", 17), route("192.0.2.9", 17)}; !slices.Equal(got, want) {
 		t.Errorf("advertised %v, want %v", got, want)
 	}
 	// And whoever asks for one family only gets the routes of that.
 	_, r = ask("target.example/*/", "0.0.0.0/32")
-	if got, want := nextRoutes(t, r), []capsule.Route{route("192.0.2.7", 0), route("192.0.2.9", 0)}; !slices.Equal(got, want) {
+	if got, want := nextRoutes(t, r),
+		[]capsule.Route{route("192.0.2.7", 0), route("192.0.2.9", 0)}; !slices.Equal(got, want) {
 		t.Errorf("advertised %v, want %v", got, want)
 	}
 }
@@ -231,7 +244,8 @@ func TestResolvesAfterAuthentication(t *testing.T) {
 			return nil, errors.New("unexpected")
 		})
 	})
-	rsp, _ := request(t, h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/target.example/*/", nil)
+	rsp, _ := request(t, h3, "CONNECT", "connect-ip",
+		"/.well-known/masque/ip/target.example/*/", nil)
 	if rsp.StatusCode != 401 {
 		t.Errorf("status %d", rsp.StatusCode)
 	}
@@ -274,7 +288,8 @@ func TestLookupsAreLimited(t *testing.T) {
 	}
 }
 
-// plainLog takes log records, and wants nothing in them that moves a terminal's cursor.
+// plainLog takes log records, and wants nothing in them that moves a terminal's
+// cursor.
 type plainLog struct {
 	t     *testing.T
 	lines *atomic.Int32
@@ -301,7 +316,8 @@ func TestNamesInLogsAreEscaped(t *testing.T) {
 	log := plainLog{t, new(atomic.Int32)}
 	h3 := scoped(t, func(c *Config) { c.Logger = slog.New(log) })
 	before := log.lines.Load()
-	paths := []string{"evil%0d%0aline/*/", "evil%1b%5B31m/*/", "*/%0a/", "a%00b/*/", "192.0.2.1%2F%0a/*/", "%0a.example/*/"}
+	paths := []string{"evil%0d%0aline/*/", "evil%1b%5B31m/*/", "*/%0a/", "a%00b/*/",
+		"192.0.2.1%2F%0a/*/", "%0a.example/*/"}
 	for _, path := range paths {
 		rsp, _ := request(t, h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/"+path, nil)
 		if rsp.StatusCode != 400 {

@@ -31,14 +31,17 @@ const (
 	handshakeTimeout = 5 * time.Second
 	// maxStreams is how many requests one connection may have open.
 	maxStreams = 64
-	// streamWindow and connWindow are how many bytes a client may send on one stream, and on all of a connection, before they are
-	// read. Only capsules come on streams, the longest of which fits, and a client that sends them too fast is kept waiting.
+	// streamWindow and connWindow are how many bytes a client may send on one
+	// stream, and on all of a connection, before they are read. Only capsules
+	// come on streams, the longest of which fits, and a client that sends them
+	// too fast is kept waiting.
 	streamWindow = 128 << 10
 	connWindow   = 1 << 20
 	// maxHeaderBytes is the most that the header of a request has, in bytes.
 	maxHeaderBytes = 16 << 10
-	// unvalidatedRate is how many handshakes are begun in a second for addresses that have not proved to be the sender's; what
-	// comes above it has to prove that first (Retry, RFC 9000 section 8.1.2).
+	// unvalidatedRate is how many handshakes are begun in a second for
+	// addresses that have not proved to be the sender's; what comes above it
+	// has to prove that first (Retry, RFC 9000 section 8.1.2).
 	unvalidatedRate = 100
 )
 
@@ -102,8 +105,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	table := newTable()
 	s := &Server{
-		templates:  templates,
-		pool:       newPool(reserved, space{cfg.Pool4, cfg.Delegate4}, space{cfg.Pool6, cfg.Delegate6}),
+		templates: templates,
+		pool: newPool(reserved, space{cfg.Pool4, cfg.Delegate4},
+			space{cfg.Pool6, cfg.Delegate6}),
 		table:      table,
 		sites:      newSites(table, rights),
 		sessions:   sessions{byID: make(map[string]*session)},
@@ -126,10 +130,12 @@ func (s *Server) cfg() *Config { return s.config.Load() }
 // Ready is closed when the proxy accepts clients.
 func (s *Server) Ready() <-chan struct{} { return s.ready }
 
-// Run serves until ctx ends, then tells the clients, restores the host and returns nil. It may be called once.
+// Run serves until ctx ends, then tells the clients, restores the host and
+// returns nil. It may be called once.
 func (s *Server) Run(ctx context.Context) (err error) {
 	if slices.Contains(s.cfg().Methods, MethodNone) {
-		s.cfg().Logger.Warn("authentication is off: everybody who reaches this proxy can use it", "methods", MethodNone)
+		s.cfg().Logger.Warn("authentication is off: everybody who reaches this proxy can use it",
+			"methods", MethodNone)
 	}
 	sockets, err := s.listen(ctx)
 	if err != nil {
@@ -170,7 +176,8 @@ func (s *Server) listen(ctx context.Context) ([]*udpconn.Conn, error) {
 		}
 		if err != nil {
 			closeAll(sockets)
-			return nil, &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %v: %v", c.LocalAddr(), err), Err: err}
+			return nil, &Error{Kind: KindFailure,
+				Reason: fmt.Sprintf("listening on UDP %v: %v", c.LocalAddr(), err), Err: err}
 		}
 		conn.LoseUnsent()
 		conns = append(conns, conn)
@@ -185,9 +192,11 @@ func listenUDP(ctx context.Context, addrs []string) ([]*net.UDPConn, error) {
 		c, err := lc.ListenPacket(ctx, "udp", addr)
 		if err != nil {
 			closeAll(sockets)
-			e := &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %s: %v", addr, err), Err: err}
+			e := &Error{Kind: KindFailure,
+				Reason: fmt.Sprintf("listening on UDP %s: %v", addr, err), Err: err}
 			if errors.Is(err, os.ErrPermission) {
-				e.Kind, e.Remedy = KindPrivileges, "run as root or with the capability CAP_NET_BIND_SERVICE, or choose a port above 1023"
+				e.Kind, e.Remedy = KindPrivileges,
+					"run as root or with the capability CAP_NET_BIND_SERVICE, or choose a port above 1023"
 			}
 			return nil, e
 		}
@@ -219,7 +228,8 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context {
 			s.watchHandshake(c)
 			s.connections.attach(connectionOf(ctx), c)
-			return context.WithValue(context.WithValue(ctx, connKey{}, c), attemptsKey{}, make(chan struct{}, 1))
+			return context.WithValue(context.WithValue(ctx, connKey{}, c), attemptsKey{},
+				make(chan struct{}, 1))
 		},
 	}
 	handshakes := rate.NewLimiter(unvalidatedRate, unvalidatedRate)
@@ -227,7 +237,9 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 	for _, c := range sockets {
 		t := &quic.Transport{
 			Conn: c, ConnContext: s.connections.begin,
-			VerifySourceAddress: func(net.Addr) bool { return !handshakes.Allow() || s.connections.crowded() },
+			VerifySourceAddress: func(net.Addr) bool {
+				return !handshakes.Allow() || s.connections.crowded()
+			},
 		}
 		if s.cfg().StatelessResetKey != nil {
 			t.StatelessResetKey = (*quic.StatelessResetKey)(s.cfg().StatelessResetKey)
@@ -239,7 +251,8 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 	for _, t := range transports {
 		ln, err := t.ListenEarly(http3.ConfigureTLSConfig(s.tlsConfig()), s.quicConfig())
 		if err != nil {
-			return &Error{Kind: KindFailure, Reason: fmt.Sprintf("listening on UDP %s: %v", t.Conn.LocalAddr(), err), Err: err}
+			return &Error{Kind: KindFailure,
+				Reason: fmt.Sprintf("listening on UDP %s: %v", t.Conn.LocalAddr(), err), Err: err}
 		}
 		g.Go(func() error {
 			if err := server.ServeListener(ln); gctx.Err() == nil {
@@ -256,7 +269,8 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 	g.Go(func() error { return s.endExpired(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
-		// Sessions end in good order, and their connections with them: clients are told and can come back at once.
+		// Sessions end in good order, and their connections with them: clients
+		// are told and can come back at once.
 		stop(errShutdown)
 		for _, ss := range s.sessions.list() {
 			<-ss.done
@@ -270,7 +284,8 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 	s.started = time.Now()
 	for _, c := range sockets {
 		s.addrs = append(s.addrs, c.LocalAddr())
-		s.cfg().Logger.Info("listening", "address", c.LocalAddr().String(), "template", s.templates[0].String())
+		s.cfg().Logger.Info("listening", "address", c.LocalAddr().String(), "template",
+			s.templates[0].String())
 	}
 	close(s.ready)
 	return g.Wait()
@@ -324,7 +339,8 @@ func (s *Server) tlsConfig() *tls.Config {
 	return c
 }
 
-// gateway returns the proxy's tunnel address of a's family; invalid when there is none.
+// gateway returns the proxy's tunnel address of a's family; invalid when there
+// is none.
 func (s *Server) gateway(a netip.Addr) netip.Addr {
 	if f := s.pool.family(a); f != nil {
 		return f.gateway
@@ -332,10 +348,12 @@ func (s *Server) gateway(a netip.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
-// Addrs returns the UDP addresses that the proxy listens on, once Ready is closed.
+// Addrs returns the UDP addresses that the proxy listens on, once Ready is
+// closed.
 func (s *Server) Addrs() []net.Addr { return s.addrs }
 
-// listening is where the proxy listens: what was configured, or the addresses of the sockets that it was given.
+// listening is where the proxy listens: what was configured, or the addresses
+// of the sockets that it was given.
 func (s *Server) listening() []string {
 	if len(s.cfg().Sockets) == 0 {
 		return s.cfg().Listen
@@ -369,7 +387,8 @@ func (s *Server) Kick(id string) bool {
 	return false
 }
 
-// SessionEnds returns a channel that is closed when the session with the given ID has ended, and whether there is one.
+// SessionEnds returns a channel that is closed when the session with the given
+// ID has ended, and whether there is one.
 func (s *Server) SessionEnds(id string) (<-chan struct{}, bool) {
 	for _, ss := range s.sessions.list() {
 		if ss.id == id {
@@ -381,11 +400,13 @@ func (s *Server) SessionEnds(id string) (<-chan struct{}, bool) {
 
 // Status describes the proxy as a whole.
 type Status struct {
-	Schema    int               `json:"schema"`
-	Name      string            `json:"name"`
-	Since     time.Time         `json:"since"`
-	State     string            `json:"state"`              // running, or degraded: the host does not keep what clients need
-	Warnings  []string          `json:"warnings,omitempty"` // what the operator should know, one sentence each
+	Schema int       `json:"schema"`
+	Name   string    `json:"name"`
+	Since  time.Time `json:"since"`
+	// running, or degraded: the host does not keep what clients need
+	State string `json:"state"`
+	// what the operator should know, one sentence each
+	Warnings  []string          `json:"warnings,omitempty"`
 	Listen    []string          `json:"listen"`
 	Template  string            `json:"template"`
 	Interface string            `json:"interface"`
@@ -397,11 +418,14 @@ type Status struct {
 	Drops     map[string]uint64 `json:"drops"`
 	Requests  map[string]uint64 `json:"requests"` // by outcome
 	ICMPSent  uint64            `json:"icmp_sent"`
-	// AuthFailures are how often credentials were refused, by method, and under "missing" how often there were none.
+	// AuthFailures are how often credentials were refused, by method, and under
+	// "missing" how often there were none.
 	AuthFailures map[string]uint64 `json:"auth_failures"`
-	// KernelRepairs are how often the proxy put right what other programs changed on its host, by what it was.
+	// KernelRepairs are how often the proxy put right what other programs
+	// changed on its host, by what it was.
 	KernelRepairs map[string]uint64 `json:"kernel_repairs,omitempty"`
-	// OldestPacket is the age of the oldest packet in each stage of its way, milliseconds.
+	// OldestPacket is the age of the oldest packet in each stage of its way,
+	// milliseconds.
 	OldestPacket map[string]int64 `json:"oldest_packet_ms"`
 	Panics       uint64           `json:"panics"` // that ended a session or a request
 }
@@ -426,12 +450,15 @@ func (s *Server) Status() Status {
 	}
 	v4, v6 := s.pool.leased()
 	status := Status{
-		Schema: connectip.StatusSchema, Name: s.cfg().Name, State: StateRunning, Since: s.started, Listen: s.listening(),
-		Template: s.templates[0].String(), Interface: s.ends.Current().Name(), Sessions: c.Sessions, UDPFlows: c.UDPFlows,
-		Leased:  map[string]int{"ipv4": v4, "ipv6": v6},
-		Packets: st.Packets, Bytes: st.Bytes, Drops: st.Drops,
-		Requests: requests, ICMPSent: c.Stats.ICMPSent.Total(), AuthFailures: c.AuthFailures, KernelRepairs: c.KernelRepairs,
-		OldestPacket: c.Oldest.Milliseconds(), Panics: c.Panics,
+		Schema: connectip.StatusSchema, Name: s.cfg().Name, State: StateRunning, Since: s.started,
+		Listen:   s.listening(),
+		Template: s.templates[0].String(), Interface: s.ends.Current().Name(), Sessions: c.Sessions,
+		UDPFlows: c.UDPFlows,
+		Leased:   map[string]int{"ipv4": v4, "ipv6": v6},
+		Packets:  st.Packets, Bytes: st.Bytes, Drops: st.Drops,
+		Requests: requests, ICMPSent: c.Stats.ICMPSent.Total(), AuthFailures: c.AuthFailures,
+		KernelRepairs: c.KernelRepairs,
+		OldestPacket:  c.Oldest.Milliseconds(), Panics: c.Panics,
 	}
 	if problem := s.Problem(); problem != "" {
 		status.State, status.Warnings = StateDegraded, []string{problem}

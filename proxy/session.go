@@ -26,12 +26,14 @@ import (
 )
 
 const (
-	// maxAddresses is how many leases one session may hold, of both families together.
+	// maxAddresses is how many leases one session may hold, of both families
+	// together.
 	maxAddresses = 8
 	// maxBlocks is how many of them may be blocks, of each family.
 	maxBlocks = 1
-	// unpromptedDelay is how long a client has to ask for addresses before it is assigned some unprompted. Clients that wait for
-	// that give up after 5 seconds.
+	// unpromptedDelay is how long a client has to ask for addresses before it
+	// is assigned some unprompted. Clients that wait for that give up after 5
+	// seconds.
 	unpromptedDelay = 500 * time.Millisecond
 )
 
@@ -41,13 +43,17 @@ type session struct {
 	id     string
 	user   User   // as it was let in
 	method string // by which
-	// account is what all sessions of the user share, set when the session is taken in; follows is its reach as the session has it.
+	// account is what all sessions of the user share, set when the session is
+	// taken in; follows is its reach as the session has it.
 	account *account
 	follows *netipx.IPSet
-	// instance tells the runs of a client program apart: a session replaces an older one of the same instance, which is how a
-	// client whose path broke gets its addresses back before the proxy has noticed. "" when the client sends none.
+	// instance tells the runs of a client program apart: a session replaces an
+	// older one of the same instance, which is how a client whose path broke
+	// gets its addresses back before the proxy has noticed. "" when the client
+	// sends none.
 	instance string
-	// installation tells the devices of a user apart, over restarts of their programs; "" when the client does not say.
+	// installation tells the devices of a user apart, over restarts of their
+	// programs; "" when the client does not say.
 	installation string
 	scope        connectip.Scope
 	reach        *netipx.IPSet // the addresses of scope, nil for all
@@ -58,25 +64,35 @@ type session struct {
 	queue        *flowqueue.Queue
 	sender       connectip.Busy // with what it took from queue
 	uplink       uplink
-	udp          *udpFlow // nil for IP proxying; else all that is about addresses and packets of the device is unused
-	stats        connectip.Stats
-	log          *slog.Logger
-	ctx          context.Context // ends when the session has to
-	stop         context.CancelCauseFunc
-	done         chan struct{} // closed when everything it held is given back and it is not among the running ones
+	// nil for IP proxying; else all that is about addresses and packets of the
+	// device is unused
+	udp   *udpFlow
+	stats connectip.Stats
+	log   *slog.Logger
+	ctx   context.Context // ends when the session has to
+	stop  context.CancelCauseFunc
+	// closed when everything it held is given back and it is not among the
+	// running ones
+	done chan struct{}
 
-	announcer  *worker.Worker // woken when what the client was told may have changed
-	advertised chan struct{}  // closed when the client was told its routes for the first time, or cannot be
-	saidNoSite bool           // of the goroutine that handles capsules
+	announcer *worker.Worker // woken when what the client was told may have changed
+	// closed when the client was told its routes for the first time, or cannot
+	// be
+	advertised chan struct{}
+	saidNoSite bool // of the goroutine that handles capsules
 
-	assigning sync.Mutex // orders lists of addresses on the wire; taken before mu, which is not held while the client does not read
+	// orders lists of addresses on the wire; taken before mu, which is not held
+	// while the client does not read
+	assigning sync.Mutex
 
 	mu        sync.Mutex
 	conn      *connectip.Conn   // nil until the request is answered
 	addresses []capsule.Address // granted, as assigned to the client
-	assigned  bool              // the client asked for addresses, or was assigned some unprompted, or the session has ended
-	routes    []capsule.Route   // as advertised; nil before the first time
-	told      DNS               // as the client was told
+	// the client asked for addresses, or was assigned some unprompted, or the
+	// session has ended
+	assigned bool
+	routes   []capsule.Route // as advertised; nil before the first time
+	told     DNS             // as the client was told
 }
 
 // The causes for which the proxy ends a session.
@@ -90,8 +106,8 @@ var (
 	errShutdown   = errors.New("the proxy is stopping")
 )
 
-// run carries the session on its stream until that or ss.ctx ends, and gives back all that it held. The header of the answer
-// was written.
+// run carries the session on its stream until that or ss.ctx ends, and gives
+// back all that it held. The header of the answer was written.
 func (ss *session) run(str *http3.Stream) (err error) {
 	defer rescue.Catch(func(e *rescue.Error) {
 		err = e
@@ -117,9 +133,10 @@ func (ss *session) open(str *http3.Stream) *connectip.Conn {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	ss.conn = connectip.New(str, ss.quic, connectip.Config{
-		Device:         &ss.uplink,
-		Accept:         connectip.Accept{Assigned: ss.acceptAddresses, Routes: ss.acceptRoutes},
-		Handler:        connectip.Handler{Requested: ss.addressesRequested, Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
+		Device: &ss.uplink,
+		Accept: connectip.Accept{Assigned: ss.acceptAddresses, Routes: ss.acceptRoutes},
+		Handler: connectip.Handler{Requested: ss.addressesRequested,
+			Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
 		Self:           ss.server.pool.gatewayAddrs(),
 		Granted:        ss.leaseReserved(),
 		Denied:         ss.server.deniedNow().of(ss),
@@ -136,7 +153,8 @@ func (ss *session) open(str *http3.Stream) *connectip.Conn {
 // tearDown gives back all that the session held, and waits for its goroutines.
 func (ss *session) tearDown(conn *connectip.Conn, routines *sync.WaitGroup) {
 	ss.stop(nil)
-	// The session leaves the table first, so that no packet for the next holder of an address comes here.
+	// The session leaves the table first, so that no packet for the next holder
+	// of an address comes here.
 	ss.release()
 	ss.queue.Close()
 	conn.Drain(func() {
@@ -146,14 +164,17 @@ func (ss *session) tearDown(conn *connectip.Conn, routines *sync.WaitGroup) {
 	ss.uplink.close()
 }
 
-// panicked ends the session because one of the goroutines that serve it panicked. It is called while nothing is locked.
+// panicked ends the session because one of the goroutines that serve it
+// panicked. It is called while nothing is locked.
 func (ss *session) panicked(e *rescue.Error) {
 	ss.server.cfg().Logger.Error("a fault of this program ended a session; please report it with this line",
-		"session", ss.id, "user", ss.user.Name, "panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
+		"session", ss.id, "user", ss.user.Name, "panic", fmt.Sprint(e.Value), "stack",
+		string(e.Stack))
 	ss.stop(e)
 }
 
-// guarded returns f as the session's goroutines run it: a panic ends the session alone.
+// guarded returns f as the session's goroutines run it: a panic ends the
+// session alone.
 func (ss *session) guarded(f func()) func() {
 	return func() {
 		defer rescue.Catch(ss.panicked)
@@ -161,7 +182,8 @@ func (ss *session) guarded(f func()) func() {
 	}
 }
 
-// sendQueued sends what the device handed over for this session, until its queue is closed.
+// sendQueued sends what the device handed over for this session, until its
+// queue is closed.
 func (ss *session) sendQueued(conn *connectip.Conn) {
 	var batch [sendBatch]*flowqueue.Packet
 	down := &ss.account.down
@@ -184,8 +206,9 @@ func (ss *session) sendQueued(conn *connectip.Conn) {
 	}
 }
 
-// addressesRequested assigns the client its full list of addresses (RFC 9484 section 4.7.2). A client that does not read
-// holds up this alone: ss.mu is not held.
+// addressesRequested assigns the client its full list of addresses (RFC 9484
+// section 4.7.2). A client that does not read holds up this alone: ss.mu is not
+// held.
 func (ss *session) addressesRequested(requested []capsule.Address) error {
 	select {
 	case <-ss.advertised:
@@ -201,7 +224,8 @@ func (ss *session) addressesRequested(requested []capsule.Address) error {
 	return nil
 }
 
-// acceptAddresses returns what counts of the addresses that the client assigns to the proxy.
+// acceptAddresses returns what counts of the addresses that the client assigns
+// to the proxy.
 func (ss *session) acceptAddresses(addrs []capsule.Address) []capsule.Address {
 	if ss.claim == nil {
 		return nil
@@ -209,8 +233,8 @@ func (ss *session) acceptAddresses(addrs []capsule.Address) []capsule.Address {
 	return ss.server.sites.heldAddresses(ss.claim, addrs)
 }
 
-// acceptRoutes returns what counts of the routes that the client advertises: what it has already. More counts as soon as it
-// is decided upon.
+// acceptRoutes returns what counts of the routes that the client advertises:
+// what it has already. More counts as soon as it is decided upon.
 func (ss *session) acceptRoutes(routes []capsule.Route) []capsule.Route {
 	if ss.claim == nil {
 		return nil
@@ -255,7 +279,8 @@ func (ss *session) noSite(entries int) {
 	ss.log.Warn("networks of the client are refused", "reason", reason)
 }
 
-// followSites makes the policy and what is advertised follow a decision about sites.
+// followSites makes the policy and what is advertised follow a decision about
+// sites.
 func (ss *session) followSites() error {
 	ss.mu.Lock()
 	conn := ss.conn
@@ -271,7 +296,8 @@ func (ss *session) followSites() error {
 	return nil
 }
 
-// answer leases what the client asks for and returns its full list of addresses, refusals included.
+// answer leases what the client asks for and returns its full list of
+// addresses, refusals included.
 func (ss *session) answer(requested []capsule.Address) []capsule.Address {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
@@ -292,7 +318,8 @@ func (ss *session) answer(requested []capsule.Address) []capsule.Address {
 	return slices.Concat(ss.addresses, refused)
 }
 
-// noteAssigned has the rest of the proxy follow the addresses that the client is about to be assigned. ss.mu is held.
+// noteAssigned has the rest of the proxy follow the addresses that the client
+// is about to be assigned. ss.mu is held.
 func (ss *session) noteAssigned(message string) {
 	ss.assigned = true
 	if ss.claim != nil {
@@ -301,7 +328,8 @@ func (ss *session) noteAssigned(message string) {
 	ss.log.Info(message, "addresses", prefixes(ss.addresses))
 }
 
-// lease takes an address or a block for the request r and routes it here. ss.mu is held.
+// lease takes an address or a block for the request r and routes it here. ss.mu
+// is held.
 func (ss *session) lease(r capsule.Address) (capsule.Address, error) {
 	if len(ss.addresses) >= maxAddresses {
 		return r, fmt.Errorf("the session has %d addresses already", maxAddresses)
@@ -328,8 +356,9 @@ func (ss *session) lease(r capsule.Address) (capsule.Address, error) {
 	return capsule.Address{RequestID: r.RequestID, Prefix: p}, nil
 }
 
-// owner tells whose the leases are once they are given back: the user's on this device, or, where nobody is a user, the device's
-// alone, or that of this run of a client program. What no client says can make it another user's.
+// owner tells whose the leases are once they are given back: the user's on this
+// device, or, where nobody is a user, the device's alone, or that of this run
+// of a client program. What no client says can make it another user's.
 func (ss *session) owner() string {
 	if ss.user.Name == "" {
 		return cmp.Or(ss.installation, ss.instance)
@@ -337,8 +366,9 @@ func (ss *session) owner() string {
 	return ss.user.Name + "\n" + ss.installation
 }
 
-// announce tells the client its routes, and then how names are resolved, so that no query leaves outside the tunnel for want of
-// a route. A client that does not read holds up this alone.
+// announce tells the client its routes, and then how names are resolved, so
+// that no query leaves outside the tunnel for want of a route. A client that
+// does not read holds up this alone.
 func (ss *session) announce() {
 	ss.mu.Lock()
 	conn := ss.conn
@@ -363,7 +393,8 @@ func (ss *session) announce() {
 // refresh has the client told what changed. It never blocks.
 func (ss *session) refresh() { ss.announcer.Wake() }
 
-// advertise tells the client its routes, unless they are what it was told last. It is not called concurrently.
+// advertise tells the client its routes, unless they are what it was told last.
+// It is not called concurrently.
 func (ss *session) advertise() error {
 	routes, same, err := ss.newRoutes()
 	if err != nil || same {
@@ -372,7 +403,8 @@ func (ss *session) advertise() error {
 	return ss.conn.Advertise(routes)
 }
 
-// newRoutes works out what the client is to be told, and reports whether that is what it was told last.
+// newRoutes works out what the client is to be told, and reports whether that
+// is what it was told last.
 func (ss *session) newRoutes() (routes []capsule.Route, same bool, err error) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
@@ -391,7 +423,8 @@ func (ss *session) newRoutes() (routes []capsule.Route, same bool, err error) {
 	return routes, same, err
 }
 
-// uses reports whether the client has, or may still get, addresses or networks of a's family. ss.mu is held.
+// uses reports whether the client has, or may still get, addresses or networks
+// of a's family. ss.mu is held.
 func (ss *session) uses(a netip.Addr) bool {
 	if !ss.assigned {
 		return ss.server.pool.serves(a)
@@ -468,10 +501,12 @@ type SessionStatus struct {
 	connectip.Status
 	ID     string `json:"id"`
 	User   string `json:"user"`
-	Remote string `json:"remote"`           // address and UDP port
-	Kind   string `json:"kind"`             // the :protocol of its request, KindIP or KindUDP
-	Target string `json:"target,omitempty"` // host:port that KindUDP leads to, as the client named it
-	// Networks are behind the client: what it advertised and the proxy accepted.
+	Remote string `json:"remote"` // address and UDP port
+	Kind   string `json:"kind"`   // the :protocol of its request, KindIP or KindUDP
+	// host:port that KindUDP leads to, as the client named it
+	Target string `json:"target,omitempty"`
+	// Networks are behind the client: what it advertised and the proxy
+	// accepted.
 	Networks []netip.Prefix `json:"networks"`
 }
 
@@ -483,8 +518,10 @@ const (
 
 func (ss *session) status() SessionStatus {
 	s := SessionStatus{ID: ss.id, User: ss.user.Name, Remote: ss.quic.RemoteAddr().String()}
-	s.Schema, s.Name, s.State, s.Since = connectip.StatusSchema, ss.server.cfg().Name, "connected", ss.since
-	s.Proxy = connectip.ProxyStatus{Name: ss.server.cfg().Name, Endpoint: ss.quic.LocalAddr().String(), HTTP: "h3"}
+	s.Schema, s.Name, s.State, s.Since = connectip.StatusSchema, ss.server.cfg().Name, "connected",
+		ss.since
+	s.Proxy = connectip.ProxyStatus{Name: ss.server.cfg().Name,
+		Endpoint: ss.quic.LocalAddr().String(), HTTP: "h3"}
 	s.RTT = ss.quic.ConnectionStats().SmoothedRTT.Microseconds()
 	s.SetTraffic(&ss.stats)
 	s.Networks = []netip.Prefix{}
@@ -522,9 +559,10 @@ type sessions struct {
 	accounts accounts
 }
 
-// add gives ss an ID and takes it in, or says which limit forbids it. It returns the sessions that ss replaces, which have
-// to be stopped by the caller. While they end they count: a user has one session more than allowed at most. Tunnels and flows of
-// UDP count apart.
+// add gives ss an ID and takes it in, or says which limit forbids it. It
+// returns the sessions that ss replaces, which have to be stopped by the
+// caller. While they end they count: a user has one session more than allowed
+// at most. Tunnels and flows of UDP count apart.
 func (l *sessions) add(ss *session, limit limits) (replaced []*session, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -562,8 +600,8 @@ func (l *sessions) add(ss *session, limit limits) (replaced []*session, err erro
 	return replaced, nil
 }
 
-// replaces reports whether ss, which is new, is there instead of other, of the same user. A client has one tunnel, and flows of
-// UDP on one connection.
+// replaces reports whether ss, which is new, is there instead of other, of the
+// same user. A client has one tunnel, and flows of UDP on one connection.
 func (ss *session) replaces(other *session) bool {
 	if ss.instance == "" || ss.instance != other.instance || (ss.udp == nil) != (other.udp == nil) {
 		return false
@@ -579,8 +617,9 @@ func (l *sessions) remove(ss *session) {
 	ss.stats.AddTo(&l.ended)
 }
 
-// addTo adds what all sessions carried so far, those that ended included, to sum, and returns how many tunnels and flows of UDP
-// there are now. What it adds never gets less.
+// addTo adds what all sessions carried so far, those that ended included, to
+// sum, and returns how many tunnels and flows of UDP there are now. What it
+// adds never gets less.
 func (l *sessions) addTo(sum *connectip.Stats) (tunnels, flows int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

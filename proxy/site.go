@@ -12,15 +12,21 @@ import (
 	"masquevpn/routing"
 )
 
-// Site is a user whose client is a gateway to networks of its own (RFC 9484 section 8.2).
+// Site is a user whose client is a gateway to networks of its own (RFC 9484
+// section 8.2).
 type Site struct {
 	User     string
 	Networks []netip.Prefix // what the client may advertise and send from
-	Peer     []netip.Prefix // where the addresses may be from that it assigns to the proxy, besides Networks
-	Reach    []netip.Prefix // of what the proxy advertises and of other sites, what this one reaches; nil: all
+	// where the addresses may be from that it assigns to the proxy, besides
+	// Networks
+	Peer []netip.Prefix
+	// of what the proxy advertises and of other sites, what this one reaches;
+	// nil: all
+	Reach []netip.Prefix
 }
 
-// rights is what a session may do besides what every client may. It is decided once for each request, from who asks.
+// rights is what a session may do besides what every client may. It is decided
+// once for each request, from who asks.
 type rights struct {
 	networks []netip.Prefix // may be advertised
 	assign   *netipx.IPSet  // may be assigned to the proxy
@@ -36,9 +42,11 @@ func (c Config) siteRights() (map[string]*rights, error) {
 		case site.User == "":
 			return nil, usage(key("user"), "the user whose client is the gateway is missing")
 		case slices.Contains(c.Methods, MethodNone):
-			return nil, usage(key("user"), "nobody is known to be %q when auth.methods is %q", site.User, MethodNone)
+			return nil, usage(key("user"), "nobody is known to be %q when auth.methods is %q",
+				site.User, MethodNone)
 		case all[site.User] != nil:
-			return nil, usage(key("user"), "%q has a [[site]] already: write all of its networks there", site.User)
+			return nil, usage(key("user"),
+				"%q has a [[site]] already: write all of its networks there", site.User)
 		case len(site.Networks) == 0:
 			return nil, usage(key("networks"), "the networks behind %q are missing", site.User)
 		}
@@ -46,17 +54,21 @@ func (c Config) siteRights() (map[string]*rights, error) {
 			name     string
 			prefixes []netip.Prefix
 			behind   bool // the gateway
-		}{{"networks", site.Networks, true}, {"peer", site.Peer, true}, {"reach", site.Reach, false}} {
+		}{{"networks", site.Networks, true}, {"peer", site.Peer, true},
+			{"reach", site.Reach, false}} {
 			for _, p := range list.prefixes {
 				if !p.IsValid() || p.Addr().Is4In6() || p != p.Masked() {
-					return nil, usage(key(list.name), "%v is not a prefix without bits beyond its length", p)
+					return nil, usage(key(list.name),
+						"%v is not a prefix without bits beyond its length", p)
 				}
 				if reserved, overlaps := connectip.Reserved(p); overlaps && list.behind {
-					return nil, usage(key(list.name), "%v overlaps %v, which is never behind a gateway", p, reserved)
+					return nil, usage(key(list.name),
+						"%v overlaps %v, which is never behind a gateway", p, reserved)
 				}
 			}
 		}
-		r := &rights{networks: site.Networks, assign: setOf(slices.Concat(site.Networks, site.Peer))}
+		r := &rights{networks: site.Networks,
+			assign: setOf(slices.Concat(site.Networks, site.Peer))}
 		if site.Reach != nil {
 			r.reach = setOf(site.Reach)
 		}
@@ -78,7 +90,8 @@ func setOf(prefixes []netip.Prefix) *netipx.IPSet {
 const (
 	// maxSiteRanges is how many ranges of one advertisement count.
 	maxSiteRanges = 256
-	// maxSitePrefixes is how many prefixes, and so routes of the kernel, the networks of one site may make.
+	// maxSitePrefixes is how many prefixes, and so routes of the kernel, the
+	// networks of one site may make.
 	maxSitePrefixes = 1024
 	// maxRefusals is how many refusals of one session are written to the log.
 	maxRefusals = 5
@@ -90,7 +103,8 @@ type taken struct {
 	whose  string // as in "192.0.2.0/24, WHOSE"
 }
 
-// holding is what a session has of the networks that it advertised and the addresses that it assigned.
+// holding is what a session has of the networks that it advertised and the
+// addresses that it assigned.
 type holding struct {
 	routes   []capsule.Route
 	networks *netipx.IPSet  // of routes
@@ -99,8 +113,9 @@ type holding struct {
 	refused  []string       // the rest, and why
 }
 
-// decide works out what c has when earlier, which are the claims that go first, have what they have. roomOfAll is how many prefixes
-// clients would take besides.
+// decide works out what c has when earlier, which are the claims that go first,
+// have what they have. roomOfAll is how many prefixes clients would take
+// besides.
 func (c *claim) decide(all []taken, earlier []*claim, roomOfAll int) holding {
 	h := holding{networks: new(netipx.IPSet)}
 	if c.rights == nil {
@@ -133,14 +148,17 @@ func (c *claim) decide(all []taken, earlier []*claim, roomOfAll int) holding {
 			}
 			n := len(part.Prefixes())
 			if room -= n; room < 0 {
-				h.refuse("%s: the networks of a site may make %d prefixes", rangeText(part), maxSitePrefixes)
+				h.refuse("%s: the networks of a site may make %d prefixes", rangeText(part),
+					maxSitePrefixes)
 				continue
 			}
 			if roomOfAll -= n; roomOfAll < 0 {
-				h.refuse("%s: what is advertised may make %d prefixes in all", rangeText(part), routing.MaxRoutes)
+				h.refuse("%s: what is advertised may make %d prefixes in all", rangeText(part),
+					routing.MaxRoutes)
 				continue
 			}
-			h.routes = append(h.routes, capsule.Route{Start: part.From(), End: part.To(), Protocol: r.Protocol})
+			h.routes = append(h.routes,
+				capsule.Route{Start: part.From(), End: part.To(), Protocol: r.Protocol})
 			networks.AddRange(part)
 		}
 		if s, err := rest.IPSet(); err != nil || len(s.Ranges()) > 0 {
@@ -184,7 +202,10 @@ func conflict(r netipx.IPRange, c *claim, all []taken, earlier []*claim) string 
 		}
 	}
 	for _, e := range earlier {
-		held := e.has.networks.OverlapsRange(r) || slices.ContainsFunc(e.has.assigned, func(a netip.Prefix) bool { return r.Contains(a.Addr()) })
+		held := e.has.networks.OverlapsRange(r) ||
+			slices.ContainsFunc(e.has.assigned, func(a netip.Prefix) bool {
+				return r.Contains(a.Addr())
+			})
 		switch {
 		case !held:
 		case e.user() == c.user():

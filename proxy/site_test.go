@@ -18,31 +18,39 @@ import (
 func TestSiteConfig(t *testing.T) {
 	good := Site{User: "a", Networks: []netip.Prefix{netA}}
 	for key, sites := range map[string][]Site{
-		"site[0].user":      {{Networks: good.Networks}},
-		"site[1].user":      {good, {User: "a", Networks: []netip.Prefix{netB}}},
-		"site[0].networks":  {{User: "a"}},
-		"site[0].networks ": {{User: "a", Networks: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}}},
-		"site[1].networks":  {good, {User: "b", Networks: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}}},
-		"site[0].peer":      {{User: "a", Networks: good.Networks, Peer: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/24")}}},
-		"site[0].reach":     {{User: "a", Networks: good.Networks, Reach: []netip.Prefix{{}}}},
+		"site[0].user":     {{Networks: good.Networks}},
+		"site[1].user":     {good, {User: "a", Networks: []netip.Prefix{netB}}},
+		"site[0].networks": {{User: "a"}},
+		"site[0].networks ": {{User: "a",
+			Networks: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}}},
+		"site[1].networks": {good, {User: "b",
+			Networks: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}}},
+		"site[0].peer": {{User: "a", Networks: good.Networks,
+			Peer: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/24")}}},
+		"site[0].reach": {{User: "a", Networks: good.Networks, Reach: []netip.Prefix{{}}}},
 	} {
 		_, err := Config{Methods: []string{MethodToken}, Sites: sites}.siteRights()
 		var e *Error
-		if !errors.As(err, &e) || e.Kind != KindUsage || !strings.HasPrefix(e.Reason, strings.TrimSpace(key)+": ") {
+		if !errors.As(err, &e) || e.Kind != KindUsage ||
+			!strings.HasPrefix(e.Reason, strings.TrimSpace(key)+": ") {
 			t.Errorf("%s: got %v", key, err)
 		}
 	}
-	if _, err := (Config{Methods: []string{MethodNone}, Sites: []Site{good}}).siteRights(); err == nil {
+	if _, err := (Config{Methods: []string{MethodNone},
+		Sites: []Site{good}}).siteRights(); err == nil {
 		t.Error("a site is taken without authentication")
 	}
 }
 
-// Whatever sites say, in whatever order, each has only what it may have and what it said, nobody else has any of it, and it is
-// none of the pool's or the host's.
+// Whatever sites say, in whatever order, each has only what it may have and
+// what it said, nobody else has any of it, and it is none of the pool's or the
+// host's.
 func TestSiteProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		prefix := rapid.Custom(func(t *rapid.T) netip.Prefix {
-			a := netip.AddrFrom4([4]byte{10, byte(rapid.IntRange(0, 3).Draw(t, "net")), byte(rapid.IntRange(0, 3).Draw(t, "subnet")), byte(rapid.IntRange(0, 255).Draw(t, "host"))})
+			a := netip.AddrFrom4([4]byte{10, byte(rapid.IntRange(0, 3).Draw(t, "net")),
+				byte(rapid.IntRange(0, 3).Draw(t, "subnet")),
+				byte(rapid.IntRange(0, 255).Draw(t, "host"))})
 			return netip.PrefixFrom(a, rapid.IntRange(13, 32).Draw(t, "bits")).Masked()
 		})
 		all := []taken{{prefix.Draw(t, "pool"), "pool"}, {prefix.Draw(t, "host"), "host"}}
@@ -71,9 +79,11 @@ func TestSiteProperties(t *testing.T) {
 				s.remove(running[i])
 				running = slices.Delete(running, i, i+1)
 			case n == 2:
-				s.assign(rapid.SampledFrom(running).Draw(t, "who"), rapid.SliceOfN(prefix, 0, 4).Draw(t, "assigned"))
+				s.assign(rapid.SampledFrom(running).Draw(t, "who"),
+					rapid.SliceOfN(prefix, 0, 4).Draw(t, "assigned"))
 			default:
-				s.advertise(rapid.SampledFrom(running).Draw(t, "who"), capsule.Routes(rapid.SliceOfN(prefix, 0, 6).Draw(t, "advertised"), 0))
+				s.advertise(rapid.SampledFrom(running).Draw(t, "who"),
+					capsule.Routes(rapid.SliceOfN(prefix, 0, 6).Draw(t, "advertised"), 0))
 			}
 			l := s.decide(all)
 			var union netipx.IPSetBuilder
@@ -81,7 +91,8 @@ func TestSiteProperties(t *testing.T) {
 			for _, c := range running {
 				said := setOfRoutes(c.advertised)
 				for _, p := range c.has.prefixes {
-					if seen.OverlapsPrefix(p) || !said.ContainsPrefix(p) || all[0].prefix.Overlaps(p) || all[1].prefix.Overlaps(p) {
+					if seen.OverlapsPrefix(p) || !said.ContainsPrefix(p) ||
+						all[0].prefix.Overlaps(p) || all[1].prefix.Overlaps(p) {
 						t.Fatalf("%s has %v, said %v", c.user(), p, c.advertised)
 					}
 					if to, ok := tab.lookup(p.Addr()); !ok || to != c.ss {
@@ -89,12 +100,15 @@ func TestSiteProperties(t *testing.T) {
 					}
 				}
 				for _, a := range c.has.assigned {
-					if !a.IsSingleIP() || !c.rights.assign.ContainsPrefix(a) || all[0].prefix.Overlaps(a) || all[1].prefix.Overlaps(a) {
+					if !a.IsSingleIP() || !c.rights.assign.ContainsPrefix(a) ||
+						all[0].prefix.Overlaps(a) || all[1].prefix.Overlaps(a) {
 						t.Fatalf("%s assigned %v", c.user(), a)
 					}
 				}
-				if !setOf(c.rights.networks).Equal(unionOf(setOf(c.rights.networks), c.has.networks)) {
-					t.Fatalf("%s may have %v and has %v", c.user(), c.rights.networks, c.has.prefixes)
+				if !setOf(c.rights.networks).Equal(unionOf(setOf(c.rights.networks),
+					c.has.networks)) {
+					t.Fatalf("%s may have %v and has %v", c.user(), c.rights.networks,
+						c.has.prefixes)
 				}
 				union.AddSet(c.has.networks)
 				seen, _ = union.IPSet()
@@ -127,7 +141,8 @@ func unionOf(sets ...*netipx.IPSet) *netipx.IPSet {
 	return s
 }
 
-// What one site says, however much, makes a bounded number of routes and of words.
+// What one site says, however much, makes a bounded number of routes and of
+// words.
 func TestSiteIsBounded(t *testing.T) {
 	everything := []netip.Prefix{netip.MustParsePrefix("8000::/1")}
 	c := newClaim(&session{user: User{Name: "a"}, log: slog.New(slog.DiscardHandler)})
@@ -137,14 +152,18 @@ func TestSiteIsBounded(t *testing.T) {
 		c.advertised = append(c.advertised, capsule.Route{Start: a, End: a.Next().Next().Next()})
 		a = a.Next().Next().Next().Next().Next()
 	}
-	wide := capsule.Route{Start: netip.MustParseAddr("8000:1::1"), End: netip.MustParseAddr("ffff::ffff:ffff:ffff:fffe")}
-	for name, advertised := range map[string][]capsule.Route{"many": c.advertised, "wide": append([]capsule.Route{wide}, c.advertised...)} {
+	wide := capsule.Route{Start: netip.MustParseAddr("8000:1::1"),
+		End: netip.MustParseAddr("ffff::ffff:ffff:ffff:fffe")}
+	for name, advertised := range map[string][]capsule.Route{"many": c.advertised,
+		"wide": append([]capsule.Route{wide}, c.advertised...)} {
 		c.advertised = advertised
 		h := c.decide(nil, nil, routing.MaxRoutes)
-		if len(h.prefixes) > maxSitePrefixes || len(h.routes) > maxSiteRanges || len(h.prefixes) < 256 {
+		if len(h.prefixes) > maxSitePrefixes || len(h.routes) > maxSiteRanges ||
+			len(h.prefixes) < 256 {
 			t.Errorf("%s: %d prefixes of %d ranges", name, len(h.prefixes), len(h.routes))
 		}
-		if len(h.refused) == 0 || len(h.refused) > maxRefusals+1 || len(strings.Join(h.refused, "; ")) > 1000 {
+		if len(h.refused) == 0 || len(h.refused) > maxRefusals+1 ||
+			len(strings.Join(h.refused, "; ")) > 1000 {
 			t.Errorf("%s: %d words: %q", name, len(h.refused), h.refused)
 		}
 	}
@@ -152,7 +171,8 @@ func TestSiteIsBounded(t *testing.T) {
 	same.rights = c.rights
 	same.advertised = c.advertised[1000:1200]
 	c.has = c.decide(nil, nil, routing.MaxRoutes)
-	if h := same.decide(nil, []*claim{c}, routing.MaxRoutes); len(h.prefixes)+len(c.has.prefixes) > maxSitePrefixes {
+	if h := same.decide(nil, []*claim{c}, routing.MaxRoutes); len(h.prefixes)+
+		len(c.has.prefixes) > maxSitePrefixes {
 		t.Errorf("two sessions of a site make %d prefixes", len(h.prefixes)+len(c.has.prefixes))
 	}
 }

@@ -15,8 +15,9 @@ import (
 	"masquevpn/routing"
 )
 
-// sites knows which networks are behind which session. What sessions say is only noted when it comes in; one goroutine works
-// out who has what (decide), as often as it likes, and the sessions follow.
+// sites knows which networks are behind which session. What sessions say is
+// only noted when it comes in; one goroutine works out who has what (decide),
+// as often as it likes, and the sessions follow.
 type sites struct {
 	table   *table
 	changed chan struct{} // something was noted since the last decision
@@ -34,8 +35,9 @@ type sites struct {
 type claim struct {
 	ss     *session
 	rights *rights // nil when they were taken away
-	// rank is the place of the user among all: who came first keeps what it has. A user has one place as long as any session
-	// of it runs, and of these the newest goes first.
+	// rank is the place of the user among all: who came first keeps what it
+	// has. A user has one place as long as any session of it runs, and of these
+	// the newest goes first.
 	rank, number uint64
 	successor    *claim // of the session that replaces this one, nil for none
 
@@ -51,7 +53,8 @@ type claim struct {
 }
 
 func newSites(t *table, r map[string]*rights) *sites {
-	return &sites{table: t, rights: r, changed: make(chan struct{}, 1), routed: make(map[netip.Prefix]*session), all: new(netipx.IPSet)}
+	return &sites{table: t, rights: r, changed: make(chan struct{}, 1),
+		routed: make(map[netip.Prefix]*session), all: new(netipx.IPSet)}
 }
 
 func (c *claim) user() string { return c.ss.user.Name }
@@ -82,7 +85,8 @@ func newClaim(ss *session) *claim {
 	}
 }
 
-// add takes in the claim of a session, which takes over from those that it replaces.
+// add takes in the claim of a session, which takes over from those that it
+// replaces.
 func (t *sites) add(c *claim, replaced []*session) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -105,8 +109,9 @@ func (t *sites) add(c *claim, replaced []*session) {
 	})
 }
 
-// remove takes out a session that has ended: no packet goes to it any more. What it had goes to its successor, so that
-// nobody notices when a client only came back, and otherwise back.
+// remove takes out a session that has ended: no packet goes to it any more.
+// What it had goes to its successor, so that nobody notices when a client only
+// came back, and otherwise back.
 func (t *sites) remove(c *claim) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -133,7 +138,8 @@ func (t *sites) remove(c *claim) {
 	t.note()
 }
 
-// setBase notes how many routes are advertised to all clients: sites are told of them besides each other's networks.
+// setBase notes how many routes are advertised to all clients: sites are told
+// of them besides each other's networks.
 func (t *sites) setBase(routes int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -180,7 +186,8 @@ func (t *sites) heldRoutes(c *claim, routes []capsule.Route) []capsule.Route {
 	for _, r := range routes[:min(len(routes), maxSiteRanges)] {
 		for _, held := range c.has.networks.Ranges() {
 			if part, ok := intersection(netipx.IPRangeFrom(r.Start, r.End), held); ok {
-				out = append(out, capsule.Route{Start: part.From(), End: part.To(), Protocol: r.Protocol})
+				out = append(out, capsule.Route{Start: part.From(), End: part.To(),
+					Protocol: r.Protocol})
 			}
 		}
 	}
@@ -191,7 +198,9 @@ func (t *sites) heldRoutes(c *claim, routes []capsule.Route) []capsule.Route {
 func (t *sites) heldAddresses(c *claim, addrs []capsule.Address) []capsule.Address {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(addrs), func(a capsule.Address) bool { return !slices.Contains(c.has.assigned, a.Prefix) })
+	return slices.DeleteFunc(slices.Clone(addrs), func(a capsule.Address) bool {
+		return !slices.Contains(c.has.assigned, a.Prefix)
+	})
 }
 
 // held returns what c has.
@@ -252,8 +261,9 @@ func (t *sites) decide(all []taken) layout {
 	return l
 }
 
-// onLink returns the address a of the proxy with the length of the site's network that it is in, which makes it the source of
-// what the proxy itself sends there.
+// onLink returns the address a of the proxy with the length of the site's
+// network that it is in, which makes it the source of what the proxy itself
+// sends there.
 func (c *claim) onLink(a netip.Prefix) netip.Prefix {
 	for _, p := range c.has.prefixes {
 		if p.Contains(a.Addr()) {
@@ -263,17 +273,21 @@ func (c *claim) onLink(a netip.Prefix) netip.Prefix {
 	return a
 }
 
-// report returns what is to be written to the log of a new decision. What a client says again and again is not.
+// report returns what is to be written to the log of a new decision. What a
+// client says again and again is not.
 func (c *claim) report() (logs []func()) {
 	log := c.ss.log
-	if text := prefixText(slices.Concat(c.has.prefixes, c.has.assigned)); text != c.logged && c.log.Allow() {
+	if text := prefixText(slices.Concat(c.has.prefixes, c.has.assigned)); text != c.logged &&
+		c.log.Allow() {
 		c.logged = text
 		logs = append(logs, func() { log.Info("networks of the site", "accepted", text) })
 	}
 	if text := strings.Join(c.has.refused, "; "); text != c.refusal && c.log.Allow() {
 		c.refusal = text
 		if text != "" {
-			logs = append(logs, func() { log.Warn("networks of the site are refused", "refused", text) })
+			logs = append(logs, func() {
+				log.Warn("networks of the site are refused", "refused", text)
+			})
 		}
 	}
 	return logs
@@ -292,9 +306,12 @@ func prefixText(prefixes []netip.Prefix) string {
 	return strings.Join(words, ", ")
 }
 
-// routesTo returns what is advertised to c: of base, and of the networks and addresses of the other sites, what it may reach by the
-// rights of its site and as its user, which is what may has, nil for all; and of base the proxy's own addresses.
-func (t *sites) routesTo(c *claim, base []capsule.Route, may *netipx.IPSet, own []netip.Addr) ([]capsule.Route, error) {
+// routesTo returns what is advertised to c: of base, and of the networks and
+// addresses of the other sites, what it may reach by the rights of its site and
+// as its user, which is what may has, nil for all; and of base the proxy's own
+// addresses.
+func (t *sites) routesTo(c *claim, base []capsule.Route, may *netipx.IPSet,
+	own []netip.Addr) ([]capsule.Route, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var b netipx.IPSetBuilder

@@ -15,7 +15,8 @@ import (
 	"masquevpn/internal/ippacket"
 )
 
-// What a site may advertise is routed to it, and it may send from there; what it may not is refused and said once.
+// What a site may advertise is routed to it, and it may send from there; what
+// it may not is refused and said once.
 func TestSite(t *testing.T) {
 	h := newHub(t, nil)
 	a := h.connect("a", "", netA, netA6, netip.MustParsePrefix("10.5.0.0/24"))
@@ -33,7 +34,8 @@ func TestSite(t *testing.T) {
 	}
 	a.advertise(netA, netip.MustParsePrefix("10.5.0.0/24"))
 	h.installs(netA)
-	if lines := h.log.lines("10.5.0.0/24 is not within"); len(lines) != 1 || !strings.Contains(lines[0], "user=a") {
+	if lines := h.log.lines("10.5.0.0/24 is not within"); len(lines) != 1 ||
+		!strings.Contains(lines[0], "user=a") {
 		t.Errorf("the refusal is logged as\n%s", strings.Join(lines, "\n"))
 	}
 	a.advertise()
@@ -60,17 +62,22 @@ func TestNoSite(t *testing.T) {
 		t.Errorf("the kernel was told %d times", n)
 	}
 	// Nor is one whose request is for something in particular.
-	rsp, str := request(t, h.h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/192.0.2.9/*/", http.Header{"Authorization": {"Bearer a"}})
+	rsp, str := request(t, h.h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/192.0.2.9/*/",
+		http.Header{"Authorization": {"Bearer a"}})
 	if rsp.StatusCode != 200 {
 		t.Fatalf("status %d", rsp.StatusCode)
 	}
-	if _, err := str.Write((&capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{netA}, 0)}).Append(nil)); err != nil {
+	if _, err := str.Write((&capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{netA},
+		0)}).Append(nil)); err != nil {
 		t.Fatal(err)
 	}
-	h.eventually("a line about the scope", func() bool { return len(h.log.lines("a request with a scope")) == 1 })
+	h.eventually("a line about the scope", func() bool {
+		return len(h.log.lines("a request with a scope")) == 1
+	})
 }
 
-// What is in use already is not installed; that is said, and holds until it is free.
+// What is in use already is not installed; that is said, and holds until it is
+// free.
 func TestSiteConflicts(t *testing.T) {
 	h := newHub(t, func(c *Config) {
 		c.Sites[0].Networks = append(c.Sites[0].Networks, netip.MustParsePrefix("10.77.0.0/16"))
@@ -93,10 +100,13 @@ func TestSiteConflicts(t *testing.T) {
 	a.close()
 	h.installs(netB, netip.MustParsePrefix("10.1.0.0/16"))
 	h.connect("a", "", netA)
-	h.eventually("a is refused now", func() bool { return len(h.log.lines(`10.1.0.0/24 overlaps the networks of the site \"b\"`)) == 1 })
+	h.eventually("a is refused now", func() bool {
+		return len(h.log.lines(`10.1.0.0/24 overlaps the networks of the site \"b\"`)) == 1
+	})
 }
 
-// Sites reach each other's networks and gateways as long as they are there; other clients do not, and are not reached.
+// Sites reach each other's networks and gateways as long as they are there;
+// other clients do not, and are not reached.
 func TestSitesReachEachOther(t *testing.T) {
 	h := newHub(t, nil)
 	a := h.connect("a", "", netA)
@@ -115,9 +125,12 @@ func TestSitesReachEachOther(t *testing.T) {
 	a.told(netProxy)
 }
 
-// Clients and sites do not reach each other, even if all that there is is advertised.
+// Clients and sites do not reach each other, even if all that there is is
+// advertised.
 func TestSitesAreNotForClients(t *testing.T) {
-	h := newHub(t, func(c *Config) { c.Advertise = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")} })
+	h := newHub(t, func(c *Config) {
+		c.Advertise = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
+	})
 	a := h.connect("a", "", netA)
 	h.installs(netA)
 	c := h.connect("c", "")
@@ -136,7 +149,8 @@ func TestSitesAreNotForClients(t *testing.T) {
 func TestSiteReach(t *testing.T) {
 	h := newHub(t, func(c *Config) {
 		c.Advertise = append(c.Advertise, netip.MustParsePrefix("198.51.100.0/24"))
-		c.Sites[0].Reach = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("10.2.0.0/28")}
+		c.Sites[0].Reach = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/25"),
+			netip.MustParsePrefix("10.2.0.0/28")}
 	})
 	a := h.connect("a", "", netA)
 	a.told(netip.MustParsePrefix("192.0.2.0/25"))
@@ -157,7 +171,9 @@ func TestSiteReach(t *testing.T) {
 
 // With client_to_client, clients and sites reach each other.
 func TestSitesAndClients(t *testing.T) {
-	h := newHub(t, func(c *Config) { c.ClientToClient, c.Advertise = true, append(c.Advertise, netA) })
+	h := newHub(t, func(c *Config) {
+		c.ClientToClient, c.Advertise = true, append(c.Advertise, netA)
+	})
 	a := h.connect("a", "", netA)
 	h.installs(netA)
 	c := h.connect("c", "")
@@ -167,7 +183,8 @@ func TestSitesAndClients(t *testing.T) {
 	h.installs()
 }
 
-// Networks of a site are not denied because of what is built in; what the operator denies stays denied.
+// Networks of a site are not denied because of what is built in; what the
+// operator denies stays denied.
 func TestSiteNetworksAreNotDenied(t *testing.T) {
 	ula := netip.MustParsePrefix("fd00:ec2::/64") // has the address of a metadata service
 	h := newHub(t, func(c *Config) {
@@ -180,13 +197,16 @@ func TestSiteNetworksAreNotDenied(t *testing.T) {
 	h.lets(b, "10.2.0.5", "10.1.0.5")
 	b.send("10.2.0.5", "10.1.0.200")
 	b.isProhibited("10.2.0.5", "10.1.0.200")
-	pkt := ippacket.AppendEcho([]byte{0}, netip.MustParseAddr("fd77::2"), netip.MustParseAddr("fd00:ec2::254"), 64, true, 1, 1, nil)
-	b.write(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 2, Prefix: netip.MustParsePrefix("fd77::2/128")}}})
+	pkt := ippacket.AppendEcho([]byte{0}, netip.MustParseAddr("fd77::2"),
+		netip.MustParseAddr("fd00:ec2::254"), 64, true, 1, 1, nil)
+	b.write(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 2,
+		Prefix: netip.MustParsePrefix("fd77::2/128")}}})
 	b.write(&capsule.Datagram{Payload: pkt})
 	h.forwards("fd77::2", "fd00:ec2::254")
 }
 
-// A client that comes back has its networks at once: the kernel and the other sites notice nothing, and packets come to it.
+// A client that comes back has its networks at once: the kernel and the other
+// sites notice nothing, and packets come to it.
 func TestSiteTakesOver(t *testing.T) {
 	for name, tc := range map[string]struct{ first, second string }{
 		"same client":         {"1", "1"},
@@ -222,7 +242,8 @@ func TestSiteTakesOver(t *testing.T) {
 	}
 }
 
-// The proxy takes the addresses that a site may assign, each with the length of the network that it is in, and no others.
+// The proxy takes the addresses that a site may assign, each with the length of
+// the network that it is in, and no others.
 func TestSiteAssignsAddresses(t *testing.T) {
 	h := newHub(t, nil)
 	a := h.connect("a", "", netA)
@@ -244,10 +265,13 @@ func TestSiteAssignsAddresses(t *testing.T) {
 			return slices.Equal(got, append([]string{"10.77.0.1/24", "fd77::1/64"}, want...))
 		})
 	}
-	assign("10.1.0.200/32", "10.9.0.7/32", "127.0.0.1/32", "172.16.0.1/32", "10.1.0.0/28", "0.0.0.0/32")
+	assign("10.1.0.200/32", "10.9.0.7/32", "127.0.0.1/32", "172.16.0.1/32", "10.1.0.0/28",
+		"0.0.0.0/32")
 	has("10.1.0.200/24", "10.9.0.7/32")
 	for _, refused := range []string{
-		"address 127.0.0.1 is not within", "address 172.16.0.1 is within 172.16.0.0/24, a network of the proxy's host", "10.1.0.0/28, which it assigns, is not a single address",
+		"address 127.0.0.1 is not within",
+		"address 172.16.0.1 is within 172.16.0.0/24, a network of the proxy's host",
+		"10.1.0.0/28, which it assigns, is not a single address",
 	} {
 		if len(h.log.lines(refused)) != 1 {
 			t.Errorf("not said: %s", refused)
@@ -282,7 +306,8 @@ func TestSiteInstallFails(t *testing.T) {
 	h.installs(netA)
 }
 
-// A site that changes its mind all the time does not keep the kernel and the other clients busy, and has its way in the end.
+// A site that changes its mind all the time does not keep the kernel and the
+// other clients busy, and has its way in the end.
 func TestSiteChangesArePaced(t *testing.T) {
 	h := newHub(t, nil)
 	a := h.connect("a", "")
@@ -294,7 +319,8 @@ func TestSiteChangesArePaced(t *testing.T) {
 		}
 		before := len(h.kernel.all())
 		a.advertise(networks...)
-		for wait := time.Now(); len(h.kernel.all()) == before && time.Since(wait) < 50*time.Millisecond; {
+		for wait := time.Now(); len(h.kernel.all()) == before &&
+			time.Since(wait) < 50*time.Millisecond; {
 			time.Sleep(time.Millisecond)
 		}
 	}
@@ -305,8 +331,8 @@ func TestSiteChangesArePaced(t *testing.T) {
 	h.installs(netA, netA6)
 }
 
-// A reload changes what sites may have at once, without an end of their sessions; who becomes a site, or is none any more, begins
-// anew.
+// A reload changes what sites may have at once, without an end of their
+// sessions; who becomes a site, or is none any more, begins anew.
 func TestSiteReload(t *testing.T) {
 	h := newHub(t, nil)
 	reload := func(sites ...Site) {

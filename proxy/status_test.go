@@ -10,7 +10,8 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// What the kernel drops because a UDP socket is full is counted, over all sockets, and shown.
+// What the kernel drops because a UDP socket is full is counted, over all
+// sockets, and shown.
 func TestFullSocketsAreCounted(t *testing.T) {
 	s := startServer(t, func(c *Config) { c.Listen = []string{"127.0.0.1:0", "[::1]:0"} })
 	if n, ok := s.Status().Drops["socket_full"]; ok {
@@ -38,7 +39,8 @@ func TestFullSocketsAreCounted(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if _, err := c.ReadBatch([]ipv4.Message{{Buffers: [][]byte{make([]byte, 1500)}}}, 0); err != nil {
+			if _, err := c.ReadBatch([]ipv4.Message{{Buffers: [][]byte{make([]byte, 1500)}}},
+				0); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -8,8 +8,9 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// table finds the session that a destination belongs to. Lookups take no lock: a change makes a new version, which shares
-// with the old one all that did not change.
+// table finds the session that a destination belongs to. Lookups take no lock:
+// a change makes a new version, which shares with the old one all that did not
+// change.
 type table struct {
 	mu sync.Mutex // of writers
 	v  atomic.Pointer[bart.Table[*session]]

@@ -25,9 +25,11 @@ import (
 )
 
 const (
-	// udpProtocol is the value of :protocol for UDP proxying (RFC 9298 section 3.4).
+	// udpProtocol is the value of :protocol for UDP proxying (RFC 9298 section
+	// 3.4).
 	udpProtocol = "connect-udp"
-	// udpPath is what the paths of the default template for UDP proxying start with (RFC 9298 section 2).
+	// udpPath is what the paths of the default template for UDP proxying start
+	// with (RFC 9298 section 2).
 	udpPath = "/.well-known/masque/udp/"
 )
 
@@ -41,15 +43,17 @@ type udpTarget struct {
 	port uint16     // not 0
 }
 
-// udpTemplate is the default template for UDP proxying (RFC 9298 section 2). Its
-// host stands for any: which names the proxy has is not decided here.
-var udpTemplate = uritemplate.MustNew("https://" + udpTemplateHost + udpPath + "{target_host}/{target_port}/")
+// udpTemplate is the default template for UDP proxying (RFC 9298 section 2).
+// Its host stands for any: which names the proxy has is not decided here.
+var udpTemplate = uritemplate.MustNew("https://" + udpTemplateHost + udpPath +
+	"{target_host}/{target_port}/")
 
 const udpTemplateHost = "proxy.invalid"
 
 // parseUDPTarget finds the target in a raw request path, as received and not
 // decoded. The error is errNotServed when the path is none of the template's,
-// and otherwise one about a variable that breaks the rules of RFC 9298 section 3.
+// and otherwise one about a variable that breaks the rules of RFC 9298 section
+// 3.
 func parseUDPTarget(path string) (udpTarget, error) {
 	rest, ok := strings.CutPrefix(path, udpPath)
 	if !ok {
@@ -62,7 +66,8 @@ func parseUDPTarget(path string) (udpTarget, error) {
 	if strings.Contains(rest, ":") {
 		return udpTarget{}, errors.New("target_host: colons must be percent-encoded")
 	}
-	if digits, err := url.PathUnescape(values[1]); err != nil || strings.Trim(digits, "0123456789") != "" {
+	if digits, err := url.PathUnescape(values[1]); err != nil ||
+		strings.Trim(digits, "0123456789") != "" {
 		return udpTarget{}, fmt.Errorf("target_port %q is not a number", values[1])
 	}
 	u, err := url.ParseRequestURI(path)
@@ -84,7 +89,8 @@ func parseUDPTarget(path string) (udpTarget, error) {
 		return udpTarget{}, fmt.Errorf("target_port %q is not a number from 1 to 65535", port)
 	}
 	t := udpTarget{port: uint16(n)}
-	// A host is what IP proxying takes for one, but for its prefixes and its "*".
+	// A host is what IP proxying takes for one, but for its prefixes and its
+	// "*".
 	scope, err := connectip.ParseScope(host, "*")
 	if err != nil || scope.IsZero() || strings.Contains(host, "/") {
 		return udpTarget{}, fmt.Errorf("target_host %q is neither an address nor a DNS name", host)
@@ -103,8 +109,8 @@ func (t udpTarget) String() string {
 	return net.JoinHostPort(host, strconv.Itoa(int(t.port)))
 }
 
-// openUDP prepares what a request for UDP proxying asks for: a name is resolved, and a socket connected, before the answer
-// (RFC 9298 section 3.1).
+// openUDP prepares what a request for UDP proxying asks for: a name is
+// resolved, and a socket connected, before the answer (RFC 9298 section 3.1).
 func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow, *refusal) {
 	target, err := parseUDPTarget(path)
 	if errors.Is(err, errNotServed) {
@@ -120,9 +126,12 @@ func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow,
 			return nil, refused
 		}
 	}
-	addrs = slices.DeleteFunc(addrs, func(a netip.Addr) bool { return !s.reachesByUDP(a, user.reach()) })
+	addrs = slices.DeleteFunc(addrs, func(a netip.Addr) bool {
+		return !s.reachesByUDP(a, user.reach())
+	})
 	if len(addrs) == 0 {
-		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited", "%v: clients may not reach it", target)
+		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited",
+			"%v: clients may not reach it", target)
 	}
 	var errs []error
 	for _, a := range addrs {
@@ -141,13 +150,17 @@ func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow,
 	return nil, refuse(http.StatusBadGateway, "destination_ip_unroutable", "%v: %v", target, err)
 }
 
-// reachesByUDP reports whether the proxy sends UDP packets to a for its clients: where their tunnels lead as well, but for
-// multicast and the proxy's own addresses. Those packets have the source address of the proxy itself, which some trust more
-// than any client's (RFC 9298 section 7). may is what the user reaches, nil for all.
+// reachesByUDP reports whether the proxy sends UDP packets to a for its
+// clients: where their tunnels lead as well, but for multicast and the proxy's
+// own addresses. Those packets have the source address of the proxy itself,
+// which some trust more than any client's (RFC 9298 section 7). may is what the
+// user reaches, nil for all.
 func (s *Server) reachesByUDP(a netip.Addr, may *netipx.IPSet) bool {
 	contains := func(p netip.Prefix) bool { return p.Contains(a) }
-	return slices.ContainsFunc(s.cfg().Advertise, contains) && !slices.ContainsFunc(s.deniedNow().clients, contains) &&
-		!slices.Contains(s.pool.gatewayAddrs(), a) && !a.IsMulticast() && (may == nil || may.Contains(a))
+	return slices.ContainsFunc(s.cfg().Advertise, contains) &&
+		!slices.ContainsFunc(s.deniedNow().clients, contains) &&
+		!slices.Contains(s.pool.gatewayAddrs(), a) && !a.IsMulticast() &&
+		(may == nil || may.Contains(a))
 }
 
 // dialOther is dialUDP to one other host. For addresses of this one, and of
@@ -159,17 +172,22 @@ func dialOther(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	return dialUDP(ctx, to)
 }
 
-// dialUDP opens a socket whose packets are never fragmented (RFC 9298 section 3.1) and do not go to broadcast addresses, for
-// which the error is os.ErrPermission.
+// dialUDP opens a socket whose packets are never fragmented (RFC 9298 section
+// 3.1) and do not go to broadcast addresses, for which the error is
+// os.ErrPermission.
 func dialUDP(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	d := net.Dialer{Control: func(network, _ string, c syscall.RawConn) error {
 		var err error
 		controlErr := c.Control(func(fd uintptr) {
 			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BROADCAST, 0)
 			if network == "udp6" {
-				err = errors.Join(err, unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO))
+				err = errors.Join(err,
+					unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER,
+						unix.IPV6_PMTUDISC_DO))
 			} else {
-				err = errors.Join(err, unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO))
+				err = errors.Join(err,
+					unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER,
+						unix.IP_PMTUDISC_DO))
 			}
 		})
 		return errors.Join(controlErr, err)

@@ -31,25 +31,32 @@ func TestParseUDPTarget(t *testing.T) {
 		}
 	}
 	for _, path := range []string{
-		"", "/", "//", "/53/", "a.example//", "a.example/53", "a.example/53//", "a.example/53/x", "a.example/53/?q",
-		"a.example/0/", "a.example/65536/", "a.example/-1/", "a.example/+5/", "a.example/dns/", "a.example/%zz/",
-		"::1/53/", "%3A%3A1%25eth0/53/", "%3A%3Affff%3A192.0.2.7/53/", "*/53/", "192.0.2.0%2F24/53/", "192.0.2.7%2F32/53/",
-		"256.1.1.1/53/", "-a.example/53/", "a%00b/53/", "a%0d%0ab/53/", "user@a.example/53/", "%252e/53/", "%zz/53/",
+		"", "/", "//", "/53/", "a.example//", "a.example/53", "a.example/53//", "a.example/53/x",
+		"a.example/53/?q",
+		"a.example/0/", "a.example/65536/", "a.example/-1/", "a.example/+5/", "a.example/dns/",
+		"a.example/%zz/",
+		"::1/53/", "%3A%3A1%25eth0/53/", "%3A%3Affff%3A192.0.2.7/53/", "*/53/",
+		"192.0.2.0%2F24/53/", "192.0.2.7%2F32/53/",
+		"256.1.1.1/53/", "-a.example/53/", "a%00b/53/", "a%0d%0ab/53/", "user@a.example/53/",
+		"%252e/53/", "%zz/53/",
 	} {
 		if got, err := parseUDPTarget(udpPath + path); err == nil || errors.Is(err, errNotServed) {
 			t.Errorf("%s: got %v, %v, want an error about a variable", path, got, err)
 		}
 	}
-	for _, path := range []string{"", "/", "/.well-known/masque/ip/*/*/", "/.well-known/masque/udp", "/x" + udpPath + "a.example/53/"} {
+	for _, path := range []string{"", "/", "/.well-known/masque/ip/*/*/", "/.well-known/masque/udp",
+		"/x" + udpPath + "a.example/53/"} {
 		if got, err := parseUDPTarget(path); !errors.Is(err, errNotServed) {
 			t.Errorf("%s: got %v, %v, want %v", path, got, err, errNotServed)
 		}
 	}
 }
 
-// What is accepted is a target that can be dialed, and is the same when its path is written anew.
+// What is accepted is a target that can be dialed, and is the same when its
+// path is written anew.
 func FuzzParseUDPTarget(f *testing.F) {
-	for _, s := range []string{"192.0.2.7/53/", "2001%3Adb8%3A%3A7/443/", "dns.example/53/", "*/1/", "%2F/0/", "a%0d%0a/53/"} {
+	for _, s := range []string{"192.0.2.7/53/", "2001%3Adb8%3A%3A7/443/", "dns.example/53/", "*/1/",
+		"%2F/0/", "a%0d%0a/53/"} {
 		f.Add(udpPath + s)
 	}
 	f.Fuzz(func(t *testing.T, path string) {
@@ -58,23 +65,27 @@ func FuzzParseUDPTarget(f *testing.F) {
 			return
 		}
 		host, port, err := net.SplitHostPort(target.String())
-		if err != nil || port == "0" || strings.ContainsAny(host, "%/ \x00\r\n") || (target.name == "") != target.addr.IsValid() {
+		if err != nil || port == "0" || strings.ContainsAny(host, "%/ \x00\r\n") ||
+			(target.name == "") != target.addr.IsValid() {
 			t.Fatalf("%q gave %+v", path, target)
 		}
-		again, err := parseUDPTarget(udpPath + strings.ReplaceAll(url.PathEscape(host), ":", "%3A") + "/" + port + "/")
+		again, err := parseUDPTarget(udpPath +
+			strings.ReplaceAll(url.PathEscape(host), ":", "%3A") + "/" + port + "/")
 		if err != nil || again != target {
 			t.Fatalf("%q gave %v, and then %v, %v", path, target, again, err)
 		}
 	})
 }
 
-// dialed stands for the network beyond the proxy: it leads the addresses that it has to sockets on loopback.
+// dialed stands for the network beyond the proxy: it leads the addresses that
+// it has to sockets on loopback.
 type dialed map[netip.AddrPort]string
 
 func (d dialed) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	local, ok := d[to]
 	if !ok {
-		return nil, &net.OpError{Op: "dial", Net: "udp", Err: os.NewSyscallError("connect", syscall.ENETUNREACH)}
+		return nil, &net.OpError{Op: "dial", Net: "udp",
+			Err: os.NewSyscallError("connect", syscall.ENETUNREACH)}
 	}
 	return new(net.Dialer).DialContext(ctx, "udp", local)
 }
@@ -107,7 +118,8 @@ func echo(t *testing.T) net.PacketConn {
 
 var target4 = netip.MustParseAddrPort("192.0.2.7:53")
 
-// withUDP makes change start a proxy with a target at 192.0.2.7 and 2001:db8::7, port 53, and the names of scoped.
+// withUDP makes change start a proxy with a target at 192.0.2.7 and
+// 2001:db8::7, port 53, and the names of scoped.
 func withUDP(to net.PacketConn, change func(*Config)) func(*Config) {
 	local := to.LocalAddr().String()
 	return func(c *Config) {
@@ -121,28 +133,33 @@ func withUDP(to net.PacketConn, change func(*Config)) func(*Config) {
 
 func TestUDPRequests(t *testing.T) {
 	h3 := scoped(t, withUDP(echo(t), func(c *Config) {
-		c.LocalNetworks = func() ([]netip.Prefix, error) { return []netip.Prefix{netip.MustParsePrefix("192.0.2.1/30")}, nil }
-		c.Advertise = append(c.Advertise, netip.MustParsePrefix("0.0.0.0/5"), netip.MustParsePrefix("127.0.0.0/8"),
-			netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/4"), netip.MustParsePrefix("10.0.0.0/8"))
+		c.LocalNetworks = func() ([]netip.Prefix, error) {
+			return []netip.Prefix{netip.MustParsePrefix("192.0.2.1/30")}, nil
+		}
+		c.Advertise = append(c.Advertise, netip.MustParsePrefix("0.0.0.0/5"),
+			netip.MustParsePrefix("127.0.0.0/8"),
+			netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/4"),
+			netip.MustParsePrefix("10.0.0.0/8"))
 	}))
 	for path, want := range map[string]struct {
 		status int
 		kind   string
 	}{
-		"192.0.2.7/53/":                {200, ""},
-		"2001%3Adb8%3A%3A7/53/":        {200, ""},
-		"target.example/53/":           {200, ""},
-		"192.0.2.7/0/":                 {400, "http_request_error"},
-		"192.0.2.7/x/":                 {400, "http_request_error"},
-		"2001:db8::7/53/":              {400, "http_request_error"},
-		"192.0.2.7/53/more":            {400, "http_request_error"},
-		"127.0.0.1/53/":                {403, "destination_ip_prohibited"}, // loopback
-		"0.0.0.0/53/":                  {403, "destination_ip_prohibited"},
-		"169.254.169.254/80/":          {403, "destination_ip_prohibited"}, // metadata
-		"fe80%3A%3A1/53/":              {403, "destination_ip_prohibited"}, // link-local
-		"224.0.0.251/5353/":            {403, "destination_ip_prohibited"}, // multicast
-		"192.0.2.1/53/":                {403, "destination_ip_prohibited"}, // the proxy's own
-		"10.77.0.1/53/":                {403, "destination_ip_prohibited"}, // the proxy's own in the tunnel
+		"192.0.2.7/53/":         {200, ""},
+		"2001%3Adb8%3A%3A7/53/": {200, ""},
+		"target.example/53/":    {200, ""},
+		"192.0.2.7/0/":          {400, "http_request_error"},
+		"192.0.2.7/x/":          {400, "http_request_error"},
+		"2001:db8::7/53/":       {400, "http_request_error"},
+		"192.0.2.7/53/more":     {400, "http_request_error"},
+		"127.0.0.1/53/":         {403, "destination_ip_prohibited"}, // loopback
+		"0.0.0.0/53/":           {403, "destination_ip_prohibited"},
+		"169.254.169.254/80/":   {403, "destination_ip_prohibited"}, // metadata
+		"fe80%3A%3A1/53/":       {403, "destination_ip_prohibited"}, // link-local
+		"224.0.0.251/5353/":     {403, "destination_ip_prohibited"}, // multicast
+		"192.0.2.1/53/":         {403, "destination_ip_prohibited"}, // the proxy's own
+		// the proxy's own in the tunnel
+		"10.77.0.1/53/":                {403, "destination_ip_prohibited"},
 		"10.77.0.9/53/":                {403, "destination_ip_prohibited"}, // a client
 		"192.0.2.200/53/":              {403, "destination_ip_prohibited"}, // configured
 		"198.51.100.1/53/":             {403, "destination_ip_prohibited"}, // not advertised
@@ -176,13 +193,15 @@ func TestUDPRequests(t *testing.T) {
 	}
 }
 
-// With client_to_client, clients' addresses may be reached, but still not the proxy's.
+// With client_to_client, clients' addresses may be reached, but still not the
+// proxy's.
 func TestUDPToClients(t *testing.T) {
 	h3 := scoped(t, withUDP(echo(t), func(c *Config) {
 		c.ClientToClient, c.Advertise = true, []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
 	}))
 	for path, want := range map[string]int{"10.77.0.9/53/": 502, "10.77.0.1/53/": 403} {
-		if rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+path, nil); rsp.StatusCode != want {
+		if rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+path,
+			nil); rsp.StatusCode != want {
 			t.Errorf("%s: status %d, want %d", path, rsp.StatusCode, want)
 		}
 	}
@@ -190,27 +209,34 @@ func TestUDPToClients(t *testing.T) {
 
 func TestUDPTurnedOff(t *testing.T) {
 	h3 := scoped(t, withUDP(echo(t), func(c *Config) { c.ConnectUDP = false }))
-	if rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+"192.0.2.7/53/", nil); rsp.StatusCode != 501 {
+	if rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+"192.0.2.7/53/",
+		nil); rsp.StatusCode != 501 {
 		t.Errorf("status %d, want 501", rsp.StatusCode)
 	}
 }
 
 func TestUDPUnauthenticated(t *testing.T) {
-	h3 := scoped(t, withUDP(echo(t), func(c *Config) { c.Methods, c.Users = []string{MethodToken}, noUsers{} }))
-	for _, path := range []string{"192.0.2.7/53/", "192.0.2.7/0/", "127.0.0.1/53/", "slow.example/53/"} {
-		rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+path, http.Header{"Authorization": {"Bearer guess"}})
+	h3 := scoped(t, withUDP(echo(t), func(c *Config) {
+		c.Methods, c.Users = []string{MethodToken}, noUsers{}
+	}))
+	for _, path := range []string{"192.0.2.7/53/", "192.0.2.7/0/", "127.0.0.1/53/",
+		"slow.example/53/"} {
+		rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+path,
+			http.Header{"Authorization": {"Bearer guess"}})
 		if rsp.StatusCode != 401 || rsp.Header.Get("Proxy-Status") != "" {
 			t.Errorf("%s: status %d, header %v", path, rsp.StatusCode, rsp.Header)
 		}
 	}
 }
 
-// Flows count apart from tunnels, and what is refused leaves no socket open. The client is told which limit it was.
+// Flows count apart from tunnels, and what is refused leaves no socket open.
+// The client is told which limit it was.
 func TestUDPLimits(t *testing.T) {
 	for want, change := range map[int]func(*Config){
 		503: func(c *Config) { c.MaxSessions, c.MaxUDPFlows = 1, 1 },
 		429: func(c *Config) {
-			c.Methods, c.Users, c.MaxSessionsPerUser, c.MaxUDPFlowsPerUser = []string{MethodToken}, oneUser{}, 1, 1
+			c.Methods, c.Users, c.MaxSessionsPerUser, c.MaxUDPFlowsPerUser = []string{MethodToken},
+				oneUser{}, 1, 1
 		},
 	} {
 		var open atomic.Int32
@@ -242,7 +268,8 @@ func TestUDPLimits(t *testing.T) {
 				continue
 			}
 			kind, _ := proxyStatus(t, rsp)
-			if s := rsp.Header.Get("Proxy-Status"); kind != "connection_limit_reached" || !strings.Contains(s, `details="too many `+r.what) {
+			if s := rsp.Header.Get("Proxy-Status"); kind != "connection_limit_reached" ||
+				!strings.Contains(s, `details="too many `+r.what) {
 				t.Errorf("%s: Proxy-Status says %s", r.protocol, s)
 			}
 		}
@@ -263,7 +290,8 @@ func (c counted) Close() error {
 	return c.Conn.Close()
 }
 
-// Packets to targets carry DF or are not sent, and do not go to broadcast addresses.
+// Packets to targets carry DF or are not sent, and do not go to broadcast
+// addresses.
 func TestDialUDP(t *testing.T) {
 	for to, option := range map[string][2]int{
 		"127.0.0.1:9": {unix.IPPROTO_IP, unix.IP_MTU_DISCOVER},
@@ -279,12 +307,15 @@ func TestDialUDP(t *testing.T) {
 			t.Fatal(err)
 		}
 		var value int
-		controlErr := raw.Control(func(fd uintptr) { value, err = unix.GetsockoptInt(int(fd), option[0], option[1]) })
+		controlErr := raw.Control(func(fd uintptr) {
+			value, err = unix.GetsockoptInt(int(fd), option[0], option[1])
+		})
 		if err := errors.Join(err, controlErr); err != nil || value != unix.IP_PMTUDISC_DO {
 			t.Errorf("%s: path MTU discovery %d, %v, want %d", to, value, err, unix.IP_PMTUDISC_DO)
 		}
 	}
-	if c, err := dialUDP(t.Context(), netip.MustParseAddrPort("127.255.255.255:9")); !errors.Is(err, os.ErrPermission) {
+	if c, err := dialUDP(t.Context(), netip.MustParseAddrPort("127.255.255.255:9")); !errors.Is(err,
+		os.ErrPermission) {
 		t.Errorf("broadcast address: %v, %v", c, err)
 	}
 }

@@ -16,9 +16,11 @@ import (
 	"masquevpn/internal/congestion"
 )
 
-// A flow of UDP is sent at the pace of the client's acknowledgments, whatever the proxy does for tunnels (RFC 9298 section 6).
+// A flow of UDP is sent at the pace of the client's acknowledgments, whatever
+// the proxy does for tunnels (RFC 9298 section 6).
 func TestUDPIsCongestionControlled(t *testing.T) {
-	const packets, most, window = 2000, 400, 32 // of 1000 bytes; the last is the initial congestion window
+	// of 1000 bytes; the last is the initial congestion window
+	const packets, most, window = 2000, 400, 32
 	source := &flood{left: packets, on: make(chan struct{}), closed: make(chan struct{})}
 	s := startServer(t, withUDP(echo(t), func(c *Config) {
 		c.Congestion = congestion.Inner
@@ -33,7 +35,8 @@ func TestUDPIsCongestionControlled(t *testing.T) {
 	transport := &quic.Transport{Conn: client}
 	defer transport.Close()
 	conn, err := transport.Dial(t.Context(), s.Addrs()[0],
-		&tls.Config{RootCAs: s.roots, ServerName: "localhost", NextProtos: []string{http3.NextProtoH3}}, &quic.Config{EnableDatagrams: true})
+		&tls.Config{RootCAs: s.roots, ServerName: "localhost",
+			NextProtos: []string{http3.NextProtoH3}}, &quic.Config{EnableDatagrams: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -23,17 +23,18 @@ const maxWaiting = 64
 // udpEndTimeout is for a packet that is being sent in a capsule at the end.
 const udpEndTimeout = time.Second
 
-// udpFlow is what a session for UDP proxying carries (RFC 9298): packets between its stream and one target. A packet that is too
-// large for the path to the target is dropped (RFC 9298 section 3.1); one that is too large for a datagram goes to the client in a
-// capsule.
+// udpFlow is what a session for UDP proxying carries (RFC 9298): packets
+// between its stream and one target. A packet that is too large for the path to
+// the target is dropped (RFC 9298 section 3.1); one that is too large for a
+// datagram goes to the client in a capsule.
 type udpFlow struct {
 	target udpTarget
 	to     netip.AddrPort // of the target
 	socket net.Conn       // to it
 }
 
-// nextHop returns the value of Proxy-Status by which the proxy called name tells the client the target's address (RFC 9209
-// section 2.1.2), "" for none.
+// nextHop returns the value of Proxy-Status by which the proxy called name
+// tells the client the target's address (RFC 9209 section 2.1.2), "" for none.
 func (f *udpFlow) nextHop(name string) string {
 	item := httpsfv.NewItem(name)
 	item.Params.Add("next-hop", f.to.String())
@@ -57,8 +58,10 @@ func (f *udpFlow) up(payload []byte, count *connectip.Traffic) error {
 	return nil
 }
 
-// down carries packets of the target to the client until the socket or the stream fails.
-func (f *udpFlow) down(str *connectip.UDPStream, count *connectip.Traffic, rate *pacer, done <-chan struct{}) error {
+// down carries packets of the target to the client until the socket or the
+// stream fails.
+func (f *udpFlow) down(str *connectip.UDPStream, count *connectip.Traffic, rate *pacer,
+	done <-chan struct{}) error {
 	buf := make([]byte, connectip.MaxUDPPayload+1) // what fills it is too long
 	for {
 		n, err := f.socket.Read(buf)
@@ -81,8 +84,9 @@ func (f *udpFlow) down(str *connectip.UDPStream, count *connectip.Traffic, rate 
 	}
 }
 
-// receive carries a packet of the client to the target. Those of a user with a rate wait for that in a short queue, up: what is above
-// the rate for long is dropped.
+// receive carries a packet of the client to the target. Those of a user with a
+// rate wait for that in a short queue, up: what is above the rate for long is
+// dropped.
 func (ss *session) receive(payload []byte, up chan<- []byte) {
 	count := &ss.stats.Receive
 	if ss.account.up.rate.Load() == 0 {
@@ -117,17 +121,24 @@ func (ss *session) sendWaiting(up <-chan []byte) {
 
 var errIdle = errors.New("no packet passed for long")
 
-// runUDP carries the session until its stream, the socket to its target or ss.ctx ends, or until no packet passed for long, and
-// gives back all that it held. The header of the answer was written.
+// runUDP carries the session until its stream, the socket to its target or
+// ss.ctx ends, or until no packet passed for long, and gives back all that it
+// held. The header of the answer was written.
 func (ss *session) runUDP(w http.ResponseWriter) error {
 	str := connectip.NewUDPStream(w.(http3.HTTPStreamer).HTTPStream())
 	var sending, receiving sync.WaitGroup
-	sending.Go(ss.guarded(func() { ss.stop(ss.udp.down(str, &ss.stats.Send, &ss.account.down, ss.ctx.Done())) }))
+	sending.Go(ss.guarded(func() {
+		ss.stop(ss.udp.down(str, &ss.stats.Send, &ss.account.down, ss.ctx.Done()))
+	}))
 	up := make(chan []byte, maxWaiting)
 	receiving.Go(ss.guarded(func() { ss.sendWaiting(up) }))
-	receiving.Go(ss.guarded(func() { str.ReceiveDatagrams(ss.ctx, func(b []byte) { ss.receive(b, up) }) }))
 	receiving.Go(ss.guarded(func() {
-		str.ReceiveCapsules(func(b []byte) { ss.receive(b, up) }, func() { ss.stats.Receive.Drop(connectip.DropTooBig) })
+		str.ReceiveDatagrams(ss.ctx, func(b []byte) { ss.receive(b, up) })
+	}))
+	receiving.Go(ss.guarded(func() {
+		str.ReceiveCapsules(func(b []byte) {
+			ss.receive(b, up)
+		}, func() { ss.stats.Receive.Drop(connectip.DropTooBig) })
 		ss.stop(connectip.ErrClosedByPeer)
 	}))
 	ss.awaitIdle(ss.server.cfg().UDPIdleTimeout)
@@ -140,7 +151,8 @@ func (ss *session) runUDP(w http.ResponseWriter) error {
 	return context.Cause(ss.ctx)
 }
 
-// awaitIdle returns when ss.ctx ends, and ends it when no packet passed for limit, or up to a quarter of it longer.
+// awaitIdle returns when ss.ctx ends, and ends it when no packet passed for
+// limit, or up to a quarter of it longer.
 func (ss *session) awaitIdle(limit time.Duration) {
 	const looks = 4
 	tick := time.NewTicker(limit / looks)

@@ -39,7 +39,8 @@ func openFlow(t *testing.T, h3 *http3.ClientConn, header http.Header) flow {
 
 func openFlowTo(t *testing.T, h3 *http3.ClientConn, target string, header http.Header) flow {
 	t.Helper()
-	req, err := masque.NewRequest(t.Context(), uritemplate.MustNew("https://localhost"+udpPath+"{target_host}/{target_port}/"), target)
+	req, err := masque.NewRequest(t.Context(),
+		uritemplate.MustNew("https://localhost"+udpPath+"{target_host}/{target_port}/"), target)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +134,8 @@ func TestUDPCarries(t *testing.T) {
 		after := s.Status()
 		if after.Packets.RX-before.Packets.RX != 3 || after.Packets.TX-before.Packets.TX != 3 ||
 			after.Bytes.RX-before.Bytes.RX != 1205 || after.Bytes.TX-before.Bytes.TX != 1205 {
-			t.Errorf("the proxy counted %+v packets, %+v bytes before, then %+v, %+v", before.Packets, before.Bytes, after.Packets, after.Bytes)
+			t.Errorf("the proxy counted %+v packets, %+v bytes before, then %+v, %+v",
+				before.Packets, before.Bytes, after.Packets, after.Bytes)
 		}
 	}
 	// What a client does in short order is no matter for the log.
@@ -160,7 +162,8 @@ func (b *logBuffer) String() string {
 	return b.buf.String()
 }
 
-// Datagrams of contexts that nobody knows go nowhere, and what is on the stream beside them does no harm (RFC 9298 section 4).
+// Datagrams of contexts that nobody knows go nowhere, and what is on the stream
+// beside them does no harm (RFC 9298 section 4).
 func TestUDPContexts(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), nil))
 	_, h3 := s.dial(t, nil)
@@ -207,8 +210,9 @@ func TestUDPFlowsAreApart(t *testing.T) {
 	wg.Wait()
 }
 
-// A packet that is too large, in either direction, is dropped and counted, and the flow goes on. One that is too large for a datagram
-// alone goes in a capsule, which this client skips.
+// A packet that is too large, in either direction, is dropped and counted, and
+// the flow goes on. One that is too large for a datagram alone goes in a
+// capsule, which this client skips.
 func TestUDPTooLarge(t *testing.T) {
 	target, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
@@ -247,7 +251,8 @@ func TestUDPTooLarge(t *testing.T) {
 	}
 }
 
-// Payloads of all sizes go both ways; in capsules where datagrams do not carry them.
+// Payloads of all sizes go both ways; in capsules where datagrams do not carry
+// them.
 func TestUDPCapsules(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), nil))
 	_, h3 := s.dial(t, nil)
@@ -261,7 +266,9 @@ func TestUDPCapsules(t *testing.T) {
 	deliver := func(payload []byte) { got <- bytes.Clone(payload) }
 	ctx, stop := context.WithCancel(t.Context())
 	receiving.Go(func() { str.ReceiveDatagrams(ctx, deliver) })
-	receiving.Go(func() { str.ReceiveCapsules(deliver, func() { t.Error("a payload is too long") }) })
+	receiving.Go(func() {
+		str.ReceiveCapsules(deliver, func() { t.Error("a payload is too long") })
+	})
 	for _, size := range []int{0, 1, 1100, 1400, 2048, 4096, connectip.MaxUDPPayload} {
 		payload := bytes.Repeat([]byte{byte(size)}, size)
 		if err := str.Send(payload); err != nil {
@@ -328,7 +335,9 @@ func TestUDPEnds(t *testing.T) {
 				s.UsersChanged()
 			},
 		},
-		"idle": {change: func(c *Config) { c.UDPIdleTimeout = 40 * time.Millisecond }, end: func(*testing.T, running, net.PacketConn) {}},
+		"idle": {change: func(c *Config) {
+			c.UDPIdleTimeout = 40 * time.Millisecond
+		}, end: func(*testing.T, running, net.PacketConn) {}},
 		"target denied": {
 			change: func(c *Config) {
 				var looks atomic.Int32 // also by the server, when an address of the host changes
@@ -399,7 +408,8 @@ func TestUDPShutdown(t *testing.T) {
 	}
 }
 
-// A client that comes back on a new connection takes the place of the flows that it left behind, and only of those.
+// A client that comes back on a new connection takes the place of the flows
+// that it left behind, and only of those.
 func TestUDPReplaces(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), func(c *Config) { c.MaxSessions = 3 }))
 	header := http.Header{connectip.InstanceHeader: {"abc"}}
@@ -421,7 +431,8 @@ func TestUDPReplaces(t *testing.T) {
 	}
 }
 
-// A flow lives on while packets pass, in either direction, and afterwards for as long as RFC 9298 section 3.1 recommends.
+// A flow lives on while packets pass, in either direction, and afterwards for
+// as long as RFC 9298 section 3.1 recommends.
 func TestUDPIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ss := &session{}
@@ -442,8 +453,10 @@ func TestUDPIdle(t *testing.T) {
 			}
 		}
 		<-done
-		if quiet := time.Since(last); quiet < DefaultUDPIdleTimeout || quiet > DefaultUDPIdleTimeout*5/4 {
-			t.Errorf("ended %v after the last packet, want %v or a quarter more", quiet, DefaultUDPIdleTimeout)
+		if quiet := time.Since(last); quiet < DefaultUDPIdleTimeout ||
+			quiet > DefaultUDPIdleTimeout*5/4 {
+			t.Errorf("ended %v after the last packet, want %v or a quarter more", quiet,
+				DefaultUDPIdleTimeout)
 		}
 		if cause := context.Cause(ss.ctx); cause != errIdle {
 			t.Errorf("ended for %v", cause)

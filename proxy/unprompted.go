@@ -8,11 +8,13 @@ import (
 	"masquevpn/capsule"
 )
 
-// RFC 9484 section 4.7.1 has a client that expects an address ask for it, unless it is configured with static ones. Many
-// clients do not ask and wait for what they are assigned, which the same section allows.
+// RFC 9484 section 4.7.1 has a client that expects an address ask for it,
+// unless it is configured with static ones. Many clients do not ask and wait
+// for what they are assigned, which the same section allows.
 
-// leaseReserved leases what is reserved for the user, one address of each family, before the client has said anything: a client
-// that is configured with the address may use it at once. ss.mu is held.
+// leaseReserved leases what is reserved for the user, one address of each
+// family, before the client has said anything: a client that is configured with
+// the address may use it at once. ss.mu is held.
 func (ss *session) leaseReserved() []netip.Prefix {
 	for _, p := range ss.server.pool.leaseReserved(ss.user, ss.owner()) {
 		ss.account.leases.Add(1)
@@ -25,9 +27,10 @@ func (ss *session) leaseReserved() []netip.Prefix {
 	return prefixes(ss.addresses)
 }
 
-// assignUnprompted assigns a client that does not ask one address of each family, or, where the client is the gateway of a site,
-// which may have no use for one, what is reserved for its user alone. It returns when the client has asked, or is assigned
-// addresses, or ss.ctx ends.
+// assignUnprompted assigns a client that does not ask one address of each
+// family, or, where the client is the gateway of a site, which may have no use
+// for one, what is reserved for its user alone. It returns when the client has
+// asked, or is assigned addresses, or ss.ctx ends.
 func (ss *session) assignUnprompted() {
 	delay := time.NewTimer(unpromptedDelay)
 	defer delay.Stop()
@@ -54,7 +57,8 @@ func (ss *session) assignUnprompted() {
 	ss.refresh()
 }
 
-// unprompted leases what a client gets that did not ask, and returns its full list of addresses, nil when it has asked.
+// unprompted leases what a client gets that did not ask, and returns its full
+// list of addresses, nil when it has asked.
 func (ss *session) unprompted() []capsule.Address {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
@@ -71,14 +75,18 @@ func (ss *session) unprompted() []capsule.Address {
 	return slices.Clone(ss.addresses)
 }
 
-// leaseMissing leases an address of each family that the client has none of. ss.mu is held.
+// leaseMissing leases an address of each family that the client has none of.
+// ss.mu is held.
 func (ss *session) leaseMissing() {
 	for _, unspecified := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
-		has := slices.ContainsFunc(ss.addresses, func(a capsule.Address) bool { return a.Prefix.Addr().Is4() == unspecified.Is4() })
+		has := slices.ContainsFunc(ss.addresses, func(a capsule.Address) bool {
+			return a.Prefix.Addr().Is4() == unspecified.Is4()
+		})
 		if has || !ss.server.pool.serves(unspecified) {
 			continue
 		}
-		a, err := ss.lease(capsule.Address{Prefix: netip.PrefixFrom(unspecified, unspecified.BitLen())})
+		a, err := ss.lease(capsule.Address{Prefix: netip.PrefixFrom(unspecified,
+			unspecified.BitLen())})
 		if err != nil {
 			ss.log.Warn("no address for a client that asked for none", "reason", err)
 			continue
@@ -87,9 +95,11 @@ func (ss *session) leaseMissing() {
 	}
 }
 
-// answerHeld answers requests with what the client has, and returns the others: a request for an address, or a prefix, that it
-// was assigned, and one for any address while it has one that it did not ask for. What answers none of the client's first
-// requests goes back, so that the client has what it asked for, whether or not it was quick. ss.mu is held.
+// answerHeld answers requests with what the client has, and returns the others:
+// a request for an address, or a prefix, that it was assigned, and one for any
+// address while it has one that it did not ask for. What answers none of the
+// client's first requests goes back, so that the client has what it asked for,
+// whether or not it was quick. ss.mu is held.
 func (ss *session) answerHeld(requested []capsule.Address) (others []capsule.Address) {
 	answered := make([]bool, len(ss.addresses))
 	answer := func(r capsule.Address, fits func(held capsule.Address) bool) bool {

@@ -11,7 +11,8 @@ import (
 	"masquevpn/capsule"
 )
 
-// userList are users whose token is their name, and whose addresses are reserved.
+// userList are users whose token is their name, and whose addresses are
+// reserved.
 type userList []User
 
 func (l userList) ByName(name string) (User, bool) {
@@ -25,10 +26,13 @@ func (l userList) ByName(name string) (User, bool) {
 func (l userList) ByToken(token string) (User, bool) { return l.ByName(token) }
 
 func (l userList) Reserved(p netip.Prefix, name string) bool {
-	return slices.ContainsFunc(l, func(u User) bool { return u.Name != name && slices.ContainsFunc(u.Addresses, p.Contains) })
+	return slices.ContainsFunc(l, func(u User) bool {
+		return u.Name != name && slices.ContainsFunc(u.Addresses, p.Contains)
+	})
 }
 
-// as begins a session of a user and returns an asker that has asked for nothing.
+// as begins a session of a user and returns an asker that has asked for
+// nothing.
 func as(t *testing.T, h3 *http3.ClientConn, user string) *asker {
 	t.Helper()
 	header := http.Header{}
@@ -56,15 +60,18 @@ func (a *asker) assigned() []capsule.Address {
 	}
 }
 
-// withAddresses gives the proxy both families and users, of whom alice has reserved addresses.
+// withAddresses gives the proxy both families and users, of whom alice has
+// reserved addresses.
 func withAddresses(c *Config) {
 	c.Pool6 = netip.MustParsePrefix("fd77::/64")
 	c.Methods, c.Users = []string{MethodToken}, userList{
-		{Name: "alice", Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.9"), netip.MustParseAddr("fd77::9")}}, {Name: "bob"},
+		{Name: "alice", Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.9"),
+			netip.MustParseAddr("fd77::9")}}, {Name: "bob"},
 	}
 }
 
-// A client that asks for no addresses is assigned one of each family, and later requests are answered with those.
+// A client that asks for no addresses is assigned one of each family, and later
+// requests are answered with those.
 func TestUnprompted(t *testing.T) {
 	for _, tc := range []struct {
 		name, user string
@@ -72,14 +79,20 @@ func TestUnprompted(t *testing.T) {
 		ask, want  []string // later
 	}{
 		{"nothing more", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, nil, nil},
-		{"any", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, []string{"0.0.0.0/32", "::/128"}, []string{"10.77.0.2/32", "fd77::2/128"}},
-		{"any block, of which there are none", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, []string{"0.0.0.0/0"}, []string{"10.77.0.2/32"}},
-		{"another family alone", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, []string{"::/128"}, []string{"fd77::2/128"}},
+		{"any", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, []string{"0.0.0.0/32", "::/128"},
+			[]string{"10.77.0.2/32", "fd77::2/128"}},
+		{"any block, of which there are none", "bob", []string{"10.77.0.2/32", "fd77::2/128"},
+			[]string{"0.0.0.0/0"}, []string{"10.77.0.2/32"}},
+		{"another family alone", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, []string{"::/128"},
+			[]string{"fd77::2/128"}},
 		{"the same by name and any", "bob", []string{"10.77.0.2/32", "fd77::2/128"},
 			[]string{"0.0.0.0/32", "10.77.0.2/32"}, []string{"10.77.0.2/32", "10.77.0.3/32"}},
-		{"another address", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, []string{"10.77.0.7/32"}, []string{"10.77.0.7/32"}},
-		{"reserved", "alice", []string{"10.77.0.9/32", "fd77::9/128"}, []string{"0.0.0.0/32", "::/128"}, []string{"10.77.0.9/32", "fd77::9/128"}},
-		{"an address that is reserved for another", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, []string{"10.77.0.9/32"}, []string{"10.77.0.2/32"}},
+		{"another address", "bob", []string{"10.77.0.2/32", "fd77::2/128"},
+			[]string{"10.77.0.7/32"}, []string{"10.77.0.7/32"}},
+		{"reserved", "alice", []string{"10.77.0.9/32", "fd77::9/128"},
+			[]string{"0.0.0.0/32", "::/128"}, []string{"10.77.0.9/32", "fd77::9/128"}},
+		{"an address that is reserved for another", "bob", []string{"10.77.0.2/32", "fd77::2/128"},
+			[]string{"10.77.0.9/32"}, []string{"10.77.0.2/32"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -105,14 +118,16 @@ func TestUnprompted(t *testing.T) {
 	}
 }
 
-// A client that is configured with what is reserved for its user need neither ask nor wait to be told.
+// A client that is configured with what is reserved for its user need neither
+// ask nor wait to be told.
 func TestReservedAddressNeedsNoRequest(t *testing.T) {
 	h := newHub(t, withReserved)
 	g := &gateway{hub: h, str: as(t, h.h3, "c").str}
 	h.lets(g, "10.77.0.9", "192.0.2.7")
 }
 
-// withReserved are the users of a hub, of whom c and the gateway b have reserved addresses.
+// withReserved are the users of a hub, of whom c and the gateway b have
+// reserved addresses.
 func withReserved(c *Config) {
 	c.Users = userList{
 		{Name: "a"}, {Name: "b", Addresses: []netip.Addr{netip.MustParseAddr("fd77::8")}},
@@ -120,7 +135,8 @@ func withReserved(c *Config) {
 	}
 }
 
-// The gateway of a site, which may have no use for an address, is assigned none that is not reserved for it.
+// The gateway of a site, which may have no use for an address, is assigned none
+// that is not reserved for it.
 func TestUnpromptedGateway(t *testing.T) {
 	h := newHub(t, withReserved)
 	a := as(t, h.h3, "a")
@@ -134,7 +150,8 @@ func TestUnpromptedGateway(t *testing.T) {
 	a.want(a.ask("0.0.0.0/32"), "10.77.0.2/32")
 }
 
-// Requests that are quick are answered as if nothing had been reserved: with what they ask for, and nothing else.
+// Requests that are quick are answered as if nothing had been reserved: with
+// what they ask for, and nothing else.
 func TestReservedAndAsked(t *testing.T) {
 	h := startServer(t, withAddresses)
 	_, h3 := h.dial(t, nil)

@@ -8,8 +8,9 @@ import (
 	"masquevpn/internal/flowqueue"
 )
 
-// uplink is the device as one session writes to it. What the session's user sends above the rate waits in a queue of its own: those
-// who write run QUIC's connection and must not wait. Users without a rate do not notice it.
+// uplink is the device as one session writes to it. What the session's user
+// sends above the rate waits in a queue of its own: those who write run QUIC's
+// connection and must not wait. Users without a rate do not notice it.
 type uplink struct {
 	connectip.Device
 	ss *session
@@ -21,7 +22,8 @@ type uplink struct {
 	writing connectip.Busy // of the goroutine that sends
 }
 
-// Write implements connectip.Device. It may be called by several goroutines, and returns at once.
+// Write implements connectip.Device. It may be called by several goroutines,
+// and returns at once.
 func (u *uplink) Write(bufs [][]byte, offset int) (int, error) {
 	if !u.ss.account.up.limited() {
 		return u.Device.Write(bufs, offset)
@@ -48,7 +50,8 @@ func (u *uplink) Write(bufs [][]byte, offset int) (int, error) {
 	return len(bufs), nil
 }
 
-// writeLong writes a packet that is too long to be queued, if the rate allows it now.
+// writeLong writes a packet that is too long to be queued, if the rate allows
+// it now.
 func (u *uplink) writeLong(buf []byte, offset int) {
 	up := &u.ss.account.up
 	if up.behind() > 0 {
@@ -80,7 +83,8 @@ func (u *uplink) open() *flowqueue.Queue {
 	return q
 }
 
-// send writes what is queued at the rate of the user, until the queue is closed.
+// send writes what is queued at the rate of the user, until the queue is
+// closed.
 func (u *uplink) send(queue *flowqueue.Queue) {
 	var batch [sendBatch]*flowqueue.Packet
 	var bufs [sendBatch][]byte
@@ -109,7 +113,8 @@ func (u *uplink) send(queue *flowqueue.Queue) {
 	}
 }
 
-// addAges takes into account in a what is being written. What waits because of the user's rate is late on purpose.
+// addAges takes into account in a what is being written. What waits because of
+// the user's rate is late on purpose.
 func (u *uplink) addAges(a *connectip.Ages) { a.Note(connectip.StageDeviceWrite, u.writing.Age()) }
 
 // close drops what waits. The session has ended.

@@ -52,7 +52,8 @@ func TestCloseRestoresTheHost(t *testing.T) {
 			h.tun("masque0")
 			before := h.snapshot()
 			journal := filepath.Join(t.TempDir(), "state", "one.json")
-			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: tt.mark, Journal: journal})
+			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: tt.mark,
+				Journal: journal})
 			h.apply(m, tt.state)
 			during := h.snapshot()
 			for _, what := range []string{"addr", "route", "ruleset"} {
@@ -110,7 +111,8 @@ func (h *host) changes(f func()) (n int) {
 	h.t.Helper()
 	h.do(func() {
 		groups := []uint{
-			unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
+			unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+			unix.RTNLGRP_IPV4_ROUTE,
 			unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
 			unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF,
 		}
@@ -147,8 +149,9 @@ func (h *host) changes(f func()) (n int) {
 	return n
 }
 
-// fewest is the least that changes counts of what f returns for 0, 1, and so on: the kernel tells of some changes, as of the state of
-// links, when it has time to.
+// fewest is the least that changes counts of what f returns for 0, 1, and so
+// on: the kernel tells of some changes, as of the state of links, when it has
+// time to.
 func (h *host) fewest(f func(try int) func()) int {
 	h.t.Helper()
 	n := h.changes(f(0))
@@ -182,7 +185,8 @@ func TestApplyAgainChangesNothing(t *testing.T) {
 		t.Errorf("the same state again: %d notifications, want none", n)
 	}
 	more := func(i int) func() {
-		s.Routes = append(s.Routes, netip.PrefixFrom(netip.AddrFrom4([4]byte{172, byte(32 + 16*i), 0, 0}), 12))
+		s.Routes = append(s.Routes,
+			netip.PrefixFrom(netip.AddrFrom4([4]byte{172, byte(32 + 16*i), 0, 0}), 12))
 		return apply(s)
 	}
 	if n := h.fewest(more); n != 1 {
@@ -207,11 +211,15 @@ func TestApplyFollowsAsDifference(t *testing.T) {
 	for _, s := range []State{
 		{MTU: 1300, Addresses: prefixes("10.77.0.3/32"), Routes: prefixes("10.0.0.0/8")},
 		{Addresses: prefixes("10.77.0.3/32", "fd77::9/128"), Routes: prefixes("::/0")},
-		{Addresses: prefixes("10.77.0.3/24", "fd77::9/64"), Routes: prefixes("::/0")}, // the same with other lengths
-		{MTU: 1200, Routes: prefixes("198.51.100.0/24")},                              // below 1280: IPv4 alone; unnumbered
+		// the same with other lengths
+		{Addresses: prefixes("10.77.0.3/24", "fd77::9/64"), Routes: prefixes("::/0")},
+		{MTU: 1200, Routes: prefixes("198.51.100.0/24")}, // below 1280: IPv4 alone; unnumbered
 		{},
-		{MTU: 1000, Addresses: prefixes("10.77.0.3/24", "10.77.0.4/24", "10.77.0.5/24"), Routes: prefixes("0.0.0.0/1")},
-		{MTU: 1000, Addresses: prefixes("10.77.0.4/24", "10.77.0.5/24"), Routes: prefixes("0.0.0.0/1")}, // the primary goes
+		{MTU: 1000, Addresses: prefixes("10.77.0.3/24", "10.77.0.4/24", "10.77.0.5/24"),
+			Routes: prefixes("0.0.0.0/1")},
+		// the primary goes
+		{MTU: 1000, Addresses: prefixes("10.77.0.4/24", "10.77.0.5/24"),
+			Routes: prefixes("0.0.0.0/1")},
 		{Forward: true, Masquerade: prefixes("10.0.0.0/8")},
 	} {
 		h.apply(m, s)
@@ -264,7 +272,8 @@ func TestApplyRepairs(t *testing.T) {
 		now := h.snapshot()
 		for what := range good {
 			if now[what] != good[what] && what != stableSecret {
-				t.Errorf("after %q and Apply, %s is\n%s\nwant\n%s", damage, what, now[what], good[what])
+				t.Errorf("after %q and Apply, %s is\n%s\nwant\n%s", damage, what, now[what],
+					good[what])
 			}
 		}
 	}
@@ -283,11 +292,13 @@ func TestRollback(t *testing.T) {
 			h := newHost(t)
 			h.uplink()
 			h.tun("masque0")
-			// Somebody's route where ours is to go, in a table that is not ours alone:
-			// fails when the interface, the filter and other routes are there already.
+			// Somebody's route where ours is to go, in a table that is not ours
+			// alone: fails when the interface, the filter and other routes are
+			// there already.
 			h.ip("-6 route add 2001:db8:1::/48 dev up0 metric 9484 proto static")
 			pristine := h.snapshot()
-			m := h.open(Config{Instance: "one", Interface: "masque0", Journal: filepath.Join(t.TempDir(), "j.json")})
+			m := h.open(Config{Instance: "one", Interface: "masque0",
+				Journal: filepath.Join(t.TempDir(), "j.json")})
 			if tt.before.MTU != 0 {
 				h.apply(m, tt.before)
 			}
@@ -295,7 +306,8 @@ func TestRollback(t *testing.T) {
 			wanted := full()
 			wanted.Exclude = nil
 			err := h.tryApply(m, wanted)
-			if !errors.Is(err, syscall.EEXIST) || !strings.Contains(err.Error(), "2001:db8:1::/48") ||
+			if !errors.Is(err, syscall.EEXIST) ||
+				!strings.Contains(err.Error(), "2001:db8:1::/48") ||
 				!strings.Contains(err.Error(), "remove it") {
 				t.Errorf("Apply: %v; want file exists, with the route and a remedy", err)
 			}
@@ -315,7 +327,8 @@ func TestApplyRefuses(t *testing.T) {
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	many := make([]netip.Prefix, MaxRoutes+1)
 	for i := range many {
-		many[i] = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 32)
+		many[i] = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8),
+			byte(i)}), 32)
 	}
 	for _, tt := range []struct {
 		name  string
@@ -324,7 +337,8 @@ func TestApplyRefuses(t *testing.T) {
 		says  string
 	}{
 		{"too many routes", State{Routes: many}, ErrTooManyRoutes, "16385"},
-		{"host bits", State{Routes: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}}, nil, "10.0.0.0/8"},
+		{"host bits", State{Routes: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}}, nil,
+			"10.0.0.0/8"},
 		{"no prefix", State{Exclude: []netip.Prefix{{}}}, nil, "exclude"},
 		{"mapped", State{Masquerade: prefixes("::ffff:10.0.0.0/104")}, nil, "masquerade"},
 		{"no address", State{Addresses: prefixes("0.0.0.0/0")}, nil, "0.0.0.0/0"},
@@ -332,13 +346,15 @@ func TestApplyRefuses(t *testing.T) {
 		{"MTU for IPv6", State{MTU: 1279, Routes: prefixes("::/0")}, nil, "1280"},
 	} {
 		err := h.tryApply(m, tt.state)
-		if err == nil || tt.is != nil && !errors.Is(err, tt.is) || !strings.Contains(err.Error(), tt.says) {
+		if err == nil || tt.is != nil && !errors.Is(err, tt.is) ||
+			!strings.Contains(err.Error(), tt.says) {
 			t.Errorf("%s: %v, want %q, %v", tt.name, err, tt.says, tt.is)
 		}
 	}
 	h.same(before)
 	proxy := h.open(Config{Instance: "two", Interface: "masque0"})
-	if err := h.tryApply(proxy, State{Exclude: prefixes("10.0.0.0/8")}); err == nil || !strings.Contains(err.Error(), "mark") {
+	if err := h.tryApply(proxy, State{Exclude: prefixes("10.0.0.0/8")}); err == nil ||
+		!strings.Contains(err.Error(), "mark") {
 		t.Errorf("exclude without mark: %v", err)
 	}
 }
@@ -351,7 +367,8 @@ func TestManyRoutes(t *testing.T) {
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	s := State{Addresses: prefixes("10.77.0.2/32")}
 	for i := range MaxRoutes {
-		s.Routes = append(s.Routes, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 0}), 24))
+		s.Routes = append(s.Routes,
+			netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 0}), 24))
 	}
 	h.apply(m, s)
 	if got := h.lookup("10.63.255.1", 0); got != index {
@@ -361,8 +378,8 @@ func TestManyRoutes(t *testing.T) {
 	h.same(before)
 }
 
-// An interface that cannot have IPv6 takes IPv4 into the tunnel, and what of IPv6
-// belongs there goes nowhere, instead of leaving beside it.
+// An interface that cannot have IPv6 takes IPv4 into the tunnel, and what of
+// IPv6 belongs there goes nowhere, instead of leaving beside it.
 func TestIPv6Disabled(t *testing.T) {
 	h := newHost(t)
 	up := h.uplink()
@@ -371,19 +388,23 @@ func TestIPv6Disabled(t *testing.T) {
 	index, _ := h.tun("masque0")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	full, lan := prefixes("0.0.0.0/0", "::/0"), map[string]int{"203.0.113.9": index, "2a00::1": 0, "2001:db8:5::77": 0, "fd05::77": up, "::1": loopback}
+	full, lan := prefixes("0.0.0.0/0", "::/0"),
+		map[string]int{"203.0.113.9": index, "2a00::1": 0, "2001:db8:5::77": 0, "fd05::77": up,
+			"::1": loopback}
 	for _, tt := range []struct {
 		name  string
 		state State
 		want  map[string]int // destination: interface, 0 for none
 	}{
 		{"full", State{Routes: full}, lan},
-		{"full and the LAN too", State{Routes: full, HostRoutes: HostNone}, map[string]int{"203.0.113.9": index, "2a00::1": 0, "fd05::77": 0}},
+		{"full and the LAN too", State{Routes: full, HostRoutes: HostNone},
+			map[string]int{"203.0.113.9": index, "2a00::1": 0, "fd05::77": 0}},
 		{
 			"full but for what is excluded", State{Routes: full, Exclude: prefixes("2a00:1::/32")},
 			map[string]int{"203.0.113.9": index, "2a00::1": 0, "2a00:1::1": up, "fd05::77": up},
 		},
-		{"split", State{Routes: prefixes("10.0.0.0/8", "2a00::/16")}, map[string]int{"10.1.2.3": index, "2a00::1": 0, "2a01::1": up}},
+		{"split", State{Routes: prefixes("10.0.0.0/8", "2a00::/16")},
+			map[string]int{"10.1.2.3": index, "2a00::1": 0, "2a01::1": up}},
 		{"unreachable by itself", State{Routes: full[:1], Unreachable: full[1:]}, lan},
 		{"full again", State{Routes: full}, lan},
 	} {
@@ -391,7 +412,8 @@ func TestIPv6Disabled(t *testing.T) {
 			h := h.in(t)
 			tt.state.Addresses = prefixes("10.77.0.2/32", "fd77::2/128")
 			h.apply(m, tt.state)
-			if err := m.Held(); !errors.Is(err, ErrIPv6Disabled) || !strings.Contains(err.Error(), "net.ipv6.conf.masque0.disable_ipv6") {
+			if err := m.Held(); !errors.Is(err, ErrIPv6Disabled) ||
+				!strings.Contains(err.Error(), "net.ipv6.conf.masque0.disable_ipv6") {
 				t.Errorf("held: %v; want ErrIPv6Disabled with the sysctl", err)
 			}
 			h.leads(tt.want)
@@ -404,15 +426,16 @@ func TestIPv6Disabled(t *testing.T) {
 	h.same(before)
 }
 
-// IPv6 that is turned off and on again while the tunnel is up is held as long as
-// it is off, and in the tunnel before and after.
+// IPv6 that is turned off and on again while the tunnel is up is held as long
+// as it is off, and in the tunnel before and after.
 func TestIPv6DisabledLater(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	index, _ := h.tun("masque0")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	state := State{Addresses: prefixes("10.77.0.2/32", "fd77::2/128"), Routes: prefixes("0.0.0.0/0", "::/0")}
+	state := State{Addresses: prefixes("10.77.0.2/32", "fd77::2/128"),
+		Routes: prefixes("0.0.0.0/0", "::/0")}
 	for _, tt := range []struct {
 		name, sysctl, value string
 		want                int // where 2a00::1 leads
@@ -452,7 +475,8 @@ func TestIPv6DisabledAndKilled(t *testing.T) {
 	h.sysctl("net/ipv6/conf/default/disable_ipv6", "1")
 	before := h.snapshot()
 	_, closeTUN := h.tun("masque0")
-	c := Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Journal: filepath.Join(t.TempDir(), "one.journal")}
+	c := Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
+		Journal: filepath.Join(t.TempDir(), "one.journal")}
 	m := h.open(c)
 	h.apply(m, State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0", "::/0")})
 	h.abandon(m)
@@ -481,7 +505,8 @@ func TestNoIPv6InTheKernel(t *testing.T) {
 	}
 	var log logBuffer
 	h.do(func() {
-		m, err := open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Logger: log.logger()}, procSys)
+		m, err := open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
+			Logger: log.logger()}, procSys)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -522,7 +547,8 @@ func TestConcurrentCalls(t *testing.T) {
 	h.uplink()
 	h.tun("masque0")
 	before := h.snapshot()
-	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Journal: filepath.Join(t.TempDir(), "j.json")})
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
+		Journal: filepath.Join(t.TempDir(), "j.json")})
 	var wg sync.WaitGroup
 	for _, s := range []State{full(), {}, {MTU: 1300, Routes: prefixes("10.0.0.0/8")}} {
 		wg.Go(func() {

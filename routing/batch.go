@@ -22,7 +22,8 @@ type batch struct {
 }
 
 // add appends a message about an object of a family.
-func (b *batch) add(kind uint8, flags netlink.HeaderFlags, family nftables.TableFamily, attrs []netlink.Attribute) {
+func (b *batch) add(kind uint8, flags netlink.HeaderFlags, family nftables.TableFamily,
+	attrs []netlink.Attribute) {
 	b.messages = append(b.messages, netlink.Message{
 		Header: netlink.Header{
 			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | uint16(kind)),
@@ -53,7 +54,8 @@ func (b *batch) nested(kind uint16, attrs ...netlink.Attribute) netlink.Attribut
 }
 
 func (b *batch) addTable(name string, family nftables.TableFamily) {
-	b.add(unix.NFT_MSG_NEWTABLE, netlink.Create, family, []netlink.Attribute{text(unix.NFTA_TABLE_NAME, name)})
+	b.add(unix.NFT_MSG_NEWTABLE, netlink.Create, family,
+		[]netlink.Attribute{text(unix.NFTA_TABLE_NAME, name)})
 }
 
 func (b *batch) deleteTable(name string, family nftables.TableFamily) {
@@ -61,11 +63,13 @@ func (b *batch) deleteTable(name string, family nftables.TableFamily) {
 }
 
 func (b *batch) addChain(table string, family nftables.TableFamily, c chain) {
-	attrs := []netlink.Attribute{text(unix.NFTA_CHAIN_TABLE, table), text(unix.NFTA_CHAIN_NAME, c.name)}
+	attrs := []netlink.Attribute{text(unix.NFTA_CHAIN_TABLE, table),
+		text(unix.NFTA_CHAIN_NAME, c.name)}
 	if c.hook != nil {
 		attrs = append(attrs,
 			b.nested(unix.NFTA_CHAIN_HOOK,
-				integer(unix.NFTA_HOOK_HOOKNUM, uint32(*c.hook)), integer(unix.NFTA_HOOK_PRIORITY, uint32(*c.priority))),
+				integer(unix.NFTA_HOOK_HOOKNUM, uint32(*c.hook)),
+				integer(unix.NFTA_HOOK_PRIORITY, uint32(*c.priority))),
 			text(unix.NFTA_CHAIN_TYPE, string(c.kind)),
 		)
 	}
@@ -101,7 +105,8 @@ func (b *batch) expression(family nftables.TableFamily, e expr.Any) ([]byte, err
 		text(unix.NFTA_EXPR_NAME, "masq"),
 		b.nested(unix.NFTA_EXPR_DATA,
 			integer(unix.NFTA_MASQ_FLAGS, protoSpecified),
-			integer(unix.NFTA_MASQ_REG_PROTO_MIN, masq.RegProtoMin), integer(unix.NFTA_MASQ_REG_PROTO_MAX, masq.RegProtoMax)),
+			integer(unix.NFTA_MASQ_REG_PROTO_MIN, masq.RegProtoMin),
+			integer(unix.NFTA_MASQ_REG_PROTO_MAX, masq.RegProtoMax)),
 	}), nil
 }
 
@@ -149,9 +154,9 @@ const (
 	perMessage    = 64
 )
 
-// makeRoom has the buffers of conn take messages at once, and an answer to each:
-// the kernel sends all answers before any is read, and drops those that the
-// buffer does not take.
+// makeRoom has the buffers of conn take messages at once, and an answer to
+// each: the kernel sends all answers before any is read, and drops those that
+// the buffer does not take.
 func makeRoom(conn *netlink.Conn, messages []netlink.Message) error {
 	size := 0
 	for _, m := range messages {

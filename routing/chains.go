@@ -54,9 +54,9 @@ func newChains(s State, sc *scope, policyRouting bool) (chains []chain) {
 	return chains
 }
 
-// newUntrackedChains returns the chains that keep the packets of our own servers
-// out of connection tracking, and so out of reach of translations that users of
-// the tunnel choose.
+// newUntrackedChains returns the chains that keep the packets of our own
+// servers out of connection tracking, and so out of reach of translations that
+// users of the tunnel choose.
 func newUntrackedChains(s State) []chain {
 	const lost = "who has a packet of the tunnel translated to a port of the proxy's may get what is for the proxy"
 	in := chain{
@@ -99,9 +99,11 @@ func newGuardChain(s State, sc *scope) chain {
 		own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())
 		if sc.Mark != 0 {
 			guard.rules = append(guard.rules, filter{
-				fmt.Sprintf("%v is reached through interface %d or from this host only", p.Addr(), sc.index),
+				fmt.Sprintf("%v is reached through interface %d or from this host only", p.Addr(),
+					sc.index),
 				slices.Concat(
-					meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)), meta(expr.MetaKeyIIF, expr.CmpOpNeq, loopback),
+					meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)),
+					meta(expr.MetaKeyIIF, expr.CmpOpNeq, loopback),
 					address(own, false), drop(),
 				),
 			})
@@ -121,22 +123,26 @@ func newGuardChain(s State, sc *scope) chain {
 	return guard
 }
 
-// ownRules return the rules by which nobody behind the tunnel of a proxy reaches
-// this host but by the tunnel's own addresses. The kernel knows its addresses at
-// all times, those of subnet-router anycast, broadcast and multicast included.
+// ownRules return the rules by which nobody behind the tunnel of a proxy
+// reaches this host but by the tunnel's own addresses. The kernel knows its
+// addresses at all times, those of subnet-router anycast, broadcast and
+// multicast included.
 func (s *scope) ownRules(want State, inside []expr.Any) (rules []filter) {
 	for _, p := range want.Addresses {
 		rules = append(rules, filter{
 			fmt.Sprintf("%v is reached through interface %d", p.Addr(), s.index),
-			slices.Concat(inside, address(netip.PrefixFrom(p.Addr(), p.Addr().BitLen()), false), accept()),
+			slices.Concat(inside, address(netip.PrefixFrom(p.Addr(), p.Addr().BitLen()), false),
+				accept()),
 		})
 	}
 	for _, kind := range []struct {
 		name string
 		kind uint32
-	}{{"local", unix.RTN_LOCAL}, {"broadcast", unix.RTN_BROADCAST}, {"anycast", unix.RTN_ANYCAST}, {"multicast", unix.RTN_MULTICAST}} {
+	}{{"local", unix.RTN_LOCAL}, {"broadcast", unix.RTN_BROADCAST}, {"anycast", unix.RTN_ANYCAST},
+		{"multicast", unix.RTN_MULTICAST}} {
 		rules = append(rules, filter{
-			fmt.Sprintf("other %s addresses of this host are not reached through interface %d", kind.name, s.index),
+			fmt.Sprintf("other %s addresses of this host are not reached through interface %d",
+				kind.name, s.index),
 			slices.Concat(inside, destination(kind.kind), drop()),
 		})
 	}
@@ -186,16 +192,19 @@ func newForwardChain(s State, sc *scope) chain {
 			in, notOut, address(p, true), state(expr.CtStateBitINVALID), drop())
 	}
 	if len(s.Masquerade) != 0 || sc.Mark != 0 {
-		add("what belongs to a connection passes", state(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept())
+		add("what belongs to a connection passes",
+			state(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept())
 		add("what this host's own translation sends on passes", dnat(), accept())
 	}
 	for _, p := range s.Masquerade {
-		add(fmt.Sprintf("nobody begins a connection to %v except through interface %d", p, sc.index),
+		add(fmt.Sprintf("nobody begins a connection to %v except through interface %d", p,
+			sc.index),
 			out, notIn, address(p, false), drop())
 	}
 	if sc.Mark != 0 {
 		for _, p := range sorted(s.Reach) {
-			add(fmt.Sprintf("interface %d reaches %v", sc.index, p), in, address(p, false), accept())
+			add(fmt.Sprintf("interface %d reaches %v", sc.index, p), in, address(p, false),
+				accept())
 		}
 		add(fmt.Sprintf("interface %d reaches nothing else", sc.index), in, drop())
 	}
@@ -205,9 +214,9 @@ func newForwardChain(s State, sc *scope) chain {
 	return forward
 }
 
-// neighbourRules return the rules by which turning forwarding on makes this host
-// no router for its neighbours: what has nothing to do with a tunnel is dropped
-// as it was before.
+// neighbourRules return the rules by which turning forwarding on makes this
+// host no router for its neighbours: what has nothing to do with a tunnel is
+// dropped as it was before.
 func (s *scope) neighbourRules(want State) (rules []filter) {
 	add := func(comment string, exprs ...[]expr.Any) {
 		rules = append(rules, filter{comment, slices.Concat(exprs...)})
@@ -225,19 +234,24 @@ func (s *scope) neighbourRules(want State) (rules []filter) {
 		}
 		family := is(expr.MetaKeyNFPROTO, f.proto)
 		if len(rules) == 0 {
-			add("interfaces of our group are tunnels: from them", meta(expr.MetaKeyIIFGROUP, expr.CmpOpEq, tunnelGroup), accept())
-			add("interfaces of our group are tunnels: to them", meta(expr.MetaKeyOIFGROUP, expr.CmpOpEq, tunnelGroup), accept())
+			add("interfaces of our group are tunnels: from them",
+				meta(expr.MetaKeyIIFGROUP, expr.CmpOpEq, tunnelGroup), accept())
+			add("interfaces of our group are tunnels: to them",
+				meta(expr.MetaKeyOIFGROUP, expr.CmpOpEq, tunnelGroup), accept())
 		}
 		for _, name := range before.forwarding() {
-			add(fmt.Sprintf("%s of %s was forwarded before", f.name, name), family, named(expr.MetaKeyIIFNAME, expr.CmpOpEq, name), accept())
+			add(fmt.Sprintf("%s of %s was forwarded before", f.name, name), family,
+				named(expr.MetaKeyIIFNAME, expr.CmpOpEq, name), accept())
 		}
 		var from, to []expr.Any
 		for _, name := range before.Links {
 			from = append(from, named(expr.MetaKeyIIFNAME, expr.CmpOpNeq, name)...)
 			to = append(to, named(expr.MetaKeyOIFNAME, expr.CmpOpNeq, name)...)
 		}
-		add(fmt.Sprintf("%s from a virtual interface that was made later than %v", f.name, before.Links), family, from, named(iifKind, expr.CmpOpNeq, ""), accept())
-		add(fmt.Sprintf("%s to a virtual interface that was made later than %v", f.name, before.Links), family, to, named(oifKind, expr.CmpOpNeq, ""), accept())
+		add(fmt.Sprintf("%s from a virtual interface that was made later than %v", f.name,
+			before.Links), family, from, named(iifKind, expr.CmpOpNeq, ""), accept())
+		add(fmt.Sprintf("%s to a virtual interface that was made later than %v", f.name,
+			before.Links), family, to, named(oifKind, expr.CmpOpNeq, ""), accept())
 		add(f.name+" was not forwarded before", family, drop())
 	}
 	return rules
@@ -263,7 +277,8 @@ func newTranslationChains(s State, sc *scope) []chain {
 		{"SCTP", unix.IPPROTO_SCTP}, {"DCCP", unix.IPPROTO_DCCP},
 	} {
 		translate.rules = append(translate.rules, filter{
-			fmt.Sprintf("%s gets one of the ports from %d to %d, where this host listens on none", protocol.name, low, high),
+			fmt.Sprintf("%s gets one of the ports from %d to %d, where this host listens on none",
+				protocol.name, low, high),
 			slices.Concat(is(expr.MetaKeyL4PROTO, protocol.number), []expr.Any{
 				&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(low)},
 				&expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(high)},
@@ -271,7 +286,8 @@ func newTranslationChains(s State, sc *scope) []chain {
 			}),
 		})
 	}
-	translate.rules = append(translate.rules, filter{"protocols without ports", []expr.Any{&expr.Masq{}}})
+	translate.rules = append(translate.rules,
+		filter{"protocols without ports", []expr.Any{&expr.Masq{}}})
 	nat := chain{
 		name: "nat", kind: nftables.ChainTypeNAT,
 		hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource,
@@ -282,14 +298,17 @@ func newTranslationChains(s State, sc *scope) []chain {
 	}
 	for _, p := range s.Masquerade {
 		leaves := slices.Concat(
-			address(p, true), meta(expr.MetaKeyOIF, expr.CmpOpNeq, uint32(sc.index)), meta(expr.MetaKeyOIF, expr.CmpOpNeq, loopback),
+			address(p, true), meta(expr.MetaKeyOIF, expr.CmpOpNeq, uint32(sc.index)),
+			meta(expr.MetaKeyOIF, expr.CmpOpNeq, loopback),
 		)
 		nat.rules = append(nat.rules, filter{
 			fmt.Sprintf("%v is masqueraded except through interface %d", p, sc.index),
-			slices.Concat(leaves, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: translate.name}}),
+			slices.Concat(leaves, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump,
+				Chain: translate.name}}),
 		})
 		leave.rules = append(leave.rules, filter{
-			fmt.Sprintf("%v does not leave untranslated except through interface %d", p, sc.index), append(leaves, drop()...),
+			fmt.Sprintf("%v does not leave untranslated except through interface %d", p, sc.index),
+			append(leaves, drop()...),
 		})
 	}
 	return []chain{translate, nat, leave}
@@ -298,10 +317,10 @@ func newTranslationChains(s State, sc *scope) []chain {
 // arpIn is the hook of ARP packets that come in, NF_ARP_IN.
 const arpIn = 0
 
-// newARPChain returns the chain that keeps the tunnel's addresses from those who
-// ask for them on other networks: the kernel would answer for any address of
-// this host. For IPv6 it does not. An address that another interface has too, as
-// that network gave it, is answered for.
+// newARPChain returns the chain that keeps the tunnel's addresses from those
+// who ask for them on other networks: the kernel would answer for any address
+// of this host. For IPv6 it does not. An address that another interface has
+// too, as that network gave it, is answered for.
 func newARPChain(s State, sc *scope) chain {
 	arp := chain{
 		name: "arp", family: nftables.TableFamilyARP, kind: nftables.ChainTypeFilter,
@@ -320,9 +339,11 @@ func newARPChain(s State, sc *scope) chain {
 		arp.rules = append(arp.rules, filter{
 			fmt.Sprintf("%v is on no network with ARP", p.Addr()),
 			slices.Concat([]expr.Any{
-				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Len: uint32(len(kind))},
+				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader,
+					Len: uint32(len(kind))},
 				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(kind)},
-				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: target, Len: 4},
+				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: target,
+					Len: 4},
 				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()},
 			}, drop()),
 		})
@@ -332,7 +353,9 @@ func newARPChain(s State, sc *scope) chain {
 
 // elsewhere says whether another interface has the address.
 func (s *scope) elsewhere(a netip.Addr) bool {
-	addrs, err := repeat(func() ([]netlink.Addr, error) { return s.nl.AddrList(nil, netlink.FAMILY_V4) })
+	addrs, err := repeat(func() ([]netlink.Addr, error) {
+		return s.nl.AddrList(nil, netlink.FAMILY_V4)
+	})
 	return err == nil && slices.ContainsFunc(addrs, func(have netlink.Addr) bool {
 		return have.LinkIndex != s.index && prefixOf(have.IPNet).Addr() == a
 	})
@@ -352,7 +375,8 @@ func dnat() []expr.Any {
 func ctBits(key expr.CtKey, bits uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Ct{Register: 1, Key: key},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
 	}
 }
@@ -370,7 +394,8 @@ func destination(kind uint32) []expr.Any {
 // destination's at 2.
 func udp(offset uint32, port uint16) []expr.Any {
 	return slices.Concat(is(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset,
+			Len: 2},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
 	})
 }

@@ -59,7 +59,8 @@ func (h *host) lan(name string) *host {
 	lan := newHost(h.t)
 	h.do(func() {
 		err := netlink.LinkAdd(&netlink.Veth{
-			LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "eth0", PeerNamespace: netlink.NsFd(lan.ns),
+			LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "eth0",
+			PeerNamespace: netlink.NsFd(lan.ns),
 		})
 		if err != nil {
 			h.t.Fatal(err)
@@ -71,7 +72,8 @@ func (h *host) lan(name string) *host {
 	lan.waitFor("eth0", netlink.OperUp)
 	h.ip("addr add 10.9.0.1/24 dev " + name)
 	h.ip("addr add fd09::1/64 dev " + name + " nodad")
-	h.ip("addr add fe80::9/64 dev " + name + " nodad") // to look for neighbours of what is forwarded
+	// to look for neighbours of what is forwarded
+	h.ip("addr add fe80::9/64 dev " + name + " nodad")
 	lan.ip("addr add 10.9.0.2/24 dev eth0")
 	lan.ip("addr add fd09::2/64 dev eth0 nodad")
 	lan.ip("route add default via 10.9.0.1")
@@ -82,8 +84,9 @@ func (h *host) lan(name string) *host {
 // proxyState is that of a proxy with translation.
 func proxyState() State {
 	return State{
-		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"), Routes: prefixes("10.77.0.0/24", "fd77::/64"),
-		Forward: true, Masquerade: prefixes("10.77.0.0/24", "fd77::/64"), Listen: []uint16{443},
+		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"),
+		Routes:    prefixes("10.77.0.0/24", "fd77::/64"),
+		Forward:   true, Masquerade: prefixes("10.77.0.0/24", "fd77::/64"), Listen: []uint16{443},
 	}
 }
 
@@ -111,18 +114,21 @@ func TestNeighboursAreNotForwarded(t *testing.T) {
 				lan = h.lan("lan0")
 			}
 			before := h.snapshot()
-			m := h.open(Config{Instance: "one", Interface: "masque0", Journal: t.TempDir() + "/one.json"})
+			m := h.open(Config{Instance: "one", Interface: "masque0",
+				Journal: t.TempDir() + "/one.json"})
 			h.apply(m, proxyState())
 			if tt.later {
 				lan = h.lan("lan0")
 			}
 			for _, family := range []struct{ name, from, to, via string }{
-				{"IPv4", routerAddr4, "10.9.0.2", hostAddr4}, {"IPv6", routerAddr6, "fd09::2", hostAddr6},
+				{"IPv4", routerAddr4, "10.9.0.2", hostAddr4},
+				{"IPv6", routerAddr6, "fd09::2", hostAddr6},
 			} {
 				router.ip("route add " + family.to + " via " + family.via)
 				service := lan.listen(net.JoinHostPort(family.to, "0"), 0)
 				neighbour := router.listen(net.JoinHostPort(family.from, "0"), 0)
-				send(t, neighbour, "through", netip.AddrPortFrom(netip.MustParseAddr(family.to), port(service)))
+				send(t, neighbour, "through",
+					netip.AddrPortFrom(netip.MustParseAddr(family.to), port(service)))
 				if tt.passes {
 					receive(t, service)
 				} else {
@@ -137,18 +143,22 @@ func TestNeighboursAreNotForwarded(t *testing.T) {
 	}
 }
 
-// With several tunnels on one host, none drops what another forwards, also when its interface is older than the rules.
+// With several tunnels on one host, none drops what another forwards, also when
+// its interface is older than the rules.
 func TestTunnelsForwardBesideEachOther(t *testing.T) {
 	h, router := connect(t)
 	dir := t.TempDir()
 	devices := map[string]*os.File{"masque0": h.device("masque0"), "masque1": h.device("masque1")}
-	for name, pool := range map[string]string{"masque0": "10.77.0.0/24", "masque1": "10.78.0.0/24"} {
+	for name, pool := range map[string]string{"masque0": "10.77.0.0/24",
+		"masque1": "10.78.0.0/24"} {
 		m := h.open(Config{Instance: name, Interface: name, Journal: dir + "/" + name + ".json"})
 		h.apply(m, State{Routes: prefixes(pool), Forward: true, Masquerade: prefixes(pool)})
 	}
-	for name, client := range map[string]string{"masque0": "10.77.0.9:4000", "masque1": "10.78.0.9:4000"} {
+	for name, client := range map[string]string{"masque0": "10.77.0.9:4000",
+		"masque1": "10.78.0.9:4000"} {
 		server := router.listen(net.JoinHostPort(proxyAddr4, "0"), 0)
-		packet := udpPacket(t, netip.MustParseAddrPort(client), netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)), "from "+name)
+		packet := udpPacket(t, netip.MustParseAddrPort(client),
+			netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)), "from "+name)
 		if _, err := devices[name].Write(packet); err != nil {
 			t.Fatal(err)
 		}
@@ -168,7 +178,8 @@ func TestNobodyReachesIntoTheTunnel(t *testing.T) {
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, proxyState())
 	for _, family := range []struct{ from, client, via, pool string }{
-		{routerAddr4, "10.77.0.9", hostAddr4, "10.77.0.0/24"}, {routerAddr6, "fd77::9", hostAddr6, "fd77::/64"},
+		{routerAddr4, "10.77.0.9", hostAddr4, "10.77.0.0/24"},
+		{routerAddr6, "fd77::9", hostAddr6, "fd77::/64"},
 	} {
 		router.ip("route add " + family.client + " via " + family.via)
 		neighbour := router.listen(net.JoinHostPort(family.from, "0"), 0)
@@ -184,23 +195,31 @@ func TestTranslatedPorts(t *testing.T) {
 	wireguard := h.listen(":51820", 0)
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, proxyState())
-	for _, family := range []struct{ client, server, host string }{{"10.77.0.9", proxyAddr4, hostAddr4}, {"fd77::9", proxyAddr6, hostAddr6}} {
+	for _, family := range []struct {
+		client, server,
+		host string
+	}{{"10.77.0.9", proxyAddr4, hostAddr4}, {"fd77::9", proxyAddr6, hostAddr6}} {
 		server := router.listen(net.JoinHostPort(family.server, "0"), 0)
 		for _, from := range []uint16{443, 53, 1024, port(wireguard), 40000, 65535} {
 			src := netip.AddrPortFrom(netip.MustParseAddr(family.client), from)
-			if _, err := device.Write(udpPacket(t, src, netip.AddrPortFrom(netip.MustParseAddr(family.server), port(server)), "x")); err != nil {
+			if _, err := device.Write(udpPacket(t, src,
+				netip.AddrPortFrom(netip.MustParseAddr(family.server), port(server)),
+				"x")); err != nil {
 				t.Fatal(err)
 			}
 			_, got := receive(t, server)
-			if got.Addr().String() != family.host || got.Port() < 32768 || got.Port() >= port(wireguard) {
-				t.Errorf("from %v: translated to %v, want %s and a port from 32768 to %d", src, got, family.host, port(wireguard)-1)
+			if got.Addr().String() != family.host || got.Port() < 32768 ||
+				got.Port() >= port(wireguard) {
+				t.Errorf("from %v: translated to %v, want %s and a port from 32768 to %d", src, got,
+					family.host, port(wireguard)-1)
 			}
 			if from == 40000 && got.Port() != from {
 				t.Errorf("from port %d: translated to %d, want the same", from, got.Port())
 			}
 		}
 	}
-	// What comes to a port of our own is not tracked, and so goes to nobody in the tunnel.
+	// What comes to a port of our own is not tracked, and so goes to nobody in
+	// the tunnel.
 	own := h.listen(":443", 0)
 	asker := router.listen(net.JoinHostPort(proxyAddr4, "0"), 0)
 	send(t, asker, "to the proxy", netip.AddrPortFrom(netip.MustParseAddr(hostAddr4), 443))
@@ -215,7 +234,8 @@ func TestTranslatedPorts(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, f := range flows {
-			if f.Forward.DstPort == 443 || f.Forward.SrcPort == 443 && f.Forward.SrcIP.String() == hostAddr4 {
+			if f.Forward.DstPort == 443 ||
+				f.Forward.SrcPort == 443 && f.Forward.SrcIP.String() == hostAddr4 {
 				t.Errorf("tracked: %v", f)
 			}
 		}
@@ -230,11 +250,16 @@ func TestWidest(t *testing.T) {
 		want  portRange
 	}{
 		{"nothing taken", portRange{32768, 65535}, nil, portRange{32768, 65535}},
-		{"one in the middle", portRange{32768, 65535}, []portRange{{51820, 51820}}, portRange{32768, 51819}},
-		{"one near the start", portRange{32768, 65535}, []portRange{{32770, 32770}}, portRange{32771, 65535}},
-		{"in any order, overlapping", portRange{1000, 2000}, []portRange{{1500, 1600}, {1100, 1550}, {1, 999}}, portRange{1601, 2000}},
-		{"the ends", portRange{1000, 2000}, []portRange{{2000, 2000}, {1000, 1000}}, portRange{1001, 1999}},
-		{"beside", portRange{1000, 2000}, []portRange{{1, 999}, {2001, 65535}}, portRange{1000, 2000}},
+		{"one in the middle", portRange{32768, 65535}, []portRange{{51820, 51820}},
+			portRange{32768, 51819}},
+		{"one near the start", portRange{32768, 65535}, []portRange{{32770, 32770}},
+			portRange{32771, 65535}},
+		{"in any order, overlapping", portRange{1000, 2000},
+			[]portRange{{1500, 1600}, {1100, 1550}, {1, 999}}, portRange{1601, 2000}},
+		{"the ends", portRange{1000, 2000}, []portRange{{2000, 2000}, {1000, 1000}},
+			portRange{1001, 1999}},
+		{"beside", portRange{1000, 2000}, []portRange{{1, 999}, {2001, 65535}},
+			portRange{1000, 2000}},
 		{"all taken", portRange{1000, 2000}, []portRange{{1, 65535}}, portRange{1000, 2000}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -247,13 +272,16 @@ func TestWidest(t *testing.T) {
 }
 
 // serialize encodes a packet from a client of the tunnel.
-func clientPacket(t *testing.T, ipv6 bool, protocol layers.IPProtocol, rest ...gopacket.SerializableLayer) []byte {
+func clientPacket(t *testing.T, ipv6 bool, protocol layers.IPProtocol,
+	rest ...gopacket.SerializableLayer) []byte {
 	t.Helper()
 	var ip gopacket.SerializableLayer = &layers.IPv4{
-		Version: 4, TTL: 64, Protocol: protocol, SrcIP: net.ParseIP("10.77.0.9"), DstIP: net.ParseIP(proxyAddr4),
+		Version: 4, TTL: 64, Protocol: protocol, SrcIP: net.ParseIP("10.77.0.9"),
+		DstIP: net.ParseIP(proxyAddr4),
 	}
 	if ipv6 {
-		ip = &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: protocol, SrcIP: net.ParseIP("fd77::9"), DstIP: net.ParseIP(proxyAddr6)}
+		ip = &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: protocol,
+			SrcIP: net.ParseIP("fd77::9"), DstIP: net.ParseIP(proxyAddr6)}
 	}
 	for _, l := range rest {
 		if l, ok := l.(interface {
@@ -265,13 +293,16 @@ func clientPacket(t *testing.T, ipv6 bool, protocol layers.IPProtocol, rest ...g
 		}
 	}
 	buf := gopacket.NewSerializeBuffer()
-	if err := gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, append([]gopacket.SerializableLayer{ip}, rest...)...); err != nil {
+	if err := gopacket.SerializeLayers(buf,
+		gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true},
+		append([]gopacket.SerializableLayer{ip}, rest...)...); err != nil {
 		t.Fatal(err)
 	}
 	return buf.Bytes()
 }
 
-// What connection tracking makes nothing of leaves with the host's address or not at all.
+// What connection tracking makes nothing of leaves with the host's address or
+// not at all.
 func TestNothingLeavesUntranslated(t *testing.T) {
 	h, router := connect(t)
 	device := h.device("masque0")
@@ -290,18 +321,37 @@ func TestNothingLeavesUntranslated(t *testing.T) {
 		protocol layers.IPProtocol
 		rest     []gopacket.SerializableLayer
 	}{
-		{"RST", false, layers.IPProtocolTCP, []gopacket.SerializableLayer{tcp(func(l *layers.TCP) { l.RST = true })}},
-		{"FIN", false, layers.IPProtocolTCP, []gopacket.SerializableLayer{tcp(func(l *layers.TCP) { l.FIN, l.ACK = true, true })}},
-		{"SYN and FIN", false, layers.IPProtocolTCP, []gopacket.SerializableLayer{tcp(func(l *layers.TCP) { l.SYN, l.FIN = true, true })}},
-		{"echo reply", false, layers.IPProtocolICMPv4, []gopacket.SerializableLayer{&layers.ICMPv4{TypeCode: layers.CreateICMPv4TypeCode(0, 0)}}},
-		{"UDP-Lite", false, layers.IPProtocolUDPLite, []gopacket.SerializableLayer{gopacket.Payload{0x0f, 0xa0, 0, 80, 0, 8, 0, 0}}},
-		{"RST, IPv6", true, layers.IPProtocolTCP, []gopacket.SerializableLayer{tcp(func(l *layers.TCP) { l.RST = true })}},
-		{"FIN, IPv6", true, layers.IPProtocolTCP, []gopacket.SerializableLayer{tcp(func(l *layers.TCP) { l.FIN, l.ACK = true, true })}},
-		{"echo reply, IPv6", true, layers.IPProtocolICMPv6, []gopacket.SerializableLayer{&layers.ICMPv6{TypeCode: layers.CreateICMPv6TypeCode(129, 0)}, gopacket.Payload{0, 1, 0, 1}}},
-		{"UDP-Lite, IPv6", true, layers.IPProtocolUDPLite, []gopacket.SerializableLayer{gopacket.Payload{0x0f, 0xa0, 0, 80, 0, 8, 0, 0}}},
+		{"RST", false, layers.IPProtocolTCP, []gopacket.SerializableLayer{tcp(func(l *layers.TCP) {
+			l.RST = true
+		})}},
+		{"FIN", false, layers.IPProtocolTCP, []gopacket.SerializableLayer{tcp(func(l *layers.TCP) {
+			l.FIN, l.ACK = true, true
+		})}},
+		{"SYN and FIN", false, layers.IPProtocolTCP,
+			[]gopacket.SerializableLayer{tcp(func(l *layers.TCP) {
+				l.SYN, l.FIN = true, true
+			})}},
+		{"echo reply", false, layers.IPProtocolICMPv4,
+			[]gopacket.SerializableLayer{&layers.ICMPv4{TypeCode: layers.CreateICMPv4TypeCode(0, 0)}}},
+		{"UDP-Lite", false, layers.IPProtocolUDPLite,
+			[]gopacket.SerializableLayer{gopacket.Payload{0x0f, 0xa0, 0, 80, 0, 8, 0, 0}}},
+		{"RST, IPv6", true, layers.IPProtocolTCP,
+			[]gopacket.SerializableLayer{tcp(func(l *layers.TCP) {
+				l.RST = true
+			})}},
+		{"FIN, IPv6", true, layers.IPProtocolTCP,
+			[]gopacket.SerializableLayer{tcp(func(l *layers.TCP) {
+				l.FIN, l.ACK = true, true
+			})}},
+		{"echo reply, IPv6", true, layers.IPProtocolICMPv6,
+			[]gopacket.SerializableLayer{&layers.ICMPv6{TypeCode: layers.CreateICMPv6TypeCode(129,
+				0)}, gopacket.Payload{0, 1, 0, 1}}},
+		{"UDP-Lite, IPv6", true, layers.IPProtocolUDPLite,
+			[]gopacket.SerializableLayer{gopacket.Payload{0x0f, 0xa0, 0, 80, 0, 8, 0, 0}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if _, err := device.Write(clientPacket(t, tt.ipv6, tt.protocol, tt.rest...)); err != nil {
+			if _, err := device.Write(clientPacket(t, tt.ipv6, tt.protocol,
+				tt.rest...)); err != nil {
 				t.Fatal(err)
 			}
 			// A packet that is translated, on the same way behind it.
@@ -311,7 +361,8 @@ func TestNothingLeavesUntranslated(t *testing.T) {
 				to, from = proxyAddr6, "fd77::9"
 			}
 			server := router.in(t).listen(net.JoinHostPort(to, "0"), 0)
-			last := udpPacket(t, netip.AddrPortFrom(netip.MustParseAddr(from), 4000), netip.AddrPortFrom(netip.MustParseAddr(to), port(server)), "last")
+			last := udpPacket(t, netip.AddrPortFrom(netip.MustParseAddr(from), 4000),
+				netip.AddrPortFrom(netip.MustParseAddr(to), port(server)), "last")
 			if _, err := device.Write(last); err != nil {
 				t.Fatal(err)
 			}
@@ -323,25 +374,31 @@ func TestNothingLeavesUntranslated(t *testing.T) {
 	}
 }
 
-// What comes out of a gateway's tunnel reaches the networks that it advertises, and answers what came from there.
+// What comes out of a gateway's tunnel reaches the networks that it advertises,
+// and answers what came from there.
 func TestReach(t *testing.T) {
 	h, router := connect(t)
 	lan := h.lan("lan0")
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, State{
-		Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("10.77.0.0/24", "10.66.0.0/16"), Forward: true, Reach: prefixes("10.9.0.0/25"),
+		Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("10.77.0.0/24", "10.66.0.0/16"),
+		Forward: true, Reach: prefixes("10.9.0.0/25"),
 	})
 	service := lan.listen("10.9.0.2:0", 0)
 	far := netip.MustParseAddrPort("10.66.0.9:4000")
-	if _, err := device.Write(udpPacket(t, far, netip.AddrPortFrom(netip.MustParseAddr("10.9.0.2"), port(service)), "in reach")); err != nil {
+	if _, err := device.Write(udpPacket(t, far,
+		netip.AddrPortFrom(netip.MustParseAddr("10.9.0.2"), port(service)),
+		"in reach")); err != nil {
 		t.Fatal(err)
 	}
 	if text, _ := receive(t, service); text != "in reach" {
 		t.Errorf("received %q", text)
 	}
 	server := router.listen(net.JoinHostPort(proxyAddr4, "0"), 0)
-	if _, err := device.Write(udpPacket(t, far, netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)), "out of reach")); err != nil {
+	if _, err := device.Write(udpPacket(t, far,
+		netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)),
+		"out of reach")); err != nil {
 		t.Fatal(err)
 	}
 	h.waitDropped("reaches nothing else")
@@ -350,7 +407,8 @@ func TestReach(t *testing.T) {
 	asker := lan.listen("10.9.0.200:0", 0)
 	send(t, asker, "question", far)
 	readTUN(t, device, "question")
-	if _, err := device.Write(udpPacket(t, far, netip.AddrPortFrom(netip.MustParseAddr("10.9.0.200"), port(asker)), "answer")); err != nil {
+	if _, err := device.Write(udpPacket(t, far,
+		netip.AddrPortFrom(netip.MustParseAddr("10.9.0.200"), port(asker)), "answer")); err != nil {
 		t.Fatal(err)
 	}
 	if text, _ := receive(t, asker); text != "answer" {
@@ -362,26 +420,31 @@ func TestReach(t *testing.T) {
 func TestMarksOfOthers(t *testing.T) {
 	for _, tt := range []struct{ name, rules string }{
 		{"none", "add table ip other"},
-		{"a bit for what comes in", "table ip other { chain pre { type filter hook prerouting priority -150; fib daddr type local ct mark set ct mark or 0x80; }; }"},
+		{"a bit for what comes in",
+			"table ip other { chain pre { type filter hook prerouting priority -150; fib daddr type local ct mark set ct mark or 0x80; }; }"},
 		{"a bit for what leaves", "table ip other { chain post { type filter hook postrouting priority -140; ct mark set ct mark or 0x10000; }; }"},
-		{"a reverse path filter, loaded later", "table ip other { chain rpf { type filter hook prerouting priority -150; iif up0 fib saddr . mark . iif oif missing drop; }; }"},
+		{"a reverse path filter, loaded later",
+			"table ip other { chain rpf { type filter hook prerouting priority -150; iif up0 fib saddr . mark . iif oif missing drop; }; }"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h, router := connect(t)
 			h.tun("masque0")
 			h.sysctl("net/ipv4/conf/all/rp_filter", "1")
-			router.run("ping", "-c1", hostAddr4) // a strict filter lets no ARP request of the far address in
+			// a strict filter lets no ARP request of the far address in
+			router.run("ping", "-c1", hostAddr4)
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 			h.apply(m, full())
 			h.run("nft", tt.rules)
 			ssh := h.echo(":22")
-			if err := echoes(router.connectTo(proxyAddr4, hostAddr4, ssh), "from outside", patience); err != nil {
+			if err := echoes(router.connectTo(proxyAddr4, hostAddr4, ssh), "from outside",
+				patience); err != nil {
 				t.Errorf("a connection from outside: %v", err)
 			}
 			server := router.listen(net.JoinHostPort(proxyAddr4, "0"), 0)
 			outer := h.listen(":0", DefaultMark)
 			for range 2 {
-				send(t, outer, "request", netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)))
+				send(t, outer, "request",
+					netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)))
 				_, from := receive(t, server)
 				send(t, server, "reply", from)
 				if text, _ := receive(t, outer); text != "reply" {
@@ -392,7 +455,8 @@ func TestMarksOfOthers(t *testing.T) {
 	}
 }
 
-// A neighbour neither gets in by the host's own address, nor learns by ARP of the tunnel's.
+// A neighbour neither gets in by the host's own address, nor learns by ARP of
+// the tunnel's.
 func TestTunnelAddressIsNotOnTheLAN(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
@@ -420,7 +484,8 @@ func TestTunnelAddressIsNotOnTheLAN(t *testing.T) {
 		asker := router.in(t).listen("[fd77::99]:0", 0)
 		send(t, asker, "who has", netip.MustParseAddrPort("[fd77::2]:9"))
 		for deadline := time.Now().Add(patience); !strings.Contains(router.in(t).ip("-6 neigh show fd77::2"), "FAILED"); time.Sleep(10 * time.Millisecond) {
-			if now := router.in(t).ip("-6 neigh show fd77::2"); strings.Contains(now, "lladdr") || time.Now().After(deadline) {
+			if now := router.in(t).ip("-6 neigh show fd77::2"); strings.Contains(now, "lladdr") ||
+				time.Now().After(deadline) {
 				t.Fatalf("the neighbour is %s, want none", now)
 			}
 		}

@@ -16,7 +16,8 @@ type network struct {
 }
 
 // everythingBits is the length below which a route is to hold everything, and
-// the host's networks with it, rather than to lead to one of the same addresses.
+// the host's networks with it, rather than to lead to one of the same
+// addresses.
 const everythingBits = 8
 
 // conflicts says where the tunnel and a network of the host have the same
@@ -25,14 +26,18 @@ func conflicts(s State, host []network) (list []string) {
 	for _, n := range host {
 		goesFirst := s.HostFirst(n.prefix)
 		for _, r := range s.Routes {
-			switch out := slices.ContainsFunc(s.Exclude, func(e netip.Prefix) bool { return e.Bits() <= r.Bits() && e.Overlaps(r) }); {
+			switch out := slices.ContainsFunc(s.Exclude, func(e netip.Prefix) bool {
+				return e.Bits() <= r.Bits() && e.Overlaps(r)
+			}); {
 			case out || !r.Overlaps(n.prefix):
 			case r.Bits() > n.prefix.Bits():
-				list = append(list, fmt.Sprintf("the tunnel's route %v takes addresses out of %v, the network of %s: "+
-					"put them into routes.exclude to keep them", r, n.prefix, n.link))
+				list = append(list,
+					fmt.Sprintf("the tunnel's route %v takes addresses out of %v, the network of %s: "+
+						"put them into routes.exclude to keep them", r, n.prefix, n.link))
 			case r.Bits() >= everythingBits && goesFirst:
-				list = append(list, fmt.Sprintf("the tunnel's route %v holds %v, the network of %s, which goes first: "+
-					"what the tunnel has there is not reached", r, n.prefix, n.link))
+				list = append(list,
+					fmt.Sprintf("the tunnel's route %v holds %v, the network of %s, which goes first: "+
+						"what the tunnel has there is not reached", r, n.prefix, n.link))
 			}
 		}
 	}
@@ -56,15 +61,17 @@ func (r hostRoute) String() string {
 // maxForeign is how many routes of the host conflicts name.
 const maxForeign = 8
 
-// foreign says which routes of the host lead to public addresses of a tunnel for
-// everything, and whether they take them out of it.
+// foreign says which routes of the host lead to public addresses of a tunnel
+// for everything, and whether they take them out of it.
 func foreign(s State, host []hostRoute) (list []string) {
 	full := map[bool]bool{}
 	for _, v6 := range []bool{false, true} {
 		full[v6] = s.HostRoutes != HostNone && IsFull(slices.Concat(s.Routes, s.Unreachable), v6)
 	}
 	for _, r := range host {
-		v6, within := isIPv6(r.prefix), func(p netip.Prefix) bool { return p.Bits() <= r.prefix.Bits() && p.Overlaps(r.prefix) }
+		v6, within := isIPv6(r.prefix), func(p netip.Prefix) bool {
+			return p.Bits() <= r.prefix.Bits() && p.Overlaps(r.prefix)
+		}
 		// Networks of IPv6 hosts usually have public addresses.
 		usual := v6 && !r.gateway.IsValid() && r.prefix.Bits() >= 64
 		if !full[v6] || usual || s.isLocal(r.prefix) || slices.ContainsFunc(s.Exclude, within) {
@@ -109,7 +116,8 @@ func (s *scope) hostRoutes() (list []hostRoute, err error) {
 				index, gateway = r.MultiPath[0].LinkIndex, r.MultiPath[0].Gw
 			}
 			p := prefixOf(r.Dst)
-			if r.Type != unix.RTN_UNICAST || p.Bits() == 0 || index == s.index || index == loopback {
+			if r.Type != unix.RTN_UNICAST || p.Bits() == 0 || index == s.index ||
+				index == loopback {
 				continue
 			}
 			via, _ := netip.AddrFromSlice(gateway)
@@ -135,13 +143,19 @@ func (s *scope) looseFilters(want State) (list []setting) {
 	}
 	all, _ := s.readSysctl("net/ipv4/conf/all/rp_filter")
 	for _, n := range networks {
-		taken := func(r netip.Prefix) bool { return r.Overlaps(n.prefix) && r.Bits() <= n.prefix.Bits() }
+		taken := func(r netip.Prefix) bool {
+			return r.Overlaps(n.prefix) && r.Bits() <= n.prefix.Bits()
+		}
 		name := "net/ipv4/conf/" + n.link + "/rp_filter"
 		switch own, _ := s.readSysctl(name); {
-		case isIPv6(n.prefix), want.HostRoutes == HostPrivate && want.isLocal(n.prefix), !slices.ContainsFunc(want.Routes, taken):
+		case isIPv6(n.prefix), want.HostRoutes == HostPrivate &&
+			want.isLocal(n.prefix), !slices.ContainsFunc(want.Routes, taken):
 		case slices.ContainsFunc(list, func(l setting) bool { return l.name == name }):
-		case all != "2" && own != "2" && (all == "1" || own == "1"), s.rec.sysctl(name) >= 0, s.journal.other(name, false) != nil:
-			list = append(list, setting{name: name, value: "2", optional: "a strict reverse path filter may keep this host from its own network"})
+		case all != "2" && own != "2" &&
+			(all == "1" || own == "1"), s.rec.sysctl(name) >= 0,
+			s.journal.other(name, false) != nil:
+			list = append(list, setting{name: name, value: "2",
+				optional: "a strict reverse path filter may keep this host from its own network"})
 		}
 	}
 	return list
@@ -157,7 +171,9 @@ func (s *scope) hostNetworks() (list []network, err error) {
 		if l.Attrs().Index == s.index || l.Attrs().Index == loopback {
 			continue
 		}
-		addrs, err := repeat(func() ([]netlink.Addr, error) { return s.nl.AddrList(l, netlink.FAMILY_ALL) })
+		addrs, err := repeat(func() ([]netlink.Addr, error) {
+			return s.nl.AddrList(l, netlink.FAMILY_ALL)
+		})
 		if err != nil {
 			return nil, err
 		}

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// Where the tunnel and the host have the same addresses, both are named, and what
-// becomes of that.
+// Where the tunnel and the host have the same addresses, both are named, and
+// what becomes of that.
 func TestConflicts(t *testing.T) {
 	h := newHost(t)
 	h.uplink() // 192.168.5.2/24, 2001:db8:5::2/64
@@ -19,38 +19,50 @@ func TestConflicts(t *testing.T) {
 		state State
 		says  []string
 	}{
-		{"none", "", State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0", "10.0.0.0/8", "::/0")}, nil},
+		{"none", "", State{Addresses: prefixes("10.77.0.2/32"),
+			Routes: prefixes("0.0.0.0/0", "10.0.0.0/8", "::/0")}, nil},
 		{"the LAN in a route", "", State{Routes: prefixes("192.168.0.0/16")}, []string{
 			"the tunnel's route 192.168.0.0/16 holds 192.168.5.0/24, the network of up0, which goes first",
 		}},
 		{"the same network", "", State{Routes: prefixes("2001:db8:5::/64")}, []string{
 			"the tunnel's route 2001:db8:5::/64 holds 2001:db8:5::/64, the network of up0, which goes first",
 		}},
-		{"the LAN goes into the tunnel", "", State{Routes: prefixes("192.168.0.0/16"), HostRoutes: HostNone}, nil},
+		{"the LAN goes into the tunnel", "",
+			State{Routes: prefixes("192.168.0.0/16"), HostRoutes: HostNone}, nil},
 		{"a part of the LAN", "", State{Routes: prefixes("192.168.5.128/25")}, []string{
 			"the tunnel's route 192.168.5.128/25 takes addresses out of 192.168.5.0/24, the network of up0: put them into routes.exclude",
 		}},
-		{"a part that is excluded", "", State{Routes: prefixes("192.168.5.128/25"), Exclude: prefixes("192.168.5.0/24")}, nil},
+		{"a part that is excluded", "",
+			State{Routes: prefixes("192.168.5.128/25"), Exclude: prefixes("192.168.5.0/24")}, nil},
 		{"a route by DHCP", "0.0.0.0/1 via 192.168.5.1 dev up0", State{Routes: full}, []string{
 			"the host's route 0.0.0.0/1 via 192.168.5.1 on up0 leads to public addresses, which stay in the tunnel: put it into routes.exclude",
 		}},
-		{"a route by router advertisement", "2a00::/16 via 2001:db8:5::1 proto ra", State{Routes: full}, []string{
-			"the host's route 2a00::/16 via 2001:db8:5::1 on up0 leads to public addresses, which stay in the tunnel",
-		}},
-		{"a network that claims public addresses", "8.8.8.0/24 dev up0", State{Routes: full}, []string{
-			"the host's route 8.8.8.0/24 on up0 leads to public addresses, which stay in the tunnel",
-		}},
-		{"a route that takes addresses", "0.0.0.0/1 via 192.168.5.1 dev up0", State{Routes: full, HostRoutes: HostAll}, []string{
-			"the host's route 0.0.0.0/1 via 192.168.5.1 on up0 takes public addresses out of the tunnel: delete it",
-		}},
-		{"a route that does not count", "0.0.0.0/1 via 192.168.5.1 dev up0", State{Routes: full, HostRoutes: HostNone}, nil},
-		{"a route that is excluded", "8.8.8.0/24 via 192.168.5.1 dev up0", State{Routes: full, Exclude: prefixes("8.8.0.0/16")}, nil},
+		{"a route by router advertisement", "2a00::/16 via 2001:db8:5::1 proto ra",
+			State{Routes: full}, []string{
+				"the host's route 2a00::/16 via 2001:db8:5::1 on up0 leads to public addresses, which stay in the tunnel",
+			}},
+		{"a network that claims public addresses", "8.8.8.0/24 dev up0", State{Routes: full},
+			[]string{
+				"the host's route 8.8.8.0/24 on up0 leads to public addresses, which stay in the tunnel",
+			}},
+		{"a route that takes addresses", "0.0.0.0/1 via 192.168.5.1 dev up0",
+			State{Routes: full, HostRoutes: HostAll}, []string{
+				"the host's route 0.0.0.0/1 via 192.168.5.1 on up0 takes public addresses out of the tunnel: delete it",
+			}},
+		{"a route that does not count", "0.0.0.0/1 via 192.168.5.1 dev up0",
+			State{Routes: full, HostRoutes: HostNone}, nil},
+		{"a route that is excluded", "8.8.8.0/24 via 192.168.5.1 dev up0",
+			State{Routes: full, Exclude: prefixes("8.8.0.0/16")}, nil},
 		{"a route to a private network", "10.0.0.0/8 via 192.168.5.1", State{Routes: full}, nil},
-		{"a route to a network behind this host", "8.8.8.0/24 via 192.168.5.1 dev up0", State{Routes: full, Local: prefixes("8.8.8.0/24")}, nil},
-		{"a route beside a split tunnel", "0.0.0.0/1 via 192.168.5.1 dev up0", State{Routes: prefixes("10.0.0.0/8", "::/0")}, nil},
-		{"a route with several next hops", "8.8.8.0/24 nexthop via 192.168.5.1 nexthop via 192.168.5.3", State{Routes: full}, []string{
-			"the host's route 8.8.8.0/24 via 192.168.5.1 on up0 leads to public addresses, which stay in the tunnel",
-		}},
+		{"a route to a network behind this host", "8.8.8.0/24 via 192.168.5.1 dev up0",
+			State{Routes: full, Local: prefixes("8.8.8.0/24")}, nil},
+		{"a route beside a split tunnel", "0.0.0.0/1 via 192.168.5.1 dev up0",
+			State{Routes: prefixes("10.0.0.0/8", "::/0")}, nil},
+		{"a route with several next hops",
+			"8.8.8.0/24 nexthop via 192.168.5.1 nexthop via 192.168.5.3", State{Routes: full},
+			[]string{
+				"the host's route 8.8.8.0/24 via 192.168.5.1 on up0 leads to public addresses, which stay in the tunnel",
+			}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := h.in(t)
@@ -70,7 +82,8 @@ func TestConflicts(t *testing.T) {
 			h.close(m)
 		})
 	}
-	if _, err := h.tryOpen(Config{Instance: "one", Interface: "masque0", Mark: 7}); err == nil || !strings.Contains(err.Error(), "want two bits") {
+	if _, err := h.tryOpen(Config{Instance: "one", Interface: "masque0", Mark: 7}); err == nil ||
+		!strings.Contains(err.Error(), "want two bits") {
 		t.Errorf("a mark of three bits: %v", err)
 	}
 }
@@ -81,14 +94,19 @@ func TestSelectiveRules(t *testing.T) {
 		name, rule string
 		want       string // how the warning begins, "": there is none
 	}{
-		{"a mark", "rule add priority 2001 fwmark 0x100/0x3f00 lookup 77", "the host's rule 2001 takes packets with mark 0x100 out of the tunnel, to up0"},
-		{"a user", "rule add priority 1500 uidrange 0-0 lookup main", "the host's rule 1500 takes packets of users 0 to 0 out of the tunnel, to up0"},
-		{"IPv6", "-6 rule add priority 2001 fwmark 0x100 lookup main", "the host's rule 2001 takes packets with mark 0x100 out of the tunnel, to up0"},
+		{"a mark", "rule add priority 2001 fwmark 0x100/0x3f00 lookup 77",
+			"the host's rule 2001 takes packets with mark 0x100 out of the tunnel, to up0"},
+		{"a user", "rule add priority 1500 uidrange 0-0 lookup main",
+			"the host's rule 1500 takes packets of users 0 to 0 out of the tunnel, to up0"},
+		{"IPv6", "-6 rule add priority 2001 fwmark 0x100 lookup main",
+			"the host's rule 2001 takes packets with mark 0x100 out of the tunnel, to up0"},
 		{"a table without a route", "rule add priority 2001 fwmark 0x100 lookup 78", ""},
 		{"after the tunnel's", "rule add priority 20000 fwmark 0x100 lookup main", ""},
-		{"what came in by an interface", "rule add priority 2001 fwmark 0x100 iif up0 lookup main", ""},
+		{"what came in by an interface",
+			"rule add priority 2001 fwmark 0x100 iif up0 lookup main", ""},
 		{"an address of the host", "rule add priority 2001 from 192.168.5.2 lookup main", ""},
-		{"the mark of what goes outside", "rule add priority 2001 fwmark 0x80000000/0x80000000 lookup main", ""},
+		{"the mark of what goes outside",
+			"rule add priority 2001 fwmark 0x80000000/0x80000000 lookup main", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHost(t)
@@ -99,7 +117,8 @@ func TestSelectiveRules(t *testing.T) {
 			h.ip("route add default dev up0 table 77")
 			h.ip(tt.rule)
 			switch got := h.conflicts(m); {
-			case tt.want == "" && len(got) > 0, tt.want != "" && (len(got) != 1 || !strings.HasPrefix(got[0], tt.want)):
+			case tt.want == "" && len(got) > 0, tt.want != "" &&
+				(len(got) != 1 || !strings.HasPrefix(got[0], tt.want)):
 				t.Errorf("got %q, want %q", got, tt.want)
 			}
 			h.close(m)

@@ -93,7 +93,8 @@ func (s *scope) diff(have observed, want plan) (ops, error) {
 	var list ops
 	s.wanted = want.routes
 	if want.up && have.link == nil {
-		return nil, fmt.Errorf("interface %s (index %d): %w", s.Interface, s.index, explain(unix.ENODEV))
+		return nil, fmt.Errorf("interface %s (index %d): %w", s.Interface, s.index,
+			explain(unix.ENODEV))
 	}
 	if want.mtu >= minMTU6 {
 		s.diffMTU(&list, have, want)
@@ -107,31 +108,41 @@ func (s *scope) diff(have observed, want plan) (ops, error) {
 	}
 	// The filter comes before there is anything to filter.
 	if want.grouped && have.group != tunnelGroup {
-		list.add(kindLink, func() error { return s.setGroup(have.link, have.group) }, "put %s into group %d", s.Interface, tunnelGroup)
+		list.add(kindLink, func() error {
+			return s.setGroup(have.link, have.group)
+		}, "put %s into group %d", s.Interface, tunnelGroup)
 	}
 	chains := s.available(want.chains)
 	if len(chains) != 0 && !(sameTable(chains, have.chains) && untouched(have.chains, s.sealed)) {
-		list.add(kindTable, func() error { return s.writeTable(chains) }, "write nftables table inet %s", s.tableName())
+		list.add(kindTable, func() error {
+			return s.writeTable(chains)
+		}, "write nftables table inet %s", s.tableName())
 	}
 	list = append(list, set...)
 	s.bring(&list, have, want)
 	s.take(&list, have, want)
 	if !want.up && s.rec.Down {
-		list.add(kindLink, func() error { return s.restoreDown(have.link) }, "set %s down", s.Interface)
+		list.add(kindLink, func() error {
+			return s.restoreDown(have.link)
+		}, "set %s down", s.Interface)
 	}
 	if want.mtu < minMTU6 {
 		// Takes IPv6 away, or, as an MTU that is put back, makes it start anew.
 		s.diffMTU(&list, have, want)
 	}
 	if !want.up && s.rec.AddrGen != "" {
-		list.add(kindLink, func() error { return s.restoreAddrGen(have.link) }, "let %s make addresses as before", s.Interface)
+		list.add(kindLink, func() error {
+			return s.restoreAddrGen(have.link)
+		}, "let %s make addresses as before", s.Interface)
 	}
 	list = append(list, unset...)
 	if len(chains) == 0 && have.table {
 		list.add(kindTable, s.deleteTable, "delete nftables table inet %s", s.tableName())
 	}
 	if !want.grouped && s.rec.Group != nil {
-		list.add(kindLink, func() error { return s.restoreGroup(have.link) }, "put %s back into its group", s.Interface)
+		list.add(kindLink, func() error {
+			return s.restoreGroup(have.link)
+		}, "put %s back into its group", s.Interface)
 	}
 	return list, nil
 }
@@ -139,7 +150,9 @@ func (s *scope) diff(have observed, want plan) (ops, error) {
 func (s *scope) diffMTU(list *ops, have observed, want plan) {
 	switch {
 	case want.mtu == 0 && s.rec.MTU != 0:
-		list.add(kindMTU, func() error { return s.restoreMTU(have.link) }, "set the MTU of %s back to %d", s.Interface, s.rec.MTU)
+		list.add(kindMTU, func() error {
+			return s.restoreMTU(have.link)
+		}, "set the MTU of %s back to %d", s.Interface, s.rec.MTU)
 	case want.mtu != 0 && have.mtu != want.mtu:
 		list.add(kindMTU, func() error { return s.setMTU(have.link, want.mtu, have.mtu) },
 			"set the MTU of %s from %d to %d", s.Interface, have.mtu, want.mtu)
@@ -149,13 +162,19 @@ func (s *scope) diffMTU(list *ops, have observed, want plan) {
 // bring lists what comes, each thing after what it needs: the interface and its
 // addresses, routes, and the rules that lead to them.
 func (s *scope) bring(list *ops, have observed, want plan) {
-	if want.up && have.gen != "" && have.gen != strconv.Itoa(addrGenNone) && (!have.up || s.rec.AddrGen != "") {
-		list.add(kindLink, func() error { return s.quiet(have.link, have.gen) }, "let %s make no address of its own", s.Interface)
+	if want.up && have.gen != "" && have.gen != strconv.Itoa(addrGenNone) &&
+		(!have.up || s.rec.AddrGen != "") {
+		list.add(kindLink, func() error {
+			return s.quiet(have.link, have.gen)
+		}, "let %s make no address of its own", s.Interface)
 		for p := range have.addrs {
 			// IPv6 was off and on again, as it is when the MTU goes below 1280
 			// and back: then the mode is another, and has made an address.
-			if s.rec.AddrGen != "" && isIPv6(p) && p.Addr().IsLinkLocalUnicast() && !slices.Contains(want.addrs, p) {
-				list.add(kindAddress, func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
+			if s.rec.AddrGen != "" && isIPv6(p) && p.Addr().IsLinkLocalUnicast() &&
+				!slices.Contains(want.addrs, p) {
+				list.add(kindAddress, func() error {
+					return s.delAddr(have.link, p)
+				}, "delete address %v of %s", p, s.Interface)
 			}
 		}
 	}
@@ -168,24 +187,36 @@ func (s *scope) bring(list *ops, have observed, want plan) {
 			continue
 		}
 		if ok && !isIPv6(p) {
-			list.add(kindAddress, func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
+			list.add(kindAddress, func() error {
+				return s.delAddr(have.link, p)
+			}, "delete address %v of %s", p, s.Interface)
 		}
 		for old := range have.addrs {
 			if isIPv6(p) && old.Addr() == p.Addr() { // once per interface, whatever the length
-				list.add(kindAddress, func() error { return s.delAddr(have.link, old) }, "delete address %v of %s", old, s.Interface)
+				list.add(kindAddress, func() error {
+					return s.delAddr(have.link, old)
+				}, "delete address %v of %s", old, s.Interface)
 			}
 		}
-		list.add(kindAddress, func() error { return s.addAddr(have.link, p) }, "add address %v to %s", p, s.Interface)
+		list.add(kindAddress, func() error {
+			return s.addAddr(have.link, p)
+		}, "add address %v to %s", p, s.Interface)
 	}
 	for _, r := range have.others {
-		list.add(kindRoute, func() error { return unlessGone(s.nl.RouteDel(&r)) }, "delete a route of another program: %v in table %d", prefixOf(r.Dst), r.Table)
+		list.add(kindRoute, func() error {
+			return unlessGone(s.nl.RouteDel(&r))
+		}, "delete a route of another program: %v in table %d", prefixOf(r.Dst), r.Table)
 	}
 	for _, group := range groupRoutes(want.routes, have.routes) {
-		list.add(kindRoute, func() error { return s.addRoutes(group) }, "add %d %s", len(group), describe(group[0]))
+		list.add(kindRoute, func() error {
+			return s.addRoutes(group)
+		}, "add %d %s", len(group), describe(group[0]))
 	}
 	for _, r := range missing(want.rules, have.rules, compareRules) {
 		n := r.netlink(s)
-		list.add(kindRule, func() error { return explain(s.nl.RuleAdd(n)) }, "add %s", describeRule(n))
+		list.add(kindRule, func() error {
+			return explain(s.nl.RuleAdd(n))
+		}, "add %s", describeRule(n))
 	}
 }
 
@@ -198,15 +229,21 @@ func (s *scope) take(list *ops, have observed, want plan) {
 		rules = append(rules, r.netlink(s))
 	}
 	for _, n := range rules {
-		list.add(kindRule, func() error { return unlessGone(s.nl.RuleDel(n)) }, "delete %s", describeRule(n))
+		list.add(kindRule, func() error {
+			return unlessGone(s.nl.RuleDel(n))
+		}, "delete %s", describeRule(n))
 	}
 	for _, group := range groupRoutes(have.routes, want.routes) {
 		slices.Reverse(group)
-		list.add(kindRoute, func() error { return s.delRoutes(group) }, "delete %d %s", len(group), describe(group[0]))
+		list.add(kindRoute, func() error {
+			return s.delRoutes(group)
+		}, "delete %d %s", len(group), describe(group[0]))
 	}
 	for _, p := range s.rec.Addresses {
 		if !slices.Contains(want.addrs, p) {
-			list.add(kindAddress, func() error { return s.delAddr(have.link, p) }, "delete address %v of %s", p, s.Interface)
+			list.add(kindAddress, func() error {
+				return s.delAddr(have.link, p)
+			}, "delete address %v of %s", p, s.Interface)
 		}
 	}
 }
@@ -298,7 +335,8 @@ func (s *scope) clean(old *record) error {
 	stale = append(stale, record{Interface: s.Interface, Index: s.index})
 	for i := range rules {
 		if _, index, ok := parseRule(&rules[i]); ok && !exists[index] {
-			stale = append(stale, record{Interface: fmt.Sprintf("interface %d, gone", index), Index: index})
+			stale = append(stale, record{Interface: fmt.Sprintf("interface %d, gone", index),
+				Index: index})
 		}
 	}
 	done := make(map[int]bool)

@@ -13,8 +13,8 @@ import (
 	"testing"
 )
 
-// crashChild is the environment variable that makes the test binary a process to
-// be killed: it holds what crashMain does.
+// crashChild is the environment variable that makes the test binary a process
+// to be killed: it holds what crashMain does.
 const crashChild = "ROUTING_TEST_CRASH"
 
 type crash struct {
@@ -22,8 +22,8 @@ type crash struct {
 	State  State
 }
 
-// crashMain opens a TUN device and a Manager in the namespace it was started in,
-// says so, and waits for the end.
+// crashMain opens a TUN device and a Manager in the namespace it was started
+// in, says so, and waits for the end.
 func crashMain() {
 	var c crash
 	fail := func(err error) {
@@ -123,7 +123,8 @@ func TestKilled(t *testing.T) {
 			h := newHost(t)
 			h.uplink()
 			before := h.snapshot()
-			c := Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Journal: filepath.Join(t.TempDir(), "one.json")}
+			c := Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
+				Journal: filepath.Join(t.TempDir(), "one.json")}
 			h.startAndKill(c, state, func() {
 				if _, err := h.tryOpen(c); !errors.Is(err, ErrInUse) {
 					t.Errorf("Open beside a live process: %v, want ErrInUse", err)
@@ -148,7 +149,8 @@ func TestKilled(t *testing.T) {
 				t.Errorf("log says nothing of %q:\n%s", tt.logged, log.String())
 			}
 			for _, thing := range []string{
-				"delete IPv4 rule 9549", "delete IPv6 rule 9741", "delete nftables table inet masque-one", "delete 1 IPv4 routes",
+				"delete IPv4 rule 9549", "delete IPv6 rule 9741",
+				"delete nftables table inet masque-one", "delete 1 IPv4 routes",
 			} {
 				if !strings.Contains(log.String(), thing) {
 					t.Errorf("log says nothing of %q:\n%s", thing, log.String())
@@ -219,14 +221,18 @@ func TestOtherInstances(t *testing.T) {
 	before := h.snapshot()
 	dir := t.TempDir()
 	_, closeLive := h.tun("live0")
-	live := h.open(Config{Instance: "live", Interface: "live0", Mark: DefaultMark, Journal: filepath.Join(dir, "live.json")})
+	live := h.open(Config{Instance: "live", Interface: "live0", Mark: DefaultMark,
+		Journal: filepath.Join(dir, "live.json")})
 	h.apply(live, State{Addresses: prefixes("10.77.1.2/32"), Routes: prefixes("10.0.0.0/8")})
 	alone := h.snapshot()
 
-	dead := Config{Instance: "dead", Interface: "dead0", Mark: DefaultMark, Journal: filepath.Join(dir, "dead.json")}
-	h.startAndKill(dead, State{Addresses: prefixes("10.77.2.2/32"), Routes: prefixes("0.0.0.0/0"), Exclude: prefixes("10.1.0.0/16")}, func() {})
+	dead := Config{Instance: "dead", Interface: "dead0", Mark: DefaultMark,
+		Journal: filepath.Join(dir, "dead.json")}
+	h.startAndKill(dead, State{Addresses: prefixes("10.77.2.2/32"), Routes: prefixes("0.0.0.0/0"),
+		Exclude: prefixes("10.1.0.0/16")}, func() {})
 	_, closeThird := h.tun("third0")
-	third := h.open(Config{Instance: "third", Interface: "third0", Mark: DefaultMark, Journal: filepath.Join(dir, "third.json")})
+	third := h.open(Config{Instance: "third", Interface: "third0", Mark: DefaultMark,
+		Journal: filepath.Join(dir, "third.json")})
 	h.close(third)
 	closeThird()
 	now := h.snapshot()

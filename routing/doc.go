@@ -31,23 +31,24 @@
 // goes to the host.
 //
 // State.HostRoutes says to which prefixes P there is such a first rule. With
-// HostAll these are the routes of length L themselves, or everything if they are
-// many. With HostPrivate, and a tunnel for most addresses of the family, they are
-// the private and link-local networks alone, and a route of the host counts only
-// if it lies within P: whoever runs the host's network can hand out routes to
-// public addresses, and to everything in two halves (CVE-2024-3661), and can claim
-// that the network itself has such addresses (CVE-2023-36672). With HostNone there
-// are none. But with that, multicast and limited broadcasts have rules that let the
-// host's default route count too: they are for the link.
+// HostAll these are the routes of length L themselves, or everything if they
+// are many. With HostPrivate, and a tunnel for most addresses of the family,
+// they are the private and link-local networks alone, and a route of the host
+// counts only if it lies within P: whoever runs the host's network can hand out
+// routes to public addresses, and to everything in two halves (CVE-2024-3661),
+// and can claim that the network itself has such addresses (CVE-2023-36672).
+// With HostNone there are none. But with that, multicast and limited broadcasts
+// have rules that let the host's default route count too: they are for the
+// link.
 //
-// A network of the host that is in the tunnel is at odds with strict reverse path
-// filters of IPv4, which then drop ARP requests of the gateway too. Their
+// A network of the host that is in the tunnel is at odds with strict reverse
+// path filters of IPv4, which then drop ARP requests of the gateway too. Their
 // interfaces get loose ones (rp_filter 2).
 //
 // HIGH is the higher of the two bits of MARK. It alone is for connections that
-// came in from outside the tunnel, from where its routes lead to: they are marked
-// as they come in, and a chain in the output hook gives the mark to their
-// answers, which the kernel then routes again.
+// came in from outside the tunnel, from where its routes lead to: they are
+// marked as they come in, and a chain in the output hook gives the mark to
+// their answers, which the kernel then routes again.
 //
 // As priorities depend on L alone, the rules of several tunnels interleave in
 // the right order. A table's number holds the index of the interface and L. The
@@ -66,23 +67,24 @@
 // that an excluded prefix covers are left out, and excluded prefixes inside a
 // route are "throw" routes in its table, which send the lookup on to the next
 // rule. This costs nothing per packet however many there are; and where the
-// host has no route to it either, an excluded prefix is unreachable, while a rule
-// "to PREFIX lookup main" would let it fall back into the tunnel.
+// host has no route to it either, an excluded prefix is unreachable, while a
+// rule "to PREFIX lookup main" would let it fall back into the tunnel.
 //
-// Where the interface cannot have IPv6, because of net.ipv6.conf.*.disable_ipv6,
-// its routes are "unreachable" routes in the same tables, with a metric behind
-// those into the tunnel. They are not of the interface: after a crash they stay,
-// as throw routes do, until the next start or [Clean].
+// Where the interface cannot have IPv6, because of
+// net.ipv6.conf.*.disable_ipv6, its routes are "unreachable" routes in the same
+// tables, with a metric behind those into the tunnel. They are not of the
+// interface: after a crash they stay, as throw routes do, until the next start
+// or [Clean].
 //
 // Queries for names outside the tunnel, such as to the router of the LAN, are
 // refused by chains in the same nftables table, with State.HoldDNS.
 //
 // # Strict reverse path filtering
 //
-// A reply to the outer socket comes in through the uplink, while the way back to
-// its source leads, for a packet without mark, into the tunnel: with rp_filter 1
-// the kernel drops it. So the mark is saved in the connection when a packet
-// leaves and restored when a reply or an ICMP error comes in, and
+// A reply to the outer socket comes in through the uplink, while the way back
+// to its source leads, for a packet without mark, into the tunnel: with
+// rp_filter 1 the kernel drops it. So the mark is saved in the connection when
+// a packet leaves and restored when a reply or an ICMP error comes in, and
 // net.ipv4.conf.all.src_valid_mark makes the filter look at it. The same
 // nftables table drops packets to a tunnel address that come in through another
 // interface (CVE-2019-14899), and packets out of the tunnel that claim to come
@@ -93,8 +95,8 @@
 //
 // # Proxy: an ordinary interface
 //
-// Without a mark, routes go into the main table, with metric 9484, and addresses
-// bring the on-link route of their prefix along.
+// Without a mark, routes go into the main table, with metric 9484, and
+// addresses bring the on-link route of their prefix along.
 //
 // # Other programs
 //
@@ -106,8 +108,8 @@
 //
 // # Ownership and crashes
 //
-// Addresses, MTU and flags of the interface cannot be marked, and sysctls do not
-// say what they were: these are in the journal, a file that exists while an
+// Addresses, MTU and flags of the interface cannot be marked, and sysctls do
+// not say what they were: these are in the journal, a file that exists while an
 // instance runs and tells the next one what to put back. It counts only within
 // the same boot and network namespace. Sysctls that several instances need (all
 // with their journals in one directory) are put back by the last of them.

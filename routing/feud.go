@@ -6,8 +6,8 @@ import (
 )
 
 const (
-	// patienceOfFeud is how often something is restored at once; others may have
-	// several reasons to change it once.
+	// patienceOfFeud is how often something is restored at once; others may
+	// have several reasons to change it once.
 	patienceOfFeud = 5
 	// firstTruce and maxTruce are how long something stays as it is then,
 	// before it is restored again.

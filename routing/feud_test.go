@@ -7,8 +7,9 @@ import (
 	"time"
 )
 
-// Something that is taken away once a second is put back at once a few times, then less and less often, and that is a problem as
-// long as it goes on; when it has lasted, all is as at the start.
+// Something that is taken away once a second is put back at once a few times,
+// then less and less often, and that is a problem as long as it goes on; when
+// it has lasted, all is as at the start.
 func TestFeudWithAProgramThatRepeatsItself(t *testing.T) {
 	f := feud{maxTruce: maxTruce}
 	now := time.Now()
@@ -31,13 +32,15 @@ func TestFeudWithAProgramThatRepeatsItself(t *testing.T) {
 		now = now.Add(time.Second)
 	}
 	if limit := 4 + int(now.Sub(begin)/maxTruce) + patienceOfFeud; repairs > limit {
-		t.Errorf("%d repairs in %v, want at most %d; the waits were %v", repairs, now.Sub(begin), limit, waits)
+		t.Errorf("%d repairs in %v, want at most %d; the waits were %v", repairs, now.Sub(begin),
+			limit, waits)
 	}
 	if last := waits[len(waits)-1]; last != maxTruce {
 		t.Errorf("the last wait was %v, want %v", last, maxTruce)
 	}
 	if until := f.until(now); !until.Equal(f.last.Add(peace)) {
-		t.Errorf("the problem lasts until %v, want %v", until.Sub(begin), f.last.Add(peace).Sub(begin))
+		t.Errorf("the problem lasts until %v, want %v", until.Sub(begin),
+			f.last.Add(peace).Sub(begin))
 	}
 	now = f.last.Add(peace)
 	if f.problem(now) != "" || f.due(now).After(now) {
@@ -48,7 +51,8 @@ func TestFeudWithAProgramThatRepeatsItself(t *testing.T) {
 	}
 }
 
-// What cannot be put back is tried again, less and less often, and is a problem until it is there.
+// What cannot be put back is tried again, less and less often, and is a problem
+// until it is there.
 func TestFeudWithoutSuccess(t *testing.T) {
 	f := feud{maxTruce: maxTruce}
 	now := time.Now()
@@ -64,7 +68,8 @@ func TestFeudWithoutSuccess(t *testing.T) {
 	}
 	f.settled()
 	if f.problem(now) != "" || f.due(now).After(now) {
-		t.Errorf("after somebody else did it: problem %q, next repair at %v", f.problem(now), f.due(now))
+		t.Errorf("after somebody else did it: problem %q, next repair at %v", f.problem(now),
+			f.due(now))
 	}
 	f.note(now, "", errors.New("no memory"))
 	if f.note(now, "add it", nil); f.problem(now) != "" {
@@ -72,8 +77,8 @@ func TestFeudWithoutSuccess(t *testing.T) {
 	}
 }
 
-// Without rules and routes packets leave in the clear: these do not stay away for
-// long, whatever takes them.
+// Without rules and routes packets leave in the clear: these do not stay away
+// for long, whatever takes them.
 func TestTruces(t *testing.T) {
 	for _, tt := range []struct {
 		kind string

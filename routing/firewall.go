@@ -37,8 +37,8 @@ const (
 	HookOutput  Hook = "output"
 )
 
-// Obstacle is a chain of nftables that does not let a Passage through, as far as
-// its rules could be followed.
+// Obstacle is a chain of nftables that does not let a Passage through, as far
+// as its rules could be followed.
 type Obstacle struct {
 	Family string // ip, ip6 or inet
 	Table  string
@@ -56,8 +56,9 @@ func (o Obstacle) String() string {
 // policies, jumps, and conditions on interfaces, the family, the protocol, the
 // port and the state of the connection; of other conditions it only knows that
 // they may hold or not. Rules of iptables are seen where they are kept in
-// nftables, as iptables-nft does. Errors: os.ErrPermission without CAP_NET_ADMIN.
-// A kernel without nftables has no obstacles, and tables of ours are none.
+// nftables, as iptables-nft does. Errors: os.ErrPermission without
+// CAP_NET_ADMIN. A kernel without nftables has no obstacles, and tables of ours
+// are none.
 func Obstacles(p Passage) ([]Obstacle, error) {
 	c, err := nftables.New()
 	if err != nil {
@@ -69,7 +70,8 @@ func Obstacles(p Passage) ([]Obstacle, error) {
 		family nftables.TableFamily
 		proto  byte // of the packets, 0 for both
 	}{
-		{"inet", nftables.TableFamilyINet, 0}, {"ip", nftables.TableFamilyIPv4, unix.NFPROTO_IPV4}, {"ip6", nftables.TableFamilyIPv6, unix.NFPROTO_IPV6},
+		{"inet", nftables.TableFamilyINet, 0}, {"ip", nftables.TableFamilyIPv4, unix.NFPROTO_IPV4},
+		{"ip6", nftables.TableFamilyIPv6, unix.NFPROTO_IPV6},
 	} {
 		chains, err := c.ListChainsOfTableFamily(family.family)
 		if hasNoTables(err) {
@@ -79,11 +81,14 @@ func Obstacles(p Passage) ([]Obstacle, error) {
 			return nil, fmt.Errorf("routing: list nftables chains: %w", explain(err))
 		}
 		for _, base := range chains {
-			if base.Type != nftables.ChainTypeFilter || base.Hooknum == nil || *base.Hooknum != *p.Hook.number() || strings.HasPrefix(base.Table.Name, tablePrefix) {
+			if base.Type != nftables.ChainTypeFilter || base.Hooknum == nil ||
+				*base.Hooknum != *p.Hook.number() ||
+				strings.HasPrefix(base.Table.Name, tablePrefix) {
 				continue
 			}
 			w := walk{conn: c, passage: p, proto: family.proto, chains: chains}
-			switch o := (Obstacle{Family: family.name, Table: base.Table.Name, Chain: base.Name}); w.base(base) {
+			switch o := (Obstacle{Family: family.name, Table: base.Table.Name,
+				Chain: base.Name}); w.base(base) {
 			case fateDropped:
 				found = append(found, o)
 			case fateUnknown:
@@ -216,7 +221,8 @@ func (w *walk) rule(r *nftables.Rule) (matches truth, verdict *expr.Verdict) {
 			regs[e.DestRegister%64] = w.payload(e)
 		case *expr.Ct:
 			if e.Key == expr.CtKeySTATE && !e.SourceRegister {
-				regs[e.Register%64] = value{known: true, state: true, data: binary.NativeEndian.AppendUint32(nil, w.state())}
+				regs[e.Register%64] = value{known: true, state: true,
+					data: binary.NativeEndian.AppendUint32(nil, w.state())}
 			} else {
 				regs[e.Register%64] = value{}
 			}
@@ -288,7 +294,8 @@ func (w *walk) meta(key expr.MetaKey) value {
 		if iface, err := net.InterfaceByName(name); err == nil {
 			i = iface.Index
 		}
-		return value{known: true, any: name == "", data: binary.NativeEndian.AppendUint32(nil, uint32(i))}
+		return value{known: true, any: name == "",
+			data: binary.NativeEndian.AppendUint32(nil, uint32(i))}
 	}
 	switch key {
 	case expr.MetaKeyIIFNAME:
@@ -315,9 +322,11 @@ func (w *walk) meta(key expr.MetaKey) value {
 func (w *walk) payload(e *expr.Payload) value {
 	const protocolOffset, portOffset = 9, 2
 	switch {
-	case e.Base == expr.PayloadBaseNetworkHeader && w.proto == unix.NFPROTO_IPV4 && e.Offset == protocolOffset && e.Len == 1 && w.passage.Port != 0:
+	case e.Base == expr.PayloadBaseNetworkHeader && w.proto == unix.NFPROTO_IPV4 &&
+		e.Offset == protocolOffset && e.Len == 1 && w.passage.Port != 0:
 		return value{known: true, data: []byte{unix.IPPROTO_UDP}}
-	case e.Base == expr.PayloadBaseTransportHeader && e.Offset == portOffset && e.Len == 2 && w.passage.Port != 0:
+	case e.Base == expr.PayloadBaseTransportHeader && e.Offset == portOffset && e.Len == 2 &&
+		w.passage.Port != 0:
 		return value{known: true, data: binary.BigEndian.AppendUint16(nil, w.passage.Port)}
 	}
 	return value{}
@@ -340,7 +349,8 @@ func (v value) compare(e *expr.Cmp) truth {
 		return maybe
 	}
 	if v.any { // a rule about the loopback is not about others; one about another may be
-		loopback := bytes.HasPrefix(e.Data, []byte("lo\x00")) || !v.name && bytes.Equal(e.Data, binary.NativeEndian.AppendUint32(nil, loopback))
+		loopback := bytes.HasPrefix(e.Data, []byte("lo\x00")) ||
+			!v.name && bytes.Equal(e.Data, binary.NativeEndian.AppendUint32(nil, loopback))
 		switch {
 		case loopback && e.Op == expr.CmpOpEq:
 			return no
@@ -420,7 +430,8 @@ func (w *walk) conntrack(base xt.ConntrackMtinfoBase, mask uint16) truth {
 		states = 1 << 1 // IP_CT_ESTABLISHED
 	}
 	switch {
-	case xt.ConntrackFlags(base.MatchFlags)&^xt.ConntrackStateAlias != xt.ConntrackState || base.InvertFlags != 0:
+	case xt.ConntrackFlags(base.MatchFlags)&^xt.ConntrackStateAlias != xt.ConntrackState ||
+		base.InvertFlags != 0:
 		return maybe
 	case mask&states == 0:
 		return no
@@ -443,8 +454,12 @@ func (w *walk) lookup(table *nftables.Table, v value, e *expr.Lookup) (truth, *e
 		w.err = err
 		return maybe, nil
 	}
-	slices.SortStableFunc(elements, func(a, b nftables.SetElement) int { return bytes.Compare(a.Key, b.Key) })
-	var in *nftables.SetElement // the last that does not come after v: in a set of intervals, where they begin and end
+	slices.SortStableFunc(elements, func(a, b nftables.SetElement) int {
+		return bytes.Compare(a.Key, b.Key)
+	})
+	// the last that does not come after v: in a set of intervals, where they
+	// begin and end
+	var in *nftables.SetElement
 	for i, x := range elements {
 		if len(x.Key) != len(v.data) || len(x.KeyEnd) > 0 {
 			return maybe, nil
@@ -483,12 +498,14 @@ func parseVerdict(b []byte) *expr.Verdict {
 }
 
 // Allow returns the command that lets p through o, where p goes through the
-// interface called device if it is forwarded. It is in the words of who made the
-// chain, where that shows.
+// interface called device if it is forwarded. It is in the words of who made
+// the chain, where that shows.
 func (o Obstacle) Allow(p Passage, device string) string {
-	option, match, iptables := "--add-port="+fmt.Sprint(p.Port)+"/udp", fmt.Sprintf("udp dport %d", p.Port), fmt.Sprintf("-p udp --dport %d", p.Port)
+	option, match, iptables := "--add-port="+fmt.Sprint(p.Port)+"/udp",
+		fmt.Sprintf("udp dport %d", p.Port), fmt.Sprintf("-p udp --dport %d", p.Port)
 	if p.Port == 0 {
-		option, match, iptables = "--zone=trusted --add-interface="+device, "iifname "+device, "-i "+device
+		option, match, iptables = "--zone=trusted --add-interface="+device, "iifname "+device,
+			"-i "+device
 		if p.Out == device {
 			match, iptables = "oifname "+device, "-o "+device
 		}
@@ -518,8 +535,8 @@ func PolicyRouting() error {
 	return explain(err)
 }
 
-// Uplink returns the name of the interface by which the kernel would send into the
-// internet, beside all tunnels; "" where it has no route for the family.
+// Uplink returns the name of the interface by which the kernel would send into
+// the internet, beside all tunnels; "" where it has no route for the family.
 func Uplink(ipv6 bool) string {
 	to := netip.MustParseAddr("203.0.113.1") // for documentation, RFC 5737
 	if ipv6 {

@@ -14,7 +14,8 @@ var (
 	leaves    = Passage{Hook: HookOutput, Port: 443}
 )
 
-// obstacles says what stands in the way, with a question mark where that is not certain.
+// obstacles says what stands in the way, with a question mark where that is not
+// certain.
 func (h *host) obstacles(p Passage) (list []string) {
 	h.t.Helper()
 	h.do(func() {
@@ -37,8 +38,10 @@ func TestObstacles(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	h.ip("link add docker0 type veth peer name docker1")
-	lines := strings.NewReplacer("} } table", "}\n}\ntable", "} }", "}\n}", "} chain", "}\nchain", "} table", "}\ntable")
-	const input, forward = "chain input { type filter hook input priority 0; policy drop; ", "chain forward { type filter hook forward priority 0; policy drop; "
+	lines := strings.NewReplacer("} } table", "}\n}\ntable", "} }", "}\n}", "} chain", "}\nchain",
+		"} table", "}\ntable")
+	const input, forward = "chain input { type filter hook input priority 0; policy drop; ",
+		"chain forward { type filter hook forward priority 0; policy drop; "
 	for _, tt := range []struct {
 		name, rules string
 		passage     Passage
@@ -47,56 +50,100 @@ func TestObstacles(t *testing.T) {
 		{"no table", "", toProxy, ""},
 		{"only a policy", "table inet f { " + input + "} }", toProxy, "inet f input"},
 		{"another hook", "table inet f { " + input + "} }", toWorld, ""},
-		{"policy accept", "table inet f { chain input { type filter hook input priority 0; } }", toProxy, ""},
+		{"policy accept", "table inet f { chain input { type filter hook input priority 0; } }",
+			toProxy, ""},
 		{"a chain without a hook", "table inet f { chain input { drop; } }", toProxy, ""},
 		{"the port", "table inet f { " + input + "udp dport 443 accept; } }", toProxy, ""},
-		{"another port", "table inet f { " + input + "udp dport 444 accept; } }", toProxy, "inet f input"},
+		{"another port", "table inet f { " + input + "udp dport 444 accept; } }", toProxy,
+			"inet f input"},
 		{"TCP", "table inet f { " + input + "tcp dport 443 accept; } }", toProxy, "inet f input"},
 		{"a range", "table inet f { " + input + "udp dport 400-500 accept; } }", toProxy, ""},
 		{"a set", "table inet f { " + input + "udp dport { 53, 443 } accept; } }", toProxy, ""},
-		{"a set without it", "table inet f { " + input + "udp dport { 53, 444 } accept; } }", toProxy, "inet f input"},
-		{"a set of ranges", "table inet f { " + input + "udp dport { 53, 440-450 } accept; } }", toProxy, ""},
-		{"a set of ranges beside it", "table inet f { " + input + "udp dport { 53, 440-442, 444-500 } accept; } }", toProxy, "inet f input"},
-		{"a named set", "table inet f { set s { type inet_service; elements = { 443 }; } " + input + "udp dport @s accept; } }", toProxy, ""},
-		{"not in a set", "table inet f { " + input + "udp dport != { 53, 443 } accept; } }", toProxy, "inet f input"},
-		{"the usual", `table inet f { ` + input + `iif lo accept; iifname "lo" accept; ct state established,related accept; ct state invalid drop; meta l4proto icmp accept; tcp dport 22 accept; } }`,
+		{"a set without it", "table inet f { " + input + "udp dport { 53, 444 } accept; } }",
 			toProxy, "inet f input"},
-		{"the usual with a map", "table inet f { " + input + "ct state vmap { established : accept, related : accept, invalid : drop }; } }", toProxy, "inet f input"},
-		{"a map with new ones", "table inet f { " + input + "ct state vmap { established : accept, new : accept }; } }", toProxy, ""},
-		{"a map with jumps", "table inet f { chain in { accept; } " + input + "udp dport vmap { 53 : drop, 443 : jump in }; } }", toProxy, ""},
-		{"a map with devices", `table inet f { chain out { accept; } ` + forward + `iifname vmap { "up0" : drop, "masque0" : goto out }; } }`, toWorld, ""},
-		{"a map on something else", "table inet f { " + input + "ip saddr vmap { 192.0.2.1 : accept }; } }", toProxy, "inet f input?"},
-		{"new ones", "table inet f { " + input + "ct state new udp dport 443 accept; } }", toProxy, ""},
-		{"some addresses", "table inet f { " + input + "ip saddr 192.0.2.0/24 udp dport 443 accept; } }", toProxy, "inet f input?"},
-		{"a limit", "table inet f { " + input + "udp dport 443 limit rate 10/second accept; } }", toProxy, "inet f input?"},
-		{"another interface may be where they come from", `table inet f { ` + input + `iifname "up0" udp dport 443 accept; } }`, toProxy, "inet f input?"},
-		{"dropped first", "table inet f { " + input + "udp dport 443 drop; udp dport 443 accept; } }", toProxy, "inet f input"},
-		{"rejected under policy accept", "table inet f { chain input { type filter hook input priority 0; tcp dport 22 accept; reject; } }", toProxy, "inet f input"},
+		{"a set of ranges", "table inet f { " + input + "udp dport { 53, 440-450 } accept; } }",
+			toProxy, ""},
+		{"a set of ranges beside it",
+			"table inet f { " + input + "udp dport { 53, 440-442, 444-500 } accept; } }", toProxy,
+			"inet f input"},
+		{"a named set", "table inet f { set s { type inet_service; elements = { 443 }; } " + input +
+			"udp dport @s accept; } }", toProxy, ""},
+		{"not in a set", "table inet f { " + input + "udp dport != { 53, 443 } accept; } }",
+			toProxy, "inet f input"},
+		{"the usual", `table inet f { ` + input +
+			`iif lo accept; iifname "lo" accept; ct state established,related accept; ct state invalid drop; meta l4proto icmp accept; tcp dport 22 accept; } }`,
+			toProxy, "inet f input"},
+		{"the usual with a map", "table inet f { " + input +
+			"ct state vmap { established : accept, related : accept, invalid : drop }; } }",
+			toProxy, "inet f input"},
+		{"a map with new ones", "table inet f { " + input +
+			"ct state vmap { established : accept, new : accept }; } }", toProxy, ""},
+		{"a map with jumps", "table inet f { chain in { accept; } " + input +
+			"udp dport vmap { 53 : drop, 443 : jump in }; } }", toProxy, ""},
+		{"a map with devices", `table inet f { chain out { accept; } ` + forward +
+			`iifname vmap { "up0" : drop, "masque0" : goto out }; } }`, toWorld, ""},
+		{"a map on something else",
+			"table inet f { " + input + "ip saddr vmap { 192.0.2.1 : accept }; } }", toProxy,
+			"inet f input?"},
+		{"new ones", "table inet f { " + input + "ct state new udp dport 443 accept; } }",
+			toProxy, ""},
+		{"some addresses", "table inet f { " + input +
+			"ip saddr 192.0.2.0/24 udp dport 443 accept; } }", toProxy, "inet f input?"},
+		{"a limit", "table inet f { " + input + "udp dport 443 limit rate 10/second accept; } }",
+			toProxy, "inet f input?"},
+		{"another interface may be where they come from",
+			`table inet f { ` + input + `iifname "up0" udp dport 443 accept; } }`, toProxy,
+			"inet f input?"},
+		{"dropped first", "table inet f { " + input +
+			"udp dport 443 drop; udp dport 443 accept; } }", toProxy, "inet f input"},
+		{"rejected under policy accept",
+			"table inet f { chain input { type filter hook input priority 0; tcp dport 22 accept; reject; } }", toProxy, "inet f input"},
 		{"rejected maybe", "table inet f { chain input { type filter hook input priority 0; ip saddr 192.0.2.0/24 reject; } }", toProxy, ""},
-		{"a jump", "table inet f { chain in { udp dport 443 accept; } " + input + "jump in; } }", toProxy, ""},
-		{"a jump on a condition that fails", "table inet f { chain in { accept; } " + input + "tcp dport 443 jump in; } }", toProxy, "inet f input"},
-		{"a jump on an address", "table inet f { chain in { accept; } " + input + "ip saddr 192.0.2.1 jump in; } }", toProxy, "inet f input?"},
-		{"a jump that returns", "table inet f { chain in { return; accept; } " + input + "jump in; udp dport 443 accept; } }", toProxy, ""},
-		{"goto does not return", "table inet f { chain in { tcp dport 1 accept; } " + input + "goto in; udp dport 443 accept; } }", toProxy, "inet f input"},
-		{"a chain of the same name elsewhere", "table inet e { chain in { accept; } } table inet f { chain in { tcp dport 1 accept; } " + input + "jump in; } }", toProxy, "inet f input"},
-		{"of one family", "table ip f { " + input + "} } table ip6 f { " + input + "udp dport 443 accept; } }", toProxy, "ip f input"},
-		{"two tables", "table inet e { " + input + "udp dport 443 accept; } } table inet f { " + input + "} }", toProxy, "inet f input"},
+		{"a jump", "table inet f { chain in { udp dport 443 accept; } " + input + "jump in; } }",
+			toProxy, ""},
+		{"a jump on a condition that fails",
+			"table inet f { chain in { accept; } " + input + "tcp dport 443 jump in; } }", toProxy,
+			"inet f input"},
+		{"a jump on an address", "table inet f { chain in { accept; } " + input +
+			"ip saddr 192.0.2.1 jump in; } }", toProxy, "inet f input?"},
+		{"a jump that returns", "table inet f { chain in { return; accept; } " + input +
+			"jump in; udp dport 443 accept; } }", toProxy, ""},
+		{"goto does not return", "table inet f { chain in { tcp dport 1 accept; } " + input +
+			"goto in; udp dport 443 accept; } }", toProxy, "inet f input"},
+		{"a chain of the same name elsewhere",
+			"table inet e { chain in { accept; } } table inet f { chain in { tcp dport 1 accept; } " + input + "jump in; } }", toProxy, "inet f input"},
+		{"of one family", "table ip f { " + input + "} } table ip6 f { " + input +
+			"udp dport 443 accept; } }", toProxy, "ip f input"},
+		{"two tables", "table inet e { " + input + "udp dport 443 accept; } } table inet f { " +
+			input + "} }", toProxy, "inet f input"},
 
 		{"untracked", "table inet f { " + input + "udp dport 443 accept; } }", untracked, ""},
-		{"untracked, accepted as new alone", "table inet f { " + input + "ct state new udp dport 443 accept; } }", untracked, "inet f input"},
-		{"untracked, accepted by its state", "table inet f { " + input + "ct state new,untracked udp dport 443 accept; } }", untracked, ""},
+		{"untracked, accepted as new alone",
+			"table inet f { " + input + "ct state new udp dport 443 accept; } }", untracked,
+			"inet f input"},
+		{"untracked, accepted by its state",
+			"table inet f { " + input + "ct state new,untracked udp dport 443 accept; } }",
+			untracked, ""},
 		{"a table of ours", "table inet masque-one { " + forward + "} }", toWorld, ""},
 
 		{"forwarding", "table inet f { " + forward + "} }", toWorld, "inet f forward"},
-		{"of the device", `table inet f { ` + forward + `iifname "masque0" accept; } }`, toWorld, ""},
-		{"of devices like it", `table inet f { ` + forward + `iifname "masque*" accept; } }`, toWorld, ""},
-		{"of a set of devices", `table inet f { ` + forward + `iifname { "wg0", "masque0" } accept; } }`, toWorld, ""},
-		{"of another device", `table inet f { ` + forward + `iifname "masque1" accept; iif docker0 accept; } }`, toWorld, "inet f forward"},
+		{"of the device", `table inet f { ` + forward + `iifname "masque0" accept; } }`,
+			toWorld, ""},
+		{"of devices like it", `table inet f { ` + forward + `iifname "masque*" accept; } }`,
+			toWorld, ""},
+		{"of a set of devices", `table inet f { ` + forward +
+			`iifname { "wg0", "masque0" } accept; } }`, toWorld, ""},
+		{"of another device", `table inet f { ` + forward +
+			`iifname "masque1" accept; iif docker0 accept; } }`, toWorld, "inet f forward"},
 		{"of the uplink", `table inet f { ` + forward + `oif up0 accept; } }`, toWorld, ""},
-		{"not of the other device", `table inet f { ` + forward + `oif != docker0 accept; } }`, toWorld, ""},
-		{"established alone", "table inet f { " + forward + "ct state established,related accept; } }", toWorld, "inet f forward"},
-		{"answers", "table inet f { " + forward + "ct state established,related accept; } }", answers, ""},
-		{"answers that are dropped", `table inet f { ` + forward + `iifname "masque0" accept; } }`, answers, "inet f forward"},
+		{"not of the other device", `table inet f { ` + forward + `oif != docker0 accept; } }`,
+			toWorld, ""},
+		{"established alone", "table inet f { " + forward +
+			"ct state established,related accept; } }", toWorld, "inet f forward"},
+		{"answers", "table inet f { " + forward + "ct state established,related accept; } }",
+			answers, ""},
+		{"answers that are dropped", `table inet f { ` + forward + `iifname "masque0" accept; } }`,
+			answers, "inet f forward"},
 		{"containers", `table ip filter { chain USER { return; } chain DOCKER { ip daddr 172.17.0.2 iifname != "docker0" oifname "docker0" tcp dport 80 accept; }
 			chain FORWARD { type filter hook forward priority 0; policy drop; jump USER; oifname "docker0" ct state established,related accept;
 			oifname "docker0" jump DOCKER; iifname "docker0" oifname != "docker0" accept; } }`, toWorld, "ip filter FORWARD"},
@@ -142,11 +189,16 @@ func TestObstaclesAllowed(t *testing.T) {
 		p    Passage
 		want string
 	}{
-		{Obstacle{Family: "ip", Table: "filter", Chain: "INPUT"}, toProxy, "iptables -I INPUT -p udp --dport 443 -j ACCEPT"},
-		{Obstacle{Family: "ip6", Table: "filter", Chain: "FORWARD"}, toWorld, "ip6tables -I FORWARD -i masque0 -j ACCEPT"},
-		{Obstacle{Family: "ip", Table: "filter", Chain: "FORWARD"}, answers, "iptables -I FORWARD -o masque0 -j ACCEPT"},
-		{Obstacle{Family: "inet", Table: "firewalld", Chain: "filter_INPUT"}, toProxy, "firewall-cmd --permanent --add-port=443/udp && firewall-cmd --reload"},
-		{Obstacle{Family: "inet", Table: "firewalld", Chain: "filter_FORWARD"}, toWorld, "firewall-cmd --permanent --zone=trusted --add-interface=masque0 && firewall-cmd --reload"},
+		{Obstacle{Family: "ip", Table: "filter", Chain: "INPUT"}, toProxy,
+			"iptables -I INPUT -p udp --dport 443 -j ACCEPT"},
+		{Obstacle{Family: "ip6", Table: "filter", Chain: "FORWARD"}, toWorld,
+			"ip6tables -I FORWARD -i masque0 -j ACCEPT"},
+		{Obstacle{Family: "ip", Table: "filter", Chain: "FORWARD"}, answers,
+			"iptables -I FORWARD -o masque0 -j ACCEPT"},
+		{Obstacle{Family: "inet", Table: "firewalld", Chain: "filter_INPUT"}, toProxy,
+			"firewall-cmd --permanent --add-port=443/udp && firewall-cmd --reload"},
+		{Obstacle{Family: "inet", Table: "firewalld", Chain: "filter_FORWARD"}, toWorld,
+			"firewall-cmd --permanent --zone=trusted --add-interface=masque0 && firewall-cmd --reload"},
 	} {
 		if got := tt.o.Allow(tt.p, "masque0"); got != tt.want {
 			t.Errorf("%v: %s, want %s", tt.o, got, tt.want)

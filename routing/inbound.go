@@ -29,7 +29,8 @@ func newInboundChains(s State, sc *scope) []chain {
 	fresh := slices.Concat(connectionMarked(mask, 0), connection(expr.CtKeyDIRECTION, []byte{0}))
 	fromTunnel := []expr.Any{
 		&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
-		&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+		&expr.Cmp{Register: 1, Op: expr.CmpOpEq,
+			Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
 		&expr.Fib{Register: 1, FlagSADDR: true, ResultOIF: true},
 		&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: binaryutil.NativeEndian.PutUint32(index)},
 	}
@@ -41,20 +42,23 @@ func newInboundChains(s State, sc *scope) []chain {
 			fmt.Sprintf("what interface %d brings is answered there", sc.index),
 			append(meta(expr.MetaKeyIIF, expr.CmpOpEq, index), skip...),
 		}, {
-			fmt.Sprintf("mark %#x/%#x of connections that came in is given to their packets", outside, mask), known,
+			fmt.Sprintf("mark %#x/%#x of connections that came in is given to their packets",
+				outside, mask), known,
 		}, {
 			fmt.Sprintf("connections of this host, from TCP port %d, that were not tracked when they began", sc.ports),
 			slices.Concat(fresh, tcp(2, expr.CmpOpGte, port), skip),
 		}, {
 			fmt.Sprintf("sockets of this host, from UDP port %d, that are connected", sc.ports),
 			slices.Concat(fresh, is(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
-				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2,
+					Len: 2},
 				&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: port},
 				&expr.Socket{Key: expr.SocketKeyWildcard, Register: 1},
 				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0}},
 			}, skip),
 		}, {
-			fmt.Sprintf("what comes in from where interface %d leads to is answered outside", sc.index),
+			fmt.Sprintf("what comes in from where interface %d leads to is answered outside",
+				sc.index),
 			slices.Concat(fresh, fromTunnel, set),
 		}, {
 			fmt.Sprintf("what is not tracked and comes in from where interface %d leads to has mark %#x/%#x", sc.index, outside, mask),
@@ -66,22 +70,27 @@ func newInboundChains(s State, sc *scope) []chain {
 		hook: nftables.ChainHookOutput, priority: priorityMarks,
 		needs: needsReply, without: lost,
 		rules: []filter{{
-			fmt.Sprintf("mark %#x/%#x of connections that came in is given to their answers", outside, mask),
+			fmt.Sprintf("mark %#x/%#x of connections that came in is given to their answers",
+				outside, mask),
 			slices.Concat(packetMarked(mask, 0), known),
 		}},
 	}
 	for _, p := range s.Addresses {
 		own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())
 		reply.rules = append(reply.rules, filter{
-			fmt.Sprintf("%v is the tunnel's own", p.Addr()), slices.Concat(address(own, true), skip),
+			fmt.Sprintf("%v is the tunnel's own", p.Addr()),
+			slices.Concat(address(own, true), skip),
 		})
 	}
 	reply.rules = append(reply.rules, filter{
 		fmt.Sprintf("connections to this host, below TCP port %d, that were not tracked when they began, and would go to interface %d", sc.ports, sc.index),
-		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), fresh, tcp(0, expr.CmpOpLt, port), source(expr.CmpOpEq, unix.RTN_LOCAL), set),
+		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), fresh, tcp(0, expr.CmpOpLt, port),
+			source(expr.CmpOpEq, unix.RTN_LOCAL), set),
 	}, filter{
-		fmt.Sprintf("answers that are not tracked, and would go to interface %d, have mark %#x/%#x", sc.index, outside, mask),
-		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), state(expr.CtStateBitUNTRACKED), packetMarked(mask, 0),
+		fmt.Sprintf("answers that are not tracked, and would go to interface %d, have mark %#x/%#x",
+			sc.index, outside, mask),
+		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), state(expr.CtStateBitUNTRACKED),
+			packetMarked(mask, 0),
 			source(expr.CmpOpEq, unix.RTN_LOCAL), markPacket(mask, outside)),
 	})
 	return []chain{inbound, reply}
@@ -89,7 +98,8 @@ func newInboundChains(s State, sc *scope) []chain {
 
 // connection compares a property of the packet's connection.
 func connection(key expr.CtKey, value []byte) []expr.Any {
-	return []expr.Any{&expr.Ct{Register: 1, Key: key}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value}}
+	return []expr.Any{&expr.Ct{Register: 1, Key: key},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value}}
 }
 
 // tcp matches TCP packets, but for the first of a connection, by a port: the
@@ -97,10 +107,13 @@ func connection(key expr.CtKey, value []byte) []expr.Any {
 func tcp(offset uint32, op expr.CmpOp, port []byte) []expr.Any {
 	const flags, syn = 13, 2
 	return slices.Concat(is(expr.MetaKeyL4PROTO, unix.IPPROTO_TCP), []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: flags, Len: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{syn}, Xor: []byte{0}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: flags,
+			Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{syn},
+			Xor: []byte{0}},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0}},
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset,
+			Len: 2},
 		&expr.Cmp{Op: op, Register: 1, Data: port},
 	})
 }

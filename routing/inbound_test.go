@@ -45,7 +45,8 @@ func (h *host) connectTo(from, to string, port uint16) (c net.Conn) {
 	h.do(func() {
 		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), 0)), Timeout: patience}
 		var err error
-		if c, err = d.DialContext(context.Background(), "tcp", netip.AddrPortFrom(netip.MustParseAddr(to), port).String()); err != nil {
+		if c, err = d.DialContext(context.Background(), "tcp",
+			netip.AddrPortFrom(netip.MustParseAddr(to), port).String()); err != nil {
 			h.t.Fatalf("from %s to %s: %v", from, to, err)
 		}
 	})
@@ -100,8 +101,9 @@ func TestInboundConnectionsSurvive(t *testing.T) {
 				h.apply(m, full())
 				for what, c := range map[string]net.Conn{
 					"from before": old, "from the LAN": lan, "silent so far": silent,
-					"after": router.connectTo(family.far, family.host, ssh), "from the LAN, after": router.connectTo(family.near, family.host, ssh),
-					"to a high port": router.connectTo(family.far, family.host, high),
+					"after":               router.connectTo(family.far, family.host, ssh),
+					"from the LAN, after": router.connectTo(family.near, family.host, ssh),
+					"to a high port":      router.connectTo(family.far, family.host, high),
 				} {
 					for range 3 {
 						if err := echoes(c, "after", patience); err != nil {
@@ -110,10 +112,12 @@ func TestInboundConnectionsSurvive(t *testing.T) {
 					}
 				}
 				far := router.listen(net.JoinHostPort(family.far, "0"), 0)
-				send(t, far, "question", netip.AddrPortFrom(netip.MustParseAddr(family.host), port(wireguard)))
+				send(t, far, "question",
+					netip.AddrPortFrom(netip.MustParseAddr(family.host), port(wireguard)))
 				receive(t, wireguard) // and is not dropped for the way back to its source
 				dns := h.listen(net.JoinHostPort(family.host, "53"), 0)
-				send(t, far, "question", netip.AddrPortFrom(netip.MustParseAddr(family.host), port(dns)))
+				send(t, far, "question",
+					netip.AddrPortFrom(netip.MustParseAddr(family.host), port(dns)))
 				_, from := receive(t, dns)
 				send(t, dns, "answer", from)
 				if text, _ := receive(t, far); text != "answer" {
@@ -136,7 +140,8 @@ func TestOutboundConnectionsDoNotStayOutside(t *testing.T) {
 			h.run("nft", tracker)
 		}
 		m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-		for _, family := range []struct{ host, far string }{{hostAddr4, proxyAddr4}, {hostAddr6, proxyAddr6}} {
+		for _, family := range []struct{ host, far string }{{hostAddr4, proxyAddr4},
+			{hostAddr6, proxyAddr6}} {
 			far := router.echo(net.JoinHostPort(family.far, "0"))
 			c := h.connectTo(family.host, family.far, far)
 			if err := echoes(c, "before", patience); err != nil {
@@ -161,12 +166,14 @@ func TestHostNone(t *testing.T) {
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	s := State{
-		Addresses: prefixes("10.77.0.2/32", "fd77::2/128"), Routes: prefixes("0.0.0.0/0", "::/0", "10.0.0.0/8"),
-		Exclude: prefixes("203.0.113.0/24"), HostRoutes: HostNone,
+		Addresses: prefixes("10.77.0.2/32", "fd77::2/128"),
+		Routes:    prefixes("0.0.0.0/0", "::/0", "10.0.0.0/8"),
+		Exclude:   prefixes("203.0.113.0/24"), HostRoutes: HostNone,
 	}
 	h.apply(m, s)
 	for dst, want := range map[string]int{
-		routerAddr4: tunnel, routerAddr6: tunnel, "10.1.2.3": tunnel, "8.8.8.8": tunnel, "203.0.113.1": up, "127.0.0.1": 1, hostAddr4: 1,
+		routerAddr4: tunnel, routerAddr6: tunnel, "10.1.2.3": tunnel, "8.8.8.8": tunnel,
+		"203.0.113.1": up, "127.0.0.1": 1, hostAddr4: 1,
 	} {
 		if got := h.lookup(dst, 0); got != want {
 			t.Errorf("%s leads to interface %d, want %d", dst, got, want)
@@ -178,7 +185,8 @@ func TestHostNone(t *testing.T) {
 		}
 	}
 	ssh := h.echo(":22")
-	for _, family := range []struct{ near, host string }{{routerAddr4, hostAddr4}, {routerAddr6, hostAddr6}} {
+	for _, family := range []struct{ near, host string }{{routerAddr4, hostAddr4},
+		{routerAddr6, hostAddr6}} {
 		c := router.connectTo(family.near, family.host, ssh)
 		if err := echoes(c, "from the LAN", patience); err != nil {
 			t.Error(err)
@@ -215,7 +223,8 @@ func TestStrictFilterOnOwnNetwork(t *testing.T) {
 			h.sysctl("net/ipv4/conf/"+tt.sysctl+"/rp_filter", "1")
 			before := h.snapshot()
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-			s := State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0"), HostRoutes: tt.host}
+			s := State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0"),
+				HostRoutes: tt.host}
 			for range 2 { // the second time changes nothing
 				h.apply(m, s)
 				if got := h.readSysctl("net/ipv4/conf/up0/rp_filter"); got != "2" {

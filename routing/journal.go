@@ -24,14 +24,15 @@ const (
 // record is what is to be undone and what the kernel cannot tell: it lives in
 // memory, and in the journal for the next process.
 type record struct {
-	Format    string         `json:"format"`
-	Boot      string         `json:"boot"` // where and until when this is true, see bootID
-	Instance  string         `json:"instance"`
-	Interface string         `json:"interface"`
-	Index     int            `json:"index"`               // of the interface
-	MTU       int            `json:"mtu,omitempty"`       // it had, 0: not changed
-	Down      bool           `json:"down,omitempty"`      // it was down, and is up
-	AddrGen   string         `json:"addrgen,omitempty"`   // its address generation mode was, "": not changed
+	Format    string `json:"format"`
+	Boot      string `json:"boot"` // where and until when this is true, see bootID
+	Instance  string `json:"instance"`
+	Interface string `json:"interface"`
+	Index     int    `json:"index"`          // of the interface
+	MTU       int    `json:"mtu,omitempty"`  // it had, 0: not changed
+	Down      bool   `json:"down,omitempty"` // it was down, and is up
+	// its address generation mode was, "": not changed
+	AddrGen   string         `json:"addrgen,omitempty"`
 	Group     *uint32        `json:"group,omitempty"`     // it was in, nil: not changed
 	Addresses []netip.Prefix `json:"addresses,omitempty"` // that it did not have
 	Sysctls   []sysctl       `json:"sysctls,omitempty"`   // in the order in which they were set
@@ -42,7 +43,9 @@ func (r *record) addAddr(p netip.Prefix) {
 }
 
 func (r *record) dropAddr(p netip.Prefix) {
-	r.Addresses = slices.DeleteFunc(slices.Clone(r.Addresses), func(q netip.Prefix) bool { return p == q })
+	r.Addresses = slices.DeleteFunc(slices.Clone(r.Addresses), func(q netip.Prefix) bool {
+		return p == q
+	})
 }
 
 // sysctl returns the place of a sysctl in r.Sysctls, -1 if it is not there.
@@ -57,7 +60,9 @@ func (r *record) setSysctl(c sysctl) {
 }
 
 func (r *record) dropSysctl(name string) {
-	r.Sysctls = slices.DeleteFunc(slices.Clone(r.Sysctls), func(c sysctl) bool { return c.Name == name })
+	r.Sysctls = slices.DeleteFunc(slices.Clone(r.Sysctls), func(c sysctl) bool {
+		return c.Name == name
+	})
 }
 
 // bootID names this boot and network namespace: a record of another one is
@@ -103,7 +108,8 @@ func openJournal(path string, fresh record) (j *journal, old *record, why, err e
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			f.Close()
 			if errors.Is(err, unix.EWOULDBLOCK) {
-				return fmt.Errorf("instance %q, journal %s: %w: stop it first", fresh.Instance, path, ErrInUse)
+				return fmt.Errorf("instance %q, journal %s: %w: stop it first", fresh.Instance,
+					path, ErrInUse)
 			}
 			return fmt.Errorf("lock the journal %s: %w", path, err)
 		}

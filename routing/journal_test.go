@@ -11,7 +11,8 @@ import (
 func TestForeignSysctls(t *testing.T) {
 	for name, good := range map[string]bool{
 		ipForward4: true, "net/ipv6/conf/eth0.1/accept_ra": true,
-		"kernel/core_pattern": false, "net/../kernel/core_pattern": false, "../../etc/passwd": false, "/net/x": false, "net": false, "": false,
+		"kernel/core_pattern": false, "net/../kernel/core_pattern": false,
+		"../../etc/passwd": false, "/net/x": false, "net": false, "": false,
 	} {
 		for _, c := range []sysctl{{Name: name}, {Name: ipForward6, Also: []sysctl{{Name: name}}}} {
 			b, err := json.Marshal(record{Format: journalFormat, Sysctls: []sysctl{c}})

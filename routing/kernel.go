@@ -80,7 +80,8 @@ func (s *scope) findLink() (netlink.Link, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look up interface %s (index %d): %w", s.Interface, s.index, explain(err))
+		return nil, fmt.Errorf("look up interface %s (index %d): %w", s.Interface, s.index,
+			explain(err))
 	}
 	return link, nil
 }
@@ -98,7 +99,8 @@ func (s *scope) listAddrs(link netlink.Link) (all, spoilt map[netip.Prefix]struc
 	for _, a := range addrs {
 		p := prefixOf(a.IPNet)
 		all[p] = struct{}{}
-		if a.Flags&unix.IFA_F_PERMANENT == 0 || a.Flags&unix.IFA_F_DEPRECATED != 0 || !isIPv6(p) && a.Scope != unix.RT_SCOPE_UNIVERSE {
+		if a.Flags&unix.IFA_F_PERMANENT == 0 || a.Flags&unix.IFA_F_DEPRECATED != 0 ||
+			!isIPv6(p) && a.Scope != unix.RT_SCOPE_UNIVERSE {
 			spoilt[p] = struct{}{}
 		}
 	}
@@ -112,14 +114,15 @@ func (s *scope) families() []int {
 	return []int{unix.AF_INET}
 }
 
-// listRoutes returns the routes of ours that belong to the interface, and others
-// in its tables.
+// listRoutes returns the routes of ours that belong to the interface, and
+// others in its tables.
 func (s *scope) listRoutes() (set map[route]struct{}, others []netlink.Route, err error) {
 	set = make(map[route]struct{})
 	for _, family := range s.families() {
 		filter := &netlink.Route{Protocol: protocol}
 		routes, err := repeat(func() ([]netlink.Route, error) {
-			return s.dump.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+			return s.dump.RouteListFiltered(family, filter,
+				netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {
 			return nil, nil, fmt.Errorf("list routes: %w", explain(err))
@@ -161,7 +164,8 @@ func (s *scope) tables(v6 bool) []int {
 
 // sameRoute compares where routes lead and how they compete.
 func sameRoute(a, b *netlink.Route) bool {
-	return a.Type == b.Type && a.Priority == b.Priority && (b.LinkIndex == 0 || a.LinkIndex == b.LinkIndex) &&
+	return a.Type == b.Type && a.Priority == b.Priority &&
+		(b.LinkIndex == 0 || a.LinkIndex == b.LinkIndex) &&
 		a.Gw == nil && a.Via == nil && len(a.MultiPath) == 0
 }
 
@@ -169,7 +173,8 @@ func sameRoute(a, b *netlink.Route) bool {
 // there.
 func (s *scope) foreignRoutes(family, table int) (list []netlink.Route, err error) {
 	routes, err := repeat(func() ([]netlink.Route, error) {
-		return s.dump.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+		return s.dump.RouteListFiltered(family, &netlink.Route{Table: table},
+			netlink.RT_FILTER_TABLE)
 	})
 	if errors.Is(err, unix.ENOENT) {
 		return nil, nil // the table is empty
@@ -201,7 +206,8 @@ func (s *scope) listRules() ([]netlink.Rule, error) {
 	return all, nil
 }
 
-// repeat does a dump again when the kernel says that its data changed meanwhile.
+// repeat does a dump again when the kernel says that its data changed
+// meanwhile.
 func repeat[T any](dump func() (T, error)) (T, error) {
 	for range 9 {
 		if v, err := dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -250,7 +256,8 @@ func (s *scope) check(want State) error {
 	name := "net/ipv6/conf/" + link.Attrs().Name + "/disable_ipv6"
 	if v, err := s.readSysctl(name); err == nil && v != "0" {
 		return fmt.Errorf("%w: %s is %s, as net.ipv6.conf.default.disable_ipv6 was when %s was made: "+
-			"set it to 0 to have IPv6 in the tunnel", ErrIPv6Disabled, dotted(name), v, link.Attrs().Name)
+			"set it to 0 to have IPv6 in the tunnel", ErrIPv6Disabled, dotted(name), v,
+			link.Attrs().Name)
 	}
 	return nil
 }
@@ -338,9 +345,9 @@ func (s *scope) restoreGroup(link netlink.Link) error {
 }
 
 // quiet keeps the kernel from giving the interface a link-local address: nobody
-// on the other end knows it, and with it the host sends router solicitations and
-// multicast reports into the tunnel. Netlink it is, as a write to the sysctl of
-// that name makes addresses.
+// on the other end knows it, and with it the host sends router solicitations
+// and multicast reports into the tunnel. Netlink it is, as a write to the
+// sysctl of that name makes addresses.
 func (s *scope) quiet(link netlink.Link, found string) error {
 	if s.rec.AddrGen == "" {
 		s.rec.AddrGen = found

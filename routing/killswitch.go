@@ -23,12 +23,13 @@ import (
 // the machine. Besides the tunnel, these pass: the loopback interface; sockets
 // with the mark (see MarkSocket); the host's DHCP and DHCPv6, neighbour
 // discovery and what multicast snooping switches need for it; and destinations
-// in Allow. It holds for packets of the host and for those that it forwards. What
-// does not pass is refused with Administratively Prohibited, so that programs
-// need not wait. Packets that reach this host are none of its business.
+// in Allow. It holds for packets of the host and for those that it forwards.
+// What does not pass is refused with Administratively Prohibited, so that
+// programs need not wait. Packets that reach this host are none of its
+// business.
 //
-// Programs that write to an interface below IP, as some DHCP clients do, are not
-// held.
+// Programs that write to an interface below IP, as some DHCP clients do, are
+// not held.
 type KillSwitch struct {
 	Instance string         // as of Config
 	Mark     uint32         // of the sockets that carry the tunnel, not 0
@@ -52,8 +53,8 @@ type KillSwitchHealth struct {
 func (k *KillSwitch) table() string { return "masquevpn-kill-" + k.Instance }
 
 // Close closes the kill switch but for the interface of that name, which must
-// exist; "" for none. One that is closed already is changed in one step: there is
-// no moment without it. If it is as it shall be, nothing is changed. Errors:
+// exist; "" for none. One that is closed already is changed in one step: there
+// is no moment without it. If it is as it shall be, nothing is changed. Errors:
 // os.ErrPermission without CAP_NET_ADMIN, and those of the kernel.
 func (k *KillSwitch) Close(iface string) error {
 	if !validInstance.MatchString(k.Instance) {
@@ -72,7 +73,8 @@ func (k *KillSwitch) Close(iface string) error {
 	k.want = k.chains(uint32(index))
 	found, changed, err := k.write()
 	if err == nil && changed {
-		k.logger().Info("kill switch closed", "table", k.table(), "interface", iface, "allow", k.Allow, "was_closed", found)
+		k.logger().Info("kill switch closed", "table", k.table(), "interface", iface, "allow",
+			k.Allow, "was_closed", found)
 	}
 	return err
 }
@@ -90,15 +92,16 @@ func (k *KillSwitch) write() (found, changed bool, err error) {
 	}
 	k.sealed = nil
 	if err := commitTable(k.table(), found, k.want); err != nil {
-		return found, false, fmt.Errorf("routing: kill switch: write nftables table inet %s: %w", k.table(), explain(err))
+		return found, false, fmt.Errorf("routing: kill switch: write nftables table inet %s: %w",
+			k.table(), explain(err))
 	}
 	return found, true, nil
 }
 
 // Keep closes the kill switch again when another program opens or changes it,
 // as the last Close had it, until ctx ends. It logs that, and calls report at
-// the start and after every change of the KillSwitchHealth. What is opened again
-// and again is closed at once a few times, and then four times a second.
+// the start and after every change of the KillSwitchHealth. What is opened
+// again and again is closed at once a few times, and then four times a second.
 func (k *KillSwitch) Keep(ctx context.Context, report func(KillSwitchHealth)) error {
 	changed := make(chan struct{}, 1)
 	tables, err := subscribe(unix.NETLINK_NETFILTER, []uint{nftablesGroup}, nil)
@@ -166,13 +169,15 @@ func (k *KillSwitch) note(now time.Time, found bool, err error) {
 	switch problem := k.feud.problem(now); {
 	case err != nil:
 		if problem != before {
-			logger.Error("another program opened the kill switch, and it cannot be closed", "error", err)
+			logger.Error("another program opened the kill switch, and it cannot be closed",
+				"error", err)
 		}
 		return
 	case problem == "":
 		logger.Warn("another program opened the kill switch: closed again", "was_closed", found)
 	case before == "":
-		logger.Error("another program opens the kill switch again and again: stop it", "retry_in", k.feud.truce().String())
+		logger.Error("another program opens the kill switch again and again: stop it", "retry_in",
+			k.feud.truce().String())
 	}
 	k.count++
 }
@@ -199,7 +204,8 @@ func (k *KillSwitch) Lift() (found bool, err error) {
 		return false, err
 	}
 	if err := commitTable(k.table(), true, nil); err != nil {
-		return true, fmt.Errorf("routing: kill switch: delete nftables table inet %s: %w", k.table(), explain(err))
+		return true, fmt.Errorf("routing: kill switch: delete nftables table inet %s: %w",
+			k.table(), explain(err))
 	}
 	k.logger().Info("kill switch lifted", "table", k.table())
 	return true, nil
@@ -220,31 +226,38 @@ const (
 )
 
 // chains returns the table's chains. The last one, behind all others of the
-// host, sees where packets really go: a packet that another program's mark turns
-// around within the output hook keeps its old interface there.
+// host, sees where packets really go: a packet that another program's mark
+// turns around within the output hook keeps its old interface there.
 func (k *KillSwitch) chains(index uint32) []chain {
 	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
 	own := chain{name: "own", rules: []filter{
-		{fmt.Sprintf("sockets with the bits %#x in their mark carry the tunnel", k.Mark), append(packetMarked(k.Mark, k.Mark), accept...)},
+		{fmt.Sprintf("sockets with the bits %#x in their mark carry the tunnel", k.Mark),
+			append(packetMarked(k.Mark, k.Mark), accept...)},
 		{"DHCP", slices.Concat(ports(unix.NFPROTO_IPV4, dhcpClientPort, dhcpServerPort), accept)},
 		{"DHCPv6", slices.Concat(ports(unix.NFPROTO_IPV6, dhcp6Client, dhcp6Server), accept)},
-		{"neighbour and router discovery", slices.Concat(icmp6(ndHopLimit, ndRouter, ndNeighbor), accept)},
-		{"multicast listener reports, for switches that look at them", slices.Concat(icmp6(mldHopLimit, mldReport, mldDone), accept)},
-		{"multicast listener reports, version 2", slices.Concat(icmp6(mldHopLimit, mld2Report, mld2Report), accept)},
+		{"neighbour and router discovery",
+			slices.Concat(icmp6(ndHopLimit, ndRouter, ndNeighbor), accept)},
+		{"multicast listener reports, for switches that look at them",
+			slices.Concat(icmp6(mldHopLimit, mldReport, mldDone), accept)},
+		{"multicast listener reports, version 2",
+			slices.Concat(icmp6(mldHopLimit, mld2Report, mld2Report), accept)},
 	}}
 	all := chain{name: "all", rules: []filter{
 		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept...)},
 	}}
 	if index != 0 {
 		all.rules = append(all.rules, filter{
-			fmt.Sprintf("interface %d is the tunnel", index), append(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), accept...),
+			fmt.Sprintf("interface %d is the tunnel", index),
+			append(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), accept...),
 		})
 	}
 	for _, p := range sorted(k.Allow) {
-		all.rules = append(all.rules, filter{fmt.Sprintf("%v is allowed", p), slices.Concat(address(p, false), accept)})
+		all.rules = append(all.rules,
+			filter{fmt.Sprintf("%v is allowed", p), slices.Concat(address(p, false), accept)})
 	}
 	refuse := filter{"everything else is refused", []expr.Any{
-		&expr.Counter{}, &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED},
+		&expr.Counter{}, &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH,
+			Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED},
 	}}
 	closed := nftables.ChainPolicyDrop
 	return []chain{own, all, {
@@ -263,28 +276,34 @@ func (k *KillSwitch) chains(index uint32) []chain {
 }
 
 func jump(to chain) filter {
-	return filter{"to chain " + to.name, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: to.name}}}
+	return filter{"to chain " + to.name,
+		[]expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: to.name}}}
 }
 
 // is compares a property of the packet that is one byte.
 func is(key expr.MetaKey, value byte) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{value}}}
+	return []expr.Any{&expr.Meta{Key: key, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{value}}}
 }
 
 // ports matches UDP packets of a family by both ports.
 func ports(family byte, from, to uint16) []expr.Any {
-	return slices.Concat(is(expr.MetaKeyNFPROTO, family), is(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 4},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: slices.Concat(binaryutil.BigEndian.PutUint16(from), binaryutil.BigEndian.PutUint16(to))},
-	})
+	return slices.Concat(is(expr.MetaKeyNFPROTO, family), is(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP),
+		[]expr.Any{
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 4},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1,
+				Data: slices.Concat(binaryutil.BigEndian.PutUint16(from),
+					binaryutil.BigEndian.PutUint16(to))},
+		})
 }
 
 // icmp6 matches ICMPv6 messages of the types from low to high with a hop limit.
 func icmp6(hopLimit, low, high byte) []expr.Any {
-	return slices.Concat(is(expr.MetaKeyNFPROTO, unix.NFPROTO_IPV6), is(expr.MetaKeyL4PROTO, unix.IPPROTO_ICMPV6), []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 7, Len: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{hopLimit}},
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 1},
-		&expr.Range{Op: expr.CmpOpEq, Register: 1, FromData: []byte{low}, ToData: []byte{high}},
-	})
+	return slices.Concat(is(expr.MetaKeyNFPROTO, unix.NFPROTO_IPV6),
+		is(expr.MetaKeyL4PROTO, unix.IPPROTO_ICMPV6), []expr.Any{
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 7, Len: 1},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{hopLimit}},
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 1},
+			&expr.Range{Op: expr.CmpOpEq, Register: 1, FromData: []byte{low}, ToData: []byte{high}},
+		})
 }

@@ -45,7 +45,8 @@ func (h *host) lift(k *KillSwitch) (found bool) {
 func (h *host) sends(from, to string, mark uint32) (passed bool) {
 	h.t.Helper()
 	h.do(func() {
-		d := net.Dialer{LocalAddr: net.UDPAddrFromAddrPort(netip.MustParseAddrPort(from)), Control: MarkSocket(mark)}
+		d := net.Dialer{LocalAddr: net.UDPAddrFromAddrPort(netip.MustParseAddrPort(from)),
+			Control: MarkSocket(mark)}
 		c, err := d.DialContext(context.Background(), "udp", to)
 		if err != nil {
 			h.t.Fatalf("from %s to %s: %v", from, to, err)
@@ -66,8 +67,10 @@ func TestKillSwitch(t *testing.T) {
 	h.ip("addr add fd77::2/64 dev masque0 nodad")
 	h.ip("link set masque0 up")
 	before := h.snapshot()
-	k := &KillSwitch{Instance: "one", Mark: DefaultMark, Allow: prefixes("198.51.100.0/24", "2001:db8:aa::/48")}
-	lan := strconv.Itoa(h.index("up0")) // Go remembers the index of a name, perhaps of the one on another host
+	k := &KillSwitch{Instance: "one", Mark: DefaultMark,
+		Allow: prefixes("198.51.100.0/24", "2001:db8:aa::/48")}
+	// Go remembers the index of a name, perhaps of the one on another host
+	lan := strconv.Itoa(h.index("up0"))
 	check := func(state string, closed bool, tunnel bool) {
 		t.Helper()
 		for _, tt := range []struct {
@@ -82,9 +85,11 @@ func TestKillSwitch(t *testing.T) {
 			{"link-local", "[::]:0", "[fe80::1%" + lan + "]:53", 0, !closed},
 			{"multicast", "0.0.0.0:0", "224.0.0.251:5353", 0, !closed},
 			{"multicast, IPv6", "[::]:0", "[ff02::fb%" + lan + "]:5353", 0, !closed},
-			{"one bit of the mark", "0.0.0.0:0", proxyAddr4 + ":443", outsideMark(DefaultMark), !closed},
+			{"one bit of the mark", "0.0.0.0:0", proxyAddr4 + ":443", outsideMark(DefaultMark),
+				!closed},
 			{"bits of others", "0.0.0.0:0", proxyAddr4 + ":443", 0x4080, !closed},
-			{"marked, with bits of others", "0.0.0.0:0", proxyAddr4 + ":443", DefaultMark | 0x4080, true},
+			{"marked, with bits of others", "0.0.0.0:0", proxyAddr4 + ":443",
+				DefaultMark | 0x4080, true},
 			{"marked", "0.0.0.0:0", proxyAddr4 + ":443", DefaultMark, true},
 			{"marked, IPv6", "[::]:0", "[" + proxyAddr6 + "]:443", DefaultMark, true},
 			{"loopback", "127.0.0.1:0", "127.0.0.1:53", 0, true},
@@ -116,7 +121,8 @@ func TestKillSwitch(t *testing.T) {
 	}); n != 0 {
 		t.Errorf("closed again: %d notifications, want none", n)
 	}
-	other := &KillSwitch{Instance: "one", Mark: DefaultMark, Allow: slices.Clone(k.Allow)} // of another process
+	// of another process
+	other := &KillSwitch{Instance: "one", Mark: DefaultMark, Allow: slices.Clone(k.Allow)}
 	h.closeKill(other, "masque0")
 	check("with an interface", true, true)
 
@@ -151,9 +157,11 @@ func TestKillSwitchForward(t *testing.T) {
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, State{
-		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"), Routes: prefixes("10.77.0.0/24", "fd77::/64"), Forward: true,
+		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"),
+		Routes:    prefixes("10.77.0.0/24", "fd77::/64"), Forward: true,
 	})
-	k := &KillSwitch{Instance: "one", Mark: DefaultMark, Allow: prefixes(routerAddr4+"/32", routerAddr6+"/128")}
+	k := &KillSwitch{Instance: "one", Mark: DefaultMark,
+		Allow: prefixes(routerAddr4+"/32", routerAddr6+"/128")}
 	h.closeKill(k, "masque0")
 	for _, tt := range []struct {
 		from, to, allowed string
@@ -164,9 +172,11 @@ func TestKillSwitchForward(t *testing.T) {
 	} {
 		held := router.listen(net.JoinHostPort(tt.to, "4000"), 0)
 		open := router.listen(net.JoinHostPort(tt.allowed, "4000"), 0)
-		from := netip.AddrPortFrom(netip.MustParseAddr(tt.from), 68) // DHCP's port is for the host itself
+		// DHCP's port is for the host itself
+		from := netip.AddrPortFrom(netip.MustParseAddr(tt.from), 68)
 		for _, to := range []string{tt.to, tt.allowed} {
-			if _, err := device.Write(udpPacket(t, from, netip.AddrPortFrom(netip.MustParseAddr(to), 4000), "to "+to)); err != nil {
+			if _, err := device.Write(udpPacket(t, from,
+				netip.AddrPortFrom(netip.MustParseAddr(to), 4000), "to "+to)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -189,9 +199,11 @@ func prohibits(packet []byte, to string) bool {
 	icmp := packet[20:]
 	want := []byte{layers.ICMPv4TypeDestinationUnreachable, layers.ICMPv4CodeCommAdminProhibited}
 	if packet[0]>>4 == 6 {
-		icmp, want = packet[40:], []byte{layers.ICMPv6TypeDestinationUnreachable, layers.ICMPv6CodeAdminProhibited}
+		icmp, want = packet[40:], []byte{layers.ICMPv6TypeDestinationUnreachable,
+			layers.ICMPv6CodeAdminProhibited}
 	}
-	return slices.Equal(icmp[:2], want) && strings.Contains(string(icmp), string(netip.MustParseAddr(to).AsSlice()))
+	return slices.Equal(icmp[:2], want) &&
+		strings.Contains(string(icmp), string(netip.MustParseAddr(to).AsSlice()))
 }
 
 // Another program may turn packets around after the output hook has seen that
@@ -232,7 +244,8 @@ func TestKillSwitchHoldsRawSockets(t *testing.T) {
 			defer unix.Close(fd)
 			echo := []byte{8, 0, 0, 0, 0, 1, 0, 1}
 			binary.BigEndian.PutUint16(echo[2:], ^uint16(0x0802))
-			err = unix.Sendto(fd, echo, 0, &unix.SockaddrInet4{Addr: netip.MustParseAddr(proxyAddr4).As4()})
+			err = unix.Sendto(fd, echo, 0,
+				&unix.SockaddrInet4{Addr: netip.MustParseAddr(proxyAddr4).As4()})
 		})
 		return err
 	}
@@ -275,7 +288,8 @@ func TestKillSwitchIsReadable(t *testing.T) {
 	if err := k.Close("none0"); err == nil || !strings.Contains(err.Error(), `interface "none0"`) {
 		t.Errorf("an interface that does not exist: %v", err)
 	}
-	if err := (&KillSwitch{Instance: "a/b"}).Close(""); err == nil || !strings.Contains(err.Error(), `instance name "a/b"`) {
+	if err := (&KillSwitch{Instance: "a/b"}).Close(""); err == nil ||
+		!strings.Contains(err.Error(), `instance name "a/b"`) {
 		t.Errorf("a bad name: %v", err)
 	}
 }
@@ -286,9 +300,13 @@ func TestClean(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	before := h.snapshot()
-	c := Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Journal: t.TempDir() + "/one.json"}
+	c := Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
+		Journal: t.TempDir() + "/one.json"}
 	clean := func() (found bool, err error) {
-		h.do(func() { found, err = Clean(Config{Instance: c.Instance, Journal: c.Journal, Logger: testLogger(t)}) })
+		h.do(func() {
+			found, err = Clean(Config{Instance: c.Instance, Journal: c.Journal,
+				Logger: testLogger(t)})
+		})
 		return found, err
 	}
 	h.startAndKill(c, full(), func() {

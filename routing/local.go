@@ -15,10 +15,10 @@ const (
 	// HostPrivate are, in a family of which the tunnel has most addresses (see
 	// IsFull), the routes to private and link-local networks, and the default
 	// route for multicast and limited broadcasts. Whoever runs the network that
-	// the host is in can hand out routes to all other addresses, by DHCP (option
-	// 121, RFC 3442), router advertisements (RFC 4191), or as a network that
-	// claims them, and would so take traffic out of the tunnel. In a family of
-	// which the tunnel has less, HostPrivate is HostAll.
+	// the host is in can hand out routes to all other addresses, by DHCP
+	// (option 121, RFC 3442), router advertisements (RFC 4191), or as a network
+	// that claims them, and would so take traffic out of the tunnel. In a
+	// family of which the tunnel has less, HostPrivate is HostAll.
 	HostPrivate HostRoutes = iota
 
 	// HostAll are all but default routes, which count for multicast and limited
@@ -36,7 +36,8 @@ const maxSelectors = 16
 var (
 	// local are networks whose addresses mean nothing elsewhere: RFC 1918,
 	// RFC 6598, RFC 3927, RFC 4193, RFC 4291 section 2.5.6.
-	local = parsePrefixes("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16", "fc00::/7", "fe80::/10")
+	local = parsePrefixes("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
+		"169.254.0.0/16", "fc00::/7", "fe80::/10")
 
 	// onLink are destinations of packets for all, or many, on a link.
 	onLink = parsePrefixes("224.0.0.0/4", "255.255.255.255/32", "ff00::/8")
@@ -51,9 +52,9 @@ func parsePrefixes(list ...string) (ps []netip.Prefix) {
 	return ps
 }
 
-// IsFull reports whether routes hold most addresses of a family: more than half of
-// IPv4, or of 2000::/3. A tunnel for them is meant for everything, even if some
-// prefixes are left out.
+// IsFull reports whether routes hold most addresses of a family: more than half
+// of IPv4, or of 2000::/3. A tunnel for them is meant for everything, even if
+// some prefixes are left out.
 func IsFull(routes []netip.Prefix, ipv6 bool) bool {
 	var b netipx.IPSetBuilder
 	for _, p := range routes {
@@ -77,10 +78,10 @@ func IsFull(routes []netip.Prefix, ipv6 bool) bool {
 	return covered > 0.5
 }
 
-// hostRules returns the rules that let routes of the host go before those of the
-// tunnel. Each is limited to destinations that the tunnel has routes of that
-// length to, where these are few, because rules hold for all tunnels of a host:
-// another one may pass over the host's routes to other destinations.
+// hostRules returns the rules that let routes of the host go before those of
+// the tunnel. Each is limited to destinations that the tunnel has routes of
+// that length to, where these are few, because rules hold for all tunnels of a
+// host: another one may pass over the host's routes to other destinations.
 func (s State) hostRules(routes []netip.Prefix) (rules []rule) {
 	if s.HostRoutes == HostNone {
 		return nil
@@ -135,14 +136,14 @@ func (s State) HostFirst(network netip.Prefix) bool {
 	return s.HostRoutes != HostNone && (s.isLocal(network) || !s.passesOver(isIPv6(network)))
 }
 
-// passesOver reports whether the host's routes to public addresses of a family do
-// not count.
+// passesOver reports whether the host's routes to public addresses of a family
+// do not count.
 func (s State) passesOver(ipv6 bool) bool {
 	return s.HostRoutes == HostPrivate && IsFull(slices.Concat(s.Routes, s.Unreachable), ipv6)
 }
 
-// isLocal reports whether all of p is in networks whose routes of the host count
-// in any case.
+// isLocal reports whether all of p is in networks whose routes of the host
+// count in any case.
 func (s State) isLocal(p netip.Prefix) bool {
 	return slices.ContainsFunc(slices.Concat(local, onLink, s.Local), func(l netip.Prefix) bool {
 		return l.Bits() <= p.Bits() && l.Overlaps(p)

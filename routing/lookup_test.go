@@ -24,7 +24,8 @@ func TestLongestPrefixMatch(t *testing.T) {
 		"10.0.0.0/8", "10.20.30.0/24", "172.16.0.0/12", "192.168.0.0/16", "198.51.100.0/25",
 		"2001:db8::/32", "2001:db8:20:30::/64", "2001:db8:14::/46", "2001:db8:5::/65",
 	)
-	exclude := prefixes("10.9.0.0/16", "10.20.30.64/26", "192.0.2.0/24", "2001:db8:9::/48", "2001:db8:20:30:8000::/65", "3fff::/20")
+	exclude := prefixes("10.9.0.0/16", "10.20.30.64/26", "192.0.2.0/24", "2001:db8:9::/48",
+		"2001:db8:20:30:8000::/65", "3fff::/20")
 	for _, tt := range []struct {
 		name  string
 		state State
@@ -55,12 +56,13 @@ func TestLongestPrefixMatch(t *testing.T) {
 				"2001:db8:1:2::3":        up,
 				"2001:db8:9:1::1":        up,
 				"2001:db8:9:2::1":        up,
-				"2001:db8:14::5":         up,     // a tie
-				"2001:db8:5::77":         tunnel, // the tunnel has half of the LAN, with a longer prefix
-				"2001:db8:5:0:8000::77":  up,
-				"2a00::1":                up,
-				"::1":                    1,
-				"fd77::2":                1,
+				"2001:db8:14::5":         up, // a tie
+				// the tunnel has half of the LAN, with a longer prefix
+				"2001:db8:5::77":        tunnel,
+				"2001:db8:5:0:8000::77": up,
+				"2a00::1":               up,
+				"::1":                   1,
+				"fd77::2":               1,
 			},
 		},
 		{
@@ -91,15 +93,16 @@ func TestLongestPrefixMatch(t *testing.T) {
 				Routes: slices.Concat(split, prefixes("0.0.0.0/0", "::/0")),
 			},
 			map[string]int{
-				"203.0.113.1":           tunnel,
-				"192.168.5.77":          up,     // the LAN
-				"169.254.1.1":           tunnel, // nothing but a default route
-				"10.20.1.1":             up,     // the host's is longer, and private
-				"10.20.30.1":            tunnel,
-				"10.9.2.1":              up, // excluded
-				"192.0.2.1":             up,
-				"172.16.5.5":            up,
-				"224.0.0.251":           up, // multicast and limited broadcast, by the default route
+				"203.0.113.1":  tunnel,
+				"192.168.5.77": up,     // the LAN
+				"169.254.1.1":  tunnel, // nothing but a default route
+				"10.20.1.1":    up,     // the host's is longer, and private
+				"10.20.30.1":   tunnel,
+				"10.9.2.1":     up, // excluded
+				"192.0.2.1":    up,
+				"172.16.5.5":   up,
+				// multicast and limited broadcast, by the default route
+				"224.0.0.251":           up,
 				"239.255.255.250":       up,
 				"255.255.255.255":       up,
 				"2a00::1":               tunnel,
@@ -113,22 +116,26 @@ func TestLongestPrefixMatch(t *testing.T) {
 				Addresses: addresses, Routes: prefixes("0.0.0.0/0", "::/0"), HostRoutes: HostNone,
 			},
 			map[string]int{
-				"192.168.5.77": tunnel, "10.20.1.1": tunnel, "239.255.255.250": tunnel, "255.255.255.255": tunnel, "2001:db8:5::77": tunnel,
+				"192.168.5.77": tunnel, "10.20.1.1": tunnel, "239.255.255.250": tunnel,
+				"255.255.255.255": tunnel, "2001:db8:5::77": tunnel,
 			},
 		},
 		{
 			"everything but", State{Addresses: addresses, Routes: slices.Concat(
 				Prefixes(netip.MustParseAddr("0.0.0.0"), netip.MustParseAddr("203.0.113.6")),
-				Prefixes(netip.MustParseAddr("203.0.113.8"), netip.MustParseAddr("255.255.255.255")),
+				Prefixes(netip.MustParseAddr("203.0.113.8"),
+					netip.MustParseAddr("255.255.255.255")),
 			)},
 			map[string]int{
-				"203.0.113.6": tunnel, "203.0.113.7": up, "203.0.113.8": tunnel, "192.168.5.77": up, "8.8.8.8": tunnel, "2a00::1": up,
+				"203.0.113.6": tunnel, "203.0.113.7": up, "203.0.113.8": tunnel, "192.168.5.77": up,
+				"8.8.8.8": tunnel, "2a00::1": up,
 			},
 		},
 		{
 			"excluded altogether", State{
-				Addresses: addresses, Routes: prefixes("10.0.0.0/8", "10.20.30.0/24", "2001:db8::/32"),
-				Exclude: prefixes("10.0.0.0/7", "2001:db8::/32"),
+				Addresses: addresses,
+				Routes:    prefixes("10.0.0.0/8", "10.20.30.0/24", "2001:db8::/32"),
+				Exclude:   prefixes("10.0.0.0/7", "2001:db8::/32"),
 			},
 			map[string]int{"10.2.3.4": up, "10.20.30.1": up, "2001:db8:2::1": up},
 		},
@@ -156,7 +163,8 @@ func TestLongestPrefixMatch(t *testing.T) {
 }
 
 // Routes that the network hands to the host take nothing out of a full tunnel:
-// by DHCP, by router advertisement, or as a network that claims public addresses.
+// by DHCP, by router advertisement, or as a network that claims public
+// addresses.
 func TestRoutesOfTheNetwork(t *testing.T) {
 	h := newHost(t)
 	up := h.uplink()
@@ -165,7 +173,8 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 	addresses, full := prefixes("10.77.0.2/32", "fd77::2/128"), prefixes("0.0.0.0/0", "::/0")
 	whole := func(v6 bool) (list []netip.Prefix) {
 		if v6 {
-			return Prefixes(netip.MustParseAddr("::1"), netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe"))
+			return Prefixes(netip.MustParseAddr("::1"),
+				netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe"))
 		}
 		return Prefixes(netip.MustParseAddr("0.0.0.1"), netip.MustParseAddr("255.255.255.254"))
 	}
@@ -175,7 +184,8 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 		leaves      bool // beside a tunnel that leaves the host's routes as they are
 	}{
 		{"half of everything", "0.0.0.0/1 via 192.168.5.1 dev up0", "8.8.8.8", true},
-		{"half of everything, to the private inside", "0.0.0.0/1 via 192.168.5.1 dev up0", "10.1.2.3", true},
+		{"half of everything, to the private inside", "0.0.0.0/1 via 192.168.5.1 dev up0",
+			"10.1.2.3", true},
 		{"one address", "8.8.8.8/32 via 192.168.5.1 dev up0", "8.8.8.8", true},
 		{"a network on the link", "8.8.8.0/24 dev up0", "8.8.8.8", true},
 		{"a network for documentation", "192.0.2.0/24 dev up0", "192.0.2.1", true},
@@ -194,11 +204,14 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 				{Addresses: addresses, Routes: full, HostRoutes: HostNone},
 			} {
 				h.apply(m, s)
-				h.leads(map[string]int{tt.to: tunnel, "192.168.5.77": map[bool]int{false: up, true: tunnel}[s.HostRoutes == HostNone]})
+				h.leads(map[string]int{tt.to: tunnel,
+					"192.168.5.77": map[bool]int{false: up,
+						true: tunnel}[s.HostRoutes == HostNone]})
 			}
 			h.apply(m, State{Addresses: addresses, Routes: full, HostRoutes: HostAll})
 			if leaves := h.lookup(tt.to, 0) != tunnel; leaves != tt.leaves {
-				t.Errorf("with all routes of the host, it leaves beside the tunnel: %t, want %t", leaves, tt.leaves)
+				t.Errorf("with all routes of the host, it leaves beside the tunnel: %t, want %t",
+					leaves, tt.leaves)
 			}
 			h.apply(m, State{Addresses: addresses, Routes: full, Local: prefixes("8.8.8.0/24")})
 			if leaves, want := h.lookup(tt.to, 0) != tunnel, tt.to == "8.8.8.8"; leaves != want {
@@ -219,9 +232,11 @@ func TestSplitBesideFullTunnel(t *testing.T) {
 		Addresses: prefixes("10.77.0.2/32", "fd77::2/128"), Routes: prefixes("0.0.0.0/0", "::/0"),
 	})
 	h.apply(h.open(Config{Instance: "split", Interface: "masque1", Mark: DefaultMark}), State{
-		Addresses: prefixes("10.78.0.2/32", "fd78::2/128"), Routes: prefixes("9.9.0.0/16", "2a01::/16"),
+		Addresses: prefixes("10.78.0.2/32", "fd78::2/128"),
+		Routes:    prefixes("9.9.0.0/16", "2a01::/16"),
 	})
-	for _, r := range []string{"8.8.8.0/24 via 192.168.5.1 dev up0", "9.9.9.0/24 via 192.168.5.1 dev up0", "2a00:1::/32 via 2001:db8:5::1"} {
+	for _, r := range []string{"8.8.8.0/24 via 192.168.5.1 dev up0",
+		"9.9.9.0/24 via 192.168.5.1 dev up0", "2a00:1::/32 via 2001:db8:5::1"} {
 		h.ip("route add " + r)
 	}
 	h.leads(map[string]int{
@@ -236,7 +251,8 @@ func TestHostChanges(t *testing.T) {
 	up := h.uplink()
 	tunnel, _ := h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0", "10.0.0.0/8", "::/0")})
+	h.apply(m, State{Addresses: prefixes("10.77.0.2/32"),
+		Routes: prefixes("0.0.0.0/0", "10.0.0.0/8", "::/0")})
 	for _, tt := range []struct {
 		change    string
 		dst       string
@@ -251,10 +267,12 @@ func TestHostChanges(t *testing.T) {
 	} {
 		h.ip(tt.change)
 		if got := h.lookup(tt.dst, 0); got != tt.want {
-			t.Errorf("after ip %s: %s leads to interface %d, want %d", tt.change, tt.dst, got, tt.want)
+			t.Errorf("after ip %s: %s leads to interface %d, want %d", tt.change, tt.dst, got,
+				tt.want)
 		}
 		if got := h.lookup(tt.dst, DefaultMark); got != tt.wantOuter {
-			t.Errorf("after ip %s: %s with the mark leads to interface %d, want %d", tt.change, tt.dst, got, tt.wantOuter)
+			t.Errorf("after ip %s: %s with the mark leads to interface %d, want %d", tt.change,
+				tt.dst, got, tt.wantOuter)
 		}
 	}
 }
@@ -268,7 +286,8 @@ func TestHostErrorRoutes(t *testing.T) {
 	h.ip("-6 route add unreachable fd01::/16")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, State{Routes: prefixes("0.0.0.0/0", "10.1.0.0/16", "::/0", "fd01:1::/32")})
-	for dst, want := range map[string]int{"10.1.0.1": 0, "10.2.0.1": 0, "fd01:1::1": 0, "203.0.113.1": tunnel, "2a00::1": tunnel} {
+	for dst, want := range map[string]int{"10.1.0.1": 0, "10.2.0.1": 0, "fd01:1::1": 0,
+		"203.0.113.1": tunnel, "2a00::1": tunnel} {
 		if got := h.lookup(dst, 0); got != want {
 			t.Errorf("%s leads to interface %d, want %d", dst, got, want)
 		}
@@ -281,8 +300,10 @@ func TestExcludedWithoutRoute(t *testing.T) {
 	h := newHost(t)
 	tunnel, _ := h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, State{Routes: prefixes("0.0.0.0/0", "::/0"), Exclude: prefixes("192.0.2.0/24", "3fff::/20")})
-	for dst, want := range map[string]int{"192.0.2.1": 0, "3fff::1": 0, "192.0.3.1": tunnel, "3fff:f000::1": tunnel} {
+	h.apply(m, State{Routes: prefixes("0.0.0.0/0", "::/0"),
+		Exclude: prefixes("192.0.2.0/24", "3fff::/20")})
+	for dst, want := range map[string]int{"192.0.2.1": 0, "3fff::1": 0, "192.0.3.1": tunnel,
+		"3fff:f000::1": tunnel} {
 		if got := h.lookup(dst, 0); got != want {
 			t.Errorf("%s leads to interface %d, want %d", dst, got, want)
 		}
@@ -304,9 +325,12 @@ func TestSeveralInstances(t *testing.T) {
 		tunnels[i], closeTUN[i] = h.tun(name)
 		managers[i] = h.open(Config{Instance: name, Interface: name, Mark: DefaultMark})
 	}
-	h.apply(managers[0], State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0", "10.1.2.0/24", "::/0")})
-	h.apply(managers[1], State{Addresses: prefixes("10.77.1.2/32"), Routes: prefixes("10.1.0.0/16", "0.0.0.0/0", "::/0", "fd01:2::/32")})
-	h.apply(managers[2], State{Addresses: prefixes("10.77.2.2/32"), Routes: prefixes("10.1.2.128/25", "10.0.0.0/8", "fd01::/16")})
+	h.apply(managers[0], State{Addresses: prefixes("10.77.0.2/32"),
+		Routes: prefixes("0.0.0.0/0", "10.1.2.0/24", "::/0")})
+	h.apply(managers[1], State{Addresses: prefixes("10.77.1.2/32"),
+		Routes: prefixes("10.1.0.0/16", "0.0.0.0/0", "::/0", "fd01:2::/32")})
+	h.apply(managers[2], State{Addresses: prefixes("10.77.2.2/32"),
+		Routes: prefixes("10.1.2.128/25", "10.0.0.0/8", "fd01::/16")})
 	check := func(want map[string]int) {
 		t.Helper()
 		for dst, want := range want {
@@ -319,13 +343,17 @@ func TestSeveralInstances(t *testing.T) {
 		}
 	}
 	check(map[string]int{
-		"203.0.113.1": tunnels[0], "10.1.2.3": tunnels[0], "10.1.2.200": tunnels[2], "10.1.3.3": tunnels[1],
-		"10.2.3.4": tunnels[2], "2a00::1": tunnels[0], "fd01:2::1": tunnels[1], "fd01:3::1": tunnels[2],
+		"203.0.113.1": tunnels[0], "10.1.2.3": tunnels[0], "10.1.2.200": tunnels[2],
+		"10.1.3.3": tunnels[1],
+		"10.2.3.4": tunnels[2], "2a00::1": tunnels[0], "fd01:2::1": tunnels[1],
+		"fd01:3::1": tunnels[2],
 	})
 	h.close(managers[0])
 	check(map[string]int{
-		"203.0.113.1": tunnels[1], "10.1.2.3": tunnels[1], "10.1.2.200": tunnels[2], "10.1.3.3": tunnels[1],
-		"10.2.3.4": tunnels[2], "2a00::1": tunnels[1], "fd01:2::1": tunnels[1], "fd01:3::1": tunnels[2],
+		"203.0.113.1": tunnels[1], "10.1.2.3": tunnels[1], "10.1.2.200": tunnels[2],
+		"10.1.3.3": tunnels[1],
+		"10.2.3.4": tunnels[2], "2a00::1": tunnels[1], "fd01:2::1": tunnels[1],
+		"fd01:3::1": tunnels[2],
 	})
 	h.close(managers[2])
 	h.close(managers[1])

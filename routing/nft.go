@@ -68,14 +68,17 @@ const (
 	needsReply = "nftables conntrack, fib and socket expressions with rerouting"
 )
 
-// newDNSChains returns the chains that hold queries for names outside the tunnel.
+// newDNSChains returns the chains that hold queries for names outside the
+// tunnel.
 func newDNSChains(sc *scope) []chain {
 	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
 	inside := []filter{
-		{fmt.Sprintf("interface %d is the tunnel", sc.index), append(meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(sc.index)), accept...)},
+		{fmt.Sprintf("interface %d is the tunnel", sc.index),
+			append(meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(sc.index)), accept...)},
 		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept...)},
 	}
-	own := filter{fmt.Sprintf("sockets with the bits %#x in their mark ask for the proxy", sc.Mark), append(packetMarked(sc.Mark, sc.Mark), accept...)}
+	own := filter{fmt.Sprintf("sockets with the bits %#x in their mark ask for the proxy", sc.Mark),
+		append(packetMarked(sc.Mark, sc.Mark), accept...)}
 	var refuse []filter
 	for _, p := range []struct {
 		name     string
@@ -85,19 +88,25 @@ func newDNSChains(sc *scope) []chain {
 			refuse = append(refuse, filter{
 				fmt.Sprintf("queries to %s port %d do not leave outside the tunnel", p.name, port),
 				slices.Concat(is(expr.MetaKeyL4PROTO, p.protocol), []expr.Any{
-					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
-					&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
-					&expr.Counter{}, &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED},
+					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2,
+						Len: 2},
+					&expr.Cmp{Op: expr.CmpOpEq, Register: 1,
+						Data: binaryutil.BigEndian.PutUint16(port)},
+					&expr.Counter{},
+					&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH,
+						Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED},
 				}),
 			})
 		}
 	}
 	return []chain{{
-		name: "dns", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityFilter,
-		rules: slices.Concat([]filter{own}, inside, refuse),
+		name: "dns", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput,
+		priority: nftables.ChainPriorityFilter,
+		rules:    slices.Concat([]filter{own}, inside, refuse),
 	}, {
-		name: "dns-forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter,
-		rules: slices.Concat(inside, refuse),
+		name: "dns-forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward,
+		priority: nftables.ChainPriorityFilter,
+		rules:    slices.Concat(inside, refuse),
 	}}
 }
 
@@ -133,7 +142,8 @@ func address(p netip.Prefix, source bool) []expr.Any {
 	exprs := []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{family}},
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset,
+			Len: size},
 	}
 	if !p.IsSingleIP() {
 		exprs = append(exprs, &expr.Bitwise{
@@ -149,8 +159,8 @@ const tablePrefix = "masque-"
 
 func (s *scope) tableName() string { return tablePrefix + s.Instance }
 
-// families are those of our tables: a table of ours is one in each, all with one
-// name.
+// families are those of our tables: a table of ours is one in each, all with
+// one name.
 var families = []nftables.TableFamily{nftables.TableFamilyINet, nftables.TableFamilyARP}
 
 // tablesNamed returns the tables of that name.
@@ -172,8 +182,8 @@ func tablesNamed(c *nftables.Conn, name string) (found []*nftables.Table, err er
 	return found, nil
 }
 
-// readTable returns the chains of a table, and whether there is one. A table that
-// is dormant has no effect, and so it has no chains.
+// readTable returns the chains of a table, and whether there is one. A table
+// that is dormant has no effect, and so it has no chains.
 func readTable(name string) (chains []chainText, found bool, err error) {
 	for range 5 {
 		// A chain that is deleted after it was listed has no rules to read.
@@ -194,8 +204,10 @@ func readTableOnce(name string) (chains []chainText, found bool, err error) {
 		return nil, false, err
 	}
 	for _, t := range tables {
-		// The library reads the flags, which are in network byte order, as they are.
-		if binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, t.Flags))&unix.NFT_TABLE_F_DORMANT != 0 {
+		// The library reads the flags, which are in network byte order, as they
+		// are.
+		if binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil,
+			t.Flags))&unix.NFT_TABLE_F_DORMANT != 0 {
 			continue
 		}
 		part, err := readChains(c, name, t.Family)
@@ -208,7 +220,8 @@ func readTableOnce(name string) (chains []chainText, found bool, err error) {
 }
 
 // readChains returns the chains of a table in one family.
-func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (chains []chainText, err error) {
+func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (chains []chainText,
+	err error) {
 	all, err := c.ListChainsOfTableFamily(family)
 	if err != nil {
 		return nil, fmt.Errorf("list nftables chains: %w", explain(err))
@@ -231,10 +244,11 @@ func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (cha
 	return chains, nil
 }
 
-// hasNoTables says whether an error of readTable means that there is no nf_tables
-// in this kernel.
+// hasNoTables says whether an error of readTable means that there is no
+// nf_tables in this kernel.
 func hasNoTables(err error) bool {
-	for _, e := range []error{unix.EINVAL, unix.EOPNOTSUPP, unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT} {
+	for _, e := range []error{unix.EINVAL, unix.EOPNOTSUPP, unix.EPROTONOSUPPORT,
+		unix.EAFNOSUPPORT} {
 		if errors.Is(err, e) {
 			return true
 		}
@@ -245,18 +259,22 @@ func hasNoTables(err error) bool {
 // sameTable says whether the kernel has these chains, as far as comments tell.
 func sameTable(want []chain, have []chainText) bool {
 	return slices.EqualFunc(want, have, func(w chain, h chainText) bool {
-		return w.name == h.name && w.hooked(h) && slices.EqualFunc(w.rules, h.comments, func(f filter, data []byte) bool {
-			return bytes.Equal(f.userData(), data)
-		})
+		return w.name == h.name && w.hooked(h) &&
+			slices.EqualFunc(w.rules, h.comments, func(f filter, data []byte) bool {
+				return bytes.Equal(f.userData(), data)
+			})
 	})
 }
 
 // same says whether c and d do the same.
 func (c chain) same(d chain) bool {
-	return c.name == d.name && slices.EqualFunc(c.rules, d.rules, func(a, b filter) bool { return a.comment == b.comment })
+	return c.name == d.name && slices.EqualFunc(c.rules, d.rules, func(a, b filter) bool {
+		return a.comment == b.comment
+	})
 }
 
-// hooked says whether h is where c shall be in the kernel, with the same policy.
+// hooked says whether h is where c shall be in the kernel, with the same
+// policy.
 func (c chain) hooked(h chainText) bool {
 	if c.hook == nil || h.hook == nil || h.priority == nil {
 		return c.hook == nil && h.hook == nil
@@ -265,13 +283,16 @@ func (c chain) hooked(h chainText) bool {
 	if c.policy != nil {
 		policy = *c.policy
 	}
-	return *c.hook == *h.hook && *c.priority == *h.priority && (h.policy == nil || *h.policy == policy)
+	return *c.hook == *h.hook && *c.priority == *h.priority &&
+		(h.policy == nil || *h.policy == policy)
 }
 
 // untouched says whether the rules of our table are those of the last look,
 // and not others with the same comments.
 func untouched(now, last []chainText) bool {
-	return last == nil || slices.EqualFunc(now, last, func(a, b chainText) bool { return slices.EqualFunc(a.bodies, b.bodies, bytes.Equal) })
+	return last == nil || slices.EqualFunc(now, last, func(a, b chainText) bool {
+		return slices.EqualFunc(a.bodies, b.bodies, bytes.Equal)
+	})
 }
 
 // body is what a rule does, as the library understands it.
@@ -313,7 +334,9 @@ func (s *scope) writeTable(chains []chain) error {
 		}
 	}
 	for _, missing := range subsets(slices.Sorted(maps.Keys(needed))) {
-		rest := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return slices.Contains(missing, c.needs) })
+		rest := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool {
+			return slices.Contains(missing, c.needs)
+		})
 		if len(rest) != 0 && (absent || s.commit(s.tableName(), found, rest) != nil) {
 			continue
 		}
@@ -327,10 +350,11 @@ func (s *scope) writeTable(chains []chain) error {
 	return fmt.Errorf("%w: the kernel needs nf_tables with nft_masq for masquerading (since Linux 5.2 for table inet)", err)
 }
 
-// lacks says whether an error of a transaction may mean that the kernel does not
-// have something, and not that it cannot do it now.
+// lacks says whether an error of a transaction may mean that the kernel does
+// not have something, and not that it cannot do it now.
 func lacks(err error) bool {
-	for _, e := range []error{unix.EPERM, unix.ENOMEM, unix.ENOBUFS, unix.EBUSY, unix.EAGAIN, unix.EINTR, unix.EEXIST} {
+	for _, e := range []error{unix.EPERM, unix.ENOMEM, unix.ENOBUFS, unix.EBUSY, unix.EAGAIN,
+		unix.EINTR, unix.EEXIST} {
 		if errors.Is(err, e) {
 			return false
 		}

@@ -11,11 +11,14 @@ import (
 )
 
 var allChains = []string{
-	"untracked", "untracked-output", "outer", "guard", "save", "restore", "inbound", "reply", "forward", "translate", "nat", "leave", "arp",
+	"untracked", "untracked-output", "outer", "guard", "save", "restore", "inbound", "reply",
+	"forward", "translate", "nat", "leave", "arp",
 }
 
 func without(names ...string) []string {
-	return slices.DeleteFunc(slices.Clone(allChains), func(name string) bool { return slices.Contains(names, name) })
+	return slices.DeleteFunc(slices.Clone(allChains), func(name string) bool {
+		return slices.Contains(names, name)
+	})
 }
 
 // Kernels that lack an expression refuse the table. What can be done without is
@@ -30,12 +33,18 @@ func TestKernelLacksFeatures(t *testing.T) {
 	}{
 		{"nothing", nil, allChains, 0, false},
 		{"rerouting", []string{"reply"}, without("outer", "inbound", "reply"), 1, false},
-		{"fib", []string{"guard", "inbound"}, without("untracked", "untracked-output", "outer", "guard", "inbound", "reply"), 2, false},
-		{"conntrack marks", []string{"save", "restore", "inbound"}, without("outer", "save", "restore", "inbound", "reply"), 2, false},
-		{"both", []string{"guard", "restore", "inbound"}, without("untracked", "untracked-output", "outer", "guard", "save", "restore", "inbound", "reply"), 3, false},
+		{"fib", []string{"guard", "inbound"},
+			without("untracked", "untracked-output", "outer", "guard", "inbound", "reply"),
+			2, false},
+		{"conntrack marks", []string{"save", "restore", "inbound"},
+			without("outer", "save", "restore", "inbound", "reply"), 2, false},
+		{"both", []string{"guard", "restore", "inbound"},
+			without("untracked", "untracked-output", "outer", "guard", "save", "restore", "inbound",
+				"reply"), 3, false},
 		{"ARP", []string{"arp"}, without("arp"), 1, false},
 		{"conntrack state", []string{"forward"}, without("forward"), 1, false},
-		{"all that is optional", without("translate", "nat", "leave"), []string{"translate", "nat", "leave"}, 5, false},
+		{"all that is optional", without("translate", "nat", "leave"),
+			[]string{"translate", "nat", "leave"}, 5, false},
 		{"NAT", []string{"nat"}, nil, 0, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -44,9 +53,12 @@ func TestKernelLacksFeatures(t *testing.T) {
 			h.tun("masque0")
 			before := h.snapshot()
 			var log logBuffer
-			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Logger: log.logger()})
+			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
+				Logger: log.logger()})
 			m.commit = func(table string, replace bool, chains []chain) error {
-				if slices.ContainsFunc(chains, func(c chain) bool { return slices.Contains(tt.lacks, c.name) }) {
+				if slices.ContainsFunc(chains, func(c chain) bool {
+					return slices.Contains(tt.lacks, c.name)
+				}) {
 					return unix.ENOENT
 				}
 				return commitTable(table, replace, chains)
@@ -63,11 +75,13 @@ func TestKernelLacksFeatures(t *testing.T) {
 				return
 			}
 			ruleset := h.run("nft", "list", "ruleset")
-			if got, want := h.readSysctl("net/ipv4/conf/masque0/accept_local"), slices.Contains(tt.chains, "guard"); (got == "1") != want {
+			if got, want := h.readSysctl("net/ipv4/conf/masque0/accept_local"),
+				slices.Contains(tt.chains, "guard"); (got == "1") != want {
 				t.Errorf("accept_local is %s, with a guard: %t", got, want)
 			}
 			for _, name := range allChains {
-				if got, want := strings.Contains(ruleset, "chain "+name+" "), slices.Contains(tt.chains, name); got != want {
+				if got, want := strings.Contains(ruleset, "chain "+name+" "),
+					slices.Contains(tt.chains, name); got != want {
 					t.Errorf("chain %s in the table: %t, want %t:\n%s", name, got, want, ruleset)
 				}
 			}
@@ -87,7 +101,8 @@ func TestTableIsReadable(t *testing.T) {
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	s := full()
-	s.Masquerade, s.Listen, s.Forward, s.Reach = prefixes("10.77.0.0/24", "fd77::/64"), []uint16{443}, true, prefixes("192.168.9.0/24")
+	s.Masquerade, s.Listen, s.Forward, s.Reach = prefixes("10.77.0.0/24", "fd77::/64"),
+		[]uint16{443}, true, prefixes("192.168.9.0/24")
 	h.apply(m, s)
 	ruleset := h.run("nft", "list", "ruleset")
 	for _, line := range []string{
@@ -129,7 +144,8 @@ func TestManyAddresses(t *testing.T) {
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 			s := State{Routes: prefixes("0.0.0.0/0")}
 			for i := range n {
-				s.Addresses = append(s.Addresses, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 77, byte(i >> 8), byte(i)}), 32))
+				s.Addresses = append(s.Addresses,
+					netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 77, byte(i >> 8), byte(i)}), 32))
 			}
 			h.apply(m, s)
 		})

@@ -21,13 +21,15 @@ type notifications struct {
 // namespace of the calling thread. Those that the filter refuses do not reach
 // it; nil: all do.
 func subscribe(protocol int, groups []uint, filter []unix.SockFilter) (*notifications, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, protocol)
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK,
+		protocol)
 	if err != nil {
 		return nil, err
 	}
 	if filter != nil {
 		program := &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-		if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, program); err != nil {
+		if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+			program); err != nil {
 			_ = unix.Close(fd)
 			return nil, fmt.Errorf("filter notifications: %w", err)
 		}
@@ -92,8 +94,10 @@ const (
 	routeProtocol  = unix.SizeofNlMsghdr + 5 // of struct rtmsg
 	nftablesGroup  = 7                       // NFNLGRP_NFTABLES
 
-	// findAttribute is SKF_AD_OFF + SKF_AD_NLATTR: in place of a byte of the message, it loads the offset of the attribute of
-	// the type in X, 0 for none. Attributes begin at the offset in A, for a route at routeAttributes.
+	// findAttribute is SKF_AD_OFF + SKF_AD_NLATTR: in place of a byte of the
+	// message, it loads the offset of the attribute of the type in X, 0 for
+	// none. Attributes begin at the offset in A, for a route at
+	// routeAttributes.
 	findAttribute   = 1<<32 - 0x1000 + 12
 	routeAttributes = unix.SizeofNlMsghdr + unix.SizeofRtMsg
 	loadHalf        = unix.BPF_LD | unix.BPF_H | unix.BPF_ABS
@@ -113,7 +117,9 @@ func ownFilter(index int) []unix.SockFilter {
 	kind := func(k uint16) uint32 {
 		return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, k)))
 	}
-	word := func(v uint32) uint32 { return binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, v)) }
+	word := func(v uint32) uint32 {
+		return binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, v))
+	}
 	own := word(uint32(index))
 	return []unix.SockFilter{
 		{Code: loadHalf, K: messageType},
@@ -133,7 +139,8 @@ func ownFilter(index int) []unix.SockFilter {
 		{Code: jumpIfEqual, K: 0, Jt: 4}, // there is none
 		{Code: unix.BPF_MISC | unix.BPF_TAX},
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_IND, K: unix.SizeofRtAttr},
-		{Code: unix.BPF_ALU | unix.BPF_AND | unix.BPF_K, K: word(^uint32(0xff))}, // whatever the prefix length
+		// whatever the prefix length
+		{Code: unix.BPF_ALU | unix.BPF_AND | unix.BPF_K, K: word(^uint32(0xff))},
 		{Code: jumpIfEqual, K: word(uint32(tableID(index, 0))), Jt: 1},
 		{Code: verdict, K: 0},
 		{Code: verdict, K: whole},

@@ -247,7 +247,8 @@ func (h *host) tryOpen(c Config) (m *Manager, err error) {
 	return m, err
 }
 
-// apply applies s, and waits until the kernel takes packets to its addresses: for IPv6 it finishes that in the background.
+// apply applies s, and waits until the kernel takes packets to its addresses:
+// for IPv6 it finishes that in the background.
 func (h *host) apply(m *Manager, s State) {
 	h.t.Helper()
 	if err := h.tryApply(m, s); err != nil {
@@ -264,7 +265,8 @@ func (h *host) apply(m *Manager, s State) {
 	})
 }
 
-// isTaken reports whether the kernel takes packets to a itself, or does not have that address.
+// isTaken reports whether the kernel takes packets to a itself, or does not
+// have that address.
 func isTaken(a netip.Addr) bool {
 	if !hasAddr(a) {
 		return true
@@ -319,14 +321,16 @@ func (h *host) settle() {
 			if err != nil {
 				h.t.Fatal(err)
 			}
-			routes, err := netlink.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+			routes, err := netlink.RouteListFiltered(netlink.FAMILY_V6,
+				&netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
 			if err != nil {
 				h.t.Fatal(err)
 			}
 			if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
-				return a.Flags&unix.IFA_F_TENTATIVE != 0 || !slices.ContainsFunc(routes, func(r netlink.Route) bool {
-					return r.Type == unix.RTN_LOCAL && r.Dst.IP.Equal(a.IP)
-				})
+				return a.Flags&unix.IFA_F_TENTATIVE != 0 ||
+					!slices.ContainsFunc(routes, func(r netlink.Route) bool {
+						return r.Type == unix.RTN_LOCAL && r.Dst.IP.Equal(a.IP)
+					})
 			}) {
 				return
 			}
@@ -339,10 +343,11 @@ func (h *host) snapshot() map[string]string {
 	h.t.Helper()
 	h.settle()
 	s := map[string]string{
-		"addr":    volatile.ReplaceAllString(h.ip("-d addr"), ""),
-		"route":   h.ip("-d route show table all"),
-		"route6":  h.ip("-6 -d route show table all"),
-		"rule":    sortedLines(h.ip("-d rule")), // the order of those with one priority does not matter
+		"addr":   volatile.ReplaceAllString(h.ip("-d addr"), ""),
+		"route":  h.ip("-d route show table all"),
+		"route6": h.ip("-6 -d route show table all"),
+		// the order of those with one priority does not matter
+		"rule":    sortedLines(h.ip("-d rule")),
 		"rule6":   sortedLines(h.ip("-6 -d rule")),
 		"ruleset": h.run("nft", "list", "ruleset"),
 	}
@@ -382,7 +387,8 @@ func (h *host) same(want map[string]string) {
 func (h *host) lookup(dst string, mark uint32) (index int) {
 	h.t.Helper()
 	h.do(func() {
-		routes, err := netlink.RouteGetWithOptions(netip.MustParseAddr(dst).AsSlice(), &netlink.RouteGetOptions{Mark: mark})
+		routes, err := netlink.RouteGetWithOptions(netip.MustParseAddr(dst).AsSlice(),
+			&netlink.RouteGetOptions{Mark: mark})
 		switch {
 		case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH):
 		case err != nil:

@@ -15,12 +15,14 @@ import (
 func newOuterChain(sc *scope) chain {
 	return chain{
 		name: "outer", kind: nftables.ChainTypeFilter,
-		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRef(*nftables.ChainPriorityRaw - 1),
-		needs: needsReply, without: "the tunnel is lost in networks that give this host the tunnel's address",
+		hook:     nftables.ChainHookPrerouting,
+		priority: nftables.ChainPriorityRef(*nftables.ChainPriorityRaw - 1),
+		needs:    needsReply, without: "the tunnel is lost in networks that give this host the tunnel's address",
 		rules: []filter{{
 			fmt.Sprintf("packets for sockets with mark %#x have it", sc.Mark),
 			slices.Concat(meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)),
-				marked(&expr.Socket{Key: expr.SocketKeyMark, Register: 1}, sc.Mark, sc.Mark), markPacket(sc.Mark, sc.Mark)),
+				marked(&expr.Socket{Key: expr.SocketKeyMark, Register: 1}, sc.Mark, sc.Mark),
+				markPacket(sc.Mark, sc.Mark)),
 		}},
 	}
 }
@@ -28,10 +30,11 @@ func newOuterChain(sc *scope) chain {
 // ndSolicitation is the type of ICMPv6 by which neighbours are looked for.
 const ndSolicitation = 135
 
-// outerPasses are the rules by which such packets, and those by which IPv6 finds
-// the neighbours that they come by, pass the guard.
+// outerPasses are the rules by which such packets, and those by which IPv6
+// finds the neighbours that they come by, pass the guard.
 func outerPasses(sc *scope) []filter {
-	outside, pass := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)), &expr.Verdict{Kind: expr.VerdictAccept}
+	outside, pass := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)),
+		&expr.Verdict{Kind: expr.VerdictAccept}
 	return []filter{{
 		fmt.Sprintf("packets for sockets with mark %#x pass", sc.Mark),
 		slices.Concat(outside, packetMarked(sc.Mark, sc.Mark), []expr.Any{pass}),

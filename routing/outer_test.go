@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// The outer socket hears the proxy although the network has given this host the address that it has in the tunnel; other sockets do
-// not hear others there.
+// The outer socket hears the proxy although the network has given this host the
+// address that it has in the tunnel; other sockets do not hear others there.
 func TestOuterSocketAtTheTunnelsAddress(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
@@ -15,10 +15,12 @@ func TestOuterSocketAtTheTunnelsAddress(t *testing.T) {
 	s := full()
 	s.Addresses = prefixes(hostAddr4+"/32", hostAddr6+"/128")
 	h.apply(m, s)
-	for _, family := range []struct{ host, near string }{{hostAddr4, routerAddr4}, {hostAddr6, routerAddr6}} {
+	for _, family := range []struct{ host, near string }{{hostAddr4, routerAddr4},
+		{hostAddr6, routerAddr6}} {
 		proxy := router.listen(netip.AddrPortFrom(netip.MustParseAddr(family.near), 0).String(), 0)
 		outer, other := h.listen(":0", DefaultMark), h.listen(":0", 0)
-		send(t, outer, "question", netip.AddrPortFrom(netip.MustParseAddr(family.near), port(proxy)))
+		send(t, outer, "question", netip.AddrPortFrom(netip.MustParseAddr(family.near),
+			port(proxy)))
 		_, from := receive(t, proxy)
 		if from.Addr() != netip.MustParseAddr(family.host) {
 			t.Fatalf("the question is from %v, want %s", from, family.host)

@@ -24,7 +24,8 @@ func TestProxyHostBehindItsTunnel(t *testing.T) {
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, State{
-		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"), Routes: prefixes("10.77.0.0/24", "fd77::/64"), Forward: true,
+		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"),
+		Routes:    prefixes("10.77.0.0/24", "fd77::/64"), Forward: true,
 	})
 	h.ip("addr add 192.168.5.77/24 dev up0")
 	h.ip("addr add 2001:db8:5::77/64 dev up0 nodad")
@@ -40,7 +41,8 @@ func TestProxyHostBehindItsTunnel(t *testing.T) {
 				to   netip.Addr
 				text string
 			}{{to, "to " + tt.name}, {own, "to the tunnel"}} {
-				pkt := udpPacket(t, netip.AddrPortFrom(client, 4000), netip.AddrPortFrom(p.to, port(service)), p.text)
+				pkt := udpPacket(t, netip.AddrPortFrom(client, 4000),
+					netip.AddrPortFrom(p.to, port(service)), p.text)
 				if _, err := device.Write(pkt); err != nil {
 					t.Fatal(err)
 				}

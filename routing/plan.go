@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxRoutes is how many routes one State may need in the kernel: its Routes, and
-// for each table the prefixes in Exclude that lie within them.
+// MaxRoutes is how many routes one State may need in the kernel: its Routes,
+// and for each table the prefixes in Exclude that lie within them.
 const MaxRoutes = 16384
 
 const (
@@ -28,8 +28,9 @@ const (
 
 	// ruleProtocol is FRA_PROTOCOL of our rules. systemd-networkd deletes rules
 	// that it did not make each time that it is reloaded, unless
-	// ManageForeignRoutingPolicyRules=no is set, but those of the kernel it leaves
-	// alone. By their tables and priorities the rules are ours all the same.
+	// ManageForeignRoutingPolicyRules=no is set, but those of the kernel it
+	// leaves alone. By their tables and priorities the rules are ours all the
+	// same.
 	ruleProtocol = unix.RTPROT_KERNEL
 )
 
@@ -62,10 +63,11 @@ const (
 )
 
 // types are the kernel's for each routeKind.
-var types = [...]int{intoTunnel: unix.RTN_UNICAST, pastTunnel: unix.RTN_THROW, unreachable: unix.RTN_UNREACHABLE}
+var types = [...]int{intoTunnel: unix.RTN_UNICAST, pastTunnel: unix.RTN_THROW,
+	unreachable: unix.RTN_UNREACHABLE}
 
-// rule is a policy rule of ours for a prefix length: the one that leads into the
-// tunnel, or one before it that asks the host's routes.
+// rule is a policy rule of ours for a prefix length: the one that leads into
+// the tunnel, or one before it that asks the host's routes.
 type rule struct {
 	v6     bool
 	bits   int
@@ -94,18 +96,21 @@ func tableOwner(id int) (index, bits int, ok bool) {
 }
 
 func (s State) hasIPv6() bool {
-	return slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Unreachable, s.Exclude, s.Masquerade), isIPv6)
+	return slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Unreachable, s.Exclude,
+		s.Masquerade), isIPv6)
 }
 
 // forwards says whether s needs one of the sysctls ipForward4 and ipForward6.
 func (s State) forwards(sysctl string) bool {
-	return s.Forward && slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Masquerade), func(p netip.Prefix) bool {
-		return isIPv6(p) == (sysctl == ipForward6)
-	})
+	return s.Forward && slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Masquerade),
+		func(p netip.Prefix) bool {
+			return isIPv6(p) == (sysctl == ipForward6)
+		})
 }
 
 func (s State) ipv4Only() State {
-	for _, list := range []*[]netip.Prefix{&s.Addresses, &s.Routes, &s.Unreachable, &s.Exclude, &s.Reach, &s.Masquerade} {
+	for _, list := range []*[]netip.Prefix{&s.Addresses, &s.Routes, &s.Unreachable, &s.Exclude,
+		&s.Reach, &s.Masquerade} {
 		*list = slices.DeleteFunc(slices.Clone(*list), isIPv6)
 	}
 	return s
@@ -126,13 +131,15 @@ func newPlan(s State, sc *scope) (plan, error) {
 	for _, list := range []struct {
 		name     string
 		prefixes []netip.Prefix
-	}{{"route", s.Routes}, {"unreachable", s.Unreachable}, {"exclude", s.Exclude}, {"reach", s.Reach}, {"masquerade", s.Masquerade}} {
+	}{{"route", s.Routes}, {"unreachable", s.Unreachable}, {"exclude", s.Exclude},
+		{"reach", s.Reach}, {"masquerade", s.Masquerade}} {
 		for _, p := range list.prefixes {
 			if !p.IsValid() || p.Addr().Is4In6() {
 				return plan{}, fmt.Errorf("%s %v: not a prefix", list.name, p)
 			}
 			if p != p.Masked() {
-				return plan{}, fmt.Errorf("%s %v: bits after the prefix are set; was %v meant?", list.name, p, p.Masked())
+				return plan{}, fmt.Errorf("%s %v: bits after the prefix are set; was %v meant?",
+					list.name, p, p.Masked())
 			}
 		}
 	}
@@ -144,7 +151,8 @@ func newPlan(s State, sc *scope) (plan, error) {
 	w := plan{up: true, mtu: s.MTU, grouped: s.Forward, addrs: s.Addresses}
 	w.planRoutes(s, sc)
 	if len(w.routes) > MaxRoutes {
-		return plan{}, fmt.Errorf("%w: %d needed, %d allowed", ErrTooManyRoutes, len(w.routes), MaxRoutes)
+		return plan{}, fmt.Errorf("%w: %d needed, %d allowed", ErrTooManyRoutes, len(w.routes),
+			MaxRoutes)
 	}
 	w.chains = newChains(s, sc, len(w.rules) != 0)
 	for r := range w.rules {

@@ -21,11 +21,14 @@ func TestPlanProperty(t *testing.T) {
 		v6 := rapid.Bool().Draw(t, "v6")
 		// Few different bits make overlaps likely.
 		addr := rapid.Custom(func(t *rapid.T) netip.Addr {
-			size, head := 4, rapid.SampledFrom([][]byte{{10, 0}, {8, 0}, {239, 0}, {255, 255}}).Draw(t, "head")
+			size, head := 4, rapid.SampledFrom([][]byte{{10, 0}, {8, 0}, {239, 0},
+				{255, 255}}).Draw(t, "head")
 			if v6 {
-				size, head = 16, rapid.SampledFrom([][]byte{{0xfd, 0}, {0x20, 1}, {0xff, 2}}).Draw(t, "head")
+				size, head = 16, rapid.SampledFrom([][]byte{{0xfd, 0}, {0x20, 1},
+					{0xff, 2}}).Draw(t, "head")
 			}
-			tail := rapid.SliceOfN(rapid.SampledFrom([]byte{0, 1, 0x80, 0xff}), size-2, size-2).Draw(t, "bytes")
+			tail := rapid.SliceOfN(rapid.SampledFrom([]byte{0, 1, 0x80, 0xff}), size-2,
+				size-2).Draw(t, "bytes")
 			a, _ := netip.AddrFromSlice(slices.Concat(head, tail))
 			return a
 		})
@@ -36,7 +39,8 @@ func TestPlanProperty(t *testing.T) {
 			}), 0, most).Draw(t, label)
 		}
 		host, s := list("host", 6), State{
-			Routes: list("routes", 8), Exclude: list("exclude", 4), HostRoutes: HostRoutes(rapid.IntRange(0, 2).Draw(t, "host routes")),
+			Routes: list("routes", 8), Exclude: list("exclude", 4),
+			HostRoutes: HostRoutes(rapid.IntRange(0, 2).Draw(t, "host routes")),
 		}
 		most := s.HostRoutes == HostPrivate && IsFull(s.Routes, v6)
 		sc := &scope{index: rapid.IntRange(1, 1<<23).Draw(t, "index"), ipv6: true}
@@ -68,8 +72,8 @@ func TestPlanProperty(t *testing.T) {
 	})
 }
 
-// longest returns the length of the longest prefix with the address, -1 if there
-// is none.
+// longest returns the length of the longest prefix with the address, -1 if
+// there is none.
 func longest(list []netip.Prefix, a netip.Addr) int {
 	bits := -1
 	for _, p := range list {
@@ -103,7 +107,8 @@ func (w plan) leadsToTunnel(sc *scope, host []netip.Prefix, dst netip.Addr) bool
 		best := route{prefix: netip.Prefix{}}
 		found := false
 		for r := range w.routes {
-			if r.table == n.Table && r.prefix.Contains(dst) && (!found || r.prefix.Bits() > best.prefix.Bits()) {
+			if r.table == n.Table && r.prefix.Contains(dst) &&
+				(!found || r.prefix.Bits() > best.prefix.Bits()) {
 				best, found = r, true
 			}
 		}
@@ -117,10 +122,12 @@ func (w plan) leadsToTunnel(sc *scope, host []netip.Prefix, dst netip.Addr) bool
 func TestTableNumbers(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		index := rapid.IntRange(1, indexMask).Draw(t, "index")
-		r := rule{v6: rapid.Bool().Draw(t, "v6"), bits: rapid.IntRange(0, 32).Draw(t, "bits"), tunnel: rapid.Bool().Draw(t, "tunnel")}
+		r := rule{v6: rapid.Bool().Draw(t, "v6"), bits: rapid.IntRange(0, 32).Draw(t, "bits"),
+			tunnel: rapid.Bool().Draw(t, "tunnel")}
 		if !r.tunnel {
 			if rapid.Bool().Draw(t, "limited") {
-				r.to = map[bool]netip.Prefix{false: netip.MustParsePrefix("10.0.0.0/8"), true: netip.MustParsePrefix("fc00::/7")}[r.v6]
+				r.to = map[bool]netip.Prefix{false: netip.MustParsePrefix("10.0.0.0/8"),
+					true: netip.MustParsePrefix("fc00::/7")}[r.v6]
 			}
 			r.least = rapid.IntRange(0, 32).Draw(t, "least")
 		}
@@ -134,7 +141,8 @@ func TestTableNumbers(t *testing.T) {
 			t.Fatalf("priority %d is not between the rules for local and main", n.Priority)
 		}
 	})
-	for _, id := range []int{0, unix.RT_TABLE_MAIN, unix.RT_TABLE_LOCAL, 51820, 1<<31 - 1, 1<<30 - 1} {
+	for _, id := range []int{0, unix.RT_TABLE_MAIN, unix.RT_TABLE_LOCAL, 51820, 1<<31 - 1,
+		1<<30 - 1} {
 		if _, _, ok := tableOwner(id); ok {
 			t.Errorf("table %d is taken for one of ours", id)
 		}
@@ -162,23 +170,28 @@ func TestIsFull(t *testing.T) {
 		{"nothing", nil, false, false},
 		{"everything", prefixes("0.0.0.0/0", "::/0"), true, true},
 		{"everything of IPv4", prefixes("0.0.0.0/0"), true, false},
-		{"everything in halves", prefixes("0.0.0.0/1", "128.0.0.0/1", "::/1", "8000::/1"), true, true},
+		{"everything in halves", prefixes("0.0.0.0/1", "128.0.0.0/1", "::/1", "8000::/1"),
+			true, true},
 		{"the internet of IPv6", prefixes("2000::/3"), false, true},
 		{"half", prefixes("0.0.0.0/1", "2000::/4"), false, false},
 		{"half, twice", prefixes("0.0.0.0/1", "0.0.0.0/2", "10.0.0.0/8"), false, false},
-		{"everything but private networks", minus("0.0.0.0/0", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "224.0.0.0/3"), true, false},
+		{"everything but private networks",
+			minus("0.0.0.0/0", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "224.0.0.0/3"),
+			true, false},
 		{"everything but one address", minus("::/0", "2001:db8::1/128"), false, true},
 		{"private networks", prefixes("10.0.0.0/8", "192.168.0.0/16", "fc00::/7"), false, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if ipv4, ipv6 := IsFull(tt.routes, false), IsFull(tt.routes, true); ipv4 != tt.ipv4 || ipv6 != tt.ipv6 {
+			if ipv4, ipv6 := IsFull(tt.routes, false), IsFull(tt.routes, true); ipv4 != tt.ipv4 ||
+				ipv6 != tt.ipv6 {
 				t.Errorf("IPv4 %t, IPv6 %t; want %t, %t", ipv4, ipv6, tt.ipv4, tt.ipv6)
 			}
 		})
 	}
 }
 
-// The rules are the kernel's to others, and ours by what they are; rules of the kernel and of others are not ours.
+// The rules are the kernel's to others, and ours by what they are; rules of the
+// kernel and of others are not ours.
 func TestWhoseRules(t *testing.T) {
 	sc := &scope{index: 7, ipv6: true}
 	sc.Mark = DefaultMark

@@ -20,9 +20,9 @@ type portRange struct{ low, high uint16 }
 // translationPorts returns the ports that connections of the tunnel get on this
 // host's addresses: the widest range in which this host listened on none when s
 // was made. A user of the tunnel who chooses the port of a server of this host
-// would get its packets (CVE-2021-3773). The range begins where the kernel takes
-// ports for this host's own connections, as those are tracked, and so not given
-// to two, while servers are usually below.
+// would get its packets (CVE-2021-3773). The range begins where the kernel
+// takes ports for this host's own connections, as those are tracked, and so not
+// given to two, while servers are usually below.
 func (s *scope) translationPorts(want State) (low, high uint16) {
 	taken := slices.Clone(s.taken)
 	for _, port := range want.Listen {
@@ -81,7 +81,8 @@ func (s *scope) takenPorts() (taken []portRange) {
 	}
 	const listening, unconnected = "0A", "07" // TCP_LISTEN, and TCP_CLOSE for UDP
 	for _, file := range []struct{ name, state string }{
-		{"tcp", listening}, {"tcp6", listening}, {"udp", unconnected}, {"udp6", unconnected}, {"udplite", unconnected}, {"udplite6", unconnected},
+		{"tcp", listening}, {"tcp6", listening}, {"udp", unconnected}, {"udp6", unconnected},
+		{"udplite", unconnected}, {"udplite6", unconnected},
 	} {
 		taken = append(taken, sockets("/proc/thread-self/net/"+file.name, file.state)...)
 	}

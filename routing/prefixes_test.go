@@ -20,7 +20,8 @@ func TestPrefixes(t *testing.T) {
 		{"::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", prefixes("::/0")},
 		{"192.0.2.7", "192.0.2.7", prefixes("192.0.2.7/32")},
 		{"192.0.2.0", "192.0.2.255", prefixes("192.0.2.0/24")},
-		{"10.0.0.1", "10.0.0.6", prefixes("10.0.0.1/32", "10.0.0.2/31", "10.0.0.4/31", "10.0.0.6/32")},
+		{"10.0.0.1", "10.0.0.6", prefixes("10.0.0.1/32", "10.0.0.2/31", "10.0.0.4/31",
+			"10.0.0.6/32")},
 		{"2001:db8::1", "2001:db8::2", prefixes("2001:db8::1/128", "2001:db8::2/128")},
 		{"0.0.0.0", "9.255.255.255", prefixes("0.0.0.0/5", "8.0.0.0/7")},
 		{"10.0.0.2", "10.0.0.1", nil},
@@ -61,10 +62,12 @@ func TestPrefixesProperty(t *testing.T) {
 				t.Fatalf("%v has bits after the prefix", p)
 			}
 			if number(p.Addr()).Cmp(next) != 0 {
-				t.Fatalf("%v..%v: %v at place %d of %v: not where the one before ends", start, end, p, i, ps)
+				t.Fatalf("%v..%v: %v at place %d of %v: not where the one before ends", start, end,
+					p, i, ps)
 			}
 			next.Add(next, new(big.Int).Lsh(big.NewInt(1), uint(p.Addr().BitLen()-p.Bits())))
-			if i > 0 && ps[i-1].Bits() == p.Bits() && p.Bits() > 0 && netip.PrefixFrom(ps[i-1].Addr(), p.Bits()-1).Contains(p.Addr()) &&
+			if i > 0 && ps[i-1].Bits() == p.Bits() && p.Bits() > 0 &&
+				netip.PrefixFrom(ps[i-1].Addr(), p.Bits()-1).Contains(p.Addr()) &&
 				cut(ps[i-1], p.Bits()-1).Addr() == ps[i-1].Addr() {
 				t.Fatalf("%v..%v: %v and %v are one prefix", start, end, ps[i-1], p)
 			}

@@ -71,7 +71,8 @@ type repair struct {
 // namespace of the Manager, once at a time.
 func (m *Manager) Keep(ctx context.Context, report func(Health)) error {
 	changed := make(chan struct{}, 1)
-	routes, err := subscribe(unix.NETLINK_ROUTE, slices.Concat(linkGroups, routeGroups, ruleGroups), ownFilter(m.index))
+	routes, err := subscribe(unix.NETLINK_ROUTE, slices.Concat(linkGroups, routeGroups, ruleGroups),
+		ownFilter(m.index))
 	if err != nil {
 		return fmt.Errorf("routing: notifications of changes: %w", explain(err))
 	}
@@ -108,7 +109,8 @@ func (m *Manager) Keep(ctx context.Context, report func(Health)) error {
 // keepLooking calls look at the start, after changes, when look asks for it by
 // a time that is not zero, and at each tick, until ctx ends or look fails. It
 // leaves pauses in between, however often there are changes.
-func keepLooking(ctx context.Context, changed <-chan struct{}, look func(ticked bool) (again time.Duration, err error)) error {
+func keepLooking(ctx context.Context, changed <-chan struct{},
+	look func(ticked bool) (again time.Duration, err error)) error {
 	tick := time.NewTicker(tickInterval)
 	defer tick.Stop()
 	ticks, ticked := 0, false
@@ -162,7 +164,8 @@ func (m *Manager) sysctlsDiffer() bool {
 }
 
 // bypassDiffers says whether packets for the tunnel go elsewhere, or do so no
-// longer, since the last look. The kernel does not tell of all that leads there.
+// longer, since the last look. The kernel does not tell of all that leads
+// there.
 func (m *Manager) bypassDiffers() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -194,7 +197,8 @@ func (m *Manager) look(now time.Time) (h Health, again time.Time, err error) {
 			break
 		}
 		if have.link == nil {
-			return Health{Problem: fmt.Sprintf("interface %s was deleted", m.Interface), Repairs: maps.Clone(m.repair.counts)}, again, ErrInterfaceGone
+			return Health{Problem: fmt.Sprintf("interface %s was deleted", m.Interface),
+				Repairs: maps.Clone(m.repair.counts)}, again, ErrInterfaceGone
 		}
 		list, err := m.diff(have, m.applied)
 		if err != nil {
@@ -303,7 +307,9 @@ func (r *repair) due(list ops, now time.Time) (due, held ops) {
 		f := r.feuds[kind]
 		return f != nil && f.due(now).After(now)
 	}
-	linkHeld := early(kindLink) && slices.ContainsFunc(list, func(o op) bool { return o.kind == kindLink })
+	linkHeld := early(kindLink) && slices.ContainsFunc(list, func(o op) bool {
+		return o.kind == kindLink
+	})
 	for _, o := range list {
 		if early(o.kind) || linkHeld && needsLink(o) {
 			held = append(held, o)
@@ -346,7 +352,8 @@ func (r *repair) note(m *Manager, p *pass, held ops) {
 					"retry_in", f.truce().String())
 			}
 		case len(done) > 0:
-			m.Logger.Warn("another program changed this host's network: put right", "kind", kind, "restored", names(done))
+			m.Logger.Warn("another program changed this host's network: put right", "kind", kind,
+				"restored", names(done))
 		}
 		if p.problem == "" {
 			p.problem = problem
@@ -355,8 +362,8 @@ func (r *repair) note(m *Manager, p *pass, held ops) {
 }
 
 // truceFor returns how long a change that another program makes again and again
-// may stay at most. What leaves the host meanwhile, or is let in, cannot be taken
-// back; where nothing is put right, there is no gain in haste.
+// may stay at most. What leaves the host meanwhile, or is let in, cannot be
+// taken back; where nothing is put right, there is no gain in haste.
 func truceFor(kind string, err error) time.Duration {
 	switch {
 	case err != nil, kind == kindMTU, kind == kindSysctl:
@@ -365,7 +372,8 @@ func truceFor(kind string, err error) time.Duration {
 	return leakTruce
 }
 
-// kinds returns the kinds that were restored or failed, now or before, in order.
+// kinds returns the kinds that were restored or failed, now or before, in
+// order.
 func (r *repair) kinds(p *pass) func(func(string) bool) {
 	all := make(map[string]struct{})
 	for kind := range r.feuds {

@@ -82,17 +82,21 @@ func (k *kept) await(what string, ok func(Health) bool) Health {
 	}
 }
 
-// What another program takes away of a tunnel comes back, is counted, and is logged once, with its name.
+// What another program takes away of a tunnel comes back, is counted, and is
+// logged once, with its name.
 func TestKeep(t *testing.T) {
 	client := func(h *host) (*Manager, State) {
 		h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
-		return h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Logger: h.log.logger()}), full()
+		return h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
+			Logger: h.log.logger()}), full()
 	}
 	proxy := func(h *host) (*Manager, State) {
-		return h.open(Config{Instance: "one", Interface: "masque0", Logger: h.log.logger(), Journal: filepath.Join(h.t.TempDir(), "j.json")}), State{
-			MTU: 1380, Addresses: prefixes("10.77.0.1/24", "fd77::1/64"), Routes: prefixes("192.0.2.0/24", "2001:db8:2::/48"),
-			Forward: true, Masquerade: prefixes("10.77.0.0/24", "fd77::/64"),
-		}
+		return h.open(Config{Instance: "one", Interface: "masque0", Logger: h.log.logger(),
+				Journal: filepath.Join(h.t.TempDir(), "j.json")}), State{
+				MTU: 1380, Addresses: prefixes("10.77.0.1/24", "fd77::1/64"),
+				Routes:  prefixes("192.0.2.0/24", "2001:db8:2::/48"),
+				Forward: true, Masquerade: prefixes("10.77.0.0/24", "fd77::/64"),
+			}
 	}
 	for _, tt := range []struct {
 		name   string
@@ -101,37 +105,69 @@ func TestKeep(t *testing.T) {
 		kinds  string // that are counted
 		named  string // in the log
 	}{
-		{"one IPv4 rule", client, "ip rule del priority 9549", "rule", "add IPv4 rule 9549: not fwmark 0x80000000 lookup "},
+		{"one IPv4 rule", client, "ip rule del priority 9549", "rule",
+			"add IPv4 rule 9549: not fwmark 0x80000000 lookup "},
 		{"one IPv6 rule", client, "ip -6 rule del priority 9741", "rule", "add IPv6 rule 9741: "},
-		{"an address", client, "ip addr del 10.77.0.2/32 dev masque0", "address route", "add address 10.77.0.2/32 to masque0"},
-		{"all addresses", client, "ip addr flush dev masque0", "address route", "add address fd77::2/128 to masque0"},
-		{"an IPv4 address is to go away", client, "ip addr change 10.77.0.2/32 dev masque0 valid_lft 1000 preferred_lft 0", "address route", "delete address 10.77.0.2/32 of masque0"},
-		{"an IPv6 address is not to be used", client, "ip addr change fd77::2/128 dev masque0 preferred_lft 0", "address", "add address fd77::2/128 to masque0"},
-		{"the link is set down", client, "ip link set masque0 down", "address link route", "set masque0 up"},
-		{"a smaller MTU", client, "ip link set masque0 mtu 1290", "mtu", "set the MTU of masque0 from 1290 to 1400"},
-		{"an MTU too small for IPv6", client, "ip link set masque0 mtu 1000", "address link mtu route", "set the MTU of masque0 from 1000 to 1400"},
-		{"a routing table", client, "ip route flush table TABLE", "route", "add 2 IPv4 routes of table TABLE"},
-		{"all routes of the interface", client, "ip route flush dev masque0 table all proto 94", "route", " IPv4 routes of table "},
-		{"all IPv6 routes of ours", client, "ip -6 route flush table all proto 94", "route", " IPv6 routes of table "},
-		{"a route beside ours", client, "ip route add 128.0.0.0/1 dev up0 table TABLE", "route", "delete a route of another program: 128.0.0.0/1 in table TABLE"},
-		{"an IPv6 route before ours", client, "ip -6 route add default dev up0 metric 1 table TABLE", "route", "delete a route of another program: ::/0 in table TABLE"},
-		{"a route in place of ours", client, "ip route replace default dev up0 metric 9484 table TABLE", "route", "add 1 IPv4 routes of table TABLE"},
-		{"a route of ours that leads elsewhere", client, "ip route replace default dev up0 metric 9484 proto 94 table TABLE", "route", "add 1 IPv4 routes of table TABLE"},
-		{"all of nftables", client, "nft flush ruleset", "table", "write nftables table inet masque-one"},
+		{"an address", client, "ip addr del 10.77.0.2/32 dev masque0", "address route",
+			"add address 10.77.0.2/32 to masque0"},
+		{"all addresses", client, "ip addr flush dev masque0", "address route",
+			"add address fd77::2/128 to masque0"},
+		{"an IPv4 address is to go away", client,
+			"ip addr change 10.77.0.2/32 dev masque0 valid_lft 1000 preferred_lft 0",
+			"address route", "delete address 10.77.0.2/32 of masque0"},
+		{"an IPv6 address is not to be used", client,
+			"ip addr change fd77::2/128 dev masque0 preferred_lft 0", "address",
+			"add address fd77::2/128 to masque0"},
+		{"the link is set down", client, "ip link set masque0 down", "address link route",
+			"set masque0 up"},
+		{"a smaller MTU", client, "ip link set masque0 mtu 1290", "mtu",
+			"set the MTU of masque0 from 1290 to 1400"},
+		{"an MTU too small for IPv6", client, "ip link set masque0 mtu 1000",
+			"address link mtu route", "set the MTU of masque0 from 1000 to 1400"},
+		{"a routing table", client, "ip route flush table TABLE", "route",
+			"add 2 IPv4 routes of table TABLE"},
+		{"all routes of the interface", client, "ip route flush dev masque0 table all proto 94",
+			"route", " IPv4 routes of table "},
+		{"all IPv6 routes of ours", client, "ip -6 route flush table all proto 94", "route",
+			" IPv6 routes of table "},
+		{"a route beside ours", client, "ip route add 128.0.0.0/1 dev up0 table TABLE", "route",
+			"delete a route of another program: 128.0.0.0/1 in table TABLE"},
+		{"an IPv6 route before ours", client,
+			"ip -6 route add default dev up0 metric 1 table TABLE", "route",
+			"delete a route of another program: ::/0 in table TABLE"},
+		{"a route in place of ours", client,
+			"ip route replace default dev up0 metric 9484 table TABLE", "route",
+			"add 1 IPv4 routes of table TABLE"},
+		{"a route of ours that leads elsewhere", client,
+			"ip route replace default dev up0 metric 9484 proto 94 table TABLE", "route",
+			"add 1 IPv4 routes of table TABLE"},
+		{"all of nftables", client, "nft flush ruleset", "table",
+			"write nftables table inet masque-one"},
 		{"our nftables table", client, "nft delete table inet masque-one", "table", "masque-one"},
-		{"our table for ARP alone", client, "nft delete table arp masque-one", "table", "masque-one"},
-		{"the rules of a chain", client, "nft flush chain inet masque-one restore", "table", "masque-one"},
+		{"our table for ARP alone", client, "nft delete table arp masque-one", "table",
+			"masque-one"},
+		{"the rules of a chain", client, "nft flush chain inet masque-one restore", "table",
+			"masque-one"},
 		{"a chain", client, "nft delete chain inet masque-one guard", "table", "masque-one"},
-		{"our nftables table goes dormant", client, "nft add table inet masque-one { flags dormant ; }", "table", "masque-one"},
-		{"a chain gets another policy", client, "nft add chain inet masque-one restore { policy drop ; }", "table", "masque-one"},
-		{"a rule before ours", client, "nft insert rule inet masque-one restore accept", "table", "masque-one"},
-		{"a sysctl", client, "sysctl net.ipv4.conf.all.src_valid_mark 0", "sysctl", "set net.ipv4.conf.all.src_valid_mark from 0 to 1"},
-		{"forwarding of IPv4", proxy, "sysctl net.ipv4.ip_forward 0", "sysctl", "set net.ipv4.ip_forward from 0 to 1"},
-		{"forwarding of IPv6", proxy, "sysctl net.ipv6.conf.all.forwarding 0", "sysctl", "set net.ipv6.conf.all.forwarding from 0 to 1"},
+		{"our nftables table goes dormant", client,
+			"nft add table inet masque-one { flags dormant ; }", "table", "masque-one"},
+		{"a chain gets another policy", client,
+			"nft add chain inet masque-one restore { policy drop ; }", "table", "masque-one"},
+		{"a rule before ours", client, "nft insert rule inet masque-one restore accept", "table",
+			"masque-one"},
+		{"a sysctl", client, "sysctl net.ipv4.conf.all.src_valid_mark 0", "sysctl",
+			"set net.ipv4.conf.all.src_valid_mark from 0 to 1"},
+		{"forwarding of IPv4", proxy, "sysctl net.ipv4.ip_forward 0", "sysctl",
+			"set net.ipv4.ip_forward from 0 to 1"},
+		{"forwarding of IPv6", proxy, "sysctl net.ipv6.conf.all.forwarding 0", "sysctl",
+			"set net.ipv6.conf.all.forwarding from 0 to 1"},
 		{"address translation", proxy, "nft flush ruleset", "table", "masque-one"},
-		{"the proxy's address", proxy, "ip addr flush dev masque0", "address route", "add address 10.77.0.1/24 to masque0"},
-		{"the route to a site", proxy, "ip route del 192.0.2.0/24", "route", "add 1 IPv4 routes of table 254"},
-		{"the proxy's link is set down", proxy, "ip link set masque0 down", "address link route", "set masque0 up"},
+		{"the proxy's address", proxy, "ip addr flush dev masque0", "address route",
+			"add address 10.77.0.1/24 to masque0"},
+		{"the route to a site", proxy, "ip route del 192.0.2.0/24", "route",
+			"add 1 IPv4 routes of table 254"},
+		{"the proxy's link is set down", proxy, "ip link set masque0 down", "address link route",
+			"set masque0 up"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -152,7 +188,8 @@ func TestKeep(t *testing.T) {
 			}
 			want := strings.Fields(tt.kinds)
 			k.await("repairs", func(now Health) bool {
-				return slices.Equal(slices.Sorted(maps.Keys(now.Repairs)), want) && now.Problem == "" && len(now.Addresses) == 2
+				return slices.Equal(slices.Sorted(maps.Keys(now.Repairs)), want) &&
+					now.Problem == "" && len(now.Addresses) == 2
 			})
 			for what, now := range h.snapshot() {
 				if now != good[what] && what != stableSecret {
@@ -160,8 +197,10 @@ func TestKeep(t *testing.T) {
 				}
 			}
 			named := strings.ReplaceAll(tt.named, "TABLE", table)
-			if n := strings.Count(h.log.String(), "put right"); n != len(want) || !strings.Contains(h.log.String(), named) {
-				t.Errorf("%d lines of the log are about repairs, want %d, with %q:\n%s", n, len(want), named, h.log)
+			if n := strings.Count(h.log.String(), "put right"); n != len(want) ||
+				!strings.Contains(h.log.String(), named) {
+				t.Errorf("%d lines of the log are about repairs, want %d, with %q:\n%s", n,
+					len(want), named, h.log)
 			}
 		})
 	}
@@ -178,7 +217,9 @@ func TestKeepAnAddressWithItsLength(t *testing.T) {
 	h.ip("-6 addr del fd77::2/128 dev masque0")
 	h.ip("-6 addr add fd77::2/64 dev masque0 nodad")
 	k := h.keep(m)
-	if now := k.await("the address", func(now Health) bool { return len(now.Addresses) == 2 }); now.Problem != "" {
+	if now := k.await("the address", func(now Health) bool {
+		return len(now.Addresses) == 2
+	}); now.Problem != "" {
 		t.Errorf("the problem is %q, want none", now.Problem)
 	}
 }
@@ -193,7 +234,9 @@ func TestKeepAnAddressWithItsScope(t *testing.T) {
 	h.ip("addr del 10.77.0.2/32 dev masque0")
 	h.ip("addr add 10.77.0.2/32 dev masque0 scope host")
 	k := h.keep(m)
-	k.await("the address", func(now Health) bool { return now.Repairs["address"] == 2 && len(now.Addresses) == 2 })
+	k.await("the address", func(now Health) bool {
+		return now.Repairs["address"] == 2 && len(now.Addresses) == 2
+	})
 	h.apply(m, State{})
 	h.ip("addr add 10.77.0.2/32 dev masque0 scope link") // before the tunnel has it
 	h.apply(m, full())
@@ -205,8 +248,8 @@ func TestKeepAnAddressWithItsScope(t *testing.T) {
 	}
 }
 
-// What other programs put before the tunnel's rules is not ours to take away, but
-// whoever relies on the tunnel learns of it.
+// What other programs put before the tunnel's rules is not ours to take away,
+// but whoever relies on the tunnel learns of it.
 func TestKeepTellsWhatGoesBesideTheTunnel(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
@@ -214,16 +257,23 @@ func TestKeepTellsWhatGoesBesideTheTunnel(t *testing.T) {
 		named    string
 		routes   string // of the tunnel, "": full
 	}{
-		{"the host's routes first", []string{"rule add priority 100 lookup main"}, []string{"rule del priority 100"}, "rule 100", ""},
-		{"for IPv6", []string{"-6 rule add priority 100 lookup main"}, []string{"-6 rule del priority 100"}, "rule 100", ""},
+		{"the host's routes first", []string{"rule add priority 100 lookup main"},
+			[]string{"rule del priority 100"}, "rule 100", ""},
+		{"for IPv6", []string{"-6 rule add priority 100 lookup main"},
+			[]string{"-6 rule del priority 100"}, "rule 100", ""},
 		{
-			"a table that is filled later", []string{"rule add priority 5210 not fwmark 0x51 lookup 77", "route add default dev up0 table 77"},
+			"a table that is filled later",
+			[]string{"rule add priority 5210 not fwmark 0x51 lookup 77",
+				"route add default dev up0 table 77"},
 			[]string{"route flush table 77"}, "rule 5210", "",
 		},
-		{"a route in the table local", []string{"route add 0.0.0.0/1 dev up0 table local"}, []string{"route del 0.0.0.0/1 dev up0 table local"}, "ip route get 9.9.9.9", ""},
+		{"a route in the table local", []string{"route add 0.0.0.0/1 dev up0 table local"},
+			[]string{"route del 0.0.0.0/1 dev up0 table local"}, "ip route get 9.9.9.9", ""},
 		{
-			"a split tunnel", []string{"rule add priority 100 lookup 77", "route add 198.18.0.0/15 dev up0 table 77"},
-			[]string{"rule del priority 100"}, "packets to 198.18.5.1 leave by up0", "198.18.5.0/24",
+			"a split tunnel", []string{"rule add priority 100 lookup 77",
+				"route add 198.18.0.0/15 dev up0 table 77"},
+			[]string{"rule del priority 100"}, "packets to 198.18.5.1 leave by up0",
+			"198.18.5.0/24",
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -244,11 +294,15 @@ func TestKeepTellsWhatGoesBesideTheTunnel(t *testing.T) {
 			for _, change := range tt.do {
 				h.ip(change)
 			}
-			k.await("the problem", func(now Health) bool { return strings.Contains(now.Problem, tt.named) })
+			k.await("the problem", func(now Health) bool {
+				return strings.Contains(now.Problem, tt.named)
+			})
 			for _, change := range tt.undo {
 				h.ip(change)
 			}
-			if now := k.await("no problem", func(now Health) bool { return now.Problem == "" }); len(now.Repairs) != 0 {
+			if now := k.await("no problem", func(now Health) bool {
+				return now.Problem == ""
+			}); len(now.Repairs) != 0 {
 				t.Errorf("repairs: %v, want none", now.Repairs)
 			}
 		})
@@ -261,7 +315,8 @@ func TestKeepLetsTheHostsRoutesGoFirst(t *testing.T) {
 	h.uplink()
 	h.tun("masque0")
 	h.tun("masque1")
-	split := State{MTU: 1400, Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("192.168.5.0/24", "198.18.0.0/15", "198.18.0.0/16")}
+	split := State{MTU: 1400, Addresses: prefixes("10.77.0.2/32"),
+		Routes: prefixes("192.168.5.0/24", "198.18.0.0/15", "198.18.0.0/16")}
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, split)
 	k := h.keep(m)
@@ -270,7 +325,9 @@ func TestKeepLetsTheHostsRoutesGoFirst(t *testing.T) {
 	h.apply(h.open(Config{Instance: "two", Interface: "masque1", Mark: DefaultMark}), other)
 	h.ip("route add 198.18.0.0/28 dev up0")
 	h.ip("link set masque0 mtu 1300")
-	if now := k.await("another look", func(now Health) bool { return now.Repairs[kindMTU] == 1 }); now.Problem != "" {
+	if now := k.await("another look", func(now Health) bool {
+		return now.Repairs[kindMTU] == 1
+	}); now.Problem != "" {
 		t.Errorf("the problem is %q, want none", now.Problem)
 	}
 }
@@ -288,7 +345,9 @@ func TestKeepLeavesItsOwnChangesAlone(t *testing.T) {
 		h.apply(m, full())
 		h.apply(m, other)
 	}
-	now := k.await("the last state", func(now Health) bool { return slices.Equal(now.Addresses, other.Addresses) })
+	now := k.await("the last state", func(now Health) bool {
+		return slices.Equal(now.Addresses, other.Addresses)
+	})
 	if now.Problem != "" || len(now.Repairs) != 0 {
 		t.Errorf("got %+v, want no repairs", now)
 	}
@@ -315,7 +374,8 @@ func TestKeepTellsOfALostInterface(t *testing.T) {
 	}
 }
 
-// Where somebody turned IPv6 off on the interface, nothing of IPv6 leaves beside the tunnel, until IPv6 is back.
+// Where somebody turned IPv6 off on the interface, nothing of IPv6 leaves
+// beside the tunnel, until IPv6 is back.
 func TestKeepHoldsIPv6(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
@@ -325,7 +385,8 @@ func TestKeepHoldsIPv6(t *testing.T) {
 	k := h.keep(m)
 	h.sysctl("net/ipv6/conf/masque0/disable_ipv6", "1")
 	k.await("held", func(now Health) bool {
-		return now.IPv6Held && strings.Contains(now.Problem, "net.ipv6.conf.masque0.disable_ipv6") && len(now.Addresses) == 1
+		return now.IPv6Held && strings.Contains(now.Problem,
+			"net.ipv6.conf.masque0.disable_ipv6") && len(now.Addresses) == 1
 	})
 	for _, dst := range []string{"2a00::1", "2001:db8:1::1"} {
 		if got := h.lookup(dst, 0); got != 0 {
@@ -333,13 +394,16 @@ func TestKeepHoldsIPv6(t *testing.T) {
 		}
 	}
 	h.sysctl("net/ipv6/conf/masque0/disable_ipv6", "0")
-	k.await("back", func(now Health) bool { return !now.IPv6Held && now.Problem == "" && len(now.Addresses) == 2 })
+	k.await("back", func(now Health) bool {
+		return !now.IPv6Held && now.Problem == "" && len(now.Addresses) == 2
+	})
 	if got := h.lookup("2a00::1", 0); got != tunnel {
 		t.Errorf("2a00::1 leads to interface %d, want %d", got, tunnel)
 	}
 }
 
-// A rule of ours that another program replaces by one with the same comment is not taken for ours.
+// A rule of ours that another program replaces by one with the same comment is
+// not taken for ours.
 func TestKeepKnowsItsRules(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
@@ -358,20 +422,25 @@ func TestKeepKnowsItsRules(t *testing.T) {
 			t.Fatalf("%d rules, %v", len(rules), err)
 		}
 		r := rules[0]
-		c.ReplaceRule(&nftables.Rule{Table: table, Chain: r.Chain, Handle: r.Handle, UserData: r.UserData, Exprs: []expr.Any{
-			&expr.Verdict{Kind: expr.VerdictAccept},
-		}})
+		c.ReplaceRule(&nftables.Rule{Table: table, Chain: r.Chain, Handle: r.Handle,
+			UserData: r.UserData, Exprs: []expr.Any{
+				&expr.Verdict{Kind: expr.VerdictAccept},
+			}})
 		if err := c.Flush(); err != nil {
 			t.Fatal(err)
 		}
 	})
-	k.await("a repair", func(now Health) bool { return now.Repairs["table"] == 1 && now.Problem == "" })
-	if rules := h.run("nft", "list", "chain", "inet", m.tableName(), "guard"); strings.Count(rules, "drop") != 3 {
+	k.await("a repair", func(now Health) bool {
+		return now.Repairs["table"] == 1 && now.Problem == ""
+	})
+	if rules := h.run("nft", "list", "chain", "inet", m.tableName(), "guard"); strings.Count(rules,
+		"drop") != 3 {
 		t.Errorf("the chain is\n%s", rules)
 	}
 }
 
-// What cannot be put back is a problem that is named, and goes away when it can.
+// What cannot be put back is a problem that is named, and goes away when it
+// can.
 func TestKeepWithoutSuccess(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
@@ -392,41 +461,51 @@ func TestKeepWithoutSuccess(t *testing.T) {
 	k := h.keep(m)
 	h.run("nft", "delete", "table", "inet", m.tableName())
 	k.await("a problem", func(now Health) bool {
-		return strings.Contains(now.Problem, "write nftables table inet masque-one") && strings.Contains(now.Problem, "out of memory")
+		return strings.Contains(now.Problem, "write nftables table inet masque-one") &&
+			strings.Contains(now.Problem, "out of memory")
 	})
 	m.mu.Lock()
 	failing = false
 	m.mu.Unlock()
-	k.await("a repair", func(now Health) bool { return now.Problem == "" && now.Repairs["table"] == 1 })
+	k.await("a repair", func(now Health) bool {
+		return now.Problem == "" && now.Repairs["table"] == 1
+	})
 }
 
-// A program that takes the same thing away each time it comes back is named in the health, and does not keep this one busy.
+// A program that takes the same thing away each time it comes back is named in
+// the health, and does not keep this one busy.
 func TestKeepInATugOfWar(t *testing.T) {
 	h := newHost(t)
 	h.log = new(logBuffer)
 	h.uplink()
 	h.tun("masque0")
-	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Logger: h.log.logger()})
+	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
+		Logger: h.log.logger()})
 	h.apply(m, full())
 	k := h.keep(m)
 	for n := uint64(1); n <= patienceOfFeud+1; n++ {
 		h.ip("link set masque0 mtu 1300")
 		k.await("the MTU", func(now Health) bool { return now.Repairs["mtu"] == n })
 	}
-	k.await("a problem", func(now Health) bool { return strings.Contains(now.Problem, "set the MTU of masque0") })
+	k.await("a problem", func(now Health) bool {
+		return strings.Contains(now.Problem, "set the MTU of masque0")
+	})
 	h.ip("link set masque0 mtu 1300")
 	h.ip("rule del priority 9549") // something else is put right at once all the same
 	now := k.await("the rule", func(now Health) bool { return now.Repairs["rule"] == 1 })
 	if now.Repairs["mtu"] != patienceOfFeud+1 {
 		t.Errorf("the MTU was put back %d times", now.Repairs["mtu"])
 	}
-	k.await("the MTU, later", func(now Health) bool { return now.Repairs["mtu"] == patienceOfFeud+2 })
+	k.await("the MTU, later", func(now Health) bool {
+		return now.Repairs["mtu"] == patienceOfFeud+2
+	})
 	if n := strings.Count(h.log.String(), "again and again: stop it"); n != 1 {
 		t.Errorf("the log says it %d times", n)
 	}
 }
 
-// However often something changes, and however long it takes to look at everything, looking takes a fifth of the time.
+// However often something changes, and however long it takes to look at
+// everything, looking takes a fifth of the time.
 func TestLookingLeavesPauses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -448,13 +527,15 @@ func TestLookingLeavesPauses(t *testing.T) {
 			time.Sleep(takes)
 			return 0, nil
 		})
-		if most := int(time.Minute/(takes*(1+restFactor))) + 1; err != nil || looks < most-2 || looks > most {
+		if most := int(time.Minute/(takes*(1+restFactor))) + 1; err != nil || looks < most-2 ||
+			looks > most {
 			t.Errorf("%d looks, %v, want about %d", looks, err, most)
 		}
 	})
 }
 
-// Changes that are none of ours do not reach this process: a host may change other routes thousands of times a second.
+// Changes that are none of ours do not reach this process: a host may change
+// other routes thousands of times a second.
 func TestNotificationsAreFiltered(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
@@ -463,7 +544,8 @@ func TestNotificationsAreFiltered(t *testing.T) {
 	var n *notifications
 	h.do(func() {
 		var err error
-		if n, err = subscribe(unix.NETLINK_ROUTE, slices.Concat(linkGroups, routeGroups, ruleGroups), ownFilter(index)); err != nil {
+		if n, err = subscribe(unix.NETLINK_ROUTE,
+			slices.Concat(linkGroups, routeGroups, ruleGroups), ownFilter(index)); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -485,8 +567,10 @@ func TestNotificationsAreFiltered(t *testing.T) {
 		{"route del 192.0.2.0/24 dev masque0 proto 94", unix.RTM_DELROUTE},
 		{"route add " + own, unix.RTM_NEWROUTE},
 		{"route del " + own, unix.RTM_DELROUTE},
-		{fmt.Sprintf("route add 192.0.2.0/24 dev up0 proto static table %d", tableID(index+1, 24)), 0},
-		{fmt.Sprintf("-6 route add default dev up0 proto static table %d", tableID(index, 0)), unix.RTM_NEWROUTE},
+		{fmt.Sprintf("route add 192.0.2.0/24 dev up0 proto static table %d",
+			tableID(index+1, 24)), 0},
+		{fmt.Sprintf("-6 route add default dev up0 proto static table %d", tableID(index, 0)),
+			unix.RTM_NEWROUTE},
 		{"link set masque0 mtu 1300", unix.RTM_NEWLINK},
 	} {
 		h.ip(tt.change)
@@ -502,9 +586,11 @@ func TestNotificationsAreFiltered(t *testing.T) {
 			if got == tt.want {
 				break
 			}
-			// The kernel tells of the interface in its own time, such as of its carrier and link-local address.
+			// The kernel tells of the interface in its own time, such as of its
+			// carrier and link-local address.
 			about := int(binary.NativeEndian.Uint32(message[interfaceIndex:]))
-			if got != unix.RTM_NEWLINK && got != unix.RTM_NEWADDR && got != unix.RTM_DELADDR || about != index {
+			if got != unix.RTM_NEWLINK && got != unix.RTM_NEWADDR && got != unix.RTM_DELADDR ||
+				about != index {
 				t.Fatalf("after %q there is a message of type %d, want %d", tt.change, got, tt.want)
 			}
 		}
@@ -545,7 +631,8 @@ func (h *host) keepKill(k *KillSwitch) <-chan KillSwitchHealth {
 	return health
 }
 
-// A kill switch that another program opens is closed again, for the same interface; each time, but not at any rate.
+// A kill switch that another program opens is closed again, for the same
+// interface; each time, but not at any rate.
 func TestKillSwitchIsKept(t *testing.T) {
 	h, _ := connect(t)
 	h.log = new(logBuffer)

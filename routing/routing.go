@@ -41,10 +41,10 @@ type Config struct {
 
 	// Mark is the SO_MARK of our own outer sockets, see MarkSocket: two bits,
 	// see ValidMark. Other bits of marks are left alone. Routes then go into
-	// tables of their own, by policy rules that packets with the higher bit pass
-	// by; connections that came in from outside have that bit alone. Tunnels of
-	// one host should use the same mark, or they might run through each other in
-	// a circle. 0: routes go into the main table.
+	// tables of their own, by policy rules that packets with the higher bit
+	// pass by; connections that came in from outside have that bit alone.
+	// Tunnels of one host should use the same mark, or they might run through
+	// each other in a circle. 0: routes go into the main table.
 	Mark uint32
 
 	// Journal is the path of a file that tells the next process what to put
@@ -61,8 +61,8 @@ type Config struct {
 	Logger *slog.Logger
 }
 
-// State is what the kernel shall have. The zero State is a tunnel interface that
-// is up and has nothing.
+// State is what the kernel shall have. The zero State is a tunnel interface
+// that is up and has nothing.
 type State struct {
 	// MTU of the interface in bytes, at least 1280 with IPv6. 0: as it was at
 	// Open.
@@ -88,10 +88,10 @@ type State struct {
 	// host's routes count, such as networks behind this host.
 	Local []netip.Prefix
 
-	// Unreachable are prefixes that lead nowhere: they compete as Routes do, and
-	// packets to them are refused. Only with a Config.Mark. Where the interface
-	// cannot have IPv6, the IPv6 part of Routes counts as listed here: nothing
-	// of it leaves beside the tunnel.
+	// Unreachable are prefixes that lead nowhere: they compete as Routes do,
+	// and packets to them are refused. Only with a Config.Mark. Where the
+	// interface cannot have IPv6, the IPv6 part of Routes counts as listed
+	// here: nothing of it leaves beside the tunnel.
 	Unreachable []netip.Prefix
 
 	// Exclude are prefixes that go around the tunnel. Only with a Config.Mark.
@@ -146,15 +146,21 @@ type scope struct {
 	nl      *netlink.Handle // lenient about dump requests, as old kernels are
 	dump    *netlink.Handle // strict, so that the kernel filters routes
 	journal *journal
-	stale   bool                                                   // the journal lists what was undone; said once
-	rec     record                                                 // what Close has to put back
-	ports   uint16                                                 // the first that the kernel gives to connections of this host
-	taken   []portRange                                            // on which this host listened at the start
-	lacking map[string]bool                                        // optional features that the kernel was found to lack
-	sealed  []chainText                                            // our table when it was as it shall be; nil: not known
-	commit  func(table string, replace bool, chains []chain) error // commitTable
-	wanted  map[route]struct{}                                     // the routes of the last comparison with a plan
-	dead    bool                                                   // the process that made rec is dead: say what is undone
+	// the journal lists what was undone; said once
+	stale bool
+	rec   record // what Close has to put back
+	// the first that the kernel gives to connections of this host
+	ports uint16
+	// on which this host listened at the start
+	taken []portRange
+	// optional features that the kernel was found to lack
+	lacking map[string]bool
+	// our table when it was as it shall be; nil: not known
+	sealed []chainText
+	commit func(table string, replace bool, chains []chain) error // commitTable
+	// the routes of the last comparison with a plan
+	wanted map[route]struct{}
+	dead   bool // the process that made rec is dead: say what is undone
 }
 
 var validInstance = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,64}$`)
@@ -246,7 +252,8 @@ func (s *scope) init(c Config, procSys string) (err error) {
 // takeOver takes the journal and removes what a dead process left behind. It
 // says whether there was a journal.
 func (s *scope) takeOver() (found bool, err error) {
-	fresh := record{Boot: bootID(s.procSys), Instance: s.Instance, Interface: s.Interface, Index: s.index}
+	fresh := record{Boot: bootID(s.procSys), Instance: s.Instance, Interface: s.Interface,
+		Index: s.index}
 	j, old, why, err := openJournal(s.Journal, fresh)
 	if err != nil {
 		return false, err
@@ -275,9 +282,9 @@ func errInstance(name string) error {
 // error says when that could not be put back either. With the state that the
 // kernel has already it changes nothing; what others removed of ours it puts
 // back. Where the interface cannot have IPv6, the state is applied without it,
-// see Held. Errors: ErrTooManyRoutes, ErrInterfaceGone, os.ErrPermission without
-// CAP_NET_ADMIN, os.ErrClosed after Close, and those of the kernel, each with
-// the object and what can be done about it.
+// see Held. Errors: ErrTooManyRoutes, ErrInterfaceGone, os.ErrPermission
+// without CAP_NET_ADMIN, os.ErrClosed after Close, and those of the kernel,
+// each with the object and what can be done about it.
 func (m *Manager) Apply(s State) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -312,8 +319,8 @@ func (m *Manager) Apply(s State) error {
 }
 
 // Held returns why the state of the last Apply was applied without IPv6, with
-// its IPv6 routes leading nowhere: an ErrIPv6Disabled with its remedy. It returns
-// nil where nothing was held.
+// its IPv6 routes leading nowhere: an ErrIPv6Disabled with its remedy. It
+// returns nil where nothing was held.
 func (m *Manager) Held() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -329,10 +336,10 @@ func (s *scope) planFor(want State) (plan, error) {
 	return p, err
 }
 
-// FollowHost is to be called when networks or routes of the host have changed. It
-// has the state applied fit them, and returns where they have the same addresses
-// as that, what becomes of it, and which rules of other programs take packets out
-// of the tunnel; one sentence each, in a stable order.
+// FollowHost is to be called when networks or routes of the host have changed.
+// It has the state applied fit them, and returns where they have the same
+// addresses as that, what becomes of it, and which rules of other programs take
+// packets out of the tunnel; one sentence each, in a stable order.
 func (m *Manager) FollowHost() (conflicting []string, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -343,7 +350,9 @@ func (m *Manager) FollowHost() (conflicting []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("routing: %w", err)
 	}
-	if want, err := m.planFor(state); err == nil && !(slices.Equal(want.sysctls, m.applied.sysctls) && slices.EqualFunc(want.chains, m.applied.chains, chain.same)) {
+	if want, err := m.planFor(state); err == nil &&
+		!(slices.Equal(want.sysctls, m.applied.sysctls) &&
+			slices.EqualFunc(want.chains, m.applied.chains, chain.same)) {
 		m.applied.sysctls, m.applied.chains = want.sysctls, want.chains
 		if err := m.converge(m.applied, true); err != nil {
 			return nil, fmt.Errorf("routing: %w", err)
@@ -394,9 +403,10 @@ func (s *scope) release() {
 	s.journal.close()
 }
 
-// undone takes note of how the journal was written after something was undone. Where
-// that failed, as on a full disk, the file lists what is not there any more, and the
-// next process passes over it: no reason to leave the rest of the host as it is.
+// undone takes note of how the journal was written after something was undone.
+// Where that failed, as on a full disk, the file lists what is not there any
+// more, and the next process passes over it: no reason to leave the rest of the
+// host as it is.
 func (s *scope) undone(err error) {
 	if err != nil && !s.stale {
 		s.stale = true
@@ -425,7 +435,8 @@ func explain(err error) error {
 		return nil
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		remedy = "run as root or with CAP_NET_ADMIN"
-	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EPROTONOSUPPORT):
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT),
+		errors.Is(err, unix.EPROTONOSUPPORT):
 		remedy = "the running kernel lacks this feature or its module"
 	case errors.Is(err, unix.EEXIST):
 		remedy = "another program has put the same there: remove it"

@@ -64,14 +64,20 @@ func (s *scope) diffSysctls(want plan) (set, unset ops, err error) {
 		case err != nil:
 			return nil, nil, fmt.Errorf("read %s: %w", dotted(w.name), explain(err))
 		case now != w.value:
-			set.add(kindSysctl, func() error { return s.acquire(w) }, "set %s from %s to %s", dotted(w.name), now, w.value)
+			set.add(kindSysctl, func() error {
+				return s.acquire(w)
+			}, "set %s from %s to %s", dotted(w.name), now, w.value)
 		case !held && s.journal.other(w.name, false) != nil:
-			set.add(kindShared, func() error { return s.acquire(w) }, "share %s=%s", dotted(w.name), w.value)
+			set.add(kindShared, func() error {
+				return s.acquire(w)
+			}, "share %s=%s", dotted(w.name), w.value)
 		}
 	}
 	for _, c := range slices.Backward(s.rec.Sysctls) {
 		if !wanted[c.Name] {
-			unset.add(kindSysctl, func() error { return s.giveBack(c) }, "set %s back to %s", dotted(c.Name), c.Old)
+			unset.add(kindSysctl, func() error {
+				return s.giveBack(c)
+			}, "set %s back to %s", dotted(c.Name), c.Old)
 		}
 	}
 	return set, unset, nil
@@ -137,7 +143,8 @@ func (s *scope) giveBack(c sysctl) error {
 	return s.journal.guard(func() error {
 		if s.journal.other(c.Name, true) == nil {
 			if err := s.restore(c); err != nil {
-				return fmt.Errorf("%w: do it by hand on the host: sysctl -w %s=%s", err, dotted(c.Name), c.Old)
+				return fmt.Errorf("%w: do it by hand on the host: sysctl -w %s=%s", err,
+					dotted(c.Name), c.Old)
 			}
 		}
 		s.rec.dropSysctl(c.Name)
@@ -167,7 +174,8 @@ func (s *scope) restore(c sysctl) error {
 		return err
 	case now == c.Old:
 	case now != c.New:
-		s.Logger.Info("sysctl was changed by somebody else and stays", "sysctl", dotted(c.Name), "value", now)
+		s.Logger.Info("sysctl was changed by somebody else and stays", "sysctl", dotted(c.Name),
+			"value", now)
 	default:
 		if err := s.writeSysctl(c.Name, c.Old); err != nil {
 			return err
@@ -258,7 +266,8 @@ func (s *scope) companions(name string) (list []sysctl) {
 		forwarding, ra := family+d.Name()+"/forwarding", family+d.Name()+"/accept_ra"
 		if v, _ := s.readSysctl(forwarding); v == "1" {
 			list = append(list, sysctl{Name: forwarding, Old: v, New: v})
-		} else if v, _ := s.readSysctl(ra); v == "1" && d.Name() != "lo" && d.Name() != s.Interface {
+		} else if v, _ := s.readSysctl(ra); v == "1" && d.Name() != "lo" &&
+			d.Name() != s.Interface {
 			list = append(list, sysctl{Name: ra, Old: v, New: "2", First: true})
 		}
 	}

@@ -12,8 +12,9 @@ import (
 
 func router() State {
 	return State{
-		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"), Routes: prefixes("10.77.0.0/24", "fd77::/64"),
-		Forward: true,
+		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"),
+		Routes:    prefixes("10.77.0.0/24", "fd77::/64"),
+		Forward:   true,
 	}
 }
 
@@ -110,9 +111,11 @@ func TestSharedSysctls(t *testing.T) {
 			h.tun("masque0")
 			h.tun("masque1")
 			before := h.snapshot()
-			c := Config{Instance: "one", Interface: "masque0", Journal: filepath.Join(dir, "one.json")}
+			c := Config{Instance: "one", Interface: "masque0",
+				Journal: filepath.Join(dir, "one.json")}
 			first := h.open(c)
-			second := h.open(Config{Instance: "two", Interface: "masque1", Journal: filepath.Join(dir, "two.json")})
+			second := h.open(Config{Instance: "two", Interface: "masque1",
+				Journal: filepath.Join(dir, "two.json")})
 			h.apply(first, router())
 			other := router()
 			other.Routes = prefixes("10.78.0.0/24", "fd78::/64")
@@ -167,7 +170,8 @@ func TestReadOnlySysctls(t *testing.T) {
 		}
 		defer m.Close()
 		err = m.Apply(router())
-		if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), "sysctl -w net.ipv4.ip_forward=1") {
+		if !errors.Is(err, unix.EROFS) ||
+			!strings.Contains(err.Error(), "sysctl -w net.ipv4.ip_forward=1") {
 			t.Errorf("Apply: %v; want a read-only file system and the command", err)
 		}
 	})
@@ -190,7 +194,8 @@ func TestReadOnlySysctls(t *testing.T) {
 	// What a client needs it can do without.
 	var log logBuffer
 	h.onReadOnlySysctls(func() {
-		m, err := Open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark, Logger: log.logger()})
+		m, err := Open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
+			Logger: log.logger()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -216,7 +221,8 @@ func TestJournalCannotBeWritten(t *testing.T) {
 	h.tun("masque0")
 	before := h.snapshot()
 	dir := t.TempDir()
-	m := h.open(Config{Instance: "one", Interface: "masque0", Journal: filepath.Join(dir, "j", "one.json")})
+	m := h.open(Config{Instance: "one", Interface: "masque0",
+		Journal: filepath.Join(dir, "j", "one.json")})
 	// Gone, as if the disk had been.
 	if err := os.RemoveAll(filepath.Join(dir, "j")); err != nil {
 		t.Fatal(err)

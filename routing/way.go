@@ -12,7 +12,8 @@ import (
 )
 
 const (
-	// settleTime is how long a Watcher waits for more of the changes that come together, and maxSettleTime for how long in all.
+	// settleTime is how long a Watcher waits for more of the changes that come
+	// together, and maxSettleTime for how long in all.
 	settleTime    = 100 * time.Millisecond
 	maxSettleTime = time.Second
 )
@@ -26,8 +27,8 @@ type Way struct {
 
 func (w Way) String() string { return fmt.Sprintf("%v on %s", w.Source, w.Interface) }
 
-// WayTo asks the kernel for the way of packets to an address, from a socket with the given mark that is not bound. It fails when
-// there is none.
+// WayTo asks the kernel for the way of packets to an address, from a socket
+// with the given mark that is not bound. It fails when there is none.
 func WayTo(to netip.Addr, mark uint32) (Way, error) {
 	routes, err := netlink.RouteGetWithOptions(to.AsSlice(), &netlink.RouteGetOptions{Mark: mark})
 	if err != nil {
@@ -47,16 +48,18 @@ func WayTo(to netip.Addr, mark uint32) (Way, error) {
 		return Way{}, fmt.Errorf("no route to %v: %w", to, err)
 	}
 	way.Interface = link.Attrs().Name
-	// A route through a cable that is not plugged in leads nowhere. The kernel keeps it unless ignore_routes_with_linkdown is set.
-	if attrs := link.Attrs(); attrs.RawFlags&unix.IFF_UP != 0 && attrs.RawFlags&unix.IFF_LOWER_UP == 0 {
+	// A route through a cable that is not plugged in leads nowhere. The kernel
+	// keeps it unless ignore_routes_with_linkdown is set.
+	if attrs := link.Attrs(); attrs.RawFlags&unix.IFF_UP != 0 &&
+		attrs.RawFlags&unix.IFF_LOWER_UP == 0 {
 		return Way{}, fmt.Errorf("no route to %v: %s has no carrier", to, way.Interface)
 	}
 	return way, nil
 }
 
-// LeavesHost returns nil when the kernel sends packets to an address to one other
-// host. For addresses of this host, also anycast ones, and for those of many,
-// the error is os.ErrPermission.
+// LeavesHost returns nil when the kernel sends packets to an address to one
+// other host. For addresses of this host, also anycast ones, and for those of
+// many, the error is os.ErrPermission.
 func LeavesHost(to netip.Addr) error {
 	routes, err := netlink.RouteGet(to.AsSlice())
 	switch {
@@ -70,16 +73,19 @@ func LeavesHost(to netip.Addr) error {
 	return nil
 }
 
-// Watcher tells when this host's network changes: its interfaces, addresses, routes and rules.
+// Watcher tells when this host's network changes: its interfaces, addresses,
+// routes and rules.
 type Watcher struct {
 	mark    uint32
 	events  *notifications
 	changed chan struct{}
 }
 
-// Watch starts to watch the network namespace of the calling thread, for the sake of sockets with the given mark.
+// Watch starts to watch the network namespace of the calling thread, for the
+// sake of sockets with the given mark.
 func Watch(mark uint32) (*Watcher, error) {
-	events, err := subscribe(unix.NETLINK_ROUTE, slices.Concat(linkGroups, routeGroups, ruleGroups), nil)
+	events, err := subscribe(unix.NETLINK_ROUTE,
+		slices.Concat(linkGroups, routeGroups, ruleGroups), nil)
 	if err != nil {
 		return nil, fmt.Errorf("routing: watching the network: %w", err)
 	}
@@ -91,7 +97,8 @@ func Watch(mark uint32) (*Watcher, error) {
 // Way returns the way to an address as it is now, see WayTo.
 func (w *Watcher) Way(to netip.Addr) (Way, error) { return WayTo(to, w.mark) }
 
-// Changed receives a value soon after changes, one for those that come together.
+// Changed receives a value soon after changes, one for those that come
+// together.
 func (w *Watcher) Changed() <-chan struct{} { return w.changed }
 
 // Close ends the watch. Nothing comes from Changed after that.

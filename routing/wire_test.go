@@ -35,7 +35,8 @@ func connect(t *testing.T) (h, router *host) {
 	h, router = newHost(t), newHost(t)
 	h.do(func() {
 		err := netlink.LinkAdd(&netlink.Veth{
-			LinkAttrs: netlink.LinkAttrs{Name: "up0"}, PeerName: "down0", PeerNamespace: netlink.NsFd(router.ns),
+			LinkAttrs: netlink.LinkAttrs{Name: "up0"}, PeerName: "down0",
+			PeerNamespace: netlink.NsFd(router.ns),
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -163,14 +164,16 @@ func TestStrictReversePathFilter(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNREFUSED) {
-			t.Errorf("%s: read from a socket to a closed port: %v, want connection refused", proxy, err)
+			t.Errorf("%s: read from a socket to a closed port: %v, want connection refused",
+				proxy, err)
 		}
 	}
 	if n := h.filtered(); n != 0 {
 		t.Errorf("%d packets were dropped by the reverse path filter", n)
 	}
 
-	// Without what Apply did for it, the filter drops the reply: so it was that.
+	// Without what Apply did for it, the filter drops the reply: so it was
+	// that.
 	h.run("nft", "flush chain inet masque-one restore; flush chain inet masque-one outer")
 	server := router.listen(net.JoinHostPort(proxyAddr4, "0"), 0)
 	outer := h.listen(":0", DefaultMark)
@@ -198,13 +201,16 @@ func TestTunnelAddressIsGuarded(t *testing.T) {
 		router.ip("route add " + tt.tunnel + " via " + tt.via)
 		service := h.listen(":0", 0)
 		attacker := router.listen(net.JoinHostPort(tt.from, "0"), 0)
-		send(t, attacker, "to the tunnel", netip.AddrPortFrom(netip.MustParseAddr(tt.tunnel), port(service)))
-		send(t, attacker, "to the LAN", netip.AddrPortFrom(netip.MustParseAddr(tt.lan), port(service)))
+		send(t, attacker, "to the tunnel",
+			netip.AddrPortFrom(netip.MustParseAddr(tt.tunnel), port(service)))
+		send(t, attacker, "to the LAN",
+			netip.AddrPortFrom(netip.MustParseAddr(tt.lan), port(service)))
 		if text, _ := receive(t, service); text != "to the LAN" {
 			t.Errorf("received %q from the LAN at %s", text, tt.tunnel)
 		}
 		local := h.listen(net.JoinHostPort(tt.tunnel, "0"), 0)
-		send(t, local, "from the host", netip.AddrPortFrom(netip.MustParseAddr(tt.tunnel), port(service)))
+		send(t, local, "from the host",
+			netip.AddrPortFrom(netip.MustParseAddr(tt.tunnel), port(service)))
 		if text, _ := receive(t, service); text != "from the host" {
 			t.Errorf("received %q from the host itself at %s", text, tt.tunnel)
 		}
@@ -219,11 +225,13 @@ func TestTunnelDoesNotSpoofTheHost(t *testing.T) {
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, full())
-	for _, tt := range []struct{ own, lan string }{{"10.77.0.2", hostAddr4}, {"fd77::2", hostAddr6}} {
+	for _, tt := range []struct{ own, lan string }{{"10.77.0.2", hostAddr4},
+		{"fd77::2", hostAddr6}} {
 		service := h.listen(":0", 0)
 		dst := netip.AddrPortFrom(netip.MustParseAddr(tt.own), port(service))
 		for _, src := range []string{tt.lan, tt.own} {
-			if _, err := device.Write(udpPacket(t, netip.AddrPortFrom(netip.MustParseAddr(src), 9), dst, "from "+src)); err != nil {
+			if _, err := device.Write(udpPacket(t, netip.AddrPortFrom(netip.MustParseAddr(src), 9),
+				dst, "from "+src)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -240,8 +248,9 @@ func TestForwardAndMasquerade(t *testing.T) {
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, State{
-		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"), Routes: prefixes("10.77.0.0/24", "fd77::/64"),
-		Forward: true, Masquerade: prefixes("10.77.0.0/24", "fd77::/64"),
+		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"),
+		Routes:    prefixes("10.77.0.0/24", "fd77::/64"),
+		Forward:   true, Masquerade: prefixes("10.77.0.0/24", "fd77::/64"),
 	})
 	for _, tt := range []struct{ client, server, proxy string }{
 		{"10.77.0.9", proxyAddr4, hostAddr4},
@@ -264,7 +273,8 @@ func TestForwardAndMasquerade(t *testing.T) {
 		}
 	}
 	// Between hosts of the tunnel nothing is rewritten.
-	if _, err := device.Write(udpPacket(t, netip.MustParseAddrPort("10.77.0.9:1"), netip.MustParseAddrPort("10.77.0.8:2"), "hello")); err != nil {
+	if _, err := device.Write(udpPacket(t, netip.MustParseAddrPort("10.77.0.9:1"),
+		netip.MustParseAddrPort("10.77.0.8:2"), "hello")); err != nil {
 		t.Fatal(err)
 	}
 	got := readTUN(t, device, "hello")
@@ -281,9 +291,11 @@ func udpPacket(t *testing.T, src, dst netip.AddrPort, text string) []byte {
 		gopacket.NetworkLayer
 	}
 	if src.Addr().Is4() {
-		ip = &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolUDP, SrcIP: src.Addr().AsSlice(), DstIP: dst.Addr().AsSlice()}
+		ip = &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolUDP,
+			SrcIP: src.Addr().AsSlice(), DstIP: dst.Addr().AsSlice()}
 	} else {
-		ip = &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: layers.IPProtocolUDP, SrcIP: src.Addr().AsSlice(), DstIP: dst.Addr().AsSlice()}
+		ip = &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: layers.IPProtocolUDP,
+			SrcIP: src.Addr().AsSlice(), DstIP: dst.Addr().AsSlice()}
 	}
 	if err := udp.SetNetworkLayerForChecksum(ip); err != nil {
 		t.Fatal(err)
@@ -311,7 +323,8 @@ func readTUN(t *testing.T, device *os.File, text string) []byte {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if n > 20 && buf[0]>>4 == 4 && buf[9] == unix.IPPROTO_ICMP && buf[20] == layers.ICMPv4TypeRedirect {
+		if n > 20 && buf[0]>>4 == 4 && buf[9] == unix.IPPROTO_ICMP &&
+			buf[20] == layers.ICMPv4TypeRedirect {
 			t.Errorf("ICMP redirect into the tunnel: %x", buf[:n])
 		} else if bytes.HasSuffix(buf[:n], []byte(text)) {
 			return buf[:n]
@@ -342,15 +355,18 @@ func TestMarkSocket(t *testing.T) {
 }
 
 // Queries for names that would leave outside the tunnel are refused at once,
-// those of the socket that looks for the proxy and those to other ports are not.
+// those of the socket that looks for the proxy and those to other ports are
+// not.
 func TestHoldDNS(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	state := State{Addresses: prefixes("10.77.0.2/32", "fd77::2/128"), Routes: prefixes("0.0.0.0/0", "::/0"), HostRoutes: HostAll, HoldDNS: true}
+	state := State{Addresses: prefixes("10.77.0.2/32", "fd77::2/128"),
+		Routes: prefixes("0.0.0.0/0", "::/0"), HostRoutes: HostAll, HoldDNS: true}
 	h.apply(m, state)
-	for _, at := range []struct{ host, router string }{{hostAddr4, routerAddr4}, {hostAddr6, routerAddr6}} {
+	for _, at := range []struct{ host, router string }{{hostAddr4, routerAddr4},
+		{hostAddr6, routerAddr6}} {
 		for _, port := range []uint16{53, 853, 54} {
 			to := netip.AddrPortFrom(netip.MustParseAddr(at.router), port)
 			server := router.listen(to.String(), 0)
@@ -378,7 +394,8 @@ func TestHoldDNS(t *testing.T) {
 				if err == nil {
 					c.Close()
 				}
-				if refused := errors.Is(err, syscall.ECONNREFUSED); refused != (port == 54) { // by the router, which has no such server
+				if refused := errors.Is(err, syscall.ECONNREFUSED); refused != (port == 54) {
+					// by the router, which has no such server
 					t.Errorf("TCP to %v: %v", to, err)
 				}
 			})

@@ -24,7 +24,8 @@ import (
 // caName is the name of the ACME server, which runs on the target.
 const caName = "acme.example"
 
-// caLife is how long its certificates are good, so that they are renewed every two thirds of that.
+// caLife is how long its certificates are good, so that they are renewed every
+// two thirds of that.
 const caLife = 30 * time.Second
 
 // proxyInside is the proxy's address on the target's side.
@@ -38,8 +39,8 @@ type acmeServer struct {
 	dns  atomic.Bool // the proxy's name is known
 }
 
-// newACMEServer prepares the server on the target. It asks for challenges on the standard ports, and a name server there
-// for names.
+// newACMEServer prepares the server on the target. It asks for challenges on
+// the standard ports, and a name server there for names.
 func newACMEServer(p *pair) *acmeServer {
 	p.t.Helper()
 	dir := p.t.TempDir()
@@ -58,7 +59,9 @@ func newACMEServer(p *pair) *acmeServer {
 	}})
 	check(p.t, err)
 	resolver := netip.AddrPortFrom(lab.TargetIPv4, 53).String()
-	s := &acmeServer{p: p, root: filepath.Join(dir, "root.crt"), args: []string{"pebble", "-config", filepath.Join(dir, "config.json"), "-dnsserver", resolver}}
+	s := &acmeServer{p: p, root: filepath.Join(dir, "root.crt"),
+		args: []string{"pebble", "-config", filepath.Join(dir, "config.json"), "-dnsserver",
+			resolver}}
 	names, err := p.Target.ListenPacket("udp", resolver)
 	check(p.t, err)
 	serveDNS(p.t, names, func(name string) []netip.Addr {
@@ -67,7 +70,8 @@ func newACMEServer(p *pair) *acmeServer {
 		}
 		return nil
 	})
-	for name, data := range map[string][]byte{"own.crt": own.Cert, "own.key": own.Key, "root.crt": root.Cert, "config.json": config} {
+	for name, data := range map[string][]byte{"own.crt": own.Cert, "own.key": own.Key,
+		"root.crt": root.Cert, "config.json": config} {
 		check(p.t, os.WriteFile(filepath.Join(dir, name), data, 0o600))
 	}
 	check(p.t, p.Proxy.Resolve(caName, lab.TargetIPv4))
@@ -87,7 +91,8 @@ func (s *acmeServer) start() *lab.Cmd {
 	return c
 }
 
-// issuer writes the authority of the certificates that the server issues into a file.
+// issuer writes the authority of the certificates that the server issues into a
+// file.
 func (s *acmeServer) issuer() string {
 	s.p.t.Helper()
 	data, err := s.get("/roots/0")
@@ -106,7 +111,8 @@ func (s *acmeServer) get(path string) ([]byte, error) {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(data)
 	c := http.Client{Transport: &http.Transport{
-		DialContext: s.p.Proxy.DialContext, TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: caName}, DisableKeepAlives: true,
+		DialContext:     s.p.Proxy.DialContext,
+		TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: caName}, DisableKeepAlives: true,
 	}}
 	rsp, err := c.Get("https://" + netip.AddrPortFrom(lab.TargetIPv4, 15000).String() + path)
 	if err != nil {
@@ -128,18 +134,21 @@ func (p *pair) expiry() time.Time {
 	return s.Certificate.Until
 }
 
-// The proxy gets its certificate from an ACME server, says what is in the way, and renews it without a session noticing.
+// The proxy gets its certificate from an ACME server, says what is in the way,
+// and renews it without a session noticing.
 func TestACME(t *testing.T) {
 	p := newHosts(t, options{clients: 2})
 	ca := newACMEServer(p)
-	p.must(p.Proxy, "masque-proxy", "init", "--name", lab.ProxyName, "--acme", "admin@"+lab.ProxyName, "--agree-tos",
+	p.must(p.Proxy, "masque-proxy", "init", "--name", lab.ProxyName, "--acme",
+		"admin@"+lab.ProxyName, "--agree-tos",
 		"--acme-directory", "https://"+caName+":14000/dir", p.dir)
 	p.editProxyConfig("#ca = \"acme-ca.crt\"", fmt.Sprintf("ca = %q", ca.root))
 	p.editProxyConfig("masquerade = true", "masquerade = false")
 
 	p.server = p.Proxy.Command(p.ctx, program("masque-proxy"), "run", "-c", p.config())
 	check(t, p.server.Start())
-	// waits lasts until the status of the proxy, which does not serve, says why.
+	// waits lasts until the status of the proxy, which does not serve, says
+	// why.
 	waits := func(why ...string) {
 		t.Helper()
 		p.eventually("the proxy says: "+strings.Join(why, ", "), func() bool {
@@ -153,15 +162,18 @@ func TestACME(t *testing.T) {
 			return c.ExitCode() == 3
 		})
 	}
-	waits("the ACME server https://acme.example:14000/dir cannot be asked", "connection refused", "check tls.acme.directory")
+	waits("the ACME server https://acme.example:14000/dir cannot be asked", "connection refused",
+		"check tls.acme.directory")
 	taken, err := p.Proxy.Listen("tcp", ":443")
 	check(t, err)
 	ca.start()
 	p.must(p.Proxy, "masque-proxy", "reload") // which tries again at once
-	waits("TCP :443, where the ACME server asks for the challenge tls-alpn-01, is in use", "ss -tlnp")
+	waits("TCP :443, where the ACME server asks for the challenge tls-alpn-01, is in use",
+		"ss -tlnp")
 	check(t, taken.Close())
 	p.must(p.Proxy, "masque-proxy", "reload")
-	waits("the ACME server refuses: ", "proxy.example", "let all A and AAAA records of proxy.example lead to this host, and TCP port 443 in")
+	waits("the ACME server refuses: ", "proxy.example",
+		"let all A and AAAA records of proxy.example lead to this host, and TCP port 443 in")
 	ca.dns.Store(true)
 	p.must(p.Proxy, "masque-proxy", "reload")
 	p.eventually("the proxy serves", func() bool {
@@ -170,7 +182,8 @@ func TestACME(t *testing.T) {
 
 	invite := func(user string) string {
 		file := filepath.Join(t.TempDir(), user+".toml")
-		p.must(p.Proxy, "masque-proxy", "invite", user, "-c", p.config(), "--ca", ca.issuer(), "-o", file)
+		p.must(p.Proxy, "masque-proxy", "invite", user, "-c", p.config(), "--ca", ca.issuer(),
+			"-o", file)
 		return file
 	}
 	p.up(p.Client, invite("alice"))
@@ -178,7 +191,8 @@ func TestACME(t *testing.T) {
 	conn, received := p.flow(p.Client, p.Target, lab.TargetIPv4, 5*patience)
 	const size = 20 << 20
 	data := content(size)
-	for sent := int64(0); sent < size/2 || time.Now().Before(first); sent += size / 1000 { // until the first certificate has ended
+	for sent := int64(0); sent < size/2 || time.Now().Before(first); sent += size / 1000 {
+		// until the first certificate has ended
 		_, err := io.CopyN(conn, data, max(0, min(size/1000, size/2-sent)))
 		check(t, err)
 		time.Sleep(20 * time.Millisecond)
@@ -193,11 +207,13 @@ func TestACME(t *testing.T) {
 	if got, want := <-received, digest(content(size)); got != want {
 		t.Errorf("received %s, sent %s", got, want)
 	}
-	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 || !s.Since.Equal(before.Since) {
+	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 ||
+		!s.Since.Equal(before.Since) {
 		t.Errorf("the session did not last: %+v", s)
 	}
 
-	// The other challenge, and the sessions of the proxy before: what resets them outlives certificates.
+	// The other challenge, and the sessions of the proxy before: what resets
+	// them outlives certificates.
 	p.editProxyConfig("#challenge = \"http-01\" ", "challenge = \"http-01\" ")
 	check(t, p.Proxy.Do(func() error { return os.RemoveAll("/var/lib/masque/acme/certificates") }))
 	check(t, p.server.Signal(syscall.SIGKILL))

@@ -16,8 +16,9 @@ import (
 	"masquevpn/internal/pki"
 )
 
-// Certificates that are renewed on disk are used without a restart and a reload: the proxy's for new connections, while
-// sessions go on, and the client's when it connects again.
+// Certificates that are renewed on disk are used without a restart and a
+// reload: the proxy's for new connections, while sessions go on, and the
+// client's when it connects again.
 func TestCertificatesRenewedOnDisk(t *testing.T) {
 	p := newPair(t, options{})
 	invited, err := os.ReadFile(p.invite("alice"))
@@ -26,7 +27,8 @@ func TestCertificatesRenewedOnDisk(t *testing.T) {
 	users := filepath.Join(p.dir, "users.toml")
 	text, err := os.ReadFile(users)
 	check(t, err)
-	check(t, os.WriteFile(users, regexp.MustCompile(`(?m)^(certificate|token).*\n`).ReplaceAll(text, nil), 0o600))
+	check(t, os.WriteFile(users, regexp.MustCompile(`(?m)^(certificate|token).*\n`).ReplaceAll(text,
+		nil), 0o600))
 	var ca pki.Pair
 	ca.Cert, err = os.ReadFile(filepath.Join(p.dir, "ca.crt"))
 	check(t, err)
@@ -59,23 +61,29 @@ func TestCertificatesRenewedOnDisk(t *testing.T) {
 		t.Errorf("the client's certificate ends %v, want %v", before.CertificateUntil, first)
 	}
 
-	renewed, err := authority.Server(lab.ProxyName, nil, time.Now().Add(-time.Hour)) // with another key, and another end
+	// with another key, and another end
+	renewed, err := authority.Server(lab.ProxyName, nil, time.Now().Add(-time.Hour))
 	check(t, err)
 	end := write(p.dir, "proxy", renewed)
 	p.eventually("the proxy has the new certificate", func() bool { return p.expiry().Equal(end) })
 	p.ping(p.Client, lab.TargetIPv4)
-	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 || !s.Since.Equal(before.Since) {
+	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 ||
+		!s.Since.Equal(before.Since) {
 		t.Errorf("the session did not last: %+v", s)
 	}
 
 	second := renew(time.Hour)
-	p.eventually("the first certificate has ended", func() bool { return time.Now().After(first.Add(time.Second)) })
-	p.must(p.Proxy, "masque-proxy", "kick", strings.Fields(strings.Split(p.must(p.Proxy, "masque-proxy", "sessions"), "\n")[1])[0])
+	p.eventually("the first certificate has ended", func() bool {
+		return time.Now().After(first.Add(time.Second))
+	})
+	p.must(p.Proxy, "masque-proxy", "kick",
+		strings.Fields(strings.Split(p.must(p.Proxy, "masque-proxy", "sessions"), "\n")[1])[0])
 	p.eventually("the client is connected again", func() bool {
 		s := p.status(p.Client, "alice")
 		return s.State == client.StateConnected && s.Reconnects > 0
 	})
-	if s := p.status(p.Client, "alice"); s.CertificateUntil == nil || !s.CertificateUntil.Equal(second) {
+	if s := p.status(p.Client, "alice"); s.CertificateUntil == nil ||
+		!s.CertificateUntil.Equal(second) {
 		t.Errorf("the client's certificate ends %v, want %v", s.CertificateUntil, second)
 	}
 	p.ping(p.Client, lab.TargetIPv4)

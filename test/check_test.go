@@ -9,13 +9,15 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// check runs `check` of a program, which ends with a code, and returns its report.
+// check runs `check` of a program, which ends with a code, and returns its
+// report.
 func (p *pair) check(host *lab.Host, code int, name string, args ...string) string {
 	p.t.Helper()
 	c := host.Command(p.ctx, program(name), append([]string{"check"}, args...)...)
 	out, _ := c.Output()
 	if c.ExitCode() != code {
-		p.t.Errorf("%s check %q: exit code %d, want %d\n%s%s", name, args, c.ExitCode(), code, out, p.log(c))
+		p.t.Errorf("%s check %q: exit code %d, want %d\n%s%s", name, args, c.ExitCode(), code, out,
+			p.log(c))
 	}
 	return string(out)
 }
@@ -30,8 +32,9 @@ func (p *pair) reports(report string, lines ...string) {
 	}
 }
 
-// The doctors find nothing wrong with a pair that works, and in what is then put in the way they name what helps: it is done, and they find
-// nothing any more.
+// The doctors find nothing wrong with a pair that works, and in what is then
+// put in the way they name what helps: it is done, and they find nothing any
+// more.
 func TestCheckFirewall(t *testing.T) {
 	p := newPair(t, options{})
 	file := p.invite("alice")
@@ -41,9 +44,13 @@ func TestCheckFirewall(t *testing.T) {
 		answers = "firewall: nftables table inet fw, chain forward drops answers from "
 		out     = "firewall: nftables table inet fw, chain output drops UDP 443 to the proxy"
 	)
-	report := p.check(p.Proxy, 0, "masque-proxy", "-c", p.config()) + p.check(p.Client, 0, "masque-client", "-c", file)
-	p.reports(report, "ok    firewall: no chain of nftables drops UDP 443 from clients", "ok    firewall: no chain of nftables drops UDP 443 to the proxy",
-		"ok    policy routing: ", "ok    reverse path filter: ", "ok    forwarding: net.ipv4.ip_forward is ", "ok    nat: off; ", "ok    IPv6: on for new interfaces")
+	report := p.check(p.Proxy, 0, "masque-proxy", "-c", p.config()) +
+		p.check(p.Client, 0, "masque-client", "-c", file)
+	p.reports(report, "ok    firewall: no chain of nftables drops UDP 443 from clients",
+		"ok    firewall: no chain of nftables drops UDP 443 to the proxy",
+		"ok    policy routing: ", "ok    reverse path filter: ",
+		"ok    forwarding: net.ipv4.ip_forward is ", "ok    nat: off; ",
+		"ok    IPv6: on for new interfaces")
 	if strings.Contains(report, "fail  ") {
 		t.Errorf("something fails:\n%s", report)
 	}
@@ -63,10 +70,13 @@ func TestCheckFirewall(t *testing.T) {
 		}
 		}`)
 	report = p.check(p.Proxy, 0, "masque-proxy", "-c", p.config())
-	p.reports(report, "warn  "+in+" — sudo nft insert rule inet fw input udp dport 443 accept, ", "warn  "+forward, "warn  "+answers)
+	p.reports(report, "warn  "+in+" — sudo nft insert rule inet fw input udp dport 443 accept, ",
+		"warn  "+forward, "warn  "+answers)
 	p.reports(p.check(p.Client, 0, "masque-client", "-c", file),
-		"warn  "+out+" — sudo nft insert rule inet fw output udp dport 443 accept, ", "ok    firewall: no chain of nftables drops packets into the tunnel")
-	if out, err := p.Client.Command(p.ctx, program("masque-client"), "up", file, "--wait", "--timeout", "2s").CombinedOutput(); err == nil {
+		"warn  "+out+" — sudo nft insert rule inet fw output udp dport 443 accept, ",
+		"ok    firewall: no chain of nftables drops packets into the tunnel")
+	if out, err := p.Client.Command(p.ctx, program("masque-client"), "up", file, "--wait",
+		"--timeout", "2s").CombinedOutput(); err == nil {
 		t.Errorf("the client connects through what is closed: %s", out)
 	}
 
@@ -75,13 +85,15 @@ func TestCheckFirewall(t *testing.T) {
 		text string
 	}{{p.Proxy, report}, {p.Client, p.check(p.Client, 0, "masque-client", "-c", file)}} {
 		for line := range strings.Lines(x.text) {
-			if _, command, ok := strings.Cut(line, " — sudo nft "); ok && strings.HasPrefix(line, "warn  firewall: ") {
+			if _, command, ok := strings.Cut(line, " — sudo nft "); ok &&
+				strings.HasPrefix(line, "warn  firewall: ") {
 				command, _, _ = strings.Cut(command, ",")
 				nft(x.host, command)
 			}
 		}
 	}
-	report = p.check(p.Proxy, 0, "masque-proxy", "-c", p.config()) + p.check(p.Client, 0, "masque-client", "-c", file)
+	report = p.check(p.Proxy, 0, "masque-proxy", "-c", p.config()) +
+		p.check(p.Client, 0, "masque-client", "-c", file)
 	if strings.Contains(report, "warn  firewall: ") {
 		t.Errorf("what was done did not help:\n%s", report)
 	}
@@ -96,14 +108,18 @@ func TestCheckConnect(t *testing.T) {
 	file := p.invite("alice")
 	before := p.snapshot(p.Client)
 	found := "ok    connecting: the name " + lab.ProxyName + " leads to "
-	good := []string{found, "ok    connecting: [2001:db8:2::5]:443 answers on UDP, round trip ", "ok    connecting: its certificate is for " + lab.ProxyName + ", from ",
+	good := []string{found, "ok    connecting: [2001:db8:2::5]:443 answers on UDP, round trip ",
+		"ok    connecting: its certificate is for " + lab.ProxyName + ", from ",
 		"ok    connecting: it is a MASQUE proxy: ", "ok    connecting: the request for "}
 	p.reports(p.check(p.Client, 0, "masque-client", "-c", file, "--connect"), good...)
 	p.unchanged(p.Client, before)
-	p.eventually("the session is gone", func() bool { return strings.TrimSpace(p.must(p.Proxy, "masque-proxy", "sessions", "--json")) == "[]" })
+	p.eventually("the session is gone", func() bool {
+		return strings.TrimSpace(p.must(p.Proxy, "masque-proxy", "sessions", "--json")) == "[]"
+	})
 
 	// Nobody but the command has asked the proxy anything.
-	if report := p.check(p.Client, 0, "masque-client", "-c", file); strings.Contains(report, "connecting: ") {
+	if report := p.check(p.Client, 0, "masque-client", "-c", file); strings.Contains(report,
+		"connecting: ") {
 		t.Errorf("without --connect it connects:\n%s", report)
 	}
 
@@ -115,10 +131,14 @@ func TestCheckConnect(t *testing.T) {
 	other := filepath.Join(t.TempDir(), "other.toml")
 	dir := filepath.Join(t.TempDir(), "other")
 	p.must(p.Proxy, "masque-proxy", "init", "--name", lab.ProxyName, dir)
-	check(t, os.WriteFile(other, []byte(strings.Replace(text, string(readFile(t, filepath.Join(p.dir, "ca.crt"))), string(readFile(t, filepath.Join(dir, "ca.crt"))), 1)), 0o600))
+	check(t, os.WriteFile(other, []byte(strings.Replace(text,
+		string(readFile(t, filepath.Join(p.dir, "ca.crt"))),
+		string(readFile(t, filepath.Join(dir, "ca.crt"))), 1)), 0o600))
 	p.reports(p.check(p.Client, 2, "masque-client", "-c", other, "--connect"), found,
-		"fail  connecting: the certificate of "+lab.ProxyName+" is from an unknown authority — set tls.ca")
+		"fail  connecting: the certificate of "+lab.ProxyName+
+			" is from an unknown authority — set tls.ca")
 
 	p.stopProxy()
-	p.reports(p.check(p.Client, 2, "masque-client", "-c", file, "--connect"), found, "fail  connecting: ")
+	p.reports(p.check(p.Client, 2, "masque-client", "-c", file, "--connect"), found,
+		"fail  connecting: ")
 }

@@ -27,7 +27,8 @@ type vector struct {
 	Fin     bool // the stream ends after it
 }
 
-// malformedByPolicy is the vectors that we take for malformed where the receiver has the choice.
+// malformedByPolicy is the vectors that we take for malformed where the
+// receiver has the choice.
 var malformedByPolicy = []string{"AR10", "RA10"}
 
 // vectors returns the test vectors.
@@ -57,8 +58,9 @@ func (v vector) malformed() bool {
 	return v.Verdict == "malformed" || slices.Contains(malformedByPolicy, v.ID)
 }
 
-// What is malformed costs a client its stream, and no other stream of the connection; everything else goes by (RFC 9297
-// section 3.3). What the stream held is free afterwards.
+// What is malformed costs a client its stream, and no other stream of the
+// connection; everything else goes by (RFC 9297 section 3.3). What the stream
+// held is free afterwards.
 func TestWireVectorsAtProxy(t *testing.T) {
 	p := startWireProxy(t, nil)
 	other := p.tunnel()
@@ -78,10 +80,13 @@ func TestWireVectorsAtProxy(t *testing.T) {
 		u.CancelWrite(0)
 		u.CancelRead(0)
 	}
-	awaitDone(t, "only the other tunnel is left", func() bool { return len(p.Sessions()) == 1 && p.Status().Leased["ipv4"] == 1 })
+	awaitDone(t, "only the other tunnel is left", func() bool {
+		return len(p.Sessions()) == 1 && p.Status().Leased["ipv4"] == 1
+	})
 }
 
-// The client takes capsules as the proxy does. It has one stream, and so starts over when that is reset.
+// The client takes capsules as the proxy does. It has one stream, and so starts
+// over when that is reset.
 func TestWireVectorsAtClient(t *testing.T) {
 	in := newInstallation(t)
 	r := startRawServer(t, in, http3.NextProtoH3)
@@ -90,7 +95,8 @@ func TestWireVectorsAtClient(t *testing.T) {
 		c := r.startClient(func(c *client.Config) { c.Reconnect = true })
 		s := r.establish(c)
 		if !v.malformed() {
-			// Some vectors take away what the session needs, so it is granted again right behind them.
+			// Some vectors take away what the session needs, so it is granted
+			// again right behind them.
 			for _, c := range granted {
 				capsules = c.Append(capsules)
 			}
@@ -110,7 +116,8 @@ func TestWireVectorsAtClient(t *testing.T) {
 	}
 }
 
-// Capsules arrive in whatever pieces the peer likes: every byte in a frame of its own, with frames between that mean nothing.
+// Capsules arrive in whatever pieces the peer likes: every byte in a frame of
+// its own, with frames between that mean nothing.
 func TestWireDrippedCapsules(t *testing.T) {
 	u := startWireProxy(t, nil).tunnel()
 	pkt, id := newEcho(u.addr4, beyond4)
@@ -122,8 +129,9 @@ func TestWireDrippedCapsules(t *testing.T) {
 	awaitID(t, u.p.device.Receive, id)
 }
 
-// Capsules of unknown types are skipped however long they are, known ones are read up to a limit; the proxy keeps nothing of
-// either, and other streams go on.
+// Capsules of unknown types are skipped however long they are, known ones are
+// read up to a limit; the proxy keeps nothing of either, and other streams go
+// on.
 func TestWireEndlessCapsules(t *testing.T) {
 	p := startWireProxy(t, nil)
 	u := p.tunnel()
@@ -138,12 +146,15 @@ func TestWireEndlessCapsules(t *testing.T) {
 		check(t, err)
 	}
 	if after := heap(); after > before+long/4 {
-		t.Errorf("%d bytes are in use after a capsule of %d bytes, %d before it", after, long, before)
+		t.Errorf("%d bytes are in use after a capsule of %d bytes, %d before it", after,
+			long, before)
 	}
 	u.lives()
-	for _, typ := range []capsule.Type{capsule.TypeDatagram, capsule.TypeAddressRequest, capsule.TypeRouteAdvertisement} {
+	for _, typ := range []capsule.Type{capsule.TypeDatagram, capsule.TypeAddressRequest,
+		capsule.TypeRouteAdvertisement} {
 		u := p.tunnelOn(other.conn)
-		_, err := u.Write(quicvarint.Append(quicvarint.Append(nil, uint64(typ)), long)) // none of it is sent
+		// none of it is sent
+		_, err := u.Write(quicvarint.Append(quicvarint.Append(nil, uint64(typ)), long))
 		check(t, err)
 		u.wantReset(http3.ErrCodeExcessiveLoad)
 	}
@@ -155,23 +166,31 @@ func TestWireOversizedCapsuleAtClient(t *testing.T) {
 	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
 	c := r.startClient(nil)
 	s := r.establish(c)
-	_, err := s.Write(quicvarint.Append(quicvarint.Append(nil, uint64(capsule.TypeRouteAdvertisement)), 1<<20))
+	_, err := s.Write(quicvarint.Append(quicvarint.Append(nil,
+		uint64(capsule.TypeRouteAdvertisement)), 1<<20))
 	check(t, err)
 	s.wantReset(http3.ErrCodeExcessiveLoad)
-	if e := c.failure(); !bytes.Contains([]byte(e.Error()), []byte("ROUTE_ADVERTISEMENT capsule of 1048576 bytes")) {
+	if e := c.failure(); !bytes.Contains([]byte(e.Error()),
+		[]byte("ROUTE_ADVERTISEMENT capsule of 1048576 bytes")) {
 		t.Errorf("the client says %q", e)
 	}
 }
 
-// Both families are in one ADDRESS_ASSIGN, each of which is the full list; request IDs are echoed, and a refusal is said once
-// (RFC 9484 sections 4.7.1 and 4.7.2).
+// Both families are in one ADDRESS_ASSIGN, each of which is the full list;
+// request IDs are echoed, and a refusal is said once (RFC 9484 sections 4.7.1
+// and 4.7.2).
 func TestWireAssignmentsAreComplete(t *testing.T) {
-	p := startWireProxy(t, func(c *proxy.Config) { c.Pool4 = netip.MustParsePrefix("10.77.0.0/30") }) // one address for clients
+	// one address for clients
+	p := startWireProxy(t, func(c *proxy.Config) {
+		c.Pool4 = netip.MustParsePrefix("10.77.0.0/30")
+	})
 	u := p.tunnel()
-	held := []capsule.Address{{RequestID: 1000, Prefix: netip.PrefixFrom(u.addr4, 32)}, {RequestID: 1001, Prefix: netip.PrefixFrom(u.addr6, 128)}}
+	held := []capsule.Address{{RequestID: 1000, Prefix: netip.PrefixFrom(u.addr4, 32)},
+		{RequestID: 1001, Prefix: netip.PrefixFrom(u.addr6, 128)}}
 	more := netip.MustParsePrefix("fd77::99/128")
 	for _, tc := range []struct{ asked, got capsule.Address }{
-		{capsule.Address{RequestID: 7, Prefix: any4}, capsule.Address{RequestID: 7, Prefix: any4}}, // refused
+		// refused
+		{capsule.Address{RequestID: 7, Prefix: any4}, capsule.Address{RequestID: 7, Prefix: any4}},
 		{capsule.Address{RequestID: 9, Prefix: more}, capsule.Address{RequestID: 9, Prefix: more}},
 	} {
 		u.send(&capsule.AddressRequest{Addresses: []capsule.Address{tc.asked}})
@@ -182,7 +201,8 @@ func TestWireAssignmentsAreComplete(t *testing.T) {
 	}
 }
 
-// Each ADDRESS_ASSIGN and each ROUTE_ADVERTISEMENT replaces the last, and the kernel is told (RFC 9484 sections 4.7.1 and 4.7.3).
+// Each ADDRESS_ASSIGN and each ROUTE_ADVERTISEMENT replaces the last, and the
+// kernel is told (RFC 9484 sections 4.7.1 and 4.7.3).
 func TestWireCapsulesReplaceAtClient(t *testing.T) {
 	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
 	c := r.startClient(nil)
@@ -191,7 +211,8 @@ func TestWireCapsulesReplaceAtClient(t *testing.T) {
 	s.send(&capsule.AddressAssign{Addresses: []capsule.Address{{Prefix: address}}},
 		&capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{route}, 0)})
 	c.network.await(t, func(state routing.State) bool {
-		return slices.Equal(state.Addresses, []netip.Prefix{address}) && slices.Equal(state.Routes, []netip.Prefix{route})
+		return slices.Equal(state.Addresses, []netip.Prefix{address}) &&
+			slices.Equal(state.Routes, []netip.Prefix{route})
 	})
 	pkt, _ := newEcho(beyond4, inside4) // no longer its address
 	s.send(packetCapsule(pkt))

@@ -13,11 +13,15 @@ import (
 	"masquevpn/proxy"
 )
 
-// Datagrams that belong nowhere are dropped, without a line in the log for each: before their request and before its answer, for
-// streams that are not there or somebody else's, of unknown contexts, and without a whole one. Tunnels go on.
+// Datagrams that belong nowhere are dropped, without a line in the log for
+// each: before their request and before its answer, for streams that are not
+// there or somebody else's, of unknown contexts, and without a whole one.
+// Tunnels go on.
 func TestWireStrayDatagrams(t *testing.T) {
 	var log lines
-	p := startWireProxy(t, func(c *proxy.Config) { c.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+	p := startWireProxy(t, func(c *proxy.Config) {
+		c.Logger = slog.New(slog.NewTextHandler(&log, nil))
+	})
 	victim := p.tunnel()
 
 	early := p.dial(masqueSettings)
@@ -53,19 +57,25 @@ func TestWireStrayDatagrams(t *testing.T) {
 	}
 }
 
-// What no client may reach by default: the proxy's own loopback and addresses, metadata services, and other clients.
+// What no client may reach by default: the proxy's own loopback and addresses,
+// metadata services, and other clients.
 func TestWireDeniedDestinations(t *testing.T) {
-	management4, management6 := netip.MustParseAddr("203.0.113.5"), netip.MustParseAddr("2001:db8:5::5")
+	management4, management6 := netip.MustParseAddr("203.0.113.5"),
+		netip.MustParseAddr("2001:db8:5::5")
 	p := startWireProxy(t, func(c *proxy.Config) {
 		c.LocalNetworks = func() ([]netip.Prefix, error) {
-			return []netip.Prefix{netip.PrefixFrom(management4, 24), netip.PrefixFrom(management6, 64)}, nil
+			return []netip.Prefix{netip.PrefixFrom(management4, 24),
+				netip.PrefixFrom(management6, 64)}, nil
 		}
 	})
 	u, other := p.tunnel(), p.tunnel()
 	for _, dst := range []netip.Addr{
-		netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.255.0.9"), netip.IPv6Loopback(), management4, management6,
-		netip.MustParseAddr("100.100.100.200"), netip.MustParseAddr("168.63.129.16"), netip.MustParseAddr("fd00:ec2::254"),
-		netip.MustParseAddr("64:ff9b::169.254.169.254"), netip.MustParseAddr("0.0.0.1"), other.addr4, other.addr6, notAssigned,
+		netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.255.0.9"), netip.IPv6Loopback(),
+		management4, management6,
+		netip.MustParseAddr("100.100.100.200"), netip.MustParseAddr("168.63.129.16"),
+		netip.MustParseAddr("fd00:ec2::254"),
+		netip.MustParseAddr("64:ff9b::169.254.169.254"), netip.MustParseAddr("0.0.0.1"),
+		other.addr4, other.addr6, notAssigned,
 	} {
 		src, gateway, want := u.addr4, proxy4Inside, icmp{3, 13}
 		if dst.Is6() {
@@ -77,7 +87,8 @@ func TestWireDeniedDestinations(t *testing.T) {
 		u.sendPacket(pkt)
 		wantICMP(t, u.readPacket, pkt, gateway, want)
 	}
-	for _, dst := range []string{"169.254.169.254", "255.255.255.255", "fe80::1"} { // these nobody forwards, so nobody answers
+	for _, dst := range []string{"169.254.169.254", "255.255.255.255", "fe80::1"} {
+		// these nobody forwards, so nobody answers
 		src := u.addr4
 		if a := netip.MustParseAddr(dst); a.Is6() {
 			src = u.addr6
@@ -91,7 +102,8 @@ func TestWireDeniedDestinations(t *testing.T) {
 	awaitOnly(t, p.device.Receive, id)
 }
 
-// A thousand requests on one connection: above the user's limit they are refused with the reason, and the tunnels there are go on.
+// A thousand requests on one connection: above the user's limit they are
+// refused with the reason, and the tunnels there are go on.
 func TestWireThousandRequests(t *testing.T) {
 	p := startWireProxy(t, func(c *proxy.Config) {
 		c.Methods, c.Users, c.MaxSessionsPerUser = []string{proxy.MethodToken}, wireUsers{}, 4
@@ -104,7 +116,8 @@ func TestWireThousandRequests(t *testing.T) {
 		status, fields := s.answer()
 		statuses[status]++
 		if status == "429" {
-			if got := field(fields, "proxy-status"); !strings.Contains(got, "error=connection_limit_reached") {
+			if got := field(fields, "proxy-status"); !strings.Contains(got,
+				"error=connection_limit_reached") {
 				t.Fatalf("Proxy-Status %q", got)
 			}
 			_ = s.Close()
@@ -117,8 +130,9 @@ func TestWireThousandRequests(t *testing.T) {
 	u.lives()
 }
 
-// Ten thousand beginnings of handshakes are answered by asking for proof of the address (Retry, RFC 9000 section 8.1.2), but for
-// the first of them; tunnels go on.
+// Ten thousand beginnings of handshakes are answered by asking for proof of the
+// address (Retry, RFC 9000 section 8.1.2), but for the first of them; tunnels
+// go on.
 func TestWireInitialFlood(t *testing.T) {
 	p := startWireProxy(t, nil)
 	u := p.tunnel()
@@ -137,7 +151,8 @@ func TestWireInitialFlood(t *testing.T) {
 		if err != nil {
 			t.Fatalf("no Retry: %v", err)
 		}
-		if n > 5 && buf[0]>>4 == 0xf && binary.BigEndian.Uint32(buf[1:]) == 1 { // RFC 9000 section 17.2.5
+		if n > 5 && buf[0]>>4 == 0xf && binary.BigEndian.Uint32(buf[1:]) == 1 {
+			// RFC 9000 section 17.2.5
 			break
 		}
 	}
@@ -145,7 +160,8 @@ func TestWireInitialFlood(t *testing.T) {
 	p.tunnel() // who answers a Retry gets in
 }
 
-// initial returns an Initial packet of QUIC version 1 with nothing that can be decrypted (RFC 9000 section 17.2.2).
+// initial returns an Initial packet of QUIC version 1 with nothing that can be
+// decrypted (RFC 9000 section 17.2.2).
 func initial() []byte {
 	b := make([]byte, 1200)
 	_, _ = rand.Read(b)

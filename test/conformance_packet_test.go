@@ -33,9 +33,11 @@ var (
 // icmp is an ICMP error; the zero value is none.
 type icmp struct{ typ, code uint8 }
 
-// wantICMP waits for the ICMP error about pkt, which has to come from src and quote as much of pkt as it may (RFC 1812
-// section 4.3.2.3, RFC 4443 section 2.4 c). It returns the second word of its header.
-func wantICMP(t *testing.T, read func(context.Context) ([]byte, error), pkt []byte, src netip.Addr, want icmp) uint32 {
+// wantICMP waits for the ICMP error about pkt, which has to come from src and
+// quote as much of pkt as it may (RFC 1812 section 4.3.2.3, RFC 4443 section
+// 2.4 c). It returns the second word of its header.
+func wantICMP(t *testing.T, read func(context.Context) ([]byte, error), pkt []byte, src netip.Addr,
+	want icmp) uint32 {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
@@ -59,9 +61,11 @@ func wantICMP(t *testing.T, read func(context.Context) ([]byte, error), pkt []by
 		}
 		quote := got[p.HeaderLen+8:]
 		if is := (icmp{got[p.HeaderLen], got[p.HeaderLen+1]}); is != want || p.Src != src {
-			t.Errorf("ICMP %v from %v about a packet from %v, want %v from %v", is, p.Src, invoking, want, src)
+			t.Errorf("ICMP %v from %v about a packet from %v, want %v from %v", is, p.Src, invoking,
+				want, src)
 		}
-		if len(got) > limit || len(quote) != min(len(pkt), limit-p.HeaderLen-8) || !bytes.Equal(quote, pkt[:len(quote)]) {
+		if len(got) > limit || len(quote) != min(len(pkt), limit-p.HeaderLen-8) ||
+			!bytes.Equal(quote, pkt[:len(quote)]) {
 			t.Errorf("ICMP %v quotes %d bytes of %d: % x", want, len(quote), len(pkt), quote)
 		}
 		return binary.BigEndian.Uint32(got[p.HeaderLen+4:])
@@ -104,8 +108,8 @@ const (
 	protoUDP = 17
 )
 
-// withHeaders puts extension headers between the IPv6 header of pkt and the rest. Each is a type and its content from the third
-// byte on; lengths follow.
+// withHeaders puts extension headers between the IPv6 header of pkt and the
+// rest. Each is a type and its content from the third byte on; lengths follow.
 func withHeaders(pkt []byte, headers ...extension) []byte {
 	out := slices.Clone(pkt[:40])
 	next := &out[6]
@@ -127,22 +131,28 @@ type extension struct {
 	content []byte // 6 bytes, or 8 more for each step
 }
 
-// errorInterval is the time after which the rate limit lets the next ICMP error pass.
+// errorInterval is the time after which the rate limit lets the next ICMP error
+// pass.
 const errorInterval = 110 * time.Millisecond
 
-// What a router answers, we answer (requirements of RFC 1812 and RFC 4443), in both directions of a tunnel at the proxy: about a
-// client's packet into its tunnel, about one for a client to the network.
+// What a router answers, we answer (requirements of RFC 1812 and RFC 4443), in
+// both directions of a tunnel at the proxy: about a client's packet into its
+// tunnel, about one for a client to the network.
 func TestWireICMP(t *testing.T) {
 	p := startWireProxy(t, func(c *proxy.Config) {
-		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:3::/48")}
-		c.Deny = []netip.Prefix{netip.MustParsePrefix("192.0.2.66/32"), netip.MustParsePrefix("2001:db8:3::66/128")}
+		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
+			netip.MustParsePrefix("2001:db8:3::/48")}
+		c.Deny = []netip.Prefix{netip.MustParsePrefix("192.0.2.66/32"),
+			netip.MustParsePrefix("2001:db8:3::66/128")}
 	})
 	denied4, denied6 := netip.MustParseAddr("192.0.2.66"), netip.MustParseAddr("2001:db8:3::66")
 	nobody4, nobody6 := netip.MustParseAddr("10.77.0.99"), netip.MustParseAddr("fd77::99")
 	u := p.tunnelFor(p.dial(masqueSettings), connectIP("/.well-known/masque/ip/*/6/"))
 	v := u.addr6
 	tooMany := slices.Repeat([]extension{{60, make([]byte, 6)}}, 9)
-	cutFirst := withHeaders(packet(v, beyond6, protoTCP, 64, 8), extension{44, []byte{0, 1, 0, 0, 0, 7}}) // 8 bytes of TCP's 20
+	// 8 bytes of TCP's 20
+	cutFirst := withHeaders(packet(v, beyond6, protoTCP, 64, 8),
+		extension{44, []byte{0, 1, 0, 0, 0, 7}})
 	cut := packet(v, beyond6, 60, 64, 8)
 	cut[40], cut[41] = protoTCP, 200
 
@@ -152,19 +162,25 @@ func TestWireICMP(t *testing.T) {
 		want icmp
 		src  netip.Addr
 	}{
-		{"source not assigned", packet(notAssigned, beyond4, protoTCP, 64, 900), icmp{3, 13}, proxy4Inside},
-		{"source not assigned, IPv6", packet(elsewhere6, beyond6, protoTCP, 64, 1300), icmp{1, 5}, proxy6Inside},
+		{"source not assigned", packet(notAssigned, beyond4, protoTCP, 64, 900), icmp{3, 13},
+			proxy4Inside},
+		{"source not assigned, IPv6", packet(elsewhere6, beyond6, protoTCP, 64, 1300), icmp{1, 5},
+			proxy6Inside},
 		{"no route", packet(u.addr4, elsewhere4, protoTCP, 64, 40), icmp{3, 0}, proxy4Inside},
 		{"no route, IPv6", packet(v, elsewhere6, protoTCP, 64, 40), icmp{1, 0}, proxy6Inside},
 		{"denied", packet(u.addr4, denied4, protoTCP, 64, 40), icmp{3, 13}, proxy4Inside},
 		{"denied, IPv6", packet(v, denied6, protoTCP, 64, 40), icmp{1, 1}, proxy6Inside},
 		{"not in the scope", packet(u.addr4, beyond4, protoUDP, 64, 40), icmp{3, 13}, proxy4Inside},
 		{"not in the scope, IPv6", packet(v, beyond6, protoUDP, 64, 40), icmp{1, 1}, proxy6Inside},
-		{"not in the scope, behind headers", withHeaders(packet(v, beyond6, protoUDP, 64, 40), extension{0, make([]byte, 6)}, extension{60, make([]byte, 14)}), icmp{1, 1}, proxy6Inside},
+		{"not in the scope, behind headers",
+			withHeaders(packet(v, beyond6, protoUDP, 64, 40), extension{0, make([]byte, 6)},
+				extension{60, make([]byte, 14)}), icmp{1, 1}, proxy6Inside},
 		{"first fragment with its header chain cut", cutFirst, icmp{4, 3}, proxy6Inside},
 		{"header chain cut", cut, icmp{1, 1}, proxy6Inside},
-		{"header chain too long", withHeaders(packet(v, beyond6, protoTCP, 64, 40), tooMany...), icmp{1, 1}, proxy6Inside},
-		{"link-local source", packet(linkLocal6, beyond6, protoTCP, 64, 40), icmp{1, 2}, proxy6Inside},
+		{"header chain too long", withHeaders(packet(v, beyond6, protoTCP, 64, 40), tooMany...),
+			icmp{1, 1}, proxy6Inside},
+		{"link-local source", packet(linkLocal6, beyond6, protoTCP, 64, 40), icmp{1, 2},
+			proxy6Inside},
 	} {
 		t.Run("up/"+tc.name, func(t *testing.T) {
 			time.Sleep(errorInterval)
@@ -180,15 +196,18 @@ func TestWireICMP(t *testing.T) {
 	}{
 		{"no session", packet(beyond4, nobody4, protoTCP, 64, 40), icmp{3, 1}, proxy4Inside},
 		{"no session, IPv6", packet(beyond6, nobody6, protoTCP, 64, 40), icmp{1, 3}, proxy6Inside},
-		{"source not advertised", packet(elsewhere4, u.addr4, protoTCP, 64, 40), icmp{3, 13}, proxy4Inside},
-		{"source not advertised, IPv6", packet(elsewhere6, v, protoTCP, 64, 40), icmp{1, 5}, proxy6Inside},
+		{"source not advertised", packet(elsewhere4, u.addr4, protoTCP, 64, 40), icmp{3, 13},
+			proxy4Inside},
+		{"source not advertised, IPv6", packet(elsewhere6, v, protoTCP, 64, 40), icmp{1, 5},
+			proxy6Inside},
 		{"not in the scope", packet(beyond4, u.addr4, protoUDP, 64, 40), icmp{3, 13}, proxy4Inside},
 		{"not in the scope, IPv6", packet(beyond6, v, protoUDP, 64, 40), icmp{1, 1}, proxy6Inside},
 		{"hop limit", packet(beyond4, u.addr4, protoTCP, 1, 40), icmp{11, 0}, proxy4Inside},
 		{"hop limit, IPv6", packet(beyond6, v, protoTCP, 1, 40), icmp{3, 0}, proxy6Inside},
 		{"too big", packet(beyond4, u.addr4, protoTCP, 64, 1470), icmp{3, 4}, proxy4Inside},
 		{"too big, IPv6", packet(beyond6, v, protoTCP, 64, 1450), icmp{2, 0}, proxy6Inside},
-		{"header chain too long", withHeaders(packet(beyond6, v, protoTCP, 64, 40), tooMany...), icmp{1, 1}, proxy6Inside},
+		{"header chain too long", withHeaders(packet(beyond6, v, protoTCP, 64, 40), tooMany...),
+			icmp{1, 1}, proxy6Inside},
 		{"link-local source", packet(linkLocal6, v, protoTCP, 64, 40), icmp{1, 2}, proxy6Inside},
 	} {
 		t.Run("down/"+tc.name, func(t *testing.T) {
@@ -202,10 +221,14 @@ func TestWireICMP(t *testing.T) {
 	}
 }
 
-// What no router answers is dropped in silence: what is not whole, errors about errors, and what is not from or to one host
-// (RFC 1122 section 3.2.2, RFC 4443 section 2.4 e). So are routing headers of type 0 (RFC 5095), and others that lead elsewhere.
+// What no router answers is dropped in silence: what is not whole, errors about
+// errors, and what is not from or to one host (RFC 1122 section 3.2.2, RFC 4443
+// section 2.4 e). So are routing headers of type 0 (RFC 5095), and others that
+// lead elsewhere.
 func TestWireICMPSilence(t *testing.T) {
-	p := startWireProxy(t, func(c *proxy.Config) { c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), allIPv6} })
+	p := startWireProxy(t, func(c *proxy.Config) {
+		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), allIPv6}
+	})
 	u := p.tunnel()
 	edit := func(pkt []byte, at int, with ...byte) []byte {
 		copy(pkt[at:], with)
@@ -215,33 +238,37 @@ func TestWireICMPSilence(t *testing.T) {
 	refused4 := packet(notAssigned, beyond4, protoTCP, 64, 40)
 	q, err := ippacket.Parse(refused4)
 	check(t, err)
-	// An error that quotes what never went through this tunnel, from an address that may not send it.
+	// An error that quotes what never went through this tunnel, from an address
+	// that may not send it.
 	about, ok := ippacket.AppendICMPError(nil, refused4, q, ippacket.NoRoute, elsewhere4, 0)
 	if !ok {
 		t.Fatal("no ICMP error was made")
 	}
 	silent := map[string][]byte{
-		"bad checksum":        edit(plain4(elsewhere4), 10, 1, 2),
-		"version 5":           edit(plain4(elsewhere4), 0, 0x55),
-		"too long a length":   checksum4(edit(plain4(elsewhere4), 2, 0xff, 0xff)),
-		"too short a length":  checksum4(edit(plain4(elsewhere4), 2, 0, 30)),
-		"half a header":       plain4(elsewhere4)[:10],
-		"empty":               {},
-		"later fragment":      checksum4(edit(plain4(elsewhere4), 6, 0, 5)),
-		"ICMP error":          about,
-		"multicast":           plain4(netip.MustParseAddr("239.1.2.3")),
-		"broadcast":           plain4(netip.MustParseAddr("255.255.255.255")),
-		"from nowhere":        packet(netip.IPv4Unspecified(), beyond4, protoTCP, 64, 40),
-		"from loopback":       packet(netip.MustParseAddr("127.0.0.1"), beyond4, protoTCP, 64, 40),
-		"from multicast":      packet(netip.MustParseAddr("239.1.2.3"), beyond4, protoTCP, 64, 40),
-		"from broadcast":      packet(netip.MustParseAddr("255.255.255.255"), beyond4, protoTCP, 64, 40),
-		"link-local, IPv4":    packet(linkLocal4, beyond4, protoTCP, 64, 40),
-		"to link-local":       packet(u.addr6, linkLocal6, protoTCP, 64, 40),
-		"from ::":             packet(netip.IPv6Unspecified(), beyond6, protoTCP, 64, 40),
-		"from ::1":            packet(netip.IPv6Loopback(), beyond6, protoTCP, 64, 40),
-		"wrong length, IPv6":  edit(packet(u.addr6, beyond6, protoTCP, 64, 40), 4, 0, 20),
-		"routing header 0":    withHeaders(packet(u.addr6, beyond6, protoTCP, 64, 40), extension{43, make([]byte, 6)}),
-		"segment routing":     withHeaders(packet(u.addr6, beyond6, protoTCP, 64, 40), extension{43, append([]byte{4, 1}, make([]byte, 20)...)}),
+		"bad checksum":       edit(plain4(elsewhere4), 10, 1, 2),
+		"version 5":          edit(plain4(elsewhere4), 0, 0x55),
+		"too long a length":  checksum4(edit(plain4(elsewhere4), 2, 0xff, 0xff)),
+		"too short a length": checksum4(edit(plain4(elsewhere4), 2, 0, 30)),
+		"half a header":      plain4(elsewhere4)[:10],
+		"empty":              {},
+		"later fragment":     checksum4(edit(plain4(elsewhere4), 6, 0, 5)),
+		"ICMP error":         about,
+		"multicast":          plain4(netip.MustParseAddr("239.1.2.3")),
+		"broadcast":          plain4(netip.MustParseAddr("255.255.255.255")),
+		"from nowhere":       packet(netip.IPv4Unspecified(), beyond4, protoTCP, 64, 40),
+		"from loopback":      packet(netip.MustParseAddr("127.0.0.1"), beyond4, protoTCP, 64, 40),
+		"from multicast":     packet(netip.MustParseAddr("239.1.2.3"), beyond4, protoTCP, 64, 40),
+		"from broadcast": packet(netip.MustParseAddr("255.255.255.255"), beyond4, protoTCP,
+			64, 40),
+		"link-local, IPv4":   packet(linkLocal4, beyond4, protoTCP, 64, 40),
+		"to link-local":      packet(u.addr6, linkLocal6, protoTCP, 64, 40),
+		"from ::":            packet(netip.IPv6Unspecified(), beyond6, protoTCP, 64, 40),
+		"from ::1":           packet(netip.IPv6Loopback(), beyond6, protoTCP, 64, 40),
+		"wrong length, IPv6": edit(packet(u.addr6, beyond6, protoTCP, 64, 40), 4, 0, 20),
+		"routing header 0": withHeaders(packet(u.addr6, beyond6, protoTCP, 64, 40),
+			extension{43, make([]byte, 6)}),
+		"segment routing": withHeaders(packet(u.addr6, beyond6, protoTCP, 64, 40),
+			extension{43, append([]byte{4, 1}, make([]byte, 20)...)}),
 		"router solicitation": packet(linkLocal6, netip.MustParseAddr("ff02::2"), 58, 255, 8),
 	}
 	marked := uint8(0)
@@ -282,9 +309,12 @@ func wantOnlyICMP(t *testing.T, read func(context.Context) ([]byte, error), abou
 	}
 }
 
-// At most 10 errors a second, after a burst of 10, are sent in each direction; Packet Too Big has an allowance of its own.
+// At most 10 errors a second, after a burst of 10, are sent in each direction;
+// Packet Too Big has an allowance of its own.
 func TestWireICMPRate(t *testing.T) {
-	p := startWireProxy(t, func(c *proxy.Config) { c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")} })
+	p := startWireProxy(t, func(c *proxy.Config) {
+		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
+	})
 	u := p.tunnel()
 	start := time.Now()
 	const n = 200
@@ -307,15 +337,18 @@ func TestWireICMPRate(t *testing.T) {
 	wantICMP(t, p.device.Receive, big, proxy4Inside, icmp{3, 4})
 }
 
-// The client answers like the proxy: its host through the device, the proxy through the tunnel. It takes from the proxy only
-// what comes from where the proxy said that it may (BCP 38), and goes only to its own addresses.
+// The client answers like the proxy: its host through the device, the proxy
+// through the tunnel. It takes from the proxy only what comes from where the
+// proxy said that it may (BCP 38), and goes only to its own addresses.
 func TestWireClientPolicy(t *testing.T) {
 	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
 	c := r.startClient(nil)
 	s := r.establish(c)
-	advertised6 := netip.MustParseAddr("2001:db8:3::99") // ours, and within what the proxy advertises
+	// ours, and within what the proxy advertises
+	advertised6 := netip.MustParseAddr("2001:db8:3::99")
 	s.send(&capsule.AddressAssign{Addresses: []capsule.Address{
-		{Prefix: netip.PrefixFrom(inside4, 32)}, {Prefix: netip.PrefixFrom(inside6, 128)}, {Prefix: netip.PrefixFrom(advertised6, 128)},
+		{Prefix: netip.PrefixFrom(inside4, 32)}, {Prefix: netip.PrefixFrom(inside6, 128)},
+		{Prefix: netip.PrefixFrom(advertised6, 128)},
 	}}, &capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:3::/48")}, 0)})
 	s.lives()
 	for name, tc := range map[string]struct {
@@ -323,13 +356,19 @@ func TestWireClientPolicy(t *testing.T) {
 		want icmp
 		src  netip.Addr
 	}{
-		"source not advertised":       {packet(elsewhere4, inside4, protoTCP, 64, 40), icmp{3, 13}, inside4},
-		"source not advertised, IPv6": {packet(elsewhere6, inside6, protoTCP, 64, 40), icmp{1, 5}, inside6},
-		"own source":                  {packet(inside4, inside4, protoTCP, 64, 40), icmp{3, 13}, inside4},
-		"own source, advertised":      {packet(advertised6, inside6, protoTCP, 64, 40), icmp{1, 5}, inside6},
-		"not for this host":           {packet(beyond4, notAssigned, protoTCP, 64, 40), icmp{3, 0}, inside4},
-		"not for this host, IPv6":     {packet(beyond6, elsewhere6, protoTCP, 64, 40), icmp{1, 0}, inside6},
-		"link-local source":           {packet(linkLocal6, inside6, protoTCP, 64, 40), icmp{1, 2}, inside6},
+		"source not advertised": {packet(elsewhere4, inside4, protoTCP, 64, 40), icmp{3, 13},
+			inside4},
+		"source not advertised, IPv6": {packet(elsewhere6, inside6, protoTCP, 64, 40), icmp{1, 5},
+			inside6},
+		"own source": {packet(inside4, inside4, protoTCP, 64, 40), icmp{3, 13},
+			inside4},
+		"own source, advertised": {packet(advertised6, inside6, protoTCP, 64, 40), icmp{1, 5},
+			inside6},
+		"not for this host": {packet(beyond4, notAssigned, protoTCP, 64, 40), icmp{3, 0},
+			inside4},
+		"not for this host, IPv6": {packet(beyond6, elsewhere6, protoTCP, 64, 40), icmp{1, 0},
+			inside6},
+		"link-local source": {packet(linkLocal6, inside6, protoTCP, 64, 40), icmp{1, 2}, inside6},
 	} {
 		t.Run("down/"+name, func(t *testing.T) {
 			s.sendPacket(tc.pkt)
@@ -341,13 +380,15 @@ func TestWireClientPolicy(t *testing.T) {
 		want icmp
 		src  netip.Addr
 	}{
-		"source not assigned":       {packet(elsewhere4, beyond4, protoTCP, 64, 40), icmp{3, 13}, inside4},
-		"source not assigned, IPv6": {packet(elsewhere6, beyond6, protoTCP, 64, 40), icmp{1, 5}, inside6},
-		"no route":                  {packet(inside4, elsewhere4, protoTCP, 64, 40), icmp{3, 0}, inside4},
-		"no route, IPv6":            {packet(inside6, elsewhere6, protoTCP, 64, 40), icmp{1, 0}, inside6},
-		"link-local source":         {packet(linkLocal6, beyond6, protoTCP, 64, 40), icmp{1, 2}, inside6},
-		"too big":                   {packet(inside4, beyond4, protoTCP, 64, 1470), icmp{3, 4}, inside4},
-		"too big, IPv6":             {packet(inside6, beyond6, protoTCP, 64, 1450), icmp{2, 0}, inside6},
+		"source not assigned": {packet(elsewhere4, beyond4, protoTCP, 64, 40), icmp{3, 13},
+			inside4},
+		"source not assigned, IPv6": {packet(elsewhere6, beyond6, protoTCP, 64, 40), icmp{1, 5},
+			inside6},
+		"no route":          {packet(inside4, elsewhere4, protoTCP, 64, 40), icmp{3, 0}, inside4},
+		"no route, IPv6":    {packet(inside6, elsewhere6, protoTCP, 64, 40), icmp{1, 0}, inside6},
+		"link-local source": {packet(linkLocal6, beyond6, protoTCP, 64, 40), icmp{1, 2}, inside6},
+		"too big":           {packet(inside4, beyond4, protoTCP, 64, 1470), icmp{3, 4}, inside4},
+		"too big, IPv6":     {packet(inside6, beyond6, protoTCP, 64, 1450), icmp{2, 0}, inside6},
 	} {
 		t.Run("up/"+name, func(t *testing.T) {
 			c.device.Inject(tc.pkt)
@@ -359,8 +400,8 @@ func TestWireClientPolicy(t *testing.T) {
 	awaitOnly(t, c.device.Receive, id)
 }
 
-// An echo to all nodes of the link is answered by the endpoint itself, with all that it carries, and goes no further (RFC 9484
-// section 7.2).
+// An echo to all nodes of the link is answered by the endpoint itself, with all
+// that it carries, and goes no further (RFC 9484 section 7.2).
 func TestWireLinkEcho(t *testing.T) {
 	p := startWireProxy(t, nil)
 	u := p.tunnel()
@@ -390,14 +431,16 @@ func wantEchoReply(t *testing.T, read func(context.Context) ([]byte, error), dat
 		if !ok || request || id != 99 {
 			continue
 		}
-		if p.Dst != linkLocal6 || !p.Src.IsLinkLocalUnicast() || seq != 5 || !bytes.Equal(got, data) {
+		if p.Dst != linkLocal6 || !p.Src.IsLinkLocalUnicast() || seq != 5 ||
+			!bytes.Equal(got, data) {
 			t.Errorf("answered with %+v, sequence number %d, %d bytes", p, seq, len(got))
 		}
 		return
 	}
 }
 
-// With one external address for several clients, an ICMP error goes only to the client whose packet it quotes (RFC 9484 section 11).
+// With one external address for several clients, an ICMP error goes only to the
+// client whose packet it quotes (RFC 9484 section 11).
 func TestWireICMPErrorsReachTheirTunnel(t *testing.T) {
 	p := startWireProxy(t, nil)
 	a, b := p.tunnel(), p.tunnel()
@@ -420,12 +463,14 @@ func TestWireICMPErrorsReachTheirTunnel(t *testing.T) {
 	defer cancel()
 	got, err := a.readPacket(ctx)
 	check(t, err)
-	if q, err := ippacket.Parse(got); err != nil || q.Src != router || !ippacket.IsICMPError(got, q) {
+	if q, err := ippacket.Parse(got); err != nil || q.Src != router ||
+		!ippacket.IsICMPError(got, q) {
 		t.Errorf("%+v, %v", q, err)
 	}
 }
 
-// relay passes UDP packets between one client and a server and notes their traffic class.
+// relay passes UDP packets between one client and a server and notes their
+// traffic class.
 type relay struct {
 	addr string
 	mu   sync.Mutex
@@ -442,7 +487,9 @@ func startRelay(t *testing.T, server string) *relay {
 		check(t, err)
 		raw, err := c.SyscallConn()
 		check(t, err)
-		check(t, raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_RECVTOS, 1) }))
+		check(t, raw.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_RECVTOS, 1)
+		}))
 		check(t, err)
 		return c
 	}
@@ -495,7 +542,8 @@ func (r *relay) note(oob []byte) {
 	}
 }
 
-// The inner DSCP is not seen outside, and the inner DSCP and ECN arrive as they were sent (RFC 9484 section 10.3).
+// The inner DSCP is not seen outside, and the inner DSCP and ECN arrive as they
+// were sent (RFC 9484 section 10.3).
 func TestWireTrafficClass(t *testing.T) {
 	p := startWireProxy(t, nil)
 	relay := startRelay(t, p.Addrs()[0].String())
@@ -503,7 +551,8 @@ func TestWireTrafficClass(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	awaitState(t, ctx, c.Client, client.StateConnected)
-	for _, class := range []byte{46<<2 | 3, 10<<2 | 1, 2, 0} { // EF with CE, AF11 with ECT(1), ECT(0), none
+	for _, class := range []byte{46<<2 | 3, 10<<2 | 1, 2, 0} {
+		// EF with CE, AF11 with ECT(1), ECT(0), none
 		for _, way := range []struct {
 			src, dst netip.Addr
 			in, out  interface {
@@ -524,7 +573,8 @@ func TestWireTrafficClass(t *testing.T) {
 			way.in.Inject(pkt)
 			got := awaitID(t, way.out.Receive, id)
 			if !bytes.Equal(got[:2], pkt[:2]) {
-				t.Errorf("traffic class %#x from %v begins with % x on arrival, sent % x", class, way.src, got[:2], pkt[:2])
+				t.Errorf("traffic class %#x from %v begins with % x on arrival, sent % x", class,
+					way.src, got[:2], pkt[:2])
 			}
 		}
 	}

@@ -24,7 +24,8 @@ import (
 	"masquevpn/routing"
 )
 
-// A template that breaks the rules, or smuggles something in, is refused before a packet is sent (RFC 9484 section 3).
+// A template that breaks the rules, or smuggles something in, is refused before
+// a packet is sent (RFC 9484 section 3).
 func TestWireBadTemplatesSendNothing(t *testing.T) {
 	socket, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	check(t, err)
@@ -51,7 +52,8 @@ func TestWireBadTemplatesSendNothing(t *testing.T) {
 			go func() { sent <- countPackets(socket, cancel) }()
 			c := exec.CommandContext(ctx, program("masque-client"), "run", "-c", file)
 			out, _ := c.CombinedOutput()
-			if code := c.ProcessState.ExitCode(); code != 2 || !strings.Contains(lastLine(out), "proxy") {
+			if code := c.ProcessState.ExitCode(); code != 2 ||
+				!strings.Contains(lastLine(out), "proxy") {
 				t.Errorf("exit code %d:\n%s", code, out)
 			}
 			end, err := net.Dial("udp", at)
@@ -66,10 +68,12 @@ func TestWireBadTemplatesSendNothing(t *testing.T) {
 	}
 }
 
-// endOfPackets is what countPackets counts up to. On loopback, all that was sent before is there before.
+// endOfPackets is what countPackets counts up to. On loopback, all that was
+// sent before is there before.
 var endOfPackets = []byte("end")
 
-// countPackets counts packets until endOfPackets and calls each for every one before.
+// countPackets counts packets until endOfPackets and calls each for every one
+// before.
 func countPackets(socket *net.UDPConn, each func()) (n int) {
 	buf := make([]byte, 2048)
 	for {
@@ -82,7 +86,8 @@ func countPackets(socket *net.UDPConn, each func()) (n int) {
 	}
 }
 
-// The request is as RFC 9484 section 4.4 has it; target and ipproto are never empty.
+// The request is as RFC 9484 section 4.4 has it; target and ipproto are never
+// empty.
 func TestWireClientRequest(t *testing.T) {
 	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
 	_, port, err := net.SplitHostPort(r.addr)
@@ -91,20 +96,33 @@ func TestWireClientRequest(t *testing.T) {
 		change func(*client.Config)
 		path   string
 	}{
-		"no scope":       {func(*client.Config) {}, "/.well-known/masque/ip/%2A/%2A/"},
-		"prefix":         {func(c *client.Config) { c.Target, c.IPProto = "192.0.2.0/24", "6" }, "/.well-known/masque/ip/192.0.2.0%2F24/6/"},
-		"IPv6":           {func(c *client.Config) { c.Target = "2001:db8::1" }, "/.well-known/masque/ip/2001%3Adb8%3A%3A1/%2A/"},
-		"name":           {func(c *client.Config) { c.Target, c.IPProto = "host.example", "17" }, "/.well-known/masque/ip/host.example/17/"},
-		"query":          {func(c *client.Config) { c.Proxy = "https://" + r.addr + "/vpn{?target,ipproto}" }, "/vpn?target=%2A&ipproto=%2A"},
-		"no variables":   {func(c *client.Config) { c.Proxy = "https://" + r.addr + "/vpn" }, "/vpn"},
-		"extra variable": {func(c *client.Config) { c.Proxy = "https://" + r.addr + "/{tenant}/{target}" }, "//%2A"},
+		"no scope": {func(*client.Config) {}, "/.well-known/masque/ip/%2A/%2A/"},
+		"prefix": {func(c *client.Config) {
+			c.Target, c.IPProto = "192.0.2.0/24", "6"
+		}, "/.well-known/masque/ip/192.0.2.0%2F24/6/"},
+		"IPv6": {func(c *client.Config) {
+			c.Target = "2001:db8::1"
+		}, "/.well-known/masque/ip/2001%3Adb8%3A%3A1/%2A/"},
+		"name": {func(c *client.Config) {
+			c.Target, c.IPProto = "host.example", "17"
+		}, "/.well-known/masque/ip/host.example/17/"},
+		"query": {func(c *client.Config) {
+			c.Proxy = "https://" + r.addr + "/vpn{?target,ipproto}"
+		}, "/vpn?target=%2A&ipproto=%2A"},
+		"no variables": {func(c *client.Config) {
+			c.Proxy = "https://" + r.addr + "/vpn"
+		}, "/vpn"},
+		"extra variable": {func(c *client.Config) {
+			c.Proxy = "https://" + r.addr + "/{tenant}/{target}"
+		}, "//%2A"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := r.startClient(tc.change)
 			conn := r.accept(masqueSettings)
 			s, fields := conn.request()
 			want := []string{
-				":method: CONNECT", ":protocol: connect-ip", ":scheme: https", ":authority: 127.0.0.1:" + port, ":path: " + tc.path,
+				":method: CONNECT", ":protocol: connect-ip", ":scheme: https",
+				":authority: 127.0.0.1:" + port, ":path: " + tc.path,
 				"capsule-protocol: ?1",
 			}
 			for _, f := range want {
@@ -122,7 +140,8 @@ func TestWireClientRequest(t *testing.T) {
 	}
 }
 
-// The client sends no request to a server that is no MASQUE proxy, nor before it knows (RFC 9220 section 3, RFC 9297 section 2.1.1).
+// The client sends no request to a server that is no MASQUE proxy, nor before
+// it knows (RFC 9220 section 3, RFC 9297 section 2.1.1).
 func TestWireClientReadsSettings(t *testing.T) {
 	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
 	for says, s := range map[string]settings{
@@ -149,7 +168,8 @@ func TestWireClientReadsSettings(t *testing.T) {
 	}
 }
 
-// Only a success opens the tunnel, and only one that is well-formed (RFC 9484 section 4.5, RFC 9297 section 3.2).
+// Only a success opens the tunnel, and only one that is well-formed (RFC 9484
+// section 4.5, RFC 9297 section 3.2).
 func TestWireClientChecksTheAnswer(t *testing.T) {
 	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
 	for _, tc := range []struct {
@@ -165,7 +185,8 @@ func TestWireClientChecksTheAnswer(t *testing.T) {
 		{":status: 200,content-type: text/html", client.KindUnreachable, "Content-Type"},
 		{":status: 400", client.KindUsage, "status 400"},
 		{":status: 401", client.KindCredentials, "credentials"},
-		{":status: 403,proxy-status: p; error=destination_ip_prohibited", client.KindRefused, "destination_ip_prohibited"},
+		{":status: 403,proxy-status: p; error=destination_ip_prohibited", client.KindRefused,
+			"destination_ip_prohibited"},
 		{":status: 429", client.KindFailure, "status 429"},
 		{":status: 502,proxy-status: p; error=dns_error", client.KindFailure, "dns_error"},
 	} {
@@ -204,7 +225,9 @@ func TestWireClientChecksTheAnswer(t *testing.T) {
 
 // The paths of requests are matched as they are written (RFC 9484 section 4.6).
 func TestWirePaths(t *testing.T) {
-	c := startWireProxy(t, func(c *proxy.Config) { c.Template = "https://" + proxyName + "/vpn{?target,ipproto}" }).dial(masqueSettings)
+	c := startWireProxy(t, func(c *proxy.Config) {
+		c.Template = "https://" + proxyName + "/vpn{?target,ipproto}"
+	}).dial(masqueSettings)
 	for path, want := range map[string]string{
 		"*/*":                     "200",
 		"%2A/%2a":                 "200",
@@ -243,41 +266,51 @@ func TestWirePaths(t *testing.T) {
 		s.CancelWrite(0)
 		s.CancelRead(0)
 	}
-	for path, want := range map[string]string{"/vpn?target=*&ipproto=*": "200", "/vpn?target=&ipproto=*": "400", "/other": "404"} {
+	for path, want := range map[string]string{"/vpn?target=*&ipproto=*": "200",
+		"/vpn?target=&ipproto=*": "400", "/other": "404"} {
 		if status, _ := c.open(connectIP(path)...).answer(); status != want {
 			t.Errorf("%s: status %q, want %s", path, status, want)
 		}
 	}
 }
 
-// A request that is malformed as such costs its stream, and no other (RFC 9114 section 4.1.2, RFC 9220).
+// A request that is malformed as such costs its stream, and no other (RFC 9114
+// section 4.1.2, RFC 9220).
 func TestWireMalformedRequests(t *testing.T) {
 	p := startWireProxy(t, nil)
 	other := p.tunnel()
 	for name, fields := range map[string][]string{
-		"no path":                {":method: CONNECT", ":protocol: connect-ip", ":scheme: https", ":authority: p"},
-		"no scheme":              {":method: CONNECT", ":protocol: connect-ip", ":path: " + anyPath, ":authority: p"},
-		"no authority":           {":method: CONNECT", ":protocol: connect-ip", ":scheme: https", ":path: " + anyPath},
-		"two paths":              connectIP(anyPath, ":path: /"),
-		"pseudo-header too late": {":method: CONNECT", "a: b", ":protocol: connect-ip", ":scheme: https", ":path: " + anyPath, ":authority: p"},
-		"unknown pseudo-header":  connectIP(anyPath, ":x: y"),
-		"of an answer":           connectIP(anyPath, ":status: 200"),
-		"protocol of a GET":      {":method: GET", ":protocol: connect-ip", ":scheme: https", ":path: " + anyPath, ":authority: p"},
+		"no path": {":method: CONNECT", ":protocol: connect-ip", ":scheme: https",
+			":authority: p"},
+		"no scheme": {":method: CONNECT", ":protocol: connect-ip", ":path: " + anyPath,
+			":authority: p"},
+		"no authority": {":method: CONNECT", ":protocol: connect-ip", ":scheme: https",
+			":path: " + anyPath},
+		"two paths": connectIP(anyPath, ":path: /"),
+		"pseudo-header too late": {":method: CONNECT", "a: b", ":protocol: connect-ip",
+			":scheme: https", ":path: " + anyPath, ":authority: p"},
+		"unknown pseudo-header": connectIP(anyPath, ":x: y"),
+		"of an answer":          connectIP(anyPath, ":status: 200"),
+		"protocol of a GET": {":method: GET", ":protocol: connect-ip", ":scheme: https",
+			":path: " + anyPath, ":authority: p"},
 		"line break in the path": connectIP("/.well-known/masque/ip/*/*/\r\nx: y"),
-		"user information":       {":method: CONNECT", ":protocol: connect-ip", ":scheme: https", ":path: " + anyPath, ":authority: u:s@p"},
-		"hop-by-hop field":       connectIP(anyPath, "connection: close"),
+		"user information": {":method: CONNECT", ":protocol: connect-ip", ":scheme: https",
+			":path: " + anyPath, ":authority: u:s@p"},
+		"hop-by-hop field": connectIP(anyPath, "connection: close"),
 	} {
 		t.Log(name)
 		other.conn.open(fields...).wantReset(http3.ErrCodeMessageError)
 	}
 	other.lives()
-	if status, _ := other.conn.open(":method: CONNECT", ":protocol: websocket", ":scheme: https", ":path: "+anyPath, ":authority: p").answer(); status != "501" {
+	if status, _ := other.conn.open(":method: CONNECT", ":protocol: websocket", ":scheme: https",
+		":path: "+anyPath, ":authority: p").answer(); status != "501" {
 		t.Errorf("another protocol: status %q", status)
 	}
 }
 
-// The proxy says that it takes Extended CONNECT and HTTP Datagrams, and waits for the client to say the latter: no datagram is
-// sent before, and none to a client that does not take them (RFC 9297 section 2.1.1).
+// The proxy says that it takes Extended CONNECT and HTTP Datagrams, and waits
+// for the client to say the latter: no datagram is sent before, and none to a
+// client that does not take them (RFC 9297 section 2.1.1).
 func TestWireProxyReadsSettings(t *testing.T) {
 	p := startWireProxy(t, nil)
 	t.Run("late", func(t *testing.T) {
@@ -299,7 +332,8 @@ func TestWireProxyReadsSettings(t *testing.T) {
 	})
 	t.Run("without datagrams", func(t *testing.T) {
 		s := p.dial(settings{settingExtendedConnect: 1}).open(connectIP(anyPath)...)
-		if status, fields := s.answer(); status != "400" || !strings.Contains(field(fields, "proxy-status"), "http_request_error") {
+		if status, fields := s.answer(); status != "400" ||
+			!strings.Contains(field(fields, "proxy-status"), "http_request_error") {
 			t.Errorf("answered %q", fields)
 		}
 	})
@@ -318,19 +352,27 @@ func (wireUsers) ByToken(token string) (proxy.User, bool) {
 	return proxy.User{Name: "alice"}, token == "secret"
 }
 
-// Without good credentials nothing is assigned or forwarded, and all that is told is that (RFC 9484 section 11).
+// Without good credentials nothing is assigned or forwarded, and all that is
+// told is that (RFC 9484 section 11).
 func TestWireUnauthenticated(t *testing.T) {
-	p := startWireProxy(t, func(c *proxy.Config) { c.Methods, c.Users = []string{proxy.MethodToken}, wireUsers{} })
+	p := startWireProxy(t, func(c *proxy.Config) {
+		c.Methods, c.Users = []string{proxy.MethodToken}, wireUsers{}
+	})
 	c := p.dial(masqueSettings)
 	var first []string
-	for _, path := range []string{anyPath, "/.well-known/masque/ip/*/256/", "/.well-known/masque/ip/no-such-host.invalid/*/", "/other"} {
-		for _, credentials := range [][]string{nil, {"authorization: Bearer guess"}, {"authorization: Bearer"}, {"authorization: Basic YTpi"}} {
+	for _, path := range []string{anyPath, "/.well-known/masque/ip/*/256/",
+		"/.well-known/masque/ip/no-such-host.invalid/*/", "/other"} {
+		for _, credentials := range [][]string{nil, {"authorization: Bearer guess"},
+			{"authorization: Bearer"}, {"authorization: Basic YTpi"}} {
 			s := c.open(connectIP(path, credentials...)...)
-			s.send(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: any4}}})
+			s.send(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1,
+				Prefix: any4}}})
 			pkt, _ := newEcho(inside4, beyond4)
 			s.sendPacket(pkt)
 			status, fields := s.answer()
-			fields = slices.DeleteFunc(fields, func(f string) bool { return strings.HasPrefix(f, "date: ") })
+			fields = slices.DeleteFunc(fields, func(f string) bool {
+				return strings.HasPrefix(f, "date: ")
+			})
 			slices.Sort(fields)
 			if first == nil {
 				first = fields
@@ -354,16 +396,18 @@ func TestWireUnauthenticated(t *testing.T) {
 	awaitOnly(t, p.device.Receive, id)
 }
 
-// A server that speaks something else is named as such, and not asked again and again; so is one that refuses us for good.
+// A server that speaks something else is named as such, and not asked again and
+// again; so is one that refuses us for good.
 func TestWireNoRetryStorm(t *testing.T) {
 	for name, tc := range map[string]struct {
 		protocol, answer string
 		kind             client.Kind
 		says             string
 	}{
-		"wrong ALPN":          {"h2", "", client.KindUsage, "does not speak HTTP/3"},
-		"refused credentials": {http3.NextProtoH3, ":status: 401", client.KindCredentials, "credentials"},
-		"wrong template":      {http3.NextProtoH3, ":status: 404", client.KindUsage, "404"},
+		"wrong ALPN": {"h2", "", client.KindUsage, "does not speak HTTP/3"},
+		"refused credentials": {http3.NextProtoH3, ":status: 401", client.KindCredentials,
+			"credentials"},
+		"wrong template": {http3.NextProtoH3, ":status: 404", client.KindUsage, "404"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := startRawServer(t, newInstallation(t), tc.protocol)
@@ -400,11 +444,14 @@ func (l *lines) all() []string {
 	return strings.Split(strings.TrimSpace(l.buf.String()), "\n")
 }
 
-// What a client puts into its request is one line in the log, without control characters, whatever it is.
+// What a client puts into its request is one line in the log, without control
+// characters, whatever it is.
 func TestWireLogsAreEscaped(t *testing.T) {
 	paths := []string{
-		"/.well-known/masque/ip/a%0D%0Alevel=ERROR%20msg=forged/*/", "/.well-known/masque/ip/a%00b/*/", "/.well-known/masque/ip/a%1B[31mb/*/",
-		"/.well-known/masque/ip/a%C2%9B31mb/*/", "/.well-known/masque/ip/a%7Fb/*/", "/.well-known/masque/ip/*/%0A/", "/%0Aother", "/x\x85y", "/x\u009by",
+		"/.well-known/masque/ip/a%0D%0Alevel=ERROR%20msg=forged/*/",
+		"/.well-known/masque/ip/a%00b/*/", "/.well-known/masque/ip/a%1B[31mb/*/",
+		"/.well-known/masque/ip/a%C2%9B31mb/*/", "/.well-known/masque/ip/a%7Fb/*/",
+		"/.well-known/masque/ip/*/%0A/", "/%0Aother", "/x\x85y", "/x\u009by",
 	}
 	for _, format := range []string{cli.FormatText, cli.FormatJSON} {
 		t.Run(format, func(t *testing.T) {
@@ -413,16 +460,21 @@ func TestWireLogsAreEscaped(t *testing.T) {
 			c := startWireProxy(t, func(c *proxy.Config) { c.Logger = logger }).dial(masqueSettings)
 			before := len(log.all())
 			for _, path := range paths {
-				if status, _ := c.open(connectIP(path)...).answer(); status != "400" && status != "404" {
+				if status, _ := c.open(connectIP(path)...).answer(); status != "400" &&
+					status != "404" {
 					t.Errorf("%q: status %q", path, status)
 				}
 			}
 			got := log.all()[before:]
 			if len(got) != len(paths) {
-				t.Errorf("%d lines for %d requests:\n%s", len(got), len(paths), strings.Join(got, "\n"))
+				t.Errorf("%d lines for %d requests:\n%s", len(got), len(paths),
+					strings.Join(got, "\n"))
 			}
 			for _, line := range got {
-				if !strings.Contains(line, "request refused") || strings.ContainsFunc(line, func(r rune) bool { return !strconv.IsPrint(r) }) {
+				if !strings.Contains(line, "request refused") ||
+					strings.ContainsFunc(line, func(r rune) bool {
+						return !strconv.IsPrint(r)
+					}) {
 					t.Errorf("not escaped: %q", line)
 				}
 			}

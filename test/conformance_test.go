@@ -28,11 +28,13 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// The conformance tests look at what our proxy and our client say, and how they take what they are told, byte by byte: the far
-// end is the test itself, which writes and reads the frames of HTTP/3 by hand, because an HTTP library breaks no rules. This file
-// holds what they share. Neither end has a kernel.
+// The conformance tests look at what our proxy and our client say, and how they
+// take what they are told, byte by byte: the far end is the test itself, which
+// writes and reads the frames of HTTP/3 by hand, because an HTTP library breaks
+// no rules. This file holds what they share. Neither end has a kernel.
 
-// Frames, settings and streams of HTTP/3 (RFC 9114 sections 6.2.1 and 7.2, RFC 9220, RFC 9297 section 5.1).
+// Frames, settings and streams of HTTP/3 (RFC 9114 sections 6.2.1 and 7.2, RFC
+// 9220, RFC 9297 section 5.1).
 const (
 	frameData     = 0x0
 	frameHeaders  = 0x1
@@ -57,7 +59,8 @@ type rawConn struct {
 	settings chan settings // of the peer
 }
 
-// newRawConn takes over conn, until the test ends. SETTINGS are sent at once unless s is nil.
+// newRawConn takes over conn, until the test ends. SETTINGS are sent at once
+// unless s is nil.
 func newRawConn(t *testing.T, conn *quic.Conn, s settings) *rawConn {
 	t.Helper()
 	c := &rawConn{Conn: conn, t: t, settings: make(chan settings, 1)}
@@ -76,7 +79,8 @@ func newRawConn(t *testing.T, conn *quic.Conn, s settings) *rawConn {
 	return c
 }
 
-// readControl finds the SETTINGS of the peer; its other streams are of no interest.
+// readControl finds the SETTINGS of the peer; its other streams are of no
+// interest.
 func (c *rawConn) readControl() {
 	for {
 		str, err := c.AcceptUniStream(context.Background())
@@ -145,7 +149,8 @@ func (c *rawConn) sendDatagram(id quic.StreamID, payload []byte) {
 	}
 }
 
-// rawStream is one end of a request stream. Read gives the content of its DATA frames.
+// rawStream is one end of a request stream. Read gives the content of its DATA
+// frames.
 type rawStream struct {
 	*quic.Stream
 	conn *rawConn
@@ -177,7 +182,8 @@ func readFrame(r quicvarint.Reader) (typ uint64, payload []byte, err error) {
 	return typ, payload, err
 }
 
-// sendHeaders sends a HEADERS frame with fields, each of which is "name: value".
+// sendHeaders sends a HEADERS frame with fields, each of which is "name:
+// value".
 func (s *rawStream) sendHeaders(fields ...string) {
 	s.conn.t.Helper()
 	var block bytes.Buffer
@@ -215,7 +221,8 @@ func (s *rawStream) readHeaders() (fields []string, err error) {
 	}
 }
 
-// answer reads the answer to a request and returns its status, "" when there is none because the stream ended.
+// answer reads the answer to a request and returns its status, "" when there is
+// none because the stream ended.
 func (s *rawStream) answer() (status string, fields []string) {
 	s.conn.t.Helper()
 	fields, err := s.readHeaders()
@@ -270,7 +277,8 @@ func (s *rawStream) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// wantReset reads on until the peer resets the stream, which has to be with the given code, in both directions.
+// wantReset reads on until the peer resets the stream, which has to be with the
+// given code, in both directions.
 func (s *rawStream) wantReset(code http3.ErrCode) {
 	s.conn.t.Helper()
 	if _, err := io.Copy(io.Discard, s); !isError(err, code) {
@@ -291,8 +299,8 @@ func (s *rawStream) wantReset(code http3.ErrCode) {
 	}
 }
 
-// isError reports whether err is a stream error of the peer, or one that it took for one of the connection, which it may
-// (RFC 9114 section 8).
+// isError reports whether err is a stream error of the peer, or one that it
+// took for one of the connection, which it may (RFC 9114 section 8).
 func isError(err error, code http3.ErrCode) bool {
 	var reset *quic.StreamError
 	var closed *quic.ApplicationError
@@ -312,7 +320,8 @@ func (s *rawStream) sendPacket(pkt []byte) {
 	s.conn.sendDatagram(s.StreamID(), append([]byte{0}, pkt...))
 }
 
-// packetCapsule is a capsule that carries an IP packet. It keeps its place among other capsules.
+// packetCapsule is a capsule that carries an IP packet. It keeps its place
+// among other capsules.
 func packetCapsule(pkt []byte) *capsule.Datagram {
 	return &capsule.Datagram{Payload: append([]byte{0}, pkt...)}
 }
@@ -347,7 +356,8 @@ var (
 	proxy6Inside = netip.MustParseAddr("fd77::1")
 )
 
-// startWireProxy runs a proxy that lets everybody in and advertises everything, unless change says otherwise.
+// startWireProxy runs a proxy that lets everybody in and advertises everything,
+// unless change says otherwise.
 func startWireProxy(t *testing.T, change func(*proxy.Config)) *wireProxy {
 	t.Helper()
 	p := &wireProxy{t: t, in: newInstallation(t), device: tuntest.New(1400)}
@@ -378,7 +388,8 @@ func (p *wireProxy) dial(s settings) *rawConn {
 	ctx, cancel := context.WithTimeout(p.t.Context(), patience)
 	defer cancel()
 	conn, err := quic.DialAddr(ctx, p.Addrs()[0].String(),
-		&tls.Config{RootCAs: p.in.ca, ServerName: proxyName, NextProtos: []string{http3.NextProtoH3}},
+		&tls.Config{RootCAs: p.in.ca, ServerName: proxyName,
+			NextProtos: []string{http3.NextProtoH3}},
 		&quic.Config{EnableDatagrams: true, InitialPacketSize: 1350})
 	if err != nil {
 		p.t.Fatal(err)
@@ -391,7 +402,8 @@ const anyPath = "/.well-known/masque/ip/*/*/"
 // connectIP is the fields of a request for a tunnel.
 func connectIP(path string, more ...string) []string {
 	return append([]string{
-		":method: CONNECT", ":protocol: connect-ip", ":scheme: https", ":authority: " + proxyName, ":path: " + path,
+		":method: CONNECT", ":protocol: connect-ip", ":scheme: https", ":authority: " + proxyName,
+		":path: " + path,
 	}, more...)
 }
 
@@ -420,7 +432,8 @@ func (p *wireProxy) tunnelFor(c *rawConn, fields []string) *wireTunnel {
 		p.t.Fatalf("no tunnel: %v", fields)
 	}
 	u.capsules = capsule.NewReader(u, 1<<16)
-	u.send(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1000, Prefix: any4}, {RequestID: 1001, Prefix: any6}}})
+	u.send(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1000, Prefix: any4},
+		{RequestID: 1001, Prefix: any6}}})
 	assigned := nextCapsule[*capsule.AddressAssign](p.t, u.capsules).Addresses
 	if len(assigned) != 2 || assigned[0].Refused() || assigned[1].Refused() {
 		p.t.Fatalf("assigned %v", assigned)
@@ -443,7 +456,8 @@ func nextCapsule[C capsule.Capsule](t *testing.T, r *capsule.Reader) C {
 	}
 }
 
-// echoID gives each packet of these tests an ID of its own, by which it is known again.
+// echoID gives each packet of these tests an ID of its own, by which it is
+// known again.
 var echoID atomic.Uint32
 
 // newEcho makes an echo request and returns it with its ID.
@@ -500,7 +514,8 @@ func hasID(pkt []byte, id uint16) bool {
 	return ok && got == id
 }
 
-// lives checks that the tunnel takes what is written to its stream, and carries packets both ways.
+// lives checks that the tunnel takes what is written to its stream, and carries
+// packets both ways.
 func (u *wireTunnel) lives() {
 	u.p.t.Helper()
 	pkt, id := newEcho(u.addr4, beyond4)
@@ -519,10 +534,12 @@ type rawServer struct {
 	addr string // to dial
 }
 
-// startRawServer listens until the test ends; protocol is what it negotiates by ALPN.
+// startRawServer listens until the test ends; protocol is what it negotiates by
+// ALPN.
 func startRawServer(t *testing.T, in installation, protocol string) *rawServer {
 	t.Helper()
-	ln, err := quic.ListenAddr("127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{in.proxy}, NextProtos: []string{protocol}},
+	ln, err := quic.ListenAddr("127.0.0.1:0",
+		&tls.Config{Certificates: []tls.Certificate{in.proxy}, NextProtos: []string{protocol}},
 		&quic.Config{EnableDatagrams: true, InitialPacketSize: 1350})
 	if err != nil {
 		t.Fatal(err)
@@ -580,11 +597,13 @@ func (c *wireClient) stop() {
 // startClient runs a client of r until the test ends.
 func (r *rawServer) startClient(change func(*client.Config)) *wireClient {
 	r.t.Helper()
-	c := &wireClient{t: r.t, device: tuntest.New(1400), network: newRecorder(), done: make(chan struct{})}
+	c := &wireClient{t: r.t, device: tuntest.New(1400), network: newRecorder(),
+		done: make(chan struct{})}
 	cfg := client.Config{
-		Name: "wire", Proxy: r.addr, TLS: &tls.Config{RootCAs: r.in.ca, ServerName: proxyName}, InstallRoutes: true,
-		OpenDevice:  func() (client.Device, error) { return c.device, nil },
-		OpenNetwork: func(client.Device) (client.Network, error) { return c.network, nil },
+		Name: "wire", Proxy: r.addr, TLS: &tls.Config{RootCAs: r.in.ca, ServerName: proxyName},
+		InstallRoutes: true,
+		OpenDevice:    func() (client.Device, error) { return c.device, nil },
+		OpenNetwork:   func(client.Device) (client.Network, error) { return c.network, nil },
 	}
 	if change != nil {
 		change(&cfg)
@@ -625,10 +644,12 @@ type wireSession struct {
 	capsules *capsule.Reader
 }
 
-// granted is what the far end says in establish: addresses, and routes to everywhere.
+// granted is what the far end says in establish: addresses, and routes to
+// everywhere.
 var granted = []capsule.Capsule{
 	&capsule.AddressAssign{Addresses: []capsule.Address{
-		{RequestID: 1, Prefix: netip.PrefixFrom(inside4, 32)}, {RequestID: 2, Prefix: netip.PrefixFrom(inside6, 128)},
+		{RequestID: 1, Prefix: netip.PrefixFrom(inside4, 32)},
+		{RequestID: 2, Prefix: netip.PrefixFrom(inside6, 128)},
 	}},
 	&capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{allIPv4, allIPv6}, 0)},
 }
@@ -728,5 +749,7 @@ func heap() uint64 {
 // awaitDrops waits until drops has the reason n times.
 func awaitDrops(t *testing.T, drops func() map[string]uint64, reason string, n uint64) {
 	t.Helper()
-	awaitDone(t, fmt.Sprintf("%d packets were dropped for %q", n, reason), func() bool { return drops()[reason] >= n })
+	awaitDone(t, fmt.Sprintf("%d packets were dropped for %q", n, reason), func() bool {
+		return drops()[reason] >= n
+	})
 }

@@ -8,8 +8,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// A client that asks for prefixes gets them: its own addresses are the first of each, and whatever is behind it can have the
-// rest. What nobody has of it is not looked for at the proxy.
+// A client that asks for prefixes gets them: its own addresses are the first of
+// each, and whatever is behind it can have the rest. What nobody has of it is
+// not looked for at the proxy.
 func TestPrefixDelegation(t *testing.T) {
 	p := newPair(t, options{client: "\n[addresses]\nrequest = [\"0.0.0.0/28\", \"::/80\"]\n"})
 	p.stopProxy()
@@ -17,7 +18,8 @@ func TestPrefixDelegation(t *testing.T) {
 	p.startProxy()
 	before := p.snapshot(p.Client)
 	p.connect(p.Client, "alice")
-	want := []netip.Prefix{netip.MustParsePrefix("10.77.0.224/28"), netip.MustParsePrefix("fd77::ffff:0:0:0/80")}
+	want := []netip.Prefix{netip.MustParsePrefix("10.77.0.224/28"),
+		netip.MustParsePrefix("fd77::ffff:0:0:0/80")}
 	if got := p.status(p.Client, "alice").Addresses; !slices.Equal(got, want) {
 		t.Fatalf("addresses %v, want %v", got, want)
 	}
@@ -40,7 +42,8 @@ func TestPrefixDelegation(t *testing.T) {
 
 func (p *pair) removeAddr(host *lab.Host, iface string, a netip.Addr) {
 	p.t.Helper()
-	if out, err := host.Command(p.ctx, "ip", "addr", "del", a.String(), "dev", iface).CombinedOutput(); err != nil {
+	if out, err := host.Command(p.ctx, "ip", "addr", "del", a.String(), "dev",
+		iface).CombinedOutput(); err != nil {
 		p.t.Errorf("removing %v: %v\n%s", a, err, out)
 	}
 }

@@ -27,7 +27,8 @@ const (
 	makeRoom  = "rm " + runDir + "/fill"
 )
 
-// Where nothing can be written, a program says so, does nothing by halves, and works as soon as it can.
+// Where nothing can be written, a program says so, does nothing by halves, and
+// works as soon as it can.
 func TestDiskFull(t *testing.T) {
 	p := newPair(t, options{})
 	alice := p.invite("alice")
@@ -37,7 +38,8 @@ func TestDiskFull(t *testing.T) {
 		before := p.snapshot(host)
 		c := host.Command(p.ctx, program(name), args...)
 		out, _ := c.CombinedOutput() // the exit code says it
-		if line := lastLine(out); c.ExitCode() != 1 || !strings.Contains(line, says) || !strings.Contains(line, remedy) {
+		if line := lastLine(out); c.ExitCode() != 1 || !strings.Contains(line, says) ||
+			!strings.Contains(line, remedy) {
 			t.Errorf("%s %s: exit code %d\n%s", name, strings.Join(args, " "), c.ExitCode(), out)
 		}
 		p.unchanged(host, before)
@@ -55,7 +57,9 @@ func TestDiskFull(t *testing.T) {
 	p.on(p.Client, smallDisk+"; "+fill)
 	fails(p.Client, full, room, "masque-client", "run", "-c", alice)
 	fails(p.Client, full, room, "masque-client", "up", alice)
-	found, _ := p.Client.Command(p.ctx, program("masque-client"), "check", "-c", alice).CombinedOutput() // it fails, and says where
+	// it fails, and says where
+	found, _ := p.Client.Command(p.ctx, program("masque-client"), "check", "-c",
+		alice).CombinedOutput()
 	if !strings.Contains(string(found), "fail  run directory: "+runDir+": no space is left") {
 		t.Errorf("check finds\n%s", found)
 	}
@@ -80,7 +84,8 @@ func TestDiskFull(t *testing.T) {
 	p.stopProxy()
 }
 
-// A resolver that cannot be told is no reason not to connect: the status says why.
+// A resolver that cannot be told is no reason not to connect: the status says
+// why.
 func TestReadOnlyEtc(t *testing.T) {
 	r := newResolver(t, options{})
 	before := r.files()
@@ -95,7 +100,8 @@ func TestReadOnlyEtc(t *testing.T) {
 	r.sameFiles(before)
 }
 
-// The log of a tunnel in the background does not grow for ever: it is in memory.
+// The log of a tunnel in the background does not grow for ever: it is in
+// memory.
 func TestLogIsBounded(t *testing.T) {
 	p := newPair(t, options{})
 	alice := p.invite("alice")
@@ -111,7 +117,9 @@ func TestLogIsBounded(t *testing.T) {
 		t.Fatal("the log is not as large as it was made")
 	}
 	p.kick("alice")
-	p.eventually("the log has it", func() bool { return bytes.Contains(read(), []byte("no session")) })
+	p.eventually("the log has it", func() bool {
+		return bytes.Contains(read(), []byte("no session"))
+	})
 	if text := read(); len(text) > 4<<20 || !bytes.HasPrefix(text, []byte("a line from before\n")) {
 		t.Errorf("%d bytes, beginning with %q", len(text), text[:40])
 	}
@@ -119,7 +127,8 @@ func TestLogIsBounded(t *testing.T) {
 	// A new start begins a new one.
 	p.down(p.Client, "alice")
 	p.up(p.Client, alice)
-	if text := read(); !bytes.Contains(text, []byte("starting")) || bytes.Contains(text, []byte("from before")) {
+	if text := read(); !bytes.Contains(text, []byte("starting")) ||
+		bytes.Contains(text, []byte("from before")) {
 		t.Errorf("after another start: %q", text)
 	}
 }

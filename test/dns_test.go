@@ -20,24 +20,29 @@ import (
 // lanResolver is the resolv.conf of a host that asks its router.
 const lanResolver = "# from DHCP\nnameserver 198.51.100.1\noptions edns0"
 
-// resolver is a pair whose client asks the router, and whose proxy hands out the target as nameserver.
+// resolver is a pair whose client asks the router, and whose proxy hands out
+// the target as nameserver.
 type resolver struct {
 	*pair
 	outside *lab.Capture // queries that leave the client beside the tunnel
 	file    string       // the client's configuration
 }
 
-// newResolver makes it. Both nameservers know the proxy's name and "inside.example"; the name is not in the client's files.
+// newResolver makes it. Both nameservers know the proxy's name and
+// "inside.example"; the name is not in the client's files.
 func newResolver(t *testing.T, o options) *resolver {
 	o.proxy += "\n[dns]\nservers = [\"192.0.2.2\"]\nsearch = [\"example\"]\n"
 	r := &resolver{pair: newPair(t, o)}
-	for host, addr := range map[*lab.Host]string{r.Router: "198.51.100.1:53", r.Target: "192.0.2.2:53"} {
+	for host, addr := range map[*lab.Host]string{r.Router: "198.51.100.1:53",
+		r.Target: "192.0.2.2:53"} {
 		socket, err := host.ListenPacket("udp", addr)
 		check(t, err)
 		serveNames(t, socket)
 	}
 	r.setResolver(lanResolver)
-	check(t, r.Client.Do(func() error { return os.WriteFile("/etc/hosts", []byte("127.0.0.1 localhost\n"), 0o644) }))
+	check(t, r.Client.Do(func() error {
+		return os.WriteFile("/etc/hosts", []byte("127.0.0.1 localhost\n"), 0o644)
+	}))
 	r.file = r.invite("alice")
 	var err error
 	r.outside, err = r.Client.Capture("eth0", func(p lab.Packet) bool {
@@ -48,7 +53,8 @@ func newResolver(t *testing.T, o options) *resolver {
 	return r
 }
 
-// serveNames answers every query for an IPv4 address: with the proxy's for its name, and otherwise with the target's.
+// serveNames answers every query for an IPv4 address: with the proxy's for its
+// name, and otherwise with the target's.
 func serveNames(t *testing.T, c net.PacketConn) {
 	serve(t, c, func(q dnsmessage.Question) dnsmessage.ResourceBody {
 		switch {
@@ -62,7 +68,8 @@ func serveNames(t *testing.T, c net.PacketConn) {
 }
 
 // serve answers every query with the record that answer returns, or with none.
-func serve(t *testing.T, c net.PacketConn, answer func(dnsmessage.Question) dnsmessage.ResourceBody) {
+func serve(t *testing.T, c net.PacketConn,
+	answer func(dnsmessage.Question) dnsmessage.ResourceBody) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -79,7 +86,8 @@ func serve(t *testing.T, c net.PacketConn, answer func(dnsmessage.Question) dnsm
 			m.Response, m.Additionals = true, nil
 			q := m.Questions[0]
 			if body := answer(q); body != nil {
-				m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class}, Body: body}}
+				m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name,
+					Type: q.Type, Class: q.Class}, Body: body}}
 			}
 			if b, err := m.Pack(); err == nil {
 				_, _ = c.WriteTo(b, from)
@@ -95,7 +103,8 @@ func serve(t *testing.T, c net.PacketConn, answer func(dnsmessage.Question) dnsm
 func (r *resolver) setResolver(content string) {
 	r.t.Helper()
 	check(r.t, r.Client.Do(func() error {
-		if err := os.Remove("/etc/resolv.conf"); err != nil { // as programs do, and not in the file of the machine
+		if err := os.Remove("/etc/resolv.conf"); err != nil {
+			// as programs do, and not in the file of the machine
 			return err
 		}
 		return os.WriteFile("/etc/resolv.conf", []byte(content), 0o644)
@@ -127,7 +136,8 @@ func (r *resolver) files() (all []string) {
 				if err != nil {
 					return err
 				}
-				all = append(all, e.Name()+" "+info.Mode().String()+" "+info.ModTime().String()+"\n"+string(b))
+				all = append(all, e.Name()+" "+info.Mode().String()+" "+info.ModTime().String()+
+					"\n"+string(b))
 			}
 		}
 		return err
@@ -164,7 +174,8 @@ func (r *resolver) asked() (names []string) {
 	return names
 }
 
-// asksForProxyOnly checks that nothing but the proxy's name was asked for outside, and that of the host's own nameserver.
+// asksForProxyOnly checks that nothing but the proxy's name was asked for
+// outside, and that of the host's own nameserver.
 func (r *resolver) asksForProxyOnly() {
 	r.t.Helper()
 	for _, q := range r.asked() {
@@ -182,8 +193,9 @@ func (r *resolver) applied(via string) {
 	})
 }
 
-// While the tunnel is there, all names are asked for through it; the name of the proxy excepted, which is asked for as if there
-// was no tunnel, also when that has died. In the end the host is as it was.
+// While the tunnel is there, all names are asked for through it; the name of
+// the proxy excepted, which is asked for as if there was no tunnel, also when
+// that has died. In the end the host is as it was.
 func TestDNSIsApplied(t *testing.T) {
 	r := newResolver(t, options{})
 	r.up(r.Client, r.file)
@@ -195,7 +207,8 @@ func TestDNSIsApplied(t *testing.T) {
 	r.looksUp("inside.example")
 	r.looksUp("inside") // by the search domain
 	r.looksUp("outside.example.org")
-	if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text, "192.0.2.2, search example (/etc/resolv.conf)") {
+	if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text,
+		"192.0.2.2, search example (/etc/resolv.conf)") {
 		t.Errorf("the status says\n%s", text)
 	}
 	if n := len(r.asked()); n != connected {
@@ -216,10 +229,13 @@ func TestDNSIsApplied(t *testing.T) {
 	r.looksUp("inside.example")
 	r.asksForProxyOnly()
 
-	// Another program has a new idea of the host's nameserver: that comes back, and not what was before.
+	// Another program has a new idea of the host's nameserver: that comes back,
+	// and not what was before.
 	const other = "nameserver 198.51.100.1\nsearch home.example\n"
 	r.setResolver(other)
-	r.eventually("the tunnel's servers are back", func() bool { return strings.Contains(r.resolvConf(), "nameserver 192.0.2.2\n") })
+	r.eventually("the tunnel's servers are back", func() bool {
+		return strings.Contains(r.resolvConf(), "nameserver 192.0.2.2\n")
+	})
 	r.looksUp("inside.example")
 	r.asksForProxyOnly()
 	r.down(r.Client, "alice")
@@ -277,18 +293,23 @@ func TestDNSInNetworkNamespace(t *testing.T) {
 	}
 }
 
-// Names are not sent where the tunnel does not lead: a server without a route is not used, and one with a route that asks to be
-// asked about some names only is not used where the host cannot do so.
+// Names are not sent where the tunnel does not lead: a server without a route
+// is not used, and one with a route that asks to be asked about some names only
+// is not used where the host cannot do so.
 func TestDNSIsNotApplied(t *testing.T) {
 	for name, test := range map[string]struct {
 		o      options
 		reason string
 	}{
-		"off":        {options{client: "\n[dns]\nmode = \"off\"\n"}, "dns.mode is off"},
-		"no route":   {options{routes: `accept = ["203.0.113.0/24"]`}, "no route into the tunnel leads to 192.0.2.2"},
-		"excluded":   {options{routes: `exclude = ["192.0.2.2/32"]`}, "no route into the tunnel leads to 192.0.2.2"},
-		"no routing": {options{routes: `install = false`}, "no route into the tunnel leads to 192.0.2.2"},
-		"split":      {options{client: "\n[dns]\ndomains = [\"corp.example\"]\n"}, "cannot ask servers about some names only"},
+		"off": {options{client: "\n[dns]\nmode = \"off\"\n"}, "dns.mode is off"},
+		"no route": {options{routes: `accept = ["203.0.113.0/24"]`},
+			"no route into the tunnel leads to 192.0.2.2"},
+		"excluded": {options{routes: `exclude = ["192.0.2.2/32"]`},
+			"no route into the tunnel leads to 192.0.2.2"},
+		"no routing": {options{routes: `install = false`},
+			"no route into the tunnel leads to 192.0.2.2"},
+		"split": {options{client: "\n[dns]\ndomains = [\"corp.example\"]\n"},
+			"cannot ask servers about some names only"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newResolver(t, test.o)
@@ -298,7 +319,8 @@ func TestDNSIsNotApplied(t *testing.T) {
 				s := r.status(r.Client, "alice").DNS
 				return !s.Applied && strings.Contains(s.Reason, test.reason)
 			})
-			if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text, "(not applied: ") {
+			if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text,
+				"(not applied: ") {
 				t.Errorf("the status says\n%s", text)
 			}
 			r.sameFiles(before)
@@ -308,8 +330,9 @@ func TestDNSIsNotApplied(t *testing.T) {
 	}
 }
 
-// Names that are asked of the LAN's router beside a tunnel for everything, because the proxy hands out no nameservers, are said in
-// status and log, and held where that is wanted. When the tunnel is down, they are asked as before.
+// Names that are asked of the LAN's router beside a tunnel for everything,
+// because the proxy hands out no nameservers, are said in status and log, and
+// held where that is wanted. When the tunnel is down, they are asked as before.
 func TestDNSBesideTheTunnel(t *testing.T) {
 	for _, tc := range []struct {
 		name, config string
@@ -317,7 +340,8 @@ func TestDNSBesideTheTunnel(t *testing.T) {
 		says         string
 	}{
 		{"said", "", true, "DNS queries to 192.168.77.1 leave outside the tunnel, in the clear (the proxy hands out no nameservers)"},
-		{"held", "\n[dns]\noutside = false\n", false, "DNS queries to 192.168.77.1 are refused, because they would leave outside the tunnel"},
+		{"held", "\n[dns]\noutside = false\n", false,
+			"DNS queries to 192.168.77.1 are refused, because they would leave outside the tunnel"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := &resolver{pair: newPair(t, options{client: tc.config})}
@@ -334,7 +358,8 @@ func TestDNSBesideTheTunnel(t *testing.T) {
 				return ok && p.Outgoing && udp.DstPort == 53
 			})
 			check(t, err)
-			out, err := r.Client.Command(r.ctx, "getent", "ahostsv4", "secret.example").CombinedOutput()
+			out, err := r.Client.Command(r.ctx, "getent", "ahostsv4",
+				"secret.example").CombinedOutput()
 			if found := err == nil; found != tc.leaves {
 				t.Errorf("looking up a name: %v\n%s", err, out)
 			}
@@ -342,7 +367,8 @@ func TestDNSBesideTheTunnel(t *testing.T) {
 			if asked := r.asked(); (len(asked) > 0) != tc.leaves {
 				t.Errorf("asked outside: %q", asked)
 			}
-			if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text, tc.says) {
+			if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text,
+				tc.says) {
 				t.Errorf("the status does not say %q:\n%s", tc.says, text)
 			}
 			if log := r.clientLog("alice"); !strings.Contains(log, tc.says) {
@@ -355,7 +381,8 @@ func TestDNSBesideTheTunnel(t *testing.T) {
 	}
 }
 
-// The client shows what the proxy is configured to tell it about name resolution, and follows a reload.
+// The client shows what the proxy is configured to tell it about name
+// resolution, and follows a reload.
 func TestDNSIsShown(t *testing.T) {
 	p := newPair(t, options{proxy: `
 [dns]
@@ -373,7 +400,8 @@ search = ["corp.example", "example"]
 		})
 	}
 	shows(connectip.DNSStatus{
-		Servers: []string{"10.77.0.1", "fd77::1"}, Search: []string{"corp.example", "example"}, Domains: []string{"."},
+		Servers: []string{"10.77.0.1", "fd77::1"}, Search: []string{"corp.example", "example"},
+		Domains: []string{"."},
 		Applied: true, Via: "/etc/resolv.conf",
 	})
 	text := p.must(p.Client, "masque-client", "status", "alice")
@@ -385,7 +413,8 @@ search = ["corp.example", "example"]
 		t.Errorf("a change of [dns] needs a restart: %s", out)
 	}
 	shows(connectip.DNSStatus{
-		Servers: []string{"192.0.2.53"}, Search: []string{"corp.example", "example"}, Domains: []string{"."}, Applied: true, Via: "/etc/resolv.conf",
+		Servers: []string{"192.0.2.53"}, Search: []string{"corp.example", "example"},
+		Domains: []string{"."}, Applied: true, Via: "/etc/resolv.conf",
 	})
 	out, err := p.Client.Command(p.ctx, "cat", "/etc/resolv.conf").Output()
 	check(t, err)

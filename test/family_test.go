@@ -12,9 +12,10 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// With a proxy that has addresses of one family only, nothing of the other leaves beside a tunnel for everything: it is
-// answered at once, so that programs take the family that works. Where the tunnel is not for everything, or not for that family,
-// the other goes on as before.
+// With a proxy that has addresses of one family only, nothing of the other
+// leaves beside a tunnel for everything: it is answered at once, so that
+// programs take the family that works. Where the tunnel is not for everything,
+// or not for that family, the other goes on as before.
 func TestOneFamily(t *testing.T) {
 	router4, router6 := netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:2::1")
 	no4, no6 := fmt.Sprintf("ipv4 = %q", pool4), fmt.Sprintf("ipv6 = %q", pool6)
@@ -24,11 +25,13 @@ func TestOneFamily(t *testing.T) {
 		inside, outside netip.Addr // outside is of the other family, and answers without the tunnel
 		typ, code       int        // of the error about it; 0: it goes on to answer
 	}{
-		"IPv4":                   {no6, "", lab.TargetIPv4, router6, 1, 0},
-		"IPv6":                   {no4, "", lab.TargetIPv6, router4, 3, 0},
-		"IPv4, IPv6 not for it":  {no6, `accept = ["0.0.0.0/0"]`, lab.TargetIPv4, router6, 0, 0},
-		"IPv4, not everything":   {no6, `accept = ["192.0.2.0/24", "::/0"]`, lab.TargetIPv4, router6, 0, 0},
-		"IPv4, IPv6 is excluded": {no6, `exclude = ["2001:db8:2::/64"]`, lab.TargetIPv4, router6, 0, 0},
+		"IPv4":                  {no6, "", lab.TargetIPv4, router6, 1, 0},
+		"IPv6":                  {no4, "", lab.TargetIPv6, router4, 3, 0},
+		"IPv4, IPv6 not for it": {no6, `accept = ["0.0.0.0/0"]`, lab.TargetIPv4, router6, 0, 0},
+		"IPv4, not everything": {no6, `accept = ["192.0.2.0/24", "::/0"]`, lab.TargetIPv4,
+			router6, 0, 0},
+		"IPv4, IPv6 is excluded": {no6, `exclude = ["2001:db8:2::/64"]`, lab.TargetIPv4,
+			router6, 0, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPair(t, options{routes: tc.routes})
@@ -39,7 +42,8 @@ func TestOneFamily(t *testing.T) {
 			before := p.snapshot(p.Client)
 			p.connect(p.Client, "alice")
 			p.ping(p.Client, tc.inside)
-			said := strings.Contains(p.clientLog("alice"), "there is no address of this family in it: the family is unreachable")
+			said := strings.Contains(p.clientLog("alice"),
+				"there is no address of this family in it: the family is unreachable")
 			if want := !strings.Contains(tc.routes, "accept"); said != want {
 				t.Errorf("the log says that a family is unreachable: %t, want %t", said, want)
 			}
@@ -52,13 +56,15 @@ func TestOneFamily(t *testing.T) {
 			p.unreachable(p.Client, tc.outside, tc.typ, tc.code)
 			ctx, cancel := context.WithTimeout(p.ctx, patience)
 			defer cancel()
-			conn, err := p.Client.DialContext(ctx, "tcp", netip.AddrPortFrom(tc.outside, 80).String())
+			conn, err := p.Client.DialContext(ctx, "tcp",
+				netip.AddrPortFrom(tc.outside, 80).String())
 			if err == nil || ctx.Err() != nil {
 				t.Errorf("TCP to %v: %v, %v", tc.outside, conn, err)
 			}
 			check(t, c.Close())
 			for _, pkt := range c.Packets() {
-				if l := pkt.NetworkLayer(); l != nil && l.NetworkFlow().Dst().String() == tc.outside.String() {
+				if l := pkt.NetworkLayer(); l != nil &&
+					l.NetworkFlow().Dst().String() == tc.outside.String() {
 					t.Errorf("beside the tunnel: %v", pkt)
 				}
 			}
@@ -69,8 +75,9 @@ func TestOneFamily(t *testing.T) {
 	}
 }
 
-// Where the kernel refuses IPv6 to the tunnel's interface, and the host has it otherwise, nothing of it leaves beside a tunnel for
-// everything, and the status says why.
+// Where the kernel refuses IPv6 to the tunnel's interface, and the host has it
+// otherwise, nothing of it leaves beside a tunnel for everything, and the
+// status says why.
 func TestIPv6RefusedToTheInterface(t *testing.T) {
 	router6 := netip.MustParseAddr("2001:db8:2::1")
 	p := newPair(t, options{})
@@ -82,7 +89,8 @@ func TestIPv6RefusedToTheInterface(t *testing.T) {
 	check(t, err)
 	p.ping(p.Client, lab.TargetIPv4)
 	for _, to := range []netip.Addr{router6, lab.TargetIPv6} {
-		if out, err := p.Client.Command(p.ctx, "ping", "-c1", "-W1", to.String()).CombinedOutput(); err == nil {
+		if out, err := p.Client.Command(p.ctx, "ping", "-c1", "-W1",
+			to.String()).CombinedOutput(); err == nil {
 			t.Errorf("%v is reached:\n%s", to, out)
 		}
 	}
@@ -92,7 +100,8 @@ func TestIPv6RefusedToTheInterface(t *testing.T) {
 		if l == nil {
 			continue
 		}
-		if to := l.NetworkFlow().Dst().String(); to == router6.String() || to == lab.TargetIPv6.String() {
+		if to := l.NetworkFlow().Dst().String(); to == router6.String() ||
+			to == lab.TargetIPv6.String() {
 			t.Errorf("beside the tunnel: %v", pkt)
 		}
 	}
@@ -110,8 +119,8 @@ func TestIPv6RefusedToTheInterface(t *testing.T) {
 	p.ping(p.Client, router6)
 }
 
-// A host whose way to the proxy has one family has both in the tunnel; and a host that has turned IPv6 off has IPv4 there, whatever
-// else the proxy offers.
+// A host whose way to the proxy has one family has both in the tunnel; and a
+// host that has turned IPv6 off has IPv4 there, whatever else the proxy offers.
 func TestUnderlayOfOneFamily(t *testing.T) {
 	off := []string{"net.ipv6.conf.all.disable_ipv6", "net.ipv6.conf.default.disable_ipv6"}
 	for name, tc := range map[string]struct {
@@ -120,8 +129,10 @@ func TestUnderlayOfOneFamily(t *testing.T) {
 		outer  netip.Addr   // of the proxy, by which it is reached
 		inside []netip.Addr // what is reached through the tunnel
 	}{
-		"IPv4":                  {"-6", nil, lab.ProxyIPv4, []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}},
-		"IPv6":                  {"-4", nil, lab.ProxyIPv6, []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}},
+		"IPv4": {"-6", nil, lab.ProxyIPv4,
+			[]netip.Addr{lab.TargetIPv4, lab.TargetIPv6}},
+		"IPv6": {"-4", nil, lab.ProxyIPv6,
+			[]netip.Addr{lab.TargetIPv4, lab.TargetIPv6}},
 		"IPv4, and IPv6 is off": {"-6", off, lab.ProxyIPv4, []netip.Addr{lab.TargetIPv4}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -131,7 +142,9 @@ func TestUnderlayOfOneFamily(t *testing.T) {
 				check(t, p.Client.Sysctl(key, "1"))
 			}
 			before := p.snapshot(p.Client)
-			c, err := p.Client.Capture("eth0", func(p lab.Packet) bool { return p.Outgoing && p.Layer(layers.LayerTypeUDP) != nil })
+			c, err := p.Client.Capture("eth0", func(p lab.Packet) bool {
+				return p.Outgoing && p.Layer(layers.LayerTypeUDP) != nil
+			})
 			check(t, err)
 			p.connect(p.Client, "alice")
 			if s := p.status(p.Client, "alice"); len(s.Addresses) != len(tc.inside) {

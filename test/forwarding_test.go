@@ -27,17 +27,20 @@ func (p *pair) hops(from *lab.Host, to netip.Addr) []netip.Addr {
 	return out
 }
 
-// The hop limit goes down by one for each kernel that forwards, and by one where a forwarded packet enters the tunnel; never for
-// packets of the host that sends them (RFC 9484 section 7.2).
+// The hop limit goes down by one for each kernel that forwards, and by one
+// where a forwarded packet enters the tunnel; never for packets of the host
+// that sends them (RFC 9484 section 7.2).
 func TestHopLimit(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
 
 	t.Run("client to target", func(t *testing.T) {
-		if got := p.hops(p.Client, lab.TargetIPv4); !slices.Equal(got, []netip.Addr{proxy4, lab.TargetIPv4}) {
+		if got := p.hops(p.Client, lab.TargetIPv4); !slices.Equal(got,
+			[]netip.Addr{proxy4, lab.TargetIPv4}) {
 			t.Errorf("hops %v", got)
 		}
-		if got := p.hops(p.Client, lab.TargetIPv6); !slices.Equal(got, []netip.Addr{proxy6, lab.TargetIPv6}) {
+		if got := p.hops(p.Client, lab.TargetIPv6); !slices.Equal(got,
+			[]netip.Addr{proxy6, lab.TargetIPv6}) {
 			t.Errorf("hops %v", got)
 		}
 		p.arrivesWith(p.Client, lab.TargetIPv4, p.Target, "eth0", 63)
@@ -45,10 +48,12 @@ func TestHopLimit(t *testing.T) {
 	})
 	t.Run("target to client", func(t *testing.T) {
 		near4, near6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8:3::1")
-		if got := p.hops(p.Target, client4); !slices.Equal(got, []netip.Addr{near4, proxy4, client4}) {
+		if got := p.hops(p.Target, client4); !slices.Equal(got,
+			[]netip.Addr{near4, proxy4, client4}) {
 			t.Errorf("hops %v", got)
 		}
-		if got := p.hops(p.Target, client6); !slices.Equal(got, []netip.Addr{near6, proxy6, client6}) {
+		if got := p.hops(p.Target, client6); !slices.Equal(got,
+			[]netip.Addr{near6, proxy6, client6}) {
 			t.Errorf("hops %v", got)
 		}
 		p.arrivesWith(p.Target, client4, p.Client, "masque0", 62)
@@ -59,7 +64,8 @@ func TestHopLimit(t *testing.T) {
 	})
 }
 
-// arrivesWith checks the hop limit of an echo request, which leaves with 64, where it arrives.
+// arrivesWith checks the hop limit of an echo request, which leaves with 64,
+// where it arrives.
 func (p *pair) arrivesWith(from *lab.Host, to netip.Addr, at *lab.Host, iface string, want uint8) {
 	p.t.Helper()
 	c, err := at.Capture(iface, nil)
@@ -70,22 +76,26 @@ func (p *pair) arrivesWith(from *lab.Host, to netip.Addr, at *lab.Host, iface st
 	defer cancel()
 	var got uint8
 	_, err = c.Wait(ctx, func(pkt lab.Packet) bool {
-		if l, ok := pkt.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok && l.DstIP.String() == to.String() {
+		if l, ok := pkt.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok &&
+			l.DstIP.String() == to.String() {
 			got = l.TTL
 			return true
 		}
-		if l, ok := pkt.Layer(layers.LayerTypeIPv6).(*layers.IPv6); ok && l.DstIP.String() == to.String() {
+		if l, ok := pkt.Layer(layers.LayerTypeIPv6).(*layers.IPv6); ok &&
+			l.DstIP.String() == to.String() {
 			got = l.HopLimit
 			return true
 		}
 		return false
 	})
 	if err != nil || got != want {
-		p.t.Errorf("a packet from %s to %v arrives with hop limit %d, want %d (%v)", from.Name(), to, got, want, err)
+		p.t.Errorf("a packet from %s to %v arrives with hop limit %d, want %d (%v)", from.Name(),
+			to, got, want, err)
 	}
 }
 
-// A path of 1400 bytes: packets that are too big for the tunnel are answered with what it really carries, and TCP works.
+// A path of 1400 bytes: packets that are too big for the tunnel are answered
+// with what it really carries, and TCP works.
 func TestPathMTU(t *testing.T) {
 	p := newPair(t, options{mtu: 1400})
 	p.connect(p.Client, "alice")
@@ -101,9 +111,11 @@ func TestPathMTU(t *testing.T) {
 		if to.Is6() {
 			typ, code = 2, 0
 		}
-		// Discovery may have gone on since mtu was read, and finds no more than fits.
+		// Discovery may have gone on since mtu was read, and finds no more than
+		// fits.
 		if err != nil || a.Type != typ || a.Code != code || a.MTU < mtu || a.MTU > 1400-48 {
-			t.Errorf("%d bytes to %v: %v, %v; want type %d code %d and an MTU of %d", size, to, a, err, typ, code, mtu)
+			t.Errorf("%d bytes to %v: %v, %v; want type %d code %d and an MTU of %d", size, to, a,
+				err, typ, code, mtu)
 		}
 	}
 	p.transfer(p.Client, p.Target, lab.TargetIPv4, 10<<20)
@@ -117,7 +129,8 @@ func TestSpoofedSource(t *testing.T) {
 	c, err := p.Target.Capture("eth0", nil)
 	check(t, err)
 	defer c.Close()
-	out, _ := p.Client.Command(p.ctx, "ping", "-c", "2", "-i", "0.2", "-W", "2", "-I", lab.ClientIPv4.String(), lab.TargetIPv4.String()).CombinedOutput()
+	out, _ := p.Client.Command(p.ctx, "ping", "-c", "2", "-i", "0.2", "-W", "2", "-I",
+		lab.ClientIPv4.String(), lab.TargetIPv4.String()).CombinedOutput()
 	if !strings.Contains(string(out), "Packet filtered") {
 		t.Errorf("not answered with Communication Administratively Prohibited:\n%s", out)
 	}
@@ -126,13 +139,15 @@ func TestSpoofedSource(t *testing.T) {
 	}
 	p.ping(p.Client, lab.TargetIPv4) // and what is right passes
 	for _, pkt := range c.Packets() {
-		if l, ok := pkt.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok && l.SrcIP.String() == lab.ClientIPv4.String() {
+		if l, ok := pkt.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok &&
+			l.SrcIP.String() == lab.ClientIPv4.String() {
 			t.Errorf("a packet with the source %v reached the target", lab.ClientIPv4)
 		}
 	}
 }
 
-// Three clients at once have addresses of their own, and do not reach each other unless the proxy lets them.
+// Three clients at once have addresses of their own, and do not reach each
+// other unless the proxy lets them.
 func TestThreeClients(t *testing.T) {
 	for name, open := range map[string]bool{"isolated": false, "client to client": true} {
 		t.Run(name, func(t *testing.T) {
@@ -169,7 +184,8 @@ func TestThreeClients(t *testing.T) {
 	}
 }
 
-// What clients may not reach: the proxy's own addresses, and an address of the pool that nobody has.
+// What clients may not reach: the proxy's own addresses, and an address of the
+// pool that nobody has.
 func TestUnreachable(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
@@ -180,7 +196,8 @@ func TestUnreachable(t *testing.T) {
 	p.unreachable(p.Target, netip.MustParseAddr("fd77::99"), 1, 3)
 }
 
-// With address translation the target needs no route back, and both ends are as before afterwards.
+// With address translation the target needs no route back, and both ends are as
+// before afterwards.
 func TestMasquerade(t *testing.T) {
 	p := newPair(t, options{})
 	p.stopProxy()
@@ -193,7 +210,8 @@ func TestMasquerade(t *testing.T) {
 	defer c.Close()
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 	for _, pkt := range c.Packets() {
-		if l, ok := pkt.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok && pool4.Contains(netip.AddrFrom4([4]byte(l.SrcIP.To4()))) {
+		if l, ok := pkt.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok &&
+			pool4.Contains(netip.AddrFrom4([4]byte(l.SrcIP.To4()))) {
 			t.Errorf("the target saw %v", l.SrcIP)
 		}
 	}

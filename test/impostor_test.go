@@ -12,7 +12,8 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// impose runs a proxy of the same name, with certificates of its own, on a host, and returns how to end it.
+// impose runs a proxy of the same name, with certificates of its own, on a
+// host, and returns how to end it.
 func (p *pair) impose(host *lab.Host) (end func()) {
 	p.t.Helper()
 	dir := p.t.TempDir()
@@ -26,7 +27,8 @@ func (p *pair) impose(host *lab.Host) (end func()) {
 			p.t.Fatalf("the impostor ended:\n%s", p.log(c))
 		default:
 		}
-		return host.Command(p.ctx, program("masque-proxy"), "--run-dir", runDir, "status").Run() == nil
+		return host.Command(p.ctx, program("masque-proxy"), "--run-dir", runDir,
+			"status").Run() == nil
 	})
 	return func() {
 		p.t.Helper()
@@ -35,7 +37,8 @@ func (p *pair) impose(host *lab.Host) (end func()) {
 	}
 }
 
-// facesImpostor waits until the client says that somebody else answers, and says so again after more attempts.
+// facesImpostor waits until the client says that somebody else answers, and
+// says so again after more attempts.
 func (p *pair) facesImpostor() {
 	p.t.Helper()
 	p.eventually("the client says who answers", func() bool {
@@ -48,11 +51,14 @@ func (p *pair) facesImpostor() {
 const impostor = "somebody other than the proxy answers at "
 
 func warnsOfImpostor(s client.Status) bool {
-	return slices.ContainsFunc(s.Warnings, func(w string) bool { return strings.HasPrefix(w, impostor) })
+	return slices.ContainsFunc(s.Warnings, func(w string) bool {
+		return strings.HasPrefix(w, impostor)
+	})
 }
 
-// Somebody answers a reconnect in the proxy's place, on the way to it or by a forged answer of DNS: nothing leaves in the clear, and
-// when the proxy is back, so is the session.
+// Somebody answers a reconnect in the proxy's place, on the way to it or by a
+// forged answer of DNS: nothing leaves in the clear, and when the proxy is
+// back, so is the session.
 func TestImpostorOnReconnect(t *testing.T) {
 	for name, tc := range map[string]struct {
 		at func(*pair) *lab.Host
@@ -65,7 +71,9 @@ func TestImpostorOnReconnect(t *testing.T) {
 			forge: func(t *testing.T, p *pair) {
 				check(t, p.Client.Resolve(lab.ProxyName, netip.MustParseAddr("203.0.113.1")))
 			},
-			mend: func(t *testing.T, p *pair) { check(t, p.Client.Resolve(lab.ProxyName, lab.ProxyIPv4, lab.ProxyIPv6)) },
+			mend: func(t *testing.T, p *pair) {
+				check(t, p.Client.Resolve(lab.ProxyName, lab.ProxyIPv4, lab.ProxyIPv6))
+			},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -93,7 +101,9 @@ func TestImpostorOnReconnect(t *testing.T) {
 			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 			// Handshakes with the impostor and the LAN aside.
 			for _, packet := range seen.Packets() {
-				if l := leak(packet, lab.Prefixes("198.51.100.0/24", "2001:db8:1::/64")...); l != "" && udpTo(packet) != 443 {
+				if l := leak(packet,
+					lab.Prefixes("198.51.100.0/24", "2001:db8:1::/64")...); l != "" &&
+					udpTo(packet) != 443 {
 					t.Fatalf("this left the host:\n%s", l)
 				}
 			}
@@ -101,8 +111,9 @@ func TestImpostorOnReconnect(t *testing.T) {
 	}
 }
 
-// A service that meets an impostor when it starts goes on, with its kill switch closed, until the proxy is there; a person who starts
-// the same by hand is told at once.
+// A service that meets an impostor when it starts goes on, with its kill switch
+// closed, until the proxy is there; a person who starts the same by hand is
+// told at once.
 func TestImpostorAtStart(t *testing.T) {
 	p := newPair(t, options{client: killSwitch})
 	file := p.invite("alice")
@@ -118,7 +129,8 @@ func TestImpostorAtStart(t *testing.T) {
 	running := p.Client.Command(p.ctx, program("masque-client"), "run", "--service", "-c", file)
 	check(t, running.Start())
 	p.eventually("the service runs", func() bool {
-		out, _ := p.Client.Command(p.ctx, program("masque-client"), "status", "alice", "--json").Output()
+		out, _ := p.Client.Command(p.ctx, program("masque-client"), "status", "alice",
+			"--json").Output()
 		return strings.HasPrefix(string(out), "{")
 	})
 	p.facesImpostor()
@@ -131,7 +143,8 @@ func TestImpostorAtStart(t *testing.T) {
 	p.down(p.Client, "alice")
 }
 
-// A pool that holds the client's own network is refused before anything is changed.
+// A pool that holds the client's own network is refused before anything is
+// changed.
 func TestPoolOfTheLAN(t *testing.T) {
 	p := newPair(t, options{})
 	p.stopProxy()
@@ -140,7 +153,9 @@ func TestPoolOfTheLAN(t *testing.T) {
 	before := p.snapshot(p.Client)
 	c := p.Client.Command(p.ctx, program("masque-client"), "up", p.invite("alice"), "--wait")
 	out, err := c.CombinedOutput()
-	if err == nil || c.ExitCode() != 8 || !strings.Contains(lastLine(out), "the proxy assigned 198.51.100.") || !strings.Contains(lastLine(out), "eth0: it is not taken") {
+	if err == nil || c.ExitCode() != 8 ||
+		!strings.Contains(lastLine(out), "the proxy assigned 198.51.100.") ||
+		!strings.Contains(lastLine(out), "eth0: it is not taken") {
 		t.Errorf("exit code %d, want 8\n%s", c.ExitCode(), out)
 	}
 	p.unchanged(p.Client, before)

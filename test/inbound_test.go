@@ -19,7 +19,8 @@ import (
 // sshPort is where the client's host serves.
 const sshPort = 22
 
-// visits are TCP connections to a server of the client's host, from a host elsewhere and from its neighbour, in both families.
+// visits are TCP connections to a server of the client's host, from a host
+// elsewhere and from its neighbour, in both families.
 type visits map[string]net.Conn
 
 // visit opens them.
@@ -43,7 +44,8 @@ func (p *pair) visit(when string) visits {
 	return v
 }
 
-// goOn checks that each of them carries data there and back, more than one packet takes.
+// goOn checks that each of them carries data there and back, more than one
+// packet takes.
 func (v visits) goOn(t *testing.T, when string) {
 	t.Helper()
 	sent := bytes.Repeat([]byte("0123456789abcdef"), 2000)
@@ -83,8 +85,9 @@ func echoes(t *testing.T, host *lab.Host, port uint16) {
 	}()
 }
 
-// Whoever administers a server from outside is not cut off when a tunnel for everything comes up there, nor when it goes down:
-// connections from before go on, new ones come about, and none of them touches the tunnel.
+// Whoever administers a server from outside is not cut off when a tunnel for
+// everything comes up there, nor when it goes down: connections from before go
+// on, new ones come about, and none of them touches the tunnel.
 func TestInboundConnections(t *testing.T) {
 	p := newPair(t, options{clients: 2})
 	echoes(t, p.Client, sshPort)
@@ -92,7 +95,8 @@ func TestInboundConnections(t *testing.T) {
 	for i, tc := range []struct{ name, routes, client, firewall string }{
 		{name: "full tunnel"},
 		{name: "not even the LAN outside", routes: "lan = false"},
-		{name: "kill switch", client: killSwitch + `allow = ["198.51.100.0/24", "198.18.2.0/24", "2001:db8:1::/48"]`},
+		{name: "kill switch", client: killSwitch +
+			`allow = ["198.51.100.0/24", "198.18.2.0/24", "2001:db8:1::/48"]`},
 		{
 			name: "a firewall that tracks connections", routes: "lan = false",
 			firewall: "table inet fw { chain in { type filter hook input priority 0; ct state established accept; }; }",

@@ -13,7 +13,8 @@ import (
 	"masquevpn/internal/pki"
 )
 
-// Every mistake that a user can make has its own line and its own exit code, and changes nothing on the host.
+// Every mistake that a user can make has its own line and its own exit code,
+// and changes nothing on the host.
 func TestBadInput(t *testing.T) {
 	p := newPair(t, options{client: "\n[reconnect]\nenabled = false\n"})
 	good := p.invite("alice")
@@ -29,7 +30,9 @@ func TestBadInput(t *testing.T) {
 			return re.ReplaceAllLiteralString(s, with)
 		}
 	}
-	add := func(line string) func(string) string { return func(s string) string { return line + "\n" + s } }
+	add := func(line string) func(string) string {
+		return func(s string) string { return line + "\n" + s }
+	}
 	addTable := func(table string) func(string) string {
 		return func(s string) string { return s + "\n" + table + "\n" }
 	}
@@ -57,7 +60,8 @@ func TestBadInput(t *testing.T) {
 			}
 			check(t, os.WriteFile(file, []byte(edited), mode))
 			check(t, os.Chmod(file, mode))
-			args := append(append([]string{}, tc.wrap...), program("masque-client"), "run", "-c", file)
+			args := append(append([]string{}, tc.wrap...), program("masque-client"), "run",
+				"-c", file)
 			c := p.Client.Command(p.ctx, args[0], args[1:]...)
 			out, _ := c.CombinedOutput()
 			line := lastLine(out)
@@ -73,25 +77,35 @@ func TestBadInput(t *testing.T) {
 		})
 	}
 	for _, tc := range []mistake{
-		{name: "unknown key", edit: add(`prxy = "a"`), exit: 2, says: []string{"NAME.toml:1", "prxy"}},
+		{name: "unknown key", edit: add(`prxy = "a"`), exit: 2,
+			says: []string{"NAME.toml:1", "prxy"}},
 		{name: "no TOML", edit: add(`proxy = `), exit: 2, says: []string{"NAME.toml:1"}},
 		{name: "wrong type", edit: addTable("[tun]\nmtu = true"), exit: 2, says: []string{"mtu"}},
-		{name: "bad template", edit: replace(`(?m)^proxy = .*$`, `proxy = "https://p/{+target}"`), exit: 2, says: []string{"proxy", "operator"}},
-		{name: "readable by others", edit: add(""), mode: 0o644, exit: 2, says: []string{"NAME.toml", "chmod 600"}},
-		{name: "missing secret", edit: replace(`(?m)^token = .*$`, `token_file = "no-such-file"`), exit: 2, says: []string{"no-such-file"}},
+		{name: "bad template", edit: replace(`(?m)^proxy = .*$`, `proxy = "https://p/{+target}"`),
+			exit: 2, says: []string{"proxy", "operator"}},
+		{name: "readable by others", edit: add(""), mode: 0o644, exit: 2,
+			says: []string{"NAME.toml", "chmod 600"}},
+		{name: "missing secret", edit: replace(`(?m)^token = .*$`, `token_file = "no-such-file"`),
+			exit: 2, says: []string{"no-such-file"}},
 		{name: "wrong token", edit: func(s string) string {
 			return replace(`(?m)^token = .*$`, `token = "guess"`)(noCertificate(s))
 		}, exit: 4, says: []string{"credentials"}},
-		{name: "unknown CA", edit: replace(`(?s)ca_pem = '''.*?'''`, ""), exit: 6, says: []string{"unknown authority"}},
-		{name: "wrong name", edit: replace(`\[tls\]`, "[tls]\nserver_name = \"other.example\""), exit: 6, says: []string{"other.example"}},
-		{name: "no such host", edit: replace(`(?m)^proxy = .*$`, `proxy = "no-such-host.invalid"`), exit: 5, says: []string{"no-such-host.invalid"}},
-		{name: "closed port", edit: replace(`(?m)^proxy = .*$`, `proxy = "`+lab.ProxyName+`:9"`), exit: 5, says: []string{"9", "UDP"}},
+		{name: "unknown CA", edit: replace(`(?s)ca_pem = '''.*?'''`, ""), exit: 6,
+			says: []string{"unknown authority"}},
+		{name: "wrong name", edit: replace(`\[tls\]`, "[tls]\nserver_name = \"other.example\""),
+			exit: 6, says: []string{"other.example"}},
+		{name: "no such host", edit: replace(`(?m)^proxy = .*$`, `proxy = "no-such-host.invalid"`),
+			exit: 5, says: []string{"no-such-host.invalid"}},
+		{name: "closed port", edit: replace(`(?m)^proxy = .*$`, `proxy = "`+lab.ProxyName+`:9"`),
+			exit: 5, says: []string{"9", "UDP"}},
 		{
 			name: "no privileges", edit: add(""), exit: 7, says: []string{"CAP_NET_ADMIN"},
 			wrap: []string{"setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"},
 		},
-		{name: "target that is denied", edit: addTable("[scope]\ntarget = \"127.0.0.1\""), exit: 8, says: []string{"does not allow this request", "[scope]"}},
-		{name: "name taken", edit: addTable("[tun]\nname = \"eth0\""), exit: 1, says: []string{"eth0"}},
+		{name: "target that is denied", edit: addTable("[scope]\ntarget = \"127.0.0.1\""), exit: 8,
+			says: []string{"does not allow this request", "[scope]"}},
+		{name: "name taken", edit: addTable("[tun]\nname = \"eth0\""), exit: 1,
+			says: []string{"eth0"}},
 	} {
 		try(tc)
 	}
@@ -103,13 +117,15 @@ func TestBadInput(t *testing.T) {
 	p.stopProxy()
 	p.expire()
 	p.startProxy()
-	try(mistake{name: "expired", edit: add(""), exit: 6, says: []string{lab.ProxyName, "has expired or is not valid yet"}})
+	try(mistake{name: "expired", edit: add(""), exit: 6,
+		says: []string{lab.ProxyName, "has expired or is not valid yet"}})
 	p.stopProxy()
 	p.must(p.Proxy, "masque-proxy", "init", "--renew", "--name", lab.ProxyName, p.dir)
 	p.editProxyConfig(fmt.Sprintf("ipv6 = %q", pool6), "")
 	p.startProxy()
 	try(mistake{
-		name: "no address of the family", edit: addTable("[addresses]\nrequest = [\"::/128\"]"), exit: 8,
+		name: "no address of the family", edit: addTable("[addresses]\nrequest = [\"::/128\"]"),
+		exit: 8,
 		says: []string{"the proxy assigned no address", "operator"},
 	})
 }

@@ -16,7 +16,8 @@ import (
 	"masquevpn/proxy"
 )
 
-// DNS_ASSIGN and PREF64 (draft-ietf-masque-connect-ip-dns-06) between ours and the reference library.
+// DNS_ASSIGN and PREF64 (draft-ietf-masque-connect-ip-dns-06) between ours and
+// the reference library.
 
 var (
 	wellKnown = netip.MustParsePrefix("64:ff9b::/96")
@@ -28,7 +29,8 @@ func TestForeignClientGetsDNS(t *testing.T) {
 	defer cancel()
 	told := proxy.DNS{
 		Servers: []netip.Addr{netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("fd77::1")},
-		Domains: []string{"corp.example"}, Search: []string{"a.corp.example", "corp.example"}, NAT64: []netip.Prefix{wellKnown, nsp},
+		Domains: []string{"corp.example"}, Search: []string{"a.corp.example", "corp.example"},
+		NAT64: []netip.Prefix{wellKnown, nsp},
 	}
 	conn, s, _ := foreignClient(t, ctx, func(c *proxy.Config) { c.DNS = told })
 	got, err := conn.ReceiveDNSConfiguration(ctx)
@@ -66,7 +68,8 @@ func TestForeignProxyGivesDNS(t *testing.T) {
 	conn, c, _ := foreignProxy(t, ctx)
 	awaitDNS := func(want connectip.DNSStatus) {
 		t.Helper()
-		for changed := c.Changed(); !reflect.DeepEqual(c.Status().DNS, want); changed = c.Changed() {
+		for changed := c.Changed(); !reflect.DeepEqual(c.Status().DNS,
+			want); changed = c.Changed() {
 			select {
 			case <-changed:
 			case <-ctx.Done():
@@ -78,22 +81,32 @@ func TestForeignProxyGivesDNS(t *testing.T) {
 		{
 			Nameservers: []foreign.DNSNameserver{
 				{
-					ServicePriority: 2, IPv4Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.53")}, IPv6Addresses: []netip.Addr{netip.MustParseAddr("2001:db8::53")},
-					AuthenticationDomainName: "dns.example", ServiceParameters: map[dnsmessage.SVCParamKey][]byte{
-						dnsmessage.SVCParamALPN: []byte("\x02h2\x03dot"), dnsmessage.SVCParamDOHPath: []byte("/dns-query{?dns}"), 65280: []byte("private"),
+					ServicePriority:          2,
+					IPv4Addresses:            []netip.Addr{netip.MustParseAddr("192.0.2.53")},
+					IPv6Addresses:            []netip.Addr{netip.MustParseAddr("2001:db8::53")},
+					AuthenticationDomainName: "dns.example",
+					ServiceParameters: map[dnsmessage.SVCParamKey][]byte{
+						dnsmessage.SVCParamALPN:    []byte("\x02h2\x03dot"),
+						dnsmessage.SVCParamDOHPath: []byte("/dns-query{?dns}"),
+						65280:                      []byte("private"),
 					},
 				},
-				{ServicePriority: 1, IPv4Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.1")}, ServiceParameters: map[dnsmessage.SVCParamKey][]byte{dnsmessage.SVCParamPort: {0x14, 0xe9}}},
+				{ServicePriority: 1, IPv4Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.1")},
+					ServiceParameters: map[dnsmessage.SVCParamKey][]byte{dnsmessage.SVCParamPort: {0x14, 0xe9}}},
 				{
-					ServicePriority: 3, AuthenticationDomainName: "doh.example", ServiceParameters: map[dnsmessage.SVCParamKey][]byte{
-						dnsmessage.SVCParamALPN: []byte("\x02h3"), dnsmessage.SVCParamNoDefaultALPN: nil, dnsmessage.SVCParamDOHPath: []byte("/{?dns}"),
+					ServicePriority: 3, AuthenticationDomainName: "doh.example",
+					ServiceParameters: map[dnsmessage.SVCParamKey][]byte{
+						dnsmessage.SVCParamALPN:          []byte("\x02h3"),
+						dnsmessage.SVCParamNoDefaultALPN: nil,
+						dnsmessage.SVCParamDOHPath:       []byte("/{?dns}"),
 					},
 				},
 			},
 			InternalDomains: []string{""},
 		},
 		{
-			Nameservers:     []foreign.DNSNameserver{{ServicePriority: 1, IPv6Addresses: []netip.Addr{netip.MustParseAddr("fd77::1")}}},
+			Nameservers: []foreign.DNSNameserver{{ServicePriority: 1,
+				IPv6Addresses: []netip.Addr{netip.MustParseAddr("fd77::1")}}},
 			InternalDomains: []string{"corp.example"}, SearchDomains: []string{"corp.example"},
 		},
 	}); err != nil {
@@ -104,7 +117,8 @@ func TestForeignProxyGivesDNS(t *testing.T) {
 	}
 	awaitDNS(connectip.DNSStatus{
 		Servers: []string{"10.77.0.1:5353", "192.0.2.53", "2001:db8::53", "fd77::1"},
-		Search:  []string{"corp.example"}, Domains: []string{".", "corp.example"}, NAT64: []netip.Prefix{nsp, wellKnown},
+		Search:  []string{"corp.example"}, Domains: []string{".", "corp.example"},
+		NAT64: []netip.Prefix{nsp, wellKnown},
 	})
 	if err := conn.SendDNSConfiguration(nil); err != nil {
 		t.Fatal(err)
@@ -112,7 +126,8 @@ func TestForeignProxyGivesDNS(t *testing.T) {
 	if err := conn.SendPREF64Configuration(nil); err != nil {
 		t.Fatal(err)
 	}
-	awaitDNS(connectip.DNSStatus{Servers: []string{}, Search: []string{}, Domains: []string{}, NAT64: []netip.Prefix{}})
+	awaitDNS(connectip.DNSStatus{Servers: []string{}, Search: []string{}, Domains: []string{},
+		NAT64: []netip.Prefix{}})
 	if s := c.Status(); s.State == client.StateFailed {
 		t.Errorf("the client failed: %+v", s)
 	}
@@ -124,7 +139,8 @@ func TestForeignClientSaysDNS(t *testing.T) {
 	defer cancel()
 	conn, _, _ := foreignClient(t, ctx, nil)
 	if err := conn.SendDNSConfiguration([]foreign.DNSConfiguration{{
-		Nameservers: []foreign.DNSNameserver{{ServicePriority: 1, IPv4Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.53")}}},
+		Nameservers: []foreign.DNSNameserver{{ServicePriority: 1,
+			IPv4Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.53")}}},
 	}}); err != nil {
 		t.Fatal(err)
 	}

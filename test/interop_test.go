@@ -22,8 +22,9 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// The reference library, connect-ip-go, as the peer of our proxy and of our client. Both ends run in the test, without a kernel
-// in between: what counts is what they say to each other.
+// The reference library, connect-ip-go, as the peer of our proxy and of our
+// client. Both ends run in the test, without a kernel in between: what counts
+// is what they say to each other.
 
 // noKernel takes what would be applied to the host.
 type noKernel struct{}
@@ -49,8 +50,10 @@ var (
 	echoData = []byte("interop")
 )
 
-// foreignClient runs our proxy and connects the reference library to it. Both end with the test.
-func foreignClient(t *testing.T, ctx context.Context, change func(*proxy.Config)) (*foreign.Conn, *proxy.Server, *tuntest.Device) {
+// foreignClient runs our proxy and connects the reference library to it. Both
+// end with the test.
+func foreignClient(t *testing.T, ctx context.Context, change func(*proxy.Config)) (*foreign.Conn,
+	*proxy.Server, *tuntest.Device) {
 	t.Helper()
 	in := newInstallation(t)
 	device := tuntest.New(1400)
@@ -78,8 +81,10 @@ func foreignClient(t *testing.T, ctx context.Context, change func(*proxy.Config)
 		t.Fatal(err)
 	}
 	transport := foreign.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: in.ca, ServerName: proxyName, NextProtos: []string{http3.NextProtoH3}},
-		DialAddr: func(ctx context.Context, _ string, tlsConf *tls.Config, conf *quic.Config) (*quic.Conn, error) {
+		TLSClientConfig: &tls.Config{RootCAs: in.ca, ServerName: proxyName,
+			NextProtos: []string{http3.NextProtoH3}},
+		DialAddr: func(ctx context.Context, _ string, tlsConf *tls.Config,
+			conf *quic.Config) (*quic.Conn, error) {
 			return quic.DialAddr(ctx, s.Addrs()[0].String(), tlsConf, conf)
 		},
 	}
@@ -102,14 +107,16 @@ func TestForeignClient(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(assigned) != 2 || assigned[0].IPPrefix.Addr() != inside4 || assigned[1].IPPrefix.Addr() != inside6 {
+	if len(assigned) != 2 || assigned[0].IPPrefix.Addr() != inside4 ||
+		assigned[1].IPPrefix.Addr() != inside6 {
 		t.Errorf("assigned %v", assigned)
 	}
 	routes, err := conn.Routes(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(routes) != 2 || routes[0].EndIP != netip.MustParseAddr("255.255.255.255") || !routes[1].StartIP.Is6() {
+	if len(routes) != 2 || routes[0].EndIP != netip.MustParseAddr("255.255.255.255") ||
+		!routes[1].StartIP.Is6() {
 		t.Errorf("routes %v", routes)
 	}
 	for _, pair := range [][2]netip.Addr{{inside4, beyond4}, {inside6, beyond6}} {
@@ -127,9 +134,10 @@ func TestForeignClient(t *testing.T) {
 	}
 }
 
-// foreignProxy runs the reference library as a proxy and connects our client to it, which gets addresses and routes. Both end with
-// the test.
-func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Client, *tuntest.Device) {
+// foreignProxy runs the reference library as a proxy and connects our client to
+// it, which gets addresses and routes. Both end with the test.
+func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Client,
+	*tuntest.Device) {
 	t.Helper()
 	in := newInstallation(t)
 	socket, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -170,9 +178,10 @@ func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Cli
 
 	device := tuntest.New(1400)
 	c, err := client.New(client.Config{
-		Name: "interop", Proxy: template, TLS: &tls.Config{RootCAs: in.ca, ServerName: proxyName}, InstallRoutes: true,
-		OpenDevice:  func() (client.Device, error) { return device, nil },
-		OpenNetwork: func(client.Device) (client.Network, error) { return noKernel{}, nil },
+		Name: "interop", Proxy: template, TLS: &tls.Config{RootCAs: in.ca, ServerName: proxyName},
+		InstallRoutes: true,
+		OpenDevice:    func() (client.Device, error) { return device, nil },
+		OpenNetwork:   func(client.Device) (client.Network, error) { return noKernel{}, nil },
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -193,12 +202,14 @@ func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Cli
 	if got := request.Prefixes; !slices.Equal(got, []netip.Prefix{any4, any6}) {
 		t.Errorf("requested %v", got)
 	}
-	if err := request.Respond([]netip.Prefix{netip.PrefixFrom(inside4, 32), netip.PrefixFrom(inside6, 128)}, nil); err != nil {
+	if err := request.Respond([]netip.Prefix{netip.PrefixFrom(inside4, 32),
+		netip.PrefixFrom(inside6, 128)}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := conn.AdvertiseRoute([]foreign.IPRoute{
 		{StartIP: netip.IPv4Unspecified(), EndIP: netip.MustParseAddr("255.255.255.255")},
-		{StartIP: netip.IPv6Unspecified(), EndIP: netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")},
+		{StartIP: netip.IPv6Unspecified(),
+			EndIP: netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")},
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -209,18 +220,22 @@ func TestForeignProxy(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	conn, c, device := foreignProxy(t, ctx)
-	// The foreign proxy does not answer the probe on the link. Its IP stack answers the other one, here played by the test.
+	// The foreign proxy does not answer the probe on the link. Its IP stack
+	// answers the other one, here played by the test.
 	read := func(context.Context) ([]byte, error) {
 		buf := make([]byte, 1500)
 		n, err := conn.ReadPacket(buf)
 		return buf[:n], err
 	}
-	probe := awaitPacket(t, ctx, read, func(p ippacket.Packet) bool { return p.HopLimit == 1 && p.Src == inside4 })
+	probe := awaitPacket(t, ctx, read, func(p ippacket.Packet) bool {
+		return p.HopLimit == 1 && p.Src == inside4
+	})
 	p, err := ippacket.Parse(probe)
 	if err != nil {
 		t.Fatal(err)
 	}
-	expired, ok := ippacket.AppendICMPError(nil, probe, p, ippacket.HopLimitExceeded, netip.MustParseAddr("10.77.0.1"), 0)
+	expired, ok := ippacket.AppendICMPError(nil, probe, p, ippacket.HopLimitExceeded,
+		netip.MustParseAddr("10.77.0.1"), 0)
 	if !ok {
 		t.Fatal("no Time Exceeded")
 	}
@@ -232,7 +247,8 @@ func TestForeignProxy(t *testing.T) {
 	for _, pair := range [][2]netip.Addr{{inside4, beyond4}, {inside6, beyond6}} {
 		device.Inject(ippacket.AppendEcho(nil, pair[0], pair[1], 64, true, 1, 1, echoData))
 		awaitEcho(t, ctx, read, pair[0], pair[1])
-		if _, err := conn.WritePacket(ippacket.AppendEcho(nil, pair[1], pair[0], 64, false, 1, 1, echoData)); err != nil {
+		if _, err := conn.WritePacket(ippacket.AppendEcho(nil, pair[1], pair[0], 64, false, 1, 1,
+			echoData)); err != nil {
 			t.Fatal(err)
 		}
 		awaitEcho(t, ctx, device.Receive, pair[1], pair[0])
@@ -240,7 +256,8 @@ func TestForeignProxy(t *testing.T) {
 }
 
 // awaitPacket reads packets until one is wanted.
-func awaitPacket(t *testing.T, ctx context.Context, read func(context.Context) ([]byte, error), wanted func(ippacket.Packet) bool) []byte {
+func awaitPacket(t *testing.T, ctx context.Context, read func(context.Context) ([]byte, error),
+	wanted func(ippacket.Packet) bool) []byte {
 	t.Helper()
 	for {
 		pkt, err := read(ctx)
@@ -258,7 +275,8 @@ func awaitPacket(t *testing.T, ctx context.Context, read func(context.Context) (
 }
 
 // awaitEcho waits for an echo with echoData from src to dst.
-func awaitEcho(t *testing.T, ctx context.Context, read func(context.Context) ([]byte, error), src, dst netip.Addr) {
+func awaitEcho(t *testing.T, ctx context.Context, read func(context.Context) ([]byte, error), src,
+	dst netip.Addr) {
 	t.Helper()
 	awaitPacket(t, ctx, read, func(p ippacket.Packet) bool {
 		return p.Src == src && p.Dst == dst && p.HopLimit > 1

@@ -9,11 +9,14 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// With a key log at both ends, a capture on either host has each QUIC packet as it is on the wire, so that other programs can decrypt it: none
-// is larger than the link carries.
+// With a key log at both ends, a capture on either host has each QUIC packet as
+// it is on the wire, so that other programs can decrypt it: none is larger than
+// the link carries.
 func TestKeyLogCapture(t *testing.T) {
 	dir := t.TempDir()
-	log := func(end string) string { return fmt.Sprintf("\n[log]\nkey_log = %q\n", filepath.Join(dir, end)) }
+	log := func(end string) string {
+		return fmt.Sprintf("\n[log]\nkey_log = %q\n", filepath.Join(dir, end))
+	}
 	p := newPair(t, options{proxy: log("proxy"), client: log("client")})
 	p.connect(p.Client, "alice")
 	var largest, packets atomic.Int64
@@ -29,6 +32,7 @@ func TestKeyLogCapture(t *testing.T) {
 	p.transfer(p.Target, p.Client, client4, 16<<20)
 	const single = 1514 // the most that a packet has here, with its Ethernet header
 	if packets.Load() == 0 || largest.Load() > single {
-		t.Errorf("the largest of %d packets has %d bytes, want %d at most", packets.Load(), largest.Load(), single)
+		t.Errorf("the largest of %d packets has %d bytes, want %d at most", packets.Load(),
+			largest.Load(), single)
 	}
 }

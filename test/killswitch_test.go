@@ -27,8 +27,9 @@ import (
 
 const killSwitch = "\n[kill_switch]\nenabled = true\n"
 
-// chatter is what programs of a host, and of one behind it, send all the time: UDP and TCP, both families, to hosts that the
-// tunnel leads to and others, the neighbour and the proxy among them.
+// chatter is what programs of a host, and of one behind it, send all the time:
+// UDP and TCP, both families, to hosts that the tunnel leads to and others, the
+// neighbour and the proxy among them.
 type chatter struct {
 	t      *testing.T
 	stop   context.CancelFunc
@@ -40,7 +41,8 @@ type chatter struct {
 const chatterPort = 9
 
 var chatterTo = []string{
-	"192.0.2.2", "198.51.100.1", "203.0.113.5", "203.0.113.99", "2001:db8:3::2", "2001:db8:1::1", "2001:db8:2::5", "2001:db8:99::1",
+	"192.0.2.2", "198.51.100.1", "203.0.113.5", "203.0.113.99", "2001:db8:3::2", "2001:db8:1::1",
+	"2001:db8:2::5", "2001:db8:99::1",
 }
 
 // chat starts to send from hosts.
@@ -59,7 +61,8 @@ func chat(t *testing.T, hosts ...*lab.Host) *chatter {
 			for i, h := range hosts {
 				for _, to := range chatterTo {
 					addr := netip.AddrPortFrom(netip.MustParseAddr(to), chatterPort)
-					_, _ = sockets[i].WriteTo([]byte("chatter"), net.UDPAddrFromAddrPort(addr)) // what is refused is no news
+					// what is refused is no news
+					_, _ = sockets[i].WriteTo([]byte("chatter"), net.UDPAddrFromAddrPort(addr))
 					short, cancel := context.WithTimeout(ctx, 2*time.Millisecond)
 					if conn, err := h.DialContext(short, "tcp", addr.String()); err == nil {
 						conn.Close()
@@ -98,7 +101,8 @@ func isTunnel(p lab.Packet) bool {
 	return dst == lab.ProxyIPv4.String() || dst == lab.ProxyIPv6.String()
 }
 
-// leak describes a packet that a closed kill switch has to hold, "" if it may leave.
+// leak describes a packet that a closed kill switch has to hold, "" if it may
+// leave.
 func leak(p lab.Packet, allow ...netip.Prefix) string {
 	if !p.Outgoing || p.Layer(layers.LayerTypeARP) != nil {
 		return ""
@@ -115,7 +119,8 @@ func leak(p lab.Packet, allow ...netip.Prefix) string {
 	}
 	if icmp, ok := p.Layer(layers.LayerTypeICMPv6).(*layers.ICMPv6); ok {
 		switch icmp.TypeCode.Type() {
-		case layers.ICMPv6TypeRouterSolicitation, layers.ICMPv6TypeNeighborSolicitation, layers.ICMPv6TypeNeighborAdvertisement,
+		case layers.ICMPv6TypeRouterSolicitation, layers.ICMPv6TypeNeighborSolicitation,
+			layers.ICMPv6TypeNeighborAdvertisement,
 			layers.ICMPv6TypeMLDv2MulticastListenerReportMessageV2:
 			return ""
 		}
@@ -126,7 +131,8 @@ func leak(p lab.Packet, allow ...netip.Prefix) string {
 	return p.String()
 }
 
-// killSwitchHosts makes a client with a host behind it, for which it is the router.
+// killSwitchHosts makes a client with a host behind it, for which it is the
+// router.
 func killSwitchHosts(t *testing.T, o options) (p *pair, behind *lab.Host) {
 	t.Helper()
 	p = newPair(t, o)
@@ -134,14 +140,16 @@ func killSwitchHosts(t *testing.T, o options) (p *pair, behind *lab.Host) {
 	check(t, err)
 	check(t, p.Lab.Connect(
 		lab.End{Host: p.Client, Name: "eth1", Addrs: lab.Prefixes("10.5.0.1/24", "fd05::1/64")},
-		lab.End{Host: behind, Name: "eth0", Addrs: lab.Prefixes("10.5.0.2/24", "fd05::2/64")}, lab.LinkOptions{}))
+		lab.End{Host: behind, Name: "eth0", Addrs: lab.Prefixes("10.5.0.2/24", "fd05::2/64")},
+		lab.LinkOptions{}))
 	check(t, behind.AddDefaultRoute(netip.MustParseAddr("10.5.0.1")))
 	check(t, behind.AddDefaultRoute(netip.MustParseAddr("fd05::1")))
 	check(t, p.Client.Forward())
 	return p, behind
 }
 
-// leaks returns what left the client's underlay in a capture and should not have, once for each destination and kind.
+// leaks returns what left the client's underlay in a capture and should not
+// have, once for each destination and kind.
 func leaks(c *lab.Capture, allow ...netip.Prefix) map[string]int {
 	out := make(map[string]int)
 	for _, packet := range c.Packets() {
@@ -166,7 +174,8 @@ func flow(p lab.Packet) string {
 
 // all flows of the chatter that leave by the underlay when nothing holds them.
 func chatterFlows(p *pair, behind *lab.Host) (flows []string) {
-	from := map[bool][]string{true: {lab.ClientIPv4.String(), "10.5.0.2"}, false: {lab.ClientIPv6.String(), "fd05::2"}}
+	from := map[bool][]string{true: {lab.ClientIPv4.String(), "10.5.0.2"},
+		false: {lab.ClientIPv6.String(), "fd05::2"}}
 	for _, to := range chatterTo {
 		for _, src := range from[netip.MustParseAddr(to).Is4()] {
 			for _, kind := range []string{"UDP", "TCP"} {
@@ -196,30 +205,36 @@ func (p *pair) captureOn(iface string) *lab.Capture {
 	return c
 }
 
-// open checks that the chatter leaves by the underlay: a test that finds nothing there would find it.
+// open checks that the chatter leaves by the underlay: a test that finds
+// nothing there would find it.
 func (p *pair) open(c *chatter, behind *lab.Host) {
 	p.t.Helper()
 	seen := p.capture()
 	p.eventually("all of the chatter leaves", func() bool {
 		c.goesOn()
 		got := leaks(seen)
-		return !slices.ContainsFunc(chatterFlows(p, behind), func(f string) bool { return got[f] == 0 })
+		return !slices.ContainsFunc(chatterFlows(p, behind), func(f string) bool {
+			return got[f] == 0
+		})
 	})
 }
 
-// excepted sends what a host needs to be in a network at all, which a kill switch lets pass: its search for neighbours, of which it
-// forgets those that it had, DHCP and DHCPv6.
+// excepted sends what a host needs to be in a network at all, which a kill
+// switch lets pass: its search for neighbours, of which it forgets those that
+// it had, DHCP and DHCPv6.
 func (p *pair) excepted() {
 	p.t.Helper()
 	check(p.t, p.Client.Command(p.ctx, "ip", "neigh", "flush", "dev", "eth0").Run())
 	seen := p.capture()
 	for from, to := range map[string]netip.AddrPort{
-		"0.0.0.0:68": netip.MustParseAddrPort("255.255.255.255:67"), "[::]:546": netip.MustParseAddrPort("[ff02::1:2]:547"),
+		"0.0.0.0:68": netip.MustParseAddrPort("255.255.255.255:67"),
+		"[::]:546":   netip.MustParseAddrPort("[ff02::1:2]:547"),
 	} {
 		check(p.t, p.Client.Do(func() error {
 			listen := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 				var err error
-				cerr := c.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), "eth0") }) // as DHCP clients do
+				// as DHCP clients do
+				cerr := c.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), "eth0") })
 				return errors.Join(cerr, err)
 			}}
 			c, err := listen.ListenPacket(p.ctx, "udp", from)
@@ -233,7 +248,9 @@ func (p *pair) excepted() {
 			}
 			dst := net.UDPAddrFromAddrPort(to)
 			if to.Addr().Is6() {
-				dst.Zone = strconv.Itoa(iface.Index) // of a name Go remembers the index, perhaps that on another host
+				// of a name Go remembers the index, perhaps that on another
+				// host
+				dst.Zone = strconv.Itoa(iface.Index)
 			}
 			_, err = c.WriteTo([]byte("discover"), dst)
 			return err
@@ -270,7 +287,8 @@ func udpTo(p lab.Packet) layers.UDPPort {
 	return 0
 }
 
-// Nothing but the tunnel's own packets leaves the underlay in any state, from the first packet to the proxy until `down`.
+// Nothing but the tunnel's own packets leaves the underlay in any state, from
+// the first packet to the proxy until `down`.
 func TestKillSwitch(t *testing.T) {
 	p, behind := killSwitchHosts(t, options{client: killSwitch})
 	file := p.invite("alice")
@@ -336,7 +354,8 @@ func TestKillSwitch(t *testing.T) {
 	state("killed")
 	c := p.Client.Command(p.ctx, program("masque-client"), "status", "alice")
 	out, _ := c.CombinedOutput()
-	if c.ExitCode() != 3 || !strings.Contains(lastLine(out), "not running, and its kill switch is closed: connect with: masque-client up alice, or lift it with: masque-client down alice") {
+	if c.ExitCode() != 3 || !strings.Contains(lastLine(out),
+		"not running, and its kill switch is closed: connect with: masque-client up alice, or lift it with: masque-client down alice") {
 		t.Errorf("status of a killed client: exit code %d\n%s", c.ExitCode(), out)
 	}
 
@@ -349,7 +368,9 @@ func TestKillSwitch(t *testing.T) {
 	check(t, p.server.Signal(syscall.SIGKILL))
 	<-p.server.Done()
 	p.startProxy()
-	p.eventually("the kill switch is closed again", func() bool { return strings.Contains(p.snapshot(p.Client), "masquevpn-kill-alice") })
+	p.eventually("the kill switch is closed again", func() bool {
+		return strings.Contains(p.snapshot(p.Client), "masquevpn-kill-alice")
+	})
 	seen = p.capture()
 	connected()
 	state("closed again")
@@ -357,7 +378,8 @@ func TestKillSwitch(t *testing.T) {
 	p.must(p.Proxy, "masque-proxy", "user", "remove", "alice", "-c", p.config())
 	<-running.Done()
 	state("refused")
-	if line := lastLine([]byte(p.log(running))); running.ExitCode() != 4 || !strings.Contains(line, "the proxy does not accept the c") ||
+	if line := lastLine([]byte(p.log(running))); running.ExitCode() != 4 ||
+		!strings.Contains(line, "the proxy does not accept the c") ||
 		!strings.HasSuffix(line, "; the kill switch stays closed, until: masque-client down alice") {
 		t.Errorf("exit code %d, and the last line is %s", running.ExitCode(), line)
 	}
@@ -393,15 +415,20 @@ func TestKillSwitchEnds(t *testing.T) {
 		closed bool
 		says   string
 	}{
-		{"SIGTERM", func(c *lab.Cmd) { check(t, c.Signal(syscall.SIGTERM)) }, true, "the kill switch stays closed, until: masque-client down alice"},
-		{"SIGINT", func(c *lab.Cmd) { check(t, c.Signal(syscall.SIGINT)) }, false, "kill switch lifted"},
+		{"SIGTERM", func(c *lab.Cmd) {
+			check(t, c.Signal(syscall.SIGTERM))
+		}, true, "the kill switch stays closed, until: masque-client down alice"},
+		{"SIGINT", func(c *lab.Cmd) {
+			check(t, c.Signal(syscall.SIGINT))
+		}, false, "kill switch lifted"},
 		{"down", func(*lab.Cmd) { p.down(p.Client, "alice") }, false, "kill switch lifted"},
 	} {
 		c := start()
 		tt.end(c)
 		<-c.Done()
 		if c.ExitCode() != 0 || closed() != tt.closed || !strings.Contains(p.log(c), tt.says) {
-			t.Errorf("%s: exit code %d, closed %t, want %t and %q:\n%s", tt.name, c.ExitCode(), closed(), tt.closed, tt.says, p.log(c))
+			t.Errorf("%s: exit code %d, closed %t, want %t and %q:\n%s", tt.name, c.ExitCode(),
+				closed(), tt.closed, tt.says, p.log(c))
 		}
 		if !tt.closed {
 			p.unchanged(p.Client, before)
@@ -419,18 +446,23 @@ func TestKillSwitchEnds(t *testing.T) {
 	p.stopProxy()
 	up := p.Client.Command(p.ctx, program("masque-client"), "up", file, "--wait", "--timeout", "1s")
 	out, _ := up.CombinedOutput()
-	if line := lastLine(out); up.ExitCode() != 5 || !closed() || !strings.HasSuffix(line, "; the kill switch stays closed, until: masque-client down alice") {
+	if line := lastLine(out); up.ExitCode() != 5 || !closed() ||
+		!strings.HasSuffix(line, "; the kill switch stays closed, until: masque-client down alice") {
 		t.Errorf("exit code %d, closed %t, and the last line is %s", up.ExitCode(), closed(), line)
 	}
 	up = p.Client.Command(p.ctx, program("masque-client"), "up", file, "--wait", "--timeout", "5m")
 	check(t, up.Start())
 	p.eventually("the client tries", func() bool {
-		out, _ := p.Client.Command(p.ctx, program("masque-client"), "status", "alice", "--json").Output() // it may not run yet
-		return strings.Contains(string(out), `"state":"connecting","since"`) && !strings.Contains(string(out), `"reason":""`)
+		// it may not run yet
+		out, _ := p.Client.Command(p.ctx, program("masque-client"), "status", "alice",
+			"--json").Output()
+		return strings.Contains(string(out), `"state":"connecting","since"`) &&
+			!strings.Contains(string(out), `"reason":""`)
 	})
 	check(t, up.Signal(syscall.SIGINT))
 	<-up.Done()
-	if line := lastLine([]byte(p.log(up))); up.ExitCode() != 1 || !strings.Contains(line, "interrupted") {
+	if line := lastLine([]byte(p.log(up))); up.ExitCode() != 1 ||
+		!strings.Contains(line, "interrupted") {
 		t.Errorf("exit code %d, and the last line is %s", up.ExitCode(), line)
 	}
 	p.unchanged(p.Client, before)
@@ -443,7 +475,8 @@ func TestKillSwitchEnds(t *testing.T) {
 	}
 	text, err := os.ReadFile(file)
 	check(t, err)
-	check(t, os.WriteFile(file, []byte(strings.Replace(string(text), "enabled = true", "enabled = false", 1)), 0o600))
+	check(t, os.WriteFile(file, []byte(strings.Replace(string(text), "enabled = true",
+		"enabled = false", 1)), 0o600))
 	c = start()
 	if s := p.status(p.Client, "alice"); closed() || s.KillSwitch != client.KillSwitchOff {
 		t.Errorf("turned off, it is closed: %t, %q", closed(), s.KillSwitch)
@@ -452,11 +485,13 @@ func TestKillSwitchEnds(t *testing.T) {
 	p.unchanged(p.Client, before)
 }
 
-// A host that resolves names by itself, as with systemd-resolved, finds the proxy although nobody else may ask anything; and what
-// is allowed goes on.
+// A host that resolves names by itself, as with systemd-resolved, finds the
+// proxy although nobody else may ask anything; and what is allowed goes on.
 func TestKillSwitchNames(t *testing.T) {
 	allow := lab.Prefixes("198.51.100.0/24", "2001:db8:1::/64")
-	p, behind := killSwitchHosts(t, options{client: killSwitch + `allow = ["198.51.100.0/24", "2001:db8:1::/64"]`, routes: `exclude = ["203.0.113.99/32"]`})
+	p, behind := killSwitchHosts(t,
+		options{client: killSwitch + `allow = ["198.51.100.0/24", "2001:db8:1::/64"]`,
+			routes: `exclude = ["203.0.113.99/32"]`})
 	file := p.invite("alice")
 	dns, err := p.Router.ListenPacket("udp", "203.0.113.1:53")
 	check(t, err)
@@ -473,9 +508,11 @@ func TestKillSwitchNames(t *testing.T) {
 				continue
 			}
 			m.Response, m.Additionals = true, nil
-			if q := m.Questions[0]; q.Type == dnsmessage.TypeA && q.Name.String() == lab.ProxyName+"." {
+			if q := m.Questions[0]; q.Type == dnsmessage.TypeA &&
+				q.Name.String() == lab.ProxyName+"." {
 				m.Answers = []dnsmessage.Resource{{
-					Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 60}, Body: &dnsmessage.AResource{A: lab.ProxyIPv4.As4()},
+					Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 60},
+					Body:   &dnsmessage.AResource{A: lab.ProxyIPv4.As4()},
 				}}
 			}
 			if b, err := m.Pack(); err == nil {
@@ -488,7 +525,8 @@ func TestKillSwitchNames(t *testing.T) {
 		if err := os.MkdirAll(filepath.Dir(upstream), 0o755); err != nil {
 			return err
 		}
-		if err := os.WriteFile(upstream, []byte("# written by systemd-resolved\nnameserver 203.0.113.1\n"), 0o644); err != nil {
+		if err := os.WriteFile(upstream,
+			[]byte("# written by systemd-resolved\nnameserver 203.0.113.1\n"), 0o644); err != nil {
 			return err
 		}
 		if err := os.WriteFile("/etc/hosts", nil, 0o644); err != nil {
@@ -515,14 +553,17 @@ func TestKillSwitchNames(t *testing.T) {
 		t.Error("no name was looked up: the test tests nothing")
 	}
 	got := leaks(seen)
-	for from, to := range map[string]netip.Addr{lab.ClientIPv4.String(): lan4, "10.5.0.2": lan4, lab.ClientIPv6.String(): lan6, "fd05::2": lan6} {
+	for from, to := range map[string]netip.Addr{lab.ClientIPv4.String(): lan4, "10.5.0.2": lan4,
+		lab.ClientIPv6.String(): lan6, "fd05::2": lan6} {
 		for _, kind := range []string{"UDP", "TCP"} {
 			if f := fmt.Sprintf("%s->%s %s to %d", from, to, kind, chatterPort); got[f] == 0 {
 				t.Errorf("%s is allowed and did not leave: %v", f, got)
 			}
 		}
 	}
-	if log := p.clientLog("alice"); !strings.Contains(log, "kill_switch.allow lacks what routes.exclude has") || !strings.Contains(log, "203.0.113.99/32") {
+	if log := p.clientLog("alice"); !strings.Contains(log,
+		"kill_switch.allow lacks what routes.exclude has") ||
+		!strings.Contains(log, "203.0.113.99/32") {
 		t.Errorf("the log does not say that the kill switch stops what is excluded:\n%s", log)
 	}
 	p.down(p.Client, "alice")

@@ -17,8 +17,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// packetsIn lists the packets of a capture: echoes by their addresses, all others by their protocol. A record that is not whole is
-// the end of one whose writer was killed.
+// packetsIn lists the packets of a capture: echoes by their addresses, all
+// others by their protocol. A record that is not whole is the end of one whose
+// writer was killed.
 func packetsIn(t *testing.T, file []byte) []string {
 	t.Helper()
 	r, err := pcapgo.NewReader(bytes.NewReader(file))
@@ -46,10 +47,12 @@ func packetsIn(t *testing.T, file []byte) []string {
 	}
 }
 
-// hasEcho reports whether an echo and its answer between two addresses are among packets.
+// hasEcho reports whether an echo and its answer between two addresses are
+// among packets.
 func hasEcho(packets []string, from, to any) bool {
 	all := strings.Join(packets, "\n") + "\n"
-	return strings.Contains(all, fmt.Sprintf("%v > %v EchoRequest\n", from, to)) && strings.Contains(all, fmt.Sprintf("%v > %v EchoReply\n", to, from))
+	return strings.Contains(all, fmt.Sprintf("%v > %v EchoRequest\n", from, to)) &&
+		strings.Contains(all, fmt.Sprintf("%v > %v EchoReply\n", to, from))
 }
 
 func readFile(t *testing.T, name string) []byte {
@@ -69,22 +72,27 @@ func private(t *testing.T, name string) {
 	}
 }
 
-// With all of [log] on, there is a qlog of the connection and a key log on both ends, and what went through the tunnel is in the pcap of
-// the client, while it runs and afterwards.
+// With all of [log] on, there is a qlog of the connection and a key log on both
+// ends, and what went through the tunnel is in the pcap of the client, while it
+// runs and afterwards.
 func TestLogFiles(t *testing.T) {
 	dir := t.TempDir()
 	for _, end := range []string{"client", "proxy"} {
 		check(t, os.Mkdir(filepath.Join(dir, end), 0o700))
 	}
 	log := func(end string) string {
-		return fmt.Sprintf("\n[log]\nqlog_dir = %q\nkey_log = %q\n", filepath.Join(dir, end), filepath.Join(dir, end+".keys"))
+		return fmt.Sprintf("\n[log]\nqlog_dir = %q\nkey_log = %q\n", filepath.Join(dir, end),
+			filepath.Join(dir, end+".keys"))
 	}
 	pcap := filepath.Join(dir, "inside.pcap")
 	check(t, os.WriteFile(pcap, []byte("of the run before"), 0o644))
-	p := newPair(t, options{proxy: log("proxy"), client: log("client") + fmt.Sprintf("pcap = %q\n", pcap)})
+	p := newPair(t, options{proxy: log("proxy"),
+		client: log("client") + fmt.Sprintf("pcap = %q\n", pcap)})
 	p.connect(p.Client, "alice")
 	p.ping(p.Client, lab.TargetIPv4)
-	p.eventually("an echo is in the pcap", func() bool { return hasEcho(packetsIn(t, readFile(t, pcap)), client4, lab.TargetIPv4) })
+	p.eventually("an echo is in the pcap", func() bool {
+		return hasEcho(packetsIn(t, readFile(t, pcap)), client4, lab.TargetIPv4)
+	})
 	p.down(p.Client, "alice")
 	p.stopProxy()
 
@@ -97,7 +105,8 @@ func TestLogFiles(t *testing.T) {
 	private(t, pcap)
 	for _, end := range []string{"client", "proxy"} {
 		private(t, filepath.Join(dir, end+".keys"))
-		if keys := readFile(t, filepath.Join(dir, end+".keys")); !bytes.Contains(keys, []byte("CLIENT_TRAFFIC_SECRET_0 ")) {
+		if keys := readFile(t, filepath.Join(dir, end+".keys")); !bytes.Contains(keys,
+			[]byte("CLIENT_TRAFFIC_SECRET_0 ")) {
 			t.Errorf("%s: the key log is %q", end, keys)
 		}
 		files, err := filepath.Glob(filepath.Join(dir, end, "*.sqlog"))
@@ -108,7 +117,8 @@ func TestLogFiles(t *testing.T) {
 		}
 		private(t, files[0])
 		text := string(readFile(t, files[0]))
-		for _, want := range []string{"transport:packet_sent", "transport:connection_closed", "http3:frame_", `"(not shown)"`, `"connect-ip"`} {
+		for _, want := range []string{"transport:packet_sent", "transport:connection_closed",
+			"http3:frame_", `"(not shown)"`, `"connect-ip"`} {
 			if !strings.Contains(text, want) {
 				t.Errorf("%s: qlog has no %s", end, want)
 			}
@@ -119,7 +129,8 @@ func TestLogFiles(t *testing.T) {
 	}
 }
 
-// A running pair is captured on demand: all sessions of the proxy, one of them, and the client, into files that can be read meanwhile.
+// A running pair is captured on demand: all sessions of the proxy, one of them,
+// and the client, into files that can be read meanwhile.
 func TestCapture(t *testing.T) {
 	p := newPair(t, options{clients: 2})
 	p.connect(p.Clients[0], "alice")
@@ -128,7 +139,8 @@ func TestCapture(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name string) string { return filepath.Join(dir, name+".pcap") }
 	capture := func(host *lab.Host, name, prog string, args ...string) *lab.Cmd {
-		c := host.Command(p.ctx, program(prog), append([]string{"capture", "-o", file(name)}, args...)...)
+		c := host.Command(p.ctx, program(prog),
+			append([]string{"capture", "-o", file(name)}, args...)...)
 		check(t, c.Start())
 		p.eventually("the capture "+name+" has begun", func() bool {
 			info, err := os.Stat(file(name))
@@ -150,15 +162,18 @@ func TestCapture(t *testing.T) {
 	}{{"all", true, true}, {"one", false, true}, {"alice", true, false}, {"killed", true, false}} {
 		p.eventually(x.name+" has what it should, while it runs", func() bool {
 			packets := packetsIn(t, readFile(t, file(x.name)))
-			return hasEcho(packets, client4, lab.TargetIPv4) == x.alice && hasEcho(packets, bob4, lab.TargetIPv4) == x.bob
+			return hasEcho(packets, client4, lab.TargetIPv4) == x.alice &&
+				hasEcho(packets, bob4, lab.TargetIPv4) == x.bob
 		})
 		private(t, file(x.name))
 	}
 
-	// The end of each: asked for, killed, by itself, with its session, and with the program that is captured.
+	// The end of each: asked for, killed, by itself, with its session, and with
+	// the program that is captured.
 	check(t, alice.Signal(syscall.SIGINT))
 	check(t, alice.Wait())
-	if log := p.log(alice); !strings.Contains(log, " packets captured, 0 more were not written in time") {
+	if log := p.log(alice); !strings.Contains(log,
+		" packets captured, 0 more were not written in time") {
 		t.Errorf("at the end it says %s", log)
 	}
 	check(t, killed.Signal(syscall.SIGKILL))
@@ -204,12 +219,15 @@ func TestCaptureRefusals(t *testing.T) {
 		code    int
 		last    string
 	}{
-		{"masque-proxy", []string{"7", "-o", file}, 3, `"7": there is no such session: list them with: masque-proxy sessions`},
+		{"masque-proxy", []string{"7", "-o", file}, 3,
+			`"7": there is no such session: list them with: masque-proxy sessions`},
 		{"masque-proxy", []string{"-o", file, "--run-dir", t.TempDir()}, 3, "no proxy is running"},
-		{"masque-proxy", []string{"-o", file, "--snaplen", "0"}, 2, "--snaplen 0: write a number from 1 to 65536"},
+		{"masque-proxy", []string{"-o", file, "--snaplen", "0"}, 2,
+			"--snaplen 0: write a number from 1 to 65536"},
 		{"masque-proxy", []string{"-o", file, "--count", "-1"}, 2, "invalid argument"},
 		{"masque-proxy", nil, 2, `required flag(s) "output" not set`},
-		{"masque-client", []string{"none", "-o", file}, 3, "none: not running: start it with: masque-client up none"},
+		{"masque-client", []string{"none", "-o", file}, 3,
+			"none: not running: start it with: masque-client up none"},
 		{"masque-client", []string{"-o", file}, 2, "accepts 1 arg(s), received 0"},
 	} {
 		c := p.Proxy.Command(p.ctx, program(x.program), append([]string{"capture"}, x.args...)...)
@@ -221,8 +239,10 @@ func TestCaptureRefusals(t *testing.T) {
 			t.Errorf("%s capture %q made a file", x.program, x.args)
 		}
 	}
-	c := p.Proxy.Command(p.ctx, program("masque-proxy"), "capture", "-o", filepath.Join(t.TempDir(), "none", "x.pcap"))
-	if out, _ := c.CombinedOutput(); c.ExitCode() == 0 || !strings.Contains(lastLine(out), "no such file or directory") {
+	c := p.Proxy.Command(p.ctx, program("masque-proxy"), "capture", "-o",
+		filepath.Join(t.TempDir(), "none", "x.pcap"))
+	if out, _ := c.CombinedOutput(); c.ExitCode() == 0 ||
+		!strings.Contains(lastLine(out), "no such file or directory") {
 		t.Errorf("into no folder: %d, %s", c.ExitCode(), out)
 	}
 }

@@ -10,17 +10,20 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// A path that loses, repeats and reorders packets costs time and nothing else: each packet inside arrives once at most, each change
-// of the routes is applied, in order, and the session and the connections inside last.
+// A path that loses, repeats and reorders packets costs time and nothing else:
+// each packet inside arrives once at most, each change of the routes is
+// applied, in order, and the session and the connections inside last.
 func TestLossyPath(t *testing.T) {
-	lossy := &lab.Impairment{Delay: 4 * time.Millisecond, Jitter: time.Millisecond, Loss: 0.03, Duplicate: 0.1, Reorder: 0.1}
+	lossy := &lab.Impairment{Delay: 4 * time.Millisecond, Jitter: time.Millisecond, Loss: 0.03,
+		Duplicate: 0.1, Reorder: 0.1}
 	p := newPair(t, options{impair: lossy, proxy: "\n[routes]\nadvertise = [\"192.0.2.0/24\"]\n"})
 	host := p.snapshot(p.Client)
 	p.connect(p.Client, "alice")
 	before := p.status(p.Client, "alice")
 
 	// ping says DUP for an answer that comes twice.
-	out, err := p.Client.Command(p.ctx, "ping", "-n", "-i", "0.01", "-c", "300", "-W", "1", lab.TargetIPv4.String()).CombinedOutput()
+	out, err := p.Client.Command(p.ctx, "ping", "-n", "-i", "0.01", "-c", "300", "-W", "1",
+		lab.TargetIPv4.String()).CombinedOutput()
 	if err != nil || strings.Contains(string(out), "DUP") {
 		t.Errorf("%v; no packet arrived, or some did twice:\n%s", err, out)
 	}
@@ -47,7 +50,8 @@ func TestLossyPath(t *testing.T) {
 	stream.end()
 	p.transfer(p.Client, p.Target, lab.TargetIPv4, 1<<20)
 	p.transfer(p.Target, p.Client, client4, 1<<20)
-	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 || !s.Since.Equal(before.Since) {
+	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 ||
+		!s.Since.Equal(before.Since) {
 		t.Errorf("the session did not last: %+v", s)
 	}
 	for i, w := range p.Wires {

@@ -1,5 +1,6 @@
-// Package test holds the end-to-end tests: the programs as they are installed, in hosts that are network namespaces, with
-// real packets of real programs; and the tests with foreign peers.
+// Package test holds the end-to-end tests: the programs as they are installed,
+// in hosts that are network namespaces, with real packets of real programs; and
+// the tests with foreign peers.
 package test
 
 import (

@@ -96,7 +96,8 @@ func (s *scraper) await(sample string, value float64) {
 	})
 }
 
-// Prometheus sees at both ends what happened, and the proxy's status says the same.
+// Prometheus sees at both ends what happened, and the proxy's status says the
+// same.
 func TestMetrics(t *testing.T) {
 	p := newPair(t, options{client: "\n[metrics]\nlisten = \"127.0.0.1:9484\"\n"})
 	at := newScraper(p, p.Proxy)
@@ -105,8 +106,10 @@ func TestMetrics(t *testing.T) {
 	}
 	before := at.scrape()
 	for _, sample := range []string{
-		"masque_sessions", `masque_auth_failures_total{method="token"}`, `masque_session_requests_total{reason="accepted",status="200"}`,
-		`masque_packets_total{direction="rx"}`, `masque_capsules_total{direction="tx",type="address_assign"}`,
+		"masque_sessions", `masque_auth_failures_total{method="token"}`,
+		`masque_session_requests_total{reason="accepted",status="200"}`,
+		`masque_packets_total{direction="rx"}`,
+		`masque_capsules_total{direction="tx",type="address_assign"}`,
 	} {
 		if v, ok := before[sample]; !ok || v != 0 {
 			t.Errorf("%s is %v, %v at the start", sample, v, ok)
@@ -116,13 +119,17 @@ func TestMetrics(t *testing.T) {
 	alice := p.invite("alice")
 	p.up(p.Client, alice)
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
-	_, _ = p.Target.Command(p.ctx, "ping", "-c", "2", "-i", "0.2", "-W", "1", "10.77.0.77").CombinedOutput() // nobody's address
+	// nobody's address
+	_, _ = p.Target.Command(p.ctx, "ping", "-c", "2", "-i", "0.2", "-W", "1",
+		"10.77.0.77").CombinedOutput()
 	text, err := os.ReadFile(alice)
 	check(t, err)
 	guess := filepath.Join(t.TempDir(), "guess.toml")
 	head, _, _ := strings.Cut(string(text), "cert_pem")
 	check(t, os.WriteFile(guess, []byte(head+"\n[auth]\ntoken = \"guess\"\n"), 0o600))
-	if out, _ := p.Client.Command(p.ctx, program("masque-client"), "forward-udp", "5353", "192.0.2.53:53", "-c", guess).CombinedOutput(); !strings.Contains(string(out), "credentials") {
+	if out, _ := p.Client.Command(p.ctx, program("masque-client"), "forward-udp", "5353",
+		"192.0.2.53:53", "-c", guess).CombinedOutput(); !strings.Contains(string(out),
+		"credentials") {
 		t.Errorf("a wrong token: %s", out)
 	}
 
@@ -138,8 +145,10 @@ func TestMetrics(t *testing.T) {
 	at.await(`masque_sessions_limit`, 4096)
 	now := at.scrape()
 	for _, sample := range []string{
-		`masque_packets_total{direction="rx"}`, `masque_bytes_total{direction="tx"}`, `masque_capsules_total{direction="tx",type="address_assign"}`,
-		`masque_capsules_total{direction="tx",type="route_advertisement"}`, "masque_certificate_expiry_timestamp_seconds", "process_resident_memory_bytes",
+		`masque_packets_total{direction="rx"}`, `masque_bytes_total{direction="tx"}`,
+		`masque_capsules_total{direction="tx",type="address_assign"}`,
+		`masque_capsules_total{direction="tx",type="route_advertisement"}`,
+		"masque_certificate_expiry_timestamp_seconds", "process_resident_memory_bytes",
 	} {
 		if now[sample] <= 0 {
 			t.Errorf("%s is %v", sample, now[sample])
@@ -155,14 +164,16 @@ func TestMetrics(t *testing.T) {
 	client.await("masque_sessions", 1)
 	c := client.scrape()
 	for _, sample := range []string{
-		"masque_rtt_seconds", "masque_mtu_bytes", "masque_certificate_expiry_timestamp_seconds", `masque_packets_total{direction="tx"}`,
+		"masque_rtt_seconds", "masque_mtu_bytes", "masque_certificate_expiry_timestamp_seconds",
+		`masque_packets_total{direction="tx"}`,
 		`masque_capsules_total{direction="rx",type="address_assign"}`,
 	} {
 		if c[sample] <= 0 {
 			t.Errorf("the client's %s is %v", sample, c[sample])
 		}
 	}
-	if _, ok := c["masque_sessions_limit"]; ok || c[`masque_reconnects_total{reason="closed"}`] != 0 {
+	if _, ok := c["masque_sessions_limit"]; ok ||
+		c[`masque_reconnects_total{reason="closed"}`] != 0 {
 		t.Errorf("the client has metrics of a proxy, or reconnects: %v", c)
 	}
 
@@ -174,8 +185,10 @@ func TestMetrics(t *testing.T) {
 		var s proxy.Status
 		check(t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "status", "--json")), &s))
 		want := map[string]float64{
-			"masque_sessions": float64(s.Sessions), "packets rx": float64(s.Packets.RX), "packets tx": float64(s.Packets.TX),
-			"bytes rx": float64(s.Bytes.RX), "bytes tx": float64(s.Bytes.TX), "icmp": float64(s.ICMPSent),
+			"masque_sessions": float64(s.Sessions), "packets rx": float64(s.Packets.RX),
+			"packets tx": float64(s.Packets.TX),
+			"bytes rx":   float64(s.Bytes.RX), "bytes tx": float64(s.Bytes.TX),
+			"icmp": float64(s.ICMPSent),
 		}
 		for reason, n := range s.Drops {
 			if n > 0 { // the status has some reasons always, metrics those that there were
@@ -199,7 +212,8 @@ func TestMetrics(t *testing.T) {
 			switch {
 			case name == "masque_sessions":
 				got[name] = v
-			case v == 0 && name != "masque_auth_failures_total" && name != "masque_packets_total" && name != "masque_bytes_total" && name != "masque_icmp_sent_total":
+			case v == 0 && name != "masque_auth_failures_total" && name != "masque_packets_total" &&
+				name != "masque_bytes_total" && name != "masque_icmp_sent_total":
 			case name == "masque_packets_total":
 				got["packets "+label("direction")] = v
 			case name == "masque_bytes_total":
@@ -229,7 +243,8 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// A port that is taken keeps the proxy from starting when the configuration names it, and otherwise only its metrics.
+// A port that is taken keeps the proxy from starting when the configuration
+// names it, and otherwise only its metrics.
 func TestMetricsPortTaken(t *testing.T) {
 	p := newPair(t, options{})
 	p.stopProxy()
@@ -237,7 +252,8 @@ func TestMetricsPortTaken(t *testing.T) {
 	check(t, err)
 	defer ln.Close()
 	p.startProxy()
-	if log := p.log(p.server); !strings.Contains(log, "metrics are not served") || !strings.Contains(log, "metrics.listen: TCP 127.0.0.1:9484 is in use") {
+	if log := p.log(p.server); !strings.Contains(log, "metrics are not served") ||
+		!strings.Contains(log, "metrics.listen: TCP 127.0.0.1:9484 is in use") {
 		t.Errorf("the log does not say that there are no metrics:\n%s", log)
 	}
 	p.stopProxy()
@@ -254,7 +270,9 @@ func TestMetricsPortTaken(t *testing.T) {
 	if code, out := run("check"); code != 2 || !strings.Contains(out, "fail  "+taken) {
 		t.Errorf("check: %d\n%s", code, out)
 	}
-	if code, out := run("run"); code != 1 || !strings.Contains(lastLine([]byte(out)), taken+": stop what uses it (ss -tlpn), or change metrics.listen") {
+	if code, out := run("run"); code != 1 ||
+		!strings.Contains(lastLine([]byte(out)),
+			taken+": stop what uses it (ss -tlpn), or change metrics.listen") {
 		t.Errorf("run: %d\n%s", code, out)
 	}
 	p.editProxyConfig(`listen = "127.0.0.1:9484"`, `listen = ""`)
@@ -263,7 +281,8 @@ func TestMetricsPortTaken(t *testing.T) {
 		t.Errorf("metrics are in the log of a proxy without:\n%s", log)
 	}
 	p.editProxyConfig(`listen = ""`, `listen = "[::1]:9484"`)
-	if out := p.must(p.Proxy, "masque-proxy", "reload"); strings.TrimSpace(out) != "reloaded; restart the proxy for: metrics.listen" {
+	if out := p.must(p.Proxy, "masque-proxy",
+		"reload"); strings.TrimSpace(out) != "reloaded; restart the proxy for: metrics.listen" {
 		t.Errorf("reload said %q", out)
 	}
 }

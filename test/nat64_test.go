@@ -11,11 +11,15 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// A client on a network without IPv4 reaches a proxy that its file names by an IPv4 address, through the translator of that network.
+// A client on a network without IPv4 reaches a proxy that its file names by an
+// IPv4 address, through the translator of that network.
 func TestProxyBehindTranslator(t *testing.T) {
 	p := newPair(t, options{})
-	ip := func(h *lab.Host, args string) { check(t, h.Command(p.ctx, "ip", strings.Fields(args)...).Run()) }
-	// The proxy has the address that the translator would have made of its own, so the lab needs no translator.
+	ip := func(h *lab.Host, args string) {
+		check(t, h.Command(p.ctx, "ip", strings.Fields(args)...).Run())
+	}
+	// The proxy has the address that the translator would have made of its own,
+	// so the lab needs no translator.
 	translated := netip.MustParseAddr("64:ff9b::203.0.113.5")
 	ip(p.Proxy, "addr add "+translated.String()+"/128 dev eth0 nodad")
 	ip(p.Router, "-6 route add 64:ff9b::/96 via 2001:db8:2::5")
@@ -33,14 +37,16 @@ func TestProxyBehindTranslator(t *testing.T) {
 	file := p.invite("alice")
 	text, err := os.ReadFile(file)
 	check(t, err)
-	byAddress := strings.Replace(string(text), "proxy = \""+lab.ProxyName+"\"", "proxy = \"203.0.113.5\"", 1)
+	byAddress := strings.Replace(string(text), "proxy = \""+lab.ProxyName+"\"",
+		"proxy = \"203.0.113.5\"", 1)
 	byAddress = strings.Replace(byAddress, "[tls]", "[tls]\nserver_name = \""+lab.ProxyName+"\"", 1)
 	if !strings.Contains(byAddress, "203.0.113.5") {
 		t.Fatalf("the client's file is\n%s", text)
 	}
 	check(t, os.WriteFile(file, []byte(byAddress), 0o600))
 	p.up(p.Client, file)
-	if got := p.status(p.Client, "alice").Proxy.Endpoint; got != netip.AddrPortFrom(translated, 443).String() {
+	if got := p.status(p.Client, "alice").Proxy.Endpoint; got != netip.AddrPortFrom(translated,
+		443).String() {
 		t.Errorf("the proxy is reached at %s, want port 443 of %v", got, translated)
 	}
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)

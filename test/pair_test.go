@@ -27,7 +27,8 @@ var (
 	proxy6  = netip.MustParseAddr("fd77::1")
 )
 
-// options change a pair. The zero value is a full tunnel without address translation, whose pool the target has a route to.
+// options change a pair. The zero value is a full tunnel without address
+// translation, whose pool the target has a route to.
 type options struct {
 	clients int
 	mtu     int // of the links between clients and router
@@ -72,10 +73,12 @@ func newHosts(t *testing.T, o options) *pair {
 		}
 	})
 	topo, err := lab.NewTopology(l, lab.TopologyOptions{
-		Clients: o.clients, ClientMTU: o.mtu, Impair: o.impair, Pool: append([]netip.Prefix{pool4, pool6}, o.behind...),
+		Clients: o.clients, ClientMTU: o.mtu, Impair: o.impair,
+		Pool: append([]netip.Prefix{pool4, pool6}, o.behind...),
 	})
 	check(t, err)
-	return &pair{Topology: topo, t: t, ctx: t.Context(), dir: filepath.Join(t.TempDir(), "proxy"), opts: o}
+	return &pair{Topology: topo, t: t, ctx: t.Context(), dir: filepath.Join(t.TempDir(), "proxy"),
+		opts: o}
 }
 
 // writeProxyConfig writes proxy.toml around the files that init made.
@@ -153,7 +156,8 @@ func (p *pair) clientLog(name string) string {
 	return string(out)
 }
 
-// invite makes the configuration of a user, with what the pair's options add, and returns its path.
+// invite makes the configuration of a user, with what the pair's options add,
+// and returns its path.
 func (p *pair) invite(user string) string {
 	p.t.Helper()
 	file := filepath.Join(p.t.TempDir(), user+".toml")
@@ -174,7 +178,8 @@ func appendTo(t *testing.T, file, text string) {
 	check(t, errors.Join(err, f.Close()))
 }
 
-// up connects host with the configuration in file and waits until packets flow. The tunnel's name is that of the file.
+// up connects host with the configuration in file and waits until packets flow.
+// The tunnel's name is that of the file.
 func (p *pair) up(host *lab.Host, file string) {
 	p.t.Helper()
 	out, err := host.Command(p.ctx, program("masque-client"), "up", file, "--wait").CombinedOutput()
@@ -194,7 +199,8 @@ func (p *pair) connect(host *lab.Host, user string) {
 	p.up(host, p.invite(user))
 }
 
-// must runs one of the programs, which has to succeed, and returns its standard output.
+// must runs one of the programs, which has to succeed, and returns its standard
+// output.
 func (p *pair) must(host *lab.Host, name string, args ...string) string {
 	p.t.Helper()
 	c := host.Command(p.ctx, program(name), args...)
@@ -223,7 +229,8 @@ func (p *pair) status(host *lab.Host, name string) client.Status {
 func (p *pair) kick(user string) {
 	p.t.Helper()
 	var sessions []proxy.SessionStatus
-	check(p.t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "sessions", "--json")), &sessions))
+	check(p.t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "sessions", "--json")),
+		&sessions))
 	for _, s := range sessions {
 		if s.User == user {
 			p.must(p.Proxy, "masque-proxy", "kick", s.ID)
@@ -252,8 +259,9 @@ func (p *pair) ping(from *lab.Host, to ...netip.Addr) {
 	}
 }
 
-// unreachable checks that a ping from host is answered by the ICMP error of the given type and code. Beside other traffic a ping may
-// be lost, in the kernel's queue in front of a device without offload for one; then it asks again.
+// unreachable checks that a ping from host is answered by the ICMP error of the
+// given type and code. Beside other traffic a ping may be lost, in the kernel's
+// queue in front of a device without offload for one; then it asks again.
 func (p *pair) unreachable(from *lab.Host, to netip.Addr, typ, code int) {
 	p.t.Helper()
 	var a lab.Answer
@@ -267,7 +275,8 @@ func (p *pair) unreachable(from *lab.Host, to netip.Addr, typ, code int) {
 		}
 	}
 	if err != nil || a.Echo || a.Type != typ || a.Code != code {
-		p.t.Errorf("ping from %s to %v: %v, %v, want type %d code %d", from.Name(), to, a, err, typ, code)
+		p.t.Errorf("ping from %s to %v: %v, %v, want type %d code %d", from.Name(), to, a, err,
+			typ, code)
 	}
 }
 

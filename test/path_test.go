@@ -9,12 +9,15 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// The path's MTU shrinks while the tunnel is in use, and large packets vanish without a word. The tunnel's MTU follows, TCP
-// goes on, IPv6 is given up with a reason once the path is too narrow for it, and comes back with the path.
+// The path's MTU shrinks while the tunnel is in use, and large packets vanish
+// without a word. The tunnel's MTU follows, TCP goes on, IPv6 is given up with
+// a reason once the path is too narrow for it, and comes back with the path.
 func TestPathShrinks(t *testing.T) {
 	p := newPair(t, options{impair: &lab.Impairment{}})
 	p.connect(p.Client, "alice")
-	p.eventually("the path's MTU is found", func() bool { return p.status(p.Client, "alice").MTU > 1380 })
+	p.eventually("the path's MTU is found", func() bool {
+		return p.status(p.Client, "alice").MTU > 1380
+	})
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 
 	for _, step := range []struct {
@@ -35,12 +38,14 @@ func TestPathShrinks(t *testing.T) {
 		if step.ipv6 {
 			p.transfer(p.Client, p.Target, lab.TargetIPv6, 1<<20)
 		} else {
-			p.unreachable(p.Client, lab.TargetIPv6, 1, 0) // at once, so that programs take IPv4, and not outside the tunnel
+			// at once, so that programs take IPv4, and not outside the tunnel
+			p.unreachable(p.Client, lab.TargetIPv6, 1, 0)
 		}
 	}
 }
 
-// A path that is too narrow for the packets that QUIC begins with still connects.
+// A path that is too narrow for the packets that QUIC begins with still
+// connects.
 func TestNarrowPath(t *testing.T) {
 	p := newPair(t, options{impair: &lab.Impairment{MTU: 1280}})
 	p.connect(p.Client, "alice")

@@ -11,18 +11,21 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// A bulk transfer fills a path that is slower than it; what shares the tunnel with it does not wait behind it and loses nothing. The
-// tunnel has congestion control around it, so that packets wait at its entrance.
+// A bulk transfer fills a path that is slower than it; what shares the tunnel
+// with it does not wait behind it and loses nothing. The tunnel has congestion
+// control around it, so that packets wait at its entrance.
 func TestThinFlowBesideBulk(t *testing.T) {
 	const (
 		rate  = 10_000_000 // bits per second
 		pings = 9
-		// fifo is how long a packet would wait behind all that the entrance has room for.
+		// fifo is how long a packet would wait behind all that the entrance has
+		// room for.
 		fifo = flowqueue.Limit * 1400 * 8 * time.Second / rate
 	)
 	outer := "\n[tunnel]\ncongestion = \"outer\"\n"
 	// The wire loses nothing by itself.
-	p := newPair(t, options{impair: &lab.Impairment{Delay: 5 * time.Millisecond, Rate: rate, Queue: 8 << 20}, client: outer, proxy: outer})
+	p := newPair(t, options{impair: &lab.Impairment{Delay: 5 * time.Millisecond, Rate: rate,
+		Queue: 8 << 20}, client: outer, proxy: outer})
 	p.connect(p.Client, "alice")
 	for i, tc := range []struct {
 		name  string
@@ -34,9 +37,12 @@ func TestThinFlowBesideBulk(t *testing.T) {
 	} {
 		port := strconv.Itoa(5201 + i)
 		server := p.iperfServer(p.Target, port)
-		bulk := p.Client.Command(p.ctx, "iperf3", append(tc.args, "-c", lab.TargetIPv4.String(), "-p", port, "-t", "60", "-C", "reno")...)
+		bulk := p.Client.Command(p.ctx, "iperf3",
+			append(tc.args, "-c", lab.TargetIPv4.String(), "-p", port, "-t", "60", "-C", "reno")...)
 		check(t, bulk.Start())
-		p.eventually("CoDel drops packets of the transfer", func() bool { return tc.drops()["queue_delay"] > 0 })
+		p.eventually("CoDel drops packets of the transfer", func() bool {
+			return tc.drops()["queue_delay"] > 0
+		})
 		var waited []time.Duration
 		for range pings {
 			ctx, cancel := context.WithTimeout(p.ctx, patience)
@@ -55,7 +61,8 @@ func TestThinFlowBesideBulk(t *testing.T) {
 		slices.Sort(waited)
 		t.Logf("%s: pings took %v; %v dropped", tc.name, waited, tc.drops())
 		if waited[pings/2] > fifo/4 {
-			t.Errorf("%s: pings took %v, where a queue for all would have cost up to %v", tc.name, waited, fifo)
+			t.Errorf("%s: pings took %v, where a queue for all would have cost up to %v", tc.name,
+				waited, fifo)
 		}
 		if n := tc.drops()["queue_full"]; n > 0 {
 			t.Errorf("%s: %d packets dropped because the queue was full", tc.name, n)
@@ -69,7 +76,8 @@ func TestThinFlowBesideBulk(t *testing.T) {
 	}
 }
 
-// iperfServer starts a server for one run of iperf3. One that has not put the last run away refuses the next.
+// iperfServer starts a server for one run of iperf3. One that has not put the
+// last run away refuses the next.
 func (p *pair) iperfServer(host *lab.Host, port string) *lab.Cmd {
 	p.t.Helper()
 	server := host.Command(p.ctx, "iperf3", "-s", "-1", "-p", port)

@@ -10,8 +10,10 @@ import (
 	"masquevpn/proxy"
 )
 
-// What another program takes away on the client's host comes back while the session goes on, the status counts it, and with a kill
-// switch nothing leaves beside the tunnel: not while it is away, but for what the kill switch alone holds, nor afterwards.
+// What another program takes away on the client's host comes back while the
+// session goes on, the status counts it, and with a kill switch nothing leaves
+// beside the tunnel: not while it is away, but for what the kill switch alone
+// holds, nor afterwards.
 func TestClientHostIsPutRight(t *testing.T) {
 	p, behind := killSwitchHosts(t, options{client: killSwitch})
 	p.up(p.Client, p.invite("alice"))
@@ -25,7 +27,8 @@ func TestClientHostIsPutRight(t *testing.T) {
 		{"an address", "ip addr del 10.77.0.2/32 dev masque0", "address", false},
 		{"the link is set down", "ip link set masque0 down", "link", false},
 		{"the interface is deleted", "ip link del masque0", "device", false},
-		{"the kill switch is deleted", "nft delete table inet masquevpn-kill-alice", "kill_switch", true},
+		{"the kill switch is deleted", "nft delete table inet masquevpn-kill-alice",
+			"kill_switch", true},
 		{"nftables is flushed", "nft flush ruleset", "table", true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -37,7 +40,8 @@ func TestClientHostIsPutRight(t *testing.T) {
 			before := len(seen.Packets())
 			p.eventually(tt.name+" is put right", func() bool {
 				s := p.status(p.Client, "alice")
-				return s.KernelRepairs[tt.what] > 0 && s.State == client.StateConnected && s.KillSwitch == client.KillSwitchClosed
+				return s.KernelRepairs[tt.what] > 0 && s.State == client.StateConnected &&
+					s.KillSwitch == client.KillSwitchClosed
 			})
 			if tt.opens {
 				before = len(seen.Packets())
@@ -56,7 +60,8 @@ func TestClientHostIsPutRight(t *testing.T) {
 	}
 }
 
-// The same at the proxy, whose check says what happened, and whose clients notice nothing.
+// The same at the proxy, whose check says what happened, and whose clients
+// notice nothing.
 func TestProxyHostIsPutRight(t *testing.T) {
 	p := newPair(t, options{})
 	p.stopProxy()
@@ -76,7 +81,8 @@ func TestProxyHostIsPutRight(t *testing.T) {
 			check(t, p.Proxy.Command(p.ctx, args[0], args[1:]...).Run())
 			p.eventually(tt.name+" is put right", func() bool {
 				var s proxy.Status
-				check(t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "status", "--json")), &s))
+				check(t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "status",
+					"--json")), &s))
 				return s.KernelRepairs[tt.what] > 0 && s.State == proxy.StateRunning
 			})
 			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
@@ -86,7 +92,8 @@ func TestProxyHostIsPutRight(t *testing.T) {
 		t.Errorf("there were %d reconnects", s.Reconnects)
 	}
 	const says = "warn  host: another program changed what the running program needs; it was put right, since the start: "
-	if out, _ := p.Proxy.Command(p.ctx, program("masque-proxy"), "check", "-c", p.config()).Output(); !strings.Contains(string(out), says) {
+	if out, _ := p.Proxy.Command(p.ctx, program("masque-proxy"), "check", "-c",
+		p.config()).Output(); !strings.Contains(string(out), says) {
 		t.Errorf("check says\n%s", out)
 	}
 }

@@ -11,12 +11,14 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// A reload changes what goes through the tunnel while a transfer runs, and neither the session nor the transfer notices.
+// A reload changes what goes through the tunnel while a transfer runs, and
+// neither the session nor the transfer notices.
 func TestReload(t *testing.T) {
 	p := newPair(t, options{proxy: "\n[routes]\nadvertise = [\"192.0.2.0/24\"]\n"})
 	p.connect(p.Client, "alice")
 	before := p.status(p.Client, "alice")
-	other := netip.MustParseAddr("198.18.0.7") // on the target, beyond the network that is advertised
+	// on the target, beyond the network that is advertised
+	other := netip.MustParseAddr("198.18.0.7")
 	check(t, p.Target.AddAddr("lo", netip.PrefixFrom(other, 32)))
 	check(t, p.Proxy.AddRoute(netip.PrefixFrom(other, 32), lab.TargetIPv4))
 	p.goesBy(other, "eth0")
@@ -36,20 +38,27 @@ func TestReload(t *testing.T) {
 			t.Errorf("reload said %q, want %q", out, want)
 		}
 	}
-	p.editProxyConfig(`advertise = ["192.0.2.0/24"]`, `advertise = ["192.0.2.0/24", "198.18.0.0/24"]`)
+	p.editProxyConfig(`advertise = ["192.0.2.0/24"]`,
+		`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`)
 	reload("reloaded")
-	p.eventually("the new route is there", func() bool { return len(p.status(p.Client, "alice").Routes) == len(before.Routes)+1 })
+	p.eventually("the new route is there", func() bool {
+		return len(p.status(p.Client, "alice").Routes) == len(before.Routes)+1
+	})
 	p.goesBy(other, "masque0")
 	p.ping(p.Client, other)
 
-	p.editProxyConfig(`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`, `advertise = ["192.0.2.0/24", "198.18.0.0/24"]`+"\ndeny = [\"198.18.0.0/24\"]")
+	p.editProxyConfig(`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`,
+		`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`+"\ndeny = [\"198.18.0.0/24\"]")
 	reload("reloaded")
 	p.unreachable(p.Client, other, 3, 13)
 
-	p.editProxyConfig(`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`, `advertise = ["192.0.2.0/24"]`)
+	p.editProxyConfig(`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`,
+		`advertise = ["192.0.2.0/24"]`)
 	p.editProxyConfig("masquerade = false", "masquerade = true")
 	reload("reloaded; restart the proxy for: nat.masquerade")
-	p.eventually("the route is gone", func() bool { return len(p.status(p.Client, "alice").Routes) == len(before.Routes) })
+	p.eventually("the route is gone", func() bool {
+		return len(p.status(p.Client, "alice").Routes) == len(before.Routes)
+	})
 	p.goesBy(other, "eth0")
 
 	if err := <-sent; err != nil {
@@ -58,12 +67,14 @@ func TestReload(t *testing.T) {
 	if got, want := <-received, digest(content(size)); got != want {
 		t.Errorf("received %s, sent %s", got, want)
 	}
-	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 || !s.Since.Equal(before.Since) {
+	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 ||
+		!s.Since.Equal(before.Since) {
 		t.Errorf("the session did not last: %+v", s)
 	}
 }
 
-// A user who is removed and invited again is not let in with what was given out before.
+// A user who is removed and invited again is not let in with what was given out
+// before.
 func TestUserInvitedAgain(t *testing.T) {
 	p := newPair(t, options{client: "\n[reconnect]\nenabled = false\n"})
 	old := p.invite("alice")
@@ -75,14 +86,16 @@ func TestUserInvitedAgain(t *testing.T) {
 		_ = c.Run()
 		return c.ExitCode() == 3
 	})
-	_ = p.Client.Command(p.ctx, program("masque-client"), "down", "alice").Run() // it ends by itself; this waits
+	// it ends by itself; this waits
+	_ = p.Client.Command(p.ctx, program("masque-client"), "down", "alice").Run()
 	text, err := os.ReadFile(old)
 	check(t, err)
 	onlyCertificate := strings.Replace(string(text), "token =", "# token =", 1)
 	if onlyCertificate == string(text) {
 		t.Fatalf("the client's file has no token:\n%s", text)
 	}
-	for name, content := range map[string]string{"all": string(text), "the certificate alone": onlyCertificate} {
+	for name, content := range map[string]string{"all": string(text),
+		"the certificate alone": onlyCertificate} {
 		check(t, os.WriteFile(old, []byte(content), 0o600))
 		c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", old)
 		if out, _ := c.CombinedOutput(); c.ExitCode() != 4 {

@@ -42,13 +42,15 @@ const systemBus = `<busconfig>
 <policy context="default"><allow user="*"/><allow own="*"/><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/></policy>
 </busconfig>`
 
-// newResolved is a resolver whose client runs systemd-resolved, which asks the router, and is asked by whoever reads resolv.conf.
+// newResolved is a resolver whose client runs systemd-resolved, which asks the
+// router, and is asked by whoever reads resolv.conf.
 func newResolved(t *testing.T, o options) *resolver {
 	t.Helper()
 	program := findResolved(t)
 	r := newResolver(t, o)
 	check(t, r.Client.Do(func() error {
-		// It becomes a user of its own. That is root here: tests that run without root have no other.
+		// It becomes a user of its own. That is root here: tests that run
+		// without root have no other.
 		passwd, err := os.ReadFile("/etc/passwd")
 		if err != nil {
 			return err
@@ -84,11 +86,14 @@ func newResolved(t *testing.T, o options) *resolver {
 		}
 		return r.bus("get-property", resolveName, resolvePath, resolveName+".Manager", "DNS") == nil
 	})
-	// As a DHCP client has it: the servers of the LAN are those of its interface.
+	// As a DHCP client has it: the servers of the LAN are those of its
+	// interface.
 	link, err := r.Client.Command(r.ctx, "cat", "/sys/class/net/eth0/ifindex").Output()
 	check(t, err)
-	check(t, r.bus("call", resolveName, resolvePath, resolveName+".Manager", "SetLinkDNS", "ia(iay)",
-		strings.TrimSpace(string(link)), "1", strconv.Itoa(syscall.AF_INET), "4", "198", "51", "100", "1"))
+	check(t, r.bus("call", resolveName, resolvePath, resolveName+".Manager", "SetLinkDNS",
+		"ia(iay)",
+		strings.TrimSpace(string(link)), "1", strconv.Itoa(syscall.AF_INET), "4", "198", "51",
+		"100", "1"))
 	check(t, r.Client.Do(func() error {
 		if err := os.Remove("/etc/resolv.conf"); err != nil {
 			return err
@@ -100,7 +105,8 @@ func newResolved(t *testing.T, o options) *resolver {
 
 // bus runs busctl.
 func (r *resolver) bus(args ...string) error {
-	return r.Client.Command(r.ctx, "busctl", append([]string{"--system", "--no-pager"}, args...)...).Run()
+	return r.Client.Command(r.ctx, "busctl",
+		append([]string{"--system", "--no-pager"}, args...)...).Run()
 }
 
 // told returns what systemd-resolved knows of servers and domains.
@@ -116,14 +122,16 @@ func (r *resolver) told() string {
 func query(p lab.Packet) (name string, ok bool) {
 	udp, _ := p.Layer(layers.LayerTypeUDP).(*layers.UDP)
 	var m dnsmessage.Message
-	if udp == nil || !p.Outgoing || m.Unpack(udp.Payload) != nil || m.Response || len(m.Questions) != 1 {
+	if udp == nil || !p.Outgoing || m.Unpack(udp.Payload) != nil || m.Response ||
+		len(m.Questions) != 1 {
 		return "", false
 	}
 	return m.Questions[0].Name.String(), true
 }
 
-// With systemd-resolved, all names or only those of the tunnel are asked for in the tunnel, and none of those outside; and it knows
-// what it knew when the tunnel is gone, however that ends.
+// With systemd-resolved, all names or only those of the tunnel are asked for in
+// the tunnel, and none of those outside; and it knows what it knew when the
+// tunnel is gone, however that ends.
 func TestResolved(t *testing.T) {
 	r := newResolved(t, options{})
 	before, told := r.snapshot(r.Client), r.told()
@@ -139,7 +147,8 @@ func TestResolved(t *testing.T) {
 		r.unchanged(r.Client, before)
 	}
 
-	// outside returns the names that were asked for outside since it was last called, the proxy's excepted.
+	// outside returns the names that were asked for outside since it was last
+	// called, the proxy's excepted.
 	seen := 0
 	outside := func() (names []string) {
 		t.Helper()
@@ -167,16 +176,19 @@ func TestResolved(t *testing.T) {
 	}{
 		{"all names", "", []string{"www.example.org", "inside.example", "host.corp.example"}, nil},
 		{
-			// The server outside is on a public network, which would be in the tunnel.
+			// The server outside is on a public network, which would be in the
+			// tunnel.
 			"some names", "\n[routes]\nlan = \"all\"\n\n[dns]\nsearch = [\"corp.example\"]\ndomains = [\"corp.example\", \"internal\"]\n",
-			[]string{"host.corp.example", "db.internal"}, []string{"www.example.org", "internal.example.org"},
+			[]string{"host.corp.example", "db.internal"},
+			[]string{"www.example.org", "internal.example.org"},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			appendTo(t, r.file, tc.config)
 			resolves := func(when string) {
 				t.Helper()
-				check(t, r.bus("call", resolveName, resolvePath, resolveName+".Manager", "FlushCaches"))
+				check(t, r.bus("call", resolveName, resolvePath, resolveName+".Manager",
+					"FlushCaches"))
 				for _, name := range tc.inside {
 					r.looksUp(name)
 				}
@@ -192,7 +204,10 @@ func TestResolved(t *testing.T) {
 			}
 			r.up(r.Client, r.file)
 			r.applied("systemd-resolved")
-			inside, err := r.Client.Capture("masque0", func(p lab.Packet) bool { _, ok := query(p); return ok })
+			inside, err := r.Client.Capture("masque0", func(p lab.Packet) bool {
+				_, ok := query(p)
+				return ok
+			})
 			check(t, err)
 			resolves("up")
 			check(t, inside.Close())
@@ -216,7 +231,8 @@ func TestResolved(t *testing.T) {
 				t.Errorf("the status does not say %s:\n%s", want, text)
 			}
 
-			// The proxy's own name is looked up outside, when the tunnel that all others go to is dead.
+			// The proxy's own name is looked up outside, when the tunnel that
+			// all others go to is dead.
 			before := len(r.asked())
 			check(t, r.server.Signal(syscall.SIGKILL))
 			<-r.server.Done()

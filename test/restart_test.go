@@ -12,8 +12,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// The proxy is killed and started again while a transfer runs: the client comes back by itself with the same addresses,
-// and the TCP connection inside goes on.
+// The proxy is killed and started again while a transfer runs: the client comes
+// back by itself with the same addresses, and the TCP connection inside goes
+// on.
 func TestProxyKilledAndRestarted(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
@@ -57,7 +58,8 @@ func TestProxyKilledAndRestarted(t *testing.T) {
 	}
 }
 
-// A client with nothing to send learns of a proxy that was killed and started again from the proxy, not by waiting in vain.
+// A client with nothing to send learns of a proxy that was killed and started
+// again from the proxy, not by waiting in vain.
 func TestIdleClientLearnsOfRestart(t *testing.T) {
 	p := newPair(t, options{})
 	file := p.invite("alice")
@@ -85,13 +87,18 @@ func TestProxyStops(t *testing.T) {
 	p.connect(p.Client, "alice")
 	p.stopProxy()
 	p.unchanged(p.Proxy, before)
-	p.eventually("the client knows", func() bool { return p.status(p.Client, "alice").State == client.StateReconnecting })
+	p.eventually("the client knows", func() bool {
+		return p.status(p.Client, "alice").State == client.StateReconnecting
+	})
 	p.startProxy()
-	p.eventually("the client is connected again", func() bool { return p.status(p.Client, "alice").State == client.StateConnected })
+	p.eventually("the client is connected again", func() bool {
+		return p.status(p.Client, "alice").State == client.StateConnected
+	})
 	p.ping(p.Client, lab.TargetIPv4)
 }
 
-// A client that was killed leaves nothing that the next start does not remove, and that has the same addresses.
+// A client that was killed leaves nothing that the next start does not remove,
+// and that has the same addresses.
 func TestClientKilled(t *testing.T) {
 	p := newPair(t, options{})
 	before := p.snapshot(p.Client)
@@ -105,12 +112,14 @@ func TestClientKilled(t *testing.T) {
 	if d := lab.Diff(before, p.snapshot(p.Client)); d == "" {
 		t.Error("nothing was left behind; this test would not notice that it is not removed")
 	}
-	out, err := p.Client.Command(p.ctx, program("masque-client"), "status", "alice").CombinedOutput()
+	out, err := p.Client.Command(p.ctx, program("masque-client"), "status",
+		"alice").CombinedOutput()
 	if err == nil {
 		t.Errorf("status of a dead client:\n%s", out)
 	}
 	p.up(p.Client, file)
-	if now := p.status(p.Client, "alice").Addresses; !slices.Equal(now, had) || p.session().User != "alice" {
+	if now := p.status(p.Client, "alice").Addresses; !slices.Equal(now, had) ||
+		p.session().User != "alice" {
 		t.Errorf("it has %v, and had %v", now, had)
 	}
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
@@ -118,7 +127,8 @@ func TestClientKilled(t *testing.T) {
 	p.unchanged(p.Client, before)
 }
 
-// A user who is removed is out: the running session ends, and there is no new one.
+// A user who is removed is out: the running session ends, and there is no new
+// one.
 func TestUserRemoved(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")

@@ -9,8 +9,10 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// Whatever a tunnel is for, and however it ends, the host is as it was: addresses, routes, rules, nftables, kernel parameters and
-// resolver files. A process that was killed leaves it to `down`, or to the next start. So it is with the proxy's host.
+// Whatever a tunnel is for, and however it ends, the host is as it was:
+// addresses, routes, rules, nftables, kernel parameters and resolver files. A
+// process that was killed leaves it to `down`, or to the next start. So it is
+// with the proxy's host.
 func TestHostIsAsBefore(t *testing.T) {
 	networks := lab.Prefixes("10.5.0.0/24", "fd05::/64")
 	p := newPair(t, options{behind: networks, proxy: `
@@ -29,7 +31,8 @@ networks = ["10.5.0.0/24", "fd05::/64"]
 	check(t, err)
 	check(t, p.Lab.Connect(
 		lab.End{Host: p.Client, Name: "eth1", Addrs: lab.Prefixes("10.5.0.1/24", "fd05::1/64")},
-		lab.End{Host: behind, Name: "eth0", Addrs: lab.Prefixes("10.5.0.2/24", "fd05::2/64")}, lab.LinkOptions{}))
+		lab.End{Host: behind, Name: "eth0", Addrs: lab.Prefixes("10.5.0.2/24", "fd05::2/64")},
+		lab.LinkOptions{}))
 	before := p.snapshot(p.Client)
 
 	whole := p.t
@@ -37,7 +40,8 @@ networks = ["10.5.0.0/24", "fd05::/64"]
 		p.t.Helper()
 		c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
 		check(p.t, c.Start())
-		p.must(p.Client, "masque-client", "wait", strings.TrimSuffix(filepath.Base(file), ".toml"), "--for", "connected", "--timeout", "30s")
+		p.must(p.Client, "masque-client", "wait", strings.TrimSuffix(filepath.Base(file), ".toml"),
+			"--for", "connected", "--timeout", "30s")
 		p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 		return c
 	}
@@ -88,7 +92,9 @@ networks = ["10.5.0.0/24", "fd05::/64"]
 				c := run(file)
 				p.must(p.Proxy, "masque-proxy", "user", "remove", tunnel.user, "-c", p.config())
 				<-c.Done()
-				if c.ExitCode() != 4 || !strings.Contains(lastLine([]byte(p.log(c))), "the proxy does not accept the c") {
+				if c.ExitCode() != 4 ||
+					!strings.Contains(lastLine([]byte(p.log(c))),
+						"the proxy does not accept the c") {
 					p.t.Errorf("exit code %d, and the log is\n%s", c.ExitCode(), p.log(c))
 				}
 			}},

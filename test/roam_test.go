@@ -35,7 +35,8 @@ func (p *pair) session() proxy.SessionStatus {
 	return all[0]
 }
 
-// stream is a TCP connection through the tunnel that is used all the time, in both directions.
+// stream is a TCP connection through the tunnel that is used all the time, in
+// both directions.
 type stream struct {
 	p     *pair
 	stop  context.CancelFunc
@@ -43,7 +44,8 @@ type stream struct {
 	bytes chan int64
 }
 
-// startStream begins to send from the client to the target, which sends everything back.
+// startStream begins to send from the client to the target, which sends
+// everything back.
 func (p *pair) startStream() *stream {
 	p.t.Helper()
 	ln, err := p.Target.Listen("tcp", netip.AddrPortFrom(lab.TargetIPv4, 0).String())
@@ -114,8 +116,10 @@ func (s *stream) end() {
 func (p *pair) secondUplink(name string) {
 	p.t.Helper()
 	check(p.t, p.Lab.Connect(
-		lab.End{Host: p.Client, Name: name, Addrs: lab.Prefixes("198.18.250.2/24", "2001:db8:1:250::2/64")},
-		lab.End{Host: p.Router, Name: "second", Addrs: lab.Prefixes("198.18.250.1/24", "2001:db8:1:250::1/64")}, lab.LinkOptions{}))
+		lab.End{Host: p.Client, Name: name,
+			Addrs: lab.Prefixes("198.18.250.2/24", "2001:db8:1:250::2/64")},
+		lab.End{Host: p.Router, Name: "second",
+			Addrs: lab.Prefixes("198.18.250.1/24", "2001:db8:1:250::1/64")}, lab.LinkOptions{}))
 }
 
 const (
@@ -123,7 +127,8 @@ const (
 	bySecond = "ip route replace default via 198.18.250.1 dev eth1; ip -6 route replace default via 2001:db8:1:250::1 dev eth1"
 )
 
-// Nothing leaves beside the tunnel while it moves from one network to another, nor while there is no way to the proxy at all.
+// Nothing leaves beside the tunnel while it moves from one network to another,
+// nor while there is no way to the proxy at all.
 func TestKillSwitchHoldsWhileMoving(t *testing.T) {
 	p, behind := killSwitchHosts(t, options{client: killSwitch})
 	p.secondUplink("wlan0")
@@ -143,7 +148,8 @@ func TestKillSwitchHoldsWhileMoving(t *testing.T) {
 		t.Helper()
 		p.eventually("connected by "+iface, func() bool {
 			s := p.status(p.Client, "alice")
-			return s.State == client.StateConnected && s.Reason == "" && s.Uplink != nil && s.Uplink.Interface == iface
+			return s.State == client.StateConnected && s.Reason == "" && s.Uplink != nil &&
+				s.Uplink.Interface == iface
 		})
 		p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 		if !slices.ContainsFunc(links[iface].Packets(), isTunnel) {
@@ -156,15 +162,18 @@ func TestKillSwitchHoldsWhileMoving(t *testing.T) {
 	isBy("wlan0")
 	held("moved")
 	p.script(p.Client, "ip route del default; ip -6 route del default")
-	p.eventually("the client knows that there is no way", func() bool { return p.status(p.Client, "alice").Reason != "" })
+	p.eventually("the client knows that there is no way", func() bool {
+		return p.status(p.Client, "alice").Reason != ""
+	})
 	held("without a way")
 	p.script(p.Client, byFirst)
 	isBy("eth0")
 	held("back")
 }
 
-// The host changes its network under a running connection, in every way that hosts do: the session moves with it, the addresses
-// inside stay, and the connection inside goes on.
+// The host changes its network under a running connection, in every way that
+// hosts do: the session moves with it, the addresses inside stay, and the
+// connection inside goes on.
 func TestHostChangesNetwork(t *testing.T) {
 	p := newPair(t, options{})
 	p.secondUplink("eth1")
@@ -193,7 +202,8 @@ func TestHostChangesNetwork(t *testing.T) {
 		p.eventually(step.name, func() bool {
 			s := p.status(p.Client, "alice")
 			return s.State == client.StateConnected && s.Reason == "" && s.Uplink != nil &&
-				s.Uplink.Interface == step.iface && s.Uplink.Source == netip.MustParseAddr(step.from)
+				s.Uplink.Interface == step.iface &&
+				s.Uplink.Source == netip.MustParseAddr(step.from)
 		})
 		inside.goesOn()
 		t.Logf("%s: after %v", step.name, time.Since(start).Round(time.Millisecond))
@@ -205,13 +215,16 @@ func TestHostChangesNetwork(t *testing.T) {
 		}
 	}
 	s := p.status(p.Client, "alice")
-	// A stock quic-go runs out of connection IDs on the way, and then the client connects anew.
+	// A stock quic-go runs out of connection IDs on the way, and then the
+	// client connects anew.
 	moved := s.Reconnects == 0 && s.Migrations >= 4 || !congestion.Selectable
 	if !slices.Equal(s.Addresses, first.Addresses) || !moved {
-		t.Errorf("addresses %v, before %v, after %d reconnects and %d migrations", s.Addresses, first.Addresses, s.Reconnects, s.Migrations)
+		t.Errorf("addresses %v, before %v, after %d reconnects and %d migrations", s.Addresses,
+			first.Addresses, s.Reconnects, s.Migrations)
 	}
 	lost := s.Reconnects
-	// A restart of the proxy is noticed at once on the new path too, and not by waiting for answers.
+	// A restart of the proxy is noticed at once on the new path too, and not by
+	// waiting for answers.
 	check(t, p.server.Signal(syscall.SIGKILL))
 	<-p.server.Done()
 	p.startProxy()
@@ -221,13 +234,14 @@ func TestHostChangesNetwork(t *testing.T) {
 	})
 	inside.goesOn()
 	inside.end()
-	if text := p.run(p.Client, "cat", "/run/masque/alice.log"); !strings.Contains(text, "the proxy was restarted") {
+	if text := p.run(p.Client, "cat", "/run/masque/alice.log"); !strings.Contains(text,
+		"the proxy was restarted") {
 		t.Errorf("the client found out otherwise:\n%s", text)
 	}
 }
 
-// When the path of one family is gone and the host has none but the other, the client connects anew by that, with the same
-// addresses inside.
+// When the path of one family is gone and the host has none but the other, the
+// client connects anew by that, with the same addresses inside.
 func TestHostLosesFamily(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
@@ -240,7 +254,8 @@ func TestHostLosesFamily(t *testing.T) {
 	p.script(p.Client, "ip -6 route del default")
 	p.eventually("connected by IPv4", func() bool {
 		s := p.status(p.Client, "alice")
-		return s.State == client.StateConnected && strings.HasPrefix(s.Proxy.Endpoint, lab.ProxyIPv4.String())
+		return s.State == client.StateConnected &&
+			strings.HasPrefix(s.Proxy.Endpoint, lab.ProxyIPv4.String())
 	})
 	inside.goesOn()
 	inside.end()
@@ -249,7 +264,8 @@ func TestHostLosesFamily(t *testing.T) {
 	}
 }
 
-// A router gives the connection other ports outside, time and again: the proxy follows, and the client does not notice.
+// A router gives the connection other ports outside, time and again: the proxy
+// follows, and the client does not notice.
 func TestNATRebinding(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
@@ -286,8 +302,9 @@ func TestNATRebinding(t *testing.T) {
 	}
 }
 
-// UDP disappears on the way: the status says so within seconds, the kill switch stays as it is, and packets flow again soon after
-// UDP does, in the same connection inside.
+// UDP disappears on the way: the status says so within seconds, the kill switch
+// stays as it is, and packets flow again soon after UDP does, in the same
+// connection inside.
 func TestUDPBlackhole(t *testing.T) {
 	p := newPair(t, options{client: killSwitch + "\n[reconnect]\nmax_delay = \"3s\"\n"})
 	p.connect(p.Client, "alice")
@@ -306,19 +323,24 @@ func TestUDPBlackhole(t *testing.T) {
 	start := time.Now()
 	p.eventually("the status says why", func() bool {
 		s := p.status(p.Client, "alice")
-		return s.State == client.StateReconnecting && strings.Contains(s.Reason, "nothing has come from the proxy for")
+		return s.State == client.StateReconnecting &&
+			strings.Contains(s.Reason, "nothing has come from the proxy for")
 	})
 	t.Logf("noticed after %v", time.Since(start).Round(time.Millisecond))
 	p.eventually("attempts fail", func() bool {
 		s := p.status(p.Client, "alice")
-		return s.State == client.StateReconnecting && strings.Contains(s.Reason, "does not answer on UDP port 443")
+		return s.State == client.StateReconnecting &&
+			strings.Contains(s.Reason, "does not answer on UDP port 443")
 	})
-	if now := p.run(p.Client, "nft", "list", "table", "inet", "masquevpn-kill-alice"); now != closed {
+	if now := p.run(p.Client, "nft", "list", "table", "inet",
+		"masquevpn-kill-alice"); now != closed {
 		t.Errorf("the kill switch is\n%s\nand was\n%s", now, closed)
 	}
 	p.run(p.Router, "nft", "delete", "table", "inet", "hole")
 	start = time.Now()
-	p.eventually("the client is back", func() bool { return p.status(p.Client, "alice").State == client.StateConnected })
+	p.eventually("the client is back", func() bool {
+		return p.status(p.Client, "alice").State == client.StateConnected
+	})
 	t.Logf("back after %v", time.Since(start).Round(time.Millisecond))
 	inside.goesOn()
 	inside.end()
@@ -327,7 +349,8 @@ func TestUDPBlackhole(t *testing.T) {
 	}
 }
 
-// A firewall of the host itself that stops the tunnel's packets for a moment ends nothing, and the status names it if it stays.
+// A firewall of the host itself that stops the tunnel's packets for a moment
+// ends nothing, and the status names it if it stays.
 func TestHostFirewall(t *testing.T) {
 	p := newPair(t, options{client: "\n[reconnect]\nmax_delay = \"3s\"\n"})
 	p.connect(p.Client, "alice")
@@ -349,15 +372,19 @@ func TestHostFirewall(t *testing.T) {
 	}
 	p.script(p.Client, wall)
 	p.eventually("the status says why", func() bool {
-		return strings.Contains(p.status(p.Client, "alice").Reason, "packets to the proxy do not leave this host (")
+		return strings.Contains(p.status(p.Client, "alice").Reason,
+			"packets to the proxy do not leave this host (")
 	})
 	p.run(p.Client, "nft", "delete", "table", "inet", "wall")
-	p.eventually("the client is back", func() bool { return p.status(p.Client, "alice").State == client.StateConnected })
+	p.eventually("the client is back", func() bool {
+		return p.status(p.Client, "alice").State == client.StateConnected
+	})
 	inside.goesOn()
 	inside.end()
 }
 
-// The first address of the proxy does not answer: the next one is tried a moment later.
+// The first address of the proxy does not answer: the next one is tried a
+// moment later.
 func TestFirstAddressDead(t *testing.T) {
 	p := newPair(t, options{})
 	p.script(p.Router, `nft -f - <<-END
@@ -369,13 +396,15 @@ func TestFirstAddressDead(t *testing.T) {
 		}
 		END`)
 	p.connect(p.Client, "alice")
-	if s := p.status(p.Client, "alice"); !strings.HasPrefix(s.Proxy.Endpoint, lab.ProxyIPv4.String()) || s.Reconnects != 0 {
+	if s := p.status(p.Client, "alice"); !strings.HasPrefix(s.Proxy.Endpoint,
+		lab.ProxyIPv4.String()) || s.Reconnects != 0 {
 		t.Errorf("connected to %s after %d reconnects", s.Proxy.Endpoint, s.Reconnects)
 	}
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 }
 
-// Two hosts of one user stop, and start again in another order: each has the addresses that it had.
+// Two hosts of one user stop, and start again in another order: each has the
+// addresses that it had.
 func TestAddressesOutlastClient(t *testing.T) {
 	p := newPair(t, options{clients: 2})
 	file := p.invite("alice")
@@ -392,7 +421,8 @@ func TestAddressesOutlastClient(t *testing.T) {
 		if now := p.status(h, "alice").Addresses; !slices.Equal(now, had[h]) {
 			t.Errorf("%s has %v, and had %v", h.Name(), now, had[h])
 		}
-		if mode := p.run(h, "stat", "-c", "%a", "/var/lib/masque/installation"); strings.TrimSpace(mode) != "600" {
+		if mode := p.run(h, "stat", "-c", "%a",
+			"/var/lib/masque/installation"); strings.TrimSpace(mode) != "600" {
 			t.Errorf("the installation's file has mode %s", mode)
 		}
 	}

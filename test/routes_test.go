@@ -14,7 +14,8 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// Addresses of the router: its near side is in the client's LAN, and its far side is reached by the client's default route.
+// Addresses of the router: its near side is in the client's LAN, and its far
+// side is reached by the client's default route.
 var (
 	lan4, lan6       = netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8:1::1")
 	uplink4, uplink6 = netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:2::1")
@@ -22,17 +23,21 @@ var (
 	private4, private6 = netip.MustParseAddr("192.168.77.1"), netip.MustParseAddr("fd77:1::1")
 )
 
-// forLink are addresses of packets for whoever is on the link: limited broadcast, SSDP, mDNS.
-var forLink = []netip.Addr{netip.MustParseAddr("255.255.255.255"), netip.MustParseAddr("239.255.255.250"), netip.MustParseAddr("224.0.0.251")}
+// forLink are addresses of packets for whoever is on the link: limited
+// broadcast, SSDP, mDNS.
+var forLink = []netip.Addr{netip.MustParseAddr("255.255.255.255"),
+	netip.MustParseAddr("239.255.255.250"), netip.MustParseAddr("224.0.0.251")}
 
-// givePrivateLAN gives the client's LAN a private network of each family besides the public ones.
+// givePrivateLAN gives the client's LAN a private network of each family
+// besides the public ones.
 func (p *pair) givePrivateLAN() {
 	p.t.Helper()
 	for _, end := range []struct {
 		host        *lab.Host
 		iface, last string
 	}{{p.Client, "eth0", "2"}, {p.Router, "client1", "1"}} {
-		for _, a := range []string{"192.168.77." + end.last + "/24", "fd77:1::" + end.last + "/64"} {
+		for _, a := range []string{"192.168.77." + end.last + "/24",
+			"fd77:1::" + end.last + "/64"} {
 			args := []string{"addr", "add", a, "dev", end.iface}
 			if strings.Contains(a, ":") {
 				args = append(args, "nodad")
@@ -43,7 +48,8 @@ func (p *pair) givePrivateLAN() {
 	p.ping(p.Client, private4, private6) // they are in service
 }
 
-// watch is what of the client's host leaves where, of that which leavesBy sends.
+// watch is what of the client's host leaves where, of that which leavesBy
+// sends.
 type watch struct {
 	*pair
 	at   map[string]*lab.Capture // by the name of the interface
@@ -72,7 +78,8 @@ func (w *watch) close() {
 	}
 }
 
-// leavesBy sends a packet to each address and checks by which interface it leaves.
+// leavesBy sends a packet to each address and checks by which interface it
+// leaves.
 func (w *watch) leavesBy(iface string, to ...netip.Addr) {
 	w.t.Helper()
 	socket, err := w.Client.ListenPacket("udp", "[::]:0") // of both families
@@ -80,7 +87,8 @@ func (w *watch) leavesBy(iface string, to ...netip.Addr) {
 	defer socket.Close()
 	for _, a := range to {
 		w.port++
-		_, err := socket.WriteTo([]byte("which way?"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, uint16(w.port))))
+		_, err := socket.WriteTo([]byte("which way?"),
+			net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, uint16(w.port))))
 		check(w.t, err)
 		var got []string
 		w.eventually(fmt.Sprintf("a packet to %v leaves", a), func() bool {
@@ -99,8 +107,9 @@ func (w *watch) leavesBy(iface string, to ...netip.Addr) {
 	}
 }
 
-// A tunnel takes what it is for: all that had no better route, what it names, or all but what is excluded; and the host's own
-// network if that is wanted. The packets say so, and all is as before when it is down.
+// A tunnel takes what it is for: all that had no better route, what it names,
+// or all but what is excluded; and the host's own network if that is wanted.
+// The packets say so, and all is as before when it is down.
 func TestWhatGoesThroughTheTunnel(t *testing.T) {
 	p := newPair(t, options{})
 	p.givePrivateLAN()
@@ -110,13 +119,19 @@ func TestWhatGoesThroughTheTunnel(t *testing.T) {
 		name, routes   string
 		direct, tunnel []netip.Addr // besides the targets, which are in the tunnel
 	}{
-		// Of what goes to the proxy's address, only the tunnel's own packets go outside.
-		{"full", "", []netip.Addr{private4, private6}, []netip.Addr{lan4, lan6, uplink4, uplink6, lab.ProxyIPv4, lab.ProxyIPv6}},
-		{"full, but for the LAN", `lan = "all"`, []netip.Addr{lan4, lan6, private4, private6}, []netip.Addr{uplink4, uplink6, lab.ProxyIPv4, lab.ProxyIPv6}},
+		// Of what goes to the proxy's address, only the tunnel's own packets go
+		// outside.
+		{"full", "", []netip.Addr{private4, private6},
+			[]netip.Addr{lan4, lan6, uplink4, uplink6, lab.ProxyIPv4, lab.ProxyIPv6}},
+		{"full, but for the LAN", `lan = "all"`, []netip.Addr{lan4, lan6, private4, private6},
+			[]netip.Addr{uplink4, uplink6, lab.ProxyIPv4, lab.ProxyIPv6}},
 		{"split", split, []netip.Addr{lan4, lan6, uplink4, uplink6, lab.ProxyIPv4}, nil},
-		{"exclude", `exclude = ["203.0.113.0/24", "2001:db8:2::/64"]`, []netip.Addr{private4, uplink4, uplink6, lab.ProxyIPv4}, []netip.Addr{lan4, lan6}},
-		{"the LAN too", "lan = false", nil, []netip.Addr{lan4, lan6, private4, private6, uplink4, uplink6}},
-		{"the LAN of one family", "lan = false\nexclude = [\"198.51.100.0/24\"]", []netip.Addr{lan4}, []netip.Addr{lan6, uplink4, uplink6}},
+		{"exclude", `exclude = ["203.0.113.0/24", "2001:db8:2::/64"]`,
+			[]netip.Addr{private4, uplink4, uplink6, lab.ProxyIPv4}, []netip.Addr{lan4, lan6}},
+		{"the LAN too", "lan = false", nil,
+			[]netip.Addr{lan4, lan6, private4, private6, uplink4, uplink6}},
+		{"the LAN of one family", "lan = false\nexclude = [\"198.51.100.0/24\"]",
+			[]netip.Addr{lan4}, []netip.Addr{lan6, uplink4, uplink6}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p.opts.routes = tc.routes
@@ -146,9 +161,10 @@ func TestWhatGoesThroughTheTunnel(t *testing.T) {
 	}
 }
 
-// Routes that the network hands to a host, by DHCP or router advertisements, and a network that claims public addresses, take
-// nothing out of a tunnel for everything, while they are there before it or come later. The status names them. With
-// lan = "all" they count.
+// Routes that the network hands to a host, by DHCP or router advertisements,
+// and a network that claims public addresses, take nothing out of a tunnel for
+// everything, while they are there before it or come later. The status names
+// them. With lan = "all" they count.
 func TestRoutesOfTheNetwork(t *testing.T) {
 	for _, tc := range []struct {
 		name, routes string
@@ -156,18 +172,23 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 		warning      string // about each route; "": none
 	}{
 		{"full", "", "masque0", "leads to public addresses, which stay in the tunnel"},
-		{"with all routes of the host", `lan = "all"`, "eth0", "takes public addresses out of the tunnel"},
+		{"with all routes of the host", `lan = "all"`, "eth0",
+			"takes public addresses out of the tunnel"},
 		{"with none", "lan = false", "masque0", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := newPair(t, options{routes: tc.routes})
-			ip := func(args string) { check(t, p.Client.Command(p.ctx, "ip", strings.Fields(args)...).Run()) }
+			ip := func(args string) {
+				check(t, p.Client.Command(p.ctx, "ip", strings.Fields(args)...).Run())
+			}
 			early := "203.0.113.0/24 via 198.51.100.1 dev eth0"
 			ip("route add " + early) // option 121, longer than the default route
 			p.connect(p.Client, "alice")
 			later := []string{
-				"0.0.0.0/1 via 198.51.100.1 dev eth0", "128.0.0.0/1 via 198.51.100.1 dev eth0", // everything in two halves
-				"192.0.2.0/24 dev eth0",                               // the network itself claims them
+				// everything in two halves
+				"0.0.0.0/1 via 198.51.100.1 dev eth0", "128.0.0.0/1 via 198.51.100.1 dev eth0",
+				// the network itself claims them
+				"192.0.2.0/24 dev eth0",
 				"2001:db8:2::/48 via 2001:db8:1::1 dev eth0 proto ra", // a route information option
 			}
 			for _, r := range later {
@@ -180,7 +201,10 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 			}
 			w.close()
 			warned := func(route string) bool {
-				return strings.Contains(strings.Join(p.status(p.Client, "alice").Warnings, "\n"), "the host's route "+strings.ReplaceAll(strings.TrimSuffix(route, " proto ra"), " dev ", " on ")+" "+tc.warning)
+				return strings.Contains(strings.Join(p.status(p.Client, "alice").Warnings, "\n"),
+					"the host's route "+
+						strings.ReplaceAll(strings.TrimSuffix(route, " proto ra"), " dev ", " on ")+
+						" "+tc.warning)
 			}
 			for _, r := range append(later, early) {
 				switch {
@@ -197,11 +221,14 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 			if tc.warning == "" {
 				return
 			}
-			if log := p.clientLog("alice"); !strings.Contains(log, "128.0.0.0/1 via 198.51.100.1 on eth0") {
+			if log := p.clientLog("alice"); !strings.Contains(log,
+				"128.0.0.0/1 via 198.51.100.1 on eth0") {
 				t.Errorf("the log does not name the route that came later:\n%s", log)
 			}
 			ip("route del 128.0.0.0/1 via 198.51.100.1 dev eth0")
-			p.eventually("the status forgets the route that is gone", func() bool { return !warned(later[1]) })
+			p.eventually("the status forgets the route that is gone", func() bool {
+				return !warned(later[1])
+			})
 		})
 	}
 }
@@ -215,8 +242,9 @@ func (p *pair) goesBy(to netip.Addr, iface string) {
 	}
 }
 
-// Where the proxy's routes and the host's networks have the same addresses, the log says what is reached; a route that holds the
-// proxy's own address cuts off nobody.
+// Where the proxy's routes and the host's networks have the same addresses, the
+// log says what is reached; a route that holds the proxy's own address cuts off
+// nobody.
 func TestRoutesThatConflict(t *testing.T) {
 	p := newPair(t, options{proxy: `
 [routes]
@@ -226,7 +254,8 @@ advertise = ["198.51.100.0/24", "203.0.113.0/24", "192.0.2.0/24", "2001:db8:1:0:
 	p.connect(p.Client, "alice")
 	w := p.watch()
 	w.leavesBy("eth0", lan4, lan6)
-	w.leavesBy("masque0", netip.MustParseAddr("2001:db8:1:0:8000::1"), lab.ProxyIPv4, lab.ProxyIPv6, uplink4, lab.TargetIPv4)
+	w.leavesBy("masque0", netip.MustParseAddr("2001:db8:1:0:8000::1"), lab.ProxyIPv4, lab.ProxyIPv6,
+		uplink4, lab.TargetIPv4)
 	w.close()
 
 	check(t, p.server.Signal(syscall.SIGKILL))
@@ -249,23 +278,29 @@ advertise = ["198.51.100.0/24", "203.0.113.0/24", "192.0.2.0/24", "2001:db8:1:0:
 	p.unchanged(p.Client, before)
 }
 
-// With routes.install = false nothing of the host changes: there is the tunnel's interface with its addresses, and packets pass
-// when somebody else sends them there.
+// With routes.install = false nothing of the host changes: there is the
+// tunnel's interface with its addresses, and packets pass when somebody else
+// sends them there.
 func TestRoutesNotInstalled(t *testing.T) {
 	p := newPair(t, options{routes: "install = false", proxy: "[dns]\nservers = [\"192.0.2.2\"]\n"})
 	p.stopProxy()
-	p.editProxyConfig(fmt.Sprintf("ipv6 = %q", pool6), "") // a family that has no address is none of its business either
+	// a family that has no address is none of its business either
+	p.editProxyConfig(fmt.Sprintf("ipv6 = %q", pool6), "")
 	p.startProxy()
 	before := p.snapshot(p.Client)
 	p.connect(p.Client, "alice")
-	p.eventually("the client knows of DNS", func() bool { return p.status(p.Client, "alice").DNS.Reason != "" })
+	p.eventually("the client knows of DNS", func() bool {
+		return p.status(p.Client, "alice").DNS.Reason != ""
+	})
 	own := false
-	// The filter guards the tunnel's own addresses, wherever routes lead. Chains that
-	// mark packets, or refuse any that have nothing to do with the tunnel, are not there.
+	// The filter guards the tunnel's own addresses, wherever routes lead.
+	// Chains that mark packets, or refuse any that have nothing to do with the
+	// tunnel, are not there.
 	filter := regexp.MustCompile(`^\+ table (1|3) masque-alice (flags 0x0|chain (outer|guard|forward|arp) (type "filter" hook [0-9] .* policy 1|rule .*))\n$`)
 	for line := range strings.Lines(lab.Diff(before, p.snapshot(p.Client))) {
 		own = own || strings.Contains(line, client4.String())
-		if !strings.HasPrefix(line, "+ ") || !strings.Contains(line, "masque0") && !filter.MatchString(line) {
+		if !strings.HasPrefix(line, "+ ") ||
+			!strings.Contains(line, "masque0") && !filter.MatchString(line) {
 			t.Errorf("this has changed: %s", line)
 		}
 	}

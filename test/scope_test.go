@@ -58,8 +58,8 @@ func (p *pair) udp(from, to *lab.Host, addr netip.Addr) {
 	p.t.Errorf("UDP from %s to %v and back: %v", from.Name(), addr, err)
 }
 
-// refused checks that a TCP connection from a host is answered by the ICMP error of the given type and code, which comes in
-// by the interface.
+// refused checks that a TCP connection from a host is answered by the ICMP
+// error of the given type and code, which comes in by the interface.
 func (p *pair) refused(from *lab.Host, iface string, to netip.AddrPort, typ, code uint8) {
 	p.t.Helper()
 	c, err := from.Capture(iface, nil)
@@ -77,10 +77,12 @@ func (p *pair) refused(from *lab.Host, iface string, to netip.AddrPort, typ, cod
 	}()
 	_, err = c.Wait(ctx, func(pkt lab.Packet) bool {
 		t, c, quoted := icmpError(pkt)
-		return t == typ && c == code && quoted.proto == layers.IPProtocolTCP && quoted.dst == to.Addr()
+		return t == typ && c == code && quoted.proto == layers.IPProtocolTCP &&
+			quoted.dst == to.Addr()
 	})
 	if err != nil {
-		p.t.Errorf("a TCP connection from %s to %v: no ICMP error of type %d code %d: %v", from.Name(), to, typ, code, err)
+		p.t.Errorf("a TCP connection from %s to %v: no ICMP error of type %d code %d: %v",
+			from.Name(), to, typ, code, err)
 	}
 }
 
@@ -90,13 +92,15 @@ type quote struct {
 	proto layers.IPProtocol
 }
 
-// icmpError takes apart an ICMP error of either family. Packets of the TUN device have no link layer.
+// icmpError takes apart an ICMP error of either family. Packets of the TUN
+// device have no link layer.
 func icmpError(pkt lab.Packet) (typ, code uint8, about quote) {
 	var body []byte
 	first := gopacket.LayerType(layers.LayerTypeIPv4)
 	if l, ok := pkt.Layer(layers.LayerTypeICMPv4).(*layers.ICMPv4); ok {
 		typ, code, body = l.TypeCode.Type(), l.TypeCode.Code(), l.Payload
-	} else if l, ok := pkt.Layer(layers.LayerTypeICMPv6).(*layers.ICMPv6); ok && len(l.Payload) > 4 {
+	} else if l, ok := pkt.Layer(layers.LayerTypeICMPv6).(*layers.ICMPv6); ok &&
+		len(l.Payload) > 4 {
 		typ, code, body = l.TypeCode.Type(), l.TypeCode.Code(), l.Payload[4:]
 		first = layers.LayerTypeIPv6
 	}
@@ -111,11 +115,14 @@ func icmpError(pkt lab.Packet) (typ, code uint8, about quote) {
 	return typ, code, about
 }
 
-// IP flow forwarding (RFC 9484 section 8.3): one host, by a name that the proxy resolves, and UDP alone.
+// IP flow forwarding (RFC 9484 section 8.3): one host, by a name that the proxy
+// resolves, and UDP alone.
 func TestIPFlowForwarding(t *testing.T) {
 	p := scoped(t, `target = "`+targetName+`"`+"\nipproto = 17")
 	p.connect(p.Client, "alice")
-	if s := p.status(p.Client, "alice"); len(s.Routes) != 2 || s.Routes[0].Start != lab.TargetIPv4 || s.Routes[1].End != lab.TargetIPv6 || s.Routes[0].Protocol != 17 {
+	if s := p.status(p.Client, "alice"); len(s.Routes) != 2 ||
+		s.Routes[0].Start != lab.TargetIPv4 || s.Routes[1].End != lab.TargetIPv6 ||
+		s.Routes[0].Protocol != 17 {
 		t.Errorf("routes %v", s.Routes)
 	}
 	for _, a := range []netip.Addr{lab.TargetIPv4, lab.TargetIPv6} {
@@ -135,7 +142,8 @@ func TestIPFlowForwarding(t *testing.T) {
 	}
 }
 
-// A tunnel to one network: TCP passes both ways, and what is forced into it for elsewhere is answered.
+// A tunnel to one network: TCP passes both ways, and what is forced into it for
+// elsewhere is answered.
 func TestScopedToANetwork(t *testing.T) {
 	p := scoped(t, `target = "192.0.2.0/28"`)
 	p.connect(p.Client, "alice")
@@ -143,15 +151,18 @@ func TestScopedToANetwork(t *testing.T) {
 	p.transfer(p.Target, p.Client, client4, 5<<20)
 	p.goesBy(lab.TargetIPv4, "masque0")
 	p.goesBy(netip.MustParseAddr("192.0.2.17"), "eth0")
-	p.throughDevice("192.0.2.17", "Net Unreachable")    // no route, 3/0
-	p.throughDevice("192.0.2.1", "Packet filtered")     // in the scope, but denied, 3/13
-	p.throughDevice(proxy4.String(), "Net Unreachable") // the proxy's own address is beyond the scope too
+	p.throughDevice("192.0.2.17", "Net Unreachable") // no route, 3/0
+	p.throughDevice("192.0.2.1", "Packet filtered")  // in the scope, but denied, 3/13
+	// the proxy's own address is beyond the scope too
+	p.throughDevice(proxy4.String(), "Net Unreachable")
 }
 
-// throughDevice pings an address with the tunnel as the interface, whatever the routes, and wants the answer.
+// throughDevice pings an address with the tunnel as the interface, whatever the
+// routes, and wants the answer.
 func (p *pair) throughDevice(to, want string) {
 	p.t.Helper()
-	out, err := p.Client.Command(p.ctx, "ping", "-c", "1", "-W", "5", "-I", "masque0", to).CombinedOutput()
+	out, err := p.Client.Command(p.ctx, "ping", "-c", "1", "-W", "5", "-I", "masque0",
+		to).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), want) {
 		p.t.Errorf("ping of %s: %v, want %q\n%s", to, err, want, out)
 	}

@@ -46,7 +46,8 @@ user = "b"
 networks = ["10.2.0.0/24", "2001:db8:b::/64"]
 `
 
-// newSites makes the hosts and starts the proxy, with siteConfig unless there is another.
+// newSites makes the hosts and starts the proxy, with siteConfig unless there
+// is another.
 func newSites(t *testing.T, config string) *sites {
 	t.Helper()
 	networks := lab.Prefixes("10.1.0.0/24", "2001:db8:a::/64", "10.2.0.0/24", "2001:db8:b::/64")
@@ -59,7 +60,8 @@ func newSites(t *testing.T, config string) *sites {
 	return s
 }
 
-// newSite makes the LAN of a site: its gateway is number 1, and the hosts are numbers 11 and 12.
+// newSite makes the LAN of a site: its gateway is number 1, and the hosts are
+// numbers 11 and 12.
 func (s *sites) newSite(name string, gateway *lab.Host, networks []netip.Prefix) *site {
 	s.t.Helper()
 	x := &site{name: name, gateway: gateway, networks: networks}
@@ -81,7 +83,8 @@ func (s *sites) newSite(name string, gateway *lab.Host, networks []netip.Prefix)
 		h, err := s.Lab.Host(fmt.Sprintf("%s%d", name, i+1))
 		check(s.t, err)
 		x.hosts = append(x.hosts, h)
-		x.addrs4, x.addrs6 = append(x.addrs4, at(networks[0], 11+i)), append(x.addrs6, at(networks[1], 11+i))
+		x.addrs4, x.addrs6 = append(x.addrs4, at(networks[0], 11+i)),
+			append(x.addrs6, at(networks[1], 11+i))
 		ends = append(ends, end(h, "eth0", 11+i))
 	}
 	_, err := s.Lab.Bridge("lan-"+name, lab.LinkOptions{}, ends...)
@@ -94,7 +97,8 @@ func (s *sites) newSite(name string, gateway *lab.Host, networks []netip.Prefix)
 	return x
 }
 
-// file makes the configuration of a site's gateway, which advertises its networks and whatever else.
+// file makes the configuration of a site's gateway, which advertises its
+// networks and whatever else.
 func (s *sites) file(x *site, more ...string) string {
 	s.t.Helper()
 	f := s.invite(x.name)
@@ -115,7 +119,8 @@ func (s *sites) accepted(x *site, want ...netip.Prefix) {
 	s.t.Helper()
 	s.eventually(fmt.Sprintf("the proxy has %v of %s", want, x.name), func() bool {
 		var list []proxy.SessionStatus
-		check(s.t, json.Unmarshal([]byte(s.must(s.Proxy, "masque-proxy", "sessions", "--json")), &list))
+		check(s.t, json.Unmarshal([]byte(s.must(s.Proxy, "masque-proxy", "sessions",
+			"--json")), &list))
 		for _, ss := range list {
 			if ss.User == x.name {
 				return slices.Equal(ss.Networks, want)
@@ -135,7 +140,8 @@ func (s *sites) routed(host *lab.Host, to netip.Addr, iface string) {
 	})
 }
 
-// upBoth connects both gateways and waits until each reaches the networks of the other.
+// upBoth connects both gateways and waits until each reaches the networks of
+// the other.
 func (s *sites) upBoth() {
 	s.t.Helper()
 	s.up(s.a.gateway, s.file(s.a))
@@ -186,8 +192,8 @@ func (s *sites) udp(from, to *lab.Host, addr netip.Addr) {
 	}
 }
 
-// Hosts behind either of two gateways reach each other, and the network of the proxy, in both families, and everything is as
-// before at the end.
+// Hosts behind either of two gateways reach each other, and the network of the
+// proxy, in both families, and everything is as before at the end.
 func TestTwoSites(t *testing.T) {
 	s := newSites(t, "")
 	s.stopProxy()
@@ -202,8 +208,10 @@ func TestTwoSites(t *testing.T) {
 	near4, near6 := netip.MustParseAddr("10.1.0.1"), netip.MustParseAddr("2001:db8:a::1")
 
 	t.Run("ping", func(t *testing.T) {
-		s.ping(a1, s.b.addrs4[0], s.b.addrs6[0], s.b.addrs4[1], s.b.addrs6[1], lab.TargetIPv4, lab.TargetIPv6)
-		s.ping(b2, s.a.addrs4[0], s.a.addrs6[0], s.a.addrs4[1], s.a.addrs6[1], lab.TargetIPv4, lab.TargetIPv6)
+		s.ping(a1, s.b.addrs4[0], s.b.addrs6[0], s.b.addrs4[1], s.b.addrs6[1], lab.TargetIPv4,
+			lab.TargetIPv6)
+		s.ping(b2, s.a.addrs4[0], s.a.addrs6[0], s.a.addrs4[1], s.a.addrs6[1], lab.TargetIPv4,
+			lab.TargetIPv6)
 		s.ping(s.Target, s.a.addrs4[1], s.a.addrs6[1], s.b.addrs4[1], s.b.addrs6[1])
 		s.ping(s.Proxy, s.a.addrs4[0], s.b.addrs6[0])
 		s.ping(s.a.gateway, s.b.addrs4[0], s.b.addrs6[0], lab.TargetIPv4)
@@ -221,14 +229,19 @@ func TestTwoSites(t *testing.T) {
 		s.udp(s.Target, b2, s.b.addrs4[1])
 	})
 	t.Run("hop limit", func(t *testing.T) {
-		// Each of the three routers counts once, and so does each entry into a tunnel; the error of a tunnel's end comes from
-		// its own address in the tunnel.
+		// Each of the three routers counts once, and so does each entry into a
+		// tunnel; the error of a tunnel's end comes from its own address in the
+		// tunnel.
 		own := s.status(s.a.gateway, "a").Addresses
 		far := s.status(s.b.gateway, "b").Addresses
-		if got, want := s.hops(a1, s.b.addrs4[0]), []netip.Addr{near4, own[0].Addr(), proxy4, proxy4, far[0].Addr(), s.b.addrs4[0]}; !slices.Equal(got, want) {
+		if got, want := s.hops(a1, s.b.addrs4[0]),
+			[]netip.Addr{near4, own[0].Addr(), proxy4, proxy4, far[0].Addr(),
+				s.b.addrs4[0]}; !slices.Equal(got, want) {
 			t.Errorf("hops %v, want %v", got, want)
 		}
-		if got, want := s.hops(a1, s.b.addrs6[0]), []netip.Addr{near6, own[1].Addr(), proxy6, proxy6, far[1].Addr(), s.b.addrs6[0]}; !slices.Equal(got, want) {
+		if got, want := s.hops(a1, s.b.addrs6[0]),
+			[]netip.Addr{near6, own[1].Addr(), proxy6, proxy6, far[1].Addr(),
+				s.b.addrs6[0]}; !slices.Equal(got, want) {
 			t.Errorf("hops %v, want %v", got, want)
 		}
 		s.arrivesWith(a1, s.b.addrs4[0], b1, "eth0", 59)
@@ -244,7 +257,8 @@ func TestTwoSites(t *testing.T) {
 	}
 }
 
-// The networks of a gateway that goes away disappear on the other side and at the proxy, and the traffic of the rest goes on.
+// The networks of a gateway that goes away disappear on the other side and at
+// the proxy, and the traffic of the rest goes on.
 func TestSiteWithdrawn(t *testing.T) {
 	s := newSites(t, "")
 	s.upBoth()
@@ -271,14 +285,17 @@ func TestSiteWithdrawn(t *testing.T) {
 	}
 }
 
-// What a site may not have is not routed to it, and the log says why: what its [[site]] does not name, the networks of the
-// proxy's host, and those of another site.
+// What a site may not have is not routed to it, and the log says why: what its
+// [[site]] does not name, the networks of the proxy's host, and those of
+// another site.
 func TestSiteRefused(t *testing.T) {
-	s := newSites(t, strings.Replace(siteConfig, `networks = ["10.2.0.0/24", `, `networks = ["10.2.0.0/24", "10.1.0.0/16", "192.0.2.0/24", "10.77.0.0/16", `, 1))
+	s := newSites(t, strings.Replace(siteConfig, `networks = ["10.2.0.0/24", `,
+		`networks = ["10.2.0.0/24", "10.1.0.0/16", "192.0.2.0/24", "10.77.0.0/16", `, 1))
 	s.up(s.a.gateway, s.file(s.a))
 	s.accepted(s.a, s.a.networks...)
 	before := s.snapshot(s.Proxy)
-	s.up(s.b.gateway, s.file(s.b, "10.1.0.0/25", "192.0.2.128/25", "10.77.128.0/17", "172.20.0.0/16"))
+	s.up(s.b.gateway, s.file(s.b, "10.1.0.0/25", "192.0.2.128/25", "10.77.128.0/17",
+		"172.20.0.0/16"))
 	s.accepted(s.b, s.b.networks[0], netip.MustParsePrefix("10.77.128.0/17"), s.b.networks[1])
 	for _, want := range []string{
 		`10.1.0.0/25 overlaps the networks of the site`,
@@ -294,16 +311,20 @@ func TestSiteRefused(t *testing.T) {
 	s.ping(s.Target, s.a.addrs4[0])
 	// A host of b that claims to be one of a does not get through.
 	check(t, s.b.hosts[0].AddAddr("eth0", netip.MustParsePrefix("10.1.0.77/32")))
-	out, _ := s.b.hosts[0].Command(s.ctx, "ping", "-c", "2", "-i", "0.2", "-W", "2", "-I", "10.1.0.77", lab.TargetIPv4.String()).CombinedOutput()
+	out, _ := s.b.hosts[0].Command(s.ctx, "ping", "-c", "2", "-i", "0.2", "-W", "2", "-I",
+		"10.1.0.77", lab.TargetIPv4.String()).CombinedOutput()
 	if !strings.Contains(string(out), "100% packet loss") {
 		t.Errorf("a source of another site gets through:\n%s", out)
 	}
 	s.down(s.b.gateway, "b")
 	s.accepted(s.b)
-	s.eventually("the proxy's kernel has what it had before b came", func() bool { return lab.Diff(before, s.snapshot(s.Proxy)) == "" })
+	s.eventually("the proxy's kernel has what it had before b came", func() bool {
+		return lab.Diff(before, s.snapshot(s.Proxy)) == ""
+	})
 }
 
-// The proxy is killed and started again while hosts of two sites have a connection, which goes on.
+// The proxy is killed and started again while hosts of two sites have a
+// connection, which goes on.
 func TestSitesWhenTheProxyRestarts(t *testing.T) {
 	s := newSites(t, "")
 	s.upBoth()
@@ -339,12 +360,13 @@ func TestSitesWhenTheProxyRestarts(t *testing.T) {
 	s.ping(b1, s.a.addrs4[0], s.a.addrs6[0])
 }
 
-// A gateway gives the proxy an address in its network, from which the proxy then reaches hosts that answer their own network
-// only (RFC 9484 section 8.2).
+// A gateway gives the proxy an address in its network, from which the proxy
+// then reaches hosts that answer their own network only (RFC 9484 section 8.2).
 func TestSiteAssignsAddress(t *testing.T) {
 	s := newSites(t, "")
 	given4, given6 := netip.MustParseAddr("10.1.0.200"), netip.MustParseAddr("2001:db8:a::200")
-	// The hosts of the LAN ask by ARP and neighbour discovery for the address; the gateway answers in its place.
+	// The hosts of the LAN ask by ARP and neighbour discovery for the address;
+	// the gateway answers in its place.
 	s.run(s.a.gateway, "sysctl", "-w", "net.ipv6.conf.lan0.proxy_ndp=1")
 	for _, a := range []netip.Addr{given4, given6} {
 		s.run(s.a.gateway, "ip", "neigh", "add", "proxy", a.String(), "dev", "lan0")
@@ -362,17 +384,20 @@ func TestSiteAssignsAddress(t *testing.T) {
 	s.accepted(s.a, s.a.networks...)
 	s.eventually("the proxy has the addresses", func() bool {
 		out, _ := s.Proxy.Command(s.ctx, "ip", "addr", "show", "dev", "masque0").Output()
-		return strings.Contains(string(out), given4.String()) && strings.Contains(string(out), given6.String())
+		return strings.Contains(string(out), given4.String()) &&
+			strings.Contains(string(out), given6.String())
 	})
 	s.ping(s.Proxy, s.a.addrs4[0], s.a.addrs6[0])
 	s.ping(a1, given4, given6)
-	s.unreachable(s.a.gateway, netip.MustParseAddr("192.0.2.1"), 3, 13) // which is not in the tunnel stays denied
+	// which is not in the tunnel stays denied
+	s.unreachable(s.a.gateway, netip.MustParseAddr("192.0.2.1"), 3, 13)
 	s.down(s.a.gateway, "a")
 	s.stopProxy()
 	s.unchanged(s.Proxy, before)
 }
 
-// run runs a program of the system, which has to succeed, and returns what it wrote.
+// run runs a program of the system, which has to succeed, and returns what it
+// wrote.
 func (p *pair) run(host *lab.Host, name string, args ...string) string {
 	p.t.Helper()
 	out, err := host.Command(p.ctx, name, args...).CombinedOutput()
@@ -382,7 +407,8 @@ func (p *pair) run(host *lab.Host, name string, args ...string) string {
 	return string(out)
 }
 
-// A gateway that advertises the addresses of its own tunnel is told so, and ends.
+// A gateway that advertises the addresses of its own tunnel is told so, and
+// ends.
 func TestSiteMistakes(t *testing.T) {
 	s := newSites(t, "")
 	for want, tc := range map[string]struct {

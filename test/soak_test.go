@@ -9,13 +9,15 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// cycles is for more than a test: go test ./test -run TestNothingPilesUp -v -cycles 1000
+// cycles is for more than a test: go test ./test -run TestNothingPilesUp -v
+// -cycles 1000
 var cycles = flag.Int("cycles", 8, "how often TestNothingPilesUp connects")
 
 // held is what a process has that must not get more with time.
 type held struct{ goroutines, files float64 }
 
-// Sessions that have ended, connections that were lost, and reloads leave nothing in either process.
+// Sessions that have ended, connections that were lost, and reloads leave
+// nothing in either process.
 func TestNothingPilesUp(t *testing.T) {
 	const file = "\n[metrics]\nlisten = \"127.0.0.1:9484\"\n[reconnect]\nmax_delay = \"1s\"\n"
 	p := newPair(t, options{clients: 2, client: file})
@@ -26,8 +28,10 @@ func TestNothingPilesUp(t *testing.T) {
 	holds := func(s *scraper, say string) held {
 		m := s.scrape()
 		if say != "" {
-			t.Logf("%-8s %s: %3.0f goroutines, %3.0f files, %5.1f MB resident, %4.1f MB heap goal", say, s.host.Name(),
-				m["go_goroutines"], m["process_open_fds"], m["process_resident_memory_bytes"]/1e6, m["go_memstats_next_gc_bytes"]/1e6)
+			t.Logf("%-8s %s: %3.0f goroutines, %3.0f files, %5.1f MB resident, %4.1f MB heap goal",
+				say, s.host.Name(),
+				m["go_goroutines"], m["process_open_fds"], m["process_resident_memory_bytes"]/1e6,
+				m["go_memstats_next_gc_bytes"]/1e6)
 		}
 		return held{m["go_goroutines"], m["process_open_fds"]}
 	}

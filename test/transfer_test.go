@@ -21,9 +21,11 @@ func content(n int64) io.Reader {
 	return io.LimitReader(rand.NewChaCha8([32]byte{7}), n)
 }
 
-// flow opens a TCP connection from one host to an address of another, which ends after so long at the latest. received is told what
-// arrived when the connection is closed for writing, as digest says it.
-func (p *pair) flow(from, to *lab.Host, addr netip.Addr, within time.Duration) (conn *net.TCPConn, received <-chan string) {
+// flow opens a TCP connection from one host to an address of another, which
+// ends after so long at the latest. received is told what arrived when the
+// connection is closed for writing, as digest says it.
+func (p *pair) flow(from, to *lab.Host, addr netip.Addr, within time.Duration) (conn *net.TCPConn,
+	received <-chan string) {
 	p.t.Helper()
 	ln, err := to.Listen("tcp", netip.AddrPortFrom(addr, 0).String())
 	check(p.t, err)
@@ -48,7 +50,8 @@ func (p *pair) flow(from, to *lab.Host, addr netip.Addr, within time.Duration) (
 	return c.(*net.TCPConn), arrived
 }
 
-// transfer sends n bytes by TCP from one host to an address of another and compares what arrives.
+// transfer sends n bytes by TCP from one host to an address of another and
+// compares what arrives.
 func (p *pair) transfer(from, to *lab.Host, addr netip.Addr, n int64) {
 	p.t.Helper()
 	conn, received := p.flow(from, to, addr, 5*patience)

@@ -21,15 +21,18 @@ import (
 	"masquevpn/proxy"
 )
 
-// nobody is the user that unprivileged programs run as, where there is more than one.
+// nobody is the user that unprivileged programs run as, where there is more
+// than one.
 const nobody = 65534
 
-// unprivileged is what runs a program without any privilege. Outside of a user namespace, that is also as another user.
+// unprivileged is what runs a program without any privilege. Outside of a user
+// namespace, that is also as another user.
 func unprivileged(t *testing.T) []string {
 	t.Helper()
 	wrap := []string{"setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"}
 	if severalUsers(t) {
-		wrap = append(wrap, fmt.Sprintf("--reuid=%d", nobody), fmt.Sprintf("--regid=%d", nobody), "--clear-groups")
+		wrap = append(wrap, fmt.Sprintf("--reuid=%d", nobody), fmt.Sprintf("--regid=%d", nobody),
+			"--clear-groups")
 	}
 	return wrap
 }
@@ -42,7 +45,8 @@ func severalUsers(t *testing.T) bool {
 	return len(fields) > 3 || fields[2] != "1"
 }
 
-// forNobody makes a copy of a file that unprivileged programs can read, and nobody else.
+// forNobody makes a copy of a file that unprivileged programs can read, and
+// nobody else.
 func forNobody(t *testing.T, file string) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "masquevpn-nobody-")
@@ -59,7 +63,8 @@ func forNobody(t *testing.T, file string) string {
 	return file
 }
 
-// serveUDP answers every packet to address on the target with its own payload, and returns where.
+// serveUDP answers every packet to address on the target with its own payload,
+// and returns where.
 func (p *pair) serveUDP(address netip.Addr) netip.AddrPort {
 	p.t.Helper()
 	c, err := p.Target.ListenPacket("udp", netip.AddrPortFrom(address, 0).String())
@@ -78,10 +83,12 @@ func (p *pair) serveUDP(address netip.Addr) netip.AddrPort {
 	return c.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
-// forward starts masque-client forward-udp, run by wrap, and waits until it is ready.
+// forward starts masque-client forward-udp, run by wrap, and waits until it is
+// ready.
 func (p *pair) forward(wrap []string, listen, target, file string) *lab.Cmd {
 	p.t.Helper()
-	args := append(append([]string{}, wrap...), program("masque-client"), "forward-udp", listen, target, "-c", file)
+	args := append(append([]string{}, wrap...), program("masque-client"), "forward-udp", listen,
+		target, "-c", file)
 	c := p.Client.Command(p.ctx, args[0], args[1:]...)
 	check(p.t, c.Start())
 	p.eventually("forward-udp is ready", func() bool {
@@ -106,12 +113,14 @@ func (p *pair) asker(port string) asker {
 	return asker{c}
 }
 
-// ask asks until there is an answer, and reports whether it is the right one. It may be called in any goroutine.
+// ask asks until there is an answer, and reports whether it is the right one.
+// It may be called in any goroutine.
 func (a asker) ask(question string) error {
 	buf := make([]byte, 1<<16)
 	var last error
 	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
-		// A port that nobody listens on, as between two forwarders, is no reason to give up.
+		// A port that nobody listens on, as between two forwarders, is no
+		// reason to give up.
 		_, _ = a.Write([]byte(question))
 		_ = a.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
 		n, err := a.Read(buf)
@@ -120,7 +129,8 @@ func (a asker) ask(question string) error {
 			continue
 		}
 		if got, want := string(buf[:n]), "answer to "+question; got != want {
-			if strings.HasPrefix(got, "answer to ") && question != "" && got[len("answer to ")] == question[0] {
+			if strings.HasPrefix(got, "answer to ") && question != "" &&
+				got[len("answer to ")] == question[0] {
 				continue // to a question that was asked before
 			}
 			return fmt.Errorf("asked %q, got %q", question, got)
@@ -138,14 +148,17 @@ func (p *pair) sessions() []proxy.SessionStatus {
 	return list
 }
 
-// A program without privileges forwards a UDP port to a host behind the proxy, for several local programs at once.
+// A program without privileges forwards a UDP port to a host behind the proxy,
+// for several local programs at once.
 func TestForwardUDP(t *testing.T) {
 	p := newPair(t, options{})
 	check(t, p.Proxy.Resolve("service.example", lab.TargetIPv4))
 	before := p.snapshot(p.Client)
 	file := forNobody(t, p.invite("alice"))
 	v4, v6 := p.serveUDP(lab.TargetIPv4), p.serveUDP(lab.TargetIPv6)
-	seen, err := p.Target.Capture("eth0", func(pkt lab.Packet) bool { return !pkt.Outgoing && pkt.Layer(layers.LayerTypeUDP) != nil })
+	seen, err := p.Target.Capture("eth0", func(pkt lab.Packet) bool {
+		return !pkt.Outgoing && pkt.Layer(layers.LayerTypeUDP) != nil
+	})
 	check(t, err)
 	for target, at := range map[string]netip.AddrPort{
 		v4.String(): v4, v6.String(): v6, fmt.Sprintf("service.example:%d", v4.Port()): v4,
@@ -153,7 +166,8 @@ func TestForwardUDP(t *testing.T) {
 		c := p.forward(unprivileged(t), "5300", target, file)
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.PID()))
 		check(t, err)
-		if !strings.Contains(string(status), "CapEff:\t0000000000000000") || severalUsers(t) && !strings.Contains(string(status), fmt.Sprintf("Uid:\t%d", nobody)) {
+		if !strings.Contains(string(status), "CapEff:\t0000000000000000") ||
+			severalUsers(t) && !strings.Contains(string(status), fmt.Sprintf("Uid:\t%d", nobody)) {
 			t.Errorf("forward-udp is not without privileges:\n%s", status)
 		}
 		p.unchanged(p.Client, before) // but for its sockets
@@ -175,11 +189,13 @@ func TestForwardUDP(t *testing.T) {
 			t.Errorf("%s: the proxy has %d sessions, want 6: %+v", target, len(list), list)
 		}
 		for _, s := range list {
-			if s.Kind != "connect-udp" || s.Target != target || s.User != "alice" || s.Packets.RX < 20 {
+			if s.Kind != "connect-udp" || s.Target != target || s.User != "alice" ||
+				s.Packets.RX < 20 {
 				t.Errorf("%s: session %+v", target, s)
 			}
 		}
-		if text := p.must(p.Proxy, "masque-proxy", "sessions"); strings.Count(text, "UDP to "+target) != 6 {
+		if text := p.must(p.Proxy, "masque-proxy", "sessions"); strings.Count(text,
+			"UDP to "+target) != 6 {
 			t.Errorf("%s: sessions:\n%s", target, text)
 		}
 		ctx, cancel := context.WithTimeout(p.ctx, patience)
@@ -192,9 +208,11 @@ func TestForwardUDP(t *testing.T) {
 		ctx, cancel = context.WithTimeout(p.ctx, patience)
 		if _, err := seen.Wait(ctx, func(pkt lab.Packet) bool {
 			if ip, ok := pkt.NetworkLayer().(*layers.IPv4); ok {
-				return at.Addr().Is4() && ip.SrcIP.String() == "192.0.2.1" && ip.Flags&layers.IPv4DontFragment != 0
+				return at.Addr().Is4() && ip.SrcIP.String() == "192.0.2.1" &&
+					ip.Flags&layers.IPv4DontFragment != 0
 			}
-			return at.Addr().Is6() && pkt.NetworkLayer().NetworkFlow().Src().String() == "2001:db8:3::1"
+			return at.Addr().Is6() &&
+				pkt.NetworkLayer().NetworkFlow().Src().String() == "2001:db8:3::1"
 		}); err != nil {
 			t.Errorf("%s: no packet arrived as it should have: %v", target, err)
 		}
@@ -203,24 +221,31 @@ func TestForwardUDP(t *testing.T) {
 	check(t, seen.Close())
 }
 
-// A packet that is too large for the way to the target is dropped, not fragmented, and its flow goes on.
+// A packet that is too large for the way to the target is dropped, not
+// fragmented, and its flow goes on.
 func TestForwardUDPNarrowTarget(t *testing.T) {
 	p := newPair(t, options{})
 	check(t, p.Proxy.SetMTU("eth1", 1280))
 	target := p.serveUDP(lab.TargetIPv4)
-	seen, err := p.Target.Capture("eth0", func(pkt lab.Packet) bool { return !pkt.Outgoing && pkt.Layer(layers.LayerTypeIPv4) != nil })
+	seen, err := p.Target.Capture("eth0", func(pkt lab.Packet) bool {
+		return !pkt.Outgoing && pkt.Layer(layers.LayerTypeIPv4) != nil
+	})
 	check(t, err)
 	p.forward(nil, "5300", target.String(), p.invite("alice"))
 	a := p.asker("5300")
 	check(t, a.ask("small"))
-	if _, err := a.Write([]byte("large" + strings.Repeat("x", 1295))); err != nil { // QUIC's path carries it
+	if _, err := a.Write([]byte("large" + strings.Repeat("x", 1295))); err != nil {
+		// QUIC's path carries it
 		t.Fatal(err)
 	}
-	p.eventually("the packet is dropped", func() bool { return p.sessions()[0].Drops["too_big"] == 1 })
+	p.eventually("the packet is dropped", func() bool {
+		return p.sessions()[0].Drops["too_big"] == 1
+	})
 	check(t, a.ask("small again"))
 	check(t, seen.Close())
 	for _, pkt := range seen.Packets() {
-		if ip := pkt.NetworkLayer().(*layers.IPv4); ip.Flags&layers.IPv4MoreFragments != 0 || ip.FragOffset != 0 || ip.Length > 1280 {
+		if ip := pkt.NetworkLayer().(*layers.IPv4); ip.Flags&layers.IPv4MoreFragments != 0 ||
+			ip.FragOffset != 0 || ip.Length > 1280 {
 			t.Errorf("a fragment arrived, or a packet of %d bytes", ip.Length)
 		}
 	}
@@ -232,7 +257,8 @@ func TestForwardUDPRefused(t *testing.T) {
 	good := p.invite("alice")
 	text, err := os.ReadFile(good)
 	check(t, err)
-	edited := func(name string, replace ...string) string { // a pattern and its replacement, in turn
+	edited := func(name string, replace ...string) string {
+		// a pattern and its replacement, in turn
 		out := text
 		for i := 0; i < len(replace); i += 2 {
 			re := regexp.MustCompile(replace[i])
@@ -260,29 +286,38 @@ func TestForwardUDPRefused(t *testing.T) {
 		{"broadcast", "5300", "192.0.2.255:9", good, 8, "destination_ip_prohibited"},
 		{"no TARGET port", "5300", "192.0.2.2", good, 2, "TARGET"},
 		{"bad LISTEN", "dns", service, good, 2, "LISTEN"},
-		{"wrong token", "5300", service, edited("bob", certificate, "", token, `token = "guess"`), 4, "credentials"},
-		{"no credentials", "5300", service, edited("eve", certificate, "", token, ""), 4, "credentials"},
-		{"unknown CA", "5300", service, edited("carol", `(?s)ca_pem = '''.*?'''`, ""), 6, "unknown authority"},
-		{"closed port", "5300", service, edited("dave", `(?m)^proxy = .*$`, `proxy = "`+lab.ProxyName+`:9"`), 5, "UDP port 9"},
+		{"wrong token", "5300", service, edited("bob", certificate, "", token, `token = "guess"`),
+			4, "credentials"},
+		{"no credentials", "5300", service, edited("eve", certificate, "", token, ""), 4,
+			"credentials"},
+		{"unknown CA", "5300", service, edited("carol", `(?s)ca_pem = '''.*?'''`, ""), 6,
+			"unknown authority"},
+		{"closed port", "5300", service,
+			edited("dave", `(?m)^proxy = .*$`, `proxy = "`+lab.ProxyName+`:9"`), 5, "UDP port 9"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			c := p.Client.Command(p.ctx, program("masque-client"), "forward-udp", tc.listen, tc.target, "-c", tc.file)
+			c := p.Client.Command(p.ctx, program("masque-client"), "forward-udp", tc.listen,
+				tc.target, "-c", tc.file)
 			out, _ := c.CombinedOutput()
 			if line := lastLine(out); c.ExitCode() != tc.exit || !strings.Contains(line, tc.says) {
-				t.Errorf("exit code %d, want %d and a line with %q:\n%s", c.ExitCode(), tc.exit, tc.says, out)
+				t.Errorf("exit code %d, want %d and a line with %q:\n%s", c.ExitCode(), tc.exit,
+					tc.says, out)
 			}
 		})
 	}
 	p.stopProxy()
 	p.editProxyConfig("[nat]", "[connect_udp]\nenabled = false\n[nat]")
 	p.startProxy()
-	c := p.Client.Command(p.ctx, program("masque-client"), "forward-udp", "5300", service, "-c", good)
-	if out, _ := c.CombinedOutput(); c.ExitCode() != 2 || !strings.Contains(lastLine(out), "does not forward UDP") {
+	c := p.Client.Command(p.ctx, program("masque-client"), "forward-udp", "5300", service,
+		"-c", good)
+	if out, _ := c.CombinedOutput(); c.ExitCode() != 2 ||
+		!strings.Contains(lastLine(out), "does not forward UDP") {
 		t.Errorf("turned off: exit code %d:\n%s", c.ExitCode(), out)
 	}
 }
 
-// The proxy is killed and started again: forwarding goes on by itself, for programs that were there before too.
+// The proxy is killed and started again: forwarding goes on by itself, for
+// programs that were there before too.
 func TestForwardUDPProxyRestart(t *testing.T) {
 	p := newPair(t, options{})
 	target := p.serveUDP(lab.TargetIPv4)
@@ -300,7 +335,8 @@ func TestForwardUDPProxyRestart(t *testing.T) {
 	}
 }
 
-// With privileges, forwarding works beside a tunnel that takes all traffic through the same proxy.
+// With privileges, forwarding works beside a tunnel that takes all traffic
+// through the same proxy.
 func TestForwardUDPBesideTunnel(t *testing.T) {
 	p := newPair(t, options{})
 	file := p.invite("alice")

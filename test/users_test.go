@@ -34,12 +34,14 @@ func (p *pair) user() (u struct {
 }) {
 	p.t.Helper()
 	list := []any{&u}
-	check(p.t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "user", "list", "-c", p.config(), "--json")), &list))
+	check(p.t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "user", "list", "-c",
+		p.config(), "--json")), &list))
 	return u
 }
 
-// A session ends when the time of its user is over, or when the user is removed; the client says so and does not try again. The log of the
-// proxy says why.
+// A session ends when the time of its user is over, or when the user is
+// removed; the client says so and does not try again. The log of the proxy says
+// why.
 func TestUserTimeIsOver(t *testing.T) {
 	for name, tc := range map[string]struct {
 		end    func(*pair)
@@ -47,11 +49,16 @@ func TestUserTimeIsOver(t *testing.T) {
 		class  string // of the failure when it is tried again
 		listed bool
 	}{
-		"expired": {func(p *pair) { p.editUser("created =", "expires = 2026-01-02T15:04:05Z\ncreated =") }, "the user's time is over", "expired_user", true},
-		"expires": {func(p *pair) {
-			p.editUser("created =", "expires = "+time.Now().Add(2*time.Second).UTC().Format(time.RFC3339)+"\ncreated =")
+		"expired": {func(p *pair) {
+			p.editUser("created =", "expires = 2026-01-02T15:04:05Z\ncreated =")
 		}, "the user's time is over", "expired_user", true},
-		"removed": {func(p *pair) { p.must(p.Proxy, "masque-proxy", "user", "remove", "alice", "-c", p.config()) }, "the user was removed", "unknown_user", false},
+		"expires": {func(p *pair) {
+			p.editUser("created =",
+				"expires = "+time.Now().Add(2*time.Second).UTC().Format(time.RFC3339)+"\ncreated =")
+		}, "the user's time is over", "expired_user", true},
+		"removed": {func(p *pair) {
+			p.must(p.Proxy, "masque-proxy", "user", "remove", "alice", "-c", p.config())
+		}, "the user was removed", "unknown_user", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPair(t, options{client: "\n[reconnect]\nmax_delay = \"1s\"\n"})
@@ -67,14 +74,17 @@ func TestUserTimeIsOver(t *testing.T) {
 				_ = c.Run()
 				return c.ExitCode() == 3
 			})
-			_ = p.Client.Command(p.ctx, program("masque-client"), "down", "alice").Run() // it ends by itself; this waits
+			// it ends by itself; this waits
+			_ = p.Client.Command(p.ctx, program("masque-client"), "down", "alice").Run()
 			p.unchanged(p.Client, before)
 			c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
-			if out, _ := c.CombinedOutput(); c.ExitCode() != 4 || !strings.Contains(lastLine(out), "credentials") {
+			if out, _ := c.CombinedOutput(); c.ExitCode() != 4 ||
+				!strings.Contains(lastLine(out), "credentials") {
 				t.Errorf("exit code %d, want 4:\n%s", c.ExitCode(), out)
 			}
 			log := p.log(p.server)
-			for _, want := range []string{tc.ended, "authentication failed", "class=" + tc.class, "user=alice"} {
+			for _, want := range []string{tc.ended, "authentication failed", "class=" + tc.class,
+				"user=alice"} {
 				if !strings.Contains(log, want) {
 					t.Errorf("%q is not in the log:\n%s", want, log)
 				}
@@ -86,7 +96,8 @@ func TestUserTimeIsOver(t *testing.T) {
 	}
 }
 
-// A user reaches what the users file says, and learns of changes to it without a new session.
+// A user reaches what the users file says, and learns of changes to it without
+// a new session.
 func TestUserRoutes(t *testing.T) {
 	other := netip.MustParseAddr("198.18.0.7") // on the target too
 	p := newPair(t, options{proxy: "\n[routes]\nadvertise = [\"192.0.2.0/24\", \"198.18.0.0/24\"]\n"})
@@ -101,15 +112,20 @@ func TestUserRoutes(t *testing.T) {
 	p.ping(p.Client, lab.TargetIPv4)
 
 	// A client that sends it all the same is told that it is prohibited.
-	out, err := p.Client.Command(p.ctx, "ip", "route", "add", other.String(), "dev", "masque0").CombinedOutput()
+	out, err := p.Client.Command(p.ctx, "ip", "route", "add", other.String(), "dev",
+		"masque0").CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	p.editUser(`routes = ["192.0.2.0/24"]`, `routes = ["192.0.2.0/24", "198.18.0.0/24"]`)
-	p.eventually("the route is advertised", func() bool { return len(p.status(p.Client, "alice").Routes) > len(before.Routes) })
+	p.eventually("the route is advertised", func() bool {
+		return len(p.status(p.Client, "alice").Routes) > len(before.Routes)
+	})
 	p.ping(p.Client, other)
 	p.editUser(`routes = ["192.0.2.0/24", "198.18.0.0/24"]`, `routes = ["198.18.0.0/24"]`)
-	p.eventually("the other route is gone", func() bool { return len(p.status(p.Client, "alice").Routes) == len(before.Routes) })
+	p.eventually("the other route is gone", func() bool {
+		return len(p.status(p.Client, "alice").Routes) == len(before.Routes)
+	})
 	p.goesBy(lab.TargetIPv4, "eth0")
 	p.ping(p.Client, other)
 	if s := p.status(p.Client, "alice"); s.Reconnects != 0 || !s.Since.Equal(before.Since) {
@@ -117,19 +133,23 @@ func TestUserRoutes(t *testing.T) {
 	}
 }
 
-// A user with rates gets most of them, and no more, in either direction; one without is not slowed down.
+// A user with rates gets most of them, and no more, in either direction; one
+// without is not slowed down.
 func TestUserRates(t *testing.T) {
 	const up, down = 10_000_000, 30_000_000 // bits per second
 	p := newPair(t, options{})
 	file := filepath.Join(t.TempDir(), "alice.toml")
-	p.must(p.Proxy, "masque-proxy", "invite", "alice", "-c", p.config(), "-o", file, "--rate-up", "10Mbit", "--rate-down", "30Mbit")
+	p.must(p.Proxy, "masque-proxy", "invite", "alice", "-c", p.config(), "-o", file, "--rate-up",
+		"10Mbit", "--rate-down", "30Mbit")
 	p.up(p.Client, file)
 	port := 5201
 	measure := func(args ...string) float64 {
 		t.Helper()
 		port++
 		server := p.iperfServer(p.Target, strconv.Itoa(port))
-		out, err := p.Client.Command(p.ctx, "iperf3", append(args, "-c", lab.TargetIPv4.String(), "-p", strconv.Itoa(port), "-t", "4", "-J")...).Output()
+		out, err := p.Client.Command(p.ctx, "iperf3",
+			append(args, "-c", lab.TargetIPv4.String(), "-p", strconv.Itoa(port), "-t", "4",
+				"-J")...).Output()
 		if err != nil {
 			t.Fatalf("iperf3: %v\n%s", err, out)
 		}
@@ -150,9 +170,13 @@ func TestUserRates(t *testing.T) {
 		name string
 		rate float64
 		args []string
-	}{{"up", up, nil}, {"down", down, []string{"-R"}}, {"up, four connections", up, []string{"-P", "4"}}, {"down, UDP", down, []string{"-R", "-u", "-b", "60M"}}, {"up, UDP", up, []string{"-u", "-b", "20M"}}} {
+	}{{"up", up, nil}, {"down", down, []string{"-R"}},
+		{"up, four connections", up, []string{"-P", "4"}},
+		{"down, UDP", down, []string{"-R", "-u", "-b", "60M"}},
+		{"up, UDP", up, []string{"-u", "-b", "20M"}}} {
 		got := measure(tc.args...)
-		t.Logf("%s: %.1f of %.0f Mbit/s, dropped %v", tc.name, got/1e6, tc.rate/1e6, p.sessions()[0].Drops)
+		t.Logf("%s: %.1f of %.0f Mbit/s, dropped %v", tc.name, got/1e6, tc.rate/1e6,
+			p.sessions()[0].Drops)
 		if got > 1.1*tc.rate || got < tc.rate/3 {
 			t.Errorf("%s: %.1f Mbit/s at a rate of %.0f", tc.name, got/1e6, tc.rate/1e6)
 		}

@@ -20,14 +20,17 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// All tests run in variants (`make e2e-matrix`). These flags make two of them. The others, the stock quic-go and the race detector,
-// are in how the tests are built, and the programs are built like the tests: both by GOFLAGS.
+// All tests run in variants (`make e2e-matrix`). These flags make two of them.
+// The others, the stock quic-go and the race detector, are in how the tests are
+// built, and the programs are built like the tests: both by GOFLAGS.
 var (
 	tunOffload = flag.Bool("tun-offload", true, "tun.offload of the programs")
-	udpOffload = flag.Bool("udp-offload", true, "whether the kernel has UDP GSO and GRO, or refuses them as Linux did before 4.18")
+	udpOffload = flag.Bool("udp-offload", true,
+		"whether the kernel has UDP GSO and GRO, or refuses them as Linux did before 4.18")
 )
 
-// tunTable is what the variant adds to the configuration of a program, of either kind.
+// tunTable is what the variant adds to the configuration of a program, of
+// either kind.
 func tunTable() string {
 	if *tunOffload {
 		return ""
@@ -35,10 +38,12 @@ func tunTable() string {
 	return "\n[tun]\noffload = false\n"
 }
 
-// refuseUDPOffload makes the kernel answer ENOPROTOOPT to the socket options for UDP GSO and GRO, for this process and all that it
-// starts. They cannot be had back.
+// refuseUDPOffload makes the kernel answer ENOPROTOOPT to the socket options
+// for UDP GSO and GRO, for this process and all that it starts. They cannot be
+// had back.
 func refuseUDPOffload() error {
-	const nr, level, option = 0, 24, 32 // offsets in struct seccomp_data; of arguments, the low half
+	// offsets in struct seccomp_data; of arguments, the low half
+	const nr, level, option = 0, 24, 32
 	filter := []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: nr},
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_SETSOCKOPT, Jt: 1},
@@ -52,7 +57,8 @@ func refuseUDPOffload() error {
 		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
 	}
 	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	thread, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program)))
+	thread, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER,
+		unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program)))
 	if errno != 0 {
 		return fmt.Errorf("seccomp: %w", errno)
 	}
@@ -62,7 +68,8 @@ func refuseUDPOffload() error {
 	return nil
 }
 
-// findRaces lets the programs write what the race detector finds into dir, where they may run as any user.
+// findRaces lets the programs write what the race detector finds into dir,
+// where they may run as any user.
 func findRaces(dir string) error {
 	if err := os.Mkdir(dir, 0o777); err != nil {
 		return err
@@ -92,7 +99,8 @@ func builtWith(b *debug.BuildInfo) string {
 	return fmt.Sprintf("-race=%s -tags=%s", s["-race"], s["-tags"])
 }
 
-// The variant is in effect: in how the programs were built, in what they say, and in the packets.
+// The variant is in effect: in how the programs were built, in what they say,
+// and in the packets.
 func TestVariant(t *testing.T) {
 	own, _ := debug.ReadBuildInfo()
 	t.Logf("%s, TUN offload %t, UDP offload %t", builtWith(own), *tunOffload, *udpOffload)
@@ -109,7 +117,8 @@ func TestVariant(t *testing.T) {
 
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
-	for name, text := range map[string]string{"client": p.clientLog("alice"), "proxy": p.log(p.server)} {
+	for name, text := range map[string]string{"client": p.clientLog("alice"),
+		"proxy": p.log(p.server)} {
 		if strings.Contains(text, "by a stock quic-go") == congestion.Selectable {
 			t.Errorf("the %s has the other quic-go:\n%s", name, text)
 		}
@@ -145,7 +154,9 @@ func TestVariant(t *testing.T) {
 	}{
 		{"from the client's host into its device", device.out.Load(), *tunOffload, *tunOffload},
 		{"from the client's device to its host", device.in.Load(), *tunOffload, false},
-		{"from the client to the proxy", wire.out.Load(), *udpOffload, *udpOffload && congestion.Selectable}, // stock: seldom
+		// stock: seldom
+		{"from the client to the proxy", wire.out.Load(), *udpOffload, *udpOffload &&
+			congestion.Selectable},
 		{"from the proxy to the client", wire.in.Load(), *udpOffload, false},
 	} {
 		if tc.size == 0 || tc.size > single && !tc.allowed || tc.size <= single && tc.sure {

@@ -12,8 +12,10 @@ import (
 func (o *options) captureCommand() *cobra.Command {
 	var flags cli.CaptureFlags
 	cmd := &cobra.Command{
-		Use: "capture NAME -o FILE", Short: "Write the packets inside a tunnel into a file", Args: cobra.ExactArgs(1),
-		Long:              "Write the packets inside a running tunnel into a file.\n\n" + cli.CaptureText,
+		Use: "capture NAME -o FILE", Short: "Write the packets inside a tunnel into a file",
+		Args: cobra.ExactArgs(1),
+		Long: "Write the packets inside a running tunnel into a file.\n\n" +
+			cli.CaptureText,
 		Example:           "  masque-client capture alice -o - | tcpdump -nr -",
 		ValidArgsFunction: o.completeRunning,
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {

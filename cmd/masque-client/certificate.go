@@ -19,7 +19,8 @@ func (l *loaded) follow(logger *slog.Logger) {
 		return
 	}
 	l.watch = cli.WatchPair(l.pair, logger)
-	l.config.TLS.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	l.config.TLS.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate,
+		error) {
 		return &l.watch.Current().Certificate, nil
 	}
 }

@@ -36,7 +36,8 @@ func (o *options) checkCommand() *cobra.Command {
 		}),
 	}
 	cmd.Flags().StringVarP(&file, "config", "c", "", "configuration `FILE`")
-	cmd.Flags().BoolVar(&connect, "connect", false, "connect to the proxy too, and have the request accepted; without a tunnel, and without privileges")
+	cmd.Flags().BoolVar(&connect, "connect", false,
+		"connect to the proxy too, and have the request accepted; without a tunnel, and without privileges")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON, one object per line")
 	cobra.CheckErr(cmd.MarkFlagRequired("config"))
 	return cmd
@@ -95,18 +96,21 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string, connect
 func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 	for _, root := range l.roots {
 		c.Certificate(cli.Credential{
-			What: "tls.ca: " + root.Subject.CommonName, Chain: []*x509.Certificate{root}, Usage: x509.ExtKeyUsageAny,
+			What: "tls.ca: " + root.Subject.CommonName, Chain: []*x509.Certificate{root},
+			Usage:   x509.ExtKeyUsageAny,
 			Renewal: "ask the operator of the proxy for the new one",
 		}, now)
 	}
 	if len(l.chain) > 0 {
 		c.Certificate(cli.Credential{
-			What: "tls.cert: " + l.chain[0].Subject.CommonName, Chain: l.chain, Usage: x509.ExtKeyUsageClientAuth,
+			What: "tls.cert: " + l.chain[0].Subject.CommonName, Chain: l.chain,
+			Usage:   x509.ExtKeyUsageClientAuth,
 			Renewal: renewal,
 		}, now)
 	}
 	if len(l.chain) == 0 && l.config.Token == "" {
-		c.Warn("credentials: none", "the proxy will ask for some unless it lets everyone in; set tls.cert and tls.key, or auth.token")
+		c.Warn("credentials: none",
+			"the proxy will ask for some unless it lets everyone in; set tls.cert and tls.key, or auth.token")
 	}
 }
 
@@ -130,13 +134,18 @@ func (l *loaded) checkDNS(c *cli.Checks) {
 	}
 }
 
-// checkOutside says whom this host asks for names outside a full tunnel, where that may happen.
+// checkOutside says whom this host asks for names outside a full tunnel, where
+// that may happen.
 func (l *loaded) checkOutside(c *cli.Checks) {
-	d, full := l.config.DNS, routing.IsFull(l.config.Accept, false) || routing.IsFull(l.config.Accept, true)
-	if !l.config.InstallRoutes || !full || !d.Off && len(d.Servers) > 0 && (len(d.Domains) == 0 || slices.Contains(d.Domains, hostdns.Root)) {
+	d, full := l.config.DNS, routing.IsFull(l.config.Accept, false) ||
+		routing.IsFull(l.config.Accept, true)
+	if !l.config.InstallRoutes || !full ||
+		!d.Off && len(d.Servers) > 0 &&
+			(len(d.Domains) == 0 || slices.Contains(d.Domains, hostdns.Root)) {
 		return
 	}
-	tunnel := routing.State{Routes: l.config.Accept, HostRoutes: l.config.HostRoutes, Local: l.config.AdvertiseRoutes}
+	tunnel := routing.State{Routes: l.config.Accept, HostRoutes: l.config.HostRoutes,
+		Local: l.config.AdvertiseRoutes}
 	var outside []string
 	for _, a := range hostdns.Servers(hostdns.Config{}) {
 		addr := a.Addr().WithZone("")
@@ -152,7 +161,8 @@ func (l *loaded) checkOutside(c *cli.Checks) {
 	case d.Hold:
 		c.OK("DNS: under a full tunnel, queries to %s are refused (dns.outside = false)", servers)
 	case d.Off:
-		c.Warn(fmt.Sprintf("DNS: names are asked of %s, outside a full tunnel", servers), `set dns.mode = "auto", or dns.outside = false to have such queries refused`)
+		c.Warn(fmt.Sprintf("DNS: names are asked of %s, outside a full tunnel", servers),
+			`set dns.mode = "auto", or dns.outside = false to have such queries refused`)
 	default:
 		c.OK("DNS: if the proxy hands out no nameservers, names are asked of %s, outside a full tunnel; dns.servers or dns.outside = false change that", servers)
 	}
@@ -175,7 +185,8 @@ func checkResolves(ctx context.Context, c *cli.Checks, host string) {
 		if d, ok := errors.AsType[*net.DNSError](err); ok {
 			err = errors.New(d.Err)
 		}
-		c.Warn(fmt.Sprintf("proxy: %s cannot be resolved (%v)", host, err), "check the name and this host's DNS")
+		c.Warn(fmt.Sprintf("proxy: %s cannot be resolved (%v)", host, err),
+			"check the name and this host's DNS")
 		return
 	}
 	for i := range addrs {

@@ -30,7 +30,8 @@ func do(t *testing.T, want int, args ...string) (out, last string) {
 	root.SetErr(&stderr)
 	root.SetArgs(args)
 	if code := cli.Main(root); code != want {
-		t.Fatalf("%s: exit code %d, want %d\n%s%s", strings.Join(args, " "), code, want, &stdout, &stderr)
+		t.Fatalf("%s: exit code %d, want %d\n%s%s", strings.Join(args, " "), code, want, &stdout,
+			&stderr)
 	}
 	lines := strings.Split(strings.TrimSpace(stderr.String()), "\n")
 	return stdout.String(), lines[len(lines)-1]
@@ -74,29 +75,47 @@ func TestLoadErrors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	inline := func(key string, data []byte) string { return key + " = '''\n" + string(data) + "'''\n" }
+	inline := func(key string, data []byte) string {
+		return key + " = '''\n" + string(data) + "'''\n"
+	}
 	for _, test := range []struct {
 		name string
 		text string // of home.toml, below the proxy
 		mode os.FileMode
 		want string // in the last line, %s is the folder
 	}{
-		{"unknown key", "nonsense = 1\n", 0o600, "%s/home.toml:2: nonsense: unknown key; remove it"},
-		{"two problems", "a = 1\nb = 2\n", 0o600, "%s/home.toml has 2 problems: correct the lines above"},
-		{"inline token that others read", "[auth]\ntoken = \"t\"\n", 0o644, "%s/home.toml holds a secret and can be read by others: chmod 600 %s/home.toml"},
-		{"inline key that others read", "[tls]\n" + inline("cert_pem", alice.Cert) + inline("key_pem", alice.Key), 0o644, "chmod 600 %s/home.toml"},
-		{"key file that others read", "[tls]\ncert = \"a.crt\"\nkey = \"open.key\"\n", 0o644, "%s/home.toml:4: tls.key = \"open.key\": is a secret that others can read; chmod 600 %s/open.key"},
-		{"token file that others read", "[auth]\ntoken_file = \"open.key\"\n", 0o644, "%s/home.toml:3: auth.token_file = \"open.key\": is a secret that others can read; chmod 600 %s/open.key"},
-		{"no token file", "[auth]\ntoken_file = \"none\"\n", 0o644, "%s/home.toml:3: auth.token_file = \"none\": open %s/none: no such file or directory; correct the name, or put the file there"},
-		{"empty token file", "[auth]\ntoken_file = \"empty\"\n", 0o644, "auth.token_file = \"empty\": the file is empty; write the token into it"},
-		{"token with a line break", "[auth]\ntoken = \"a\\nb\"\n", 0o600, "%s/home.toml:3: auth.token: a token has no spaces, line breaks or characters beyond ASCII; write it as it was given to you"},
-		{"no CA file", "[tls]\nca = \"none\"\n", 0o644, "%s/home.toml:3: tls.ca = \"none\": open %s/none"},
-		{"garbage for a CA", "[tls]\nca_pem = \"x\"\n", 0o644, "tls.ca_pem = \"x\": holds no certificate in PEM form; write certificates in PEM form"},
-		{"garbage for a certificate", "[tls]\ncert = \"empty\"\nkey = \"a.key\"\n", 0o644, "tls.cert = \"empty\": holds no certificate in PEM form"},
-		{"garbage for a key", "[tls]\ncert = \"a.crt\"\nkey = \"empty\"\n", 0o644, "tls.key = \"empty\": holds no private key in PEM form"},
-		{"another one's key", "[tls]\ncert = \"a.crt\"\n" + inline("key_pem", bob.Key), 0o600, "%s/home.toml:4: tls.key_pem: not the key of the certificate; put certificate and key of one pair together"},
+		{"unknown key", "nonsense = 1\n", 0o600,
+			"%s/home.toml:2: nonsense: unknown key; remove it"},
+		{"two problems", "a = 1\nb = 2\n", 0o600,
+			"%s/home.toml has 2 problems: correct the lines above"},
+		{"inline token that others read", "[auth]\ntoken = \"t\"\n", 0o644,
+			"%s/home.toml holds a secret and can be read by others: chmod 600 %s/home.toml"},
+		{"inline key that others read",
+			"[tls]\n" + inline("cert_pem", alice.Cert) + inline("key_pem", alice.Key), 0o644,
+			"chmod 600 %s/home.toml"},
+		{"key file that others read", "[tls]\ncert = \"a.crt\"\nkey = \"open.key\"\n", 0o644,
+			"%s/home.toml:4: tls.key = \"open.key\": is a secret that others can read; chmod 600 %s/open.key"},
+		{"token file that others read", "[auth]\ntoken_file = \"open.key\"\n", 0o644,
+			"%s/home.toml:3: auth.token_file = \"open.key\": is a secret that others can read; chmod 600 %s/open.key"},
+		{"no token file", "[auth]\ntoken_file = \"none\"\n", 0o644,
+			"%s/home.toml:3: auth.token_file = \"none\": open %s/none: no such file or directory; correct the name, or put the file there"},
+		{"empty token file", "[auth]\ntoken_file = \"empty\"\n", 0o644,
+			"auth.token_file = \"empty\": the file is empty; write the token into it"},
+		{"token with a line break", "[auth]\ntoken = \"a\\nb\"\n", 0o600,
+			"%s/home.toml:3: auth.token: a token has no spaces, line breaks or characters beyond ASCII; write it as it was given to you"},
+		{"no CA file", "[tls]\nca = \"none\"\n", 0o644,
+			"%s/home.toml:3: tls.ca = \"none\": open %s/none"},
+		{"garbage for a CA", "[tls]\nca_pem = \"x\"\n", 0o644,
+			"tls.ca_pem = \"x\": holds no certificate in PEM form; write certificates in PEM form"},
+		{"garbage for a certificate", "[tls]\ncert = \"empty\"\nkey = \"a.key\"\n", 0o644,
+			"tls.cert = \"empty\": holds no certificate in PEM form"},
+		{"garbage for a key", "[tls]\ncert = \"a.crt\"\nkey = \"empty\"\n", 0o644,
+			"tls.key = \"empty\": holds no private key in PEM form"},
+		{"another one's key", "[tls]\ncert = \"a.crt\"\n" + inline("key_pem", bob.Key), 0o600,
+			"%s/home.toml:4: tls.key_pem: not the key of the certificate; put certificate and key of one pair together"},
 		{"own address advertised", "[addresses]\nstatic = [\"10.1.0.9/32\"]\n[routes]\nadvertise = [\"10.1.0.0/24\"]\n", 0o644, "%s/home.toml:5: routes.advertise = [\"10.1.0.0/24\"]: 10.1.0.0/24 holds 10.1.0.9/32, an address of the tunnel itself"},
-		{"kill switch for nothing", "[kill_switch]\nenabled = true\nallow = [\"0.0.0.0/0\"]\n", 0o600, "%s/home.toml:4: kill_switch.allow[0] = \"0.0.0.0/0\": allows everything of its family; name the networks"},
+		{"kill switch for nothing", "[kill_switch]\nenabled = true\nallow = [\"0.0.0.0/0\"]\n",
+			0o600, "%s/home.toml:4: kill_switch.allow[0] = \"0.0.0.0/0\": allows everything of its family; name the networks"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -105,8 +124,9 @@ func TestLoadErrors(t *testing.T) {
 				mode os.FileMode
 			}{
 				"home.toml": {[]byte("proxy = \"vpn.example.org\"\n" + test.text), test.mode},
-				"a.crt":     {alice.Cert, 0o644}, "a.key": {alice.Key, 0o600}, "open.key": {alice.Key, 0o644},
-				"ca.crt": {caPair.Cert, 0o644}, "empty": {nil, 0o600},
+				"a.crt":     {alice.Cert, 0o644}, "a.key": {alice.Key, 0o600},
+				"open.key": {alice.Key, 0o644},
+				"ca.crt":   {caPair.Cert, 0o644}, "empty": {nil, 0o600},
 			} {
 				if err := os.WriteFile(filepath.Join(dir, name), f.data, f.mode); err != nil {
 					t.Fatal(err)
@@ -116,12 +136,16 @@ func TestLoadErrors(t *testing.T) {
 			runDir := filepath.Join(t.TempDir(), "run")
 			want := strings.ReplaceAll(test.want, "%s", dir)
 			// The message quotes names as the file has them.
-			for _, args := range [][]string{{"run", "-c", file}, {"up", file}, {"up", "home", "--config-dir", dir}} {
-				if _, last := do(t, 2, append(args, "--run-dir", runDir)...); !strings.Contains(last, want) {
+			for _, args := range [][]string{{"run", "-c", file}, {"up", file},
+				{"up", "home", "--config-dir", dir}} {
+				if _, last := do(t, 2,
+					append(args, "--run-dir", runDir)...); !strings.Contains(last, want) {
 					t.Errorf("%v said\n%s\nwant\n%s", args, last, want)
 				}
 			}
-			if out, last := do(t, 2, "check", "-c", file, "--run-dir", runDir); !strings.Contains(out, "fail  configuration: ") || !strings.Contains(last, "checks failed") {
+			if out, last := do(t, 2, "check", "-c", file, "--run-dir",
+				runDir); !strings.Contains(out, "fail  configuration: ") ||
+				!strings.Contains(last, "checks failed") {
 				t.Errorf("check said\n%s%s", out, last)
 			}
 			if _, err := os.Stat(runDir); !errors.Is(err, os.ErrNotExist) {
@@ -134,14 +158,17 @@ func TestLoadErrors(t *testing.T) {
 // TestBadProxy: what only the client package finds has its line too.
 func TestBadProxy(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "home.toml")
-	for _, proxy := range []string{"http://a.example/{target}/{ipproto}", "https://a.example/{+target}", "https://a@b.example/x"} {
+	for _, proxy := range []string{"http://a.example/{target}/{ipproto}",
+		"https://a.example/{+target}", "https://a@b.example/x"} {
 		if err := os.WriteFile(file, []byte("# mine\nproxy = \""+proxy+"\"\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, last := do(t, 2, "forward-udp", "5300", "a.example:53", "-c", file); !strings.Contains(last, file+":2: proxy = \""+proxy+"\": ") {
+		if _, last := do(t, 2, "forward-udp", "5300", "a.example:53", "-c",
+			file); !strings.Contains(last, file+":2: proxy = \""+proxy+"\": ") {
 			t.Errorf("%s: forward-udp says %s", proxy, last)
 		}
-		if _, last := do(t, 2, "run", "-c", file); !strings.Contains(last, file+":2: proxy = \""+proxy+"\": ") {
+		if _, last := do(t, 2, "run", "-c", file); !strings.Contains(last,
+			file+":2: proxy = \""+proxy+"\": ") {
 			t.Errorf("said %s", last)
 		}
 	}
@@ -158,7 +185,8 @@ func TestUsage(t *testing.T) {
 		{[]string{"up", "a", "b"}, "accepts 1 arg(s), received 2"},
 		{[]string{"down"}, "accepts 1 arg(s)"},
 		{[]string{"status", "a", "b"}, "accepts at most 1 arg(s)"},
-		{[]string{"wait", "a", "--for", "rain"}, `--for "rain" is not known: write connected or disconnected`},
+		{[]string{"wait", "a", "--for", "rain"},
+			`--for "rain" is not known: write connected or disconnected`},
 		{[]string{"up", "a", "--timeout", "soon"}, "invalid argument"},
 		{[]string{"up", "a", "--timeout", "-1s"}, "it cannot be negative"},
 		{[]string{"down", "a", "--timeout", "-1s"}, "it cannot be negative"},
@@ -169,8 +197,10 @@ func TestUsage(t *testing.T) {
 		{[]string{"up", "/dev/zero"}, "read /dev/zero: file too large: name another one"},
 		{[]string{"forward-udp", "5300", "-c", "/none/home.toml"}, "accepts 2 arg(s), received 1"},
 		{[]string{"forward-udp", "5300", "a.example:53"}, `required flag(s) "config" not set`},
-		{[]string{"forward-udp", "5300", "a.example:53", "-c", "/none/home.toml"}, "/none/home.toml does not exist: copy the file"},
-		{[]string{"run", "-c", "/none/home.toml", "--notify-fd", "0"}, "--notify-fd 0 is not a pipe"},
+		{[]string{"forward-udp", "5300", "a.example:53", "-c", "/none/home.toml"},
+			"/none/home.toml does not exist: copy the file"},
+		{[]string{"run", "-c", "/none/home.toml", "--notify-fd", "0"},
+			"--notify-fd 0 is not a pipe"},
 	} {
 		if _, last := do(t, 2, test.args...); !strings.Contains(last, test.want) {
 			t.Errorf("%v: said %s, want %s", test.args, last, test.want)
@@ -190,7 +220,8 @@ type fake struct {
 func startFake(t *testing.T, runDir, name, state string) *fake {
 	t.Helper()
 	f := &fake{changed: make(chan struct{}), posted: make(chan struct{})}
-	f.status = client.Status{Name: name, State: state, Since: time.Now(), Drops: map[string]uint64{"too_big": 3}}
+	f.status = client.Status{Name: name, State: state, Since: time.Now(),
+		Drops: map[string]uint64{"too_big": 3}}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, _ *http.Request) {
 		f.mu.Lock()
@@ -252,26 +283,30 @@ func (f *fake) set(state, reason string) {
 
 func TestStatus(t *testing.T) {
 	runDir := t.TempDir()
-	if _, last := do(t, 3, "status", "--run-dir", runDir); !strings.Contains(last, "no tunnel is running: start one with") {
+	if _, last := do(t, 3, "status", "--run-dir", runDir); !strings.Contains(last,
+		"no tunnel is running: start one with") {
 		t.Errorf("without tunnels: %s", last)
 	}
 	home := startFake(t, runDir, "home", client.StateConnected)
 	out, _ := do(t, 0, "status", "home", "--run-dir", runDir)
-	for _, want := range []string{"name        home\n", "state       connected for 0s\n", "dropped     3 too big\n"} {
+	for _, want := range []string{"name        home\n", "state       connected for 0s\n",
+		"dropped     3 too big\n"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("the status lacks %q:\n%s", want, out)
 		}
 	}
 	out, _ = do(t, 0, "status", "--json", "--run-dir", runDir)
 	var s client.Status
-	if err := json.Unmarshal([]byte(out), &s); err != nil || s.Name != "home" || strings.Count(out, "\n") != 1 {
+	if err := json.Unmarshal([]byte(out), &s); err != nil || s.Name != "home" ||
+		strings.Count(out, "\n") != 1 {
 		t.Errorf("as JSON: %v\n%s", err, out)
 	}
 
 	startFake(t, runDir, "work", client.StateConnected)
 	startFake(t, runDir, "proxy", client.StateConnected) // a proxy on this host is no tunnel
 	out, _ = do(t, 0, "status", "--run-dir", runDir)
-	if lines := strings.Split(strings.TrimSpace(out), "\n"); len(lines) != 3 || !strings.HasPrefix(lines[1], "home") || !strings.HasPrefix(lines[2], "work") {
+	if lines := strings.Split(strings.TrimSpace(out), "\n"); len(lines) != 3 ||
+		!strings.HasPrefix(lines[1], "home") || !strings.HasPrefix(lines[2], "work") {
 		t.Errorf("the table is\n%s", out)
 	}
 	home.set(client.StateReconnecting, "the\x1b[2J proxy does not answer")
@@ -281,7 +316,8 @@ func TestStatus(t *testing.T) {
 			t.Errorf("%v: said %s\n%s", args, last, out)
 		}
 	}
-	if _, last := do(t, 3, "status", "none", "--run-dir", runDir); !strings.Contains(last, "none: not running: start it with: masque-client up none") {
+	if _, last := do(t, 3, "status", "none", "--run-dir", runDir); !strings.Contains(last,
+		"none: not running: start it with: masque-client up none") {
 		t.Errorf("not running: %s", last)
 	}
 }
@@ -328,7 +364,8 @@ func TestWait(t *testing.T) {
 	}
 	short, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
-	if e, ok := errors.AsType[*cli.Error](<-wait(short, forConnected)); !ok || e.Code != cli.NotConnected {
+	if e, ok := errors.AsType[*cli.Error](<-wait(short, forConnected)); !ok ||
+		e.Code != cli.NotConnected {
 		t.Errorf("connected: %v", e)
 	}
 	early := wait(t.Context(), forConnected)
@@ -349,10 +386,12 @@ func TestWait(t *testing.T) {
 		t.Errorf("disconnected: %v", err)
 	}
 	cancel()
-	if e, ok := errors.AsType[*cli.Error](<-wait(long, forConnected)); !ok || e.Code != cli.Failure {
+	if e, ok := errors.AsType[*cli.Error](<-wait(long, forConnected)); !ok ||
+		e.Code != cli.Failure {
 		t.Errorf("interrupted: %v", e)
 	}
-	_, last := do(t, 5, "wait", "home", "--for", "connected", "--timeout", "1s", "--run-dir", runDir)
+	_, last := do(t, 5, "wait", "home", "--for", "connected", "--timeout", "1s",
+		"--run-dir", runDir)
 	if !strings.Contains(last, "home is not connected in time: reconnecting (lost): check the proxy") {
 		t.Errorf("in vain: %s", last)
 	}
@@ -361,26 +400,33 @@ func TestWait(t *testing.T) {
 func TestDownReportsFailures(t *testing.T) {
 	runDir := t.TempDir()
 	startFake(t, runDir, "home", client.StateConnected)
-	if _, last := do(t, 1, "down", "home", "--run-dir", runDir); !strings.Contains(last, "home stopped with an error (the route stayed)") {
+	if _, last := do(t, 1, "down", "home", "--run-dir", runDir); !strings.Contains(last,
+		"home stopped with an error (the route stayed)") {
 		t.Errorf("said %s", last)
 	}
-	if _, last := do(t, 3, "down", "work", "--run-dir", runDir); !strings.Contains(last, "work: not running") {
+	if _, last := do(t, 3, "down", "work", "--run-dir", runDir); !strings.Contains(last,
+		"work: not running") {
 		t.Errorf("said %s", last)
 	}
 }
 
 func TestExitErrors(t *testing.T) {
 	for kind, code := range map[client.Kind]cli.Code{
-		client.KindFailure: cli.Failure, client.KindUsage: cli.Usage, client.KindNotConnected: cli.NotConnected,
-		client.KindCredentials: cli.Credentials, client.KindUnreachable: cli.Unreachable, client.KindIdentity: cli.Identity,
+		client.KindFailure: cli.Failure, client.KindUsage: cli.Usage,
+		client.KindNotConnected: cli.NotConnected,
+		client.KindCredentials:  cli.Credentials, client.KindUnreachable: cli.Unreachable,
+		client.KindIdentity:   cli.Identity,
 		client.KindPrivileges: cli.Privileges, client.KindRefused: cli.Refused,
 	} {
 		err := exitError(&client.Error{Kind: kind, Reason: "why", Remedy: "do this"})
-		if e, ok := errors.AsType[*cli.Error](err); !ok || e.Code != code || e.Error() != "why: do this" {
+		if e, ok := errors.AsType[*cli.Error](err); !ok || e.Code != code ||
+			e.Error() != "why: do this" {
 			t.Errorf("kind %d: %v", kind, err)
 		}
-		err = exitError(errors.Join(&client.Error{Kind: kind, Reason: "why", Remedy: "do this"}, errors.New("a route stayed")))
-		if e, ok := errors.AsType[*cli.Error](err); !ok || e.Code != code || e.Error() != "why: do this\na route stayed" {
+		err = exitError(errors.Join(&client.Error{Kind: kind, Reason: "why", Remedy: "do this"},
+			errors.New("a route stayed")))
+		if e, ok := errors.AsType[*cli.Error](err); !ok || e.Code != code ||
+			e.Error() != "why: do this\na route stayed" {
 			t.Errorf("kind %d with more: %v", kind, err)
 		}
 	}
@@ -389,7 +435,8 @@ func TestExitErrors(t *testing.T) {
 	}
 }
 
-// TestUpLate: a time limit that passes has the exit code of what failed meanwhile.
+// TestUpLate: a time limit that passes has the exit code of what failed
+// meanwhile.
 func TestUpLate(t *testing.T) {
 	for _, test := range []struct {
 		name   string
@@ -397,10 +444,18 @@ func TestUpLate(t *testing.T) {
 		code   cli.Code
 		want   string
 	}{
-		{"nothing is known", []event{{Event: eventStarted}}, cli.Unreachable, "check the proxy, or give it more time"},
-		{"no answer", []event{{Event: eventState, State: client.StateConnecting, Reason: "no answer", Code: cli.Unreachable}}, cli.Unreachable, "(no answer): check the proxy"},
-		{"it fails each time", []event{{Event: eventState, State: client.StateConnecting, Reason: "malformed capsule", Code: cli.Failure}}, cli.Failure, "(malformed capsule): see /run/x/home.log"},
-		{"between two failures", []event{{Event: eventState, State: client.StateConnecting, Reason: "malformed capsule", Code: cli.Failure}, {Event: eventState, State: client.StateConnecting, Code: cli.Failure}}, cli.Failure, "see /run/x/home.log"},
+		{"nothing is known", []event{{Event: eventStarted}}, cli.Unreachable,
+			"check the proxy, or give it more time"},
+		{"no answer", []event{{Event: eventState, State: client.StateConnecting,
+			Reason: "no answer", Code: cli.Unreachable}}, cli.Unreachable,
+			"(no answer): check the proxy"},
+		{"it fails each time", []event{{Event: eventState, State: client.StateConnecting,
+			Reason: "malformed capsule", Code: cli.Failure}}, cli.Failure,
+			"(malformed capsule): see /run/x/home.log"},
+		{"between two failures", []event{{Event: eventState, State: client.StateConnecting,
+			Reason: "malformed capsule", Code: cli.Failure},
+			{Event: eventState, State: client.StateConnecting, Code: cli.Failure}}, cli.Failure,
+			"see /run/x/home.log"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			read, write, err := os.Pipe()
@@ -414,10 +469,12 @@ func TestUpLate(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			b := &background{options: &options{Globals: &cli.Globals{RunDir: "/run/x"}}, name: "home", events: read}
+			b := &background{options: &options{Globals: &cli.Globals{RunDir: "/run/x"}},
+				name: "home", events: read}
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 			defer cancel()
-			if e := b.await(ctx, true); e == nil || e.Code != test.code || !strings.Contains(e.Error(), test.want) {
+			if e := b.await(ctx, true); e == nil || e.Code != test.code ||
+				!strings.Contains(e.Error(), test.want) {
 				t.Errorf("got %v, want code %d and %q", e, test.code, test.want)
 			}
 		})

@@ -20,31 +20,39 @@ func (l *loaded) checkKernel(c *cli.Checks) {
 		c.PolicyRouting()
 		c.ReversePath()
 	}
-	if slices.ContainsFunc(slices.Concat(l.file.Request, l.file.Static), func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+	if slices.ContainsFunc(slices.Concat(l.file.Request, l.file.Static), func(p netip.Prefix) bool {
+		return p.Addr().Is6()
+	}) {
 		c.IPv6(false)
 	}
 	switch {
 	case l.file.KillSwitch:
 		c.NFTables("kill switch", "")
 	case l.file.Install:
-		c.NFTables("protection of the tunnel's addresses", "packets to them from elsewhere are accepted")
+		c.NFTables("protection of the tunnel's addresses",
+			"packets to them from elsewhere are accepted")
 	}
 }
 
-// checkFirewall looks for what keeps this host from the proxy, and packets from the tunnel.
+// checkFirewall looks for what keeps this host from the proxy, and packets from
+// the tunnel.
 func (l *loaded) checkFirewall(c *cli.Checks, tunnel *client.Client) {
 	device := strings.ReplaceAll(l.file.Device, "%d", "0")
 	_, text := tunnel.Proxy()
 	port, _ := strconv.ParseUint(text, 10, 16) // that it is one is found out by who dials
 	uplink := cmp.Or(routing.Uplink(false), routing.Uplink(true))
 	ways := []cli.Way{
-		{What: "UDP " + text + " to the proxy", Passage: routing.Passage{Hook: routing.HookOutput, Out: uplink, Port: uint16(port)}},
-		{What: "packets into the tunnel", Passage: routing.Passage{Hook: routing.HookOutput, Out: device}},
+		{What: "UDP " + text + " to the proxy",
+			Passage: routing.Passage{Hook: routing.HookOutput, Out: uplink, Port: uint16(port)}},
+		{What: "packets into the tunnel",
+			Passage: routing.Passage{Hook: routing.HookOutput, Out: device}},
 	}
 	if len(l.file.Advertise) > 0 {
 		ways = append(ways,
-			cli.Way{What: "packets out of the tunnel to the networks behind this host", Passage: routing.Passage{Hook: routing.HookForward, In: device}},
-			cli.Way{What: "packets of the networks behind this host into the tunnel", Passage: routing.Passage{Hook: routing.HookForward, Out: device}})
+			cli.Way{What: "packets out of the tunnel to the networks behind this host",
+				Passage: routing.Passage{Hook: routing.HookForward, In: device}},
+			cli.Way{What: "packets of the networks behind this host into the tunnel",
+				Passage: routing.Passage{Hook: routing.HookForward, Out: device}})
 	}
 	c.Firewall(device, ways...)
 }
@@ -52,7 +60,9 @@ func (l *loaded) checkFirewall(c *cli.Checks, tunnel *client.Client) {
 // checkConnects connects to the proxy, and says how far that went.
 func (l *loaded) checkConnects(ctx context.Context, c *cli.Checks) {
 	l.config.Nameservers = upstreamServers()
-	err := client.Try(ctx, l.config, func(step string) { c.OK("connecting: %s", cli.OneLine(step)) })
+	err := client.Try(ctx, l.config, func(step string) {
+		c.OK("connecting: %s", cli.OneLine(step))
+	})
 	if err == nil {
 		return
 	}

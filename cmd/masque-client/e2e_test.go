@@ -47,7 +47,8 @@ func buildAndRun(m *testing.M) int {
 	if bin, err = os.MkdirTemp("", "masque-bin-"); err == nil {
 		defer os.RemoveAll(bin)
 		var out []byte
-		if out, err = exec.Command("go", "build", "-o", bin, "masquevpn/cmd/masque-client", "masquevpn/cmd/masque-proxy").CombinedOutput(); err != nil {
+		if out, err = exec.Command("go", "build", "-o", bin, "masquevpn/cmd/masque-client",
+			"masquevpn/cmd/masque-proxy").CombinedOutput(); err != nil {
 			err = fmt.Errorf("%w\n%s", err, out)
 		}
 	}
@@ -64,7 +65,9 @@ func withoutNetAdmin(args []string) error {
 	if err := unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_ADMIN, 0, 0, 0); err != nil {
 		return err
 	}
-	return unix.Exec(args[0], args, slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, dropVar) }))
+	return unix.Exec(args[0], args, slices.DeleteFunc(os.Environ(), func(s string) bool {
+		return strings.HasPrefix(s, dropVar)
+	}))
 }
 
 // patience bounds waits for things that take milliseconds to seconds.
@@ -129,17 +132,20 @@ func (v *vpn) do(h *lab.Host, want int, name string, args ...string) result {
 	lines := strings.Split(strings.TrimSpace(r.errOut), "\n")
 	r.last = lines[len(lines)-1]
 	if r.code != want {
-		v.Fatalf("%s %s: exit code %d (%v), want %d\n%s%s", name, strings.Join(args, " "), r.code, runErr, want, r.out, r.errOut)
+		v.Fatalf("%s %s: exit code %d (%v), want %d\n%s%s", name, strings.Join(args, " "), r.code,
+			runErr, want, r.out, r.errOut)
 	}
 	if want != 0 && !strings.HasPrefix(r.last, name+": ") {
-		v.Errorf("%s %s: the last line on standard error is %q", name, strings.Join(args, " "), r.last)
+		v.Errorf("%s %s: the last line on standard error is %q", name,
+			strings.Join(args, " "), r.last)
 	}
 	return r
 }
 
 func (v *vpn) clientDo(want int, args ...string) result {
 	v.Helper()
-	return v.do(v.Client, want, "masque-client", append(args, "--run-dir", v.clientRun, "--config-dir", v.dir)...)
+	return v.do(v.Client, want, "masque-client",
+		append(args, "--run-dir", v.clientRun, "--config-dir", v.dir)...)
 }
 
 func (v *vpn) proxyDo(want int, args ...string) result {
@@ -150,7 +156,8 @@ func (v *vpn) proxyDo(want int, args ...string) result {
 // startProxy runs the proxy until the test ends.
 func (v *vpn) startProxy() {
 	v.Helper()
-	v.proxy = v.Proxy.Command(v.ctx, filepath.Join(bin, "masque-proxy"), "run", "-c", v.config, "--run-dir", v.proxRun)
+	v.proxy = v.Proxy.Command(v.ctx, filepath.Join(bin, "masque-proxy"), "run", "-c", v.config,
+		"--run-dir", v.proxRun)
 	if err := v.proxy.Start(); err != nil {
 		v.Fatal(err)
 	}
@@ -160,7 +167,8 @@ func (v *vpn) startProxy() {
 			v.Fatalf("the proxy ended:\n%s", v.proxyLog())
 		default:
 		}
-		c := v.Proxy.Command(v.ctx, filepath.Join(bin, "masque-proxy"), "status", "--run-dir", v.proxRun)
+		c := v.Proxy.Command(v.ctx, filepath.Join(bin, "masque-proxy"), "status", "--run-dir",
+			v.proxRun)
 		return c.Run() == nil
 	})
 }
@@ -251,33 +259,41 @@ func TestUpAndDown(t *testing.T) {
 	v.invite("alice")
 
 	v.clientDo(0, "up", "alice", "--wait")
-	if s := v.status("alice"); s.State != client.StateConnected || s.Name != "alice" || len(s.Addresses) != 2 {
+	if s := v.status("alice"); s.State != client.StateConnected || s.Name != "alice" ||
+		len(s.Addresses) != 2 {
 		t.Errorf("status %+v", s)
 	}
 	if _, err := v.Client.Ping(v.ctx, targetIPv4); err != nil {
 		t.Errorf("through the tunnel: %v", err)
 	}
-	if info, err := os.Stat(filepath.Join(v.clientRun, "alice.log")); err != nil || info.Mode().Perm() != 0o600 || info.Size() == 0 {
+	if info, err := os.Stat(filepath.Join(v.clientRun, "alice.log")); err != nil ||
+		info.Mode().Perm() != 0o600 || info.Size() == 0 {
 		t.Errorf("log: %v, %v", info, err)
 	}
 	if r := v.clientDo(1, "up", "alice"); !strings.Contains(r.last, "already running") {
 		t.Errorf("a second up: %s", r.last)
 	}
-	if r := v.clientDo(1, "run", "-c", filepath.Join(v.dir, "alice.toml")); !strings.Contains(r.last, "already running") {
+	if r := v.clientDo(1, "run", "-c",
+		filepath.Join(v.dir, "alice.toml")); !strings.Contains(r.last, "already running") {
 		t.Errorf("a second run: %s", r.last)
 	}
-	for _, args := range [][]string{{"status"}, {"status", "alice"}, {"wait", "alice", "--for", "connected"}} {
+	for _, args := range [][]string{{"status"}, {"status", "alice"},
+		{"wait", "alice", "--for", "connected"}} {
 		v.clientDo(0, args...)
 	}
-	if out := v.clientDo(0, "check", "-c", filepath.Join(v.dir, "alice.toml")).out; !strings.Contains(out, "ok    proxy: "+lab.ProxyName+" is [203.0.113.5 2001:db8:2::5]\n") {
+	if out := v.clientDo(0, "check", "-c",
+		filepath.Join(v.dir, "alice.toml")).out; !strings.Contains(out,
+		"ok    proxy: "+lab.ProxyName+" is [203.0.113.5 2001:db8:2::5]\n") {
 		t.Errorf("check says\n%s", out)
 	}
-	if r := v.clientDo(5, "wait", "alice", "--for", "disconnected", "--timeout", "1s"); !strings.Contains(r.last, "not disconnected in time") {
+	if r := v.clientDo(5, "wait", "alice", "--for", "disconnected", "--timeout",
+		"1s"); !strings.Contains(r.last, "not disconnected in time") {
 		t.Errorf("waiting in vain: %s", r.last)
 	}
 
 	var sessions []struct{ ID, User, State string }
-	if err := json.Unmarshal([]byte(v.proxyDo(0, "sessions", "--json").out), &sessions); err != nil || len(sessions) != 1 || sessions[0].User != "alice" {
+	if err := json.Unmarshal([]byte(v.proxyDo(0, "sessions", "--json").out),
+		&sessions); err != nil || len(sessions) != 1 || sessions[0].User != "alice" {
 		t.Fatalf("sessions %+v, %v", sessions, err)
 	}
 	if out := v.proxyDo(0, "sessions").out; !strings.Contains(out, "alice") {
@@ -309,7 +325,8 @@ func TestKickedClientComesBack(t *testing.T) {
 	v.invite("alice")
 	v.clientDo(0, "up", "alice", "--wait")
 	var sessions []struct{ ID string }
-	if err := json.Unmarshal([]byte(v.proxyDo(0, "sessions", "--json").out), &sessions); err != nil || len(sessions) != 1 {
+	if err := json.Unmarshal([]byte(v.proxyDo(0, "sessions", "--json").out),
+		&sessions); err != nil || len(sessions) != 1 {
 		t.Fatalf("sessions %+v, %v", sessions, err)
 	}
 	v.proxyDo(0, "kick", sessions[0].ID)
@@ -360,7 +377,8 @@ func TestUnreachable(t *testing.T) {
 		t.Errorf("left in the run directory: %v", left)
 	}
 
-	// Without --wait it goes on trying, and comes through when the proxy is there.
+	// Without --wait it goes on trying, and comes through when the proxy is
+	// there.
 	v.clientDo(0, "up", "alice")
 	v.clientDo(3, "status", "alice")
 	v.clientDo(5, "wait", "alice", "--for", "connected", "--timeout", "1s")
@@ -408,7 +426,8 @@ func (v *vpn) lockHolder(name string) int {
 	}
 	for _, p := range processes {
 		line, err := os.ReadFile(p)
-		if err == nil && strings.HasPrefix(string(line), "masque-client\x00run\x00") && strings.Contains(string(line), "/"+name+".toml\x00") {
+		if err == nil && strings.HasPrefix(string(line), "masque-client\x00run\x00") &&
+			strings.Contains(string(line), "/"+name+".toml\x00") {
 			var pid int
 			if _, err := fmt.Sscanf(p, "/proc/%d/cmdline", &pid); err != nil {
 				v.Fatal(err)
@@ -425,7 +444,8 @@ func TestForeground(t *testing.T) {
 	before := v.snapshot(v.Client)
 	v.startProxy()
 	v.invite("alice")
-	run := v.Client.Command(v.ctx, filepath.Join(bin, "masque-client"), "run", "-c", filepath.Join(v.dir, "alice.toml"), "--run-dir", v.clientRun, "--log-format", "json")
+	run := v.Client.Command(v.ctx, filepath.Join(bin, "masque-client"), "run", "-c",
+		filepath.Join(v.dir, "alice.toml"), "--run-dir", v.clientRun, "--log-format", "json")
 	if err := run.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -439,7 +459,8 @@ func TestForeground(t *testing.T) {
 	}
 	first, _, _ := strings.Cut(log, "\n")
 	var line struct{ Msg, Program, Version, Name, Credentials string }
-	if err := json.Unmarshal([]byte(first), &line); err != nil || line.Msg != "starting" || line.Program != "masque-client" || line.Version == "" || line.Name != "alice" {
+	if err := json.Unmarshal([]byte(first), &line); err != nil || line.Msg != "starting" ||
+		line.Program != "masque-client" || line.Version == "" || line.Name != "alice" {
 		t.Errorf("the first line of the log is %s, %v", first, err)
 	}
 	v.sameAs(v.Client, before)
@@ -451,7 +472,8 @@ func TestWithoutPrivileges(t *testing.T) {
 	file := filepath.Join(v.dir, "alice.toml")
 	drop := func(want int, program string, args ...string) string {
 		t.Helper()
-		c := v.Client.Command(v.ctx, "/proc/self/exe", append([]string{filepath.Join(bin, program)}, args...)...)
+		c := v.Client.Command(v.ctx, "/proc/self/exe",
+			append([]string{filepath.Join(bin, program)}, args...)...)
 		c.Env = append(os.Environ(), dropVar+"=1")
 		out, _ := c.CombinedOutput() // the exit code says it
 		if c.ExitCode() != want {
@@ -464,11 +486,13 @@ func TestWithoutPrivileges(t *testing.T) {
 		drop(7, "masque-client", "up", file, "--wait", "--run-dir", v.clientRun),
 		drop(7, "masque-proxy", "run", "-c", v.config, "--run-dir", v.proxRun),
 	} {
-		if !strings.Contains(out, "CAP_NET_ADMIN is missing") || !strings.Contains(out, "sudo setcap cap_net_admin") {
+		if !strings.Contains(out, "CAP_NET_ADMIN is missing") ||
+			!strings.Contains(out, "sudo setcap cap_net_admin") {
 			t.Errorf("said:\n%s", out)
 		}
 	}
-	if out := drop(2, "masque-client", "check", "-c", file, "--run-dir", v.clientRun); !strings.Contains(out, "fail  privileges: CAP_NET_ADMIN is missing — ") {
+	if out := drop(2, "masque-client", "check", "-c", file, "--run-dir",
+		v.clientRun); !strings.Contains(out, "fail  privileges: CAP_NET_ADMIN is missing — ") {
 		t.Errorf("check said:\n%s", out)
 	}
 }
@@ -503,7 +527,8 @@ func TestProxyReload(t *testing.T) {
 		if err := os.WriteFile(v.config, text, 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if out := v.proxyDo(0, "reload").out; strings.Contains(out, "restart") != (change.restart != "") || !strings.Contains(out, change.restart) {
+		if out := v.proxyDo(0, "reload").out; strings.Contains(out,
+			"restart") != (change.restart != "") || !strings.Contains(out, change.restart) {
 			t.Errorf("%s: reload says %q", change.to, out)
 		}
 	}
@@ -516,7 +541,9 @@ func TestProxyReload(t *testing.T) {
 	if err := v.proxy.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	v.until("SIGHUP reloads", func() bool { return strings.Contains(v.proxyLog(), "reload failed") })
+	v.until("SIGHUP reloads", func() bool {
+		return strings.Contains(v.proxyLog(), "reload failed")
+	})
 	v.clientDo(0, "status", "alice")
 	v.clientDo(0, "down", "alice")
 }

@@ -18,7 +18,9 @@ import (
 func (o *options) forwardUDPCommand() *cobra.Command {
 	var file string
 	cmd := &cobra.Command{
-		Use: "forward-udp LISTEN TARGET -c FILE", Short: "Forward a local UDP port through the proxy, without a tunnel", Args: cobra.ExactArgs(2),
+		Use:   "forward-udp LISTEN TARGET -c FILE",
+		Short: "Forward a local UDP port through the proxy, without a tunnel",
+		Args:  cobra.ExactArgs(2),
 		Long: "Forward a local UDP port to TARGET, host:port, which the proxy reaches and resolves (RFC 9298), until SIGINT or SIGTERM.\n" +
 			"LISTEN is an address and a port, or a port alone for 127.0.0.1. There is no tunnel: no privileges are needed, and nothing\n" +
 			"on this host changes. Of FILE only the proxy, [tls], [auth] and [reconnect] count.\n\n" +
@@ -55,8 +57,10 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 		listen = net.JoinHostPort("127.0.0.1", listen)
 	}
 	f, err := client.NewUDPForwarder(client.UDPConfig{
-		Proxy: l.config.Proxy, TLS: l.config.TLS, Token: l.config.Token, Listen: listen, Target: target,
-		Reconnect: l.config.Reconnect, MaxDelay: l.config.MaxDelay, Mark: l.config.Mark, Logger: logger, Tracer: tracer,
+		Proxy: l.config.Proxy, TLS: l.config.TLS, Token: l.config.Token, Listen: listen,
+		Target:    target,
+		Reconnect: l.config.Reconnect, MaxDelay: l.config.MaxDelay, Mark: l.config.Mark,
+		Logger: logger, Tracer: tracer,
 	})
 	if err != nil {
 		return l.usageError(err)
@@ -69,7 +73,8 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 	select {
 	case err = <-ended:
 	case <-f.Ready():
-		fmt.Fprintf(w, "%s: ready: UDP %v leads to %s by way of %s\n", program, f.LocalAddr(), target, l.config.Proxy)
+		fmt.Fprintf(w, "%s: ready: UDP %v leads to %s by way of %s\n", program, f.LocalAddr(),
+			target, l.config.Proxy)
 		err = <-ended
 	}
 	sent, received := &f.Stats().Send, &f.Stats().Receive
@@ -78,7 +83,8 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 	return exitError(err)
 }
 
-// usageError gives a refusal of what the command line or the file says its place.
+// usageError gives a refusal of what the command line or the file says its
+// place.
 func (l *loaded) usageError(err error) error {
 	e, ok := errors.AsType[*client.Error](err)
 	if !ok {
@@ -86,7 +92,8 @@ func (l *loaded) usageError(err error) error {
 	}
 	switch key, reason, _ := strings.Cut(e.Reason, ": "); key {
 	case "listen", "target":
-		return &cli.Error{Code: cli.Usage, Reason: strings.ToUpper(key) + ": " + reason, Remedy: e.Remedy}
+		return &cli.Error{Code: cli.Usage, Reason: strings.ToUpper(key) + ": " + reason,
+			Remedy: e.Remedy}
 	default:
 		return l.file.Problem(key, reason, e.Remedy)
 	}

@@ -19,14 +19,17 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// stateDir is where things are kept that outlast a tunnel, unless --state-dir says otherwise.
+// stateDir is where things are kept that outlast a tunnel, unless --state-dir
+// says otherwise.
 const stateDir = "/var/lib/masque"
 
-// installationFile holds a random number that stands for this installation of the client.
+// installationFile holds a random number that stands for this installation of
+// the client.
 const installationFile = "installation"
 
-// installation returns the token by which a proxy knows a tunnel of this host again. Tunnels and proxies do not share it, so that
-// proxies cannot tell from it that they have a client in common.
+// installation returns the token by which a proxy knows a tunnel of this host
+// again. Tunnels and proxies do not share it, so that proxies cannot tell from
+// it that they have a client in common.
 func (o *options) installation(name, proxy string) (string, error) {
 	secret, err := readInstallation(o.stateDir)
 	if err != nil {
@@ -69,12 +72,18 @@ func readInstallation(dir string) ([]byte, error) {
 	return readToken(path)
 }
 
-// instancePath is where a running tunnel keeps its instance token for a next one, in case it is killed.
-func (o *options) instancePath(name string) string { return filepath.Join(o.RunDir, name+".instance") }
+// instancePath is where a running tunnel keeps its instance token for a next
+// one, in case it is killed.
+func (o *options) instancePath(name string) string {
+	return filepath.Join(o.RunDir,
+		name+".instance")
+}
 
-// lastInstance returns the instance token of the tunnel's last run, if that did not end in good order and its session may so be there
-// still, or a new one. The lock of the tunnel sees to it that no two use one; and as the run directory does not outlast the host, nor
-// is part of what is copied to another one, neither do two hosts.
+// lastInstance returns the instance token of the tunnel's last run, if that did
+// not end in good order and its session may so be there still, or a new one.
+// The lock of the tunnel sees to it that no two use one; and as the run
+// directory does not outlast the host, nor is part of what is copied to another
+// one, neither do two hosts.
 func (o *options) lastInstance(name string, logger *slog.Logger) string {
 	path := o.instancePath(name)
 	token, err := readToken(path)
@@ -93,7 +102,8 @@ func (o *options) lastInstance(name string, logger *slog.Logger) string {
 // minToken is the least number of bytes that nobody guesses.
 const minToken = 16
 
-// readToken reads a small file, and neither what a link leads to nor a pipe, for which it would wait.
+// readToken reads a small file, and neither what a link leads to nor a pipe,
+// for which it would wait.
 func readToken(path string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {

@@ -14,7 +14,8 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// A run takes over the token of one that was killed, and makes a new one where that cannot be used, whatever is in its place.
+// A run takes over the token of one that was killed, and makes a new one where
+// that cannot be used, whatever is in its place.
 func TestInstance(t *testing.T) {
 	const kept = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 	write := func(text string) func(string) error {
@@ -34,7 +35,9 @@ func TestInstance(t *testing.T) {
 		{"two lines", write(kept + "\n" + kept), false, "is damaged"},
 		{"a long text", write(strings.Repeat("A", 5000)), false, "is damaged"},
 		{"a folder", func(path string) error { return os.Mkdir(path, 0o700) }, false, "is no file"},
-		{"a pipe", func(path string) error { return unix.Mkfifo(path, 0o600) }, false, "is no file"},
+		{"a pipe", func(path string) error {
+			return unix.Mkfifo(path, 0o600)
+		}, false, "is no file"},
 		{"a link", func(path string) error {
 			return os.Symlink(filepath.Join(filepath.Dir(path), "elsewhere"), path)
 		}, false, "too many levels of symbolic links"},
@@ -90,7 +93,8 @@ func TestInstallation(t *testing.T) {
 	if again := token("home", "vpn.example.org"); again != first {
 		t.Errorf("%s became %s", first, again)
 	}
-	for _, other := range []string{token("work", "vpn.example.org"), token("home", "vpn.example.net")} {
+	for _, other := range []string{token("work", "vpn.example.org"),
+		token("home", "vpn.example.net")} {
 		if other == first {
 			t.Error("another tunnel has the same token")
 		}
@@ -106,7 +110,8 @@ func TestInstallation(t *testing.T) {
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if s, err := o.installation("home", "vpn.example.org"); err == nil || !strings.Contains(err.Error(), path+" is damaged") {
+	if s, err := o.installation("home", "vpn.example.org"); err == nil ||
+		!strings.Contains(err.Error(), path+" is damaged") {
 		t.Errorf("of an empty file: %q, %v", s, err)
 	}
 	o.stateDir = filepath.Join(path, "below")

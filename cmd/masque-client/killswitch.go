@@ -25,7 +25,8 @@ const upstreamFile = "/run/systemd/resolve/resolv.conf"
 
 // killSwitch is that of the tunnel.
 func (l *loaded) killSwitch(name string, logger *slog.Logger) *routing.KillSwitch {
-	return &routing.KillSwitch{Instance: name, Mark: l.file.Mark, Allow: l.file.KillSwitchAllow, Logger: logger}
+	return &routing.KillSwitch{Instance: name, Mark: l.file.Mark, Allow: l.file.KillSwitchAllow,
+		Logger: logger}
 }
 
 // warnHeld names what the configuration sends around the tunnel, or serves
@@ -36,7 +37,8 @@ func (l *loaded) warnHeld(logger *slog.Logger) {
 		prefixes []netip.Prefix
 	}{{"routes.exclude", l.file.Exclude}, {"routes.advertise", l.file.Advertise}} {
 		if held := heldOf(list.prefixes, l.file.KillSwitchAllow); len(held) > 0 {
-			logger.Warn("kill_switch.allow lacks what "+list.key+" has outside the tunnel: the kill switch stops it", "held", held)
+			logger.Warn("kill_switch.allow lacks what "+list.key+
+				" has outside the tunnel: the kill switch stops it", "held", held)
 		}
 	}
 }
@@ -44,7 +46,9 @@ func (l *loaded) warnHeld(logger *slog.Logger) {
 // heldOf returns the prefixes that do not lie in one that is allowed.
 func heldOf(prefixes, allow []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool {
-		return slices.ContainsFunc(allow, func(a netip.Prefix) bool { return a.Bits() <= p.Bits() && a.Overlaps(p) })
+		return slices.ContainsFunc(allow, func(a netip.Prefix) bool {
+			return a.Bits() <= p.Bits() && a.Overlaps(p)
+		})
 	})
 }
 
@@ -68,7 +72,8 @@ func upstreamServers() []string {
 	return servers
 }
 
-// staysClosed is the remedy for a tunnel that ended with its kill switch closed.
+// staysClosed is the remedy for a tunnel that ended with its kill switch
+// closed.
 func staysClosed(name string) string {
 	return fmt.Sprintf("the kill switch stays closed, until: %s down %s", program, name)
 }
@@ -89,25 +94,28 @@ func withRemedy(err error, remedy string) *cli.Error {
 
 func (o *options) journal(name string) string { return filepath.Join(o.RunDir, name+".journal") }
 
-// closedKillSwitch says whether the kill switch of a tunnel is known to be closed.
+// closedKillSwitch says whether the kill switch of a tunnel is known to be
+// closed.
 func closedKillSwitch(name string) bool {
 	closed, err := (&routing.KillSwitch{Instance: name}).Closed()
 	return err == nil && closed
 }
 
 // cleanUp does for a tunnel that does not run what its process would have done
-// at its end, and lifts its kill switch. The error is that of a tunnel that does
-// not run if there was nothing to do.
+// at its end, and lifts its kill switch. The error is that of a tunnel that
+// does not run if there was nothing to do.
 func (o *options) cleanUp(name string) error {
 	lock, err := acquire(o.RunDir, name) // keeps it from starting meanwhile
 	if running, _ := control.Running(o.RunDir, name); err != nil && running {
-		return &cli.Error{Code: cli.Failure, Reason: name + " is starting or stopping", Remedy: "try again"}
+		return &cli.Error{Code: cli.Failure, Reason: name + " is starting or stopping",
+			Remedy: "try again"}
 	}
 	if err != nil {
 		return err
 	}
 	logger := o.Log.Logger(os.Stderr)
-	found, err := routing.Clean(routing.Config{Instance: name, Journal: o.journal(name), Logger: logger})
+	found, err := routing.Clean(routing.Config{Instance: name, Journal: o.journal(name),
+		Logger: logger})
 	resolver, dnsErr := hostdns.Clean(hostdns.Config{Instance: name, Logger: logger})
 	closed, liftErr := (&routing.KillSwitch{Instance: name, Logger: logger}).Lift()
 	err = errors.Join(err, dnsErr, liftErr, lock.Release())

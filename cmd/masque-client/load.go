@@ -35,7 +35,8 @@ type loaded struct {
 func load(path, name string) (*loaded, error) {
 	data, shared, err := cli.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist", Remedy: "copy the file that `masque-proxy invite` made there, or name another one"}
+		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist",
+			Remedy: "copy the file that `masque-proxy invite` made there, or name another one"}
 	}
 	if err != nil {
 		return nil, err
@@ -63,10 +64,12 @@ func load(path, name string) (*loaded, error) {
 		Request: f.Request, Static: f.Static,
 		InstallRoutes: f.Install,
 		// Without a list, everything would be accepted.
-		Accept: append([]netip.Prefix{}, f.Accept...), Exclude: f.Exclude, HostRoutes: hostRoutes[f.LAN],
+		Accept: append([]netip.Prefix{}, f.Accept...), Exclude: f.Exclude,
+		HostRoutes:      hostRoutes[f.LAN],
 		Mark:            f.Mark,
 		AdvertiseRoutes: f.Advertise, AssignPeer: f.Assign,
-		DNS:       client.DNS{Off: !f.DNS, Hold: !f.DNSOutside, Servers: f.DNSServers, Search: f.DNSSearch, Domains: f.DNSDomains},
+		DNS: client.DNS{Off: !f.DNS, Hold: !f.DNSOutside, Servers: f.DNSServers,
+			Search: f.DNSSearch, Domains: f.DNSDomains},
 		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay, Congestion: congestion.Mode(f.Congestion),
 	}
 	return l, nil
@@ -74,7 +77,8 @@ func load(path, name string) (*loaded, error) {
 
 // hostRoutes are the values of routes.lan.
 var hostRoutes = map[config.LAN]routing.HostRoutes{
-	config.LANPrivate: routing.HostPrivate, config.LANAll: routing.HostAll, config.LANNone: routing.HostNone,
+	config.LANPrivate: routing.HostPrivate, config.LANAll: routing.HostAll,
+	config.LANNone: routing.HostNone,
 }
 
 // pem is what a key names, or what the key with _pem holds itself; key tells
@@ -142,7 +146,9 @@ func (l *loaded) token() (string, error) {
 	}
 	for _, r := range token {
 		if r <= ' ' || r >= 0x7f {
-			return "", l.file.Problem(key, "a token has no spaces, line breaks or characters beyond ASCII", "write it as it was given to you")
+			return "", l.file.Problem(key,
+				"a token has no spaces, line breaks or characters beyond ASCII",
+				"write it as it was given to you")
 		}
 	}
 	return token, nil
@@ -168,14 +174,17 @@ func exitError(err error) error {
 	if err != error(e) { // with more, as when the host could not be restored
 		return &cli.Error{Code: cli.Code(e.Kind), Reason: err.Error()}
 	}
-	return &cli.Error{Code: cli.Code(e.Kind), Reason: e.Reason, Remedy: cmp.Or(e.Remedy, cli.FileRemedy(err))}
+	return &cli.Error{Code: cli.Code(e.Kind), Reason: e.Reason,
+		Remedy: cmp.Or(e.Remedy, cli.FileRemedy(err))}
 }
 
-// describe returns a logger whose lines say in a few words what the tunnel uses.
+// describe returns a logger whose lines say in a few words what the tunnel
+// uses.
 func (l *loaded) describe(logger *slog.Logger) *slog.Logger {
 	var credentials []string
 	if len(l.chain) > 0 {
-		credentials = append(credentials, fmt.Sprintf("certificate of %s", l.chain[0].Subject.CommonName))
+		credentials = append(credentials,
+			fmt.Sprintf("certificate of %s", l.chain[0].Subject.CommonName))
 	}
 	if l.config.Token != "" {
 		credentials = append(credentials, "token")
@@ -184,6 +193,7 @@ func (l *loaded) describe(logger *slog.Logger) *slog.Logger {
 	if len(l.roots) > 0 {
 		trust = "tls.ca"
 	}
-	return logger.With("proxy", l.config.Proxy, "trust", trust, "credentials", strings.Join(credentials, ", "),
+	return logger.With("proxy", l.config.Proxy, "trust", trust, "credentials",
+		strings.Join(credentials, ", "),
 		"congestion", l.config.Congestion.Describe())
 }

@@ -40,21 +40,30 @@ type options struct {
 // manual is what the manual page says besides.
 var manual = cli.Page{
 	Files: []cli.Entry{
-		{Term: "/etc/masque/NAME.toml", Meaning: "The configuration of the tunnel NAME. With secrets in it, nobody but its owner, and the group masque if that is root, may read it."},
-		{Term: "/run/masque/NAME.sock", Meaning: "The control socket of a tunnel that runs, for its owner and root."},
-		{Term: "/run/masque/NAME.log", Meaning: "The log of a tunnel that was started by up, the newest 2 to 4 MiB of it."},
-		{Term: "/run/masque/NAME.lock, /run/masque/NAME.journal", Meaning: "What shows that a tunnel runs, and what it changed on the host."},
-		{Term: "/usr/share/doc/masquevpn", Meaning: "How to set up, run and mend a tunnel, in docs/operations.md, and a configuration with all keys, in examples/client.toml."},
+		{Term: "/etc/masque/NAME.toml",
+			Meaning: "The configuration of the tunnel NAME. With secrets in it, nobody but its owner, and the group masque if that is root, may read it."},
+		{Term: "/run/masque/NAME.sock",
+			Meaning: "The control socket of a tunnel that runs, for its owner and root."},
+		{Term: "/run/masque/NAME.log",
+			Meaning: "The log of a tunnel that was started by up, the newest 2 to 4 MiB of it."},
+		{Term: "/run/masque/NAME.lock, /run/masque/NAME.journal",
+			Meaning: "What shows that a tunnel runs, and what it changed on the host."},
+		{Term: "/usr/share/doc/masquevpn",
+			Meaning: "How to set up, run and mend a tunnel, in docs/operations.md, and a configuration with all keys, in examples/client.toml."},
 	},
 	SeeAlso: []string{"masque-proxy(1)", "systemctl(1)", "journalctl(1)"},
 }
 
 func newRoot() *cobra.Command {
-	root, globals := cli.NewRoot(program, "VPN over MASQUE: IP through HTTP/3 (RFC 9484), the client", manual)
+	root, globals := cli.NewRoot(program,
+		"VPN over MASQUE: IP through HTTP/3 (RFC 9484), the client", manual)
 	o := &options{Globals: globals}
-	root.PersistentFlags().StringVar(&o.configDir, "config-dir", configDir, "`folder` of NAME.toml files")
-	root.PersistentFlags().StringVar(&o.stateDir, "state-dir", stateDir, "`folder` of what lasts longer than a tunnel")
-	root.AddCommand(o.runCommand(), o.upCommand(), o.downCommand(), o.statusCommand(), o.waitCommand(), o.checkCommand(), o.captureCommand(), o.forwardUDPCommand())
+	root.PersistentFlags().StringVar(&o.configDir, "config-dir", configDir,
+		"`folder` of NAME.toml files")
+	root.PersistentFlags().StringVar(&o.stateDir, "state-dir", stateDir,
+		"`folder` of what lasts longer than a tunnel")
+	root.AddCommand(o.runCommand(), o.upCommand(), o.downCommand(), o.statusCommand(),
+		o.waitCommand(), o.checkCommand(), o.captureCommand(), o.forwardUDPCommand())
 	return root
 }
 
@@ -77,16 +86,19 @@ func isFile(arg string) bool {
 func tunnelName(arg string) (string, error) {
 	name := strings.TrimSuffix(filepath.Base(arg), ".toml")
 	if name == proxyName {
-		return "", &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("a tunnel cannot be named %q: its socket would be that of the proxy", name), Remedy: "rename " + arg}
+		return "", &cli.Error{Code: cli.Usage,
+			Reason: fmt.Sprintf("a tunnel cannot be named %q: its socket would be that of the proxy", name), Remedy: "rename " + arg}
 	}
 	if !config.IsName(name) {
-		return "", &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%q cannot name a tunnel", name), Remedy: `name it with letters, digits and any of ".-_@", at most 64`}
+		return "", &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%q cannot name a tunnel", name),
+			Remedy: `name it with letters, digits and any of ".-_@", at most 64`}
 	}
 	return name, nil
 }
 
 // complete offers the names of running tunnels.
-func (o *options) completeRunning(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+func (o *options) completeRunning(*cobra.Command, []string, string) ([]string,
+	cobra.ShellCompDirective) {
 	names, err := tunnels(o.RunDir)
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveError
@@ -95,7 +107,8 @@ func (o *options) completeRunning(*cobra.Command, []string, string) ([]string, c
 }
 
 // completeConfigured offers the names of files in the configuration folder.
-func (o *options) completeConfigured(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+func (o *options) completeConfigured(*cobra.Command, []string, string) ([]string,
+	cobra.ShellCompDirective) {
 	files, err := filepath.Glob(filepath.Join(o.configDir, "*.toml"))
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveError

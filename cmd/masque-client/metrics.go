@@ -10,10 +10,13 @@ import (
 	"masquevpn/internal/metrics"
 )
 
-// serveMetrics serves metrics of c, and whether it is connected, as the configuration says. The server is nil when it is nowhere.
+// serveMetrics serves metrics of c, and whether it is connected, as the
+// configuration says. The server is nil when it is nowhere.
 func (l *loaded) serveMetrics(c *client.Client, logger *slog.Logger) (*metrics.Server, error) {
 	return cli.ServeMetrics(program, l.file.Metrics, true, metrics.Config{
-		Values: func() metrics.Values { return l.values(c) }, Well: c.Stuck, Ready: func() error { return readiness(c.Status()) }, Logger: logger,
+		Values: func() metrics.Values {
+			return l.values(c)
+		}, Well: c.Stuck, Ready: func() error { return readiness(c.Status()) }, Logger: logger,
 	})
 }
 
@@ -31,7 +34,8 @@ func readiness(s client.Status) error {
 // values are what metrics show.
 func (l *loaded) values(c *client.Client) metrics.Values {
 	counters, s := c.Counters(), c.Status()
-	v := metrics.Values{Stats: &counters.Stats, Reconnects: counters.Reconnects, Repairs: s.KernelRepairs, Oldest: counters.Oldest, Panics: counters.Panics}
+	v := metrics.Values{Stats: &counters.Stats, Reconnects: counters.Reconnects,
+		Repairs: s.KernelRepairs, Oldest: counters.Oldest, Panics: counters.Panics}
 	if client.HasSession(s) {
 		v.Sessions, v.RTT, v.MTU = 1, time.Duration(s.RTT)*time.Microsecond, s.MTU
 	}

@@ -50,7 +50,8 @@ func (o *options) runCommand() *cobra.Command {
 		}),
 	}
 	cmd.Flags().StringVarP(&file, "config", "c", "", "configuration `FILE`")
-	cmd.Flags().BoolVar(&service, "service", systemd.IsService(), "run as a service: nobody waits for the outcome of the start (default under systemd)")
+	cmd.Flags().BoolVar(&service, "service", systemd.IsService(),
+		"run as a service: nobody waits for the outcome of the start (default under systemd)")
 	cmd.Flags().IntVar(&notifyFD, "notify-fd", -1, "file descriptor that `up` listens on")
 	cobra.CheckErr(cmd.MarkFlagRequired("config"))
 	cobra.CheckErr(cmd.Flags().MarkHidden("notify-fd"))
@@ -117,7 +118,8 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 	}
 	defer closePCAP()
 	t := &tunnel{
-		client: c, tap: l.config.Tap, logger: logger, stop: stop, done: make(chan struct{}), leaf: l.leaf,
+		client: c, tap: l.config.Tap, logger: logger, stop: stop, done: make(chan struct{}),
+		leaf:   l.leaf,
 		expiry: cli.ExpiryWarning{What: "the client's own", Renewal: renewal, Logger: logger},
 	}
 	server, err := control.Serve(o.RunDir, name, t.handler(), logger)
@@ -125,7 +127,8 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 		return err
 	}
 	v := cli.NewVersionInfo(program)
-	l.describe(logger).Info("starting", "program", program, "version", v.Version, "go", v.Go, "name", name, "config", file)
+	l.describe(logger).Info("starting", "program", program, "version", v.Version, "go", v.Go,
+		"name", name, "config", file)
 
 	monitor, err := l.serveMetrics(c, logger)
 	if err != nil {
@@ -136,7 +139,8 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 		l.warnHeld(logger)
 	} else { // it may have been on when this tunnel ran last
 		if _, err := kill.Lift(); err != nil {
-			logger.Warn("a kill switch that may be closed from before cannot be lifted", "error", err)
+			logger.Warn("a kill switch that may be closed from before cannot be lifted",
+				"error", err)
 		}
 	}
 	reported := make(chan struct{})
@@ -179,9 +183,11 @@ func acquire(runDir, name string) (*control.Lock, error) {
 	lock, err := control.Acquire(runDir, name)
 	switch {
 	case errors.Is(err, control.ErrRunning):
-		return nil, &cli.Error{Code: cli.Failure, Reason: err.Error(), Remedy: "stop it first: " + program + " down " + name}
+		return nil, &cli.Error{Code: cli.Failure, Reason: err.Error(),
+			Remedy: "stop it first: " + program + " down " + name}
 	case errors.Is(err, os.ErrPermission):
-		return nil, &cli.Error{Code: cli.Privileges, Reason: err.Error(), Remedy: "run it with sudo, or choose another folder with --run-dir"}
+		return nil, &cli.Error{Code: cli.Privileges, Reason: err.Error(),
+			Remedy: "run it with sudo, or choose another folder with --run-dir"}
 	}
 	return lock, err
 }
@@ -268,8 +274,9 @@ type event struct {
 // Events.
 const (
 	eventStarted = "started" // the process lives and has not failed
-	eventState   = "state"   // State and Reason changed; Code is that of the last failure to connect
-	eventFailed  = "failed"  // the process ends with Code
+	// State and Reason changed; Code is that of the last failure to connect
+	eventState  = "state"
+	eventFailed = "failed" // the process ends with Code
 )
 
 // notifier tells `up` how the start goes; nil tells nobody.
@@ -283,7 +290,8 @@ func openNotifier(fd int) (*notifier, error) {
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
-		return nil, cli.Errorf(cli.Usage, "--notify-fd %d is not a pipe: leave the flag to `up`", fd)
+		return nil, cli.Errorf(cli.Usage,
+			"--notify-fd %d is not a pipe: leave the flag to `up`", fd)
 	}
 	unix.CloseOnExec(fd)
 	return &notifier{pipe: os.NewFile(uintptr(fd), "notify")}, nil

@@ -40,7 +40,8 @@ func (o *options) statusCommand() *cobra.Command {
 				return err
 			}
 			if len(names) == 0 {
-				return &cli.Error{Code: cli.NotConnected, Reason: "no tunnel is running", Remedy: "start one with: " + program + " up NAME"}
+				return &cli.Error{Code: cli.NotConnected, Reason: "no tunnel is running",
+					Remedy: "start one with: " + program + " up NAME"}
 			}
 			show := showText
 			if asJSON {
@@ -54,11 +55,13 @@ func (o *options) statusCommand() *cobra.Command {
 				}
 				return o.watch(ctx, cmd.OutOrStdout(), names, show)
 			}
-			return o.status(cmd.Context(), cmd.OutOrStdout(), names, len(args) == 0 && !asJSON, show)
+			return o.status(cmd.Context(), cmd.OutOrStdout(), names, len(args) == 0 &&
+				!asJSON, show)
 		}),
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
-	cmd.Flags().BoolVar(&watch, "watch", false, "show every change until interrupted or until the tunnels end")
+	cmd.Flags().BoolVar(&watch, "watch", false,
+		"show every change until interrupted or until the tunnels end")
 	return cmd
 }
 
@@ -66,7 +69,8 @@ func (o *options) statusCommand() *cobra.Command {
 const answerTime = 5 * time.Second
 
 // status shows tunnels once, several as a table if that is wanted.
-func (o *options) status(ctx context.Context, w io.Writer, names []string, table bool, show func(io.Writer, json.RawMessage) error) error {
+func (o *options) status(ctx context.Context, w io.Writer, names []string, table bool,
+	show func(io.Writer, json.RawMessage) error) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	var all []client.Status
@@ -120,22 +124,25 @@ func notConnected(s client.Status) error {
 	if s.Reason != "" {
 		reason += " (" + s.Reason + ")"
 	}
-	return &cli.Error{Code: cli.NotConnected, Reason: reason, Remedy: fmt.Sprintf("wait for it with: %s wait %s --for connected", program, s.Name)}
+	return &cli.Error{Code: cli.NotConnected, Reason: reason,
+		Remedy: fmt.Sprintf("wait for it with: %s wait %s --for connected", program, s.Name)}
 }
 
 // watch shows every change of the tunnels until the context ends, which is no
 // error, or the tunnels do.
-func (o *options) watch(ctx context.Context, w io.Writer, names []string, show func(io.Writer, json.RawMessage) error) error {
+func (o *options) watch(ctx context.Context, w io.Writer, names []string,
+	show func(io.Writer, json.RawMessage) error) error {
 	var mu sync.Mutex
 	var failed error
 	var wg sync.WaitGroup
 	for _, name := range names {
 		wg.Go(func() {
-			err := control.NewClient(o.RunDir, name).Watch(ctx, watchPath, func(raw json.RawMessage) bool {
-				mu.Lock()
-				defer mu.Unlock()
-				return show(w, raw) == nil
-			})
+			err := control.NewClient(o.RunDir, name).Watch(ctx, watchPath,
+				func(raw json.RawMessage) bool {
+					mu.Lock()
+					defer mu.Unlock()
+					return show(w, raw) == nil
+				})
 			if err == io.EOF || errors.Is(err, control.ErrNotRunning) {
 				err = notRunning(name)
 			}
@@ -223,7 +230,8 @@ func showTable(w io.Writer, all []client.Status) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "NAME\tSTATE\tFOR\tPROXY\tINTERFACE\tADDRESSES\tRECEIVED\tSENT")
 	for _, s := range all {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.Name, s.State, time.Since(s.Since).Round(time.Second),
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.Name, s.State,
+			time.Since(s.Since).Round(time.Second),
 			s.Proxy.Name, s.Interface, addresses(s), cli.Size(s.Bytes.RX), cli.Size(s.Bytes.TX))
 	}
 	return t.Flush()
@@ -291,13 +299,15 @@ func (o *options) waitCommand() *cobra.Command {
 	var what string
 	var timeout time.Duration
 	cmd := &cobra.Command{
-		Use: "wait NAME --for connected|disconnected", Short: "Wait for a state of a tunnel", Args: cobra.ExactArgs(1),
+		Use: "wait NAME --for connected|disconnected", Short: "Wait for a state of a tunnel",
+		Args: cobra.ExactArgs(1),
 		Long: "Wait until a tunnel is connected, or until it is not. A tunnel that does not run yet is waited for.\n" +
 			"If the time passes, the exit code is 5, or 3 for a tunnel that does not run.",
 		ValidArgsFunction: o.completeRunning,
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			if what != forConnected && what != forDisconnected {
-				return cli.Errorf(cli.Usage, "--for %q is not known: write connected or disconnected", what)
+				return cli.Errorf(cli.Usage,
+					"--for %q is not known: write connected or disconnected", what)
 			}
 			name, err := tunnelName(args[0])
 			if err != nil {
@@ -368,5 +378,6 @@ func (o *options) waited(ctx context.Context, name, what string, last *client.St
 	if last.Reason != "" {
 		reason += " (" + last.Reason + ")"
 	}
-	return &cli.Error{Code: cli.Unreachable, Reason: reason, Remedy: "check the proxy, or give it more time with --timeout"}
+	return &cli.Error{Code: cli.Unreachable, Reason: reason,
+		Remedy: "check the proxy, or give it more time with --timeout"}
 }

@@ -136,7 +136,8 @@ func (o *options) startBackground(name, file string) (*background, error) {
 	if err := lock.Release(); err != nil {
 		return nil, err
 	}
-	log, err := cli.OpenLogFile(o.logPath(name)) // what is in it stays until the tunnel has its lock
+	// what is in it stays until the tunnel has its lock
+	log, err := cli.OpenLogFile(o.logPath(name))
 	if err != nil {
 		return nil, err
 	}
@@ -147,7 +148,8 @@ func (o *options) startBackground(name, file string) (*background, error) {
 	}
 	defer write.Close()
 
-	// From the root folder, no file system is kept busy: names must be absolute.
+	// From the root folder, no file system is kept busy: names must be
+	// absolute.
 	if file, err = filepath.Abs(file); err != nil {
 		return nil, err
 	}
@@ -160,7 +162,8 @@ func (o *options) startBackground(name, file string) (*background, error) {
 		return nil, err
 	}
 	const pipeFD = 3 // the first of ExtraFiles
-	args := []string{"run", "--config=" + file, "--run-dir=" + runDir, "--state-dir=" + stateDir, fmt.Sprintf("--notify-fd=%d", pipeFD)}
+	args := []string{"run", "--config=" + file, "--run-dir=" + runDir, "--state-dir=" + stateDir,
+		fmt.Sprintf("--notify-fd=%d", pipeFD)}
 	cmd := exec.Command("/proc/self/exe", append(args, o.Log.Args()...)...)
 	cmd.Args[0] = program
 	cmd.Dir = "/"
@@ -168,7 +171,8 @@ func (o *options) startBackground(name, file string) (*background, error) {
 	cmd.ExtraFiles = []*os.File{write}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
-		return nil, errors.Join(fmt.Errorf("starting the tunnel in the background: %w", err), read.Close())
+		return nil, errors.Join(fmt.Errorf("starting the tunnel in the background: %w", err),
+			read.Close())
 	}
 	return &background{options: o, name: name, process: cmd, events: read}, nil
 }
@@ -184,7 +188,8 @@ func (b *background) await(ctx context.Context, wait bool) *cli.Error {
 		var e event
 		err := decoder.Decode(&e)
 		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded) && errors.Is(ctx.Err(), context.DeadlineExceeded):
+		case errors.Is(err, os.ErrDeadlineExceeded) &&
+			errors.Is(ctx.Err(), context.DeadlineExceeded):
 			return b.late()
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			b.interrupted = true
@@ -197,7 +202,9 @@ func (b *background) await(ctx context.Context, wait bool) *cli.Error {
 			if err == io.EOF {
 				err = errors.New("it ended")
 			}
-			return &cli.Error{Code: cli.Failure, Reason: fmt.Sprintf("the tunnel %s did not start (%v)", b.name, err), Remedy: "see " + b.options.logPath(b.name)}
+			return &cli.Error{Code: cli.Failure,
+				Reason: fmt.Sprintf("the tunnel %s did not start (%v)", b.name, err),
+				Remedy: "see " + b.options.logPath(b.name)}
 		case e.Event == eventFailed:
 			b.failed = true
 			_ = b.process.Wait() // its exit code is e.Code
@@ -220,7 +227,8 @@ func (b *background) late() *cli.Error {
 		reason = fmt.Sprintf("%s (%s)", reason, b.lastReason)
 	}
 	if b.lastCode == cli.OK || b.lastCode == cli.Unreachable {
-		return &cli.Error{Code: cli.Unreachable, Reason: reason, Remedy: "check the proxy, or give it more time with --timeout"}
+		return &cli.Error{Code: cli.Unreachable, Reason: reason,
+			Remedy: "check the proxy, or give it more time with --timeout"}
 	}
 	return &cli.Error{Code: b.lastCode, Reason: reason, Remedy: "see " + b.options.logPath(b.name)}
 }
@@ -272,19 +280,25 @@ func (o *options) down(ctx context.Context, name string) error {
 	case errors.Is(err, control.ErrNotRunning):
 		return o.cleanUp(name)
 	case errors.Is(err, context.DeadlineExceeded):
-		return &cli.Error{Code: cli.Failure, Reason: fmt.Sprintf("%s is still stopping", name), Remedy: "see its log, or try again with a longer --timeout"}
+		return &cli.Error{Code: cli.Failure, Reason: fmt.Sprintf("%s is still stopping", name),
+			Remedy: "see its log, or try again with a longer --timeout"}
 	case err != nil:
 		return err
 	case answer.Error != "":
-		return &cli.Error{Code: cli.Failure, Reason: fmt.Sprintf("%s stopped with an error (%s)", name, answer.Error), Remedy: "the next start cleans up what is left"}
+		return &cli.Error{Code: cli.Failure,
+			Reason: fmt.Sprintf("%s stopped with an error (%s)", name, answer.Error),
+			Remedy: "the next start cleans up what is left"}
 	}
 	return nil
 }
 
 func notRunning(name string) error {
 	if closedKillSwitch(name) {
-		return &cli.Error{Code: cli.NotConnected, Reason: name + ": not running, and its kill switch is closed",
-			Remedy: fmt.Sprintf("connect with: %s up %s, or lift it with: %s down %s", program, name, program, name)}
+		return &cli.Error{Code: cli.NotConnected,
+			Reason: name + ": not running, and its kill switch is closed",
+			Remedy: fmt.Sprintf("connect with: %s up %s, or lift it with: %s down %s", program,
+				name, program, name)}
 	}
-	return &cli.Error{Code: cli.NotConnected, Reason: name + ": not running", Remedy: fmt.Sprintf("start it with: %s up %s", program, name)}
+	return &cli.Error{Code: cli.NotConnected, Reason: name + ": not running",
+		Remedy: fmt.Sprintf("start it with: %s up %s", program, name)}
 }

@@ -10,7 +10,9 @@ import (
 func (o *options) captureCommand() *cobra.Command {
 	var flags cli.CaptureFlags
 	cmd := &cobra.Command{
-		Use: "capture [SESSION] -o FILE", Short: "Write the packets of one session or of all into a file", Args: cobra.MaximumNArgs(1),
+		Use:   "capture [SESSION] -o FILE",
+		Short: "Write the packets of one session or of all into a file",
+		Args:  cobra.MaximumNArgs(1),
 		Long: "Write the packets of one session, until that ends, or of all sessions into a file; `sessions` has the ID. Flows of UDP\n" +
 			"proxying are not there: they have no IP packets.\n\n" + cli.CaptureText,
 		Example: "  masque-proxy capture 3 -o - | tcpdump -nr -",

@@ -24,7 +24,8 @@ import (
 func acmeConfig(f *config.Proxy, logger *slog.Logger) (*acme.Config, error) {
 	challenge := acme.Challenge(f.ACME.Challenge)
 	c := &acme.Config{
-		Name: strings.TrimSuffix(f.Name, "."), Directory: cmp.Or(f.ACME.Directory, acme.LetsEncrypt), Email: f.ACME.Email,
+		Name:      strings.TrimSuffix(f.Name, "."),
+		Directory: cmp.Or(f.ACME.Directory, acme.LetsEncrypt), Email: f.ACME.Email,
 		Challenge: challenge, Listen: cmp.Or(f.ACME.Listen, challenge.Listen()),
 		Storage: f.ACME.Storage, Logger: logger,
 	}
@@ -42,8 +43,10 @@ func acmeConfig(f *config.Proxy, logger *slog.Logger) (*acme.Config, error) {
 	return c, nil
 }
 
-// resetKey is the key of stateless resets (RFC 9000 section 10.3), the same after a restart. Files keep their private key
-// when the certificate is renewed, and it comes from that; ACME does not, and a secret is kept beside its account.
+// resetKey is the key of stateless resets (RFC 9000 section 10.3), the same
+// after a restart. Files keep their private key when the certificate is
+// renewed, and it comes from that; ACME does not, and a secret is kept beside
+// its account.
 func (l *loaded) resetKey() (*[32]byte, error) {
 	if l.acme == nil {
 		return pki.ResetKey(cli.Signer(l.pair.Certificate))
@@ -54,7 +57,8 @@ func (l *loaded) resetKey() (*[32]byte, error) {
 		if errors.Is(err, fs.ErrPermission) {
 			code = cli.Privileges
 		}
-		return &cli.Error{Code: code, Reason: "tls.acme.storage: " + err.Error(), Remedy: "make it a folder of the user that the proxy runs as, or change it"}
+		return &cli.Error{Code: code, Reason: "tls.acme.storage: " + err.Error(),
+			Remedy: "make it a folder of the user that the proxy runs as, or change it"}
 	}
 	text, err := cli.ReadSecret(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -74,7 +78,8 @@ func (l *loaded) resetKey() (*[32]byte, error) {
 	}
 	key, err := hex.DecodeString(strings.TrimSpace(string(text)))
 	if err != nil || len(key) != 32 {
-		return nil, cli.Errorf(cli.Usage, "%s is not 32 bytes in hexadecimal: remove it, and it is made anew", path)
+		return nil, cli.Errorf(cli.Usage,
+			"%s is not 32 bytes in hexadecimal: remove it, and it is made anew", path)
 	}
 	return (*[32]byte)(key), nil
 }
@@ -120,10 +125,12 @@ func (d *daemon) waiting() string {
 	if s.Problem == nil {
 		return "the first certificate is being obtained"
 	}
-	return fmt.Sprintf("no certificate yet, tried again at %s: %v", s.Next.Format(time.TimeOnly), s.Problem)
+	return fmt.Sprintf("no certificate yet, tried again at %s: %v", s.Next.Format(time.TimeOnly),
+		s.Problem)
 }
 
-// certificateUntil is when the certificate of new connections ends; zero if there is none yet.
+// certificateUntil is when the certificate of new connections ends; zero if
+// there is none yet.
 func (d *daemon) certificateUntil() time.Time {
 	if c := d.certificate(); c != nil {
 		return c.Leaf.NotAfter
@@ -139,7 +146,8 @@ func until(t time.Time) any {
 	return t
 }
 
-// lookAtCertificate uses files that have changed, and warns of a certificate that ends.
+// lookAtCertificate uses files that have changed, and warns of a certificate
+// that ends.
 func (d *daemon) lookAtCertificate() {
 	if d.pair != nil {
 		d.pair.Look()

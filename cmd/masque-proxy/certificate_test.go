@@ -13,27 +13,31 @@ import (
 	"masquevpn/internal/config"
 )
 
-// installACME makes an installation whose certificate comes by ACME, from a server that is not there, with its storage in
-// a folder of its own.
+// installACME makes an installation whose certificate comes by ACME, from a
+// server that is not there, with its storage in a folder of its own.
 func installACME(t *testing.T) (dir, file string) {
 	t.Helper()
-	dir, file = install(t, "--acme", "admin@example.org", "--agree-tos", "--acme-directory", "https://127.0.0.1:1/dir", "--listen", "127.0.0.1:4433")
+	dir, file = install(t, "--acme", "admin@example.org", "--agree-tos", "--acme-directory",
+		"https://127.0.0.1:1/dir", "--listen", "127.0.0.1:4433")
 	replace(t, file, `#storage = "/var/lib/masque/acme"`, `storage = "state/acme"`)
 	return dir, file
 }
 
 func TestInitACME(t *testing.T) {
 	dir, file := installACME(t)
-	want := map[string]fs.FileMode{caCertFile: 0o644, caKeyFile: 0o600, usersFile: 0o600, configFile: 0o644}
+	want := map[string]fs.FileMode{caCertFile: 0o644, caKeyFile: 0o600, usersFile: 0o600,
+		configFile: 0o644}
 	if diff := cmp.Diff(want, modes(t, dir)); diff != "" {
 		t.Error(diff)
 	}
 	l := mustLoad(t, file)
 	newServer(t, l)
-	if l.acme == nil || l.acme.Email != "admin@example.org" || l.acme.Listen != ":443" || l.acme.Storage != filepath.Join(dir, "state/acme") {
+	if l.acme == nil || l.acme.Email != "admin@example.org" || l.acme.Listen != ":443" ||
+		l.acme.Storage != filepath.Join(dir, "state/acme") {
 		t.Errorf("ACME is %+v", l.acme)
 	}
-	if _, last := do(t, 2, "init", "--renew", dir); !strings.Contains(last, "the running proxy renews the certificate by itself") {
+	if _, last := do(t, 2, "init", "--renew", dir); !strings.Contains(last,
+		"the running proxy renews the certificate by itself") {
 		t.Errorf("init --renew said %s", last)
 	}
 	for want, args := range map[string][]string{
@@ -41,7 +45,8 @@ func TestInitACME(t *testing.T) {
 		"add --acme":      {"--agree-tos"},
 		"not an e-mail":   {"--acme", "admin", "--agree-tos"},
 	} {
-		if _, last := do(t, 2, append([]string{"init", "--name", "vpn.example.org", filepath.Join(t.TempDir(), "m")}, args...)...); !strings.Contains(last, want) {
+		if _, last := do(t, 2, append([]string{"init", "--name", "vpn.example.org",
+			filepath.Join(t.TempDir(), "m")}, args...)...); !strings.Contains(last, want) {
 			t.Errorf("%v: said %s, want %s", args, last, want)
 		}
 	}
@@ -52,25 +57,30 @@ func TestInitACME(t *testing.T) {
 	}
 }
 
-// TestInviteACME: clients verify the proxy with their system's authorities, and are known by the installation's own.
+// TestInviteACME: clients verify the proxy with their system's authorities, and
+// are known by the installation's own.
 func TestInviteACME(t *testing.T) {
 	dir, file := installACME(t)
 	out, note := do(t, 0, "invite", "alice", "-c", file)
 	client, err := config.ParseClient("alice.toml", []byte(out))
-	if err != nil || client.CAPEM != "" || client.CertPEM == "" || client.KeyPEM == "" || !strings.Contains(note, "verify it with their system's") {
+	if err != nil || client.CAPEM != "" || client.CertPEM == "" || client.KeyPEM == "" ||
+		!strings.Contains(note, "verify it with their system's") {
 		t.Errorf("%v, note %q, file\n%s", err, note, out)
 	}
 	root := read(t, filepath.Join(dir, caCertFile))
 	out, _ = do(t, 0, "invite", "bob", "-c", file, "--ca", filepath.Join(dir, caCertFile))
-	if client, err = config.ParseClient("bob.toml", []byte(out)); err != nil || client.CAPEM != root {
+	if client, err = config.ParseClient("bob.toml", []byte(out)); err != nil ||
+		client.CAPEM != root {
 		t.Errorf("%v, with --ca\n%s", err, out)
 	}
-	if _, last := do(t, 2, "invite", "carol", "-c", file, "--ca", file); !strings.Contains(last, "name a file with certificates in PEM form") {
+	if _, last := do(t, 2, "invite", "carol", "-c", file, "--ca", file); !strings.Contains(last,
+		"name a file with certificates in PEM form") {
 		t.Errorf("invite said %s", last)
 	}
 }
 
-// TestACMEResetKey: what resets sessions is kept beside the account, as certificates and their keys come and go.
+// TestACMEResetKey: what resets sessions is kept beside the account, as
+// certificates and their keys come and go.
 func TestACMEResetKey(t *testing.T) {
 	_, file := installACME(t)
 	l := mustLoad(t, file)
@@ -87,7 +97,8 @@ func TestACMEResetKey(t *testing.T) {
 		t.Errorf("mode %v, %v", info.Mode(), err)
 	}
 	write(t, path, "half")
-	if _, err := l.resetKey(); err == nil || !strings.Contains(err.Error(), "remove it, and it is made anew") {
+	if _, err := l.resetKey(); err == nil ||
+		!strings.Contains(err.Error(), "remove it, and it is made anew") {
 		t.Errorf("of a broken file: %v", err)
 	}
 }
@@ -104,7 +115,8 @@ func TestCheckACME(t *testing.T) {
 	for _, want := range []string{
 		"ok    tls.acme: no certificate yet; the proxy gets it from https://127.0.0.1:1/dir when it starts\n",
 		"ok    tls.acme.storage: ",
-		"fail  tls.acme: TCP " + taken.Addr().String() + ", where the ACME server asks for the challenge tls-alpn-01, is in use — stop what uses it",
+		"fail  tls.acme: TCP " + taken.Addr().String() +
+			", where the ACME server asks for the challenge tls-alpn-01, is in use — stop what uses it",
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("check does not say %s:\n%s", want, out)
@@ -119,7 +131,8 @@ func TestCheckACME(t *testing.T) {
 	}
 }
 
-// TestCertificateFiles: what is renewed on disk is used without a reload, and a reload goes on from there.
+// TestCertificateFiles: what is renewed on disk is used without a reload, and a
+// reload goes on from there.
 func TestCertificateFiles(t *testing.T) {
 	dir, file := install(t)
 	d, runDir := start(t, file)
@@ -128,7 +141,8 @@ func TestCertificateFiles(t *testing.T) {
 	d.lookAtCertificate()
 	d.lookAtCertificate()
 	second := d.certificate().Leaf
-	if second.Equal(first) || !d.certificateStatus().Until.Equal(second.NotAfter) || d.certificateStatus().From != filepath.Join(dir, certFile) {
+	if second.Equal(first) || !d.certificateStatus().Until.Equal(second.NotAfter) ||
+		d.certificateStatus().From != filepath.Join(dir, certFile) {
 		t.Errorf("the certificate is the old one: %+v", d.certificateStatus())
 	}
 	moved := filepath.Join(dir, "other.crt")
@@ -143,15 +157,18 @@ func TestCertificateFiles(t *testing.T) {
 	}
 }
 
-// TestWaitingForCertificate: a proxy without a certificate says what it waits for.
+// TestWaitingForCertificate: a proxy without a certificate says what it waits
+// for.
 func TestWaitingForCertificate(t *testing.T) {
 	_, file := installACME(t)
 	_, runDir := start(t, file)
-	if _, last := do(t, 3, "status", "--run-dir", runDir); !strings.Contains(last, "still starting: the first certificate is being obtained") {
+	if _, last := do(t, 3, "status", "--run-dir", runDir); !strings.Contains(last,
+		"still starting: the first certificate is being obtained") {
 		t.Errorf("status said %s", last)
 	}
 	replace(t, file, `email = "admin@example.org"`, `email = "other@example.org"`)
-	if out, _ := do(t, 0, "reload", "--run-dir", runDir); out != "reloaded; restart the proxy for: tls.acme\n" {
+	if out, _ := do(t, 0, "reload", "--run-dir",
+		runDir); out != "reloaded; restart the proxy for: tls.acme\n" {
 		t.Errorf("reload said %s", out)
 	}
 }

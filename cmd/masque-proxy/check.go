@@ -37,7 +37,8 @@ func (o *options) checkCommand() *cobra.Command {
 		}),
 	}
 	configFlag(cmd, &file)
-	cmd.Flags().BoolVar(&online, "online", false, "ask the ACME server for its directory; no certificate is requested")
+	cmd.Flags().BoolVar(&online, "online", false,
+		"ask the ACME server for its directory; no certificate is requested")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON, one object per line")
 	return cmd
 }
@@ -90,7 +91,8 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string, online 
 	c.UDPOffload()
 }
 
-// checkRunning asks the running proxy what it has lost of what it needs on this host.
+// checkRunning asks the running proxy what it has lost of what it needs on this
+// host.
 func (o *options) checkRunning(ctx context.Context, c *cli.Checks) {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
@@ -105,18 +107,21 @@ func (o *options) checkRunning(ctx context.Context, c *cli.Checks) {
 func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 	if l.acme == nil {
 		c.Certificate(cli.Credential{
-			What: "tls.cert", Chain: l.pair.Chain, Name: l.file.Name, Usage: x509.ExtKeyUsageServerAuth, Renewal: l.renewal(),
+			What: "tls.cert", Chain: l.pair.Chain, Name: l.file.Name,
+			Usage: x509.ExtKeyUsageServerAuth, Renewal: l.renewal(),
 		}, now)
 	}
 	for _, ca := range l.clientCAs {
 		c.Certificate(cli.Credential{
-			What: "tls.client_ca: " + ca.Subject.CommonName, Chain: []*x509.Certificate{ca}, Usage: x509.ExtKeyUsageAny,
+			What: "tls.client_ca: " + ca.Subject.CommonName, Chain: []*x509.Certificate{ca},
+			Usage:   x509.ExtKeyUsageAny,
 			Renewal: "make a new authority, and invite the users again",
 		}, now)
 	}
 	switch {
 	case l.users == nil:
-		c.Warn(`users: auth.methods is "none"`, "everybody who reaches this proxy can use it; set auth.methods")
+		c.Warn(`users: auth.methods is "none"`,
+			"everybody who reaches this proxy can use it; set auth.methods")
 	case len(l.users.last().All()) == 0:
 		c.Warn("users: none", program+" invite NAME -c FILE")
 	default:
@@ -139,34 +144,42 @@ func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 func (l *loaded) checkACME(ctx context.Context, c *cli.Checks, online bool, now time.Time) {
 	switch cert, err := acme.Stored(ctx, *l.acme); {
 	case err == nil && now.After(cert.Leaf.NotAfter):
-		c.Warn("tls.acme: the stored certificate ended on "+cert.Leaf.NotAfter.Format(time.DateOnly), "the proxy gets another one when it starts")
+		c.Warn("tls.acme: the stored certificate ended on "+
+			cert.Leaf.NotAfter.Format(time.DateOnly), "the proxy gets another one when it starts")
 	case err == nil:
 		c.Certificate(cli.Credential{
-			What: "tls.acme", Chain: []*x509.Certificate{cert.Leaf}, Name: l.file.Name, Usage: x509.ExtKeyUsageServerAuth, Renewal: l.renewal(),
+			What: "tls.acme", Chain: []*x509.Certificate{cert.Leaf}, Name: l.file.Name,
+			Usage: x509.ExtKeyUsageServerAuth, Renewal: l.renewal(),
 		}, now)
 	case errors.Is(err, fs.ErrNotExist):
-		c.OK("tls.acme: no certificate yet; the proxy gets it from %s when it starts", l.acme.Directory)
+		c.OK("tls.acme: no certificate yet; the proxy gets it from %s when it starts",
+			l.acme.Directory)
 	default:
-		c.Fail("tls.acme: "+err.Error(), "make "+l.acme.Storage+" a folder of the user that the proxy runs as")
+		c.Fail("tls.acme: "+err.Error(),
+			"make "+l.acme.Storage+" a folder of the user that the proxy runs as")
 	}
-	c.Writable("tls.acme.storage", l.acme.Storage, "make it a folder of the user that the proxy runs as, or change it")
+	c.Writable("tls.acme.storage", l.acme.Storage,
+		"make it a folder of the user that the proxy runs as, or change it")
 	if !online {
 		return
 	}
 	if terms, err := acme.CheckDirectory(ctx, *l.acme); err != nil {
 		failError(c, err)
 	} else {
-		c.OK("tls.acme: %s answers; its terms of service: %s", l.acme.Directory, cmp.Or(terms, "none"))
+		c.OK("tls.acme: %s answers; its terms of service: %s", l.acme.Directory,
+			cmp.Or(terms, "none"))
 	}
 }
 
-// checkChallenge checks that the address of the challenge can be listened on, by doing it.
+// checkChallenge checks that the address of the challenge can be listened on,
+// by doing it.
 func checkChallenge(ctx context.Context, c *cli.Checks, cfg acme.Config) {
 	if err := acme.CheckListen(ctx, cfg); err != nil {
 		failError(c, err)
 		return
 	}
-	c.OK("tls.acme: TCP %s is free for the challenge; port %d of %s has to lead there", cfg.Listen, cfg.Challenge.Port(), cfg.Name)
+	c.OK("tls.acme: TCP %s is free for the challenge; port %d of %s has to lead there", cfg.Listen,
+		cfg.Challenge.Port(), cfg.Name)
 }
 
 func failError(c *cli.Checks, err error) {
@@ -177,16 +190,19 @@ func failError(c *cli.Checks, err error) {
 	c.Fail("tls.acme: "+err.Error(), "")
 }
 
-// checkUsers looks for users who are not let in, or do not reach what their entry says.
+// checkUsers looks for users who are not let in, or do not reach what their
+// entry says.
 func (l *loaded) checkUsers(c *cli.Checks, now time.Time) {
 	for _, u := range l.users.last().All() {
 		if !u.Expires.IsZero() && !now.Before(u.Expires) {
-			c.Warn(fmt.Sprintf("users: the time of %s was over at %s", u.Name, u.Expires.UTC().Format(time.RFC3339)),
+			c.Warn(fmt.Sprintf("users: the time of %s was over at %s", u.Name,
+				u.Expires.UTC().Format(time.RFC3339)),
 				"change expires in "+l.file.Users+", or "+program+" user remove "+u.Name+" -c FILE")
 		}
 		for _, p := range u.Routes {
 			if !advertised(l.file, p) {
-				c.Warn(fmt.Sprintf("users: %s may reach %v, which routes.advertise does not have", u.Name, p), "add it there, or correct routes in "+l.file.Users)
+				c.Warn(fmt.Sprintf("users: %s may reach %v, which routes.advertise does not have",
+					u.Name, p), "add it there, or correct routes in "+l.file.Users)
 			}
 		}
 	}
@@ -206,7 +222,8 @@ func checkPool(c *cli.Checks, addrs []net.Addr, pools ...netip.Prefix) {
 			}
 		}
 		if used != "" {
-			c.Fail(fmt.Sprintf("pool: %s overlaps %s of this host", pool, used), "choose a network that nobody uses")
+			c.Fail(fmt.Sprintf("pool: %s overlaps %s of this host", pool, used),
+				"choose a network that nobody uses")
 		} else {
 			c.OK("pool: %s is not used on this host", pool)
 		}
@@ -233,21 +250,27 @@ func (l *loaded) checkForwarding(c *cli.Checks) {
 		name string
 		ipv6 bool
 	}{{f.Pool4, "IPv4", false}, {f.Pool6, "IPv6", true}} {
-		everything := slices.ContainsFunc(f.Advertise, func(p netip.Prefix) bool { return p.Bits() == 0 && p.Addr().Is6() == family.ipv6 })
+		everything := slices.ContainsFunc(f.Advertise, func(p netip.Prefix) bool {
+			return p.Bits() == 0 && p.Addr().Is6() == family.ipv6
+		})
 		if family.pool.IsValid() && everything && routing.Uplink(family.ipv6) == "" {
-			c.Warn("uplink: clients get "+family.name+" addresses and routes to everywhere, and this host has no such route itself",
+			c.Warn("uplink: clients get "+family.name+
+				" addresses and routes to everywhere, and this host has no such route itself",
 				"give this host "+family.name+", or take it out of [pool]")
 		}
 	}
 }
 
-// checkFirewall looks for what keeps clients from the proxy, and their packets from their destinations.
+// checkFirewall looks for what keeps clients from the proxy, and their packets
+// from their destinations.
 func (l *loaded) checkFirewall(c *cli.Checks) {
 	var ways []cli.Way
 	for _, addr := range l.file.Listen {
 		if a, err := net.ResolveUDPAddr("udp", addr); err == nil {
 			ways = append(ways, cli.Way{
-				What: fmt.Sprintf("UDP %d from clients", a.Port), Passage: routing.Passage{Hook: routing.HookInput, Port: uint16(a.Port), Untracked: l.file.Masquerade},
+				What: fmt.Sprintf("UDP %d from clients", a.Port),
+				Passage: routing.Passage{Hook: routing.HookInput, Port: uint16(a.Port),
+					Untracked: l.file.Masquerade},
 			})
 		}
 	}
@@ -255,7 +278,10 @@ func (l *loaded) checkFirewall(c *cli.Checks) {
 	uplink := cmp.Or(routing.Uplink(false), routing.Uplink(true))
 	out := cmp.Or(uplink, "elsewhere")
 	c.Firewall(device, append(ways,
-		cli.Way{What: "packets of clients from " + device + " to " + out, Passage: routing.Passage{Hook: routing.HookForward, In: device, Out: uplink}},
-		cli.Way{What: "answers from " + out + " to " + device, Passage: routing.Passage{Hook: routing.HookForward, In: uplink, Out: device, Reply: true}},
+		cli.Way{What: "packets of clients from " + device + " to " + out,
+			Passage: routing.Passage{Hook: routing.HookForward, In: device, Out: uplink}},
+		cli.Way{What: "answers from " + out + " to " + device,
+			Passage: routing.Passage{Hook: routing.HookForward, In: uplink, Out: device,
+				Reply: true}},
 	)...)
 }

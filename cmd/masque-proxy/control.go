@@ -97,7 +97,9 @@ const answerTime = 10 * time.Second
 
 // ask makes a command that talks to the running proxy: call asks, show prints
 // the answer for people.
-func ask[T any](o *options, cmd *cobra.Command, call func(ctx context.Context, c *control.Client, args []string, v any) error, show func(io.Writer, T) error) *cobra.Command {
+func ask[T any](o *options, cmd *cobra.Command,
+	call func(ctx context.Context, c *control.Client, args []string, v any) error,
+	show func(io.Writer, T) error) *cobra.Command {
 	var asJSON bool
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	cmd.RunE = cli.Run(func(cmd *cobra.Command, args []string) error {
@@ -107,7 +109,8 @@ func ask[T any](o *options, cmd *cobra.Command, call func(ctx context.Context, c
 		err := call(ctx, control.NewClient(o.RunDir, instance), args, &raw)
 		switch {
 		case errors.Is(err, context.DeadlineExceeded):
-			return &cli.Error{Code: cli.Unreachable, Reason: "the proxy does not answer", Remedy: "look into its log"}
+			return &cli.Error{Code: cli.Unreachable, Reason: "the proxy does not answer",
+				Remedy: "look into its log"}
 		case err != nil:
 			return o.answerError(err)
 		}
@@ -124,10 +127,13 @@ func ask[T any](o *options, cmd *cobra.Command, call func(ctx context.Context, c
 	return cmd
 }
 
-// answerError gives a refusal of the running proxy its exit code, and so to that it does not run.
+// answerError gives a refusal of the running proxy its exit code, and so to
+// that it does not run.
 func (o *options) answerError(err error) error {
 	if errors.Is(err, control.ErrNotRunning) {
-		return &cli.Error{Code: cli.NotConnected, Reason: "no proxy is running with the run directory " + o.RunDir, Remedy: "start it with: " + program + " run -c FILE"}
+		return &cli.Error{Code: cli.NotConnected,
+			Reason: "no proxy is running with the run directory " + o.RunDir,
+			Remedy: "start it with: " + program + " run -c FILE"}
 	}
 	e, ok := errors.AsType[*control.StatusError](err)
 	if !ok {
@@ -137,7 +143,8 @@ func (o *options) answerError(err error) error {
 	case http.StatusUnprocessableEntity:
 		return &cli.Error{Code: cli.Usage, Reason: e.Reason}
 	case http.StatusNotFound:
-		return &cli.Error{Code: cli.NotConnected, Reason: e.Reason, Remedy: "list them with: " + program + " sessions"}
+		return &cli.Error{Code: cli.NotConnected, Reason: e.Reason,
+			Remedy: "list them with: " + program + " sessions"}
 	case http.StatusServiceUnavailable:
 		return &cli.Error{Code: cli.NotConnected, Reason: e.Reason, Remedy: "try again"}
 	}
@@ -146,11 +153,14 @@ func (o *options) answerError(err error) error {
 
 // get asks for a path.
 func get(path string) func(context.Context, *control.Client, []string, any) error {
-	return func(ctx context.Context, c *control.Client, _ []string, v any) error { return c.Get(ctx, path, v) }
+	return func(ctx context.Context, c *control.Client, _ []string, v any) error {
+		return c.Get(ctx, path, v)
+	}
 }
 
 func (o *options) statusCommand() *cobra.Command {
-	return ask(o, &cobra.Command{Use: "status", Short: "Show the running proxy", Args: cobra.NoArgs}, get(statusPath), showStatus)
+	return ask(o, &cobra.Command{Use: "status", Short: "Show the running proxy",
+		Args: cobra.NoArgs}, get(statusPath), showStatus)
 }
 
 func showStatus(w io.Writer, s status) error {
@@ -163,9 +173,11 @@ func showStatus(w io.Writer, s status) error {
 	}
 	fmt.Fprintf(t, "listening on\t%s\n", strings.Join(s.Listen, ", "))
 	fmt.Fprintf(t, "template\t%s\n", s.Template)
-	fmt.Fprintf(t, "certificate\tuntil %s, from %s\n", s.Certificate.Until.Format(time.DateTime), s.Certificate.From)
+	fmt.Fprintf(t, "certificate\tuntil %s, from %s\n", s.Certificate.Until.Format(time.DateTime),
+		s.Certificate.From)
 	if s.Certificate.Problem != "" {
-		fmt.Fprintf(t, "\tnot renewed, tried again at %s: %s\n", s.Certificate.Next.Format(time.DateTime), cli.OneLine(s.Certificate.Problem))
+		fmt.Fprintf(t, "\tnot renewed, tried again at %s: %s\n",
+			s.Certificate.Next.Format(time.DateTime), cli.OneLine(s.Certificate.Problem))
 	}
 	fmt.Fprintf(t, "interface\t%s\n", s.Interface)
 	fmt.Fprintf(t, "sessions\t%d\n", s.Sessions)
@@ -188,7 +200,8 @@ func showStatus(w io.Writer, s status) error {
 }
 
 func (o *options) sessionsCommand() *cobra.Command {
-	return ask(o, &cobra.Command{Use: "sessions", Short: "List the sessions", Args: cobra.NoArgs}, get(sessionsPath), showSessions)
+	return ask(o, &cobra.Command{Use: "sessions", Short: "List the sessions", Args: cobra.NoArgs},
+		get(sessionsPath), showSessions)
 }
 
 func showSessions(w io.Writer, sessions []proxy.SessionStatus) error {
@@ -199,7 +212,8 @@ func showSessions(w io.Writer, sessions []proxy.SessionStatus) error {
 		if s.Kind == proxy.KindUDP {
 			addresses = "UDP to " + s.Target
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, cli.OneLine(s.User), s.Remote, time.Since(s.Since).Round(time.Second),
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, cli.OneLine(s.User), s.Remote,
+			time.Since(s.Since).Round(time.Second),
 			addresses, list(s.Networks), cli.Size(s.Bytes.RX), cli.Size(s.Bytes.TX))
 	}
 	return t.Flush()
@@ -238,7 +252,8 @@ func (o *options) reloadCommand() *cobra.Command {
 			_, err := fmt.Fprintln(w, "reloaded")
 			return err
 		}
-		_, err := fmt.Fprintf(w, "reloaded; restart the proxy for: %s\n", strings.Join(r.Restart, ", "))
+		_, err := fmt.Fprintf(w, "reloaded; restart the proxy for: %s\n",
+			strings.Join(r.Restart, ", "))
 		return err
 	})
 }

@@ -42,7 +42,8 @@ func initCommand() *cobra.Command {
 	var in installation
 	var renew bool
 	cmd := &cobra.Command{
-		Use: "init --name HOST DIR", Short: "Make a folder ready for a new proxy", Args: cobra.ExactArgs(1),
+		Use: "init --name HOST DIR", Short: "Make a folder ready for a new proxy",
+		Args: cobra.ExactArgs(1),
 		Long: "Make a folder ready for a new proxy: an authority of its own, the proxy's certificate, an empty users file and a\n" +
 			"configuration that runs as it is. What is there is never overwritten.\n\n" +
 			"With --acme, the proxy gets its certificate from an ACME server, by default Let's Encrypt, and the authority is for the\n" +
@@ -58,26 +59,34 @@ func initCommand() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.StringVar(&in.name, "name", "", "name or address that clients dial")
-	f.StringSliceVar(&in.listen, "listen", []string{"[::]:443"}, "UDP addresses and ports to listen on")
+	f.StringSliceVar(&in.listen, "listen", []string{"[::]:443"},
+		"UDP addresses and ports to listen on")
 	f.StringVar(&in.pool4, "ipv4", "10.77.0.0/24", "IPv4 addresses for clients; empty for none")
 	f.StringVar(&in.pool6, "ipv6", "fd77::/64", "IPv6 addresses for clients; empty for none")
-	f.StringSliceVar(&in.advertise, "route", []string{"0.0.0.0/0", "::/0"}, "networks that clients reach through the proxy")
-	f.StringVar(&in.acme, "acme", "", "get the proxy's certificate by ACME; `EMAIL` is where the server may write to")
+	f.StringSliceVar(&in.advertise, "route", []string{"0.0.0.0/0", "::/0"},
+		"networks that clients reach through the proxy")
+	f.StringVar(&in.acme, "acme", "",
+		"get the proxy's certificate by ACME; `EMAIL` is where the server may write to")
 	f.BoolVar(&in.agreed, "agree-tos", false, "agree to the terms of service of the ACME server")
-	f.StringVar(&in.directory, "acme-directory", "", "`URL` of the directory of another ACME server than Let's Encrypt")
+	f.StringVar(&in.directory, "acme-directory", "",
+		"`URL` of the directory of another ACME server than Let's Encrypt")
 	f.BoolVar(&renew, "renew", false, "renew the certificate of an installation")
 	return cmd
 }
 
 func (in *installation) make(w io.Writer, dir string, now time.Time) (err error) {
 	if in.name == "" {
-		return &cli.Error{Code: cli.Usage, Reason: "the name that clients dial is missing", Remedy: "give it with --name, for example --name vpn.example.org"}
+		return &cli.Error{Code: cli.Usage, Reason: "the name that clients dial is missing",
+			Remedy: "give it with --name, for example --name vpn.example.org"}
 	}
 	if in.acme == "" && (in.agreed || in.directory != "") {
-		return &cli.Error{Code: cli.Usage, Reason: "--agree-tos and --acme-directory are for ACME", Remedy: "add --acme EMAIL, or leave them out"}
+		return &cli.Error{Code: cli.Usage, Reason: "--agree-tos and --acme-directory are for ACME",
+			Remedy: "add --acme EMAIL, or leave them out"}
 	}
 	if in.acme != "" && !in.agreed {
-		return &cli.Error{Code: cli.Usage, Reason: "the ACME server's terms of service have to be agreed to", Remedy: "read them (of Let's Encrypt: https://letsencrypt.org/repository/), and add --agree-tos"}
+		return &cli.Error{Code: cli.Usage,
+			Reason: "the ACME server's terms of service have to be agreed to",
+			Remedy: "read them (of Let's Encrypt: https://letsencrypt.org/repository/), and add --agree-tos"}
 	}
 	text := in.config()
 	if _, err := config.ParseProxy(configFile, []byte(text)); err != nil {
@@ -139,7 +148,8 @@ func exists(path string, err error) error {
 	if err != nil {
 		return err
 	}
-	return &cli.Error{Code: cli.Usage, Reason: path + " exists already and is left alone", Remedy: "name another folder, or remove the old installation"}
+	return &cli.Error{Code: cli.Usage, Reason: path + " exists already and is left alone",
+		Remedy: "name another folder, or remove the old installation"}
 }
 
 // shorten cuts a string for the common name of a certificate, which is 64
@@ -156,10 +166,12 @@ func renewCertificate(w io.Writer, dir, name string, now time.Time) error {
 		return err
 	}
 	if name != "" && name != f.Name {
-		return f.Problem("name", "not the name given with --name", "leave out --name, or change the file")
+		return f.Problem("name", "not the name given with --name",
+			"leave out --name, or change the file")
 	}
 	if f.ACME != nil {
-		return f.Problem("tls.acme", "the running proxy renews the certificate by itself", "leave out --renew")
+		return f.Problem("tls.acme", "the running proxy renews the certificate by itself",
+			"leave out --renew")
 	}
 	authority, err := readAuthority(filepath.Join(dir, caCertFile), filepath.Join(dir, caKeyFile))
 	if err != nil {
@@ -196,14 +208,18 @@ func readAuthority(cert, key string) (*pki.Authority, error) {
 	}
 	a, err := pki.ParseAuthority(pki.Pair{Cert: certPEM, Key: keyPEM})
 	if err != nil {
-		return nil, &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%s and %s: %v", cert, key, err), Remedy: "put the files of one authority there"}
+		return nil, &cli.Error{Code: cli.Usage,
+			Reason: fmt.Sprintf("%s and %s: %v", cert, key, err),
+			Remedy: "put the files of one authority there"}
 	}
 	return a, nil
 }
 
 func authorityError(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		return &cli.Error{Code: cli.Usage, Reason: "the authority is not here (" + err.Error() + ")", Remedy: "run this where its key is kept, or name it with --ca-key"}
+		return &cli.Error{Code: cli.Usage,
+			Reason: "the authority is not here (" + err.Error() + ")",
+			Remedy: "run this where its key is kept, or name it with --ca-key"}
 	}
 	return err
 }

@@ -28,7 +28,8 @@ func do(t *testing.T, want int, args ...string) (out, last string) {
 	root.SetErr(&stderr)
 	root.SetArgs(args)
 	if code := cli.Main(root); code != want {
-		t.Fatalf("%s: exit code %d, want %d\n%s%s", strings.Join(args, " "), code, want, &stdout, &stderr)
+		t.Fatalf("%s: exit code %d, want %d\n%s%s", strings.Join(args, " "), code, want, &stdout,
+			&stderr)
 	}
 	lines := strings.Split(strings.TrimSpace(stderr.String()), "\n")
 	return stdout.String(), lines[len(lines)-1]
@@ -108,9 +109,11 @@ func newServer(t *testing.T, l *loaded) *proxy.Server {
 }
 
 func TestInit(t *testing.T) {
-	dir, file := install(t, "--listen", "127.0.0.1:4433", "--ipv6", "", "--route", "10.0.0.0/8,192.0.2.0/24")
+	dir, file := install(t, "--listen", "127.0.0.1:4433", "--ipv6", "", "--route",
+		"10.0.0.0/8,192.0.2.0/24")
 	want := map[string]fs.FileMode{
-		caCertFile: 0o644, caKeyFile: 0o600, certFile: 0o644, keyFile: 0o600, usersFile: 0o600, configFile: 0o644,
+		caCertFile: 0o644, caKeyFile: 0o600, certFile: 0o644, keyFile: 0o600, usersFile: 0o600,
+		configFile: 0o644,
 	}
 	if diff := cmp.Diff(want, modes(t, dir)); diff != "" {
 		t.Error(diff)
@@ -121,13 +124,16 @@ func TestInit(t *testing.T) {
 	l := mustLoad(t, file)
 	newServer(t, l)
 	f := l.file
-	if f.Name != "vpn.example.org" || f.Listen[0] != "127.0.0.1:4433" || f.Pool4.String() != "10.77.0.0/24" || f.Pool6.IsValid() || len(f.Advertise) != 2 || !f.Masquerade {
+	if f.Name != "vpn.example.org" || f.Listen[0] != "127.0.0.1:4433" ||
+		f.Pool4.String() != "10.77.0.0/24" || f.Pool6.IsValid() || len(f.Advertise) != 2 ||
+		!f.Masquerade {
 		t.Errorf("proxy.toml is %+v", f)
 	}
 	if diff := cmp.Diff([]string{"mtls", "token"}, f.Methods); diff != "" {
 		t.Error(diff)
 	}
-	if _, err := l.pair.Leaf.Verify(x509.VerifyOptions{DNSName: "vpn.example.org", Roots: cli.Pool(l.clientCAs)}); err != nil {
+	if _, err := l.pair.Leaf.Verify(x509.VerifyOptions{DNSName: "vpn.example.org",
+		Roots: cli.Pool(l.clientCAs)}); err != nil {
 		t.Errorf("the proxy's certificate: %v", err)
 	}
 }
@@ -147,7 +153,8 @@ func TestInitOverwritesNothing(t *testing.T) {
 		dir := t.TempDir()
 		path := filepath.Join(dir, name)
 		write(t, path, "precious")
-		if _, last := do(t, 2, "init", "--name", "a.example", dir); !strings.Contains(last, path+" exists already") {
+		if _, last := do(t, 2, "init", "--name", "a.example", dir); !strings.Contains(last,
+			path+" exists already") {
 			t.Errorf("%s: said %s", name, last)
 		}
 		if read(t, path) != "precious" || len(modes(t, dir)) != 1 {
@@ -164,12 +171,14 @@ func TestInitErrors(t *testing.T) {
 		{[]string{}, "the name that clients dial is missing: give it with --name"},
 		{[]string{"--name", "a b"}, "not a name or an address"},
 		{[]string{"--name", "a.example", "--listen", "443"}, "not an address and port"},
-		{[]string{"--name", "a.example", "--ipv4", "10.0.0.1/8"}, "bits are set behind the prefix length"},
+		{[]string{"--name", "a.example", "--ipv4", "10.0.0.1/8"},
+			"bits are set behind the prefix length"},
 		{[]string{"--name", "a.example", "--ipv4", "", "--ipv6", ""}, "empty"},
 		{[]string{"--name", "a.example", "--route", "all"}, "not an address prefix"},
 	} {
 		dir := filepath.Join(t.TempDir(), "masque")
-		if _, last := do(t, 2, append([]string{"init", dir}, test.args...)...); !strings.Contains(last, test.want) {
+		if _, last := do(t, 2, append([]string{"init", dir},
+			test.args...)...); !strings.Contains(last, test.want) {
 			t.Errorf("%v: said %s, want %s", test.args, last, test.want)
 		}
 		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
@@ -183,7 +192,8 @@ func TestRenew(t *testing.T) {
 	before := mustLoad(t, file)
 	do(t, 0, "init", "--renew", dir)
 	after := mustLoad(t, file)
-	if pki.Fingerprint(before.pair.Leaf) == pki.Fingerprint(after.pair.Leaf) || !pki.Matches(after.pair.Leaf, cli.Signer(before.pair.Certificate)) {
+	if pki.Fingerprint(before.pair.Leaf) == pki.Fingerprint(after.pair.Leaf) ||
+		!pki.Matches(after.pair.Leaf, cli.Signer(before.pair.Certificate)) {
 		t.Error("the certificate is the old one, or has another key")
 	}
 	a, errA := before.resetKey()
@@ -191,7 +201,8 @@ func TestRenew(t *testing.T) {
 	if errA != nil || errB != nil || *a != *b {
 		t.Error("the key of stateless resets changed with the certificate", errA, errB)
 	}
-	if _, last := do(t, 2, "init", "--renew", "--name", "other.example", dir); !strings.Contains(last, `name = "vpn.example.org"`) {
+	if _, last := do(t, 2, "init", "--renew", "--name", "other.example",
+		dir); !strings.Contains(last, `name = "vpn.example.org"`) {
 		t.Errorf("another name: %s", last)
 	}
 	if err := os.Remove(filepath.Join(dir, caKeyFile)); err != nil {
@@ -202,7 +213,8 @@ func TestRenew(t *testing.T) {
 	}
 }
 
-// TestServiceFolder: what root puts into a folder for a service, the service can read, but for what it does not need.
+// TestServiceFolder: what root puts into a folder for a service, the service
+// can read, but for what it does not need.
 func TestServiceFolder(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Chmod(dir, 0o750|fs.ModeSetgid); err != nil {
@@ -214,8 +226,10 @@ func TestServiceFolder(t *testing.T) {
 	do(t, 0, "invite", "alice", "-c", file, "-o", filepath.Join(dir, "alice.toml"))
 	do(t, 0, "invite", "bob", "-c", file)
 	do(t, 0, "user", "remove", "bob", "-c", file)
-	for name, want := range map[string]fs.FileMode{caKeyFile: 0o600, keyFile: secret, usersFile: secret, "alice.toml": secret, certFile: 0o644} {
-		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Mode().Perm() != want {
+	for name, want := range map[string]fs.FileMode{caKeyFile: 0o600, keyFile: secret,
+		usersFile: secret, "alice.toml": secret, certFile: 0o644} {
+		if info, err := os.Stat(filepath.Join(dir, name)); err != nil ||
+			info.Mode().Perm() != want {
 			t.Errorf("%s: mode %v, %v; want %v", name, info.Mode(), err, want)
 		}
 	}

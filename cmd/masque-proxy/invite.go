@@ -43,7 +43,8 @@ type invitation struct {
 func inviteCommand() *cobra.Command {
 	var in invitation
 	cmd := &cobra.Command{
-		Use: "invite NAME -c FILE", Short: "Add a user and make the file for the client", Args: cobra.ExactArgs(1),
+		Use: "invite NAME -c FILE", Short: "Add a user and make the file for the client",
+		Args: cobra.ExactArgs(1),
 		Long: "Add a user and make one file with all that the client needs: the proxy, its authority, and the credentials that\n" +
 			"the proxy's methods ask for. The file is a secret: give it to the user and to nobody else. The running proxy\n" +
 			"knows the user at once.",
@@ -54,17 +55,24 @@ func inviteCommand() *cobra.Command {
 	}
 	configFlag(cmd, &in.config)
 	f := cmd.Flags()
-	f.StringVarP(&in.out, "out", "o", "", "`FILE` to write, readable by its owner alone, instead of standard output")
+	f.StringVarP(&in.out, "out", "o", "",
+		"`FILE` to write, readable by its owner alone, instead of standard output")
 	f.StringVar(&in.ca, "ca", "", "`FILE` with the authority that the client verifies the proxy with; default: the one here, if it is\n"+
 		"the proxy's, or else the system's of the client")
-	f.StringVar(&in.caKey, "ca-key", "", "`FILE` with the key of the clients' authority; default: beside its certificate")
-	f.StringVar(&in.proxy, "proxy", "", "what the client dials, if it is not the name and port of the configuration")
-	f.StringVar(&in.expires, "expires", "", "when the user is not let in any more: after a time span in days (30d) or hours (12h), from a `DATE` on\n"+
-		"(2026-12-31, in UTC) or at a time (2026-12-31T18:00:00Z); default: never")
-	f.StringVar(&in.valid, "valid", "", "`SPAN` for which the certificate is good, in days (d) or hours (h); default: 365d, or as long as the user if that is longer")
+	f.StringVar(&in.caKey, "ca-key", "",
+		"`FILE` with the key of the clients' authority; default: beside its certificate")
+	f.StringVar(&in.proxy, "proxy", "",
+		"what the client dials, if it is not the name and port of the configuration")
+	f.StringVar(&in.expires, "expires", "",
+		"when the user is not let in any more: after a time span in days (30d) or hours (12h), from a `DATE` on\n"+
+			"(2026-12-31, in UTC) or at a time (2026-12-31T18:00:00Z); default: never")
+	f.StringVar(&in.valid, "valid", "",
+		"`SPAN` for which the certificate is good, in days (d) or hours (h); default: 365d, or as long as the user if that is longer")
 	f.StringSliceVar(&in.addresses, "address", nil, "address of the pool reserved for the user")
-	f.StringSliceVar(&in.routes, "route", nil, "`PREFIX` that the user may reach, of those that the proxy advertises; default: all of them")
-	f.StringVar(&in.rateUp, "rate-up", "", "`RATE` of what the user sends, in bits per second, such as 20Mbit; default: no limit")
+	f.StringSliceVar(&in.routes, "route", nil,
+		"`PREFIX` that the user may reach, of those that the proxy advertises; default: all of them")
+	f.StringVar(&in.rateUp, "rate-up", "",
+		"`RATE` of what the user sends, in bits per second, such as 20Mbit; default: no limit")
 	f.StringVar(&in.rateDown, "rate-down", "", "the same for what the user receives (`RATE`)")
 	f.IntVar(&in.sessions, "sessions", 0, "sessions at the same time; 0 for the proxy's default")
 	return cmd
@@ -72,10 +80,13 @@ func inviteCommand() *cobra.Command {
 
 func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 	if !config.IsName(in.user) {
-		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%q cannot name a user", in.user), Remedy: `write 1 to 64 letters, digits and any of ".-_@", a letter or digit first`}
+		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%q cannot name a user", in.user),
+			Remedy: `write 1 to 64 letters, digits and any of ".-_@", a letter or digit first`}
 	}
 	if in.proxy != "" && !config.IsProxy(in.proxy) {
-		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("--proxy %q is not a name, host:port or URI template", in.proxy), Remedy: "write for example vpn.example.org"}
+		return &cli.Error{Code: cli.Usage,
+			Reason: fmt.Sprintf("--proxy %q is not a name, host:port or URI template", in.proxy),
+			Remedy: "write for example vpn.example.org"}
 	}
 	user := config.User{Name: in.user, Sessions: in.sessions, Created: now}
 	if user.Expires, err = parseExpires(in.expires, now); err != nil {
@@ -96,7 +107,8 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		return err
 	}
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "# Connects to %s as %s. Keep it secret.\nproxy = %q\n", f.Name, in.user, in.dial(f))
+	fmt.Fprintf(&b, "# Connects to %s as %s. Keep it secret.\nproxy = %q\n", f.Name, in.user,
+		in.dial(f))
 	roots, err := in.roots(f)
 	if err != nil {
 		return err
@@ -121,10 +133,13 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		return err
 	}
 	if _, known := users.ByName(in.user); known {
-		return &cli.Error{Code: cli.Usage, Reason: "there is a user " + in.user + " already", Remedy: fmt.Sprintf("choose another name, or first: %s user remove %s -c %s", program, in.user, in.config)}
+		return &cli.Error{Code: cli.Usage, Reason: "there is a user " + in.user + " already",
+			Remedy: fmt.Sprintf("choose another name, or first: %s user remove %s -c %s", program,
+				in.user, in.config)}
 	}
 	if in.sessions < 0 {
-		return cli.Errorf(cli.Usage, "--sessions %d is negative: write a number from 0", in.sessions)
+		return cli.Errorf(cli.Usage, "--sessions %d is negative: write a number from 0",
+			in.sessions)
 	}
 	if user.Addresses, err = in.reserve(f, users); err != nil {
 		return err
@@ -156,7 +171,8 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		return err
 	}
 	if !user.Expires.IsZero() {
-		fmt.Fprintf(notes, "note: %s is let in until %s\n", in.user, user.Expires.UTC().Format(time.RFC3339))
+		fmt.Fprintf(notes, "note: %s is let in until %s\n", in.user,
+			user.Expires.UTC().Format(time.RFC3339))
 	}
 	return nil
 }
@@ -193,7 +209,8 @@ func (in *invitation) write(out io.Writer, client []byte) error {
 	}
 	err := cli.CreateFile(in.out, client, cli.SecretMode(in.out))
 	if errors.Is(err, fs.ErrExist) {
-		return &cli.Error{Code: cli.Usage, Reason: in.out + " exists already and is left alone", Remedy: "name another file with -o, or remove it"}
+		return &cli.Error{Code: cli.Usage, Reason: in.out + " exists already and is left alone",
+			Remedy: "name another file with -o, or remove it"}
 	}
 	return err
 }
@@ -224,7 +241,8 @@ func (in *invitation) roots(f *config.Proxy) ([]byte, error) {
 			_, err = pki.ParseCertificates(data)
 		}
 		if err != nil {
-			return nil, cli.Errorf(cli.Usage, "--ca %s: %v: name a file with certificates in PEM form", in.ca, err)
+			return nil, cli.Errorf(cli.Usage,
+				"--ca %s: %v: name a file with certificates in PEM form", in.ca, err)
 		}
 		return data, nil
 	}
@@ -255,7 +273,9 @@ func (in *invitation) roots(f *config.Proxy) ([]byte, error) {
 			continue // it is not for this
 		}
 		signed := func(ca *x509.Certificate) bool {
-			return slices.ContainsFunc(chain, func(c *x509.Certificate) bool { return c.CheckSignatureFrom(ca) == nil })
+			return slices.ContainsFunc(chain, func(c *x509.Certificate) bool {
+				return c.CheckSignatureFrom(ca) == nil
+			})
 		}
 		if slices.ContainsFunc(certs, signed) {
 			return data, nil
@@ -265,7 +285,8 @@ func (in *invitation) roots(f *config.Proxy) ([]byte, error) {
 }
 
 // certificate makes the user's certificate.
-func (in *invitation) certificate(f *config.Proxy, now time.Time, valid time.Duration) (pki.Pair, error) {
+func (in *invitation) certificate(f *config.Proxy, now time.Time, valid time.Duration) (pki.Pair,
+	error) {
 	key := in.caKey
 	if key == "" {
 		key = strings.TrimSuffix(f.ClientCA, filepath.Ext(f.ClientCA)) + ".key"
@@ -283,7 +304,8 @@ func (in *invitation) reserve(f *config.Proxy, users *config.Users) ([]netip.Add
 	for _, s := range in.addresses {
 		a, err := netip.ParseAddr(s)
 		bad := func(reason, remedy string) error {
-			return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("--address %s: %s", s, reason), Remedy: remedy}
+			return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("--address %s: %s", s, reason),
+				Remedy: remedy}
 		}
 		pool := f.Pool4
 		if err == nil && a.Is6() {
@@ -312,7 +334,8 @@ func (in *invitation) reach(f *config.Proxy) ([]netip.Prefix, error) {
 	for _, s := range in.routes {
 		p, err := netip.ParsePrefix(s)
 		bad := func(reason, remedy string) error {
-			return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("--route %s: %s", s, reason), Remedy: remedy}
+			return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("--route %s: %s", s, reason),
+				Remedy: remedy}
 		}
 		switch {
 		case err != nil:
@@ -320,7 +343,8 @@ func (in *invitation) reach(f *config.Proxy) ([]netip.Prefix, error) {
 		case p != p.Masked():
 			return nil, bad("bits are set behind the prefix length", "write "+p.Masked().String())
 		case !advertised(f, p):
-			return nil, bad("not of what the proxy advertises", "choose a part of routes.advertise in "+in.config)
+			return nil, bad("not of what the proxy advertises",
+				"choose a part of routes.advertise in "+in.config)
 		}
 		list = append(list, p)
 	}
@@ -329,7 +353,9 @@ func (in *invitation) reach(f *config.Proxy) ([]netip.Prefix, error) {
 
 // advertised reports whether the proxy advertises all of p, in one prefix.
 func advertised(f *config.Proxy, p netip.Prefix) bool {
-	return slices.ContainsFunc(f.Advertise, func(a netip.Prefix) bool { return a.Bits() <= p.Bits() && a.Contains(p.Addr()) })
+	return slices.ContainsFunc(f.Advertise, func(a netip.Prefix) bool {
+		return a.Bits() <= p.Bits() && a.Contains(p.Addr())
+	})
 }
 
 func pools(f *config.Proxy) string {
@@ -349,14 +375,16 @@ func (in *invitation) validity(expires, now time.Time) (time.Duration, error) {
 	}
 	d, ok := parseSpan(in.valid)
 	if !ok {
-		return 0, cli.Errorf(cli.Usage, "--valid %q is not a time span of at most ten years: write for example 365d", in.valid)
+		return 0, cli.Errorf(cli.Usage,
+			"--valid %q is not a time span of at most ten years: write for example 365d", in.valid)
 	}
 	return d, nil
 }
 
 const defaultValidity = 365 * 24 * time.Hour
 
-// parseExpires reads when a user is not let in any more, the zero Time for never.
+// parseExpires reads when a user is not let in any more, the zero Time for
+// never.
 func parseExpires(s string, now time.Time) (time.Time, error) {
 	if s == "" {
 		return time.Time{}, nil
@@ -370,21 +398,24 @@ func parseExpires(s string, now time.Time) (time.Time, error) {
 	}
 	switch {
 	case err != nil || t.Sub(now) > pki.AuthorityValidity:
-		return t, cli.Errorf(cli.Usage, "--expires %q is neither a time span nor a date within ten years: write for example 30d or %s", s, now.AddDate(0, 1, 0).UTC().Format(time.DateOnly))
+		return t, cli.Errorf(cli.Usage,
+			"--expires %q is neither a time span nor a date within ten years: write for example 30d or %s", s, now.AddDate(0, 1, 0).UTC().Format(time.DateOnly))
 	case !t.After(now):
 		return t, cli.Errorf(cli.Usage, "--expires %s is over: write a time to come", s)
 	}
 	return t, nil
 }
 
-// parseSpan reads a number of days, as in 365d, or any duration of Go, of at most ten years.
+// parseSpan reads a number of days, as in 365d, or any duration of Go, of at
+// most ten years.
 func parseSpan(s string) (time.Duration, bool) {
 	d, err := time.ParseDuration(s)
 	if days, ok := strings.CutSuffix(s, "d"); ok {
 		var n int
 		n, err = strconv.Atoi(days)
 		d = time.Duration(n) * 24 * time.Hour
-		if n > int(pki.AuthorityValidity/(24*time.Hour)) { // which may be more than a Duration holds
+		if n > int(pki.AuthorityValidity/(24*time.Hour)) {
+			// which may be more than a Duration holds
 			return 0, false
 		}
 	}

@@ -31,7 +31,8 @@ func TestInvite(t *testing.T) {
 	dir, file := install(t, "--listen", "[::]:4433")
 	out := filepath.Join(dir, "alice.toml")
 	running := mustLoad(t, file) // a proxy that was started before
-	do(t, 0, "invite", "alice", "-c", file, "-o", out, "--address", "10.77.0.9,fd77::9", "--sessions", "3", "--valid", "30d")
+	do(t, 0, "invite", "alice", "-c", file, "-o", out, "--address", "10.77.0.9,fd77::9",
+		"--sessions", "3", "--valid", "30d")
 
 	if m := modes(t, dir)["alice.toml"]; m != 0o600 {
 		t.Errorf("the client's file has mode %v", m)
@@ -40,20 +41,23 @@ func TestInvite(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if client.Proxy != "vpn.example.org:4433" || client.CAPEM != read(t, filepath.Join(dir, caCertFile)) {
+	if client.Proxy != "vpn.example.org:4433" ||
+		client.CAPEM != read(t, filepath.Join(dir, caCertFile)) {
 		t.Errorf("dials %q with the authority\n%s", client.Proxy, client.CAPEM)
 	}
 	pair, err := tls.X509KeyPair([]byte(client.CertPEM), []byte(client.KeyPEM))
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = pair.Leaf.Verify(x509.VerifyOptions{Roots: cli.Pool(running.clientCAs), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	_, err = pair.Leaf.Verify(x509.VerifyOptions{Roots: cli.Pool(running.clientCAs),
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
 	if err != nil || pair.Leaf.Subject.CommonName != "alice" {
 		t.Errorf("the certificate is for %q, %v", pair.Leaf.Subject.CommonName, err)
 	}
 
 	want := proxy.User{
-		Name: "alice", TokenHash: pki.HashToken(client.Token), Certificate: pki.Fingerprint(pair.Leaf), Sessions: 3,
+		Name: "alice", TokenHash: pki.HashToken(client.Token),
+		Certificate: pki.Fingerprint(pair.Leaf), Sessions: 3,
 		Addresses: []netip.Addr{netip.MustParseAddr("10.77.0.9"), netip.MustParseAddr("fd77::9")},
 	}
 	addrs := cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
@@ -66,7 +70,8 @@ func TestInvite(t *testing.T) {
 	if got, ok := running.users.ByToken(client.Token + "x"); ok {
 		t.Errorf("by another token: %+v", got)
 	}
-	if reserved := netip.MustParsePrefix("10.77.0.9/32"); !running.users.Reserved(reserved, "bob") || running.users.Reserved(reserved, "alice") {
+	if reserved := netip.MustParsePrefix("10.77.0.9/32"); !running.users.Reserved(reserved,
+		"bob") || running.users.Reserved(reserved, "alice") {
 		t.Error("the address is not reserved for alice")
 	}
 	if strings.Contains(read(t, filepath.Join(dir, usersFile)), client.Token) {
@@ -75,7 +80,8 @@ func TestInvite(t *testing.T) {
 
 	// The same name again changes nothing.
 	before := read(t, filepath.Join(dir, usersFile))
-	if _, last := do(t, 2, "invite", "alice", "-c", file); !strings.Contains(last, "user remove alice") {
+	if _, last := do(t, 2, "invite", "alice", "-c", file); !strings.Contains(last,
+		"user remove alice") {
 		t.Errorf("a second time: %s", last)
 	}
 	if read(t, filepath.Join(dir, usersFile)) != before {
@@ -113,8 +119,10 @@ func TestInviteAgain(t *testing.T) {
 	if _, ok := running.users.ByToken(oldToken); ok {
 		t.Error("the old token is good again")
 	}
-	if got, _ := running.users.ByName("alice"); got.Certificate != certificate || certificate == oldCertificate {
-		t.Errorf("the certificate of the user is %x, that of the invitation %x, and was %x", got.Certificate, certificate, oldCertificate)
+	if got, _ := running.users.ByName("alice"); got.Certificate != certificate ||
+		certificate == oldCertificate {
+		t.Errorf("the certificate of the user is %x, that of the invitation %x, and was %x",
+			got.Certificate, certificate, oldCertificate)
 	}
 	if _, ok := running.users.ByToken(token); !ok {
 		t.Error("the new token is not good")
@@ -139,7 +147,8 @@ func TestInviteFollowsMethods(t *testing.T) {
 			t.Fatal(err)
 		}
 		user := strings.Contains(read(t, filepath.Join(dir, usersFile)), `name = "alice"`)
-		if (client.CertPEM != "") != test.cert || (client.KeyPEM != "") != test.cert || (client.Token != "") != test.token || user != test.user || client.CAPEM == "" {
+		if (client.CertPEM != "") != test.cert || (client.KeyPEM != "") != test.cert ||
+			(client.Token != "") != test.token || user != test.user || client.CAPEM == "" {
 			t.Errorf("%s: user %v, file\n%s", test.methods, user, out)
 		}
 	}
@@ -149,7 +158,8 @@ func TestInviteDials(t *testing.T) {
 	for _, test := range []struct{ old, new, flag, want string }{
 		{"", "", "", "vpn.example.org"},
 		{`["[::]:443"]`, `["[::]:8443"]`, "", "vpn.example.org:8443"},
-		{`listen =`, "template = \"https://vpn.example.org/t/{target}/{ipproto}/\"\nlisten =", "", "https://vpn.example.org/t/{target}/{ipproto}/"},
+		{`listen =`, "template = \"https://vpn.example.org/t/{target}/{ipproto}/\"\nlisten =", "",
+			"https://vpn.example.org/t/{target}/{ipproto}/"},
 		{"", "", "other.example.org:1", "other.example.org:1"},
 	} {
 		_, file := install(t)
@@ -172,26 +182,32 @@ func TestInviteForeignCertificate(t *testing.T) {
 	}
 	out, note := do(t, 0, "invite", "alice", "-c", file)
 	client, err := config.ParseClient("alice.toml", []byte(out))
-	if err != nil || client.CAPEM != "" || client.CertPEM == "" || !strings.Contains(note, "not from the authority here") {
+	if err != nil || client.CAPEM != "" || client.CertPEM == "" ||
+		!strings.Contains(note, "not from the authority here") {
 		t.Errorf("%v, note %q, file\n%s", err, note, out)
 	}
 }
 
 func TestInviteErrors(t *testing.T) {
 	dir, file := install(t)
-	do(t, 0, "invite", "bob", "-c", file, "--address", "10.77.0.8", "-o", filepath.Join(dir, "bob.toml"))
+	do(t, 0, "invite", "bob", "-c", file, "--address", "10.77.0.8", "-o",
+		filepath.Join(dir, "bob.toml"))
 	before := read(t, filepath.Join(dir, usersFile))
 	for _, test := range []struct {
 		args []string
 		want string
 	}{
 		{[]string{"a/b"}, "cannot name a user"},
-		{[]string{"alice", "--proxy", "a b"}, `--proxy "a b" is not a name, host:port or URI template: write for example vpn.example.org`},
-		{[]string{"alice", "--proxy", "vpn.example.org:0"}, `--proxy "vpn.example.org:0" is not a name`},
+		{[]string{"alice", "--proxy", "a b"},
+			`--proxy "a b" is not a name, host:port or URI template: write for example vpn.example.org`},
+		{[]string{"alice", "--proxy", "vpn.example.org:0"},
+			`--proxy "vpn.example.org:0" is not a name`},
 		{[]string{"alice", "--valid", "forever"}, `--valid "forever" is not a time span`},
-		{[]string{"alice", "--expires", "soon"}, `--expires "soon" is neither a time span nor a date`},
+		{[]string{"alice", "--expires", "soon"},
+			`--expires "soon" is neither a time span nor a date`},
 		{[]string{"alice", "--expires", "2001-01-01"}, "--expires 2001-01-01 is over"},
-		{[]string{"alice", "--rate-up", "20"}, `--rate-up "20" is not a number of kbit, Mbit or Gbit per second: write for example 20Mbit`},
+		{[]string{"alice", "--rate-up", "20"},
+			`--rate-up "20" is not a number of kbit, Mbit or Gbit per second: write for example 20Mbit`},
 		{[]string{"alice", "--rate-down", "1kbit"}, `--rate-down "1kbit" is less than 64kbit`},
 		{[]string{"alice", "--route", "x"}, "--route x: not an address prefix"},
 		{[]string{"alice", "--route", "10.0.0.1/8"}, "write 10.0.0.0/8"},
@@ -199,24 +215,29 @@ func TestInviteErrors(t *testing.T) {
 		{[]string{"alice", "--valid", "99999999d"}, "is not a time span"},
 		{[]string{"alice", "--sessions", "-1"}, "--sessions -1 is negative"},
 		{[]string{"alice", "--address", "x"}, "--address x: not an address"},
-		{[]string{"alice", "--address", "192.0.2.1"}, "not of the pool: choose one of 10.77.0.0/24 or fd77::/64"},
+		{[]string{"alice", "--address", "192.0.2.1"},
+			"not of the pool: choose one of 10.77.0.0/24 or fd77::/64"},
 		{[]string{"alice", "--address", "10.77.0.1"}, "the proxy's own"},
 		{[]string{"alice", "--address", "10.77.0.0"}, "the proxy's own"},
 		{[]string{"alice", "--address", "10.77.0.8"}, "reserved for bob"},
 		{[]string{"alice", "--address", "10.77.0.9,10.77.0.9"}, "given twice"},
 		{[]string{"alice", "-o", filepath.Join(dir, "bob.toml")}, "exists already"},
 		{[]string{"alice", "--ca-key", filepath.Join(dir, "none.key")}, "none.key"},
-		{[]string{"alice", "--ca-key", filepath.Join(dir, keyFile)}, "the key does not belong to the certificate"},
+		{[]string{"alice", "--ca-key", filepath.Join(dir, keyFile)},
+			"the key does not belong to the certificate"},
 		{nil, "accepts 1 arg(s), received 0"},
 	} {
-		if _, last := do(t, 2, append([]string{"invite", "-c", file}, test.args...)...); !strings.Contains(last, test.want) {
+		if _, last := do(t, 2, append([]string{"invite", "-c", file},
+			test.args...)...); !strings.Contains(last, test.want) {
 			t.Errorf("%v: said %s, want %s", test.args, last, test.want)
 		}
 	}
 	if after := read(t, filepath.Join(dir, usersFile)); after != before {
 		t.Errorf("the users file has changed:\n%s", after)
 	}
-	if _, last := do(t, 2, "invite", "alice", "-c", filepath.Join(dir, "none.toml")); !strings.Contains(last, "none.toml does not exist: make a new installation") {
+	if _, last := do(t, 2, "invite", "alice", "-c",
+		filepath.Join(dir, "none.toml")); !strings.Contains(last,
+		"none.toml does not exist: make a new installation") {
 		t.Errorf("without a configuration: %s", last)
 	}
 }
@@ -235,7 +256,8 @@ func TestInviteIsNotRead(t *testing.T) {
 	root.SetOut(full{})
 	root.SetErr(&stderr)
 	root.SetArgs([]string{"invite", "alice", "-c", file})
-	if code := cli.Main(root); code != int(cli.Failure) || !strings.Contains(stderr.String(), "no space left on device: make room") {
+	if code := cli.Main(root); code != int(cli.Failure) ||
+		!strings.Contains(stderr.String(), "no space left on device: make room") {
 		t.Errorf("exit code %d, said %s", code, &stderr)
 	}
 	if after := read(t, filepath.Join(dir, usersFile)); after != before {
@@ -268,19 +290,25 @@ func TestExposedSecrets(t *testing.T) {
 // What a user may is in the users file, and in the list.
 func TestInviteLimits(t *testing.T) {
 	_, file := install(t)
-	replace(t, file, `advertise = ["0.0.0.0/0", "::/0"]`, `advertise = ["192.0.2.0/24", "2001:db8::/32"]`)
+	replace(t, file, `advertise = ["0.0.0.0/0", "::/0"]`,
+		`advertise = ["192.0.2.0/24", "2001:db8::/32"]`)
 	running := mustLoad(t, file)
-	_, note := do(t, 0, "invite", "alice", "-c", file, "--expires", "30d", "--route", "192.0.2.0/25,2001:db8:1::/48", "--rate-up", "20Mbit", "--rate-down", "0.1Gbit")
+	_, note := do(t, 0, "invite", "alice", "-c", file, "--expires", "30d", "--route",
+		"192.0.2.0/25,2001:db8:1::/48", "--rate-up", "20Mbit", "--rate-down", "0.1Gbit")
 	if !strings.Contains(note, "note: alice is let in until ") {
 		t.Errorf("said %s", note)
 	}
 	got, _ := running.users.ByName("alice")
-	routes := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("2001:db8:1::/48")}
-	if d := time.Until(got.Expires); d < 29*24*time.Hour || d > 30*24*time.Hour || !slices.Equal(got.Routes, routes) || got.RateUp != 20_000_000 || got.RateDown != 100_000_000 {
+	routes := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/25"),
+		netip.MustParsePrefix("2001:db8:1::/48")}
+	if d := time.Until(got.Expires); d < 29*24*time.Hour || d > 30*24*time.Hour ||
+		!slices.Equal(got.Routes, routes) || got.RateUp != 20_000_000 ||
+		got.RateDown != 100_000_000 {
 		t.Errorf("alice is %+v", got)
 	}
 	out, _ := do(t, 0, "user", "list", "-c", file, "--run-dir", t.TempDir())
-	for _, want := range []string{"192.0.2.0/25, 2001:db8:1::/48", "up 20Mbit, down 100Mbit", got.Expires.UTC().Format(time.RFC3339) + "  ?"} {
+	for _, want := range []string{"192.0.2.0/25, 2001:db8:1::/48", "up 20Mbit, down 100Mbit",
+		got.Expires.UTC().Format(time.RFC3339) + "  ?"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("%q is not in\n%s", want, out)
 		}
@@ -296,7 +324,8 @@ func TestInviteLimits(t *testing.T) {
 		{[]string{"--expires", "1000d", "--valid", "10d"}, 10 * 24 * time.Hour},
 		{nil, 365 * 24 * time.Hour},
 	} {
-		out, _ := do(t, 0, append([]string{"invite", fmt.Sprint("user", i), "-c", file}, test.args...)...)
+		out, _ := do(t, 0, append([]string{"invite", fmt.Sprint("user", i), "-c", file},
+			test.args...)...)
 		client, err := config.ParseClient("c.toml", []byte(out))
 		if err != nil {
 			t.Fatal(err)
@@ -310,7 +339,8 @@ func TestInviteLimits(t *testing.T) {
 		}
 	}
 
-	// A user whose time is over, or who may reach what the proxy does not have, is found by check.
+	// A user whose time is over, or who may reach what the proxy does not have,
+	// is found by check.
 	users := filepath.Join(filepath.Dir(file), usersFile)
 	write(t, users, strings.Replace(read(t, users), "expires = ", "expires = 2026-01-02 # ", 1))
 	replace(t, file, `"2001:db8::/32"`, `"fd00::/8"`)
@@ -328,7 +358,9 @@ func TestInviteLimits(t *testing.T) {
 	}
 	out, _ = do(t, 0, "user", "list", "-c", file, "--run-dir", t.TempDir(), "--json")
 	var list []userEntry
-	if err := json.Unmarshal([]byte(out), &list); err != nil || !list[0].Expired || list[0].Connected != nil || list[0].RateDown != 100_000_000 || list[len(list)-1].Expires != nil || list[len(list)-1].Routes != nil {
+	if err := json.Unmarshal([]byte(out), &list); err != nil || !list[0].Expired ||
+		list[0].Connected != nil || list[0].RateDown != 100_000_000 ||
+		list[len(list)-1].Expires != nil || list[len(list)-1].Routes != nil {
 		t.Errorf("listed %s, %v", out, err)
 	}
 }
@@ -336,8 +368,10 @@ func TestInviteLimits(t *testing.T) {
 func TestParseExpires(t *testing.T) {
 	now := time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC)
 	for s, want := range map[string]string{
-		"30d": "2026-07-01T12:00:00Z", "36h": "2026-06-03T00:00:00Z", "2026-12-31": "2026-12-31T00:00:00Z", "2026-12-31T18:00:00+01:00": "2026-12-31T17:00:00Z",
-		"2026-06-01": "is over", "0d": "neither", "-1d": "neither", "9999-01-01": "neither", "99999999999d": "neither", "soon": "neither", "2026-13-01": "neither",
+		"30d": "2026-07-01T12:00:00Z", "36h": "2026-06-03T00:00:00Z",
+		"2026-12-31": "2026-12-31T00:00:00Z", "2026-12-31T18:00:00+01:00": "2026-12-31T17:00:00Z",
+		"2026-06-01": "is over", "0d": "neither", "-1d": "neither", "9999-01-01": "neither",
+		"99999999999d": "neither", "soon": "neither", "2026-13-01": "neither",
 	} {
 		got, err := parseExpires(s, now)
 		text := got.UTC().Format(time.RFC3339)
@@ -350,7 +384,8 @@ func TestParseExpires(t *testing.T) {
 	}
 }
 
-// Invitations at the same time lose none, and the users file stays whose it was.
+// Invitations at the same time lose none, and the users file stays whose it
+// was.
 func TestInvitesTogether(t *testing.T) {
 	dir, file := install(t)
 	users := filepath.Join(dir, usersFile)
@@ -358,7 +393,8 @@ func TestInvitesTogether(t *testing.T) {
 	if err := os.Rename(users, elsewhere); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(os.Symlink(elsewhere, users), os.Chmod(elsewhere, 0o640), os.Chown(elsewhere, os.Getuid(), os.Getgid())); err != nil {
+	if err := errors.Join(os.Symlink(elsewhere, users), os.Chmod(elsewhere, 0o640),
+		os.Chown(elsewhere, os.Getuid(), os.Getgid())); err != nil {
 		t.Fatal(err)
 	}
 	const n = 20
@@ -377,7 +413,8 @@ func TestInvitesTogether(t *testing.T) {
 		t.Errorf("%d users of %d, %v", len(u.All()), n, err)
 	}
 	info, err := os.Lstat(users)
-	if err != nil || info.Mode()&os.ModeSymlink == 0 || modes(t, filepath.Dir(elsewhere))["real.toml"] != 0o640 {
+	if err != nil || info.Mode()&os.ModeSymlink == 0 ||
+		modes(t, filepath.Dir(elsewhere))["real.toml"] != 0o640 {
 		t.Errorf("the link, or the mode of the file, is not kept: %v, %v", info, err)
 	}
 }
@@ -389,21 +426,25 @@ func TestUserList(t *testing.T) {
 	do(t, 0, "invite", "bob", "-c", file)
 	out, _ := do(t, 0, "user", "list", "-c", file)
 	lines := strings.Split(strings.TrimSpace(out), "\n")
-	if len(lines) != 3 || !strings.Contains(lines[1], "certificate, token  10.77.0.9") || !strings.Contains(lines[2], "bob") {
+	if len(lines) != 3 || !strings.Contains(lines[1], "certificate, token  10.77.0.9") ||
+		!strings.Contains(lines[2], "bob") {
 		t.Errorf("listed\n%s", out)
 	}
 	out, _ = do(t, 0, "user", "list", "-c", file, "--json")
 	var users []userEntry
-	if err := json.Unmarshal([]byte(out), &users); err != nil || len(users) != 2 || users[0].Addresses[0] != "10.77.0.9" || users[1].Certificate || !users[1].Token {
+	if err := json.Unmarshal([]byte(out), &users); err != nil || len(users) != 2 ||
+		users[0].Addresses[0] != "10.77.0.9" || users[1].Certificate || !users[1].Token {
 		t.Errorf("listed %+v, %v", users, err)
 	}
 
-	if _, last := do(t, 2, "user", "remove", "carol", "-c", file); !strings.Contains(last, `there is no user "carol"`) {
+	if _, last := do(t, 2, "user", "remove", "carol", "-c", file); !strings.Contains(last,
+		`there is no user "carol"`) {
 		t.Errorf("said %s", last)
 	}
 	do(t, 0, "user", "remove", "alice", "-c", file)
 	text := read(t, filepath.Join(dir, usersFile))
-	if strings.Contains(text, "alice") || !strings.Contains(text, "bob") || modes(t, dir)[usersFile] != 0o600 {
+	if strings.Contains(text, "alice") || !strings.Contains(text, "bob") ||
+		modes(t, dir)[usersFile] != 0o600 {
 		t.Errorf("after removing alice:\n%s", text)
 	}
 	do(t, 2, "user")

@@ -30,7 +30,8 @@ type loaded struct {
 func parseFile(path string) (*config.Proxy, error) {
 	data, _, err := cli.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist", Remedy: "make a new installation with: " + program + " init --name HOST DIR"}
+		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist",
+			Remedy: "make a new installation with: " + program + " init --name HOST DIR"}
 	}
 	if err != nil {
 		return nil, err
@@ -77,16 +78,22 @@ func (l *loaded) config(certificate func() *tls.Certificate) proxy.Config {
 	c := proxy.Config{
 		Name: f.Name, Listen: f.Listen, Template: f.Template, Methods: f.Methods,
 		TLS: &tls.Config{
-			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return certificate(), nil },
+			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+				return certificate(), nil
+			},
 		},
 		TUN:   tun.Config{Name: f.Device, MTU: f.MTU, Offload: f.Offload},
-		Pool4: f.Pool4, Pool6: f.Pool6, Delegate4: f.Delegate4, Delegate6: f.Delegate6, Hold: f.Hold,
+		Pool4: f.Pool4, Pool6: f.Pool6, Delegate4: f.Delegate4, Delegate6: f.Delegate6,
+		Hold:      f.Hold,
 		Advertise: f.Advertise, Deny: f.Deny, ClientToClient: f.ClientToClient,
 		ConnectUDP: f.ConnectUDP,
-		Masquerade: f.Masquerade, KernelHopLimit: f.KernelHopLimit, Congestion: congestion.Mode(f.Congestion),
-		DNS:         proxy.DNS{Servers: f.DNSServers, Domains: f.DNSDomains, Search: f.DNSSearch, NAT64: f.NAT64},
-		MaxSessions: f.Sessions, MaxSessionsPerUser: f.SessionsPerUser, MaxAddressesPerUser: f.AddressesPerUser,
-		MaxUDPFlows: f.UDPFlows, MaxUDPFlowsPerUser: f.UDPFlowsPerUser,
+		Masquerade: f.Masquerade, KernelHopLimit: f.KernelHopLimit,
+		Congestion: congestion.Mode(f.Congestion),
+		DNS: proxy.DNS{Servers: f.DNSServers, Domains: f.DNSDomains, Search: f.DNSSearch,
+			NAT64: f.NAT64},
+		MaxSessions: f.Sessions, MaxSessionsPerUser: f.SessionsPerUser,
+		MaxAddressesPerUser: f.AddressesPerUser,
+		MaxUDPFlows:         f.UDPFlows, MaxUDPFlowsPerUser: f.UDPFlowsPerUser,
 		MaxPending: f.Pending, MaxPendingPerAddress: f.PendingPerAddress,
 	}
 	for _, site := range f.Sites {
@@ -122,5 +129,6 @@ func exitError(err error) error {
 	if err != error(e) { // with more, as when the host could not be restored
 		reason = err.Error()
 	}
-	return &cli.Error{Code: cli.Code(e.Kind), Reason: reason, Remedy: cmp.Or(e.Remedy, cli.FileRemedy(err))}
+	return &cli.Error{Code: cli.Code(e.Kind), Reason: reason,
+		Remedy: cmp.Or(e.Remedy, cli.FileRemedy(err))}
 }

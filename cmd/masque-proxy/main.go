@@ -30,26 +30,35 @@ type options struct {
 // manual is what the manual page says besides.
 var manual = cli.Page{
 	Files: []cli.Entry{
-		{Term: "/etc/masque/proxy.toml", Meaning: "The configuration, which names certificates, keys and the users file beside it."},
-		{Term: "/etc/masque/ca.key", Meaning: "The key that certificates are made with. Only init and invite need it."},
-		{Term: "/run/masque/proxy.sock", Meaning: "The control socket of a proxy that runs, for its owner and root."},
-		{Term: "/run/masque/proxy.lock, /run/masque/proxy.journal", Meaning: "What shows that a proxy runs, and what it changed on the host."},
+		{Term: "/etc/masque/proxy.toml",
+			Meaning: "The configuration, which names certificates, keys and the users file beside it."},
+		{Term: "/etc/masque/ca.key",
+			Meaning: "The key that certificates are made with. Only init and invite need it."},
+		{Term: "/run/masque/proxy.sock",
+			Meaning: "The control socket of a proxy that runs, for its owner and root."},
+		{Term: "/run/masque/proxy.lock, /run/masque/proxy.journal",
+			Meaning: "What shows that a proxy runs, and what it changed on the host."},
 		{Term: "/var/lib/masque", Meaning: "What the service may write, such as the certificates of ACME and a key log."},
-		{Term: "/usr/share/doc/masquevpn", Meaning: "How to set up, run and mend a proxy, in docs/operations.md, and a configuration with all keys, in examples/proxy.toml."},
+		{Term: "/usr/share/doc/masquevpn",
+			Meaning: "How to set up, run and mend a proxy, in docs/operations.md, and a configuration with all keys, in examples/proxy.toml."},
 	},
 	SeeAlso: []string{"masque-client(1)", "systemctl(1)", "journalctl(1)"},
 }
 
 func newRoot() *cobra.Command {
-	root, globals := cli.NewRoot(program, "VPN over MASQUE: IP through HTTP/3 (RFC 9484), the proxy", manual)
+	root, globals := cli.NewRoot(program,
+		"VPN over MASQUE: IP through HTTP/3 (RFC 9484), the proxy", manual)
 	o := &options{Globals: globals}
-	root.AddCommand(o.runCommand(), initCommand(), inviteCommand(), o.userCommand(), o.checkCommand(),
-		o.statusCommand(), o.sessionsCommand(), o.kickCommand(), o.reloadCommand(), o.captureCommand())
+	root.AddCommand(o.runCommand(), initCommand(), inviteCommand(), o.userCommand(),
+		o.checkCommand(),
+		o.statusCommand(), o.sessionsCommand(), o.kickCommand(), o.reloadCommand(),
+		o.captureCommand())
 	return root
 }
 
 // configFlag adds the flag -c, which is required.
 func configFlag(cmd *cobra.Command, file *string) {
-	cmd.Flags().StringVarP(file, "config", "c", "", "configuration `FILE`, such as /etc/masque/proxy.toml")
+	cmd.Flags().StringVarP(file, "config", "c", "",
+		"configuration `FILE`, such as /etc/masque/proxy.toml")
 	cobra.CheckErr(cmd.MarkFlagRequired("config"))
 }

@@ -8,15 +8,20 @@ import (
 	"masquevpn/internal/metrics"
 )
 
-// serveMetrics serves metrics, and whether the proxy works, as the configuration says. The server is nil when it is nowhere. ctx
-// ends when the proxy stops.
+// serveMetrics serves metrics, and whether the proxy works, as the
+// configuration says. The server is nil when it is nowhere. ctx ends when the
+// proxy stops.
 func (d *daemon) serveMetrics(ctx context.Context) (*metrics.Server, error) {
-	return cli.ServeMetrics(program, d.loaded.file.Metrics, d.loaded.file.MetricsNamed, metrics.Config{
-		Values: d.values, Well: d.server.Stuck, Ready: func() error { return d.readiness(ctx) }, Logger: d.logger,
-	})
+	return cli.ServeMetrics(program, d.loaded.file.Metrics, d.loaded.file.MetricsNamed,
+		metrics.Config{
+			Values: d.values, Well: d.server.Stuck, Ready: func() error {
+				return d.readiness(ctx)
+			}, Logger: d.logger,
+		})
 }
 
-// readiness returns why the proxy does not accept clients, or does not carry their packets, nil when it does. ctx ends when it stops.
+// readiness returns why the proxy does not accept clients, or does not carry
+// their packets, nil when it does. ctx ends when it stops.
 func (d *daemon) readiness(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return errors.New("the proxy is stopping")
@@ -35,7 +40,9 @@ func (d *daemon) readiness(ctx context.Context) error {
 // values are what metrics show.
 func (d *daemon) values() metrics.Values {
 	c := d.server.Counters()
-	v := metrics.Values{Stats: &c.Stats, Repairs: c.KernelRepairs, Oldest: c.Oldest, Panics: c.Panics, Sessions: c.Sessions, MaxSessions: c.MaxSessions, UDPFlows: c.UDPFlows, MaxUDPFlows: c.MaxUDPFlows, AuthFailures: c.AuthFailures}
+	v := metrics.Values{Stats: &c.Stats, Repairs: c.KernelRepairs, Oldest: c.Oldest,
+		Panics: c.Panics, Sessions: c.Sessions, MaxSessions: c.MaxSessions, UDPFlows: c.UDPFlows,
+		MaxUDPFlows: c.MaxUDPFlows, AuthFailures: c.AuthFailures}
 	v.PendingConnections, v.ConnectionsEnded = c.PendingConnections, c.ConnectionsEnded
 	for _, r := range c.Requests {
 		v.Requests = append(v.Requests, metrics.Request(r))

@@ -34,7 +34,9 @@ func (o *options) runCommand() *cobra.Command {
 		Use: "run -c FILE", Short: "Serve in the foreground", Args: cobra.NoArgs,
 		Long: "Serve in the foreground until SIGINT or SIGTERM; a second one forces the end. SIGHUP reads the configuration\n" +
 			"again, as `reload` does. The users file is read again by itself when it changes.",
-		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error { return o.run(cmd.Context(), file) }),
+		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
+			return o.run(cmd.Context(), file)
+		}),
 	}
 	configFlag(cmd, &file)
 	return cmd
@@ -79,9 +81,12 @@ func (o *options) run(ctx context.Context, file string) error {
 	lock, err := control.Acquire(o.RunDir, instance)
 	switch {
 	case errors.Is(err, control.ErrRunning):
-		return &cli.Error{Code: cli.Failure, Reason: "a proxy is already running with the run directory " + o.RunDir, Remedy: "stop it first, or choose another folder with --run-dir"}
+		return &cli.Error{Code: cli.Failure,
+			Reason: "a proxy is already running with the run directory " + o.RunDir,
+			Remedy: "stop it first, or choose another folder with --run-dir"}
 	case errors.Is(err, os.ErrPermission):
-		return &cli.Error{Code: cli.Privileges, Reason: err.Error(), Remedy: "run it with sudo, or choose another folder with --run-dir"}
+		return &cli.Error{Code: cli.Privileges, Reason: err.Error(),
+			Remedy: "run it with sudo, or choose another folder with --run-dir"}
 	case err != nil:
 		return err
 	}
@@ -98,8 +103,11 @@ func (o *options) run(ctx context.Context, file string) error {
 	if l.users != nil {
 		users = len(l.users.last().All())
 	}
-	logger.Info("starting", "program", program, "version", v.Version, "go", v.Go, "name", l.file.Name, "config", file,
-		"methods", strings.Join(l.file.Methods, ","), "users", users, "certificate", l.certificateSource(), "certificate_until", until(d.certificateUntil()), "congestion", congestion.Mode(l.file.Congestion).Describe())
+	logger.Info("starting", "program", program, "version", v.Version, "go", v.Go, "name",
+		l.file.Name, "config", file,
+		"methods", strings.Join(l.file.Methods, ","), "users", users, "certificate",
+		l.certificateSource(), "certificate_until", until(d.certificateUntil()), "congestion",
+		congestion.Mode(l.file.Congestion).Describe())
 	monitor, err := d.serveMetrics(ctx)
 	if err != nil {
 		return errors.Join(err, socket.Close())
@@ -146,7 +154,8 @@ type daemon struct {
 
 func newDaemon(path string, l *loaded, logger *slog.Logger) *daemon {
 	d := &daemon{
-		path: path, logger: logger, loaded: l, service: systemd.NewService(logger), tap: new(capture.Tap), ended: make(chan struct{}),
+		path: path, logger: logger, loaded: l, service: systemd.NewService(logger),
+		tap: new(capture.Tap), ended: make(chan struct{}),
 	}
 	d.expiry = cli.ExpiryWarning{What: l.certificateSource(), Renewal: l.renewal(), Logger: logger}
 	if l.acme != nil {
@@ -160,12 +169,14 @@ func newDaemon(path string, l *loaded, logger *slog.Logger) *daemon {
 const (
 	// watchInterval is how often systemd is told how the proxy is.
 	watchInterval = time.Second
-	// usersInterval is how often the users file is looked at when nobody connects: a removal holds within a second.
+	// usersInterval is how often the users file is looked at when nobody
+	// connects: a removal holds within a second.
 	usersInterval = 250 * time.Millisecond
 )
 
-// watch reloads on SIGHUP, makes the sessions follow the users file, and tells systemd how the proxy is. The watchdog so ends
-// a proxy that hangs in any of it, or whose sessions do not answer.
+// watch reloads on SIGHUP, makes the sessions follow the users file, and tells
+// systemd how the proxy is. The watchdog so ends a proxy that hangs in any of
+// it, or whose sessions do not answer.
 func (d *daemon) watch(ctx context.Context) {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
@@ -214,7 +225,8 @@ func (d *daemon) watch(ctx context.Context) {
 // describe tells systemd what the proxy, which is ready, does.
 func (d *daemon) describe() {
 	s := d.server.Status()
-	d.service.Status(fmt.Sprintf("%d sessions, listening on %s", s.Sessions, strings.Join(s.Listen, ", ")))
+	d.service.Status(fmt.Sprintf("%d sessions, listening on %s", s.Sessions,
+		strings.Join(s.Listen, ", ")))
 }
 
 // reload reads the configuration again. The certificate and its key are used
@@ -249,7 +261,8 @@ func (d *daemon) reload() (restart []string, err error) {
 		users.reload()
 		d.server.UsersChanged()
 	}
-	d.logger.Info("reloaded", "certificate_until", until(d.certificateUntil()), "needs_restart", strings.Join(restart, ","))
+	d.logger.Info("reloaded", "certificate_until", until(d.certificateUntil()), "needs_restart",
+		strings.Join(restart, ","))
 	return restart, nil
 }
 
@@ -274,19 +287,21 @@ func changed(a, b *loaded) []string {
 // socketName is what masque-proxy.socket calls the sockets that it opens.
 const socketName = "quic"
 
-// sockets returns the sockets that systemd opened for the proxy, none if there are none. They count instead of what the
-// configuration says.
+// sockets returns the sockets that systemd opened for the proxy, none if there
+// are none. They count instead of what the configuration says.
 func (l *loaded) sockets(logger *slog.Logger) ([]*net.UDPConn, error) {
 	sockets, err := systemd.UDPSockets(socketName)
 	if err != nil {
-		return nil, &cli.Error{Code: cli.Usage, Reason: "from systemd: " + err.Error(), Remedy: "correct masque-proxy.socket"}
+		return nil, &cli.Error{Code: cli.Usage, Reason: "from systemd: " + err.Error(),
+			Remedy: "correct masque-proxy.socket"}
 	}
 	var opened []string
 	for _, c := range sockets {
 		opened = append(opened, c.LocalAddr().String())
 	}
 	if len(opened) > 0 && !slices.Equal(canonical(opened), canonical(l.file.Listen)) {
-		logger.Warn("systemd opened other sockets than the configuration says: listen is ignored", "sockets", strings.Join(opened, ", "), "listen", strings.Join(l.file.Listen, ", "))
+		logger.Warn("systemd opened other sockets than the configuration says: listen is ignored",
+			"sockets", strings.Join(opened, ", "), "listen", strings.Join(l.file.Listen, ", "))
 	}
 	return sockets, nil
 }

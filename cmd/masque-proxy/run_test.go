@@ -24,10 +24,18 @@ func TestLoadErrors(t *testing.T) {
 		do   func(dir, file string)
 		want string
 	}{
-		{"no certificate", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, certFile)) }, `proxy.toml:11: tls.cert = "proxy.crt": `},
-		{"no key", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, keyFile)) }, `proxy.toml:12: tls.key = "proxy.key": `},
-		{"no client CA", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, caCertFile)) }, `proxy.toml:13: tls.client_ca = "ca.crt": `},
-		{"no users", func(dir, _ string) { _ = os.Remove(filepath.Join(dir, usersFile)) }, `users.toml does not exist: make it with: touch `},
+		{"no certificate", func(dir, _ string) {
+			_ = os.Remove(filepath.Join(dir, certFile))
+		}, `proxy.toml:11: tls.cert = "proxy.crt": `},
+		{"no key", func(dir, _ string) {
+			_ = os.Remove(filepath.Join(dir, keyFile))
+		}, `proxy.toml:12: tls.key = "proxy.key": `},
+		{"no client CA", func(dir, _ string) {
+			_ = os.Remove(filepath.Join(dir, caCertFile))
+		}, `proxy.toml:13: tls.client_ca = "ca.crt": `},
+		{"no users", func(dir, _ string) {
+			_ = os.Remove(filepath.Join(dir, usersFile))
+		}, `users.toml does not exist: make it with: touch `},
 		{"a folder for users", func(dir, _ string) {
 			_ = os.Remove(filepath.Join(dir, usersFile))
 			_ = os.Mkdir(filepath.Join(dir, usersFile), 0o700)
@@ -36,16 +44,27 @@ func TestLoadErrors(t *testing.T) {
 			_ = os.Remove(file)
 			_ = os.Mkdir(file, 0o700)
 		}, `proxy.toml: is a directory: name another one`},
-		{"garbage for a certificate", func(dir, _ string) { write(t, filepath.Join(dir, certFile), "x") }, `tls.cert = "proxy.crt": holds no certificate in PEM form; write`},
-		{"garbage for a key", func(dir, _ string) { write(t, filepath.Join(dir, keyFile), "x") }, `tls.key = "proxy.key": holds no private key in PEM form; write`},
-		{"another key", func(dir, _ string) { write(t, filepath.Join(dir, keyFile), read(t, filepath.Join(dir, caKeyFile))) }, `tls.key = "proxy.key": not the key of the certificate; `},
-		{"garbage for a client CA", func(dir, _ string) { write(t, filepath.Join(dir, caCertFile), "x") }, `tls.client_ca = "ca.crt": holds no certificate`},
-		{"garbage for users", func(dir, _ string) { write(t, filepath.Join(dir, usersFile), "x") }, `users.toml:1: `},
+		{"garbage for a certificate", func(dir, _ string) {
+			write(t, filepath.Join(dir, certFile), "x")
+		}, `tls.cert = "proxy.crt": holds no certificate in PEM form; write`},
+		{"garbage for a key", func(dir, _ string) {
+			write(t, filepath.Join(dir, keyFile), "x")
+		}, `tls.key = "proxy.key": holds no private key in PEM form; write`},
+		{"another key", func(dir, _ string) {
+			write(t, filepath.Join(dir, keyFile), read(t, filepath.Join(dir, caKeyFile)))
+		}, `tls.key = "proxy.key": not the key of the certificate; `},
+		{"garbage for a client CA", func(dir, _ string) {
+			write(t, filepath.Join(dir, caCertFile), "x")
+		}, `tls.client_ca = "ca.crt": holds no certificate`},
+		{"garbage for users", func(dir, _ string) {
+			write(t, filepath.Join(dir, usersFile), "x")
+		}, `users.toml:1: `},
 		{"a bad template", func(_, file string) {
 			replace(t, file, "listen =", "template = \"https://a.example/{+target}\"\nlisten =")
 		}, `proxy.toml:8: template = "https://a.example/{+target}": `},
 		{"a site that cannot be", func(_, file string) {
-			write(t, file, read(t, file)+"\n[[site]]\nuser = \"branch\"\nnetworks = [\"192.0.2.0/24\", \"169.254.0.0/24\"]\n")
+			write(t, file, read(t, file)+
+				"\n[[site]]\nuser = \"branch\"\nnetworks = [\"192.0.2.0/24\", \"169.254.0.0/24\"]\n")
 		}, `169.254.0.0/24 overlaps 169.254.0.0/16, which is never behind a gateway`},
 		{"two problems", func(_, file string) {
 			replace(t, file, "offload = true", "offload = 1")
@@ -55,11 +74,13 @@ func TestLoadErrors(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			dir, file := install(t)
 			test.do(dir, file)
-			if _, last := do(t, 2, "run", "-c", file, "--run-dir", t.TempDir()); !strings.Contains(last, test.want) {
+			if _, last := do(t, 2, "run", "-c", file, "--run-dir",
+				t.TempDir()); !strings.Contains(last, test.want) {
 				t.Errorf("run said %s, want %s", last, test.want)
 			}
 			out, last := do(t, 2, "check", "-c", file, "--run-dir", t.TempDir())
-			if !strings.Contains(out, "fail  configuration: ") || !strings.Contains(last, "checks failed") {
+			if !strings.Contains(out, "fail  configuration: ") ||
+				!strings.Contains(last, "checks failed") {
 				t.Errorf("check said %s%s", out, last)
 			}
 		})
@@ -93,14 +114,17 @@ func start(t *testing.T, file string) (d *daemon, runDir string) {
 func TestControl(t *testing.T) {
 	dir, file := install(t)
 	d, runDir := start(t, file)
-	if out, _ := do(t, 0, "sessions", "--run-dir", runDir, "--json"); strings.TrimSpace(out) != "[]" {
+	if out, _ := do(t, 0, "sessions", "--run-dir", runDir,
+		"--json"); strings.TrimSpace(out) != "[]" {
 		t.Errorf("sessions are %s", out)
 	}
 	do(t, 0, "sessions", "--run-dir", runDir)
-	if _, last := do(t, 3, "kick", "a/b", "--run-dir", runDir); !strings.Contains(last, `"a/b": there is no such session: list them with`) {
+	if _, last := do(t, 3, "kick", "a/b", "--run-dir", runDir); !strings.Contains(last,
+		`"a/b": there is no such session: list them with`) {
 		t.Errorf("kick said %s", last)
 	}
-	if _, last := do(t, 3, "status", "--run-dir", runDir); !strings.Contains(last, "still starting: try again") {
+	if _, last := do(t, 3, "status", "--run-dir", runDir); !strings.Contains(last,
+		"still starting: try again") {
 		t.Errorf("status said %s", last)
 	}
 
@@ -116,10 +140,12 @@ func TestControl(t *testing.T) {
 	replace(t, file, "sessions = 4096", "sessions = 9")
 	replace(t, file, `"[::]:443"`, `"[::]:444"`)
 	write(t, file, read(t, file)+"\n[log]\nqlog_dir = \"qlog\"\nkey_log = \"keys\"\n")
-	if out, _ := do(t, 0, "reload", "--run-dir", runDir); out != "reloaded; restart the proxy for: listen, log.qlog_dir, log.key_log\n" {
+	if out, _ := do(t, 0, "reload", "--run-dir",
+		runDir); out != "reloaded; restart the proxy for: listen, log.qlog_dir, log.key_log\n" {
 		t.Errorf("reload said %s", out)
 	}
-	if out, _ := do(t, 0, "reload", "--run-dir", runDir, "--json"); strings.TrimSpace(out) != `{"restart":["listen","log.qlog_dir","log.key_log"]}` {
+	if out, _ := do(t, 0, "reload", "--run-dir", runDir,
+		"--json"); strings.TrimSpace(out) != `{"restart":["listen","log.qlog_dir","log.key_log"]}` {
 		t.Errorf("reload said %s", out)
 	}
 	write(t, filepath.Join(dir, certFile), "x")
@@ -131,7 +157,8 @@ func TestControl(t *testing.T) {
 	}
 }
 
-// Metrics and readiness can be had before the proxy serves and when it stops, and follow the certificate.
+// Metrics and readiness can be had before the proxy serves and when it stops,
+// and follow the certificate.
 func TestMonitoring(t *testing.T) {
 	dir, file := install(t)
 	d, runDir := start(t, file)
@@ -144,21 +171,24 @@ func TestMonitoring(t *testing.T) {
 		t.Errorf("at the end: %v", err)
 	}
 	v := d.values()
-	if v.Stats == nil || v.MaxSessions != 4096 || len(v.Pool) != 2 || !v.CertificateExpiry.Equal(d.loaded.pair.Leaf.NotAfter) {
+	if v.Stats == nil || v.MaxSessions != 4096 || len(v.Pool) != 2 ||
+		!v.CertificateExpiry.Equal(d.loaded.pair.Leaf.NotAfter) {
 		t.Errorf("values %+v", v)
 	}
 	authority, err := readAuthority(filepath.Join(dir, caCertFile), filepath.Join(dir, caKeyFile))
 	if err != nil {
 		t.Fatal(err)
 	}
-	pair, err := authority.Server(d.loaded.file.Name, cli.Signer(d.loaded.pair.Certificate), time.Now().Add(-24*time.Hour))
+	pair, err := authority.Server(d.loaded.file.Name, cli.Signer(d.loaded.pair.Certificate),
+		time.Now().Add(-24*time.Hour))
 	if err != nil {
 		t.Fatal(err)
 	}
 	write(t, filepath.Join(dir, certFile), string(pair.Cert))
 	do(t, 0, "reload", "--run-dir", runDir)
 	if after := d.values().CertificateExpiry; !after.Before(v.CertificateExpiry.Add(-23 * time.Hour)) {
-		t.Errorf("the certificate ends at %v after the reload, %v before", after, v.CertificateExpiry)
+		t.Errorf("the certificate ends at %v after the reload, %v before", after,
+			v.CertificateExpiry)
 	}
 }
 
@@ -169,7 +199,8 @@ func TestCheckMetrics(t *testing.T) {
 	}
 	defer ln.Close()
 	for _, test := range []struct{ listen, want string }{
-		{ln.Addr().String(), "fail  metrics.listen: TCP " + ln.Addr().String() + " is in use — stop what uses it (ss -tlpn), or change metrics.listen"},
+		{ln.Addr().String(), "fail  metrics.listen: TCP " + ln.Addr().String() +
+			" is in use — stop what uses it (ss -tlpn), or change metrics.listen"},
 		{"192.0.2.1:9484", "fail  metrics.listen: TCP 192.0.2.1:9484 is not an address of this host — change metrics.listen"},
 		{":39484", "warn  metrics.listen: not only this host reaches TCP :39484 — everybody who does can read"},
 	} {
@@ -188,7 +219,8 @@ func TestCheckMetrics(t *testing.T) {
 func TestNoProxyRuns(t *testing.T) {
 	runDir := t.TempDir()
 	for _, args := range [][]string{{"status"}, {"sessions"}, {"kick", "1"}, {"reload"}} {
-		if _, last := do(t, 3, append(args, "--run-dir", runDir)...); !strings.Contains(last, "no proxy is running") {
+		if _, last := do(t, 3, append(args, "--run-dir", runDir)...); !strings.Contains(last,
+			"no proxy is running") {
 			t.Errorf("%v: said %s", args, last)
 		}
 	}
@@ -225,7 +257,8 @@ func TestCheckFindsSitesWithoutUser(t *testing.T) {
 		_ = c.Finish(&out, false) // what it warns of is no error
 		return out.String()
 	}
-	if out := said(); !strings.Contains(out, "warn  site: there is no user branch — masque-proxy invite branch -c FILE\n") {
+	if out := said(); !strings.Contains(out,
+		"warn  site: there is no user branch — masque-proxy invite branch -c FILE\n") {
 		t.Errorf("said\n%s", out)
 	}
 	do(t, 0, "invite", "branch", "-c", file, "-o", filepath.Join(t.TempDir(), "branch.toml"))
@@ -240,7 +273,8 @@ func TestPoolInUse(t *testing.T) {
 		&net.IPNet{IP: net.ParseIP("2001:db8::1"), Mask: net.CIDRMask(64, 128)},
 	}
 	var c cli.Checks
-	checkPool(&c, addrs, netip.MustParsePrefix("10.77.0.0/24"), netip.MustParsePrefix("fd77::/64"), netip.Prefix{})
+	checkPool(&c, addrs, netip.MustParsePrefix("10.77.0.0/24"), netip.MustParsePrefix("fd77::/64"),
+		netip.Prefix{})
 	var out bytes.Buffer
 	if err := c.Finish(&out, false); err == nil {
 		t.Error("a pool in use passes")
@@ -259,7 +293,8 @@ func TestSameSockets(t *testing.T) {
 	}{
 		{[]string{"[::]:443"}, []string{":443"}, true},
 		{[]string{"[::]:443"}, []string{"[::]:8443"}, false},
-		{[]string{"192.0.2.1:443", "[2001:db8::1]:443"}, []string{"[2001:DB8:0::1]:443", "192.0.2.1:443"}, true},
+		{[]string{"192.0.2.1:443", "[2001:db8::1]:443"},
+			[]string{"[2001:DB8:0::1]:443", "192.0.2.1:443"}, true},
 		{[]string{"192.0.2.1:443"}, []string{"192.0.2.1:443", "192.0.2.2:443"}, false},
 	} {
 		if same := slices.Equal(canonical(test.a), canonical(test.b)); same != test.same {

@@ -24,7 +24,8 @@ func (o *options) userCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "user", Short: "List and remove users", Args: cobra.NoArgs,
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
-			return &cli.Error{Code: cli.Usage, Reason: "list or remove is missing", Remedy: "see '" + cmd.CommandPath() + " --help'"}
+			return &cli.Error{Code: cli.Usage, Reason: "list or remove is missing",
+				Remedy: "see '" + cmd.CommandPath() + " --help'"}
 		}),
 	}
 	cmd.AddCommand(o.userListCommand(), userRemoveCommand())
@@ -38,7 +39,8 @@ func usersOf(file string) (string, error) {
 		return "", err
 	}
 	if f.Users == "" {
-		return "", f.Problem("auth.methods", "there are no users with this method", `write ["mtls", "token"]`)
+		return "", f.Problem("auth.methods", "there are no users with this method",
+			`write ["mtls", "token"]`)
 	}
 	return f.Users, nil
 }
@@ -98,11 +100,13 @@ func (o *options) connected(ctx context.Context) (map[string]int, error) {
 
 // userEntry is one user in the output of `user list --json`.
 type userEntry struct {
-	Name         string         `json:"name"`
-	Token        bool           `json:"token"`       // has one
-	Certificate  bool           `json:"certificate"` // has one of its own; without, any of the authority with the name is good
-	Addresses    []string       `json:"addresses"`
-	Sessions     int            `json:"sessions"`      // allowed at the same time; 0: the proxy's default
+	Name  string `json:"name"`
+	Token bool   `json:"token"` // has one
+	// has one of its own; without, any of the authority with the name is good
+	Certificate bool     `json:"certificate"`
+	Addresses   []string `json:"addresses"`
+	// allowed at the same time; 0: the proxy's default
+	Sessions     int            `json:"sessions"`
 	MaxAddresses int            `json:"max_addresses"` // likewise
 	Routes       []netip.Prefix `json:"routes"`        // null: all that the proxy advertises
 	RateUp       int64          `json:"rate_up_bits_per_second"`
@@ -116,7 +120,8 @@ type userEntry struct {
 func entryOf(u config.User, connected map[string]int, now time.Time) userEntry {
 	e := userEntry{
 		Name: u.Name, Token: u.TokenHash != [32]byte{}, Certificate: u.Certificate != [32]byte{},
-		Addresses: []string{}, Sessions: u.Sessions, MaxAddresses: u.MaxAddresses, Routes: u.Routes, RateUp: u.RateUp, RateDown: u.RateDown, Created: u.Created,
+		Addresses: []string{}, Sessions: u.Sessions, MaxAddresses: u.MaxAddresses, Routes: u.Routes,
+		RateUp: u.RateUp, RateDown: u.RateDown, Created: u.Created,
 	}
 	for _, a := range u.Addresses {
 		e.Addresses = append(e.Addresses, a.String())
@@ -135,7 +140,8 @@ func showUsers(w io.Writer, entries []userEntry) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "NAME\tCREATED\tCREDENTIALS\tADDRESSES\tROUTES\tLIMITS\tEXPIRES\tCONNECTED")
 	for _, e := range entries {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Name, e.Created.Format(time.DateOnly), e.credentials(),
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Name, e.Created.Format(time.DateOnly),
+			e.credentials(),
 			strings.Join(e.Addresses, ", "), e.routes(), e.limits(), e.expires(), e.connected())
 	}
 	return t.Flush()
@@ -230,11 +236,15 @@ func removeUser(path, name string) error {
 		return err
 	}
 	if _, known := users.ByName(name); !known {
-		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("there is no user %q in %s", name, path), Remedy: "see `" + program + " user list`"}
+		return &cli.Error{Code: cli.Usage,
+			Reason: fmt.Sprintf("there is no user %q in %s", name, path),
+			Remedy: "see `" + program + " user list`"}
 	}
 	data, ok := users.Remove(name)
 	if !ok {
-		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("the entry of %s in %s is not a [[user]] table of its own", name, path), Remedy: "remove it by hand"}
+		return &cli.Error{Code: cli.Usage,
+			Reason: fmt.Sprintf("the entry of %s in %s is not a [[user]] table of its own", name,
+				path), Remedy: "remove it by hand"}
 	}
 	return cli.UpdateFile(path, data)
 }

@@ -19,12 +19,12 @@ import (
 // removal holds from the next request on. A file that has become unusable is
 // logged, and what was known before stays.
 //
-// Editors and scripts that write a file in place truncate it first, and what they
-// have written so far may be a file of fewer users. So a file that was written in
-// place counts once it has not changed for a moment. One that has no users left
-// may be what is left of a full disk: it counts when the operator says so, by a
-// reload. A file that replaced another, as with mv and the commands of this
-// program, is whole and counts at once.
+// Editors and scripts that write a file in place truncate it first, and what
+// they have written so far may be a file of fewer users. So a file that was
+// written in place counts once it has not changed for a moment. One that has no
+// users left may be what is left of a full disk: it counts when the operator
+// says so, by a reload. A file that replaced another, as with mv and the
+// commands of this program, is whole and counts at once.
 type userStore struct {
 	path   string
 	logger *slog.Logger
@@ -39,9 +39,11 @@ type userStore struct {
 }
 
 const (
-	// inPlaceWait is how long a file that is written in place has to stay as it is before it counts.
+	// inPlaceWait is how long a file that is written in place has to stay as it
+	// is before it counts.
 	inPlaceWait = time.Second
-	// emptyWait is that for an empty file in the place of another: it may have been made to be written.
+	// emptyWait is that for an empty file in the place of another: it may have
+	// been made to be written.
 	emptyWait = 200 * time.Millisecond
 )
 
@@ -53,7 +55,8 @@ func openUsers(path string, logger *slog.Logger) (*userStore, error) {
 		s.users, err = readUsers(path)
 	}
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist", Remedy: "make it with: touch " + path + " && chmod 600 " + path}
+		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist",
+			Remedy: "make it with: touch " + path + " && chmod 600 " + path}
 	}
 	return s, err
 }
@@ -113,7 +116,8 @@ func (s *userStore) look() {
 	s.seen = v
 	if err != nil {
 		if v != before { // once per state of the file
-			s.logger.Error("the users file cannot be used; the users known before stay", "error", err)
+			s.logger.Error("the users file cannot be used; the users known before stay",
+				"error", err)
 		}
 		s.next = nil
 		return
@@ -153,7 +157,8 @@ func (s *userStore) Reserved(p netip.Prefix, name string) bool {
 
 func proxyUser(u config.User, ok bool) (proxy.User, bool) {
 	return proxy.User{
-		Name: u.Name, TokenHash: u.TokenHash, Certificate: u.Certificate, Addresses: u.Addresses, Sessions: u.Sessions, MaxAddresses: u.MaxAddresses,
+		Name: u.Name, TokenHash: u.TokenHash, Certificate: u.Certificate, Addresses: u.Addresses,
+		Sessions: u.Sessions, MaxAddresses: u.MaxAddresses,
 		Routes: u.Routes, RateUp: u.RateUp, RateDown: u.RateDown, Expires: u.Expires,
 	}, ok
 }

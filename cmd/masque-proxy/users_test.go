@@ -10,7 +10,8 @@ import (
 	"time"
 )
 
-// A users file that is being written takes nobody's access away, and one that is whole counts.
+// A users file that is being written takes nobody's access away, and one that
+// is whole counts.
 func TestUsersFileIsWritten(t *testing.T) {
 	const alice, bob = "[[user]]\nname = \"alice\"\n", "[[user]]\nname = \"bob\"\n"
 	move := func(t *testing.T, path, text string) {
@@ -28,15 +29,31 @@ func TestUsersFileIsWritten(t *testing.T) {
 		reloaded   string // after a reload
 		errorsSaid int
 	}{
-		{"truncated", func(t *testing.T, path string) { write(t, path, "") }, "alice bob", "alice bob", "alice bob", "", 1},
-		{"cut between two users", func(t *testing.T, path string) { write(t, path, alice) }, "alice bob", "alice bob", "alice", "alice", 0},
-		{"cut within a user", func(t *testing.T, path string) { write(t, path, alice+"[[us") }, "alice bob", "alice bob", "alice bob", "alice bob", 1},
-		{"written with another", func(t *testing.T, path string) { write(t, path, alice+bob+strings.ReplaceAll(bob, "bob", "carol")) },
+		{"truncated", func(t *testing.T, path string) {
+			write(t, path, "")
+		}, "alice bob", "alice bob", "alice bob", "", 1},
+		{"cut between two users", func(t *testing.T, path string) {
+			write(t, path, alice)
+		}, "alice bob", "alice bob", "alice", "alice", 0},
+		{"cut within a user", func(t *testing.T, path string) {
+			write(t, path, alice+"[[us")
+		}, "alice bob", "alice bob", "alice bob", "alice bob", 1},
+		{"written with another", func(t *testing.T, path string) {
+			write(t, path, alice+bob+strings.ReplaceAll(bob, "bob", "carol"))
+		},
 			"alice bob", "alice bob", "alice bob carol", "alice bob carol", 0},
-		{"replaced", func(t *testing.T, path string) { move(t, path, bob) }, "bob", "bob", "bob", "bob", 0},
-		{"replaced by an empty one", func(t *testing.T, path string) { move(t, path, "") }, "alice bob", "", "", "", 0},
-		{"replaced by one without users", func(t *testing.T, path string) { move(t, path, "# nobody\n") }, "", "", "", "", 0},
-		{"removed", func(t *testing.T, path string) { _ = os.Remove(path) }, "alice bob", "alice bob", "alice bob", "alice bob", 1},
+		{"replaced", func(t *testing.T, path string) {
+			move(t, path, bob)
+		}, "bob", "bob", "bob", "bob", 0},
+		{"replaced by an empty one", func(t *testing.T, path string) {
+			move(t, path, "")
+		}, "alice bob", "", "", "", 0},
+		{"replaced by one without users", func(t *testing.T, path string) {
+			move(t, path, "# nobody\n")
+		}, "", "", "", "", 0},
+		{"removed", func(t *testing.T, path string) {
+			_ = os.Remove(path)
+		}, "alice bob", "alice bob", "alice bob", "alice bob", 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "users.toml")
@@ -75,7 +92,8 @@ func TestUsersFileIsWritten(t *testing.T) {
 	}
 }
 
-// The wait begins anew with each change, and what was there before is back at once.
+// The wait begins anew with each change, and what was there before is back at
+// once.
 func TestUsersFileIsWrittenSlowly(t *testing.T) {
 	const alice, bob = "[[user]]\nname = \"alice\"\n", "[[user]]\nname = \"bob\"\n"
 	path := filepath.Join(t.TempDir(), "users.toml")

@@ -23,7 +23,8 @@ import (
 	"masquevpn/internal/control"
 )
 
-// Paths of the control socket, with the parameters of a capture, and the fields of its answer.
+// Paths of the control socket, with the parameters of a capture, and the fields
+// of its answer.
 const (
 	capturePath = "/v1/capture"
 
@@ -38,7 +39,8 @@ const (
 
 func captureStopPath(id string) string { return capturePath + "/" + id + "/stop" }
 
-// maxCaptures is how many captures by way of the control socket there may be at the same time.
+// maxCaptures is how many captures by way of the control socket there may be at
+// the same time.
 const maxCaptures = 8
 
 // captures are those by way of a control socket.
@@ -53,10 +55,14 @@ type captures struct {
 	stop   map[string]context.CancelFunc
 }
 
-// HandleCaptures has mux serve captures of what passes tap. session returns a channel that is closed when a session ends, or an
-// error when there is none; it is nil where there are no sessions to choose from. All captures end when ended is closed.
-func HandleCaptures(mux *http.ServeMux, tap *capture.Tap, session func(id string) (<-chan struct{}, error), ended <-chan struct{}, logger *slog.Logger) {
-	c := &captures{tap: tap, session: session, ended: ended, logger: logger, stop: make(map[string]context.CancelFunc)}
+// HandleCaptures has mux serve captures of what passes tap. session returns a
+// channel that is closed when a session ends, or an error when there is none;
+// it is nil where there are no sessions to choose from. All captures end when
+// ended is closed.
+func HandleCaptures(mux *http.ServeMux, tap *capture.Tap,
+	session func(id string) (<-chan struct{}, error), ended <-chan struct{}, logger *slog.Logger) {
+	c := &captures{tap: tap, session: session, ended: ended, logger: logger,
+		stop: make(map[string]context.CancelFunc)}
 	mux.HandleFunc("POST "+capturePath, c.serve)
 	mux.HandleFunc("POST "+captureStopPath("{id}"), func(w http.ResponseWriter, r *http.Request) {
 		c.mu.Lock()
@@ -95,7 +101,8 @@ func (c *captures) serve(w http.ResponseWriter, r *http.Request) {
 	c.mu.Lock()
 	if len(c.stop) >= maxCaptures {
 		c.mu.Unlock()
-		control.Fail(w, http.StatusServiceUnavailable, fmt.Errorf("%d captures are running already", maxCaptures))
+		control.Fail(w, http.StatusServiceUnavailable,
+			fmt.Errorf("%d captures are running already", maxCaptures))
 		return
 	}
 	c.lastID++
@@ -123,7 +130,8 @@ func (c *captures) serve(w http.ResponseWriter, r *http.Request) {
 	h.Add("Trailer", captureDropped)
 	running := c.tap.Start(o)
 	c.logger.Info("packets inside the tunnel are captured by the operator", "session", o.Session)
-	_ = running.Write(ctx, flushed{w, http.NewResponseController(w)}) // a caller that is gone wants no more
+	// a caller that is gone wants no more
+	_ = running.Write(ctx, flushed{w, http.NewResponseController(w)})
 	captured, dropped := running.Counts()
 	c.logger.Info("capture ended", "session", o.Session, "captured", captured, "dropped", dropped)
 	h.Set(captureCaptured, strconv.FormatUint(captured, 10))
@@ -166,19 +174,23 @@ func (f *CaptureFlags) Add(cmd *cobra.Command) {
 	cobra.CheckErr(cmd.MarkFlagRequired("output"))
 }
 
-// Capture writes what passes in a running instance until the command is interrupted, or the capture ends by itself. Errors of
-// the instance are those of control.Client.
+// Capture writes what passes in a running instance until the command is
+// interrupted, or the capture ends by itself. Errors of the instance are those
+// of control.Client.
 func (f *CaptureFlags) Capture(cmd *cobra.Command, instance *control.Client, session string) error {
 	if f.snapLen < 1 || f.snapLen > capture.MaxSnapLen {
-		return Errorf(Usage, "--snaplen %d: write a number from 1 to %d", f.snapLen, capture.MaxSnapLen)
+		return Errorf(Usage, "--snaplen %d: write a number from 1 to %d", f.snapLen,
+			capture.MaxSnapLen)
 	}
 	if f.out == "-" && isTerminal(cmd.OutOrStdout()) {
-		return &Error{Code: Usage, Reason: "packets are nothing for a terminal", Remedy: "write to a file with -o FILE, or into a pipe: | tcpdump -nr -"}
+		return &Error{Code: Usage, Reason: "packets are nothing for a terminal",
+			Remedy: "write to a file with -o FILE, or into a pipe: | tcpdump -nr -"}
 	}
 	// A second signal ends the process as if nobody cared for signals.
 	interrupted, again := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 	defer again()
-	q := url.Values{paramSession: {session}, paramSnapLen: {strconv.Itoa(f.snapLen)}, paramCount: {strconv.FormatUint(f.count, 10)}}
+	q := url.Values{paramSession: {session}, paramSnapLen: {strconv.Itoa(f.snapLen)},
+		paramCount: {strconv.FormatUint(f.count, 10)}}
 	answer, err := instance.Open(cmd.Context(), capturePath+"?"+q.Encode())
 	if err != nil {
 		return err
@@ -188,7 +200,8 @@ func (f *CaptureFlags) Capture(cmd *cobra.Command, instance *control.Client, ses
 		again()
 		ctx, cancel := context.WithTimeout(cmd.Context(), 5*time.Second)
 		defer cancel()
-		_ = instance.Post(ctx, captureStopPath(answer.Header.Get(captureID)), nil) // if it has ended, so does what follows
+		// if it has ended, so does what follows
+		_ = instance.Post(ctx, captureStopPath(answer.Header.Get(captureID)), nil)
 	})()
 	out := cmd.OutOrStdout()
 	if f.out != "-" {
@@ -202,11 +215,13 @@ func (f *CaptureFlags) Capture(cmd *cobra.Command, instance *control.Client, ses
 	_, err = io.Copy(out, answer.Body)
 	switch {
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET):
-		return &Error{Code: Failure, Reason: "the program ended while it was captured", Remedy: "what was written until then can be read"}
+		return &Error{Code: Failure, Reason: "the program ended while it was captured",
+			Remedy: "what was written until then can be read"}
 	case err != nil:
 		return err
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "%s: %s packets captured, %s more were not written in time\n", cmd.Root().Name(),
+	fmt.Fprintf(cmd.ErrOrStderr(), "%s: %s packets captured, %s more were not written in time\n",
+		cmd.Root().Name(),
 		answer.Trailer.Get(captureCaptured), answer.Trailer.Get(captureDropped))
 	return nil
 }
@@ -220,8 +235,9 @@ func isTerminal(w io.Writer) bool {
 	return err == nil
 }
 
-// OpenPCAP has all that passes tap written to the file of log.pcap, if one is named, until the function is called that it returns. A file of the
-// run before is kept beside it, as FILE.1.
+// OpenPCAP has all that passes tap written to the file of log.pcap, if one is
+// named, until the function is called that it returns. A file of the run before
+// is kept beside it, as FILE.1.
 func OpenPCAP(keys Keys, path string, tap *capture.Tap, logger *slog.Logger) (func(), error) {
 	if path == "" {
 		return func() {}, nil

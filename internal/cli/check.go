@@ -54,7 +54,8 @@ func (c *Checks) Fail(what, remedy string) {
 	c.list = append(c.list, Check{Verdict: verdictFail, What: what, Remedy: remedy})
 }
 
-// Running shows what a running program says of its host: what it lacks there, and how often it put right what others changed.
+// Running shows what a running program says of its host: what it lacks there,
+// and how often it put right what others changed.
 func (c *Checks) Running(warnings []string, repairs map[string]uint64) {
 	for _, w := range warnings {
 		c.Fail("host: "+OneLine(w), "")
@@ -90,7 +91,8 @@ func (c *Checks) Finish(w io.Writer, asJSON bool) error {
 		}
 	}
 	if failed > 0 {
-		return Errorf(Usage, "%d of %d checks failed: follow what stands behind each fail", failed, len(c.list))
+		return Errorf(Usage, "%d of %d checks failed: follow what stands behind each fail", failed,
+			len(c.list))
 	}
 	return nil
 }
@@ -107,7 +109,8 @@ func (c *Checks) NetAdmin(capabilities string) {
 	}
 }
 
-// TUN checks that TUN devices can be made here, and take and give packets in large pieces if that is wanted.
+// TUN checks that TUN devices can be made here, and take and give packets in
+// large pieces if that is wanted.
 func (c *Checks) TUN(offload bool) {
 	const path = "/dev/net/tun"
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_CLOEXEC, 0)
@@ -116,12 +119,14 @@ func (c *Checks) TUN(offload bool) {
 		defer f.Close()
 		features, err := unix.IoctlGetInt(int(f.Fd()), unix.TUNGETFEATURES)
 		if offload && err == nil && features&unix.IFF_VNET_HDR == 0 {
-			c.Warn("TUN: the kernel's driver has no offload", "it works, more slowly; Linux 2.6.32 and later have it")
+			c.Warn("TUN: the kernel's driver has no offload",
+				"it works, more slowly; Linux 2.6.32 and later have it")
 			return
 		}
 		c.OK("TUN: %s opens", path)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV):
-		c.Fail("TUN: "+path+" is not there", "sudo modprobe tun; in a container, pass the device in")
+		c.Fail("TUN: "+path+" is not there",
+			"sudo modprobe tun; in a container, pass the device in")
 	default:
 		c.Fail("TUN: "+err.Error(), "give this user access to "+path)
 	}
@@ -134,7 +139,8 @@ func (c *Checks) Interface(name string) {
 		return
 	}
 	if _, err := net.InterfaceByName(name); err == nil {
-		c.Fail(fmt.Sprintf("interface: %s exists already", name), "set tun.name to another name, or stop what made it")
+		c.Fail(fmt.Sprintf("interface: %s exists already", name),
+			"set tun.name to another name, or stop what made it")
 		return
 	}
 	c.OK("interface: %s is free", name)
@@ -149,7 +155,8 @@ func (c *Checks) RunDir(dir string) {
 func (c *Checks) Writable(what, dir, remedy string) {
 	existing := dir
 	for {
-		if _, err := os.Stat(existing); !errors.Is(err, fs.ErrNotExist) || existing == filepath.Dir(existing) {
+		if _, err := os.Stat(existing); !errors.Is(err, fs.ErrNotExist) ||
+			existing == filepath.Dir(existing) {
 			break
 		}
 		existing = filepath.Dir(existing)
@@ -218,29 +225,37 @@ func (c *Checks) Certificate(cred Credential, now time.Time) {
 	const clock = "check this host's clock (timedatectl)"
 	switch {
 	case cred.Key != nil && !pki.Matches(leaf, cred.Key):
-		c.Fail(cred.What+": its key is another one's", "put certificate and key of one pair together")
+		c.Fail(cred.What+": its key is another one's",
+			"put certificate and key of one pair together")
 		return
 	case now.Before(leaf.NotBefore):
-		c.Fail(fmt.Sprintf("%s: valid only from %s, and it is %s here", cred.What, leaf.NotBefore.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)), clock)
+		c.Fail(fmt.Sprintf("%s: valid only from %s, and it is %s here", cred.What,
+			leaf.NotBefore.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)), clock)
 		return
 	case now.After(leaf.NotAfter):
-		c.Fail(fmt.Sprintf("%s: ended on %s, and it is %s here", cred.What, leaf.NotAfter.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)), cred.Renewal+"; or "+clock)
+		c.Fail(fmt.Sprintf("%s: ended on %s, and it is %s here", cred.What,
+			leaf.NotAfter.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)),
+			cred.Renewal+"; or "+clock)
 		return
 	case cred.Name != "" && leaf.VerifyHostname(cred.Name) != nil:
-		c.Fail(fmt.Sprintf("%s: not for the name %s", cred.What, cred.Name), "correct the name, or get a certificate for it")
+		c.Fail(fmt.Sprintf("%s: not for the name %s", cred.What, cred.Name),
+			"correct the name, or get a certificate for it")
 		return
 	case !allows(leaf, cred.Usage):
-		c.Fail(cred.What+": not made for this use", "get a certificate with the right extended key usage")
+		c.Fail(cred.What+": not made for this use",
+			"get a certificate with the right extended key usage")
 		return
 	case ExpiresSoon(leaf, now):
-		c.Warn(fmt.Sprintf("%s: ends on %s", cred.What, leaf.NotAfter.Format(time.DateOnly)), cred.Renewal)
+		c.Warn(fmt.Sprintf("%s: ends on %s", cred.What, leaf.NotAfter.Format(time.DateOnly)),
+			cred.Renewal)
 		return
 	}
 	c.OK("%s: valid until %s", cred.What, leaf.NotAfter.Format(time.DateOnly))
 }
 
 func allows(cert *x509.Certificate, usage x509.ExtKeyUsage) bool {
-	if usage == x509.ExtKeyUsageAny || len(cert.ExtKeyUsage) == 0 && len(cert.UnknownExtKeyUsage) == 0 {
+	if usage == x509.ExtKeyUsageAny ||
+		len(cert.ExtKeyUsage) == 0 && len(cert.UnknownExtKeyUsage) == 0 {
 		return true
 	}
 	for _, u := range cert.ExtKeyUsage {

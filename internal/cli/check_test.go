@@ -38,7 +38,8 @@ func TestReport(t *testing.T) {
 	if got := strings.Join(lines, "|"); got != want {
 		t.Errorf("got %s", got)
 	}
-	if e, ok := errors.AsType[*Error](err); !ok || e.Code != Usage || !strings.HasPrefix(e.Reason, "1 of 3 checks failed") {
+	if e, ok := errors.AsType[*Error](err); !ok || e.Code != Usage ||
+		!strings.HasPrefix(e.Reason, "1 of 3 checks failed") {
 		t.Errorf("ends with %v", err)
 	}
 
@@ -87,7 +88,8 @@ func TestCertificateChecks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	good := Credential{What: "tls.cert", Chain: chain, Key: key, Name: "a.example", Usage: x509.ExtKeyUsageServerAuth, Renewal: "renew it"}
+	good := Credential{What: "tls.cert", Chain: chain, Key: key, Name: "a.example",
+		Usage: x509.ExtKeyUsageServerAuth, Renewal: "renew it"}
 	change := func(f func(*Credential)) Credential { c := good; f(&c); return c }
 	for _, test := range []struct {
 		cred Credential
@@ -95,15 +97,27 @@ func TestCertificateChecks(t *testing.T) {
 		want string
 	}{
 		{good, now, "ok    tls.cert: valid until 2028-01-02"},
-		{change(func(c *Credential) { c.Usage, c.Name, c.Key = x509.ExtKeyUsageAny, "", nil }), now, "ok    tls.cert: "},
-		{change(func(c *Credential) { c.Key = other }), now, "fail  tls.cert: its key is another one's — "},
-		{change(func(c *Credential) { c.Name = "b.example" }), now, "fail  tls.cert: not for the name b.example — "},
-		{change(func(c *Credential) { c.Usage = x509.ExtKeyUsageClientAuth }), now, "fail  tls.cert: not made for this use — "},
-		{good, now.Add(-24 * time.Hour), "fail  tls.cert: valid only from 2026-01-02T14:04:05Z, and it is 2026-01-01T15:04:05Z here — check this host's clock"},
-		{good, now.Add(pki.ServerValidity + time.Hour), "fail  tls.cert: ended on 2028-01-02T15:04:05Z, and it is 2028-01-02T16:04:05Z here — renew it; or check this host's clock"},
-		{good, now.Add(pki.ServerValidity - 24*time.Hour), "warn  tls.cert: ends on 2028-01-02 — renew it"},
+		{change(func(c *Credential) {
+			c.Usage, c.Name, c.Key = x509.ExtKeyUsageAny, "", nil
+		}), now, "ok    tls.cert: "},
+		{change(func(c *Credential) {
+			c.Key = other
+		}), now, "fail  tls.cert: its key is another one's — "},
+		{change(func(c *Credential) {
+			c.Name = "b.example"
+		}), now, "fail  tls.cert: not for the name b.example — "},
+		{change(func(c *Credential) {
+			c.Usage = x509.ExtKeyUsageClientAuth
+		}), now, "fail  tls.cert: not made for this use — "},
+		{good, now.Add(-24 * time.Hour),
+			"fail  tls.cert: valid only from 2026-01-02T14:04:05Z, and it is 2026-01-01T15:04:05Z here — check this host's clock"},
+		{good, now.Add(pki.ServerValidity + time.Hour),
+			"fail  tls.cert: ended on 2028-01-02T15:04:05Z, and it is 2028-01-02T16:04:05Z here — renew it; or check this host's clock"},
+		{good, now.Add(pki.ServerValidity - 24*time.Hour),
+			"warn  tls.cert: ends on 2028-01-02 — renew it"},
 	} {
-		lines, _ := report(t, func(c *Checks) { c.Certificate(test.cred, test.at) }) // its verdict is in the line
+		// its verdict is in the line
+		lines, _ := report(t, func(c *Checks) { c.Certificate(test.cred, test.at) })
 		if len(lines) != 1 || !strings.HasPrefix(lines[0], test.want) {
 			t.Errorf("got %q, want %q", lines, test.want)
 		}
@@ -112,7 +126,8 @@ func TestCertificateChecks(t *testing.T) {
 
 func TestConfigChecks(t *testing.T) {
 	two := &config.Error{Problems: []config.Problem{
-		{File: "f", Line: 1, Key: "a", Reason: "bad", Remedy: "mend it"}, {File: "f", Line: 2, Key: "b", Reason: "worse"},
+		{File: "f", Line: 1, Key: "a", Reason: "bad", Remedy: "mend it"},
+		{File: "f", Line: 2, Key: "b", Reason: "worse"},
 	}}
 	for _, test := range []struct {
 		err  error
@@ -154,7 +169,15 @@ func TestHostChecks(t *testing.T) {
 	}
 	// What these find depends on the machine; they find one thing each.
 	for _, check := range []func(*Checks){
-		func(c *Checks) { c.NetAdmin("cap_net_admin") }, func(c *Checks) { c.TUN(true) }, func(c *Checks) { c.UDPBuffer() }, func(c *Checks) { c.NFTables("nat", "") }, func(c *Checks) { c.UDPOffload() }, func(c *Checks) { c.PolicyRouting() }, func(c *Checks) { c.IPv6(true) },
+		func(c *Checks) { c.NetAdmin("cap_net_admin") }, func(c *Checks) {
+			c.TUN(true)
+		}, func(c *Checks) {
+			c.UDPBuffer()
+		}, func(c *Checks) {
+			c.NFTables("nat", "")
+		}, func(c *Checks) {
+			c.UDPOffload()
+		}, func(c *Checks) { c.PolicyRouting() }, func(c *Checks) { c.IPv6(true) },
 		func(c *Checks) { c.ReversePath() }, func(c *Checks) { c.Clock(time.Now()) },
 	} {
 		if lines, _ := report(t, check); len(lines) != 1 || lines[0] == "" {
@@ -186,7 +209,8 @@ func TestFindings(t *testing.T) {
 		return tree(t, map[string]string{"net/ipv6/conf/default/disable_ipv6": v})
 	}
 	filter := func(all, up0 string) string {
-		return tree(t, map[string]string{"net/ipv4/conf/all/rp_filter": all, "net/ipv4/conf/up0/rp_filter": up0, "net/ipv4/conf/default/rp_filter": "1"})
+		return tree(t, map[string]string{"net/ipv4/conf/all/rp_filter": all,
+			"net/ipv4/conf/up0/rp_filter": up0, "net/ipv4/conf/default/rp_filter": "1"})
 	}
 	forward := func(v string) string { return tree(t, map[string]string{"net/ipv4/ip_forward": v}) }
 	dir := t.TempDir()
@@ -195,33 +219,71 @@ func TestFindings(t *testing.T) {
 		want  string
 	}{
 		{func(c *Checks) { c.clock(now, 0, nil) }, "ok    clock: synchronised"},
-		{func(c *Checks) { c.clock(now, 0x40, nil) }, "warn  clock: nothing on this host says that it is synchronised; it is 2026-01-02 15:04:05 UTC here — certificates fail when it is wrong: sudo timedatectl"},
-		{func(c *Checks) { c.clock(now, 0, no) }, "warn  clock: whether it is synchronised is not known: no such thing"},
-		{func(c *Checks) { c.clock(time.Unix(0, 0), 0, nil) }, "fail  clock: it is 1970-01-01 00:00:00 UTC here, and no certificate is valid then — set it: sudo timedatectl"},
+		{func(c *Checks) {
+			c.clock(now, 0x40, nil)
+		}, "warn  clock: nothing on this host says that it is synchronised; it is 2026-01-02 15:04:05 UTC here — certificates fail when it is wrong: sudo timedatectl"},
+		{func(c *Checks) {
+			c.clock(now, 0, no)
+		}, "warn  clock: whether it is synchronised is not known: no such thing"},
+		{func(c *Checks) {
+			c.clock(time.Unix(0, 0), 0, nil)
+		}, "fail  clock: it is 1970-01-01 00:00:00 UTC here, and no certificate is valid then — set it: sudo timedatectl"},
 
 		{func(c *Checks) { c.ipv6(disabled("0"), true) }, "ok    IPv6: on for new interfaces"},
-		{func(c *Checks) { c.ipv6(disabled("1"), true) }, "fail  IPv6: net.ipv6.conf.default.disable_ipv6 is 1, and [pool] has IPv6 addresses — sudo sysctl -w net.ipv6.conf.default.disable_ipv6=0, or take ipv6 out of [pool]"},
-		{func(c *Checks) { c.ipv6(disabled("1"), false) }, "warn  IPv6: net.ipv6.conf.default.disable_ipv6 is 1: the tunnel will be for IPv4 only — sudo sysctl -w net.ipv6.conf.default.disable_ipv6=0"},
-		{func(c *Checks) { c.ipv6(none, true) }, "fail  IPv6: the kernel has none, and [pool] has IPv6 addresses — "},
+		{func(c *Checks) {
+			c.ipv6(disabled("1"), true)
+		}, "fail  IPv6: net.ipv6.conf.default.disable_ipv6 is 1, and [pool] has IPv6 addresses — sudo sysctl -w net.ipv6.conf.default.disable_ipv6=0, or take ipv6 out of [pool]"},
+		{func(c *Checks) {
+			c.ipv6(disabled("1"), false)
+		}, "warn  IPv6: net.ipv6.conf.default.disable_ipv6 is 1: the tunnel will be for IPv4 only — sudo sysctl -w net.ipv6.conf.default.disable_ipv6=0"},
+		{func(c *Checks) {
+			c.ipv6(none, true)
+		}, "fail  IPv6: the kernel has none, and [pool] has IPv6 addresses — "},
 
-		{func(c *Checks) { c.reversePath(filter("0", "0"), nil) }, "ok    reverse path filter: not strict"},
-		{func(c *Checks) { c.reversePath(filter("2", "1"), no) }, "ok    reverse path filter: not strict"},
-		{func(c *Checks) { c.reversePath(filter("0", "1"), nil) }, "ok    reverse path filter: strict on up0; the client marks"},
-		{func(c *Checks) { c.reversePath(filter("0", "1"), no) }, "warn  reverse path filter: strict on up0, which drops what the proxy sends"},
-		{func(c *Checks) { c.reversePath(filter("1", "0"), no) }, "warn  reverse path filter: strict on all, "},
+		{func(c *Checks) {
+			c.reversePath(filter("0", "0"), nil)
+		}, "ok    reverse path filter: not strict"},
+		{func(c *Checks) {
+			c.reversePath(filter("2", "1"), no)
+		}, "ok    reverse path filter: not strict"},
+		{func(c *Checks) {
+			c.reversePath(filter("0", "1"), nil)
+		}, "ok    reverse path filter: strict on up0; the client marks"},
+		{func(c *Checks) {
+			c.reversePath(filter("0", "1"), no)
+		}, "warn  reverse path filter: strict on up0, which drops what the proxy sends"},
+		{func(c *Checks) {
+			c.reversePath(filter("1", "0"), no)
+		}, "warn  reverse path filter: strict on all, "},
 
-		{func(c *Checks) { c.forwarding(forward("1"), "net.ipv4.ip_forward") }, "ok    forwarding: net.ipv4.ip_forward is on"},
-		{func(c *Checks) { c.forwarding(forward("0"), "net.ipv4.ip_forward") }, "ok    forwarding: net.ipv4.ip_forward is off; the proxy turns it on while it runs"},
-		{func(c *Checks) { c.forwarding(none, "net.ipv4.ip_forward") }, "fail  forwarding: net.ipv4.ip_forward: open "},
+		{func(c *Checks) {
+			c.forwarding(forward("1"), "net.ipv4.ip_forward")
+		}, "ok    forwarding: net.ipv4.ip_forward is on"},
+		{func(c *Checks) {
+			c.forwarding(forward("0"), "net.ipv4.ip_forward")
+		}, "ok    forwarding: net.ipv4.ip_forward is off; the proxy turns it on while it runs"},
+		{func(c *Checks) {
+			c.forwarding(none, "net.ipv4.ip_forward")
+		}, "fail  forwarding: net.ipv4.ip_forward: open "},
 
 		{func(c *Checks) { c.udpOffload(true, true) }, "ok    UDP offload: "},
-		{func(c *Checks) { c.udpOffload(true, false) }, "warn  UDP offload: the kernel has GSO: true, GRO: false — it works, more slowly"},
+		{func(c *Checks) {
+			c.udpOffload(true, false)
+		}, "warn  UDP offload: the kernel has GSO: true, GRO: false — it works, more slowly"},
 
 		{func(c *Checks) { c.LogFiles("", "", "") }, ""},
-		{func(c *Checks) { c.LogFiles(dir, "", "") }, "warn  log.qlog_dir: each connection is written to "},
-		{func(c *Checks) { c.LogFiles(filepath.Join(dir, "none"), "", "") }, "fail  log.qlog_dir: stat "},
-		{func(c *Checks) { c.LogFiles("", filepath.Join(dir, "keys"), "") }, "warn  log.key_log: TLS secrets are written to "},
-		{func(c *Checks) { c.LogFiles("", "", filepath.Join(dir, "none", "pcap")) }, "fail  log.pcap: "},
+		{func(c *Checks) {
+			c.LogFiles(dir, "", "")
+		}, "warn  log.qlog_dir: each connection is written to "},
+		{func(c *Checks) {
+			c.LogFiles(filepath.Join(dir, "none"), "", "")
+		}, "fail  log.qlog_dir: stat "},
+		{func(c *Checks) {
+			c.LogFiles("", filepath.Join(dir, "keys"), "")
+		}, "warn  log.key_log: TLS secrets are written to "},
+		{func(c *Checks) {
+			c.LogFiles("", "", filepath.Join(dir, "none", "pcap"))
+		}, "fail  log.pcap: "},
 	} {
 		lines, _ := report(t, test.check) // its verdict is in the line
 		if len(lines) != 1 || !strings.HasPrefix(lines[0], test.want) {

@@ -24,7 +24,8 @@ func TestExitCodes(t *testing.T) {
 	problems := func(n int) error {
 		e := &config.Error{}
 		for i := range n {
-			e.Problems = append(e.Problems, config.Problem{File: "f.toml", Line: i + 1, Key: "k", Reason: "bad"})
+			e.Problems = append(e.Problems,
+				config.Problem{File: "f.toml", Line: i + 1, Key: "k", Reason: "bad"})
 		}
 		return e
 	}
@@ -36,33 +37,53 @@ func TestExitCodes(t *testing.T) {
 		out  string // on standard error
 	}{
 		{"well", []string{"do"}, nil, OK, ""},
-		{"ours", []string{"do"}, &Error{Code: Refused, Reason: "no address", Remedy: "ask"}, Refused, "prog: no address: ask\n"},
-		{"ours, wrapped", []string{"do"}, fmt.Errorf("x: %w", &Error{Code: Identity, Reason: "who?"}), Identity, "prog: who?\n"},
+		{"ours", []string{"do"}, &Error{Code: Refused, Reason: "no address", Remedy: "ask"},
+			Refused, "prog: no address: ask\n"},
+		{"ours, wrapped", []string{"do"},
+			fmt.Errorf("x: %w", &Error{Code: Identity, Reason: "who?"}), Identity, "prog: who?\n"},
 		{"any", []string{"do"}, errors.New("it broke"), Failure, "prog: it broke\n"},
-		{"on one line", []string{"do"}, errors.New("it\nbroke\x1b[31m"), Failure, "prog: it broke [31m\n"},
-		{"permission", []string{"do"}, &fs.PathError{Op: "open", Path: "f", Err: unix.EACCES}, Privileges, "prog: open f: permission denied: run as root or as the owner, or let the group of a service read it\n"},
-		{"disk full", []string{"do"}, &fs.PathError{Op: "write", Path: "f", Err: unix.ENOSPC}, Failure, "prog: write f: no space left on device: make room there (df -h), and try again\n"},
-		{"read-only", []string{"do"}, &fs.PathError{Op: "open", Path: "f", Err: unix.EROFS}, Failure, "prog: open f: read-only file system: choose another folder, or have it mounted for writing\n"},
-		{"a folder", []string{"do"}, &fs.PathError{Op: "read", Path: "f", Err: unix.EISDIR}, Usage, "prog: read f: is a directory: name another one\n"},
-		{"below a file", []string{"do"}, fmt.Errorf("x: %w", &fs.PathError{Op: "mkdir", Path: "f", Err: unix.ENOTDIR}), Usage, "prog: x: mkdir f: not a directory: name another one\n"},
-		{"a limit of files", []string{"do"}, &fs.PathError{Op: "write", Path: "f", Err: unix.EFBIG}, Failure, "prog: write f: file too large\n"},
+		{"on one line", []string{"do"}, errors.New("it\nbroke\x1b[31m"), Failure,
+			"prog: it broke [31m\n"},
+		{"permission", []string{"do"}, &fs.PathError{Op: "open", Path: "f", Err: unix.EACCES},
+			Privileges, "prog: open f: permission denied: run as root or as the owner, or let the group of a service read it\n"},
+		{"disk full", []string{"do"}, &fs.PathError{Op: "write", Path: "f", Err: unix.ENOSPC},
+			Failure, "prog: write f: no space left on device: make room there (df -h), and try again\n"},
+		{"read-only", []string{"do"}, &fs.PathError{Op: "open", Path: "f", Err: unix.EROFS},
+			Failure, "prog: open f: read-only file system: choose another folder, or have it mounted for writing\n"},
+		{"a folder", []string{"do"}, &fs.PathError{Op: "read", Path: "f", Err: unix.EISDIR}, Usage,
+			"prog: read f: is a directory: name another one\n"},
+		{"below a file", []string{"do"},
+			fmt.Errorf("x: %w", &fs.PathError{Op: "mkdir", Path: "f", Err: unix.ENOTDIR}), Usage,
+			"prog: x: mkdir f: not a directory: name another one\n"},
+		{"a limit of files", []string{"do"}, &fs.PathError{Op: "write", Path: "f", Err: unix.EFBIG},
+			Failure, "prog: write f: file too large\n"},
 		{"one problem", []string{"do"}, problems(1), Usage, "prog: f.toml:1: k: bad\n"},
-		{"two problems", []string{"do"}, problems(2), Usage, "f.toml:1: k: bad\nf.toml:2: k: bad\nprog: f.toml has 2 problems: correct the lines above\n"},
-		{"unknown flag", []string{"do", "--nonsense"}, nil, Usage, "prog: unknown flag: --nonsense: see 'prog do --help'\n"},
-		{"unknown command", []string{"undo"}, nil, Usage, "prog: unknown command \"undo\" for \"prog\": see 'prog --help'\n"},
+		{"two problems", []string{"do"}, problems(2), Usage,
+			"f.toml:1: k: bad\nf.toml:2: k: bad\nprog: f.toml has 2 problems: correct the lines above\n"},
+		{"unknown flag", []string{"do", "--nonsense"}, nil, Usage,
+			"prog: unknown flag: --nonsense: see 'prog do --help'\n"},
+		{"unknown command", []string{"undo"}, nil, Usage,
+			"prog: unknown command \"undo\" for \"prog\": see 'prog --help'\n"},
 		{"no command", nil, nil, Usage, "prog: a command is missing: see 'prog --help'\n"},
-		{"an argument too many", []string{"do", "it"}, nil, Usage, "prog: unknown command \"it\" for \"prog do\": see 'prog do --help'\n"},
-		{"log level", []string{"do", "--log-level", "loud"}, nil, Usage, "prog: --log-level \"loud\" is not known: write debug, info, warn or error\n"},
-		{"log format", []string{"do", "--log-format", "xml"}, nil, Usage, "prog: --log-format \"xml\" is not known: write auto, text or json\n"},
+		{"an argument too many", []string{"do", "it"}, nil, Usage,
+			"prog: unknown command \"it\" for \"prog do\": see 'prog do --help'\n"},
+		{"log level", []string{"do", "--log-level", "loud"}, nil, Usage,
+			"prog: --log-level \"loud\" is not known: write debug, info, warn or error\n"},
+		{"log format", []string{"do", "--log-format", "xml"}, nil, Usage,
+			"prog: --log-format \"xml\" is not known: write auto, text or json\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			root, _ := NewRoot("prog", "a program", Page{})
-			root.AddCommand(&cobra.Command{Use: "do", Args: cobra.NoArgs, RunE: Run(func(*cobra.Command, []string) error { return test.err })})
+			root.AddCommand(&cobra.Command{Use: "do", Args: cobra.NoArgs,
+				RunE: Run(func(*cobra.Command, []string) error {
+					return test.err
+				})})
 			var stderr bytes.Buffer
 			root.SetErr(&stderr)
 			root.SetArgs(append([]string{}, test.args...))
 			if got := Main(root); got != int(test.want) || stderr.String() != test.out {
-				t.Errorf("exit code %d, want %d; said %q, want %q", got, test.want, stderr.String(), test.out)
+				t.Errorf("exit code %d, want %d; said %q, want %q", got, test.want, stderr.String(),
+					test.out)
 			}
 		})
 	}
@@ -84,7 +105,8 @@ func TestVersionCommand(t *testing.T) {
 			continue
 		}
 		var v VersionInfo
-		if err := json.Unmarshal(out.Bytes(), &v); err != nil || v.Program != "prog" || v.Version == "" || v.Go == "" {
+		if err := json.Unmarshal(out.Bytes(), &v); err != nil || v.Program != "prog" ||
+			v.Version == "" || v.Go == "" {
 			t.Errorf("%v: %+v, %v", args, v, err)
 		}
 	}
@@ -104,19 +126,24 @@ func TestCompletion(t *testing.T) {
 
 func TestManual(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "man1")
-	root, _ := NewRoot("prog", "a program", Page{Files: []Entry{{"/etc/it's.toml", ".It is"}}, SeeAlso: []string{"other(1)"}})
-	root.AddCommand(&cobra.Command{Use: "do IT", Short: "Do it", Run: func(*cobra.Command, []string) {}})
+	root, _ := NewRoot("prog", "a program",
+		Page{Files: []Entry{{"/etc/it's.toml", ".It is"}}, SeeAlso: []string{"other(1)"}})
+	root.AddCommand(&cobra.Command{Use: "do IT", Short: "Do it",
+		Run: func(*cobra.Command, []string) {}})
 	root.SetArgs([]string{"man", dir})
 	if code := Main(root); code != 0 {
 		t.Fatalf("exit code %d", code)
 	}
 	for name, want := range map[string][]string{
 		"prog.1": {
-			".TH \"PROG\" \"1\"", "\\fBprog COMMAND [flags]\\fP\n", ".SH COMMANDS\n.TP\n\\fBcompletion\\fP\n", ".TP\n\\fBdo\\fP\nDo it.\n",
+			".TH \"PROG\" \"1\"", "\\fBprog COMMAND [flags]\\fP\n",
+			".SH COMMANDS\n.TP\n\\fBcompletion\\fP\n", ".TP\n\\fBdo\\fP\nDo it.\n",
 			".SH EXIT STATUS\n.TP\n\\fB0\\fP\nWell.\n", "\\fB8\\fP\nAddress or route refused.\n",
-			".SH FILES\n.TP\n\\fB/etc/it\\(aqs.toml\\fP\n\\&.It is\n", "prog-do(1)\\fP", ", \\fBother(1)\\fP\n", "\\fB--help\\fP\n",
+			".SH FILES\n.TP\n\\fB/etc/it\\(aqs.toml\\fP\n\\&.It is\n", "prog-do(1)\\fP",
+			", \\fBother(1)\\fP\n", "\\fB--help\\fP\n",
 		},
-		"prog-do.1": {".TH \"PROG-DO\"", "\\fBprog do IT [flags]\\fP", ".SH EXIT STATUS\n", ".SH SEE ALSO\n\\fBprog(1)\\fP\n"},
+		"prog-do.1": {".TH \"PROG-DO\"", "\\fBprog do IT [flags]\\fP", ".SH EXIT STATUS\n",
+			".SH SEE ALSO\n\\fBprog(1)\\fP\n"},
 	} {
 		page, err := os.ReadFile(filepath.Join(dir, name))
 		if err != nil {
@@ -164,7 +191,8 @@ func TestLogFormats(t *testing.T) {
 		if _, isJSON := handler.(*slog.JSONHandler); isJSON != test.json {
 			t.Errorf("format %s, JOURNAL_STREAM %q: %T", test.format, test.journal, handler)
 		}
-		if handler.Enabled(t.Context(), slog.LevelInfo) || !handler.Enabled(t.Context(), slog.LevelWarn) {
+		if handler.Enabled(t.Context(), slog.LevelInfo) ||
+			!handler.Enabled(t.Context(), slog.LevelWarn) {
 			t.Errorf("the level is not warn")
 		}
 	}
@@ -177,11 +205,13 @@ func TestLogFormats(t *testing.T) {
 	}
 }
 
-// Lines of libraries do not fill the log, and are not there at all unless asked for.
+// Lines of libraries do not fill the log, and are not there at all unless asked
+// for.
 func TestStandardLog(t *testing.T) {
 	defer log.SetFlags(log.Flags())
 	defer log.SetOutput(log.Writer())
-	for level, want := range map[slog.Level]int{slog.LevelInfo: 0, slog.LevelDebug: linesPerSecond} {
+	for level, want := range map[slog.Level]int{slog.LevelInfo: 0,
+		slog.LevelDebug: linesPerSecond} {
 		synctest.Test(t, func(t *testing.T) {
 			var buf bytes.Buffer
 			StandardLog(slog.New(slog.NewTextHandler(&buf, &slog.HandlerOptions{Level: level})))
@@ -189,7 +219,8 @@ func TestStandardLog(t *testing.T) {
 				log.Printf("line %d", i)
 			}
 			lines := strings.Count(buf.String(), "\n")
-			if lines != want || want > 0 && !strings.Contains(buf.String(), `level=DEBUG msg="from a library" line="line 0"`) {
+			if lines != want || want > 0 &&
+				!strings.Contains(buf.String(), `level=DEBUG msg="from a library" line="line 0"`) {
 				t.Errorf("at level %v: %d lines, want %d:\n%s", level, lines, want, buf.String())
 			}
 		})
@@ -202,7 +233,8 @@ func TestSecretFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	root := os.Geteuid() == 0 // whose group may read
-	for mode, good := range map[fs.FileMode]bool{0o600: true, 0o400: true, 0o640: root, 0o604: false, 0o660: false, 0o644: false, 0o620: false} {
+	for mode, good := range map[fs.FileMode]bool{0o600: true, 0o400: true, 0o640: root,
+		0o604: false, 0o660: false, 0o644: false, 0o620: false} {
 		if err := os.Chmod(path, mode); err != nil {
 			t.Fatal(err)
 		}
@@ -210,7 +242,8 @@ func TestSecretFiles(t *testing.T) {
 		if good != (err == nil) || good && string(data) != "x" {
 			t.Errorf("mode %o: %q, %v", mode, data, err)
 		}
-		if e, ok := errors.AsType[*Error](err); !good && (!ok || e.Code != Usage || !strings.Contains(e.Error(), "chmod 600 "+path)) {
+		if e, ok := errors.AsType[*Error](err); !good &&
+			(!ok || e.Code != Usage || !strings.Contains(e.Error(), "chmod 600 "+path)) {
 			t.Errorf("mode %o: %v", mode, err)
 		}
 	}
@@ -226,7 +259,8 @@ func TestSecretsOfServices(t *testing.T) {
 		mode fs.FileMode
 		want fs.FileMode
 	}{
-		{0o700, 0o600}, {0o750, 0o600}, {0o750 | fs.ModeSetgid, 0o640}, {0o755 | fs.ModeSetgid, 0o600}, {0o700 | fs.ModeSetgid, 0o600},
+		{0o700, 0o600}, {0o750, 0o600}, {0o750 | fs.ModeSetgid, 0o640},
+		{0o755 | fs.ModeSetgid, 0o600}, {0o700 | fs.ModeSetgid, 0o600},
 	} {
 		if err := os.Chmod(dir, test.mode); err != nil {
 			t.Fatal(err)
@@ -285,7 +319,8 @@ func TestWriteFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("three", 0o644)
-	if err := WriteFile(filepath.Join(dir, "none", "f"), nil, 0o600); !errors.Is(err, fs.ErrNotExist) {
+	if err := WriteFile(filepath.Join(dir, "none", "f"), nil, 0o600); !errors.Is(err,
+		fs.ErrNotExist) {
 		t.Errorf("into a folder that is not there: %v", err)
 	}
 }
@@ -323,12 +358,14 @@ func TestOneLine(t *testing.T) {
 }
 
 func TestWords(t *testing.T) {
-	for n, want := range map[uint64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1536: "1.5 KiB", 5 << 30: "5.0 GiB", 1<<64 - 1: "16.0 EiB"} {
+	for n, want := range map[uint64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB",
+		1536: "1.5 KiB", 5 << 30: "5.0 GiB", 1<<64 - 1: "16.0 EiB"} {
 		if got := Size(n); got != want {
 			t.Errorf("Size(%d) = %q, want %q", n, got, want)
 		}
 	}
-	if got := Counts(map[string]uint64{"too_big": 12, "no_route": 3, "queue_full": 0}); got != "3 no route, 12 too big" {
+	if got := Counts(map[string]uint64{"too_big": 12, "no_route": 3,
+		"queue_full": 0}); got != "3 no route, 12 too big" {
 		t.Errorf("counts %q", got)
 	}
 }

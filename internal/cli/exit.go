@@ -97,7 +97,8 @@ func FromError(w io.Writer, err error) *Error {
 		for _, p := range e.Problems {
 			fmt.Fprintln(w, OneLine(p.String()))
 		}
-		return Errorf(Usage, "%s has %d problems: correct the lines above", e.Problems[0].File, len(e.Problems))
+		return Errorf(Usage, "%s has %d problems: correct the lines above", e.Problems[0].File,
+			len(e.Problems))
 	}
 	if errors.Is(err, os.ErrPermission) {
 		return Errorf(Privileges, "%v: run as root or as the owner, or let the group of a service read it", err)
@@ -108,8 +109,8 @@ func FromError(w io.Writer, err error) *Error {
 	return &Error{Code: Failure, Reason: err.Error(), Remedy: FileRemedy(err)}
 }
 
-// FileRemedy is what to do about an error of a file system, empty if that is not
-// known.
+// FileRemedy is what to do about an error of a file system, empty if that is
+// not known.
 func FileRemedy(err error) string {
 	switch {
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
@@ -120,14 +121,16 @@ func FileRemedy(err error) string {
 	return ""
 }
 
-// isWrongPath tells whether an error says that a path of the command line or a configuration leads to nothing of use, such as to a
-// folder in place of a file.
+// isWrongPath tells whether an error says that a path of the command line or a
+// configuration leads to nothing of use, such as to a folder in place of a
+// file.
 func isWrongPath(err error) bool {
 	e, ok := errors.AsType[*fs.PathError](err)
 	if !ok || e.Op == "write" { // there EFBIG is a limit of the process
 		return false
 	}
-	return slices.ContainsFunc([]error{unix.EISDIR, unix.ENOTDIR, unix.EFBIG, unix.ELOOP, unix.ENAMETOOLONG}, func(target error) bool {
+	return slices.ContainsFunc([]error{unix.EISDIR, unix.ENOTDIR, unix.EFBIG, unix.ELOOP,
+		unix.ENAMETOOLONG}, func(target error) bool {
 		return errors.Is(e, target)
 	})
 }
@@ -138,7 +141,8 @@ func asError(cmd *cobra.Command, err error) *Error {
 	if e, ok := errors.AsType[*Error](err); ok {
 		return e
 	}
-	return &Error{Code: Usage, Reason: err.Error(), Remedy: fmt.Sprintf("see '%s --help'", cmd.CommandPath())}
+	return &Error{Code: Usage, Reason: err.Error(),
+		Remedy: fmt.Sprintf("see '%s --help'", cmd.CommandPath())}
 }
 
 // OneLine keeps text on one line and free of control characters: it may come

@@ -6,8 +6,9 @@ import (
 	"time"
 )
 
-// ExpiresSoon tells whether a certificate is about to end, or has: in the last 30 days, or the last quarter of a shorter
-// life. What renews certificates by itself does so before.
+// ExpiresSoon tells whether a certificate is about to end, or has: in the last
+// 30 days, or the last quarter of a shorter life. What renews certificates by
+// itself does so before.
 func ExpiresSoon(leaf *x509.Certificate, now time.Time) bool {
 	return leaf.NotAfter.Sub(now) < min(30*24*time.Hour, leaf.NotAfter.Sub(leaf.NotBefore)/4)
 }
@@ -38,5 +39,6 @@ func (w *ExpiryWarning) Look(leaf *x509.Certificate, now time.Time) {
 	if now.After(leaf.NotAfter) {
 		says = "the certificate has ended"
 	}
-	w.Logger.Warn(says, "certificate", w.What, "certificate_until", leaf.NotAfter, "remedy", w.Renewal)
+	w.Logger.Warn(says, "certificate", w.What, "certificate_until", leaf.NotAfter, "remedy",
+		w.Renewal)
 }

@@ -52,7 +52,8 @@ func SecretMode(path string) fs.FileMode {
 		return 0o600
 	}
 	st, ok := info.Sys().(*syscall.Stat_t)
-	if ok && st.Uid == 0 && info.Mode()&fs.ModeSetgid != 0 && info.Mode()&group == group && info.Mode()&others == 0 {
+	if ok && st.Uid == 0 && info.Mode()&fs.ModeSetgid != 0 && info.Mode()&group == group &&
+		info.Mode()&others == 0 {
 		return 0o640
 	}
 	return 0o600
@@ -74,8 +75,8 @@ func ReadSecret(path string) ([]byte, error) {
 // OpenSecret opens a file to write secrets to, with flags as os.OpenFile has
 // them, and makes it if there is none. Nobody else can read it from then on: it
 // is 0600, whatever it was, a link is not followed, and a file of another user,
-// who could read it all the same, is refused. What is no file, such as a pipe, is
-// opened as it is.
+// who could read it all the same, is refused. What is no file, such as a pipe,
+// is opened as it is.
 func OpenSecret(path string, flags int) (*os.File, error) {
 	f, err := os.OpenFile(path, flags&^os.O_TRUNC|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -94,7 +95,8 @@ func conceal(f *os.File, truncate bool) error {
 		return err
 	}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-		return &fs.PathError{Op: "write secrets to", Path: f.Name(), Err: errors.New("the file belongs to another user")}
+		return &fs.PathError{Op: "write secrets to", Path: f.Name(),
+			Err: errors.New("the file belongs to another user")}
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		err = f.Chmod(0o600)
@@ -144,7 +146,8 @@ func CreateFile(path string, data []byte, mode fs.FileMode) error {
 	return write(path, data, func(f *os.File) error { return f.Chmod(mode) }, os.Link)
 }
 
-func write(path string, data []byte, share func(*os.File) error, place func(from, to string) error) (err error) {
+func write(path string, data []byte, share func(*os.File) error,
+	place func(from, to string) error) (err error) {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // 0600
 	if err != nil {

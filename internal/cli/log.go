@@ -53,7 +53,8 @@ func ParseLogOptions(level, format string) (LogOptions, error) {
 func (o LogOptions) Logger(w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: o.Level}
 	f, isFile := w.(*os.File)
-	if o.Format == FormatJSON || o.Format == FormatAuto && isFile && isJournal(f, os.Getenv("JOURNAL_STREAM")) {
+	if o.Format == FormatJSON || o.Format == FormatAuto && isFile &&
+		isJournal(f, os.Getenv("JOURNAL_STREAM")) {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
@@ -62,8 +63,9 @@ func (o LogOptions) Logger(w io.Writer) *slog.Logger {
 // linesPerSecond bounds what StandardLog lets through.
 const linesPerSecond = 10
 
-// StandardLog has what libraries write to the standard logger go to logger, at debug level and a few lines a second: some
-// write a line for whatever a peer does.
+// StandardLog has what libraries write to the standard logger go to logger, at
+// debug level and a few lines a second: some write a line for whatever a peer
+// does.
 func StandardLog(logger *slog.Logger) {
 	log.SetFlags(0)
 	if !logger.Enabled(context.Background(), slog.LevelDebug) {

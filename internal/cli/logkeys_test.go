@@ -14,13 +14,16 @@ import (
 	"golang.org/x/tools/go/types/typeutil"
 )
 
-// firstKey is where the keys begin in the arguments of what writes to the log, or makes loggers.
+// firstKey is where the keys begin in the arguments of what writes to the log,
+// or makes loggers.
 var firstKey = map[string]int{
-	"Debug": 1, "Info": 1, "Warn": 1, "Error": 1, "DebugContext": 2, "InfoContext": 2, "WarnContext": 2, "ErrorContext": 2,
+	"Debug": 1, "Info": 1, "Warn": 1, "Error": 1, "DebugContext": 2, "InfoContext": 2,
+	"WarnContext": 2, "ErrorContext": 2,
 	"Log": 3, "With": 0, "Group": 1,
 }
 
-// The keys of log lines are those that docs/operations.md lists, and no others: operators search for them.
+// The keys of log lines are those that docs/operations.md lists, and no others:
+// operators search for them.
 func TestLogKeys(t *testing.T) {
 	const doc = "../../docs/operations.md"
 	listed := documentedKeys(t, doc)
@@ -37,7 +40,8 @@ func TestLogKeys(t *testing.T) {
 		name := constant.StringVal(value)
 		used[name] = true
 		if !slices.Contains(listed, name) {
-			t.Errorf("%v: the key %q is not in the list of %s", pkg.Fset.Position(at.Pos()), name, doc)
+			t.Errorf("%v: the key %q is not in the list of %s", pkg.Fset.Position(at.Pos()),
+				name, doc)
 		}
 	}
 	calls := 0
@@ -60,15 +64,18 @@ func TestLogKeys(t *testing.T) {
 					if f.Name() != "Group" {
 						return true
 					}
-				case receiver != nil && !strings.HasSuffix(receiver.Type().String(), "slog.Logger") || !isLog:
+				case receiver != nil &&
+					!strings.HasSuffix(receiver.Type().String(), "slog.Logger") || !isLog:
 					return true
 				}
 				calls++
 				for i := first; i < len(call.Args); i++ {
 					switch {
 					case call.Ellipsis.IsValid() && i == len(call.Args)-1:
-						t.Errorf("%v: keys in a list are not checked: use Logger.With", pkg.Fset.Position(call.Pos()))
-					case pkg.TypesInfo.Types[call.Args[i]].Type.String() == "log/slog.Attr": // checked where it is made
+						t.Errorf("%v: keys in a list are not checked: use Logger.With",
+							pkg.Fset.Position(call.Pos()))
+					case pkg.TypesInfo.Types[call.Args[i]].Type.String() == "log/slog.Attr":
+						// checked where it is made
 					default:
 						check(pkg, call, call.Args[i])
 						i++
@@ -93,7 +100,8 @@ func resultIsAttr(f *types.Func) bool {
 	return results.Len() == 1 && results.At(0).Type().String() == "log/slog.Attr"
 }
 
-// programPackages returns the packages of ours that the two programs are made of.
+// programPackages returns the packages of ours that the two programs are made
+// of.
 func programPackages(t *testing.T) []*packages.Package {
 	t.Helper()
 	all, err := packages.Load(&packages.Config{
@@ -127,7 +135,8 @@ func programPackages(t *testing.T) []*packages.Package {
 	return list
 }
 
-// documentedKeys returns what the first column of the table under the heading "Log keys" names.
+// documentedKeys returns what the first column of the table under the heading
+// "Log keys" names.
 func documentedKeys(t *testing.T, doc string) (keys []string) {
 	t.Helper()
 	text, err := os.ReadFile(doc)
@@ -142,7 +151,8 @@ func documentedKeys(t *testing.T, doc string) (keys []string) {
 	section, _, _ = strings.Cut(section, "\n### ")
 	name := regexp.MustCompile("`([a-z0-9_.]+)`")
 	for line := range strings.Lines(section) {
-		if column, _, ok := strings.Cut(strings.TrimPrefix(line, "|"), "|"); ok && strings.HasPrefix(line, "|") {
+		if column, _, ok := strings.Cut(strings.TrimPrefix(line, "|"), "|"); ok &&
+			strings.HasPrefix(line, "|") {
 			for _, m := range name.FindAllStringSubmatch(column, -1) {
 				keys = append(keys, m[1])
 			}

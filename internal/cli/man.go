@@ -23,23 +23,29 @@ type Entry struct{ Term, Meaning string }
 
 // exitStatus describes the codes.
 var exitStatus = []Entry{
-	OK: {"0", "Well."}, Failure: {"1", "Failure while running."}, Usage: {"2", "Usage or configuration."},
-	NotConnected: {"3", "Not running or not connected."}, Credentials: {"4", "Credentials refused."},
-	Unreachable: {"5", "Proxy unreachable, or timed out."}, Identity: {"6", "The proxy's identity could not be verified."},
-	Privileges: {"7", "Privileges missing."}, Refused: {"8", "Address or route refused."},
+	OK: {"0", "Well."}, Failure: {"1", "Failure while running."},
+	Usage:        {"2", "Usage or configuration."},
+	NotConnected: {"3", "Not running or not connected."},
+	Credentials:  {"4", "Credentials refused."},
+	Unreachable:  {"5", "Proxy unreachable, or timed out."},
+	Identity:     {"6", "The proxy's identity could not be verified."},
+	Privileges:   {"7", "Privileges missing."}, Refused: {"8", "Address or route refused."},
 }
 
-// manCommand is `man DIR`, hidden: the build makes the manual pages of packages with it.
+// manCommand is `man DIR`, hidden: the build makes the manual pages of packages
+// with it.
 func manCommand(program string, page Page) *cobra.Command {
 	return &cobra.Command{
-		Use: "man DIR", Short: "Write the manual pages into a folder", Args: cobra.ExactArgs(1), Hidden: true,
+		Use: "man DIR", Short: "Write the manual pages into a folder", Args: cobra.ExactArgs(1),
+		Hidden: true,
 		RunE: Run(func(cmd *cobra.Command, args []string) error {
 			if err := os.MkdirAll(args[0], 0o755); err != nil {
 				return err
 			}
 			root := cmd.Root()
 			root.DisableAutoGenTag = true
-			header := doc.GenManHeader{Section: "1", Source: program + " " + NewVersionInfo(program).Version, Manual: "MASQUE VPN"}
+			header := doc.GenManHeader{Section: "1",
+				Source: program + " " + NewVersionInfo(program).Version, Manual: "MASQUE VPN"}
 			return page.write(root, header, args[0])
 		}),
 	}
@@ -60,14 +66,16 @@ func (p Page) write(cmd *cobra.Command, header doc.GenManHeader, dir string) err
 	if err := doc.GenMan(cmd, &header, &page); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, name+".1"), []byte(p.complete(cmd, page.String())), 0o644)
+	return os.WriteFile(filepath.Join(dir, name+".1"),
+		[]byte(p.complete(cmd, page.String())), 0o644)
 }
 
 // complete adds to a page what its generator does not know of.
 func (p Page) complete(cmd *cobra.Command, page string) string {
 	page = noDefault.Replace(page)
 	if cmd.HasSubCommands() {
-		page = strings.Replace(page, cmd.CommandPath()+" [flags]", cmd.CommandPath()+" COMMAND [flags]", 1)
+		page = strings.Replace(page, cmd.CommandPath()+" [flags]",
+			cmd.CommandPath()+" COMMAND [flags]", 1)
 	}
 	body, seeAlso, _ := strings.Cut(page, ".SH SEE ALSO\n")
 	var commands []Entry
@@ -77,7 +85,8 @@ func (p Page) complete(cmd *cobra.Command, page string) string {
 		}
 	}
 	body += section("COMMANDS", commands)
-	body += section("EXIT STATUS", exitStatus) + "The last line on standard error says the reason and what to do.\n"
+	body += section("EXIT STATUS", exitStatus) +
+		"The last line on standard error says the reason and what to do.\n"
 	if !cmd.HasParent() {
 		body += section("FILES", p.Files)
 		for _, other := range p.SeeAlso {

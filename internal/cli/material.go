@@ -46,13 +46,16 @@ func ParseCertificates(keys Keys, key string, data []byte) ([]*x509.Certificate,
 
 // ParsePrivateKey reads the private key that a key of the configuration holds
 // or names, and makes it and its certificates one.
-func ParsePrivateKey(keys Keys, key string, data []byte, chain []*x509.Certificate) (tls.Certificate, error) {
+func ParsePrivateKey(keys Keys, key string, data []byte,
+	chain []*x509.Certificate) (tls.Certificate, error) {
 	signer, err := pki.ParseKey(data)
 	if err != nil {
-		return tls.Certificate{}, keys.Problem(key, err.Error(), "write the private key of the certificate in PEM form")
+		return tls.Certificate{}, keys.Problem(key, err.Error(),
+			"write the private key of the certificate in PEM form")
 	}
 	if !pki.Matches(chain[0], signer) {
-		return tls.Certificate{}, keys.Problem(key, "not the key of the certificate", "put certificate and key of one pair together")
+		return tls.Certificate{}, keys.Problem(key, "not the key of the certificate",
+			"put certificate and key of one pair together")
 	}
 	pair := tls.Certificate{PrivateKey: signer, Leaf: chain[0]}
 	for _, cert := range chain {
@@ -84,6 +87,7 @@ func OpenKeyLog(keys Keys, path string, c *tls.Config, logger *slog.Logger) (fun
 		return nil, keys.Problem("log.key_log", err.Error(), "name a file that can be written")
 	}
 	c.KeyLogWriter = f
-	logger.Warn("TLS secrets are written to a file: whoever reads it can read the traffic", "file", path)
+	logger.Warn("TLS secrets are written to a file: whoever reads it can read the traffic",
+		"file", path)
 	return func() { f.Close() }, nil
 }

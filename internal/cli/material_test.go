@@ -14,7 +14,8 @@ import (
 
 func TestKeyLog(t *testing.T) {
 	dir := t.TempDir()
-	keys, err := config.ParseClient(filepath.Join(dir, "c.toml"), []byte("proxy = \"p\"\n[log]\nkey_log = \"keys\"\n"))
+	keys, err := config.ParseClient(filepath.Join(dir, "c.toml"),
+		[]byte("proxy = \"p\"\n[log]\nkey_log = \"keys\"\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +46,8 @@ func TestKeyLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	closeLog()
-	if info, err := os.Stat(filepath.Join(dir, "keys")); err != nil || info.Mode().Perm() != 0o600 || info.Size() != 6 {
+	if info, err := os.Stat(filepath.Join(dir, "keys")); err != nil ||
+		info.Mode().Perm() != 0o600 || info.Size() != 6 {
 		t.Errorf("a file that was 0644 is %v, %v", info, err)
 	}
 

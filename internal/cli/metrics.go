@@ -15,15 +15,18 @@ import (
 // metricsKey is where both programs are told where to serve metrics.
 const metricsKey = "metrics.listen"
 
-// ServeMetrics serves what a program counts on a TCP address until the server is closed. c lacks the Program. Of an address that
-// the configuration names, it is an error when that cannot be listened on. Of the default one, which another proxy on this host may
-// have, it is a warning, and there is no server. Neither is there one without an address.
+// ServeMetrics serves what a program counts on a TCP address until the server
+// is closed. c lacks the Program. Of an address that the configuration names,
+// it is an error when that cannot be listened on. Of the default one, which
+// another proxy on this host may have, it is a warning, and there is no server.
+// Neither is there one without an address.
 func ServeMetrics(program, addr string, named bool, c metrics.Config) (*metrics.Server, error) {
 	if addr == "" {
 		return nil, nil
 	}
 	v := NewVersionInfo(program)
-	c.Program = metrics.Program{Name: v.Program, Version: v.Version, Revision: v.Commit, GoVersion: v.Go}
+	c.Program = metrics.Program{Name: v.Program, Version: v.Version, Revision: v.Commit,
+		GoVersion: v.Go}
 	ln, err := net.Listen("tcp", addr)
 	if err == nil {
 		c.Logger.Info("serving metrics", "address", ln.Addr().String())
@@ -41,7 +44,8 @@ func ServeMetrics(program, addr string, named bool, c metrics.Config) (*metrics.
 	return nil, &Error{Code: code, Reason: reason, Remedy: remedy}
 }
 
-// Listen checks that an address can be listened on, by doing it. key names it in the configuration, protocol is TCP or UDP.
+// Listen checks that an address can be listened on, by doing it. key names it
+// in the configuration, protocol is TCP or UDP.
 func (c *Checks) Listen(key, protocol, addr string) {
 	if err := tryListen(protocol, addr); err != nil {
 		reason, remedy := listenProblem(key, protocol, addr, err)
@@ -51,8 +55,9 @@ func (c *Checks) Listen(key, protocol, addr string) {
 	c.OK("%s: %s %s is free", key, protocol, addr)
 }
 
-// Metrics checks that metrics can be served on addr, "" for nowhere, and that they are not for everybody. An address that the
-// configuration does not name need not be free.
+// Metrics checks that metrics can be served on addr, "" for nowhere, and that
+// they are not for everybody. An address that the configuration does not name
+// need not be free.
 func (c *Checks) Metrics(addr string, named bool) {
 	if addr == "" {
 		return
@@ -64,7 +69,8 @@ func (c *Checks) Metrics(addr string, named bool) {
 	}
 	c.Listen(metricsKey, "TCP", addr)
 	if a, err := netip.ParseAddrPort(addr); err != nil || !a.Addr().Unmap().IsLoopback() {
-		c.Warn(metricsKey+": not only this host reaches TCP "+addr, "everybody who does can read the metrics: let a firewall keep others away, or listen on 127.0.0.1")
+		c.Warn(metricsKey+": not only this host reaches TCP "+addr,
+			"everybody who does can read the metrics: let a firewall keep others away, or listen on 127.0.0.1")
 	}
 }
 
@@ -82,7 +88,8 @@ func tryListen(protocol, addr string) error {
 	return opened.Close()
 }
 
-// listenProblem explains why addr, which the configuration has under key, cannot be listened on.
+// listenProblem explains why addr, which the configuration has under key,
+// cannot be listened on.
 func listenProblem(key, protocol, addr string, err error) (reason, remedy string) {
 	what := fmt.Sprintf("%s: %s %s", key, protocol, addr)
 	switch {
@@ -95,7 +102,8 @@ func listenProblem(key, protocol, addr string, err error) (reason, remedy string
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		return what + " is not an address of this host", "change " + key
 	case errors.Is(err, os.ErrPermission):
-		return what + ": " + err.Error(), "run with sudo or the capability CAP_NET_BIND_SERVICE, or choose a port above 1023"
+		return what + ": " + err.Error(),
+			"run with sudo or the capability CAP_NET_BIND_SERVICE, or choose a port above 1023"
 	}
 	return what + ": " + err.Error(), "change " + key
 }

@@ -29,15 +29,18 @@ func probeNFTables() error {
 		return err
 	}
 	defer unix.Close(fd)
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO,
+		&unix.Timeval{Sec: 5}); err != nil {
 		return err
 	}
-	// A struct nlmsghdr and a struct nfgenmsg of zeros, in the host's byte order.
+	// A struct nlmsghdr and a struct nfgenmsg of zeros, in the host's byte
+	// order.
 	request := make([]byte, unix.NLMSG_HDRLEN+4)
 	binary.NativeEndian.PutUint32(request, uint32(len(request)))
 	binary.NativeEndian.PutUint16(request[4:], unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN)
 	binary.NativeEndian.PutUint16(request[6:], unix.NLM_F_REQUEST)
-	if err := unix.Sendto(fd, request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := unix.Sendto(fd, request, 0,
+		&unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
 	}
 	answer := make([]byte, 4096)

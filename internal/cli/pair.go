@@ -37,7 +37,8 @@ func (v FileVersion) Empty() bool { return v.size == 0 }
 // VersionOf looks at a file, or at what a symbolic link leads to.
 func VersionOf(path string) (FileVersion, error) {
 	var st unix.Statx_t
-	if err := unix.Statx(unix.AT_FDCWD, path, 0, unix.STATX_BASIC_STATS|unix.STATX_BTIME, &st); err != nil {
+	if err := unix.Statx(unix.AT_FDCWD, path, 0, unix.STATX_BASIC_STATS|unix.STATX_BTIME,
+		&st); err != nil {
 		return FileVersion{}, &os.PathError{Op: "stat", Path: path, Err: err}
 	}
 	id := fileID{st.Dev_major, st.Dev_minor, st.Ino, st.Btime}
@@ -138,9 +139,11 @@ func (w *PairWatch) look(settle bool) {
 	w.done = v
 	renewed, err := ReadPair(p.keys, p.certFile, p.keyFile)
 	if err != nil {
-		w.logger.Error("the certificate has changed and cannot be used; the one before stays", "error", err)
+		w.logger.Error("the certificate has changed and cannot be used; the one before stays",
+			"error", err)
 		return
 	}
 	w.pair.Store(renewed)
-	w.logger.Info("certificate read", "file", p.certFile, "certificate_until", renewed.Leaf.NotAfter)
+	w.logger.Info("certificate read", "file", p.certFile, "certificate_until",
+		renewed.Leaf.NotAfter)
 }

@@ -20,10 +20,12 @@ import (
 type anyKeys struct{}
 
 func (anyKeys) Problem(key, reason, remedy string) *config.Error {
-	return &config.Error{Problems: []config.Problem{{File: "f.toml", Key: key, Reason: reason, Remedy: remedy}}}
+	return &config.Error{Problems: []config.Problem{{File: "f.toml", Key: key, Reason: reason,
+		Remedy: remedy}}}
 }
 
-// TestPairWatch: what is renewed on disk is used when both files are there, and what cannot be used is said once.
+// TestPairWatch: what is renewed on disk is used when both files are there, and
+// what cannot be used is said once.
 func TestPairWatch(t *testing.T) {
 	authority, _, err := pki.NewAuthority("test", time.Now())
 	if err != nil {
@@ -78,7 +80,8 @@ func TestPairWatch(t *testing.T) {
 	}
 	look()
 	serves(first)
-	if n := strings.Count(log.String(), "not the key of the certificate; put certificate and key of one pair together"); n != 1 {
+	if n := strings.Count(log.String(),
+		"not the key of the certificate; put certificate and key of one pair together"); n != 1 {
 		t.Errorf("says %d times what is wrong:\n%s", n, &log)
 	}
 	put(keyFile, second.Key)
@@ -111,7 +114,8 @@ func TestPairWatch(t *testing.T) {
 }
 
 func TestExpiryWarning(t *testing.T) {
-	for _, test := range []struct{ life, left time.Duration }{{2 * 365, 30}, {90, 22}, {6, 1}} { // days
+	for _, test := range []struct{ life, left time.Duration }{{2 * 365, 30}, {90, 22}, {6, 1}} {
+		// days
 		leaf := &x509.Certificate{NotBefore: now, NotAfter: now.Add(test.life * 24 * time.Hour)}
 		end := leaf.NotAfter.Add(-test.left * 24 * time.Hour)
 		if ExpiresSoon(leaf, end.Add(-24*time.Hour)) || !ExpiresSoon(leaf, end.Add(time.Hour)) {
@@ -119,7 +123,8 @@ func TestExpiryWarning(t *testing.T) {
 		}
 	}
 	var log bytes.Buffer
-	w := ExpiryWarning{What: "a.crt", Renewal: "renew it", Logger: slog.New(slog.NewTextHandler(&log, nil))}
+	w := ExpiryWarning{What: "a.crt", Renewal: "renew it",
+		Logger: slog.New(slog.NewTextHandler(&log, nil))}
 	leaf := &x509.Certificate{NotBefore: now, NotAfter: now.Add(100 * 24 * time.Hour)}
 	says := func(at time.Duration, want string) {
 		t.Helper()

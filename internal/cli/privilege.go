@@ -7,7 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// KeepSecrets keeps what this process knows, keys and tokens, out of core files and from other processes of its user.
+// KeepSecrets keeps what this process knows, keys and tokens, out of core files
+// and from other processes of its user.
 func KeepSecrets() {
 	// It cannot fail with these arguments (prctl(2)).
 	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -22,7 +23,8 @@ func RequireNetAdmin(capabilities string) error {
 		return fmt.Errorf("looking up the privileges of this process: %w", err)
 	}
 	if !ok {
-		return &Error{Code: Privileges, Reason: "the capability CAP_NET_ADMIN is missing", Remedy: netAdminRemedy(capabilities)}
+		return &Error{Code: Privileges, Reason: "the capability CAP_NET_ADMIN is missing",
+			Remedy: netAdminRemedy(capabilities)}
 	}
 	return nil
 }

@@ -23,9 +23,12 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// Limits of log.qlog_dir: strangers make connections too, and a busy one has thousands of events in a second.
+// Limits of log.qlog_dir: strangers make connections too, and a busy one has
+// thousands of events in a second.
 const (
-	maxQlogs     = 32       // connections that are followed at the same time, and files that are kept of those before
+	// connections that are followed at the same time, and files that are kept
+	// of those before
+	maxQlogs     = 32
 	maxQlogBytes = 64 << 20 // of a file
 	qlogFlush    = time.Second
 	qlogSuffix   = ".sqlog"
@@ -35,15 +38,18 @@ const (
 // Tracer is what quic.Config.Tracer is.
 type Tracer func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace
 
-// OpenQlog makes the Tracer that writes a file about each connection into the folder of log.qlog_dir; nil if none is named. No
-// failure of it disturbs a connection. The function waits a moment for the files of connections that are closed already.
+// OpenQlog makes the Tracer that writes a file about each connection into the
+// folder of log.qlog_dir; nil if none is named. No failure of it disturbs a
+// connection. The function waits a moment for the files of connections that are
+// closed already.
 func OpenQlog(keys Keys, dir string, logger *slog.Logger) (Tracer, func(), error) {
 	if dir == "" {
 		return nil, func() {}, nil
 	}
 	q, err := openQlogs(dir, logger)
 	if err != nil {
-		return nil, nil, keys.Problem("log.qlog_dir", err.Error(), "name a folder that can be written to: mkdir -m 700 "+dir)
+		return nil, nil, keys.Problem("log.qlog_dir", err.Error(),
+			"name a folder that can be written to: mkdir -m 700 "+dir)
 	}
 	logger.Warn("each connection is written to a file, which slows it", "file", dir)
 	return http3qlog.RedactHeaders(q.trace, redact), q.wait, nil
@@ -66,7 +72,8 @@ func checkQlogDir(dir string) error {
 // redact keeps secrets out of a qlog.
 func redact(name, value string) string {
 	switch name {
-	case "Authorization", "Proxy-Authorization", connectip.InstanceHeader, connectip.InstallationHeader:
+	case "Authorization", "Proxy-Authorization", connectip.InstanceHeader,
+		connectip.InstallationHeader:
 		return "(not shown)"
 	}
 	return value
@@ -115,7 +122,8 @@ func (q *qlogs) trace(_ context.Context, isClient bool, id quic.ConnectionID) ql
 	if q.open >= maxQlogs {
 		if !q.full {
 			q.full = true
-			q.logger.Warn("there are more connections at the same time than qlog follows", "file", q.dir)
+			q.logger.Warn("there are more connections at the same time than qlog follows",
+				"file", q.dir)
 		}
 		return nil
 	}
@@ -123,7 +131,8 @@ func (q *qlogs) trace(_ context.Context, isClient bool, id quic.ConnectionID) ql
 	if isClient {
 		role = "client"
 	}
-	name := fmt.Sprintf("%s_%v_%s%s", time.Now().UTC().Format("20060102T150405.000Z"), id, role, qlogSuffix)
+	name := fmt.Sprintf("%s_%v_%s%s", time.Now().UTC().Format("20060102T150405.000Z"), id, role,
+		qlogSuffix)
 	f, err := q.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		q.fail(err)
@@ -166,7 +175,8 @@ func (q *qlogs) wait() {
 	}
 }
 
-// qlogFile is one file. What does not fit, or cannot be written, is left out from a record on.
+// qlogFile is one file. What does not fit, or cannot be written, is left out
+// from a record on.
 type qlogFile struct {
 	qlogs *qlogs
 	name  string
@@ -184,7 +194,8 @@ type qlogFile struct {
 func (f *qlogFile) Write(p []byte) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if len(p) > 0 && p[0] == qlogwriter.RecordSeparator && f.size >= maxQlogBytes { // which JSON never has
+	if len(p) > 0 && p[0] == qlogwriter.RecordSeparator && f.size >= maxQlogBytes {
+		// which JSON never has
 		f.full = true
 	}
 	if f.full || f.failed {

@@ -61,12 +61,15 @@ func TestQlog(t *testing.T) {
 	}
 	r := qlogOf(t, tracer, 1)
 	r.RecordEvent(http3qlog.FrameCreated{Frame: http3qlog.Frame{Frame: http3qlog.HeadersFrame{HeaderFields: []http3qlog.HeaderField{
-		{Name: ":path", Value: "/a"}, {Name: "authorization", Value: "Bearer secret"}, {Name: "masque-instance", Value: "secret"},
-		{Name: "masque-installation", Value: "secret"}, {Name: "proxy-authorization", Value: "secret"},
+		{Name: ":path", Value: "/a"}, {Name: "authorization", Value: "Bearer secret"},
+		{Name: "masque-instance", Value: "secret"},
+		{Name: "masque-installation", Value: "secret"},
+		{Name: "proxy-authorization", Value: "secret"},
 	}}}})
 	r.RecordEvent(qlog.MTUUpdated{Value: 1400})
 	names := qlogFiles(t, dir)
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) { // it can be read meanwhile
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		// it can be read meanwhile
 		if text, err := os.ReadFile(names[0]); err != nil || time.Now().After(deadline) {
 			t.Fatalf("%v: %s", err, text)
 		} else if strings.Contains(string(text), "mtu_updated") {
@@ -107,7 +110,8 @@ func TestQlog(t *testing.T) {
 func TestQlogLimits(t *testing.T) {
 	dir := t.TempDir()
 	for i := range maxQlogs { // of runs before
-		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("2001010%d_%02d.sqlog", i%2, i)), nil, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("2001010%d_%02d.sqlog", i%2, i)), nil,
+			0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -135,7 +139,8 @@ func TestQlogLimits(t *testing.T) {
 	}
 	wait()
 	names := qlogFiles(t, dir)
-	if len(names) != maxQlogs+1 || filepath.Base(names[0]) != "0000" || strings.Contains(names[1], "2001") {
+	if len(names) != maxQlogs+1 || filepath.Base(names[0]) != "0000" ||
+		strings.Contains(names[1], "2001") {
 		t.Errorf("%d files are left: %q", len(names), names)
 	}
 	for _, name := range names {
@@ -151,23 +156,28 @@ func TestQlogLimits(t *testing.T) {
 	wait()
 }
 
-// What cannot be written disturbs nobody and is said once; a folder that is not there is an error at the start.
+// What cannot be written disturbs nobody and is said once; a folder that is not
+// there is an error at the start.
 func TestQlogFailures(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "qlog")
-	keys, err := config.ParseClient(filepath.Join(filepath.Dir(dir), "c.toml"), []byte("proxy = \"p\"\n[log]\nqlog_dir = \"qlog\"\n"))
+	keys, err := config.ParseClient(filepath.Join(filepath.Dir(dir), "c.toml"),
+		[]byte("proxy = \"p\"\n[log]\nqlog_dir = \"qlog\"\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	var log bytes.Buffer
 	logger := slog.New(slog.NewTextHandler(&log, nil))
-	if _, _, err := OpenQlog(keys, keys.QlogDir, logger); err == nil || !strings.Contains(err.Error(), `c.toml:3: log.qlog_dir = "qlog": `) ||
-		!strings.Contains(err.Error(), "no such file or directory; name a folder that can be written to: mkdir -m 700 "+dir) {
+	if _, _, err := OpenQlog(keys, keys.QlogDir, logger); err == nil ||
+		!strings.Contains(err.Error(), `c.toml:3: log.qlog_dir = "qlog": `) ||
+		!strings.Contains(err.Error(),
+			"no such file or directory; name a folder that can be written to: mkdir -m 700 "+dir) {
 		t.Errorf("without the folder: %v", err)
 	}
 	if err := os.WriteFile(dir, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := OpenQlog(keys, keys.QlogDir, logger); err == nil || !strings.Contains(err.Error(), "not a directory") {
+	if _, _, err := OpenQlog(keys, keys.QlogDir, logger); err == nil ||
+		!strings.Contains(err.Error(), "not a directory") {
 		t.Errorf("a file in its place: %v", err)
 	}
 	if err := os.Remove(dir); err != nil {

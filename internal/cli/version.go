@@ -25,7 +25,8 @@ type VersionInfo struct {
 // NewVersionInfo takes the version from the build, and from the module when
 // the build set none.
 func NewVersionInfo(program string) VersionInfo {
-	v := VersionInfo{Program: program, Version: Version, Go: runtime.Version(), OS: runtime.GOOS, Arch: runtime.GOARCH}
+	v := VersionInfo{Program: program, Version: Version, Go: runtime.Version(), OS: runtime.GOOS,
+		Arch: runtime.GOARCH}
 	if info, ok := debug.ReadBuildInfo(); ok {
 		if v.Version == "" {
 			v.Version = info.Main.Version
@@ -55,7 +56,8 @@ func VersionCommand(program string) *cobra.Command {
 			if asJSON {
 				return json.NewEncoder(cmd.OutOrStdout()).Encode(v)
 			}
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s %s/%s\n", v.Program, v.Version, v.Go, v.OS, v.Arch)
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s %s/%s\n", v.Program, v.Version, v.Go,
+				v.OS, v.Arch)
 			return err
 		}),
 	}

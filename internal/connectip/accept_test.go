@@ -7,7 +7,8 @@ import (
 	"masquevpn/capsule"
 )
 
-// What Accept leaves out of the peer's capsules permits nothing, whatever the peer says; what it returns, and later SetAccepted, does.
+// What Accept leaves out of the peer's capsules permits nothing, whatever the
+// peer says; what it returns, and later SetAccepted, does.
 func TestAccept(t *testing.T) {
 	lan, own := netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("10.1.0.200/32")
 	local := netip.MustParseAddr("127.0.0.1")
@@ -16,13 +17,16 @@ func TestAccept(t *testing.T) {
 		Denied: []netip.Prefix{host(local), own},
 		Accept: Accept{
 			Assigned: func(all []capsule.Address) []capsule.Address { return all[:1] },
-			Routes:   func([]capsule.Route) []capsule.Route { return capsule.Routes([]netip.Prefix{lan}, 0) },
+			Routes: func([]capsule.Route) []capsule.Route {
+				return capsule.Routes([]netip.Prefix{lan}, 0)
+			},
 		},
 	})
 	everything := capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, 0)
 	for _, err := range []error{
 		proxy.Assign([]capsule.Address{{Prefix: host(clientAddr4)}}), proxy.Advertise(everything),
-		client.Assign([]capsule.Address{{Prefix: own}, {Prefix: host(local)}}), client.Advertise(everything),
+		client.Assign([]capsule.Address{{Prefix: own}, {Prefix: host(local)}}),
+		client.Advertise(everything),
 	} {
 		if err != nil {
 			t.Fatal(err)
@@ -52,7 +56,8 @@ func TestAccept(t *testing.T) {
 		waitDrop(t, &proxy.stats.Receive, DropSource)
 	})
 	t.Run("advertised destination that is not accepted", func(t *testing.T) {
-		if d := proxy.Send(echoPacket(elsewhere4, target4, 64, 64), Headroom); d != DropDestination {
+		if d := proxy.Send(echoPacket(elsewhere4, target4, 64, 64),
+			Headroom); d != DropDestination {
 			t.Errorf("got %v", d)
 		}
 		proxy.device.next(t) // the ICMP error
@@ -65,7 +70,8 @@ func TestAccept(t *testing.T) {
 		if err := proxy.SetAccepted(nil, nil); err != nil {
 			t.Fatal(err)
 		}
-		if d := proxy.Send(echoPacket(target4, elsewhere4, 64, 64), Headroom); d != DropDestination {
+		if d := proxy.Send(echoPacket(target4, elsewhere4, 64, 64),
+			Headroom); d != DropDestination {
 			t.Errorf("got %v", d)
 		}
 		if err := proxy.SetAccepted(nil, capsule.Routes([]netip.Prefix{lan}, 0)); err != nil {

@@ -27,7 +27,8 @@ func (discardDevice) Write(bufs [][]byte, _ int) (int, error) { return len(bufs)
 // benchConn makes a Conn as a proxy has it, without a network.
 func benchConn(b *testing.B) *Conn {
 	b.Helper()
-	c := New(fakeStream{}, nil, Config{Device: discardDevice{}, Stats: &Stats{}, Self: []netip.Addr{proxyAddr4}})
+	c := New(fakeStream{}, nil, Config{Device: discardDevice{}, Stats: &Stats{},
+		Self: []netip.Addr{proxyAddr4}})
 	c.datagrams.conn = discard{}
 	c.link.peer = []netip.Prefix{host(clientAddr4)}
 	c.link.routes = capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, 0)
@@ -51,7 +52,8 @@ func BenchmarkSend(b *testing.B) {
 	}
 }
 
-// BenchmarkSendRoutes sends to one after the other of so many networks behind the peer.
+// BenchmarkSendRoutes sends to one after the other of so many networks behind
+// the peer.
 func BenchmarkSendRoutes(b *testing.B) {
 	for _, n := range []int{1, 100, 10_000} {
 		b.Run(fmt.Sprintf("routes=%d", n), func(b *testing.B) {
@@ -86,7 +88,8 @@ func BenchmarkReceive(b *testing.B) {
 	in := newInbox(c)
 	defer c.stop(nil)
 	go in.deliver()
-	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 1400)[Headroom:]...)
+	datagram := append([]byte{contextIPPacket},
+		echoPacket(clientAddr4, target4, 64, 1400)[Headroom:]...)
 	b.SetBytes(int64(len(datagram) - 1))
 	for b.Loop() {
 		in.HandleDatagram(datagram)

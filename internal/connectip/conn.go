@@ -1,6 +1,8 @@
-// Package connectip is one CONNECT-IP request stream (RFC 9484) after its request was accepted: the capsules that
-// assign addresses and advertise routes, the IP packets in datagrams, and the policy that follows from the capsules.
-// It is the same for both roles; client and proxy differ in what they say and in what they do with what they hear.
+// Package connectip is one CONNECT-IP request stream (RFC 9484) after its
+// request was accepted: the capsules that assign addresses and advertise
+// routes, the IP packets in datagrams, and the policy that follows from the
+// capsules. It is the same for both roles; client and proxy differ in what they
+// say and in what they do with what they hear.
 package connectip
 
 import (
@@ -26,44 +28,54 @@ import (
 )
 
 const (
-	writeChunk      = 16 << 10         // bytes of a capsule that are written before the next deadline
-	maxPeerRequests = 1024             // addresses that a peer may ask for on one stream
-	writeTimeout    = 10 * time.Second // for a chunk of a capsule; a peer that does not read for so long is gone
-	endTimeout      = time.Second      // for a capsule that is being written at the end
-	maxAnswers      = 16               // that wait to be sent
-	drainTimeout    = 5 * time.Second  // for packets that are being sent at the end
+	// bytes of a capsule that are written before the next deadline
+	writeChunk      = 16 << 10
+	maxPeerRequests = 1024 // addresses that a peer may ask for on one stream
+	// for a chunk of a capsule; a peer that does not read for so long is gone
+	writeTimeout = 10 * time.Second
+	endTimeout   = time.Second     // for a capsule that is being written at the end
+	maxAnswers   = 16              // that wait to be sent
+	drainTimeout = 5 * time.Second // for packets that are being sent at the end
 )
 
-// MaxAssigned is how many addresses a peer may assign to an endpoint, which looks at each for every packet.
+// MaxAssigned is how many addresses a peer may assign to an endpoint, which
+// looks at each for every packet.
 const MaxAssigned = 64
 
-// MaxCapsule is the longest capsule that an endpoint takes unless its Config says otherwise, in bytes without type and length: some
-// 1,900 IPv6 routes or 6,500 IPv4 routes.
+// MaxCapsule is the longest capsule that an endpoint takes unless its Config
+// says otherwise, in bytes without type and length: some 1,900 IPv6 routes or
+// 6,500 IPv4 routes.
 const MaxCapsule = 64 << 10
 
 // Protocol is the value of :protocol (RFC 9484 section 4.2).
 const Protocol = "connect-ip"
 
-// InstanceHeader is a header field of requests: a random token by which a client that comes back, perhaps before the proxy
-// noticed that it was gone, is told from a second client of the same user. It is optional and of this project only.
+// InstanceHeader is a header field of requests: a random token by which a
+// client that comes back, perhaps before the proxy noticed that it was gone, is
+// told from a second client of the same user. It is optional and of this
+// project only.
 const InstanceHeader = "Masque-Instance"
 
-// InstallationHeader is a header field of requests: a token that stays the same when a client program is started anew, by which
-// the proxy finds the addresses that the user had on this device last. It is optional and of this project only.
+// InstallationHeader is a header field of requests: a token that stays the same
+// when a client program is started anew, by which the proxy finds the addresses
+// that the user had on this device last. It is optional and of this project
+// only.
 const InstallationHeader = "Masque-Installation"
 
-// maxToken is the longest value of InstanceHeader and InstallationHeader, in bytes: the proxy keeps it for as long as it remembers
-// whose an address was.
+// maxToken is the longest value of InstanceHeader and InstallationHeader, in
+// bytes: the proxy keeps it for as long as it remembers whose an address was.
 const maxToken = 64
 
-// IsToken reports whether s may be the value of InstanceHeader or InstallationHeader: 1 to 64 letters, digits and any of "-._~+/=".
+// IsToken reports whether s may be the value of InstanceHeader or
+// InstallationHeader: 1 to 64 letters, digits and any of "-._~+/=".
 func IsToken(s string) bool {
 	if s == "" || len(s) > maxToken {
 		return false
 	}
 	for _, c := range []byte(s) {
 		switch {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', strings.IndexByte("-._~+/=", c) >= 0:
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c &&
+			c <= '9', strings.IndexByte("-._~+/=", c) >= 0:
 		default:
 			return false
 		}
@@ -71,35 +83,44 @@ func IsToken(s string) bool {
 	return true
 }
 
-// ErrClosedByPeer is returned by Run when the peer ended the stream in good order.
+// ErrClosedByPeer is returned by Run when the peer ended the stream in good
+// order.
 var ErrClosedByPeer = errors.New("the peer closed the tunnel")
 
-// Device takes the packets that come out of the tunnel. Write hands over bufs[i][offset:], which it may overwrite from
-// offset-16 on but does not keep; it may be called from several goroutines.
+// Device takes the packets that come out of the tunnel. Write hands over
+// bufs[i][offset:], which it may overwrite from offset-16 on but does not keep;
+// it may be called from several goroutines.
 type Device interface {
 	Write(bufs [][]byte, offset int) (int, error)
 	BatchSize() int
 }
 
-// Handler is told of the peer's capsules, one at a time, after the policy follows them. An error aborts the stream.
-// What an endpoint does not handle, it does not take: without Assigned the peer assigns nothing, and without Routes it
-// advertises nothing, so that it cannot widen the policy. Without Requested, all requests are refused.
+// Handler is told of the peer's capsules, one at a time, after the policy
+// follows them. An error aborts the stream. What an endpoint does not handle,
+// it does not take: without Assigned the peer assigns nothing, and without
+// Routes it advertises nothing, so that it cannot widen the policy. Without
+// Requested, all requests are refused.
 type Handler struct {
-	Assigned  func([]capsule.Address) error // the peer's full list of addresses for this endpoint, refusals included
-	Requested func([]capsule.Address) error // the peer wants these; every one is to be answered with Assign
-	Routes    func([]capsule.Route) error   // the peer's full list of routes
+	// the peer's full list of addresses for this endpoint, refusals included
+	Assigned func([]capsule.Address) error
+	// the peer wants these; every one is to be answered with Assign
+	Requested func([]capsule.Address) error
+	Routes    func([]capsule.Route) error // the peer's full list of routes
 
-	// DNS and PREF64 get the peer's full lists (draft-ietf-masque-connect-ip-dns-06). Whether the peer is to be trusted with
-	// them is theirs to decide.
+	// DNS and PREF64 get the peer's full lists
+	// (draft-ietf-masque-connect-ip-dns-06). Whether the peer is to be trusted
+	// with them is theirs to decide.
 	DNS    func([]capsule.DNSConfiguration) error
 	PREF64 func([]netip.Prefix) error
 
 	MTU func(int) // the largest packet that fits changed; called at the start too
 }
 
-// Accept decides what counts of the capsules that are handled. Its functions are given each full list before the policy
-// follows, and return the part that counts: what they leave out permits no packet, neither by its source nor by its
-// destination. They are called with locks held and must not call the Conn. Nil functions accept everything.
+// Accept decides what counts of the capsules that are handled. Its functions
+// are given each full list before the policy follows, and return the part that
+// counts: what they leave out permits no packet, neither by its source nor by
+// its destination. They are called with locks held and must not call the Conn.
+// Nil functions accept everything.
 type Accept struct {
 	Assigned func([]capsule.Address) []capsule.Address
 	Routes   func([]capsule.Route) []capsule.Route
@@ -110,27 +131,39 @@ type Config struct {
 	Device  Device
 	Accept  Accept
 	Handler Handler
-	Self    []netip.Addr   // this endpoint's tunnel addresses besides those that the peer assigns
-	Static  []netip.Prefix // prefixes that count as assigned to this endpoint although the peer does not say so
-	Granted []netip.Prefix // prefixes that count as assigned to the peer until it is told with Assign
+	Self    []netip.Addr // this endpoint's tunnel addresses besides those that the peer assigns
+	// prefixes that count as assigned to this endpoint although the peer does
+	// not say so
+	Static []netip.Prefix
+	// prefixes that count as assigned to the peer until it is told with Assign
+	Granted []netip.Prefix
 	Denied  []netip.Prefix // destinations that packets of the peer may not reach
-	// Withheld are destinations that are denied to this peer although they are advertised to others: it is told that they are
-	// prohibited, where it would be told that there is no route.
+	// Withheld are destinations that are denied to this peer although they are
+	// advertised to others: it is told that they are prohibited, where it would
+	// be told that there is no route.
 	Withheld []netip.Prefix
-	// OwnErrors drops ICMP errors that the peer passes on from others: behind it is no network, so the sources of all its packets are
-	// addresses that it has. Otherwise any router may be the source of an error (RFC 9484 section 7.2.1).
+	// OwnErrors drops ICMP errors that the peer passes on from others: behind
+	// it is no network, so the sources of all its packets are addresses that it
+	// has. Otherwise any router may be the source of an error (RFC 9484 section
+	// 7.2.1).
 	OwnErrors bool
-	// MaxCapsule is the longest capsule that the peer may send, in bytes; 0: the constant of that name.
+	// MaxCapsule is the longest capsule that the peer may send, in bytes; 0:
+	// the constant of that name.
 	MaxCapsule int
-	// KernelHopLimit leaves the hop limit of packets to the kernel's forwarding alone.
+	// KernelHopLimit leaves the hop limit of packets to the kernel's forwarding
+	// alone.
 	KernelHopLimit bool
 	Stats          *Stats
-	// Panicked, which may be nil, is told of a panic of one of the goroutines that serve the Conn. Run ends with it then.
+	// Panicked, which may be nil, is told of a panic of one of the goroutines
+	// that serve the Conn. Run ends with it then.
 	Panicked func(*rescue.Error)
-	Tap      capture.Point // sees what is sent and received, but for what is dropped; the zero value sees nothing
+	// sees what is sent and received, but for what is dropped; the zero value
+	// sees nothing
+	Tap capture.Point
 }
 
-// Conn is one CONNECT-IP stream. Run has to be called once; all other methods may be called at any time, from any goroutine.
+// Conn is one CONNECT-IP stream. Run has to be called once; all other methods
+// may be called at any time, from any goroutine.
 type Conn struct {
 	cfg       Config
 	str       Stream
@@ -145,10 +178,12 @@ type Conn struct {
 	echo      *echo
 	firstIn   chan struct{} // closed when the first packet came in
 	sawPacket atomic.Bool
-	toHost    errorLimits    // ICMP errors about packets of the host
-	toPeer    errorLimits    // and about packets of the peer
-	toSend    chan []byte    // packets of this endpoint itself that answer the peer's, behind Headroom free bytes
-	sender    *worker.Worker // of those
+	toHost    errorLimits // ICMP errors about packets of the host
+	toPeer    errorLimits // and about packets of the peer
+	// packets of this endpoint itself that answer the peer's, behind Headroom
+	// free bytes
+	toSend chan []byte
+	sender *worker.Worker // of those
 
 	life context.Context // ends with the cause for which Run has to
 	stop context.CancelCauseFunc
@@ -158,8 +193,10 @@ type Conn struct {
 
 	pace pace // of the peer's capsules
 
-	writing sync.Mutex // orders capsules on the wire; taken before mu, which is not held while the peer does not read
-	cut     bool       // a capsule was written in part
+	// orders capsules on the wire; taken before mu, which is not held while the
+	// peer does not read
+	writing sync.Mutex
+	cut     bool // a capsule was written in part
 
 	mu      sync.Mutex // guards what follows
 	link    link
@@ -180,9 +217,10 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 		toHost:    newErrorLimits(),
 		toPeer:    newErrorLimits(),
 		toSend:    make(chan []byte, maxAnswers),
-		link:      link{self: cfg.Self, denied: cfg.Denied, withheld: cfg.Withheld, assigned: cfg.Static, peer: cfg.Granted},
-		peerIDs:   make(map[uint64]struct{}),
-		answers:   make(map[uint64]netip.Prefix),
+		link: link{self: cfg.Self, denied: cfg.Denied, withheld: cfg.Withheld,
+			assigned: cfg.Static, peer: cfg.Granted},
+		peerIDs: make(map[uint64]struct{}),
+		answers: make(map[uint64]netip.Prefix),
 	}
 	c.datagrams.tap = cfg.Tap
 	c.life, c.stop = context.WithCancelCause(context.Background())
@@ -191,8 +229,10 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 	return c
 }
 
-// Run carries capsules and packets until the stream or ctx ends, and leaves no goroutine behind. It returns nil when
-// ctx ended, ErrClosedByPeer when the peer finished, and otherwise what went wrong. The stream is closed or reset then.
+// Run carries capsules and packets until the stream or ctx ends, and leaves no
+// goroutine behind. It returns nil when ctx ended, ErrClosedByPeer when the
+// peer finished, and otherwise what went wrong. The stream is closed or reset
+// then.
 func (c *Conn) Run(ctx context.Context) error {
 	defer context.AfterFunc(ctx, func() { c.stop(nil) })()
 	defer context.AfterFunc(c.str.Context(), func() {
@@ -230,7 +270,8 @@ func (c *Conn) Run(ctx context.Context) error {
 	return c.cause()
 }
 
-// panicked ends c because of a panic. It is called while nothing of c is locked.
+// panicked ends c because of a panic. It is called while nothing of c is
+// locked.
 func (c *Conn) panicked(e *rescue.Error) {
 	if c.cfg.Panicked != nil {
 		c.cfg.Panicked(e)
@@ -254,11 +295,14 @@ func (c *Conn) cause() error {
 	return nil
 }
 
-// Drain calls wait, which waits for goroutines that may be in Send, as the function Drain does.
+// Drain calls wait, which waits for goroutines that may be in Send, as the
+// function Drain does.
 func (c *Conn) Drain(wait func()) { Drain(c.datagrams.conn, wait) }
 
-// Drain calls wait, which may wait for room in QUIC's queue of datagrams, however long that takes. So a connection that takes no
-// packet for some seconds is closed, with all its streams: its peer is gone, or means to hold us up.
+// Drain calls wait, which may wait for room in QUIC's queue of datagrams,
+// however long that takes. So a connection that takes no packet for some
+// seconds is closed, with all its streams: its peer is gone, or means to hold
+// us up.
 func Drain(conn closer, wait func()) {
 	stuck := time.AfterFunc(drainTimeout, func() {
 		_ = conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
@@ -276,8 +320,9 @@ type closer interface {
 func (c *Conn) end(err error) {
 	c.closed.Store(true)
 	code := ErrorCode(err)
-	// The stream must not be closed while a capsule is being written, nor in the middle of one. Whoever wants to write from
-	// now on sees that it is closed.
+	// The stream must not be closed while a capsule is being written, nor in
+	// the middle of one. Whoever wants to write from now on sees that it is
+	// closed.
 	_ = c.str.SetWriteDeadline(time.Now().Add(endTimeout))
 	if code != http3.ErrCodeNoError {
 		c.str.CancelWrite(quic.StreamErrorCode(code))
@@ -292,7 +337,8 @@ func (c *Conn) end(err error) {
 	c.str.CancelRead(quic.StreamErrorCode(code))
 }
 
-// ErrorCode is that by which the peer is told that a stream ended with err, which Run returned.
+// ErrorCode is that by which the peer is told that a stream ended with err,
+// which Run returned.
 func ErrorCode(err error) http3.ErrCode {
 	switch {
 	case err == nil || errors.Is(err, ErrClosedByPeer):
@@ -353,7 +399,8 @@ func (c *Conn) handleAssign(addrs []capsule.Address) error {
 		return nil
 	}
 	if n := len(granted(addrs)); n > MaxAssigned {
-		return fmt.Errorf("%w: %d addresses assigned, at most %d are accepted", capsule.ErrTooLarge, n, MaxAssigned)
+		return fmt.Errorf("%w: %d addresses assigned, at most %d are accepted", capsule.ErrTooLarge,
+			n, MaxAssigned)
 	}
 	if err := c.accept(func() {
 		for _, a := range addrs {
@@ -383,7 +430,8 @@ func (c *Conn) setAssigned(prefixes []netip.Prefix) {
 	c.link.assigned = append(slices.Clone(c.cfg.Static), prefixes...)
 }
 
-// granted returns the prefixes of an ADDRESS_ASSIGN capsule without the refusals.
+// granted returns the prefixes of an ADDRESS_ASSIGN capsule without the
+// refusals.
 func granted(addrs []capsule.Address) []netip.Prefix {
 	out := make([]netip.Prefix, 0, len(addrs))
 	for _, a := range addrs {
@@ -406,12 +454,14 @@ func (c *Conn) handleRequest(addrs []capsule.Address) error {
 	n := len(c.peerIDs)
 	c.mu.Unlock()
 	if n > maxPeerRequests {
-		return fmt.Errorf("%w: more than %d addresses requested", capsule.ErrTooLarge, maxPeerRequests)
+		return fmt.Errorf("%w: more than %d addresses requested", capsule.ErrTooLarge,
+			maxPeerRequests)
 	}
 	if c.cfg.Handler.Requested != nil {
 		return c.cfg.Handler.Requested(addrs)
 	}
-	// Every entry has to be answered (RFC 9484 section 4.7.2). An endpoint that assigns nothing refuses all.
+	// Every entry has to be answered (RFC 9484 section 4.7.2). An endpoint that
+	// assigns nothing refuses all.
 	refused := make([]capsule.Address, len(addrs))
 	for i, a := range addrs {
 		refused[i] = Refusal(a)
@@ -419,7 +469,8 @@ func (c *Conn) handleRequest(addrs []capsule.Address) error {
 	return c.Assign(refused)
 }
 
-// Refusal is the answer to a request for an address that is not granted: the address of all zeros (section 4.7.2).
+// Refusal is the answer to a request for an address that is not granted: the
+// address of all zeros (section 4.7.2).
 func Refusal(request capsule.Address) capsule.Address {
 	a := netip.IPv4Unspecified()
 	if request.Prefix.Addr().Is6() {
@@ -453,31 +504,37 @@ func (c *Conn) update() error {
 	return nil
 }
 
-// Assign tells the peer its addresses: the full list, which replaces the last (RFC 9484 section 4.7.1). Entries that
-// answer a request carry its ID; refusals are sent but grant nothing.
+// Assign tells the peer its addresses: the full list, which replaces the last
+// (RFC 9484 section 4.7.1). Entries that answer a request carry its ID;
+// refusals are sent but grant nothing.
 func (c *Conn) Assign(addrs []capsule.Address) error {
-	return c.send(&capsule.AddressAssign{Addresses: addrs}, func(l *link) { l.peer = granted(addrs) })
+	return c.send(&capsule.AddressAssign{Addresses: addrs}, func(l *link) {
+		l.peer = granted(addrs)
+	})
 }
 
-// Advertise tells the peer what it can reach through this endpoint, which replaces the last advertisement (section 4.7.3).
+// Advertise tells the peer what it can reach through this endpoint, which
+// replaces the last advertisement (section 4.7.3).
 func (c *Conn) Advertise(routes []capsule.Route) error {
 	return c.send(&capsule.RouteAdvertisement{Routes: routes}, func(l *link) { l.routes = routes })
 }
 
-// AssignDNS tells the peer how to resolve names, which replaces what it was told before; nothing at all takes it back. The
-// routes to the nameservers are to be advertised first, so that no query leaves outside the tunnel
+// AssignDNS tells the peer how to resolve names, which replaces what it was
+// told before; nothing at all takes it back. The routes to the nameservers are
+// to be advertised first, so that no query leaves outside the tunnel
 // (draft-ietf-masque-connect-ip-dns-06 section 5).
 func (c *Conn) AssignDNS(configurations []capsule.DNSConfiguration) error {
 	return c.send(&capsule.DNSAssign{Configurations: configurations}, nil)
 }
 
-// SendPREF64 tells the peer the prefixes of NAT64, which replace the last ones; none means that there is no NAT64 (section 4
-// of the same draft).
+// SendPREF64 tells the peer the prefixes of NAT64, which replace the last ones;
+// none means that there is no NAT64 (section 4 of the same draft).
 func (c *Conn) SendPREF64(prefixes []netip.Prefix) error {
 	return c.send(&capsule.PREF64{Prefixes: prefixes}, nil)
 }
 
-// Request asks the peer for addresses (section 4.7.2): 0.0.0.0/32 and ::/128 for any, else the preferred ones.
+// Request asks the peer for addresses (section 4.7.2): 0.0.0.0/32 and ::/128
+// for any, else the preferred ones.
 func (c *Conn) Request(prefixes []netip.Prefix) error {
 	c.mu.Lock()
 	addrs := make([]capsule.Address, len(prefixes))
@@ -497,7 +554,8 @@ func (c *Conn) Unanswered() bool {
 	return len(c.answers) > 0
 }
 
-// SetAccepted replaces what counts of the peer's last capsules, for when Accept would now decide otherwise.
+// SetAccepted replaces what counts of the peer's last capsules, for when Accept
+// would now decide otherwise.
 func (c *Conn) SetAccepted(assigned []netip.Prefix, routes []capsule.Route) error {
 	return c.accept(func() {
 		c.setAssigned(assigned)
@@ -505,12 +563,14 @@ func (c *Conn) SetAccepted(assigned []netip.Prefix, routes []capsule.Route) erro
 	})
 }
 
-// SetDenied replaces the destinations that packets of the peer may not reach, see Config.
+// SetDenied replaces the destinations that packets of the peer may not reach,
+// see Config.
 func (c *Conn) SetDenied(denied, withheld []netip.Prefix) error {
 	return c.accept(func() { c.link.denied, c.link.withheld = denied, withheld })
 }
 
-// send writes one capsule after change was made to the link. What is granted is allowed before the peer hears of it.
+// send writes one capsule after change was made to the link. What is granted is
+// allowed before the peer hears of it.
 func (c *Conn) send(x capsule.Capsule, change func(*link)) error {
 	if err := x.Validate(); err != nil {
 		return err
@@ -540,8 +600,9 @@ func (c *Conn) send(x capsule.Capsule, change func(*link)) error {
 
 var errTunnelClosed = errors.New("the tunnel is closed")
 
-// writeCapsule writes b, each chunk of it in its own time: a long list takes a while on a slow path. begun reports whether some of it
-// may have been written. c.writing is held.
+// writeCapsule writes b, each chunk of it in its own time: a long list takes a
+// while on a slow path. begun reports whether some of it may have been written.
+// c.writing is held.
 func (c *Conn) writeCapsule(b []byte) (begun bool, err error) {
 	for chunk := range slices.Chunk(b, writeChunk) {
 		_ = c.str.SetWriteDeadline(time.Now().Add(writeTimeout))
@@ -556,5 +617,6 @@ func (c *Conn) writeCapsule(b []byte) (begun bool, err error) {
 	return begun, nil
 }
 
-// FirstPacket is closed once a packet, or an answer to Probe, came in through the tunnel.
+// FirstPacket is closed once a packet, or an answer to Probe, came in through
+// the tunnel.
 func (c *Conn) FirstPacket() <-chan struct{} { return c.firstIn }

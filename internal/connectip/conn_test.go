@@ -22,7 +22,8 @@ import (
 
 func TestPacketsBothWays(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
-	for _, tc := range []struct{ from, to netip.Addr }{{clientAddr4, target4}, {clientAddr6, target6}} {
+	for _, tc := range []struct{ from, to netip.Addr }{{clientAddr4, target4},
+		{clientAddr6, target6}} {
 		up := echoPacket(tc.from, tc.to, 64, 100)
 		if d := client.Send(up, Headroom); d != DropNone {
 			t.Fatalf("up: dropped, %v", d)
@@ -43,7 +44,8 @@ func TestPacketsBothWays(t *testing.T) {
 	}
 }
 
-// The hop limit goes down right before a packet leaves in a datagram, unless this host made the packet (RFC 9484 section 7.2).
+// The hop limit goes down right before a packet leaves in a datagram, unless
+// this host made the packet (RFC 9484 section 7.2).
 func TestHopLimit(t *testing.T) {
 	for _, tc := range []struct {
 		name      string
@@ -66,7 +68,8 @@ func TestHopLimit(t *testing.T) {
 			d := proxy.Send(echoPacket(tc.src, dst, tc.sent, 64), Headroom)
 			if tc.got == 0 {
 				answer := proxy.device.next(t)
-				if p := parse(t, answer); d != DropHopLimit || p.Src != proxyAddr4 || p.Dst != tc.src || answer[p.HeaderLen] != 11 {
+				if p := parse(t, answer); d != DropHopLimit || p.Src != proxyAddr4 ||
+					p.Dst != tc.src || answer[p.HeaderLen] != 11 {
 					t.Errorf("%v, answered with %+v % x", d, p, answer)
 				}
 				return
@@ -80,7 +83,9 @@ func TestHopLimit(t *testing.T) {
 
 func TestPolicyRefuses(t *testing.T) {
 	denied := netip.MustParseAddr("169.254.169.254")
-	client, proxy := remoteAccess(t, Config{Denied: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/24"), host(netip.MustParseAddr("203.0.113.5"))}})
+	client, proxy := remoteAccess(t,
+		Config{Denied: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/24"),
+			host(netip.MustParseAddr("203.0.113.5"))}})
 	t.Run("client refuses a source that is not its own", func(t *testing.T) {
 		if d := client.Send(echoPacket(elsewhere4, target4, 64, 64), Headroom); d != DropSource {
 			t.Errorf("got %v", d)
@@ -101,7 +106,8 @@ func TestPolicyRefuses(t *testing.T) {
 		waitDrop(t, &client.stats.Receive, DropSource)
 	})
 	t.Run("denied destination", func(t *testing.T) {
-		if d := client.Send(echoPacket(clientAddr4, netip.MustParseAddr("10.77.0.3"), 64, 64), Headroom); d != DropNone {
+		if d := client.Send(echoPacket(clientAddr4, netip.MustParseAddr("10.77.0.3"), 64, 64),
+			Headroom); d != DropNone {
 			t.Fatalf("client dropped it, %v", d)
 		}
 		wantICMP(t, client.device.next(t), clientAddr4, 3, 13)
@@ -128,13 +134,15 @@ func TestPolicyRefuses(t *testing.T) {
 	})
 }
 
-// Errors from any router on the path pass when the packet that they quote could have gone through the tunnel (section 7.2.1).
+// Errors from any router on the path pass when the packet that they quote could
+// have gone through the tunnel (section 7.2.1).
 func TestICMPErrorsAreJudgedByTheirQuote(t *testing.T) {
 	client, proxy := newPair(t, Config{}, Config{Self: []netip.Addr{proxyAddr4}})
 	if err := proxy.Assign([]capsule.Address{{Prefix: host(clientAddr4)}}); err != nil {
 		t.Fatal(err)
 	}
-	if err := proxy.Advertise(capsule.Routes([]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, 0)); err != nil {
+	if err := proxy.Advertise(capsule.Routes([]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")},
+		0)); err != nil {
 		t.Fatal(err)
 	}
 	<-client.assigns
@@ -142,7 +150,8 @@ func TestICMPErrorsAreJudgedByTheirQuote(t *testing.T) {
 	router := netip.MustParseAddr("203.0.113.77")
 	errorAbout := func(src, dst netip.Addr) []byte {
 		invoking := echoPacket(src, dst, 1, 64)[Headroom:]
-		buf, ok := ippacket.AppendICMPError(make([]byte, Headroom), invoking, parse(t, invoking), ippacket.HopLimitExceeded, router, 0)
+		buf, ok := ippacket.AppendICMPError(make([]byte, Headroom), invoking, parse(t, invoking),
+			ippacket.HopLimitExceeded, router, 0)
 		if !ok {
 			t.Fatal("no ICMP error was made")
 		}
@@ -173,7 +182,8 @@ func TestTooBig(t *testing.T) {
 		}
 		answer := proxy.device.next(t)
 		p := parse(t, answer)
-		if got := binary.BigEndian.Uint32(answer[p.HeaderLen+4:]); answer[p.HeaderLen] != 2 || int(got) < mtu || got >= 1500 {
+		if got := binary.BigEndian.Uint32(answer[p.HeaderLen+4:]); answer[p.HeaderLen] != 2 ||
+			int(got) < mtu || got >= 1500 {
 			t.Errorf("type %d, MTU %d, want %d or a little more", answer[p.HeaderLen], got, mtu)
 		}
 	})
@@ -183,7 +193,8 @@ func TestTooBig(t *testing.T) {
 		}
 		answer := proxy.device.next(t)
 		p := parse(t, answer)
-		if got := binary.BigEndian.Uint16(answer[p.HeaderLen+6:]); answer[p.HeaderLen+1] != 4 || int(got) < mtu || got >= 1500 {
+		if got := binary.BigEndian.Uint16(answer[p.HeaderLen+6:]); answer[p.HeaderLen+1] != 4 ||
+			int(got) < mtu || got >= 1500 {
 			t.Errorf("code %d, MTU %d, want %d or a little more", answer[p.HeaderLen+1], got, mtu)
 		}
 	})
@@ -194,14 +205,16 @@ func TestTooBig(t *testing.T) {
 			t.Fatalf("got %v", d)
 		}
 		first, second := parse(t, client.device.next(t)), parse(t, client.device.next(t))
-		if !first.MoreFragments || second.MoreFragments || second.FragmentOffset != first.TotalLen-20 ||
+		if !first.MoreFragments || second.MoreFragments ||
+			second.FragmentOffset != first.TotalLen-20 ||
 			first.TotalLen+second.TotalLen-40 != 1480 || first.HopLimit != 63 {
 			t.Errorf("fragments %+v and %+v", first, second)
 		}
 	})
 }
 
-// fakeQUIC is a QUIC connection that carries datagrams of up to limit bytes, and keeps them.
+// fakeQUIC is a QUIC connection that carries datagrams of up to limit bytes,
+// and keeps them.
 type fakeQUIC struct {
 	limit int
 	sent  [][]byte
@@ -215,7 +228,8 @@ func (f *fakeQUIC) SendDatagram(b []byte) error {
 	return nil
 }
 
-// fakeStream is a request stream on which nothing comes in, and what is written goes nowhere.
+// fakeStream is a request stream on which nothing comes in, and what is written
+// goes nowhere.
 type fakeStream struct{ Stream }
 
 func (fakeStream) StreamID() quic.StreamID          { return 4 }
@@ -235,7 +249,8 @@ func newFake(f *fakeQUIC, cfg Config) *Conn {
 
 // A peer may say that it takes datagrams, but none that a packet fits in.
 func TestNoRoomForPackets(t *testing.T) {
-	c := newFake(&fakeQUIC{limit: 0}, Config{Device: make(device, 8), Stats: &Stats{}, Self: []netip.Addr{proxyAddr4}})
+	c := newFake(&fakeQUIC{limit: 0},
+		Config{Device: make(device, 8), Stats: &Stats{}, Self: []netip.Addr{proxyAddr4}})
 	if err := c.Assign([]capsule.Address{{Prefix: host(clientAddr4)}}); err != nil {
 		t.Fatal(err)
 	}
@@ -273,27 +288,33 @@ func TestCapsulesReplace(t *testing.T) {
 
 func TestRequestIsAnswered(t *testing.T) {
 	client, _ := newPair(t, Config{}, Config{}) // this proxy assigns nothing
-	if err := client.Request([]netip.Prefix{host(netip.IPv4Unspecified()), host(clientAddr6)}); err != nil {
+	if err := client.Request([]netip.Prefix{host(netip.IPv4Unspecified()),
+		host(clientAddr6)}); err != nil {
 		t.Fatal(err)
 	}
 	got := <-client.assigns
-	if len(got) != 2 || !got[0].Refused() || !got[1].Refused() || got[0].RequestID == got[1].RequestID || client.Unanswered() {
+	if len(got) != 2 || !got[0].Refused() || !got[1].Refused() ||
+		got[0].RequestID == got[1].RequestID || client.Unanswered() {
 		t.Errorf("got %v, unanswered %v", got, client.Unanswered())
 	}
 }
 
-// What breaks the rules for capsules resets the stream with the code that RFC 9297 section 3.3 gives.
+// What breaks the rules for capsules resets the stream with the code that RFC
+// 9297 section 3.3 gives.
 func TestMalformedCapsuleResetsTheStream(t *testing.T) {
 	for name, tc := range map[string]struct {
 		capsules []byte
 		code     http3.ErrCode
 	}{
-		"malformed":         {(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 0, Prefix: host(clientAddr4)}}}).Append(nil), http3.ErrCodeMessageError},
+		"malformed": {(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 0,
+			Prefix: host(clientAddr4)}}}).Append(nil), http3.ErrCodeMessageError},
 		"request ID reused": {repeat((&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: host(clientAddr4)}}}).Append(nil), 2), http3.ErrCodeMessageError},
 		"malformed DNS":     {[]byte("\x9a\xce\x79\xec\x0e\x01\x00\x00\x01\xc0\x00\x02\x21\x00\x00\x00\x01\x00\x00"), http3.ErrCodeMessageError},
 		"malformed PREF64":  {[]byte("\xa7\x4c\x0f\xbc\x01\x60"), http3.ErrCodeMessageError},
-		"too large DNS":     {append([]byte("\x9a\xce\x79\xec"), quicvarint.Append(nil, MaxCapsule+1)...), http3.ErrCodeExcessiveLoad},
-		"too large":         {append([]byte{1}, quicvarint.Append(nil, 1<<30)...), http3.ErrCodeExcessiveLoad},
+		"too large DNS": {append([]byte("\x9a\xce\x79\xec"),
+			quicvarint.Append(nil, MaxCapsule+1)...), http3.ErrCodeExcessiveLoad},
+		"too large": {append([]byte{1}, quicvarint.Append(nil, 1<<30)...),
+			http3.ErrCodeExcessiveLoad},
 	} {
 		t.Run(name, func(t *testing.T) {
 			client, proxy := rawPair(t, Config{}, Config{})
@@ -321,7 +342,8 @@ func TestMalformedCapsuleResetsTheStream(t *testing.T) {
 
 func repeat(b []byte, n int) []byte { return bytes.Repeat(b, n) }
 
-// A DATAGRAM capsule carries a packet like a QUIC datagram, and unknown capsules are skipped.
+// A DATAGRAM capsule carries a packet like a QUIC datagram, and unknown
+// capsules are skipped.
 func TestDatagramCapsule(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	pkt := echoPacket(clientAddr4, target4, 64, 64)[Headroom:]
@@ -339,7 +361,8 @@ func TestDatagramCapsule(t *testing.T) {
 func TestLongestPacket(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	pkt := echoPacket(clientAddr4, target4, 64, 65530)[Headroom:]
-	if _, err := client.stream.Write((&capsule.Datagram{Payload: append([]byte{contextIPPacket}, pkt...)}).Append(nil)); err != nil {
+	if _, err := client.stream.Write((&capsule.Datagram{Payload: append([]byte{contextIPPacket},
+		pkt...)}).Append(nil)); err != nil {
 		t.Fatal(err)
 	}
 	if got := proxy.device.next(t); !bytes.Equal(got, pkt) {
@@ -372,7 +395,8 @@ func TestProbe(t *testing.T) {
 	default:
 		t.Error("Probe returned without a sign of life")
 	}
-	// The other probe is for peers that answer with their IP stack: it expires there.
+	// The other probe is for peers that answer with their IP stack: it expires
+	// there.
 	p := parse(t, proxy.device.next(t))
 	if p.HopLimit != 1 || p.Src != clientAddr4 {
 		t.Errorf("got %+v", p)
@@ -398,7 +422,8 @@ func TestEnds(t *testing.T) {
 			t.Error("a packet was sent after the end")
 		}
 	})
-	for _, code := range []quic.ApplicationErrorCode{0, quic.ApplicationErrorCode(http3.ErrCodeNoError)} {
+	for _, code := range []quic.ApplicationErrorCode{0,
+		quic.ApplicationErrorCode(http3.ErrCodeNoError)} {
 		t.Run(fmt.Sprintf("connection closed by the peer with %#x", code), func(t *testing.T) {
 			client, proxy := newPair(t, Config{}, Config{})
 			_ = client.datagrams.conn.CloseWithError(code, "")
@@ -416,7 +441,8 @@ func TestEnds(t *testing.T) {
 	})
 }
 
-// stuckQUIC is a QUIC connection whose queue of datagrams is full until it is closed.
+// stuckQUIC is a QUIC connection whose queue of datagrams is full until it is
+// closed.
 type stuckQUIC struct{ closed chan struct{} }
 
 func (q stuckQUIC) SendDatagram([]byte) error {
@@ -454,7 +480,8 @@ func (s blockedStream) Write([]byte) (int, error) {
 	return 0, errors.New("ended")
 }
 
-// A peer that does not read holds up the capsules to it, but no change of its policy.
+// A peer that does not read holds up the capsules to it, but no change of its
+// policy.
 func TestPolicyChangesWhileTheStreamIsBlocked(t *testing.T) {
 	str := blockedStream{writing: make(chan struct{}), ended: make(chan struct{})}
 	c := New(str, nil, Config{})
@@ -479,8 +506,10 @@ func TestPolicyChangesWhileTheStreamIsBlocked(t *testing.T) {
 func wantICMP(t *testing.T, pkt []byte, dst netip.Addr, typ, code uint8) {
 	t.Helper()
 	p := parse(t, pkt)
-	if p.Dst != dst || !ippacket.IsICMPError(pkt, p) || pkt[p.HeaderLen] != typ || pkt[p.HeaderLen+1] != code {
-		t.Errorf("got an answer to %v of type %d code %d, want to %v, %d, %d", p.Dst, pkt[p.HeaderLen], pkt[p.HeaderLen+1], dst, typ, code)
+	if p.Dst != dst || !ippacket.IsICMPError(pkt, p) || pkt[p.HeaderLen] != typ ||
+		pkt[p.HeaderLen+1] != code {
+		t.Errorf("got an answer to %v of type %d code %d, want to %v, %d, %d", p.Dst,
+			pkt[p.HeaderLen], pkt[p.HeaderLen+1], dst, typ, code)
 	}
 }
 
@@ -506,7 +535,8 @@ func waitCount(t *testing.T, done func() bool) {
 	}
 }
 
-// A host learns at once that a tunnel does not carry a family at all, from whatever address it sends.
+// A host learns at once that a tunnel does not carry a family at all, from
+// whatever address it sends.
 func TestFamilyWithoutAddress(t *testing.T) {
 	for _, tc := range []struct {
 		assigned, src, dst netip.Addr
@@ -525,7 +555,8 @@ func TestFamilyWithoutAddress(t *testing.T) {
 		}
 		got := client.device.next(t)
 		p := parse(t, got)
-		if !ippacket.IsICMPError(got, p) || got[p.HeaderLen] != tc.typ || got[p.HeaderLen+1] != tc.code || p.Dst != tc.src {
+		if !ippacket.IsICMPError(got, p) || got[p.HeaderLen] != tc.typ ||
+			got[p.HeaderLen+1] != tc.code || p.Dst != tc.src {
 			t.Errorf("from %v: answered with % x", tc.src, got)
 		}
 		if tc.src.Is6() && !p.Src.IsLinkLocalUnicast() {
@@ -534,7 +565,8 @@ func TestFamilyWithoutAddress(t *testing.T) {
 	}
 }
 
-// What does not belong on the wire is answered as a router would (RFC 4443 section 3.1, code 2, and RFC 7112 section 5).
+// What does not belong on the wire is answered as a router would (RFC 4443
+// section 3.1, code 2, and RFC 7112 section 5).
 func TestAnswersOfARouter(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	linkLocal := netip.MustParseAddr("fe80::77")
@@ -558,7 +590,8 @@ func TestAnswersOfARouter(t *testing.T) {
 	waitCount(t, func() bool { return proxy.stats.ICMPSent.Total() > 0 })
 }
 
-// A connection that begins with small packets, as on a path that may be narrow, comes to carry IPv6 without any traffic.
+// A connection that begins with small packets, as on a path that may be narrow,
+// comes to carry IPv6 without any traffic.
 func TestIdleLinkGrows(t *testing.T) {
 	grown := func(e *end) bool {
 		n, err := e.datagrams.mtu()
@@ -568,7 +601,8 @@ func TestIdleLinkGrows(t *testing.T) {
 		return n >= MinIPv6MTU
 	}
 	client, proxy := rawPairSize(t, Config{}, Config{}, 1200)
-	for tries := 1; grown(client) || grown(proxy); tries++ { // on a busy machine QUIC may have gone on before anybody looked
+	for tries := 1; grown(client) || grown(proxy); tries++ {
+		// on a busy machine QUIC may have gone on before anybody looked
 		if tries == 20 {
 			t.Fatalf("no pair began with small packets")
 		}

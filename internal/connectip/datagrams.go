@@ -11,14 +11,17 @@ import (
 	"masquevpn/internal/capture"
 )
 
-// Headroom is what a caller of Conn.Send leaves free before a packet, in bytes. It holds the longest prefix of a datagram.
+// Headroom is what a caller of Conn.Send leaves free before a packet, in bytes.
+// It holds the longest prefix of a datagram.
 const Headroom = 16
 
-// contextIPPacket is the context of datagrams that are whole IP packets (RFC 9484 section 6).
+// contextIPPacket is the context of datagrams that are whole IP packets (RFC
+// 9484 section 6).
 const contextIPPacket = 0
 
-// datagrams sends IP packets as HTTP Datagrams of one request stream in QUIC DATAGRAM frames (RFC 9297 section 2.1).
-// It builds the prefix in place and hands the frame to QUIC itself, which saves the copy that http3 would make.
+// datagrams sends IP packets as HTTP Datagrams of one request stream in QUIC
+// DATAGRAM frames (RFC 9297 section 2.1). It builds the prefix in place and
+// hands the frame to QUIC itself, which saves the copy that http3 would make.
 type datagrams struct {
 	conn   sender
 	id     uint64 // quarter stream ID
@@ -35,12 +38,16 @@ type sender interface {
 
 func newDatagrams(conn sender, id quic.StreamID) datagrams {
 	quarter := uint64(id) / 4
-	return datagrams{conn: conn, id: quarter, prefix: quicvarint.Append(quicvarint.Append(nil, quarter), contextIPPacket)}
+	return datagrams{conn: conn, id: quarter,
+		prefix: quicvarint.Append(quicvarint.Append(nil, quarter), contextIPPacket)}
 }
 
-// send sends buf[off:] and overwrites up to Headroom bytes before it. The buffer stays the caller's.
-// It blocks while QUIC's queue is full.
-func (d *datagrams) send(buf []byte, off int) error { return d.sendBy(d.conn.SendDatagram, buf, off) }
+// send sends buf[off:] and overwrites up to Headroom bytes before it. The
+// buffer stays the caller's. It blocks while QUIC's queue is full.
+func (d *datagrams) send(buf []byte,
+	off int) error {
+	return d.sendBy(d.conn.SendDatagram, buf, off)
+}
 
 // trySend is send that returns errNoRoom where that would block.
 func (d *datagrams) trySend(buf []byte, off int) error { return d.sendBy(d.sendNow, buf, off) }
@@ -58,11 +65,13 @@ func (d *datagrams) sendBy(send func([]byte) error, buf []byte, off int) error {
 	return err
 }
 
-// oversized is larger than any datagram: sending it fails, and the error names the limit.
+// oversized is larger than any datagram: sending it fails, and the error names
+// the limit.
 var oversized = make([]byte, 1<<16)
 
-// mtu returns the largest IP packet that fits in a datagram now, in bytes; it changes as QUIC discovers the path's MTU.
-// It is 0 when the peer takes only datagrams that are too short for any packet.
+// mtu returns the largest IP packet that fits in a datagram now, in bytes; it
+// changes as QUIC discovers the path's MTU. It is 0 when the peer takes only
+// datagrams that are too short for any packet.
 func (d *datagrams) mtu() (int, error) {
 	err := d.conn.SendDatagram(oversized)
 	var tooLarge *quic.DatagramTooLargeError
@@ -75,13 +84,15 @@ func (d *datagrams) mtu() (int, error) {
 	return 0, err
 }
 
-// MaxPayload returns the most that fits behind context ID 0 in a datagram of the request stream id on conn now, in bytes.
+// MaxPayload returns the most that fits behind context ID 0 in a datagram of
+// the request stream id on conn now, in bytes.
 func MaxPayload(conn *quic.Conn, id quic.StreamID) (int, error) {
 	d := newDatagrams(conn, id)
 	return d.mtu()
 }
 
-// Stream is an HTTP/3 request stream after the response: *http3.Stream at the proxy, *http3.RequestStream at the client.
+// Stream is an HTTP/3 request stream after the response: *http3.Stream at the
+// proxy, *http3.RequestStream at the client.
 type Stream interface {
 	Read([]byte) (int, error)
 	Write([]byte) (int, error)

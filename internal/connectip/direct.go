@@ -23,7 +23,8 @@ func (d *datagrams) ready() bool {
 // isDirect reports whether direct does what it says.
 func (d *datagrams) isDirect() bool { return d.real() != nil }
 
-// direct has in called for each datagram, by the goroutine that runs the connection, until stop is called.
+// direct has in called for each datagram, by the goroutine that runs the
+// connection, until stop is called.
 func (d *datagrams) direct(in *inbox) (stop func()) {
 	conn := d.real()
 	if conn == nil {
@@ -33,7 +34,8 @@ func (d *datagrams) direct(in *inbox) (stop func()) {
 	return func() { conn.HandleDatagrams(d.id, nil) }
 }
 
-// oldestReceived returns for how long the oldest packet of the connection waits for QUIC to look at it, 0 for none.
+// oldestReceived returns for how long the oldest packet of the connection waits
+// for QUIC to look at it, 0 for none.
 func (d *datagrams) oldestReceived() time.Duration {
 	if conn := d.real(); conn != nil {
 		return conn.OldestReceived()
@@ -41,7 +43,8 @@ func (d *datagrams) oldestReceived() time.Duration {
 	return 0
 }
 
-// sendNow is send that does not wait: without room in QUIC's queue it returns errNoRoom.
+// sendNow is send that does not wait: without room in QUIC's queue it returns
+// errNoRoom.
 func (d *datagrams) sendNow(frame []byte) error {
 	conn := d.real()
 	if conn == nil {

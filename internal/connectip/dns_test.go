@@ -10,12 +10,15 @@ import (
 	"masquevpn/capsule"
 )
 
-// What is said about DNS and NAT64 arrives, in both directions, and the last word counts.
+// What is said about DNS and NAT64 arrives, in both directions, and the last
+// word counts.
 func TestDNSAndPREF64(t *testing.T) {
 	client, proxy := newPair(t, Config{}, Config{})
 	corp := []capsule.DNSConfiguration{{
-		Nameservers:     []capsule.Nameserver{{Priority: 1, Addresses: []netip.Addr{proxyAddr4, proxyAddr6}}},
-		InternalDomains: []string{"corp.example"}, SearchDomains: []string{"corp.example", "example"},
+		Nameservers: []capsule.Nameserver{{Priority: 1,
+			Addresses: []netip.Addr{proxyAddr4, proxyAddr6}}},
+		InternalDomains: []string{"corp.example"},
+		SearchDomains:   []string{"corp.example", "example"},
 	}}
 	wellKnown := []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")}
 	for _, way := range []struct {
@@ -27,7 +30,8 @@ func TestDNSAndPREF64(t *testing.T) {
 				if err := way.from.AssignDNS(want); err != nil {
 					t.Fatal(err)
 				}
-				if diff := cmp.Diff(want, <-way.to.dns, cmpopts.EquateComparable(netip.Addr{}), cmpopts.EquateEmpty()); diff != "" {
+				if diff := cmp.Diff(want, <-way.to.dns, cmpopts.EquateComparable(netip.Addr{}),
+					cmpopts.EquateEmpty()); diff != "" {
 					t.Errorf("(-want +got):\n%s", diff)
 				}
 			}
@@ -35,7 +39,8 @@ func TestDNSAndPREF64(t *testing.T) {
 				if err := way.from.SendPREF64(want); err != nil {
 					t.Fatal(err)
 				}
-				if diff := cmp.Diff(want, <-way.to.pref64, cmpopts.EquateComparable(netip.Prefix{}), cmpopts.EquateEmpty()); diff != "" {
+				if diff := cmp.Diff(want, <-way.to.pref64, cmpopts.EquateComparable(netip.Prefix{}),
+					cmpopts.EquateEmpty()); diff != "" {
 					t.Errorf("(-want +got):\n%s", diff)
 				}
 			}

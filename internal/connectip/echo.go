@@ -14,17 +14,21 @@ import (
 
 const (
 	probeInterval = 200 * time.Millisecond
-	// With probeData bytes of data, an ICMPv6 echo fills the smallest link that may carry IPv6 (RFC 9484 section 7.2).
+	// With probeData bytes of data, an ICMPv6 echo fills the smallest link that
+	// may carry IPv6 (RFC 9484 section 7.2).
 	probeData = 1232
-	// answerRate is how many echo requests on the link are answered in a second.
+	// answerRate is how many echo requests on the link are answered in a
+	// second.
 	answerRate = 100
-	// keepAliveSeq is the sequence number of echoes whose answer nobody waits for.
+	// keepAliveSeq is the sequence number of echoes whose answer nobody waits
+	// for.
 	keepAliveSeq = 0
 )
 
 var allNodes = netip.MustParseAddr("ff02::1")
 
-// echo is what a Conn needs to ask whether the link works, and to answer when the peer asks.
+// echo is what a Conn needs to ask whether the link works, and to answer when
+// the peer asks.
 type echo struct {
 	addr     netip.Addr // our link-local address
 	id       uint16
@@ -49,9 +53,10 @@ func newEcho() *echo {
 	}
 }
 
-// Probe asks for a sign of life until FirstPacket or ctx ends: an ICMPv6 echo to all nodes of the link, which a peer like
-// this one answers itself, and an echo from one of our addresses that expires at the peer's end of the tunnel, which any
-// peer's IP stack answers. Neither goes beyond the peer.
+// Probe asks for a sign of life until FirstPacket or ctx ends: an ICMPv6 echo
+// to all nodes of the link, which a peer like this one answers itself, and an
+// echo from one of our addresses that expires at the peer's end of the tunnel,
+// which any peer's IP stack answers. Neither goes beyond the peer.
 func (c *Conn) Probe(ctx context.Context) {
 	tick := time.NewTicker(probeInterval)
 	defer tick.Stop()
@@ -67,9 +72,11 @@ func (c *Conn) Probe(ctx context.Context) {
 	}
 }
 
-// KeepAlive sends an echo to the peer at every interval until ctx ends. It is larger than the packets by which QUIC keeps a
-// connection alive: to those a peer that has forgotten the connection need not answer with a stateless reset (RFC 9000 section
-// 10.3.3), and an endpoint with nothing to send would not learn of the peer's restart.
+// KeepAlive sends an echo to the peer at every interval until ctx ends. It is
+// larger than the packets by which QUIC keeps a connection alive: to those a
+// peer that has forgotten the connection need not answer with a stateless reset
+// (RFC 9000 section 10.3.3), and an endpoint with nothing to send would not
+// learn of the peer's restart.
 func (c *Conn) KeepAlive(ctx context.Context, interval time.Duration) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
@@ -83,7 +90,8 @@ func (c *Conn) KeepAlive(ctx context.Context, interval time.Duration) {
 	}
 }
 
-// Ping sends an echo to the peer, which QUIC acknowledges even if the peer does not answer it. Like Send it may block.
+// Ping sends an echo to the peer, which QUIC acknowledges even if the peer does
+// not answer it. Like Send it may block.
 func (c *Conn) Ping() { c.sendEcho(c.echo.addr, allNodes, 255, true, keepAliveSeq, nil) }
 
 func (c *Conn) sendProbes(seq uint16) {
@@ -99,13 +107,15 @@ func (c *Conn) sendProbes(seq uint16) {
 	}
 }
 
-func (c *Conn) sendEcho(src, dst netip.Addr, hopLimit uint8, request bool, seq uint16, data []byte) {
+func (c *Conn) sendEcho(src, dst netip.Addr, hopLimit uint8, request bool, seq uint16,
+	data []byte) {
 	buf := make([]byte, Headroom, Headroom+48+len(data))
 	buf = ippacket.AppendEcho(buf, src, dst, hopLimit, request, c.echo.id, seq, data)
 	_ = c.datagrams.send(buf, Headroom) // an echo may get lost
 }
 
-// handleLinkLocal takes echo requests to all nodes and answers to our own; anything else on the link is not for us.
+// handleLinkLocal takes echo requests to all nodes and answers to our own;
+// anything else on the link is not for us.
 func (c *Conn) handleLinkLocal(pkt []byte, p ippacket.Packet) bool {
 	request, id, seq, data, ok := ippacket.ParseEcho(pkt, p)
 	switch {
@@ -113,7 +123,8 @@ func (c *Conn) handleLinkLocal(pkt []byte, p ippacket.Packet) bool {
 		return false
 	case request && (p.Dst == allNodes || p.Dst == c.echo.addr):
 		if c.echo.answers.Allow() {
-			c.answer(ippacket.AppendEcho(make([]byte, Headroom, Headroom+48+len(data)), c.echo.addr, p.Src, 255, false, id, seq, data))
+			c.answer(ippacket.AppendEcho(make([]byte, Headroom, Headroom+48+len(data)), c.echo.addr,
+				p.Src, 255, false, id, seq, data))
 		}
 		return true
 	case !request && p.Dst == c.echo.addr && id == c.echo.id:

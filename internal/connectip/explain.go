@@ -42,15 +42,18 @@ func Explain(err error) string {
 		return "the peer does not know the connection any more, as after a restart"
 	}
 	if e, ok := errors.AsType[*quic.TransportError](err); ok && e.Remote {
-		return withMessage(fmt.Sprintf("the peer closed the connection with the error %v", e.ErrorCode), e.ErrorMessage)
+		return withMessage(fmt.Sprintf("the peer closed the connection with the error %v",
+			e.ErrorCode), e.ErrorMessage)
 	}
 	if e, ok := errors.AsType[*quic.ApplicationError](err); ok && !e.Remote {
 		return "this end closed the connection"
 	} else if ok {
-		return withMessage(fmt.Sprintf("the peer closed the connection with the error %v", http3.ErrCode(e.ErrorCode)), e.ErrorMessage)
+		return withMessage(fmt.Sprintf("the peer closed the connection with the error %v",
+			http3.ErrCode(e.ErrorCode)), e.ErrorMessage)
 	}
 	if e, ok := errors.AsType[*quic.StreamError](err); ok && e.Remote {
-		return fmt.Sprintf("the peer reset the stream with the error %v", http3.ErrCode(e.ErrorCode))
+		return fmt.Sprintf("the peer reset the stream with the error %v",
+			http3.ErrCode(e.ErrorCode))
 	}
 	return err.Error()
 }

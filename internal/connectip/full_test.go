@@ -15,8 +15,9 @@ import (
 	"masquevpn/capsule"
 )
 
-// Capsules get through while the queue of datagrams, each of which fills a packet, never runs empty. With the stock quic-go they
-// wait until it does: this is what the edit "control" is for.
+// Capsules get through while the queue of datagrams, each of which fills a
+// packet, never runs empty. With the stock quic-go they wait until it does:
+// this is what the edit "control" is for.
 func TestCapsulesThroughAFullTunnel(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	const rounds = 10
@@ -56,7 +57,8 @@ func fillQueue(t *testing.T, e *end) (stop func()) {
 					started <- struct{}{}
 				}
 				var tooLarge *quic.DatagramTooLargeError
-				if err := e.datagrams.send(buf[:Headroom+mtu()], Headroom); err != nil && !errors.As(err, &tooLarge) {
+				if err := e.datagrams.send(buf[:Headroom+mtu()], Headroom); err != nil &&
+					!errors.As(err, &tooLarge) {
 					t.Errorf("sending: %v", err)
 					return
 				}

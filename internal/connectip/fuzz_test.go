@@ -24,10 +24,12 @@ func (d *recorder) Write(bufs [][]byte, offset int) (int, error) {
 	return len(bufs), nil
 }
 
-// FuzzDatagram takes data as a datagram of the peer, and as a packet of the host, at a proxy and at a client. Whatever it
-// is, only what the policy allows gets to the other side, besides ICMP errors of this endpoint to who sent it.
+// FuzzDatagram takes data as a datagram of the peer, and as a packet of the
+// host, at a proxy and at a client. Whatever it is, only what the policy allows
+// gets to the other side, besides ICMP errors of this endpoint to who sent it.
 func FuzzDatagram(f *testing.F) {
-	addrs := []netip.Addr{clientAddr4, clientAddr6, proxyAddr4, proxyAddr6, target4, target6, elsewhere4, allNodes}
+	addrs := []netip.Addr{clientAddr4, clientAddr6, proxyAddr4, proxyAddr6, target4, target6,
+		elsewhere4, allNodes}
 	for _, src := range addrs {
 		for _, dst := range addrs {
 			pkt := echoPacket(src, dst, 2, 64)[Headroom:]
@@ -43,7 +45,8 @@ func FuzzDatagram(f *testing.F) {
 			if src.Is6() {
 				from = target6
 			}
-			if pkt, ok := ippacket.AppendICMPError(nil, pkt, p, ippacket.HopLimitExceeded, from, 0); ok {
+			if pkt, ok := ippacket.AppendICMPError(nil, pkt, p, ippacket.HopLimitExceeded, from,
+				0); ok {
 				f.Add(append([]byte{contextIPPacket}, pkt...), uint16(1350), true)
 			}
 		}
@@ -64,12 +67,14 @@ func FuzzDatagram(f *testing.F) {
 	})
 }
 
-// datagram checks what FuzzDatagram says, with routes of a protocol that ends at a client or at a proxy.
+// datagram checks what FuzzDatagram says, with routes of a protocol that ends
+// at a client or at a proxy.
 func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool) {
 	device, quic := &recorder{}, &fakeQUIC{limit: limit}
 	cfg := Config{Device: device, Stats: &Stats{}}
 	granted := []capsule.Address{{Prefix: host(clientAddr4)}, {Prefix: host(clientAddr6)}}
-	routes := capsule.Routes([]netip.Prefix{host(proxyAddr4), netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("::/0")}, protocol)
+	routes := capsule.Routes([]netip.Prefix{host(proxyAddr4), netip.MustParsePrefix("192.0.2.0/24"),
+		netip.MustParsePrefix("::/0")}, protocol)
 	var c *Conn
 	if client {
 		cfg.Handler.Assigned = func([]capsule.Address) error { return nil }
@@ -79,13 +84,16 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 		check(t, c.handleRoutes(routes))
 	} else {
 		cfg.Self = []netip.Addr{proxyAddr4, proxyAddr6}
-		cfg.Denied = []netip.Prefix{netip.MustParsePrefix("192.0.2.128/25"), netip.MustParsePrefix("fd77::/64")}
+		cfg.Denied = []netip.Prefix{netip.MustParsePrefix("192.0.2.128/25"),
+			netip.MustParsePrefix("fd77::/64")}
 		c = newFake(quic, cfg)
 		check(t, c.Assign(granted))
 		check(t, c.Advertise(routes))
 	}
 	pol := c.policy.Load()
-	maySend := func(a netip.Addr, proto uint8) bool { return pol.isSelf(a) || pol.sendFrom.allow(a, proto) }
+	maySend := func(a netip.Addr, proto uint8) bool {
+		return pol.isSelf(a) || pol.sendFrom.allow(a, proto)
+	}
 
 	// From the peer.
 	in := newInbox(c)
@@ -105,7 +113,8 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 		switch {
 		case err != nil || !bytes.Equal(pkt, data[n:]):
 			t.Errorf("changed on the way: % x", pkt)
-		case pol.isSelf(p.Src) || !pol.recvFrom.allow(p.Src, p.Protocol) && !quotes(pkt, p, maySend, pol.sendTo):
+		case pol.isSelf(p.Src) || !pol.recvFrom.allow(p.Src, p.Protocol) &&
+			!quotes(pkt, p, maySend, pol.sendTo):
 			t.Errorf("delivered from %v", p.Src)
 		case !pol.recvTo.allow(p.Dst, p.Protocol):
 			t.Errorf("delivered to %v", p.Dst)
@@ -165,7 +174,8 @@ func source(pkt []byte) netip.Addr {
 	return netip.Addr{}
 }
 
-// quotes reports whether pkt is an ICMP error to the source of what it quotes, which was sent from and to where that is allowed.
+// quotes reports whether pkt is an ICMP error to the source of what it quotes,
+// which was sent from and to where that is allowed.
 func quotes(pkt []byte, p ippacket.Packet, from func(netip.Addr, uint8) bool, to ranges) bool {
 	q, ok := ippacket.Quoted(pkt, p)
 	return ok && q.Src == p.Dst && from(q.Src, q.Protocol) && to.allow(q.Dst, q.Protocol)

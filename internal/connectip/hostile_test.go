@@ -30,7 +30,8 @@ type deafStream struct {
 }
 
 func newDeafStream() *deafStream {
-	return &deafStream{ctx: context.Background(), deadlines: make(chan time.Time, 10), writing: make(chan time.Time, 10), written: make(chan struct{}), read: make(chan struct{})}
+	return &deafStream{ctx: context.Background(), deadlines: make(chan time.Time, 10),
+		writing: make(chan time.Time, 10), written: make(chan struct{}), read: make(chan struct{})}
 }
 
 func (s *deafStream) Write([]byte) (int, error) {
@@ -83,7 +84,8 @@ func deaf(t *testing.T) (c *Conn, s *deafStream, stop func(), done chan error) {
 	return c, s, stop, done
 }
 
-// A peer that does not read a capsule is given up after a while, and until then nothing else waits for it.
+// A peer that does not read a capsule is given up after a while, and until then
+// nothing else waits for it.
 func TestPeerThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, s, stop, done := deaf(t)
@@ -116,9 +118,12 @@ func TestPeerThatDoesNotRead(t *testing.T) {
 	})
 }
 
-// A tunnel that ends while its peer does not read is not held up, and its stream not closed in the middle of a capsule.
+// A tunnel that ends while its peer does not read is not held up, and its
+// stream not closed in the middle of a capsule.
 func TestEndWhilePeerDoesNotRead(t *testing.T) {
-	t.Run("in a capsule", func(t *testing.T) { // not in a bubble, where time stands still for a goroutine that waits for a mutex
+	t.Run("in a capsule", func(t *testing.T) {
+		// not in a bubble, where time stands still for a goroutine that waits
+		// for a mutex
 		c, s, stop, done := deaf(t)
 		wrote := make(chan error, 1)
 		go func() { wrote <- c.Advertise(nil) }()
@@ -151,7 +156,8 @@ func TestEndWhilePeerDoesNotRead(t *testing.T) {
 
 // A peer that refuses to hear more ends the tunnel.
 func TestStopSending(t *testing.T) {
-	for code, inOrder := range map[http3.ErrCode]bool{http3.ErrCodeNoError: true, http3.ErrCodeRequestCanceled: false} {
+	for code, inOrder := range map[http3.ErrCode]bool{http3.ErrCodeNoError: true,
+		http3.ErrCodeRequestCanceled: false} {
 		client, proxy := rawPair(t, Config{}, Config{})
 		proxy.start(t.Context())
 		client.stream.CancelRead(quic.StreamErrorCode(code))
@@ -163,7 +169,8 @@ func TestStopSending(t *testing.T) {
 	}
 }
 
-// Capsules are handled at a rate that their effects can bear; long ones count for more, and packets not at all.
+// Capsules are handled at a rate that their effects can bear; long ones count
+// for more, and packets not at all.
 func TestPace(t *testing.T) {
 	routes := func(n int) *capsule.RouteAdvertisement {
 		return &capsule.RouteAdvertisement{Routes: make([]capsule.Route, n)}
@@ -177,8 +184,10 @@ func TestPace(t *testing.T) {
 		{"packets", &capsule.Datagram{}, 10000, 0},
 		{"a burst", &capsule.AddressAssign{}, capsuleBurst, 0},
 		{"short ones", &capsule.DNSAssign{}, capsuleBurst + 100, 100 * time.Second / capsuleRate},
-		{"long ones", routes(10 * entriesPerCapsule), capsuleBurst, (11*capsuleBurst - capsuleBurst) * time.Second / capsuleRate},
-		{"the longest", &capsule.AddressRequest{Addresses: make([]capsule.Address, 1000*entriesPerCapsule)}, 2, capsuleBurst * time.Second / capsuleRate},
+		{"long ones", routes(10 * entriesPerCapsule), capsuleBurst,
+			(11*capsuleBurst - capsuleBurst) * time.Second / capsuleRate},
+		{"the longest", &capsule.AddressRequest{Addresses: make([]capsule.Address,
+			1000*entriesPerCapsule)}, 2, capsuleBurst * time.Second / capsuleRate},
 		{"prefixes", &capsule.PREF64{Prefixes: make([]netip.Prefix, 100)}, capsuleBurst, 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -243,12 +252,14 @@ func TestTooManyAddresses(t *testing.T) {
 	if err := proxy.Assign(assigned); err != nil {
 		t.Fatal(err)
 	}
-	if err := client.wait(t); !errors.Is(err, capsule.ErrTooLarge) || !strings.Contains(err.Error(), fmt.Sprint(MaxAssigned+1)) {
+	if err := client.wait(t); !errors.Is(err, capsule.ErrTooLarge) ||
+		!strings.Contains(err.Error(), fmt.Sprint(MaxAssigned+1)) {
 		t.Errorf("Run: %v", err)
 	}
 }
 
-// While the device does not take packets, those in capsules wait in the stream: they may be long.
+// While the device does not take packets, those in capsules wait in the stream:
+// they may be long.
 func TestLongPacketsDoNotPileUp(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	for range cap(proxy.device) { // it takes no more
@@ -309,7 +320,8 @@ func (s *slowStream) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// A long capsule may take longer than a peer may be silent, as long as some of it is read all the time.
+// A long capsule may take longer than a peer may be silent, as long as some of
+// it is read all the time.
 func TestLongCapsuleOnASlowPath(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &slowStream{deafStream: newDeafStream(), perChunk: writeTimeout / 2}

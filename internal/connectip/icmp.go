@@ -6,8 +6,9 @@ import (
 	"masquevpn/internal/ippacket"
 )
 
-// ICMP errors per second and in a burst, for each direction; Packet Too Big has an allowance of its own, because path MTU
-// discovery depends on it (RFC 4443 section 2.4 f).
+// ICMP errors per second and in a burst, for each direction; Packet Too Big has
+// an allowance of its own, because path MTU discovery depends on it (RFC 4443
+// section 2.4 f).
 const (
 	errorRate  = 10
 	errorBurst = 10
@@ -17,7 +18,8 @@ const (
 type errorLimits struct{ other, tooBig *rate.Limiter }
 
 func newErrorLimits() errorLimits {
-	return errorLimits{other: rate.NewLimiter(errorRate, errorBurst), tooBig: rate.NewLimiter(errorRate, errorBurst)}
+	return errorLimits{other: rate.NewLimiter(errorRate, errorBurst),
+		tooBig: rate.NewLimiter(errorRate, errorBurst)}
 }
 
 func (l errorLimits) of(kind ippacket.ICMPError) *rate.Limiter {
@@ -27,11 +29,14 @@ func (l errorLimits) of(kind ippacket.ICMPError) *rate.Limiter {
 	return l.other
 }
 
-// maxICMPError is the size of the largest ICMP error that is made, in bytes (RFC 4443 section 2.4 c).
+// maxICMPError is the size of the largest ICMP error that is made, in bytes
+// (RFC 4443 section 2.4 c).
 const maxICMPError = 1280
 
-// icmpError makes the ICMP error about pkt behind Headroom free bytes, or returns nil when none may be sent.
-func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind ippacket.ICMPError, mtu int) []byte {
+// icmpError makes the ICMP error about pkt behind Headroom free bytes, or
+// returns nil when none may be sent.
+func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind ippacket.ICMPError,
+	mtu int) []byte {
 	limit := limits.of(kind)
 	if limit.Tokens() < 1 { // so that a flood of what deserves an error costs no memory
 		c.cfg.Stats.ICMPSuppressed.Add(1)
@@ -41,7 +46,8 @@ func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind
 	if p.Version == 6 && !src.IsValid() {
 		src = c.echo.addr
 	}
-	buf, ok := ippacket.AppendICMPError(make([]byte, Headroom, Headroom+maxICMPError), pkt, p, kind, src, mtu)
+	buf, ok := ippacket.AppendICMPError(make([]byte, Headroom, Headroom+maxICMPError), pkt, p, kind,
+		src, mtu)
 	if !ok {
 		return nil
 	}
@@ -60,16 +66,17 @@ func (c *Conn) answerHost(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError
 	}
 }
 
-// answerPeer answers a packet that came from the peer, into the tunnel: never through the routing table, which might send
-// it to somebody else.
+// answerPeer answers a packet that came from the peer, into the tunnel: never
+// through the routing table, which might send it to somebody else.
 func (c *Conn) answerPeer(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError) {
 	if buf := c.icmpError(c.toPeer, pkt, p, kind, 0); buf != nil {
 		c.answer(buf)
 	}
 }
 
-// answer queues a packet for the peer, behind Headroom free bytes, and drops it when many wait: those who answer the peer's packets
-// must not wait for QUIC, which may be what calls them.
+// answer queues a packet for the peer, behind Headroom free bytes, and drops it
+// when many wait: those who answer the peer's packets must not wait for QUIC,
+// which may be what calls them.
 func (c *Conn) answer(buf []byte) {
 	select {
 	case c.toSend <- buf:

@@ -11,24 +11,31 @@ import (
 )
 
 const (
-	// maxBatch is how many packets go to the device at once: as many as it merges into one.
+	// maxBatch is how many packets go to the device at once: as many as it
+	// merges into one.
 	maxBatch = 64
-	// maxInline is how many packets are written at once by who brings them: waking another goroutine takes longer.
+	// maxInline is how many packets are written at once by who brings them:
+	// waking another goroutine takes longer.
 	maxInline = 4
-	// mergedPacket is the room for the longest packet, and its headroom, on its way to the device: the device may append the
-	// segments that follow.
+	// mergedPacket is the room for the longest packet, and its headroom, on its
+	// way to the device: the device may append the segments that follow.
 	mergedPacket = Headroom + 1<<16
-	// batchWait is how long a connection waits for a batch. All come back sooner unless the device does not keep up.
+	// batchWait is how long a connection waits for a batch. All come back
+	// sooner unless the device does not keep up.
 	batchWait = 20 * time.Millisecond
 )
 
-// inbox collects the packets of the peer and hands them to the device in batches, which lets the device merge the segments of a
-// flow into a single write. One goroutine fills a batch while another one writes the last.
+// inbox collects the packets of the peer and hands them to the device in
+// batches, which lets the device merge the segments of a flow into a single
+// write. One goroutine fills a batch while another one writes the last.
 //
-// All connections share the batches, so they have to come back whatever a peer does. The goroutine of a connection holds one at
-// most, because it flushes the inbox of one stream before it fills that of another, and it holds it for a run of packets that are
-// at hand. While it holds one, it waits for nothing but the writer of the same stream, which holds one at most, and waits for the
-// device alone. It waits for a batch only while it holds none, and not for long: after that it writes packets one by one.
+// All connections share the batches, so they have to come back whatever a peer
+// does. The goroutine of a connection holds one at most, because it flushes the
+// inbox of one stream before it fills that of another, and it holds it for a
+// run of packets that are at hand. While it holds one, it waits for nothing but
+// the writer of the same stream, which holds one at most, and waits for the
+// device alone. It waits for a batch only while it holds none, and not for
+// long: after that it writes packets one by one.
 type inbox struct {
 	conn  *Conn
 	size  int // of a batch
@@ -43,12 +50,14 @@ type inbox struct {
 }
 
 func newInbox(c *Conn) *inbox {
-	return &inbox{conn: c, size: min(maxBatch, c.cfg.Device.BatchSize()), full: make(chan *batch), ended: c.life.Done()}
+	return &inbox{conn: c, size: min(maxBatch, c.cfg.Device.BatchSize()), full: make(chan *batch),
+		ended: c.life.Done()}
 }
 
-// HandleDatagram takes one HTTP Datagram, context ID first, and does not keep it. It waits while the device does not keep up:
-// packets are then dropped where it costs least, at the socket. The goroutine that calls it calls FlushDatagrams before it does
-// anything else that may take long.
+// HandleDatagram takes one HTTP Datagram, context ID first, and does not keep
+// it. It waits while the device does not keep up: packets are then dropped
+// where it costs least, at the socket. The goroutine that calls it calls
+// FlushDatagrams before it does anything else that may take long.
 func (in *inbox) HandleDatagram(b []byte) {
 	defer rescue.Catch(in.conn.panicked) // of a goroutine that is QUIC's
 	in.mu.Lock()
@@ -65,7 +74,8 @@ func (in *inbox) FlushDatagrams() {
 	in.starved = false
 }
 
-// push adds a packet, of which it makes a copy. It returns false when nobody will take the packet any more.
+// push adds a packet, of which it makes a copy. It returns false when nobody
+// will take the packet any more.
 func (in *inbox) push(pkt []byte) bool {
 	if in.batch == nil {
 		in.conn.filling.Begin()
@@ -138,18 +148,21 @@ func (in *inbox) close() {
 	}
 }
 
-// unbatched writes packets to the device of conn one by one, in a buffer of their own.
+// unbatched writes packets to the device of conn one by one, in a buffer of
+// their own.
 type unbatched struct {
 	conn *Conn
 	busy *Busy // of the goroutine
 }
 
-// maxUnbatched is the longest packet for which there are buffers, in bytes; longer ones come in capsules only.
+// maxUnbatched is the longest packet for which there are buffers, in bytes;
+// longer ones come in capsules only.
 const maxUnbatched = 2048
 
 var unbatchedBuffers = sync.Pool{New: func() any { return new([Headroom + maxUnbatched]byte) }}
 
-// push writes a packet, of which it makes a copy. It returns false when nobody will take the packet any more.
+// push writes a packet, of which it makes a copy. It returns false when nobody
+// will take the packet any more.
 func (u unbatched) push(pkt []byte) bool {
 	if u.conn.life.Err() != nil {
 		return false
@@ -171,10 +184,12 @@ func (u unbatched) push(pkt []byte) bool {
 	return true
 }
 
-// straggling is how long datagrams come by way of the stream although they are handled directly: those that came before.
+// straggling is how long datagrams come by way of the stream although they are
+// handled directly: those that came before.
 const straggling = time.Second
 
-// receive takes the datagrams that come by way of the stream, until that or c.life ends or none come that way any more.
+// receive takes the datagrams that come by way of the stream, until that or
+// c.life ends or none come that way any more.
 func (c *Conn) receive() {
 	ctx := c.life
 	if c.datagrams.isDirect() {
@@ -191,8 +206,8 @@ func (c *Conn) receive() {
 	}
 }
 
-// deliver writes batches to the device until the inbox has ended. It is no worker: with a new goroutine for each batch, throughput is some
-// percent less.
+// deliver writes batches to the device until the inbox has ended. It is no
+// worker: with a new goroutine for each batch, throughput is some percent less.
 func (in *inbox) deliver() {
 	for {
 		select {
@@ -215,7 +230,8 @@ func (c *Conn) write(b *batch, busy *Busy) {
 	}
 }
 
-// batch is the packets of one write to a device. Untouched memory costs nothing, so the room to merge is cheap.
+// batch is the packets of one write to a device. Untouched memory costs
+// nothing, so the room to merge is cheap.
 type batch struct {
 	slab []byte
 	bufs [maxBatch][]byte

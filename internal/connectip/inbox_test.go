@@ -6,7 +6,8 @@ import (
 	"masquevpn/capsule"
 )
 
-// receiver makes a Conn of a peer that may send anywhere, without a network, and its device.
+// receiver makes a Conn of a peer that may send anywhere, without a network,
+// and its device.
 func receiver(t *testing.T) (*Conn, device) {
 	t.Helper()
 	dev := make(device, 2*maxBatch)
@@ -20,14 +21,17 @@ func receiver(t *testing.T) (*Conn, device) {
 	return c, dev
 }
 
-// Packets get to the device while other peers hold all batches, on every way by which they come.
+// Packets get to the device while other peers hold all batches, on every way by
+// which they come.
 func TestPacketsWithoutABatch(t *testing.T) {
 	for range cap(batches) {
 		b := <-batches
 		defer b.free()
 	}
-	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
-	long := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 2*maxUnbatched)[Headroom:]...)
+	datagram := append([]byte{contextIPPacket},
+		echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
+	long := append([]byte{contextIPPacket},
+		echoPacket(clientAddr4, target4, 64, 2*maxUnbatched)[Headroom:]...)
 	for _, tc := range []struct {
 		name    string
 		receive func(*Conn, *inbox)
@@ -39,8 +43,12 @@ func TestPacketsWithoutABatch(t *testing.T) {
 			}
 			in.FlushDatagrams()
 		}, []int{100, 100, 100}},
-		{"by way of the stream", func(c *Conn, _ *inbox) { c.handleDatagram(datagram, unbatched{c, new(Busy)}) }, []int{100}},
-		{"in a long capsule", func(c *Conn, _ *inbox) { c.handleDatagram(long, unbatched{c, new(Busy)}) }, []int{2 * maxUnbatched}},
+		{"by way of the stream", func(c *Conn, _ *inbox) {
+			c.handleDatagram(datagram, unbatched{c, new(Busy)})
+		}, []int{100}},
+		{"in a long capsule", func(c *Conn, _ *inbox) {
+			c.handleDatagram(long, unbatched{c, new(Busy)})
+		}, []int{2 * maxUnbatched}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c, dev := receiver(t)
@@ -57,9 +65,11 @@ func TestPacketsWithoutABatch(t *testing.T) {
 	}
 }
 
-// An inbox gives back its batch when it is flushed, and when its session has ended.
+// An inbox gives back its batch when it is flushed, and when its session has
+// ended.
 func TestBatchesComeBack(t *testing.T) {
-	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
+	datagram := append([]byte{contextIPPacket},
+		echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
 	for _, tc := range []struct {
 		name string
 		end  func(*Conn, *inbox)

@@ -7,22 +7,28 @@ import (
 	"masquevpn/internal/worker"
 )
 
-// QUIC finds out how large packets may be, but only ever upwards: when the path's MTU shrinks, large datagrams vanish while
-// small ones keep the connection alive. So the link itself is asked whether it carries what it is used for, by echoes of
-// that size (RFC 8899 section 4.3, RFC 9484 section 10.1). What does not pass becomes a cap on the MTU. Only on a new path QUIC
-// begins anew, with small packets, and then what was found out about the old one counts no more.
+// QUIC finds out how large packets may be, but only ever upwards: when the
+// path's MTU shrinks, large datagrams vanish while small ones keep the
+// connection alive. So the link itself is asked whether it carries what it is
+// used for, by echoes of that size (RFC 8899 section 4.3, RFC 9484 section
+// 10.1). What does not pass becomes a cap on the MTU. Only on a new path QUIC
+// begins anew, with small packets, and then what was found out about the old
+// one counts no more.
 
 const (
 	mtuInterval    = time.Second      // between looks at QUIC's datagram size
 	verifyInterval = 5 * time.Second  // between checks of a link that carries large packets
 	raiseInterval  = 60 * time.Second // between attempts to lift a cap
 	maxNudges      = 80               // echoes that keep QUIC's discovery going
-	echoTries      = 3                // echoes that have to get lost before a size counts as too large
-	minEchoWait    = 300 * time.Millisecond
+	// echoes that have to get lost before a size counts as too large
+	echoTries   = 3
+	minEchoWait = 300 * time.Millisecond
 
-	// MinIPv6MTU is the smallest MTU of a link that carries IPv6, in bytes (RFC 8200 section 5).
+	// MinIPv6MTU is the smallest MTU of a link that carries IPv6, in bytes (RFC
+	// 8200 section 5).
 	MinIPv6MTU = 1280
-	// largePacket is the size above which packets may get lost for their size: QUIC runs on every path that carries 1200 bytes.
+	// largePacket is the size above which packets may get lost for their size:
+	// QUIC runs on every path that carries 1200 bytes.
 	largePacket = 1100
 	// mtuStep is how exactly the MTU of a narrow path is found out, in bytes.
 	mtuStep = 16
@@ -41,7 +47,8 @@ type linkWatch struct {
 }
 
 func newLinkWatch(c *Conn) *linkWatch {
-	// QUIC's discovery begins with the connection and takes some round trips: look often at first.
+	// QUIC's discovery begins with the connection and takes some round trips:
+	// look often at first.
 	w := &linkWatch{conn: c, wait: mtuInterval / 8, checked: time.Now(), raised: time.Now()}
 	w.worker = worker.New(c.guarded(w.look))
 	w.timer = time.AfterFunc(mtuInterval, w.worker.Wake)
@@ -64,7 +71,8 @@ func (w *linkWatch) look() {
 		w.nudges, w.wait, w.checked = 0, mtuInterval/8, time.Now()
 	}
 	if w.nudges < maxNudges && int(c.quicMTU.Load()) < MinIPv6MTU {
-		// QUIC discovers only while something is sent, and begins with small packets on a path that may be narrow.
+		// QUIC discovers only while something is sent, and begins with small
+		// packets on a path that may be narrow.
 		w.nudges++
 		w.wait = mtuInterval / 8
 		c.sendEcho(c.echo.addr, allNodes, 255, true, 0, nil)
@@ -91,9 +99,11 @@ func (w *linkWatch) look() {
 	}
 }
 
-// largestThatPasses searches between low, which passes, and high, which does not, in bytes.
+// largestThatPasses searches between low, which passes, and high, which does
+// not, in bytes.
 func (c *Conn) largestThatPasses(low, high int) int {
-	// The sizes that matter most are tried first: those around which paths are built.
+	// The sizes that matter most are tried first: those around which paths are
+	// built.
 	if low < MinIPv6MTU && MinIPv6MTU < high {
 		if c.passes(MinIPv6MTU) {
 			low = MinIPv6MTU
@@ -161,7 +171,8 @@ func (c *Conn) updateMTU() {
 	}
 }
 
-// MTU is the largest IP packet that the link carries now, in bytes. Below MinIPv6MTU it carries no IPv6.
+// MTU is the largest IP packet that the link carries now, in bytes. Below
+// MinIPv6MTU it carries no IPv6.
 func (c *Conn) MTU() int { return int(c.maxPacket.Load()) }
 
 // carriesIPv6 reports whether IPv6 packets may be sent (RFC 9484 section 10.1).

@@ -17,20 +17,24 @@ import (
 func synPacket(t testing.TB, src, dst netip.Addr, mss uint16) []byte {
 	t.Helper()
 	tcp := &layers.TCP{SrcPort: 40000, DstPort: 443, SYN: true, Options: []layers.TCPOption{{
-		OptionType: layers.TCPOptionKindMSS, OptionLength: 4, OptionData: binary.BigEndian.AppendUint16(nil, mss),
+		OptionType: layers.TCPOptionKindMSS, OptionLength: 4,
+		OptionData: binary.BigEndian.AppendUint16(nil, mss),
 	}}}
 	var ip interface {
 		gopacket.NetworkLayer
 		gopacket.SerializableLayer
-	} = &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolTCP, SrcIP: net.IP(src.AsSlice()), DstIP: net.IP(dst.AsSlice())}
+	} = &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolTCP,
+		SrcIP: net.IP(src.AsSlice()), DstIP: net.IP(dst.AsSlice())}
 	if src.Is6() {
-		ip = &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: layers.IPProtocolTCP, SrcIP: net.IP(src.AsSlice()), DstIP: net.IP(dst.AsSlice())}
+		ip = &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: layers.IPProtocolTCP,
+			SrcIP: net.IP(src.AsSlice()), DstIP: net.IP(dst.AsSlice())}
 	}
 	if err := tcp.SetNetworkLayerForChecksum(ip); err != nil {
 		t.Fatal(err)
 	}
 	buf := gopacket.NewSerializeBuffer()
-	if err := gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, ip, tcp); err != nil {
+	if err := gopacket.SerializeLayers(buf,
+		gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, ip, tcp); err != nil {
 		t.Fatal(err)
 	}
 	return append(make([]byte, Headroom), buf.Bytes()...)
@@ -57,12 +61,14 @@ func (s *sent) SendDatagram(b []byte) error {
 // offlineConn makes a Conn of a proxy, of which nothing runs.
 func offlineConn(t *testing.T, cfg Config) (*Conn, *sent) {
 	t.Helper()
-	cfg.Device, cfg.Stats, cfg.Self = make(device, 1), &Stats{}, []netip.Addr{proxyAddr4, proxyAddr6}
+	cfg.Device, cfg.Stats, cfg.Self = make(device, 1), &Stats{},
+		[]netip.Addr{proxyAddr4, proxyAddr6}
 	c, conn := New(fakeStream{}, nil, cfg), &sent{}
 	t.Cleanup(func() { c.stop(nil) })
 	c.datagrams.conn = conn
 	c.link.peer = []netip.Prefix{host(clientAddr4), host(clientAddr6)}
-	c.link.routes = capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}, 0)
+	c.link.routes = capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"),
+		netip.MustParsePrefix("::/0")}, 0)
 	if err := c.update(); err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +76,8 @@ func offlineConn(t *testing.T, cfg Config) (*Conn, *sent) {
 	return c, conn
 }
 
-// A TCP SYN announces no more than the tunnel carries, whichever end lets it in and whichever end lets it out.
+// A TCP SYN announces no more than the tunnel carries, whichever end lets it in
+// and whichever end lets it out.
 func TestMSSIsClamped(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
@@ -107,7 +114,8 @@ func TestMSSIsClamped(t *testing.T) {
 	}
 }
 
-// What a peer without a network behind it passes on comes from its own addresses, ICMP errors too.
+// What a peer without a network behind it passes on comes from its own
+// addresses, ICMP errors too.
 func TestErrorsOfOthers(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -124,7 +132,8 @@ func TestErrorsOfOthers(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			c, _ := offlineConn(t, Config{OwnErrors: tc.own})
 			about := echoPacket(target4, clientAddr4, 1, 64)[Headroom:]
-			pkt, ok := ippacket.AppendICMPError(nil, about, parse(t, about), ippacket.HopLimitExceeded, tc.src, 0)
+			pkt, ok := ippacket.AppendICMPError(nil, about, parse(t, about),
+				ippacket.HopLimitExceeded, tc.src, 0)
 			if !ok {
 				t.Fatal("no ICMP error was made")
 			}

@@ -10,14 +10,17 @@ import (
 	"masquevpn/internal/rescue"
 )
 
-// Send sends the IP packet buf[off:] to the peer, or drops it and says why. Headroom bytes before it are overwritten, and
-// its hop limit is decremented when it is forwarded; the buffer stays the caller's. Send blocks while QUIC's queue is
-// full. What a router would answer with an ICMP error is answered through the device.
+// Send sends the IP packet buf[off:] to the peer, or drops it and says why.
+// Headroom bytes before it are overwritten, and its hop limit is decremented
+// when it is forwarded; the buffer stays the caller's. Send blocks while QUIC's
+// queue is full. What a router would answer with an ICMP error is answered
+// through the device.
 //
 // A panic ends c alone: callers serve more than one peer.
 func (c *Conn) Send(buf []byte, off int) Drop { return c.sendBy((*datagrams).send, buf, off) }
 
-// TrySend is Send for those who serve other peers as well: it drops the packet where Send would block.
+// TrySend is Send for those who serve other peers as well: it drops the packet
+// where Send would block.
 func (c *Conn) TrySend(buf []byte, off int) Drop { return c.sendBy((*datagrams).trySend, buf, off) }
 
 // sendFunc is one of the ways to send of datagrams.
@@ -38,7 +41,8 @@ func (c *Conn) sendBy(send sendFunc, buf []byte, off int) (d Drop) {
 	return d
 }
 
-// Ready reports whether Send would not wait. Builds without the edits to quic-go cannot tell.
+// Ready reports whether Send would not wait. Builds without the edits to
+// quic-go cannot tell.
 func (c *Conn) Ready() bool { return c.datagrams.ready() }
 
 func (c *Conn) forward(send sendFunc, buf []byte, off int) Drop {
@@ -57,7 +61,8 @@ func (c *Conn) forward(send sendFunc, buf []byte, off int) Drop {
 		return DropLinkLocal // RFC 9484 section 7.2; kernels send router solicitations and the like
 	}
 	pol := c.policy.Load()
-	if from := pol.sendFrom.judge(p.Src, p.Protocol); from != allowed && !pol.isSelf(p.Src) && !pol.quotesReceived(pkt, p) {
+	if from := pol.sendFrom.judge(p.Src, p.Protocol); from != allowed && !pol.isSelf(p.Src) &&
+		!pol.quotesReceived(pkt, p) {
 		kind, drop := from.asSource()
 		if !pol.selfFor(p.Src).IsValid() { // a tunnel without this family: no source would do
 			kind = ippacket.NoRoute
@@ -119,9 +124,11 @@ func notSent(err error) Drop {
 	return DropClosed
 }
 
-// sendTooBig does what a router does with a packet that the link does not carry: fragment it where IPv4 allows, otherwise
-// tell the sender what the link does carry (RFC 9484 section 10.1).
-func (c *Conn) sendTooBig(send sendFunc, pkt []byte, p ippacket.Packet, mtu int, decrement bool) Drop {
+// sendTooBig does what a router does with a packet that the link does not
+// carry: fragment it where IPv4 allows, otherwise tell the sender what the link
+// does carry (RFC 9484 section 10.1).
+func (c *Conn) sendTooBig(send sendFunc, pkt []byte, p ippacket.Packet, mtu int,
+	decrement bool) Drop {
 	if p.Version == 6 || p.DontFragment {
 		c.answerHost(pkt, p, ippacket.TooBig, mtu)
 		return DropTooBig
@@ -144,12 +151,13 @@ func (c *Conn) sendTooBig(send sendFunc, pkt []byte, p ippacket.Packet, mtu int,
 
 // sink takes packets on their way to the device.
 type sink interface {
-	// push takes a packet, of which it makes a copy. It returns false when nobody will take the packet any more.
+	// push takes a packet, of which it makes a copy. It returns false when
+	// nobody will take the packet any more.
 	push(pkt []byte) bool
 }
 
-// handleDatagram takes one HTTP Datagram, context ID first (RFC 9484 section 6), which it may change but does not keep. It must not
-// wait for QUIC.
+// handleDatagram takes one HTTP Datagram, context ID first (RFC 9484 section
+// 6), which it may change but does not keep. It must not wait for QUIC.
 func (c *Conn) handleDatagram(b []byte, to sink) {
 	context, n, err := quicvarint.Parse(b)
 	if err != nil || context != contextIPPacket {
@@ -172,7 +180,8 @@ func (c *Conn) handleDatagram(b []byte, to sink) {
 	}
 }
 
-// asSource is how a packet is answered and counted whose source got the verdict v, which is not allowed.
+// asSource is how a packet is answered and counted whose source got the verdict
+// v, which is not allowed.
 func (v verdict) asSource() (ippacket.ICMPError, Drop) {
 	if v == forbidden { // the address is right, the protocol is not in the scope
 		return ippacket.Prohibited, DropDestination
@@ -188,14 +197,17 @@ func (v verdict) asDestination() ippacket.ICMPError {
 	return ippacket.NoRoute
 }
 
-// consumed stands for a packet that this endpoint itself took, such as an echo on the link.
+// consumed stands for a packet that this endpoint itself took, such as an echo
+// on the link.
 const consumed = numDrops
 
-// admit decides whether a packet of the peer may go to the host. What may not is answered into the tunnel, as a router would.
+// admit decides whether a packet of the peer may go to the host. What may not
+// is answered into the tunnel, as a router would.
 func (c *Conn) admit(pkt []byte) Drop {
 	p, err := ippacket.Parse(pkt)
 	if err != nil {
-		if errors.Is(err, ippacket.ErrHeaderChain) && c.policy.Load().recvFrom.covered.Contains(p.Src) {
+		if errors.Is(err, ippacket.ErrHeaderChain) &&
+			c.policy.Load().recvFrom.covered.Contains(p.Src) {
 			c.answerPeer(pkt, p, ippacket.HeaderChain)
 		}
 		return DropMalformed
@@ -214,7 +226,8 @@ func (c *Conn) admit(pkt []byte) Drop {
 		c.answerPeer(pkt, p, ippacket.SourceNotAssigned)
 		return DropSource
 	}
-	if from := pol.recvFrom.judge(p.Src, p.Protocol); from != allowed && (c.cfg.OwnErrors || !pol.quotesSent(pkt, p)) {
+	if from := pol.recvFrom.judge(p.Src, p.Protocol); from != allowed &&
+		(c.cfg.OwnErrors || !pol.quotesSent(pkt, p)) {
 		kind, drop := from.asSource()
 		c.answerPeer(pkt, p, kind)
 		return drop
@@ -228,23 +241,28 @@ func (c *Conn) admit(pkt []byte) Drop {
 	return DropNone
 }
 
-// beyondScope reports whether p, with a link-local address, is from one to a destination beyond the link.
+// beyondScope reports whether p, with a link-local address, is from one to a
+// destination beyond the link.
 func beyondScope(p ippacket.Packet) bool {
 	return p.Src.IsLinkLocalUnicast() && !ippacket.IsLinkLocal(p.Dst)
 }
 
-// quotesSent reports whether pkt is an ICMP error, from any router, about a packet that could have left through this
-// tunnel (RFC 9484 section 7.2.1).
+// quotesSent reports whether pkt is an ICMP error, from any router, about a
+// packet that could have left through this tunnel (RFC 9484 section 7.2.1).
 func (pol *policy) quotesSent(pkt []byte, p ippacket.Packet) bool {
 	q, ok := ippacket.Quoted(pkt, p)
-	return ok && q.Src == p.Dst && (pol.sendFrom.allow(q.Src, q.Protocol) || pol.isSelf(q.Src)) && pol.sendTo.allow(q.Dst, q.Protocol)
+	return ok && q.Src == p.Dst && (pol.sendFrom.allow(q.Src, q.Protocol) || pol.isSelf(q.Src)) &&
+		pol.sendTo.allow(q.Dst, q.Protocol)
 }
 
-// quotesReceived is quotesSent for an ICMP error on its way to the peer: the packet it quotes came, or could have come, from
-// this very peer. With an external address shared by several peers this is what keeps errors apart (section 11).
+// quotesReceived is quotesSent for an ICMP error on its way to the peer: the
+// packet it quotes came, or could have come, from this very peer. With an
+// external address shared by several peers this is what keeps errors apart
+// (section 11).
 func (pol *policy) quotesReceived(pkt []byte, p ippacket.Packet) bool {
 	q, ok := ippacket.Quoted(pkt, p)
-	return ok && q.Src == p.Dst && pol.recvFrom.allow(q.Src, q.Protocol) && pol.recvTo.allow(q.Dst, q.Protocol)
+	return ok && q.Src == p.Dst && pol.recvFrom.allow(q.Src, q.Protocol) &&
+		pol.recvTo.allow(q.Dst, q.Protocol)
 }
 
 // notePacket remembers that the tunnel carries packets.

@@ -66,7 +66,8 @@ type end struct {
 
 func newEnd(str Stream, conn *quic.Conn, cfg Config) *end {
 	e := &end{
-		device: make(device, 64), stats: &Stats{}, stream: str, quic: conn, done: make(chan struct{}),
+		device: make(device, 64), stats: &Stats{}, stream: str, quic: conn,
+		done:    make(chan struct{}),
 		assigns: make(chan []capsule.Address, 16), routes: make(chan []capsule.Route, 16),
 		dns: make(chan []capsule.DNSConfiguration, 16), pref64: make(chan []netip.Prefix, 16),
 	}
@@ -99,7 +100,8 @@ func (e *end) wait(t *testing.T) error {
 	}
 }
 
-// newPair connects a client and a proxy over loopback. They are stopped when the test ends.
+// newPair connects a client and a proxy over loopback. They are stopped when
+// the test ends.
 func newPair(t *testing.T, clientCfg, proxyCfg Config) (client, proxy *end) {
 	t.Helper()
 	client, proxy = rawPair(t, clientCfg, proxyCfg)
@@ -181,7 +183,8 @@ func rawPairSize(t *testing.T, clientCfg, proxyCfg Config, packetSize uint16) (c
 	return newEnd(str, conn, clientCfg), <-accepted
 }
 
-// certificates makes a self-signed certificate for localhost, and a client that trusts it.
+// certificates makes a self-signed certificate for localhost, and a client that
+// trusts it.
 func certificates(t *testing.T) (server, client *tls.Config) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -216,12 +219,14 @@ var (
 	elsewhere4  = netip.MustParseAddr("198.51.100.9")
 )
 
-// remoteAccess connects a pair and configures it as remote access does: addresses for the client, a default route to the proxy.
+// remoteAccess connects a pair and configures it as remote access does:
+// addresses for the client, a default route to the proxy.
 func remoteAccess(t *testing.T, proxyCfg Config) (client, proxy *end) {
 	t.Helper()
 	proxyCfg.Self = []netip.Addr{proxyAddr4, proxyAddr6}
 	client, proxy = newPair(t, Config{}, proxyCfg)
-	if err := proxy.Assign([]capsule.Address{{Prefix: host(clientAddr4)}, {Prefix: host(clientAddr6)}}); err != nil {
+	if err := proxy.Assign([]capsule.Address{{Prefix: host(clientAddr4)},
+		{Prefix: host(clientAddr6)}}); err != nil {
 		t.Fatal(err)
 	}
 	everything := []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
@@ -241,7 +246,8 @@ func echoPacket(src, dst netip.Addr, hopLimit uint8, size int) []byte {
 	if src.Is6() {
 		header = 48
 	}
-	return ippacket.AppendEcho(make([]byte, Headroom), src, dst, hopLimit, true, 7, 1, make([]byte, max(0, size-header)))
+	return ippacket.AppendEcho(make([]byte, Headroom), src, dst, hopLimit, true, 7, 1,
+		make([]byte, max(0, size-header)))
 }
 
 func parse(t *testing.T, pkt []byte) ippacket.Packet {

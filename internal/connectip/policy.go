@@ -12,7 +12,8 @@ import (
 	"masquevpn/internal/ippacket"
 )
 
-// reserved are addresses that are not those of hosts behind a router (RFC 6890).
+// reserved are addresses that are not those of hosts behind a router (RFC
+// 6890).
 var reserved = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"),
 	netip.MustParsePrefix("127.0.0.0/8"),
@@ -23,8 +24,8 @@ var reserved = []netip.Prefix{
 	netip.MustParsePrefix("ff00::/8"),
 }
 
-// Reserved returns the addresses in p that are never those of a network behind an endpoint, if there are some: loopback,
-// link-local, multicast and the like.
+// Reserved returns the addresses in p that are never those of a network behind
+// an endpoint, if there are some: loopback, link-local, multicast and the like.
 func Reserved(p netip.Prefix) (netip.Prefix, bool) {
 	i := slices.IndexFunc(reserved, p.Overlaps)
 	if i < 0 {
@@ -33,10 +34,13 @@ func Reserved(p netip.Prefix) (netip.Prefix, bool) {
 	return reserved[i], true
 }
 
-// policy says what may pass, in both directions. It is immutable: a change makes a new one.
+// policy says what may pass, in both directions. It is immutable: a change
+// makes a new one.
 type policy struct {
-	self     []netip.Addr  // this endpoint's own tunnel addresses
-	own      *netipx.IPSet // prefixes assigned to this endpoint, longer than one address: they are on this side; nil for none
+	self []netip.Addr // this endpoint's own tunnel addresses
+	// prefixes assigned to this endpoint, longer than one address: they are on
+	// this side; nil for none
+	own      *netipx.IPSet
 	sendFrom ranges
 	sendTo   ranges
 	recvFrom ranges
@@ -45,10 +49,14 @@ type policy struct {
 
 // link is the state of both ends of a stream, from which the policy follows.
 type link struct {
-	self     []netip.Addr    // addresses of this endpoint besides the assigned ones
-	denied   []netip.Prefix  // where the peer's packets may not go, whatever is advertised, but for self and assigned
-	assigned []netip.Prefix  // to this endpoint, by the peer
-	withheld []netip.Prefix  // what is not advertised to this peer, though to others: it is denied as well
+	self []netip.Addr // addresses of this endpoint besides the assigned ones
+	// where the peer's packets may not go, whatever is advertised, but for self
+	// and assigned
+	denied   []netip.Prefix
+	assigned []netip.Prefix // to this endpoint, by the peer
+	// what is not advertised to this peer, though to others: it is denied as
+	// well
+	withheld []netip.Prefix
 	routes   []capsule.Route // advertised by this endpoint
 	peer     []netip.Prefix  // assigned to the peer, by this endpoint
 	peerSend []capsule.Route // advertised by the peer
@@ -98,11 +106,13 @@ func (l *link) policy() (*policy, error) {
 	return p, nil
 }
 
-// HostAddr returns the address that an endpoint uses for itself of a prefix that was assigned to it: the first one that stands
-// for a host. A prefix with bits beyond its length is an address with the length of its network.
+// HostAddr returns the address that an endpoint uses for itself of a prefix
+// that was assigned to it: the first one that stands for a host. A prefix with
+// bits beyond its length is an address with the length of its network.
 func HostAddr(p netip.Prefix) netip.Addr {
 	a := p.Addr()
-	if p != p.Masked() || a.BitLen()-p.Bits() < 2 { // two addresses are two hosts (RFC 3021, RFC 6164)
+	if p != p.Masked() || a.BitLen()-p.Bits() < 2 {
+		// two addresses are two hosts (RFC 3021, RFC 6164)
 		return a
 	}
 	return a.Next()
@@ -111,7 +121,8 @@ func HostAddr(p netip.Prefix) netip.Addr {
 // isSelf reports whether a is an address of this endpoint.
 func (p *policy) isSelf(a netip.Addr) bool { return slices.Contains(p.self, a) }
 
-// selfFor returns this endpoint's address of a's family; invalid when there is none.
+// selfFor returns this endpoint's address of a's family; invalid when there is
+// none.
 func (p *policy) selfFor(a netip.Addr) netip.Addr {
 	for _, s := range p.self {
 		if s.Is4() == a.Is4() {
@@ -121,7 +132,8 @@ func (p *policy) selfFor(a netip.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
-// ranges is a set of addresses, each for every protocol or for one (RFC 9484 section 4.8).
+// ranges is a set of addresses, each for every protocol or for one (RFC 9484
+// section 4.8).
 type ranges struct {
 	any     *netipx.IPSet
 	byProto map[uint8]*netipx.IPSet // nil when no route names a protocol
@@ -129,8 +141,10 @@ type ranges struct {
 	covered *netipx.IPSet           // all of it, with what is denied, and what is withheld
 }
 
-// newRanges makes the set of prefixes and routes without what is denied, nil for nothing. What is withheld is a part of that.
-func newRanges(prefixes []netip.Prefix, routes []capsule.Route, denied *netipx.IPSet, withheld []netip.Prefix) (ranges, error) {
+// newRanges makes the set of prefixes and routes without what is denied, nil
+// for nothing. What is withheld is a part of that.
+func newRanges(prefixes []netip.Prefix, routes []capsule.Route, denied *netipx.IPSet,
+	withheld []netip.Prefix) (ranges, error) {
 	var covered, named netipx.IPSetBuilder
 	for _, x := range withheld {
 		covered.AddPrefix(x)
@@ -184,12 +198,15 @@ func newRanges(prefixes []netip.Prefix, routes []capsule.Route, denied *netipx.I
 type verdict uint8
 
 const (
-	outside   verdict = iota // no range covers the address
-	forbidden                // one does, but not for the protocol, or the address is denied; or it is withheld
+	outside verdict = iota // no range covers the address
+	// one does, but not for the protocol, or the address is denied; or it is
+	// withheld
+	forbidden
 	allowed
 )
 
-// judge says whether a packet of the upper-layer protocol proto may come from, or go to, a. ICMP may wherever any protocol may.
+// judge says whether a packet of the upper-layer protocol proto may come from,
+// or go to, a. ICMP may wherever any protocol may.
 func (d *ranges) judge(a netip.Addr, proto uint8) verdict {
 	if d.any.Contains(a) {
 		return allowed
@@ -209,10 +226,12 @@ func (d *ranges) judge(a netip.Addr, proto uint8) verdict {
 // allow reports whether judge allows.
 func (d *ranges) allow(a netip.Addr, proto uint8) bool { return d.judge(a, proto) == allowed }
 
-// some returns an address of d that a packet can be sent to; it prefers one that is reserved for documentation.
+// some returns an address of d that a packet can be sent to; it prefers one
+// that is reserved for documentation.
 func (d *ranges) some(v4 bool) (netip.Addr, bool) {
 	for _, set := range []*netipx.IPSet{d.any, d.named} {
-		for _, a := range []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 2, 1}), netip.MustParseAddr("2001:db8::1")} {
+		for _, a := range []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 2, 1}),
+			netip.MustParseAddr("2001:db8::1")} {
 			if a.Is4() == v4 && set.Contains(a) {
 				return a, true
 			}

@@ -26,10 +26,14 @@ func TestHostAddr(t *testing.T) {
 	}
 }
 
-// A prefix that was assigned is the peer's as a whole: any address of it may be used, and none is looked for at this end.
+// A prefix that was assigned is the peer's as a whole: any address of it may be
+// used, and none is looked for at this end.
 func TestAssignedPrefix(t *testing.T) {
-	block4, block6 := netip.MustParsePrefix("10.77.0.16/28"), netip.MustParsePrefix("fd77:0:0:1::/64")
-	client, proxy := newPair(t, Config{}, Config{Self: []netip.Addr{proxyAddr4, proxyAddr6}, Denied: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/24")}})
+	block4, block6 := netip.MustParsePrefix("10.77.0.16/28"),
+		netip.MustParsePrefix("fd77:0:0:1::/64")
+	client, proxy := newPair(t, Config{},
+		Config{Self: []netip.Addr{proxyAddr4, proxyAddr6},
+			Denied: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/24")}})
 	if err := proxy.Assign([]capsule.Address{{Prefix: block4}, {Prefix: block6}}); err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +66,9 @@ func TestAssignedPrefix(t *testing.T) {
 			<-client.device
 			before := proxy.stats.Receive.drops[DropSource].Load()
 			sendRaw(t, client, echoPacket(inside, tc.far, 64, 64))
-			waitCount(t, func() bool { return proxy.stats.Receive.drops[DropSource].Load() > before })
+			waitCount(t, func() bool {
+				return proxy.stats.Receive.drops[DropSource].Load() > before
+			})
 			if d := proxy.Send(echoPacket(tc.far, inside, 64, 64), Headroom); d != DropDestination {
 				t.Errorf("%s: the proxy sends it, %v", tc.inside, d)
 			}
@@ -83,7 +89,8 @@ func TestAssignedPrefix(t *testing.T) {
 		}
 	}
 	t.Run("no loop", func(t *testing.T) {
-		if d := client.Send(echoPacket(netip.MustParseAddr("10.77.0.17"), netip.MustParseAddr("10.77.0.20"), 64, 64), Headroom); d != DropDestination {
+		if d := client.Send(echoPacket(netip.MustParseAddr("10.77.0.17"),
+			netip.MustParseAddr("10.77.0.20"), 64, 64), Headroom); d != DropDestination {
 			t.Errorf("got %v", d)
 		}
 		wantICMP(t, client.device.next(t), netip.MustParseAddr("10.77.0.17"), 3, 0)

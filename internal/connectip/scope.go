@@ -8,14 +8,16 @@ import (
 	"strings"
 )
 
-// Scope is what a request is limited to (RFC 9484 section 4.6). The zero value is no limit at all.
+// Scope is what a request is limited to (RFC 9484 section 4.6). The zero value
+// is no limit at all.
 type Scope struct {
 	Prefix   netip.Prefix // destination as an address or prefix; invalid when there is none
 	Name     string       // destination as a DNS name, "" when there is none
 	Protocol uint8        // upper-layer protocol, 0 for any
 }
 
-// ParseScope parses the decoded values of the variables target and ipproto, "*" being no preference.
+// ParseScope parses the decoded values of the variables target and ipproto, "*"
+// being no preference.
 func ParseScope(target, ipproto string) (Scope, error) {
 	var s Scope
 	if target == "" || ipproto == "" {
@@ -37,7 +39,8 @@ func ParseScope(target, ipproto string) (Scope, error) {
 			return s, fmt.Errorf("target %q is not an address prefix", target)
 		}
 		if p.Masked() != p {
-			return s, fmt.Errorf("target %q has bits set beyond its prefix length; %s is meant", target, p.Masked())
+			return s, fmt.Errorf("target %q has bits set beyond its prefix length; %s is meant",
+				target, p.Masked())
 		}
 		if p.Addr().Is4In6() {
 			return s, fmt.Errorf("target %q is an IPv4 address in IPv6 form", target)
@@ -59,8 +62,9 @@ func ParseScope(target, ipproto string) (Scope, error) {
 	return s, nil
 }
 
-// validName reports whether s can be a DNS host name: labels of letters, digits, hyphens and underscores.
-// Names whose last label is a number are refused, because they are mistyped addresses.
+// validName reports whether s can be a DNS host name: labels of letters,
+// digits, hyphens and underscores. Names whose last label is a number are
+// refused, because they are mistyped addresses.
 func validName(s string) bool {
 	s = strings.TrimSuffix(s, ".")
 	if s == "" || len(s) > 253 {
@@ -72,7 +76,8 @@ func validName(s string) bool {
 			return false
 		}
 		for _, c := range []byte(l) {
-			if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '_') {
+			if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' ||
+				c == '_') {
 				return false
 			}
 		}

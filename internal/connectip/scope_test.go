@@ -19,7 +19,8 @@ const (
 	protoDestOptions = 60
 )
 
-// packetOf makes a packet of the given upper-layer protocol, with headroom before it.
+// packetOf makes a packet of the given upper-layer protocol, with headroom
+// before it.
 func packetOf(src, dst netip.Addr, proto uint8) []byte {
 	pkt := echoPacket(src, dst, 64, 100)
 	ip := pkt[Headroom:]
@@ -33,7 +34,8 @@ func packetOf(src, dst netip.Addr, proto uint8) []byte {
 	return pkt
 }
 
-// withOptions puts a destination options header before the upper layer of an IPv6 packet.
+// withOptions puts a destination options header before the upper layer of an
+// IPv6 packet.
 func withOptions(pkt []byte) []byte {
 	ip := pkt[Headroom:]
 	options := []byte{ip[6], 0, 1, 4, 0, 0, 0, 0} // one PadN
@@ -43,11 +45,14 @@ func withOptions(pkt []byte) []byte {
 	return out
 }
 
-// flow connects a pair for UDP to one host of each family. An end that does not run lets its test send and see everything.
+// flow connects a pair for UDP to one host of each family. An end that does not
+// run lets its test send and see everything.
 func flow(t *testing.T, runClient, runProxy bool) (client, proxy *end) {
 	t.Helper()
 	client, proxy = rawPair(t, Config{}, Config{
-		Self: []netip.Addr{proxyAddr4, proxyAddr6}, Denied: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/24"), netip.MustParsePrefix("fd77::/64")},
+		Self: []netip.Addr{proxyAddr4, proxyAddr6},
+		Denied: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/24"),
+			netip.MustParsePrefix("fd77::/64")},
 	})
 	for e, run := range map[*end]bool{client: runClient, proxy: runProxy} {
 		if run {
@@ -58,10 +63,12 @@ func flow(t *testing.T, runClient, runProxy bool) (client, proxy *end) {
 			})
 		}
 	}
-	if err := proxy.Assign([]capsule.Address{{Prefix: host(clientAddr4)}, {Prefix: host(clientAddr6)}}); err != nil {
+	if err := proxy.Assign([]capsule.Address{{Prefix: host(clientAddr4)},
+		{Prefix: host(clientAddr6)}}); err != nil {
 		t.Fatal(err)
 	}
-	if err := proxy.Advertise(capsule.Routes([]netip.Prefix{host(target4), host(target6)}, protoUDP)); err != nil {
+	if err := proxy.Advertise(capsule.Routes([]netip.Prefix{host(target4), host(target6)},
+		protoUDP)); err != nil {
 		t.Fatal(err)
 	}
 	if runClient {
@@ -90,11 +97,21 @@ func TestScopeLetsThrough(t *testing.T) {
 		from netip.Addr
 		to   netip.Addr
 	}{
-		"UDP":                         {func(a, b netip.Addr) []byte { return packetOf(a, b, protoUDP) }, clientAddr4, target4},
-		"UDP over IPv6":               {func(a, b netip.Addr) []byte { return packetOf(a, b, protoUDP) }, clientAddr6, target6},
-		"UDP behind extension header": {func(a, b netip.Addr) []byte { return withOptions(packetOf(a, b, protoUDP)) }, clientAddr6, target6},
-		"ICMP":                        {func(a, b netip.Addr) []byte { return echoPacket(a, b, 64, 100) }, clientAddr4, target4},
-		"ICMPv6":                      {func(a, b netip.Addr) []byte { return echoPacket(a, b, 64, 100) }, clientAddr6, target6},
+		"UDP": {func(a, b netip.Addr) []byte {
+			return packetOf(a, b, protoUDP)
+		}, clientAddr4, target4},
+		"UDP over IPv6": {func(a, b netip.Addr) []byte {
+			return packetOf(a, b, protoUDP)
+		}, clientAddr6, target6},
+		"UDP behind extension header": {func(a, b netip.Addr) []byte {
+			return withOptions(packetOf(a, b, protoUDP))
+		}, clientAddr6, target6},
+		"ICMP": {func(a, b netip.Addr) []byte {
+			return echoPacket(a, b, 64, 100)
+		}, clientAddr4, target4},
+		"ICMPv6": {func(a, b netip.Addr) []byte {
+			return echoPacket(a, b, 64, 100)
+		}, clientAddr6, target6},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if d := client.Send(tc.pkt(tc.from, tc.to), Headroom); d != DropNone {
@@ -113,7 +130,8 @@ func TestScopeLetsThrough(t *testing.T) {
 	}
 }
 
-// What is outside of the scope is refused by the end that sends it, and by the other one when it comes in all the same.
+// What is outside of the scope is refused by the end that sends it, and by the
+// other one when it comes in all the same.
 func TestScopeRefuses(t *testing.T) {
 	elsewhere6 := netip.MustParseAddr("2001:db8:9::9")
 	for name, tc := range map[string]struct {
@@ -163,7 +181,8 @@ func TestScopeRefuses(t *testing.T) {
 
 // A destination that is denied is told from one that no route covers.
 func TestDeniedIsProhibited(t *testing.T) {
-	client, proxy := rawPair(t, Config{}, Config{Denied: []netip.Prefix{host(target4)}, Self: []netip.Addr{proxyAddr4}})
+	client, proxy := rawPair(t, Config{},
+		Config{Denied: []netip.Prefix{host(target4)}, Self: []netip.Addr{proxyAddr4}})
 	proxy.start(t.Context())
 	t.Cleanup(func() {
 		proxy.stop()
@@ -172,7 +191,8 @@ func TestDeniedIsProhibited(t *testing.T) {
 	if err := proxy.Assign([]capsule.Address{{Prefix: host(clientAddr4)}}); err != nil {
 		t.Fatal(err)
 	}
-	if err := proxy.Advertise(capsule.Routes([]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, 0)); err != nil {
+	if err := proxy.Advertise(capsule.Routes([]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")},
+		0)); err != nil {
 		t.Fatal(err)
 	}
 	for dst, code := range map[netip.Addr]uint8{target4: 13, elsewhere4: 0} {
@@ -181,7 +201,8 @@ func TestDeniedIsProhibited(t *testing.T) {
 	}
 }
 
-// An ICMP error passes when the packet that it quotes is in the scope, wherever the error comes from (section 7.2.1).
+// An ICMP error passes when the packet that it quotes is in the scope, wherever
+// the error comes from (section 7.2.1).
 func TestScopeOfICMPErrors(t *testing.T) {
 	client, proxy := flow(t, true, true)
 	router := netip.MustParseAddr("203.0.113.77")
@@ -191,7 +212,8 @@ func TestScopeOfICMPErrors(t *testing.T) {
 	}{"in scope": {protoUDP, DropNone}, "out of scope": {protoTCP, DropSource}} {
 		t.Run(name, func(t *testing.T) {
 			invoking := packetOf(clientAddr4, target4, tc.proto)[Headroom:]
-			buf, ok := ippacket.AppendICMPError(make([]byte, Headroom), invoking, parse(t, invoking), ippacket.HopLimitExceeded, router, 0)
+			buf, ok := ippacket.AppendICMPError(make([]byte, Headroom), invoking,
+				parse(t, invoking), ippacket.HopLimitExceeded, router, 0)
 			if !ok {
 				t.Fatal("no ICMP error was made")
 			}

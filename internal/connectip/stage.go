@@ -21,15 +21,17 @@ const (
 	numStages
 )
 
-var stageNames = [numStages]string{"device_read", "flow_queue", "sender", "quic_receive", "inbox", "device_write"}
+var stageNames = [numStages]string{"device_read", "flow_queue", "sender", "quic_receive", "inbox",
+	"device_write"}
 
 func (s Stage) String() string { return stageNames[s] }
 
 // StuckAfter is the age of a packet from which on its stage is stuck.
 const StuckAfter = 5 * time.Second
 
-// own are the stages that wait for nothing but this process and its kernel, those first that others wait for. The stages on the
-// way into a tunnel wait for its peer, who must not be able to have the program counted as ill.
+// own are the stages that wait for nothing but this process and its kernel,
+// those first that others wait for. The stages on the way into a tunnel wait
+// for its peer, who must not be able to have the program counted as ill.
 var own = []Stage{StageDeviceWrite, StageInbox, StageQUICReceive, StageDeviceRead}
 
 // Ages are the ages of the oldest packet in each stage, 0 where none waits.
@@ -58,11 +60,13 @@ func (a *Ages) Milliseconds() map[string]int64 {
 	return m
 }
 
-// Stuck says which stage is stuck for a reason that is not a peer's, nil for none.
+// Stuck says which stage is stuck for a reason that is not a peer's, nil for
+// none.
 func (a *Ages) Stuck() error {
 	for _, s := range own {
 		if a[s] > StuckAfter {
-			return fmt.Errorf("packets are stuck: the oldest in the stage %s waits for %v", s, a[s].Round(time.Second))
+			return fmt.Errorf("packets are stuck: the oldest in the stage %s waits for %v", s,
+				a[s].Round(time.Second))
 		}
 	}
 	return nil
@@ -70,8 +74,8 @@ func (a *Ages) Stuck() error {
 
 var began = time.Now()
 
-// Busy tells for how long something has been at work on packets. One goroutine begins and ends it; any may ask. The zero value is
-// at rest.
+// Busy tells for how long something has been at work on packets. One goroutine
+// begins and ends it; any may ask. The zero value is at rest.
 type Busy struct{ since atomic.Int64 } // nanoseconds after began, 0 at rest
 
 // Begin notes that packets came, if none were there.
@@ -89,15 +93,18 @@ func (b *Busy) Age() time.Duration {
 	return max(1, time.Since(began)-time.Duration(since))
 }
 
-// writers are the goroutines of a Conn that write to the device: QUIC's, that of the inbox, that which reads the stream, and that
-// which takes datagrams by way of it.
+// writers are the goroutines of a Conn that write to the device: QUIC's, that
+// of the inbox, that which reads the stream, and that which takes datagrams by
+// way of it.
 type writers struct{ quic, inbox, capsules, stream Busy }
 
-// AddAges takes into account in a what waits in the stages of c, but not what waits to be sent.
+// AddAges takes into account in a what waits in the stages of c, but not what
+// waits to be sent.
 func (c *Conn) AddAges(a *Ages) {
 	a.Note(StageQUICReceive, c.datagrams.oldestReceived())
 	a.Note(StageInbox, c.filling.Age())
-	for _, b := range []*Busy{&c.writers.quic, &c.writers.inbox, &c.writers.capsules, &c.writers.stream} {
+	for _, b := range []*Busy{&c.writers.quic, &c.writers.inbox, &c.writers.capsules,
+		&c.writers.stream} {
 		a.Note(StageDeviceWrite, b.Age())
 	}
 }

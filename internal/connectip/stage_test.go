@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// Only stages that no peer holds up make a program ill, and the one that the others wait for is named.
+// Only stages that no peer holds up make a program ill, and the one that the
+// others wait for is named.
 func TestStuck(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
@@ -17,10 +18,12 @@ func TestStuck(t *testing.T) {
 	}{
 		{"a moment", []Stage{StageDeviceWrite, StageInbox}, StuckAfter, ""},
 		{"the peer takes nothing", []Stage{StageFlowQueue, StageSender}, time.Hour, ""},
-		{"the device", []Stage{StageDeviceWrite, StageInbox, StageQUICReceive}, time.Minute, "device_write waits for 1m0s"},
+		{"the device", []Stage{StageDeviceWrite, StageInbox, StageQUICReceive}, time.Minute,
+			"device_write waits for 1m0s"},
 		{"the inbox", []Stage{StageInbox, StageQUICReceive}, time.Minute, "inbox"},
 		{"QUIC", []Stage{StageQUICReceive}, time.Minute, "quic_receive"},
-		{"the device's reader", []Stage{StageDeviceRead, StageFlowQueue}, time.Minute, "device_read"},
+		{"the device's reader", []Stage{StageDeviceRead, StageFlowQueue}, time.Minute,
+			"device_read"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var a Ages
@@ -47,23 +50,32 @@ func (d stall) Write(bufs [][]byte, _ int) (int, error) {
 	return len(bufs), nil
 }
 
-// The age of a packet grows in the stage where it is, on every way to the device.
+// The age of a packet grows in the stage where it is, on every way to the
+// device.
 func TestAges(t *testing.T) {
-	datagram := append([]byte{contextIPPacket}, echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
+	datagram := append([]byte{contextIPPacket},
+		echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
 	for _, tc := range []struct {
 		name    string
 		receive func(*Conn, *inbox)
 		want    []Stage
 	}{
-		{"at once", func(_ *Conn, in *inbox) { in.HandleDatagram(datagram); in.FlushDatagrams() }, []Stage{StageInbox, StageDeviceWrite}},
+		{"at once", func(_ *Conn, in *inbox) {
+			in.HandleDatagram(datagram)
+			in.FlushDatagrams()
+		}, []Stage{StageInbox, StageDeviceWrite}},
 		{"by the writer", func(_ *Conn, in *inbox) {
 			for range maxInline + 1 {
 				in.HandleDatagram(datagram)
 			}
 			in.FlushDatagrams()
 		}, []Stage{StageDeviceWrite}},
-		{"not flushed", func(_ *Conn, in *inbox) { in.HandleDatagram(datagram) }, []Stage{StageInbox}},
-		{"by way of the stream", func(c *Conn, _ *inbox) { c.handleDatagram(datagram, unbatched{c, &c.writers.stream}) }, []Stage{StageDeviceWrite}},
+		{"not flushed", func(_ *Conn, in *inbox) {
+			in.HandleDatagram(datagram)
+		}, []Stage{StageInbox}},
+		{"by way of the stream", func(c *Conn, _ *inbox) {
+			c.handleDatagram(datagram, unbatched{c, &c.writers.stream})
+		}, []Stage{StageDeviceWrite}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -11,7 +11,8 @@ import (
 // Drop is why a packet went no further. The zero value means that it did.
 type Drop uint8
 
-// The reasons for dropping a packet, each with the label under which it is counted.
+// The reasons for dropping a packet, each with the label under which it is
+// counted.
 const (
 	DropNone           Drop = iota
 	DropMalformed           // not a valid IP packet
@@ -23,30 +24,38 @@ const (
 	DropUnknownContext      // datagram of an unknown context, or without one
 	DropQueueFull           // a queue of ours was full
 	DropQueueDelay          // it had been waiting too long in a queue of ours
-	DropSocketFull          // the kernel dropped it before it came to us: the receive buffer of a UDP socket was full
-	DropNoSession           // no session holds the destination
-	DropClosed              // the session was not there or ended
-	DropDevice              // the TUN device refused it
-	DropDeviceFull          // the kernel dropped it before it came to us: the queue of the TUN device was full
+	// the kernel dropped it before it came to us: the receive buffer of a UDP
+	// socket was full
+	DropSocketFull
+	DropNoSession // no session holds the destination
+	DropClosed    // the session was not there or ended
+	DropDevice    // the TUN device refused it
+	// the kernel dropped it before it came to us: the queue of the TUN device
+	// was full
+	DropDeviceFull
 	numDrops
 )
 
 var dropNames = [numDrops]string{
 	"", "malformed", "source", "destination", "hop_limit", "too_big", "link_local",
-	"unknown_context", "queue_full", "queue_delay", "socket_full", "no_session", "closed", "device", "device_full",
+	"unknown_context", "queue_full", "queue_delay", "socket_full", "no_session", "closed", "device",
+	"device_full",
 }
 
 func (d Drop) String() string { return dropNames[d] }
 
-// capsuleNames are the types of capsules that are counted apart; the last stands for all others.
+// capsuleNames are the types of capsules that are counted apart; the last
+// stands for all others.
 var capsuleNames = [...]string{
-	"datagram", "address_assign", "address_request", "route_advertisement", "dns_assign", "pref64", "unknown",
+	"datagram", "address_assign", "address_request", "route_advertisement", "dns_assign", "pref64",
+	"unknown",
 }
 
 // capsuleIndex is where t is in capsuleNames.
 func capsuleIndex(t capsule.Type) int {
 	switch t {
-	case capsule.TypeDatagram, capsule.TypeAddressAssign, capsule.TypeAddressRequest, capsule.TypeRouteAdvertisement:
+	case capsule.TypeDatagram, capsule.TypeAddressAssign, capsule.TypeAddressRequest,
+		capsule.TypeRouteAdvertisement:
 		return int(t)
 	case capsule.TypeDNSAssign:
 		return len(capsuleNames) - 3
@@ -79,7 +88,8 @@ func (t *Traffic) DropMany(d Drop, n int) {
 	}
 }
 
-// Drops returns the packets dropped so far by reason, reasons without any left out.
+// Drops returns the packets dropped so far by reason, reasons without any left
+// out.
 func (t *Traffic) Drops() map[string]uint64 {
 	m := make(map[string]uint64)
 	for reason, n := range t.EachDrop() {
@@ -90,12 +100,14 @@ func (t *Traffic) Drops() map[string]uint64 {
 	return m
 }
 
-// EachDrop goes over all reasons for dropping a packet, with how many were dropped.
+// EachDrop goes over all reasons for dropping a packet, with how many were
+// dropped.
 func (t *Traffic) EachDrop() iter.Seq2[string, uint64] {
 	return each(dropNames[DropNone+1:], t.drops[DropNone+1:])
 }
 
-// EachCapsule goes over all types of capsules, with how many passed. The type "unknown" stands for all that are skipped.
+// EachCapsule goes over all types of capsules, with how many passed. The type
+// "unknown" stands for all that are skipped.
 func (t *Traffic) EachCapsule() iter.Seq2[string, uint64] {
 	return each(capsuleNames[:], t.capsules[:])
 }
@@ -136,8 +148,8 @@ func (c *ICMPCounts) Total() (n uint64) {
 	return n
 }
 
-// Stats counts what one stream, or several in turn, carried. Receive is from the peer, Send to the peer.
-// All of it may be read and added to at any time.
+// Stats counts what one stream, or several in turn, carried. Receive is from
+// the peer, Send to the peer. All of it may be read and added to at any time.
 type Stats struct {
 	Receive, Send  Traffic
 	ICMPSent       ICMPCounts    // ICMP errors made here

@@ -11,7 +11,8 @@ import (
 	"masquevpn/internal/ippacket"
 )
 
-// Both ends count the same capsules, by type, and those that they do not know too.
+// Both ends count the same capsules, by type, and those that they do not know
+// too.
 func TestCapsulesAreCounted(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	if err := client.Request([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/32")}); err != nil {
@@ -31,7 +32,8 @@ func TestCapsulesAreCounted(t *testing.T) {
 	if _, err := client.stream.Write(append(append(unknown, unknown...), packet...)); err != nil {
 		t.Fatal(err)
 	}
-	down := map[string]uint64{"address_assign": 2, "route_advertisement": 1, "dns_assign": 1, "pref64": 1}
+	down := map[string]uint64{"address_assign": 2, "route_advertisement": 1, "dns_assign": 1,
+		"pref64": 1}
 	up := map[string]uint64{"address_request": 1}
 	received := map[string]uint64{"address_request": 1, "unknown": 2, "datagram": 1}
 	counted := func(traffic *Traffic) map[string]uint64 {
@@ -47,8 +49,10 @@ func TestCapsulesAreCounted(t *testing.T) {
 		got  *Traffic
 		want map[string]uint64
 	}{
-		{"sent by the proxy", &proxy.stats.Send, down}, {"received by the client", &client.stats.Receive, down},
-		{"sent by the client", &client.stats.Send, up}, {"received by the proxy", &proxy.stats.Receive, received},
+		{"sent by the proxy", &proxy.stats.Send, down},
+		{"received by the client", &client.stats.Receive, down},
+		{"sent by the client", &client.stats.Send, up},
+		{"received by the proxy", &proxy.stats.Receive, received},
 	} {
 		waitCount(t, func() bool { return maps.Equal(counted(x.got), x.want) })
 		if t.Failed() {
@@ -76,7 +80,8 @@ func TestSums(t *testing.T) {
 	s.Send.Add(70)
 	s.AddTo(&sum)
 	s.AddTo(&sum)
-	drops, icmp, capsules := maps.Collect(sum.Send.EachDrop()), maps.Collect(sum.ICMPSent.Each()), maps.Collect(sum.Receive.EachCapsule())
+	drops, icmp, capsules := maps.Collect(sum.Send.EachDrop()), maps.Collect(sum.ICMPSent.Each()),
+		maps.Collect(sum.Receive.EachCapsule())
 	for d := DropNone + 1; d < numDrops; d++ {
 		if n := drops[d.String()]; n != 200*uint64(d) {
 			t.Errorf("%d dropped for %v", n, d)
@@ -92,7 +97,9 @@ func TestSums(t *testing.T) {
 			t.Errorf("%d capsules %s", n, name)
 		}
 	}
-	if sum.ICMPSent.Total() != 72 || sum.ICMPSuppressed.Load() != 10 || sum.Send.Bytes.Load() != 140 || sum.Send.Packets.Load() != 2 {
-		t.Errorf("sums: %d, %d, %d, %d", sum.ICMPSent.Total(), sum.ICMPSuppressed.Load(), sum.Send.Bytes.Load(), sum.Send.Packets.Load())
+	if sum.ICMPSent.Total() != 72 || sum.ICMPSuppressed.Load() != 10 ||
+		sum.Send.Bytes.Load() != 140 || sum.Send.Packets.Load() != 2 {
+		t.Errorf("sums: %d, %d, %d, %d", sum.ICMPSent.Total(), sum.ICMPSuppressed.Load(),
+			sum.Send.Bytes.Load(), sum.Send.Packets.Load())
 	}
 }

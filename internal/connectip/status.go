@@ -9,17 +9,21 @@ import (
 	"masquevpn/capsule"
 )
 
-// StatusSchema is the version of the JSON form of Status. Fields are added without changing it.
+// StatusSchema is the version of the JSON form of Status. Fields are added
+// without changing it.
 const StatusSchema = 1
 
-// Status describes one tunnel in the words that `status --json` and `sessions --json` share.
+// Status describes one tunnel in the words that `status --json` and `sessions
+// --json` share.
 type Status struct {
-	Schema     int               `json:"schema"`
-	Name       string            `json:"name"`
-	State      string            `json:"state"` // connecting, connected, degraded, reconnecting, stopping, failed
-	Since      time.Time         `json:"since"` // of State
-	Reason     string            `json:"reason"`
-	Warnings   []string          `json:"warnings,omitempty"` // what a client's user should know, one sentence each
+	Schema int    `json:"schema"`
+	Name   string `json:"name"`
+	// connecting, connected, degraded, reconnecting, stopping, failed
+	State  string    `json:"state"`
+	Since  time.Time `json:"since"` // of State
+	Reason string    `json:"reason"`
+	// what a client's user should know, one sentence each
+	Warnings   []string          `json:"warnings,omitempty"`
 	Proxy      ProxyStatus       `json:"proxy"`
 	Interface  string            `json:"interface"`
 	MTU        int               `json:"mtu"` // bytes
@@ -32,16 +36,21 @@ type Status struct {
 	Bytes      Counts            `json:"bytes"`
 	Drops      map[string]uint64 `json:"drops"` // packets by reason, both directions
 	Reconnects uint64            `json:"reconnects"`
-	Uplink     *Uplink           `json:"uplink,omitempty"`     // how a client's packets leave its host; nil if it is not known
-	Migrations uint64            `json:"migrations,omitempty"` // of a client's sessions to another path (RFC 9000 section 9)
+	// how a client's packets leave its host; nil if it is not known
+	Uplink *Uplink `json:"uplink,omitempty"`
+	// of a client's sessions to another path (RFC 9000 section 9)
+	Migrations uint64 `json:"migrations,omitempty"`
 
-	// KernelRepairs are how often a client put right what other programs changed on its host, by what it was.
+	// KernelRepairs are how often a client put right what other programs
+	// changed on its host, by what it was.
 	KernelRepairs map[string]uint64 `json:"kernel_repairs,omitempty"`
 
-	// OldestPacket is the age of the oldest packet in each stage of its way through a client, milliseconds.
+	// OldestPacket is the age of the oldest packet in each stage of its way
+	// through a client, milliseconds.
 	OldestPacket map[string]int64 `json:"oldest_packet_ms,omitempty"`
 
-	CertificateUntil *time.Time `json:"certificate_until,omitempty"` // when the client's own certificate ends
+	// when the client's own certificate ends
+	CertificateUntil *time.Time `json:"certificate_until,omitempty"`
 }
 
 // Uplink is how packets to the proxy leave a client's host.
@@ -52,10 +61,11 @@ type Uplink struct {
 
 // ProxyStatus is the far end as a client knows it.
 type ProxyStatus struct {
-	Name            string `json:"name"`
-	Endpoint        string `json:"endpoint"`         // address and UDP port
-	HTTP            string `json:"http"`             // "h3"
-	AuthenticatedAs string `json:"authenticated_as"` // the name that its certificate was verified for
+	Name     string `json:"name"`
+	Endpoint string `json:"endpoint"` // address and UDP port
+	HTTP     string `json:"http"`     // "h3"
+	// the name that its certificate was verified for
+	AuthenticatedAs string `json:"authenticated_as"`
 }
 
 // RouteStatus is one advertised range.
@@ -67,13 +77,16 @@ type RouteStatus struct {
 
 // DNSStatus is the configuration of DNS that came through the tunnel.
 type DNSStatus struct {
-	Servers []string       `json:"servers"` // of unencrypted DNS, with a port where it is not the usual one
-	Search  []string       `json:"search"`
-	Domains []string       `json:"domains"` // what the servers resolve, with all names below; "." is all names
+	// of unencrypted DNS, with a port where it is not the usual one
+	Servers []string `json:"servers"`
+	Search  []string `json:"search"`
+	// what the servers resolve, with all names below; "." is all names
+	Domains []string       `json:"domains"`
 	NAT64   []netip.Prefix `json:"nat64"`
-	Applied bool           `json:"applied"`          // the host's resolver uses it
-	Via     string         `json:"via,omitempty"`    // which way it was told, "" if it was not
-	Reason  string         `json:"reason,omitempty"` // why it was not, "" if it was or there are no servers
+	Applied bool           `json:"applied"`       // the host's resolver uses it
+	Via     string         `json:"via,omitempty"` // which way it was told, "" if it was not
+	// why it was not, "" if it was or there are no servers
+	Reason string `json:"reason,omitempty"`
 }
 
 // Counts is a number for each direction.
@@ -102,15 +115,19 @@ func (st *Status) SetRoutes(routes []capsule.Route) {
 	}
 }
 
-// dnsPort is where unencrypted DNS is served unless something else is said (RFC 1035 section 4.2).
+// dnsPort is where unencrypted DNS is served unless something else is said (RFC
+// 1035 section 4.2).
 const dnsPort = 53
 
-// Nameservers returns those that take unencrypted queries, of each configuration the preferred one first.
+// Nameservers returns those that take unencrypted queries, of each
+// configuration the preferred one first.
 func Nameservers(configurations []capsule.DNSConfiguration) []netip.AddrPort {
 	var servers []netip.AddrPort
 	for _, c := range configurations {
 		byPriority := slices.Clone(c.Nameservers)
-		slices.SortStableFunc(byPriority, func(a, b capsule.Nameserver) int { return cmp.Compare(a.Priority, b.Priority) })
+		slices.SortStableFunc(byPriority, func(a, b capsule.Nameserver) int {
+			return cmp.Compare(a.Priority, b.Priority)
+		})
 		for _, n := range byPriority {
 			for _, a := range n.Addresses {
 				if n.Unencrypted() {
@@ -122,7 +139,8 @@ func Nameservers(configurations []capsule.DNSConfiguration) []netip.AddrPort {
 	return servers
 }
 
-// SetDNS fills in what was said about DNS and NAT64. Nameservers that take encrypted queries alone are left out.
+// SetDNS fills in what was said about DNS and NAT64. Nameservers that take
+// encrypted queries alone are left out.
 func (st *Status) SetDNS(configurations []capsule.DNSConfiguration, nat64 []netip.Prefix) {
 	var servers, search, domains distinct
 	for _, a := range Nameservers(configurations) {

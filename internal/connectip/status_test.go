@@ -9,7 +9,8 @@ import (
 	"masquevpn/capsule"
 )
 
-// What a status says of DNS: servers by preference, each once, and only those that plain queries reach.
+// What a status says of DNS: servers by preference, each once, and only those
+// that plain queries reach.
 func TestStatusOfDNS(t *testing.T) {
 	addr := netip.MustParseAddr
 	var s Status
@@ -17,13 +18,19 @@ func TestStatusOfDNS(t *testing.T) {
 		{
 			Nameservers: []capsule.Nameserver{
 				{Priority: 3, Addresses: []netip.Addr{addr("192.0.2.3")}, Port: 5353},
-				{Priority: 1, Addresses: []netip.Addr{addr("192.0.2.1"), addr("2001:db8::1")}, AuthName: "a", ALPN: []string{"dot"}},
-				{Priority: 2, Addresses: []netip.Addr{addr("192.0.2.2")}, AuthName: "b", ALPN: []string{"dot"}, NoDefaultALPN: true},
-				{Priority: 2, Addresses: []netip.Addr{addr("2001:db8::1"), addr("2001:db8::2")}, Port: 53},
+				{Priority: 1, Addresses: []netip.Addr{addr("192.0.2.1"), addr("2001:db8::1")},
+					AuthName: "a", ALPN: []string{"dot"}},
+				{Priority: 2, Addresses: []netip.Addr{addr("192.0.2.2")}, AuthName: "b",
+					ALPN: []string{"dot"}, NoDefaultALPN: true},
+				{Priority: 2, Addresses: []netip.Addr{addr("2001:db8::1"), addr("2001:db8::2")},
+					Port: 53},
 			},
-			InternalDomains: []string{"corp.example", ""}, SearchDomains: []string{"b.example", "a.example"},
+			InternalDomains: []string{"corp.example", ""},
+			SearchDomains:   []string{"b.example", "a.example"},
 		},
-		{Nameservers: []capsule.Nameserver{{Priority: 1, Addresses: []netip.Addr{addr("192.0.2.4")}}}, InternalDomains: []string{"corp.example"}, SearchDomains: []string{"a.example"}},
+		{Nameservers: []capsule.Nameserver{{Priority: 1,
+			Addresses: []netip.Addr{addr("192.0.2.4")}}}, InternalDomains: []string{"corp.example"},
+			SearchDomains: []string{"a.example"}},
 	}, []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")})
 	const want = `{"servers":["192.0.2.1","2001:db8::1","2001:db8::2","192.0.2.3:5353","192.0.2.4"],"search":["b.example","a.example"],` +
 		`"domains":["corp.example","."],"nat64":["64:ff9b::/96"],"applied":false}`

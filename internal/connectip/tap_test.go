@@ -11,7 +11,8 @@ import (
 	"masquevpn/internal/capture"
 )
 
-// A tap sees packets as they are in the tunnel, in both directions, and none that is dropped.
+// A tap sees packets as they are in the tunnel, in both directions, and none
+// that is dropped.
 func TestTap(t *testing.T) {
 	var tap capture.Tap
 	_, proxy := remoteAccess(t, Config{Tap: tap.At("1")})
@@ -22,7 +23,9 @@ func TestTap(t *testing.T) {
 	go func() { done <- capturing.Write(ctx, &file) }()
 
 	in := newInbox(proxy.Conn)
-	receive := func(pkt []byte) { in.HandleDatagram(append([]byte{contextIPPacket}, pkt[Headroom:]...)) }
+	receive := func(pkt []byte) {
+		in.HandleDatagram(append([]byte{contextIPPacket}, pkt[Headroom:]...))
+	}
 	receive(echoPacket(clientAddr4, target4, 64, 101))
 	receive(echoPacket(target6, clientAddr6, 64, 102)) // a source that is not the client's
 	in.FlushDatagrams()

@@ -10,11 +10,12 @@ import (
 	"github.com/yosida95/uritemplate/v3"
 )
 
-// DefaultPath is the path of the URI template that every proxy serves (RFC 9484 section 3).
+// DefaultPath is the path of the URI template that every proxy serves (RFC 9484
+// section 3).
 const DefaultPath = "/.well-known/masque/ip/{target}/{ipproto}/"
 
-// maxTemplate leaves room for the values of the variables, and for the other fields of a request, in the 16 KiB that a proxy takes,
-// in bytes.
+// maxTemplate leaves room for the values of the variables, and for the other
+// fields of a request, in the 16 KiB that a proxy takes, in bytes.
 const maxTemplate = 4 << 10
 
 // The variables of a URI template for IP proxying (RFC 9484 section 4.1).
@@ -23,7 +24,8 @@ const (
 	varIPProto = "ipproto"
 )
 
-// Template is a URI template for IP proxying (RFC 9484 section 3). It is immutable.
+// Template is a URI template for IP proxying (RFC 9484 section 3). It is
+// immutable.
 type Template struct {
 	raw     string
 	uri     *uritemplate.Template
@@ -36,13 +38,15 @@ type Template struct {
 // expression is one {...} of a URI template.
 var expression = regexp.MustCompile(`\{([^{}]*)\}`)
 
-// ParseTemplate parses and checks a URI template against the rules of RFC 9484 section 3.
+// ParseTemplate parses and checks a URI template against the rules of RFC 9484
+// section 3.
 func ParseTemplate(raw string) (*Template, error) {
 	fail := func(format string, args ...any) (*Template, error) {
 		return nil, fmt.Errorf("URI template %q: %s", raw, fmt.Sprintf(format, args...))
 	}
 	if len(raw) > maxTemplate {
-		return nil, fmt.Errorf("a URI template of %d bytes is too long, at most %d are possible", len(raw), maxTemplate)
+		return nil, fmt.Errorf("a URI template of %d bytes is too long, at most %d are possible",
+			len(raw), maxTemplate)
 	}
 	for i := range len(raw) {
 		if raw[i] < 0x21 || raw[i] > 0x7e {
@@ -101,7 +105,8 @@ func ParseTemplate(raw string) (*Template, error) {
 	return t, nil
 }
 
-// compile turns one expression into a regular expression over the raw request path, and notes which variable each group holds.
+// compile turns one expression into a regular expression over the raw request
+// path, and notes which variable each group holds.
 func (t *Template) compile(expr string) (string, error) {
 	op := byte(0)
 	if expr != "" && strings.IndexByte("?&+#./;", expr[0]) >= 0 {
@@ -141,11 +146,12 @@ func (t *Template) compile(expr string) (string, error) {
 // String returns the template as it was given.
 func (t *Template) String() string { return t.raw }
 
-// Host returns the authority of the template: a name or an address, with a port if the template has one.
+// Host returns the authority of the template: a name or an address, with a port
+// if the template has one.
 func (t *Template) Host() string { return t.host }
 
-// Expand returns the URI that requests s. It is an error when s limits something that t has no variable for: the request
-// would be for more.
+// Expand returns the URI that requests s. It is an error when s limits
+// something that t has no variable for: the request would be for more.
 func (t *Template) Expand(s Scope) (*url.URL, error) {
 	target, proto := s.variables()
 	for _, v := range [][2]string{{varTarget, target}, {varIPProto, proto}} {
@@ -167,9 +173,10 @@ func (t *Template) Expand(s Scope) (*url.URL, error) {
 	return u, nil
 }
 
-// Match finds the scope that a raw request path (path and query as received, not decoded) asks for.
-// served is false when the path is none of this template's; a path that is, but whose variables break the rules
-// of RFC 9484 section 4.6, gives an error and has to be answered with 400.
+// Match finds the scope that a raw request path (path and query as received,
+// not decoded) asks for. served is false when the path is none of this
+// template's; a path that is, but whose variables break the rules of RFC 9484
+// section 4.6, gives an error and has to be answered with 400.
 func (t *Template) Match(path string) (s Scope, served bool, err error) {
 	m := t.match.FindStringSubmatch(path)
 	if m == nil {

@@ -61,7 +61,8 @@ func TestTemplateExpandAndMatch(t *testing.T) {
 			}
 			got, served, err := tmpl.Match(u.RequestURI())
 			if !served || err != nil || got != want {
-				t.Errorf("%s: %s came back as %v, %t, %v, want %v", raw, u.RequestURI(), got, served, err, want)
+				t.Errorf("%s: %s came back as %v, %t, %v, want %v", raw, u.RequestURI(), got,
+					served, err, want)
 			}
 		})
 	}
@@ -109,12 +110,17 @@ func TestMatchPath(t *testing.T) {
 		}
 	}
 	for _, path := range []string{
-		base, base + "//", base + "*//", base + "/*/", base + "*/*", base + "*/*/x", base + "*/*/?x=1",
+		base, base + "//", base + "*//", base + "/*/", base + "*/*", base + "*/*/x",
+		base + "*/*/?x=1",
 		base + "*/256/", base + "*/-1/", base + "*/017/", base + "*/tcp/", base + "*/0x11/",
-		base + "a%252F0/*/", base + "192.0.2.0/24/*/", base + "192.0.2.1%2F24/*/", base + "192.0.2.0%2F33/*/",
-		base + "192.0.2.0%2F024/*/", base + "::1/*/", base + "fe80%3A%3A1%25eth0/*/", base + "a%00b/*/",
-		base + "a%0d%0aHost:x/*/", base + "user%40host/*/", base + "exa mple/*/", base + "1.2.3/*/", base + "-a.b/*/",
-		base + "%zz/*/", base + "192.0.2.1:80/*/", base + "%5B%3A%3A1%5D/*/", base + "%3A%3Affff%3A1.2.3.4/*/",
+		base + "a%252F0/*/", base + "192.0.2.0/24/*/", base + "192.0.2.1%2F24/*/",
+		base + "192.0.2.0%2F33/*/",
+		base + "192.0.2.0%2F024/*/", base + "::1/*/", base + "fe80%3A%3A1%25eth0/*/",
+		base + "a%00b/*/",
+		base + "a%0d%0aHost:x/*/", base + "user%40host/*/", base + "exa mple/*/", base + "1.2.3/*/",
+		base + "-a.b/*/",
+		base + "%zz/*/", base + "192.0.2.1:80/*/", base + "%5B%3A%3A1%5D/*/",
+		base + "%3A%3Affff%3A1.2.3.4/*/",
 	} {
 		if s, served, err := tmpl.Match(path); !served || err == nil {
 			t.Errorf("%s: got %v, %t, %v, want a malformed request", path, s, served, err)
@@ -144,7 +150,8 @@ func FuzzMatch(f *testing.F) {
 		}
 		again, served, err := tmpl.Match(u.RequestURI())
 		if !served || err != nil || again != s {
-			t.Errorf("%q gave %v, and %q gave %v, %t, %v", path, s, u.RequestURI(), again, served, err)
+			t.Errorf("%q gave %v, and %q gave %v, %t, %v", path, s, u.RequestURI(), again,
+				served, err)
 		}
 	})
 }

@@ -11,19 +11,22 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 )
 
-// MaxUDPPayload is the longest payload that a UDPStream carries, in bytes: answers of DNS have up to 4096 (RFC 6891 section 6.2.5).
+// MaxUDPPayload is the longest payload that a UDPStream carries, in bytes:
+// answers of DNS have up to 4096 (RFC 6891 section 6.2.5).
 const MaxUDPPayload = 8 << 10
 
-// DatagramStream is a request stream that datagrams are sent on by way of HTTP/3.
+// DatagramStream is a request stream that datagrams are sent on by way of
+// HTTP/3.
 type DatagramStream interface {
 	Stream
 	SendDatagram([]byte) error
 }
 
-// UDPStream carries the payloads of one request for UDP proxying (RFC 9298) after its response: in datagrams, and those that are too
-// long for one in DATAGRAM capsules on the stream (RFC 9297 section 3.5). Peers that skip such capsules lose what they would lose
-// anyway. One goroutine
-// may send while others receive.
+// UDPStream carries the payloads of one request for UDP proxying (RFC 9298)
+// after its response: in datagrams, and those that are too long for one in
+// DATAGRAM capsules on the stream (RFC 9297 section 3.5). Peers that skip such
+// capsules lose what they would lose anyway. One goroutine may send while
+// others receive.
 type UDPStream struct {
 	str  DatagramStream
 	send []byte // of Send alone
@@ -33,11 +36,13 @@ type UDPStream struct {
 // NewUDPStream makes a UDPStream of an accepted request stream.
 func NewUDPStream(str DatagramStream) *UDPStream { return &UDPStream{str: str} }
 
-// udpHeader is the room for what stands before a payload in a capsule: its type, its length, and the context ID.
+// udpHeader is the room for what stands before a payload in a capsule: its
+// type, its length, and the context ID.
 const udpHeader = 1 + 8 + 1
 
-// Send sends a payload, which stays the caller's. It waits while QUIC's queue of datagrams is full, and for a peer that does not
-// read a capsule, which is given up after a while.
+// Send sends a payload, which stays the caller's. It waits while QUIC's queue
+// of datagrams is full, and for a peer that does not read a capsule, which is
+// given up after a while.
 func (s *UDPStream) Send(payload []byte) error {
 	s.send = append(append(s.send[:0], 0), payload...) // context ID 0
 	err := s.str.SendDatagram(s.send)
@@ -54,10 +59,12 @@ func (s *UDPStream) Send(payload []byte) error {
 	return nil
 }
 
-// Interrupt has a Send that waits for the peer to read return soon, and those that follow.
+// Interrupt has a Send that waits for the peer to read return soon, and those
+// that follow.
 func (s *UDPStream) Interrupt() { s.str.CancelWrite(quic.StreamErrorCode(http3.ErrCodeNoError)) }
 
-// ReceiveDatagrams gives the payloads that come in datagrams to deliver, which does not keep them, until ctx or the stream ends.
+// ReceiveDatagrams gives the payloads that come in datagrams to deliver, which
+// does not keep them, until ctx or the stream ends.
 func (s *UDPStream) ReceiveDatagrams(ctx context.Context, deliver func(payload []byte)) {
 	for {
 		b, err := s.str.ReceiveDatagram(ctx)
@@ -70,9 +77,10 @@ func (s *UDPStream) ReceiveDatagrams(ctx context.Context, deliver func(payload [
 	}
 }
 
-// ReceiveCapsules gives the payloads that come in DATAGRAM capsules to deliver, which does not keep them, and calls tooLong for each
-// that is longer than MaxUDPPayload. All other capsules are skipped. It returns when the peer has ended the stream, or Close was
-// called.
+// ReceiveCapsules gives the payloads that come in DATAGRAM capsules to deliver,
+// which does not keep them, and calls tooLong for each that is longer than
+// MaxUDPPayload. All other capsules are skipped. It returns when the peer has
+// ended the stream, or Close was called.
 func (s *UDPStream) ReceiveCapsules(deliver func(payload []byte), tooLong func()) {
 	var buf []byte // most flows need none
 	parser := http3.NewCapsuleParser(s.str)
