@@ -248,7 +248,7 @@ dhclient -1 -q -pf /run/dhclient.pid -lf /run/dhclient.leases eth1`)
 	})
 
 	// What an administrator does once for the tunnel and for containers, as
-	// docs/operations.md has it.
+	// docs/install.md has it.
 	for _, m := range []*machine{near, far} {
 		m.do(`set -e
 /opt/coexist/bridge.sh daemon

@@ -49,7 +49,7 @@ var manual = cli.Page{
 		{Term: "/run/masque/NAME.lock, /run/masque/NAME.journal",
 			Meaning: "What shows that a tunnel runs, and what it changed on the host."},
 		{Term: "/usr/share/doc/masquevpn",
-			Meaning: "How to set up, run and mend a tunnel, in docs/operations.md, and a configuration with all keys, in examples/client.toml."},
+			Meaning: "How to set up, run and mend a tunnel, in docs/client.md, and a configuration with all keys, in docs/reference/client.toml."},
 	},
 	SeeAlso: []string{"masque-proxy(1)", "systemctl(1)", "journalctl(1)"},
 }

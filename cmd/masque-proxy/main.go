@@ -40,7 +40,7 @@ var manual = cli.Page{
 			Meaning: "What shows that a proxy runs, and what it changed on the host."},
 		{Term: "/var/lib/masque", Meaning: "What the service may write, such as the certificates of ACME and a key log."},
 		{Term: "/usr/share/doc/masquevpn",
-			Meaning: "How to set up, run and mend a proxy, in docs/operations.md, and a configuration with all keys, in examples/proxy.toml."},
+			Meaning: "How to set up, run and mend a proxy, in docs/proxy.md, and a configuration with all keys, in docs/reference/proxy.toml."},
 	},
 	SeeAlso: []string{"masque-client(1)", "systemctl(1)", "journalctl(1)"},
 }

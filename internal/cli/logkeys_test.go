@@ -22,10 +22,10 @@ var firstKey = map[string]int{
 	"Log": 3, "With": 0, "Group": 1,
 }
 
-// The keys of log lines are those that docs/operations.md lists, and no others:
+// The keys of log lines are those that docs/monitoring.md lists, and no others:
 // operators search for them.
 func TestLogKeys(t *testing.T) {
-	const doc = "../../docs/operations.md"
+	const doc = "../../docs/monitoring.md"
 	listed := documentedKeys(t, doc)
 	if len(listed) == 0 {
 		t.Fatalf("%s lists no keys", doc)
@@ -143,12 +143,12 @@ func documentedKeys(t *testing.T, doc string) (keys []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, ok := strings.Cut(string(text), "### Log keys\n")
+	_, section, ok := strings.Cut(string(text), "## Log keys\n")
 	if !ok {
 		t.Fatalf("%s has no section \"Log keys\"", doc)
 	}
 	section, _, _ = strings.Cut(section, "\n## ")
-	section, _, _ = strings.Cut(section, "\n### ")
+	section, _, _ = strings.Cut(section, "\n## ")
 	name := regexp.MustCompile("`([a-z0-9_.]+)`")
 	for line := range strings.Lines(section) {
 		if column, _, ok := strings.Cut(strings.TrimPrefix(line, "|"), "|"); ok &&
