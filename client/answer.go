@@ -13,7 +13,7 @@ type answerWatch struct {
 	C     <-chan time.Time
 	tick  *time.Ticker
 	looks int
-	rtt   time.Duration // of the packet that was acknowledged last, at the last look
+	rtt   time.Duration // round trip of the last acknowledged packet, at the last look
 }
 
 func newAnswerWatch() answerWatch {

@@ -13,8 +13,8 @@ import (
 func TestAnswerWatch(t *testing.T) {
 	for _, tc := range []struct {
 		name         string
-		rtts         []time.Duration // of the last acknowledged packet, at each look
-		acknowledged bool            // at the last look
+		rtts         []time.Duration // round trip of the last acknowledged packet, at each look
+		acknowledged bool            // expected at the last look
 		why          string
 	}{
 		{"first look", []time.Duration{9}, false, "waiting for the first answer"},

@@ -26,7 +26,7 @@ import (
 
 const (
 	headroom = connectip.Headroom
-	minMTU   = 1280 // of a link that carries IPv6 (RFC 8200 section 5)
+	minMTU   = 1280 // bytes, the least for IPv6 (RFC 8200 section 5)
 	maxMTU   = flowqueue.MaxSize
 	// sendBatch is how many packets are taken from the queue at once: few,
 	// because they are past what keeps the queue fair.
@@ -43,14 +43,14 @@ type Client struct {
 	ends   hostend.Keeper[*end]
 	host   *host
 	tried  tried                      // when it dialed last
-	hurry  *rate.Limiter              // of attempts before their time
+	hurry  *rate.Limiter              // limits retries before the backoff ends
 	pushed []capsule.DNSConfiguration // what the last session said of DNS
-	queue  *flowqueue.Queue           // of packets of the device
+	queue  *flowqueue.Queue           // packets read from the device
 	// where packets of the device go, nil while there is no session
 	current atomic.Pointer[connectip.Conn]
 	stats   connectip.Stats
 	reading connectip.Busy // the device's reader has packets
-	sender  connectip.Busy // with what it took from queue
+	sender  connectip.Busy // packets taken from queue
 	had     []netip.Prefix // addresses of the last session, to ask for again
 	// the proxy ends the tunnel when it is asked for addresses, and assigns
 	// some without that
@@ -60,15 +60,15 @@ type Client struct {
 
 	// what the log was told of networks that hold them
 	overlaps string
-	networks atomic.Pointer[[]routing.HostNetwork] // of this host
+	networks atomic.Pointer[[]routing.HostNetwork] // this host's networks
 	// ends the notice of noteLoop, nil before the first
 	loop *time.Timer
 
 	mu         sync.Mutex
 	status     connectip.Status
-	reconnects [numLosses]uint64 // of status, by reason
+	reconnects [numLosses]uint64 // status.Reconnects by reason
 	latest     *session          // nil while there is none
-	live       *quic.Conn        // of the session, nil while there is none
+	live       *quic.Conn        // the session's connection; nil: no session
 
 	// What the kernel has, and had to be put right in it.
 	lastState         *routing.State // applied to the current end or the last; nil: nothing was
@@ -80,13 +80,13 @@ type Client struct {
 	dnsRepairs        uint64
 	dnsLost           bool // the resolver has lost what it was told
 
-	failure *Error // of the last attempt at a session, nil once one was connected
+	failure *Error // why the last attempt failed; nil once one has connected
 	// guards askedOutside, and is held while conflicts with the host's routes
 	// are noted
 	noting       sync.Mutex
 	askedOutside string // what the log said last of names that are asked outside
 
-	notices map[string]notice // by key
+	notices map[string]notice // key: what the notice is about
 	// reason of the last StateConnected, shown again when no notice degrades
 	// the tunnel
 	connectedReason string

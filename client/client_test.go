@@ -34,7 +34,7 @@ type installation struct {
 	ca        *x509.CertPool
 	authority *pki.Authority
 	proxy     tls.Certificate
-	user      tls.Certificate // of alice
+	user      tls.Certificate // alice's certificate
 }
 
 var newInstallation = sync.OnceValue(func() installation {
@@ -79,7 +79,7 @@ func (u users) Reserved(netip.Prefix, string) bool      { return false }
 
 // network is a kernel that keeps what it was last told.
 type network struct {
-	health chan routing.Health // to report; nil: nothing
+	health chan routing.Health // values to report; nil: none
 	lost   chan error          // how Keep ends
 
 	mu        sync.Mutex

@@ -32,7 +32,7 @@ const DefaultMaxDelay = 30 * time.Second
 
 // Config is the configuration of a Client.
 type Config struct {
-	Name  string      // of the tunnel, for status, logs and what is ours on the host
+	Name  string      // the tunnel's name, for status, logs and our objects on the host
 	Proxy string      // a name, host:port, or a URI template (RFC 9484 section 3)
 	TLS   *tls.Config // RootCAs (nil: the system's), Certificates, ServerName ("": from Proxy)
 	Token string      // bearer token, "" for none
@@ -57,7 +57,7 @@ type Config struct {
 	Static  []netip.Prefix // addresses to use instead of asking
 
 	InstallRoutes bool
-	Accept        []netip.Prefix     // of what is advertised, what is taken and installed; nil: all
+	Accept        []netip.Prefix     // limits the advertised routes that are taken; nil: no limit
 	Exclude       []netip.Prefix     // goes around the tunnel
 	HostRoutes    routing.HostRoutes // routes of the host that go before the tunnel's
 
@@ -196,11 +196,11 @@ func usage(key, format string, args ...any) error {
 type target struct {
 	template *connectip.Template
 	scope    connectip.Scope
-	host     string // to resolve
+	host     string // the host to resolve
 	port     string
 	verify   string         // the name that the certificate has to carry
 	roots    *x509.CertPool // who may have signed it; nil: the system's
-	clock    clock          // by which it is verified
+	clock    clock          // verifies certificates
 }
 
 // parseProxy checks where raw, a Config.Proxy, leads. What config says of the

@@ -17,7 +17,7 @@ type Counters struct {
 	Stats connectip.Stats
 	// by what was wrong with the session, or the attempt at one, before
 	Reconnects map[string]uint64
-	Oldest     connectip.Ages // of the packets that wait in the client now
+	Oldest     connectip.Ages // packets that wait in the client now
 	Panics     uint64         // that ended a session
 }
 
@@ -67,7 +67,7 @@ type loss uint8
 
 // The reasons, each with the word under which it is counted.
 const (
-	lossError  loss = iota // on this host, or in what the proxy said
+	lossError  loss = iota // this host, or a capsule of the proxy
 	lossClosed             // the proxy ended it in good order
 	// the proxy ended it because something was wrong, or has been restarted and
 	// knows it no more

@@ -60,7 +60,7 @@ type dialer struct {
 	tls        *tls.Config
 	token      string
 	congestion congestion.Mode
-	control    controlFunc // of sockets, may be nil
+	control    controlFunc // prepares sockets; may be nil
 	resolver   *net.Resolver
 	// of what the kernel dropped because a socket was full, may be nil
 	dropped func(packets int)
@@ -71,7 +71,7 @@ type dialer struct {
 	progress  func(string)
 	hasRoute  func(netip.Addr) bool // whether packets to an address leave this host
 	logger    *slog.Logger
-	lastAddrs []netip.AddrPort // of the proxy
+	lastAddrs []netip.AddrPort // the proxy's addresses
 	outer     outerSockets
 	timeouts  int // attempts that got no answer
 }
@@ -91,8 +91,8 @@ func hasRoute(to netip.Addr) bool {
 
 // dialed is an established connection to the proxy.
 type dialed struct {
-	transport *quic.Transport // of the path that it is on
-	socket    *udpconn.Conn   // of transport
+	transport *quic.Transport // the current path's transport
+	socket    *udpconn.Conn   // transport's socket
 	path      *quic.Path      // nil for the first one
 	leave     func()          // closes the path that it was on before
 	// whose LocalAddr and RemoteAddr must not be asked for: they may change

@@ -30,7 +30,7 @@ type DNS struct {
 // Resolver is the host's; *hostdns.Manager is one.
 type Resolver interface {
 	Apply(hostdns.Settings) (via string, err error)
-	Check() (restored string, err error)                // of what other programs changed
+	Check() (restored string, err error)                // restored: changes of other programs that it took back
 	Reaches(server netip.AddrPort) bool                 // through the tunnel
 	Upstream() (servers []netip.AddrPort, applied bool) // besides the tunnel's
 	// those of them that queries reach outside the tunnel
@@ -85,7 +85,7 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	if c.cfg.DNS.Off && len(told.DNS.Servers) > 0 {
 		told.DNS.Reason = "dns.mode is off"
 	} else if r := c.resolver(); r != nil {
-		via, err := r.Apply(settings) // of nothing, when there is nothing
+		via, err := r.Apply(settings) // empty settings where there is nothing to apply
 		if len(settings.Servers) == 0 && len(skipped) > 0 {
 			err = errors.Join(fmt.Errorf("no route into the tunnel leads to %s",
 				join(skipped)), err)

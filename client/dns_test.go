@@ -67,7 +67,7 @@ func awaitDNS(t *testing.T, n *near, want connectip.DNSStatus) {
 // order.
 type resolving struct {
 	outside []netip.Addr // servers that are not reached through the tunnel
-	fail    error        // of Apply
+	fail    error        // error that Apply returns
 
 	mu       sync.Mutex
 	said     []string
@@ -199,7 +199,7 @@ func TestDNSAsConfigured(t *testing.T) {
 		outside []netip.Addr
 		fail    error
 		want    string // that the resolver is told at the end
-		reason  string // of not applying it
+		reason  string // why DNS is not applied
 	}{
 		"as pushed": {pushed: corp,
 			want: "servers [10.77.0.1:53 192.0.2.53:53] search [corp.example] domains [.]"},

@@ -278,7 +278,7 @@ func meetImpostor(t *testing.T, impostor func(*testing.T, string) *far, says str
 				strings.HasPrefix(s.Warnings[0], says)
 		}
 		n.await(t, "refused", said)
-		<-n.Changed() // by the next attempt
+		<-n.Changed() // the next attempt changes the state
 		n.await(t, "refused again", said)
 		if n.network.closed || n.Status().KillSwitch != KillSwitchClosed {
 			t.Error("the host is as it was without the tunnel")

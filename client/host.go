@@ -158,7 +158,7 @@ func (c *Client) watchHost(ctx context.Context) (end func(), err error) {
 
 // tried is what a client knew of its host when it dialed last.
 type tried struct {
-	addrs []netip.AddrPort // of the proxy
+	addrs []netip.AddrPort // the proxy's addresses
 	ways  []routing.Way
 	slept time.Duration
 }

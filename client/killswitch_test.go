@@ -16,7 +16,7 @@ import (
 
 // killSwitch keeps what it is told, and by whom it is called.
 type killSwitch struct {
-	health chan routing.KillSwitchHealth // to report; nil: nothing
+	health chan routing.KillSwitchHealth // values to report; nil: none
 
 	mu     sync.Mutex
 	events []string

@@ -25,7 +25,7 @@ const (
 
 // outerSocket is the two ends of a socket that carries the tunnel, or is to.
 type outerSocket struct {
-	port  uint16 // of this host
+	port  uint16 // this host's port
 	proxy netip.AddrPort
 }
 

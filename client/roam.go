@@ -90,7 +90,7 @@ type roamer struct {
 	s      *session
 	d      *dialed
 	way    routing.Way
-	noWay  bool // to the proxy: whatever comes next is another
+	noWay  bool // there is no route to the proxy: any route that comes is another
 	slept  time.Duration
 	heard  uint64    // packets that came so far
 	heardT time.Time // when the last one had come

@@ -64,7 +64,7 @@ type nat struct {
 	drop   atomic.Bool // everything
 
 	mu       sync.Mutex
-	bindings map[netip.AddrPort]*net.UDPConn // by the client's address
+	bindings map[netip.AddrPort]*net.UDPConn // key: the client's address
 	running  sync.WaitGroup
 }
 

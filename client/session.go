@@ -81,8 +81,8 @@ type session struct {
 	// what was said of a family that leaves outside the tunnel, "" for nothing
 	beside       string
 	empty        string         // what was said of a tunnel without routes, "" for nothing
-	advertised   []netip.Prefix // to the proxy
-	assignedPeer []netip.Prefix // to the proxy
+	advertised   []netip.Prefix // routes last advertised to the proxy
+	assignedPeer []netip.Prefix // addresses last assigned to the proxy
 }
 
 // session dials, keeps the session until it ends, and returns why it ended and

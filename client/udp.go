@@ -81,7 +81,7 @@ type UDPForwarder struct {
 	socket   *net.UDPConn
 	link     atomic.Pointer[udpLink] // nil while there is no connection
 	stats    connectip.Stats
-	complain *rate.Limiter // of log lines about flows
+	complain *rate.Limiter // limits log lines about flows
 
 	running sync.WaitGroup // flows
 	mu      sync.Mutex

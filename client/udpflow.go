@@ -39,7 +39,7 @@ type udpFlow struct {
 	f      *UDPForwarder
 	peer   netip.AddrPort
 	link   *udpLink
-	queue  chan udpPacket // to the proxy
+	queue  chan udpPacket // packets that wait to be sent to the proxy
 	ctx    context.Context
 	stop   context.CancelFunc
 	open   atomic.Bool

@@ -53,6 +53,6 @@ func TestServiceWaitsForCertificate(t *testing.T) {
 	m.is("systemctl show -P MainPID masque-proxy", pid)
 	m.is("stat -c '%U %a' /var/lib/masque/acme /var/lib/masque/acme/reset.key",
 		"masque 700\nmasque 600")
-	m.do("systemctl restart masque-proxy") // with what is stored
+	m.do("systemctl restart masque-proxy") // it uses the stored certificate
 	m.do("masque-proxy status")
 }

@@ -79,7 +79,7 @@ exec /lib/systemd/systemd --unit=basic.target --log-target=journal --show-status
 // those of the same files to upgrade to. Its files are gone with it.
 type machine struct {
 	*testing.T
-	pid string // of systemd
+	pid string // systemd's process ID
 }
 
 // later makes packages to upgrade to, once, of the files of dist/.

@@ -24,7 +24,7 @@ type account struct {
 	// the user is looked up and followed under it, so that the last look counts
 	following sync.Mutex
 
-	leases atomic.Int64 // of all sessions of the user
+	leases atomic.Int64 // leases of all sessions of the user
 
 	sessions int // that have it
 }
@@ -99,7 +99,7 @@ func (s *Server) UsersChanged() {
 // follow makes ss follow its user as it is now, and returns why it has to end,
 // nil when it may go on.
 func (s *Server) follow(ss *session) error {
-	if ss.user.Name == "" { // without authentication
+	if ss.user.Name == "" { // there is no authentication
 		return nil
 	}
 	ss.account.following.Lock()
@@ -136,7 +136,7 @@ func (s *Server) endExpired(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case now := <-tick.C:
-			for _, ss := range s.sessions.expired(now.Round(0)) { // without the monotonic clock
+			for _, ss := range s.sessions.expired(now.Round(0)) { // Round removes the monotonic clock
 				ss.stop(errExpired)
 			}
 		}

@@ -33,7 +33,7 @@ type attempts struct {
 
 	mu            sync.Mutex
 	recent, older map[string]*rate.Limiter
-	since         time.Time // of recent
+	since         time.Time // start of the time that recent counts
 	waiting       int
 }
 

@@ -26,7 +26,7 @@ const (
 	classWrongToken         = "wrong_token"
 	classOldCertificate     = "old_certificate"     // not that of the last invitation
 	classExpiredCertificate = "expired_certificate" // found by TLS, as is the next
-	classBadCertificate     = "bad_certificate"     // of another authority, or not for this
+	classBadCertificate     = "bad_certificate"     // signed by another authority, or not for this use
 	classMismatch           = "mismatch"            // certificate and token are those of two users
 	classExpiredUser        = "expired_user"
 	classRevoked            = "revoked" // between the request and its answer

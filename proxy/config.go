@@ -46,13 +46,13 @@ const (
 type Config struct {
 	Name    string         // what clients dial
 	Listen  []string       // UDP addresses, host:port; default [::]:443
-	Sockets []*net.UDPConn // to serve instead of Listen; Run closes them
+	Sockets []*net.UDPConn // sockets to serve instead of Listen; Run closes them
 	// URI template served besides the default one; default: https://NAME/ and
 	// the default path
 	Template string
 	TLS      *tls.Config // the certificate; ClientCAs for MethodMTLS
 
-	Methods []string // of authentication; at least one
+	Methods []string // authentication methods; at least one
 	Users   Users    // nil with MethodNone alone
 
 	TUN tun.Config // MTU 0: automatic
@@ -149,7 +149,7 @@ type User struct {
 	// for the name
 	Certificate  [32]byte
 	Addresses    []netip.Addr // reserved for this user
-	Sessions     int          // at once; 0: Config.MaxSessionsPerUser
+	Sessions     int          // simultaneous; 0: Config.MaxSessionsPerUser
 	MaxAddresses int          // leased at once; 0: Config.MaxAddressesPerUser
 
 	Routes []netip.Prefix // what may be reached of Config.Advertise; nil: all, empty: nothing
@@ -157,7 +157,7 @@ type User struct {
 	// what is around them; 0: no limit
 	RateUp   int64
 	RateDown int64     // and to them
-	Expires  time.Time // from when on the user is not let in, by the wall clock; zero: never
+	Expires  time.Time // end of the user's access, wall clock; zero: never
 }
 
 // Users finds users. Its methods are called from several goroutines and answer

@@ -69,8 +69,8 @@ type connections struct {
 	max           int // pending ones in all
 	maxPerAddress int // and of one address, or /64 of IPv6
 
-	pending  waiting // by source
-	idle     waiting // by user
+	pending  waiting // key: source address
+	idle     waiting // key: user
 	ended    map[string]uint64
 	sweeping bool // a look is due
 }
@@ -255,7 +255,7 @@ func (l *connections) counts() (pending int, ended map[string]uint64) {
 // waiting are connections in the order in which they came, with their number
 // by a key.
 type waiting struct {
-	order list.List // of *connection
+	order list.List // elements are *connection
 	of    map[string]int
 }
 

@@ -109,7 +109,7 @@ func TestConnectionsWithoutSession(t *testing.T) {
 		}},
 		{"after a session", func(g *gate) {
 			g.opens("a", "192.0.2.1")
-			for range 3 { // of two sessions at once, and then of one
+			for range 3 { // two sessions at once, and then one
 				g.accepted(g.made["a"])
 				g.accepted(g.made["a"])
 				g.released(g.made["a"], "alice", 8)

@@ -13,13 +13,13 @@ import (
 // Counters are what a Server has counted since it was made, and what it has
 // now. Counts never get less.
 type Counters struct {
-	Stats        connectip.Stats // of all sessions, and of packets that were no session's
+	Stats        connectip.Stats // all sessions, and packets that belong to none
 	Sessions     int             // now, tunnels
 	MaxSessions  int
 	UDPFlows     int // now
 	MaxUDPFlows  int
-	Requests     []RequestCount    // by their outcome
-	AuthFailures map[string]uint64 // by method; "missing": there were no credentials
+	Requests     []RequestCount    // one entry for each outcome
+	AuthFailures map[string]uint64 // key: method; "missing": there were no credentials
 	Pool         []PoolUse
 	// KernelRepairs are how often the host was put right, by what it was.
 	KernelRepairs map[string]uint64

@@ -13,7 +13,7 @@ import (
 // DNS is what clients are told about name resolution
 // (draft-ietf-masque-connect-ip-dns-06). The zero value tells them nothing.
 type DNS struct {
-	Servers []netip.Addr   // of unencrypted DNS, the preferred one first
+	Servers []netip.Addr   // servers of unencrypted DNS, the preferred one first
 	Domains []string       // what the servers resolve, with all names below; none: all names
 	Search  []string       // search domains
 	NAT64   []netip.Prefix // prefixes of NAT64 (RFC 6052 section 2.2)
@@ -22,7 +22,7 @@ type DNS struct {
 // Limits on DNS. Within them all of it fits in capsules that any peer takes.
 const (
 	maxServers = 16
-	maxDomains = 32 // of each kind
+	maxDomains = 32 // domains of each kind
 	maxNAT64   = 16
 )
 

@@ -10,8 +10,8 @@ import (
 // translates or wraps their packets sends them on to those.
 type embedding struct {
 	prefix netip.Prefix
-	nat64  bool // by RFC 6052, which leaves out bits 64 to 71
-	one    bool // of several that begin alike, of which a translator has one
+	nat64  bool // RFC 6052, which leaves out bits 64 to 71
+	one    bool // one of several that begin alike; a translator has one of them
 }
 
 // embeddings are those that nobody has to configure. The local NAT64 prefix

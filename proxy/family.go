@@ -23,10 +23,10 @@ type space struct {
 type family struct {
 	space
 	gateway netip.Addr // the proxy's own
-	last    netip.Addr // of the space
+	last    netip.Addr // last address of the space
 	leased  bart.Lite
 	next    netip.Addr        // where the search for a single address goes on
-	resting bart.Table[*rest] // by disjoint prefixes
+	resting bart.Table[*rest] // prefixes in quarantine, disjoint
 	queue   []*rest           // oldest first
 }
 

@@ -32,7 +32,7 @@ func (s *Server) dispatch(packets []*flowqueue.Packet) {
 	s.reading.Begin()
 	defer s.reading.End()
 	var to *session
-	first := 0 // of those that go to it
+	first := 0 // index of the first packet for it
 	queue := func(end int) {
 		switch {
 		case to == nil:

@@ -249,7 +249,7 @@ func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
 	w.WriteHeader(http.StatusOK)
 	w.(http.Flusher).Flush()
 	h.s.requests.count(http.StatusOK, accepted)
-	if ss.udp != nil { // of these a client may make many, for a packet each
+	if ss.udp != nil { // a client may make many of these, for a packet each
 		ss.log.Debug("session started", "remote", r.RemoteAddr, "udp_target",
 			ss.udp.target.String())
 		h.ended(ss, slog.LevelDebug, ss.runUDP(w))

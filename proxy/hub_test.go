@@ -35,7 +35,7 @@ func (byToken) Reserved(netip.Prefix, string) bool  { return false }
 
 // kernel keeps all that it was told.
 type kernel struct {
-	health chan routing.Health // to report; nil: nothing
+	health chan routing.Health // values to report; nil: none
 	lost   chan error          // how Keep ends
 
 	mu     sync.Mutex
@@ -108,7 +108,7 @@ type hub struct {
 	running
 	t      *testing.T
 	h3     *http3.ClientConn
-	cfg    Config // to change and give to Reload
+	cfg    Config // configuration to change and give to Reload
 	device *tuntest.Device
 	kernel *kernel
 	log    *logs

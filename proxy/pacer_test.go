@@ -117,11 +117,11 @@ func TestUplink(t *testing.T) {
 	a.up.rate.Store(64_000)
 	a.up.spend(1 << 20) // nothing goes out for minutes
 	const more = 7
-	write(flowqueue.Limit + sendBatch + more) // of which a batch may be on its way
+	write(flowqueue.Limit + sendBatch + more) // one batch of them may be on its way
 	if n := ss.stats.Receive.Drops()["queue_full"]; n < more {
 		t.Errorf("%d packets dropped, want %d", n, more)
 	}
 	cancel(nil)
 	u.close()
-	write(1) // into nothing
+	write(1) // nothing takes it
 }

@@ -207,7 +207,7 @@ func TestPoolLosesNothing(t *testing.T) {
 		t.Errorf("%d and %d leases are left", v4, v6)
 	}
 	seen := map[netip.Prefix]bool{}
-	for range 256 - 3 { // without network, proxy and broadcast
+	for range 256 - 3 { // all but network, proxy and broadcast
 		got := mustLease(t, p, "somebody", any4)
 		if seen[got] {
 			t.Fatalf("%v is leased twice", got)

@@ -25,7 +25,7 @@ type reloadable struct {
 	running
 	t      *testing.T
 	h3     *http3.ClientConn
-	cfg    Config // to change and give to Reload
+	cfg    Config // configuration to change and give to Reload
 	device *tuntest.Device
 	str    *http3.RequestStream
 	r      *capsule.Reader
@@ -409,7 +409,7 @@ func disjoint(n int) []netip.Prefix {
 // More routes than clients take are refused at the start and by Reload, and
 // what can be joined is.
 func TestAdvertisedRoutes(t *testing.T) {
-	const most = routing.MaxRoutes - 1 // without the proxy's own address
+	const most = routing.MaxRoutes - 1 // the proxy's own address counts too
 	for _, tc := range []struct {
 		name      string
 		advertise []netip.Prefix

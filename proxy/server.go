@@ -62,14 +62,14 @@ type Server struct {
 
 	reloading  sync.Mutex
 	refreshing sync.Mutex     // one refresh at a time; guards what follows
-	mtu        int            // of the device, bytes
+	mtu        int            // MTU of the device, bytes
 	installed  *routing.State // what the kernel has been told, nil before the first time
 	local      []netip.Prefix // the host's addresses with the lengths of their networks
 
 	narrow     narrowPaths
 	errorLimit *rate.Limiter
 	reading    connectip.Busy  // the device's reader has packets
-	unrouted   connectip.Stats // of packets that are no session's, and ICMP errors about them
+	unrouted   connectip.Stats // packets that belong to no session, and ICMP errors about them
 	requests   requestCounts
 	// connections are those without a session.
 	connections *connections
@@ -82,7 +82,7 @@ type Server struct {
 
 	mu     sync.Mutex
 	denied denied
-	health routing.Health // of the kernel's side
+	health routing.Health // health of the kernel's side
 }
 
 // New checks cfg and makes a Server of it; nothing is opened yet.
@@ -416,7 +416,7 @@ type Status struct {
 	Packets   connectip.Counts  `json:"packets"`
 	Bytes     connectip.Counts  `json:"bytes"`
 	Drops     map[string]uint64 `json:"drops"`
-	Requests  map[string]uint64 `json:"requests"` // by outcome
+	Requests  map[string]uint64 `json:"requests"` // key: outcome
 	ICMPSent  uint64            `json:"icmp_sent"`
 	// AuthFailures are how often credentials were refused, by method, and under
 	// "missing" how often there were none.

@@ -42,7 +42,7 @@ type session struct {
 	server *Server
 	id     string
 	user   User   // as it was let in
-	method string // by which
+	method string // authentication method
 	// account is what all sessions of the user share, set when the session is
 	// taken in; follows is its reach as the session has it.
 	account *account
@@ -57,12 +57,12 @@ type session struct {
 	installation string
 	scope        connectip.Scope
 	reach        *netipx.IPSet // the addresses of scope, nil for all
-	claim        *claim        // of the site that the client is the gateway of, nil for none
+	claim        *claim        // the site that the client is the gateway of; nil: none
 	since        time.Time
 	quic         *quic.Conn
 	connection   *connection // the same, as Server.connections has it
 	queue        *flowqueue.Queue
-	sender       connectip.Busy // with what it took from queue
+	sender       connectip.Busy // packets taken from queue
 	uplink       uplink
 	// nil for IP proxying; else all that is about addresses and packets of the
 	// device is unused
@@ -79,7 +79,7 @@ type session struct {
 	// closed when the client was told its routes for the first time, or cannot
 	// be
 	advertised chan struct{}
-	saidNoSite bool // of the goroutine that handles capsules
+	saidNoSite bool // used by the goroutine that handles capsules
 
 	// orders lists of addresses on the wire; taken before mu, which is not held
 	// while the client does not read

@@ -107,9 +107,9 @@ type taken struct {
 // addresses that it assigned.
 type holding struct {
 	routes   []capsule.Route
-	networks *netipx.IPSet  // of routes
-	prefixes []netip.Prefix // of networks
-	assigned []netip.Prefix // to the proxy, single addresses
+	networks *netipx.IPSet  // addresses in routes
+	prefixes []netip.Prefix // networks as prefixes
+	assigned []netip.Prefix // single addresses assigned to the proxy
 	refused  []string       // the rest, and why
 }
 

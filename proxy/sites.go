@@ -23,7 +23,7 @@ type sites struct {
 	changed chan struct{} // something was noted since the last decision
 
 	mu     sync.Mutex
-	rights map[string]*rights // by user
+	rights map[string]*rights // key: user
 	base   int                // how many routes are advertised to all clients
 	last   uint64             // rank and number that were given out last
 	claims []*claim           // in order of precedence
@@ -39,7 +39,7 @@ type claim struct {
 	// has. A user has one place as long as any session of it runs, and of these
 	// the newest goes first.
 	rank, number uint64
-	successor    *claim // of the session that replaces this one, nil for none
+	successor    *claim // claim of the session that replaces this one; nil: none
 
 	told       bool // the session said something
 	advertised []capsule.Route
@@ -212,8 +212,8 @@ func (t *sites) held(c *claim) holding {
 
 // layout is the outcome of a decision.
 type layout struct {
-	networks  []netip.Prefix // of all sites
-	addresses []netip.Prefix // of the proxy, with the lengths of the networks that they are in
+	networks  []netip.Prefix // networks of all sites
+	addresses []netip.Prefix // addresses of the proxy, as long as the networks that they are in
 	leased    []netip.Prefix // addresses of the sites' sessions
 }
 

@@ -12,7 +12,7 @@ import (
 // a change makes a new version, which shares with the old one all that did not
 // change.
 type table struct {
-	mu sync.Mutex // of writers
+	mu sync.Mutex // serializes writers
 	v  atomic.Pointer[bart.Table[*session]]
 }
 

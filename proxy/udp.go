@@ -39,7 +39,7 @@ const DefaultUDPIdleTimeout = 2 * time.Minute
 // udpTarget is what a request for UDP proxying asks for.
 type udpTarget struct {
 	name string     // a DNS name, "" when addr is valid
-	addr netip.Addr // without zone
+	addr netip.Addr // has no zone
 	port uint16     // not 0
 }
 

@@ -29,8 +29,8 @@ const udpEndTimeout = time.Second
 // datagram goes to the client in a capsule.
 type udpFlow struct {
 	target udpTarget
-	to     netip.AddrPort // of the target
-	socket net.Conn       // to it
+	to     netip.AddrPort // the target's address
+	socket net.Conn       // connected to the target
 }
 
 // nextHop returns the value of Proxy-Status by which the proxy called name

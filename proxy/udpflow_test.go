@@ -117,7 +117,7 @@ func TestUDPCarries(t *testing.T) {
 		"[2001:db8::7]:53": "[2001:db8::7]:53",
 		"dns.example:53":   "[2001:db8::7]:53",
 	} {
-		before := s.Status() // of the sessions that ended
+		before := s.Status() // counts of the sessions that ended
 		f := openFlowTo(t, h3, target, nil)
 		if got := f.RemoteAddr().String(); got != at {
 			t.Errorf("%s: the proxy says that it sends to %s, want %s", target, got, at)

@@ -19,7 +19,7 @@ type uplink struct {
 	mu      sync.Mutex
 	closed  bool
 	sending sync.WaitGroup
-	writing connectip.Busy // of the goroutine that sends
+	writing connectip.Busy // since when the sending goroutine has been writing
 }
 
 // Write implements connectip.Device. It may be called by several goroutines,

@@ -457,7 +457,7 @@ func TestIPv6DisabledLater(t *testing.T) {
 		})
 	}
 	h.close(m)
-	after := h.snapshot() // without the addresses and routes of the uplink that went with IPv6
+	after := h.snapshot() // the uplink lost its IPv6 addresses and routes
 	for _, what := range []string{"rule", "rule6", "ruleset"} {
 		if after[what] != before[what] {
 			t.Errorf("%s before:\n%safter:\n%s", what, before[what], after[what])

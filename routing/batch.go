@@ -18,7 +18,7 @@ import (
 // kernel looks at the range.
 type batch struct {
 	messages []netlink.Message
-	err      error // of the first attribute that could not be written
+	err      error // first attribute that could not be written
 }
 
 // add appends a message about an object of a family.
@@ -149,7 +149,7 @@ func (b *batch) commit() error {
 // What the buffers of a netlink socket keep for each message, in bytes: the
 // kernel counts what it allocates.
 const (
-	defaultBuffer = 208 << 10 // of Linux
+	defaultBuffer = 208 << 10 // bytes, the default of Linux
 	perAnswer     = 1 << 10
 	perMessage    = 64
 )

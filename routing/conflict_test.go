@@ -15,7 +15,7 @@ func TestConflicts(t *testing.T) {
 	full := prefixes("0.0.0.0/0", "::/0")
 	for _, tt := range []struct {
 		name  string
-		route string // of the host
+		route string // the host's route
 		state State
 		says  []string
 	}{

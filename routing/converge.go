@@ -12,7 +12,7 @@ import (
 
 // op is one change to the kernel.
 type op struct {
-	kind string // of what it changes, see the constants
+	kind string // kind of the changed object, see the constants
 	what string // for the log and for errors: a verb and its object
 	do   func() error
 }
@@ -22,7 +22,7 @@ const (
 	kindLink    = "link"
 	kindMTU     = "mtu"
 	kindAddress = "address"
-	kindTable   = "table" // of nftables
+	kindTable   = "table" // nftables table
 	kindRoute   = "route"
 	kindRule    = "rule"
 	kindSysctl  = "sysctl"

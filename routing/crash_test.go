@@ -81,7 +81,7 @@ func TestKilled(t *testing.T) {
 		name   string
 		mangle func(t *testing.T, journal string) // between the two processes
 		logged string
-		sysctl string // of ip_forward after the second has opened
+		sysctl string // ip_forward after the second has opened
 	}{
 		{"journal intact", func(*testing.T, string) {}, "left behind by a dead process", "0"},
 		{"journal gone", func(t *testing.T, journal string) {

@@ -24,9 +24,9 @@ const (
 type feud struct {
 	maxTruce time.Duration
 	attempts int       // in a row, without peace in between
-	last     time.Time // of them
+	last     time.Time // time of the last repair
 	what     string    // was done last
-	err      error     // of the last attempt
+	err      error     // error of the last attempt
 }
 
 // due returns when the next attempt may be made.

@@ -68,7 +68,7 @@ func Obstacles(p Passage) ([]Obstacle, error) {
 	for _, family := range []struct {
 		name   string
 		family nftables.TableFamily
-		proto  byte // of the packets, 0 for both
+		proto  byte // protocol of the packets, 0 for both
 	}{
 		{"inet", nftables.TableFamilyINet, 0}, {"ip", nftables.TableFamilyIPv4, unix.NFPROTO_IPV4},
 		{"ip6", nftables.TableFamilyIPv6, unix.NFPROTO_IPV6},
@@ -117,7 +117,7 @@ func (h Hook) number() *nftables.ChainHook {
 type fate int
 
 const (
-	fateGoesOn  fate = iota // with the next rule
+	fateGoesOn  fate = iota // the next rule decides
 	fatePasses              // the base chain
 	fateDropped             // or rejected
 	fateUnknown             // some rule may let it pass, and otherwise it is dropped
@@ -241,7 +241,7 @@ func (w *walk) rule(r *nftables.Rule) (matches truth, verdict *expr.Verdict) {
 			regs[e.SourceRegister%64], regs[e.DestRegister%64] = value{}, value{}
 		case *expr.Match:
 			holds = w.xtables(e)
-		case *expr.Target: // of iptables; those that decide have names
+		case *expr.Target: // an iptables target; those that decide have names
 			switch e.Name {
 			case "REJECT":
 				verdict = &expr.Verdict{Kind: expr.VerdictDrop}
@@ -267,9 +267,9 @@ func (w *walk) rule(r *nftables.Rule) (matches truth, verdict *expr.Verdict) {
 type value struct {
 	known bool
 	data  []byte
-	name  bool // of an interface: 16 bytes with zeros behind
-	any   bool // of an interface that could be any but the loopback
-	state bool // of a connection: a bit
+	name  bool // an interface name: 16 bytes with zeros behind
+	any   bool // an interface that could be any but the loopback
+	state bool // a connection state: a bit
 }
 
 // state is that of the connection.

@@ -77,7 +77,7 @@ func TestInboundConnectionsSurvive(t *testing.T) {
 	for _, tracked := range []bool{false, true} {
 		t.Run(fmt.Sprintf("tracked=%t", tracked), func(t *testing.T) {
 			h, router := connect(t)
-			router.ip("addr add fe80::1/64 dev down0 nodad") // to look for its neighbours
+			router.ip("addr add fe80::1/64 dev down0 nodad") // the router looks for its neighbours
 			h.tun("masque0")
 			h.sysctl("net/ipv4/conf/all/rp_filter", "1")
 			if tracked {

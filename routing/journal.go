@@ -28,7 +28,7 @@ type record struct {
 	Boot      string `json:"boot"` // where and until when this is true, see bootID
 	Instance  string `json:"instance"`
 	Interface string `json:"interface"`
-	Index     int    `json:"index"`          // of the interface
+	Index     int    `json:"index"`          // the interface's index
 	MTU       int    `json:"mtu,omitempty"`  // it had, 0: not changed
 	Down      bool   `json:"down,omitempty"` // it was down, and is up
 	// its address generation mode was, "": not changed

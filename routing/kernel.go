@@ -28,7 +28,7 @@ type observed struct {
 	others []netlink.Route // routes of our tables that are not as we make them
 	rules  map[rule]struct{}
 	strays []*netlink.Rule // rules of ours that are not as we make them
-	chains []chainText     // of our nftables table
+	chains []chainText     // chains of our nftables table
 	table  bool            // the nftables table is there
 }
 

@@ -32,15 +32,15 @@ import (
 // not held.
 type KillSwitch struct {
 	Instance string         // as of Config
-	Mark     uint32         // of the sockets that carry the tunnel, not 0
+	Mark     uint32         // mark of the sockets that carry the tunnel, not 0
 	Allow    []netip.Prefix // destinations outside the tunnel
 	Logger   *slog.Logger   // nil: nothing is logged
 
 	mu     sync.Mutex
-	want   []chain     // of the last Close, nil before the first
+	want   []chain     // chains of the last Close, nil before the first
 	sealed []chainText // the table when it was as it shall be; nil: not known
 	feud   feud
-	count  uint64 // of repairs
+	count  uint64 // number of repairs
 }
 
 // KillSwitchHealth says whether a KillSwitch holds.
@@ -212,7 +212,7 @@ func (k *KillSwitch) Lift() (found bool, err error) {
 }
 
 const (
-	mldReport      = 131 // to mldDone, RFC 2710
+	mldReport      = 131 // first type of a range that ends with mldDone, RFC 2710
 	mldDone        = 132
 	mld2Report     = 143 // RFC 3810
 	ndRouter       = 133 // solicitation, to ndNeighbor, RFC 4861

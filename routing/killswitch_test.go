@@ -153,7 +153,7 @@ func TestKillSwitch(t *testing.T) {
 // What the host forwards is held too, and refused with a reason.
 func TestKillSwitchForward(t *testing.T) {
 	h, router := connect(t)
-	h.ip("addr add fe80::5/64 dev up0 nodad") // from which a router asks for its neighbours
+	h.ip("addr add fe80::5/64 dev up0 nodad") // a router asks for its neighbours from this address
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, State{

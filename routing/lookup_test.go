@@ -181,7 +181,7 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 	for _, tt := range []struct {
 		name, route string
 		to          string
-		leaves      bool // beside a tunnel that leaves the host's routes as they are
+		leaves      bool // a second tunnel leaves the host's routes as they are
 	}{
 		{"half of everything", "0.0.0.0/1 via 192.168.5.1 dev up0", "8.8.8.8", true},
 		{"half of everything, to the private inside", "0.0.0.0/1 via 192.168.5.1 dev up0",

@@ -21,7 +21,7 @@ import (
 // it.
 type chain struct {
 	name     string
-	family   nftables.TableFamily // of the table, 0: inet
+	family   nftables.TableFamily // family of the table, 0: inet
 	kind     nftables.ChainType
 	hook     *nftables.ChainHook
 	priority *nftables.ChainPriority
@@ -54,7 +54,7 @@ type chainText struct {
 
 const (
 	dnsPort    = 53
-	dnsTLSPort = 853 // of DNS over TLS and QUIC, RFC 7858 and RFC 9250
+	dnsTLSPort = 853 // DNS over TLS and QUIC, RFC 7858 and RFC 9250
 )
 
 const loopback = 1 // the index of lo in every network namespace

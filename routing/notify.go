@@ -89,9 +89,9 @@ var (
 )
 
 const (
-	messageType    = 4                       // of struct nlmsghdr
-	interfaceIndex = unix.SizeofNlMsghdr + 4 // of struct ifinfomsg and struct ifaddrmsg
-	routeProtocol  = unix.SizeofNlMsghdr + 5 // of struct rtmsg
+	messageType    = 4                       // offset in struct nlmsghdr
+	interfaceIndex = unix.SizeofNlMsghdr + 4 // offset in struct ifinfomsg and struct ifaddrmsg
+	routeProtocol  = unix.SizeofNlMsghdr + 5 // offset in struct rtmsg
 	nftablesGroup  = 7                       // NFNLGRP_NFTABLES
 
 	// findAttribute is SKF_AD_OFF + SKF_AD_NLATTR: in place of a byte of the

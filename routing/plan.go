@@ -17,10 +17,10 @@ const MaxRoutes = 16384
 
 const (
 	protocol     = 94      // rtm_protocol of routes that are ours
-	metric       = 9484    // of our routes: those of the host go first
-	lastMetric   = 9485    // of those that lead nowhere: they count where there is no other
-	rulePriority = 9484    // of the rules for the longest prefix
-	tableBase    = 1 << 30 // of our tables' numbers
+	metric       = 9484    // our routes: those of the host go first
+	lastMetric   = 9485    // routes that lead nowhere count where there is no other
+	rulePriority = 9484    // priority of the rules for the longest prefix
+	tableBase    = 1 << 30 // smallest number of our tables
 	indexMask    = 1<<22 - 1
 	minMTU       = 68   // RFC 791
 	minMTU6      = 1280 // RFC 8200, section 5
@@ -42,7 +42,7 @@ type plan struct {
 	addrs   []netip.Prefix
 	routes  map[route]struct{}
 	rules   map[rule]struct{}
-	chains  []chain // of our nftables table
+	chains  []chain // chains of our nftables table
 	sysctls []setting
 }
 

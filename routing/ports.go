@@ -11,7 +11,7 @@ import (
 const (
 	firstUserPort    = 1024 // below are the privileged ones
 	lastPort         = 65535
-	defaultFirstPort = 32768 // of connections of this host, unless somebody changed it
+	defaultFirstPort = 32768 // first port of this host's connections, unless somebody changed it
 )
 
 // portRange is the ports from low to high.

@@ -59,7 +59,7 @@ func (h Health) Equal(o Health) bool {
 
 // repair is what a Manager has put back.
 type repair struct {
-	feuds    map[string]*feud // by kind
+	feuds    map[string]*feud // key: kind
 	counts   map[string]uint64
 	lostIPv6 bool // IPv6 was turned off on the interface after it had been applied
 }

@@ -255,7 +255,7 @@ func TestKeepTellsWhatGoesBesideTheTunnel(t *testing.T) {
 		name     string
 		do, undo []string // arguments of ip(8)
 		named    string
-		routes   string // of the tunnel, "": full
+		routes   string // the tunnel's routes, "": full
 	}{
 		{"the host's routes first", []string{"rule add priority 100 lookup main"},
 			[]string{"rule del priority 100"}, "rule 100", ""},
@@ -665,7 +665,7 @@ func TestKillSwitchIsKept(t *testing.T) {
 	if n := strings.Count(h.log.String(), "closed again"); n != int(repairs) {
 		t.Errorf("the log says it %d times:\n%s", n, h.log)
 	}
-	h.closeKill(k, "") // by this process itself
+	h.closeKill(k, "") // this process itself closes it
 	h.closeKill(k, "masque0")
 	h.run("nft", "flush", "ruleset")
 	repairs++

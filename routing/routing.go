@@ -127,13 +127,13 @@ type State struct {
 // concurrently, from threads in the network namespace in which it was opened.
 type Manager struct {
 	mu      sync.Mutex
-	state   State // of the last successful Apply, without IPv6 on a kernel without
+	state   State // state of the last successful Apply; a kernel without IPv6 leaves that out
 	applied plan  // what it asked for
 	held    error // why its IPv6 leads nowhere, see Held
 	repair  repair
 	bypass  string // which packets for the tunnel went elsewhere at the last look
 	closed  bool
-	err     error // of Close
+	err     error // result of Close
 	scope
 }
 

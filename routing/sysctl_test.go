@@ -96,7 +96,7 @@ func TestForwardFollowsTheState(t *testing.T) {
 func TestSharedSysctls(t *testing.T) {
 	for _, tt := range []struct {
 		name string
-		end  func(h *host, first *Manager, c Config) // of the first instance
+		end  func(h *host, first *Manager, c Config) // ends the first instance
 	}{
 		{"closed", func(h *host, first *Manager, _ Config) { h.close(first) }},
 		{"dead", func(h *host, first *Manager, _ Config) { h.abandon(first) }},

@@ -21,7 +21,7 @@ const (
 // Way is how packets to an address leave this host.
 type Way struct {
 	Interface string
-	Source    netip.Addr // of the packets
+	Source    netip.Addr // source address of the packets
 	Gateway   netip.Addr // the zero Addr where the destination is on the link
 }
 

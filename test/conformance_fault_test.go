@@ -39,7 +39,7 @@ func TestWireStrayDatagrams(t *testing.T) {
 	const n = 500
 	for range n {
 		early.sendDatagram(4*1000, spoofed)             // no such stream
-		early.sendDatagram(victim.StreamID(), spoofed)  // on this connection, that is another
+		early.sendDatagram(victim.StreamID(), spoofed)  // this connection is not the victim's
 		early.sendDatagram(u.StreamID(), []byte{2, 69}) // unknown context
 		early.sendDatagram(u.StreamID(), []byte{0x40})  // half of one
 		early.sendDatagram(u.StreamID(), nil)

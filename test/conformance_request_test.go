@@ -133,7 +133,7 @@ func TestWireClientRequest(t *testing.T) {
 			if got := <-conn.settings; got[settingDatagram] != 1 {
 				t.Errorf("the client's SETTINGS are %v", got)
 			}
-			s.sendHeaders(":status: 200") // without Capsule-Protocol, which is not required
+			s.sendHeaders(":status: 200") // Capsule-Protocol is not required
 			nextCapsule[*capsule.AddressRequest](t, capsule.NewReader(s, 1<<16))
 			c.stop()
 		})

@@ -56,7 +56,7 @@ var masqueSettings = settings{settingExtendedConnect: 1, settingDatagram: 1}
 type rawConn struct {
 	*quic.Conn
 	t        *testing.T
-	settings chan settings // of the peer
+	settings chan settings // the peer's SETTINGS
 }
 
 // newRawConn takes over conn, until the test ends. SETTINGS are sent at once
@@ -531,7 +531,7 @@ type rawServer struct {
 	t    *testing.T
 	in   installation
 	ln   *quic.Listener
-	addr string // to dial
+	addr string // address to dial
 }
 
 // startRawServer listens until the test ends; protocol is what it negotiates by
@@ -585,7 +585,7 @@ type wireClient struct {
 	network *recorder
 	cancel  context.CancelFunc
 	done    chan struct{}
-	err     error // of Run, once done is closed
+	err     error // result of Run, once done is closed
 }
 
 // stop ends the client.

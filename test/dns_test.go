@@ -205,7 +205,7 @@ func TestDNSIsApplied(t *testing.T) {
 		t.Error("the proxy's name was not looked up: this test would notice nothing")
 	}
 	r.looksUp("inside.example")
-	r.looksUp("inside") // by the search domain
+	r.looksUp("inside") // the search domain completes it
 	r.looksUp("outside.example.org")
 	if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text,
 		"192.0.2.2, search example (/etc/resolv.conf)") {

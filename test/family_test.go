@@ -20,10 +20,10 @@ func TestOneFamily(t *testing.T) {
 	router4, router6 := netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:2::1")
 	no4, no6 := fmt.Sprintf("ipv4 = %q", pool4), fmt.Sprintf("ipv6 = %q", pool6)
 	for name, tc := range map[string]struct {
-		drop            string // from the proxy's pool
+		drop            string // line to remove from the proxy's pool
 		routes          string
 		inside, outside netip.Addr // outside is of the other family, and answers without the tunnel
-		typ, code       int        // of the error about it; 0: it goes on to answer
+		typ, code       int        // ICMP error about it; 0: it goes on to answer
 	}{
 		"IPv4":                  {no6, "", lab.TargetIPv4, router6, 1, 0},
 		"IPv6":                  {no4, "", lab.TargetIPv6, router4, 3, 0},
@@ -126,7 +126,7 @@ func TestUnderlayOfOneFamily(t *testing.T) {
 	for name, tc := range map[string]struct {
 		flush  string // the family that the interface loses
 		sysctl []string
-		outer  netip.Addr   // of the proxy, by which it is reached
+		outer  netip.Addr   // the proxy's outer address
 		inside []netip.Addr // what is reached through the tunnel
 	}{
 		"IPv4": {"-6", nil, lab.ProxyIPv4,

@@ -50,7 +50,7 @@ func (v visits) goOn(t *testing.T, when string) {
 	t.Helper()
 	sent := bytes.Repeat([]byte("0123456789abcdef"), 2000)
 	got := make([]byte, len(sent))
-	deadline := time.Now().Add(patience) // of all
+	deadline := time.Now().Add(patience) // deadline of all of them
 	for what, conn := range v {
 		check(t, conn.SetDeadline(deadline))
 		_, err := conn.Write(sent)
@@ -69,7 +69,7 @@ func (v visits) goOn(t *testing.T, when string) {
 // echoes serves TCP in a host: what comes goes back.
 func echoes(t *testing.T, host *lab.Host, port uint16) {
 	t.Helper()
-	ln, err := host.Listen("tcp", fmt.Sprintf("[::]:%d", port)) // of both families
+	ln, err := host.Listen("tcp", fmt.Sprintf("[::]:%d", port)) // both families
 	check(t, err)
 	go func() {
 		for {

@@ -52,7 +52,7 @@ func chat(t *testing.T, hosts ...*lab.Host) *chatter {
 	c := &chatter{t: t, stop: stop}
 	var sockets []net.PacketConn
 	for _, h := range hosts {
-		s, err := h.ListenPacket("udp", "[::]:0") // of both families
+		s, err := h.ListenPacket("udp", "[::]:0") // both families
 		check(t, err)
 		sockets = append(sockets, s)
 	}

@@ -31,7 +31,7 @@ var (
 // translation, whose pool the target has a route to.
 type options struct {
 	clients int
-	mtu     int // of the links between clients and router
+	mtu     int // MTU of the links between clients and router
 	impair  *lab.Impairment
 	behind  []netip.Prefix // networks behind the clients, which the target has routes to
 	routes  string         // table [routes] of the client, without its heading
@@ -44,7 +44,7 @@ type pair struct {
 	*lab.Topology
 	t      *testing.T
 	ctx    context.Context
-	dir    string // of the proxy's configuration
+	dir    string // folder of the proxy's configuration
 	opts   options
 	server *lab.Cmd
 }

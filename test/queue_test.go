@@ -30,7 +30,7 @@ func TestThinFlowBesideBulk(t *testing.T) {
 	for i, tc := range []struct {
 		name  string
 		args  []string
-		drops func() map[string]uint64 // at the entrance
+		drops func() map[string]uint64 // drops at the entrance
 	}{
 		{"up", nil, func() map[string]uint64 { return p.status(p.Client, "alice").Drops }},
 		{"down", []string{"-R"}, func() map[string]uint64 { return p.sessions()[0].Drops }},

@@ -52,8 +52,8 @@ func (p *pair) givePrivateLAN() {
 // sends.
 type watch struct {
 	*pair
-	at   map[string]*lab.Capture // by the name of the interface
-	port layers.UDPPort          // of the next packet
+	at   map[string]*lab.Capture // key: name of the interface
+	port layers.UDPPort          // port of the next packet
 }
 
 // watch begins it, with the tunnel up.
@@ -82,7 +82,7 @@ func (w *watch) close() {
 // leaves.
 func (w *watch) leavesBy(iface string, to ...netip.Addr) {
 	w.t.Helper()
-	socket, err := w.Client.ListenPacket("udp", "[::]:0") // of both families
+	socket, err := w.Client.ListenPacket("udp", "[::]:0") // both families
 	check(w.t, err)
 	defer socket.Close()
 	for _, a := range to {
@@ -168,7 +168,7 @@ func TestWhatGoesThroughTheTunnel(t *testing.T) {
 func TestRoutesOfTheNetwork(t *testing.T) {
 	for _, tc := range []struct {
 		name, routes string
-		iface        string // by which packets leave
+		iface        string // interface by which packets leave
 		warning      string // about each route; "": none
 	}{
 		{"full", "", "masque0", "leads to public addresses, which stay in the tunnel"},

@@ -23,9 +23,9 @@ type site struct {
 	gateway  *lab.Host
 	hosts    []*lab.Host
 	networks []netip.Prefix
-	addrs4   []netip.Addr // of hosts
+	addrs4   []netip.Addr // addresses of hosts
 	addrs6   []netip.Addr
-	config   string // of the gateway, once it was invited
+	config   string // the gateway's configuration, once it was invited
 }
 
 // sites is a proxy with two sites, a and b.

@@ -131,7 +131,7 @@ func (a asker) ask(question string) error {
 		if got, want := string(buf[:n]), "answer to "+question; got != want {
 			if strings.HasPrefix(got, "answer to ") && question != "" &&
 				got[len("answer to ")] == question[0] {
-				continue // to a question that was asked before
+				continue // an answer to an earlier question
 			}
 			return fmt.Errorf("asked %q, got %q", question, got)
 		}

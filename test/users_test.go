@@ -46,7 +46,7 @@ func TestUserTimeIsOver(t *testing.T) {
 	for name, tc := range map[string]struct {
 		end    func(*pair)
 		ended  string // reason in the log
-		class  string // of the failure when it is tried again
+		class  string // class of the failure when it is tried again
 		listed bool
 	}{
 		"expired": {func(p *pair) {
@@ -99,7 +99,7 @@ func TestUserTimeIsOver(t *testing.T) {
 // A user reaches what the users file says, and learns of changes to it without
 // a new session.
 func TestUserRoutes(t *testing.T) {
-	other := netip.MustParseAddr("198.18.0.7") // on the target too
+	other := netip.MustParseAddr("198.18.0.7") // the target has this address too
 	p := newPair(t, options{proxy: "\n[routes]\nadvertise = [\"192.0.2.0/24\", \"198.18.0.0/24\"]\n"})
 	check(t, p.Target.AddAddr("lo", netip.PrefixFrom(other, 32)))
 	check(t, p.Proxy.AddRoute(netip.PrefixFrom(other, 32), lab.TargetIPv4))

@@ -150,7 +150,7 @@ func TestVariant(t *testing.T) {
 		what    string
 		size    int64
 		allowed bool // several packets in one piece
-		sure    bool // to come so
+		sure    bool // certain to come so
 	}{
 		{"from the client's host into its device", device.out.Load(), *tunOffload, *tunOffload},
 		{"from the client's device to its host", device.in.Load(), *tunOffload, false},

@@ -80,7 +80,7 @@ func TestLoadErrors(t *testing.T) {
 	}
 	for _, test := range []struct {
 		name string
-		text string // of home.toml, below the proxy
+		text string // contents of home.toml, below the proxy
 		mode os.FileMode
 		want string // in the last line, %s is the folder
 	}{

@@ -78,7 +78,7 @@ type vpn struct {
 	*testing.T
 	*lab.Topology
 	ctx                context.Context
-	dir                string // of the installation
+	dir                string // the installation's folder
 	config             string // proxy.toml
 	clientRun, proxRun string // run directories
 	proxy              *lab.Cmd

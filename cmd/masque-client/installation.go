@@ -49,7 +49,7 @@ func readInstallation(dir string) ([]byte, error) {
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return nil, err
 	}
-	f, err := os.CreateTemp(dir, installationFile+"-") // with 0600
+	f, err := os.CreateTemp(dir, installationFile+"-") // mode 0600
 	if err != nil {
 		return nil, err
 	}

@@ -24,9 +24,9 @@ import (
 type loaded struct {
 	file   *config.Client
 	config client.Config
-	roots  []*x509.Certificate // of tls.ca, empty: the system's
-	chain  []*x509.Certificate // of tls.cert, may be empty
-	pair   *cli.Pair           // of tls.cert and tls.key, when both are files
+	roots  []*x509.Certificate // certificates in tls.ca; empty: the system's
+	chain  []*x509.Certificate // certificates in tls.cert, may be empty
+	pair   *cli.Pair           // tls.cert and tls.key, when both are files
 	watch  *cli.PairWatch      // set by follow, if there is a pair
 }
 
@@ -171,7 +171,7 @@ func exitError(err error) error {
 	if !ok {
 		return err
 	}
-	if err != error(e) { // with more, as when the host could not be restored
+	if err != error(e) { // err says more, as when the host could not be restored
 		return &cli.Error{Code: cli.Code(e.Kind), Reason: err.Error()}
 	}
 	return &cli.Error{Code: cli.Code(e.Kind), Reason: e.Reason,

@@ -200,10 +200,10 @@ type tunnel struct {
 	stop   context.CancelFunc
 	lift   atomic.Bool // the kill switch, at the end
 	done   chan struct{}
-	err    error // of Run, valid when done is closed
+	err    error // result of Run, valid when done is closed
 
 	leaf   func() *x509.Certificate // its own certificate; nil if it has none
-	expiry cli.ExpiryWarning        // of it
+	expiry cli.ExpiryWarning        // warns before the certificate expires
 }
 
 // stopped is the answer to a request to stop.

@@ -118,10 +118,10 @@ type background struct {
 	events  *os.File // read end of the pipe
 	failed  bool     // the process has said why it ends
 
-	interrupted bool // by the user
+	interrupted bool // the user interrupted it
 
-	lastReason string   // of the tunnel's state
-	lastCode   cli.Code // of the last failure to connect, cli.OK for none
+	lastReason string   // reason of the tunnel's state
+	lastCode   cli.Code // code of the last failure to connect, cli.OK for none
 }
 
 // startBackground runs `run` in a session of its own. Its standard error is

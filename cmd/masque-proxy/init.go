@@ -34,8 +34,8 @@ type installation struct {
 	pool4, pool6 string
 	advertise    []string
 	acme         string // e-mail address of the account; empty: a certificate of its own authority
-	agreed       bool   // to the terms of service of the ACME server
-	directory    string // of the ACME server, empty: the default one
+	agreed       bool   // the ACME server's terms of service are agreed to
+	directory    string // the ACME server's URL; empty: the default
 }
 
 func initCommand() *cobra.Command {

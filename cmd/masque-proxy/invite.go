@@ -31,8 +31,8 @@ type invitation struct {
 	ca        string   // name of the authority that the proxy is verified with, empty: found
 	caKey     string   // name of the key of the clients' authority, empty: beside its certificate
 	proxy     string   // what the client dials, empty: from proxy.toml
-	valid     string   // of the certificate, empty: a year, and as long as the user
-	expires   string   // of the user, empty: never
+	valid     string   // validity of the certificate; empty: a year, and as long as the user
+	expires   string   // when the user expires; empty: never
 	addresses []string // reserved for the user
 	routes    []string // all that the user may reach, none: all that the proxy advertises
 	rateUp    string   // empty: no limit

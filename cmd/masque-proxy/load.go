@@ -20,9 +20,9 @@ import (
 // loaded is a configuration file with all that it refers to.
 type loaded struct {
 	file      *config.Proxy
-	pair      *cli.Pair           // of tls.cert and tls.key; nil: with ACME
+	pair      *cli.Pair           // tls.cert and tls.key; nil: ACME
 	acme      *acme.Config        // nil: the certificate is in files
-	clientCAs []*x509.Certificate // of tls.client_ca, may be empty
+	clientCAs []*x509.Certificate // certificates in tls.client_ca, may be empty
 	users     *userStore          // nil if no method needs users
 }
 
@@ -126,7 +126,7 @@ func exitError(err error) error {
 		return err
 	}
 	reason := e.Reason
-	if err != error(e) { // with more, as when the host could not be restored
+	if err != error(e) { // err says more, as when the host could not be restored
 		reason = err.Error()
 	}
 	return &cli.Error{Code: cli.Code(e.Kind), Reason: reason,

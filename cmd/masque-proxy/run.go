@@ -140,7 +140,7 @@ func (o *options) run(ctx context.Context, file string) error {
 
 // daemon is a running proxy.
 type daemon struct {
-	path    string // of the configuration
+	path    string // name of the configuration file
 	logger  *slog.Logger
 	service *systemd.Service
 	server  *proxy.Server
@@ -149,7 +149,7 @@ type daemon struct {
 	loaded  *loaded           // what it was started with
 	acme    *acme.Manager     // nil: the certificate is in files
 	pair    *cli.PairWatch    // nil: with ACME
-	expiry  cli.ExpiryWarning // of the certificate
+	expiry  cli.ExpiryWarning // warns before the certificate expires
 }
 
 func newDaemon(path string, l *loaded, logger *slog.Logger) *daemon {

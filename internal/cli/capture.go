@@ -32,7 +32,7 @@ const (
 	paramSnapLen = "snaplen"
 	paramCount   = "count"
 
-	captureID       = "Capture-Id" // by which it is stopped
+	captureID       = "Capture-Id" // identifies the capture to stop
 	captureCaptured = "Capture-Captured"
 	captureDropped  = "Capture-Dropped"
 )
@@ -89,7 +89,7 @@ func (c *captures) serve(w http.ResponseWriter, r *http.Request) {
 		control.Fail(w, http.StatusUnprocessableEntity, err)
 		return
 	}
-	var ends <-chan struct{} // of one session
+	var ends <-chan struct{} // closed when the captured session ends; nil: all sessions
 	if o.Session != "" {
 		if ends, err = c.session(o.Session); err != nil {
 			control.Fail(w, http.StatusNotFound, err)

@@ -32,9 +32,9 @@ func TestExitCodes(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		args []string
-		err  error // of the command
+		err  error // the command's error
 		want Code
-		out  string // on standard error
+		out  string // expected standard error
 	}{
 		{"well", []string{"do"}, nil, OK, ""},
 		{"ours", []string{"do"}, &Error{Code: Refused, Reason: "no address", Remedy: "ask"},

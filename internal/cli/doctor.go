@@ -20,7 +20,7 @@ const firstYear = 2024
 // certificates are judged by it.
 func (c *Checks) Clock(now time.Time) {
 	var t unix.Timex
-	_, err := unix.Adjtimex(&t) // with no modes it only reads
+	_, err := unix.Adjtimex(&t) // no modes: it only reads
 	c.clock(now, t.Status, err)
 }
 

@@ -69,7 +69,7 @@ const linesPerSecond = 10
 func StandardLog(logger *slog.Logger) {
 	log.SetFlags(0)
 	if !logger.Enabled(context.Background(), slog.LevelDebug) {
-		log.SetOutput(io.Discard) // with which the lines are not even made
+		log.SetOutput(io.Discard) // log then formats no lines at all
 		return
 	}
 	log.SetOutput(&standardLog{logger, rate.NewLimiter(linesPerSecond, linesPerSecond)})

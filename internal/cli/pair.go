@@ -94,7 +94,7 @@ type PairWatch struct {
 	pair   atomic.Pointer[Pair]
 
 	mu    sync.Mutex
-	found pairVersion // at the last look
+	found pairVersion // versions at the last look
 	done  pairVersion // that was used or refused
 }
 

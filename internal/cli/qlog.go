@@ -29,10 +29,10 @@ const (
 	// connections that are followed at the same time, and files that are kept
 	// of those before
 	maxQlogs     = 32
-	maxQlogBytes = 64 << 20 // of a file
+	maxQlogBytes = 64 << 20 // bytes per file
 	qlogFlush    = time.Second
 	qlogSuffix   = ".sqlog"
-	qlogEnd      = time.Second // to write what is left at the end
+	qlogEnd      = time.Second // time to write the rest at the end
 )
 
 // Tracer is what quic.Config.Tracer is.

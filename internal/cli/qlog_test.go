@@ -109,7 +109,7 @@ func TestQlog(t *testing.T) {
 
 func TestQlogLimits(t *testing.T) {
 	dir := t.TempDir()
-	for i := range maxQlogs { // of runs before
+	for i := range maxQlogs { // files of earlier runs
 		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("2001010%d_%02d.sqlog", i%2, i)), nil,
 			0o600); err != nil {
 			t.Fatal(err)

@@ -183,7 +183,7 @@ type Conn struct {
 	// packets of this endpoint itself that answer the peer's, behind Headroom
 	// free bytes
 	toSend chan []byte
-	sender *worker.Worker // of those
+	sender *worker.Worker // sends the packets in toSend
 
 	life context.Context // ends with the cause for which Run has to
 	stop context.CancelCauseFunc
@@ -191,7 +191,7 @@ type Conn struct {
 	filling Busy // the connection's goroutine has packets for the inbox
 	writers writers
 
-	pace pace // of the peer's capsules
+	pace pace // limits the rate of the peer's capsules
 
 	// orders capsules on the wire; taken before mu, which is not held while the
 	// peer does not read
@@ -361,7 +361,7 @@ func (c *Conn) readCapsules() error {
 			return ErrClosedByPeer
 		}
 		if closedInGoodOrder(err) {
-			return ErrClosedByPeer // with its connection, before the end of the stream was read
+			return ErrClosedByPeer // the connection ended before the end of the stream was read
 		}
 		if err != nil {
 			return err

@@ -38,13 +38,13 @@ const (
 // long: after that it writes packets one by one.
 type inbox struct {
 	conn  *Conn
-	size  int // of a batch
+	size  int // packets per batch
 	full  chan *batch
 	ended <-chan struct{}
 
 	waiting atomic.Int32 // batches handed over and not written yet
 
-	mu      sync.Mutex // of the connection's goroutine, and of close
+	mu      sync.Mutex // held by the connection's goroutine and by close
 	batch   *batch     // that is being filled, nil for none
 	starved bool       // no batch came back in time; until the next flush nobody waits for one
 }
@@ -59,7 +59,7 @@ func newInbox(c *Conn) *inbox {
 // where it costs least, at the socket. The goroutine that calls it calls
 // FlushDatagrams before it does anything else that may take long.
 func (in *inbox) HandleDatagram(b []byte) {
-	defer rescue.Catch(in.conn.panicked) // of a goroutine that is QUIC's
+	defer rescue.Catch(in.conn.panicked) // QUIC's goroutine must survive
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.conn.handleDatagram(b, in)
@@ -152,7 +152,7 @@ func (in *inbox) close() {
 // their own.
 type unbatched struct {
 	conn *Conn
-	busy *Busy // of the goroutine
+	busy *Busy // since when the goroutine has been writing
 }
 
 // maxUnbatched is the longest packet for which there are buffers, in bytes;

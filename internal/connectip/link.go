@@ -124,7 +124,7 @@ func (c *Conn) largestThatPasses(low, high int) int {
 // passes reports whether a packet of size bytes gets to the peer and back.
 func (c *Conn) passes(size int) bool {
 	wait := max(minEchoWait, 4*c.datagrams.conn.ConnectionStats().SmoothedRTT)
-	data := make([]byte, max(0, size-48)) // without the headers of IPv6 and ICMPv6
+	data := make([]byte, max(0, size-48)) // the headers of IPv6 and ICMPv6 take 48 bytes
 	for range echoTries {
 		c.echo.seq++
 		c.sendEcho(c.echo.addr, allNodes, 255, true, c.echo.seq, data)

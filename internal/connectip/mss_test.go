@@ -81,7 +81,7 @@ func offlineConn(t *testing.T, cfg Config) (*Conn, *sent) {
 func TestMSSIsClamped(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
-		src, dst netip.Addr // from the peer, or to it
+		src, dst netip.Addr // addresses of a packet in either direction
 		mss      uint16
 		want     int
 	}{

@@ -53,7 +53,7 @@ type link struct {
 	// where the peer's packets may not go, whatever is advertised, but for self
 	// and assigned
 	denied   []netip.Prefix
-	assigned []netip.Prefix // to this endpoint, by the peer
+	assigned []netip.Prefix // prefixes that the peer assigned to this endpoint
 	// what is not advertised to this peer, though to others: it is denied as
 	// well
 	withheld []netip.Prefix

@@ -46,7 +46,7 @@ func TestAssignedPrefix(t *testing.T) {
 	for _, tc := range []struct {
 		inside    string
 		far       netip.Addr
-		hopLimit  uint8 // with which a packet with 64 arrives
+		hopLimit  uint8 // expected hop limit of a packet sent with 64
 		reachable bool
 	}{
 		{"10.77.0.17", target4, 64, true}, // the client itself

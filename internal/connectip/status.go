@@ -20,7 +20,7 @@ type Status struct {
 	Name   string `json:"name"`
 	// connecting, connected, degraded, reconnecting, stopping, failed
 	State  string    `json:"state"`
-	Since  time.Time `json:"since"` // of State
+	Since  time.Time `json:"since"` // when State last changed
 	Reason string    `json:"reason"`
 	// what a client's user should know, one sentence each
 	Warnings   []string          `json:"warnings,omitempty"`

@@ -29,7 +29,7 @@ type DatagramStream interface {
 // others receive.
 type UDPStream struct {
 	str  DatagramStream
-	send []byte // of Send alone
+	send []byte // buffer that only Send uses
 	cut  bool   // a capsule was written in part
 }
 

@@ -6,7 +6,8 @@
 # Run it at the top of the repository. It copies quic-go, at the version that
 # go.mod names, to FOLDER/quic-go, applies the patches below PATCHES (default:
 # internal/quicpatch/patches) in order, adds internal/quicpatch/files, and writes
-# FOLDER/go.mod and FOLDER/go.sum, which replace the module by that copy. If
+# FOLDER/go.mod and FOLDER/go.sum, which replace the module by that copy, and
+# FOLDER/go.work, which does the same for tools that do not take -modfile. If
 # anything does not apply, it removes FOLDER and fails.
 set -eu
 
@@ -49,3 +50,11 @@ done || fail "files/ does not fit $module $version"
 cp go.mod "$folder/go.mod"
 cp go.sum "$folder/go.sum"
 go mod edit -replace="$module=$folder/quic-go" "$folder/go.mod"
+
+cat >"$folder/go.work" <<WORK
+go $(go list -m -f '{{.GoVersion}}')
+
+use $(pwd)
+
+replace $module => ./quic-go
+WORK

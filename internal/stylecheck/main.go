@@ -31,8 +31,8 @@ var prepositions = []string{
 	"of", "by", "with", "from", "to", "at", "on", "into", "beside", "behind", "within", "without",
 }
 
-// unbreakable matches comments that cannot be wrapped: directives, addresses, and
-// preformatted lines.
+// unbreakable matches comments that cannot be wrapped: directives, addresses,
+// and preformatted lines.
 var unbreakable = regexp.MustCompile(`^//(go:|nolint|line |\t| {2,})|https?://`)
 
 func main() {

@@ -17,7 +17,7 @@ const (
 // admission is whether a peer was admitted.
 type admission struct {
 	done      atomic.Bool
-	datagrams int // without a handler so far; of the goroutine that runs the connection
+	datagrams int // received without a handler; the connection's goroutine alone uses it
 }
 
 // Admit lifts the limits on a connection with Config.AwaitAdmission, and lets

@@ -26,9 +26,9 @@ type DatagramHandler interface {
 // datagramHandlers are the handlers of a connection by the number that their
 // datagrams begin with.
 type datagramHandlers struct {
-	mu   sync.Mutex // of changes
+	mu   sync.Mutex // serializes changes
 	by   atomic.Pointer[map[uint64]DatagramHandler]
-	busy DatagramHandler // to be flushed, nil for none
+	busy DatagramHandler // the handler to flush, nil for none
 }
 
 // HandleDatagrams gives h, from now on, the datagrams that begin with the

@@ -10,7 +10,7 @@ const maxUnread = 64
 
 // unread counts them.
 type unread struct {
-	n *atomic.Int32 // of the connection
+	n *atomic.Int32 // the connection's count
 	// somebody has received from this stream; guarded by stateTrackingStream.mx
 	reading bool
 }
