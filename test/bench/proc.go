@@ -101,9 +101,13 @@ func (t *tunnel) look(ctx context.Context) (l look, err error) {
 	return l, err
 }
 
-func sum(m map[string]uint64) (total uint64) {
-	for _, n := range m {
-		total += n
+// sum returns the number of packets that a program dropped, without those that
+// the kernel dropped at its device: deviceDrops counts them.
+func sum(drops map[string]uint64) (total uint64) {
+	for reason, n := range drops {
+		if reason != "device_full" {
+			total += n
+		}
 	}
 	return total
 }
