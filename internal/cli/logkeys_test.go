@@ -107,6 +107,10 @@ func programPackages(t *testing.T) []*packages.Package {
 	all, err := packages.Load(&packages.Config{
 		Mode: packages.NeedName | packages.NeedFiles | packages.NeedCompiledGoFiles | packages.NeedImports |
 			packages.NeedTypes | packages.NeedSyntax | packages.NeedTypesInfo,
+		// The library also calls go outside of any module, where -modfile in
+		// the environment is an error.
+		Env:        append(os.Environ(), "GOFLAGS="),
+		BuildFlags: strings.Fields(os.Getenv("GOFLAGS")),
 	}, "masquevpn/...")
 	if err != nil {
 		t.Fatal(err)
