@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -43,7 +44,7 @@ const (
 // Defaults of Config.
 const (
 	DefaultPendingConnections           = 96
-	DefaultPendingConnectionsPerAddress = 24
+	DefaultPendingConnectionsPerAddress = 64
 )
 
 // The reasons for which the proxy ends a connection without a session.
@@ -178,7 +179,7 @@ func (l *connections) add(to *waiting, c *connection, key string, most, mostOfKe
 	case to.of[key] >= mostOfKey:
 		l.end(to.oldest(key), ofKey)
 	case most > 0 && to.order.Len() >= most:
-		l.end(to.order.Front().Value.(*connection), endTooMany)
+		l.end(to.oldestOfMost(), endTooMany)
 	}
 	to.add(c, key)
 	if !l.sweeping {
@@ -279,6 +280,18 @@ func (w *waiting) remove(c *connection) {
 func (w *waiting) oldest(key string) *connection {
 	for c := range w.all() {
 		if c.key == key {
+			return c
+		}
+	}
+	return nil
+}
+
+// oldestOfMost returns the oldest connection of the keys that have most: a key
+// with many connections does not push out those of the others.
+func (w *waiting) oldestOfMost() *connection {
+	most := slices.Max(slices.Collect(maps.Values(w.of)))
+	for c := range w.all() {
+		if w.of[c.key] == most {
 			return c
 		}
 	}

@@ -144,6 +144,14 @@ func TestConnectionsWithoutSession(t *testing.T) {
 			g.opens("g", "192.0.2.2")
 			g.has("b d e f g", "too_many 2")
 		}},
+		{"too many, most of one address", func(g *gate) {
+			g.opens("a", "192.0.2.1")
+			g.opens("b", "192.0.2.2")
+			g.opens("c", "192.0.2.2")
+			g.opens("d", "192.0.2.3")
+			g.opens("e", "192.0.2.4") // 192.0.2.2 has most, and gives way
+			g.has("a c d e", "too_many 1")
+		}},
 		{"too many of an address", func(g *gate) {
 			g.opens("a", "192.0.2.1")
 			g.opens("b", "192.0.2.2")
