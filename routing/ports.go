@@ -18,13 +18,13 @@ const (
 type portRange struct{ low, high uint16 }
 
 // translationPorts returns the ports that connections of the tunnel get on this
-// host's addresses: the widest range in which this host listened on none when s
-// was made. A user of the tunnel who chooses the port of a server of this host
-// would get its packets (CVE-2021-3773). The range begins where the kernel
-// takes ports for this host's own connections, as those are tracked, and so not
-// given to two, while servers are usually below.
+// host's addresses: the widest range in which this host listened on none when
+// it was first asked for. A user of the tunnel who chooses the port of a server
+// of this host would get its packets (CVE-2021-3773). The range begins where
+// the kernel takes ports for this host's own connections, as those are tracked,
+// and so not given to two, while servers are usually below.
 func (s *scope) translationPorts(want State) (low, high uint16) {
-	taken := slices.Clone(s.taken)
+	taken := slices.Clone(s.taken())
 	for _, port := range want.Listen {
 		taken = append(taken, portRange{port, port})
 	}

@@ -151,8 +151,8 @@ type scope struct {
 	rec   record // what Close has to put back
 	// the first that the kernel gives to connections of this host
 	ports uint16
-	// on which this host listened at the start
-	taken []portRange
+	// ports on which this host listened when they were first asked for
+	taken func() []portRange
 	// optional features that the kernel was found to lack
 	lacking map[string]bool
 	// our table when it was as it shall be; nil: not known
@@ -233,7 +233,9 @@ func (s *scope) init(c Config, procSys string) (err error) {
 		return fmt.Errorf("mark %#x: want two bits", c.Mark)
 	}
 	*s = scope{Config: c, procSys: procSys, lacking: make(map[string]bool), commit: commitTable}
-	s.ports, s.taken = s.firstPort(), s.takenPorts()
+	// Once, as the range stays the same for as long as the chains do; and only
+	// when it is needed, as it takes some milliseconds.
+	s.ports, s.taken = s.firstPort(), sync.OnceValue(s.takenPorts)
 	if _, err := os.Stat(filepath.Join(procSys, "net/ipv6")); err == nil {
 		s.ipv6 = true
 	}
