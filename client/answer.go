@@ -10,10 +10,10 @@ import (
 // has its addresses and routes, and finds out whether the far end acknowledges
 // it meanwhile. The zero value waits for nothing.
 type answerWatch struct {
-	C     <-chan time.Time
-	tick  *time.Ticker
-	looks int
-	rtt   time.Duration // round trip of the last acknowledged packet, at the last look
+	C      <-chan time.Time
+	tick   *time.Ticker
+	checks int
+	rtt    time.Duration // round trip of the last acknowledged packet, at the last look
 }
 
 func newAnswerWatch() answerWatch {
@@ -34,13 +34,13 @@ func (w *answerWatch) stop() {
 // sample of the round trip time with each acknowledgement of new packets, and
 // only then; packets that come are not enough, because a far end that receives
 // nothing repeats its own.
-func (w *answerWatch) look(stats quic.ConnectionStats) (acknowledged bool, why string) {
-	acknowledged = w.looks > 0 && stats.LatestRTT != w.rtt
-	w.looks, w.rtt = w.looks+1, stats.LatestRTT
+func (w *answerWatch) check(stats quic.ConnectionStats) (acknowledged bool, why string) {
+	acknowledged = w.checks > 0 && stats.LatestRTT != w.rtt
+	w.checks, w.rtt = w.checks+1, stats.LatestRTT
 	switch {
-	case w.looks > 1 && !acknowledged:
+	case w.checks > 1 && !acknowledged:
 		return false, "the proxy does not acknowledge what is sent into the tunnel"
-	case w.looks < answerLooks:
+	case w.checks < answerChecks:
 		return false, "waiting for the first answer through the tunnel"
 	}
 	return true, ""

@@ -30,7 +30,7 @@ func TestAnswerWatch(t *testing.T) {
 			var acknowledged bool
 			var why string
 			for _, rtt := range tc.rtts {
-				acknowledged, why = w.look(quic.ConnectionStats{LatestRTT: rtt})
+				acknowledged, why = w.check(quic.ConnectionStats{LatestRTT: rtt})
 			}
 			if acknowledged != tc.acknowledged || !strings.Contains(why, tc.why) {
 				t.Errorf("got %t, %q, want %t, %q", acknowledged, why, tc.acknowledged, tc.why)

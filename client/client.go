@@ -62,7 +62,7 @@ type Client struct {
 	overlaps string
 	networks atomic.Pointer[[]routing.HostNetwork] // this host's networks
 	// ends the notice of noteLoop, nil before the first
-	loop *time.Timer
+	loopTimer *time.Timer
 
 	mu         sync.Mutex
 	status     connectip.Status
@@ -81,10 +81,10 @@ type Client struct {
 	dnsLost           bool // the resolver has lost what it was told
 
 	failure *Error // why the last attempt failed; nil once one has connected
-	// guards askedOutside, and is held while conflicts with the host's routes
+	// guards loggedOutside, and is held while conflicts with the host's routes
 	// are noted
-	noting       sync.Mutex
-	askedOutside string // what the log said last of names that are asked outside
+	noting        sync.Mutex
+	loggedOutside string // what the log said last of names that are asked outside
 
 	notices map[string]notice // key: what the notice is about
 	// reason of the last StateConnected, shown again when no notice degrades

@@ -47,7 +47,7 @@ const (
 
 // over returns what of pushed, which the proxy said, is left of it when d has
 // its say.
-func (d DNS) over(pushed []capsule.DNSConfiguration) []capsule.DNSConfiguration {
+func (d DNS) merge(pushed []capsule.DNSConfiguration) []capsule.DNSConfiguration {
 	if len(d.Servers) == 0 && (len(pushed) == 0 || len(d.Search)+len(d.Domains) == 0) {
 		return pushed
 	}
@@ -77,7 +77,7 @@ func (d DNS) over(pushed []capsule.DNSConfiguration) []capsule.DNSConfiguration 
 // status and the log say so.
 func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Prefix) {
 	c := s.c
-	said := c.cfg.DNS.over(pushed)
+	said := c.cfg.DNS.merge(pushed)
 	var told connectip.Status
 	told.SetDNS(said, nat64)
 	settings, skipped := c.usable(said, told.DNS)
@@ -101,11 +101,11 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	before := c.status.DNS
 	c.status.DNS = told.DNS
 	c.mu.Unlock()
-	if len(skipped) > 0 && !slices.Equal(skipped, s.skipped) {
+	if len(skipped) > 0 && !slices.Equal(skipped, s.skippedServers) {
 		c.cfg.Logger.Warn("nameservers that no route into the tunnel leads to are not used",
 			"servers", skipped)
 	}
-	s.skipped = skipped
+	s.skippedServers = skipped
 	switch now := told.DNS; {
 	case now.Applied && !(before.Applied && slices.Equal(before.Servers, now.Servers) &&
 		slices.Equal(before.Search, now.Search) && slices.Equal(before.Domains, now.Domains)):
@@ -126,9 +126,9 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 // tunnel.
 const noticeDNS = "dns"
 
-// noteOutside says, in the log and in the status, whom this host asks for names
+// noteDNSOutside says, in the log and in the status, whom this host asks for names
 // outside a tunnel for everything.
-func (c *Client) noteOutside() {
+func (c *Client) noteDNSOutside() {
 	c.noting.Lock()
 	defer c.noting.Unlock()
 	c.mu.Lock()
@@ -142,10 +142,10 @@ func (c *Client) noteOutside() {
 			text = c.outside(join(servers), told)
 		}
 	}
-	if text != "" && text != c.askedOutside {
+	if text != "" && text != c.loggedOutside {
 		c.cfg.Logger.Warn("DNS beside a full tunnel", "reason", text)
 	}
-	c.askedOutside = text
+	c.loggedOutside = text
 	c.warn(noticeDNS, text)
 }
 

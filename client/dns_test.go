@@ -63,9 +63,9 @@ func awaitDNS(t *testing.T, n *near, want connectip.DNSStatus) {
 	})
 }
 
-// resolving is a host whose resolver and routing note what they are told, in
+// fakeResolver is a host whose resolver and routing note what they are told, in
 // order.
-type resolving struct {
+type fakeResolver struct {
 	outside []netip.Addr // servers that are not reached through the tunnel
 	fail    error        // error that Apply returns
 
@@ -76,20 +76,20 @@ type resolving struct {
 	asks     []netip.AddrPort // the host's servers outside the tunnel
 }
 
-func (r *resolving) note(format string, args ...any) {
+func (r *fakeResolver) note(format string, args ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.said = append(r.said, fmt.Sprintf(format, args...))
 }
 
 // all returns what was said so far, without repetitions.
-func (r *resolving) all() []string {
+func (r *fakeResolver) all() []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Compact(slices.Clone(r.said))
 }
 
-func (r *resolving) Apply(s hostdns.Settings) (string, error) {
+func (r *fakeResolver) Apply(s hostdns.Settings) (string, error) {
 	if len(s.Servers) == 0 {
 		r.note("no servers")
 		return "", nil
@@ -98,32 +98,32 @@ func (r *resolving) Apply(s hostdns.Settings) (string, error) {
 	return "a test", r.fail
 }
 
-func (r *resolving) Reaches(server netip.AddrPort) bool {
+func (r *fakeResolver) Reaches(server netip.AddrPort) bool {
 	return !slices.Contains(r.outside, server.Addr())
 }
 
-func (r *resolving) Check() (string, error) {
+func (r *fakeResolver) Check() (string, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.restored, r.lost
 }
 
 // change has Check say something else from now on.
-func (r *resolving) change(restored string, lost error) {
+func (r *fakeResolver) change(restored string, lost error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.restored, r.lost = restored, lost
 }
 
-func (r *resolving) Upstream() ([]netip.AddrPort, bool) { return nil, false }
+func (r *fakeResolver) Upstream() ([]netip.AddrPort, bool) { return nil, false }
 
-func (r *resolving) Outside() []netip.AddrPort {
+func (r *fakeResolver) Outside() []netip.AddrPort {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.asks
 }
 
-func (r *resolving) Close() error {
+func (r *fakeResolver) Close() error {
 	r.note("closed")
 	return nil
 }
@@ -131,7 +131,7 @@ func (r *resolving) Close() error {
 // routed notes routes in r.
 type routed struct {
 	*network
-	r *resolving
+	r *fakeResolver
 }
 
 func (n routed) Apply(s routing.State) error {
@@ -144,7 +144,7 @@ func (n routed) Close() error {
 	return n.network.Close()
 }
 
-func (r *resolving) config(c *Config) {
+func (r *fakeResolver) config(c *Config) {
 	c.OpenResolver = func(Device) (Resolver, error) { return r, nil }
 	c.OpenNetwork = func(Device) (Network, error) { return routed{&network{}, r}, nil }
 }
@@ -159,7 +159,7 @@ var corp = proxy.DNS{
 // Routes come before DNS and go after it.
 func TestDNSIsApplied(t *testing.T) {
 	f := startProxy(t, pushing(corp))
-	r := &resolving{}
+	r := &fakeResolver{}
 	n := startClient(t, f, r.config)
 	n.await(t, "applied", func(s Status) bool {
 		return s.DNS.Applied && s.DNS.Via == "a test" && s.DNS.Reason == ""
@@ -239,7 +239,7 @@ func TestDNSAsConfigured(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := startProxy(t, pushing(test.pushed))
-			r := &resolving{outside: test.outside, fail: test.fail}
+			r := &fakeResolver{outside: test.outside, fail: test.fail}
 			n := startClient(t, f, func(c *Config) {
 				r.config(c)
 				c.DNS = test.dns
@@ -300,7 +300,7 @@ func TestDNSAcrossSessions(t *testing.T) {
 		}
 		_ = requested(reader)
 	})
-	r := &resolving{}
+	r := &fakeResolver{}
 	n := startClient(t, f, func(c *Config) {
 		r.config(c)
 		c.Accept = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
@@ -435,7 +435,7 @@ func TestDNSOutside(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := startProxy(t, pushing(tc.pushed))
-			r := &resolving{asks: tc.asks}
+			r := &fakeResolver{asks: tc.asks}
 			kernel := &network{}
 			n := startClient(t, f, func(c *Config) {
 				r.config(c)
@@ -460,7 +460,7 @@ func TestDNSOutside(t *testing.T) {
 // so then.
 func TestDNSOutsideLater(t *testing.T) {
 	f := startProxy(t, nil)
-	u, r := newUplink(), &resolving{}
+	u, r := newUplink(), &fakeResolver{}
 	n := startClient(t, f, func(c *Config) {
 		r.config(c)
 		c.OpenUplink = u.open

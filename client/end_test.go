@@ -153,7 +153,7 @@ func TestKillSwitchThatIsOpened(t *testing.T) {
 // status says so.
 func TestDNSThatIsLost(t *testing.T) {
 	f := startProxy(t, pushing(corp))
-	r := &resolving{}
+	r := &fakeResolver{}
 	n := startClient(t, f, r.config)
 	n.await(t, "applied", func(s Status) bool { return s.State == StateConnected && s.DNS.Applied })
 	r.change("", errors.New("somebody else's file"))

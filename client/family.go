@@ -16,10 +16,10 @@ var (
 
 // The keys of notices about families that the tunnel does not carry.
 const (
-	noticeFamily = "family"
-	noticeBeside = "family_outside"
-	noticeIPv6   = "ipv6"
-	noticeEmpty  = "no_routes"
+	noticeFamily        = "family"
+	noticeFamilyOutside = "family_outside"
+	noticeIPv6          = "ipv6"
+	noticeNoRoutes      = "no_routes"
 )
 
 // whole adds to routes, which are installed, what a tunnel for everything
@@ -31,7 +31,7 @@ const (
 // packets: they are answered with No Route, at once.
 //
 // A gateway is left out, because a route would make it forward that family.
-func (s *session) whole(routes, addrs []netip.Prefix) []netip.Prefix {
+func (s *session) holdMissingFamily(routes, addrs []netip.Prefix) []netip.Prefix {
 	family := ""
 	for _, f := range []struct {
 		name string
@@ -50,23 +50,23 @@ func (s *session) whole(routes, addrs []netip.Prefix) []netip.Prefix {
 		}), accepted)
 		break
 	}
-	if family != "" && family != s.blocked {
+	if family != "" && family != s.heldFamily {
 		s.c.cfg.Logger.Warn("all traffic goes through the tunnel, and there is no address of this family in it: the family is unreachable", "family", family)
 	}
-	s.blocked = family
+	s.heldFamily = family
 	text := ""
 	if family != "" {
 		text = family + " is unreachable: all traffic goes through the tunnel, and the proxy assigns no address of this family"
 	}
 	s.c.warn(noticeFamily, text)
-	s.noteBeside(routes)
+	s.noteFamilyOutside(routes)
 	return routes
 }
 
-// noteBeside says, in the log and in the status, which family leaves this host
+// noteFamilyOutside says, in the log and in the status, which family leaves this host
 // beside a tunnel for everything of the other one, although the configuration
 // accepts it, because the proxy advertises less of it.
-func (s *session) noteBeside(routes []netip.Prefix) {
+func (s *session) noteFamilyOutside(routes []netip.Prefix) {
 	text := ""
 	for _, f := range []struct {
 		name, other string
@@ -77,17 +77,17 @@ func (s *session) noteBeside(routes []netip.Prefix) {
 			text = fmt.Sprintf("%s leaves this host outside the tunnel, which carries all of %s: the proxy advertises no routes for it", f.name, f.other)
 		}
 	}
-	if text != "" && text != s.beside {
+	if text != "" && text != s.familyOutside {
 		s.c.cfg.Logger.Warn("one family leaves outside the tunnel", "reason", text)
 	}
-	s.beside = text
-	s.c.warn(noticeBeside, text)
+	s.familyOutside = text
+	s.c.warn(noticeFamilyOutside, text)
 }
 
-// noteEmpty says, in the log and in the status, that the tunnel has none of the
+// noteNoRoutes says, in the log and in the status, that the tunnel has none of the
 // routes that the configuration would accept, so that all leaves this host as
 // it would without it. A gateway may have none until another one comes.
-func (s *session) noteEmpty(advertised []capsule.Route, routes []netip.Prefix) {
+func (s *session) noteNoRoutes(advertised []capsule.Route, routes []netip.Prefix) {
 	text := ""
 	if len(routes) == 0 && len(s.c.cfg.Accept) > 0 && len(s.c.cfg.AdvertiseRoutes) == 0 {
 		text = "nothing goes through the tunnel: "
@@ -97,17 +97,17 @@ func (s *session) noteEmpty(advertised []capsule.Route, routes []netip.Prefix) {
 			text += "no route that the proxy advertises is one that routes.accept has and this host can take"
 		}
 	}
-	if text != "" && text != s.empty {
+	if text != "" && text != s.noRoutes {
 		s.c.cfg.Logger.Warn("the tunnel has no routes", "reason", text)
 	}
-	s.empty = text
-	s.c.warn(noticeEmpty, text)
+	s.noRoutes = text
+	s.c.warn(noticeNoRoutes, text)
 }
 
-// noteHeld says, in the log and in the status, that the interface of the tunnel
+// noteIPv6Refused says, in the log and in the status, that the interface of the tunnel
 // cannot have IPv6, for the reason held, and that what belongs in the tunnel is
 // therefore refused; nil takes that back.
-func (s *session) noteHeld(held error) {
+func (s *session) noteIPv6Refused(held error) {
 	text := ""
 	if held != nil {
 		text = fmt.Sprintf("IPv6 that belongs in the tunnel is refused: %v", held)

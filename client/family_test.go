@@ -51,7 +51,7 @@ func TestWholeTunnel(t *testing.T) {
 				changed: make(chan struct{})}
 			s := &session{c: c}
 			for range 3 {
-				if got := s.whole(slices.Clone(tc.routes), tc.addrs); !slices.Equal(got, tc.want) {
+				if got := s.holdMissingFamily(slices.Clone(tc.routes), tc.addrs); !slices.Equal(got, tc.want) {
 					t.Errorf("%v, want %v", got, tc.want)
 				}
 			}

@@ -118,7 +118,7 @@ func (h *host) watch(ctx context.Context, noteChange func()) {
 // tunnel.
 func (c *Client) noteHost() {
 	c.noteConflicts()
-	c.noteOutside()
+	c.noteDNSOutside()
 }
 
 // noticeConflict is the key of warnings about routes and networks of the host.

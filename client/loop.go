@@ -100,12 +100,12 @@ func (c *Client) dropLoops(packets []*flowqueue.Packet) bool {
 // while.
 func (c *Client) noteLoop() {
 	c.mu.Lock()
-	timer := c.loop
+	timer := c.loopTimer
 	if timer != nil && timer.Reset(loopMemory) {
 		c.mu.Unlock()
 		return
 	}
-	c.loop = time.AfterFunc(loopMemory, func() { c.degrade(noticeLoop, "") })
+	c.loopTimer = time.AfterFunc(loopMemory, func() { c.degrade(noticeLoop, "") })
 	c.mu.Unlock()
 	text := fmt.Sprintf("packets of the tunnel's own socket are sent into the tunnel, because another program takes their mark away: "+
 		"have it leave the bits %#x alone, or name others in routes.mark", c.cfg.Mark)

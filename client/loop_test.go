@@ -92,5 +92,5 @@ func TestLoop(t *testing.T) {
 	if n := c.notices[noticeLoop]; !n.degrades || !strings.Contains(n.text, want) {
 		t.Errorf("notice: %+v", n)
 	}
-	c.loop.Stop()
+	c.loopTimer.Stop()
 }

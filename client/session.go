@@ -35,10 +35,10 @@ const (
 	applyRate  = 1
 	applyBurst = 10
 	// answerInterval is how often it is looked whether the far end acknowledges
-	// what it does not answer, and answerLooks after how many looks it is
+	// what it does not answer, and answerChecks after how many looks it is
 	// believed to answer nothing.
 	answerInterval = time.Second
-	answerLooks    = 3
+	answerChecks   = 3
 )
 
 // noticeNoAnswer is the key of the warning that the proxy answers no echo.
@@ -71,18 +71,18 @@ type session struct {
 	path      pathState
 
 	// What follows is of keep alone.
-	configured bool             // the kernel has had what the proxy said
-	full       bool             // all traffic of a family goes through the tunnel
-	onlyIPv4   bool             // the tunnel's interface cannot have IPv6
-	refused    []netip.Prefix   // routes of the proxy that are not installed
-	skipped    []netip.AddrPort // nameservers that are not used
+	configured     bool             // the kernel has had what the proxy said
+	full           bool             // all traffic of a family goes through the tunnel
+	onlyIPv4       bool             // the tunnel's interface cannot have IPv6
+	refusedRoutes  []netip.Prefix   // routes of the proxy that are not installed
+	skippedServers []netip.AddrPort // nameservers that are not used
 	// the family that has no way through a tunnel for everything, "" for none
-	blocked string
+	heldFamily string
 	// what was said of a family that leaves outside the tunnel, "" for nothing
-	beside       string
-	empty        string         // what was said of a tunnel without routes, "" for nothing
-	advertised   []netip.Prefix // routes last advertised to the proxy
-	assignedPeer []netip.Prefix // addresses last assigned to the proxy
+	familyOutside string
+	noRoutes      string         // what was said of a tunnel without routes, "" for nothing
+	advertised    []netip.Prefix // routes last advertised to the proxy
+	assignedPeer  []netip.Prefix // addresses last assigned to the proxy
 }
 
 // session dials, keeps the session until it ends, and returns why it ended and
@@ -114,7 +114,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 		Device: currentDevice{c},
 		Accept: connectip.Accept{Assigned: s.taken, Routes: c.acceptable},
 		Handler: connectip.Handler{
-			Assigned: s.handleAssigned, Requested: s.handleRequested, Routes: s.handleRoutes,
+			Assigned: s.handleAssigned, Requested: s.handleAddressRequest, Routes: s.handleRoutes,
 			DNS: s.handleDNS, PREF64: s.handlePREF64, MTU: func(int) { s.changed() },
 		},
 		Static: c.cfg.Static,
@@ -248,7 +248,7 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 				isConnected()
 			}
 		case <-unanswered.C:
-			acknowledged, why := unanswered.look(s.quic.ConnectionStats())
+			acknowledged, why := unanswered.check(s.quic.ConnectionStats())
 			if !acknowledged {
 				c.setReason(why)
 				break
@@ -277,7 +277,7 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 				c.cfg.Logger.Warn("the path has changed", "mtu", s.conn.MTU(), "limits", limits)
 			}
 			if complete {
-				if err := s.offer(); err != nil {
+				if err := s.announceSite(); err != nil {
 					return connected, whyEnded(err, s.quic, c.to)
 				}
 			}
@@ -466,12 +466,12 @@ func (s *session) apply() (complete bool, err error) {
 		return false, fail(causeAddresses, nil, "the proxy assigned no address",
 			"its pool may be exhausted; ask its operator")
 	}
-	if err := c.cfg.checkBehind(addrs); err != nil {
+	if err := c.cfg.checkAssigned(addrs); err != nil {
 		return false, err
 	}
 	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude,
 		HostRoutes: c.cfg.HostRoutes, Local: c.cfg.AdvertiseRoutes,
-		Forward: len(c.cfg.AdvertiseRoutes) > 0, Reach: c.cfg.behind(addrs)}
+		Forward: len(c.cfg.AdvertiseRoutes) > 0, Reach: c.cfg.ownNetworks(addrs)}
 	inside, err := accepted(routes, c.cfg.Accept)
 	if err != nil {
 		return false, err
@@ -479,8 +479,8 @@ func (s *session) apply() (complete bool, err error) {
 	s.full = routing.IsFull(inside, false) || routing.IsFull(inside, true)
 	if c.cfg.InstallRoutes {
 		state.HoldDNS = c.cfg.DNS.Hold && s.full
-		state.Routes = append(s.whole(s.beyond(inside), addrs), c.cfg.AssignPeer...)
-		s.noteEmpty(routes, state.Routes)
+		state.Routes = append(s.holdMissingFamily(s.excludeOwn(inside), addrs), c.cfg.AssignPeer...)
+		s.noteNoRoutes(routes, state.Routes)
 	}
 	c.had = addrs
 	c.current.Store(s.conn) // before the kernel sends packets here
@@ -490,7 +490,7 @@ func (s *session) apply() (complete bool, err error) {
 		return false, nil // until there is another one
 	}
 	if held := network.Held(); err == nil {
-		s.noteHeld(held)
+		s.noteIPv6Refused(held)
 		if s.onlyIPv4 = held != nil; s.onlyIPv4 {
 			addrs, routes = onlyIPv4(addrs),
 				slices.DeleteFunc(slices.Clone(routes), func(r capsule.Route) bool {
@@ -526,7 +526,7 @@ func (s *session) apply() (complete bool, err error) {
 	c.status.SetRoutes(routes)
 	c.notify()
 	c.mu.Unlock()
-	c.noteOutside()
+	c.noteDNSOutside()
 	return true, nil
 }
 

@@ -56,9 +56,9 @@ func (c *Config) checkSite() error {
 	return nil
 }
 
-// checkBehind checks that the proxy's choice of addresses and the networks
+// checkAssigned checks that the proxy's choice of addresses and the networks
 // behind this host go together.
-func (c *Config) checkBehind(addrs []netip.Prefix) error {
+func (c *Config) checkAssigned(addrs []netip.Prefix) error {
 	for _, a := range addrs {
 		if i := slices.IndexFunc(c.AdvertiseRoutes, a.Overlaps); i >= 0 {
 			return fail(causeAddresses, nil,
@@ -77,7 +77,7 @@ func (c *Config) checkBehind(addrs []netip.Prefix) error {
 // behind returns what lies behind this host as the proxy may know it: the
 // networks that are advertised, and of an assigned prefix all but this host's
 // own address.
-func (c *Config) behind(assigned []netip.Prefix) []netip.Prefix {
+func (c *Config) ownNetworks(assigned []netip.Prefix) []netip.Prefix {
 	out := slices.Clone(c.AdvertiseRoutes)
 	for _, p := range assigned {
 		if !p.IsSingleIP() && p == p.Masked() {
@@ -90,7 +90,7 @@ func (c *Config) behind(assigned []netip.Prefix) []netip.Prefix {
 // beyond returns the routes that are not within a network behind this host, nor
 // to addresses that no router forwards to. A route that such a network is part
 // of stays: the host's own, longer one goes first.
-func (s *session) beyond(routes []netip.Prefix) []netip.Prefix {
+func (s *session) excludeOwn(routes []netip.Prefix) []netip.Prefix {
 	var refused []netip.Prefix
 	routes = slices.DeleteFunc(routes, func(p netip.Prefix) bool {
 		within := slices.ContainsFunc(s.c.cfg.AdvertiseRoutes, func(own netip.Prefix) bool {
@@ -105,23 +105,23 @@ func (s *session) beyond(routes []netip.Prefix) []netip.Prefix {
 		}
 		return within
 	})
-	if len(refused) > 0 && !slices.Equal(refused, s.refused) {
+	if len(refused) > 0 && !slices.Equal(refused, s.refusedRoutes) {
 		s.c.cfg.Logger.Warn("routes of the proxy to addresses of this host, of the networks behind it or of a link are not installed", "refused", refused)
 	}
-	s.refused = refused
+	s.refusedRoutes = refused
 	return routes
 }
 
 // offer assigns the proxy its addresses and advertises the networks behind this
 // host, as far as they changed since the last time (RFC 9484 section 8.2).
-func (s *session) offer() error {
+func (s *session) announceSite() error {
 	networks := s.c.cfg.AdvertiseRoutes
 	assign := s.c.cfg.AssignPeer
 	if s.onlyIPv4 {
 		networks, assign = onlyIPv4(networks), onlyIPv4(assign)
 	}
 	if len(assign) > 0 && !slices.Equal(assign, s.assignedPeer) {
-		if err := s.conn.Assign(unasked(assign)); err != nil {
+		if err := s.conn.Assign(unrequested(assign)); err != nil {
 			return err
 		}
 		s.assignedPeer = assign
@@ -137,7 +137,7 @@ func (s *session) offer() error {
 }
 
 // unasked makes the entries of an assignment that no request asked for.
-func unasked(prefixes []netip.Prefix) []capsule.Address {
+func unrequested(prefixes []netip.Prefix) []capsule.Address {
 	addrs := make([]capsule.Address, len(prefixes))
 	for i, p := range prefixes {
 		addrs[i] = capsule.Address{Prefix: p}
@@ -145,10 +145,10 @@ func unasked(prefixes []netip.Prefix) []capsule.Address {
 	return addrs
 }
 
-// handleRequested answers a proxy that asks for addresses: it gets those that
+// handleAddressRequest answers a proxy that asks for addresses: it gets those that
 // it is assigned anyway, each once, and no others.
-func (s *session) handleRequested(requested []capsule.Address) error {
-	answer := unasked(s.c.cfg.AssignPeer)
+func (s *session) handleAddressRequest(requested []capsule.Address) error {
+	answer := unrequested(s.c.cfg.AssignPeer)
 	for _, r := range requested {
 		i := slices.IndexFunc(answer, func(a capsule.Address) bool {
 			same := a.Prefix.Addr().Is4() == r.Prefix.Addr().Is4() && !a.Refused() &&

@@ -175,7 +175,7 @@ func TestOwnNetworksAreNotTheProxys(t *testing.T) {
 
 // Routes that lie within a network behind this host, and nothing else, are left
 // out.
-func TestBeyond(t *testing.T) {
+func TestExcludeOwn(t *testing.T) {
 	c, err := New(Config{Proxy: "p", AdvertiseRoutes: []netip.Prefix{lan4}})
 	if err != nil {
 		t.Fatal(err)
@@ -185,7 +185,7 @@ func TestBeyond(t *testing.T) {
 	for _, p := range []string{"10.0.0.0/8", "10.1.0.0/24", "10.1.0.64/26", "10.1.1.0/24", "::/0"} {
 		routes = append(routes, netip.MustParsePrefix(p))
 	}
-	if got, want := s.beyond(slices.Clone(routes)),
+	if got, want := s.excludeOwn(slices.Clone(routes)),
 		slices.Delete(slices.Clone(routes), 1, 3); !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}

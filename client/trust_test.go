@@ -379,7 +379,7 @@ func TestNamesOfASplitTunnel(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := startProxy(t, pushing(tc.pushed))
-			r := &resolving{}
+			r := &fakeResolver{}
 			n := startClient(t, f, func(c *Config) {
 				r.config(c)
 				c.Accept, c.DNS = tc.accept, tc.dns
@@ -400,7 +400,7 @@ func TestNamesOfASplitTunnel(t *testing.T) {
 func TestOwnAddressAsNameserver(t *testing.T) {
 	f := startProxy(t, pushing(proxy.DNS{Servers: []netip.Addr{netip.MustParseAddr("192.168.1.10"),
 		netip.MustParseAddr("10.77.0.2"), netip.MustParseAddr("192.0.2.53")}}))
-	r := &resolving{}
+	r := &fakeResolver{}
 	n := startClient(t, f, func(c *Config) { r.config(c); c.HostNetworks = home })
 	n.await(t, "told", func(s Status) bool { return s.DNS.Applied })
 	if said := r.all(); !slices.Contains(said, "servers [192.0.2.53:53] search [] domains [.]") ||
