@@ -25,9 +25,8 @@ import (
 )
 
 const (
-	headroom = connectip.Headroom
-	minMTU   = 1280 // bytes, the least for IPv6 (RFC 8200 section 5)
-	maxMTU   = flowqueue.MaxSize
+	minMTU = 1280 // bytes, the least for IPv6 (RFC 8200 section 5)
+	maxMTU = flowqueue.MaxSize
 	// sendBatch is how many packets are taken from the queue at once: few,
 	// because they are past what keeps the queue fair.
 	sendBatch = 16
@@ -280,7 +279,7 @@ func (c *Client) dispatch(packets []*flowqueue.Packet) {
 	case conn == nil:
 		c.stats.Send.DropMany(connectip.DropClosed, len(packets))
 	case len(packets) == 1 && c.queue.Idle() && conn.Ready():
-		conn.TrySend(packets[0].Bytes(), headroom) // waking the other goroutine takes longer
+		conn.TrySend(packets[0].Bytes(), tun.Headroom) // waking the other goroutine takes longer
 	default:
 		c.stats.Send.DropMany(connectip.DropQueueFull, c.queue.Push(packets))
 		clear(packets)
@@ -302,7 +301,7 @@ func (c *Client) sendQueued() {
 			if conn == nil {
 				c.stats.Send.Drop(connectip.DropClosed)
 			} else {
-				conn.Send(p.Bytes(), headroom)
+				conn.Send(p.Bytes(), tun.Headroom)
 			}
 			p.Free()
 		}

@@ -12,6 +12,7 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
 const (
@@ -77,7 +78,7 @@ const noticeLoop = "loop" // packets of the outer socket come out of the tunnel'
 // that the host sends into the tunnel: they would go round and round. Then it
 // drops them, and takes the others.
 func (c *Client) dropLoops(packets []*flowqueue.Packet) bool {
-	outer := func(p *flowqueue.Packet) bool { return c.dialer.outer.sent(p.Bytes()[headroom:]) }
+	outer := func(p *flowqueue.Packet) bool { return c.dialer.outer.sent(p.Bytes()[tun.Headroom:]) }
 	if !slices.ContainsFunc(packets, outer) {
 		return false
 	}

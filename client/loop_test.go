@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"masquevpn/internal/flowqueue"
+	"masquevpn/tun"
 )
 
 // udpHeader makes the headers of a UDP packet, as far as they are looked at.
@@ -75,7 +76,7 @@ func TestLoop(t *testing.T) {
 	for range 2 {
 		packets := []*flowqueue.Packet{flowqueue.Get(), flowqueue.Get()}
 		for i, from := range []string{"192.168.1.10:50000", "192.168.1.10:50001"} {
-			packets[i].Size = copy(packets[i].Buffer()[headroom:],
+			packets[i].Size = copy(packets[i].Buffer()[tun.Headroom:],
 				udpHeader(17, netip.MustParseAddrPort(from),
 					netip.MustParseAddrPort("203.0.113.5:443")))
 		}

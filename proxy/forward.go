@@ -9,12 +9,12 @@ import (
 	"masquevpn/internal/flowqueue"
 	"masquevpn/internal/ippacket"
 	"masquevpn/internal/rescue"
+	"masquevpn/tun"
 )
 
 const (
-	headroom = connectip.Headroom
-	minMTU   = 1280
-	maxMTU   = flowqueue.MaxSize
+	minMTU = 1280
+	maxMTU = flowqueue.MaxSize
 	// sendBatch is how many packets are taken from a queue at once: few,
 	// because they are past what keeps the queue fair.
 	sendBatch = 16
@@ -40,7 +40,7 @@ func (s *Server) dispatch(packets []*flowqueue.Packet) {
 			// who is in the table has a conn
 			to.account.down.spend(packets[first].Size)
 			// waking another goroutine takes longer
-			to.conn.TrySend(packets[first].Bytes(), headroom)
+			to.conn.TrySend(packets[first].Bytes(), tun.Headroom)
 		default:
 			to.push(packets[first:end])
 		}
@@ -64,7 +64,7 @@ func (ss *session) push(packets []*flowqueue.Packet) {
 // sessionOf returns the session that p is for; when there is none, p is
 // answered and counted.
 func (s *Server) sessionOf(p *flowqueue.Packet) *session {
-	pkt := p.Bytes()[headroom:]
+	pkt := p.Bytes()[tun.Headroom:]
 	dst, ok := ippacket.Destination(pkt)
 	if !ok {
 		s.unrouted.Send.Drop(connectip.DropMalformed)
@@ -92,11 +92,11 @@ func (s *Server) noSession(pkt []byte, dst netip.Addr) {
 	if err != nil {
 		return
 	}
-	buf := make([]byte, headroom, headroom+minMTU)
+	buf := make([]byte, tun.Headroom, tun.Headroom+minMTU)
 	buf, ok := ippacket.AppendICMPError(buf, pkt, p, ippacket.NoSession, s.gateway(dst), 0)
 	if ok {
 		s.unrouted.ICMPSent.Count(ippacket.NoSession)
-		_, _ = s.ends.Current().device.Write([][]byte{buf}, headroom)
+		_, _ = s.ends.Current().device.Write([][]byte{buf}, tun.Headroom)
 	}
 }
 

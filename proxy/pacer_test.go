@@ -12,6 +12,7 @@ import (
 
 	"masquevpn/internal/flowqueue"
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 	"masquevpn/tun/tuntest"
 )
 
@@ -86,12 +87,12 @@ func TestUplink(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	ss := &session{account: a, ctx: ctx, stop: cancel}
 	u := &uplink{Device: device, ss: ss}
-	pkt := ippacket.AppendEcho(make([]byte, headroom), netip.MustParseAddr("10.77.0.2"),
+	pkt := ippacket.AppendEcho(make([]byte, tun.Headroom), netip.MustParseAddr("10.77.0.2"),
 		netip.MustParseAddr("192.0.2.1"), 64, true, 1, 1, make([]byte, 1000))
 	write := func(n int) {
 		t.Helper()
 		for range n {
-			if _, err := u.Write([][]byte{slices.Clone(pkt)}, headroom); err != nil {
+			if _, err := u.Write([][]byte{slices.Clone(pkt)}, tun.Headroom); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -100,7 +101,7 @@ func TestUplink(t *testing.T) {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
-		if got, err := device.Receive(ctx); err != nil || !bytes.Equal(got, pkt[headroom:]) {
+		if got, err := device.Receive(ctx); err != nil || !bytes.Equal(got, pkt[tun.Headroom:]) {
 			t.Fatalf("got % x, %v", got, err)
 		}
 	}

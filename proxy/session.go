@@ -23,6 +23,7 @@ import (
 	"masquevpn/internal/rescue"
 	"masquevpn/internal/worker"
 	"masquevpn/routing"
+	"masquevpn/tun"
 )
 
 const (
@@ -198,7 +199,7 @@ func (ss *session) sendQueued(conn *connectip.Conn) {
 		ss.sender.Begin()
 		for _, p := range batch[:n] {
 			bytes += p.Size
-			conn.Send(p.Bytes(), headroom)
+			conn.Send(p.Bytes(), tun.Headroom)
 			p.Free()
 		}
 		ss.sender.End()

@@ -6,6 +6,7 @@ import (
 
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
+	"masquevpn/tun"
 )
 
 // uplink is the device as one session writes to it. What the session's user
@@ -40,7 +41,7 @@ func (u *uplink) Write(bufs [][]byte, offset int) (int, error) {
 			continue
 		}
 		p := flowqueue.Get()
-		p.Size = copy(p.Buffer()[headroom:], b[offset:])
+		p.Size = copy(p.Buffer()[tun.Headroom:], b[offset:])
 		if packets = append(packets, p); len(packets) == len(room) {
 			u.ss.stats.Receive.DropMany(connectip.DropQueueFull, queue.Push(packets))
 			packets = room[:0]
@@ -103,7 +104,7 @@ func (u *uplink) send(queue *flowqueue.Queue) {
 		}
 		up.spend(bytes)
 		u.writing.Begin()
-		if wrote, err := u.Device.Write(bufs[:n], headroom); err != nil {
+		if wrote, err := u.Device.Write(bufs[:n], tun.Headroom); err != nil {
 			count.DropMany(connectip.DropDevice, n-wrote)
 		}
 		u.writing.End()

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"masquevpn/capsule"
+	"masquevpn/tun"
 )
 
 // What Accept leaves out of the peer's capsules permits nothing, whatever the
@@ -57,7 +58,7 @@ func TestAccept(t *testing.T) {
 	})
 	t.Run("advertised destination that is not accepted", func(t *testing.T) {
 		if d := proxy.Send(echoPacket(elsewhere4, target4, 64, 64),
-			Headroom); d != DropDestination {
+			tun.Headroom); d != DropDestination {
 			t.Errorf("got %v", d)
 		}
 		proxy.device.next(t) // the ICMP error
@@ -71,13 +72,13 @@ func TestAccept(t *testing.T) {
 			t.Fatal(err)
 		}
 		if d := proxy.Send(echoPacket(target4, elsewhere4, 64, 64),
-			Headroom); d != DropDestination {
+			tun.Headroom); d != DropDestination {
 			t.Errorf("got %v", d)
 		}
 		if err := proxy.SetAccepted(nil, capsule.Routes([]netip.Prefix{lan}, 0)); err != nil {
 			t.Fatal(err)
 		}
-		if d := proxy.Send(echoPacket(target4, elsewhere4, 64, 64), Headroom); d != DropNone {
+		if d := proxy.Send(echoPacket(target4, elsewhere4, 64, 64), tun.Headroom); d != DropNone {
 			t.Errorf("got %v", d)
 		}
 	})
@@ -92,7 +93,7 @@ func TestPolicyChangesWhileACapsuleIsSent(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-proxy.routes
-	if d := proxy.Send(echoPacket(proxyAddr4, elsewhere4, 64, 64), Headroom); d != DropNone {
+	if d := proxy.Send(echoPacket(proxyAddr4, elsewhere4, 64, 64), tun.Headroom); d != DropNone {
 		t.Errorf("after the peer advertised the destination: %v", d)
 	}
 	if err := proxy.SetAccepted(nil, nil); err != nil {
@@ -101,7 +102,8 @@ func TestPolicyChangesWhileACapsuleIsSent(t *testing.T) {
 	if err := proxy.SetDenied(nil, nil); err != nil {
 		t.Error(err)
 	}
-	if d := proxy.Send(echoPacket(proxyAddr4, elsewhere4, 64, 64), Headroom); d != DropDestination {
+	if d := proxy.Send(echoPacket(proxyAddr4, elsewhere4, 64, 64),
+		tun.Headroom); d != DropDestination {
 		t.Errorf("after it is accepted no more: %v", d)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"masquevpn/capsule"
+	"masquevpn/tun"
 )
 
 // discard is a QUIC connection that takes all datagrams and sends none.
@@ -43,10 +44,10 @@ func BenchmarkSend(b *testing.B) {
 	c := benchConn(b)
 	pkt := echoPacket(target4, clientAddr4, 64, 1400)
 	buf := make([]byte, len(pkt))
-	b.SetBytes(int64(len(pkt) - Headroom))
+	b.SetBytes(int64(len(pkt) - tun.Headroom))
 	for b.Loop() {
 		copy(buf, pkt)
-		if d := c.Send(buf, Headroom); d != DropNone {
+		if d := c.Send(buf, tun.Headroom); d != DropNone {
 			b.Fatal(d)
 		}
 	}
@@ -75,7 +76,7 @@ func BenchmarkSendRoutes(b *testing.B) {
 			b.ReportAllocs()
 			for i := 0; b.Loop(); i++ {
 				copy(buf, pkts[i*7919%n])
-				if d := c.Send(buf, Headroom); d != DropNone {
+				if d := c.Send(buf, tun.Headroom); d != DropNone {
 					b.Fatal(d)
 				}
 			}
@@ -89,7 +90,7 @@ func BenchmarkReceive(b *testing.B) {
 	defer c.stop(nil)
 	go in.deliver()
 	datagram := append([]byte{contextIPPacket},
-		echoPacket(clientAddr4, target4, 64, 1400)[Headroom:]...)
+		echoPacket(clientAddr4, target4, 64, 1400)[tun.Headroom:]...)
 	b.SetBytes(int64(len(datagram) - 1))
 	for b.Loop() {
 		in.HandleDatagram(datagram)

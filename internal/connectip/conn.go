@@ -180,8 +180,8 @@ type Conn struct {
 	sawPacket atomic.Bool
 	toHost    errorLimits // ICMP errors about packets of the host
 	toPeer    errorLimits // and about packets of the peer
-	// packets of this endpoint itself that answer the peer's, behind Headroom
-	// free bytes
+	// packets of this endpoint itself that answer the peer's, behind
+	// tun.Headroom free bytes
 	toSend chan []byte
 	sender *worker.Worker // sends the packets in toSend
 

@@ -18,6 +18,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
 func TestPacketsBothWays(t *testing.T) {
@@ -25,14 +26,14 @@ func TestPacketsBothWays(t *testing.T) {
 	for _, tc := range []struct{ from, to netip.Addr }{{clientAddr4, target4},
 		{clientAddr6, target6}} {
 		up := echoPacket(tc.from, tc.to, 64, 100)
-		if d := client.Send(up, Headroom); d != DropNone {
+		if d := client.Send(up, tun.Headroom); d != DropNone {
 			t.Fatalf("up: dropped, %v", d)
 		}
-		if got := proxy.device.next(t); !bytes.Equal(got, up[Headroom:]) {
-			t.Errorf("up: got % x, sent % x", got, up[Headroom:])
+		if got := proxy.device.next(t); !bytes.Equal(got, up[tun.Headroom:]) {
+			t.Errorf("up: got % x, sent % x", got, up[tun.Headroom:])
 		}
 		down := echoPacket(tc.to, tc.from, 64, 100)
-		if d := proxy.Send(down, Headroom); d != DropNone {
+		if d := proxy.Send(down, tun.Headroom); d != DropNone {
 			t.Fatalf("down: dropped, %v", d)
 		}
 		if got := parse(t, client.device.next(t)); got.Src != tc.to || got.Dst != tc.from {
@@ -65,7 +66,7 @@ func TestHopLimit(t *testing.T) {
 			if tc.src.Is6() {
 				dst = clientAddr6
 			}
-			d := proxy.Send(echoPacket(tc.src, dst, tc.sent, 64), Headroom)
+			d := proxy.Send(echoPacket(tc.src, dst, tc.sent, 64), tun.Headroom)
 			if tc.got == 0 {
 				answer := proxy.device.next(t)
 				if p := parse(t, answer); d != DropHopLimit || p.Src != proxyAddr4 ||
@@ -87,7 +88,8 @@ func TestPolicyRefuses(t *testing.T) {
 		Config{Denied: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/24"),
 			host(netip.MustParseAddr("203.0.113.5"))}})
 	t.Run("client refuses a source that is not its own", func(t *testing.T) {
-		if d := client.Send(echoPacket(elsewhere4, target4, 64, 64), Headroom); d != DropSource {
+		if d := client.Send(echoPacket(elsewhere4, target4, 64, 64),
+			tun.Headroom); d != DropSource {
 			t.Errorf("got %v", d)
 		}
 		wantICMP(t, client.device.next(t), elsewhere4, 3, 13)
@@ -107,14 +109,15 @@ func TestPolicyRefuses(t *testing.T) {
 	})
 	t.Run("denied destination", func(t *testing.T) {
 		if d := client.Send(echoPacket(clientAddr4, netip.MustParseAddr("10.77.0.3"), 64, 64),
-			Headroom); d != DropNone {
+			tun.Headroom); d != DropNone {
 			t.Fatalf("client dropped it, %v", d)
 		}
 		wantICMP(t, client.device.next(t), clientAddr4, 3, 13)
 		waitDrop(t, &proxy.stats.Receive, DropDestination)
 	})
 	t.Run("own tunnel address of the proxy stays reachable", func(t *testing.T) {
-		if d := client.Send(echoPacket(clientAddr4, proxyAddr4, 64, 64), Headroom); d != DropNone {
+		if d := client.Send(echoPacket(clientAddr4, proxyAddr4, 64, 64),
+			tun.Headroom); d != DropNone {
 			t.Fatalf("client dropped it, %v", d)
 		}
 		if p := parse(t, proxy.device.next(t)); p.Dst != proxyAddr4 {
@@ -122,14 +125,15 @@ func TestPolicyRefuses(t *testing.T) {
 		}
 	})
 	t.Run("link-local", func(t *testing.T) {
-		if d := client.Send(echoPacket(clientAddr4, denied, 64, 64), Headroom); d != DropLinkLocal {
+		if d := client.Send(echoPacket(clientAddr4, denied, 64, 64),
+			tun.Headroom); d != DropLinkLocal {
 			t.Errorf("got %v", d)
 		}
 		sendRaw(t, client, echoPacket(clientAddr4, denied, 64, 64))
 		waitDrop(t, &proxy.stats.Receive, DropLinkLocal)
 	})
 	t.Run("malformed", func(t *testing.T) {
-		sendRaw(t, client, make([]byte, Headroom+20))
+		sendRaw(t, client, make([]byte, tun.Headroom+20))
 		waitDrop(t, &proxy.stats.Receive, DropMalformed)
 	})
 }
@@ -149,21 +153,22 @@ func TestICMPErrorsAreJudgedByTheirQuote(t *testing.T) {
 	<-client.routes
 	router := netip.MustParseAddr("203.0.113.77")
 	errorAbout := func(src, dst netip.Addr) []byte {
-		invoking := echoPacket(src, dst, 1, 64)[Headroom:]
-		buf, ok := ippacket.AppendICMPError(make([]byte, Headroom), invoking, parse(t, invoking),
+		invoking := echoPacket(src, dst, 1, 64)[tun.Headroom:]
+		buf, ok := ippacket.AppendICMPError(make([]byte, tun.Headroom), invoking,
+			parse(t, invoking),
 			ippacket.HopLimitExceeded, router, 0)
 		if !ok {
 			t.Fatal("no ICMP error was made")
 		}
 		return buf
 	}
-	if d := proxy.Send(errorAbout(clientAddr4, target4), Headroom); d != DropNone {
+	if d := proxy.Send(errorAbout(clientAddr4, target4), tun.Headroom); d != DropNone {
 		t.Fatalf("proxy dropped an error about a packet of the client, %v", d)
 	}
 	if p := parse(t, client.device.next(t)); p.Src != router {
 		t.Errorf("client got %+v", p)
 	}
-	if d := proxy.Send(errorAbout(clientAddr4, elsewhere4), Headroom); d != DropSource {
+	if d := proxy.Send(errorAbout(clientAddr4, elsewhere4), tun.Headroom); d != DropSource {
 		t.Errorf("error about a packet that could not have come from the client: %v", d)
 	}
 	sendRaw(t, proxy, errorAbout(clientAddr4, elsewhere4))
@@ -177,7 +182,8 @@ func TestTooBig(t *testing.T) {
 		t.Fatalf("MTU %d", mtu)
 	}
 	t.Run("IPv6", func(t *testing.T) {
-		if d := proxy.Send(echoPacket(target6, clientAddr6, 64, 1500), Headroom); d != DropTooBig {
+		if d := proxy.Send(echoPacket(target6, clientAddr6, 64, 1500),
+			tun.Headroom); d != DropTooBig {
 			t.Fatalf("got %v", d)
 		}
 		answer := proxy.device.next(t)
@@ -188,7 +194,8 @@ func TestTooBig(t *testing.T) {
 		}
 	})
 	t.Run("IPv4 with DF", func(t *testing.T) {
-		if d := proxy.Send(echoPacket(target4, clientAddr4, 64, 1500), Headroom); d != DropTooBig {
+		if d := proxy.Send(echoPacket(target4, clientAddr4, 64, 1500),
+			tun.Headroom); d != DropTooBig {
 			t.Fatalf("got %v", d)
 		}
 		answer := proxy.device.next(t)
@@ -200,8 +207,8 @@ func TestTooBig(t *testing.T) {
 	})
 	t.Run("IPv4 without DF", func(t *testing.T) {
 		pkt := echoPacket(target4, clientAddr4, 64, 1500)
-		clearDontFragment(pkt[Headroom:])
-		if d := proxy.Send(pkt, Headroom); d != DropNone {
+		clearDontFragment(pkt[tun.Headroom:])
+		if d := proxy.Send(pkt, tun.Headroom); d != DropNone {
 			t.Fatalf("got %v", d)
 		}
 		first, second := parse(t, client.device.next(t)), parse(t, client.device.next(t))
@@ -255,8 +262,8 @@ func TestNoRoomForPackets(t *testing.T) {
 		t.Fatal(err)
 	}
 	pkt := echoPacket(proxyAddr4, clientAddr4, 64, 64)
-	clearDontFragment(pkt[Headroom:])
-	if d := c.Send(pkt, Headroom); d != DropTooBig || c.MTU() != 0 {
+	clearDontFragment(pkt[tun.Headroom:])
+	if d := c.Send(pkt, tun.Headroom); d != DropTooBig || c.MTU() != 0 {
 		t.Errorf("%v with an MTU of %d", d, c.MTU())
 	}
 }
@@ -274,14 +281,15 @@ func TestCapsulesReplace(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-client.assigns
-	if d := client.Send(echoPacket(clientAddr4, target4, 64, 64), Headroom); d != DropSource {
+	if d := client.Send(echoPacket(clientAddr4, target4, 64, 64), tun.Headroom); d != DropSource {
 		t.Errorf("after the address was taken away: %v", d)
 	}
 	if err := proxy.Advertise(nil); err != nil {
 		t.Fatal(err)
 	}
 	<-client.routes
-	if d := client.Send(echoPacket(clientAddr6, target6, 64, 64), Headroom); d != DropDestination {
+	if d := client.Send(echoPacket(clientAddr6, target6, 64, 64),
+		tun.Headroom); d != DropDestination {
 		t.Errorf("after the routes were withdrawn: %v", d)
 	}
 }
@@ -346,7 +354,7 @@ func repeat(b []byte, n int) []byte { return bytes.Repeat(b, n) }
 // capsules are skipped.
 func TestDatagramCapsule(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
-	pkt := echoPacket(clientAddr4, target4, 64, 64)[Headroom:]
+	pkt := echoPacket(clientAddr4, target4, 64, 64)[tun.Headroom:]
 	unknown := append(quicvarint.Append(nil, 0x2b), 3, 1, 2, 3)
 	b := (&capsule.Datagram{Payload: append([]byte{contextIPPacket}, pkt...)}).Append(unknown)
 	if _, err := client.stream.Write(b); err != nil {
@@ -360,7 +368,7 @@ func TestDatagramCapsule(t *testing.T) {
 // What a capsule carries may be longer than any datagram.
 func TestLongestPacket(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
-	pkt := echoPacket(clientAddr4, target4, 64, 65530)[Headroom:]
+	pkt := echoPacket(clientAddr4, target4, 64, 65530)[tun.Headroom:]
 	if _, err := client.stream.Write((&capsule.Datagram{Payload: append([]byte{contextIPPacket},
 		pkt...)}).Append(nil)); err != nil {
 		t.Fatal(err)
@@ -379,7 +387,7 @@ func TestUnknownContextIsDropped(t *testing.T) {
 		}
 	}
 	waitCount(t, func() bool { return proxy.stats.Receive.drops[DropUnknownContext].Load() == 3 })
-	if d := client.Send(echoPacket(clientAddr4, target4, 64, 64), Headroom); d != DropNone {
+	if d := client.Send(echoPacket(clientAddr4, target4, 64, 64), tun.Headroom); d != DropNone {
 		t.Fatalf("the stream does not live: %v", d)
 	}
 	proxy.device.next(t)
@@ -418,7 +426,7 @@ func TestEnds(t *testing.T) {
 		if err := proxy.wait(t); !errors.Is(err, ErrClosedByPeer) {
 			t.Errorf("proxy: %v", err)
 		}
-		if d := client.Send(echoPacket(clientAddr4, target4, 64, 64), Headroom); d == DropNone {
+		if d := client.Send(echoPacket(clientAddr4, target4, 64, 64), tun.Headroom); d == DropNone {
 			t.Error("a packet was sent after the end")
 		}
 	})
@@ -463,7 +471,9 @@ func TestEndsThoughPacketsAreStuck(t *testing.T) {
 		c := New(fakeStream{}, nil, Config{})
 		c.datagrams.conn = stuckQUIC{make(chan struct{})}
 		var wg sync.WaitGroup
-		wg.Go(func() { _ = c.datagrams.send(echoPacket(clientAddr4, target4, 64, 64), Headroom) })
+		wg.Go(func() {
+			_ = c.datagrams.send(echoPacket(clientAddr4, target4, 64, 64), tun.Headroom)
+		})
 		c.Drain(wg.Wait)
 	})
 }
@@ -516,7 +526,7 @@ func wantICMP(t *testing.T, pkt []byte, dst netip.Addr, typ, code uint8) {
 // sendRaw sends a packet with headroom past the sender's own policy.
 func sendRaw(t *testing.T, e *end, buf []byte) {
 	t.Helper()
-	if err := e.datagrams.send(buf, Headroom); err != nil {
+	if err := e.datagrams.send(buf, tun.Headroom); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -550,7 +560,7 @@ func TestFamilyWithoutAddress(t *testing.T) {
 			t.Fatal(err)
 		}
 		<-client.assigns
-		if d := client.Send(echoPacket(tc.src, tc.dst, 64, 100), Headroom); d != DropSource {
+		if d := client.Send(echoPacket(tc.src, tc.dst, 64, 100), tun.Headroom); d != DropSource {
 			t.Errorf("from %v: %v", tc.src, d)
 		}
 		got := client.device.next(t)
@@ -570,15 +580,15 @@ func TestFamilyWithoutAddress(t *testing.T) {
 func TestAnswersOfARouter(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	linkLocal := netip.MustParseAddr("fe80::77")
-	if d := client.Send(echoPacket(linkLocal, target6, 64, 64), Headroom); d != DropLinkLocal {
+	if d := client.Send(echoPacket(linkLocal, target6, 64, 64), tun.Headroom); d != DropLinkLocal {
 		t.Errorf("link-local source from the host: %v", d)
 	}
 	wantICMP(t, client.device.next(t), linkLocal, 1, 2)
 
 	cut := echoPacket(clientAddr6, target6, 64, 56)
-	cut[Headroom+6] = 60 // destination options, which claim more than the packet has
-	cut[Headroom+41] = 200
-	if d := client.Send(cut, Headroom); d != DropMalformed {
+	cut[tun.Headroom+6] = 60 // destination options, which claim more than the packet has
+	cut[tun.Headroom+41] = 200
+	if d := client.Send(cut, tun.Headroom); d != DropMalformed {
 		t.Errorf("header chain that is cut: %v", d)
 	}
 	answer := client.device.next(t)

@@ -9,11 +9,15 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 
 	"masquevpn/internal/capture"
+	"masquevpn/tun"
 )
 
-// Headroom is what a caller of Conn.Send leaves free before a packet, in bytes.
-// It holds the longest prefix of a datagram.
-const Headroom = 16
+// maxPrefix is the length in bytes of the longest prefix of a datagram: the
+// quarter stream ID and the context ID. Callers of Conn.Send leave tun.Headroom
+// bytes free for it.
+const maxPrefix = 8 + 1
+
+var _ [tun.Headroom - maxPrefix]struct{} // fails to compile if the prefix does not fit
 
 // contextIPPacket is the context of datagrams that are whole IP packets (RFC
 // 9484 section 6).
@@ -42,7 +46,7 @@ func newDatagrams(conn sender, id quic.StreamID) datagrams {
 		prefix: quicvarint.Append(quicvarint.Append(nil, quarter), contextIPPacket)}
 }
 
-// send sends buf[off:] and overwrites up to Headroom bytes before it. The
+// send sends buf[off:] and overwrites up to tun.Headroom bytes before it. The
 // buffer stays the caller's. It blocks while QUIC's queue is full.
 func (d *datagrams) send(buf []byte,
 	off int) error {

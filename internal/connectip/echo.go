@@ -10,6 +10,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
 const (
@@ -109,9 +110,9 @@ func (c *Conn) sendProbes(seq uint16) {
 
 func (c *Conn) sendEcho(src, dst netip.Addr, hopLimit uint8, request bool, seq uint16,
 	data []byte) {
-	buf := make([]byte, Headroom, Headroom+48+len(data))
+	buf := make([]byte, tun.Headroom, tun.Headroom+48+len(data))
 	buf = ippacket.AppendEcho(buf, src, dst, hopLimit, request, c.echo.id, seq, data)
-	_ = c.datagrams.send(buf, Headroom) // an echo may get lost
+	_ = c.datagrams.send(buf, tun.Headroom) // an echo may get lost
 }
 
 // handleLinkLocal takes echo requests to all nodes and answers to our own;
@@ -123,7 +124,8 @@ func (c *Conn) handleLinkLocal(pkt []byte, p ippacket.Packet) bool {
 		return false
 	case request && (p.Dst == allNodes || p.Dst == c.echo.addr):
 		if c.echo.answers.Allow() {
-			c.answer(ippacket.AppendEcho(make([]byte, Headroom, Headroom+48+len(data)), c.echo.addr,
+			c.answer(ippacket.AppendEcho(make([]byte, tun.Headroom, tun.Headroom+48+len(data)),
+				c.echo.addr,
 				p.Src, 255, false, id, seq, data))
 		}
 		return true

@@ -13,6 +13,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"masquevpn/capsule"
+	"masquevpn/tun"
 )
 
 // Capsules get through while the queue of datagrams, each of which fills a
@@ -51,13 +52,13 @@ func fillQueue(t *testing.T, e *end) (stop func()) {
 	started := make(chan struct{}, floods)
 	for range floods {
 		wg.Go(func() {
-			buf := make([]byte, Headroom+1500)
+			buf := make([]byte, tun.Headroom+1500)
 			for n := 0; !stopped.Load(); n++ {
 				if n == 100 {
 					started <- struct{}{}
 				}
 				var tooLarge *quic.DatagramTooLargeError
-				if err := e.datagrams.send(buf[:Headroom+mtu()], Headroom); err != nil &&
+				if err := e.datagrams.send(buf[:tun.Headroom+mtu()], tun.Headroom); err != nil &&
 					!errors.As(err, &tooLarge) {
 					t.Errorf("sending: %v", err)
 					return
@@ -79,7 +80,8 @@ func TestTrySend(t *testing.T) {
 	_, proxy := remoteAccess(t, Config{})
 	defer fillQueue(t, proxy)()
 	waitCount(t, func() bool {
-		return proxy.TrySend(echoPacket(target4, clientAddr4, 64, 100), Headroom) == DropQueueFull
+		return proxy.TrySend(echoPacket(target4, clientAddr4, 64, 100),
+			tun.Headroom) == DropQueueFull
 	})
 	if got := proxy.stats.Send.Drops()[DropQueueFull.String()]; got != 1 {
 		t.Errorf("%d packets are counted as dropped, want 1", got)

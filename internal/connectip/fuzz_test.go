@@ -10,6 +10,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
 // recorder is a device that keeps what is written to it.
@@ -32,7 +33,7 @@ func FuzzDatagram(f *testing.F) {
 		elsewhere4, allNodes}
 	for _, src := range addrs {
 		for _, dst := range addrs {
-			pkt := echoPacket(src, dst, 2, 64)[Headroom:]
+			pkt := echoPacket(src, dst, 2, 64)[tun.Headroom:]
 			if len(pkt) == 0 {
 				continue
 			}
@@ -51,7 +52,7 @@ func FuzzDatagram(f *testing.F) {
 			}
 		}
 	}
-	large := echoPacket(target4, clientAddr4, 64, 1500)[Headroom:]
+	large := echoPacket(target4, clientAddr4, 64, 1500)[tun.Headroom:]
 	clearDontFragment(large)
 	f.Add(append([]byte{contextIPPacket}, large...), uint16(600), true)
 	f.Add([]byte{}, uint16(0), true)
@@ -107,7 +108,7 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 		came = source(data[n:])
 	}
 	if in.batch != nil {
-		pkt := in.batch.bufs[0][Headroom:]
+		pkt := in.batch.bufs[0][tun.Headroom:]
 		p := parse(t, pkt)
 		_, n, err := quicvarint.Parse(data)
 		switch {
@@ -136,9 +137,9 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 
 	// From the host.
 	quic.sent = nil
-	buf := append(make([]byte, Headroom), data[min(1, len(data)):]...)
-	original := bytes.Clone(buf[Headroom:])
-	c.Send(buf, Headroom)
+	buf := append(make([]byte, tun.Headroom), data[min(1, len(data)):]...)
+	original := bytes.Clone(buf[tun.Headroom:])
+	c.Send(buf, tun.Headroom)
 	for _, b := range quic.sent {
 		pkt := b[2:]
 		p := parse(t, pkt)

@@ -17,6 +17,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
 // deafStream is a request stream whose peer neither sends nor reads.
@@ -265,7 +266,7 @@ func TestLongPacketsDoNotPileUp(t *testing.T) {
 	for range cap(proxy.device) { // it takes no more
 		proxy.device <- nil
 	}
-	pkt := echoPacket(clientAddr4, target4, 64, 60000)[Headroom:]
+	pkt := echoPacket(clientAddr4, target4, 64, 60000)[tun.Headroom:]
 	long := (&capsule.Datagram{Payload: append([]byte{contextIPPacket}, pkt...)}).Append(nil)
 	flood(t, client, long)
 	came := &proxy.stats.Receive.capsules[capsuleIndex(capsule.TypeDatagram)]

@@ -4,6 +4,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
 // ICMP errors per second and in a burst, for each direction; Packet Too Big has
@@ -33,7 +34,7 @@ func (l errorLimits) of(kind ippacket.ICMPError) *rate.Limiter {
 // (RFC 4443 section 2.4 c).
 const maxICMPError = 1280
 
-// icmpError makes the ICMP error about pkt behind Headroom free bytes, or
+// icmpError makes the ICMP error about pkt behind tun.Headroom free bytes, or
 // returns nil when none may be sent.
 func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind ippacket.ICMPError,
 	mtu int) []byte {
@@ -46,7 +47,8 @@ func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind
 	if p.Version == 6 && !src.IsValid() {
 		src = c.echo.addr
 	}
-	buf, ok := ippacket.AppendICMPError(make([]byte, Headroom, Headroom+maxICMPError), pkt, p, kind,
+	buf, ok := ippacket.AppendICMPError(make([]byte, tun.Headroom, tun.Headroom+maxICMPError), pkt,
+		p, kind,
 		src, mtu)
 	if !ok {
 		return nil
@@ -62,7 +64,7 @@ func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind
 // answerHost answers a packet that came from the device, through the device.
 func (c *Conn) answerHost(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError, mtu int) {
 	if buf := c.icmpError(c.toHost, pkt, p, kind, mtu); buf != nil {
-		_, _ = c.cfg.Device.Write([][]byte{buf}, Headroom) // an ICMP error may get lost
+		_, _ = c.cfg.Device.Write([][]byte{buf}, tun.Headroom) // an ICMP error may get lost
 	}
 }
 
@@ -74,7 +76,7 @@ func (c *Conn) answerPeer(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError
 	}
 }
 
-// answer queues a packet for the peer, behind Headroom free bytes, and drops it
+// answer queues a packet for the peer, behind free bytes, and drops it
 // when many wait: those who answer the peer's packets must not wait for QUIC,
 // which may be what calls them.
 func (c *Conn) answer(buf []byte) {
@@ -91,7 +93,7 @@ func (c *Conn) sendAnswers() {
 	for {
 		select {
 		case buf := <-c.toSend:
-			_ = c.datagrams.send(buf, Headroom)
+			_ = c.datagrams.send(buf, tun.Headroom)
 		default:
 			return
 		}

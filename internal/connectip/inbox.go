@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"masquevpn/internal/rescue"
+	"masquevpn/tun"
 )
 
 const (
@@ -19,7 +20,7 @@ const (
 	maxInline = 4
 	// mergedPacket is the room for the longest packet, and its headroom, on its
 	// way to the device: the device may append the segments that follow.
-	mergedPacket = Headroom + 1<<16
+	mergedPacket = tun.Headroom + 1<<16
 	// batchWait is how long a connection waits for a batch. All come back
 	// sooner unless the device does not keep up.
 	batchWait = 20 * time.Millisecond
@@ -159,7 +160,7 @@ type unbatched struct {
 // longer ones come in capsules only.
 const maxUnbatched = 2048
 
-var unbatchedBuffers = sync.Pool{New: func() any { return new([Headroom + maxUnbatched]byte) }}
+var unbatchedBuffers = sync.Pool{New: func() any { return new([tun.Headroom + maxUnbatched]byte) }}
 
 // push writes a packet, of which it makes a copy. It returns false when nobody
 // will take the packet any more.
@@ -169,16 +170,16 @@ func (u unbatched) push(pkt []byte) bool {
 	}
 	var buf []byte
 	if len(pkt) <= maxUnbatched {
-		pooled := unbatchedBuffers.Get().(*[Headroom + maxUnbatched]byte)
+		pooled := unbatchedBuffers.Get().(*[tun.Headroom + maxUnbatched]byte)
 		defer unbatchedBuffers.Put(pooled)
-		buf = pooled[:Headroom+len(pkt)]
+		buf = pooled[:tun.Headroom+len(pkt)]
 	} else {
-		buf = make([]byte, Headroom+len(pkt))
+		buf = make([]byte, tun.Headroom+len(pkt))
 	}
-	copy(buf[Headroom:], pkt)
+	copy(buf[tun.Headroom:], pkt)
 	u.busy.Begin()
 	defer u.busy.End()
-	if _, err := u.conn.cfg.Device.Write([][]byte{buf}, Headroom); err != nil {
+	if _, err := u.conn.cfg.Device.Write([][]byte{buf}, tun.Headroom); err != nil {
 		u.conn.cfg.Stats.Receive.Drop(DropDevice)
 	}
 	return true
@@ -225,7 +226,7 @@ func (c *Conn) write(b *batch, busy *Busy) {
 	defer b.free()
 	busy.Begin()
 	defer busy.End()
-	if wrote, err := c.cfg.Device.Write(b.bufs[:b.n], Headroom); err != nil {
+	if wrote, err := c.cfg.Device.Write(b.bufs[:b.n], tun.Headroom); err != nil {
 		c.cfg.Stats.Receive.DropMany(DropDevice, b.n-wrote)
 	}
 }
@@ -254,7 +255,7 @@ func (b *batch) add(pkt []byte) {
 		b.slab = make([]byte, maxBatch*mergedPacket)
 	}
 	buf := b.slab[b.n*mergedPacket : (b.n+1)*mergedPacket : (b.n+1)*mergedPacket]
-	b.bufs[b.n] = buf[:Headroom+copy(buf[Headroom:], pkt)]
+	b.bufs[b.n] = buf[:tun.Headroom+copy(buf[tun.Headroom:], pkt)]
 	b.n++
 }
 

@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	"masquevpn/capsule"
+	"masquevpn/tun"
 )
 
 // receiver makes a Conn of a peer that may send anywhere, without a network,
@@ -29,9 +30,9 @@ func TestPacketsWithoutABatch(t *testing.T) {
 		defer b.free()
 	}
 	datagram := append([]byte{contextIPPacket},
-		echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
+		echoPacket(clientAddr4, target4, 64, 100)[tun.Headroom:]...)
 	long := append([]byte{contextIPPacket},
-		echoPacket(clientAddr4, target4, 64, 2*maxUnbatched)[Headroom:]...)
+		echoPacket(clientAddr4, target4, 64, 2*maxUnbatched)[tun.Headroom:]...)
 	for _, tc := range []struct {
 		name    string
 		receive func(*Conn, *inbox)
@@ -69,7 +70,7 @@ func TestPacketsWithoutABatch(t *testing.T) {
 // ended.
 func TestBatchesComeBack(t *testing.T) {
 	datagram := append([]byte{contextIPPacket},
-		echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
+		echoPacket(clientAddr4, target4, 64, 100)[tun.Headroom:]...)
 	for _, tc := range []struct {
 		name string
 		end  func(*Conn, *inbox)

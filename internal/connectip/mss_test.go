@@ -11,9 +11,10 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
-// synPacket returns a TCP SYN that announces an MSS, behind Headroom bytes.
+// synPacket returns a TCP SYN that announces an MSS, behind tun.Headroom bytes.
 func synPacket(t testing.TB, src, dst netip.Addr, mss uint16) []byte {
 	t.Helper()
 	tcp := &layers.TCP{SrcPort: 40000, DstPort: 443, SYN: true, Options: []layers.TCPOption{{
@@ -37,7 +38,7 @@ func synPacket(t testing.TB, src, dst netip.Addr, mss uint16) []byte {
 		gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, ip, tcp); err != nil {
 		t.Fatal(err)
 	}
-	return append(make([]byte, Headroom), buf.Bytes()...)
+	return append(make([]byte, tun.Headroom), buf.Bytes()...)
 }
 
 // announcedMSS returns what a packet with one TCP option announces.
@@ -95,13 +96,13 @@ func TestMSSIsClamped(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			c, conn := offlineConn(t, Config{})
 			buf := synPacket(t, tc.src, tc.dst, tc.mss)
-			pkt := buf[Headroom:]
+			pkt := buf[tun.Headroom:]
 			if tc.src == clientAddr4 || tc.src == clientAddr6 {
 				if d := c.admit(pkt); d != DropNone {
 					t.Fatalf("dropped, %v", d)
 				}
 			} else {
-				if d := c.Send(buf, Headroom); d != DropNone {
+				if d := c.Send(buf, tun.Headroom); d != DropNone {
 					t.Fatalf("dropped, %v", d)
 				}
 				b := conn.datagrams[0]
@@ -131,7 +132,7 @@ func TestErrorsOfOthers(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c, _ := offlineConn(t, Config{OwnErrors: tc.own})
-			about := echoPacket(target4, clientAddr4, 1, 64)[Headroom:]
+			about := echoPacket(target4, clientAddr4, 1, 64)[tun.Headroom:]
 			pkt, ok := ippacket.AppendICMPError(nil, about, parse(t, about),
 				ippacket.HopLimitExceeded, tc.src, 0)
 			if !ok {

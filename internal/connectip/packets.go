@@ -8,13 +8,14 @@ import (
 
 	"masquevpn/internal/ippacket"
 	"masquevpn/internal/rescue"
+	"masquevpn/tun"
 )
 
-// Send sends the IP packet buf[off:] to the peer, or drops it and says why.
-// Headroom bytes before it are overwritten, and its hop limit is decremented
-// when it is forwarded; the buffer stays the caller's. Send blocks while QUIC's
-// queue is full. What a router would answer with an ICMP error is answered
-// through the device.
+// Send sends the IP packet buf[off:] to the peer, or drops it and says why. Up
+// to tun.Headroom bytes before it are overwritten, and its hop limit is
+// decremented when it is forwarded; the buffer stays the caller's. Send blocks
+// while QUIC's queue is full. What a router would answer with an ICMP error is
+// answered through the device.
 //
 // A panic ends c alone: callers serve more than one peer.
 func (c *Conn) Send(buf []byte, off int) Drop { return c.sendBy((*datagrams).send, buf, off) }
@@ -137,9 +138,9 @@ func (c *Conn) sendTooBig(send sendFunc, pkt []byte, p ippacket.Packet, mtu int,
 		ippacket.DecrementHopLimit(pkt)
 	}
 	drop := DropNone
-	buf := make([]byte, Headroom+mtu)
-	err := ippacket.Fragment(buf[Headroom:], pkt, p, mtu, func(fragment []byte) {
-		if err := send(&c.datagrams, buf[:Headroom+len(fragment)], Headroom); err != nil {
+	buf := make([]byte, tun.Headroom+mtu)
+	err := ippacket.Fragment(buf[tun.Headroom:], pkt, p, mtu, func(fragment []byte) {
+		if err := send(&c.datagrams, buf[:tun.Headroom+len(fragment)], tun.Headroom); err != nil {
 			drop = notSent(err)
 		}
 	})

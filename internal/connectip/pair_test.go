@@ -20,6 +20,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -246,7 +247,7 @@ func echoPacket(src, dst netip.Addr, hopLimit uint8, size int) []byte {
 	if src.Is6() {
 		header = 48
 	}
-	return ippacket.AppendEcho(make([]byte, Headroom), src, dst, hopLimit, true, 7, 1,
+	return ippacket.AppendEcho(make([]byte, tun.Headroom), src, dst, hopLimit, true, 7, 1,
 		make([]byte, max(0, size-header)))
 }
 

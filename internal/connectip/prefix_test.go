@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"masquevpn/capsule"
+	"masquevpn/tun"
 )
 
 func TestHostAddr(t *testing.T) {
@@ -60,7 +61,7 @@ func TestAssignedPrefix(t *testing.T) {
 	} {
 		inside := netip.MustParseAddr(tc.inside)
 		if !tc.reachable {
-			if d := client.Send(echoPacket(inside, tc.far, 64, 64), Headroom); d != DropSource {
+			if d := client.Send(echoPacket(inside, tc.far, 64, 64), tun.Headroom); d != DropSource {
 				t.Errorf("%s: the client sends it, %v", tc.inside, d)
 			}
 			<-client.device
@@ -69,19 +70,20 @@ func TestAssignedPrefix(t *testing.T) {
 			waitCount(t, func() bool {
 				return proxy.stats.Receive.drops[DropSource].Load() > before
 			})
-			if d := proxy.Send(echoPacket(tc.far, inside, 64, 64), Headroom); d != DropDestination {
+			if d := proxy.Send(echoPacket(tc.far, inside, 64, 64),
+				tun.Headroom); d != DropDestination {
 				t.Errorf("%s: the proxy sends it, %v", tc.inside, d)
 			}
 			<-proxy.device
 			continue
 		}
-		if d := client.Send(echoPacket(inside, tc.far, 64, 64), Headroom); d != DropNone {
+		if d := client.Send(echoPacket(inside, tc.far, 64, 64), tun.Headroom); d != DropNone {
 			t.Fatalf("%s: up: %v", tc.inside, d)
 		}
 		if p := parse(t, proxy.device.next(t)); p.Src != inside || p.HopLimit != tc.hopLimit {
 			t.Errorf("%s: up: got %+v, want hop limit %d", tc.inside, p, tc.hopLimit)
 		}
-		if d := proxy.Send(echoPacket(tc.far, inside, 64, 64), Headroom); d != DropNone {
+		if d := proxy.Send(echoPacket(tc.far, inside, 64, 64), tun.Headroom); d != DropNone {
 			t.Fatalf("%s: down: %v", tc.inside, d)
 		}
 		if p := parse(t, client.device.next(t)); p.Dst != inside {
@@ -90,7 +92,7 @@ func TestAssignedPrefix(t *testing.T) {
 	}
 	t.Run("no loop", func(t *testing.T) {
 		if d := client.Send(echoPacket(netip.MustParseAddr("10.77.0.17"),
-			netip.MustParseAddr("10.77.0.20"), 64, 64), Headroom); d != DropDestination {
+			netip.MustParseAddr("10.77.0.20"), 64, 64), tun.Headroom); d != DropDestination {
 			t.Errorf("got %v", d)
 		}
 		wantICMP(t, client.device.next(t), netip.MustParseAddr("10.77.0.17"), 3, 0)

@@ -10,6 +10,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
 // Protocols of the tests (IANA, Assigned Internet Protocol Numbers).
@@ -23,7 +24,7 @@ const (
 // before it.
 func packetOf(src, dst netip.Addr, proto uint8) []byte {
 	pkt := echoPacket(src, dst, 64, 100)
-	ip := pkt[Headroom:]
+	ip := pkt[tun.Headroom:]
 	if src.Is6() {
 		ip[6] = proto
 		return pkt
@@ -37,11 +38,11 @@ func packetOf(src, dst netip.Addr, proto uint8) []byte {
 // withOptions puts a destination options header before the upper layer of an
 // IPv6 packet.
 func withOptions(pkt []byte) []byte {
-	ip := pkt[Headroom:]
+	ip := pkt[tun.Headroom:]
 	options := []byte{ip[6], 0, 1, 4, 0, 0, 0, 0} // one PadN
-	out := slices.Insert(slices.Clone(pkt), Headroom+40, options...)
-	out[Headroom+6] = protoDestOptions
-	binary.BigEndian.PutUint16(out[Headroom+4:], uint16(len(ip)-40+len(options)))
+	out := slices.Insert(slices.Clone(pkt), tun.Headroom+40, options...)
+	out[tun.Headroom+6] = protoDestOptions
+	binary.BigEndian.PutUint16(out[tun.Headroom+4:], uint16(len(ip)-40+len(options)))
 	return out
 }
 
@@ -114,13 +115,13 @@ func TestScopeLetsThrough(t *testing.T) {
 		}, clientAddr6, target6},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if d := client.Send(tc.pkt(tc.from, tc.to), Headroom); d != DropNone {
+			if d := client.Send(tc.pkt(tc.from, tc.to), tun.Headroom); d != DropNone {
 				t.Fatalf("up: %v", d)
 			}
 			if p := parse(t, proxy.device.next(t)); p.Dst != tc.to {
 				t.Errorf("up: got %+v", p)
 			}
-			if d := proxy.Send(tc.pkt(tc.to, tc.from), Headroom); d != DropNone {
+			if d := proxy.Send(tc.pkt(tc.to, tc.from), tun.Headroom); d != DropNone {
 				t.Fatalf("down: %v", d)
 			}
 			if p := parse(t, client.device.next(t)); p.Src != tc.to {
@@ -156,7 +157,7 @@ func TestScopeRefuses(t *testing.T) {
 			if down {
 				sender, receiver = receiver, sender
 			}
-			if d := sender.Send(packetOf(tc.from, tc.to, tc.proto), Headroom); d != tc.reason {
+			if d := sender.Send(packetOf(tc.from, tc.to, tc.proto), tun.Headroom); d != tc.reason {
 				t.Errorf("got %v, want %v", d, tc.reason)
 			}
 			wantICMP(t, sender.device.next(t), tc.from, tc.typ, tc.code)
@@ -211,13 +212,13 @@ func TestScopeOfICMPErrors(t *testing.T) {
 		want  Drop
 	}{"in scope": {protoUDP, DropNone}, "out of scope": {protoTCP, DropSource}} {
 		t.Run(name, func(t *testing.T) {
-			invoking := packetOf(clientAddr4, target4, tc.proto)[Headroom:]
-			buf, ok := ippacket.AppendICMPError(make([]byte, Headroom), invoking,
+			invoking := packetOf(clientAddr4, target4, tc.proto)[tun.Headroom:]
+			buf, ok := ippacket.AppendICMPError(make([]byte, tun.Headroom), invoking,
 				parse(t, invoking), ippacket.HopLimitExceeded, router, 0)
 			if !ok {
 				t.Fatal("no ICMP error was made")
 			}
-			if d := proxy.Send(buf, Headroom); d != tc.want {
+			if d := proxy.Send(buf, tun.Headroom); d != tc.want {
 				t.Fatalf("the proxy says %v, want %v", d, tc.want)
 			}
 			if tc.want == DropNone {

@@ -5,6 +5,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"masquevpn/tun"
 )
 
 // Only stages that no peer holds up make a program ill, and the one that the
@@ -54,7 +56,7 @@ func (d stall) Write(bufs [][]byte, _ int) (int, error) {
 // device.
 func TestAges(t *testing.T) {
 	datagram := append([]byte{contextIPPacket},
-		echoPacket(clientAddr4, target4, 64, 100)[Headroom:]...)
+		echoPacket(clientAddr4, target4, 64, 100)[tun.Headroom:]...)
 	for _, tc := range []struct {
 		name    string
 		receive func(*Conn, *inbox)

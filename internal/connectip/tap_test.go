@@ -9,6 +9,7 @@ import (
 	"github.com/gopacket/gopacket/pcapgo"
 
 	"masquevpn/internal/capture"
+	"masquevpn/tun"
 )
 
 // A tap sees packets as they are in the tunnel, in both directions, and none
@@ -24,16 +25,16 @@ func TestTap(t *testing.T) {
 
 	in := newInbox(proxy.Conn)
 	receive := func(pkt []byte) {
-		in.HandleDatagram(append([]byte{contextIPPacket}, pkt[Headroom:]...))
+		in.HandleDatagram(append([]byte{contextIPPacket}, pkt[tun.Headroom:]...))
 	}
 	receive(echoPacket(clientAddr4, target4, 64, 101))
 	receive(echoPacket(target6, clientAddr6, 64, 102)) // a source that is not the client's
 	in.FlushDatagrams()
 	proxy.device.next(t)
-	if d := proxy.Send(echoPacket(target4, clientAddr4, 64, 103), Headroom); d != DropNone {
+	if d := proxy.Send(echoPacket(target4, clientAddr4, 64, 103), tun.Headroom); d != DropNone {
 		t.Fatal(d)
 	}
-	if d := proxy.Send(echoPacket(target4, target4, 64, 104), Headroom); d != DropDestination {
+	if d := proxy.Send(echoPacket(target4, target4, 64, 104), tun.Headroom); d != DropDestination {
 		t.Fatal(d)
 	}
 	stop()

@@ -3,6 +3,8 @@ package flowqueue
 import (
 	"errors"
 	"os"
+
+	"masquevpn/tun"
 )
 
 // Device is the source of packets for tunnels, such as a tun.Device.
@@ -29,7 +31,7 @@ func ReadFrom(d Device, take func([]*Packet)) error {
 				bufs[i] = packets[i].Buffer()
 			}
 		}
-		count, err := d.Read(bufs, sizes, Headroom)
+		count, err := d.Read(bufs, sizes, tun.Headroom)
 		for i := range count {
 			packets[i].Size = sizes[i]
 		}

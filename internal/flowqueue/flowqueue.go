@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
 const (
@@ -108,7 +109,7 @@ func (q *Queue) push(packets []*Packet) (dropped int, closed bool) {
 		q.flows = new([buckets]flow)
 	}
 	for _, p := range packets {
-		f := &q.flows[ippacket.FlowHash(q.seed, p.Bytes()[Headroom:])%buckets]
+		f := &q.flows[ippacket.FlowHash(q.seed, p.Bytes()[tun.Headroom:])%buckets]
 		p.queued = now
 		f.push(p)
 		if !f.listed {

@@ -13,6 +13,7 @@ import (
 	"pgregory.net/rapid"
 
 	"masquevpn/internal/ippacket"
+	"masquevpn/tun"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -24,7 +25,7 @@ const minSize = 32
 func packet(port uint16, serial, size int) *Packet {
 	p := Get()
 	p.Size = size
-	ip := p.Bytes()[Headroom:]
+	ip := p.Bytes()[tun.Headroom:]
 	clear(ip[:minSize])
 	ip[0], ip[9] = 0x45, 17
 	binary.BigEndian.PutUint16(ip[22:], port)
@@ -32,8 +33,8 @@ func packet(port uint16, serial, size int) *Packet {
 	return p
 }
 
-func portOf(p *Packet) uint16 { return binary.BigEndian.Uint16(p.Bytes()[Headroom+22:]) }
-func serialOf(p *Packet) int  { return int(binary.BigEndian.Uint32(p.Bytes()[Headroom+28:])) }
+func portOf(p *Packet) uint16 { return binary.BigEndian.Uint16(p.Bytes()[tun.Headroom+22:]) }
+func serialOf(p *Packet) int  { return int(binary.BigEndian.Uint32(p.Bytes()[tun.Headroom+28:])) }
 
 // run returns n packets from a port with serial numbers from 0.
 func run(port uint16, n, size int) []*Packet {
@@ -50,7 +51,7 @@ func ports(q *Queue, n int) []uint16 {
 	taken := make(map[uint64]bool)
 	for port := uint16(1); len(found) < n; port++ {
 		p := packet(port, 0, minSize)
-		bucket := ippacket.FlowHash(q.seed, p.Bytes()[Headroom:]) % buckets
+		bucket := ippacket.FlowHash(q.seed, p.Bytes()[tun.Headroom:]) % buckets
 		p.Free()
 		if !taken[bucket] {
 			taken[bucket], found = true, append(found, port)
