@@ -85,7 +85,7 @@ func newDialer(to target, config *tls.Config, token string, control controlFunc,
 // hasRoute reports whether the kernel has a route to an address, outside of
 // tunnels.
 func hasRoute(to netip.Addr) bool {
-	_, err := routing.WayTo(to, routing.DefaultMark)
+	_, err := routing.LookUpNextHop(to, routing.DefaultMark)
 	return err == nil
 }
 

@@ -28,9 +28,9 @@ const (
 // Uplink tells how packets to the proxy leave this host, outside the tunnel;
 // *routing.Watcher is one.
 type Uplink interface {
-	// Way returns the way to an address as it is now, and an error that says
-	// what is missing when there is none.
-	Way(to netip.Addr) (routing.Way, error)
+	// NextHop returns the current next hop to an address. If there is none, the
+	// error tells the missing part.
+	NextHop(to netip.Addr) (routing.NextHop, error)
 	// Changed receives a value when ways may have changed.
 	Changed() <-chan struct{}
 	Close() error
@@ -69,16 +69,16 @@ func suspended() time.Duration {
 func (h *host) slept() time.Duration { return time.Duration(h.sleep.Load()) }
 
 // way returns the way to an address, or errUnknown.
-func (h *host) way(to netip.Addr) (routing.Way, error) {
+func (h *host) way(to netip.Addr) (routing.NextHop, error) {
 	if h.uplink == nil {
-		return routing.Way{}, errUnknown
+		return routing.NextHop{}, errUnknown
 	}
-	return h.uplink.Way(to)
+	return h.uplink.NextHop(to)
 }
 
 // ways returns the ways to addresses, zero for those that there is none to.
-func (h *host) ways(to []netip.AddrPort) []routing.Way {
-	ways := make([]routing.Way, len(to))
+func (h *host) ways(to []netip.AddrPort) []routing.NextHop {
+	ways := make([]routing.NextHop, len(to))
 	for i, a := range to {
 		ways[i], _ = h.way(a.Addr())
 	}
@@ -159,7 +159,7 @@ func (c *Client) watchHost(ctx context.Context) (end func(), err error) {
 // tried is what a client knew of its host when it dialed last.
 type tried struct {
 	addrs []netip.AddrPort // the proxy's addresses
-	ways  []routing.Way
+	ways  []routing.NextHop
 	slept time.Duration
 }
 

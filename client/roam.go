@@ -89,7 +89,7 @@ func (s *session) showPath(limits string) {
 type roamer struct {
 	s      *session
 	d      *dialed
-	way    routing.Way
+	way    routing.NextHop
 	noWay  bool // there is no route to the proxy: any route that comes is another
 	slept  time.Duration
 	heard  uint64    // packets that came so far
@@ -152,7 +152,7 @@ func (r *roamer) hostChanged(ctx context.Context) error {
 			return lost(why)
 		}
 		r.s.c.cfg.Logger.Warn("there is no way to the proxy", "reason", err)
-		r.s.c.showUplink(routing.Way{})
+		r.s.c.showUplink(routing.NextHop{})
 		r.s.setPath(why)
 		return nil
 	case r.noWay || way != r.way:
@@ -281,7 +281,7 @@ func (r *roamer) hears(ctx context.Context, before uint64) bool {
 
 // showUplink has the status say how packets leave this host, if way is not
 // zero.
-func (c *Client) showUplink(way routing.Way) {
+func (c *Client) showUplink(way routing.NextHop) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.status.Uplink = nil

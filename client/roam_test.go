@@ -26,17 +26,17 @@ import (
 // uplink is a host's network that a test changes.
 type uplink struct {
 	mu      sync.Mutex
-	way     routing.Way
+	way     routing.NextHop
 	err     error
 	changed chan struct{}
 }
 
 func newUplink() *uplink {
-	return &uplink{way: routing.Way{Interface: "eth0", Source: netip.MustParseAddr("192.0.2.1")},
+	return &uplink{way: routing.NextHop{Interface: "eth0", Source: netip.MustParseAddr("192.0.2.1")},
 		changed: make(chan struct{}, 1)}
 }
 
-func (u *uplink) Way(netip.Addr) (routing.Way, error) {
+func (u *uplink) NextHop(netip.Addr) (routing.NextHop, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.way, u.err

@@ -154,10 +154,10 @@ func address(p netip.Prefix, source bool) []expr.Any {
 	return append(exprs, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()})
 }
 
-// tablePrefix begins the names of the tables of all instances.
-const tablePrefix = "masque-"
+// TablePrefix is the start of the names of the nftables tables of all Managers.
+const TablePrefix = "masque-"
 
-func (s *scope) tableName() string { return tablePrefix + s.Instance }
+func (s *scope) tableName() string { return TablePrefix + s.Instance }
 
 // families are those of our tables: a table of ours is one in each, all with
 // one name.

@@ -11,6 +11,7 @@ import (
 
 	"masquevpn/client"
 	"masquevpn/internal/cli"
+	"masquevpn/internal/hostfirewall"
 	"masquevpn/routing"
 )
 
@@ -40,21 +41,21 @@ func (l *loaded) checkFirewall(c *cli.Checks, tunnel *client.Client) {
 	device := strings.ReplaceAll(l.file.Device, "%d", "0")
 	_, text := tunnel.Proxy()
 	port, _ := strconv.ParseUint(text, 10, 16) // that it is one is found out by who dials
-	uplink := cmp.Or(routing.Uplink(false), routing.Uplink(true))
-	ways := []cli.Way{
-		{What: "UDP " + text + " to the proxy",
-			Passage: routing.Passage{Hook: routing.HookOutput, Out: uplink, Port: uint16(port)}},
-		{What: "packets into the tunnel",
-			Passage: routing.Passage{Hook: routing.HookOutput, Out: device}},
+	iface := cmp.Or(routing.DefaultInterface(false), routing.DefaultInterface(true))
+	flows := []hostfirewall.Flow{
+		{Name: "UDP " + text + " to the proxy",
+			Hook: hostfirewall.HookOutput, Out: iface, Port: uint16(port)},
+		{Name: "packets into the tunnel",
+			Hook: hostfirewall.HookOutput, Out: device},
 	}
 	if len(l.file.Advertise) > 0 {
-		ways = append(ways,
-			cli.Way{What: "packets out of the tunnel to the networks behind this host",
-				Passage: routing.Passage{Hook: routing.HookForward, In: device}},
-			cli.Way{What: "packets of the networks behind this host into the tunnel",
-				Passage: routing.Passage{Hook: routing.HookForward, Out: device}})
+		flows = append(flows,
+			hostfirewall.Flow{Name: "packets out of the tunnel to the networks behind this host",
+				Hook: hostfirewall.HookForward, In: device},
+			hostfirewall.Flow{Name: "packets of the networks behind this host into the tunnel",
+				Hook: hostfirewall.HookForward, Out: device})
 	}
-	c.Firewall(device, ways...)
+	c.Firewall(device, flows...)
 }
 
 // checkConnects connects to the proxy, and says how far that went.

@@ -20,6 +20,7 @@ import (
 	"masquevpn/internal/acme"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/hostfirewall"
 	"masquevpn/routing"
 )
 
@@ -253,7 +254,7 @@ func (l *loaded) checkForwarding(c *cli.Checks) {
 		everything := slices.ContainsFunc(f.Advertise, func(p netip.Prefix) bool {
 			return p.Bits() == 0 && p.Addr().Is6() == family.ipv6
 		})
-		if family.pool.IsValid() && everything && routing.Uplink(family.ipv6) == "" {
+		if family.pool.IsValid() && everything && routing.DefaultInterface(family.ipv6) == "" {
 			c.Warn("uplink: clients get "+family.name+
 				" addresses and routes to everywhere, and this host has no such route itself",
 				"give this host "+family.name+", or take it out of [pool]")
@@ -264,24 +265,24 @@ func (l *loaded) checkForwarding(c *cli.Checks) {
 // checkFirewall looks for what keeps clients from the proxy, and their packets
 // from their destinations.
 func (l *loaded) checkFirewall(c *cli.Checks) {
-	var ways []cli.Way
+	var flows []hostfirewall.Flow
 	for _, addr := range l.file.Listen {
 		if a, err := net.ResolveUDPAddr("udp", addr); err == nil {
-			ways = append(ways, cli.Way{
-				What: fmt.Sprintf("UDP %d from clients", a.Port),
-				Passage: routing.Passage{Hook: routing.HookInput, Port: uint16(a.Port),
-					Untracked: l.file.Masquerade},
+			flows = append(flows, hostfirewall.Flow{
+				Name: fmt.Sprintf("UDP %d from clients", a.Port),
+				Hook: hostfirewall.HookInput, Port: uint16(a.Port),
+				Untracked: l.file.Masquerade,
 			})
 		}
 	}
 	device := strings.ReplaceAll(l.file.Device, "%d", "0")
-	uplink := cmp.Or(routing.Uplink(false), routing.Uplink(true))
-	out := cmp.Or(uplink, "elsewhere")
-	c.Firewall(device, append(ways,
-		cli.Way{What: "packets of clients from " + device + " to " + out,
-			Passage: routing.Passage{Hook: routing.HookForward, In: device, Out: uplink}},
-		cli.Way{What: "answers from " + out + " to " + device,
-			Passage: routing.Passage{Hook: routing.HookForward, In: uplink, Out: device,
-				Reply: true}},
+	iface := cmp.Or(routing.DefaultInterface(false), routing.DefaultInterface(true))
+	out := cmp.Or(iface, "elsewhere")
+	c.Firewall(device, append(flows,
+		hostfirewall.Flow{Name: "packets of clients from " + device + " to " + out,
+			Hook: hostfirewall.HookForward, In: device, Out: iface},
+		hostfirewall.Flow{Name: "answers from " + out + " to " + device,
+			Hook: hostfirewall.HookForward, In: iface, Out: device,
+			Reply: true},
 	)...)
 }

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"masquevpn/internal/hostfirewall"
 	"masquevpn/routing"
 )
 
@@ -42,17 +43,11 @@ func (c *Checks) clock(now time.Time, status int32, err error) {
 	}
 }
 
-// A Way is something that packets have to pass the firewall for.
-type Way struct {
-	What string // such as "UDP 443 from clients"
-	routing.Passage
-}
-
-// Firewall looks for nftables chains that drop packets on ways that they need.
-// The device is that of the tunnel.
-func (c *Checks) Firewall(device string, ways ...Way) {
-	for _, w := range ways {
-		obstacles, err := routing.Obstacles(w.Passage)
+// Firewall looks for nftables chains that drop packets of the flows. device is
+// the tunnel's interface.
+func (c *Checks) Firewall(device string, flows ...hostfirewall.Flow) {
+	for _, f := range flows {
+		obstacles, err := hostfirewall.Obstacles(f, routing.TablePrefix)
 		switch {
 		case errors.Is(err, os.ErrPermission):
 			c.Warn("firewall: without CAP_NET_ADMIN it cannot be looked at", "run this with sudo")
@@ -62,14 +57,14 @@ func (c *Checks) Firewall(device string, ways ...Way) {
 			return
 		}
 		if len(obstacles) == 0 {
-			c.OK("firewall: no chain of nftables drops %s", w.What)
+			c.OK("firewall: no chain of nftables drops %s", f.Name)
 		}
 		for _, o := range obstacles {
 			if o.Maybe {
-				c.OK("firewall: %v passes %s on conditions that are not looked at here", o, w.What)
+				c.OK("firewall: %v passes %s on conditions that are not looked at here", o, f.Name)
 			} else {
-				c.Warn(fmt.Sprintf("firewall: %v drops %s", o, w.What),
-					"sudo "+o.Allow(w.Passage, device)+", and the same where the rules are kept")
+				c.Warn(fmt.Sprintf("firewall: %v drops %s", o, f.Name),
+					"sudo "+o.Allow(f, device)+", and the same where the rules are kept")
 			}
 		}
 	}

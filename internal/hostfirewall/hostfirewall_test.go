@@ -1,50 +1,104 @@
-package routing
+package hostfirewall
 
 import (
-	"fmt"
+	"context"
+	"os"
 	"strings"
 	"testing"
+
+	"masquevpn/internal/lab"
 )
 
-var (
-	toProxy   = Passage{Hook: HookInput, Port: 443}
-	untracked = Passage{Hook: HookInput, Port: 443, Untracked: true}
-	toWorld   = Passage{Hook: HookForward, In: "masque0", Out: "up0"}
-	answers   = Passage{Hook: HookForward, In: "up0", Out: "masque0", Reply: true}
-	leaves    = Passage{Hook: HookOutput, Port: 443}
-)
-
-// obstacles says what stands in the way, with a question mark where that is not
-// certain.
-func (h *host) obstacles(p Passage) (list []string) {
-	h.t.Helper()
-	h.do(func() {
-		found, err := Obstacles(p)
-		if err != nil {
-			h.t.Fatal(err)
-		}
-		for _, o := range found {
-			s := o.Family + " " + o.Table + " " + o.Chain
-			if o.Maybe {
-				s += "?"
-			}
-			list = append(list, s)
-		}
-	})
-	return list
+func TestMain(m *testing.M) {
+	lab.Enter()
+	os.Exit(m.Run())
 }
 
+// ours is the prefix of the tables that are not obstacles.
+const ours = "masque-"
+
+var (
+	toProxy   = Flow{Hook: HookInput, Port: 443}
+	untracked = Flow{Hook: HookInput, Port: 443, Untracked: true}
+	toWorld   = Flow{Hook: HookForward, In: "masque0", Out: "up0"}
+	answers   = Flow{Hook: HookForward, In: "up0", Out: "masque0", Reply: true}
+	leaves    = Flow{Hook: HookOutput, Port: 443}
+)
+
+// host is a network namespace.
+type host struct {
+	t   *testing.T
+	lab *lab.Host
+}
+
+// newHost returns a host with the interfaces up0 and docker0.
+func newHost(t *testing.T) *host {
+	t.Helper()
+	l, err := lab.New(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	h, err := l.Host("host")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"up", "docker"} {
+		(&host{t, h}).run("ip", "link", "add", name+"0", "type", "veth", "peer", "name", name+"1")
+	}
+	return &host{t, h}
+}
+
+// run runs a program on the host.
+func (h *host) run(name string, args ...string) {
+	h.t.Helper()
+	out, err := h.lab.Command(context.Background(), name, args...).CombinedOutput()
+	if err != nil {
+		h.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+}
+
+// find returns the obstacles of f on the host.
+func (h *host) find(f Flow) (found []Obstacle) {
+	h.t.Helper()
+	err := h.lab.Do(func() (err error) {
+		found, err = Obstacles(f, ours)
+		return err
+	})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return found
+}
+
+// obstacles returns the obstacles of f as text. A question mark is for Maybe.
+func (h *host) obstacles(f Flow) string {
+	h.t.Helper()
+	var list []string
+	for _, o := range h.find(f) {
+		s := o.Family + " " + o.Table + " " + o.Chain
+		if o.Maybe {
+			s += "?"
+		}
+		list = append(list, s)
+	}
+	return strings.Join(list, ", ")
+}
+
+// Obstacles evaluates the chains of every table.
 func TestObstacles(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
-	h.ip("link add docker0 type veth peer name docker1")
 	lines := strings.NewReplacer("} } table", "}\n}\ntable", "} }", "}\n}", "} chain", "}\nchain",
 		"} table", "}\ntable")
 	const input, forward = "chain input { type filter hook input priority 0; policy drop; ",
 		"chain forward { type filter hook forward priority 0; policy drop; "
 	for _, tt := range []struct {
 		name, rules string
-		passage     Passage
+		flow        Flow
 		want        string
 	}{
 		{"no table", "", toProxy, ""},
@@ -152,76 +206,66 @@ func TestObstacles(t *testing.T) {
 		{"output to the port", "table inet f { chain output { type filter hook output priority 0; policy drop; oif lo accept; udp dport 443 accept; } }", leaves, ""},
 		{"output by its mark", "table inet f { chain output { type filter hook output priority 0; policy drop; meta mark 9484 accept; } }", leaves, "inet f output?"},
 	} {
-		h.run("nft", "flush ruleset\n"+lines.Replace(tt.rules))
-		if got := strings.Join(h.obstacles(tt.passage), ", "); got != tt.want {
-			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			h := &host{t, h.lab}
+			h.run("nft", "flush ruleset\n"+lines.Replace(tt.rules))
+			if got := h.obstacles(tt.flow); got != tt.want {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+		})
 	}
-	h.run("nft", "flush ruleset")
 }
 
-// The commands that Allow names do what they are for.
-func TestObstaclesAllowed(t *testing.T) {
+// A command of Allow removes the obstacle.
+func TestAllowedFlowHasNoObstacle(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
 	h.run("nft", "table inet f { chain input { type filter hook input priority 0; policy drop; }; chain forward { type filter hook forward priority 0; policy drop; }; }")
-	for _, p := range []Passage{toProxy, toWorld, answers} {
-		if got := h.obstacles(p); len(got) != 1 {
-			t.Fatalf("%v: %q", p, got)
-		}
-		h.do(func() {
-			found, err := Obstacles(p)
-			if err != nil {
-				t.Fatal(err)
-			}
-			command := found[0].Allow(p, "masque0")
-			if !strings.HasPrefix(command, "nft insert rule inet f "+string(p.Hook)+" ") {
-				t.Errorf("%v: %s", p, command)
-			}
-			h.in(t).run("sh", "-c", command)
-		})
-		if got := h.obstacles(p); len(got) != 0 {
-			t.Errorf("%v, once allowed: %q", p, got)
-		}
-	}
 	for _, tt := range []struct {
-		o    Obstacle
-		p    Passage
-		want string
+		name string
+		flow Flow
+	}{{"input", toProxy}, {"forward", toWorld}, {"forwarded answers", answers}} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := &host{t, h.lab}
+			found := h.find(tt.flow)
+			if len(found) != 1 {
+				t.Fatalf("got %v, want one obstacle", found)
+			}
+			command := found[0].Allow(tt.flow, "masque0")
+			if !strings.HasPrefix(command, "nft insert rule inet f "+string(tt.flow.Hook)+" ") {
+				t.Errorf("got command %s", command)
+			}
+			h.run("sh", "-c", command)
+			if got := h.obstacles(tt.flow); got != "" {
+				t.Errorf("after the command: got %q, want none", got)
+			}
+		})
+	}
+}
+
+// Allow uses the program that made the chain.
+func TestAllow(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		obstacle Obstacle
+		flow     Flow
+		want     string
 	}{
-		{Obstacle{Family: "ip", Table: "filter", Chain: "INPUT"}, toProxy,
+		{"iptables", Obstacle{Family: "ip", Table: "filter", Chain: "INPUT"}, toProxy,
 			"iptables -I INPUT -p udp --dport 443 -j ACCEPT"},
-		{Obstacle{Family: "ip6", Table: "filter", Chain: "FORWARD"}, toWorld,
+		{"ip6tables", Obstacle{Family: "ip6", Table: "filter", Chain: "FORWARD"}, toWorld,
 			"ip6tables -I FORWARD -i masque0 -j ACCEPT"},
-		{Obstacle{Family: "ip", Table: "filter", Chain: "FORWARD"}, answers,
-			"iptables -I FORWARD -o masque0 -j ACCEPT"},
-		{Obstacle{Family: "inet", Table: "firewalld", Chain: "filter_INPUT"}, toProxy,
-			"firewall-cmd --permanent --add-port=443/udp && firewall-cmd --reload"},
-		{Obstacle{Family: "inet", Table: "firewalld", Chain: "filter_FORWARD"}, toWorld,
+		{"iptables into the tunnel", Obstacle{Family: "ip", Table: "filter", Chain: "FORWARD"},
+			answers, "iptables -I FORWARD -o masque0 -j ACCEPT"},
+		{"firewalld, a port", Obstacle{Family: "inet", Table: "firewalld", Chain: "filter_INPUT"},
+			toProxy, "firewall-cmd --permanent --add-port=443/udp && firewall-cmd --reload"},
+		{"firewalld, an interface",
+			Obstacle{Family: "inet", Table: "firewalld", Chain: "filter_FORWARD"}, toWorld,
 			"firewall-cmd --permanent --zone=trusted --add-interface=masque0 && firewall-cmd --reload"},
 	} {
-		if got := tt.o.Allow(tt.p, "masque0"); got != tt.want {
-			t.Errorf("%v: %s, want %s", tt.o, got, tt.want)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			if got := tt.obstacle.Allow(tt.flow, "masque0"); got != tt.want {
+				t.Errorf("got %s, want %s", got, tt.want)
+			}
+		})
 	}
-}
-
-func TestUplink(t *testing.T) {
-	h := newHost(t)
-	both := func() (names string) {
-		h.do(func() { names = fmt.Sprintf("%q %q", Uplink(false), Uplink(true)) })
-		return names
-	}
-	if got := both(); got != `"" ""` {
-		t.Errorf("without routes: %s", got)
-	}
-	h.uplink()
-	if got := both(); got != `"up0" "up0"` {
-		t.Errorf("got %s", got)
-	}
-	h.do(func() {
-		if err := PolicyRouting(); err != nil {
-			t.Error(err)
-		}
-	})
 }
