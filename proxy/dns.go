@@ -130,7 +130,7 @@ func (s *Server) warnOfDNS() {
 // that which lies in the scope of its request, which its user may reach, and
 // which is of a family that it has addresses of. ss.mu is held.
 func (ss *session) dns() DNS {
-	d, may := *ss.server.dns.Load(), ss.account.reach.Load()
+	d, may := *ss.server.dns.Load(), ss.userState.reach.Load()
 	const udp = 17
 	if ss.scope.Protocol != 0 && ss.scope.Protocol != udp {
 		return DNS{}

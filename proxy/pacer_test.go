@@ -83,9 +83,9 @@ func TestPacerWithoutRate(t *testing.T) {
 // counted, and nothing is lost of what is not.
 func TestUplink(t *testing.T) {
 	device := tuntest.New(1400)
-	a := new(account)
+	a := new(userState)
 	ctx, cancel := context.WithCancelCause(t.Context())
-	ss := &session{account: a, ctx: ctx, stop: cancel}
+	ss := &session{userState: a, ctx: ctx, stop: cancel}
 	u := &uplink{Device: device, ss: ss}
 	pkt := ippacket.AppendEcho(make([]byte, tun.Headroom), netip.MustParseAddr("10.77.0.2"),
 		netip.MustParseAddr("192.0.2.1"), 64, true, 1, 1, make([]byte, 1000))

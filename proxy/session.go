@@ -44,10 +44,10 @@ type session struct {
 	id     string
 	user   User   // as it was let in
 	method string // authentication method
-	// account is what all sessions of the user share, set when the session is
-	// taken in; follows is its reach as the session has it.
-	account *account
-	follows *netipx.IPSet
+	// userState is shared by the sessions of the user and set when the session
+	// is added to the running ones; follows is its reach as the session has it.
+	userState *userState
+	follows   *netipx.IPSet
 	// instance tells the runs of a client program apart: a session replaces an
 	// older one of the same instance, which is how a client whose path broke
 	// gets its addresses back before the proxy has noticed. "" when the client
@@ -187,7 +187,7 @@ func (ss *session) guarded(f func()) func() {
 // queue is closed.
 func (ss *session) sendQueued(conn *connectip.Conn) {
 	var batch [sendBatch]*flowqueue.Packet
-	down := &ss.account.down
+	down := &ss.userState.down
 	for {
 		down.wait(ss.ctx.Done())
 		n, late := ss.queue.Pop(batch[:down.packets(sendBatch)])
@@ -344,13 +344,13 @@ func (ss *session) lease(r capsule.Address) (capsule.Address, error) {
 	if blocks >= maxBlocks {
 		want = netip.PrefixFrom(want.Addr(), want.Addr().BitLen())
 	}
-	if n := ss.account.leases.Add(1); n > ss.maxLeases() {
-		ss.account.leases.Add(-1)
+	if n := ss.userState.leases.Add(1); n > ss.maxLeases() {
+		ss.userState.leases.Add(-1)
 		return r, fmt.Errorf("the user has as many addresses as allowed, %d (limits.addresses_per_user)", n-1)
 	}
 	p, err := ss.server.pool.lease(ss.user, ss.owner(), want)
 	if err != nil {
-		ss.account.leases.Add(-1)
+		ss.userState.leases.Add(-1)
 		return r, err
 	}
 	ss.server.table.insert(p, ss)
@@ -409,7 +409,7 @@ func (ss *session) advertise() error {
 func (ss *session) newRoutes() (routes []capsule.Route, same bool, err error) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	may := ss.account.reach.Load()
+	may := ss.userState.reach.Load()
 	routes, err = ss.server.routes(ss.reach, may, ss.scope.Protocol, ss.uses)
 	if err == nil && ss.claim != nil {
 		routes, err = ss.server.sites.routesTo(ss.claim, routes, may, ss.server.pool.gatewayAddrs())
@@ -438,12 +438,12 @@ func (ss *session) uses(a netip.Addr) bool {
 }
 
 // withheld returns what the proxy advertises, but not to the session's user.
-func (ss *session) withheld() []netip.Prefix { return ss.server.withheld(ss.account.reach.Load()) }
+func (ss *session) withheld() []netip.Prefix { return ss.server.withheld(ss.userState.reach.Load()) }
 
 // updateDenied has the session held to what its client may not reach now.
 func (ss *session) updateDenied() error {
 	if ss.udp != nil {
-		if !ss.server.reachesByUDP(ss.udp.to.Addr(), ss.account.reach.Load()) {
+		if !ss.server.reachesByUDP(ss.udp.to.Addr(), ss.userState.reach.Load()) {
 			ss.stop(errProhibited)
 		}
 		return nil
@@ -468,7 +468,7 @@ func (ss *session) release() {
 	}
 	for _, a := range ss.addresses {
 		ss.server.pool.release(a.Prefix, ss.owner())
-		ss.account.leases.Add(-1)
+		ss.userState.leases.Add(-1)
 	}
 	ss.addresses, ss.assigned = nil, true
 }
@@ -557,7 +557,7 @@ type sessions struct {
 	byID   map[string]*session
 	ended  connectip.Stats // the sum of those that are no more
 
-	accounts accounts
+	userStates userStates
 }
 
 // add gives ss an ID and takes it in, or says which limit forbids it. It
@@ -593,11 +593,11 @@ func (l *sessions) add(ss *session, limit limits) (replaced []*session, err erro
 	l.lastID++
 	ss.id = strconv.FormatUint(l.lastID, 10)
 	l.byID[ss.id] = ss
-	if l.accounts == nil {
-		l.accounts = make(accounts)
+	if l.userStates == nil {
+		l.userStates = make(userStates)
 	}
-	ss.account = l.accounts.open(ss.user)
-	ss.follows = ss.account.reach.Load()
+	ss.userState = l.userStates.open(ss.user)
+	ss.follows = ss.userState.reach.Load()
 	return replaced, nil
 }
 
@@ -614,7 +614,7 @@ func (l *sessions) remove(ss *session) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.byID, ss.id)
-	l.accounts.close(ss.user.Name)
+	l.userStates.close(ss.user.Name)
 	ss.stats.AddTo(&l.ended)
 }
 

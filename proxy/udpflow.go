@@ -89,7 +89,7 @@ func (f *udpFlow) down(str *connectip.UDPStream, count *connectip.Traffic, rate 
 // dropped.
 func (ss *session) receive(payload []byte, up chan<- []byte) {
 	count := &ss.stats.Receive
-	if ss.account.up.rate.Load() == 0 {
+	if ss.userState.up.rate.Load() == 0 {
 		if err := ss.udp.up(payload, count); err != nil {
 			ss.stop(err)
 		}
@@ -104,7 +104,7 @@ func (ss *session) receive(payload []byte, up chan<- []byte) {
 
 // sendWaiting carries packets that wait in up to the target until ss.ctx ends.
 func (ss *session) sendWaiting(up <-chan []byte) {
-	rate := &ss.account.up
+	rate := &ss.userState.up
 	for {
 		select {
 		case <-ss.ctx.Done():
@@ -128,7 +128,7 @@ func (ss *session) runUDP(w http.ResponseWriter) error {
 	str := connectip.NewUDPStream(w.(http3.HTTPStreamer).HTTPStream())
 	var sending, receiving sync.WaitGroup
 	sending.Go(ss.guarded(func() {
-		ss.stop(ss.udp.down(str, &ss.stats.Send, &ss.account.down, ss.ctx.Done()))
+		ss.stop(ss.udp.down(str, &ss.stats.Send, &ss.userState.down, ss.ctx.Done()))
 	}))
 	up := make(chan []byte, maxWaiting)
 	receiving.Go(ss.guarded(func() { ss.sendWaiting(up) }))

@@ -470,7 +470,7 @@ func TestUDPRate(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), withUsers(users, nil)))
 	_, h3 := s.dial(t, nil)
 	f := openFlow(t, h3, asAlice)
-	a := s.sessions.list()[0].account
+	a := s.sessions.list()[0].userState
 	for range 100 {
 		f.exchange(t, make([]byte, 1000))
 	}

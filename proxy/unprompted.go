@@ -17,7 +17,7 @@ import (
 // the address may use it at once. ss.mu is held.
 func (ss *session) leaseReserved() []netip.Prefix {
 	for _, p := range ss.server.pool.leaseReserved(ss.user, ss.owner()) {
-		ss.account.leases.Add(1)
+		ss.userState.leases.Add(1)
 		ss.server.table.insert(p, ss)
 		ss.addresses = append(ss.addresses, capsule.Address{Prefix: p})
 	}
@@ -125,7 +125,7 @@ func (ss *session) answerHeld(requested []capsule.Address) (others []capsule.Add
 		}
 		ss.server.table.remove(held.Prefix)
 		ss.server.pool.release(held.Prefix, ss.owner())
-		ss.account.leases.Add(-1)
+		ss.userState.leases.Add(-1)
 		return true
 	})
 	return others

@@ -26,7 +26,7 @@ type uplink struct {
 // Write implements connectip.Device. It may be called by several goroutines,
 // and returns at once.
 func (u *uplink) Write(bufs [][]byte, offset int) (int, error) {
-	if !u.ss.account.up.limited() {
+	if !u.ss.userState.up.limited() {
 		return u.Device.Write(bufs, offset)
 	}
 	queue := u.open()
@@ -54,7 +54,7 @@ func (u *uplink) Write(bufs [][]byte, offset int) (int, error) {
 // writeLong writes a packet that is too long to be queued, if the rate allows
 // it now.
 func (u *uplink) writeLong(buf []byte, offset int) {
-	up := &u.ss.account.up
+	up := &u.ss.userState.up
 	if up.behind() > 0 {
 		u.ss.stats.Receive.Drop(connectip.DropQueueFull)
 		return
@@ -89,7 +89,7 @@ func (u *uplink) open() *flowqueue.Queue {
 func (u *uplink) send(queue *flowqueue.Queue) {
 	var batch [sendBatch]*flowqueue.Packet
 	var bufs [sendBatch][]byte
-	up, count := &u.ss.account.up, &u.ss.stats.Receive
+	up, count := &u.ss.userState.up, &u.ss.stats.Receive
 	for {
 		up.wait(u.ss.ctx.Done())
 		n, late := queue.Pop(batch[:up.packets(sendBatch)])

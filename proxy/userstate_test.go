@@ -168,7 +168,7 @@ func TestUserExpires(t *testing.T) {
 	}
 	users.change(func(o *oneChanging) { o.alice.Expires = time.Time{} })
 	s.UsersChanged()
-	if ss := s.sessions.list()[0]; ss.account.expired(time.Now().Add(2 * time.Hour)) {
+	if ss := s.sessions.list()[0]; ss.userState.expired(time.Now().Add(2 * time.Hour)) {
 		t.Error("the session still has the time that the user had")
 	}
 	users.change(func(o *oneChanging) { o.alice.Expires = time.Now().Add(-time.Hour) })
@@ -176,8 +176,9 @@ func TestUserExpires(t *testing.T) {
 	ended()
 }
 
-// The sessions of a user share an account, which is gone with the last of them.
-func TestAccounts(t *testing.T) {
+// The sessions of a user share a userState, which is gone with the last of
+// them.
+func TestUserStates(t *testing.T) {
 	users := &oneChanging{alice: User{Name: "alice", RateUp: 64_000}}
 	s := startServer(t, withUsers(users, nil))
 	_, h3 := s.dial(t, nil)
@@ -185,13 +186,13 @@ func TestAccounts(t *testing.T) {
 		request(t, h3, "CONNECT", "connect-ip", anyPath, asAlice)
 	}
 	list := s.sessions.list()
-	if len(list) != 2 || list[0].account != list[1].account ||
-		list[0].account.up.rate.Load() != 64_000 {
-		t.Fatalf("%d sessions, accounts %+v", len(list), s.sessions.accounts)
+	if len(list) != 2 || list[0].userState != list[1].userState ||
+		list[0].userState.up.rate.Load() != 64_000 {
+		t.Fatalf("%d sessions, user states %+v", len(list), s.sessions.userStates)
 	}
 	users.change(func(o *oneChanging) { o.alice.RateUp, o.alice.RateDown = 0, 128_000 })
 	s.UsersChanged()
-	if up, down := list[1].account.up.rate.Load(), list[1].account.down.rate.Load(); up != 0 ||
+	if up, down := list[1].userState.up.rate.Load(), list[1].userState.down.rate.Load(); up != 0 ||
 		down != 128_000 {
 		t.Errorf("rates %d and %d, want none and 128000", up, down)
 	}
@@ -200,7 +201,7 @@ func TestAccounts(t *testing.T) {
 	}
 	s.sessions.mu.Lock()
 	defer s.sessions.mu.Unlock()
-	if n := len(s.sessions.accounts) - len(s.sessions.byID); n != 0 {
-		t.Errorf("accounts %v are left", cmp.Diff(nil, s.sessions.accounts))
+	if n := len(s.sessions.userStates) - len(s.sessions.byID); n != 0 {
+		t.Errorf("user states %v are left", cmp.Diff(nil, s.sessions.userStates))
 	}
 }

@@ -14,9 +14,9 @@ import (
 // expiryInterval is how often it is looked whether a user's time is over.
 const expiryInterval = 250 * time.Millisecond
 
-// account is what all sessions of one user share: what the user may, as the
+// userState is what all sessions of one user share: what the user may, as the
 // users file has it now, and what of the rates is used.
-type account struct {
+type userState struct {
 	reach    atomic.Pointer[netipx.IPSet] // what may be reached, nil for all
 	expires  atomic.Pointer[time.Time]    // nil for never
 	up, down pacer
@@ -29,15 +29,15 @@ type account struct {
 	sessions int // that have it
 }
 
-// accounts are those of users who have sessions, by name. The mutex of the
+// userStates are those of users who have sessions, by name. The mutex of the
 // sessions is held.
-type accounts map[string]*account
+type userStates map[string]*userState
 
-// open returns the account of u for one more session.
-func (l accounts) open(u User) *account {
+// open returns the state of u for one more session.
+func (l userStates) open(u User) *userState {
 	a := l[u.Name]
 	if a == nil {
-		a = new(account)
+		a = new(userState)
 		a.set(u)
 		l[u.Name] = a
 	}
@@ -45,16 +45,16 @@ func (l accounts) open(u User) *account {
 	return a
 }
 
-// close takes back an open of the user's account.
-func (l accounts) close(name string) {
+// close takes back an open of the user's state.
+func (l userStates) close(name string) {
 	a := l[name]
 	if a.sessions--; a.sessions == 0 {
 		delete(l, name)
 	}
 }
 
-// set makes the account that of u.
-func (a *account) set(u User) {
+// set makes the state that of u.
+func (a *userState) set(u User) {
 	if now, reach := a.reach.Load(), u.reach(); (now == nil) != (reach == nil) ||
 		now != nil && !now.Equal(reach) {
 		a.reach.Store(reach)
@@ -68,7 +68,7 @@ func (a *account) set(u User) {
 }
 
 // expired reports whether the user's time is over at now.
-func (a *account) expired(now time.Time) bool {
+func (a *userState) expired(now time.Time) bool {
 	at := a.expires.Load()
 	return at != nil && !now.Before(*at)
 }
@@ -102,8 +102,8 @@ func (s *Server) follow(ss *session) error {
 	if ss.user.Name == "" { // there is no authentication
 		return nil
 	}
-	ss.account.following.Lock()
-	defer ss.account.following.Unlock()
+	ss.userState.following.Lock()
+	defer ss.userState.following.Unlock()
 	now, ok := s.cfg().Users.ByName(ss.user.Name)
 	switch {
 	case !ok:
@@ -113,11 +113,11 @@ func (s *Server) follow(ss *session) error {
 	case now.expired(time.Now()):
 		return errExpired
 	}
-	ss.account.set(now)
-	if ss.follows == ss.account.reach.Load() {
+	ss.userState.set(now)
+	if ss.follows == ss.userState.reach.Load() {
 		return nil
 	}
-	ss.follows = ss.account.reach.Load()
+	ss.follows = ss.userState.reach.Load()
 	if err := ss.updateDenied(); err != nil {
 		return err
 	}
@@ -136,7 +136,8 @@ func (s *Server) endExpired(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case now := <-tick.C:
-			for _, ss := range s.sessions.expired(now.Round(0)) { // Round removes the monotonic clock
+			for _, ss := range s.sessions.expired(now.Round(0)) {
+				// Round removes the monotonic clock
 				ss.stop(errExpired)
 			}
 		}
@@ -148,7 +149,7 @@ func (l *sessions) expired(now time.Time) (list []*session) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, ss := range l.byID {
-		if ss.account.expired(now) {
+		if ss.userState.expired(now) {
 			list = append(list, ss)
 		}
 	}
