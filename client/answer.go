@@ -6,14 +6,17 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// answerWatch waits for the answer to what the client sends into a tunnel that
-// has its addresses and routes, and finds out whether the far end acknowledges
-// it meanwhile. The zero value waits for nothing.
+// answerWatch finds out whether the proxy acknowledges the probes that the
+// client sends into a new tunnel and that nothing answers. Its C fires when
+// check is due. The zero value never fires.
 type answerWatch struct {
 	C      <-chan time.Time
 	tick   *time.Ticker
-	checks int
-	rtt    time.Duration // round trip of the last acknowledged packet, at the last look
+	checks int // calls of check
+
+	// rtt is the round-trip time of the packet that was last acknowledged
+	// before the last check.
+	rtt time.Duration
 }
 
 func newAnswerWatch() answerWatch {
@@ -28,12 +31,14 @@ func (w *answerWatch) stop() {
 	w.C = nil
 }
 
-// look is called when C fires. It reports whether the far end has acknowledged
-// datagrams and had the time to answer them, and why not. Between two looks
-// probes are all that is sent, so what is acknowledged are probes. QUIC takes a
-// sample of the round trip time with each acknowledgement of new packets, and
-// only then; packets that come are not enough, because a far end that receives
-// nothing repeats its own.
+// check is called when C fires. It reports whether the proxy has acknowledged
+// probes and had enough time to answer them; if not, why describes the state.
+//
+// Between two checks the client sends nothing but probes, so an acknowledgement
+// is one of probes. QUIC takes a sample of the round-trip time with each
+// acknowledgement of new packets and at no other time (RFC 9002 section 5.1).
+// Received packets prove nothing, because a peer that receives nothing
+// retransmits its own.
 func (w *answerWatch) check(stats quic.ConnectionStats) (acknowledged bool, why string) {
 	acknowledged = w.checks > 0 && stats.LatestRTT != w.rtt
 	w.checks, w.rtt = w.checks+1, stats.LatestRTT

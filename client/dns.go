@@ -16,37 +16,63 @@ import (
 	"masquevpn/routing"
 )
 
-// DNS says what the host's resolver is told while the tunnel is there. The zero
-// value is what the proxy says (draft-ietf-masque-connect-ip-dns-06). Lists
-// that are not empty count in place of the proxy's.
+// DNS configures the host's resolver while the tunnel exists. The zero value
+// applies the proxy's configuration (draft-ietf-masque-connect-ip-dns-06). A
+// list that is not empty replaces the proxy's.
 type DNS struct {
-	Off     bool // nothing
-	Hold    bool // queries that would leave outside a full tunnel are refused
+	// Off leaves the host's resolver alone.
+	Off bool
+
+	// Hold refuses DNS queries that would leave outside a full tunnel.
+	Hold bool
+
+	// Servers are asked at port 53.
 	Servers []netip.Addr
-	Search  []string // domains that are tried behind short names
-	Domains []string // what the servers resolve, with all names below; "." for all names
+
+	// Search lists the domains that the resolver appends to short names.
+	Search []string
+
+	// Domains limits the servers to these names and all names below them. "."
+	// stands for all names.
+	Domains []string
 }
 
-// Resolver is the host's; *hostdns.Manager is one.
+// Resolver configures the resolver of the host. *[hostdns.Manager] implements
+// it.
 type Resolver interface {
+	// Apply replaces the settings of the tunnel. Empty settings remove them.
+	// via names the mechanism of the host, "" after a removal.
 	Apply(hostdns.Settings) (via string, err error)
-	Check() (restored string, err error)                // restored: changes of other programs that it took back
-	Reaches(server netip.AddrPort) bool                 // through the tunnel
-	Upstream() (servers []netip.AddrPort, applied bool) // besides the tunnel's
-	// those of them that queries reach outside the tunnel
+
+	// Check restores settings that another program changed, and describes them
+	// in restored ("": none). An error explains why they are still missing.
+	Check() (restored string, err error)
+
+	// Reaches reports whether queries to server leave through the tunnel.
+	Reaches(server netip.AddrPort) bool
+
+	// Upstream returns the nameservers that the host has without tunnels. If
+	// applied is false, no tunnel changed the host's resolver.
+	Upstream() (servers []netip.AddrPort, applied bool)
+
+	// Outside returns the upstream servers that queries reach outside the
+	// tunnel.
 	Outside() []netip.AddrPort
+
+	// Close restores the host's own settings.
 	Close() error
 }
 
-// Limits on what the resolver is told. What is beyond is left out.
+// The most entries of each list that the resolver is given. The rest of a
+// longer list is ignored.
 const (
 	maxServers = 16
 	maxSearch  = 32
 	maxDomains = 256
 )
 
-// over returns what of pushed, which the proxy said, is left of it when d has
-// its say.
+// merge returns pushed, the proxy's configurations, with d's non-empty lists in
+// place of the proxy's. If d replaces a list, the result is one configuration.
 func (d DNS) merge(pushed []capsule.DNSConfiguration) []capsule.DNSConfiguration {
 	if len(d.Servers) == 0 && (len(pushed) == 0 || len(d.Search)+len(d.Domains) == 0) {
 		return pushed
@@ -72,41 +98,43 @@ func (d DNS) merge(pushed []capsule.DNSConfiguration) []capsule.DNSConfiguration
 	return []capsule.DNSConfiguration{merged}
 }
 
-// applyDNS has the host's resolver follow what is said about DNS, once the
-// routes are there. A resolver that cannot be told does not end the tunnel: the
-// status and the log say so.
+// applyDNS configures the host's resolver with pushed, the proxy's DNS
+// configurations, and the client's own. It is called once the routes are
+// installed. A resolver that fails does not end the tunnel: the status and the
+// log name the reason.
 func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Prefix) {
 	c := s.c
-	said := c.cfg.DNS.merge(pushed)
-	var told connectip.Status
-	told.SetDNS(said, nat64)
-	settings, skipped := c.usable(said, told.DNS)
+	merged := c.cfg.DNS.merge(pushed)
+	var status connectip.Status
+	status.SetDNS(merged, nat64)
+	now := &status.DNS
+	settings, skipped := c.resolverSettings(merged, *now)
 	narrowed := s.narrow(&settings)
-	if c.cfg.DNS.Off && len(told.DNS.Servers) > 0 {
-		told.DNS.Reason = "dns.mode is off"
+	if c.cfg.DNS.Off && len(now.Servers) > 0 {
+		now.Reason = "dns.mode is off"
 	} else if r := c.resolver(); r != nil {
-		via, err := r.Apply(settings) // empty settings where there is nothing to apply
+		via, err := r.Apply(settings) // empty settings remove the last ones
 		if len(settings.Servers) == 0 && len(skipped) > 0 {
 			err = errors.Join(fmt.Errorf("no route into the tunnel leads to %s",
 				join(skipped)), err)
 		} else if len(settings.Servers) == 0 && narrowed {
 			err = errors.Join(errAllNames, err)
 		}
-		told.DNS.Via, told.DNS.Reason, told.DNS.Applied = via, reason(err), err == nil && via != ""
-		if told.DNS.Applied && narrowed { // as the resolver was told
-			told.DNS.Search, told.DNS.Domains = settings.Search, settings.Domains
+		now.Via, now.Reason, now.Applied = via, reason(err), err == nil && via != ""
+		if now.Applied && narrowed { // the status shows the resolver's settings
+			now.Search, now.Domains = settings.Search, settings.Domains
 		}
 	}
 	c.mu.Lock()
 	before := c.status.DNS
-	c.status.DNS = told.DNS
+	c.status.DNS = *now
 	c.mu.Unlock()
 	if len(skipped) > 0 && !slices.Equal(skipped, s.skippedServers) {
 		c.cfg.Logger.Warn("nameservers that no route into the tunnel leads to are not used",
 			"servers", skipped)
 	}
 	s.skippedServers = skipped
-	switch now := told.DNS; {
+	switch {
 	case now.Applied && !(before.Applied && slices.Equal(before.Servers, now.Servers) &&
 		slices.Equal(before.Search, now.Search) && slices.Equal(before.Domains, now.Domains)):
 		c.cfg.Logger.Info("DNS is applied", "via", now.Via, "servers", now.Servers, "search",
@@ -122,24 +150,23 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	}
 }
 
-// noticeDNS is the key of the warning about names that are asked outside the
-// tunnel.
+// noticeDNS is the key of the warning about DNS queries outside the tunnel.
 const noticeDNS = "dns"
 
-// noteDNSOutside says, in the log and in the status, whom this host asks for names
-// outside a tunnel for everything.
+// noteDNSOutside warns, in the log and in the status, about nameservers that
+// this host asks outside a full tunnel.
 func (c *Client) noteDNSOutside() {
 	c.noting.Lock()
 	defer c.noting.Unlock()
 	c.mu.Lock()
-	state, told := c.lastState, c.status.DNS
+	state, dns := c.lastState, c.status.DNS
 	c.mu.Unlock()
 	text := ""
 	if r := c.resolver(); r != nil && state != nil &&
 		(routing.IsFull(state.Routes, false) || routing.IsFull(state.Routes, true)) &&
-		!(told.Applied && slices.Contains(told.Domains, hostdns.Root)) {
+		!(dns.Applied && slices.Contains(dns.Domains, hostdns.Root)) {
 		if servers := r.Outside(); len(servers) > 0 {
-			text = c.outside(join(servers), told)
+			text = c.outsideText(join(servers), dns)
 		}
 	}
 	if text != "" && text != c.loggedOutside {
@@ -149,15 +176,15 @@ func (c *Client) noteDNSOutside() {
 	c.warn(noticeDNS, text)
 }
 
-// outside says what becomes of queries to servers outside the tunnel, and why
-// it has none for them.
-func (c *Client) outside(servers string, told connectip.DNSStatus) string {
+// outsideText describes what happens to queries to servers, which are outside
+// the tunnel, and why the tunnel's nameservers do not get these queries.
+func (c *Client) outsideText(servers string, dns connectip.DNSStatus) string {
 	why := "the proxy hands out no nameservers"
 	switch {
-	case told.Applied:
+	case dns.Applied:
 		why = "the tunnel's nameservers are for some names alone"
-	case told.Reason != "":
-		why = told.Reason
+	case dns.Reason != "":
+		why = dns.Reason
 	}
 	const remedy = "set dns.servers to nameservers in the tunnel"
 	switch {
@@ -169,15 +196,15 @@ func (c *Client) outside(servers string, told connectip.DNSStatus) string {
 	return fmt.Sprintf("DNS queries to %s leave outside the tunnel, in the clear (%s): %s, or dns.outside = false to have them refused", servers, why, remedy)
 }
 
-// errAllNames is why the proxy's nameservers are not asked about all names.
+// errAllNames is the reason why narrow keeps the proxy's nameservers from being
+// asked about all names.
 var errAllNames = errors.New("the proxy's nameservers are for all names, and not all traffic goes through the tunnel: to ask them about all, set dns.domains to [\".\"]")
 
-// narrow takes all names from the nameservers of the proxy in a tunnel that
-// does not carry everything, unless the configuration gives them all names: who
-// is asked for some networks shall not hear of, nor answer for, all others.
-// What is left are the domains that the proxy lists, or those that it has tried
-// behind short names, where it lists none. It reports whether something was
-// taken.
+// narrow limits the proxy's nameservers in a split tunnel to the domains that
+// the proxy lists or, if it lists none, to its search domains. A proxy that
+// carries only some networks must neither learn nor answer all of this host's
+// queries. dns.servers and dns.domains of the configuration prevent the limit.
+// narrow reports whether it changed settings.
 func (s *session) narrow(settings *hostdns.Settings) bool {
 	d := s.c.cfg.DNS
 	if s.full || len(settings.Servers) == 0 || len(d.Servers)+len(d.Domains) > 0 {
@@ -209,15 +236,16 @@ func (s *session) narrow(settings *hostdns.Settings) bool {
 	return narrowed
 }
 
-// usable returns what of DNS the resolver is told. Servers that queries would
-// not reach through the tunnel are skipped: they would be asked outside.
-func (c *Client) usable(said []capsule.DNSConfiguration,
+// resolverSettings returns the resolver's settings for the configurations,
+// whose domains are in status. It skips servers that queries would not reach
+// through the tunnel.
+func (c *Client) resolverSettings(configurations []capsule.DNSConfiguration,
 	status connectip.DNSStatus) (settings hostdns.Settings, skipped []netip.AddrPort) {
 	r := c.resolver()
 	if c.cfg.DNS.Off || r == nil {
 		return settings, nil
 	}
-	for _, a := range connectip.Nameservers(said) {
+	for _, a := range connectip.Nameservers(configurations) {
 		a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
 		switch {
 		case slices.Contains(settings.Servers, a) || slices.Contains(skipped, a):
@@ -234,6 +262,7 @@ func (c *Client) usable(said []capsule.DNSConfiguration,
 	return settings, skipped
 }
 
+// join formats servers as a list for users. It omits port 53.
 func join(servers []netip.AddrPort) string {
 	words := make([]string, len(servers))
 	for i, a := range servers {
@@ -245,6 +274,7 @@ func join(servers []netip.AddrPort) string {
 	return strings.Join(words, ", ")
 }
 
+// reason returns the text of err in one line, "" for nil.
 func reason(err error) string {
 	if err == nil {
 		return ""
@@ -252,8 +282,8 @@ func reason(err error) string {
 	return strings.ReplaceAll(err.Error(), "\n", "; ")
 }
 
-// upstream returns the nameservers of the host besides the tunnel's. applied is
-// false while they are those of its resolver.
+// upstream returns the nameservers that the host has without tunnels. If
+// applied is false, the host's resolver can be asked instead.
 func (c *Client) upstream() (servers []netip.AddrPort, applied bool) {
 	r := c.resolver()
 	if r == nil {
@@ -262,13 +292,12 @@ func (c *Client) upstream() (servers []netip.AddrPort, applied bool) {
 	return r.Upstream()
 }
 
-// maxUpstream is how many nameservers are asked for the proxy's name.
+// maxUpstream limits how many nameservers are asked for the proxy's name.
 const maxUpstream = 3
 
-// lookup finds the addresses of a name, of a network as net.Resolver has it,
-// outside the tunnel, so that a dead tunnel can be dialed again. While the
-// host's resolver asks through the tunnel, the servers that it has besides are
-// asked in turn.
+// lookup resolves name without the tunnel, so that a dead tunnel can be dialed
+// again. network is "ip", "ip4" or "ip6". While the host's resolver asks the
+// tunnel's servers, lookup asks the upstream servers one after the other.
 func (d *dialer) lookup(ctx context.Context, network, name string) ([]netip.Addr, error) {
 	var servers []netip.AddrPort
 	applied := false
@@ -282,12 +311,13 @@ func (d *dialer) lookup(ctx context.Context, network, name string) ([]netip.Addr
 	servers = servers[:min(len(servers), maxUpstream)]
 	deadline, _ := ctx.Deadline()
 	for i, server := range servers {
-		each, cancel := context.WithTimeout(ctx, time.Until(deadline)/time.Duration(len(servers)-i))
+		attempt, cancel := context.WithTimeout(ctx,
+			time.Until(deadline)/time.Duration(len(servers)-i))
 		var found []netip.Addr
 		dial := func(ctx context.Context, transport, _ string) (net.Conn, error) {
 			return (&net.Dialer{Control: d.control}).DialContext(ctx, transport, server.String())
 		}
-		found, err = (&net.Resolver{PreferGo: true, Dial: dial}).LookupNetIP(each, network, name)
+		found, err = (&net.Resolver{PreferGo: true, Dial: dial}).LookupNetIP(attempt, network, name)
 		cancel()
 		var answer *net.DNSError
 		if err == nil || errors.As(err, &answer) && answer.IsNotFound {

@@ -14,7 +14,7 @@ var (
 	everything6 = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 )
 
-// The keys of notices about families that the tunnel does not carry.
+// The keys of notices about address families that the tunnel does not carry.
 const (
 	noticeFamily        = "family"
 	noticeFamilyOutside = "family_outside"
@@ -22,15 +22,15 @@ const (
 	noticeNoRoutes      = "no_routes"
 )
 
-// whole adds to routes, which are installed, what a tunnel for everything
-// lacks: a proxy with addresses of one family advertises routes of that family
-// only (RFC 9484 section 4.6), and the other family's traffic would leave
-// beside the tunnel. When most of one family is in the tunnel, and the
-// configuration accepts most of the other, of which addrs has no address, what
-// is accepted of that goes into the tunnel as well. There is no way on for its
-// packets: they are answered with No Route, at once.
+// holdMissingFamily returns routes, and in a full tunnel the accepted routes of
+// the family of which addrs has no address. A proxy with addresses of one
+// family advertises routes of that family only (RFC 9484 section 4.6), and the
+// other family's traffic would leave outside the tunnel. With the added routes
+// the tunnel answers it with No Route, at once.
 //
-// A gateway is left out, because a route would make it forward that family.
+// A tunnel is full if routes cover most of one family and the configuration
+// accepts most of the other. A gateway gets no added routes, because they would
+// make it forward that family.
 func (s *session) holdMissingFamily(routes, addrs []netip.Prefix) []netip.Prefix {
 	family := ""
 	for _, f := range []struct {
@@ -63,9 +63,9 @@ func (s *session) holdMissingFamily(routes, addrs []netip.Prefix) []netip.Prefix
 	return routes
 }
 
-// noteFamilyOutside says, in the log and in the status, which family leaves this host
-// beside a tunnel for everything of the other one, although the configuration
-// accepts it, because the proxy advertises less of it.
+// noteFamilyOutside warns, in the log and in the status, about a family that
+// leaves this host outside a full tunnel of the other family: the configuration
+// accepts it, but the proxy does not advertise most of it.
 func (s *session) noteFamilyOutside(routes []netip.Prefix) {
 	text := ""
 	for _, f := range []struct {
@@ -84,9 +84,9 @@ func (s *session) noteFamilyOutside(routes []netip.Prefix) {
 	s.c.warn(noticeFamilyOutside, text)
 }
 
-// noteNoRoutes says, in the log and in the status, that the tunnel has none of the
-// routes that the configuration would accept, so that all leaves this host as
-// it would without it. A gateway may have none until another one comes.
+// noteNoRoutes warns, in the log and in the status, if the tunnel has no route,
+// so that all traffic leaves this host as it would without the tunnel. A
+// gateway gets no warning: it has no routes until another gateway connects.
 func (s *session) noteNoRoutes(advertised []capsule.Route, routes []netip.Prefix) {
 	text := ""
 	if len(routes) == 0 && len(s.c.cfg.Accept) > 0 && len(s.c.cfg.AdvertiseRoutes) == 0 {
@@ -104,9 +104,9 @@ func (s *session) noteNoRoutes(advertised []capsule.Route, routes []netip.Prefix
 	s.c.warn(noticeNoRoutes, text)
 }
 
-// noteIPv6Refused says, in the log and in the status, that the interface of the tunnel
-// cannot have IPv6, for the reason held, and that what belongs in the tunnel is
-// therefore refused; nil takes that back.
+// noteIPv6Refused warns, in the log and in the status, that IPv6 packets for
+// the tunnel are refused, because its interface cannot have IPv6 for the reason
+// held. nil removes the warning.
 func (s *session) noteIPv6Refused(held error) {
 	text := ""
 	if held != nil {

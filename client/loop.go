@@ -16,24 +16,28 @@ import (
 )
 
 const (
-	protocolUDP = 17
-	// maxOuter is how many of the newest outer sockets are known.
+	protocolUDP = 17 // IANA protocol number
+
+	// maxOuter limits how many of the newest outer sockets are remembered.
 	maxOuter = 8
-	// loopMemory is for how long after the last packet that came back the
-	// status says so.
-	loopMemory = time.Minute
+
+	// loopNoticeTime is how long the status shows the notice of a loop after
+	// the last packet that came back.
+	loopNoticeTime = time.Minute
 )
 
-// outerSocket is the two ends of a socket that carries the tunnel, or is to.
+// outerSocket identifies a UDP socket that carries the tunnel's packets, or may
+// soon do so.
 type outerSocket struct {
-	port  uint16 // this host's port
+	port  uint16 // local port
 	proxy netip.AddrPort
 }
 
-// outerSockets are the newest sockets to the proxy.
+// outerSockets remembers the newest outer sockets. The zero value is empty. Its
+// methods may be called concurrently.
 type outerSockets struct{ list atomic.Pointer[[]outerSocket] }
 
-// add notes a socket.
+// add remembers the socket from local to proxy.
 func (o *outerSockets) add(local net.Addr, proxy netip.AddrPort) {
 	a, ok := local.(*net.UDPAddr)
 	if !ok {
@@ -53,7 +57,7 @@ func (o *outerSockets) add(local net.Addr, proxy netip.AddrPort) {
 	}
 }
 
-// sent reports whether an IP packet is of one of the sockets.
+// sent reports whether one of the sockets sent the IP packet.
 func (o *outerSockets) sent(pkt []byte) bool {
 	list := o.list.Load()
 	dst, ok := ippacket.Destination(pkt)
@@ -72,11 +76,13 @@ func (o *outerSockets) sent(pkt []byte) bool {
 	return slices.Contains(*list, outerSocket{source, netip.AddrPortFrom(dst, destination)})
 }
 
-const noticeLoop = "loop" // packets of the outer socket come out of the tunnel's interface
+// noticeLoop is the key of the notice that the host routes packets of the outer
+// socket into the tunnel.
+const noticeLoop = "loop"
 
-// dropLoops reports whether there are packets of the outer socket among those
-// that the host sends into the tunnel: they would go round and round. Then it
-// drops them, and takes the others.
+// dropLoops drops the packets that an outer socket sent, because they would
+// loop through the tunnel. If there are any, it queues the other packets,
+// clears the slice and returns true. Otherwise it does nothing.
 func (c *Client) dropLoops(packets []*flowqueue.Packet) bool {
 	outer := func(p *flowqueue.Packet) bool { return c.dialer.outer.sent(p.Bytes()[tun.Headroom:]) }
 	if !slices.ContainsFunc(packets, outer) {
@@ -97,16 +103,16 @@ func (c *Client) dropLoops(packets []*flowqueue.Packet) bool {
 	return true
 }
 
-// noteLoop says why the tunnel does not work, until nothing has come back for a
-// while.
+// noteLoop degrades the tunnel until no packet has come back for
+// loopNoticeTime.
 func (c *Client) noteLoop() {
 	c.mu.Lock()
 	timer := c.loopTimer
-	if timer != nil && timer.Reset(loopMemory) {
+	if timer != nil && timer.Reset(loopNoticeTime) {
 		c.mu.Unlock()
 		return
 	}
-	c.loopTimer = time.AfterFunc(loopMemory, func() { c.degrade(noticeLoop, "") })
+	c.loopTimer = time.AfterFunc(loopNoticeTime, func() { c.degrade(noticeLoop, "") })
 	c.mu.Unlock()
 	text := fmt.Sprintf("packets of the tunnel's own socket are sent into the tunnel, because another program takes their mark away: "+
 		"have it leave the bits %#x alone, or name others in routes.mark", c.cfg.Mark)

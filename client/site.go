@@ -9,7 +9,8 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// checkSite checks what c says of the networks behind this host.
+// checkSite checks routes.advertise and routes.assign, which describe the
+// networks behind this host.
 func (c *Config) checkSite() error {
 	own := slices.Clone(c.Static)
 	for _, p := range c.Request {
@@ -30,7 +31,7 @@ func (c *Config) checkSite() error {
 				p, own[i])
 		}
 	}
-	// What a peer of ours takes.
+	// Our own proxy accepts no more than this.
 	if n := len((&capsule.RouteAdvertisement{Routes: capsule.Routes(c.AdvertiseRoutes,
 		0)}).Append(nil)); n > connectip.MaxCapsule {
 		return usage("routes.advertise",
@@ -56,8 +57,8 @@ func (c *Config) checkSite() error {
 	return nil
 }
 
-// checkAssigned checks that the proxy's choice of addresses and the networks
-// behind this host go together.
+// checkAssigned checks that addrs, assigned by the proxy, do not overlap the
+// networks behind this host.
 func (c *Config) checkAssigned(addrs []netip.Prefix) error {
 	for _, a := range addrs {
 		if i := slices.IndexFunc(c.AdvertiseRoutes, a.Overlaps); i >= 0 {
@@ -74,9 +75,9 @@ func (c *Config) checkAssigned(addrs []netip.Prefix) error {
 	return nil
 }
 
-// behind returns what lies behind this host as the proxy may know it: the
-// networks that are advertised, and of an assigned prefix all but this host's
-// own address.
+// ownNetworks returns the networks for which this host may forward packets from
+// the tunnel: the advertised ones, and assigned prefixes of more than one
+// address.
 func (c *Config) ownNetworks(assigned []netip.Prefix) []netip.Prefix {
 	out := slices.Clone(c.AdvertiseRoutes)
 	for _, p := range assigned {
@@ -87,9 +88,9 @@ func (c *Config) ownNetworks(assigned []netip.Prefix) []netip.Prefix {
 	return out
 }
 
-// beyond returns the routes that are not within a network behind this host, nor
-// to addresses that no router forwards to. A route that such a network is part
-// of stays: the host's own, longer one goes first.
+// excludeOwn returns routes without those that lie within a network behind this
+// host, or within a range that no router forwards to. A larger route that
+// contains such a network stays: the host prefers its own, longer route.
 func (s *session) excludeOwn(routes []netip.Prefix) []netip.Prefix {
 	var refused []netip.Prefix
 	routes = slices.DeleteFunc(routes, func(p netip.Prefix) bool {
@@ -112,8 +113,8 @@ func (s *session) excludeOwn(routes []netip.Prefix) []netip.Prefix {
 	return routes
 }
 
-// offer assigns the proxy its addresses and advertises the networks behind this
-// host, as far as they changed since the last time (RFC 9484 section 8.2).
+// announceSite assigns addresses to the proxy and advertises the networks
+// behind this host (RFC 9484 section 8.2). It sends only lists that changed.
 func (s *session) announceSite() error {
 	networks := s.c.cfg.AdvertiseRoutes
 	assign := s.c.cfg.AssignPeer
@@ -136,7 +137,7 @@ func (s *session) announceSite() error {
 	return nil
 }
 
-// unasked makes the entries of an assignment that no request asked for.
+// unrequested returns an assignment of prefixes that answers no request.
 func unrequested(prefixes []netip.Prefix) []capsule.Address {
 	addrs := make([]capsule.Address, len(prefixes))
 	for i, p := range prefixes {
@@ -145,8 +146,8 @@ func unrequested(prefixes []netip.Prefix) []capsule.Address {
 	return addrs
 }
 
-// handleAddressRequest answers a proxy that asks for addresses: it gets those that
-// it is assigned anyway, each once, and no others.
+// handleAddressRequest answers an ADDRESS_REQUEST of the proxy. It assigns each
+// address of routes.assign once and refuses all other requests.
 func (s *session) handleAddressRequest(requested []capsule.Address) error {
 	answer := unrequested(s.c.cfg.AssignPeer)
 	for _, r := range requested {

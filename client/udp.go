@@ -33,71 +33,104 @@ import (
 const (
 	// udpProtocol is the value of :protocol (RFC 9298 section 3.4).
 	udpProtocol = "connect-udp"
-	// udpPath is that of the default template for UDP proxying (RFC 9298
-	// section 2).
+
+	// udpPath is the path of the default URI template for UDP proxying (RFC
+	// 9298 section 2).
 	udpPath = "/.well-known/masque/udp/{target_host}/{target_port}/"
-	// DefaultUDPIdleTimeout is the shortest that RFC 9298 section 3.1
+
+	// DefaultUDPIdleTimeout is the shortest timeout that RFC 9298 section 3.1
 	// recommends.
 	DefaultUDPIdleTimeout = 2 * time.Minute
-	// useInterval is less than the time that proxies leave connections
-	// without requests. Ours does for two minutes.
+
+	// useInterval is the time between requests on a connection without flows.
+	// Our proxy closes a connection after two minutes without a request.
 	useInterval = time.Minute
-	// maxFlows is how many local peers are served at once. A proxy like ours
-	// takes as many requests on a connection.
+
+	// maxFlows limits the number of local peers served at once. Our proxy
+	// accepts this many requests on one connection.
 	maxFlows = 64
 )
 
 // UDPConfig is the configuration of a UDPForwarder.
 type UDPConfig struct {
-	Proxy string      // as Config.Proxy; of a template, the host
-	TLS   *tls.Config // as Config.TLS
-	Token string      // bearer token, "" for none
+	// Proxy is like Config.Proxy. Only the host and port of a URI template are
+	// used.
+	Proxy string
 
-	Listen string // local UDP address, host:port; port 0 for any that is free
-	Target string // host:port; a name is resolved by the proxy
+	// TLS is like Config.TLS.
+	TLS *tls.Config
 
-	Mark uint32 // as Config.Mark, default routing.DefaultMark
+	// Token is the bearer token, "" for none.
+	Token string
 
-	// after which the flow of a local peer ends; default DefaultUDPIdleTimeout
+	// Listen is the local UDP address, host:port. Port 0 means any free port.
+	Listen string
+
+	// Target is the address that the proxy sends to, host:port. The proxy
+	// resolves a name.
+	Target string
+
+	// Mark is like Config.Mark. 0 means routing.DefaultMark.
+	Mark uint32
+
+	// IdleTimeout ends the flow of a local peer after this time without
+	// packets. 0 means DefaultUDPIdleTimeout.
 	IdleTimeout time.Duration
-	Reconnect   bool
-	MaxDelay    time.Duration // between attempts to connect; default DefaultMaxDelay
-	Logger      *slog.Logger
-	Tracer      func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // as Config.Tracer
+
+	// Reconnect makes Run connect again after a connection is lost.
+	Reconnect bool
+
+	// MaxDelay limits the time between attempts to connect. 0 means
+	// DefaultMaxDelay.
+	MaxDelay time.Duration
+
+	// Logger may be nil: nothing is logged.
+	Logger *slog.Logger
+
+	// Tracer is like Config.Tracer.
+	Tracer func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace
 }
 
-// UDPForwarder makes a UDP port on this host stand for one beyond a proxy (RFC
-// 9298). Each local peer has a flow of its own, all of them on one connection.
-// It needs no privileges. Make it with NewUDPForwarder.
+// UDPForwarder forwards the packets of a UDP port of this host to a target
+// beyond a proxy, and the answers back (RFC 9298). Each local peer gets its own
+// flow; all flows share one connection. A UDPForwarder needs no privileges. Use
+// NewUDPForwarder to create one.
 type UDPForwarder struct {
 	cfg      UDPConfig
 	dialer   *dialer
 	template *uritemplate.Template
-	instance string // tells this run from others of the same user
+	instance string // distinguishes this run from others of the same user
 	started  time.Time
-	answer   time.Duration // for which an answer is waited
-	use      time.Duration // useInterval, but for tests
 	ready    chan struct{}
 	socket   *net.UDPConn
-	link     atomic.Pointer[udpLink] // nil while there is no connection
+	link     atomic.Pointer[udpLink] // nil without a connection
 	stats    connectip.Stats
-	complain *rate.Limiter // limits log lines about flows
 
-	running sync.WaitGroup // flows
-	mu      sync.Mutex
-	flows   map[*udpFlow]struct{} // that have not ended
-	hold    time.Time             // no new flow before: the last one was refused
+	// answerTimeout limits the time until the proxy answers a request.
+	answerTimeout time.Duration
+
+	// useInterval is the constant of this name; tests shorten it.
+	useInterval time.Duration
+
+	// flowWarnings limits the log lines about flows that cannot be opened.
+	flowWarnings *rate.Limiter
+
+	running sync.WaitGroup // goroutines of flows and connections
+
+	mu        sync.Mutex // guards the fields below
+	flows     map[*udpFlow]struct{}
+	holdUntil time.Time // no new flows before; set when the proxy refuses one
 }
 
 // udpLink is a connection to the proxy.
 type udpLink struct {
 	h3   *http3.ClientConn
-	ctx  context.Context // ends with the connection
+	ctx  context.Context // canceled when the connection ends
 	fail context.CancelCauseFunc
 }
 
-// NewUDPForwarder checks cfg and makes a UDPForwarder of it; nothing is opened
-// or sent yet. Errors are *Error of KindUsage.
+// NewUDPForwarder checks cfg and returns a UDPForwarder. It opens and sends
+// nothing. Errors are *Error of KindUsage.
 func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 	to, err := parseProxy(cfg.Proxy, cfg.TLS)
 	if err != nil {
@@ -138,14 +171,15 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 	}
 	f := &UDPForwarder{
 		cfg: cfg, template: template, instance: rand.Text(), started: time.Now(),
-		answer: answerTimeout, use: useInterval, ready: make(chan struct{}),
-		complain: rate.NewLimiter(rate.Every(10*time.Second), 3),
-		flows:    make(map[*udpFlow]struct{}),
+		answerTimeout: answerTimeout, useInterval: useInterval, ready: make(chan struct{}),
+		flowWarnings: rate.NewLimiter(rate.Every(10*time.Second), 3),
+		flows:        make(map[*udpFlow]struct{}),
 	}
 	f.dialer = newDialer(to, cfg.TLS, cfg.Token,
 		markIfAllowed(cmp.Or(cfg.Mark, routing.DefaultMark)), cfg.Logger)
 	f.dialer.tracer = cfg.Tracer
-	// RFC 9298 section 6: nobody knows whether what is inside controls itself
+	// The forwarded protocol may have no congestion control of its own (RFC
+	// 9298 section 6).
 	f.dialer.congestion = congestion.Outer
 	f.dialer.dropped = func(packets int) {
 		f.stats.Receive.DropMany(connectip.DropSocketFull, packets)
@@ -153,13 +187,15 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 	return f, nil
 }
 
-func isPort(s string, low uint64) bool {
+// isPort reports whether s is the number of a port, lowest or greater.
+func isPort(s string, lowest uint64) bool {
 	n, err := strconv.ParseUint(s, 10, 16)
-	return err == nil && n >= low
+	return err == nil && n >= lowest
 }
 
-// markIfAllowed keeps the connection to the proxy out of a tunnel of this host,
-// if this process may. Inside a tunnel to the same proxy it would not work.
+// markIfAllowed returns a function that marks a socket if this process has the
+// privilege. The mark keeps the connection to the proxy out of a tunnel of this
+// host; it would not work inside a tunnel to the same proxy.
 func markIfAllowed(mark uint32) controlFunc {
 	set := routing.MarkSocket(mark)
 	return func(network, address string, c syscall.RawConn) error {
@@ -171,20 +207,21 @@ func markIfAllowed(mark uint32) controlFunc {
 	}
 }
 
-// Ready is closed when the proxy has accepted the target for the first time.
+// Ready returns a channel that is closed when the proxy accepts the target for
+// the first time.
 func (f *UDPForwarder) Ready() <-chan struct{} { return f.ready }
 
-// LocalAddr returns the local address, once Ready is closed.
+// LocalAddr returns the local address. It may be called once Ready is closed.
 func (f *UDPForwarder) LocalAddr() netip.AddrPort {
 	return f.socket.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
-// Stats returns what was carried: Send is from local peers to the proxy,
-// Receive from the proxy.
+// Stats returns the counters of packets: Send counts packets from local peers
+// to the proxy, Receive packets from the proxy.
 func (f *UDPForwarder) Stats() *connectip.Stats { return &f.stats }
 
-// Run forwards until ctx ends, which gives nil, or until it fails for good,
-// which gives an *Error. It may be called once.
+// Run forwards packets. It returns nil when ctx ends, and an *Error when it
+// cannot continue. It may be called once.
 func (f *UDPForwarder) Run(ctx context.Context) error {
 	var lc net.ListenConfig
 	c, err := lc.ListenPacket(ctx, "udp", f.cfg.Listen)
@@ -217,13 +254,13 @@ func (f *UDPForwarder) Run(ctx context.Context) error {
 	return err
 }
 
-// session connects, and forwards until the connection or ctx ends. It returns
-// why it ended and how long it lasted.
+// session connects and forwards packets until the connection or ctx ends. It
+// returns how long it was connected and why it ended.
 func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, err error) {
 	link := &udpLink{}
 	d, err := f.dialer.dial(ctx, func(ctx context.Context, h3 *http3.ClientConn) error {
 		link.h3 = h3
-		// This one flow is to see that the proxy takes the credentials and the
+		// One flow checks that the proxy accepts the credentials and the
 		// target.
 		str, err := f.request(ctx, link)
 		if err == nil {
@@ -258,18 +295,19 @@ func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, er
 	return time.Since(since), err
 }
 
-// keepAliveDatagram is for the first stream of a connection, which is over, and
-// has a context that nobody knows (RFC 9297 section 2.1, RFC 9298 section 5):
-// it goes nowhere. A proxy that has forgotten the connection answers it with a
-// stateless reset, which it need not do with the packets by which QUIC keeps a
-// connection alive, or with other short ones (RFC 9000 section 10.3.3).
+// keepAliveDatagram belongs to the first stream of a connection, which has
+// ended, and has an unknown context ID, so the proxy drops it (RFC 9297 section
+// 2.1, RFC 9298 section 5). A proxy that has lost the connection answers it
+// with a stateless reset. It need not answer short packets, such as QUIC's own
+// keep-alives (RFC 9000 section 10.3.3).
 var keepAliveDatagram = append([]byte{0, 2}, make([]byte, 62)...)
 
-// sendKeepAlives lets conn learn of a restart of the proxy until ctx ends: soon
-// when packets go unanswered, else now and then.
+// sendKeepAlives sends keepAliveDatagrams until ctx ends, so that conn learns
+// of a restart of the proxy: one every keepAlive, and one a second while
+// packets go unanswered.
 func sendKeepAlives(ctx context.Context, conn *quic.Conn) {
-	const look = time.Second
-	tick := time.NewTicker(look)
+	const interval = time.Second
+	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	last, idle := conn.ConnectionStats(), time.Duration(0)
 	for {
@@ -281,7 +319,7 @@ func sendKeepAlives(ctx context.Context, conn *quic.Conn) {
 		now := conn.ConnectionStats()
 		unanswered := now.PacketsSent > last.PacketsSent &&
 			now.PacketsReceived == last.PacketsReceived
-		if idle += look; unanswered || idle >= keepAlive {
+		if idle += interval; unanswered || idle >= keepAlive {
 			_ = conn.SendDatagram(keepAliveDatagram)
 			idle = 0
 		}
@@ -289,10 +327,10 @@ func sendKeepAlives(ctx context.Context, conn *quic.Conn) {
 	}
 }
 
-// keepUsed makes a request on link now and then while it has no flows: a
-// proxy ends connections without any.
+// keepUsed opens a flow on link every useInterval while there is none, because
+// a proxy closes a connection without requests.
 func (f *UDPForwarder) keepUsed(link *udpLink) {
-	tick := time.NewTicker(f.use)
+	tick := time.NewTicker(f.useInterval)
 	defer tick.Stop()
 	flow := &udpFlow{f: f, link: link, ctx: link.ctx}
 	for {
@@ -318,8 +356,8 @@ func (f *UDPForwarder) keepUsed(link *udpLink) {
 	}
 }
 
-// request opens one flow and returns its stream. ctx does not interrupt it once
-// the request is sent: only the end of the connection does.
+// request opens a flow and returns its stream. ctx interrupts it only until the
+// request is sent; after that only the end of the connection does.
 func (f *UDPForwarder) request(ctx context.Context, link *udpLink) (*http3.RequestStream, error) {
 	req, err := f.newRequest(ctx)
 	if err != nil {
@@ -340,7 +378,7 @@ func (f *UDPForwarder) request(ctx context.Context, link *udpLink) (*http3.Reque
 	return str, nil
 }
 
-// newRequest makes the request for a flow (RFC 9298 section 3.4).
+// newRequest returns the request for a flow (RFC 9298 section 3.4).
 func (f *UDPForwarder) newRequest(ctx context.Context) (*http.Request, error) {
 	host, port, err := net.SplitHostPort(f.cfg.Target)
 	if err != nil {
@@ -362,8 +400,8 @@ func (f *UDPForwarder) newRequest(ctx context.Context) (*http.Request, error) {
 	return req, nil
 }
 
-// awaitAnswer reads the answer to a request, and returns why it is not what was
-// asked for.
+// awaitAnswer reads the response to a request. It returns an error if the proxy
+// refuses the flow.
 func (f *UDPForwarder) awaitAnswer(str *http3.RequestStream) error {
 	rsp, err := readFinalResponse(str)
 	if err != nil {
@@ -389,7 +427,7 @@ func (f *UDPForwarder) awaitAnswer(str *http3.RequestStream) error {
 	return bad
 }
 
-// limitError is a refusal for a limit on flows. It wraps an *Error.
+// limitError is the refusal of a flow because of a limit. It wraps an *Error.
 type limitError struct{ error }
 
 func (e *limitError) Unwrap() error { return e.error }

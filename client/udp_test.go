@@ -428,7 +428,7 @@ func TestForwardUDPIdle(t *testing.T) {
 // A connection without flows is used now and then, so that the proxy keeps it.
 func TestForwardUDPKeepsTheConnection(t *testing.T) {
 	far := startUDPProxy(t, echo(t), nil)
-	startForwarderWith(t, far.addr, nil, func(u *UDPForwarder) { u.use = time.Millisecond })
+	startForwarderWith(t, far.addr, nil, func(u *UDPForwarder) { u.useInterval = time.Millisecond })
 	for {
 		for _, r := range far.Counters().Requests {
 			if r.Reason == "accepted" && r.Count >= 4 {
@@ -603,7 +603,7 @@ func TestForwardUDPBadAnswers(t *testing.T) {
 			f := startForwarderWith(t, p.addr, func(c *UDPConfig) {
 				c.Target, c.Reconnect = target, false
 			},
-				func(f *UDPForwarder) { f.answer = 200 * time.Millisecond })
+				func(f *UDPForwarder) { f.answerTimeout = 200 * time.Millisecond })
 			f.awaitReady(t)
 			c := newPeer(t, f)
 			if tc.says == "" {

@@ -17,44 +17,56 @@ import (
 )
 
 const (
-	// pooledPayload is what nearly all packets fit into, in bytes; the buffers
-	// of longer ones are not used again.
+	// pooledPayload is the size of pooled buffers in bytes. Nearly all payloads
+	// fit; longer ones get a buffer that is not reused.
 	pooledPayload = 2048
-	// flowQueue is how many packets of one local peer wait, as for the answer
-	// to the request of its flow.
+
+	// flowQueue limits the packets of a flow that wait to be sent, for example
+	// while the request is unanswered.
 	flowQueue = 64
-	// evictAfter is how long a flow has to be quiet to make room for another.
+
+	// evictAfter is the time without packets after which a flow may be ended to
+	// make room for another.
 	evictAfter = time.Second
-	// holdTime is how long no flow is asked for after the proxy refused one.
+
+	// holdTime is the time without new flows after the proxy refused one.
 	holdTime = time.Second
-	// limitRetryDelay, and twice as long each time up to limitRetryMax, passes
-	// before a flow for which there was no room is tried again: the proxy takes
-	// a moment to see that another has ended.
+
+	// limitRetryDelay is the delay before a second request for a flow that
+	// exceeded a limit, because the proxy needs a moment to notice that another
+	// flow has ended. It doubles up to limitRetryMax.
 	limitRetryDelay = 50 * time.Millisecond
 	limitRetryMax   = time.Second
 )
 
-// udpFlow carries the packets of one local peer.
+// udpFlow forwards the packets of one local peer.
 type udpFlow struct {
-	f      *UDPForwarder
-	peer   netip.AddrPort
-	link   *udpLink
-	queue  chan udpPacket // packets that wait to be sent to the proxy
-	ctx    context.Context
-	stop   context.CancelFunc
-	open   atomic.Bool
-	active atomic.Int64 // when the last packet passed, in nanoseconds after the start of f
+	f     *UDPForwarder
+	peer  netip.AddrPort
+	link  *udpLink
+	queue chan udpPacket // packets to the proxy
+	ctx   context.Context
+	stop  context.CancelFunc
+	open  atomic.Bool // the proxy accepted the request
+
+	// active is the time of the last packet, in nanoseconds after f.started.
+	active atomic.Int64
 }
 
-// udpPacket is a payload, in a buffer of the pool below unless that is nil.
+// udpPacket is the payload of a UDP packet.
 type udpPacket struct {
 	payload []byte
-	buf     *[pooledPayload]byte
+
+	// buf is the buffer from udpBuffers that holds payload, nil for a payload
+	// that does not fit.
+	buf *[pooledPayload]byte
 }
 
+// udpBuffers holds buffers of type *[pooledPayload]byte.
 var udpBuffers = sync.Pool{New: func() any { return new([pooledPayload]byte) }}
 
-// newUDPPacket copies a payload.
+// newUDPPacket returns a packet with a copy of payload. The caller must call
+// free.
 func newUDPPacket(payload []byte) udpPacket {
 	if len(payload) > pooledPayload {
 		return udpPacket{payload: bytes.Clone(payload)}
@@ -63,17 +75,18 @@ func newUDPPacket(payload []byte) udpPacket {
 	return udpPacket{payload: buf[:copy(buf[:], payload)], buf: buf}
 }
 
+// free returns the buffer to the pool. The packet must not be used afterwards.
 func (p udpPacket) free() {
 	if p.buf != nil {
 		udpBuffers.Put(p.buf)
 	}
 }
 
-// readSocket takes packets of local peers to their flows until the socket fails
-// or is closed.
+// readSocket puts packets of local peers into the queues of their flows until
+// the socket fails or is closed.
 func (f *UDPForwarder) readSocket() error {
-	peers := make(map[netip.AddrPort]*udpFlow)     // those that have ended may be among them
-	buf := make([]byte, connectip.MaxUDPPayload+1) // what fills it is too long
+	peers := make(map[netip.AddrPort]*udpFlow)     // may contain ended flows
+	buf := make([]byte, connectip.MaxUDPPayload+1) // a payload that fills it is too long
 	for {
 		n, peer, err := f.socket.ReadFromUDPAddrPort(buf)
 		if err != nil {
@@ -107,7 +120,7 @@ func (f *UDPForwarder) readSocket() error {
 	}
 }
 
-// newFlow begins a flow for peer, nil if there can be none now.
+// newFlow starts a flow for peer. It returns nil if no flow can be started now.
 func (f *UDPForwarder) newFlow(peer netip.AddrPort) *udpFlow {
 	link := f.link.Load()
 	if link == nil {
@@ -115,7 +128,7 @@ func (f *UDPForwarder) newFlow(peer netip.AddrPort) *udpFlow {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if time.Now().Before(f.hold) || len(f.flows) >= maxFlows && !f.evict() {
+	if time.Now().Before(f.holdUntil) || len(f.flows) >= maxFlows && !f.evict() {
 		return nil
 	}
 	flow := &udpFlow{f: f, peer: peer, link: link, queue: make(chan udpPacket, flowQueue)}
@@ -129,15 +142,14 @@ func (f *UDPForwarder) newFlow(peer netip.AddrPort) *udpFlow {
 	return flow
 }
 
-// panicked logs a panic of a goroutine that serves one flow, which ends with
-// it.
+// panicked logs a panic in a goroutine of a flow. The panic ends the flow.
 func (f *UDPForwarder) panicked(e *rescue.Error) {
 	f.cfg.Logger.Error("a fault of this program ended a flow of UDP; please report it with this line",
 		"panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
 }
 
-// evict ends the flow that was quiet for longest, if there is one that was for
-// evictAfter. f.mu is held.
+// evict ends the flow that has been quiet for longest, and reports whether
+// there was one that had been quiet for evictAfter. f.mu is held.
 func (f *UDPForwarder) evict() bool {
 	var oldest *udpFlow
 	for flow := range f.flows {
@@ -153,16 +165,16 @@ func (f *UDPForwarder) evict() bool {
 	return true
 }
 
-// touch notes that a packet passed.
+// touch records the time of a packet.
 func (flow *udpFlow) touch() { flow.active.Store(int64(time.Since(flow.f.started))) }
 
-// quiet is for how long no packet passed.
+// quiet returns the time since the last packet.
 func (flow *udpFlow) quiet() time.Duration {
 	return time.Since(flow.f.started) - time.Duration(flow.active.Load())
 }
 
-// run opens the flow and carries its packets until it, its connection, or the
-// need for it ends.
+// run opens the flow and forwards its packets until the proxy or the connection
+// ends it, or it is idle for too long.
 func (flow *udpFlow) run() {
 	f := flow.f
 	defer func() {
@@ -179,28 +191,29 @@ func (flow *udpFlow) run() {
 	}
 	flow.open.Store(true)
 	str := connectip.NewUDPStream(raw)
-	var down sync.WaitGroup
-	down.Go(func() {
+	var receivers sync.WaitGroup
+	receivers.Go(func() {
 		defer flow.stop()
 		defer rescue.Catch(f.panicked)
-		str.ReceiveCapsules(flow.down, func() { f.stats.Receive.Drop(connectip.DropTooBig) })
+		str.ReceiveCapsules(flow.deliver, func() { f.stats.Receive.Drop(connectip.DropTooBig) })
 	})
-	down.Go(func() {
+	receivers.Go(func() {
 		defer flow.stop()
 		defer rescue.Catch(f.panicked)
-		str.ReceiveDatagrams(flow.ctx, flow.down)
+		str.ReceiveDatagrams(flow.ctx, flow.deliver)
 	})
-	ended := context.AfterFunc(flow.ctx, str.Interrupt) // for a packet that the proxy does not read
+	// Interrupt ends a write that the proxy does not read.
+	cancelInterrupt := context.AfterFunc(flow.ctx, str.Interrupt)
 	defer func() {
-		ended()
+		cancelInterrupt()
 		flow.stop()
 		str.Close()
-		down.Wait()
+		receivers.Wait()
 	}()
-	flow.up(str)
+	flow.send(str)
 }
 
-// drain gives back what was not sent.
+// drain frees the queued packets and counts them as dropped.
 func (flow *udpFlow) drain() {
 	for {
 		select {
@@ -213,16 +226,16 @@ func (flow *udpFlow) drain() {
 	}
 }
 
-// request asks for the flow. When the proxy has a limit that forbids it, it
-// goes in place of one that is quiet.
+// request opens the flow. If it exceeds a limit of the proxy, request ends a
+// quiet flow and tries again.
 func (flow *udpFlow) request() (*http3.RequestStream, error) {
 	f := flow.f
-	// The answer is waited for without end, so one that does not come in time
-	// ends the connection.
-	late := time.AfterFunc(f.answer, func() {
+	// Nothing but the end of the connection interrupts f.request, so a late
+	// answer has to end the connection.
+	timeout := time.AfterFunc(f.answerTimeout, func() {
 		flow.link.fail(classify(context.DeadlineExceeded, nil, f.dialer.to))
 	})
-	defer late.Stop()
+	defer timeout.Stop()
 	evicted := false
 	for delay := limitRetryDelay; ; delay *= 2 {
 		c, err := f.request(flow.ctx, flow.link)
@@ -243,8 +256,8 @@ func (flow *udpFlow) request() (*http3.RequestStream, error) {
 	}
 }
 
-// refused says why there is no flow. What no later flow can mend ends the
-// connection.
+// refused handles an error of request. An error that every other flow would
+// have too ends the connection; any other is logged and delays new flows.
 func (flow *udpFlow) refused(err error) {
 	f := flow.f
 	if flow.ctx.Err() != nil {
@@ -256,19 +269,19 @@ func (flow *udpFlow) refused(err error) {
 		return
 	}
 	f.mu.Lock()
-	f.hold = time.Now().Add(holdTime)
+	f.holdUntil = time.Now().Add(holdTime)
 	f.mu.Unlock()
-	if f.complain.Allow() {
+	if f.flowWarnings.Allow() {
 		f.cfg.Logger.Warn("no flow for a local peer", "peer", flow.peer.String(), "reason", err)
 	}
 }
 
-// up carries packets to the proxy until the flow ends or nothing passes in
-// either direction for long.
-func (flow *udpFlow) up(str *connectip.UDPStream) {
-	const looks = 4
+// send sends the queued packets to the proxy until the flow ends or has been
+// idle in both directions for IdleTimeout.
+func (flow *udpFlow) send(str *connectip.UDPStream) {
+	const checks = 4 // checks per IdleTimeout
 	count := &flow.f.stats.Send
-	idle := time.NewTicker(flow.f.cfg.IdleTimeout / looks)
+	idle := time.NewTicker(flow.f.cfg.IdleTimeout / checks)
 	defer idle.Stop()
 	for {
 		select {
@@ -291,8 +304,8 @@ func (flow *udpFlow) up(str *connectip.UDPStream) {
 	}
 }
 
-// down carries a packet to the local peer.
-func (flow *udpFlow) down(payload []byte) {
+// deliver sends a payload to the local peer.
+func (flow *udpFlow) deliver(payload []byte) {
 	count := &flow.f.stats.Receive
 	flow.touch()
 	if _, err := flow.f.socket.WriteToUDPAddrPort(payload, flow.peer); err != nil {
