@@ -17,8 +17,8 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/endpoint"
 	"masquevpn/internal/flowqueue"
-	"masquevpn/internal/hostend"
 	"masquevpn/internal/rescue"
 	"masquevpn/routing"
 	"masquevpn/tun"
@@ -39,12 +39,12 @@ type Client struct {
 	dialer   *dialer
 	instance string // tells this run from others of the same user
 
-	ends   hostend.Keeper[*end]
-	host   *host
-	tried  tried                      // when it dialed last
-	hurry  *rate.Limiter              // limits retries before the backoff ends
-	pushed []capsule.DNSConfiguration // what the last session said of DNS
-	queue  *flowqueue.Queue           // packets read from the device
+	supervisor endpoint.Supervisor[*localEndpoint]
+	host       *host
+	tried      tried                      // when it dialed last
+	hurry      *rate.Limiter              // limits retries before the backoff ends
+	pushed     []capsule.DNSConfiguration // what the last session said of DNS
+	queue      *flowqueue.Queue           // packets read from the device
 	// where packets of the device go, nil while there is no session
 	current atomic.Pointer[connectip.Conn]
 	stats   connectip.Stats
@@ -133,7 +133,8 @@ func New(cfg Config) (*Client, error) {
 	}
 	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()),
 		queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice)}
-	c.ends.Open, c.ends.Report, c.ends.Logger = c.openEnd, c.noteHealth, cfg.Logger
+	c.supervisor.Open, c.supervisor.Report, c.supervisor.Logger = c.openEndpoint, c.noteHealth,
+		cfg.Logger
 	c.host, c.hurry = newHost(cfg.Suspended), rate.NewLimiter(rate.Every(hurryInterval), hurryBurst)
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
@@ -163,7 +164,7 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	if err := c.closeKillSwitch(""); err != nil {
 		return err
 	}
-	if err := c.ends.Start(); err != nil {
+	if err := c.supervisor.Start(); err != nil {
 		c.queue.Close()
 		return privileged(err, "")
 	}
@@ -172,7 +173,7 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	// Joined errors lose their kind, so only a failure to restore the host is
 	// added.
 	defer func() {
-		if closeErr := c.ends.Close(); closeErr != nil {
+		if closeErr := c.supervisor.Close(); closeErr != nil {
 			err = errors.Join(err, closeErr)
 		}
 		c.queue.Close()
@@ -187,7 +188,7 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	}
 	defer endWatch()
 	sending.Go(c.sendQueued)
-	keeping.Go(func() { c.ends.Run(ctx) })
+	keeping.Go(func() { c.supervisor.Run(ctx) })
 	keeping.Go(func() { c.keepDNS(ctx) })
 	if c.cfg.KillSwitch != nil {
 		keeping.Go(func() { c.keepKillSwitch(ctx) })

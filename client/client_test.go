@@ -80,7 +80,7 @@ func (u users) Reserved(netip.Prefix, string) bool      { return false }
 // network is a kernel that keeps what it was last told.
 type network struct {
 	health chan routing.Health // values to report; nil: none
-	lost   chan error          // how Keep ends
+	lost   chan error          // how Maintain ends
 
 	mu        sync.Mutex
 	states    []routing.State
@@ -96,7 +96,7 @@ func (n *network) Apply(s routing.State) error {
 	return nil
 }
 
-func (n *network) Keep(ctx context.Context, report func(routing.Health)) error {
+func (n *network) Maintain(ctx context.Context, report func(routing.Health)) error {
 	for {
 		select {
 		case <-ctx.Done():

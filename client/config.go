@@ -136,9 +136,10 @@ type Network interface {
 	// returns where these have the same addresses as that.
 	FollowHost() (conflicts []string, err error)
 	Held() error // why the state applied has its IPv6 routes leading nowhere, nil if it has not
-	// Keep puts back what other programs change of the state applied, until ctx
-	// ends or the device is lost.
-	Keep(ctx context.Context, report func(routing.Health)) error
+	// Maintain restores the changes of other programs to the applied state until
+	// ctx is done. It calls report like routing.Manager.Maintain, and returns an
+	// error if the device is lost.
+	Maintain(ctx context.Context, report func(routing.Health)) error
 	Close() error
 }
 
@@ -148,8 +149,8 @@ type KillSwitch interface {
 	// Close lets packets leave through the interface of that name only, "" for
 	// none. It may be called again and again.
 	Close(iface string) error
-	// Keep closes it again when another program opens it, until ctx ends.
-	Keep(ctx context.Context, report func(routing.KillSwitchHealth)) error
+	// Maintain closes it again when another program opens it, until ctx is done.
+	Maintain(ctx context.Context, report func(routing.KillSwitchHealth)) error
 }
 
 // Kind classifies an Error. Its values are the exit codes of masque-client.

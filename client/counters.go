@@ -37,7 +37,7 @@ func (c *Client) Counters() *Counters {
 
 // countOverflow counts what the kernel dropped in front of the device.
 func (c *Client) countOverflow() {
-	if e := c.ends.Current(); e != nil {
+	if e := c.supervisor.Current(); e != nil {
 		e.overflow.Count(e.device, func(n int) {
 			c.stats.Send.DropMany(connectip.DropDeviceFull, n)
 		})

@@ -129,7 +129,7 @@ const noticeConflict = "conflict"
 func (c *Client) noteConflicts() {
 	c.noting.Lock()
 	defer c.noting.Unlock()
-	conflicts, err := c.ends.Current().network.FollowHost()
+	conflicts, err := c.supervisor.Current().network.FollowHost()
 	if err != nil {
 		c.cfg.Logger.Debug("conflicts with the host's networks are not known", "error", err)
 		return

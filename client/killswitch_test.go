@@ -30,7 +30,7 @@ func (k *killSwitch) Close(iface string) error {
 	return k.err
 }
 
-func (k *killSwitch) Keep(ctx context.Context, report func(routing.KillSwitchHealth)) error {
+func (k *killSwitch) Maintain(ctx context.Context, report func(routing.KillSwitchHealth)) error {
 	for {
 		select {
 		case <-ctx.Done():

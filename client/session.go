@@ -484,7 +484,7 @@ func (s *session) apply() (complete bool, err error) {
 	}
 	c.had = addrs
 	c.current.Store(s.conn) // before the kernel sends packets here
-	network := c.ends.Current().network
+	network := c.supervisor.Current().network
 	err = network.Apply(state)
 	if errors.Is(err, routing.ErrInterfaceGone) || errors.Is(err, os.ErrClosed) {
 		return false, nil // until there is another one

@@ -184,7 +184,7 @@ func (c *Client) returnTaken() {
 	if len(state.Addresses) == len(last.Addresses) {
 		return
 	}
-	if err := c.ends.Current().network.Apply(state); err != nil {
+	if err := c.supervisor.Current().network.Apply(state); err != nil {
 		c.cfg.Logger.Warn("an address of the tunnel that is this host's otherwise cannot be taken from the interface", "error", err)
 		return
 	}

@@ -135,9 +135,10 @@ type Device interface {
 // Network is the kernel's side of a Device; *routing.Manager is one.
 type Network interface {
 	Apply(routing.State) error
-	// Keep puts back what other programs change of the state applied, until ctx
-	// ends or the device is lost.
-	Keep(ctx context.Context, report func(routing.Health)) error
+	// Maintain restores the changes of other programs to the applied state until
+	// ctx is done. It calls report like routing.Manager.Maintain, and returns an
+	// error if the device is lost.
+	Maintain(ctx context.Context, report func(routing.Health)) error
 	Close() error
 }
 

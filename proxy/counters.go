@@ -56,7 +56,7 @@ func (s *Server) Counters() *Counters {
 	s.mu.Lock()
 	c.KernelRepairs = s.health.Repairs
 	s.mu.Unlock()
-	if e := s.ends.Current(); e != nil {
+	if e := s.supervisor.Current(); e != nil {
 		e.overflow.Count(e.device, func(n int) {
 			s.unrouted.Send.DropMany(connectip.DropDeviceFull, n)
 		})

@@ -97,7 +97,7 @@ func (s *Server) noSession(pkt []byte, dst netip.Addr) {
 	buf, ok := ippacket.AppendICMPError(buf, pkt, p, ippacket.NoSession, s.gateway(dst), 0)
 	if ok {
 		s.unrouted.ICMPSent.Count(ippacket.NoSession)
-		_, _ = s.ends.Current().device.Write([][]byte{buf}, tun.Headroom)
+		_, _ = s.supervisor.Current().device.Write([][]byte{buf}, tun.Headroom)
 	}
 }
 

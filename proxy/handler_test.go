@@ -33,7 +33,7 @@ type noNetwork struct{}
 func (noNetwork) Apply(routing.State) error { return nil }
 func (noNetwork) Close() error              { return nil }
 
-func (noNetwork) Keep(ctx context.Context, _ func(routing.Health)) error {
+func (noNetwork) Maintain(ctx context.Context, _ func(routing.Health)) error {
 	<-ctx.Done()
 	return nil
 }

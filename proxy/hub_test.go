@@ -36,7 +36,7 @@ func (byToken) Reserved(netip.Prefix, string) bool  { return false }
 // kernel keeps all that it was told.
 type kernel struct {
 	health chan routing.Health // values to report; nil: none
-	lost   chan error          // how Keep ends
+	lost   chan error          // how Maintain ends
 
 	mu     sync.Mutex
 	states []routing.State
@@ -55,7 +55,7 @@ func (k *kernel) Apply(s routing.State) error {
 
 func (*kernel) Close() error { return nil }
 
-func (k *kernel) Keep(ctx context.Context, report func(routing.Health)) error {
+func (k *kernel) Maintain(ctx context.Context, report func(routing.Health)) error {
 	for {
 		select {
 		case <-ctx.Done():

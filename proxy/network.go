@@ -68,7 +68,7 @@ func (s *Server) keepNetwork(ctx context.Context) error {
 func (s *Server) readLocal() error {
 	read := s.cfg().LocalNetworks
 	if read == nil {
-		read = func() ([]netip.Prefix, error) { return localNetworks(s.ends.Current().Name()) }
+		read = func() ([]netip.Prefix, error) { return localNetworks(s.supervisor.Current().Name()) }
 	}
 	local, err := read()
 	if err != nil {
@@ -111,14 +111,14 @@ func (s *Server) refresh() error {
 }
 
 // install makes the kernel follow l. What the kernel was told already, it keeps
-// by itself, see end.Keep.
+// by itself, see localEndpoint.Maintain.
 func (s *Server) install(l layout) error {
 	state := s.networkState(l)
 	if s.installed != nil && slices.Equal(state.Routes, s.installed.Routes) &&
 		slices.Equal(state.Addresses, s.installed.Addresses) {
 		return nil
 	}
-	err := s.ends.Current().network.Apply(state)
+	err := s.supervisor.Current().network.Apply(state)
 	if errors.Is(err, routing.ErrInterfaceGone) || errors.Is(err, os.ErrClosed) {
 		err = nil // the next end gets it
 	}

@@ -21,7 +21,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"masquevpn/internal/connectip"
-	"masquevpn/internal/hostend"
+	"masquevpn/internal/endpoint"
 	"masquevpn/internal/udpconn"
 	"masquevpn/routing"
 )
@@ -58,7 +58,7 @@ type Server struct {
 	addrs     []net.Addr
 	ports     []uint16 // UDP, of the sockets
 
-	ends hostend.Keeper[*end]
+	supervisor endpoint.Supervisor[*localEndpoint]
 
 	reloading  sync.Mutex
 	refreshing sync.Mutex     // one refresh at a time; guards what follows
@@ -117,7 +117,7 @@ func New(cfg Config) (*Server, error) {
 		requests:   newRequestCounts(),
 	}
 	s.connections = newConnections(s.peerLog, cfg.MaxPending, cfg.MaxPendingPerAddress)
-	s.ends.Open, s.ends.Report, s.ends.Logger = s.openEnd, s.noteHealth, cfg.Logger
+	s.supervisor.Open, s.supervisor.Report, s.supervisor.Logger = s.openEndpoint, s.noteHealth, cfg.Logger
 	s.pool.hold = cfg.Hold
 	s.config.Store(&cfg)
 	s.dns.Store(&cfg.DNS)
@@ -151,10 +151,10 @@ func (s *Server) Run(ctx context.Context) (err error) {
 			s.ports = append(s.ports, a.AddrPort().Port())
 		}
 	}
-	if err := s.ends.Start(); err != nil {
+	if err := s.supervisor.Start(); err != nil {
 		return openError(err)
 	}
-	defer func() { err = errors.Join(err, s.ends.Close()) }()
+	defer func() { err = errors.Join(err, s.supervisor.Close()) }()
 	return s.serve(ctx, sockets)
 }
 
@@ -262,7 +262,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		})
 	}
 	g.Go(func() error {
-		s.ends.Run(gctx)
+		s.supervisor.Run(gctx)
 		return nil
 	})
 	g.Go(func() error { return s.keepNetwork(gctx) })
@@ -279,7 +279,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		for _, t := range transports {
 			err = errors.Join(err, t.Close())
 		}
-		return errors.Join(err, s.ends.Close())
+		return errors.Join(err, s.supervisor.Close())
 	})
 	s.started = time.Now()
 	for _, c := range sockets {
@@ -452,7 +452,7 @@ func (s *Server) Status() Status {
 	status := Status{
 		Schema: connectip.StatusSchema, Name: s.cfg().Name, State: StateRunning, Since: s.started,
 		Listen:   s.listening(),
-		Template: s.templates[0].String(), Interface: s.ends.Current().Name(), Sessions: c.Sessions,
+		Template: s.templates[0].String(), Interface: s.supervisor.Current().Name(), Sessions: c.Sessions,
 		UDPFlows: c.UDPFlows,
 		Leased:   map[string]int{"ipv4": v4, "ipv6": v6},
 		Packets:  st.Packets, Bytes: st.Bytes, Drops: st.Drops,

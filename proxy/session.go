@@ -533,7 +533,7 @@ func (ss *session) status() SessionStatus {
 		s.SetDNS(nil, nil)
 		return s
 	}
-	s.Kind, s.Interface = KindIP, ss.server.ends.Current().Name()
+	s.Kind, s.Interface = KindIP, ss.server.supervisor.Current().Name()
 	ss.mu.Lock()
 	if ss.conn != nil {
 		s.MTU = ss.conn.MTU()

@@ -100,11 +100,11 @@
 //
 // # Other programs
 //
-// [Manager.Keep] puts back what other programs change, and [KillSwitch.Keep]
+// [Manager.Maintain] puts back what other programs change, and [KillSwitch.Maintain]
 // closes a kill switch again. Both hear from the kernel when there may be
 // something to do, compare as Apply does, and report a health: what is not in
 // effect, and how much was put back so far. When the interface itself is gone,
-// Keep ends with [ErrInterfaceGone].
+// Maintain ends with [ErrInterfaceGone].
 //
 // # Ownership and crashes
 //

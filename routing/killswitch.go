@@ -47,7 +47,7 @@ type KillSwitch struct {
 type KillSwitchHealth struct {
 	Closed  bool
 	Problem string // what keeps it from lasting and what to do, "" when nothing does
-	Repairs uint64 // how often another program opened it and Keep closed it again
+	Repairs uint64 // how often another program opened it and Maintain closed it again
 }
 
 func (k *KillSwitch) table() string { return "masquevpn-kill-" + k.Instance }
@@ -98,11 +98,11 @@ func (k *KillSwitch) write() (found, changed bool, err error) {
 	return found, true, nil
 }
 
-// Keep closes the kill switch again when another program opens or changes it,
+// Maintain closes the kill switch again when another program opens or changes it,
 // as the last Close had it, until ctx ends. It logs that, and calls report at
 // the start and after every change of the KillSwitchHealth. What is opened
 // again and again is closed at once a few times, and then four times a second.
-func (k *KillSwitch) Keep(ctx context.Context, report func(KillSwitchHealth)) error {
+func (k *KillSwitch) Maintain(ctx context.Context, report func(KillSwitchHealth)) error {
 	changed := make(chan struct{}, 1)
 	tables, err := subscribe(unix.NETLINK_NETFILTER, []uint{nftablesGroup}, nil)
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrInterfaceGone is returned by Keep when the interface was deleted. Whoever
+// ErrInterfaceGone is returned by Maintain when the interface was deleted. Whoever
 // made it has to make it anew, and open another Manager for it.
 var ErrInterfaceGone = errors.New("the interface is gone")
 
@@ -46,7 +46,7 @@ type Health struct {
 	Interface string
 	// Addresses are those of State.Addresses that the interface has.
 	Addresses []netip.Prefix
-	// Repairs are how many things others changed and Keep put back, by kind:
+	// Repairs are how many things others changed and Maintain put back, by kind:
 	// link, mtu, address, route, rule, table, sysctl.
 	Repairs map[string]uint64
 }
@@ -64,12 +64,12 @@ type repair struct {
 	lostIPv6 bool // IPv6 was turned off on the interface after it had been applied
 }
 
-// Keep puts back what other programs change of the state that was applied
+// Maintain puts back what other programs change of the state that was applied
 // last, until ctx ends, or with ErrInterfaceGone, or until Close. It logs what
 // it puts back, and calls report first and after every change of the Health.
 // What does not last is put back less and less often. It runs in the network
 // namespace of the Manager, once at a time.
-func (m *Manager) Keep(ctx context.Context, report func(Health)) error {
+func (m *Manager) Maintain(ctx context.Context, report func(Health)) error {
 	changed := make(chan struct{}, 1)
 	routes, err := subscribe(unix.NETLINK_ROUTE, slices.Concat(linkGroups, routeGroups, ruleGroups),
 		ownFilter(m.index))

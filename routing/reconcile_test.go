@@ -38,7 +38,7 @@ func (h *host) keep(m *Manager) *kept {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		h.do(func() { k.done <- m.Keep(ctx, k.report) })
+		h.do(func() { k.done <- m.Maintain(ctx, k.report) })
 	}()
 	h.t.Cleanup(func() {
 		cancel()
@@ -353,7 +353,7 @@ func TestKeepLeavesItsOwnChangesAlone(t *testing.T) {
 	}
 	h.close(m)
 	if err := <-k.done; err != nil {
-		t.Errorf("after Close, Keep returns %v", err)
+		t.Errorf("after Close, Maintain returns %v", err)
 	}
 }
 
@@ -367,7 +367,7 @@ func TestKeepTellsOfALostInterface(t *testing.T) {
 	k := h.keep(m)
 	h.ip("link del masque0")
 	if err := <-k.done; !errors.Is(err, ErrInterfaceGone) {
-		t.Errorf("Keep returns %v, want %v", err, ErrInterfaceGone)
+		t.Errorf("Maintain returns %v, want %v", err, ErrInterfaceGone)
 	}
 	if err := h.tryApply(m, full()); !errors.Is(err, ErrInterfaceGone) {
 		t.Errorf("Apply returns %v, want %v", err, ErrInterfaceGone)
@@ -616,7 +616,7 @@ func (h *host) keepKill(k *KillSwitch) <-chan KillSwitchHealth {
 	go func() {
 		defer close(done)
 		h.do(func() {
-			if err := k.Keep(ctx, func(h KillSwitchHealth) { health <- h }); err != nil {
+			if err := k.Maintain(ctx, func(h KillSwitchHealth) { health <- h }); err != nil {
 				h.t.Error(err)
 			}
 		})

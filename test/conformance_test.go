@@ -698,7 +698,7 @@ func (r *recorder) Apply(s routing.State) error {
 	return nil
 }
 
-func (*recorder) Keep(ctx context.Context, _ func(routing.Health)) error {
+func (*recorder) Maintain(ctx context.Context, _ func(routing.Health)) error {
 	<-ctx.Done()
 	return nil
 }

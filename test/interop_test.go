@@ -30,7 +30,7 @@ import (
 type noKernel struct{}
 
 func (noKernel) Apply(routing.State) error { return nil }
-func (noKernel) Keep(ctx context.Context, _ func(routing.Health)) error {
+func (noKernel) Maintain(ctx context.Context, _ func(routing.Health)) error {
 	<-ctx.Done()
 	return nil
 }

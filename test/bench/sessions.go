@@ -101,7 +101,7 @@ func connect(ctx context.Context, cfg client.Config, start func(func(context.Con
 type noNetwork struct{}
 
 func (noNetwork) Apply(routing.State) error { return nil }
-func (noNetwork) Keep(ctx context.Context, _ func(routing.Health)) error {
+func (noNetwork) Maintain(ctx context.Context, _ func(routing.Health)) error {
 	<-ctx.Done()
 	return nil
 }

@@ -1,4 +1,4 @@
-package hostend
+package endpoint
 
 import "sync"
 

@@ -1,4 +1,4 @@
-package hostend
+package endpoint
 
 import (
 	"context"
@@ -14,38 +14,38 @@ import (
 	"masquevpn/routing"
 )
 
-// machine opens fake Ends.
+// machine opens fake Endpoints.
 type machine struct {
-	mu     sync.Mutex // guards the fields below
-	opened []time.Time
-	ends   []*fakeEnd
-	fail   error // returned by open if not nil
+	mu        sync.Mutex // guards the fields below
+	opened    []time.Time
+	endpoints []*fakeEndpoint
+	fail      error // returned by open if not nil
 }
 
-// fakeEnd is an End without a device.
-type fakeEnd struct {
-	lost   chan error          // makes Keep return
-	health chan routing.Health // reported by Keep
+// fakeEndpoint is an Endpoint without a device.
+type fakeEndpoint struct {
+	lost   chan error          // makes Maintain return
+	health chan routing.Health // reported by Maintain
 	closed chan struct{}       // closed by Close
 }
 
-func (m *machine) open() (*fakeEnd, error) {
+func (m *machine) open() (*fakeEndpoint, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.opened = append(m.opened, time.Now())
 	if m.fail != nil {
 		return nil, m.fail
 	}
-	s := &fakeEnd{lost: make(chan error, 1), health: make(chan routing.Health),
+	e := &fakeEndpoint{lost: make(chan error, 1), health: make(chan routing.Health),
 		closed: make(chan struct{})}
-	m.ends = append(m.ends, s)
-	return s, nil
+	m.endpoints = append(m.endpoints, e)
+	return e, nil
 }
 
-func (m *machine) last() *fakeEnd {
+func (m *machine) last() *fakeEndpoint {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.ends[len(m.ends)-1]
+	return m.endpoints[len(m.endpoints)-1]
 }
 
 func (m *machine) setFail(err error) {
@@ -54,14 +54,14 @@ func (m *machine) setFail(err error) {
 	m.fail = err
 }
 
-func (*fakeEnd) Name() string { return "tun0" }
+func (*fakeEndpoint) Name() string { return "tun0" }
 
-func (e *fakeEnd) Read() error {
+func (e *fakeEndpoint) Read() error {
 	<-e.closed
 	return nil
 }
 
-func (e *fakeEnd) Keep(ctx context.Context, report func(routing.Health)) error {
+func (e *fakeEndpoint) Maintain(ctx context.Context, report func(routing.Health)) error {
 	for {
 		select {
 		case <-ctx.Done():
@@ -74,71 +74,71 @@ func (e *fakeEnd) Keep(ctx context.Context, report func(routing.Health)) error {
 	}
 }
 
-func (e *fakeEnd) Close() error {
+func (e *fakeEndpoint) Close() error {
 	close(e.closed)
 	return nil
 }
 
-// keeping is a Keeper that runs in a synctest bubble.
-type keeping struct {
+// bench is a Supervisor that runs in a synctest bubble.
+type bench struct {
 	machine
-	k      Keeper[*fakeEnd]
-	health routing.Health // last report
+	supervisor Supervisor[*fakeEndpoint]
+	health     routing.Health // last report
 }
 
-func (x *keeping) report(h routing.Health) {
+func (x *bench) report(h routing.Health) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.health = h
 }
 
 // now returns the last report and the number of attempts to open a device.
-func (x *keeping) now() (routing.Health, int) {
+func (x *bench) now() (routing.Health, int) {
 	synctest.Wait()
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return x.health, len(x.opened)
 }
 
-// inBubble runs f in a synctest bubble with a running Keeper.
-func inBubble(t *testing.T, f func(t *testing.T, x *keeping)) {
+// inBubble runs f in a synctest bubble with a running Supervisor.
+func inBubble(t *testing.T, f func(t *testing.T, x *bench)) {
 	synctest.Test(t, func(t *testing.T) {
-		x := &keeping{}
-		x.k = Keeper[*fakeEnd]{Open: x.open, Report: x.report,
+		x := &bench{}
+		x.supervisor = Supervisor[*fakeEndpoint]{Open: x.open, Report: x.report,
 			Logger: slog.New(slog.DiscardHandler)}
-		if err := x.k.Start(); err != nil {
+		if err := x.supervisor.Start(); err != nil {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			x.k.Run(ctx)
+			x.supervisor.Run(ctx)
 		}()
 		synctest.Wait()
 		f(t, x)
 		cancel()
 		<-done
-		if err := x.k.Close(); err != nil {
+		if err := x.supervisor.Close(); err != nil {
 			t.Error(err)
 		}
-		for _, e := range x.ends {
+		for _, e := range x.endpoints {
 			<-e.closed
 		}
 	})
 }
 
-// TestLostDevice checks that an End whose device is lost is closed and replaced
-// without delay, and that its repairs still count.
+// TestLostDevice checks that an Endpoint whose device is lost is closed and
+// replaced without delay, and that its repairs still count.
 func TestLostDevice(t *testing.T) {
-	inBubble(t, func(t *testing.T, x *keeping) {
+	inBubble(t, func(t *testing.T, x *bench) {
 		first := x.last()
 		first.health <- routing.Health{Interface: "tun0", Repairs: map[string]uint64{"rule": 2}}
 		first.lost <- routing.ErrInterfaceGone
 		synctest.Wait()
 		<-first.closed
-		if x.k.Current() != x.last() || x.last() == first {
-			t.Fatal("the lost End was not replaced")
+		if x.supervisor.Current() != x.last() || x.last() == first {
+			t.Fatal("the lost Endpoint was not replaced")
 		}
 		x.last().health <- routing.Health{Interface: "tun0",
 			Repairs: map[string]uint64{"rule": 1, "link": 1}}
@@ -153,12 +153,12 @@ func TestLostDevice(t *testing.T) {
 // TestRepeatedlyLostDevice checks that a device that is deleted again and again
 // is opened at increasing intervals, and is a problem until one lasts.
 func TestRepeatedlyLostDevice(t *testing.T) {
-	inBubble(t, func(t *testing.T, x *keeping) {
+	inBubble(t, func(t *testing.T, x *bench) {
 		begin := time.Now()
 		for time.Since(begin) < 5*time.Minute {
-			if e := x.k.Current(); e == x.last() {
+			if e := x.supervisor.Current(); e == x.last() {
 				select {
-				case <-e.closed: // the Keeper waits before it opens the next one
+				case <-e.closed: // the Supervisor waits before it opens the next one
 				default:
 					e.lost <- routing.ErrInterfaceGone
 				}
@@ -180,10 +180,10 @@ func TestRepeatedlyLostDevice(t *testing.T) {
 	})
 }
 
-// TestDeviceThatCannotBeOpened checks that the Keeper retries, and reports the
-// error as a problem until it succeeds.
+// TestDeviceThatCannotBeOpened checks that the Supervisor retries, and reports
+// the error as a problem until it succeeds.
 func TestDeviceThatCannotBeOpened(t *testing.T) {
-	inBubble(t, func(t *testing.T, x *keeping) {
+	inBubble(t, func(t *testing.T, x *bench) {
 		x.setFail(os.ErrPermission)
 		x.last().lost <- routing.ErrInterfaceGone
 		time.Sleep(time.Minute)
@@ -206,15 +206,15 @@ func TestDeviceThatCannotBeOpened(t *testing.T) {
 	})
 }
 
-// TestWithoutNotifications checks that the End stays in use if the kernel sends
-// no notifications of changes, and that this is a problem.
+// TestWithoutNotifications checks that the Endpoint stays in use if the kernel
+// sends no notifications of changes, and that this is a problem.
 func TestWithoutNotifications(t *testing.T) {
-	inBubble(t, func(t *testing.T, x *keeping) {
+	inBubble(t, func(t *testing.T, x *bench) {
 		x.last().lost <- errors.New("no netlink")
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		if h, n := x.now(); n != 1 || !strings.Contains(h.Problem, "no netlink") {
-			t.Errorf("%d Ends, problem %q, want 1 and the error", n, h.Problem)
+			t.Errorf("%d Endpoints, problem %q, want 1 and the error", n, h.Problem)
 		}
 	})
 }

@@ -6,24 +6,25 @@ import (
 	"fmt"
 	"os"
 
+	"masquevpn/internal/endpoint"
 	"masquevpn/internal/flowqueue"
-	"masquevpn/internal/hostend"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
 
-// end is this host's end of the tunnels: the device and the kernel's side of
-// it.
-type end struct {
+// localEndpoint is this host's endpoint of all tunnels: the device and its
+// configuration in the kernel.
+type localEndpoint struct {
 	device   Device
 	network  Network
 	dispatch func([]*flowqueue.Packet)
-	overflow hostend.Overflow
+	overflow endpoint.Overflow
 }
 
-// openEnd opens an end, with what was applied to the last one.
-func (s *Server) openEnd() (_ *end, err error) {
-	e := &end{dispatch: s.dispatch}
+// openEndpoint opens an endpoint and applies the configuration of the previous
+// one.
+func (s *Server) openEndpoint() (_ *localEndpoint, err error) {
+	e := &localEndpoint{dispatch: s.dispatch}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, e.Close())
@@ -83,24 +84,24 @@ func openError(err error) error {
 	return e
 }
 
-func (e *end) Name() string { return e.device.Name() }
+func (e *localEndpoint) Name() string { return e.device.Name() }
 
 // Read takes packets from the device to the sessions they are for, until the
 // device is closed.
-func (e *end) Read() error {
+func (e *localEndpoint) Read() error {
 	if err := flowqueue.ReadFrom(e.device, e.dispatch); err != nil {
 		return fmt.Errorf("reading from %s: %w", e.device.Name(), err)
 	}
 	return nil
 }
 
-func (e *end) Keep(ctx context.Context, report func(routing.Health)) error {
-	return e.network.Keep(ctx, report)
+func (e *localEndpoint) Maintain(ctx context.Context, report func(routing.Health)) error {
+	return e.network.Maintain(ctx, report)
 }
 
 // Close restores the host. The kernel's side goes before the device: addresses
 // and routes are removed from it.
-func (e *end) Close() (err error) {
+func (e *localEndpoint) Close() (err error) {
 	if e.network != nil {
 		err = e.network.Close()
 	}
@@ -115,10 +116,10 @@ func (e *end) Close() (err error) {
 type currentDevice struct{ s *Server }
 
 func (d currentDevice) Write(bufs [][]byte, offset int) (int, error) {
-	return d.s.ends.Current().device.Write(bufs, offset)
+	return d.s.supervisor.Current().device.Write(bufs, offset)
 }
 
-func (d currentDevice) BatchSize() int { return d.s.ends.Current().device.BatchSize() }
+func (d currentDevice) BatchSize() int { return d.s.supervisor.Current().device.BatchSize() }
 
 // noteHealth has the status say how the kernel's side is.
 func (s *Server) noteHealth(h routing.Health) {

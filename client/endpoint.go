@@ -9,8 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"masquevpn/internal/endpoint"
 	"masquevpn/internal/flowqueue"
-	"masquevpn/internal/hostend"
 	"masquevpn/routing"
 )
 
@@ -31,18 +31,20 @@ const (
 	repairDNS        = "dns"
 )
 
-// end is this host's end of the tunnel: a device and what belongs to it.
-type end struct {
+// localEndpoint is this host's endpoint of the tunnel: a device and its
+// configuration in the kernel and the resolver.
+type localEndpoint struct {
 	device   Device
 	dispatch func([]*flowqueue.Packet)
-	overflow hostend.Overflow
+	overflow endpoint.Overflow
 	network  Network
 	resolver Resolver // may be nil
 }
 
-// openEnd opens an end, with what was applied to the last one.
-func (c *Client) openEnd() (_ *end, err error) {
-	e := &end{dispatch: c.dispatch}
+// openEndpoint opens an endpoint and applies the configuration of the previous
+// one.
+func (c *Client) openEndpoint() (_ *localEndpoint, err error) {
+	e := &localEndpoint{dispatch: c.dispatch}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, e.Close())
@@ -87,23 +89,23 @@ func (c *Client) openEnd() (_ *end, err error) {
 	return e, nil
 }
 
-func (e *end) Name() string { return e.device.Name() }
+func (e *localEndpoint) Name() string { return e.device.Name() }
 
 // Read takes the packets of the host until the device is closed.
-func (e *end) Read() error {
+func (e *localEndpoint) Read() error {
 	if err := flowqueue.ReadFrom(e.device, e.dispatch); err != nil {
 		return fmt.Errorf("reading from %s: %w", e.device.Name(), err)
 	}
 	return nil
 }
 
-func (e *end) Keep(ctx context.Context, report func(routing.Health)) error {
-	return e.network.Keep(ctx, report)
+func (e *localEndpoint) Maintain(ctx context.Context, report func(routing.Health)) error {
+	return e.network.Maintain(ctx, report)
 }
 
 // Close restores the host: first the resolver, as nothing is to be asked that
 // the routes do not lead to.
-func (e *end) Close() error {
+func (e *localEndpoint) Close() error {
 	var errs []error
 	if e.resolver != nil {
 		errs = append(errs, e.resolver.Close())
@@ -118,11 +120,11 @@ func (e *end) Close() error {
 }
 
 // iface is the name of the tunnel's interface.
-func (c *Client) iface() string { return c.ends.Current().Name() }
+func (c *Client) iface() string { return c.supervisor.Current().Name() }
 
 // resolver is the host's, nil if there is none.
 func (c *Client) resolver() Resolver {
-	if e := c.ends.Current(); e != nil {
+	if e := c.supervisor.Current(); e != nil {
 		return e.resolver
 	}
 	return nil
@@ -133,10 +135,10 @@ func (c *Client) resolver() Resolver {
 type currentDevice struct{ c *Client }
 
 func (d currentDevice) Write(bufs [][]byte, offset int) (int, error) {
-	return d.c.ends.Current().device.Write(bufs, offset)
+	return d.c.supervisor.Current().device.Write(bufs, offset)
 }
 
-func (d currentDevice) BatchSize() int { return d.c.ends.Current().device.BatchSize() }
+func (d currentDevice) BatchSize() int { return d.c.supervisor.Current().device.BatchSize() }
 
 // noteHealth has the status say what the kernel has.
 func (c *Client) noteHealth(h routing.Health) {
@@ -177,7 +179,7 @@ func (c *Client) noteKillSwitch(h routing.KillSwitchHealth) {
 
 // keepKillSwitch has the kill switch stay closed until ctx ends.
 func (c *Client) keepKillSwitch(ctx context.Context) {
-	if err := c.cfg.KillSwitch.Keep(ctx, c.noteKillSwitch); err != nil {
+	if err := c.cfg.KillSwitch.Maintain(ctx, c.noteKillSwitch); err != nil {
 		c.cfg.Logger.Warn("it is not noticed when another program opens the kill switch",
 			"error", err)
 		c.degrade(noticeKillSwitch,
