@@ -36,10 +36,10 @@ func (s *Server) dispatch(packets []*flowqueue.Packet) {
 	queue := func(end int) {
 		switch {
 		case to == nil:
-		case end-first == 1 && to.queue.Idle() && to.userState.down.behind() == 0 &&
+		case end-first == 1 && to.queue.Idle() && to.userState.down.Delay() == 0 &&
 			to.conn.Ready():
 			// who is in the table has a conn
-			to.userState.down.spend(packets[first].Size)
+			to.userState.down.Spend(packets[first].Size)
 			// waking another goroutine takes longer
 			to.conn.TrySend(packets[first].Bytes(), tun.Headroom)
 		default:

@@ -189,8 +189,8 @@ func (ss *session) sendQueued(conn *connectip.Conn) {
 	var batch [sendBatch]*flowqueue.Packet
 	down := &ss.userState.down
 	for {
-		down.wait(ss.ctx.Done())
-		n, late := ss.queue.Pop(batch[:down.packets(sendBatch)])
+		down.Wait(ss.ctx.Done())
+		n, late := ss.queue.Pop(batch[:down.Batch(sendBatch)])
 		ss.stats.Send.DropMany(connectip.DropQueueDelay, late)
 		if n == 0 {
 			return
@@ -203,7 +203,7 @@ func (ss *session) sendQueued(conn *connectip.Conn) {
 			p.Free()
 		}
 		ss.sender.End()
-		down.spend(bytes)
+		down.Spend(bytes)
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/proxy/internal/pacer"
 )
 
 // maxWaiting is how many packets of the client wait for their user's rate.
@@ -60,7 +61,7 @@ func (f *udpFlow) up(payload []byte, count *connectip.Traffic) error {
 
 // down carries packets of the target to the client until the socket or the
 // stream fails.
-func (f *udpFlow) down(str *connectip.UDPStream, count *connectip.Traffic, rate *pacer,
+func (f *udpFlow) down(str *connectip.UDPStream, count *connectip.Traffic, rate *pacer.Pacer,
 	done <-chan struct{}) error {
 	buf := make([]byte, connectip.MaxUDPPayload+1) // what fills it is too long
 	for {
@@ -75,8 +76,8 @@ func (f *udpFlow) down(str *connectip.UDPStream, count *connectip.Traffic, rate 
 			count.Drop(connectip.DropTooBig)
 			continue
 		}
-		rate.wait(done)
-		rate.spend(n)
+		rate.Wait(done)
+		rate.Spend(n)
 		if err := str.Send(buf[:n]); err != nil {
 			return connectip.ErrClosedByPeer
 		}
@@ -89,7 +90,7 @@ func (f *udpFlow) down(str *connectip.UDPStream, count *connectip.Traffic, rate 
 // dropped.
 func (ss *session) receive(payload []byte, up chan<- []byte) {
 	count := &ss.stats.Receive
-	if ss.userState.up.rate.Load() == 0 {
+	if ss.userState.up.Rate() == 0 {
 		if err := ss.udp.up(payload, count); err != nil {
 			ss.stop(err)
 		}
@@ -110,8 +111,8 @@ func (ss *session) sendWaiting(up <-chan []byte) {
 		case <-ss.ctx.Done():
 			return
 		case b := <-up:
-			rate.wait(ss.ctx.Done())
-			rate.spend(len(b))
+			rate.Wait(ss.ctx.Done())
+			rate.Spend(len(b))
 			if err := ss.udp.up(b, &ss.stats.Receive); err != nil {
 				ss.stop(err)
 			}

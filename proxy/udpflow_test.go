@@ -471,11 +471,14 @@ func TestUDPRate(t *testing.T) {
 	_, h3 := s.dial(t, nil)
 	f := openFlow(t, h3, asAlice)
 	a := s.sessions.list()[0].userState
+	start := time.Now()
 	for range 100 {
 		f.exchange(t, make([]byte, 1000))
 	}
-	// Of these, nearly a second up and half of that down.
-	if up, down := a.up.due.Load(), a.down.due.Load(); up == 0 || down == 0 || up <= down {
-		t.Errorf("the rates are used until %v and %v", time.Duration(up), time.Duration(down))
+	// At these rates the packets take nearly a second up and half of that down.
+	if up, down := a.up.Due(), a.down.Due(); up.Before(start) || down.Before(start) ||
+		!up.After(down) {
+		t.Errorf("the rates are used until %v after the start upwards and %v downwards",
+			up.Sub(start), down.Sub(start))
 	}
 }

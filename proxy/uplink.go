@@ -26,7 +26,7 @@ type uplink struct {
 // Write implements connectip.Device. It may be called by several goroutines,
 // and returns at once.
 func (u *uplink) Write(bufs [][]byte, offset int) (int, error) {
-	if !u.ss.userState.up.limited() {
+	if !u.ss.userState.up.Limited() {
 		return u.Device.Write(bufs, offset)
 	}
 	queue := u.open()
@@ -55,11 +55,11 @@ func (u *uplink) Write(bufs [][]byte, offset int) (int, error) {
 // it now.
 func (u *uplink) writeLong(buf []byte, offset int) {
 	up := &u.ss.userState.up
-	if up.behind() > 0 {
+	if up.Delay() > 0 {
 		u.ss.stats.Receive.Drop(connectip.DropQueueFull)
 		return
 	}
-	up.spend(len(buf) - offset)
+	up.Spend(len(buf) - offset)
 	if _, err := u.Device.Write([][]byte{buf}, offset); err != nil {
 		u.ss.stats.Receive.Drop(connectip.DropDevice)
 	}
@@ -91,8 +91,8 @@ func (u *uplink) send(queue *flowqueue.Queue) {
 	var bufs [sendBatch][]byte
 	up, count := &u.ss.userState.up, &u.ss.stats.Receive
 	for {
-		up.wait(u.ss.ctx.Done())
-		n, late := queue.Pop(batch[:up.packets(sendBatch)])
+		up.Wait(u.ss.ctx.Done())
+		n, late := queue.Pop(batch[:up.Batch(sendBatch)])
 		count.DropMany(connectip.DropQueueDelay, late)
 		if n == 0 {
 			return
@@ -102,7 +102,7 @@ func (u *uplink) send(queue *flowqueue.Queue) {
 			bufs[i] = p.Bytes()
 			bytes += p.Size
 		}
-		up.spend(bytes)
+		up.Spend(bytes)
 		u.writing.Begin()
 		if wrote, err := u.Device.Write(bufs[:n], tun.Headroom); err != nil {
 			count.DropMany(connectip.DropDevice, n-wrote)

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"go4.org/netipx"
+
+	"masquevpn/proxy/internal/pacer"
 )
 
 // expiryInterval is how often it is looked whether a user's time is over.
@@ -19,7 +21,7 @@ const expiryInterval = 250 * time.Millisecond
 type userState struct {
 	reach    atomic.Pointer[netipx.IPSet] // what may be reached, nil for all
 	expires  atomic.Pointer[time.Time]    // nil for never
-	up, down pacer
+	up, down pacer.Pacer
 
 	// the user is looked up and followed under it, so that the last look counts
 	following sync.Mutex
@@ -63,8 +65,8 @@ func (a *userState) set(u User) {
 	if !u.Expires.IsZero() {
 		a.expires.Store(&u.Expires)
 	}
-	a.up.rate.Store(u.RateUp)
-	a.down.rate.Store(u.RateDown)
+	a.up.SetRate(u.RateUp)
+	a.down.SetRate(u.RateDown)
 }
 
 // expired reports whether the user's time is over at now.

@@ -187,12 +187,12 @@ func TestUserStates(t *testing.T) {
 	}
 	list := s.sessions.list()
 	if len(list) != 2 || list[0].userState != list[1].userState ||
-		list[0].userState.up.rate.Load() != 64_000 {
+		list[0].userState.up.Rate() != 64_000 {
 		t.Fatalf("%d sessions, user states %+v", len(list), s.sessions.userStates)
 	}
 	users.change(func(o *oneChanging) { o.alice.RateUp, o.alice.RateDown = 0, 128_000 })
 	s.UsersChanged()
-	if up, down := list[1].userState.up.rate.Load(), list[1].userState.down.rate.Load(); up != 0 ||
+	if up, down := list[1].userState.up.Rate(), list[1].userState.down.Rate(); up != 0 ||
 		down != 128_000 {
 		t.Errorf("rates %d and %d, want none and 128000", up, down)
 	}
