@@ -38,7 +38,7 @@ func TestDelegatedPrefix(t *testing.T) {
 	if got := n.Status().Addresses; !slices.Equal(got, want) {
 		t.Errorf("addresses %v, want %v", got, want)
 	}
-	if got, want := n.network.last().Addresses,
+	if got, want := n.network.Last().Addresses,
 		prefixes("10.77.0.225/32", "fd77:0:0:ff::1/128", "10.77.0.2/32"); !slices.Equal(got, want) {
 		t.Errorf("addresses in the kernel %v, want %v", got, want)
 	}
@@ -111,20 +111,20 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 			prefixes("10.77.0.3/32"), prefixes("198.51.100.0/24"),
 		},
 	} {
-		before := n.network.all()
+		before := n.network.States()
 		next <- step.capsules
 		want := func(s routing.State) bool {
 			return slices.Equal(s.Addresses, step.addresses) && slices.Equal(s.Routes, step.routes)
 		}
-		for deadline := time.Now().Add(20 * time.Second); !want(n.network.last()); time.Sleep(time.Millisecond) {
+		for deadline := time.Now().Add(20 * time.Second); !want(n.network.Last()); time.Sleep(time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("step %d: the kernel has %+v, want addresses %v and routes %v", i,
-					n.network.last(), step.addresses, step.routes)
+					n.network.Last(), step.addresses, step.routes)
 			}
 		}
 		// What was there before and stays is there in every state between.
 		last := before[len(before)-1]
-		for _, s := range n.network.all()[len(before):] {
+		for _, s := range n.network.States()[len(before):] {
 			for _, p := range step.addresses {
 				if slices.Contains(last.Addresses, p) && !slices.Contains(s.Addresses, p) {
 					t.Errorf("step %d: %v was away for a while", i, p)
@@ -140,7 +140,7 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 			return slices.Equal(s.Addresses, step.addresses)
 		})
 	}
-	if s := n.Status(); s.State != StateConnected || s.Reconnects != 0 || n.network.closed {
+	if s := n.Status(); s.State != StateConnected || s.Reconnects != 0 || n.network.Closed() {
 		t.Errorf("the session did not last: %+v", s)
 	}
 }

@@ -19,8 +19,10 @@ import (
 
 	"masquevpn/internal/ippacket"
 	"masquevpn/internal/pki"
+	"masquevpn/internal/pki/pkitest"
 	"masquevpn/proxy"
 	"masquevpn/routing"
+	"masquevpn/routing/routingtest"
 	"masquevpn/tun"
 	"masquevpn/tun/tuntest"
 )
@@ -29,34 +31,18 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const proxyName = "proxy.example"
 
-// installation is the certificates of a proxy and of its users.
+// installation holds the certificates of a proxy and of its user alice.
 type installation struct {
-	ca        *x509.CertPool
-	authority *pki.Authority
-	proxy     tls.Certificate
-	user      tls.Certificate // alice's certificate
+	pkitest.Installation
+	user tls.Certificate // alice's certificate
 }
 
 var newInstallation = sync.OnceValue(func() installation {
-	now := time.Now()
-	ca, pair, err := pki.NewAuthority("test CA", now)
+	in := pkitest.New(proxyName)
+	user, err := in.Authority.Client("alice", time.Now(), time.Hour)
 	must(err)
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pair.Cert) {
-		panic("no CA certificate")
-	}
-	server, err := ca.Server(proxyName, nil, now)
-	must(err)
-	user, err := ca.Client("alice", now, time.Hour)
-	must(err)
-	return installation{ca: pool, authority: ca, proxy: keyPair(server), user: keyPair(user)}
+	return installation{in, pkitest.KeyPair(user)}
 })
-
-func keyPair(p pki.Pair) tls.Certificate {
-	c, err := tls.X509KeyPair(p.Cert, p.Key)
-	must(err)
-	return c
-}
 
 func must(err error) {
 	if err != nil {
@@ -77,86 +63,6 @@ func (u users) ByName(name string) (proxy.User, bool) {
 func (u users) ByToken(token string) (proxy.User, bool) { return u.alice(), token == "secret" }
 func (u users) Reserved(netip.Prefix, string) bool      { return false }
 
-// network is a kernel that keeps what it was last told.
-type network struct {
-	health chan routing.Health // values to report; nil: none
-	lost   chan error          // how Maintain ends
-
-	mu        sync.Mutex
-	states    []routing.State
-	held      error // what Held returns
-	closed    bool
-	conflicts []string // what FollowHost returns
-}
-
-func (n *network) Apply(s routing.State) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.states = append(n.states, s)
-	return nil
-}
-
-func (n *network) Maintain(ctx context.Context, report func(routing.Health)) error {
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case h := <-n.health:
-			report(h)
-		case err := <-n.lost:
-			return err
-		}
-	}
-}
-
-func (n *network) Held() error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.held
-}
-
-// hold has Held return err from now on.
-func (n *network) hold(err error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.held = err
-}
-
-func (n *network) isClosed() bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.closed
-}
-
-func (n *network) FollowHost() ([]string, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.conflicts, nil
-}
-
-func (n *network) Close() error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.closed = true
-	return nil
-}
-
-// all returns the states so far.
-func (n *network) all() []routing.State {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return slices.Clone(n.states)
-}
-
-func (n *network) last() routing.State {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if len(n.states) == 0 {
-		return routing.State{}
-	}
-	return n.states[len(n.states)-1]
-}
-
 // far is a proxy that runs in the test, with a device instead of a kernel.
 type far struct {
 	*proxy.Server
@@ -170,13 +76,13 @@ func startProxy(t *testing.T, change func(*proxy.Config)) *far {
 	f := &far{device: tuntest.New(1400)}
 	cfg := proxy.Config{
 		Name: proxyName, Listen: []string{"127.0.0.1:0"},
-		TLS:     &tls.Config{Certificates: []tls.Certificate{in.proxy}, ClientCAs: in.ca},
+		TLS:     &tls.Config{Certificates: []tls.Certificate{in.Proxy}, ClientCAs: in.Roots},
 		Methods: []string{proxy.MethodToken, proxy.MethodMTLS}, Users: users{},
 		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
 		Advertise: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"),
 			netip.MustParsePrefix("::/0")},
 		OpenDevice:    func() (proxy.Device, error) { return f.device, nil },
-		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return &network{}, nil },
+		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return &routingtest.Network{}, nil },
 		LocalNetworks: func() ([]netip.Prefix, error) { return nil, nil },
 	}
 	if change != nil {
@@ -209,7 +115,7 @@ func startProxy(t *testing.T, change func(*proxy.Config)) *far {
 type near struct {
 	*Client
 	device  *tuntest.Device
-	network *network
+	network *routingtest.Network
 	done    chan struct{}
 	err     error
 	stop    context.CancelFunc
@@ -217,10 +123,10 @@ type near struct {
 
 func startClient(t *testing.T, f *far, change func(*Config)) *near {
 	t.Helper()
-	n := &near{device: tuntest.New(1400), network: &network{}, done: make(chan struct{})}
+	n := &near{device: tuntest.New(1400), network: &routingtest.Network{}, done: make(chan struct{})}
 	cfg := Config{
 		Name: "test", Proxy: f.addr, Token: "secret",
-		TLS:           &tls.Config{RootCAs: newInstallation().ca, ServerName: proxyName},
+		TLS:           &tls.Config{RootCAs: newInstallation().Roots, ServerName: proxyName},
 		InstallRoutes: true, Reconnect: true,
 		OpenDevice:  func() (Device, error) { return n.device, nil },
 		OpenNetwork: func(Device) (Network, error) { return n.network, nil },
@@ -301,7 +207,7 @@ func TestConnects(t *testing.T) {
 			want := []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32"),
 				netip.MustParsePrefix("fd77::2/128")}
 			s := n.Status()
-			state := n.network.last()
+			state := n.network.Last()
 			if !slices.Equal(s.Addresses, want) || !slices.Equal(state.Addresses, want) {
 				t.Errorf("addresses %v, in the kernel %v, want %v", s.Addresses,
 					state.Addresses, want)
@@ -322,8 +228,8 @@ func TestConnects(t *testing.T) {
 			}
 			n.stop()
 			<-n.done
-			if n.err != nil || !n.network.closed {
-				t.Errorf("ended with %v, network closed %t", n.err, n.network.closed)
+			if n.err != nil || !n.network.Closed() {
+				t.Errorf("ended with %v, network closed %t", n.err, n.network.Closed())
 			}
 		})
 	}
@@ -369,7 +275,7 @@ func TestFailures(t *testing.T) {
 	otherCAs.AppendCertsFromPEM(otherCA.Cert)
 	foreign, err := other.Client("alice", time.Now(), time.Hour)
 	must(err)
-	foreignCert := keyPair(foreign)
+	foreignCert := pkitest.KeyPair(foreign)
 	for name, tc := range map[string]struct {
 		change func(*Config)
 		kind   Kind
@@ -414,7 +320,7 @@ func TestFailures(t *testing.T) {
 				t.Errorf("got kind %d, %q, want kind %d and one line with %q", e.Kind, e, tc.kind,
 					tc.says)
 			}
-			if name != "missing device" && !n.network.closed {
+			if name != "missing device" && !n.network.Closed() {
 				t.Error("the network was not closed")
 			}
 			if s := n.Status(); s.State != StateFailed || s.Reason == "" {
@@ -536,7 +442,7 @@ func TestSplitTunnel(t *testing.T) {
 			netip.MustParsePrefix("2001:db8::/32")}
 	})
 	n.awaitConnected(t)
-	if got := n.network.last().Routes; !slices.Equal(got,
+	if got := n.network.Last().Routes; !slices.Equal(got,
 		[]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
 			netip.MustParsePrefix("2001:db8::/32")}) {
 		t.Errorf("installed %v", got)
@@ -547,7 +453,8 @@ func TestSplitTunnel(t *testing.T) {
 // says what becomes of IPv6.
 func TestHostWithoutIPv6(t *testing.T) {
 	f := startProxy(t, nil)
-	kernel := &network{held: routing.ErrIPv6Disabled}
+	kernel := new(routingtest.Network)
+	kernel.SetHeld(routing.ErrIPv6Disabled)
 	n := startClient(t, f, func(c *Config) {
 		c.OpenNetwork = func(Device) (Network, error) { return kernel, nil }
 	})
@@ -564,7 +471,7 @@ func TestHostWithoutIPv6(t *testing.T) {
 	}
 	// The kernel is told of IPv6 all the same: it is for the kernel's side to
 	// hold.
-	if got := kernel.last().Routes; !slices.Contains(got, netip.MustParsePrefix("::/0")) {
+	if got := kernel.Last().Routes; !slices.Contains(got, netip.MustParsePrefix("::/0")) {
 		t.Errorf("routes %v, want ::/0 among them", got)
 	}
 	carries(t, n, f, "10.77.0.2", "192.0.2.2")
@@ -609,7 +516,7 @@ func TestManyRoutes(t *testing.T) {
 	f := startProxy(t, func(c *proxy.Config) { c.Advertise = many })
 	n := startClient(t, f, nil)
 	n.awaitConnected(t)
-	if got := len(n.network.last().Routes); got != routing.MaxRoutes {
+	if got := len(n.network.Last().Routes); got != routing.MaxRoutes {
 		t.Errorf("%d routes are installed, want %d", got, routing.MaxRoutes)
 	}
 }

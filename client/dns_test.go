@@ -16,14 +16,15 @@ import (
 	"testing"
 
 	"github.com/quic-go/quic-go/http3"
-	"golang.org/x/net/dns/dnsmessage"
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/dnstest"
 	"masquevpn/internal/hostdns"
 	"masquevpn/internal/ippacket"
 	"masquevpn/proxy"
 	"masquevpn/routing"
+	"masquevpn/routing/routingtest"
 )
 
 // The status shows what the proxy says about DNS, and follows it.
@@ -130,23 +131,23 @@ func (r *fakeResolver) Close() error {
 
 // routed notes routes in r.
 type routed struct {
-	*network
+	*routingtest.Network
 	r *fakeResolver
 }
 
 func (n routed) Apply(s routing.State) error {
 	n.r.note("%d routes", len(s.Routes))
-	return n.network.Apply(s)
+	return n.Network.Apply(s)
 }
 
 func (n routed) Close() error {
 	n.r.note("no routes")
-	return n.network.Close()
+	return n.Network.Close()
 }
 
 func (r *fakeResolver) config(c *Config) {
 	c.OpenResolver = func(Device) (Resolver, error) { return r, nil }
-	c.OpenNetwork = func(Device) (Network, error) { return routed{&network{}, r}, nil }
+	c.OpenNetwork = func(Device) (Network, error) { return routed{&routingtest.Network{}, r}, nil }
 }
 
 func pushing(d proxy.DNS) func(*proxy.Config) { return func(c *proxy.Config) { c.DNS = d } }
@@ -334,35 +335,12 @@ func serveNames(t *testing.T, answer ...netip.Addr) (netip.AddrPort, *atomic.Int
 		t.Fatal(err)
 	}
 	var queries atomic.Int32
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		buf := make([]byte, 1500)
-		for {
-			n, from, err := c.ReadFrom(buf)
-			if err != nil {
-				return
-			}
-			queries.Add(1)
-			var m dnsmessage.Message
-			if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 || len(answer) == 0 {
-				continue
-			}
-			m.Response, m.Additionals = true, nil
-			if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
-				m.Answers = []dnsmessage.Resource{{
-					Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class,
-						TTL: 1}, Body: &dnsmessage.AResource{A: answer[0].As4()},
-				}}
-			}
-			if b, err := m.Pack(); err == nil {
-				_, _ = c.WriteTo(b, from)
-			}
+	dnstest.Serve(t, c, func(string) ([]netip.Addr, error) {
+		queries.Add(1)
+		if len(answer) == 0 {
+			return nil, dnstest.ErrSilent
 		}
-	}()
-	t.Cleanup(func() {
-		_ = c.Close()
-		<-done
+		return answer, nil
 	})
 	return c.LocalAddr().(*net.UDPAddr).AddrPort(), &queries
 }
@@ -436,7 +414,7 @@ func TestDNSOutside(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := startProxy(t, pushing(tc.pushed))
 			r := &fakeResolver{asks: tc.asks}
-			kernel := &network{}
+			kernel := &routingtest.Network{}
 			n := startClient(t, f, func(c *Config) {
 				r.config(c)
 				c.OpenNetwork = func(Device) (Network, error) { return kernel, nil }
@@ -449,7 +427,7 @@ func TestDNSOutside(t *testing.T) {
 				text := strings.Join(s.Warnings, "\n")
 				return strings.HasPrefix(text, tc.want) && (tc.want == "") == (text == "")
 			})
-			if got := kernel.last().HoldDNS; got != tc.hold {
+			if got := kernel.Last().HoldDNS; got != tc.hold {
 				t.Errorf("the kernel holds queries: %t, want %t", got, tc.hold)
 			}
 		})

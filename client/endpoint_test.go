@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"masquevpn/routing"
+	"masquevpn/routing/routingtest"
 	"masquevpn/tun/tuntest"
 )
 
@@ -15,7 +16,7 @@ import (
 type hosts struct {
 	mu       sync.Mutex
 	devices  []*tuntest.Device
-	networks []*network
+	networks []*routingtest.Network
 }
 
 func (h *hosts) config(c *Config) {
@@ -29,13 +30,13 @@ func (h *hosts) config(c *Config) {
 	c.OpenNetwork = func(Device) (Network, error) {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		n := &network{health: make(chan routing.Health), lost: make(chan error, 1)}
+		n := &routingtest.Network{Health: make(chan routing.Health), Lost: make(chan error, 1)}
 		h.networks = append(h.networks, n)
 		return n, nil
 	}
 }
 
-func (h *hosts) last() (*tuntest.Device, *network) {
+func (h *hosts) last() (*tuntest.Device, *routingtest.Network) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.devices[len(h.devices)-1], h.networks[len(h.networks)-1]
@@ -58,13 +59,13 @@ func TestDeletedDevice(t *testing.T) {
 	n.awaitConnected(t)
 	session := f.Sessions()[0].ID
 	_, before := h.last()
-	before.lost <- routing.ErrInterfaceGone
+	before.Lost <- routing.ErrInterfaceGone
 	n.await(t, "on another device", func(s Status) bool { return s.KernelRepairs["device"] == 1 })
 	device, after := h.last()
-	if after == before || !before.isClosed() {
+	if after == before || !before.Closed() {
 		t.Fatal("the network before is not closed")
 	}
-	if got, want := after.all()[0], before.last(); !slices.Equal(got.Routes, want.Routes) ||
+	if got, want := after.States()[0], before.Last(); !slices.Equal(got.Routes, want.Routes) ||
 		!slices.Equal(got.Addresses, want.Addresses) {
 		t.Errorf("the kernel has %+v, want %+v", got, want)
 	}
@@ -73,7 +74,7 @@ func TestDeletedDevice(t *testing.T) {
 		t.Errorf("the kill switch does not follow: %q", k.events)
 	}
 	k.mu.Unlock()
-	after.health <- healthy
+	after.Health <- healthy
 	n.awaitConnected(t)
 	n.device = device
 	carries(t, n, f, "10.77.0.2", "192.0.2.2")
@@ -93,13 +94,13 @@ func TestStatusFollowsTheKernel(t *testing.T) {
 	lost := healthy
 	lost.Addresses, lost.Problem, lost.Repairs = healthy.Addresses[1:], "another program undoes it",
 		map[string]uint64{"address": 6}
-	kernel.health <- lost
+	kernel.Health <- lost
 	n.await(t, "degraded", func(s Status) bool {
 		return s.State == StateDegraded && s.Reason == "another program undoes it" &&
 			s.KernelRepairs["address"] == 6 &&
 			slices.Equal(s.Addresses, lost.Addresses)
 	})
-	kernel.health <- healthy
+	kernel.Health <- healthy
 	n.await(t, "well again", func(s Status) bool {
 		return s.State == StateConnected && slices.Equal(s.Addresses, healthy.Addresses)
 	})
@@ -112,15 +113,15 @@ func TestIPv6TurnedOffLater(t *testing.T) {
 	n := startClient(t, f, h.config)
 	n.awaitConnected(t)
 	_, kernel := h.last()
-	kernel.hold(routing.ErrIPv6Disabled)
+	kernel.SetHeld(routing.ErrIPv6Disabled)
 	held := healthy
 	held.IPv6Held, held.Addresses = true, healthy.Addresses[:1]
-	kernel.health <- held
+	kernel.Health <- held
 	n.await(t, "without IPv6", func(s Status) bool {
 		return len(s.Routes) == 1 && slices.Equal(s.Addresses, held.Addresses)
 	})
-	kernel.hold(nil)
-	kernel.health <- healthy
+	kernel.SetHeld(nil)
+	kernel.Health <- healthy
 	n.await(t, "with IPv6", func(s Status) bool {
 		return len(s.Routes) == 2 && slices.Equal(s.Addresses, healthy.Addresses)
 	})

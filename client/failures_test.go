@@ -19,6 +19,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 
 	"masquevpn/internal/pki"
+	"masquevpn/internal/pki/pkitest"
 	"masquevpn/proxy"
 )
 
@@ -112,7 +113,7 @@ func TestCauses(t *testing.T) {
 	pair := func(a *pki.Authority, name string, at time.Time) tls.Certificate {
 		p, err := a.Server(name, nil, at)
 		must(err)
-		return keyPair(p)
+		return pkitest.KeyPair(p)
 	}
 	status := func(code int) func(*testing.T) *far {
 		return func(t *testing.T) *far {
@@ -137,16 +138,16 @@ func TestCauses(t *testing.T) {
 			causeIdentity, nil},
 		"another authority, too soon": {with(pair(other, proxyName, now.Add(48*time.Hour)),
 			http3.NextProtoH3, true), causeIdentity, nil},
-		"another name": {with(pair(in.authority, "other.example", now),
+		"another name": {with(pair(in.Authority, "other.example", now),
 			http3.NextProtoH3, true), causeIdentity, nil},
-		"expired": {with(pair(in.authority, proxyName, now.Add(-long)),
+		"expired": {with(pair(in.Authority, proxyName, now.Add(-long)),
 			http3.NextProtoH3, true), causeExpired, nil},
-		"expired by a wrong clock": {with(pair(in.authority, proxyName, now.Add(-long)),
+		"expired by a wrong clock": {with(pair(in.Authority, proxyName, now.Add(-long)),
 			http3.NextProtoH3, true), causeClock, unsynchronised},
-		"not valid yet": {with(pair(in.authority, proxyName, now.Add(48*time.Hour)),
+		"not valid yet": {with(pair(in.Authority, proxyName, now.Add(48*time.Hour)),
 			http3.NextProtoH3, true), causeClock, nil},
-		"another protocol": {with(in.proxy, "h2", true), causeProtocol, nil},
-		"no Extended CONNECT": {with(in.proxy, http3.NextProtoH3, false),
+		"another protocol": {with(in.Proxy, "h2", true), causeProtocol, nil},
+		"no Extended CONNECT": {with(in.Proxy, http3.NextProtoH3, false),
 			causeNoProxy, nil},
 		"forged: no protocol": {forging(closing(0x100 + alertNoProtocol)),
 			causeProtocol, nil},
@@ -168,7 +169,7 @@ func TestCauses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := tc.far(t)
 			c, err := New(Config{Name: "test", Proxy: f.addr, Token: "secret",
-				TLS: &tls.Config{RootCAs: in.ca, ServerName: proxyName, Time: time.Now}})
+				TLS: &tls.Config{RootCAs: in.Roots, ServerName: proxyName, Time: time.Now}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -225,7 +226,7 @@ func TestImpostor(t *testing.T) {
 	must(err)
 	p, err := other.Server(proxyName, nil, time.Now())
 	must(err)
-	certificate := keyPair(p)
+	certificate := pkitest.KeyPair(p)
 	for name, tc := range map[string]struct {
 		impostor func(t *testing.T, address string) *far
 		says     string
@@ -280,7 +281,7 @@ func meetImpostor(t *testing.T, impostor func(*testing.T, string) *far, says str
 		n.await(t, "refused", said)
 		<-n.Changed() // the next attempt changes the state
 		n.await(t, "refused again", said)
-		if n.network.closed || n.Status().KillSwitch != KillSwitchClosed {
+		if n.network.Closed() || n.Status().KillSwitch != KillSwitchClosed {
 			t.Error("the host is as it was without the tunnel")
 		}
 	})

@@ -41,15 +41,13 @@ func TestFloodOfAdvertisements(t *testing.T) {
 	})
 	n := startClient(t, f, nil)
 	deadline := time.Now().Add(60 * time.Second)
-	for ; !slices.Equal(n.network.last().Routes,
+	for ; !slices.Equal(n.network.Last().Routes,
 		[]netip.Prefix{last}); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("the kernel has %v, want %v", n.network.last().Routes, last)
+			t.Fatalf("the kernel has %v, want %v", n.network.Last().Routes, last)
 		}
 	}
-	n.network.mu.Lock()
-	defer n.network.mu.Unlock()
-	if got := len(n.network.states); got > flood/3 {
+	if got := len(n.network.States()); got > flood/3 {
 		t.Errorf("%d capsules made the kernel change %d times", flood, got)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"masquevpn/internal/pki/pkitest"
 	"masquevpn/proxy"
 )
 
@@ -28,7 +29,7 @@ func (u oneCertificate) ByToken(string) (proxy.User, bool) { return u.ByName("al
 // that of the last invitation.
 func TestInvitedAgain(t *testing.T) {
 	first := newInstallation().user
-	second, err := newInstallation().authority.Client("alice", time.Now(), time.Hour)
+	second, err := newInstallation().Authority.Client("alice", time.Now(), time.Hour)
 	must(err)
 	sum := func(c tls.Certificate) *[32]byte {
 		s := sha256.Sum256(c.Certificate[0])
@@ -45,10 +46,10 @@ func TestInvitedAgain(t *testing.T) {
 	}
 	old := startClient(t, f, with(first))
 	old.awaitConnected(t)
-	if e := startClient(t, f, with(keyPair(second))).failure(t); e.Kind != KindCredentials {
+	if e := startClient(t, f, with(pkitest.KeyPair(second))).failure(t); e.Kind != KindCredentials {
 		t.Errorf("with a certificate of before: %v", e)
 	}
-	current.Store(sum(keyPair(second)))
+	current.Store(sum(pkitest.KeyPair(second)))
 	f.UsersChanged()
 	if e := old.failure(t); e.Kind != KindCredentials {
 		t.Errorf("with the certificate of before: %v", e)
@@ -58,5 +59,5 @@ func TestInvitedAgain(t *testing.T) {
 	}).failure(t); e.Kind != KindCredentials {
 		t.Errorf("with the certificate of before and a good token: %v", e)
 	}
-	startClient(t, f, with(keyPair(second))).awaitConnected(t)
+	startClient(t, f, with(pkitest.KeyPair(second))).awaitConnected(t)
 }

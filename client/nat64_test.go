@@ -8,7 +8,7 @@ import (
 	"slices"
 	"testing"
 
-	"golang.org/x/net/dns/dnsmessage"
+	"masquevpn/internal/dnstest"
 )
 
 // nameserver answers with the addresses of names, from records.
@@ -18,47 +18,15 @@ func nameserver(t *testing.T, records map[string][]string) *net.Resolver {
 	if err != nil {
 		t.Fatal(err)
 	}
-	done := make(chan struct{})
-	t.Cleanup(func() {
-		_ = socket.Close()
-		<-done
-	})
-	go func() {
-		defer close(done)
-		var buf [1500]byte
-		for {
-			n, from, err := socket.ReadFrom(buf[:])
-			if err != nil {
-				return
-			}
-			var m dnsmessage.Message
-			if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 {
-				continue
-			}
-			q := m.Questions[0]
-			m.Response, m.Additionals = true, nil
-			for _, text := range records[q.Name.String()] {
-				a := netip.MustParseAddr(text)
-				r := dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: q.Name,
-					Class: q.Class, Type: q.Type}}
-				switch {
-				case a.Is4() && q.Type == dnsmessage.TypeA:
-					r.Body = &dnsmessage.AResource{A: a.As4()}
-				case a.Is6() && q.Type == dnsmessage.TypeAAAA:
-					r.Body = &dnsmessage.AAAAResource{AAAA: a.As16()}
-				default:
-					continue
-				}
-				m.Answers = append(m.Answers, r)
-			}
-			if len(records[q.Name.String()]) == 0 {
-				m.RCode = dnsmessage.RCodeNameError
-			}
-			if b, err := m.Pack(); err == nil {
-				_, _ = socket.WriteTo(b, from)
-			}
+	dnstest.Serve(t, socket, func(name string) (addrs []netip.Addr, err error) {
+		for _, text := range records[name+"."] {
+			addrs = append(addrs, netip.MustParseAddr(text))
 		}
-	}()
+		if addrs == nil {
+			err = dnstest.ErrNotFound
+		}
+		return addrs, err
+	})
 	return &net.Resolver{PreferGo: true,
 		Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "udp", socket.LocalAddr().String())

@@ -18,8 +18,10 @@ import (
 
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/ippacket"
+	"masquevpn/internal/logtest"
 	"masquevpn/proxy"
 	"masquevpn/routing"
+	"masquevpn/routing/routingtest"
 	"masquevpn/tun/tuntest"
 )
 
@@ -316,7 +318,7 @@ func TestSuspended(t *testing.T) {
 func TestNetworkChangeEndsWait(t *testing.T) {
 	c, err := New(Config{Name: "test", Proxy: "192.0.2.1",
 		OpenNetwork: func(Device) (Network, error) {
-			return &network{}, nil
+			return &routingtest.Network{}, nil
 		}})
 	must(err)
 	synctest.Test(t, func(t *testing.T) {
@@ -353,16 +355,14 @@ func TestNetworkChangeEndsWait(t *testing.T) {
 // the log each of them once.
 func TestConflictsAreShown(t *testing.T) {
 	f := startProxy(t, nil)
-	u, kernel, log := newUplink(), &network{}, &logLines{}
+	u, kernel, log := newUplink(), &routingtest.Network{}, new(logtest.Buffer)
 	n := startClient(t, f, func(c *Config) {
 		c.OpenUplink, c.Logger = u.open, slog.New(slog.NewTextHandler(log, nil))
 		c.OpenNetwork = func(Device) (Network, error) { return kernel, nil }
 	})
 	n.awaitConnected(t)
 	for _, conflicts := range [][]string{{"one"}, {"one", "two"}, {"two"}, nil} {
-		kernel.mu.Lock()
-		kernel.conflicts = conflicts
-		kernel.mu.Unlock()
+		kernel.SetConflicts(conflicts)
 		u.set("192.0.2.1", nil)
 		n.await(t, fmt.Sprintf("warnings %q", conflicts), func(s Status) bool {
 			return slices.Equal(s.Warnings, conflicts)
@@ -373,24 +373,6 @@ func TestConflictsAreShown(t *testing.T) {
 			t.Errorf("the log has %s %d times, want once:\n%s", text, got, log.String())
 		}
 	}
-}
-
-// logLines is a log that may be read while it is written.
-type logLines struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (l *logLines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logLines) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
 }
 
 // passes reports whether a packet gets through in each direction. It may get

@@ -36,7 +36,7 @@ func TestScopedTunnel(t *testing.T) {
 	n := startClient(t, f, func(c *Config) { c.Target, c.IPProto = "target.example", "17" })
 	n.awaitConnected(t)
 	v4, v6 := netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("2001:db8::2")
-	if got, want := n.network.last().Routes,
+	if got, want := n.network.Last().Routes,
 		[]netip.Prefix{netip.PrefixFrom(v4, 32),
 			netip.PrefixFrom(v6, 128)}; !slices.Equal(got, want) {
 		t.Errorf("routes in the kernel %v, want %v", got, want)

@@ -20,6 +20,7 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/ippacket"
+	"masquevpn/internal/logtest"
 )
 
 // scripted is a proxy that does what a test wants it to do.
@@ -32,7 +33,7 @@ func scripted(t *testing.T, handler http.HandlerFunc) *far {
 	server := &http3.Server{
 		EnableDatagrams: true, QUICConfig: &quic.Config{EnableDatagrams: true,
 			InitialPacketSize: initialPacketSize},
-		TLSConfig: http3.ConfigureTLSConfig(&tls.Config{Certificates: []tls.Certificate{newInstallation().proxy}}),
+		TLSConfig: http3.ConfigureTLSConfig(&tls.Config{Certificates: []tls.Certificate{newInstallation().Proxy}}),
 		Handler:   handler,
 	}
 	served := make(chan struct{})
@@ -123,7 +124,7 @@ func TestFormerAddressesAreRefused(t *testing.T) {
 func TestSilentProxy(t *testing.T) {
 	f := scripted(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 	c, err := New(Config{Name: "test", Proxy: f.addr,
-		TLS: &tls.Config{RootCAs: newInstallation().ca, ServerName: proxyName}})
+		TLS: &tls.Config{RootCAs: newInstallation().Roots, ServerName: proxyName}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +179,7 @@ func TestUnpromptedAddresses(t *testing.T) {
 			if got := n.Status().Addresses; !slices.Equal(got, want) {
 				t.Errorf("addresses %v, want %v", got, want)
 			}
-			if got := n.network.last().Addresses; !slices.Equal(got, want) {
+			if got := n.network.Last().Addresses; !slices.Equal(got, want) {
 				t.Errorf("addresses in the kernel %v, want %v", got, want)
 			}
 		})
@@ -216,7 +217,7 @@ func TestProxyThatCannotBeAsked(t *testing.T) {
 		str.CancelRead(0)
 		<-read
 	})
-	log := &logLines{} // the status has the reason until the next attempt, which may be at once
+	log := new(logtest.Buffer) // the status has the reason until the next attempt, which may be at once
 	n := startClient(t, f, func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(log, nil)) })
 	n.await(t, "connected without asking", func(s Status) bool {
 		return s.State == StateConnected && sessions.Load() == 2

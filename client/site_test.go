@@ -63,7 +63,7 @@ func TestGateway(t *testing.T) {
 	f, n := startSite(t, nil, func(c *Config) { c.AssignPeer = []netip.Prefix{peer} })
 	n.awaitConnected(t)
 	f.awaitNetworks(t, lan4, lan6)
-	if s := n.network.last(); !s.Forward || !slices.Contains(s.Routes, peer) ||
+	if s := n.network.Last(); !s.Forward || !slices.Contains(s.Routes, peer) ||
 		!slices.Contains(s.Routes, netip.MustParsePrefix("192.0.2.0/24")) {
 		t.Errorf("the kernel has %+v", s)
 	}
@@ -117,7 +117,7 @@ func TestGateway(t *testing.T) {
 func TestNoGateway(t *testing.T) {
 	n := startClient(t, startProxy(t, nil), nil)
 	n.awaitConnected(t)
-	if n.network.last().Forward {
+	if n.network.Last().Forward {
 		t.Error("the host is made a router")
 	}
 }
@@ -132,7 +132,7 @@ func TestOwnNetworksAreNotTheProxys(t *testing.T) {
 	}, nil)
 	n.awaitConnected(t)
 	f.awaitNetworks(t, lan6)
-	if routes := n.network.last().Routes; slices.Contains(routes, within) ||
+	if routes := n.network.Last().Routes; slices.Contains(routes, within) ||
 		!slices.Contains(routes, netip.MustParsePrefix("10.2.0.0/24")) {
 		t.Errorf("installed %v", routes)
 	}

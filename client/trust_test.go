@@ -120,7 +120,7 @@ func TestAssignedAddressesAreRefused(t *testing.T) {
 			if e.Kind != KindRefused || !strings.Contains(e.Error(), tc.want) {
 				t.Errorf("got kind %d, %q, want kind %d and %q", e.Kind, e, KindRefused, tc.want)
 			}
-			if states := n.network.all(); len(states) > 0 {
+			if states := n.network.States(); len(states) > 0 {
 				t.Errorf("the kernel was told %+v", states)
 			}
 		})
@@ -144,7 +144,7 @@ func TestUnaskedFamily(t *testing.T) {
 		c.HostNetworks, c.Request = home, prefixes("0.0.0.0/32")
 	})
 	n.awaitConnected(t)
-	if got, want := n.network.last().Addresses, prefixes("10.77.0.2/32"); !slices.Equal(got, want) {
+	if got, want := n.network.Last().Addresses, prefixes("10.77.0.2/32"); !slices.Equal(got, want) {
 		t.Errorf("addresses in the kernel %v, want %v", got, want)
 	}
 }
@@ -205,14 +205,14 @@ func TestTunnelsAddressIsTaken(t *testing.T) {
 	up := newUplink()
 	n := startClient(t, f, func(c *Config) { c.HostNetworks, c.OpenUplink = h.networks, up.open })
 	n.awaitConnected(t)
-	routes := n.network.last().Routes
+	routes := n.network.Last().Routes
 	h.moveTo("10.77.0.2/24")
 	up.set("10.77.0.2", nil)
 	n.await(t, "without its address", func(s Status) bool {
 		return s.State == StateReconnecting &&
 			strings.Contains(s.Reason, "which holds 10.77.0.2, an address of wlan0")
 	})
-	if last := n.network.last(); !slices.Equal(last.Addresses, prefixes("fd77::2/128")) ||
+	if last := n.network.Last(); !slices.Equal(last.Addresses, prefixes("fd77::2/128")) ||
 		!slices.Equal(last.Routes, routes) {
 		t.Errorf("the kernel has %+v", last)
 	}
@@ -338,7 +338,7 @@ func TestRoutesToNowhere(t *testing.T) {
 			"::ffff:10.0.0.0/104", "fe80::/64", "ff00::/8"))
 	n := startClient(t, f, nil)
 	n.awaitConnected(t)
-	if got, want := n.network.last().Routes, prefixes("192.0.2.0/24"); !slices.Equal(got, want) {
+	if got, want := n.network.Last().Routes, prefixes("192.0.2.0/24"); !slices.Equal(got, want) {
 		t.Errorf("routes in the kernel %v, want %v", got, want)
 	}
 }

@@ -96,7 +96,7 @@ func startForwarderWith(t *testing.T, addr string, change func(*UDPConfig),
 	t.Helper()
 	cfg := UDPConfig{
 		Proxy: addr, Token: "secret",
-		TLS:    &tls.Config{RootCAs: newInstallation().ca, ServerName: proxyName},
+		TLS:    &tls.Config{RootCAs: newInstallation().Roots, ServerName: proxyName},
 		Listen: "127.0.0.1:0", Target: udpTarget, Reconnect: true,
 	}
 	if change != nil {

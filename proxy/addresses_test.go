@@ -11,6 +11,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/logtest"
 )
 
 // asker asks for addresses on one session, and reads the answers.
@@ -184,7 +185,7 @@ func TestAddressesOfOneUser(t *testing.T) {
 		}, 5},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			log := &logs{}
+			log := new(logtest.Buffer)
 			s := startServer(t, withUsers(userList{tc.user, {Name: "bob"}}, func(c *Config) {
 				c.Logger = slog.New(slog.NewTextHandler(log, nil))
 				tc.change(c)
@@ -198,7 +199,7 @@ func TestAddressesOfOneUser(t *testing.T) {
 			if n := granted(first, 2) + granted(second, maxAddresses); n != tc.want {
 				t.Errorf("the user has %d addresses, want %d", n, tc.want)
 			}
-			if lines := log.lines("limits.addresses_per_user"); len(lines) != 1 {
+			if lines := log.Lines("limits.addresses_per_user"); len(lines) != 1 {
 				t.Errorf("the log says %q", lines)
 			}
 			if n := granted(as(t, h3, "bob"), 2); n != 2 {

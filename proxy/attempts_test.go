@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"masquevpn/internal/logtest"
 )
 
 func TestAttempts(t *testing.T) {
@@ -73,7 +75,7 @@ func TestAttempts(t *testing.T) {
 // connection. Who has good credentials does not, behind the same address. The
 // log has all that an operator needs and no secret.
 func TestGuessing(t *testing.T) {
-	var out syncBuffer
+	var out logtest.Buffer
 	users := &oneChanging{alice: User{Name: "alice"}}
 	s := startServer(t, withUsers(users, func(c *Config) {
 		c.Logger = slog.New(slog.NewJSONHandler(&out, nil))

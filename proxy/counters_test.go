@@ -20,6 +20,7 @@ import (
 
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/ippacket"
+	"masquevpn/internal/logtest"
 	"masquevpn/internal/pki"
 )
 
@@ -162,7 +163,7 @@ func TestAuthFailures(t *testing.T) {
 		}
 		return c
 	}
-	var out syncBuffer
+	var out logtest.Buffer
 	s := startServer(t, func(c *Config) {
 		c.Methods, c.Users = []string{MethodMTLS, MethodToken}, byToken{"alice", "bob"}
 		c.TLS.ClientCAs = x509.NewCertPool()

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"masquevpn/routing"
+	"masquevpn/routing/routingtest"
 	"masquevpn/tun/tuntest"
 )
 
@@ -16,7 +17,7 @@ import (
 func TestDeletedDevice(t *testing.T) {
 	var mu sync.Mutex
 	var devices []*tuntest.Device
-	var kernels []*kernel
+	var kernels []*routingtest.Network
 	x := newReloadable(t, func(c *Config) {
 		c.OpenDevice = func() (Device, error) {
 			mu.Lock()
@@ -28,15 +29,15 @@ func TestDeletedDevice(t *testing.T) {
 		c.OpenNetwork = func(Device) (Network, error) {
 			mu.Lock()
 			defer mu.Unlock()
-			k := &kernel{lost: make(chan error, 1)}
+			k := &routingtest.Network{Lost: make(chan error, 1)}
 			kernels = append(kernels, k)
 			return k, nil
 		}
 	})
 	x.device = devices[0]
 	x.passes("192.0.2.1", 1)
-	before := kernels[0].last()
-	kernels[0].lost <- routing.ErrInterfaceGone
+	before := kernels[0].Last()
+	kernels[0].Lost <- routing.ErrInterfaceGone
 	for deadline := time.Now().Add(10 * time.Second); x.Status().KernelRepairs["device"] == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("no other device: %+v", x.Status())
@@ -44,7 +45,7 @@ func TestDeletedDevice(t *testing.T) {
 	}
 	mu.Lock()
 	defer mu.Unlock()
-	if got := kernels[1].all()[0]; !reflect.DeepEqual(got, before) {
+	if got := kernels[1].States()[0]; !reflect.DeepEqual(got, before) {
 		t.Errorf("the kernel was told %+v, want %+v", got, before)
 	}
 	x.device = devices[1]
@@ -57,7 +58,7 @@ func TestDeletedDevice(t *testing.T) {
 // What the kernel does not keep is in the status, and Reload tells the kernel
 // again, even if it was told the same before.
 func TestLostKernelSide(t *testing.T) {
-	k := &kernel{health: make(chan routing.Health)}
+	k := &routingtest.Network{Health: make(chan routing.Health)}
 	x := newReloadable(t, func(c *Config) {
 		c.OpenNetwork = func(Device) (Network, error) { return k, nil }
 	})
@@ -65,7 +66,7 @@ func TestLostKernelSide(t *testing.T) {
 		t.Errorf("at the start: %+v", s)
 	}
 	for range 2 { // the second is taken when the first has its effect
-		k.health <- routing.Health{Problem: "another program turns forwarding off",
+		k.Health <- routing.Health{Problem: "another program turns forwarding off",
 			Repairs: map[string]uint64{"sysctl": 7}}
 	}
 	if s := x.Status(); s.State != StateDegraded ||
@@ -73,13 +74,13 @@ func TestLostKernelSide(t *testing.T) {
 		s.KernelRepairs["sysctl"] != 7 {
 		t.Errorf("with a problem: %+v", s)
 	}
-	told := len(k.all())
+	told := len(k.States())
 	x.reload()
-	if n := len(k.all()); n != told+1 {
+	if n := len(k.States()); n != told+1 {
 		t.Errorf("Reload told the kernel %d times", n-told)
 	}
 	for range 2 {
-		k.health <- routing.Health{}
+		k.Health <- routing.Health{}
 	}
 	if s := x.Status(); s.State != StateRunning || len(s.Warnings) != 0 {
 		t.Errorf("without: %+v", s)

@@ -21,22 +21,12 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/ippacket"
-	"masquevpn/internal/pki"
-	"masquevpn/routing"
+	"masquevpn/internal/pki/pkitest"
+	"masquevpn/routing/routingtest"
 	"masquevpn/tun/tuntest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-type noNetwork struct{}
-
-func (noNetwork) Apply(routing.State) error { return nil }
-func (noNetwork) Close() error              { return nil }
-
-func (noNetwork) Maintain(ctx context.Context, _ func(routing.Health)) error {
-	<-ctx.Done()
-	return nil
-}
 
 // start runs a proxy on loopback and returns an HTTP/3 connection to it.
 func start(t *testing.T, change func(*Config)) *http3.ClientConn {
@@ -54,26 +44,15 @@ type running struct {
 
 func startServer(t *testing.T, change func(*Config)) running {
 	t.Helper()
-	ca, caPair, err := pki.NewAuthority("test CA", time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	pair, err := ca.Server("localhost", nil, time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := tls.X509KeyPair(pair.Cert, pair.Key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	in := pkitest.New("localhost")
 	cfg := Config{
 		Name: "localhost", Listen: []string{"127.0.0.1:0"},
-		TLS:     &tls.Config{Certificates: []tls.Certificate{cert}},
+		TLS:     &tls.Config{Certificates: []tls.Certificate{in.Proxy}},
 		Methods: []string{MethodNone}, Pool4: netip.MustParsePrefix("10.77.0.0/24"),
 		Advertise: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"),
 			netip.MustParsePrefix("::/0")},
 		OpenDevice:  func() (Device, error) { return tuntest.New(1400), nil },
-		OpenNetwork: func(Device) (Network, error) { return noNetwork{}, nil },
+		OpenNetwork: func(Device) (Network, error) { return new(routingtest.Network), nil },
 	}
 	if change != nil {
 		change(&cfg)
@@ -85,8 +64,7 @@ func startServer(t *testing.T, change func(*Config)) running {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
-	r := running{Server: s, roots: x509.NewCertPool()}
-	r.roots.AppendCertsFromPEM(caPair.Cert)
+	r := running{Server: s, roots: in.Roots}
 	r.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {

@@ -23,6 +23,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/ippacket"
+	"masquevpn/internal/logtest"
 	"masquevpn/tun/tuntest"
 )
 
@@ -342,7 +343,7 @@ func TestLogIsBounded(t *testing.T) {
 
 // What a client wrote into its request is cut to a line of bounded length.
 func TestRefusedRequestsInLog(t *testing.T) {
-	var out syncBuffer
+	var out logtest.Buffer
 	s := startServer(t, func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(&out, nil)) })
 	_, h3 := s.dial(t, nil)
 	rsp, _ := request(t, h3, "GET", "", "/"+strings.Repeat("x", 8<<10), nil)
@@ -357,22 +358,4 @@ func TestRefusedRequestsInLog(t *testing.T) {
 	if !strings.Contains(out.String(), "request refused") {
 		t.Error("the request is not in the log")
 	}
-}
-
-// syncBuffer is a buffer for several writers.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }

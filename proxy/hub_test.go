@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -9,7 +8,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -19,7 +17,8 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/ippacket"
-	"masquevpn/routing"
+	"masquevpn/internal/logtest"
+	"masquevpn/routing/routingtest"
 	"masquevpn/tun/tuntest"
 )
 
@@ -33,76 +32,6 @@ func (u byToken) ByName(name string) (User, bool) {
 func (u byToken) ByToken(token string) (User, bool) { return u.ByName(token) }
 func (byToken) Reserved(netip.Prefix, string) bool  { return false }
 
-// kernel keeps all that it was told.
-type kernel struct {
-	health chan routing.Health // values to report; nil: none
-	lost   chan error          // how Maintain ends
-
-	mu     sync.Mutex
-	states []routing.State
-	fail   error
-}
-
-func (k *kernel) Apply(s routing.State) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.fail != nil {
-		return k.fail
-	}
-	k.states = append(k.states, s)
-	return nil
-}
-
-func (*kernel) Close() error { return nil }
-
-func (k *kernel) Maintain(ctx context.Context, report func(routing.Health)) error {
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case h := <-k.health:
-			report(h)
-		case err := <-k.lost:
-			return err
-		}
-	}
-}
-
-// all returns the states so far.
-func (k *kernel) all() []routing.State {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return slices.Clone(k.states)
-}
-
-func (k *kernel) last() routing.State {
-	all := k.all()
-	return all[len(all)-1]
-}
-
-// logs is a log that can be read while it is written.
-type logs struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logs) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logs) lines(with string) (lines []string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for line := range strings.SplitSeq(l.b.String(), "\n") {
-		if strings.Contains(line, with) {
-			lines = append(lines, line)
-		}
-	}
-	return lines
-}
-
 // hub is a proxy with two sites, a and b, and a client c that is none.
 type hub struct {
 	running
@@ -110,8 +39,8 @@ type hub struct {
 	h3     *http3.ClientConn
 	cfg    Config // configuration to change and give to Reload
 	device *tuntest.Device
-	kernel *kernel
-	log    *logs
+	kernel *routingtest.Network
+	log    *logtest.Buffer
 }
 
 var (
@@ -122,7 +51,7 @@ var (
 )
 
 func newHub(t *testing.T, change func(*Config)) *hub {
-	h := &hub{t: t, device: tuntest.New(1400), kernel: &kernel{}, log: &logs{}}
+	h := &hub{t: t, device: tuntest.New(1400), kernel: new(routingtest.Network), log: new(logtest.Buffer)}
 	h.running = startServer(t, func(c *Config) {
 		c.Methods, c.Users = []string{MethodToken}, byToken{"a", "b", "c"}
 		c.Pool6 = netip.MustParsePrefix("fd77::/64")
@@ -355,7 +284,7 @@ func (h *hub) installs(want ...netip.Prefix) {
 	h.t.Helper()
 	slices.SortFunc(want, netip.Prefix.Compare)
 	h.eventually(fmt.Sprintf("routes %v", want), func() bool {
-		return slices.Equal(slices.SortedFunc(slices.Values(h.kernel.last().Routes),
+		return slices.Equal(slices.SortedFunc(slices.Values(h.kernel.Last().Routes),
 			netip.Prefix.Compare), want)
 	})
 }
@@ -364,8 +293,8 @@ func (h *hub) eventually(what string, ok func() bool) {
 	h.t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			h.t.Fatalf("not in time: %s; the kernel has %+v\n%s", what, h.kernel.last(),
-				strings.Join(h.log.lines(""), "\n"))
+			h.t.Fatalf("not in time: %s; the kernel has %+v\n%s", what, h.kernel.Last(),
+				strings.Join(h.log.Lines(""), "\n"))
 		}
 	}
 }

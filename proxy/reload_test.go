@@ -17,6 +17,7 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/internal/ippacket"
 	"masquevpn/routing"
+	"masquevpn/routing/routingtest"
 	"masquevpn/tun/tuntest"
 )
 
@@ -198,7 +199,7 @@ func TestReloadLosesNothing(t *testing.T) {
 // What needs a restart is named, and stays as it was; what is wrong changes
 // nothing.
 func TestReloadRefuses(t *testing.T) {
-	network := &kernel{}
+	network := new(routingtest.Network)
 	x := newReloadable(t, func(c *Config) {
 		c.OpenNetwork = func(Device) (Network, error) { return network, nil }
 	})
@@ -218,7 +219,7 @@ func TestReloadRefuses(t *testing.T) {
 		s.Listen[0] != "127.0.0.1:0" {
 		t.Errorf("status %+v", s)
 	}
-	if slices.ContainsFunc(network.all(), func(s routing.State) bool {
+	if slices.ContainsFunc(network.States(), func(s routing.State) bool {
 		return len(s.Masquerade) > 0
 	}) {
 		t.Error("masquerading is on")

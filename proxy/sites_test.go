@@ -34,7 +34,7 @@ func TestSite(t *testing.T) {
 	}
 	a.advertise(netA, netip.MustParsePrefix("10.5.0.0/24"))
 	h.installs(netA)
-	if lines := h.log.lines("10.5.0.0/24 is not within"); len(lines) != 1 ||
+	if lines := h.log.Lines("10.5.0.0/24 is not within"); len(lines) != 1 ||
 		!strings.Contains(lines[0], "user=a") {
 		t.Errorf("the refusal is logged as\n%s", strings.Join(lines, "\n"))
 	}
@@ -55,10 +55,10 @@ func TestNoSite(t *testing.T) {
 	c.advertise(netB)
 	c.send("10.1.0.5", "192.0.2.9")
 	c.isProhibited("10.1.0.5", "192.0.2.9")
-	if lines := h.log.lines("no [[site]] names this user"); len(lines) != 1 {
+	if lines := h.log.Lines("no [[site]] names this user"); len(lines) != 1 {
 		t.Errorf("%d lines are logged", len(lines))
 	}
-	if n := len(h.kernel.all()); n != 1 {
+	if n := len(h.kernel.States()); n != 1 {
 		t.Errorf("the kernel was told %d times", n)
 	}
 	// Nor is one whose request is for something in particular.
@@ -72,7 +72,7 @@ func TestNoSite(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.eventually("a line about the scope", func() bool {
-		return len(h.log.lines("a request with a scope")) == 1
+		return len(h.log.Lines("a request with a scope")) == 1
 	})
 }
 
@@ -89,11 +89,11 @@ func TestSiteConflicts(t *testing.T) {
 		`10.77.0.0/28 overlaps 10.77.0.0/24, the pool of addresses for clients`,
 		`172.16.0.0/24 overlaps 172.16.0.0/24, a network of the proxy's host`,
 	} {
-		h.eventually(want, func() bool { return len(h.log.lines(want)) == 1 })
+		h.eventually(want, func() bool { return len(h.log.Lines(want)) == 1 })
 	}
 	b := h.connect("b", "", netB, netip.MustParsePrefix("10.1.0.0/16"))
 	want := `10.1.0.0/16 overlaps the networks of the site \"a\"`
-	h.eventually(want, func() bool { return len(h.log.lines(want)) == 1 })
+	h.eventually(want, func() bool { return len(h.log.Lines(want)) == 1 })
 	h.installs(netA, other, netB)
 	b.send("10.1.7.5", "192.0.2.9")
 	b.isProhibited("10.1.7.5", "192.0.2.9")
@@ -101,7 +101,7 @@ func TestSiteConflicts(t *testing.T) {
 	h.installs(netB, netip.MustParsePrefix("10.1.0.0/16"))
 	h.connect("a", "", netA)
 	h.eventually("a is refused now", func() bool {
-		return len(h.log.lines(`10.1.0.0/24 overlaps the networks of the site \"b\"`)) == 1
+		return len(h.log.Lines(`10.1.0.0/24 overlaps the networks of the site \"b\"`)) == 1
 	})
 }
 
@@ -219,14 +219,14 @@ func TestSiteTakesOver(t *testing.T) {
 			a := h.connect("a", tc.first, netA)
 			h.installs(netA)
 			b := h.connect("b", "", netip.MustParsePrefix("10.1.0.0/16")) // waits for its chance
-			told := len(h.kernel.all())
+			told := len(h.kernel.States())
 			again := h.connect("a", tc.second)
 			if name == "same client" { // it has not said a word
 				h.leadsTo(again, "10.77.0.1", "10.1.0.5")
 			}
 			again.advertise(netA)
 			h.leadsTo(again, "10.77.0.1", "10.1.0.5")
-			if n := len(h.kernel.all()); n != told {
+			if n := len(h.kernel.States()); n != told {
 				t.Errorf("the kernel was told %d more times", n-told)
 			}
 			if name == "same client" {
@@ -259,7 +259,7 @@ func TestSiteAssignsAddresses(t *testing.T) {
 		t.Helper()
 		h.eventually(fmt.Sprintf("addresses %v", want), func() bool {
 			var got []string
-			for _, p := range h.kernel.last().Addresses {
+			for _, p := range h.kernel.Last().Addresses {
 				got = append(got, p.String())
 			}
 			return slices.Equal(got, append([]string{"10.77.0.1/24", "fd77::1/64"}, want...))
@@ -273,7 +273,7 @@ func TestSiteAssignsAddresses(t *testing.T) {
 		"address 172.16.0.1 is within 172.16.0.0/24, a network of the proxy's host",
 		"10.1.0.0/28, which it assigns, is not a single address",
 	} {
-		if len(h.log.lines(refused)) != 1 {
+		if len(h.log.Lines(refused)) != 1 {
 			t.Errorf("not said: %s", refused)
 		}
 	}
@@ -294,14 +294,10 @@ func TestSiteAssignsAddresses(t *testing.T) {
 // What the kernel refuses is tried again, and does not end the proxy.
 func TestSiteInstallFails(t *testing.T) {
 	h := newHub(t, nil)
-	h.kernel.mu.Lock()
-	h.kernel.fail = errors.New("no room")
-	h.kernel.mu.Unlock()
+	h.kernel.FailApply(errors.New("no room"))
 	a := h.connect("a", "", netA)
-	h.eventually("it is said", func() bool { return len(h.log.lines("no room")) > 0 })
-	h.kernel.mu.Lock()
-	h.kernel.fail = nil
-	h.kernel.mu.Unlock()
+	h.eventually("it is said", func() bool { return len(h.log.Lines("no room")) > 0 })
+	h.kernel.FailApply(nil)
 	a.advertise(netA)
 	h.installs(netA)
 }
@@ -317,14 +313,14 @@ func TestSiteChangesArePaced(t *testing.T) {
 		if i%2 == 1 {
 			networks = append(networks, netA6)
 		}
-		before := len(h.kernel.all())
+		before := len(h.kernel.States())
 		a.advertise(networks...)
-		for wait := time.Now(); len(h.kernel.all()) == before &&
+		for wait := time.Now(); len(h.kernel.States()) == before &&
 			time.Since(wait) < 50*time.Millisecond; {
 			time.Sleep(time.Millisecond)
 		}
 	}
-	told, most := len(h.kernel.all())-1, changeBurst+1+int(time.Since(begin).Seconds()*changeRate)
+	told, most := len(h.kernel.States())-1, changeBurst+1+int(time.Since(begin).Seconds()*changeRate)
 	if told > most {
 		t.Errorf("the kernel was told %d times, want at most %d", told, most)
 	}

@@ -24,6 +24,7 @@ import (
 	"github.com/yosida95/uritemplate/v3"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/logtest"
 )
 
 // flow is a flow to target4 by a foreign client.
@@ -106,7 +107,7 @@ func awaitSessions(t *testing.T, s running, n int) []SessionStatus {
 }
 
 func TestUDPCarries(t *testing.T) {
-	var log logBuffer
+	var log logtest.Buffer
 	s := startServer(t, withUDP(echo(t), func(c *Config) {
 		c.Resolver = names{"dns.example": {"2001:db8::7"}}
 		c.Logger = slog.New(slog.NewTextHandler(&log, nil))
@@ -142,24 +143,6 @@ func TestUDPCarries(t *testing.T) {
 	if strings.Contains(log.String(), "session") {
 		t.Errorf("logged:\n%s", log.String())
 	}
-}
-
-// logBuffer collects a log.
-type logBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *logBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *logBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
 }
 
 // Datagrams of contexts that nobody knows go nowhere, and what is on the stream

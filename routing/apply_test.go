@@ -13,6 +13,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"masquevpn/internal/logtest"
 )
 
 // full is a client's state with everything in it.
@@ -503,10 +505,10 @@ func TestNoIPv6InTheKernel(t *testing.T) {
 	if err := os.Symlink("/proc/sys/net/ipv4", filepath.Join(procSys, "net/ipv4")); err != nil {
 		t.Fatal(err)
 	}
-	var log logBuffer
+	var log logtest.Buffer
 	h.do(func() {
 		m, err := open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
-			Logger: log.logger()}, procSys)
+			Logger: log.Logger()}, procSys)
 		if err != nil {
 			t.Fatal(err)
 		}

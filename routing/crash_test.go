@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"masquevpn/internal/logtest"
 )
 
 // crashChild is the environment variable that makes the test binary a process
@@ -141,8 +143,8 @@ func TestKilled(t *testing.T) {
 			}
 			tt.mangle(t, c.Journal)
 
-			var log logBuffer
-			c.Logger = log.logger()
+			var log logtest.Buffer
+			c.Logger = log.Logger()
 			_, closeTUN := h.tun("masque0")
 			m := h.open(c)
 			if !strings.Contains(log.String(), tt.logged) {

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"masquevpn/internal/logtest"
 )
 
 var allChains = []string{
@@ -52,9 +54,9 @@ func TestKernelLacksFeatures(t *testing.T) {
 			h.uplink()
 			h.tun("masque0")
 			before := h.snapshot()
-			var log logBuffer
+			var log logtest.Buffer
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
-				Logger: log.logger()})
+				Logger: log.Logger()})
 			m.commit = func(table string, replace bool, chains []chain) error {
 				if slices.ContainsFunc(chains, func(c chain) bool {
 					return slices.Contains(tt.lacks, c.name)

@@ -1,7 +1,6 @@
 package routing
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -23,6 +22,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"masquevpn/internal/logtest"
 )
 
 // Tests run in a process of their own with new user, mount and network
@@ -63,7 +64,7 @@ func TestMain(m *testing.M) {
 type host struct {
 	t   *testing.T
 	ns  netns.NsHandle
-	log *logBuffer // nil unless the test looks at it
+	log *logtest.Buffer // nil unless the test looks at it
 }
 
 func newHost(t *testing.T) *host {
@@ -416,28 +417,6 @@ func prefixes(list ...string) (ps []netip.Prefix) {
 		ps = append(ps, netip.MustParsePrefix(p))
 	}
 	return ps
-}
-
-// logBuffer collects log lines.
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-func (l *logBuffer) logger() *slog.Logger {
-	return slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
 func testLogger(t *testing.T) *slog.Logger {

@@ -18,6 +18,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"masquevpn/internal/logtest"
 )
 
 // kept is what a test sees of a Manager that keeps its state.
@@ -88,10 +90,10 @@ func TestKeep(t *testing.T) {
 	client := func(h *host) (*Manager, State) {
 		h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
 		return h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
-			Logger: h.log.logger()}), full()
+			Logger: h.log.Logger()}), full()
 	}
 	proxy := func(h *host) (*Manager, State) {
-		return h.open(Config{Instance: "one", Interface: "masque0", Logger: h.log.logger(),
+		return h.open(Config{Instance: "one", Interface: "masque0", Logger: h.log.Logger(),
 				Journal: filepath.Join(h.t.TempDir(), "j.json")}), State{
 				MTU: 1380, Addresses: prefixes("10.77.0.1/24", "fd77::1/64"),
 				Routes:  prefixes("192.0.2.0/24", "2001:db8:2::/48"),
@@ -172,7 +174,7 @@ func TestKeep(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			h := newHost(t)
-			h.log = new(logBuffer)
+			h.log = new(logtest.Buffer)
 			h.uplink()
 			index, _ := h.tun("masque0")
 			m, state := tt.open(h)
@@ -476,11 +478,11 @@ func TestKeepWithoutSuccess(t *testing.T) {
 // the health, and does not keep this one busy.
 func TestKeepInATugOfWar(t *testing.T) {
 	h := newHost(t)
-	h.log = new(logBuffer)
+	h.log = new(logtest.Buffer)
 	h.uplink()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
-		Logger: h.log.logger()})
+		Logger: h.log.Logger()})
 	h.apply(m, full())
 	k := h.keep(m)
 	for n := uint64(1); n <= patienceOfFeud+1; n++ {
@@ -635,9 +637,9 @@ func (h *host) keepKill(k *KillSwitch) <-chan KillSwitchHealth {
 // interface; each time, but not at any rate.
 func TestKillSwitchIsKept(t *testing.T) {
 	h, _ := connect(t)
-	h.log = new(logBuffer)
+	h.log = new(logtest.Buffer)
 	h.tun("masque0")
-	k := &KillSwitch{Instance: "one", Mark: DefaultMark, Logger: h.log.logger()}
+	k := &KillSwitch{Instance: "one", Mark: DefaultMark, Logger: h.log.Logger()}
 	h.closeKill(k, "masque0")
 	ruleset := h.run("nft", "--stateless", "list", "ruleset")
 	health := h.keepKill(k)

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"masquevpn/internal/logtest"
 )
 
 func router() State {
@@ -192,10 +194,10 @@ func TestReadOnlySysctls(t *testing.T) {
 	})
 
 	// What a client needs it can do without.
-	var log logBuffer
+	var log logtest.Buffer
 	h.onReadOnlySysctls(func() {
 		m, err := Open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
-			Logger: log.logger()})
+			Logger: log.Logger()})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"masquevpn/client"
+	"masquevpn/internal/dnstest"
 	"masquevpn/internal/lab"
 	"masquevpn/internal/pki"
 )
@@ -64,11 +65,11 @@ func newACMEServer(p *pair) *acmeServer {
 			resolver}}
 	names, err := p.Target.ListenPacket("udp", resolver)
 	check(p.t, err)
-	serveDNS(p.t, names, func(name string) []netip.Addr {
+	dnstest.Serve(p.t, names, func(name string) ([]netip.Addr, error) {
 		if name == lab.ProxyName && s.dns.Load() {
-			return []netip.Addr{proxyInside}
+			return []netip.Addr{proxyInside}, nil
 		}
-		return nil
+		return nil, dnstest.ErrNotFound
 	})
 	for name, data := range map[string][]byte{"own.crt": own.Cert, "own.key": own.Key,
 		"root.crt": root.Cert, "config.json": config} {

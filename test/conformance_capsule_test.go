@@ -14,6 +14,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/client"
+	"masquevpn/internal/pki/pkitest"
 	"masquevpn/proxy"
 	"masquevpn/routing"
 )
@@ -88,7 +89,7 @@ func TestWireVectorsAtProxy(t *testing.T) {
 // The client takes capsules as the proxy does. It has one stream, and so starts
 // over when that is reset.
 func TestWireVectorsAtClient(t *testing.T) {
-	in := newInstallation(t)
+	in := pkitest.New(proxyName)
 	r := startRawServer(t, in, http3.NextProtoH3)
 	for _, v := range vectors(t) {
 		capsules := v.capsules(t)
@@ -163,7 +164,7 @@ func TestWireEndlessCapsules(t *testing.T) {
 
 // A client that is sent a capsule beyond the limit says so.
 func TestWireOversizedCapsuleAtClient(t *testing.T) {
-	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
+	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	c := r.startClient(nil)
 	s := r.establish(c)
 	_, err := s.Write(quicvarint.Append(quicvarint.Append(nil,
@@ -204,13 +205,13 @@ func TestWireAssignmentsAreComplete(t *testing.T) {
 // Each ADDRESS_ASSIGN and each ROUTE_ADVERTISEMENT replaces the last, and the
 // kernel is told (RFC 9484 sections 4.7.1 and 4.7.3).
 func TestWireCapsulesReplaceAtClient(t *testing.T) {
-	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
+	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	c := r.startClient(nil)
 	s := r.establish(c)
 	address, route := netip.MustParsePrefix("10.77.0.9/32"), netip.MustParsePrefix("192.0.2.0/24")
 	s.send(&capsule.AddressAssign{Addresses: []capsule.Address{{Prefix: address}}},
 		&capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{route}, 0)})
-	c.network.await(t, func(state routing.State) bool {
+	c.awaitNetwork(func(state routing.State) bool {
 		return slices.Equal(state.Addresses, []netip.Prefix{address}) &&
 			slices.Equal(state.Routes, []netip.Prefix{route})
 	})

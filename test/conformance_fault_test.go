@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"masquevpn/internal/logtest"
 	"masquevpn/proxy"
 )
 
@@ -18,7 +19,7 @@ import (
 // there or somebody else's, of unknown contexts, and without a whole one.
 // Tunnels go on.
 func TestWireStrayDatagrams(t *testing.T) {
-	var log lines
+	var log logtest.Buffer
 	p := startWireProxy(t, func(c *proxy.Config) {
 		c.Logger = slog.New(slog.NewTextHandler(&log, nil))
 	})
@@ -35,7 +36,7 @@ func TestWireStrayDatagrams(t *testing.T) {
 	}
 	u := p.tunnelOn(early)
 
-	quiet := len(log.all())
+	quiet := len(log.Lines(""))
 	const n = 500
 	for range n {
 		early.sendDatagram(4*1000, spoofed)             // no such stream
@@ -52,7 +53,7 @@ func TestWireStrayDatagrams(t *testing.T) {
 	u.send(packetCapsule(pkt))
 	awaitOnly(t, p.device.Receive, id)
 	victim.lives()
-	if lines := log.all()[quiet:]; len(lines) > 0 {
+	if lines := log.Lines("")[quiet:]; len(lines) > 0 {
 		t.Errorf("%d lines in the log:\n%s", len(lines), lines[0])
 	}
 }

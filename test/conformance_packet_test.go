@@ -18,6 +18,7 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/client"
 	"masquevpn/internal/ippacket"
+	"masquevpn/internal/pki/pkitest"
 	"masquevpn/proxy"
 )
 
@@ -341,7 +342,7 @@ func TestWireICMPRate(t *testing.T) {
 // through the tunnel. It takes from the proxy only what comes from where the
 // proxy said that it may (BCP 38), and goes only to its own addresses.
 func TestWireClientPolicy(t *testing.T) {
-	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
+	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	c := r.startClient(nil)
 	s := r.establish(c)
 	// ours, and within what the proxy advertises
@@ -409,7 +410,7 @@ func TestWireLinkEcho(t *testing.T) {
 	u.sendPacket(ippacket.AppendEcho(nil, linkLocal6, allNodes, 255, true, 99, 5, data))
 	wantEchoReply(t, u.readPacket, data)
 
-	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
+	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	c := r.startClient(nil)
 	s := r.establish(c)
 	s.sendPacket(ippacket.AppendEcho(nil, linkLocal6, allNodes, 255, true, 99, 5, data))

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -20,6 +19,8 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/client"
 	"masquevpn/internal/cli"
+	"masquevpn/internal/logtest"
+	"masquevpn/internal/pki/pkitest"
 	"masquevpn/proxy"
 	"masquevpn/routing"
 )
@@ -89,7 +90,7 @@ func countPackets(socket *net.UDPConn, each func()) (n int) {
 // The request is as RFC 9484 section 4.4 has it; target and ipproto are never
 // empty.
 func TestWireClientRequest(t *testing.T) {
-	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
+	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	_, port, err := net.SplitHostPort(r.addr)
 	check(t, err)
 	for name, tc := range map[string]struct {
@@ -143,7 +144,7 @@ func TestWireClientRequest(t *testing.T) {
 // The client sends no request to a server that is no MASQUE proxy, nor before
 // it knows (RFC 9220 section 3, RFC 9297 section 2.1.1).
 func TestWireClientReadsSettings(t *testing.T) {
-	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
+	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	for says, s := range map[string]settings{
 		"Extended CONNECT": {settingDatagram: 1},
 		"HTTP Datagrams":   {settingExtendedConnect: 1, settingDatagram: 0},
@@ -171,7 +172,7 @@ func TestWireClientReadsSettings(t *testing.T) {
 // Only a success opens the tunnel, and only one that is well-formed (RFC 9484
 // section 4.5, RFC 9297 section 3.2).
 func TestWireClientChecksTheAnswer(t *testing.T) {
-	r := startRawServer(t, newInstallation(t), http3.NextProtoH3)
+	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	for _, tc := range []struct {
 		answer string // fields, separated by commas
 		kind   client.Kind
@@ -198,7 +199,7 @@ func TestWireClientChecksTheAnswer(t *testing.T) {
 			if e := c.failure(); e.Kind != tc.kind || !strings.Contains(e.Error(), tc.says) {
 				t.Errorf("kind %d, %q", e.Kind, e)
 			}
-			if len(c.network.last().Addresses) > 0 {
+			if len(c.network.Last().Addresses) > 0 {
 				t.Error("addresses were applied")
 			}
 		})
@@ -219,7 +220,7 @@ func TestWireClientChecksTheAnswer(t *testing.T) {
 		s.sendHeaders(":status: 103", "link: </x>")
 		s.sendHeaders(":status: 299")
 		s.send(granted...)
-		c.network.await(t, func(state routing.State) bool { return len(state.Addresses) == 2 })
+		c.awaitNetwork(func(state routing.State) bool { return len(state.Addresses) == 2 })
 	})
 }
 
@@ -410,7 +411,7 @@ func TestWireNoRetryStorm(t *testing.T) {
 		"wrong template": {http3.NextProtoH3, ":status: 404", client.KindUsage, "404"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := startRawServer(t, newInstallation(t), tc.protocol)
+			r := startRawServer(t, pkitest.New(proxyName), tc.protocol)
 			c := r.startClient(func(c *client.Config) { c.Reconnect = true })
 			if tc.answer != "" {
 				s, _ := r.accept(masqueSettings).request()
@@ -426,24 +427,6 @@ func TestWireNoRetryStorm(t *testing.T) {
 	}
 }
 
-// lines is a log in memory.
-type lines struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (l *lines) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(b)
-}
-
-func (l *lines) all() []string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.Split(strings.TrimSpace(l.buf.String()), "\n")
-}
-
 // What a client puts into its request is one line in the log, without control
 // characters, whatever it is.
 func TestWireLogsAreEscaped(t *testing.T) {
@@ -455,17 +438,17 @@ func TestWireLogsAreEscaped(t *testing.T) {
 	}
 	for _, format := range []string{cli.FormatText, cli.FormatJSON} {
 		t.Run(format, func(t *testing.T) {
-			var log lines
+			var log logtest.Buffer
 			logger := cli.LogOptions{Format: format}.Logger(&log) // as the program has it
 			c := startWireProxy(t, func(c *proxy.Config) { c.Logger = logger }).dial(masqueSettings)
-			before := len(log.all())
+			before := len(log.Lines(""))
 			for _, path := range paths {
 				if status, _ := c.open(connectIP(path)...).answer(); status != "400" &&
 					status != "404" {
 					t.Errorf("%q: status %q", path, status)
 				}
 			}
-			got := log.all()[before:]
+			got := log.Lines("")[before:]
 			if len(got) != len(paths) {
 				t.Errorf("%d lines for %d requests:\n%s", len(got), len(paths),
 					strings.Join(got, "\n"))

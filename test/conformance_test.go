@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"runtime"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -23,8 +22,10 @@ import (
 	"masquevpn/capsule"
 	"masquevpn/client"
 	"masquevpn/internal/ippacket"
+	"masquevpn/internal/pki/pkitest"
 	"masquevpn/proxy"
 	"masquevpn/routing"
+	"masquevpn/routing/routingtest"
 	"masquevpn/tun/tuntest"
 )
 
@@ -347,7 +348,7 @@ func (s *rawStream) readPacket(ctx context.Context) ([]byte, error) {
 type wireProxy struct {
 	*proxy.Server
 	t      *testing.T
-	in     installation
+	in     pkitest.Installation
 	device *tuntest.Device
 }
 
@@ -360,15 +361,15 @@ var (
 // unless change says otherwise.
 func startWireProxy(t *testing.T, change func(*proxy.Config)) *wireProxy {
 	t.Helper()
-	p := &wireProxy{t: t, in: newInstallation(t), device: tuntest.New(1400)}
+	p := &wireProxy{t: t, in: pkitest.New(proxyName), device: tuntest.New(1400)}
 	cfg := proxy.Config{
 		Name: proxyName, Listen: []string{"127.0.0.1:0"},
-		TLS:     &tls.Config{Certificates: []tls.Certificate{p.in.proxy}},
+		TLS:     &tls.Config{Certificates: []tls.Certificate{p.in.Proxy}},
 		Methods: []string{proxy.MethodNone},
 		Pool4:   netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
 		Advertise:     []netip.Prefix{allIPv4, allIPv6},
 		OpenDevice:    func() (proxy.Device, error) { return p.device, nil },
-		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return noKernel{}, nil },
+		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return new(routingtest.Network), nil },
 		LocalNetworks: func() ([]netip.Prefix, error) { return nil, nil },
 	}
 	if change != nil {
@@ -388,7 +389,7 @@ func (p *wireProxy) dial(s settings) *rawConn {
 	ctx, cancel := context.WithTimeout(p.t.Context(), patience)
 	defer cancel()
 	conn, err := quic.DialAddr(ctx, p.Addrs()[0].String(),
-		&tls.Config{RootCAs: p.in.ca, ServerName: proxyName,
+		&tls.Config{RootCAs: p.in.Roots, ServerName: proxyName,
 			NextProtos: []string{http3.NextProtoH3}},
 		&quic.Config{EnableDatagrams: true, InitialPacketSize: 1350})
 	if err != nil {
@@ -529,17 +530,17 @@ func (u *wireTunnel) lives() {
 // rawServer is a proxy that the test plays.
 type rawServer struct {
 	t    *testing.T
-	in   installation
+	in   pkitest.Installation
 	ln   *quic.Listener
 	addr string // address to dial
 }
 
 // startRawServer listens until the test ends; protocol is what it negotiates by
 // ALPN.
-func startRawServer(t *testing.T, in installation, protocol string) *rawServer {
+func startRawServer(t *testing.T, in pkitest.Installation, protocol string) *rawServer {
 	t.Helper()
 	ln, err := quic.ListenAddr("127.0.0.1:0",
-		&tls.Config{Certificates: []tls.Certificate{in.proxy}, NextProtos: []string{protocol}},
+		&tls.Config{Certificates: []tls.Certificate{in.Proxy}, NextProtos: []string{protocol}},
 		&quic.Config{EnableDatagrams: true, InitialPacketSize: 1350})
 	if err != nil {
 		t.Fatal(err)
@@ -582,7 +583,7 @@ type wireClient struct {
 	*client.Client
 	t       *testing.T
 	device  *tuntest.Device
-	network *recorder
+	network *routingtest.Network
 	cancel  context.CancelFunc
 	done    chan struct{}
 	err     error // result of Run, once done is closed
@@ -597,10 +598,10 @@ func (c *wireClient) stop() {
 // startClient runs a client of r until the test ends.
 func (r *rawServer) startClient(change func(*client.Config)) *wireClient {
 	r.t.Helper()
-	c := &wireClient{t: r.t, device: tuntest.New(1400), network: newRecorder(),
+	c := &wireClient{t: r.t, device: tuntest.New(1400), network: new(routingtest.Network),
 		done: make(chan struct{})}
 	cfg := client.Config{
-		Name: "wire", Proxy: r.addr, TLS: &tls.Config{RootCAs: r.in.ca, ServerName: proxyName},
+		Name: "wire", Proxy: r.addr, TLS: &tls.Config{RootCAs: r.in.Roots, ServerName: proxyName},
 		InstallRoutes: true,
 		OpenDevice:    func() (client.Device, error) { return c.device, nil },
 		OpenNetwork:   func(client.Device) (client.Network, error) { return c.network, nil },
@@ -678,53 +679,13 @@ func (s *wireSession) lives() {
 	awaitID(s.c.t, s.c.device.Receive, id)
 }
 
-// recorder is a kernel that remembers what it was last told.
-type recorder struct {
-	mu      sync.Mutex
-	state   routing.State
-	changed chan struct{}
-}
-
-func newRecorder() *recorder { return &recorder{changed: make(chan struct{}, 1)} }
-
-func (r *recorder) Apply(s routing.State) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.state = s
-	select {
-	case r.changed <- struct{}{}:
-	default:
-	}
-	return nil
-}
-
-func (*recorder) Maintain(ctx context.Context, _ func(routing.Health)) error {
-	<-ctx.Done()
-	return nil
-}
-func (*recorder) FollowHost() ([]string, error) { return nil, nil }
-func (*recorder) Held() error                   { return nil }
-func (*recorder) Close() error                  { return nil }
-
-func (r *recorder) last() routing.State {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.state
-}
-
-// await waits for a state.
-func (r *recorder) await(t *testing.T, ok func(routing.State) bool) {
-	t.Helper()
-	for {
-		state := r.last()
-		if ok(state) {
-			return
-		}
-		select {
-		case <-r.changed:
-		case <-time.After(patience):
-			t.Fatalf("the kernel was last told %+v", state)
-		}
+// awaitNetwork waits until ok accepts the state that the client applied last.
+func (c *wireClient) awaitNetwork(ok func(routing.State) bool) {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
+	defer cancel()
+	if state, err := c.network.Await(ctx, ok); err != nil {
+		c.t.Fatalf("the client applied %+v last: %v", state, err)
 	}
 }
 

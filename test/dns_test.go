@@ -1,7 +1,7 @@
 package test
 
 import (
-	"net"
+	"net/netip"
 	"os"
 	"reflect"
 	"slices"
@@ -14,6 +14,7 @@ import (
 
 	"masquevpn/client"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/dnstest"
 	"masquevpn/internal/lab"
 )
 
@@ -37,7 +38,7 @@ func newResolver(t *testing.T, o options) *resolver {
 		r.Target: "192.0.2.2:53"} {
 		socket, err := host.ListenPacket("udp", addr)
 		check(t, err)
-		serveNames(t, socket)
+		dnstest.Serve(t, socket, lookUp)
 	}
 	r.setResolver(lanResolver)
 	check(t, r.Client.Do(func() error {
@@ -53,51 +54,13 @@ func newResolver(t *testing.T, o options) *resolver {
 	return r
 }
 
-// serveNames answers every query for an IPv4 address: with the proxy's for its
-// name, and otherwise with the target's.
-func serveNames(t *testing.T, c net.PacketConn) {
-	serve(t, c, func(q dnsmessage.Question) dnsmessage.ResourceBody {
-		switch {
-		case q.Type != dnsmessage.TypeA:
-			return nil
-		case strings.HasPrefix(q.Name.String(), lab.ProxyName):
-			return &dnsmessage.AResource{A: lab.ProxyIPv4.As4()}
-		}
-		return &dnsmessage.AResource{A: lab.TargetIPv4.As4()}
-	})
-}
-
-// serve answers every query with the record that answer returns, or with none.
-func serve(t *testing.T, c net.PacketConn,
-	answer func(dnsmessage.Question) dnsmessage.ResourceBody) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		buf := make([]byte, 1500)
-		for {
-			n, from, err := c.ReadFrom(buf)
-			if err != nil {
-				return
-			}
-			var m dnsmessage.Message
-			if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 {
-				continue
-			}
-			m.Response, m.Additionals = true, nil
-			q := m.Questions[0]
-			if body := answer(q); body != nil {
-				m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name,
-					Type: q.Type, Class: q.Class}, Body: body}}
-			}
-			if b, err := m.Pack(); err == nil {
-				_, _ = c.WriteTo(b, from)
-			}
-		}
-	}()
-	t.Cleanup(func() {
-		c.Close()
-		<-done
-	})
+// lookUp knows the proxy's IPv4 address, and the target's under every other
+// name.
+func lookUp(name string) ([]netip.Addr, error) {
+	if name == lab.ProxyName {
+		return []netip.Addr{lab.ProxyIPv4}, nil
+	}
+	return []netip.Addr{lab.TargetIPv4}, nil
 }
 
 func (r *resolver) setResolver(content string) {
@@ -348,7 +311,7 @@ func TestDNSBesideTheTunnel(t *testing.T) {
 			r.givePrivateLAN()
 			socket, err := r.Router.ListenPacket("udp", "192.168.77.1:53")
 			check(t, err)
-			serveNames(t, socket)
+			dnstest.Serve(t, socket, lookUp)
 			r.setResolver("nameserver 192.168.77.1\n")
 			r.looksUp("before.example")
 			before := r.snapshot(r.Client)

@@ -2,41 +2,14 @@ package test
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"testing"
 	"time"
 
 	"masquevpn/client"
-	"masquevpn/internal/pki"
 	"masquevpn/proxy"
 )
 
 const proxyName = "proxy.example"
-
-// installation is the credentials of a proxy that runs in the test.
-type installation struct {
-	ca    *x509.CertPool
-	proxy tls.Certificate
-}
-
-func newInstallation(t *testing.T) installation {
-	t.Helper()
-	ca, pair, err := pki.NewAuthority("test CA", time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	in := installation{ca: x509.NewCertPool()}
-	in.ca.AppendCertsFromPEM(pair.Cert)
-	server, err := ca.Server(proxyName, nil, time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if in.proxy, err = tls.X509KeyPair(server.Cert, server.Key); err != nil {
-		t.Fatal(err)
-	}
-	return in
-}
 
 // runProxy runs s until the test ends.
 func runProxy(t *testing.T, s *proxy.Server) {

@@ -17,26 +17,15 @@ import (
 
 	"masquevpn/client"
 	"masquevpn/internal/ippacket"
+	"masquevpn/internal/pki/pkitest"
 	"masquevpn/proxy"
-	"masquevpn/routing"
+	"masquevpn/routing/routingtest"
 	"masquevpn/tun/tuntest"
 )
 
 // The reference library, connect-ip-go, as the peer of our proxy and of our
 // client. Both ends run in the test, without a kernel in between: what counts
 // is what they say to each other.
-
-// noKernel takes what would be applied to the host.
-type noKernel struct{}
-
-func (noKernel) Apply(routing.State) error { return nil }
-func (noKernel) Maintain(ctx context.Context, _ func(routing.Health)) error {
-	<-ctx.Done()
-	return nil
-}
-func (noKernel) FollowHost() ([]string, error) { return nil, nil }
-func (noKernel) Held() error                   { return nil }
-func (noKernel) Close() error                  { return nil }
 
 var (
 	inside4  = netip.MustParseAddr("10.77.0.2")
@@ -55,16 +44,16 @@ var (
 func foreignClient(t *testing.T, ctx context.Context, change func(*proxy.Config)) (*foreign.Conn,
 	*proxy.Server, *tuntest.Device) {
 	t.Helper()
-	in := newInstallation(t)
+	in := pkitest.New(proxyName)
 	device := tuntest.New(1400)
 	cfg := proxy.Config{
 		Name: proxyName, Listen: []string{"127.0.0.1:0"}, Template: "https://" + proxyName + "/vpn",
-		TLS:     &tls.Config{Certificates: []tls.Certificate{in.proxy}},
+		TLS:     &tls.Config{Certificates: []tls.Certificate{in.Proxy}},
 		Methods: []string{proxy.MethodNone},
 		Pool4:   netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
 		Advertise:     []netip.Prefix{allIPv4, allIPv6},
 		OpenDevice:    func() (proxy.Device, error) { return device, nil },
-		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return noKernel{}, nil },
+		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return new(routingtest.Network), nil },
 		LocalNetworks: func() ([]netip.Prefix, error) { return nil, nil },
 	}
 	if change != nil {
@@ -81,7 +70,7 @@ func foreignClient(t *testing.T, ctx context.Context, change func(*proxy.Config)
 		t.Fatal(err)
 	}
 	transport := foreign.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: in.ca, ServerName: proxyName,
+		TLSClientConfig: &tls.Config{RootCAs: in.Roots, ServerName: proxyName,
 			NextProtos: []string{http3.NextProtoH3}},
 		DialAddr: func(ctx context.Context, _ string, tlsConf *tls.Config,
 			conf *quic.Config) (*quic.Conn, error) {
@@ -139,7 +128,7 @@ func TestForeignClient(t *testing.T) {
 func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Client,
 	*tuntest.Device) {
 	t.Helper()
-	in := newInstallation(t)
+	in := pkitest.New(proxyName)
 	socket, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		t.Fatal(err)
@@ -148,7 +137,7 @@ func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Cli
 	conns := make(chan *foreign.Conn, 1)
 	server := &http3.Server{
 		EnableDatagrams: true,
-		TLSConfig:       http3.ConfigureTLSConfig(&tls.Config{Certificates: []tls.Certificate{in.proxy}}),
+		TLSConfig:       http3.ConfigureTLSConfig(&tls.Config{Certificates: []tls.Certificate{in.Proxy}}),
 		QUICConfig:      &quic.Config{EnableDatagrams: true, InitialPacketSize: 1350},
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			req, err := foreign.ParseProxyRequest(r, uritemplate.MustNew(template))
@@ -178,10 +167,10 @@ func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Cli
 
 	device := tuntest.New(1400)
 	c, err := client.New(client.Config{
-		Name: "interop", Proxy: template, TLS: &tls.Config{RootCAs: in.ca, ServerName: proxyName},
+		Name: "interop", Proxy: template, TLS: &tls.Config{RootCAs: in.Roots, ServerName: proxyName},
 		InstallRoutes: true,
 		OpenDevice:    func() (client.Device, error) { return device, nil },
-		OpenNetwork:   func(client.Device) (client.Network, error) { return noKernel{}, nil },
+		OpenNetwork:   func(client.Device) (client.Network, error) { return new(routingtest.Network), nil },
 	})
 	if err != nil {
 		t.Fatal(err)

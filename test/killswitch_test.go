@@ -18,10 +18,10 @@ import (
 	"time"
 
 	"github.com/gopacket/gopacket/layers"
-	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 
 	"masquevpn/client"
+	"masquevpn/internal/dnstest"
 	"masquevpn/internal/lab"
 )
 
@@ -495,31 +495,12 @@ func TestKillSwitchNames(t *testing.T) {
 	file := p.invite("alice")
 	dns, err := p.Router.ListenPacket("udp", "203.0.113.1:53")
 	check(t, err)
-	defer dns.Close()
-	go func() {
-		buf := make([]byte, 1500)
-		for {
-			n, from, err := dns.ReadFrom(buf)
-			if err != nil {
-				return
-			}
-			var m dnsmessage.Message
-			if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 {
-				continue
-			}
-			m.Response, m.Additionals = true, nil
-			if q := m.Questions[0]; q.Type == dnsmessage.TypeA &&
-				q.Name.String() == lab.ProxyName+"." {
-				m.Answers = []dnsmessage.Resource{{
-					Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 60},
-					Body:   &dnsmessage.AResource{A: lab.ProxyIPv4.As4()},
-				}}
-			}
-			if b, err := m.Pack(); err == nil {
-				_, _ = dns.WriteTo(b, from)
-			}
+	dnstest.Serve(t, dns, func(name string) ([]netip.Addr, error) {
+		if name == lab.ProxyName {
+			return []netip.Addr{lab.ProxyIPv4}, nil
 		}
-	}()
+		return nil, nil
+	})
 	check(t, p.Client.Do(func() error {
 		const upstream = "/run/systemd/resolve/resolv.conf"
 		if err := os.MkdirAll(filepath.Dir(upstream), 0o755); err != nil {

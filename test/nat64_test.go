@@ -6,8 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/net/dns/dnsmessage"
-
+	"masquevpn/internal/dnstest"
 	"masquevpn/internal/lab"
 )
 
@@ -26,11 +25,11 @@ func TestProxyBehindTranslator(t *testing.T) {
 	ip(p.Client, "-4 addr flush dev eth0")
 	socket, err := p.Router.ListenPacket("udp", "[2001:db8:1::1]:53")
 	check(t, err)
-	serve(t, socket, func(q dnsmessage.Question) dnsmessage.ResourceBody {
-		if q.Name.String() == "ipv4only.arpa." && q.Type == dnsmessage.TypeAAAA {
-			return &dnsmessage.AAAAResource{AAAA: netip.MustParseAddr("64:ff9b::192.0.0.170").As16()}
+	dnstest.Serve(t, socket, func(name string) ([]netip.Addr, error) {
+		if name == "ipv4only.arpa" {
+			return []netip.Addr{netip.MustParseAddr("64:ff9b::192.0.0.170")}, nil
 		}
-		return nil
+		return nil, nil
 	})
 	r := &resolver{pair: p}
 	r.setResolver("nameserver 2001:db8:1::1\n")

@@ -3,7 +3,6 @@ package congestion
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -13,7 +12,7 @@ import (
 
 	"github.com/quic-go/quic-go"
 
-	"masquevpn/internal/pki"
+	"masquevpn/internal/pki/pkitest"
 )
 
 // TestDatagramsWaitBeforeQUIC checks that only few datagrams wait in QUIC when
@@ -50,20 +49,7 @@ func TestDatagramsWaitBeforeQUIC(t *testing.T) {
 // controlled returns a connection with QUIC's congestion control and its
 // socket.
 func controlled(t *testing.T) (*quic.Conn, *memory) {
-	ca, _, err := pki.NewAuthority("test", time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	pair, err := ca.Server("a.example", nil, time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := tls.X509KeyPair(pair.Cert, pair.Key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(pair.Cert)
+	in := pkitest.New("a.example")
 	config := &quic.Config{EnableDatagrams: true}
 	Outer.Apply(config)
 
@@ -73,13 +59,13 @@ func controlled(t *testing.T) (*quic.Conn, *memory) {
 	t.Cleanup(func() {
 		_, _, _, _ = here.Close(), there.Close(), client.Close(), server.Close()
 	})
-	ln, err := server.Listen(&tls.Config{Certificates: []tls.Certificate{cert},
+	ln, err := server.Listen(&tls.Config{Certificates: []tls.Certificate{in.Proxy},
 		NextProtos: []string{"test"}}, config)
 	if err != nil {
 		t.Fatal(err)
 	}
 	conn, err := client.Dial(context.Background(), there.LocalAddr(),
-		&tls.Config{RootCAs: roots, ServerName: "a.example", NextProtos: []string{"test"}}, config)
+		&tls.Config{RootCAs: in.Roots, ServerName: "a.example", NextProtos: []string{"test"}}, config)
 	if err != nil {
 		t.Fatal(err)
 	}
