@@ -23,8 +23,8 @@ func prefixes(s ...string) []netip.Prefix {
 	return out
 }
 
-// A prefix is the client's as a whole: its interface has the first address of a
-// host, and any other is carried as well.
+// The client owns each address of a delegated prefix. Its interface gets the
+// first host address; packets of the others pass as well.
 func TestDelegatedPrefix(t *testing.T) {
 	f := startProxy(t, func(c *proxy.Config) {
 		c.Pool6 = netip.MustParsePrefix("fd77::/56")
@@ -48,8 +48,8 @@ func TestDelegatedPrefix(t *testing.T) {
 	for _, inside := range []string{"fd77:0:0:ff::1", "fd77:0:0:ff:1:2:3:4"} {
 		carries(t, n, f, inside, "2001:db8::2")
 	}
-	// It comes back with a prefix for the prefix, and an address for the
-	// address.
+	// After a reconnect the client requests the same prefixes and the same
+	// single address.
 	f.Kick(f.Sessions()[0].ID)
 	n.await(t, "connected again", func(s Status) bool {
 		return s.State == StateConnected && s.Reconnects > 0
@@ -59,8 +59,8 @@ func TestDelegatedPrefix(t *testing.T) {
 	}
 }
 
-// What the proxy changes while the session runs is applied as it comes, each
-// list in place of the last, without an end of the session.
+// Each list of addresses or routes that the proxy sends during a session
+// replaces the last one; the session continues.
 func TestAddressesAndRoutesChange(t *testing.T) {
 	next := make(chan []capsule.Capsule)
 	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
@@ -122,21 +122,22 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 					n.network.Last(), step.addresses, step.routes)
 			}
 		}
-		// What was there before and stays is there in every state between.
+		// Addresses and routes of both the old and the new list are in every
+		// state between.
 		last := before[len(before)-1]
 		for _, s := range n.network.States()[len(before):] {
 			for _, p := range step.addresses {
 				if slices.Contains(last.Addresses, p) && !slices.Contains(s.Addresses, p) {
-					t.Errorf("step %d: %v was away for a while", i, p)
+					t.Errorf("step %d: %v was removed for a while", i, p)
 				}
 			}
 			for _, p := range step.routes {
 				if slices.Contains(last.Routes, p) && !slices.Contains(s.Routes, p) {
-					t.Errorf("step %d: the route to %v was away for a while", i, p)
+					t.Errorf("step %d: the route to %v was removed for a while", i, p)
 				}
 			}
 		}
-		n.await(t, "told of it", func(s Status) bool {
+		n.await(t, "the status shows the addresses", func(s Status) bool {
 			return slices.Equal(s.Addresses, step.addresses)
 		})
 	}
@@ -145,8 +146,8 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 	}
 }
 
-// Each of two devices of one user has its own former addresses when its program
-// is started anew, in whatever order.
+// When the clients on two devices of one user start again, each device gets its
+// former addresses, in any order.
 func TestInstallations(t *testing.T) {
 	f := startProxy(t, nil)
 	start := func(installation string) *near {
@@ -154,28 +155,28 @@ func TestInstallations(t *testing.T) {
 		n.awaitConnected(t)
 		return n
 	}
-	stop := func(n *near, left int) {
+	stop := func(n *near, sessions int) {
 		n.stop()
 		<-n.done
-		eventually(t, "the proxy has taken the addresses back", func() bool {
-			return len(f.Sessions()) == left
+		eventually(t, "the proxy releases the addresses", func() bool {
+			return len(f.Sessions()) == sessions
 		})
 	}
 	laptop, phone := start("laptop"), start("phone")
-	had := map[string][]netip.Prefix{"laptop": laptop.Status().Addresses,
+	former := map[string][]netip.Prefix{"laptop": laptop.Status().Addresses,
 		"phone": phone.Status().Addresses}
 	stop(laptop, 1)
 	stop(phone, 0)
 	for _, name := range []string{"phone", "tablet", "laptop"} {
 		got := start(name).Status().Addresses
-		if want, ok := had[name]; ok && !slices.Equal(got, want) {
-			t.Errorf("the %s has %v, and had %v", name, got, want)
+		if want, ok := former[name]; ok && !slices.Equal(got, want) {
+			t.Errorf("addresses of the %s: got %v, want %v", name, got, want)
 		}
 	}
 }
 
-// Two copies of one installation, as of a cloned machine, have addresses of
-// their own, and leave each other alone.
+// Two copies of one installation, for example on a cloned machine, get
+// different addresses and do not disturb each other.
 func TestInstallationCopied(t *testing.T) {
 	f := startProxy(t, nil)
 	var copies []*near
@@ -185,7 +186,7 @@ func TestInstallationCopied(t *testing.T) {
 		copies = append(copies, n)
 	}
 	if slices.Equal(copies[0].Status().Addresses, copies[1].Status().Addresses) {
-		t.Errorf("both have %v", copies[0].Status().Addresses)
+		t.Errorf("both copies have %v", copies[0].Status().Addresses)
 	}
 	for _, n := range copies {
 		eventually(t, "packets pass", func() bool {
@@ -194,7 +195,7 @@ func TestInstallationCopied(t *testing.T) {
 			return n.Status().Packets.TX > 0
 		})
 		if s := n.Status(); s.State != StateConnected || s.Reconnects > 0 {
-			t.Errorf("%s after %d reconnects: %s", s.State, s.Reconnects, s.Reason)
+			t.Errorf("state %s after %d reconnects: %s", s.State, s.Reconnects, s.Reason)
 		}
 	}
 }

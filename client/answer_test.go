@@ -8,16 +8,16 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// Each acknowledgement brings a new sample of the round trip time; packets that
-// the far end repeats, because it receives nothing, do not.
+// A new sample of the round-trip time shows an acknowledgement. Packets that
+// the proxy retransmits, because it receives nothing, bring no sample.
 func TestAnswerWatch(t *testing.T) {
 	for _, tc := range []struct {
 		name         string
-		rtts         []time.Duration // round trip of the last acknowledged packet, at each look
-		acknowledged bool            // expected at the last look
+		rtts         []time.Duration // sample that each check sees
+		acknowledged bool            // wanted from the last check
 		why          string
 	}{
-		{"first look", []time.Duration{9}, false, "waiting for the first answer"},
+		{"first check", []time.Duration{9}, false, "waiting for the first answer"},
 		{"too early", []time.Duration{9, 12}, false, "waiting for the first answer"},
 		{"acknowledged", []time.Duration{9, 12, 14}, true, ""},
 		{"nothing is acknowledged", []time.Duration{9, 9, 9, 9}, false, "does not acknowledge"},

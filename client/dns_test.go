@@ -27,7 +27,7 @@ import (
 	"masquevpn/routing/routingtest"
 )
 
-// The status shows what the proxy says about DNS, and follows it.
+// The status shows the DNS configuration of the proxy and its changes.
 func TestDNSInStatus(t *testing.T) {
 	f := startProxy(t, func(c *proxy.Config) {
 		c.DNS = proxy.DNS{
@@ -56,46 +56,46 @@ func TestDNSInStatus(t *testing.T) {
 		NAT64: []netip.Prefix{}})
 }
 
-// awaitDNS waits until the status says want about DNS.
+// awaitDNS waits until the DNS configuration in the status is want.
 func awaitDNS(t *testing.T, n *near, want connectip.DNSStatus) {
 	t.Helper()
-	n.await(t, fmt.Sprintf("told %+v", want), func(s Status) bool {
+	n.await(t, fmt.Sprintf("DNS status %+v", want), func(s Status) bool {
 		return reflect.DeepEqual(s.DNS, want)
 	})
 }
 
-// fakeResolver is a host whose resolver and routing note what they are told, in
-// order.
+// fakeResolver is a Resolver that records calls of its methods and, through
+// fakeNetwork, of the host's routing.
 type fakeResolver struct {
-	outside []netip.Addr // servers that are not reached through the tunnel
-	fail    error        // error that Apply returns
+	outside []netip.Addr // servers that Reaches denies
+	fail    error        // returned by Apply
 
-	mu       sync.Mutex
-	said     []string
-	restored string // what Check says
-	lost     error
-	asks     []netip.AddrPort // the host's servers outside the tunnel
+	mu       sync.Mutex // guards the fields below
+	events   []string
+	restored string           // returned by Check
+	lost     error            // returned by Check
+	asks     []netip.AddrPort // returned by Outside
 }
 
-func (r *fakeResolver) note(format string, args ...any) {
+func (r *fakeResolver) record(format string, args ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.said = append(r.said, fmt.Sprintf(format, args...))
+	r.events = append(r.events, fmt.Sprintf(format, args...))
 }
 
-// all returns what was said so far, without repetitions.
+// all returns the events in order, repeated ones once.
 func (r *fakeResolver) all() []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.Compact(slices.Clone(r.said))
+	return slices.Compact(slices.Clone(r.events))
 }
 
 func (r *fakeResolver) Apply(s hostdns.Settings) (string, error) {
 	if len(s.Servers) == 0 {
-		r.note("no servers")
+		r.record("no servers")
 		return "", nil
 	}
-	r.note("servers %v search %v domains %v", s.Servers, s.Search, s.Domains)
+	r.record("servers %v search %v domains %v", s.Servers, s.Search, s.Domains)
 	return "a test", r.fail
 }
 
@@ -109,7 +109,7 @@ func (r *fakeResolver) Check() (string, error) {
 	return r.restored, r.lost
 }
 
-// change has Check say something else from now on.
+// change sets the results of Check.
 func (r *fakeResolver) change(restored string, lost error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -125,29 +125,31 @@ func (r *fakeResolver) Outside() []netip.AddrPort {
 }
 
 func (r *fakeResolver) Close() error {
-	r.note("closed")
+	r.record("closed")
 	return nil
 }
 
-// routed notes routes in r.
-type routed struct {
+// fakeNetwork is a network that records its calls in resolver.
+type fakeNetwork struct {
 	*routingtest.Network
-	r *fakeResolver
+	resolver *fakeResolver
 }
 
-func (n routed) Apply(s routing.State) error {
-	n.r.note("%d routes", len(s.Routes))
+func (n fakeNetwork) Apply(s routing.State) error {
+	n.resolver.record("%d routes", len(s.Routes))
 	return n.Network.Apply(s)
 }
 
-func (n routed) Close() error {
-	n.r.note("no routes")
+func (n fakeNetwork) Close() error {
+	n.resolver.record("no routes")
 	return n.Network.Close()
 }
 
 func (r *fakeResolver) config(c *Config) {
 	c.OpenResolver = func(Device) (Resolver, error) { return r, nil }
-	c.OpenNetwork = func(Device) (Network, error) { return routed{&routingtest.Network{}, r}, nil }
+	c.OpenNetwork = func(Device) (Network, error) {
+		return fakeNetwork{&routingtest.Network{}, r}, nil
+	}
 }
 
 func pushing(d proxy.DNS) func(*proxy.Config) { return func(c *proxy.Config) { c.DNS = d } }
@@ -157,7 +159,7 @@ var corp = proxy.DNS{
 	Search:  []string{"corp.example"},
 }
 
-// Routes come before DNS and go after it.
+// Routes are installed before DNS settings, and removed after them.
 func TestDNSIsApplied(t *testing.T) {
 	f := startProxy(t, pushing(corp))
 	r := &fakeResolver{}
@@ -177,21 +179,22 @@ func TestDNSIsApplied(t *testing.T) {
 	n.await(t, "applied again", func(s Status) bool { return s.DNS.Applied })
 	n.stop()
 	<-n.done
-	said := slices.DeleteFunc(r.all(), func(s string) bool { return s == "2 routes" })
+	events := slices.DeleteFunc(r.all(), func(s string) bool { return s == "2 routes" })
 	const servers = "servers [10.77.0.1:53 192.0.2.53:53] search [corp.example] domains [.]"
-	if said[0] == "no servers" { // the routes came first, on their own
-		said = said[1:]
+	if events[0] == "no servers" { // the routes came before the servers
+		events = events[1:]
 	}
 	if want := []string{servers, "no servers", servers, "closed",
-		"no routes"}; !slices.Equal(said, want) {
-		t.Errorf("the host was told %q, want %q", said, want)
+		"no routes"}; !slices.Equal(events, want) {
+		t.Errorf("got %q, want %q", events, want)
 	}
 	if all := r.all(); all[0] != "2 routes" {
-		t.Errorf("the host was told %q", all)
+		t.Errorf("got %q, want routes first", all)
 	}
 }
 
-// What the configuration says goes first; what it cannot have is said.
+// The client's configuration overrides the proxy's. The status names the reason
+// why DNS is not applied.
 func TestDNSAsConfigured(t *testing.T) {
 	addr := netip.MustParseAddr
 	for name, test := range map[string]struct {
@@ -199,7 +202,7 @@ func TestDNSAsConfigured(t *testing.T) {
 		dns     DNS
 		outside []netip.Addr
 		fail    error
-		want    string // that the resolver is told at the end
+		want    string // last event of the resolver; "": none is wanted
 		reason  string // why DNS is not applied
 	}{
 		"as pushed": {pushed: corp,
@@ -245,31 +248,31 @@ func TestDNSAsConfigured(t *testing.T) {
 				r.config(c)
 				c.DNS = test.dns
 			})
-			n.await(t, "as wanted", func(s Status) bool {
+			n.await(t, "connected with the reason", func(s Status) bool {
 				return s.State == StateConnected && s.DNS.Reason == test.reason &&
 					s.DNS.Applied == (test.reason == "") && len(s.DNS.Servers) > 0
 			})
-			said := r.all()
+			events := r.all()
 			if test.want == "" {
-				if slices.ContainsFunc(said, func(s string) bool {
+				if slices.ContainsFunc(events, func(s string) bool {
 					return strings.Contains(s, "servers")
 				}) {
-					t.Errorf("the resolver was told %q", said)
+					t.Errorf("got %q, want no servers", events)
 				}
 				return
 			}
-			if said[len(said)-1] != test.want {
-				t.Errorf("the resolver was told %q, want %q", said, test.want)
+			if events[len(events)-1] != test.want {
+				t.Errorf("got %q, want %q at the end", events, test.want)
 			}
 		})
 	}
 }
 
-// Between two sessions the resolver is left as it is, and so it is until the
-// proxy has said what it wants now.
+// The resolver keeps its settings from the end of a session until the proxy
+// sends the DNS configuration of the next session, or none in time.
 func TestDNSAcrossSessions(t *testing.T) {
 	var sessions atomic.Int32
-	lose, speak := make(chan struct{}), make(chan struct{})
+	lose, proceed := make(chan struct{}), make(chan struct{})
 	dns := &capsule.DNSAssign{Configurations: []capsule.DNSConfiguration{{
 		Nameservers:     []capsule.Nameserver{{Priority: 1, Addresses: corp.Servers[:1]}},
 		InternalDomains: []string{""},
@@ -288,7 +291,7 @@ func TestDNSAcrossSessions(t *testing.T) {
 		case 1:
 			write(str, dns)
 		case 2:
-			<-speak
+			<-proceed
 		}
 		go keepSending(r.Context(), str,
 			append([]byte{0}, ippacket.AppendEcho(nil, netip.MustParseAddr("192.0.2.1"),
@@ -308,26 +311,26 @@ func TestDNSAcrossSessions(t *testing.T) {
 	})
 	n.await(t, "applied", func(s Status) bool { return s.DNS.Applied && s.State == StateConnected })
 	r.mu.Lock()
-	r.said = nil
+	r.events = nil
 	r.mu.Unlock()
 	close(lose)
 	n.await(t, "routed again", func(s Status) bool {
 		return s.State != StateConnected && len(r.all()) > 1
 	})
-	if said := r.all(); slices.Contains(said, "no servers") || !n.Status().DNS.Applied {
-		t.Errorf("between the sessions the host was told %q", said)
+	if events := r.all(); slices.Contains(events, "no servers") || !n.Status().DNS.Applied {
+		t.Errorf("got %q between the sessions, want the settings kept", events)
 	}
-	close(speak)
-	n.await(t, "without what only the first session said", func(s Status) bool {
+	close(proceed)
+	n.await(t, "the first session's configuration is removed", func(s Status) bool {
 		return s.State == StateConnected && !s.DNS.Applied
 	})
-	if said := r.all(); said[len(said)-1] != "no servers" {
-		t.Errorf("the host was told %q", said)
+	if events := r.all(); events[len(events)-1] != "no servers" {
+		t.Errorf("got %q, want no servers at the end", events)
 	}
 }
 
-// serveNames answers queries for the name of the proxy on a socket of its own,
-// if there is an answer, and counts them.
+// serveNames starts a nameserver that counts queries and answers those for A
+// records with answer. Without answer it answers nothing.
 func serveNames(t *testing.T, answer ...netip.Addr) (netip.AddrPort, *atomic.Int32) {
 	t.Helper()
 	c, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -345,9 +348,9 @@ func serveNames(t *testing.T, answer ...netip.Addr) (netip.AddrPort, *atomic.Int
 	return c.LocalAddr().(*net.UDPAddr).AddrPort(), &queries
 }
 
-// While the host's resolver asks through the tunnel, the proxy's name is looked
-// up with the servers that the host has besides.
-func TestLookupBesideTheTunnel(t *testing.T) {
+// While the host's resolver asks the tunnel's servers, the client asks the
+// upstream servers for the proxy's name.
+func TestLookupOutsideTunnel(t *testing.T) {
 	to, err := parseProxy("vpn.example.org", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -368,7 +371,7 @@ func TestLookupBesideTheTunnel(t *testing.T) {
 		asked.Load() == 0 {
 		t.Errorf("got %v, %v", got, err)
 	}
-	// When none knows, the last addresses serve.
+	// If no server answers, the last addresses are used.
 	ctx, cancel := context.WithTimeout(t.Context(), resolveTimeout/20)
 	defer cancel()
 	upstream = []netip.AddrPort{silent}
@@ -377,16 +380,16 @@ func TestLookupBesideTheTunnel(t *testing.T) {
 	}
 }
 
-// Under a tunnel for everything, the status says when names are asked outside
-// it, and why; a resolver that asks the tunnel's servers for all names does not
-// do that.
+// With a full tunnel, the status warns about DNS queries outside it and names
+// the reason. There is no warning if the resolver asks the tunnel's servers for
+// all names.
 func TestDNSOutside(t *testing.T) {
 	router := []netip.AddrPort{netip.MustParseAddrPort("192.168.1.1:53")}
 	for name, tc := range map[string]struct {
 		pushed proxy.DNS
 		change func(*Config)
 		asks   []netip.AddrPort
-		want   string // what the warning begins with; "": none
+		want   string // beginning of the warning; "": none
 		hold   bool
 	}{
 		"no servers from the proxy": {asks: router,
@@ -423,7 +426,7 @@ func TestDNSOutside(t *testing.T) {
 				}
 			})
 			n.awaitConnected(t)
-			n.await(t, "DNS is dealt with", func(s Status) bool {
+			n.await(t, "the warning is as wanted", func(s Status) bool {
 				text := strings.Join(s.Warnings, "\n")
 				return strings.HasPrefix(text, tc.want) && (tc.want == "") == (text == "")
 			})
@@ -434,8 +437,8 @@ func TestDNSOutside(t *testing.T) {
 	}
 }
 
-// The host that comes into another network, where names are asked outside, says
-// so then.
+// The warning about DNS outside the tunnel follows the host from network to
+// network.
 func TestDNSOutsideLater(t *testing.T) {
 	f := startProxy(t, nil)
 	u, r := newUplink(), &fakeResolver{}

@@ -9,13 +9,15 @@ import (
 	"testing"
 )
 
-func TestWholeTunnel(t *testing.T) {
+// In a full tunnel, the accepted routes of a family without an address are held
+// in the tunnel. The log and the status name the family, the log once.
+func TestHoldMissingFamily(t *testing.T) {
 	both := prefixes("0.0.0.0/0", "::/0")
 	for name, tc := range map[string]struct {
 		cfg                 Config
 		routes, addrs, want []netip.Prefix
-		family              string // that is unreachable
-		beside              string // that leaves outside the tunnel
+		held                string // family that the warning calls unreachable
+		outside             string // family that the warning finds outside the tunnel
 	}{
 		"both families": {Config{Accept: both}, both, prefixes("10.77.0.2/32", "fd77::2/128"),
 			both, "", ""},
@@ -30,9 +32,9 @@ func TestWholeTunnel(t *testing.T) {
 			prefixes("0.0.0.0/0"), "", "IPv6"},
 		"IPv6 not accepted": {Config{Accept: prefixes("0.0.0.0/0")}, prefixes("0.0.0.0/0"),
 			prefixes("10.77.0.2/32"), prefixes("0.0.0.0/0"), "", ""},
-		"not everything": {Config{Accept: both}, prefixes("192.0.2.0/24"), prefixes("10.77.0.2/32"),
+		"split": {Config{Accept: both}, prefixes("192.0.2.0/24"), prefixes("10.77.0.2/32"),
 			prefixes("192.0.2.0/24"), "", ""},
-		"everything but a part": {Config{Accept: both},
+		"all but a part": {Config{Accept: both},
 			prefixes("0.0.0.0/2", "64.0.0.0/2", "128.0.0.0/2"), prefixes("10.77.0.2/32"),
 			prefixes("0.0.0.0/2", "64.0.0.0/2", "128.0.0.0/2", "::/0"), "IPv6", ""},
 		"half": {Config{Accept: both}, prefixes("0.0.0.0/1"), prefixes("10.77.0.2/32"),
@@ -52,24 +54,24 @@ func TestWholeTunnel(t *testing.T) {
 			s := &session{c: c}
 			for range 3 {
 				if got := s.holdMissingFamily(slices.Clone(tc.routes), tc.addrs); !slices.Equal(got, tc.want) {
-					t.Errorf("%v, want %v", got, tc.want)
+					t.Errorf("got routes %v, want %v", got, tc.want)
 				}
 			}
 			switch lines := strings.Count(log.String(), "\n"); {
-			case tc.family+tc.beside == "" && lines != 0, tc.family+tc.beside != "" && lines != 1,
-				tc.family != "" && !strings.Contains(log.String(), "family="+tc.family):
-				t.Errorf("the log has\n%s", log.String())
+			case tc.held+tc.outside == "" && lines != 0, tc.held+tc.outside != "" && lines != 1,
+				tc.held != "" && !strings.Contains(log.String(), "family="+tc.held):
+				t.Errorf("got log\n%s", log.String())
 			}
 			want := ""
 			switch {
-			case tc.family != "":
-				want = tc.family + " is unreachable: all traffic goes through the tunnel"
-			case tc.beside != "":
-				want = tc.beside + " leaves this host outside the tunnel"
+			case tc.held != "":
+				want = tc.held + " is unreachable: all traffic goes through the tunnel"
+			case tc.outside != "":
+				want = tc.outside + " leaves this host outside the tunnel"
 			}
-			if said := strings.Join(c.status.Warnings, "\n"); (said == "") != (want == "") ||
-				!strings.HasPrefix(said, want) {
-				t.Errorf("the warnings are %q, want %q", said, want)
+			if got := strings.Join(c.status.Warnings, "\n"); (got == "") != (want == "") ||
+				!strings.HasPrefix(got, want) {
+				t.Errorf("got warnings %q, want %q", got, want)
 			}
 		})
 	}

@@ -14,17 +14,17 @@ import (
 	"masquevpn/routing"
 )
 
-// killSwitch keeps what it is told, and by whom it is called.
+// killSwitch is a KillSwitch that records its calls and other events.
 type killSwitch struct {
-	health chan routing.KillSwitchHealth // values to report; nil: none
+	health chan routing.KillSwitchHealth // values that Keep reports; nil: none
 
-	mu     sync.Mutex
+	mu     sync.Mutex // guards the fields below
 	events []string
-	err    error
+	err    error // returned by Close
 }
 
 func (k *killSwitch) Close(iface string) error {
-	k.note(fmt.Sprintf("close but for %q", iface))
+	k.record(fmt.Sprintf("close but for %q", iface))
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.err
@@ -41,14 +41,14 @@ func (k *killSwitch) Maintain(ctx context.Context, report func(routing.KillSwitc
 	}
 }
 
-func (k *killSwitch) note(event string) {
+func (k *killSwitch) record(event string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.events = append(k.events, event)
 }
 
-// The kill switch is closed before there is a device, and again before each
-// attempt to connect: somebody may have removed it.
+// The client closes the kill switch before it opens the device, and again
+// before each attempt to connect, because another program may have removed it.
 func TestKillSwitchComesFirst(t *testing.T) {
 	k := &killSwitch{}
 	f := startProxy(t, nil)
@@ -56,7 +56,7 @@ func TestKillSwitchComesFirst(t *testing.T) {
 		c.KillSwitch = k
 		open := c.OpenDevice
 		c.OpenDevice = func() (Device, error) {
-			k.note("device")
+			k.record("device")
 			return open()
 		}
 	})
@@ -73,12 +73,12 @@ func TestKillSwitchComesFirst(t *testing.T) {
 		t.Errorf("got %q, want %q", k.events, want)
 	}
 	if s := n.Status(); s.KillSwitch != KillSwitchClosed {
-		t.Errorf("the status says %q", s.KillSwitch)
+		t.Errorf("got kill switch %q in the status", s.KillSwitch)
 	}
 }
 
-// Nothing is opened, and nobody is dialed, while the kill switch cannot be
-// closed.
+// If the kill switch cannot be closed, the client opens no device and does not
+// connect.
 func TestKillSwitchThatDoesNotClose(t *testing.T) {
 	f := startProxy(t, func(c *proxy.Config) { c.Methods = []string{proxy.MethodNone} })
 	n := startClient(t, f, func(c *Config) {
@@ -90,6 +90,6 @@ func TestKillSwitchThatDoesNotClose(t *testing.T) {
 		t.Errorf("got %+v", e)
 	}
 	if s := n.Status(); s.KillSwitch != KillSwitchOff {
-		t.Errorf("the status says %q", s.KillSwitch)
+		t.Errorf("got kill switch %q in the status", s.KillSwitch)
 	}
 }

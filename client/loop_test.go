@@ -13,7 +13,8 @@ import (
 	"masquevpn/tun"
 )
 
-// udpHeader makes the headers of a UDP packet, as far as they are looked at.
+// udpHeader returns an IP header and a UDP header. Fields that outerSockets
+// ignores are zero.
 func udpHeader(protocol byte, src, dst netip.AddrPort) []byte {
 	var b []byte
 	if dst.Addr().Is4() {
@@ -28,7 +29,8 @@ func udpHeader(protocol byte, src, dst netip.AddrPort) []byte {
 	return append(b, 0, 8, 0, 0)
 }
 
-// Packets of the outer socket are told from others to the same proxy.
+// Packets of an outer socket are distinguished from other packets to the same
+// proxy.
 func TestOuterSocketsSent(t *testing.T) {
 	proxy4, proxy6 := netip.MustParseAddrPort("203.0.113.5:443"),
 		netip.MustParseAddrPort("[2001:db8::5]:443")
@@ -53,7 +55,7 @@ func TestOuterSocketsSent(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			var o outerSockets
 			if o.sent(tt.pkt) {
-				t.Error("a packet of a socket that is not there")
+				t.Error("got true without sockets")
 			}
 			o.add(&net.UDPAddr{Port: 50000}, proxy4)
 			o.add(&net.UDPAddr{Port: 50001}, proxy6)
@@ -64,8 +66,8 @@ func TestOuterSocketsSent(t *testing.T) {
 	}
 }
 
-// A packet of the outer socket that comes back by the device is dropped, and
-// the log and the notices say what to do.
+// Packets of an outer socket that the device reads are dropped. The log and the
+// notice name the remedy.
 func TestLoop(t *testing.T) {
 	var log bytes.Buffer
 	c, err := New(Config{Proxy: "203.0.113.5", Logger: slog.New(slog.NewTextHandler(&log, nil))})
@@ -81,7 +83,7 @@ func TestLoop(t *testing.T) {
 					netip.MustParseAddrPort("203.0.113.5:443")))
 		}
 		if !c.dropLoops(packets) || packets[0] != nil || packets[1] != nil {
-			t.Errorf("left: %v", packets)
+			t.Errorf("got packets %v, want none", packets)
 		}
 	}
 	const want = "have it leave the bits 0xa0000000 alone, or name others in routes.mark"
@@ -91,7 +93,7 @@ func TestLoop(t *testing.T) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if n := c.notices[noticeLoop]; !n.degrades || !strings.Contains(n.text, want) {
-		t.Errorf("notice: %+v", n)
+		t.Errorf("got notice %+v", n)
 	}
 	c.loopTimer.Stop()
 }

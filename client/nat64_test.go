@@ -11,7 +11,8 @@ import (
 	"masquevpn/internal/dnstest"
 )
 
-// nameserver answers with the addresses of names, from records.
+// nameserver starts a nameserver with the addresses in records, by name, and
+// returns a resolver that asks it.
 func nameserver(t *testing.T, records map[string][]string) *net.Resolver {
 	t.Helper()
 	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -33,14 +34,14 @@ func nameserver(t *testing.T, records map[string][]string) *net.Resolver {
 		}}
 }
 
-// On a network without IPv4 that has a translator, the proxy's IPv4 address is
-// tried by way of that.
-func TestTranslator(t *testing.T) {
+// On a network with NAT64 and without IPv4, the client tries the proxy's IPv4
+// address through the translator first (RFC 7050).
+func TestNAT64(t *testing.T) {
 	translator := []string{"64:ff9b::192.0.0.170", "64:ff9b::192.0.0.171"}
 	for name, tc := range map[string]struct {
 		proxy      string
 		records    map[string][]string
-		ipv4, ipv6 bool // the host has routes of this family
+		ipv4, ipv6 bool // the host has a route of the family
 		want       []string
 	}{
 		"an IPv4 address": {"192.0.2.33", map[string][]string{"ipv4only.arpa.": translator},
@@ -55,16 +56,16 @@ func TestTranslator(t *testing.T) {
 		"a host with IPv4": {"192.0.2.33", map[string][]string{"ipv4only.arpa.": translator},
 			true, true, []string{"192.0.2.33:443"}},
 		"no translator": {"192.0.2.33", nil, false, true, []string{"192.0.2.33:443"}},
-		"IPv4 of another use": {"192.0.2.33",
+		"another IPv4 address": {"192.0.2.33",
 			map[string][]string{"ipv4only.arpa.": {"64:ff9b::192.0.2.1"}}, false, true,
 			[]string{"192.0.2.33:443"}},
 		"an IPv6 address": {"[2001:db8::1]:443", map[string][]string{"ipv4only.arpa.": translator},
 			false, true, []string{"[2001:db8::1]:443"}},
-		"a name of IPv4": {"vpn.example",
+		"a name with an IPv4 address": {"vpn.example",
 			map[string][]string{"ipv4only.arpa.": translator, "vpn.example.": {"192.0.2.33"}},
 			false, true,
 			[]string{"[64:ff9b::192.0.2.33]:443", "192.0.2.33:443"}},
-		"a name of both": {"vpn.example",
+		"a name with both": {"vpn.example",
 			map[string][]string{"ipv4only.arpa.": translator,
 				"vpn.example.": {"192.0.2.33", "2001:db8::1"}}, false, true,
 			[]string{"[2001:db8::1]:443", "192.0.2.33:443"}},

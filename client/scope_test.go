@@ -14,7 +14,8 @@ import (
 	"masquevpn/proxy"
 )
 
-// knownNames is a proxy.Resolver.
+// knownNames is a proxy.Resolver that finds these names. Lookups of
+// broken.example fail; no other name exists.
 type knownNames map[string][]netip.Addr
 
 func (k knownNames) LookupNetIP(_ context.Context, _, host string) ([]netip.Addr, error) {
@@ -29,8 +30,8 @@ func withResolver(c *proxy.Config) {
 		netip.MustParseAddr("2001:db8::2")}}
 }
 
-// A tunnel to one host for one protocol: the routes say so, and so does the
-// status.
+// A tunnel to one host for one protocol has routes to that host only. The
+// status shows them with the protocol.
 func TestScopedTunnel(t *testing.T) {
 	f := startProxy(t, withResolver)
 	n := startClient(t, f, func(c *Config) { c.Target, c.IPProto = "target.example", "17" })
@@ -48,15 +49,16 @@ func TestScopedTunnel(t *testing.T) {
 	if got := n.Status().Routes; !slices.Equal(got, want) {
 		t.Errorf("routes in the status %v, want %v", got, want)
 	}
-	carries(t, n, f, "10.77.0.2", "192.0.2.2") // ICMP passes whatever the protocol
+	carries(t, n, f, "10.77.0.2", "192.0.2.2") // ICMP passes with any protocol
 	carries(t, n, f, "fd77::2", "2001:db8::2")
 }
 
+// The error tells refusals of a scope apart.
 func TestScopeRefusedByTheProxy(t *testing.T) {
 	f := startProxy(t, withResolver)
 	for target, want := range map[string]struct {
 		kind Kind
-		says string
+		text string
 	}{
 		"127.0.0.1":       {KindRefused, "does not allow this request"},
 		"unknown.example": {KindRefused, "finds no address of the target's name"},
@@ -66,14 +68,16 @@ func TestScopeRefusedByTheProxy(t *testing.T) {
 			n := startClient(t, f, func(c *Config) {
 				c.Target, c.Reconnect = target, want.kind == KindRefused
 			})
-			if e := n.failure(t); e.Kind != want.kind || !strings.Contains(e.Error(), want.says) ||
+			if e := n.failure(t); e.Kind != want.kind || !strings.Contains(e.Error(), want.text) ||
 				strings.Contains(e.Error(), "\n") {
-				t.Errorf("got kind %d, %q, want kind %d and %q", e.Kind, e, want.kind, want.says)
+				t.Errorf("got kind %d, %q, want kind %d and %q", e.Kind, e, want.kind, want.text)
 			}
 		})
 	}
 }
 
+// No field value makes proxyError panic, or return a response code without an
+// error.
 func FuzzProxyError(f *testing.F) {
 	f.Add(`"vpn.example.org";error=dns_error;rcode="NXDOMAIN"`)
 	f.Add(`a, (b c);error=x, "d";error="y";rcode=1`)

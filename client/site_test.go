@@ -21,8 +21,8 @@ var (
 	lan6 = netip.MustParsePrefix("2001:db8:a::/64")
 )
 
-// startSite runs a proxy for which alice is the gateway of lan4 and lan6, and
-// that gateway.
+// startSite runs a proxy with a site, lan4 and lan6 behind alice, and the
+// client that is their gateway.
 func startSite(t *testing.T, changeProxy func(*proxy.Config), change func(*Config)) (*far, *near) {
 	t.Helper()
 	f := startProxy(t, func(c *proxy.Config) {
@@ -41,7 +41,7 @@ func startSite(t *testing.T, changeProxy func(*proxy.Config), change func(*Confi
 	return f, n
 }
 
-// awaitNetworks waits until the proxy has taken what the client advertises.
+// awaitNetworks waits until the proxy has accepted the networks want.
 func (f *far) awaitNetworks(t *testing.T, want ...netip.Prefix) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
@@ -55,9 +55,8 @@ func (f *far) awaitNetworks(t *testing.T, want ...netip.Prefix) {
 	}
 }
 
-// A gateway advertises its networks, also after a reconnect, and forwards
-// packets of them: its host is a router, so the hop limit goes down when they
-// enter the tunnel.
+// A gateway advertises its networks, also after a reconnect. It forwards
+// packets from them as a router, so it decrements the hop limit.
 func TestGateway(t *testing.T) {
 	peer := netip.MustParsePrefix("10.1.0.200/32")
 	f, n := startSite(t, nil, func(c *Config) { c.AssignPeer = []netip.Prefix{peer} })
@@ -72,8 +71,8 @@ func TestGateway(t *testing.T) {
 	beyond := netip.MustParseAddr("192.0.2.9")
 	forwarded := func(inside netip.Addr) {
 		t.Helper()
-		// The proxy reports networks before it takes packets from them, so that
-		// it may drop the first.
+		// The proxy reports networks before it accepts packets from them, so it
+		// may drop the first.
 		for arrived := false; !arrived; {
 			n.device.Inject(ippacket.AppendEcho(nil, inside, beyond, 64, true, 99, 1, nil))
 			again, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
@@ -94,7 +93,7 @@ func TestGateway(t *testing.T) {
 				}
 				arrived = true
 				if p.HopLimit != 63 {
-					t.Errorf("a forwarded packet arrives with the hop limit %d", p.HopLimit)
+					t.Errorf("got hop limit %d, want 63", p.HopLimit)
 				}
 			}
 			cancel()
@@ -113,7 +112,7 @@ func TestGateway(t *testing.T) {
 	forwarded(netip.MustParseAddr("10.1.0.6"))
 }
 
-// A client that is no gateway does not make its host a router.
+// A client without networks does not make its host a router.
 func TestNoGateway(t *testing.T) {
 	n := startClient(t, startProxy(t, nil), nil)
 	n.awaitConnected(t)
@@ -122,8 +121,8 @@ func TestNoGateway(t *testing.T) {
 	}
 }
 
-// Routes of the proxy into the networks behind this host are not installed, and
-// its packets may not come from there.
+// The client does not install routes of the proxy into the networks behind its
+// host, and drops packets from the tunnel with sources in them.
 func TestOwnNetworksAreNotTheProxys(t *testing.T) {
 	within := netip.MustParsePrefix("10.1.0.128/25")
 	f, n := startSite(t, func(c *proxy.Config) {
@@ -136,9 +135,9 @@ func TestOwnNetworksAreNotTheProxys(t *testing.T) {
 		!slices.Contains(routes, netip.MustParsePrefix("10.2.0.0/24")) {
 		t.Errorf("installed %v", routes)
 	}
-	own, spoofed, right := n.Status().Addresses[0].Addr(), netip.MustParseAddr("10.1.0.130"),
+	own, spoofed, valid := n.Status().Addresses[0].Addr(), netip.MustParseAddr("10.1.0.130"),
 		netip.MustParseAddr("10.2.0.5")
-	for _, src := range []netip.Addr{spoofed, right} {
+	for _, src := range []netip.Addr{spoofed, valid} {
 		f.device.Inject(ippacket.AppendEcho(nil, src, own, 64, true, 99, 1, nil))
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -155,12 +154,13 @@ func TestOwnNetworksAreNotTheProxys(t *testing.T) {
 		if p.Src == spoofed {
 			t.Error("a packet from the network behind this host came out of the tunnel")
 		}
-		if p.Src == right {
+		if p.Src == valid {
 			break
 		}
 	}
-	// Nor does one that the kernel has no better route for go to the proxy,
-	// where it would go round in circles.
+	// A packet to such a network that the kernel routes into the tunnel does
+	// not reach the proxy, which would send it back. It is answered with an
+	// ICMP error.
 	n.device.Inject(ippacket.AppendEcho(nil, own, spoofed, 64, true, 99, 1, nil))
 	for {
 		pkt, err := n.device.Receive(ctx)
@@ -173,8 +173,7 @@ func TestOwnNetworksAreNotTheProxys(t *testing.T) {
 	}
 }
 
-// Routes that lie within a network behind this host, and nothing else, are left
-// out.
+// Only routes that lie within a network behind this host are left out.
 func TestExcludeOwn(t *testing.T) {
 	c, err := New(Config{Proxy: "p", AdvertiseRoutes: []netip.Prefix{lan4}})
 	if err != nil {
@@ -191,8 +190,8 @@ func TestExcludeOwn(t *testing.T) {
 	}
 }
 
-// A network that holds the tunnel's own address is a mistake in the
-// configuration, and ends the client.
+// A network that contains the tunnel's own address is a mistake in the
+// configuration, so the client ends.
 func TestAdvertisesItsOwnAddress(t *testing.T) {
 	for name, change := range map[string]func(*Config){
 		"routes.advertise": func(c *Config) {
@@ -202,16 +201,19 @@ func TestAdvertisesItsOwnAddress(t *testing.T) {
 			c.AssignPeer = []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32")}
 		},
 	} {
-		_, n := startSite(t, nil, change)
-		if e := n.failure(t); e.Kind != KindRefused || !strings.HasPrefix(e.Reason, name+": ") ||
-			!strings.Contains(e.Reason, "10.77.0.2") {
-			t.Errorf("got %v", e)
-		}
+		t.Run(name, func(t *testing.T) {
+			_, n := startSite(t, nil, change)
+			if e := n.failure(t); e.Kind != KindRefused ||
+				!strings.HasPrefix(e.Reason, name+": ") ||
+				!strings.Contains(e.Reason, "10.77.0.2") {
+				t.Errorf("got %v", e)
+			}
+		})
 	}
 }
 
-// A proxy that asks for addresses gets those that it is meant to have, each
-// once, and refusals for the rest; the list stays complete.
+// A proxy that requests addresses is assigned each address of routes.assign
+// once; its other requests are refused. Every answer is the complete list.
 func TestProxyAsksForAddresses(t *testing.T) {
 	answers := make(chan []capsule.Address, 4)
 	f := scripted(t, func(w http.ResponseWriter, _ *http.Request) {

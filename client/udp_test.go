@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -26,7 +27,7 @@ import (
 
 const udpTarget = "192.0.2.7:53"
 
-// echo is a UDP server on loopback that sends back what it gets.
+// echo starts a UDP server on loopback that returns each packet to its sender.
 func echo(t *testing.T) net.PacketConn {
 	t.Helper()
 	c, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -52,7 +53,7 @@ func echo(t *testing.T) net.PacketConn {
 	return c
 }
 
-// startUDPProxy runs a proxy beyond which udpTarget is target.
+// startUDPProxy runs a proxy that reaches target as udpTarget.
 func startUDPProxy(t *testing.T, target net.PacketConn, change func(*proxy.Config)) *far {
 	t.Helper()
 	return startProxy(t, func(c *proxy.Config) {
@@ -71,19 +72,19 @@ func startUDPProxy(t *testing.T, target net.PacketConn, change func(*proxy.Confi
 	})
 }
 
-// noNames is DNS without any names.
+// noNames is a proxy.Resolver that finds no name.
 type noNames struct{}
 
 func (noNames) LookupNetIP(_ context.Context, _, host string) ([]netip.Addr, error) {
 	return nil, &net.DNSError{Err: "no such host", Name: host, IsNotFound: true}
 }
 
-// forwarder is a UDPForwarder that runs in the test.
+// forwarder is a running UDPForwarder.
 type forwarder struct {
 	*UDPForwarder
 	stop context.CancelFunc
-	done chan struct{}
-	err  error
+	done chan struct{} // closed when Run has returned
+	err  error         // result of Run
 }
 
 func startForwarder(t *testing.T, addr string, change func(*UDPConfig)) *forwarder {
@@ -132,17 +133,17 @@ func (f *forwarder) awaitReady(t *testing.T) {
 	}
 }
 
-// failure waits for the end of the forwarder and returns why.
+// failure waits until the forwarder ends and returns its error.
 func (f *forwarder) failure(t *testing.T) *Error {
 	t.Helper()
 	select {
 	case <-f.done:
 	case <-time.After(30 * time.Second):
-		t.Fatal("the forwarder goes on")
+		t.Fatal("the forwarder does not end")
 	}
 	var e *Error
 	if !errors.As(f.err, &e) {
-		t.Fatalf("the forwarder ended with %v, which is no *Error", f.err)
+		t.Fatalf("the forwarder ended with %v, not with an *Error", f.err)
 	}
 	return e
 }
@@ -167,7 +168,7 @@ func newPeer(t *testing.T, f *forwarder) peer {
 	return peer{c}
 }
 
-// exchange sends payload until it comes back, as programs that use UDP do.
+// exchange sends payload repeatedly until it comes back.
 func (p peer) exchange(t *testing.T, payload string) {
 	t.Helper()
 	buf := make([]byte, 1<<16)
@@ -203,6 +204,7 @@ func (f *far) awaitFlows(t *testing.T, n int) []proxy.SessionStatus {
 	}
 }
 
+// A forwarder serves several peers at once, with either kind of credentials.
 func TestForwardUDP(t *testing.T) {
 	for name, change := range map[string]func(*UDPConfig){
 		"token": nil,
@@ -214,7 +216,7 @@ func TestForwardUDP(t *testing.T) {
 			p := startUDPProxy(t, echo(t), nil)
 			f := startForwarder(t, p.addr, change)
 			f.awaitReady(t)
-			p.awaitFlows(t, 0) // the first was only to see whether it is accepted
+			p.awaitFlows(t, 0) // the flow of the first request has ended
 			var peers sync.WaitGroup
 			for i := range 5 {
 				c := newPeer(t, f)
@@ -236,7 +238,7 @@ func TestForwardUDP(t *testing.T) {
 				t.Errorf("ended with %v", f.err)
 			}
 			p.awaitFlows(t, 0)
-			// As many as the exchanges, or some more when an answer was late.
+			// There were 50 exchanges, more packets if an answer was late.
 			if tx, rx := f.Stats().Send.Packets.Load(), f.Stats().Receive.Packets.Load(); tx < 50 ||
 				rx < 50 {
 				t.Errorf("the forwarder counted %d packets sent, %d received", tx, rx)
@@ -248,6 +250,7 @@ func TestForwardUDP(t *testing.T) {
 	}
 }
 
+// Each failure ends the forwarder with its kind and a message of one line.
 func TestForwardUDPFailures(t *testing.T) {
 	p := startUDPProxy(t, echo(t), nil)
 	off := startUDPProxy(t, echo(t), func(c *proxy.Config) { c.ConnectUDP = false })
@@ -259,7 +262,7 @@ func TestForwardUDPFailures(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change func(*UDPConfig)
 		kind   Kind
-		says   string
+		text   string
 	}{
 		"wrong token": {func(c *UDPConfig) {
 			c.Token = "guess"
@@ -288,15 +291,16 @@ func TestForwardUDPFailures(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			e := startForwarder(t, p.addr, tc.change).failure(t)
-			if e.Kind != tc.kind || !strings.Contains(e.Error(), tc.says) ||
+			if e.Kind != tc.kind || !strings.Contains(e.Error(), tc.text) ||
 				strings.Contains(e.Error(), "\n") {
 				t.Errorf("got kind %d, %q, want kind %d and one line with %q", e.Kind, e, tc.kind,
-					tc.says)
+					tc.text)
 			}
 		})
 	}
 }
 
+// NewUDPForwarder names the key of a wrong value.
 func TestNewUDPForwarderRefuses(t *testing.T) {
 	good := UDPConfig{Proxy: "p", Listen: "127.0.0.1:0", Target: "192.0.2.7:53"}
 	for key, changes := range map[string][]func(*UDPConfig){
@@ -323,13 +327,16 @@ func TestNewUDPForwarderRefuses(t *testing.T) {
 		"reconnect.max_delay": {func(c *UDPConfig) { c.MaxDelay = -1 }},
 	} {
 		for i, change := range changes {
-			c := good
-			change(&c)
-			_, err := NewUDPForwarder(c)
-			var e *Error
-			if !errors.As(err, &e) || e.Kind != KindUsage || !strings.HasPrefix(e.Reason, key+":") {
-				t.Errorf("%s, %d: got %v", key, i+1, err)
-			}
+			t.Run(fmt.Sprintf("%s %d", key, i+1), func(t *testing.T) {
+				c := good
+				change(&c)
+				_, err := NewUDPForwarder(c)
+				var e *Error
+				if !errors.As(err, &e) || e.Kind != KindUsage ||
+					!strings.HasPrefix(e.Reason, key+":") {
+					t.Errorf("got %v, want a usage error of %s", err, key)
+				}
+			})
 		}
 	}
 	if _, err := NewUDPForwarder(good); err != nil {
@@ -337,8 +344,7 @@ func TestNewUDPForwarderRefuses(t *testing.T) {
 	}
 }
 
-// A proxy that is gone and back is used again, by peers that were there before
-// and by new ones.
+// After the proxy restarts, the forwarder serves its old peers and new ones.
 func TestForwardUDPReconnects(t *testing.T) {
 	target := echo(t)
 	var f *forwarder
@@ -359,8 +365,8 @@ func TestForwardUDPReconnects(t *testing.T) {
 	p.awaitFlows(t, 2)
 }
 
-// When the proxy has a limit, a peer that is quiet makes room for one that is
-// not.
+// When the proxy's limit is reached, the flow of a quiet peer ends to make room
+// for a new one.
 func TestForwardUDPMakesRoom(t *testing.T) {
 	p := startUDPProxy(t, echo(t), func(c *proxy.Config) { c.MaxUDPFlowsPerUser = 2 })
 	f := startForwarder(t, p.addr, nil)
@@ -372,7 +378,7 @@ func TestForwardUDPMakesRoom(t *testing.T) {
 	p.awaitFlows(t, 2)
 }
 
-// There are only so many flows at once.
+// A forwarder has at most maxFlows flows at once.
 func TestForwardUDPManyPeers(t *testing.T) {
 	p := startUDPProxy(t, echo(t), func(c *proxy.Config) { c.MaxUDPFlowsPerUser = 2 * maxFlows })
 	f := startForwarder(t, p.addr, nil)
@@ -386,7 +392,8 @@ func TestForwardUDPManyPeers(t *testing.T) {
 	p.awaitFlows(t, maxFlows)
 }
 
-// While a proxy refuses flows, it is not asked for one with every packet.
+// While the proxy refuses flows, the forwarder does not send it a request for
+// every packet.
 func TestForwardUDPHoldsBack(t *testing.T) {
 	var asked atomic.Int32
 	p := foreign(t, func(n int32, w http.ResponseWriter, _ *http.Request) bool {
@@ -413,7 +420,7 @@ func TestForwardUDPHoldsBack(t *testing.T) {
 	}
 }
 
-// A flow that nobody uses ends, and comes back when it is needed.
+// An idle flow ends. The next packet opens a new one.
 func TestForwardUDPIdle(t *testing.T) {
 	p := startUDPProxy(t, echo(t), nil)
 	f := startForwarder(t, p.addr, func(c *UDPConfig) { c.IdleTimeout = 40 * time.Millisecond })
@@ -425,7 +432,8 @@ func TestForwardUDPIdle(t *testing.T) {
 	}
 }
 
-// A connection without flows is used now and then, so that the proxy keeps it.
+// The forwarder sends requests on a connection without flows, so that the proxy
+// keeps it.
 func TestForwardUDPKeepsTheConnection(t *testing.T) {
 	far := startUDPProxy(t, echo(t), nil)
 	startForwarderWith(t, far.addr, nil, func(u *UDPForwarder) { u.useInterval = time.Millisecond })
@@ -443,7 +451,8 @@ func TestForwardUDPKeepsTheConnection(t *testing.T) {
 	}
 }
 
-// A target that refuses packets ends a flow, but not the next one.
+// A target that refuses packets ends the flow. A new flow works once the target
+// accepts packets.
 func TestForwardUDPTargetRefuses(t *testing.T) {
 	var local atomic.Value
 	local.Store("127.0.0.1:9")
@@ -459,7 +468,7 @@ func TestForwardUDPTargetRefuses(t *testing.T) {
 	if _, err := c.Write([]byte("lost")); err != nil {
 		t.Fatal(err)
 	}
-	for p.Status().Packets.RX == 0 { // the sum has the flows that ended
+	for p.Status().Packets.RX == 0 { // includes ended flows
 		time.Sleep(time.Millisecond)
 	}
 	p.awaitFlows(t, 0)
@@ -472,7 +481,8 @@ func TestForwardUDPTargetRefuses(t *testing.T) {
 	c.exchange(t, "hello")
 }
 
-// Who is refused while it runs is told, and asks no more.
+// A forwarder whose user is removed ends with an error and sends no further
+// requests.
 func TestForwardUDPRevoked(t *testing.T) {
 	var gone atomic.Bool
 	p := startUDPProxy(t, echo(t), func(c *proxy.Config) {
@@ -503,8 +513,9 @@ func TestForwardUDPRevoked(t *testing.T) {
 	}
 }
 
-// Packets that are too large for a datagram go through all the same, both ways;
-// one that is too long is dropped and counted, and its flow goes on.
+// Payloads that are too large for a datagram pass in capsules, in both
+// directions. One above MaxUDPPayload is dropped and counted; its flow
+// continues.
 func TestForwardUDPTooLarge(t *testing.T) {
 	p := startUDPProxy(t, echo(t), nil)
 	f := startForwarder(t, p.addr, nil)
@@ -523,8 +534,9 @@ func TestForwardUDPTooLarge(t *testing.T) {
 	p.awaitFlows(t, 1)
 }
 
-// foreign is masque-go's own proxy. It does with the request for flow number n,
-// from 1, what script says.
+// foreign starts the proxy of masque-go. Before it serves a request, it calls
+// script, unless that is nil, with the number n of the request, 1 for the
+// first. A script that returns true has handled the request.
 func foreign(t *testing.T, script func(n int32, w http.ResponseWriter,
 	r *http.Request) (handled bool)) *far {
 	t.Helper()
@@ -535,7 +547,7 @@ func foreign(t *testing.T, script func(n int32, w http.ResponseWriter,
 		if script != nil && script(n.Add(1), w, r) {
 			return
 		}
-		r.Host = proxyName // which has no port, as the template
+		r.Host = proxyName // the template has no port
 		req, err := masque.ParseProxyRequest(r, template)
 		if err != nil {
 			w.WriteHeader(http.StatusBadRequest)
@@ -548,6 +560,7 @@ func foreign(t *testing.T, script func(n int32, w http.ResponseWriter,
 	return f
 }
 
+// The forwarder works with the proxy of masque-go.
 func TestForwardUDPThroughForeignProxy(t *testing.T) {
 	target := echo(t).LocalAddr().String()
 	p := foreign(t, nil)
@@ -557,18 +570,18 @@ func TestForwardUDPThroughForeignProxy(t *testing.T) {
 	newPeer(t, f).exchange(t, "hello again")
 }
 
-// What a proxy answers that is no proxy for UDP, or does not answer at all,
-// ends no more than it has to.
+// A response that refuses one flow does not end the forwarder. A refusal of the
+// credentials and a missing response do.
 func TestForwardUDPBadAnswers(t *testing.T) {
 	for name, tc := range map[string]struct {
 		answer func(w http.ResponseWriter)
-		says   string // why the forwarder ends, "" when it goes on
+		text   string // in the error that ends the forwarder; "": it continues
 	}{
 		"success with content": {answer: func(w http.ResponseWriter) {
 			w.Header().Set("Content-Type", "text/plain")
 			w.WriteHeader(http.StatusOK)
 			w.(http.Flusher).Flush()
-			// the stream stays until the client ends it
+			// The client ends the stream.
 			_, _ = io.Copy(io.Discard, w.(http3.HTTPStreamer).HTTPStream())
 		}},
 		"no content": {answer: func(w http.ResponseWriter) {
@@ -582,14 +595,14 @@ func TestForwardUDPBadAnswers(t *testing.T) {
 		}},
 		"credentials": {answer: func(w http.ResponseWriter) {
 			w.WriteHeader(http.StatusUnauthorized)
-		}, says: "credentials"},
-		"silence": {says: "does not answer"},
+		}, text: "credentials"},
+		"silence": {text: "does not answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			done := make(chan struct{})
 			defer close(done)
 			p := foreign(t, func(n int32, w http.ResponseWriter, r *http.Request) bool {
-				if n != 2 { // after the one that shows whether the target is accepted
+				if n != 2 { // the first is the forwarder's check of the target
 					return false
 				}
 				if tc.answer == nil {
@@ -606,15 +619,15 @@ func TestForwardUDPBadAnswers(t *testing.T) {
 				func(f *UDPForwarder) { f.answerTimeout = 200 * time.Millisecond })
 			f.awaitReady(t)
 			c := newPeer(t, f)
-			if tc.says == "" {
+			if tc.text == "" {
 				c.exchange(t, "hello")
 				return
 			}
 			if _, err := c.Write([]byte("hello")); err != nil {
 				t.Fatal(err)
 			}
-			if e := f.failure(t); !strings.Contains(e.Error(), tc.says) {
-				t.Errorf("ended with %v, want %q", e, tc.says)
+			if e := f.failure(t); !strings.Contains(e.Error(), tc.text) {
+				t.Errorf("ended with %v, want %q", e, tc.text)
 			}
 		})
 	}
