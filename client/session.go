@@ -470,7 +470,7 @@ func (s *session) apply() (complete bool, err error) {
 		return false, err
 	}
 	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude,
-		HostRoutes: c.cfg.HostRoutes, Local: c.cfg.AdvertiseRoutes,
+		HostRoutes: c.cfg.HostRoutes, Private: c.cfg.AdvertiseRoutes,
 		Forward: len(c.cfg.AdvertiseRoutes) > 0, Reach: c.cfg.ownNetworks(addrs)}
 	inside, err := accepted(routes, c.cfg.Accept)
 	if err != nil {

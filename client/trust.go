@@ -251,7 +251,7 @@ func (c *Client) unacceptable(routes []capsule.Route) *netipx.IPSet {
 	if c.cfg.InstallRoutes {
 		tunnel, _ := accepted(routes, c.cfg.Accept) // the ranges are valid
 		state := routing.State{Routes: tunnel, HostRoutes: c.cfg.HostRoutes,
-			Local: c.cfg.AdvertiseRoutes}
+			Private: c.cfg.AdvertiseRoutes}
 		b = localFirst(slices.DeleteFunc(slices.Clone(networks), func(n routing.HostNetwork) bool {
 			return !state.HostFirst(n.Address.Masked())
 		}), tunnel)

@@ -79,7 +79,7 @@ func (b *batch) addChain(table string, family nftables.TableFamily, c chain) {
 	b.add(unix.NFT_MSG_NEWCHAIN, netlink.Create, family, attrs)
 }
 
-func (b *batch) addRule(table string, family nftables.TableFamily, chain string, f filter) {
+func (b *batch) addRule(table string, family nftables.TableFamily, chain string, f chainRule) {
 	exprs := make([]netlink.Attribute, len(f.exprs))
 	for i, e := range f.exprs {
 		data, err := b.expression(family, e)

@@ -35,7 +35,7 @@ func (s State) sample(v6 bool) (list []netip.Addr) {
 	for _, p := range s.Routes {
 		switch {
 		case isIPv6(p) != v6:
-		case p.Bits() < everythingBits:
+		case p.Bits() < broadBits:
 			for _, a := range samples {
 				if p.Contains(a) {
 					add(a)
@@ -66,7 +66,7 @@ func (m *Manager) bypassed() string {
 				routes[0].LinkIndex == m.index {
 				continue // packets that lead nowhere do not leave
 			}
-			if index := routes[0].LinkIndex; !m.mayCarry(index, a) {
+			if index := routes[0].LinkIndex; !m.mayLeaveBy(index, a) {
 				return m.describeBypass(a, index)
 			}
 		}
@@ -74,9 +74,9 @@ func (m *Manager) bypassed() string {
 	return ""
 }
 
-// noteBypass looks for packets that go elsewhere, and logs what is new. m.mu is
+// updateBypass looks for packets that go elsewhere, and logs what is new. m.mu is
 // held.
-func (m *Manager) noteBypass() {
+func (m *Manager) updateBypass() {
 	now := m.bypassed()
 	switch {
 	case now == m.bypass:
@@ -88,10 +88,10 @@ func (m *Manager) noteBypass() {
 	m.bypass = now
 }
 
-// mayCarry says whether packets to an address are to leave through the
+// mayLeaveBy says whether packets to an address are to leave through the
 // interface rather than through this tunnel: it is another tunnel of ours, or a
 // route of the host goes first.
-func (m *Manager) mayCarry(index int, to netip.Addr) bool {
+func (m *Manager) mayLeaveBy(index int, to netip.Addr) bool {
 	rules, err := m.listRules()
 	if err != nil {
 		return true
@@ -125,7 +125,7 @@ func (m *Manager) describeBypass(to netip.Addr, index int) string {
 func (m *Manager) lastPriority(v6 bool) (last int) {
 	for r := range m.applied.rules {
 		if r.v6 == v6 {
-			last = max(last, r.netlink(&m.scope).Priority)
+			last = max(last, r.netlink(&m.kernel).Priority)
 		}
 	}
 	return last
@@ -154,7 +154,7 @@ func (m *Manager) rulesBefore(v6 bool) (first *netlink.Rule, last int) {
 // selective says which rules of other programs take some packets out of a
 // tunnel for everything: those with a mark, as balancers of uplinks give to
 // all, or of some users.
-func (m *Manager) selective() (list []string, err error) {
+func (m *Manager) selectiveRules() (list []string, err error) {
 	if m.Mark == 0 || len(m.applied.rules) == 0 {
 		return nil, nil
 	}
@@ -184,7 +184,7 @@ func (m *Manager) selective() (list []string, err error) {
 		for _, a := range m.state.sample(v6) {
 			routes, err := m.nl.RouteGetWithOptions(a.AsSlice(), options)
 			if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_UNICAST ||
-				routes[0].LinkIndex == m.index || m.mayCarry(routes[0].LinkIndex, a) {
+				routes[0].LinkIndex == m.index || m.mayLeaveBy(routes[0].LinkIndex, a) {
 				continue
 			}
 			list = append(list, fmt.Sprintf("the host's rule %d takes %s out of the tunnel, to %s: "+

@@ -25,30 +25,30 @@ var (
 )
 
 // newChains returns the chains for a state.
-func newChains(s State, sc *scope, policyRouting bool) (chains []chain) {
+func newChains(s State, k *kernel, policyRouting bool) (chains []chain) {
 	if len(s.Masquerade) != 0 && len(s.Listen) != 0 {
 		chains = append(chains, newUntrackedChains(s)...)
 	}
-	if sc.Mark != 0 && len(s.Addresses) != 0 {
-		chains = append(chains, newOuterChain(sc))
+	if k.Mark != 0 && len(s.Addresses) != 0 {
+		chains = append(chains, newOuterChain(k))
 	}
 	if len(s.Addresses) != 0 {
-		chains = append(chains, newGuardChain(s, sc))
+		chains = append(chains, newGuardChain(s, k))
 	}
 	if policyRouting {
-		chains = append(chains, newMarkChains(sc)...)
-		chains = append(chains, newInboundChains(s, sc)...)
+		chains = append(chains, newMarkChains(k)...)
+		chains = append(chains, newInboundChains(s, k)...)
 	}
-	if s.HoldDNS && sc.Mark != 0 {
-		chains = append(chains, newDNSChains(sc)...)
+	if s.HoldDNS && k.Mark != 0 {
+		chains = append(chains, newDNSChains(k)...)
 	}
-	if s.Forward || sc.Mark != 0 {
-		chains = append(chains, newForwardChain(s, sc))
+	if s.Forward || k.Mark != 0 {
+		chains = append(chains, newForwardChain(s, k))
 	}
 	if len(s.Masquerade) != 0 {
-		chains = append(chains, newTranslationChains(s, sc)...)
+		chains = append(chains, newTranslationChains(s, k)...)
 	}
-	if arp := newARPChain(s, sc); sc.Mark != 0 && len(arp.rules) != 0 {
+	if arp := newARPChain(s, k); k.Mark != 0 && len(arp.rules) != 0 {
 		chains = append(chains, arp)
 	}
 	return chains
@@ -70,11 +70,11 @@ func newUntrackedChains(s State) []chain {
 		needs: needsGuard, without: lost,
 	}
 	for _, port := range slices.Compact(slices.Sorted(slices.Values(s.Listen))) {
-		in.rules = append(in.rules, filter{
+		in.rules = append(in.rules, chainRule{
 			fmt.Sprintf("UDP to port %d of this host is not tracked", port),
-			slices.Concat(udp(2, port), destination(unix.RTN_LOCAL), []expr.Any{&expr.Notrack{}}),
+			slices.Concat(udp(2, port), destinationType(unix.RTN_LOCAL), []expr.Any{&expr.Notrack{}}),
 		})
-		out.rules = append(out.rules, filter{
+		out.rules = append(out.rules, chainRule{
 			fmt.Sprintf("UDP from port %d of this host is not tracked", port),
 			slices.Concat(udp(0, port), []expr.Any{&expr.Notrack{}}),
 		})
@@ -85,52 +85,52 @@ func newUntrackedChains(s State) []chain {
 // newGuardChain returns the chain that keeps packets to the tunnel's addresses
 // out that come from elsewhere, and packets of the tunnel that claim to be of
 // this host.
-func newGuardChain(s State, sc *scope) chain {
+func newGuardChain(s State, k *kernel) chain {
 	guard := chain{
 		name: "guard", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw,
 		needs: needsGuard, without: "packets to tunnel addresses from elsewhere, and packets of the tunnel that claim to be of this host, are accepted",
 	}
-	if sc.Mark != 0 {
-		guard.rules = append(guard.rules, outerPasses(sc)...)
+	if k.Mark != 0 {
+		guard.rules = append(guard.rules, guardExceptions(k)...)
 	}
-	inside := meta(expr.MetaKeyIIF, expr.CmpOpEq, uint32(sc.index))
+	inside := meta(expr.MetaKeyIIF, expr.CmpOpEq, uint32(k.index))
 	for _, p := range s.Addresses {
 		own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())
-		if sc.Mark != 0 {
-			guard.rules = append(guard.rules, filter{
+		if k.Mark != 0 {
+			guard.rules = append(guard.rules, chainRule{
 				fmt.Sprintf("%v is reached through interface %d or from this host only", p.Addr(),
-					sc.index),
+					k.index),
 				slices.Concat(
-					meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)),
+					meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(k.index)),
 					meta(expr.MetaKeyIIF, expr.CmpOpNeq, loopback),
 					address(own, false), drop(),
 				),
 			})
 		}
-		guard.rules = append(guard.rules, filter{
+		guard.rules = append(guard.rules, chainRule{
 			fmt.Sprintf("%v is the tunnel's end, with ICMP errors of its own", p.Addr()),
 			slices.Concat(inside, address(own, true), accept()),
 		})
 	}
-	guard.rules = append(guard.rules, filter{
-		fmt.Sprintf("other addresses of this host do not come in through interface %d", sc.index),
-		slices.Concat(inside, source(expr.CmpOpEq, unix.RTN_LOCAL), drop()),
+	guard.rules = append(guard.rules, chainRule{
+		fmt.Sprintf("other addresses of this host do not come in through interface %d", k.index),
+		slices.Concat(inside, sourceType(expr.CmpOpEq, unix.RTN_LOCAL), drop()),
 	})
-	if sc.Mark == 0 {
-		guard.rules = append(guard.rules, sc.ownRules(s, inside)...)
+	if k.Mark == 0 {
+		guard.rules = append(guard.rules, k.hostAddressRules(s, inside)...)
 	}
 	return guard
 }
 
-// ownRules return the rules by which nobody behind the tunnel of a proxy
+// hostAddressRules return the rules by which nobody behind the tunnel of a proxy
 // reaches this host but by the tunnel's own addresses. The kernel knows its
 // addresses at all times, those of subnet-router anycast, broadcast and
 // multicast included.
-func (s *scope) ownRules(want State, inside []expr.Any) (rules []filter) {
+func (k *kernel) hostAddressRules(want State, inside []expr.Any) (rules []chainRule) {
 	for _, p := range want.Addresses {
-		rules = append(rules, filter{
-			fmt.Sprintf("%v is reached through interface %d", p.Addr(), s.index),
+		rules = append(rules, chainRule{
+			fmt.Sprintf("%v is reached through interface %d", p.Addr(), k.index),
 			slices.Concat(inside, address(netip.PrefixFrom(p.Addr(), p.Addr().BitLen()), false),
 				accept()),
 		})
@@ -140,10 +140,10 @@ func (s *scope) ownRules(want State, inside []expr.Any) (rules []filter) {
 		kind uint32
 	}{{"local", unix.RTN_LOCAL}, {"broadcast", unix.RTN_BROADCAST}, {"anycast", unix.RTN_ANYCAST},
 		{"multicast", unix.RTN_MULTICAST}} {
-		rules = append(rules, filter{
+		rules = append(rules, chainRule{
 			fmt.Sprintf("other %s addresses of this host are not reached through interface %d",
-				kind.name, s.index),
-			slices.Concat(inside, destination(kind.kind), drop()),
+				kind.name, k.index),
+			slices.Concat(inside, destinationType(kind.kind), drop()),
 		})
 	}
 	return rules
@@ -151,65 +151,65 @@ func (s *scope) ownRules(want State, inside []expr.Any) (rules []filter) {
 
 // newMarkChains returns the chains that keep the mark of our own sockets in the
 // connection, and give it to replies.
-func newMarkChains(sc *scope) []chain {
+func newMarkChains(k *kernel) []chain {
 	const lost = "strict reverse path filters may drop replies of the proxy"
 	return []chain{{
 		name: "save", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookPostrouting, priority: priorityMarks,
 		needs: needsMark, without: lost,
-		rules: []filter{{
-			fmt.Sprintf("bits %#x of the mark of outer sockets are kept for replies", sc.Mark),
-			slices.Concat(packetMarked(sc.Mark, sc.Mark), markConnection(sc.Mark, sc.Mark)),
+		rules: []chainRule{{
+			fmt.Sprintf("bits %#x of the mark of outer sockets are kept for replies", k.Mark),
+			slices.Concat(packetMarked(k.Mark, k.Mark), markConnection(k.Mark, k.Mark)),
 		}},
 	}, {
 		name: "restore", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookPrerouting, priority: priorityMarks,
 		needs: needsMark, without: lost,
-		rules: []filter{{
-			fmt.Sprintf("bits %#x of the mark of outer sockets are given to replies", sc.Mark),
-			slices.Concat(connectionMarked(sc.Mark, sc.Mark), markPacket(sc.Mark, sc.Mark)),
+		rules: []chainRule{{
+			fmt.Sprintf("bits %#x of the mark of outer sockets are given to replies", k.Mark),
+			slices.Concat(connectionMarked(k.Mark, k.Mark), markPacket(k.Mark, k.Mark)),
 		}},
 	}}
 }
 
 // newForwardChain returns the chain that forwards what the tunnel is for, and
 // nothing that was not forwarded before.
-func newForwardChain(s State, sc *scope) chain {
+func newForwardChain(s State, k *kernel) chain {
 	forward := chain{
 		name: "forward", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter,
 		needs: needsState, without: "what is forwarded from and to the tunnel is not limited, and this host is a router for its neighbours while it forwards",
 	}
-	in := meta(expr.MetaKeyIIF, expr.CmpOpEq, uint32(sc.index))
-	out := meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(sc.index))
-	notIn := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index))
-	notOut := meta(expr.MetaKeyOIF, expr.CmpOpNeq, uint32(sc.index))
+	in := meta(expr.MetaKeyIIF, expr.CmpOpEq, uint32(k.index))
+	out := meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(k.index))
+	notIn := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(k.index))
+	notOut := meta(expr.MetaKeyOIF, expr.CmpOpNeq, uint32(k.index))
 	add := func(comment string, exprs ...[]expr.Any) {
-		forward.rules = append(forward.rules, filter{comment, slices.Concat(exprs...)})
+		forward.rules = append(forward.rules, chainRule{comment, slices.Concat(exprs...)})
 	}
 	for _, p := range s.Masquerade {
-		add(fmt.Sprintf("what belongs to no connection does not leave %v except through interface %d", p, sc.index),
-			in, notOut, address(p, true), state(expr.CtStateBitINVALID), drop())
+		add(fmt.Sprintf("what belongs to no connection does not leave %v except through interface %d", p, k.index),
+			in, notOut, address(p, true), connectionState(expr.CtStateBitINVALID), drop())
 	}
-	if len(s.Masquerade) != 0 || sc.Mark != 0 {
+	if len(s.Masquerade) != 0 || k.Mark != 0 {
 		add("what belongs to a connection passes",
-			state(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept())
+			connectionState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept())
 		add("what this host's own translation sends on passes", dnat(), accept())
 	}
 	for _, p := range s.Masquerade {
 		add(fmt.Sprintf("nobody begins a connection to %v except through interface %d", p,
-			sc.index),
+			k.index),
 			out, notIn, address(p, false), drop())
 	}
-	if sc.Mark != 0 {
+	if k.Mark != 0 {
 		for _, p := range sorted(s.Reach) {
-			add(fmt.Sprintf("interface %d reaches %v", sc.index, p), in, address(p, false),
+			add(fmt.Sprintf("interface %d reaches %v", k.index, p), in, address(p, false),
 				accept())
 		}
-		add(fmt.Sprintf("interface %d reaches nothing else", sc.index), in, drop())
+		add(fmt.Sprintf("interface %d reaches nothing else", k.index), in, drop())
 	}
 	if s.Forward {
-		forward.rules = append(forward.rules, sc.neighbourRules(s)...)
+		forward.rules = append(forward.rules, k.neighbourRules(s)...)
 	}
 	return forward
 }
@@ -217,9 +217,9 @@ func newForwardChain(s State, sc *scope) chain {
 // neighbourRules return the rules by which turning forwarding on makes this
 // host no router for its neighbours: what has nothing to do with a tunnel is
 // dropped as it was before.
-func (s *scope) neighbourRules(want State) (rules []filter) {
+func (k *kernel) neighbourRules(want State) (rules []chainRule) {
 	add := func(comment string, exprs ...[]expr.Any) {
-		rules = append(rules, filter{comment, slices.Concat(exprs...)})
+		rules = append(rules, chainRule{comment, slices.Concat(exprs...)})
 	}
 	for _, f := range []struct {
 		sysctl, name string
@@ -228,11 +228,11 @@ func (s *scope) neighbourRules(want State) (rules []filter) {
 		if !want.forwards(f.sysctl) {
 			continue
 		}
-		before, off := s.before(f.sysctl)
+		before, off := k.beforeForwarding(f.sysctl)
 		if !off {
 			continue
 		}
-		family := is(expr.MetaKeyNFPROTO, f.proto)
+		family := metaByte(expr.MetaKeyNFPROTO, f.proto)
 		if len(rules) == 0 {
 			add("interfaces of our group are tunnels: from them",
 				meta(expr.MetaKeyIIFGROUP, expr.CmpOpEq, tunnelGroup), accept())
@@ -241,17 +241,17 @@ func (s *scope) neighbourRules(want State) (rules []filter) {
 		}
 		for _, name := range before.forwarding() {
 			add(fmt.Sprintf("%s of %s was forwarded before", f.name, name), family,
-				named(expr.MetaKeyIIFNAME, expr.CmpOpEq, name), accept())
+				metaName(expr.MetaKeyIIFNAME, expr.CmpOpEq, name), accept())
 		}
 		var from, to []expr.Any
 		for _, name := range before.Links {
-			from = append(from, named(expr.MetaKeyIIFNAME, expr.CmpOpNeq, name)...)
-			to = append(to, named(expr.MetaKeyOIFNAME, expr.CmpOpNeq, name)...)
+			from = append(from, metaName(expr.MetaKeyIIFNAME, expr.CmpOpNeq, name)...)
+			to = append(to, metaName(expr.MetaKeyOIFNAME, expr.CmpOpNeq, name)...)
 		}
 		add(fmt.Sprintf("%s from a virtual interface that was made later than %v", f.name,
-			before.Links), family, from, named(iifKind, expr.CmpOpNeq, ""), accept())
+			before.Links), family, from, metaName(iifKind, expr.CmpOpNeq, ""), accept())
 		add(fmt.Sprintf("%s to a virtual interface that was made later than %v", f.name,
-			before.Links), family, to, named(oifKind, expr.CmpOpNeq, ""), accept())
+			before.Links), family, to, metaName(oifKind, expr.CmpOpNeq, ""), accept())
 		add(f.name+" was not forwarded before", family, drop())
 	}
 	return rules
@@ -266,8 +266,8 @@ const (
 
 // newTranslationChains returns the chains that give packets of the tunnel this
 // host's address, and drop those that do not get it.
-func newTranslationChains(s State, sc *scope) []chain {
-	low, high := sc.translationPorts(s)
+func newTranslationChains(s State, k *kernel) []chain {
+	low, high := k.translationPorts(s)
 	translate := chain{name: "translate"}
 	for _, protocol := range []struct {
 		name   string
@@ -276,10 +276,10 @@ func newTranslationChains(s State, sc *scope) []chain {
 		{"TCP", unix.IPPROTO_TCP}, {"UDP", unix.IPPROTO_UDP}, {"UDP-Lite", unix.IPPROTO_UDPLITE},
 		{"SCTP", unix.IPPROTO_SCTP}, {"DCCP", unix.IPPROTO_DCCP},
 	} {
-		translate.rules = append(translate.rules, filter{
+		translate.rules = append(translate.rules, chainRule{
 			fmt.Sprintf("%s gets one of the ports from %d to %d, where this host listens on none",
 				protocol.name, low, high),
-			slices.Concat(is(expr.MetaKeyL4PROTO, protocol.number), []expr.Any{
+			slices.Concat(metaByte(expr.MetaKeyL4PROTO, protocol.number), []expr.Any{
 				&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(low)},
 				&expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(high)},
 				&expr.Masq{ToPorts: true, RegProtoMin: 1, RegProtoMax: 2},
@@ -287,7 +287,7 @@ func newTranslationChains(s State, sc *scope) []chain {
 		})
 	}
 	translate.rules = append(translate.rules,
-		filter{"protocols without ports", []expr.Any{&expr.Masq{}}})
+		chainRule{"protocols without ports", []expr.Any{&expr.Masq{}}})
 	nat := chain{
 		name: "nat", kind: nftables.ChainTypeNAT,
 		hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource,
@@ -298,16 +298,16 @@ func newTranslationChains(s State, sc *scope) []chain {
 	}
 	for _, p := range s.Masquerade {
 		leaves := slices.Concat(
-			address(p, true), meta(expr.MetaKeyOIF, expr.CmpOpNeq, uint32(sc.index)),
+			address(p, true), meta(expr.MetaKeyOIF, expr.CmpOpNeq, uint32(k.index)),
 			meta(expr.MetaKeyOIF, expr.CmpOpNeq, loopback),
 		)
-		nat.rules = append(nat.rules, filter{
-			fmt.Sprintf("%v is masqueraded except through interface %d", p, sc.index),
+		nat.rules = append(nat.rules, chainRule{
+			fmt.Sprintf("%v is masqueraded except through interface %d", p, k.index),
 			slices.Concat(leaves, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump,
 				Chain: translate.name}}),
 		})
-		leave.rules = append(leave.rules, filter{
-			fmt.Sprintf("%v does not leave untranslated except through interface %d", p, sc.index),
+		leave.rules = append(leave.rules, chainRule{
+			fmt.Sprintf("%v does not leave untranslated except through interface %d", p, k.index),
 			append(leaves, drop()...),
 		})
 	}
@@ -321,7 +321,7 @@ const arpIn = 0
 // who ask for them on other networks: the kernel would answer for any address
 // of this host. For IPv6 it does not. An address that another interface has
 // too, as that network gave it, is answered for.
-func newARPChain(s State, sc *scope) chain {
+func newARPChain(s State, k *kernel) chain {
 	arp := chain{
 		name: "arp", family: nftables.TableFamilyARP, kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookRef(arpIn), priority: nftables.ChainPriorityFilter,
@@ -333,10 +333,10 @@ func newARPChain(s State, sc *scope) chain {
 		target = 24 // offset of the protocol address that is asked for
 	)
 	for _, p := range s.Addresses {
-		if p.Addr().Is6() || sc.elsewhere(p.Addr()) {
+		if p.Addr().Is6() || k.onOtherInterface(p.Addr()) {
 			continue
 		}
-		arp.rules = append(arp.rules, filter{
+		arp.rules = append(arp.rules, chainRule{
 			fmt.Sprintf("%v is on no network with ARP", p.Addr()),
 			slices.Concat([]expr.Any{
 				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader,
@@ -352,19 +352,19 @@ func newARPChain(s State, sc *scope) chain {
 }
 
 // elsewhere says whether another interface has the address.
-func (s *scope) elsewhere(a netip.Addr) bool {
+func (k *kernel) onOtherInterface(a netip.Addr) bool {
 	addrs, err := repeat(func() ([]netlink.Addr, error) {
-		return s.nl.AddrList(nil, netlink.FAMILY_V4)
+		return k.nl.AddrList(nil, netlink.FAMILY_V4)
 	})
 	return err == nil && slices.ContainsFunc(addrs, func(have netlink.Addr) bool {
-		return have.LinkIndex != s.index && prefixOf(have.IPNet).Addr() == a
+		return have.LinkIndex != k.index && prefixOf(have.IPNet).Addr() == a
 	})
 }
 
 func accept() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}} }
 
 // state matches packets by the state of their connection, one of those.
-func state(bits uint32) []expr.Any { return ctBits(expr.CtKeySTATE, bits) }
+func connectionState(bits uint32) []expr.Any { return ctBits(expr.CtKeySTATE, bits) }
 
 // dnat matches packets of connections whose destination was translated.
 func dnat() []expr.Any {
@@ -383,7 +383,7 @@ func ctBits(key expr.CtKey, bits uint32) []expr.Any {
 
 // destination matches packets by the type of their destination in the host's
 // routing tables.
-func destination(kind uint32) []expr.Any {
+func destinationType(kind uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
 		&expr.Cmp{Register: 1, Op: expr.CmpOpEq, Data: binaryutil.NativeEndian.PutUint32(kind)},
@@ -393,7 +393,7 @@ func destination(kind uint32) []expr.Any {
 // udp matches UDP packets by a port: the source's is at offset 0, the
 // destination's at 2.
 func udp(offset uint32, port uint16) []expr.Any {
-	return slices.Concat(is(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
+	return slices.Concat(metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset,
 			Len: 2},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
@@ -401,7 +401,7 @@ func udp(offset uint32, port uint16) []expr.Any {
 }
 
 // named compares the name or the kind of an interface.
-func named(key expr.MetaKey, op expr.CmpOp, name string) []expr.Any {
+func metaName(key expr.MetaKey, op expr.CmpOp, name string) []expr.Any {
 	data := make([]byte, unix.IFNAMSIZ)
 	copy(data, name)
 	return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: data}}

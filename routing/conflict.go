@@ -15,16 +15,16 @@ type network struct {
 	link   string
 }
 
-// everythingBits is the length below which a route is to hold everything, and
+// broadBits is the length below which a route is to hold everything, and
 // the host's networks with it, rather than to lead to one of the same
 // addresses.
-const everythingBits = 8
+const broadBits = 8
 
 // conflicts says where the tunnel and a network of the host have the same
 // addresses, and what becomes of that.
-func conflicts(s State, host []network) (list []string) {
+func networkConflicts(s State, host []network) (list []string) {
 	for _, n := range host {
-		goesFirst := s.HostFirst(n.prefix)
+		hostFirst := s.HostFirst(n.prefix)
 		for _, r := range s.Routes {
 			switch out := slices.ContainsFunc(s.Exclude, func(e netip.Prefix) bool {
 				return e.Bits() <= r.Bits() && e.Overlaps(r)
@@ -34,7 +34,7 @@ func conflicts(s State, host []network) (list []string) {
 				list = append(list,
 					fmt.Sprintf("the tunnel's route %v takes addresses out of %v, the network of %s: "+
 						"put them into routes.exclude to keep them", r, n.prefix, n.link))
-			case r.Bits() >= everythingBits && goesFirst:
+			case r.Bits() >= broadBits && hostFirst:
 				list = append(list,
 					fmt.Sprintf("the tunnel's route %v holds %v, the network of %s, which goes first: "+
 						"what the tunnel has there is not reached", r, n.prefix, n.link))
@@ -63,7 +63,7 @@ const maxForeign = 8
 
 // foreign says which routes of the host lead to public addresses of a tunnel
 // for everything, and whether they take them out of it.
-func foreign(s State, host []hostRoute) (list []string) {
+func publicRoutes(s State, host []hostRoute) (list []string) {
 	full := map[bool]bool{}
 	for _, v6 := range []bool{false, true} {
 		full[v6] = s.HostRoutes != HostNone && IsFull(slices.Concat(s.Routes, s.Unreachable), v6)
@@ -74,7 +74,7 @@ func foreign(s State, host []hostRoute) (list []string) {
 		}
 		// Networks of IPv6 hosts usually have public addresses.
 		usual := v6 && !r.gateway.IsValid() && r.prefix.Bits() >= 64
-		if !full[v6] || usual || s.isLocal(r.prefix) || slices.ContainsFunc(s.Exclude, within) {
+		if !full[v6] || usual || s.isPrivate(r.prefix) || slices.ContainsFunc(s.Exclude, within) {
 			continue
 		}
 		if len(list) == maxForeign {
@@ -93,8 +93,8 @@ func foreign(s State, host []hostRoute) (list []string) {
 
 // hostRoutes returns the routes of the main table that are not of the tunnel,
 // except for default routes.
-func (s *scope) hostRoutes() (list []hostRoute, err error) {
-	links, err := repeat(s.nl.LinkList)
+func (k *kernel) hostRoutes() (list []hostRoute, err error) {
+	links, err := repeat(k.nl.LinkList)
 	if err != nil {
 		return nil, err
 	}
@@ -103,9 +103,9 @@ func (s *scope) hostRoutes() (list []hostRoute, err error) {
 		names[l.Attrs().Index] = l.Attrs().Name
 	}
 	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
-	for _, family := range s.families() {
+	for _, family := range k.families() {
 		routes, err := repeat(func() ([]netlink.Route, error) {
-			return s.dump.RouteListFiltered(family, filter, netlink.RT_FILTER_TABLE)
+			return k.dump.RouteListFiltered(family, filter, netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {
 			return nil, err
@@ -116,7 +116,7 @@ func (s *scope) hostRoutes() (list []hostRoute, err error) {
 				index, gateway = r.MultiPath[0].LinkIndex, r.MultiPath[0].Gw
 			}
 			p := prefixOf(r.Dst)
-			if r.Type != unix.RTN_UNICAST || p.Bits() == 0 || index == s.index ||
+			if r.Type != unix.RTN_UNICAST || p.Bits() == 0 || index == k.index ||
 				index == loopback {
 				continue
 			}
@@ -131,29 +131,29 @@ func (s *scope) hostRoutes() (list []hostRoute, err error) {
 // on interfaces whose own networks the tunnel takes. The way back to an address
 // there is the tunnel, and a strict filter would drop what comes from it, ARP
 // requests of the gateway among them, which have no mark.
-func (s *scope) looseFilters(want State) (list []setting) {
-	pass := want.HostRoutes == HostNone || want.passesOver(false)
-	if s.Mark == 0 || !pass {
+func (k *kernel) looseFilters(want State) (list []setting) {
+	pass := want.HostRoutes == HostNone || want.ignoresPublic(false)
+	if k.Mark == 0 || !pass {
 		return nil
 	}
-	networks, err := s.hostNetworks()
+	networks, err := k.hostNetworks()
 	if err != nil {
-		s.Logger.Debug("reverse path filters stay as they are", "error", err)
+		k.Logger.Debug("reverse path filters stay as they are", "error", err)
 		return nil
 	}
-	all, _ := s.readSysctl("net/ipv4/conf/all/rp_filter")
+	all, _ := k.readSysctl("net/ipv4/conf/all/rp_filter")
 	for _, n := range networks {
 		taken := func(r netip.Prefix) bool {
 			return r.Overlaps(n.prefix) && r.Bits() <= n.prefix.Bits()
 		}
 		name := "net/ipv4/conf/" + n.link + "/rp_filter"
-		switch own, _ := s.readSysctl(name); {
+		switch own, _ := k.readSysctl(name); {
 		case isIPv6(n.prefix), want.HostRoutes == HostPrivate &&
-			want.isLocal(n.prefix), !slices.ContainsFunc(want.Routes, taken):
+			want.isPrivate(n.prefix), !slices.ContainsFunc(want.Routes, taken):
 		case slices.ContainsFunc(list, func(l setting) bool { return l.name == name }):
 		case all != "2" && own != "2" &&
-			(all == "1" || own == "1"), s.rec.sysctl(name) >= 0,
-			s.journal.other(name, false) != nil:
+			(all == "1" || own == "1"), k.rec.sysctl(name) >= 0,
+			k.journal.other(name, false) != nil:
 			list = append(list, setting{name: name, value: "2",
 				optional: "a strict reverse path filter may keep this host from its own network"})
 		}
@@ -162,17 +162,17 @@ func (s *scope) looseFilters(want State) (list []setting) {
 }
 
 // hostNetworks returns the networks of the host's other interfaces.
-func (s *scope) hostNetworks() (list []network, err error) {
-	links, err := repeat(s.nl.LinkList)
+func (k *kernel) hostNetworks() (list []network, err error) {
+	links, err := repeat(k.nl.LinkList)
 	if err != nil {
 		return nil, err
 	}
 	for _, l := range links {
-		if l.Attrs().Index == s.index || l.Attrs().Index == loopback {
+		if l.Attrs().Index == k.index || l.Attrs().Index == loopback {
 			continue
 		}
 		addrs, err := repeat(func() ([]netlink.Addr, error) {
-			return s.nl.AddrList(l, netlink.FAMILY_ALL)
+			return k.nl.AddrList(l, netlink.FAMILY_ALL)
 		})
 		if err != nil {
 			return nil, err

@@ -55,7 +55,7 @@ func TestConflicts(t *testing.T) {
 			State{Routes: full, Exclude: prefixes("8.8.0.0/16")}, nil},
 		{"a route to a private network", "10.0.0.0/8 via 192.168.5.1", State{Routes: full}, nil},
 		{"a route to a network behind this host", "8.8.8.0/24 via 192.168.5.1 dev up0",
-			State{Routes: full, Local: prefixes("8.8.8.0/24")}, nil},
+			State{Routes: full, Private: prefixes("8.8.8.0/24")}, nil},
 		{"a route beside a split tunnel", "0.0.0.0/1 via 192.168.5.1 dev up0",
 			State{Routes: prefixes("10.0.0.0/8", "::/0")}, nil},
 		{"a route with several next hops",

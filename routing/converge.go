@@ -13,7 +13,7 @@ import (
 // op is one change to the kernel.
 type op struct {
 	kind string // kind of the changed object, see the constants
-	what string // for the log and for errors: a verb and its object
+	text string // for the log and for errors: a verb and its object
 	do   func() error
 }
 
@@ -33,27 +33,27 @@ const (
 // and looks again: removing one thing can take another along (the last IPv4
 // address of an interface its routes, an MTU below 1280 all of IPv6). At the
 // first error it stops, unless it is to get as far as it can.
-func (s *scope) converge(want plan, all bool) error {
+func (k *kernel) converge(want plan, all bool) error {
 	var last string
-	for range maxPasses {
-		have, err := s.observe()
+	for range maxRounds {
+		have, err := k.observe()
 		if err != nil {
 			return err
 		}
-		list, err := s.diff(have, want)
+		list, err := k.diff(have, want)
 		if err != nil {
 			return err
 		}
 		if len(list) == 0 {
-			s.sealed = have.chains
+			k.verified = have.chains
 			return nil
 		}
 		var errs []error
 		for _, o := range list {
 			err := o.do()
-			s.logOp(o, err)
+			k.logOp(o, err)
 			if err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w", o.what, err))
+				errs = append(errs, fmt.Errorf("%s: %w", o.text, err))
 				if !all {
 					break
 				}
@@ -62,22 +62,22 @@ func (s *scope) converge(want plan, all bool) error {
 		if err := errors.Join(errs...); err != nil {
 			return err
 		}
-		last = list[0].what
+		last = list[0].text
 	}
 	return fmt.Errorf("%s: does not last: stop the program that undoes it", last)
 }
 
-// maxPasses is how often what the kernel has is compared with the plan.
-const maxPasses = 5
+// maxRounds is how often what the kernel has is compared with the plan.
+const maxRounds = 5
 
-func (s *scope) logOp(o op, err error) {
+func (k *kernel) logOp(o op, err error) {
 	switch {
 	case err != nil:
-		s.Logger.Debug("failed to "+o.what, "error", err)
-	case s.dead:
-		s.Logger.Info("left behind by a dead process: " + o.what)
+		k.Logger.Debug("failed to "+o.text, "error", err)
+	case k.afterCrash:
+		k.Logger.Info("left behind by a dead process: " + o.text)
 	default:
-		s.Logger.Debug(o.what)
+		k.Logger.Debug(o.text)
 	}
 }
 
@@ -89,161 +89,161 @@ func (o *ops) add(kind string, do func() error, format string, args ...any) {
 }
 
 // diff lists the changes in their order: what is new comes before what goes.
-func (s *scope) diff(have observed, want plan) (ops, error) {
+func (k *kernel) diff(have observed, want plan) (ops, error) {
 	var list ops
-	s.wanted = want.routes
+	k.plannedRoutes = want.routes
 	if want.up && have.link == nil {
-		return nil, fmt.Errorf("interface %s (index %d): %w", s.Interface, s.index,
+		return nil, fmt.Errorf("interface %s (index %d): %w", k.Interface, k.index,
 			explain(unix.ENODEV))
 	}
 	if want.mtu >= minMTU6 {
-		s.diffMTU(&list, have, want)
+		k.diffMTU(&list, have, want)
 		if have.mtu < minMTU6 {
 			return list, nil // brings IPv6 back, with settings of its own: look again
 		}
 	}
-	set, unset, err := s.diffSysctls(want)
+	set, unset, err := k.diffSysctls(want)
 	if err != nil {
 		return nil, err
 	}
 	// The filter comes before there is anything to filter.
 	if want.grouped && have.group != tunnelGroup {
 		list.add(kindLink, func() error {
-			return s.setGroup(have.link, have.group)
-		}, "put %s into group %d", s.Interface, tunnelGroup)
+			return k.setGroup(have.link, have.group)
+		}, "put %s into group %d", k.Interface, tunnelGroup)
 	}
-	chains := s.available(want.chains)
-	if len(chains) != 0 && !(sameTable(chains, have.chains) && untouched(have.chains, s.sealed)) {
+	chains := k.available(want.chains)
+	if len(chains) != 0 && !(sameTable(chains, have.chains) && sameContents(have.chains, k.verified)) {
 		list.add(kindTable, func() error {
-			return s.writeTable(chains)
-		}, "write nftables table inet %s", s.tableName())
+			return k.writeTable(chains)
+		}, "write nftables table inet %s", k.tableName())
 	}
 	list = append(list, set...)
-	s.bring(&list, have, want)
-	s.take(&list, have, want)
-	if !want.up && s.rec.Down {
+	k.diffAdded(&list, have, want)
+	k.diffRemoved(&list, have, want)
+	if !want.up && k.rec.Down {
 		list.add(kindLink, func() error {
-			return s.restoreDown(have.link)
-		}, "set %s down", s.Interface)
+			return k.restoreDown(have.link)
+		}, "set %s down", k.Interface)
 	}
 	if want.mtu < minMTU6 {
 		// Takes IPv6 away, or, as an MTU that is put back, makes it start anew.
-		s.diffMTU(&list, have, want)
+		k.diffMTU(&list, have, want)
 	}
-	if !want.up && s.rec.AddrGen != "" {
+	if !want.up && k.rec.AddrGen != "" {
 		list.add(kindLink, func() error {
-			return s.restoreAddrGen(have.link)
-		}, "let %s make addresses as before", s.Interface)
+			return k.restoreAddrGen(have.link)
+		}, "let %s make addresses as before", k.Interface)
 	}
 	list = append(list, unset...)
-	if len(chains) == 0 && have.table {
-		list.add(kindTable, s.deleteTable, "delete nftables table inet %s", s.tableName())
+	if len(chains) == 0 && have.hasTable {
+		list.add(kindTable, k.deleteTable, "delete nftables table inet %s", k.tableName())
 	}
-	if !want.grouped && s.rec.Group != nil {
+	if !want.grouped && k.rec.Group != nil {
 		list.add(kindLink, func() error {
-			return s.restoreGroup(have.link)
-		}, "put %s back into its group", s.Interface)
+			return k.restoreGroup(have.link)
+		}, "put %s back into its group", k.Interface)
 	}
 	return list, nil
 }
 
-func (s *scope) diffMTU(list *ops, have observed, want plan) {
+func (k *kernel) diffMTU(list *ops, have observed, want plan) {
 	switch {
-	case want.mtu == 0 && s.rec.MTU != 0:
+	case want.mtu == 0 && k.rec.MTU != 0:
 		list.add(kindMTU, func() error {
-			return s.restoreMTU(have.link)
-		}, "set the MTU of %s back to %d", s.Interface, s.rec.MTU)
+			return k.restoreMTU(have.link)
+		}, "set the MTU of %s back to %d", k.Interface, k.rec.MTU)
 	case want.mtu != 0 && have.mtu != want.mtu:
-		list.add(kindMTU, func() error { return s.setMTU(have.link, want.mtu, have.mtu) },
-			"set the MTU of %s from %d to %d", s.Interface, have.mtu, want.mtu)
+		list.add(kindMTU, func() error { return k.setMTU(have.link, want.mtu, have.mtu) },
+			"set the MTU of %s from %d to %d", k.Interface, have.mtu, want.mtu)
 	}
 }
 
 // bring lists what comes, each thing after what it needs: the interface and its
 // addresses, routes, and the rules that lead to them.
-func (s *scope) bring(list *ops, have observed, want plan) {
-	if want.up && have.gen != "" && have.gen != strconv.Itoa(addrGenNone) &&
-		(!have.up || s.rec.AddrGen != "") {
+func (k *kernel) diffAdded(list *ops, have observed, want plan) {
+	if want.up && have.addrGen != "" && have.addrGen != strconv.Itoa(addrGenNone) &&
+		(!have.up || k.rec.AddrGen != "") {
 		list.add(kindLink, func() error {
-			return s.quiet(have.link, have.gen)
-		}, "let %s make no address of its own", s.Interface)
+			return k.disableLinkLocal(have.link, have.addrGen)
+		}, "let %s make no address of its own", k.Interface)
 		for p := range have.addrs {
 			// IPv6 was off and on again, as it is when the MTU goes below 1280
 			// and back: then the mode is another, and has made an address.
-			if s.rec.AddrGen != "" && isIPv6(p) && p.Addr().IsLinkLocalUnicast() &&
+			if k.rec.AddrGen != "" && isIPv6(p) && p.Addr().IsLinkLocalUnicast() &&
 				!slices.Contains(want.addrs, p) {
 				list.add(kindAddress, func() error {
-					return s.delAddr(have.link, p)
-				}, "delete address %v of %s", p, s.Interface)
+					return k.delAddr(have.link, p)
+				}, "delete address %v of %s", p, k.Interface)
 			}
 		}
 	}
 	if want.up && !have.up {
-		list.add(kindLink, func() error { return s.setUp(have.link) }, "set %s up", s.Interface)
+		list.add(kindLink, func() error { return k.setUp(have.link) }, "set %s up", k.Interface)
 	}
 	for _, p := range want.addrs {
 		_, ok := have.addrs[p]
-		if _, bad := have.spoilt[p]; ok && !bad {
+		if _, bad := have.unusable[p]; ok && !bad {
 			continue
 		}
 		if ok && !isIPv6(p) {
 			list.add(kindAddress, func() error {
-				return s.delAddr(have.link, p)
-			}, "delete address %v of %s", p, s.Interface)
+				return k.delAddr(have.link, p)
+			}, "delete address %v of %s", p, k.Interface)
 		}
 		for old := range have.addrs {
 			if isIPv6(p) && old.Addr() == p.Addr() { // once per interface, whatever the length
 				list.add(kindAddress, func() error {
-					return s.delAddr(have.link, old)
-				}, "delete address %v of %s", old, s.Interface)
+					return k.delAddr(have.link, old)
+				}, "delete address %v of %s", old, k.Interface)
 			}
 		}
 		list.add(kindAddress, func() error {
-			return s.addAddr(have.link, p)
-		}, "add address %v to %s", p, s.Interface)
+			return k.addAddr(have.link, p)
+		}, "add address %v to %s", p, k.Interface)
 	}
-	for _, r := range have.others {
+	for _, r := range have.wrongRoutes {
 		list.add(kindRoute, func() error {
-			return unlessGone(s.nl.RouteDel(&r))
+			return unlessGone(k.nl.RouteDel(&r))
 		}, "delete a route of another program: %v in table %d", prefixOf(r.Dst), r.Table)
 	}
 	for _, group := range groupRoutes(want.routes, have.routes) {
 		list.add(kindRoute, func() error {
-			return s.addRoutes(group)
+			return k.addRoutes(group)
 		}, "add %d %s", len(group), describe(group[0]))
 	}
 	for _, r := range missing(want.rules, have.rules, compareRules) {
-		n := r.netlink(s)
+		n := r.netlink(k)
 		list.add(kindRule, func() error {
-			return explain(s.nl.RuleAdd(n))
+			return explain(k.nl.RuleAdd(n))
 		}, "add %s", describeRule(n))
 	}
 }
 
 // take lists what goes, in the opposite order.
-func (s *scope) take(list *ops, have observed, want plan) {
+func (k *kernel) diffRemoved(list *ops, have observed, want plan) {
 	old := missing(have.rules, want.rules, compareRules)
 	slices.Reverse(old)
-	rules := have.strays
+	rules := have.wrongRules
 	for _, r := range old {
-		rules = append(rules, r.netlink(s))
+		rules = append(rules, r.netlink(k))
 	}
 	for _, n := range rules {
 		list.add(kindRule, func() error {
-			return unlessGone(s.nl.RuleDel(n))
+			return unlessGone(k.nl.RuleDel(n))
 		}, "delete %s", describeRule(n))
 	}
 	for _, group := range groupRoutes(have.routes, want.routes) {
 		slices.Reverse(group)
 		list.add(kindRoute, func() error {
-			return s.delRoutes(group)
+			return k.delRoutes(group)
 		}, "delete %d %s", len(group), describe(group[0]))
 	}
-	for _, p := range s.rec.Addresses {
+	for _, p := range k.rec.Addresses {
 		if !slices.Contains(want.addrs, p) {
 			list.add(kindAddress, func() error {
-				return s.delAddr(have.link, p)
-			}, "delete address %v of %s", p, s.Interface)
+				return k.delAddr(have.link, p)
+			}, "delete address %v of %s", p, k.Interface)
 		}
 	}
 }
@@ -307,14 +307,14 @@ func describeRule(n *netlink.Rule) string {
 // clean undoes what dead processes left behind: what the journal of this
 // instance says, and all that belongs to the interface, new as it is, or to
 // interfaces that are gone.
-func (s *scope) clean(old *record) error {
+func (k *kernel) clean(old *record) error {
 	// Rules first: an interface is there before its rules, so one that has
 	// rules and is not in the later list of interfaces is gone for good.
-	rules, err := s.listRules()
+	rules, err := k.listRules()
 	if err != nil {
 		return err
 	}
-	links, err := repeat(s.nl.LinkList)
+	links, err := repeat(k.nl.LinkList)
 	if err != nil {
 		return fmt.Errorf("list interfaces: %w", explain(err))
 	}
@@ -332,7 +332,7 @@ func (s *scope) clean(old *record) error {
 		}
 		stale = append(stale, *old)
 	}
-	stale = append(stale, record{Interface: s.Interface, Index: s.index})
+	stale = append(stale, record{Interface: k.Interface, Index: k.index})
 	for i := range rules {
 		if _, index, ok := parseRule(&rules[i]); ok && !exists[index] {
 			stale = append(stale, record{Interface: fmt.Sprintf("interface %d, gone", index),
@@ -345,8 +345,8 @@ func (s *scope) clean(old *record) error {
 			continue
 		}
 		done[rec.Index] = true
-		dead := *s
-		dead.dead, dead.index, dead.Interface, dead.rec = true, rec.Index, rec.Interface, rec
+		dead := *k
+		dead.afterCrash, dead.index, dead.Interface, dead.rec = true, rec.Index, rec.Interface, rec
 		if err := dead.converge(plan{}, true); err != nil {
 			return err
 		}

@@ -18,11 +18,11 @@ import (
 // either end. Then a TCP connection is taken for one that came in if its port
 // here is not of those that the kernel gives to the host's own, and a UDP
 // socket that is connected for one of the host's own.
-func newInboundChains(s State, sc *scope) []chain {
+func newInboundChains(s State, k *kernel) []chain {
 	const lost = "connections that come in from outside the tunnel are not answered where its routes lead to their source"
-	mask, outside := sc.Mark, outsideMark(sc.Mark)
-	index := uint32(sc.index)
-	port := binaryutil.BigEndian.PutUint16(sc.ports)
+	mask, outside := k.Mark, outsideMark(k.Mark)
+	index := uint32(k.index)
+	port := binaryutil.BigEndian.PutUint16(k.firstLocalPort)
 	skip := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
 	set := slices.Concat(markConnection(mask, outside), markPacket(mask, outside))
 	known := slices.Concat(connectionMarked(mask, outside), markPacket(mask, outside))
@@ -38,18 +38,18 @@ func newInboundChains(s State, sc *scope) []chain {
 		name: "inbound", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookPrerouting, priority: priorityMarks,
 		needs: needsReply, without: lost,
-		rules: []filter{{
-			fmt.Sprintf("what interface %d brings is answered there", sc.index),
+		rules: []chainRule{{
+			fmt.Sprintf("what interface %d brings is answered there", k.index),
 			append(meta(expr.MetaKeyIIF, expr.CmpOpEq, index), skip...),
 		}, {
 			fmt.Sprintf("mark %#x/%#x of connections that came in is given to their packets",
 				outside, mask), known,
 		}, {
-			fmt.Sprintf("connections of this host, from TCP port %d, that were not tracked when they began", sc.ports),
+			fmt.Sprintf("connections of this host, from TCP port %d, that were not tracked when they began", k.firstLocalPort),
 			slices.Concat(fresh, tcp(2, expr.CmpOpGte, port), skip),
 		}, {
-			fmt.Sprintf("sockets of this host, from UDP port %d, that are connected", sc.ports),
-			slices.Concat(fresh, is(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
+			fmt.Sprintf("sockets of this host, from UDP port %d, that are connected", k.firstLocalPort),
+			slices.Concat(fresh, metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
 				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2,
 					Len: 2},
 				&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: port},
@@ -58,18 +58,18 @@ func newInboundChains(s State, sc *scope) []chain {
 			}, skip),
 		}, {
 			fmt.Sprintf("what comes in from where interface %d leads to is answered outside",
-				sc.index),
+				k.index),
 			slices.Concat(fresh, fromTunnel, set),
 		}, {
-			fmt.Sprintf("what is not tracked and comes in from where interface %d leads to has mark %#x/%#x", sc.index, outside, mask),
-			slices.Concat(state(expr.CtStateBitUNTRACKED), fromTunnel, markPacket(mask, outside)),
+			fmt.Sprintf("what is not tracked and comes in from where interface %d leads to has mark %#x/%#x", k.index, outside, mask),
+			slices.Concat(connectionState(expr.CtStateBitUNTRACKED), fromTunnel, markPacket(mask, outside)),
 		}},
 	}
 	reply := chain{
 		name: "reply", kind: nftables.ChainTypeRoute,
 		hook: nftables.ChainHookOutput, priority: priorityMarks,
 		needs: needsReply, without: lost,
-		rules: []filter{{
+		rules: []chainRule{{
 			fmt.Sprintf("mark %#x/%#x of connections that came in is given to their answers",
 				outside, mask),
 			slices.Concat(packetMarked(mask, 0), known),
@@ -77,21 +77,21 @@ func newInboundChains(s State, sc *scope) []chain {
 	}
 	for _, p := range s.Addresses {
 		own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())
-		reply.rules = append(reply.rules, filter{
+		reply.rules = append(reply.rules, chainRule{
 			fmt.Sprintf("%v is the tunnel's own", p.Addr()),
 			slices.Concat(address(own, true), skip),
 		})
 	}
-	reply.rules = append(reply.rules, filter{
-		fmt.Sprintf("connections to this host, below TCP port %d, that were not tracked when they began, and would go to interface %d", sc.ports, sc.index),
+	reply.rules = append(reply.rules, chainRule{
+		fmt.Sprintf("connections to this host, below TCP port %d, that were not tracked when they began, and would go to interface %d", k.firstLocalPort, k.index),
 		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), fresh, tcp(0, expr.CmpOpLt, port),
-			source(expr.CmpOpEq, unix.RTN_LOCAL), set),
-	}, filter{
+			sourceType(expr.CmpOpEq, unix.RTN_LOCAL), set),
+	}, chainRule{
 		fmt.Sprintf("answers that are not tracked, and would go to interface %d, have mark %#x/%#x",
-			sc.index, outside, mask),
-		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), state(expr.CtStateBitUNTRACKED),
+			k.index, outside, mask),
+		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), connectionState(expr.CtStateBitUNTRACKED),
 			packetMarked(mask, 0),
-			source(expr.CmpOpEq, unix.RTN_LOCAL), markPacket(mask, outside)),
+			sourceType(expr.CmpOpEq, unix.RTN_LOCAL), markPacket(mask, outside)),
 	})
 	return []chain{inbound, reply}
 }
@@ -106,7 +106,7 @@ func connection(key expr.CtKey, value []byte) []expr.Any {
 // source's is at offset 0, the destination's at 2.
 func tcp(offset uint32, op expr.CmpOp, port []byte) []expr.Any {
 	const flags, syn = 13, 2
-	return slices.Concat(is(expr.MetaKeyL4PROTO, unix.IPPROTO_TCP), []expr.Any{
+	return slices.Concat(metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_TCP), []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: flags,
 			Len: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{syn},

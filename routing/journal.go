@@ -18,7 +18,7 @@ import (
 const (
 	journalFormat = "masquevpn routing journal 1"
 	journalLimit  = 4 << 20 // bytes of a journal that are read
-	guardName     = ".routing.lock"
+	lockName      = ".routing.lock"
 )
 
 // record is what is to be undone and what the kernel cannot tell: it lives in
@@ -83,8 +83,8 @@ type journal struct {
 	f    *os.File // locked
 }
 
-// errOtherBoot is the reason to ignore a journal that has nothing to say here.
-var errOtherBoot = errors.New("of an earlier boot or another network namespace")
+// errStale is the reason to ignore a journal that has nothing to say here.
+var errStale = errors.New("of an earlier boot or another network namespace")
 
 // openJournal takes the journal of an instance. It returns what a dead process
 // wrote there, nil if there is nothing that counts; why reports a journal that
@@ -97,7 +97,7 @@ func openJournal(path string, fresh record) (j *journal, old *record, why, err e
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, nil, nil, fmt.Errorf("directory of the journal: %w", err)
 	}
-	err = j.guard(func() error {
+	err = j.withLock(func() error {
 		f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
 		if errors.Is(err, fs.ErrNotExist) {
 			return j.write(fresh)
@@ -119,7 +119,7 @@ func openJournal(path string, fresh record) (j *journal, old *record, why, err e
 		case err != nil:
 			why = fmt.Errorf("journal %s: %w", path, err)
 		case rec.Boot != fresh.Boot:
-			why = fmt.Errorf("journal %s: %w", path, errOtherBoot)
+			why = fmt.Errorf("journal %s: %w", path, errStale)
 		default:
 			old = &rec
 		}
@@ -160,11 +160,11 @@ func isNetSysctl(name string) bool {
 
 // guard runs f while no other instance touches a journal of the directory or a
 // sysctl that instances share.
-func (j *journal) guard(f func() error) error {
+func (j *journal) withLock(f func() error) error {
 	if j == nil {
 		return f()
 	}
-	path := filepath.Join(filepath.Dir(j.path), guardName)
+	path := filepath.Join(filepath.Dir(j.path), lockName)
 	lock, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return fmt.Errorf("lock of the journals: %w", err)
@@ -183,7 +183,7 @@ func (j *journal) guard(f func() error) error {
 
 // save is write for a caller that is not within guard.
 func (j *journal) save(r record) error {
-	return j.guard(func() error { return j.write(r) })
+	return j.withLock(func() error { return j.write(r) })
 }
 
 // write replaces the journal's content. Within guard only.
@@ -255,7 +255,7 @@ func (j *journal) remove() error {
 	if j == nil {
 		return nil
 	}
-	return j.guard(func() error {
+	return j.withLock(func() error {
 		if err := os.Remove(j.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("journal: %w", err)
 		}

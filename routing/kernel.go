@@ -17,70 +17,70 @@ const addrGenNone = 1 // IN6_ADDR_GEN_MODE_NONE
 
 // observed is what the kernel has: of the interface, and of ours.
 type observed struct {
-	link   netlink.Link // nil: gone
-	up     bool
-	mtu    int
-	group  uint32
-	gen    string                    // its address generation mode, "" without IPv6
-	addrs  map[netip.Prefix]struct{} // all of the interface
-	spoilt map[netip.Prefix]struct{} // those that the host would not use as a source
-	routes map[route]struct{}
-	others []netlink.Route // routes of our tables that are not as we make them
-	rules  map[rule]struct{}
-	strays []*netlink.Rule // rules of ours that are not as we make them
-	chains []chainText     // chains of our nftables table
-	table  bool            // the nftables table is there
+	link        netlink.Link // nil: gone
+	up          bool
+	mtu         int
+	group       uint32
+	addrGen     string                    // its address generation mode, "" without IPv6
+	addrs       map[netip.Prefix]struct{} // all of the interface
+	unusable    map[netip.Prefix]struct{} // those that the host would not use as a source
+	routes      map[route]struct{}
+	wrongRoutes []netlink.Route // routes of our tables that are not as we make them
+	rules       map[rule]struct{}
+	wrongRules  []*netlink.Rule // rules of ours that are not as we make them
+	chains      []kernelChain   // chains of our nftables table
+	hasTable    bool            // the nftables table is there
 }
 
 // observe reads the kernel's state.
-func (s *scope) observe() (o observed, err error) {
-	if o.link, err = s.findLink(); err != nil {
+func (k *kernel) observe() (o observed, err error) {
+	if o.link, err = k.findLink(); err != nil {
 		return o, err
 	}
 	if o.link != nil {
 		o.up = o.link.Attrs().Flags&net.FlagUp != 0
 		o.mtu, o.group = o.link.Attrs().MTU, o.link.Attrs().Group
-		o.gen, _ = s.readSysctl("net/ipv6/conf/" + o.link.Attrs().Name + "/addr_gen_mode")
-		if o.addrs, o.spoilt, err = s.listAddrs(o.link); err != nil {
+		o.addrGen, _ = k.readSysctl("net/ipv6/conf/" + o.link.Attrs().Name + "/addr_gen_mode")
+		if o.addrs, o.unusable, err = k.listAddrs(o.link); err != nil {
 			return o, err
 		}
 	}
-	if o.routes, o.others, err = s.listRoutes(); err != nil {
+	if o.routes, o.wrongRoutes, err = k.listRoutes(); err != nil {
 		return o, err
 	}
 	o.rules = make(map[rule]struct{})
-	rules, err := s.listRules()
+	rules, err := k.listRules()
 	if err != nil {
 		return o, err
 	}
 	for _, n := range rules {
 		r, index, ok := parseRule(&n)
 		switch {
-		case !ok || index != s.index&indexMask:
-		case sameRule(&n, r.netlink(s)):
+		case !ok || index != k.index&indexMask:
+		case sameRule(&n, r.netlink(k)):
 			o.rules[r] = struct{}{}
 		default:
-			o.strays = append(o.strays, &n)
+			o.wrongRules = append(o.wrongRules, &n)
 		}
 	}
-	o.chains, o.table, err = readTable(s.tableName())
-	if err != nil && !hasNoTables(err) {
+	o.chains, o.hasTable, err = readTable(k.tableName())
+	if err != nil && !noNFTables(err) {
 		return o, err
 	}
 	return o, nil
 }
 
 // findLink returns the interface, nil when it is gone.
-func (s *scope) findLink() (netlink.Link, error) {
-	if s.index == 0 {
+func (k *kernel) findLink() (netlink.Link, error) {
+	if k.index == 0 {
 		return nil, nil
 	}
-	link, err := s.nl.LinkByIndex(s.index)
+	link, err := k.nl.LinkByIndex(k.index)
 	if errors.As(err, new(netlink.LinkNotFoundError)) || errors.Is(err, unix.ENODEV) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look up interface %s (index %d): %w", s.Interface, s.index,
+		return nil, fmt.Errorf("look up interface %s (index %d): %w", k.Interface, k.index,
 			explain(err))
 	}
 	return link, nil
@@ -88,27 +88,27 @@ func (s *scope) findLink() (netlink.Link, error) {
 
 // listAddrs returns the addresses of the interface, and which of those are of a
 // smaller scope than ours, or are to go away.
-func (s *scope) listAddrs(link netlink.Link) (all, spoilt map[netip.Prefix]struct{}, err error) {
+func (k *kernel) listAddrs(link netlink.Link) (all, unusable map[netip.Prefix]struct{}, err error) {
 	addrs, err := repeat(func() ([]netlink.Addr, error) {
-		return s.nl.AddrList(link, netlink.FAMILY_ALL)
+		return k.nl.AddrList(link, netlink.FAMILY_ALL)
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("list addresses of %s: %w", s.Interface, explain(err))
+		return nil, nil, fmt.Errorf("list addresses of %s: %w", k.Interface, explain(err))
 	}
-	all, spoilt = make(map[netip.Prefix]struct{}), make(map[netip.Prefix]struct{})
+	all, unusable = make(map[netip.Prefix]struct{}), make(map[netip.Prefix]struct{})
 	for _, a := range addrs {
 		p := prefixOf(a.IPNet)
 		all[p] = struct{}{}
 		if a.Flags&unix.IFA_F_PERMANENT == 0 || a.Flags&unix.IFA_F_DEPRECATED != 0 ||
 			!isIPv6(p) && a.Scope != unix.RT_SCOPE_UNIVERSE {
-			spoilt[p] = struct{}{}
+			unusable[p] = struct{}{}
 		}
 	}
-	return all, spoilt, nil
+	return all, unusable, nil
 }
 
-func (s *scope) families() []int {
-	if s.ipv6 {
+func (k *kernel) families() []int {
+	if k.ipv6 {
 		return []int{unix.AF_INET, unix.AF_INET6}
 	}
 	return []int{unix.AF_INET}
@@ -116,12 +116,12 @@ func (s *scope) families() []int {
 
 // listRoutes returns the routes of ours that belong to the interface, and
 // others in its tables.
-func (s *scope) listRoutes() (set map[route]struct{}, others []netlink.Route, err error) {
+func (k *kernel) listRoutes() (set map[route]struct{}, others []netlink.Route, err error) {
 	set = make(map[route]struct{})
-	for _, family := range s.families() {
+	for _, family := range k.families() {
 		filter := &netlink.Route{Protocol: protocol}
 		routes, err := repeat(func() ([]netlink.Route, error) {
-			return s.dump.RouteListFiltered(family, filter,
+			return k.dump.RouteListFiltered(family, filter,
 				netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {
@@ -129,19 +129,19 @@ func (s *scope) listRoutes() (set map[route]struct{}, others []netlink.Route, er
 		}
 		for _, r := range routes {
 			index, _, ok := tableOwner(r.Table)
-			own := ok && index == s.index&indexMask
-			if own || r.Table == unix.RT_TABLE_MAIN && r.LinkIndex == s.index {
+			own := ok && index == k.index&indexMask
+			if own || r.Table == unix.RT_TABLE_MAIN && r.LinkIndex == k.index {
 				kind := max(routeKind(slices.Index(types[:], r.Type)), intoTunnel)
 				asked := route{table: r.Table, prefix: prefixOf(r.Dst), kind: kind}
-				if own && !sameRoute(&r, asked.netlink(s)) {
+				if own && !equalRoute(&r, asked.netlink(k)) {
 					others = append(others, r)
 					continue
 				}
 				set[asked] = struct{}{}
 			}
 		}
-		for _, table := range s.tables(family == unix.AF_INET6) {
-			foreign, err := s.foreignRoutes(family, table)
+		for _, table := range k.tables(family == unix.AF_INET6) {
+			foreign, err := k.foreignRoutes(family, table)
 			if err != nil {
 				return nil, nil, err
 			}
@@ -152,9 +152,9 @@ func (s *scope) listRoutes() (set map[route]struct{}, others []netlink.Route, er
 }
 
 // tables returns the tables of a family that the last plan asked for.
-func (s *scope) tables(v6 bool) []int {
+func (k *kernel) tables(v6 bool) []int {
 	set := make(map[int]struct{})
-	for r := range s.wanted {
+	for r := range k.plannedRoutes {
 		if r.table != unix.RT_TABLE_MAIN && isIPv6(r.prefix) == v6 {
 			set[r.table] = struct{}{}
 		}
@@ -162,8 +162,8 @@ func (s *scope) tables(v6 bool) []int {
 	return slices.Sorted(maps.Keys(set))
 }
 
-// sameRoute compares where routes lead and how they compete.
-func sameRoute(a, b *netlink.Route) bool {
+// equalRoute compares where routes lead and how they compete.
+func equalRoute(a, b *netlink.Route) bool {
 	return a.Type == b.Type && a.Priority == b.Priority &&
 		(b.LinkIndex == 0 || a.LinkIndex == b.LinkIndex) &&
 		a.Gw == nil && a.Via == nil && len(a.MultiPath) == 0
@@ -171,9 +171,9 @@ func sameRoute(a, b *netlink.Route) bool {
 
 // foreignRoutes returns the routes of a table of ours that other programs put
 // there.
-func (s *scope) foreignRoutes(family, table int) (list []netlink.Route, err error) {
+func (k *kernel) foreignRoutes(family, table int) (list []netlink.Route, err error) {
 	routes, err := repeat(func() ([]netlink.Route, error) {
-		return s.dump.RouteListFiltered(family, &netlink.Route{Table: table},
+		return k.dump.RouteListFiltered(family, &netlink.Route{Table: table},
 			netlink.RT_FILTER_TABLE)
 	})
 	if errors.Is(err, unix.ENOENT) {
@@ -191,10 +191,10 @@ func (s *scope) foreignRoutes(family, table int) (list []netlink.Route, err erro
 }
 
 // listRules returns all policy rules, none where the kernel has no such thing.
-func (s *scope) listRules() ([]netlink.Rule, error) {
+func (k *kernel) listRules() ([]netlink.Rule, error) {
 	var all []netlink.Rule
-	for _, family := range s.families() {
-		rules, err := repeat(func() ([]netlink.Rule, error) { return s.nl.RuleList(family) })
+	for _, family := range k.families() {
+		rules, err := repeat(func() ([]netlink.Rule, error) { return k.nl.RuleList(family) })
 		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
 			continue
 		}
@@ -221,9 +221,9 @@ func repeat[T any](dump func() (T, error)) (T, error) {
 // administrator turned that off there, and with the routes of IPv6 leading
 // nowhere. The reason is nil where nothing is held. Without a mark the state is
 // refused.
-func (s *scope) hold(want State) (_ State, reason, err error) {
-	err = s.check(want)
-	if s.Mark == 0 || !errors.Is(err, ErrIPv6Disabled) {
+func (k *kernel) holdIPv6(want State) (_ State, reason, err error) {
+	err = k.checkIPv6(want)
+	if k.Mark == 0 || !errors.Is(err, ErrIPv6Disabled) {
 		return want, nil, err
 	}
 	held := want.ipv4Only()
@@ -237,11 +237,11 @@ func (s *scope) hold(want State) (_ State, reason, err error) {
 }
 
 // check refuses a state that the interface cannot have.
-func (s *scope) check(want State) error {
+func (k *kernel) checkIPv6(want State) error {
 	if !slices.ContainsFunc(slices.Concat(want.Addresses, want.Routes), isIPv6) {
 		return nil
 	}
-	link, err := s.findLink()
+	link, err := k.findLink()
 	if err != nil || link == nil {
 		return err
 	}
@@ -251,10 +251,10 @@ func (s *scope) check(want State) error {
 	}
 	if mtu < minMTU6 {
 		return fmt.Errorf("interface %s: MTU %d is too small for IPv6, which needs %d: leave its addresses and routes out",
-			s.Interface, mtu, minMTU6)
+			k.Interface, mtu, minMTU6)
 	}
 	name := "net/ipv6/conf/" + link.Attrs().Name + "/disable_ipv6"
-	if v, err := s.readSysctl(name); err == nil && v != "0" {
+	if v, err := k.readSysctl(name); err == nil && v != "0" {
 		return fmt.Errorf("%w: %s is %s, as net.ipv6.conf.default.disable_ipv6 was when %s was made: "+
 			"set it to 0 to have IPv6 in the tunnel", ErrIPv6Disabled, dotted(name), v,
 			link.Attrs().Name)
@@ -262,58 +262,58 @@ func (s *scope) check(want State) error {
 	return nil
 }
 
-func (s *scope) addAddr(link netlink.Link, p netip.Prefix) error {
+func (k *kernel) addAddr(link netlink.Link, p netip.Prefix) error {
 	a := &netlink.Addr{IPNet: ipNet(p)}
 	if isIPv6(p) {
 		a.Flags |= unix.IFA_F_NODAD
 	}
-	if s.Mark != 0 {
+	if k.Mark != 0 {
 		a.Flags |= unix.IFA_F_NOPREFIXROUTE
 	}
-	s.rec.addAddr(p)
-	if err := s.journal.save(s.rec); err != nil {
-		s.rec.dropAddr(p)
+	k.rec.addAddr(p)
+	if err := k.journal.save(k.rec); err != nil {
+		k.rec.dropAddr(p)
 		return err
 	}
-	if err := s.nl.AddrAdd(link, a); err != nil {
-		s.rec.dropAddr(p)
-		return errors.Join(explain(err), s.journal.save(s.rec))
+	if err := k.nl.AddrAdd(link, a); err != nil {
+		k.rec.dropAddr(p)
+		return errors.Join(explain(err), k.journal.save(k.rec))
 	}
 	return nil
 }
 
-func (s *scope) delAddr(link netlink.Link, p netip.Prefix) error {
+func (k *kernel) delAddr(link netlink.Link, p netip.Prefix) error {
 	if link != nil {
-		err := s.nl.AddrDel(link, &netlink.Addr{IPNet: ipNet(p)})
+		err := k.nl.AddrDel(link, &netlink.Addr{IPNet: ipNet(p)})
 		if err := unlessGone(err); err != nil {
 			return err
 		}
 	}
-	s.rec.dropAddr(p)
-	s.undone(s.journal.save(s.rec))
+	k.rec.dropAddr(p)
+	k.noteUndo(k.journal.save(k.rec))
 	return nil
 }
 
 // setMTU changes the MTU, and remembers the one found.
-func (s *scope) setMTU(link netlink.Link, mtu, found int) error {
-	if s.rec.MTU == 0 {
-		s.rec.MTU = found
-		if err := s.journal.save(s.rec); err != nil {
-			s.rec.MTU = 0
+func (k *kernel) setMTU(link netlink.Link, mtu, found int) error {
+	if k.rec.MTU == 0 {
+		k.rec.MTU = found
+		if err := k.journal.save(k.rec); err != nil {
+			k.rec.MTU = 0
 			return err
 		}
 	}
-	return explain(s.nl.LinkSetMTU(link, mtu))
+	return explain(k.nl.LinkSetMTU(link, mtu))
 }
 
-func (s *scope) restoreMTU(link netlink.Link) error {
+func (k *kernel) restoreMTU(link netlink.Link) error {
 	if link != nil {
-		if err := unlessGone(s.nl.LinkSetMTU(link, s.rec.MTU)); err != nil {
+		if err := unlessGone(k.nl.LinkSetMTU(link, k.rec.MTU)); err != nil {
 			return err
 		}
 	}
-	s.rec.MTU = 0
-	s.undone(s.journal.save(s.rec))
+	k.rec.MTU = 0
+	k.noteUndo(k.journal.save(k.rec))
 	return nil
 }
 
@@ -322,90 +322,90 @@ func (s *scope) restoreMTU(link netlink.Link) error {
 const tunnelGroup = 9484
 
 // setGroup puts the interface into the group, and remembers the one found.
-func (s *scope) setGroup(link netlink.Link, found uint32) error {
-	if s.rec.Group == nil {
-		s.rec.Group = &found
-		if err := s.journal.save(s.rec); err != nil {
-			s.rec.Group = nil
+func (k *kernel) setGroup(link netlink.Link, found uint32) error {
+	if k.rec.Group == nil {
+		k.rec.Group = &found
+		if err := k.journal.save(k.rec); err != nil {
+			k.rec.Group = nil
 			return err
 		}
 	}
-	return explain(s.nl.LinkSetGroup(link, tunnelGroup))
+	return explain(k.nl.LinkSetGroup(link, tunnelGroup))
 }
 
-func (s *scope) restoreGroup(link netlink.Link) error {
+func (k *kernel) restoreGroup(link netlink.Link) error {
 	if link != nil {
-		if err := unlessGone(s.nl.LinkSetGroup(link, int(*s.rec.Group))); err != nil {
+		if err := unlessGone(k.nl.LinkSetGroup(link, int(*k.rec.Group))); err != nil {
 			return err
 		}
 	}
-	s.rec.Group = nil
-	s.undone(s.journal.save(s.rec))
+	k.rec.Group = nil
+	k.noteUndo(k.journal.save(k.rec))
 	return nil
 }
 
-// quiet keeps the kernel from giving the interface a link-local address: nobody
+// disableLinkLocal keeps the kernel from giving the interface a link-local address: nobody
 // on the other end knows it, and with it the host sends router solicitations
 // and multicast reports into the tunnel. Netlink it is, as a write to the
 // sysctl of that name makes addresses.
-func (s *scope) quiet(link netlink.Link, found string) error {
-	if s.rec.AddrGen == "" {
-		s.rec.AddrGen = found
-		if err := s.journal.save(s.rec); err != nil {
-			s.rec.AddrGen = ""
+func (k *kernel) disableLinkLocal(link netlink.Link, found string) error {
+	if k.rec.AddrGen == "" {
+		k.rec.AddrGen = found
+		if err := k.journal.save(k.rec); err != nil {
+			k.rec.AddrGen = ""
 			return err
 		}
 	}
-	return explain(s.nl.LinkSetIP6AddrGenMode(link, addrGenNone))
+	return explain(k.nl.LinkSetIP6AddrGenMode(link, addrGenNone))
 }
 
-func (s *scope) restoreAddrGen(link netlink.Link) error {
-	if mode, err := strconv.Atoi(s.rec.AddrGen); link != nil && err == nil {
-		if err := unlessGone(s.nl.LinkSetIP6AddrGenMode(link, mode)); err != nil {
+func (k *kernel) restoreAddrGen(link netlink.Link) error {
+	if mode, err := strconv.Atoi(k.rec.AddrGen); link != nil && err == nil {
+		if err := unlessGone(k.nl.LinkSetIP6AddrGenMode(link, mode)); err != nil {
 			return err
 		}
 	}
-	s.rec.AddrGen = ""
-	s.undone(s.journal.save(s.rec))
+	k.rec.AddrGen = ""
+	k.noteUndo(k.journal.save(k.rec))
 	return nil
 }
 
 // setUp sets the interface up, and remembers that it was down.
-func (s *scope) setUp(link netlink.Link) error {
-	if !s.rec.Down {
-		s.rec.Down = true
-		if err := s.journal.save(s.rec); err != nil {
-			s.rec.Down = false
+func (k *kernel) setUp(link netlink.Link) error {
+	if !k.rec.Down {
+		k.rec.Down = true
+		if err := k.journal.save(k.rec); err != nil {
+			k.rec.Down = false
 			return err
 		}
 	}
-	return explain(s.nl.LinkSetUp(link))
+	return explain(k.nl.LinkSetUp(link))
 }
 
-func (s *scope) restoreDown(link netlink.Link) error {
+func (k *kernel) restoreDown(link netlink.Link) error {
 	if link != nil {
-		if err := unlessGone(s.nl.LinkSetDown(link)); err != nil {
+		if err := unlessGone(k.nl.LinkSetDown(link)); err != nil {
 			return err
 		}
 	}
-	s.rec.Down = false
-	s.undone(s.journal.save(s.rec))
+	k.rec.Down = false
+	k.noteUndo(k.journal.save(k.rec))
 	return nil
 }
 
-func (s *scope) addRoutes(routes []route) error {
+func (k *kernel) addRoutes(routes []route) error {
 	for _, r := range routes {
-		if err := s.nl.RouteAdd(r.netlink(s)); err != nil {
+		if err := k.nl.RouteAdd(r.netlink(k)); err != nil {
 			return fmt.Errorf("%v: %w", r.prefix, explain(err))
 		}
 	}
 	return nil
 }
 
-func (s *scope) delRoutes(routes []route) error {
+func (k *kernel) delRoutes(routes []route) error {
 	var errs []error
 	for _, r := range routes {
-		if err := unlessGone(s.nl.RouteDel(r.netlink(s))); err != nil {
+		if err := unlessGone(k.nl.RouteDel(r.netlink(k))); err != nil {
 			errs = append(errs, fmt.Errorf("%v: %w", r.prefix, err))
 		}
 	}

@@ -36,11 +36,11 @@ type KillSwitch struct {
 	Allow    []netip.Prefix // destinations outside the tunnel
 	Logger   *slog.Logger   // nil: nothing is logged
 
-	mu     sync.Mutex
-	want   []chain     // chains of the last Close, nil before the first
-	sealed []chainText // the table when it was as it shall be; nil: not known
-	feud   feud
-	count  uint64 // number of repairs
+	mu       sync.Mutex
+	want     []chain       // chains of the last Close, nil before the first
+	verified []kernelChain // the table when it was as it shall be; nil: not known
+	backoff  backoff
+	count    uint64 // number of repairs
 }
 
 // KillSwitchHealth says whether a KillSwitch holds.
@@ -86,11 +86,11 @@ func (k *KillSwitch) write() (found, changed bool, err error) {
 	if err != nil {
 		return found, false, fmt.Errorf("routing: kill switch: %w", err)
 	}
-	if found && sameTable(k.want, have) && untouched(have, k.sealed) {
-		k.sealed = have
+	if found && sameTable(k.want, have) && sameContents(have, k.verified) {
+		k.verified = have
 		return found, false, nil
 	}
-	k.sealed = nil
+	k.verified = nil
 	if err := commitTable(k.table(), found, k.want); err != nil {
 		return found, false, fmt.Errorf("routing: kill switch: write nftables table inet %s: %w",
 			k.table(), explain(err))
@@ -108,15 +108,15 @@ func (k *KillSwitch) Maintain(ctx context.Context, report func(KillSwitchHealth)
 	if err != nil {
 		return fmt.Errorf("routing: kill switch: notifications of changes: %w", explain(err))
 	}
-	go tables.follow(changed, 0, maxQuietTime)
+	go tables.follow(changed, 0, maxSettleDelay)
 	defer tables.close()
 	var last *KillSwitchHealth
-	return keepLooking(ctx, changed, func(ticked bool) (again time.Duration, err error) {
+	return reconcileLoop(ctx, changed, func(ticked bool) (again time.Duration, err error) {
 		if ticked {
 			return 0, nil
 		}
 		now := time.Now()
-		h, next := k.look(now)
+		h, next := k.reconcile(now)
 		if last == nil || h != *last {
 			report(h)
 			last = &h
@@ -130,15 +130,15 @@ func (k *KillSwitch) Maintain(ctx context.Context, report func(KillSwitchHealth)
 
 // look closes the kill switch if it is open and if that is due. It returns when
 // to look again, zero for when something changes.
-func (k *KillSwitch) look(now time.Time) (h KillSwitchHealth, again time.Time) {
+func (k *KillSwitch) reconcile(now time.Time) (h KillSwitchHealth, again time.Time) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.want == nil {
 		return h, again
 	}
-	if due := k.feud.due(now); due.After(now) {
+	if due := k.backoff.due(now); due.After(now) {
 		have, found, err := readTable(k.table())
-		h.Closed = err == nil && found && sameTable(k.want, have) && untouched(have, k.sealed)
+		h.Closed = err == nil && found && sameTable(k.want, have) && sameContents(have, k.verified)
 		again = due
 	} else {
 		found, changed, err := k.write()
@@ -146,14 +146,14 @@ func (k *KillSwitch) look(now time.Time) (h KillSwitchHealth, again time.Time) {
 		if changed || err != nil {
 			k.note(now, found, err)
 		} else {
-			k.feud.settled()
+			k.backoff.resolved()
 		}
 		if err != nil {
-			again = k.feud.due(now)
+			again = k.backoff.due(now)
 		}
 	}
-	h.Problem, h.Repairs = k.feud.problem(now), k.count
-	if until := k.feud.until(now); again.IsZero() {
+	h.Problem, h.Repairs = k.backoff.problem(now), k.count
+	if until := k.backoff.clearsAt(now); again.IsZero() {
 		again = until
 	}
 	return h, again
@@ -162,11 +162,11 @@ func (k *KillSwitch) look(now time.Time) (h KillSwitchHealth, again time.Time) {
 // note takes note of an attempt to close the kill switch, which was found open
 // or changed.
 func (k *KillSwitch) note(now time.Time, found bool, err error) {
-	k.feud.maxTruce = leakTruce // what leaves meanwhile cannot be taken back
-	before := k.feud.problem(now)
-	k.feud.note(now, "close the kill switch", err)
+	k.backoff.maxDelay = leakDelay // what leaves meanwhile cannot be taken back
+	before := k.backoff.problem(now)
+	k.backoff.record(now, "close the kill switch", err)
 	logger := k.logger().With("table", k.table())
-	switch problem := k.feud.problem(now); {
+	switch problem := k.backoff.problem(now); {
 	case err != nil:
 		if problem != before {
 			logger.Error("another program opened the kill switch, and it cannot be closed",
@@ -177,7 +177,7 @@ func (k *KillSwitch) note(now time.Time, found bool, err error) {
 		logger.Warn("another program opened the kill switch: closed again", "was_closed", found)
 	case before == "":
 		logger.Error("another program opens the kill switch again and again: stop it", "retry_in",
-			k.feud.truce().String())
+			k.backoff.delay().String())
 	}
 	k.count++
 }
@@ -192,7 +192,7 @@ func (k *KillSwitch) logger() *slog.Logger {
 // Closed says whether the kill switch is closed, by this process or another.
 func (k *KillSwitch) Closed() (bool, error) {
 	_, found, err := readTable(k.table())
-	if err != nil && !hasNoTables(err) {
+	if err != nil && !noNFTables(err) {
 		return false, fmt.Errorf("routing: kill switch: %w", err)
 	}
 	return found, nil
@@ -230,7 +230,7 @@ const (
 // turns around within the output hook keeps its old interface there.
 func (k *KillSwitch) chains(index uint32) []chain {
 	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
-	own := chain{name: "own", rules: []filter{
+	own := chain{name: "own", rules: []chainRule{
 		{fmt.Sprintf("sockets with the bits %#x in their mark carry the tunnel", k.Mark),
 			append(packetMarked(k.Mark, k.Mark), accept...)},
 		{"DHCP", slices.Concat(ports(unix.NFPROTO_IPV4, dhcpClientPort, dhcpServerPort), accept)},
@@ -242,20 +242,20 @@ func (k *KillSwitch) chains(index uint32) []chain {
 		{"multicast listener reports, version 2",
 			slices.Concat(icmp6(mldHopLimit, mld2Report, mld2Report), accept)},
 	}}
-	all := chain{name: "all", rules: []filter{
+	all := chain{name: "all", rules: []chainRule{
 		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept...)},
 	}}
 	if index != 0 {
-		all.rules = append(all.rules, filter{
+		all.rules = append(all.rules, chainRule{
 			fmt.Sprintf("interface %d is the tunnel", index),
 			append(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), accept...),
 		})
 	}
 	for _, p := range sorted(k.Allow) {
 		all.rules = append(all.rules,
-			filter{fmt.Sprintf("%v is allowed", p), slices.Concat(address(p, false), accept)})
+			chainRule{fmt.Sprintf("%v is allowed", p), slices.Concat(address(p, false), accept)})
 	}
-	refuse := filter{"everything else is refused", []expr.Any{
+	refuse := chainRule{"everything else is refused", []expr.Any{
 		&expr.Counter{}, &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH,
 			Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED},
 	}}
@@ -263,32 +263,32 @@ func (k *KillSwitch) chains(index uint32) []chain {
 	return []chain{own, all, {
 		name: "output", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityFilter, policy: &closed,
-		rules: []filter{jump(own), jump(all), refuse},
+		rules: []chainRule{jump(own), jump(all), refuse},
 	}, {
 		name: "forward", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter, policy: &closed,
-		rules: []filter{jump(all), refuse},
+		rules: []chainRule{jump(all), refuse},
 	}, {
 		name: "leave", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityLast, policy: &closed,
-		rules: []filter{jump(own), jump(all), {"everything else is dropped", drop()}},
+		rules: []chainRule{jump(own), jump(all), {"everything else is dropped", drop()}},
 	}}
 }
 
-func jump(to chain) filter {
-	return filter{"to chain " + to.name,
+func jump(to chain) chainRule {
+	return chainRule{"to chain " + to.name,
 		[]expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: to.name}}}
 }
 
 // is compares a property of the packet that is one byte.
-func is(key expr.MetaKey, value byte) []expr.Any {
+func metaByte(key expr.MetaKey, value byte) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: key, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{value}}}
 }
 
 // ports matches UDP packets of a family by both ports.
 func ports(family byte, from, to uint16) []expr.Any {
-	return slices.Concat(is(expr.MetaKeyNFPROTO, family), is(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP),
+	return slices.Concat(metaByte(expr.MetaKeyNFPROTO, family), metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP),
 		[]expr.Any{
 			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 4},
 			&expr.Cmp{Op: expr.CmpOpEq, Register: 1,
@@ -299,8 +299,8 @@ func ports(family byte, from, to uint16) []expr.Any {
 
 // icmp6 matches ICMPv6 messages of the types from low to high with a hop limit.
 func icmp6(hopLimit, low, high byte) []expr.Any {
-	return slices.Concat(is(expr.MetaKeyNFPROTO, unix.NFPROTO_IPV6),
-		is(expr.MetaKeyL4PROTO, unix.IPPROTO_ICMPV6), []expr.Any{
+	return slices.Concat(metaByte(expr.MetaKeyNFPROTO, unix.NFPROTO_IPV6),
+		metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_ICMPV6), []expr.Any{
 			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 7, Len: 1},
 			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{hopLimit}},
 			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 1},

@@ -213,7 +213,7 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 				t.Errorf("with all routes of the host, it leaves beside the tunnel: %t, want %t",
 					leaves, tt.leaves)
 			}
-			h.apply(m, State{Addresses: addresses, Routes: full, Local: prefixes("8.8.8.0/24")})
+			h.apply(m, State{Addresses: addresses, Routes: full, Private: prefixes("8.8.8.0/24")})
 			if leaves, want := h.lookup(tt.to, 0) != tunnel, tt.to == "8.8.8.8"; leaves != want {
 				t.Errorf("with 8.8.8.0/24 behind the host, it leaves: %t, want %t", leaves, want)
 			}

@@ -28,22 +28,22 @@ type chain struct {
 	policy   *nftables.ChainPolicy // nil: accept
 	needs    string                // the feature that not every kernel has; "": it must be
 	without  string                // what is lost without it
-	rules    []filter
+	rules    []chainRule
 }
 
 // filter is a rule of a chain. The comment says all that the rule does, so that
 // equal comments mean equal rules.
-type filter struct {
+type chainRule struct {
 	comment string
 	exprs   []expr.Any
 }
 
-func (f filter) userData() []byte {
-	return userdata.AppendString(nil, userdata.TypeComment, f.comment)
+func (r chainRule) userData() []byte {
+	return userdata.AppendString(nil, userdata.TypeComment, r.comment)
 }
 
-// chainText is a chain as read from the kernel.
-type chainText struct {
+// kernelChain is a chain as read from the kernel.
+type kernelChain struct {
 	name     string
 	hook     *nftables.ChainHook // nil: none, like the next two
 	priority *nftables.ChainPriority
@@ -70,24 +70,24 @@ const (
 
 // newDNSChains returns the chains that hold queries for names outside the
 // tunnel.
-func newDNSChains(sc *scope) []chain {
+func newDNSChains(k *kernel) []chain {
 	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
-	inside := []filter{
-		{fmt.Sprintf("interface %d is the tunnel", sc.index),
-			append(meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(sc.index)), accept...)},
+	inside := []chainRule{
+		{fmt.Sprintf("interface %d is the tunnel", k.index),
+			append(meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(k.index)), accept...)},
 		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept...)},
 	}
-	own := filter{fmt.Sprintf("sockets with the bits %#x in their mark ask for the proxy", sc.Mark),
-		append(packetMarked(sc.Mark, sc.Mark), accept...)}
-	var refuse []filter
+	own := chainRule{fmt.Sprintf("sockets with the bits %#x in their mark ask for the proxy", k.Mark),
+		append(packetMarked(k.Mark, k.Mark), accept...)}
+	var refuse []chainRule
 	for _, p := range []struct {
 		name     string
 		protocol byte
 	}{{"UDP", unix.IPPROTO_UDP}, {"TCP", unix.IPPROTO_TCP}} {
 		for _, port := range []uint16{dnsPort, dnsTLSPort} {
-			refuse = append(refuse, filter{
+			refuse = append(refuse, chainRule{
 				fmt.Sprintf("queries to %s port %d do not leave outside the tunnel", p.name, port),
-				slices.Concat(is(expr.MetaKeyL4PROTO, p.protocol), []expr.Any{
+				slices.Concat(metaByte(expr.MetaKeyL4PROTO, p.protocol), []expr.Any{
 					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2,
 						Len: 2},
 					&expr.Cmp{Op: expr.CmpOpEq, Register: 1,
@@ -102,7 +102,7 @@ func newDNSChains(sc *scope) []chain {
 	return []chain{{
 		name: "dns", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput,
 		priority: nftables.ChainPriorityFilter,
-		rules:    slices.Concat([]filter{own}, inside, refuse),
+		rules:    slices.Concat([]chainRule{own}, inside, refuse),
 	}, {
 		name: "dns-forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward,
 		priority: nftables.ChainPriorityFilter,
@@ -111,18 +111,18 @@ func newDNSChains(sc *scope) []chain {
 }
 
 // meta compares a property of the packet. The value stays in register 1.
-func meta(key expr.MetaKey, is expr.CmpOp, value uint32) []expr.Any {
+func meta(key expr.MetaKey, op expr.CmpOp, value uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: is, Register: 1, Data: binaryutil.NativeEndian.PutUint32(value)},
+		&expr.Cmp{Op: op, Register: 1, Data: binaryutil.NativeEndian.PutUint32(value)},
 	}
 }
 
 // source compares the type of the source address in the host's routing tables.
-func source(is expr.CmpOp, kind uint32) []expr.Any {
+func sourceType(op expr.CmpOp, kind uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Fib{Register: 1, FlagSADDR: true, ResultADDRTYPE: true},
-		&expr.Cmp{Register: 1, Op: is, Data: binaryutil.NativeEndian.PutUint32(kind)},
+		&expr.Cmp{Register: 1, Op: op, Data: binaryutil.NativeEndian.PutUint32(kind)},
 	}
 }
 
@@ -157,7 +157,7 @@ func address(p netip.Prefix, source bool) []expr.Any {
 // TablePrefix is the start of the names of the nftables tables of all Managers.
 const TablePrefix = "masque-"
 
-func (s *scope) tableName() string { return TablePrefix + s.Instance }
+func (k *kernel) tableName() string { return TablePrefix + k.Instance }
 
 // families are those of our tables: a table of ours is one in each, all with
 // one name.
@@ -167,7 +167,7 @@ var families = []nftables.TableFamily{nftables.TableFamilyINet, nftables.TableFa
 func tablesNamed(c *nftables.Conn, name string) (found []*nftables.Table, err error) {
 	for _, family := range families {
 		tables, err := c.ListTablesOfFamily(family)
-		if hasNoTables(err) && family != nftables.TableFamilyINet {
+		if noNFTables(err) && family != nftables.TableFamilyINet {
 			continue // the kernel lacks the family
 		}
 		if err != nil {
@@ -184,7 +184,7 @@ func tablesNamed(c *nftables.Conn, name string) (found []*nftables.Table, err er
 
 // readTable returns the chains of a table, and whether there is one. A table
 // that is dormant has no effect, and so it has no chains.
-func readTable(name string) (chains []chainText, found bool, err error) {
+func readTable(name string) (chains []kernelChain, found bool, err error) {
 	for range 5 {
 		// A chain that is deleted after it was listed has no rules to read.
 		if chains, found, err = readTableOnce(name); !errors.Is(err, unix.ENOENT) {
@@ -194,7 +194,7 @@ func readTable(name string) (chains []chainText, found bool, err error) {
 	return chains, found, err
 }
 
-func readTableOnce(name string) (chains []chainText, found bool, err error) {
+func readTableOnce(name string) (chains []kernelChain, found bool, err error) {
 	c, err := nftables.New()
 	if err != nil {
 		return nil, false, err
@@ -220,7 +220,7 @@ func readTableOnce(name string) (chains []chainText, found bool, err error) {
 }
 
 // readChains returns the chains of a table in one family.
-func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (chains []chainText,
+func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (chains []kernelChain,
 	err error) {
 	all, err := c.ListChainsOfTableFamily(family)
 	if err != nil {
@@ -234,7 +234,7 @@ func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (cha
 		if err != nil {
 			return nil, fmt.Errorf("list nftables rules: %w", explain(err))
 		}
-		text := chainText{name: ch.Name, hook: ch.Hooknum, priority: ch.Priority, policy: ch.Policy}
+		text := kernelChain{name: ch.Name, hook: ch.Hooknum, priority: ch.Priority, policy: ch.Policy}
 		for _, r := range rules {
 			text.comments = append(text.comments, r.UserData)
 			text.bodies = append(text.bodies, body(r))
@@ -244,9 +244,9 @@ func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (cha
 	return chains, nil
 }
 
-// hasNoTables says whether an error of readTable means that there is no
+// noNFTables says whether an error of readTable means that there is no
 // nf_tables in this kernel.
-func hasNoTables(err error) bool {
+func noNFTables(err error) bool {
 	for _, e := range []error{unix.EINVAL, unix.EOPNOTSUPP, unix.EPROTONOSUPPORT,
 		unix.EAFNOSUPPORT} {
 		if errors.Is(err, e) {
@@ -257,10 +257,10 @@ func hasNoTables(err error) bool {
 }
 
 // sameTable says whether the kernel has these chains, as far as comments tell.
-func sameTable(want []chain, have []chainText) bool {
-	return slices.EqualFunc(want, have, func(w chain, h chainText) bool {
-		return w.name == h.name && w.hooked(h) &&
-			slices.EqualFunc(w.rules, h.comments, func(f filter, data []byte) bool {
+func sameTable(want []chain, have []kernelChain) bool {
+	return slices.EqualFunc(want, have, func(w chain, h kernelChain) bool {
+		return w.name == h.name && w.sameHook(h) &&
+			slices.EqualFunc(w.rules, h.comments, func(f chainRule, data []byte) bool {
 				return bytes.Equal(f.userData(), data)
 			})
 	})
@@ -268,14 +268,14 @@ func sameTable(want []chain, have []chainText) bool {
 
 // same says whether c and d do the same.
 func (c chain) same(d chain) bool {
-	return c.name == d.name && slices.EqualFunc(c.rules, d.rules, func(a, b filter) bool {
+	return c.name == d.name && slices.EqualFunc(c.rules, d.rules, func(a, b chainRule) bool {
 		return a.comment == b.comment
 	})
 }
 
-// hooked says whether h is where c shall be in the kernel, with the same
+// sameHook says whether h is where c shall be in the kernel, with the same
 // policy.
-func (c chain) hooked(h chainText) bool {
+func (c chain) sameHook(h kernelChain) bool {
 	if c.hook == nil || h.hook == nil || h.priority == nil {
 		return c.hook == nil && h.hook == nil
 	}
@@ -287,10 +287,10 @@ func (c chain) hooked(h chainText) bool {
 		(h.policy == nil || *h.policy == policy)
 }
 
-// untouched says whether the rules of our table are those of the last look,
+// sameContents says whether the rules of our table are those of the last look,
 // and not others with the same comments.
-func untouched(now, last []chainText) bool {
-	return last == nil || slices.EqualFunc(now, last, func(a, b chainText) bool {
+func sameContents(now, last []kernelChain) bool {
+	return last == nil || slices.EqualFunc(now, last, func(a, b kernelChain) bool {
 		return slices.EqualFunc(a.bodies, b.bodies, bytes.Equal)
 	})
 }
@@ -308,20 +308,20 @@ func body(r *nftables.Rule) (b []byte) {
 }
 
 // available leaves out the chains that this kernel was found to lack.
-func (s *scope) available(chains []chain) []chain {
-	return slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return s.lacking[c.needs] })
+func (k *kernel) available(chains []chain) []chain {
+	return slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return k.missingFeatures[c.needs] })
 }
 
 // writeTable replaces our table, in one transaction: there is no moment without
 // it. What the kernel lacks and what can be done without is left out.
-func (s *scope) writeTable(chains []chain) error {
-	s.sealed = nil
+func (k *kernel) writeTable(chains []chain) error {
+	k.verified = nil
 	// A kernel without nf_tables answers a batch once, not once per message,
 	// and the library would wait for the rest: ask first.
-	_, found, err := readTable(s.tableName())
+	_, found, err := readTable(k.tableName())
 	absent := err != nil
 	if !absent {
-		err = s.commit(s.tableName(), found, chains)
+		err = k.commit(k.tableName(), found, chains)
 	}
 	if err == nil || !absent && !lacks(err) {
 		return explain(err)
@@ -337,12 +337,12 @@ func (s *scope) writeTable(chains []chain) error {
 		rest := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool {
 			return slices.Contains(missing, c.needs)
 		})
-		if len(rest) != 0 && (absent || s.commit(s.tableName(), found, rest) != nil) {
+		if len(rest) != 0 && (absent || k.commit(k.tableName(), found, rest) != nil) {
 			continue
 		}
 		for _, c := range chains {
 			if slices.Contains(missing, c.needs) {
-				s.lack(c.needs, c.without, err)
+				k.reportMissing(c.needs, c.without, err)
 			}
 		}
 		return nil
@@ -412,7 +412,7 @@ func commitTable(name string, replace bool, chains []chain) error {
 	return b.commit()
 }
 
-func (s *scope) deleteTable() error {
-	s.sealed = nil
-	return explain(s.commit(s.tableName(), true, nil))
+func (k *kernel) deleteTable() error {
+	k.verified = nil
+	return explain(k.commit(k.tableName(), true, nil))
 }

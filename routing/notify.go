@@ -108,11 +108,11 @@ const (
 	whole           = 1<<32 - 1 // bytes of the message
 )
 
-// ownFilter lets the kernel send notifications of all rules, of deleted routes
+// notificationFilter lets the kernel send notifications of all rules, of deleted routes
 // of ours, of other programs' in the tables of one interface, and of that
 // interface: a host that changes other routes thousands of times a second then
 // costs us nothing.
-func ownFilter(index int) []unix.SockFilter {
+func notificationFilter(index int) []unix.SockFilter {
 	// The filter loads in network byte order what is in that of the host.
 	kind := func(k uint16) uint32 {
 		return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, k)))

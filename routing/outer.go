@@ -12,17 +12,17 @@ import (
 // before any other chain of ours sees them. Another network may give this host
 // the address that it has in the tunnel: without the mark, the guard would take
 // replies of the proxy for packets to the tunnel from elsewhere.
-func newOuterChain(sc *scope) chain {
+func newOuterChain(k *kernel) chain {
 	return chain{
 		name: "outer", kind: nftables.ChainTypeFilter,
 		hook:     nftables.ChainHookPrerouting,
 		priority: nftables.ChainPriorityRef(*nftables.ChainPriorityRaw - 1),
 		needs:    needsReply, without: "the tunnel is lost in networks that give this host the tunnel's address",
-		rules: []filter{{
-			fmt.Sprintf("packets for sockets with mark %#x have it", sc.Mark),
-			slices.Concat(meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)),
-				marked(&expr.Socket{Key: expr.SocketKeyMark, Register: 1}, sc.Mark, sc.Mark),
-				markPacket(sc.Mark, sc.Mark)),
+		rules: []chainRule{{
+			fmt.Sprintf("packets for sockets with mark %#x have it", k.Mark),
+			slices.Concat(meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(k.index)),
+				marked(&expr.Socket{Key: expr.SocketKeyMark, Register: 1}, k.Mark, k.Mark),
+				markPacket(k.Mark, k.Mark)),
 		}},
 	}
 }
@@ -30,14 +30,14 @@ func newOuterChain(sc *scope) chain {
 // ndSolicitation is the type of ICMPv6 by which neighbours are looked for.
 const ndSolicitation = 135
 
-// outerPasses are the rules by which such packets, and those by which IPv6
+// guardExceptions are the rules by which such packets, and those by which IPv6
 // finds the neighbours that they come by, pass the guard.
-func outerPasses(sc *scope) []filter {
-	outside, pass := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(sc.index)),
+func guardExceptions(k *kernel) []chainRule {
+	outside, pass := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(k.index)),
 		&expr.Verdict{Kind: expr.VerdictAccept}
-	return []filter{{
-		fmt.Sprintf("packets for sockets with mark %#x pass", sc.Mark),
-		slices.Concat(outside, packetMarked(sc.Mark, sc.Mark), []expr.Any{pass}),
+	return []chainRule{{
+		fmt.Sprintf("packets for sockets with mark %#x pass", k.Mark),
+		slices.Concat(outside, packetMarked(k.Mark, k.Mark), []expr.Any{pass}),
 	}, {
 		"neighbour discovery passes",
 		slices.Concat(outside, icmp6(ndHopLimit, ndSolicitation, ndNeighbor), []expr.Any{pass}),

@@ -58,12 +58,12 @@ type routeKind int
 
 const (
 	intoTunnel  routeKind = iota
-	pastTunnel            // a throw route: on to the next rule
+	excluded              // a throw route: on to the next rule
 	unreachable           // nowhere: packets are refused
 )
 
 // types are the kernel's for each routeKind.
-var types = [...]int{intoTunnel: unix.RTN_UNICAST, pastTunnel: unix.RTN_THROW,
+var types = [...]int{intoTunnel: unix.RTN_UNICAST, excluded: unix.RTN_THROW,
 	unreachable: unix.RTN_UNREACHABLE}
 
 // rule is a policy rule of ours for a prefix length: the one that leads into
@@ -119,7 +119,7 @@ func (s State) ipv4Only() State {
 func isIPv6(p netip.Prefix) bool { return p.Addr().Is6() }
 
 // newPlan works out what the state needs. It does not look at the kernel.
-func newPlan(s State, sc *scope) (plan, error) {
+func newPlan(s State, k *kernel) (plan, error) {
 	if s.MTU != 0 && (s.MTU < minMTU || s.MTU > maxMTU) {
 		return plan{}, fmt.Errorf("MTU %d: want %d to %d", s.MTU, minMTU, maxMTU)
 	}
@@ -143,18 +143,18 @@ func newPlan(s State, sc *scope) (plan, error) {
 			}
 		}
 	}
-	if without := slices.Concat(s.Exclude, s.Unreachable); sc.Mark == 0 && len(without) != 0 {
+	if without := slices.Concat(s.Exclude, s.Unreachable); k.Mark == 0 && len(without) != 0 {
 		return plan{}, fmt.Errorf("exclude or unreachable %v: only possible with a mark for the outer socket", without[0])
 	}
 
 	s.Addresses, s.Masquerade = sorted(s.Addresses), sorted(s.Masquerade)
 	w := plan{up: true, mtu: s.MTU, grouped: s.Forward, addrs: s.Addresses}
-	w.planRoutes(s, sc)
+	w.planRoutes(s, k)
 	if len(w.routes) > MaxRoutes {
 		return plan{}, fmt.Errorf("%w: %d needed, %d allowed", ErrTooManyRoutes, len(w.routes),
 			MaxRoutes)
 	}
-	w.chains = newChains(s, sc, len(w.rules) != 0)
+	w.chains = newChains(s, k, len(w.rules) != 0)
 	for r := range w.rules {
 		if !r.v6 {
 			w.sysctls = append(w.sysctls, setting{
@@ -169,7 +169,7 @@ func newPlan(s State, sc *scope) (plan, error) {
 		// host, or through it, come in with an address of this host as their
 		// source. Others that do are for the guard chain.
 		w.sysctls = append(w.sysctls, setting{
-			name: "net/ipv4/conf/" + sc.Interface + "/accept_local", value: "1",
+			name: "net/ipv4/conf/" + k.Interface + "/accept_local", value: "1",
 			optional: "programs of this host do not learn why the tunnel refuses a packet",
 			needs:    needsGuard,
 		})
@@ -178,7 +178,7 @@ func newPlan(s State, sc *scope) (plan, error) {
 		// Clients that reach each other through this host have no shorter way.
 		// The kernel sends redirects where either the interface's switch or
 		// that for all is on; other interfaces keep their own.
-		for _, name := range []string{sc.Interface, "all"} {
+		for _, name := range []string{k.Interface, "all"} {
 			w.sysctls = append(w.sysctls, setting{
 				name: "net/ipv4/conf/" + name + "/send_redirects", value: "0",
 				optional: "clients may get pointless ICMP redirects",
@@ -199,7 +199,7 @@ func sorted(list []netip.Prefix) []netip.Prefix {
 }
 
 // planRoutes fills in routes and rules.
-func (w *plan) planRoutes(s State, sc *scope) {
+func (w *plan) planRoutes(s State, k *kernel) {
 	w.routes = make(map[route]struct{})
 	w.rules = make(map[rule]struct{})
 	exclude := make(map[netip.Prefix]struct{})
@@ -212,11 +212,11 @@ func (w *plan) planRoutes(s State, sc *scope) {
 			return
 		}
 		kept = append(kept, p)
-		w.routes[route{table: tableID(sc.index, p.Bits()), prefix: p, kind: kind}] = struct{}{}
+		w.routes[route{table: tableID(k.index, p.Bits()), prefix: p, kind: kind}] = struct{}{}
 		w.rules[rule{v6: isIPv6(p), bits: p.Bits(), tunnel: true}] = struct{}{}
 	}
 	for _, p := range s.Routes {
-		if sc.Mark == 0 {
+		if k.Mark == 0 {
 			w.routes[route{table: unix.RT_TABLE_MAIN, prefix: p}] = struct{}{}
 			continue
 		}
@@ -233,10 +233,10 @@ func (w *plan) planRoutes(s State, sc *scope) {
 			continue
 		}
 		for bits := range p.Bits() {
-			table := tableID(sc.index, bits)
+			table := tableID(k.index, bits)
 			for _, kind := range []routeKind{intoTunnel, unreachable} {
-				if _, ok := w.routes[route{table: table, prefix: cut(p, bits), kind: kind}]; ok {
-					w.routes[route{table: table, prefix: p, kind: pastTunnel}] = struct{}{}
+				if _, ok := w.routes[route{table: table, prefix: shorten(p, bits), kind: kind}]; ok {
+					w.routes[route{table: table, prefix: p, kind: excluded}] = struct{}{}
 				}
 			}
 		}
@@ -249,31 +249,31 @@ func covered(p netip.Prefix, set map[netip.Prefix]struct{}, bits int) bool {
 		return false
 	}
 	for ; bits >= 0; bits-- {
-		if _, ok := set[cut(p, bits)]; ok {
+		if _, ok := set[shorten(p, bits)]; ok {
 			return true
 		}
 	}
 	return false
 }
 
-func cut(p netip.Prefix, bits int) netip.Prefix {
+func shorten(p netip.Prefix, bits int) netip.Prefix {
 	return netip.PrefixFrom(p.Addr(), bits).Masked()
 }
 
 // netlink returns the rule as the kernel shall have it.
-func (r rule) netlink(sc *scope) *netlink.Rule {
+func (r rule) netlink(k *kernel) *netlink.Rule {
 	n := netlink.NewRule()
 	n.Family, n.Protocol = unix.AF_INET, ruleProtocol
 	width := 32
 	if r.v6 {
 		n.Family, width = unix.AF_INET6, 128
 	}
-	id := tableID(sc.index, r.bits)
+	id := tableID(k.index, r.bits)
 	n.Priority = rulePriority + 2*(width-r.bits)
 	if r.tunnel {
 		n.Priority++
-		n.Invert, n.Mark, n.Table = true, outsideMark(sc.Mark), id
-		n.Mask = new(outsideMark(sc.Mark))
+		n.Invert, n.Mark, n.Table = true, outsideMark(k.Mark), id
+		n.Mask = new(outsideMark(k.Mark))
 	} else {
 		// Mask 0 matches every mark: the mark only says whose rule it is.
 		n.Mark, n.Mask = uint32(id), new(uint32)
@@ -312,7 +312,7 @@ func sameRule(a, b *netlink.Rule) bool {
 }
 
 // netlink returns the route as the kernel shall have it.
-func (r route) netlink(sc *scope) *netlink.Route {
+func (r route) netlink(k *kernel) *netlink.Route {
 	n := &netlink.Route{
 		Dst:      ipNet(r.prefix),
 		Table:    r.table,
@@ -322,7 +322,7 @@ func (r route) netlink(sc *scope) *netlink.Route {
 	}
 	switch r.kind {
 	case intoTunnel:
-		n.LinkIndex = sc.index
+		n.LinkIndex = k.index
 		if !isIPv6(r.prefix) {
 			n.Scope = unix.RT_SCOPE_LINK
 		}

@@ -43,9 +43,9 @@ func TestPlanProperty(t *testing.T) {
 			HostRoutes: HostRoutes(rapid.IntRange(0, 2).Draw(t, "host routes")),
 		}
 		most := s.HostRoutes == HostPrivate && IsFull(s.Routes, v6)
-		sc := &scope{index: rapid.IntRange(1, 1<<23).Draw(t, "index"), ipv6: true}
-		sc.Mark = DefaultMark
-		w, err := newPlan(s, sc)
+		k := &kernel{index: rapid.IntRange(1, 1<<23).Draw(t, "index"), ipv6: true}
+		k.Mark = DefaultMark
+		w, err := newPlan(s, k)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -53,7 +53,7 @@ func TestPlanProperty(t *testing.T) {
 			want := false
 			if longest(s.Exclude, dst) < 0 {
 				tunnel, host := longest(s.Routes, dst), longest(host, dst)
-				private, shared := longest(local, dst), longest(onLink, dst)
+				private, shared := longest(privateNetworks, dst), longest(multicastNetworks, dst)
 				counts := host > 0 && host >= tunnel
 				switch {
 				case s.HostRoutes == HostNone:
@@ -65,7 +65,7 @@ func TestPlanProperty(t *testing.T) {
 				}
 				want = tunnel >= 0 && !counts
 			}
-			if got := w.leadsToTunnel(sc, host, dst); got != want {
+			if got := w.leadsToTunnel(k, host, dst); got != want {
 				t.Fatalf("%v leads to the tunnel: %t, want %t", dst, got, want)
 			}
 		}
@@ -86,12 +86,12 @@ func longest(list []netip.Prefix, a netip.Addr) int {
 
 // leadsToTunnel does what the kernel does with the rules and routes of a plan
 // and those of the host.
-func (w plan) leadsToTunnel(sc *scope, host []netip.Prefix, dst netip.Addr) bool {
+func (w plan) leadsToTunnel(k *kernel, host []netip.Prefix, dst netip.Addr) bool {
 	rules := slices.SortedFunc(maps.Keys(w.rules), func(a, b rule) int {
-		return cmp.Compare(a.netlink(sc).Priority, b.netlink(sc).Priority)
+		return cmp.Compare(a.netlink(k).Priority, b.netlink(k).Priority)
 	})
 	for _, r := range rules {
-		n := r.netlink(sc)
+		n := r.netlink(k)
 		if n.Family == unix.AF_INET6 != dst.Is6() {
 			continue
 		}
@@ -131,9 +131,9 @@ func TestTableNumbers(t *testing.T) {
 			}
 			r.least = rapid.IntRange(0, 32).Draw(t, "least")
 		}
-		sc := &scope{index: index}
-		sc.Mark = rapid.Uint32Range(1, 1<<32-1).Draw(t, "mark")
-		n := r.netlink(sc)
+		k := &kernel{index: index}
+		k.Mark = rapid.Uint32Range(1, 1<<32-1).Draw(t, "mark")
+		n := r.netlink(k)
 		if got, gotIndex, ok := parseRule(n); !ok || got != r || gotIndex != index {
 			t.Fatalf("parseRule(%v) = %+v, %d, %t; want %+v, %d", n, got, gotIndex, ok, r, index)
 		}
@@ -193,9 +193,9 @@ func TestIsFull(t *testing.T) {
 // The rules are the kernel's to others, and ours by what they are; rules of the
 // kernel and of others are not ours.
 func TestWhoseRules(t *testing.T) {
-	sc := &scope{index: 7, ipv6: true}
-	sc.Mark = DefaultMark
-	own := rule{bits: 0, tunnel: true}.netlink(sc)
+	k := &kernel{index: 7, ipv6: true}
+	k.Mark = DefaultMark
+	own := rule{bits: 0, tunnel: true}.netlink(k)
 	if own.Protocol != unix.RTPROT_KERNEL {
 		t.Errorf("protocol %d, want %d: others delete the rule", own.Protocol, unix.RTPROT_KERNEL)
 	}

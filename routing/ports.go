@@ -23,12 +23,12 @@ type portRange struct{ low, high uint16 }
 // of this host would get its packets (CVE-2021-3773). The range begins where
 // the kernel takes ports for this host's own connections, as those are tracked,
 // and so not given to two, while servers are usually below.
-func (s *scope) translationPorts(want State) (low, high uint16) {
-	taken := slices.Clone(s.taken())
+func (k *kernel) translationPorts(want State) (low, high uint16) {
+	taken := slices.Clone(k.cachedPorts())
 	for _, port := range want.Listen {
 		taken = append(taken, portRange{port, port})
 	}
-	return widest(portRange{max(s.ports, firstUserPort), lastPort}, taken)
+	return widest(portRange{max(k.firstLocalPort, firstUserPort), lastPort}, taken)
 }
 
 // widest returns the widest part of all without what is taken; all of it when
@@ -55,8 +55,8 @@ func widest(all portRange, taken []portRange) (low, high uint16) {
 
 // firstPort returns the lowest port that the kernel chooses for connections of
 // this host.
-func (s *scope) firstPort() uint16 {
-	v, _ := s.readSysctl("net/ipv4/ip_local_port_range")
+func (k *kernel) firstPort() uint16 {
+	v, _ := k.readSysctl("net/ipv4/ip_local_port_range")
 	low, _, _ := strings.Cut(v, "\t")
 	if n, err := strconv.ParseUint(low, 10, 16); err == nil && n > 0 {
 		return uint16(n)
@@ -64,10 +64,10 @@ func (s *scope) firstPort() uint16 {
 	return defaultFirstPort
 }
 
-// takenPorts returns the ports on which this host listens, and those that its
+// usedPorts returns the ports on which this host listens, and those that its
 // administrator has reserved.
-func (s *scope) takenPorts() (taken []portRange) {
-	v, _ := s.readSysctl("net/ipv4/ip_local_reserved_ports")
+func (k *kernel) usedPorts() (taken []portRange) {
+	v, _ := k.readSysctl("net/ipv4/ip_local_reserved_ports")
 	for part := range strings.SplitSeq(v, ",") {
 		first, last, ok := strings.Cut(part, "-")
 		if !ok {

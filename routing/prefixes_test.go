@@ -68,7 +68,7 @@ func TestPrefixesProperty(t *testing.T) {
 			next.Add(next, new(big.Int).Lsh(big.NewInt(1), uint(p.Addr().BitLen()-p.Bits())))
 			if i > 0 && ps[i-1].Bits() == p.Bits() && p.Bits() > 0 &&
 				netip.PrefixFrom(ps[i-1].Addr(), p.Bits()-1).Contains(p.Addr()) &&
-				cut(ps[i-1], p.Bits()-1).Addr() == ps[i-1].Addr() {
+				shorten(ps[i-1], p.Bits()-1).Addr() == ps[i-1].Addr() {
 				t.Fatalf("%v..%v: %v and %v are one prefix", start, end, ps[i-1], p)
 			}
 		}

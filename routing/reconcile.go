@@ -14,81 +14,95 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrInterfaceGone is returned by Maintain when the interface was deleted. Whoever
-// made it has to make it anew, and open another Manager for it.
+// ErrInterfaceGone is returned by Maintain if the interface was deleted. The
+// caller has to create it again and open another Manager for it.
 var ErrInterfaceGone = errors.New("the interface is gone")
 
 const (
-	// quietTime and maxQuietTime are for how long more changes that come
-	// together are waited for, after the last and after the first of them.
-	quietTime    = 10 * time.Millisecond
-	maxQuietTime = 200 * time.Millisecond
-	// restFactor is how much longer than a look the pause after it is: looking
-	// takes a quarter of a processor at most, whatever others do.
-	restFactor = 4
-	// tickInterval is the time between two looks at what the kernel tells
-	// nobody of: sysctls. At every ticksPerLook-th it is looked at everything,
-	// should the kernel have kept a change to itself.
-	tickInterval = time.Second
-	ticksPerLook = 30
-	// maxNames is how many things one line of the log names.
+	// Maintain handles a burst of changes at once: when no change has come for
+	// settleDelay, and at the latest maxSettleDelay after the first one.
+	settleDelay    = 10 * time.Millisecond
+	maxSettleDelay = 200 * time.Millisecond
+
+	// pauseFactor is the ratio of the pause after a comparison to the time that
+	// the comparison took. It limits Maintain to a fifth of a processor,
+	// however often other programs make changes.
+	pauseFactor = 4
+
+	// tickInterval is the time between checks of sysctls and of the effective
+	// routes, for which the kernel has no notifications. Every ticksPerRound-th
+	// check compares everything, in case a notification was lost.
+	tickInterval  = time.Second
+	ticksPerRound = 30
+
+	// maxNames is the number of repairs that one line of the log names.
 	maxNames = 16
 )
 
-// Health says how much of the state of the last Apply is in effect.
+// Health tells how much of the applied State is in effect.
 type Health struct {
-	// Problem says what is not in effect and what to do about it, and also
-	// when it is put back and does not last. "": all is well.
+	// Problem names the missing part and the remedy. It is also set if another
+	// program undoes each repair. Empty means that everything is in effect.
 	Problem string
-	// IPv6Held: the interface cannot have IPv6, see Manager.Held.
+
+	// IPv6Held means that the interface cannot have IPv6, see Manager.Held.
 	IPv6Held bool
-	// Interface is the interface's name, "" when it is gone.
+
+	// Interface is the name of the interface, empty if it is gone.
 	Interface string
-	// Addresses are those of State.Addresses that the interface has.
+
+	// Addresses are the addresses of State.Addresses that the interface has.
 	Addresses []netip.Prefix
-	// Repairs are how many things others changed and Maintain put back, by kind:
-	// link, mtu, address, route, rule, table, sysctl.
+
+	// Repairs counts the changes of other programs that Maintain undid, by
+	// kind: link, mtu, address, route, rule, table, sysctl.
 	Repairs map[string]uint64
 }
 
-// Equal says whether h and o are the same.
+// Equal reports whether h and o are the same.
 func (h Health) Equal(o Health) bool {
 	return h.Problem == o.Problem && h.IPv6Held == o.IPv6Held && h.Interface == o.Interface &&
 		slices.Equal(h.Addresses, o.Addresses) && maps.Equal(h.Repairs, o.Repairs)
 }
 
-// repair is what a Manager has put back.
-type repair struct {
-	feuds    map[string]*feud // key: kind
-	counts   map[string]uint64
-	lostIPv6 bool // IPv6 was turned off on the interface after it had been applied
+// repairs is the history of the repairs of a Manager.
+type repairs struct {
+	backoffs map[string]*backoff // by kind
+	counts   map[string]uint64   // repairs by kind
+
+	// lostIPv6 means that IPv6 was turned off on the interface after it had
+	// been applied.
+	lostIPv6 bool
 }
 
-// Maintain puts back what other programs change of the state that was applied
-// last, until ctx ends, or with ErrInterfaceGone, or until Close. It logs what
-// it puts back, and calls report first and after every change of the Health.
-// What does not last is put back less and less often. It runs in the network
-// namespace of the Manager, once at a time.
+// Maintain restores the changes of other programs to the applied State. It
+// returns nil when ctx is done or the Manager is closed, and ErrInterfaceGone
+// if the interface was deleted. It logs each repair, and calls report at the
+// start and after each change of the Health. If another program undoes each
+// repair of a kind, the repairs become less frequent.
+//
+// Maintain works in the network namespace of the calling thread, which must be
+// the namespace of Open. It must not run twice at a time.
 func (m *Manager) Maintain(ctx context.Context, report func(Health)) error {
 	changed := make(chan struct{}, 1)
 	routes, err := subscribe(unix.NETLINK_ROUTE, slices.Concat(linkGroups, routeGroups, ruleGroups),
-		ownFilter(m.index))
+		notificationFilter(m.index))
 	if err != nil {
 		return fmt.Errorf("routing: notifications of changes: %w", explain(err))
 	}
-	go routes.follow(changed, quietTime, maxQuietTime)
+	go routes.follow(changed, settleDelay, maxSettleDelay)
 	defer routes.close()
 	if tables, err := subscribe(unix.NETLINK_NETFILTER, []uint{nftablesGroup}, nil); err == nil {
-		go tables.follow(changed, quietTime, maxQuietTime)
+		go tables.follow(changed, settleDelay, maxSettleDelay)
 		defer tables.close()
-	} // else there is no nf_tables in this kernel
+	} // otherwise the kernel has no nf_tables
 	var last *Health
-	return keepLooking(ctx, changed, func(ticked bool) (again time.Duration, err error) {
-		if ticked && !m.sysctlsDiffer() && !m.bypassDiffers() {
+	return reconcileLoop(ctx, changed, func(ticked bool) (again time.Duration, err error) {
+		if ticked && !m.sysctlsChanged() && !m.bypassChanged() {
 			return 0, nil
 		}
 		now := time.Now()
-		h, next, err := m.look(now)
+		h, next, err := m.reconcile(now)
 		if last == nil || !h.Equal(*last) {
 			report(h)
 			last = &h
@@ -106,18 +120,19 @@ func (m *Manager) Maintain(ctx context.Context, report func(Health)) error {
 	})
 }
 
-// keepLooking calls look at the start, after changes, when look asks for it by
-// a time that is not zero, and at each tick, until ctx ends or look fails. It
-// leaves pauses in between, however often there are changes.
-func keepLooking(ctx context.Context, changed <-chan struct{},
-	look func(ticked bool) (again time.Duration, err error)) error {
+// reconcileLoop calls f at the start, after changes, at each tick, and after
+// the duration that f returned unless it is 0. It returns when ctx is done or f
+// returns an error, and pauses after each call of f. ticked means that f is
+// called for a tick at which it need not compare everything.
+func reconcileLoop(ctx context.Context, changed <-chan struct{},
+	f func(ticked bool) (again time.Duration, err error)) error {
 	tick := time.NewTicker(tickInterval)
 	defer tick.Stop()
 	ticks, ticked := 0, false
 	var retry <-chan time.Time
 	for {
 		began := time.Now()
-		again, err := look(ticked)
+		again, err := f(ticked)
 		if errors.Is(err, os.ErrClosed) {
 			return nil
 		}
@@ -133,7 +148,7 @@ func keepLooking(ctx context.Context, changed <-chan struct{},
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(restFactor * time.Since(began)):
+		case <-time.After(pauseFactor * time.Since(began)):
 		}
 		ticked = false
 		select {
@@ -143,84 +158,83 @@ func keepLooking(ctx context.Context, changed <-chan struct{},
 		case <-retry:
 		case <-tick.C:
 			ticks++
-			ticked = ticks%ticksPerLook != 0
+			ticked = ticks%ticksPerRound != 0
 		}
 	}
 }
 
-// sysctlsDiffer says whether a sysctl is not as the applied plan wants it, or
-// as the last look found it.
-func (m *Manager) sysctlsDiffer() bool {
+// sysctlsChanged reports whether a sysctl differs from the applied plan, or
+// whether the interface has gained or lost IPv6.
+func (m *Manager) sysctlsChanged() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
 		return true
 	}
-	if _, held, err := m.possible(); err != nil || (held != nil) != (m.held != nil) {
+	if _, held, err := m.feasible(); err != nil || (held != nil) != (m.held != nil) {
 		return true
 	}
 	set, _, err := m.diffSysctls(m.applied)
 	return err != nil || len(set) > 0
 }
 
-// bypassDiffers says whether packets for the tunnel go elsewhere, or do so no
-// longer, since the last look. The kernel does not tell of all that leads
-// there.
-func (m *Manager) bypassDiffers() bool {
+// bypassChanged reports whether the result of bypassed has changed. Some causes
+// of a bypass have no notification.
+func (m *Manager) bypassChanged() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.bypassed() != m.bypass
 }
 
-// look compares what the kernel has with the applied plan, and makes the
-// changes that are due. It returns when to look again, zero for when something
-// changes.
-func (m *Manager) look(now time.Time) (h Health, again time.Time, err error) {
+// reconcile compares the kernel with the applied plan and makes the repairs
+// that are due. It returns the time of the next call, zero if none is needed
+// before the next change.
+func (m *Manager) reconcile(now time.Time) (h Health, again time.Time, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
 		return h, again, os.ErrClosed
 	}
-	p := pass{now: now, restored: make(map[string][]string), failed: make(map[string]error)}
+	rd := round{now: now, restored: make(map[string][]string), failed: make(map[string]error)}
 	var have observed
-	var held ops
+	var deferred ops
 	if m.applied.up {
 		if err := m.followIPv6(); err != nil {
-			p.problem = err.Error()
-			again = now.Add(maxTruce)
+			rd.problem = err.Error()
+			again = now.Add(maxDelay)
 		}
 	}
-	for range maxPasses {
+	for range maxRounds {
 		if have, err = m.observe(); err != nil {
-			p.problem = fmt.Sprintf("it cannot be seen whether the tunnel is whole: %v", err)
-			again = now.Add(firstTruce)
+			rd.problem = fmt.Sprintf("cannot read this host's network configuration: %v", err)
+			again = now.Add(firstDelay)
 			break
 		}
 		if have.link == nil {
 			return Health{Problem: fmt.Sprintf("interface %s was deleted", m.Interface),
-				Repairs: maps.Clone(m.repair.counts)}, again, ErrInterfaceGone
+				Repairs: maps.Clone(m.repairs.counts)}, again, ErrInterfaceGone
 		}
 		list, err := m.diff(have, m.applied)
 		if err != nil {
-			p.problem = err.Error()
-			again = now.Add(maxTruce)
+			rd.problem = err.Error()
+			again = now.Add(maxDelay)
 			break
 		}
-		if list, held = m.repair.due(list, now); len(list) == 0 {
-			if len(held) == 0 {
-				m.sealed = have.chains
+		if list, deferred = m.repairs.split(list, now); len(list) == 0 {
+			if len(deferred) == 0 {
+				m.verified = have.chains
 			}
 			break
 		}
-		if !m.run(list, &p) {
+		if !m.run(list, &rd) {
 			break
 		}
 	}
-	m.repair.note(m, &p, held)
-	m.noteBypass()
-	h.Problem, h.Repairs = p.problem, maps.Clone(m.repair.counts)
+	m.repairs.record(m, &rd, deferred)
+	m.updateBypass()
+	h.Problem, h.Repairs = rd.problem, maps.Clone(m.repairs.counts)
 	h.IPv6Held = m.held != nil
-	if m.repair.lostIPv6 && h.Problem == "" {
+	if m.repairs.lostIPv6 && h.Problem == "" {
 		h.Problem = fmt.Sprintf("IPv6 was turned off on %s while the tunnel was up: set net.ipv6.conf.%s.disable_ipv6 to 0", m.Interface, m.Interface)
 	}
 	if h.Problem == "" {
@@ -234,16 +248,17 @@ func (m *Manager) look(now time.Time) (h Health, again time.Time, err error) {
 			h.Addresses = append(h.Addresses, a)
 		}
 	}
-	if next := m.repair.next(now, held); again.IsZero() || !next.IsZero() && next.Before(again) {
+	if next := m.repairs.next(now, deferred); again.IsZero() ||
+		!next.IsZero() && next.Before(again) {
 		again = next
 	}
 	return h, again, nil
 }
 
-// followIPv6 makes a new plan when IPv6 was turned off on the interface, or on
-// again. What that changes is not another program's work.
+// followIPv6 applies a new plan if IPv6 was turned off or on again on the
+// interface. The changes of the new plan do not count as repairs.
 func (m *Manager) followIPv6() error {
-	state, held, err := m.possible()
+	state, held, err := m.feasible()
 	if err != nil || (held != nil) == (m.held != nil) {
 		return err
 	}
@@ -251,167 +266,168 @@ func (m *Manager) followIPv6() error {
 	if err != nil {
 		return err
 	}
-	m.repair.lostIPv6 = held != nil
+	m.repairs.lostIPv6 = held != nil
 	m.applied, m.held = want, held
 	return m.converge(want, true)
 }
 
-// possible returns the state as the interface can have it now, and why that is
-// without IPv6.
-func (m *Manager) possible() (_ State, held, err error) {
-	state, held, err := m.hold(m.state)
-	if errors.Is(err, ErrIPv6Disabled) { // and there are no rules, whose routes could lead nowhere
+// feasible returns the applied State as the interface can have it now. held is
+// the reason if that is without IPv6.
+func (m *Manager) feasible() (_ State, held, err error) {
+	state, held, err := m.holdIPv6(m.state)
+	if errors.Is(err, ErrIPv6Disabled) {
+		// Without a mark there are no tables in which IPv6 routes could be
+		// unreachable.
 		return m.state.ipv4Only(), err, nil
 	}
 	return state, held, err
 }
 
-// pass is what one look restored.
-type pass struct {
+// round is the result of one call of reconcile.
+type round struct {
 	now      time.Time
-	restored map[string][]string // what was done, by kind
-	failed   map[string]error    // the first error of each kind
-	problem  string
+	restored map[string][]string // repairs by kind
+	failed   map[string]error    // first error by kind
+	problem  string              // for Health.Problem
 }
 
-// run makes changes as far as it can, and says whether all went well.
-func (m *Manager) run(list ops, p *pass) (well bool) {
-	well = true
+// run makes all changes that it can. It reports whether there was no error.
+func (m *Manager) run(list ops, rd *round) (ok bool) {
+	ok = true
 	for _, o := range list {
-		if p.failed[kindLink] != nil && needsLink(o) {
+		if rd.failed[kindLink] != nil && needsLink(o) {
 			continue
 		}
 		err := o.do()
 		m.logOp(o, err)
 		switch {
 		case err != nil:
-			well = false
-			if p.failed[o.kind] == nil {
-				p.failed[o.kind] = fmt.Errorf("%s: %w", o.what, err)
+			ok = false
+			if rd.failed[o.kind] == nil {
+				rd.failed[o.kind] = fmt.Errorf("%s: %w", o.text, err)
 			}
 		case o.kind != kindShared:
-			m.repair.counts[o.kind]++
-			p.restored[o.kind] = append(p.restored[o.kind], o.what)
+			m.repairs.counts[o.kind]++
+			rd.restored[o.kind] = append(rd.restored[o.kind], o.text)
 		}
 	}
-	return well
+	return ok
 }
 
-// needsLink says whether a change is possible only while the interface is up.
+// needsLink reports whether the change needs an interface that is up.
 func needsLink(o op) bool { return o.kind == kindAddress || o.kind == kindRoute }
 
-// due takes apart the changes that may be made now and those that others undid
-// too often.
-func (r *repair) due(list ops, now time.Time) (due, held ops) {
+// split separates the changes that are due from those that the backoff defers.
+func (r *repairs) split(list ops, now time.Time) (due, deferred ops) {
 	early := func(kind string) bool {
-		f := r.feuds[kind]
-		return f != nil && f.due(now).After(now)
+		b := r.backoffs[kind]
+		return b != nil && b.due(now).After(now)
 	}
-	linkHeld := early(kindLink) && slices.ContainsFunc(list, func(o op) bool {
+	linkDeferred := early(kindLink) && slices.ContainsFunc(list, func(o op) bool {
 		return o.kind == kindLink
 	})
 	for _, o := range list {
-		if early(o.kind) || linkHeld && needsLink(o) {
-			held = append(held, o)
+		if early(o.kind) || linkDeferred && needsLink(o) {
+			deferred = append(deferred, o)
 		} else {
 			due = append(due, o)
 		}
 	}
-	return due, held
+	return due, deferred
 }
 
-// note takes note of a look after which the changes in held were still to be
-// made, and fills in its problem.
-func (r *repair) note(m *Manager, p *pass, held ops) {
-	for kind := range r.kinds(p) {
-		f := r.feuds[kind]
-		if f == nil {
-			f = &feud{maxTruce: maxTruce}
-			r.feuds[kind] = f
+// record records and logs the repairs of a round, and sets the round's problem.
+// The changes in deferred remain to be made.
+func (r *repairs) record(m *Manager, rd *round, deferred ops) {
+	for kind := range r.kinds(rd) {
+		b := r.backoffs[kind]
+		if b == nil {
+			b = &backoff{maxDelay: maxDelay}
+			r.backoffs[kind] = b
 		}
-		done, err := p.restored[kind], p.failed[kind]
-		f.maxTruce = truceFor(kind, err)
-		before := f.problem(p.now)
+		done, err := rd.restored[kind], rd.failed[kind]
+		b.maxDelay = maxDelayOf(kind, err)
+		before := b.problem(rd.now)
 		switch {
 		case err != nil:
-			f.note(p.now, kind, err)
+			b.record(rd.now, kind, err)
 		case len(done) > 0:
-			f.note(p.now, done[0], nil)
-		case !slices.ContainsFunc(held, func(o op) bool { return o.kind == kind }):
-			f.settled()
+			b.record(rd.now, done[0], nil)
+		case !slices.ContainsFunc(deferred, func(o op) bool { return o.kind == kind }):
+			b.resolved()
 		}
-		problem := f.problem(p.now)
+		problem := b.problem(rd.now)
 		switch {
 		case err != nil:
 			if problem != before {
 				m.Logger.Warn("another program changed this host's network, and it cannot be put right", "kind", kind, "error", err)
 			}
-		case f.contested(p.now):
+		case b.contested(rd.now):
 			if before == "" {
-				m.Logger.Warn("another program undoes what the tunnel needs, again and again: stop it", "kind", kind, "restored", names(done),
-					"retry_in", f.truce().String())
+				m.Logger.Warn("another program undoes what the tunnel needs, again and again: stop it", "kind", kind, "restored", joinNames(done),
+					"retry_in", b.delay().String())
 			}
 		case len(done) > 0:
 			m.Logger.Warn("another program changed this host's network: put right", "kind", kind,
-				"restored", names(done))
+				"restored", joinNames(done))
 		}
-		if p.problem == "" {
-			p.problem = problem
+		if rd.problem == "" {
+			rd.problem = problem
 		}
 	}
 }
 
-// truceFor returns how long a change that another program makes again and again
-// may stay at most. What leaves the host meanwhile, or is let in, cannot be
-// taken back; where nothing is put right, there is no gain in haste.
-func truceFor(kind string, err error) time.Duration {
+// maxDelayOf returns the longest delay between repairs of a kind. It is short
+// if a missing object lets packets leave outside the tunnel or into this host,
+// unless the repair fails.
+func maxDelayOf(kind string, err error) time.Duration {
 	switch {
 	case err != nil, kind == kindMTU, kind == kindSysctl:
-		return maxTruce
+		return maxDelay
 	}
-	return leakTruce
+	return leakDelay
 }
 
-// kinds returns the kinds that were restored or failed, now or before, in
-// order.
-func (r *repair) kinds(p *pass) func(func(string) bool) {
+// kinds returns, in order, the kinds that were repaired or failed, in this
+// round or earlier.
+func (r *repairs) kinds(rd *round) func(func(string) bool) {
 	all := make(map[string]struct{})
-	for kind := range r.feuds {
+	for kind := range r.backoffs {
 		all[kind] = struct{}{}
 	}
-	for kind := range p.restored {
+	for kind := range rd.restored {
 		all[kind] = struct{}{}
 	}
-	for kind := range p.failed {
+	for kind := range rd.failed {
 		all[kind] = struct{}{}
 	}
 	return slices.Values(slices.Sorted(maps.Keys(all)))
 }
 
-// next returns when something is to be done without a change in the kernel,
-// the zero time for never.
-func (r *repair) next(now time.Time, held ops) (next time.Time) {
-	sooner := func(t time.Time) {
+// next returns the time at which reconcile must run even if the kernel does not
+// change, zero for never.
+func (r *repairs) next(now time.Time, deferred ops) (next time.Time) {
+	earliest := func(t time.Time) {
 		if !t.IsZero() && (next.IsZero() || t.Before(next)) {
 			next = t
 		}
 	}
-	for _, f := range r.feuds {
-		sooner(f.until(now))
-		if f.err != nil {
-			sooner(f.due(now))
+	for _, b := range r.backoffs {
+		earliest(b.clearsAt(now))
+		if b.err != nil {
+			earliest(b.due(now))
 		}
 	}
-	for _, o := range held {
-		if f := r.feuds[o.kind]; f != nil {
-			sooner(f.due(now))
+	for _, o := range deferred {
+		if b := r.backoffs[o.kind]; b != nil {
+			earliest(b.due(now))
 		}
 	}
 	return next
 }
 
-// names is a list for the log.
-func names(list []string) string {
+// joinNames joins a list for the log.
+func joinNames(list []string) string {
 	if more := len(list) - maxNames; more > 0 {
 		list = append(slices.Clone(list[:maxNames]), fmt.Sprintf("and %d more", more))
 	}

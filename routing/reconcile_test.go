@@ -485,7 +485,7 @@ func TestKeepInATugOfWar(t *testing.T) {
 		Logger: h.log.Logger()})
 	h.apply(m, full())
 	k := h.keep(m)
-	for n := uint64(1); n <= patienceOfFeud+1; n++ {
+	for n := uint64(1); n <= immediateRepairs+1; n++ {
 		h.ip("link set masque0 mtu 1300")
 		k.await("the MTU", func(now Health) bool { return now.Repairs["mtu"] == n })
 	}
@@ -495,11 +495,11 @@ func TestKeepInATugOfWar(t *testing.T) {
 	h.ip("link set masque0 mtu 1300")
 	h.ip("rule del priority 9549") // something else is put right at once all the same
 	now := k.await("the rule", func(now Health) bool { return now.Repairs["rule"] == 1 })
-	if now.Repairs["mtu"] != patienceOfFeud+1 {
+	if now.Repairs["mtu"] != immediateRepairs+1 {
 		t.Errorf("the MTU was put back %d times", now.Repairs["mtu"])
 	}
 	k.await("the MTU, later", func(now Health) bool {
-		return now.Repairs["mtu"] == patienceOfFeud+2
+		return now.Repairs["mtu"] == immediateRepairs+2
 	})
 	if n := strings.Count(h.log.String(), "again and again: stop it"); n != 1 {
 		t.Errorf("the log says it %d times", n)
@@ -524,12 +524,12 @@ func TestLookingLeavesPauses(t *testing.T) {
 		}()
 		const takes = 100 * time.Millisecond
 		looks := 0
-		err := keepLooking(ctx, changed, func(bool) (time.Duration, error) {
+		err := reconcileLoop(ctx, changed, func(bool) (time.Duration, error) {
 			looks++
 			time.Sleep(takes)
 			return 0, nil
 		})
-		if most := int(time.Minute/(takes*(1+restFactor))) + 1; err != nil || looks < most-2 ||
+		if most := int(time.Minute/(takes*(1+pauseFactor))) + 1; err != nil || looks < most-2 ||
 			looks > most {
 			t.Errorf("%d looks, %v, want about %d", looks, err, most)
 		}
@@ -547,7 +547,7 @@ func TestNotificationsAreFiltered(t *testing.T) {
 	h.do(func() {
 		var err error
 		if n, err = subscribe(unix.NETLINK_ROUTE,
-			slices.Concat(linkGroups, routeGroups, ruleGroups), ownFilter(index)); err != nil {
+			slices.Concat(linkGroups, routeGroups, ruleGroups), notificationFilter(index)); err != nil {
 			t.Fatal(err)
 		}
 	})

@@ -84,9 +84,9 @@ type State struct {
 	// Routes. Only with a Config.Mark.
 	HostRoutes HostRoutes
 
-	// Local are prefixes besides the private ones to which HostPrivate lets the
+	// Private are prefixes besides the private ones to which HostPrivate lets the
 	// host's routes count, such as networks behind this host.
-	Local []netip.Prefix
+	Private []netip.Prefix
 
 	// Unreachable are prefixes that lead nowhere: they compete as Routes do,
 	// and packets to them are refused. Only with a Config.Mark. Where the
@@ -130,15 +130,15 @@ type Manager struct {
 	state   State // state of the last successful Apply; a kernel without IPv6 leaves that out
 	applied plan  // what it asked for
 	held    error // why its IPv6 leads nowhere, see Held
-	repair  repair
+	repairs repairs
 	bypass  string // which packets for the tunnel went elsewhere at the last look
 	closed  bool
 	err     error // result of Close
-	scope
+	kernel
 }
 
-// scope is one interface of one instance: what a plan is applied to.
-type scope struct {
+// kernel is one interface of one instance: what a plan is applied to.
+type kernel struct {
 	Config
 	index   int
 	ipv6    bool            // the kernel has it
@@ -147,20 +147,20 @@ type scope struct {
 	dump    *netlink.Handle // strict, so that the kernel filters routes
 	journal *journal
 	// the journal lists what was undone; said once
-	stale bool
-	rec   record // what Close has to put back
+	journalStale bool
+	rec          record // what Close has to put back
 	// the first that the kernel gives to connections of this host
-	ports uint16
+	firstLocalPort uint16
 	// ports on which this host listened when they were first asked for
-	taken func() []portRange
+	cachedPorts func() []portRange
 	// optional features that the kernel was found to lack
-	lacking map[string]bool
+	missingFeatures map[string]bool
 	// our table when it was as it shall be; nil: not known
-	sealed []chainText
-	commit func(table string, replace bool, chains []chain) error // commitTable
+	verified []kernelChain
+	commit   func(table string, replace bool, chains []chain) error // commitTable
 	// the routes of the last comparison with a plan
-	wanted map[route]struct{}
-	dead   bool // the process that made rec is dead: say what is undone
+	plannedRoutes map[route]struct{}
+	afterCrash    bool // the process that made rec is dead: say what is undone
 }
 
 var validInstance = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,64}$`)
@@ -174,7 +174,7 @@ func Open(c Config) (*Manager, error) {
 }
 
 func open(c Config, procSys string) (_ *Manager, err error) {
-	m := &Manager{repair: repair{feuds: make(map[string]*feud), counts: make(map[string]uint64)}}
+	m := &Manager{repairs: repairs{backoffs: make(map[string]*backoff), counts: make(map[string]uint64)}}
 	defer func() {
 		if err != nil {
 			m.release()
@@ -201,18 +201,18 @@ func open(c Config, procSys string) (_ *Manager, err error) {
 // removes what a dead process left behind. It says whether there was anything.
 // The Interface of c is not needed. Errors are those of Open.
 func Clean(c Config) (found bool, err error) {
-	var s scope
-	defer s.release()
-	if err := s.init(c, "/proc/sys"); err != nil {
+	var k kernel
+	defer k.release()
+	if err := k.init(c, "/proc/sys"); err != nil {
 		return false, fmt.Errorf("routing: %w", err)
 	}
-	_, table, err := readTable(s.tableName())
-	if err != nil && !hasNoTables(err) {
+	_, table, err := readTable(k.tableName())
+	if err != nil && !noNFTables(err) {
 		return false, fmt.Errorf("routing: %w", err)
 	}
-	journal, err := s.takeOver()
+	journal, err := k.takeOver()
 	if err == nil {
-		err = s.journal.remove()
+		err = k.journal.remove()
 	}
 	if err != nil {
 		err = fmt.Errorf("routing: %w", err)
@@ -221,7 +221,7 @@ func Clean(c Config) (found bool, err error) {
 }
 
 // init makes s ready to talk to the kernel.
-func (s *scope) init(c Config, procSys string) (err error) {
+func (k *kernel) init(c Config, procSys string) (err error) {
 	if !validInstance.MatchString(c.Instance) {
 		return errInstance(c.Instance)
 	}
@@ -232,46 +232,46 @@ func (s *scope) init(c Config, procSys string) (err error) {
 	if c.Mark != 0 && !ValidMark(c.Mark) {
 		return fmt.Errorf("mark %#x: want two bits", c.Mark)
 	}
-	*s = scope{Config: c, procSys: procSys, lacking: make(map[string]bool), commit: commitTable}
+	*k = kernel{Config: c, procSys: procSys, missingFeatures: make(map[string]bool), commit: commitTable}
 	// Once, as the range stays the same for as long as the chains do; and only
 	// when it is needed, as it takes some milliseconds.
-	s.ports, s.taken = s.firstPort(), sync.OnceValue(s.takenPorts)
+	k.firstLocalPort, k.cachedPorts = k.firstPort(), sync.OnceValue(k.usedPorts)
 	if _, err := os.Stat(filepath.Join(procSys, "net/ipv6")); err == nil {
-		s.ipv6 = true
+		k.ipv6 = true
 	}
-	if s.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+	if k.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("open a netlink socket: %w", explain(err))
 	}
-	if s.dump, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+	if k.dump, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("open a netlink socket: %w", explain(err))
 	}
 	// Kernels before 4.20 do not know strict checking: they send every route,
 	// and the rest is filtered here.
-	_ = s.dump.SetStrictCheck(true)
+	_ = k.dump.SetStrictCheck(true)
 	return nil
 }
 
 // takeOver takes the journal and removes what a dead process left behind. It
 // says whether there was a journal.
-func (s *scope) takeOver() (found bool, err error) {
-	fresh := record{Boot: bootID(s.procSys), Instance: s.Instance, Interface: s.Interface,
-		Index: s.index}
-	j, old, why, err := openJournal(s.Journal, fresh)
+func (k *kernel) takeOver() (found bool, err error) {
+	fresh := record{Boot: bootID(k.procSys), Instance: k.Instance, Interface: k.Interface,
+		Index: k.index}
+	j, old, why, err := openJournal(k.Journal, fresh)
 	if err != nil {
 		return false, err
 	}
-	s.journal = j
+	k.journal = j
 	switch {
-	case errors.Is(why, errOtherBoot):
-		s.Logger.Info("journal ignored", "reason", why)
+	case errors.Is(why, errStale):
+		k.Logger.Info("journal ignored", "reason", why)
 	case why != nil:
-		s.Logger.Warn("journal ignored: what is recognised as ours is removed; sysctls stay as they are", "reason", why)
+		k.Logger.Warn("journal ignored: what is recognised as ours is removed; sysctls stay as they are", "reason", why)
 	}
 	found = old != nil || why != nil
-	if err := s.clean(old); err != nil {
+	if err := k.clean(old); err != nil {
 		return found, fmt.Errorf("remove what a dead process left behind: %w", err)
 	}
-	s.rec = fresh
+	k.rec = fresh
 	return found, nil
 }
 
@@ -295,13 +295,13 @@ func (m *Manager) Apply(s State) error {
 	}
 	if !m.ipv6 && s.hasIPv6() {
 		s = s.ipv4Only()
-		m.lack("IPv6", "the kernel has no IPv6: IPv4 alone goes through the tunnel", nil)
+		m.reportMissing("IPv6", "the kernel has no IPv6: IPv4 alone goes through the tunnel", nil)
 	}
 	if link, err := m.findLink(); err == nil && link == nil {
 		return fmt.Errorf("routing: %s: %w", m.Interface, ErrInterfaceGone)
 	}
 	asked := s
-	s, held, err := m.hold(s)
+	s, held, err := m.holdIPv6(s)
 	if err != nil {
 		return fmt.Errorf("routing: %w", err)
 	}
@@ -316,7 +316,7 @@ func (m *Manager) Apply(s State) error {
 		return fmt.Errorf("routing: %w", err)
 	}
 	m.state, m.applied, m.held = asked, want, held
-	m.repair.lostIPv6 = m.repair.lostIPv6 && held != nil
+	m.repairs.lostIPv6 = m.repairs.lostIPv6 && held != nil
 	return nil
 }
 
@@ -330,10 +330,10 @@ func (m *Manager) Held() error {
 }
 
 // planFor is newPlan with what depends on the host's networks as they are now.
-func (s *scope) planFor(want State) (plan, error) {
-	p, err := newPlan(want, s)
+func (k *kernel) planFor(want State) (plan, error) {
+	p, err := newPlan(want, k)
 	if err == nil {
-		p.sysctls = append(p.sysctls, s.looseFilters(want)...)
+		p.sysctls = append(p.sysctls, k.looseFilters(want)...)
 	}
 	return p, err
 }
@@ -348,7 +348,7 @@ func (m *Manager) FollowHost() (conflicting []string, err error) {
 	if m.closed || m.Mark == 0 || !m.applied.up {
 		return nil, nil
 	}
-	state, _, err := m.possible()
+	state, _, err := m.feasible()
 	if err != nil {
 		return nil, fmt.Errorf("routing: %w", err)
 	}
@@ -368,11 +368,11 @@ func (m *Manager) FollowHost() (conflicting []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("routing: %w", err)
 	}
-	selective, err := m.selective()
+	selective, err := m.selectiveRules()
 	if err != nil {
 		return nil, fmt.Errorf("routing: %w", err)
 	}
-	return slices.Concat(conflicts(m.state, networks), foreign(m.state, routes), selective), nil
+	return slices.Concat(networkConflicts(m.state, networks), publicRoutes(m.state, routes), selective), nil
 }
 
 // Close puts the host back as it was before Open, as far as nobody else changed
@@ -396,33 +396,33 @@ func (m *Manager) Close() error {
 }
 
 // release gives back what the process holds, and leaves the kernel alone.
-func (s *scope) release() {
-	for _, h := range []*netlink.Handle{s.nl, s.dump} {
+func (k *kernel) release() {
+	for _, h := range []*netlink.Handle{k.nl, k.dump} {
 		if h != nil {
 			h.Close()
 		}
 	}
-	s.journal.close()
+	k.journal.close()
 }
 
 // undone takes note of how the journal was written after something was undone.
 // Where that failed, as on a full disk, the file lists what is not there any
 // more, and the next process passes over it: no reason to leave the rest of the
 // host as it is.
-func (s *scope) undone(err error) {
-	if err != nil && !s.stale {
-		s.stale = true
-		s.Logger.Warn("what was undone stays in the journal", "error", err)
+func (k *kernel) noteUndo(err error) {
+	if err != nil && !k.journalStale {
+		k.journalStale = true
+		k.Logger.Warn("what was undone stays in the journal", "error", err)
 	}
 }
 
 // lack notes, and says once, that something optional is not to be had here.
-func (s *scope) lack(feature, consequence string, err error) {
-	if s.lacking[feature] {
+func (k *kernel) reportMissing(feature, consequence string, err error) {
+	if k.missingFeatures[feature] {
 		return
 	}
-	s.lacking[feature] = true
-	logger := s.Logger.With("missing", feature)
+	k.missingFeatures[feature] = true
+	logger := k.Logger.With("missing", feature)
 	if err != nil {
 		logger = logger.With("error", err)
 	}

@@ -39,72 +39,72 @@ func dotted(name string) string {
 	return strings.ReplaceAll(name, "/", ".")
 }
 
-func (s *scope) readSysctl(name string) (string, error) {
-	b, err := os.ReadFile(filepath.Join(s.procSys, name))
+func (k *kernel) readSysctl(name string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(k.procSys, name))
 	return strings.TrimSpace(string(b)), err
 }
 
-func (s *scope) writeSysctl(name, value string) error {
+func (k *kernel) writeSysctl(name, value string) error {
 	// O_TRUNC, which os.WriteFile adds, means nothing to /proc.
-	return explain(os.WriteFile(filepath.Join(s.procSys, name), []byte(value+"\n"), 0o644))
+	return explain(os.WriteFile(filepath.Join(k.procSys, name), []byte(value+"\n"), 0o644))
 }
 
 // diffSysctls lists what is to be set and what is to be put back.
-func (s *scope) diffSysctls(want plan) (set, unset ops, err error) {
+func (k *kernel) diffSysctls(want plan) (set, unset ops, err error) {
 	wanted := make(map[string]bool)
 	for _, w := range want.sysctls {
 		wanted[w.name] = true
-		held := s.rec.sysctl(w.name) >= 0
-		if s.lacking[w.name] || s.lacking[w.needs] {
+		held := k.rec.sysctl(w.name) >= 0
+		if k.missingFeatures[w.name] || k.missingFeatures[w.needs] {
 			wanted[w.name] = false
 			continue
 		}
-		switch now, err := s.readSysctl(w.name); {
+		switch now, err := k.readSysctl(w.name); {
 		case err != nil && w.optional != "":
 		case err != nil:
 			return nil, nil, fmt.Errorf("read %s: %w", dotted(w.name), explain(err))
 		case now != w.value:
 			set.add(kindSysctl, func() error {
-				return s.acquire(w)
+				return k.acquireSysctl(w)
 			}, "set %s from %s to %s", dotted(w.name), now, w.value)
-		case !held && s.journal.other(w.name, false) != nil:
+		case !held && k.journal.other(w.name, false) != nil:
 			set.add(kindShared, func() error {
-				return s.acquire(w)
+				return k.acquireSysctl(w)
 			}, "share %s=%s", dotted(w.name), w.value)
 		}
 	}
-	for _, c := range slices.Backward(s.rec.Sysctls) {
+	for _, c := range slices.Backward(k.rec.Sysctls) {
 		if !wanted[c.Name] {
 			unset.add(kindSysctl, func() error {
-				return s.giveBack(c)
+				return k.releaseSysctl(c)
 			}, "set %s back to %s", dotted(c.Name), c.Old)
 		}
 	}
 	return set, unset, nil
 }
 
-// acquire sets a sysctl and records what it was; or, when another instance has
+// acquireSysctl sets a sysctl and records what it was; or, when another instance has
 // set it, records what that one found, so that the last of them puts it back.
-func (s *scope) acquire(w setting) error {
-	if s.lacking[w.needs] { // as it has just turned out
+func (k *kernel) acquireSysctl(w setting) error {
+	if k.missingFeatures[w.needs] { // as it has just turned out
 		return nil
 	}
-	err := s.journal.guard(func() error {
-		now, err := s.readSysctl(w.name)
+	err := k.journal.withLock(func() error {
+		now, err := k.readSysctl(w.name)
 		if err != nil {
 			return err
 		}
 		c := sysctl{Name: w.name, Old: now, New: w.value}
-		if i := s.rec.sysctl(w.name); i >= 0 {
-			c = s.rec.Sysctls[i] // somebody set it back: once more
-		} else if other := s.journal.other(w.name, false); other != nil {
+		if i := k.rec.sysctl(w.name); i >= 0 {
+			c = k.rec.Sysctls[i] // somebody set it back: once more
+		} else if other := k.journal.other(w.name, false); other != nil {
 			c = *other
 		} else {
-			c.Also, c.Links = s.companions(w.name), s.linksFor(w.name)
+			c.Also, c.Links = k.relatedSysctls(w.name), k.otherLinks(w.name)
 		}
-		s.rec.setSysctl(c)
-		if err := s.journal.write(s.rec); err != nil {
-			s.rec.dropSysctl(c.Name)
+		k.rec.setSysctl(c)
+		if err := k.journal.write(k.rec); err != nil {
+			k.rec.dropSysctl(c.Name)
 			return err
 		}
 		if now == w.value {
@@ -112,7 +112,7 @@ func (s *scope) acquire(w setting) error {
 		}
 		command := "sysctl -w"
 		set := slices.DeleteFunc(slices.Clone(c.Also), func(also sysctl) bool {
-			v, err := s.readSysctl(also.Name)
+			v, err := k.readSysctl(also.Name)
 			return !also.First || err != nil || v == also.New
 		})
 		set = append(set, c)
@@ -120,45 +120,45 @@ func (s *scope) acquire(w setting) error {
 			command += fmt.Sprintf(" %s=%s", dotted(c.Name), c.New)
 		}
 		for _, c := range set {
-			if err := s.writeSysctl(c.Name, c.New); err != nil {
+			if err := k.writeSysctl(c.Name, c.New); err != nil {
 				return fmt.Errorf("%w: do it by hand on the host: %s", err, command)
 			}
 		}
-		s.Logger.Info("sysctl set", "sysctl", dotted(w.name), "from", now, "to", w.value)
+		k.Logger.Info("sysctl set", "sysctl", dotted(w.name), "from", now, "to", w.value)
 		return nil
 	})
 	if err != nil && w.optional != "" {
-		s.lack(w.name, w.optional, err)
-		if i := s.rec.sysctl(w.name); i >= 0 {
-			return s.giveBack(s.rec.Sysctls[i])
+		k.reportMissing(w.name, w.optional, err)
+		if i := k.rec.sysctl(w.name); i >= 0 {
+			return k.releaseSysctl(k.rec.Sysctls[i])
 		}
 		return nil
 	}
 	return err
 }
 
-// giveBack restores a sysctl, unless somebody else has set it meanwhile or
+// releaseSysctl restores a sysctl, unless somebody else has set it meanwhile or
 // another live instance needs it.
-func (s *scope) giveBack(c sysctl) error {
-	return s.journal.guard(func() error {
-		if s.journal.other(c.Name, true) == nil {
-			if err := s.restore(c); err != nil {
+func (k *kernel) releaseSysctl(c sysctl) error {
+	return k.journal.withLock(func() error {
+		if k.journal.other(c.Name, true) == nil {
+			if err := k.restore(c); err != nil {
 				return fmt.Errorf("%w: do it by hand on the host: sysctl -w %s=%s", err,
 					dotted(c.Name), c.Old)
 			}
 		}
-		s.rec.dropSysctl(c.Name)
-		s.undone(s.journal.write(s.rec))
+		k.rec.dropSysctl(c.Name)
+		k.noteUndo(k.journal.write(k.rec))
 		return nil
 	})
 }
 
-func (s *scope) restore(c sysctl) error {
+func (k *kernel) restore(c sysctl) error {
 	// What goes with it is looked at first, as setting the value back changes
 	// it too.
 	target := make(map[string]string)
 	for _, also := range c.Also {
-		v, err := s.readSysctl(also.Name)
+		v, err := k.readSysctl(also.Name)
 		if err != nil {
 			continue // gone with its interface
 		}
@@ -167,25 +167,25 @@ func (s *scope) restore(c sysctl) error {
 		}
 		target[also.Name] = v
 	}
-	switch now, err := s.readSysctl(c.Name); {
+	switch now, err := k.readSysctl(c.Name); {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case err != nil:
 		return err
 	case now == c.Old:
 	case now != c.New:
-		s.Logger.Info("sysctl was changed by somebody else and stays", "sysctl", dotted(c.Name),
+		k.Logger.Info("sysctl was changed by somebody else and stays", "sysctl", dotted(c.Name),
 			"value", now)
 	default:
-		if err := s.writeSysctl(c.Name, c.Old); err != nil {
+		if err := k.writeSysctl(c.Name, c.Old); err != nil {
 			return err
 		}
 	}
 	var errs []error
 	for _, also := range c.Also {
 		want, ok := target[also.Name]
-		if v, err := s.readSysctl(also.Name); ok && err == nil && v != want {
-			errs = append(errs, s.writeSysctl(also.Name, want))
+		if v, err := k.readSysctl(also.Name); ok && err == nil && v != want {
+			errs = append(errs, k.writeSysctl(also.Name, want))
 		}
 	}
 	return errors.Join(errs...)
@@ -193,17 +193,17 @@ func (s *scope) restore(c sysctl) error {
 
 // before returns what is or was to be found when this instance, or another that
 // shares the sysctl, turned forwarding on, and whether it was off then.
-func (s *scope) before(name string) (c sysctl, off bool) {
-	if i := s.rec.sysctl(name); i >= 0 {
-		c = s.rec.Sysctls[i]
-	} else if other := s.journal.other(name, false); other != nil {
+func (k *kernel) beforeForwarding(name string) (c sysctl, off bool) {
+	if i := k.rec.sysctl(name); i >= 0 {
+		c = k.rec.Sysctls[i]
+	} else if other := k.journal.other(name, false); other != nil {
 		c = *other
 	} else {
-		now, err := s.readSysctl(name)
+		now, err := k.readSysctl(name)
 		if err != nil {
 			return c, false
 		}
-		c = sysctl{Name: name, Old: now, Also: s.companions(name), Links: s.linksFor(name)}
+		c = sysctl{Name: name, Old: now, Also: k.relatedSysctls(name), Links: k.otherLinks(name)}
 	}
 	return c, c.Old == "0"
 }
@@ -220,18 +220,18 @@ func (c sysctl) forwarding() (names []string) {
 	return names
 }
 
-// linksFor returns the host's other interfaces, if name is a sysctl that turns
+// otherLinks returns the host's other interfaces, if name is a sysctl that turns
 // forwarding on.
-func (s *scope) linksFor(name string) (names []string) {
+func (k *kernel) otherLinks(name string) (names []string) {
 	if name != ipForward4 && name != ipForward6 {
 		return nil
 	}
-	links, err := repeat(s.nl.LinkList)
+	links, err := repeat(k.nl.LinkList)
 	if err != nil {
 		return nil
 	}
 	for _, l := range links {
-		if a := l.Attrs(); a.Index != s.index && a.Index != loopback {
+		if a := l.Attrs(); a.Index != k.index && a.Index != loopback {
 			names = append(names, a.Name)
 		}
 	}
@@ -239,18 +239,18 @@ func (s *scope) linksFor(name string) (names []string) {
 	return names
 }
 
-// companions returns what changes along with a sysctl and what must change
+// relatedSysctls returns what changes along with a sysctl and what must change
 // before it. Forwarding is also a switch of each interface, and turning it off
 // for all turns it off for those that had it before; IPv4 ties redirects to it.
 // A host that forwards IPv6 drops the default routes it learnt and takes no
 // router advertisements any more, except where accept_ra is 2.
-func (s *scope) companions(name string) (list []sysctl) {
+func (k *kernel) relatedSysctls(name string) (list []sysctl) {
 	family := ""
 	switch name {
 	case ipForward4:
 		family = "net/ipv4/conf/"
 		const redirects = "net/ipv4/conf/all/accept_redirects"
-		if v, err := s.readSysctl(redirects); err == nil {
+		if v, err := k.readSysctl(redirects); err == nil {
 			list = append(list, sysctl{Name: redirects, Old: v, New: "0"})
 		}
 	case ipForward6:
@@ -258,16 +258,16 @@ func (s *scope) companions(name string) (list []sysctl) {
 	default:
 		return nil
 	}
-	dirs, _ := os.ReadDir(filepath.Join(s.procSys, family))
+	dirs, _ := os.ReadDir(filepath.Join(k.procSys, family))
 	for _, d := range dirs {
 		if d.Name() == "all" {
 			continue
 		}
 		forwarding, ra := family+d.Name()+"/forwarding", family+d.Name()+"/accept_ra"
-		if v, _ := s.readSysctl(forwarding); v == "1" {
+		if v, _ := k.readSysctl(forwarding); v == "1" {
 			list = append(list, sysctl{Name: forwarding, Old: v, New: v})
-		} else if v, _ := s.readSysctl(ra); v == "1" && d.Name() != "lo" &&
-			d.Name() != s.Interface {
+		} else if v, _ := k.readSysctl(ra); v == "1" && d.Name() != "lo" &&
+			d.Name() != k.Interface {
 			list = append(list, sysctl{Name: ra, Old: v, New: "2", First: true})
 		}
 	}

@@ -145,7 +145,7 @@ func (l *loaded) checkOutside(c *cli.Checks) {
 		return
 	}
 	tunnel := routing.State{Routes: l.config.Accept, HostRoutes: l.config.HostRoutes,
-		Local: l.config.AdvertiseRoutes}
+		Private: l.config.AdvertiseRoutes}
 	var outside []string
 	for _, a := range hostdns.Servers(hostdns.Config{}) {
 		addr := a.Addr().WithZone("")

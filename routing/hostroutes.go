@@ -36,11 +36,11 @@ const maxSelectors = 16
 var (
 	// local are networks whose addresses mean nothing elsewhere: RFC 1918,
 	// RFC 6598, RFC 3927, RFC 4193, RFC 4291 section 2.5.6.
-	local = parsePrefixes("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
+	privateNetworks = parsePrefixes("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
 		"169.254.0.0/16", "fc00::/7", "fe80::/10")
 
-	// onLink are destinations of packets for all, or many, on a link.
-	onLink = parsePrefixes("224.0.0.0/4", "255.255.255.255/32", "ff00::/8")
+	// multicastNetworks are destinations of packets for all, or many, on a link.
+	multicastNetworks = parsePrefixes("224.0.0.0/4", "255.255.255.255/32", "ff00::/8")
 
 	unicast6 = netip.MustParsePrefix("2000::/3") // what of IPv6 is in use
 )
@@ -95,7 +95,7 @@ func (s State) hostRules(routes []netip.Prefix) (rules []rule) {
 		l := length{isIPv6(p), p.Bits()}
 		byLength[l] = append(byLength[l], p)
 	}
-	strict := map[bool]bool{false: s.passesOver(false), true: s.passesOver(true)}
+	strict := map[bool]bool{false: s.ignoresPublic(false), true: s.ignoresPublic(true)}
 	for l, list := range byLength {
 		add := func(to netip.Prefix, least int) {
 			rules = append(rules, rule{v6: l.v6, bits: l.bits, to: to, least: least})
@@ -104,12 +104,12 @@ func (s State) hostRules(routes []netip.Prefix) (rules []rule) {
 		least := max(l.bits, 1)
 		switch {
 		case strict[l.v6]:
-			for _, p := range local {
+			for _, p := range privateNetworks {
 				if overlaps(p) {
 					add(p, max(least, p.Bits()))
 				}
 			}
-			for _, p := range s.Local {
+			for _, p := range s.Private {
 				if overlaps(p) {
 					add(p, least)
 				}
@@ -121,7 +121,7 @@ func (s State) hostRules(routes []netip.Prefix) (rules []rule) {
 		default:
 			add(netip.Prefix{}, least)
 		}
-		for _, p := range onLink {
+		for _, p := range multicastNetworks {
 			if overlaps(p) && (strict[l.v6] || l.bits < p.Bits()) {
 				add(p, 0)
 			}
@@ -133,19 +133,19 @@ func (s State) hostRules(routes []netip.Prefix) (rules []rule) {
 // HostFirst reports whether routes of the host to network go before those of
 // Routes that are not longer.
 func (s State) HostFirst(network netip.Prefix) bool {
-	return s.HostRoutes != HostNone && (s.isLocal(network) || !s.passesOver(isIPv6(network)))
+	return s.HostRoutes != HostNone && (s.isPrivate(network) || !s.ignoresPublic(isIPv6(network)))
 }
 
-// passesOver reports whether the host's routes to public addresses of a family
+// ignoresPublic reports whether the host's routes to public addresses of a family
 // do not count.
-func (s State) passesOver(ipv6 bool) bool {
+func (s State) ignoresPublic(ipv6 bool) bool {
 	return s.HostRoutes == HostPrivate && IsFull(slices.Concat(s.Routes, s.Unreachable), ipv6)
 }
 
-// isLocal reports whether all of p is in networks whose routes of the host
+// isPrivate reports whether all of p is in networks whose routes of the host
 // count in any case.
-func (s State) isLocal(p netip.Prefix) bool {
-	return slices.ContainsFunc(slices.Concat(local, onLink, s.Local), func(l netip.Prefix) bool {
+func (s State) isPrivate(p netip.Prefix) bool {
+	return slices.ContainsFunc(slices.Concat(privateNetworks, multicastNetworks, s.Private), func(l netip.Prefix) bool {
 		return l.Bits() <= p.Bits() && l.Overlaps(p)
 	})
 }
