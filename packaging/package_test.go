@@ -249,8 +249,8 @@ func TestResolved(t *testing.T) {
 	}
 }
 
-// TestByHand: removal ends a tunnel that was started by hand.
-func TestByHand(t *testing.T) {
+// TestStartedByHand: removal ends a tunnel that was started by hand.
+func TestStartedByHand(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
 	m.apart("masque-client@.service", "10.9.0.1")

@@ -226,7 +226,7 @@ func TestWireICMP(t *testing.T) {
 // errors, and what is not from or to one host (RFC 1122 section 3.2.2, RFC 4443
 // section 2.4 e). So are routing headers of type 0 (RFC 5095), and others that
 // lead elsewhere.
-func TestWireICMPSilence(t *testing.T) {
+func TestWireNoICMP(t *testing.T) {
 	p := startWireProxy(t, func(c *proxy.Config) {
 		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), allIPv6}
 	})

@@ -171,7 +171,7 @@ func TestWireClientReadsSettings(t *testing.T) {
 
 // Only a success opens the tunnel, and only one that is well-formed (RFC 9484
 // section 4.5, RFC 9297 section 3.2).
-func TestWireClientChecksTheAnswer(t *testing.T) {
+func TestWireClientChecksResponse(t *testing.T) {
 	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	for _, tc := range []struct {
 		answer string // fields, separated by commas

@@ -102,7 +102,7 @@ func TestReadOnlyEtc(t *testing.T) {
 
 // The log of a tunnel in the background does not grow for ever: it is in
 // memory.
-func TestLogIsBounded(t *testing.T) {
+func TestBackgroundLogBounded(t *testing.T) {
 	p := newPair(t, options{})
 	alice := p.invite("alice")
 	p.up(p.Client, alice)

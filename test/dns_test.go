@@ -159,7 +159,7 @@ func (r *resolver) applied(via string) {
 // While the tunnel is there, all names are asked for through it; the name of
 // the proxy excepted, which is asked for as if there was no tunnel, also when
 // that has died. In the end the host is as it was.
-func TestDNSIsApplied(t *testing.T) {
+func TestDNSApplied(t *testing.T) {
 	r := newResolver(t, options{})
 	r.up(r.Client, r.file)
 	r.applied("/etc/resolv.conf")
@@ -259,7 +259,7 @@ func TestDNSInNetworkNamespace(t *testing.T) {
 // Names are not sent where the tunnel does not lead: a server without a route
 // is not used, and one with a route that asks to be asked about some names only
 // is not used where the host cannot do so.
-func TestDNSIsNotApplied(t *testing.T) {
+func TestDNSNotApplied(t *testing.T) {
 	for name, test := range map[string]struct {
 		o      options
 		reason string
@@ -296,7 +296,7 @@ func TestDNSIsNotApplied(t *testing.T) {
 // Names that are asked of the LAN's router beside a tunnel for everything,
 // because the proxy hands out no nameservers, are said in status and log, and
 // held where that is wanted. When the tunnel is down, they are asked as before.
-func TestDNSBesideTheTunnel(t *testing.T) {
+func TestDNSOutsideTunnel(t *testing.T) {
 	for _, tc := range []struct {
 		name, config string
 		leaves       bool
@@ -346,7 +346,7 @@ func TestDNSBesideTheTunnel(t *testing.T) {
 
 // The client shows what the proxy is configured to tell it about name
 // resolution, and follows a reload.
-func TestDNSIsShown(t *testing.T) {
+func TestDNSStatus(t *testing.T) {
 	p := newPair(t, options{proxy: `
 [dns]
 servers = ["10.77.0.1", "fd77::1"]

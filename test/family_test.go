@@ -78,7 +78,7 @@ func TestOneFamily(t *testing.T) {
 // Where the kernel refuses IPv6 to the tunnel's interface, and the host has it
 // otherwise, nothing of it leaves beside a tunnel for everything, and the
 // status says why.
-func TestIPv6RefusedToTheInterface(t *testing.T) {
+func TestInterfaceWithoutIPv6(t *testing.T) {
 	router6 := netip.MustParseAddr("2001:db8:2::1")
 	p := newPair(t, options{})
 	check(t, p.Client.Sysctl("net.ipv6.conf.default.disable_ipv6", "1"))

@@ -145,7 +145,7 @@ func TestImpostorAtStart(t *testing.T) {
 
 // A pool that holds the client's own network is refused before anything is
 // changed.
-func TestPoolOfTheLAN(t *testing.T) {
+func TestPoolOverlapsLAN(t *testing.T) {
 	p := newPair(t, options{})
 	p.stopProxy()
 	p.editProxyConfig(`ipv4 = "10.77.0.0/24"`, `ipv4 = "198.51.100.0/24"`)

@@ -62,7 +62,7 @@ func TestForeignClientGetsDNS(t *testing.T) {
 	}
 }
 
-func TestForeignProxyGivesDNS(t *testing.T) {
+func TestForeignProxySendsDNS(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	conn, c, _ := foreignProxy(t, ctx)
@@ -134,7 +134,7 @@ func TestForeignProxyGivesDNS(t *testing.T) {
 }
 
 // What a client says about DNS is not for the proxy, and does no harm.
-func TestForeignClientSaysDNS(t *testing.T) {
+func TestForeignClientSendsDNS(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	conn, _, _ := foreignClient(t, ctx, nil)

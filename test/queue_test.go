@@ -14,7 +14,7 @@ import (
 // A bulk transfer fills a path that is slower than it; what shares the tunnel
 // with it does not wait behind it and loses nothing. The tunnel has congestion
 // control around it, so that packets wait at its entrance.
-func TestThinFlowBesideBulk(t *testing.T) {
+func TestPingBesideBulkTransfer(t *testing.T) {
 	const (
 		rate  = 10_000_000 // bits per second
 		pings = 9

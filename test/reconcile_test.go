@@ -14,7 +14,7 @@ import (
 // session goes on, the status counts it, and with a kill switch nothing leaves
 // beside the tunnel: not while it is away, but for what the kill switch alone
 // holds, nor afterwards.
-func TestClientHostIsPutRight(t *testing.T) {
+func TestClientHostRepaired(t *testing.T) {
 	p, behind := killSwitchHosts(t, options{client: killSwitch})
 	p.up(p.Client, p.invite("alice"))
 	talk := chat(t, p.Client, behind)
@@ -62,7 +62,7 @@ func TestClientHostIsPutRight(t *testing.T) {
 
 // The same at the proxy, whose check says what happened, and whose clients
 // notice nothing.
-func TestProxyHostIsPutRight(t *testing.T) {
+func TestProxyHostRepaired(t *testing.T) {
 	p := newPair(t, options{})
 	p.stopProxy()
 	p.editProxyConfig("masquerade = false", "masquerade = true")

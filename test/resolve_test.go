@@ -12,7 +12,7 @@ import (
 
 // Names are resolved by the proxy, with the DNS of its host. What it does not
 // find, and what it is not told in time, is said so.
-func TestNamesAreResolvedByTheProxy(t *testing.T) {
+func TestProxyResolvesNames(t *testing.T) {
 	p := newPair(t, options{client: "\n[reconnect]\nenabled = false\n"})
 	server, err := p.Target.ListenPacket("udp", netip.AddrPortFrom(lab.TargetIPv4, 53).String())
 	check(t, err)

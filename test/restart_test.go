@@ -60,7 +60,7 @@ func TestProxyKilledAndRestarted(t *testing.T) {
 
 // A client with nothing to send learns of a proxy that was killed and started
 // again from the proxy, not by waiting in vain.
-func TestIdleClientLearnsOfRestart(t *testing.T) {
+func TestIdleClientNoticesRestart(t *testing.T) {
 	p := newPair(t, options{})
 	file := p.invite("alice")
 	running := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)

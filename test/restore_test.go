@@ -13,7 +13,7 @@ import (
 // addresses, routes, rules, nftables, kernel parameters and resolver files. A
 // process that was killed leaves it to `down`, or to the next start. So it is
 // with the proxy's host.
-func TestHostIsAsBefore(t *testing.T) {
+func TestHostRestored(t *testing.T) {
 	networks := lab.Prefixes("10.5.0.0/24", "fd05::/64")
 	p := newPair(t, options{behind: networks, proxy: `
 [dns]

@@ -110,7 +110,7 @@ func (w *watch) leavesBy(iface string, to ...netip.Addr) {
 // A tunnel takes what it is for: all that had no better route, what it names,
 // or all but what is excluded; and the host's own network if that is wanted.
 // The packets say so, and all is as before when it is down.
-func TestWhatGoesThroughTheTunnel(t *testing.T) {
+func TestTunnelTraffic(t *testing.T) {
 	p := newPair(t, options{})
 	p.givePrivateLAN()
 	before := p.snapshot(p.Client)
@@ -245,7 +245,7 @@ func (p *pair) goesBy(to netip.Addr, iface string) {
 // Where the proxy's routes and the host's networks have the same addresses, the
 // log says what is reached; a route that holds the proxy's own address cuts off
 // nobody.
-func TestRoutesThatConflict(t *testing.T) {
+func TestConflictingRoutes(t *testing.T) {
 	p := newPair(t, options{proxy: `
 [routes]
 advertise = ["198.51.100.0/24", "203.0.113.0/24", "192.0.2.0/24", "2001:db8:1:0:8000::/65", "2001:db8:2::/64", "2001:db8:3::/64"]

@@ -325,7 +325,7 @@ func TestSiteRefused(t *testing.T) {
 
 // The proxy is killed and started again while hosts of two sites have a
 // connection, which goes on.
-func TestSitesWhenTheProxyRestarts(t *testing.T) {
+func TestSitesProxyRestart(t *testing.T) {
 	s := newSites(t, "")
 	s.upBoth()
 	a1, b1 := s.a.hosts[0], s.b.hosts[0]

@@ -9,16 +9,16 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// cycles is for more than a test: go test ./test -run TestNothingPilesUp -v
+// cycles is for more than a test: go test ./test -run TestNothingAccumulates -v
 // -cycles 1000
-var cycles = flag.Int("cycles", 8, "how often TestNothingPilesUp connects")
+var cycles = flag.Int("cycles", 8, "how often TestNothingAccumulates connects")
 
 // held is what a process has that must not get more with time.
 type held struct{ goroutines, files float64 }
 
 // Sessions that have ended, connections that were lost, and reloads leave
 // nothing in either process.
-func TestNothingPilesUp(t *testing.T) {
+func TestNothingAccumulates(t *testing.T) {
 	const file = "\n[metrics]\nlisten = \"127.0.0.1:9484\"\n[reconnect]\nmax_delay = \"1s\"\n"
 	p := newPair(t, options{clients: 2, client: file})
 	alice, bob := p.invite("alice"), p.invite("bob")

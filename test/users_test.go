@@ -42,7 +42,7 @@ func (p *pair) user() (u struct {
 // A session ends when the time of its user is over, or when the user is
 // removed; the client says so and does not try again. The log of the proxy says
 // why.
-func TestUserTimeIsOver(t *testing.T) {
+func TestUserExpiry(t *testing.T) {
 	for name, tc := range map[string]struct {
 		end    func(*pair)
 		ended  string // reason in the log

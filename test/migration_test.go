@@ -129,7 +129,7 @@ const (
 
 // Nothing leaves beside the tunnel while it moves from one network to another,
 // nor while there is no way to the proxy at all.
-func TestKillSwitchHoldsWhileMoving(t *testing.T) {
+func TestKillSwitchDuringMigration(t *testing.T) {
 	p, behind := killSwitchHosts(t, options{client: killSwitch})
 	p.secondUplink("wlan0")
 	p.connect(p.Client, "alice")
@@ -174,7 +174,7 @@ func TestKillSwitchHoldsWhileMoving(t *testing.T) {
 // The host changes its network under a running connection, in every way that
 // hosts do: the session moves with it, the addresses inside stay, and the
 // connection inside goes on.
-func TestHostChangesNetwork(t *testing.T) {
+func TestMigration(t *testing.T) {
 	p := newPair(t, options{})
 	p.secondUplink("eth1")
 	p.connect(p.Client, "alice")
@@ -385,7 +385,7 @@ func TestHostFirewall(t *testing.T) {
 
 // The first address of the proxy does not answer: the next one is tried a
 // moment later.
-func TestFirstAddressDead(t *testing.T) {
+func TestFirstProxyAddressDead(t *testing.T) {
 	p := newPair(t, options{})
 	p.script(p.Router, `nft -f - <<-END
 		table ip6 hole {
@@ -405,7 +405,7 @@ func TestFirstAddressDead(t *testing.T) {
 
 // Two hosts of one user stop, and start again in another order: each has the
 // addresses that it had.
-func TestAddressesOutlastClient(t *testing.T) {
+func TestAddressesAfterClientRestart(t *testing.T) {
 	p := newPair(t, options{clients: 2})
 	file := p.invite("alice")
 	had := make(map[*lab.Host][]netip.Prefix)
