@@ -16,6 +16,8 @@ import (
 
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
+
+	"masquevpn/proxy/internal/source"
 )
 
 // The classes of failures to authenticate, as the log has them.
@@ -26,10 +28,11 @@ const (
 	classWrongToken         = "wrong_token"
 	classOldCertificate     = "old_certificate"     // not that of the last invitation
 	classExpiredCertificate = "expired_certificate" // found by TLS, as is the next
-	classBadCertificate     = "bad_certificate"     // signed by another authority, or not for this use
-	classMismatch           = "mismatch"            // certificate and token are those of two users
-	classExpiredUser        = "expired_user"
-	classRevoked            = "revoked" // between the request and its answer
+	// signed by another authority, or not for this use
+	classBadCertificate = "bad_certificate"
+	classMismatch       = "mismatch" // certificate and token are those of two users
+	classExpiredUser    = "expired_user"
+	classRevoked        = "revoked" // between the request and its answer
 )
 
 // methodMissing is what a failure is counted under when there were no
@@ -89,12 +92,12 @@ func (h handler) identify(r *http.Request) (user User, method string, refused *r
 		return user, method, nil
 	}
 	h.s.refused(conn.RemoteAddr(), failure)
-	delay, ok := h.s.attempts.begin(conn.RemoteAddr(), failure.user)
+	delay, ok := h.s.authThrottle.Begin(source.Key(conn.RemoteAddr()), failure.user)
 	if !ok {
 		_ = conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad), "")
 		return User{}, "", &refusal{status: http.StatusUnauthorized, reason: failure}
 	}
-	defer h.s.attempts.end()
+	defer h.s.authThrottle.End()
 	wait := time.NewTimer(delay)
 	defer wait.Stop()
 	select { // whether or not the client still waits for this one

@@ -13,6 +13,8 @@ import (
 
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
+
+	"masquevpn/proxy/internal/source"
 )
 
 const (
@@ -127,7 +129,7 @@ func (l *connections) begin(ctx context.Context, info *quic.ClientInfo) (context
 	c := &connection{remote: info.RemoteAddr, cancel: cancel,
 		until: time.Now().Add(firstRequestTimeout)}
 	l.mu.Lock()
-	l.add(&l.pending, c, source(c.remote), l.max, l.maxPerAddress, endTooManyOfAddress)
+	l.add(&l.pending, c, source.Key(c.remote), l.max, l.maxPerAddress, endTooManyOfAddress)
 	l.mu.Unlock()
 	context.AfterFunc(ctx, func() { l.remove(c) })
 	return context.WithValue(ctx, connectionKey{}, c), nil

@@ -86,7 +86,7 @@ func (r *refusal) field(name string) string {
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer rescue.Catch(func(e *rescue.Error) { h.panicked(r, e) })
-	h.s.narrow.done(r.Context().Value(connKey{}).(*quic.Conn).RemoteAddr())
+	h.s.smallMTU.Done(r.Context().Value(connKey{}).(*quic.Conn).RemoteAddr())
 	ss, refused := h.accept(w, r)
 	if refused != nil {
 		h.s.requests.count(refused.status, refused.word())

@@ -3,7 +3,6 @@ package proxy
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -14,7 +13,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -313,32 +311,6 @@ func TestClientThatDoesNotRead(t *testing.T) {
 		t.Error("the session was not there to end")
 	}
 	other.lives(t)
-}
-
-// However many requests are refused, and sessions begun, the log does not fill.
-func TestLogIsBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var out bytes.Buffer
-		log := newThrottle(slog.New(slog.NewTextHandler(&out, nil)))
-		session := log.With("session", 1).WithGroup("g")
-		for range 10 * logBurst {
-			log.Info("request refused", "reason", "no")
-			session.Info("session ended")
-		}
-		if n := strings.Count(out.String(), "\n"); n != 2*logBurst {
-			t.Errorf("%d lines, want %d", n, 2*logBurst)
-		}
-		out.Reset()
-		time.Sleep(time.Second)
-		for range 10 * logBurst {
-			log.Info("request refused")
-		}
-		lines := strings.Split(strings.TrimSpace(out.String()), "\n")
-		if want := fmt.Sprintf("left_out_before=%d", 9*logBurst); len(lines) != logRate ||
-			!strings.Contains(lines[0], want) || strings.Contains(lines[1], "left_out") {
-			t.Errorf("%d lines, the first %q, want %d with %s", len(lines), lines[0], logRate, want)
-		}
-	})
 }
 
 // What a client wrote into its request is cut to a line of bounded length.

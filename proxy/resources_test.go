@@ -1,9 +1,7 @@
 package proxy
 
 import (
-	"bytes"
 	"fmt"
-	"log/slog"
 	"net/http"
 	"net/netip"
 	"runtime"
@@ -11,8 +9,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
-	"time"
 
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/ippacket"
@@ -178,58 +174,6 @@ func TestRefusedSessionIsDone(t *testing.T) {
 	case <-(<-refused).done:
 	default:
 		t.Error("the refused session never ends")
-	}
-}
-
-// A flood of lines that one client causes hides none that others cause, whether
-// it is known by its user or by its address.
-func TestLogOfOthers(t *testing.T) {
-	for _, tc := range []struct {
-		name           string
-		flood, another func(*slog.Logger)
-	}{
-		{"user", func(l *slog.Logger) {
-			l.With("user", "mallory").Warn("m", "who", "flood")
-		}, func(l *slog.Logger) { l.With("user", "alice").Warn("m", "who", "other") }},
-		{"address", func(l *slog.Logger) {
-			l.Warn("m", "remote", "192.0.2.1:1", "who", "flood")
-		}, func(l *slog.Logger) { l.Warn("m", "remote", "192.0.2.2:1", "who", "other") }},
-		{"network", func(l *slog.Logger) {
-			l.Warn("m", "remote", "[2001:db8::1]:1", "who", "flood")
-		}, func(l *slog.Logger) { l.Warn("m", "remote", "[2001:db8:0:1::1]:1", "who", "other") }},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				var out bytes.Buffer
-				log := newThrottle(slog.New(slog.NewTextHandler(&out, nil)))
-				const seconds = 100
-				for range seconds {
-					for range logBurst {
-						tc.flood(log)
-					}
-					tc.another(log)
-					time.Sleep(time.Second)
-				}
-				if got := strings.Count(out.String(), "who=other"); got != seconds {
-					t.Errorf("%d lines of another client, want %d", got, seconds)
-				}
-				if got, most := strings.Count(out.String(), "who=flood"),
-					sourceBurst+seconds*sourceRate; got > most {
-					t.Errorf("%d lines of the flood, want %d at most", got, most)
-				}
-			})
-		})
-	}
-}
-
-// What is kept of the sources of lines is bounded.
-func TestLogSourcesAreBounded(t *testing.T) {
-	k := &kinds{by: make(map[string]*kind)}
-	for i := range 10 * maxLogSources {
-		k.allow(cause{"m", addr4(i).String()})
-	}
-	if n := len(k.recent) + len(k.older); n > 2*maxLogSources {
-		t.Errorf("%d sources are kept, want %d at most", n, 2*maxLogSources)
 	}
 }
 

@@ -23,12 +23,21 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/endpoint"
 	"masquevpn/internal/udpconn"
+	"masquevpn/proxy/internal/auththrottle"
+	"masquevpn/proxy/internal/loglimit"
+	"masquevpn/proxy/internal/smallmtu"
 	"masquevpn/routing"
 )
 
 const (
 	idleTimeout      = 30 * time.Second
 	handshakeTimeout = 5 * time.Second
+	// initialPacketSize is that of the first QUIC packets, in bytes. It leaves
+	// room for an IPv6 packet of 1280 bytes in a datagram and fits, with its
+	// headers, a path of 1400 bytes.
+	initialPacketSize = 1350
+	// smallPacketSize is what every path of QUIC carries.
+	smallPacketSize = 1200
 	// maxStreams is how many requests one connection may have open.
 	maxStreams = 64
 	// streamWindow and connWindow are how many bytes a client may send on one
@@ -66,16 +75,16 @@ type Server struct {
 	installed  *routing.State // what the kernel has been told, nil before the first time
 	local      []netip.Prefix // the host's addresses with the lengths of their networks
 
-	narrow     narrowPaths
+	smallMTU   smallmtu.Hints
 	errorLimit *rate.Limiter
 	reading    connectip.Busy  // the device's reader has packets
 	unrouted   connectip.Stats // packets that belong to no session, and ICMP errors about them
 	requests   requestCounts
 	// connections are those without a session.
-	connections *connections
-	authFailed  authFailures
-	attempts    attempts
-	lookups     lookups
+	connections  *connections
+	authFailed   authFailures
+	authThrottle auththrottle.Throttle
+	lookups      lookups
 
 	peerLog *slog.Logger        // for what clients cause
 	dns     atomic.Pointer[DNS] // never nil
@@ -113,11 +122,12 @@ func New(cfg Config) (*Server, error) {
 		sessions:   sessions{byID: make(map[string]*session)},
 		ready:      make(chan struct{}),
 		errorLimit: newErrorLimit(),
-		peerLog:    newThrottle(cfg.Logger),
+		peerLog:    loglimit.New(cfg.Logger),
 		requests:   newRequestCounts(),
 	}
 	s.connections = newConnections(s.peerLog, cfg.MaxPending, cfg.MaxPendingPerAddress)
-	s.supervisor.Open, s.supervisor.Report, s.supervisor.Logger = s.openEndpoint, s.noteHealth, cfg.Logger
+	s.supervisor.Open, s.supervisor.Report, s.supervisor.Logger = s.openEndpoint, s.noteHealth,
+		cfg.Logger
 	s.pool.hold = cfg.Hold
 	s.config.Store(&cfg)
 	s.dns.Store(&cfg.DNS)
@@ -316,7 +326,7 @@ func (s *Server) quicConfig() *quic.Config {
 	small := wide.Clone()
 	small.InitialPacketSize = smallPacketSize
 	wide.GetConfigForClient = func(info *quic.ClientInfo) (*quic.Config, error) {
-		if s.narrow.begin(info.RemoteAddr, time.Now()) {
+		if s.smallMTU.Begin(info.RemoteAddr, time.Now()) {
 			return small, nil
 		}
 		return wide, nil
@@ -452,7 +462,8 @@ func (s *Server) Status() Status {
 	status := Status{
 		Schema: connectip.StatusSchema, Name: s.cfg().Name, State: StateRunning, Since: s.started,
 		Listen:   s.listening(),
-		Template: s.templates[0].String(), Interface: s.supervisor.Current().Name(), Sessions: c.Sessions,
+		Template: s.templates[0].String(), Interface: s.supervisor.Current().Name(),
+		Sessions: c.Sessions,
 		UDPFlows: c.UDPFlows,
 		Leased:   map[string]int{"ipv4": v4, "ipv6": v6},
 		Packets:  st.Packets, Bytes: st.Bytes, Drops: st.Drops,

@@ -3,73 +3,15 @@ package proxy
 import (
 	"bytes"
 	"encoding/json"
-	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
 
 	"masquevpn/internal/logtest"
+	"masquevpn/proxy/internal/auththrottle"
 )
-
-func TestAttempts(t *testing.T) {
-	now := time.Now()
-	a := attempts{now: func() time.Time { return now }}
-	remote := func(s string) net.Addr { return &net.UDPAddr{IP: net.ParseIP(s), Port: 9} }
-	begin := func(addr, user string, want time.Duration) {
-		t.Helper()
-		got, ok := a.begin(remote(addr), user)
-		if !ok || got != want {
-			t.Errorf("a failure of %s waits %v, %v, want %v", addr, got, ok, want)
-		}
-		a.end()
-	}
-	for range failureBurst {
-		begin("192.0.2.1", "", 0)
-	}
-	for i := range 3 {
-		begin("192.0.2.1", "", time.Duration(i+1)*time.Second)
-	}
-	begin("192.0.2.2", "", 0)
-	for range 100 {
-		_, _ = a.begin(remote("192.0.2.1"), "")
-		a.end()
-	}
-	begin("192.0.2.1", "", maxFailureDelay)
-	now = now.Add(10 * time.Second) // which pays for that and more
-	begin("192.0.2.1", "", 0)
-	now = now.Add(3 * forgetSources)
-	begin("192.0.2.1", "", 0)
-
-	// Of IPv6, a client has a network. What is about one user counts wherever
-	// it comes from.
-	for i := range failureBurst {
-		begin(fmt.Sprintf("2001:db8::%x", i), "", 0)
-		begin(fmt.Sprintf("192.0.2.%d", 100+i), "alice", 0)
-	}
-	begin("2001:db8::ffff", "", time.Second)
-	begin("2001:db8:0:1::1", "", 0)
-	begin("192.0.2.99", "alice", time.Second)
-	begin("192.0.2.99", "bob", 0)
-
-	// What is remembered is bounded, and so is what waits.
-	for i := range 5 * maxSources {
-		begin(fmt.Sprintf("10.%d.%d.1", i>>8, i&0xff), "", 0)
-	}
-	if n := len(a.recent) + len(a.older); n > 2*maxSources {
-		t.Errorf("%d sources are remembered", n)
-	}
-	for range maxWaitingFailures {
-		if _, ok := a.begin(remote("192.0.2.1"), ""); !ok {
-			t.Fatal("too few may wait")
-		}
-	}
-	if _, ok := a.begin(remote("192.0.2.2"), ""); ok {
-		t.Error("too many wait")
-	}
-}
 
 // Who guesses waits for the answer, and for the next guess on the same
 // connection. Who has good credentials does not, behind the same address. The
@@ -82,10 +24,11 @@ func TestGuessing(t *testing.T) {
 	}))
 	_, h3 := s.dial(t, nil)
 	guess := http.Header{"Authorization": {"Bearer s3cret"}}
-	for range failureBurst + 3 {
-		s.attempts.mu.Lock()
-		s.attempts.delay("127.0.0.1/32", time.Now())
-		s.attempts.mu.Unlock()
+	for range auththrottle.Burst + 3 {
+		if _, ok := s.authThrottle.Begin("127.0.0.1/32"); !ok {
+			t.Fatal("too many answers wait")
+		}
+		s.authThrottle.End()
 	}
 	slow := make(chan int, 2)
 	for range 2 {
