@@ -118,7 +118,7 @@ func lossOf(e *Error) loss {
 }
 
 func closedOrReset(code uint64) loss {
-	if connectip.InGoodOrder(code) {
+	if connectip.IsNoError(code) {
 		return lossClosed
 	}
 	return lossReset

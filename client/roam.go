@@ -284,9 +284,9 @@ func (r *roamer) hears(ctx context.Context, before uint64) bool {
 func (c *Client) showUplink(way routing.NextHop) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.status.Uplink = nil
+	c.status.Underlay = nil
 	if way.Source.IsValid() {
-		c.status.Uplink = &connectip.Uplink{Interface: way.Interface, Source: way.Source}
+		c.status.Underlay = &connectip.Underlay{Interface: way.Interface, Source: way.Source}
 	}
 }
 

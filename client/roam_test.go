@@ -187,7 +187,7 @@ func TestUplinkChanges(t *testing.T) {
 		u.set(fmt.Sprintf("192.0.2.%d", 10+i), nil)
 		n.await(t, "on the new path", func(s Status) bool {
 			return s.State == StateConnected && s.Reason == "" &&
-				int(s.Uplink.Source.As4()[3]) == 10+i
+				int(s.Underlay.Source.As4()[3]) == 10+i
 		})
 		eventually(t, "the proxy sends there too", func() bool {
 			return !congestion.Selectable || onlySession(t, f).Remote != was

@@ -112,7 +112,7 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
 		Device: currentDevice{c},
-		Accept: connectip.Accept{Assigned: s.taken, Routes: c.acceptable},
+		Filter: connectip.Filter{Assigned: s.taken, Routes: c.acceptable},
 		Handler: connectip.Handler{
 			Assigned: s.handleAssigned, Requested: s.handleAddressRequest, Routes: s.handleRoutes,
 			DNS: s.handleDNS, PREF64: s.handlePREF64, MTU: func(int) { s.changed() },

@@ -143,7 +143,7 @@ func (s *session) follow() error {
 			addrs = append(addrs, a.Prefix)
 		}
 	}
-	return s.conn.SetAccepted(addrs, s.c.acceptable(routes))
+	return s.conn.SetFiltered(addrs, s.c.acceptable(routes))
 }
 
 // checkAssigned refuses what the proxy assigned if this host cannot have it.

@@ -135,14 +135,14 @@ func (ss *session) open(str *http3.Stream) *connectip.Conn {
 	defer ss.mu.Unlock()
 	ss.conn = connectip.New(str, ss.quic, connectip.Config{
 		Device: &ss.uplink,
-		Accept: connectip.Accept{Assigned: ss.acceptAddresses, Routes: ss.acceptRoutes},
+		Filter: connectip.Filter{Assigned: ss.acceptAddresses, Routes: ss.acceptRoutes},
 		Handler: connectip.Handler{Requested: ss.addressesRequested,
 			Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
 		Self:           ss.server.pool.gatewayAddrs(),
 		Granted:        ss.leaseReserved(),
 		Denied:         ss.server.deniedNow().of(ss),
 		Withheld:       ss.withheld(),
-		OwnErrors:      ss.claim == nil,
+		PeerIsHost:     ss.claim == nil,
 		KernelHopLimit: ss.server.cfg().KernelHopLimit,
 		Stats:          &ss.stats,
 		Panicked:       ss.panicked,
@@ -290,7 +290,7 @@ func (ss *session) followSites() error {
 		return nil // it begins with what was decided until then
 	}
 	has := ss.server.sites.held(ss.claim)
-	if err := conn.SetAccepted(has.assigned, has.routes); err != nil {
+	if err := conn.SetFiltered(has.assigned, has.routes); err != nil {
 		return err
 	}
 	ss.refresh()

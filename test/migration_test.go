@@ -148,8 +148,8 @@ func TestKillSwitchDuringMigration(t *testing.T) {
 		t.Helper()
 		p.eventually("connected by "+iface, func() bool {
 			s := p.status(p.Client, "alice")
-			return s.State == client.StateConnected && s.Reason == "" && s.Uplink != nil &&
-				s.Uplink.Interface == iface
+			return s.State == client.StateConnected && s.Reason == "" && s.Underlay != nil &&
+				s.Underlay.Interface == iface
 		})
 		p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 		if !slices.ContainsFunc(links[iface].Packets(), isTunnel) {
@@ -201,9 +201,9 @@ func TestMigration(t *testing.T) {
 		p.script(p.Client, step.script)
 		p.eventually(step.name, func() bool {
 			s := p.status(p.Client, "alice")
-			return s.State == client.StateConnected && s.Reason == "" && s.Uplink != nil &&
-				s.Uplink.Interface == step.iface &&
-				s.Uplink.Source == netip.MustParseAddr(step.from)
+			return s.State == client.StateConnected && s.Reason == "" && s.Underlay != nil &&
+				s.Underlay.Interface == step.iface &&
+				s.Underlay.Source == netip.MustParseAddr(step.from)
 		})
 		inside.goesOn()
 		t.Logf("%s: after %v", step.name, time.Since(start).Round(time.Millisecond))

@@ -202,8 +202,8 @@ func showText(w io.Writer, raw json.RawMessage) error {
 		row("warning", cli.OneLine(w))
 	}
 	row("proxy", strings.TrimSpace(s.Proxy.Name+" "+s.Proxy.Endpoint))
-	if s.Uplink != nil {
-		row("uplink", fmt.Sprintf("%v on %s", s.Uplink.Source, s.Uplink.Interface))
+	if s.Underlay != nil {
+		row("uplink", fmt.Sprintf("%v on %s", s.Underlay.Source, s.Underlay.Interface))
 	}
 	if client.HasSession(s) {
 		row("interface", fmt.Sprintf("%s, MTU %d", s.Interface, s.MTU))

@@ -116,12 +116,12 @@ type Handler struct {
 	MTU func(int) // the largest packet that fits changed; called at the start too
 }
 
-// Accept decides what counts of the capsules that are handled. Its functions
+// Filter decides what counts of the capsules that are handled. Its functions
 // are given each full list before the policy follows, and return the part that
 // counts: what they leave out permits no packet, neither by its source nor by
 // its destination. They are called with locks held and must not call the Conn.
 // Nil functions accept everything.
-type Accept struct {
+type Filter struct {
 	Assigned func([]capsule.Address) []capsule.Address
 	Routes   func([]capsule.Route) []capsule.Route
 }
@@ -129,7 +129,7 @@ type Accept struct {
 // Config is what a Conn needs besides its stream.
 type Config struct {
 	Device  Device
-	Accept  Accept
+	Filter  Filter
 	Handler Handler
 	Self    []netip.Addr // this endpoint's tunnel addresses besides those that the peer assigns
 	// prefixes that count as assigned to this endpoint although the peer does
@@ -142,11 +142,11 @@ type Config struct {
 	// advertised to others: it is told that they are prohibited, where it would
 	// be told that there is no route.
 	Withheld []netip.Prefix
-	// OwnErrors drops ICMP errors that the peer passes on from others: behind
+	// PeerIsHost drops ICMP errors that the peer passes on from others: behind
 	// it is no network, so the sources of all its packets are addresses that it
 	// has. Otherwise any router may be the source of an error (RFC 9484 section
 	// 7.2.1).
-	OwnErrors bool
+	PeerIsHost bool
 	// MaxCapsule is the longest capsule that the peer may send, in bytes; 0:
 	// the constant of that name.
 	MaxCapsule int
@@ -239,7 +239,7 @@ func (c *Conn) Run(ctx context.Context) error {
 		var stop *quic.StreamError // STOP_SENDING
 		switch cause := context.Cause(c.str.Context()); {
 		case !errors.As(cause, &stop) || !stop.Remote:
-		case InGoodOrder(uint64(stop.ErrorCode)):
+		case IsNoError(uint64(stop.ErrorCode)):
 			c.stop(ErrClosedByPeer)
 		default:
 			c.stop(fmt.Errorf("the peer takes no more capsules: %w", cause))
@@ -360,7 +360,7 @@ func (c *Conn) readCapsules() error {
 		if err == io.EOF {
 			return ErrClosedByPeer
 		}
-		if closedInGoodOrder(err) {
+		if closedWithoutError(err) {
 			return ErrClosedByPeer // the connection ended before the end of the stream was read
 		}
 		if err != nil {
@@ -407,7 +407,7 @@ func (c *Conn) handleAssign(addrs []capsule.Address) error {
 			delete(c.answers, a.RequestID)
 		}
 		accepted := addrs
-		if accept := c.cfg.Accept.Assigned; accept != nil {
+		if accept := c.cfg.Filter.Assigned; accept != nil {
 			accepted = accept(addrs)
 		}
 		c.setAssigned(granted(accepted))
@@ -485,7 +485,7 @@ func (c *Conn) handleRoutes(routes []capsule.Route) error {
 	}
 	if err := c.accept(func() {
 		c.link.peerSend = routes
-		if accept := c.cfg.Accept.Routes; accept != nil {
+		if accept := c.cfg.Filter.Routes; accept != nil {
 			c.link.peerSend = accept(routes)
 		}
 	}); err != nil {
@@ -554,9 +554,9 @@ func (c *Conn) Unanswered() bool {
 	return len(c.answers) > 0
 }
 
-// SetAccepted replaces what counts of the peer's last capsules, for when Accept
+// SetFiltered replaces what counts of the peer's last capsules, for when Filter
 // would now decide otherwise.
-func (c *Conn) SetAccepted(assigned []netip.Prefix, routes []capsule.Route) error {
+func (c *Conn) SetFiltered(assigned []netip.Prefix, routes []capsule.Route) error {
 	return c.accept(func() {
 		c.setAssigned(assigned)
 		c.link.peerSend = routes

@@ -8,22 +8,22 @@ import (
 	"github.com/quic-go/quic-go/http3"
 )
 
-// InGoodOrder reports whether a code of a stream or a connection says that
+// IsNoError reports whether a code of a stream or a connection says that
 // nothing went wrong: H3_NO_ERROR (RFC 9114 section 8.1), or 0, with which some
 // implementations close although it is no code of HTTP/3.
-func InGoodOrder(code uint64) bool { return code == uint64(http3.ErrCodeNoError) || code == 0 }
+func IsNoError(code uint64) bool { return code == uint64(http3.ErrCodeNoError) || code == 0 }
 
-// closedInGoodOrder reports whether err, which a stream gave, says that the
+// closedWithoutError reports whether err, which a stream gave, says that the
 // peer ended the stream or its connection and nothing went wrong.
-func closedInGoodOrder(err error) bool {
+func closedWithoutError(err error) bool {
 	if e, ok := errors.AsType[*http3.Error](err); ok {
-		return e.Remote && InGoodOrder(uint64(e.ErrorCode))
+		return e.Remote && IsNoError(uint64(e.ErrorCode))
 	}
 	if e, ok := errors.AsType[*quic.StreamError](err); ok {
-		return e.Remote && InGoodOrder(uint64(e.ErrorCode))
+		return e.Remote && IsNoError(uint64(e.ErrorCode))
 	}
 	if e, ok := errors.AsType[*quic.ApplicationError](err); ok {
-		return e.Remote && InGoodOrder(uint64(e.ErrorCode))
+		return e.Remote && IsNoError(uint64(e.ErrorCode))
 	}
 	e, ok := errors.AsType[*quic.TransportError](err)
 	return ok && e.Remote && e.ErrorCode == quic.NoError
@@ -32,7 +32,7 @@ func closedInGoodOrder(err error) bool {
 // Explain returns the text of err for logs and users. Ends of a stream or a
 // connection, which QUIC and HTTP/3 report by their codes, are put into words.
 func Explain(err error) string {
-	if closedInGoodOrder(err) {
+	if closedWithoutError(err) {
 		return "the peer closed the connection"
 	}
 	if _, ok := errors.AsType[*quic.IdleTimeoutError](err); ok {

@@ -131,7 +131,7 @@ func TestErrorsOfOthers(t *testing.T) {
 		{"its own", true, clientAddr4, DropNone},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			c, _ := offlineConn(t, Config{OwnErrors: tc.own})
+			c, _ := offlineConn(t, Config{PeerIsHost: tc.own})
 			about := echoPacket(target4, clientAddr4, 1, 64)[tun.Headroom:]
 			pkt, ok := ippacket.AppendICMPError(nil, about, parse(t, about),
 				ippacket.HopLimitExceeded, tc.src, 0)

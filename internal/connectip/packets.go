@@ -228,7 +228,7 @@ func (c *Conn) admit(pkt []byte) Drop {
 		return DropSource
 	}
 	if from := pol.recvFrom.judge(p.Src, p.Protocol); from != allowed &&
-		(c.cfg.OwnErrors || !pol.quotesSent(pkt, p)) {
+		(c.cfg.PeerIsHost || !pol.quotesSent(pkt, p)) {
 		kind, drop := from.asSource()
 		c.answerPeer(pkt, p, kind)
 		return drop

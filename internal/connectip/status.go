@@ -37,7 +37,7 @@ type Status struct {
 	Drops      map[string]uint64 `json:"drops"` // packets by reason, both directions
 	Reconnects uint64            `json:"reconnects"`
 	// how a client's packets leave its host; nil if it is not known
-	Uplink *Uplink `json:"uplink,omitempty"`
+	Underlay *Underlay `json:"uplink,omitempty"`
 	// of a client's sessions to another path (RFC 9000 section 9)
 	Migrations uint64 `json:"migrations,omitempty"`
 
@@ -53,8 +53,8 @@ type Status struct {
 	CertificateUntil *time.Time `json:"certificate_until,omitempty"`
 }
 
-// Uplink is how packets to the proxy leave a client's host.
-type Uplink struct {
+// Underlay is how packets to the proxy leave a client's host.
+type Underlay struct {
 	Interface string     `json:"interface"`
 	Source    netip.Addr `json:"source"`
 }

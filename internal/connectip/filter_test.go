@@ -8,15 +8,15 @@ import (
 	"masquevpn/tun"
 )
 
-// What Accept leaves out of the peer's capsules permits nothing, whatever the
-// peer says; what it returns, and later SetAccepted, does.
-func TestAccept(t *testing.T) {
+// What Filter leaves out of the peer's capsules permits nothing, whatever the
+// peer says; what it returns, and later SetFiltered, does.
+func TestFilter(t *testing.T) {
 	lan, own := netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("10.1.0.200/32")
 	local := netip.MustParseAddr("127.0.0.1")
 	client, proxy := newPair(t, Config{}, Config{
 		Self:   []netip.Addr{proxyAddr4},
 		Denied: []netip.Prefix{host(local), own},
-		Accept: Accept{
+		Filter: Filter{
 			Assigned: func(all []capsule.Address) []capsule.Address { return all[:1] },
 			Routes: func([]capsule.Route) []capsule.Route {
 				return capsule.Routes([]netip.Prefix{lan}, 0)
@@ -68,14 +68,14 @@ func TestAccept(t *testing.T) {
 		waitDrop(t, &proxy.stats.Receive, DropDestination)
 	})
 	t.Run("changed later", func(t *testing.T) {
-		if err := proxy.SetAccepted(nil, nil); err != nil {
+		if err := proxy.SetFiltered(nil, nil); err != nil {
 			t.Fatal(err)
 		}
 		if d := proxy.Send(echoPacket(target4, elsewhere4, 64, 64),
 			tun.Headroom); d != DropDestination {
 			t.Errorf("got %v", d)
 		}
-		if err := proxy.SetAccepted(nil, capsule.Routes([]netip.Prefix{lan}, 0)); err != nil {
+		if err := proxy.SetFiltered(nil, capsule.Routes([]netip.Prefix{lan}, 0)); err != nil {
 			t.Fatal(err)
 		}
 		if d := proxy.Send(echoPacket(target4, elsewhere4, 64, 64), tun.Headroom); d != DropNone {
@@ -96,7 +96,7 @@ func TestPolicyChangesWhileACapsuleIsSent(t *testing.T) {
 	if d := proxy.Send(echoPacket(proxyAddr4, elsewhere4, 64, 64), tun.Headroom); d != DropNone {
 		t.Errorf("after the peer advertised the destination: %v", d)
 	}
-	if err := proxy.SetAccepted(nil, nil); err != nil {
+	if err := proxy.SetFiltered(nil, nil); err != nil {
 		t.Error(err)
 	}
 	if err := proxy.SetDenied(nil, nil); err != nil {
