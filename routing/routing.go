@@ -16,159 +16,182 @@ import (
 )
 
 var (
-	// ErrInUse is returned by Open when a live process manages the same
-	// instance.
+	// ErrInUse is returned by Open if a running process manages the instance.
 	ErrInUse = errors.New("instance is in use by another process")
 
-	// ErrIPv6Disabled says that the administrator turned IPv6 off on the
-	// interface: it is what Held returns, and with Mark 0 Apply.
+	// ErrIPv6Disabled means that the administrator turned IPv6 off on the
+	// interface. Held returns it, or Apply if Config.Mark is 0.
 	ErrIPv6Disabled = errors.New("IPv6 is disabled on the interface")
 
-	// ErrTooManyRoutes is returned by Apply for a state that needs more than
+	// ErrTooManyRoutes is returned by Apply if the State needs more than
 	// MaxRoutes routes.
 	ErrTooManyRoutes = errors.New("too many routes")
 )
 
-// Config says what a Manager looks after and how it is told from others.
+// Config describes the interface that a Manager configures, and how the kernel
+// objects of the Manager are marked.
 type Config struct {
-	// Instance names what is ours: the nftables table is
-	// "masque-INSTANCE". 1 to 64 letters, digits, '_', '.' or '-'.
+	// Instance identifies the Manager on the host. Its nftables table is
+	// "masque-INSTANCE". It has 1 to 64 letters, digits, '_', '.' or '-'.
 	Instance string
 
-	// Interface is the name of the tunnel's interface. It must exist, and no
-	// other Manager may look after it.
+	// Interface is the name of the tunnel's interface. The interface must exist
+	// and have no other Manager.
 	Interface string
 
-	// Mark is the SO_MARK of our own outer sockets, see MarkSocket: two bits,
-	// see ValidMark. Other bits of marks are left alone. Routes then go into
-	// tables of their own, by policy rules that packets with the higher bit
-	// pass by; connections that came in from outside have that bit alone.
-	// Tunnels of one host should use the same mark, or they might run through
-	// each other in a circle. 0: routes go into the main table.
+	// Mark is the SO_MARK of the outer sockets, see MarkSocket. It has exactly
+	// two bits, see ValidMark; other bits of packet marks are not changed. With
+	// a mark, routes are in tables of the tunnel, and policy rules keep packets
+	// with the higher bit out of these. Replies to connections from outside the
+	// tunnel have the higher bit alone. All tunnels of a host should have the
+	// same mark, to prevent loops between them. 0 means that routes are in the
+	// main table.
 	Mark uint32
 
-	// Journal is the path of a file that tells the next process what to put
-	// back if this one is killed; its directory is created. Instances of one
-	// host should have their journals in one directory, with the same
-	// extension. "": no journal; sysctls and, on an interface that outlives
-	// the process, addresses then stay after a crash, and nothing keeps two
-	// processes from managing the same instance.
+	// Journal is the path of the file from which the next process restores the
+	// host if this one is killed. Its directory is created. The journals of all
+	// instances of a host should be in one directory and have the same
+	// extension. If Journal is empty, sysctls stay after a crash, and so do
+	// addresses if the interface does, and two processes can manage the same
+	// instance.
 	Journal string
 
-	// Logger receives a line for every thing removed that a dead process left
-	// behind, for sysctls turned on, and for features that the kernel lacks.
-	// Single changes are logged at debug level. nil: nothing is logged.
+	// Logger receives a line for each object that a dead process left behind,
+	// each sysctl that is set, and each missing kernel feature. Other changes
+	// are logged at level debug. nil means that nothing is logged.
 	Logger *slog.Logger
 }
 
-// State is what the kernel shall have. The zero State is a tunnel interface
-// that is up and has nothing.
+// State is the desired configuration of the kernel. The zero State is an
+// interface that is up and has no addresses or routes.
 type State struct {
-	// MTU of the interface in bytes, at least 1280 with IPv6. 0: as it was at
-	// Open.
+	// MTU is the MTU of the interface in bytes, at least 1280 for IPv6. 0 means
+	// the MTU at Open.
 	MTU int
 
-	// Addresses of the interface with their prefix lengths. IPv6 addresses do
-	// not go through duplicate address detection. With a Config.Mark no
-	// route comes with a prefix; list it in Routes where it is wanted.
+	// Addresses are the addresses of the interface with their prefix lengths.
+	// There is no duplicate address detection. With a Config.Mark, an address
+	// has no on-link route; list its prefix in Routes if necessary.
 	Addresses []netip.Prefix
 
-	// Routes are the prefixes that the tunnel leads to; see the package comment
-	// for how they compete with the host's. A route of a family of which the
-	// interface has no address is installed all the same: that is what an
-	// unnumbered link between sites is. Packets that the host itself sends
-	// there have an address of another interface.
+	// Routes are the prefixes that are reached through the tunnel. The package
+	// documentation explains how they compete with the host's routes. The
+	// interface need not have an address of the same family, as on an
+	// unnumbered link between sites; packets of this host then have an address
+	// of another interface.
 	Routes []netip.Prefix
 
-	// HostRoutes are the routes of the host, its LAN among them, that go before
-	// Routes. Only with a Config.Mark.
+	// HostRoutes selects the routes of the host, such as those of its LAN, that
+	// take precedence over Routes. It is ignored without a Config.Mark.
 	HostRoutes HostRoutes
 
-	// Private are prefixes besides the private ones to which HostPrivate lets the
-	// host's routes count, such as networks behind this host.
+	// Private lists prefixes that HostPrivate handles like private networks,
+	// such as networks behind this host.
 	Private []netip.Prefix
 
-	// Unreachable are prefixes that lead nowhere: they compete as Routes do,
-	// and packets to them are refused. Only with a Config.Mark. Where the
-	// interface cannot have IPv6, the IPv6 part of Routes counts as listed
-	// here: nothing of it leaves beside the tunnel.
+	// Unreachable are prefixes that compete like Routes; packets to them are
+	// refused. They require a Config.Mark. If the interface cannot have IPv6,
+	// its IPv6 Routes are unreachable too, so that no packet leaves outside the
+	// tunnel.
 	Unreachable []netip.Prefix
 
-	// Exclude are prefixes that go around the tunnel. Only with a Config.Mark.
+	// Exclude are prefixes that are reached outside the tunnel. They require a
+	// Config.Mark.
 	Exclude []netip.Prefix
 
-	// HoldDNS refuses queries for names that would leave through another
-	// interface than the tunnel's, in the clear or over TLS or QUIC, be they of
-	// the host or forwarded by it. Sockets with the mark pass. Only with a
-	// Config.Mark.
+	// HoldDNS refuses DNS queries (UDP and TCP, also over TLS and QUIC) that
+	// would leave through another interface. It applies to queries of the host
+	// and to forwarded ones, except from sockets with the mark. It is ignored
+	// without a Config.Mark.
 	HoldDNS bool
 
-	// Forward makes the host a router, for the families that Addresses, Routes
-	// and Masquerade name.
+	// Forward makes the host a router for the families of Addresses, Routes and
+	// Masquerade.
 	Forward bool
 
-	// Reach are the destinations to which packets out of the tunnel are
-	// forwarded, besides those of connections that came from there. With a
-	// Config.Mark only; without, everything is reached.
+	// Reach are the destinations to which new connections out of the tunnel are
+	// forwarded. Without a Config.Mark all destinations are reached.
 	Reach []netip.Prefix
 
-	// Masquerade are prefixes whose packets get the host's own address when
-	// they leave through another interface than the tunnel's. They do not leave
-	// without, and nobody begins a connection to them from there.
+	// Masquerade are source prefixes that are translated to the host's address
+	// when packets leave through another interface. Untranslated packets do not
+	// leave, and connections to these prefixes are accepted from the tunnel
+	// only.
 	Masquerade []netip.Prefix
 
-	// Listen are the UDP ports of this program's own servers on this host. With
-	// Masquerade their packets are not tracked, and none of the ports is given
-	// to a packet of the tunnel.
+	// Listen are the UDP ports of this program's servers. With Masquerade,
+	// connection tracking ignores their packets, and no translated packet gets
+	// one of the ports.
 	Listen []uint16
 }
 
-// Manager keeps the kernel's side of one tunnel. Its methods may be called
-// concurrently, from threads in the network namespace in which it was opened.
+// Manager configures the kernel for one tunnel. Its methods may be called
+// concurrently, from threads in the network namespace of Open.
 type Manager struct {
-	mu      sync.Mutex
-	state   State // state of the last successful Apply; a kernel without IPv6 leaves that out
-	applied plan  // what it asked for
-	held    error // why its IPv6 leads nowhere, see Held
+	mu sync.Mutex // guards the fields below
+
+	// state is the State of the last successful Apply, without IPv6 if the
+	// kernel has none. applied is its plan.
+	state   State
+	applied plan
+
+	held    error // result of Held
 	repairs repairs
-	bypass  string // which packets for the tunnel went elsewhere at the last look
+	bypass  string // last result of bypassed
 	closed  bool
 	err     error // result of Close
 	kernel
 }
 
-// kernel is one interface of one instance: what a plan is applied to.
+// kernel makes the kernel match a plan for one interface of one instance.
 type kernel struct {
 	Config
-	index   int
-	ipv6    bool            // the kernel has it
-	procSys string          // where sysctls are
-	nl      *netlink.Handle // lenient about dump requests, as old kernels are
-	dump    *netlink.Handle // strict, so that the kernel filters routes
-	journal *journal
-	// the journal lists what was undone; said once
-	journalStale bool
-	rec          record // what Close has to put back
-	// the first that the kernel gives to connections of this host
+	index   int    // of the interface
+	ipv6    bool   // the kernel has IPv6
+	procSys string // directory of the sysctls
+
+	// nl accepts dump requests of old kernels. dump requires that the kernel
+	// filters routes, if it can.
+	nl, dump *netlink.Handle
+
+	journal      *journal
+	journalStale bool   // a failure to shorten the journal was logged
+	rec          record // changes to undo in Close
+
+	// firstLocalPort is the lowest port that the kernel chooses for connections
+	// of this host.
 	firstLocalPort uint16
-	// ports on which this host listened when they were first asked for
+
+	// cachedPorts returns the ports on which this host listened when it was
+	// first called.
 	cachedPorts func() []portRange
-	// optional features that the kernel was found to lack
+
+	// missingFeatures are the optional features that the kernel lacks.
 	missingFeatures map[string]bool
-	// our table when it was as it shall be; nil: not known
+
+	// verified is the nftables table when it last matched the plan, nil if
+	// unknown.
 	verified []kernelChain
-	commit   func(table string, replace bool, chains []chain) error // commitTable
-	// the routes of the last comparison with a plan
+
+	// commit is commitTable, or a replacement in tests.
+	commit func(table string, replace bool, chains []chain) error
+
+	// plannedRoutes are the routes of the last plan.
 	plannedRoutes map[route]struct{}
-	afterCrash    bool // the process that made rec is dead: say what is undone
+
+	// afterCrash means that rec is the record of a dead process, and that
+	// changes are logged at level info.
+	afterCrash bool
 }
 
 var validInstance = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,64}$`)
 
-// Open starts to manage an interface, and removes what a dead process of the
-// same instance, or the interface of a dead process, left behind. It changes
-// nothing else. Errors: ErrInUse, os.ErrPermission without CAP_NET_ADMIN, an
-// interface that does not exist, a journal that cannot be written.
+// Open returns a Manager for an interface. It undoes the changes of a dead
+// process of the same instance, and those of any instance whose interface is
+// gone. It makes no other changes.
+//
+// The error matches ErrInUse if a running process manages the instance, and
+// os.ErrPermission if CAP_NET_ADMIN is missing.
 func Open(c Config) (*Manager, error) {
 	return open(c, "/proc/sys")
 }
@@ -197,9 +220,8 @@ func open(c Config, procSys string) (_ *Manager, err error) {
 	return m, nil
 }
 
-// Clean does for an instance that does not run what its next Open would: it
-// removes what a dead process left behind. It says whether there was anything.
-// The Interface of c is not needed. Errors are those of Open.
+// Clean undoes the changes of a dead process, like Open, and reports whether it
+// found any. c.Interface is not used. The errors are those of Open.
 func Clean(c Config) (found bool, err error) {
 	var k kernel
 	defer k.release()
@@ -220,7 +242,7 @@ func Clean(c Config) (found bool, err error) {
 	return table || journal, err
 }
 
-// init makes s ready to talk to the kernel.
+// init checks c and opens the netlink sockets.
 func (k *kernel) init(c Config, procSys string) (err error) {
 	if !validInstance.MatchString(c.Instance) {
 		return errInstance(c.Instance)
@@ -233,8 +255,8 @@ func (k *kernel) init(c Config, procSys string) (err error) {
 		return fmt.Errorf("mark %#x: want two bits", c.Mark)
 	}
 	*k = kernel{Config: c, procSys: procSys, missingFeatures: make(map[string]bool), commit: commitTable}
-	// Once, as the range stays the same for as long as the chains do; and only
-	// when it is needed, as it takes some milliseconds.
+	// The used ports are read once, so that the chains stay the same, and only
+	// if necessary, because that takes some milliseconds.
 	k.firstLocalPort, k.cachedPorts = k.firstPort(), sync.OnceValue(k.usedPorts)
 	if _, err := os.Stat(filepath.Join(procSys, "net/ipv6")); err == nil {
 		k.ipv6 = true
@@ -245,14 +267,14 @@ func (k *kernel) init(c Config, procSys string) (err error) {
 	if k.dump, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("open a netlink socket: %w", explain(err))
 	}
-	// Kernels before 4.20 do not know strict checking: they send every route,
-	// and the rest is filtered here.
+	// Kernels before 4.20 do not have strict checking. They send all routes,
+	// which are filtered here.
 	_ = k.dump.SetStrictCheck(true)
 	return nil
 }
 
-// takeOver takes the journal and removes what a dead process left behind. It
-// says whether there was a journal.
+// takeOver opens the journal and undoes the changes of a dead process. It
+// reports whether there was a journal.
 func (k *kernel) takeOver() (found bool, err error) {
 	fresh := record{Boot: bootID(k.procSys), Instance: k.Instance, Interface: k.Interface,
 		Index: k.index}
@@ -265,11 +287,11 @@ func (k *kernel) takeOver() (found bool, err error) {
 	case errors.Is(why, errStale):
 		k.Logger.Info("journal ignored", "reason", why)
 	case why != nil:
-		k.Logger.Warn("journal ignored: what is recognised as ours is removed; sysctls stay as they are", "reason", why)
+		k.Logger.Warn("journal ignored: marked objects are removed; sysctls and addresses stay", "reason", why)
 	}
 	found = old != nil || why != nil
 	if err := k.clean(old); err != nil {
-		return found, fmt.Errorf("remove what a dead process left behind: %w", err)
+		return found, fmt.Errorf("undo the changes of a dead process: %w", err)
 	}
 	k.rec = fresh
 	return found, nil
@@ -279,14 +301,14 @@ func errInstance(name string) error {
 	return fmt.Errorf("instance name %q: want 1 to 64 letters, digits, '_', '.' or '-'", name)
 }
 
-// Apply makes the kernel's state the one wanted. It returns when that is so, or
-// with an error and the state that the last successful Apply had asked for; the
-// error says when that could not be put back either. With the state that the
-// kernel has already it changes nothing; what others removed of ours it puts
-// back. Where the interface cannot have IPv6, the state is applied without it,
-// see Held. Errors: ErrTooManyRoutes, ErrInterfaceGone, os.ErrPermission
-// without CAP_NET_ADMIN, os.ErrClosed after Close, and those of the kernel,
-// each with the object and what can be done about it.
+// Apply makes the kernel match s. It makes the necessary changes only, and
+// restores changes of other programs. If the interface cannot have IPv6, s is
+// applied without it, see Held.
+//
+// If Apply fails, it restores the State of the last successful Apply; the error
+// includes a failure to do so. The error matches ErrTooManyRoutes,
+// ErrInterfaceGone, os.ErrPermission if CAP_NET_ADMIN is missing, or
+// os.ErrClosed after Close. Errors of the kernel name the object and a remedy.
 func (m *Manager) Apply(s State) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -311,7 +333,7 @@ func (m *Manager) Apply(s State) error {
 	}
 	if err := m.converge(want, false); err != nil {
 		if back := m.converge(m.applied, true); back != nil {
-			err = errors.Join(err, fmt.Errorf("and the state before could not be put back: %w", back))
+			err = errors.Join(err, fmt.Errorf("restore the previous state: %w", back))
 		}
 		return fmt.Errorf("routing: %w", err)
 	}
@@ -320,16 +342,16 @@ func (m *Manager) Apply(s State) error {
 	return nil
 }
 
-// Held returns why the state of the last Apply was applied without IPv6, with
-// its IPv6 routes leading nowhere: an ErrIPv6Disabled with its remedy. It
-// returns nil where nothing was held.
+// Held returns the reason if the last State was applied without IPv6 and its
+// IPv6 routes are unreachable. The error matches ErrIPv6Disabled and names the
+// remedy. Otherwise Held returns nil.
 func (m *Manager) Held() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.held
 }
 
-// planFor is newPlan with what depends on the host's networks as they are now.
+// planFor returns the plan for a State and the host's current networks.
 func (k *kernel) planFor(want State) (plan, error) {
 	p, err := newPlan(want, k)
 	if err == nil {
@@ -338,10 +360,11 @@ func (k *kernel) planFor(want State) (plan, error) {
 	return p, err
 }
 
-// FollowHost is to be called when networks or routes of the host have changed.
-// It has the state applied fit them, and returns where they have the same
-// addresses as that, what becomes of it, and which rules of other programs take
-// packets out of the tunnel; one sentence each, in a stable order.
+// FollowHost adapts the applied State to changed networks and routes of the
+// host. The caller calls it after each such change. It returns conflicts in a
+// stable order, one sentence each: networks with the same addresses as the
+// tunnel, routes to public addresses, and rules of other programs that take
+// packets out of the tunnel.
 func (m *Manager) FollowHost() (conflicting []string, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -375,10 +398,10 @@ func (m *Manager) FollowHost() (conflicting []string, err error) {
 	return slices.Concat(networkConflicts(m.state, networks), publicRoutes(m.state, routes), selective), nil
 }
 
-// Close puts the host back as it was before Open, as far as nobody else changed
-// it meanwhile. The interface may be gone already. The error lists what could
-// not be restored; the journal then stays, and the next Open of the instance
-// tries again. Further calls do nothing and return the same error.
+// Close restores the host as it was before Open, except for values that other
+// programs have changed meanwhile. The interface may be gone. If something
+// cannot be restored, the error lists it, and the journal stays for the next
+// Open. Further calls do nothing and return the same error.
 func (m *Manager) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -387,7 +410,7 @@ func (m *Manager) Close() error {
 	}
 	m.closed = true
 	if err := m.converge(plan{}, true); err != nil {
-		m.err = fmt.Errorf("routing: not restored: %w", err)
+		m.err = fmt.Errorf("routing: restore the host: %w", err)
 	} else if err := m.journal.remove(); err != nil {
 		m.err = fmt.Errorf("routing: %w", err)
 	}
@@ -395,7 +418,7 @@ func (m *Manager) Close() error {
 	return m.err
 }
 
-// release gives back what the process holds, and leaves the kernel alone.
+// release closes the netlink sockets and the journal.
 func (k *kernel) release() {
 	for _, h := range []*netlink.Handle{k.nl, k.dump} {
 		if h != nil {
@@ -405,18 +428,19 @@ func (k *kernel) release() {
 	k.journal.close()
 }
 
-// undone takes note of how the journal was written after something was undone.
-// Where that failed, as on a full disk, the file lists what is not there any
-// more, and the next process passes over it: no reason to leave the rest of the
-// host as it is.
+// noteUndo is called with the result of writing the journal after a change was
+// undone. A failure, as on a full disk, is logged once and does not stop the
+// restoration: the journal then lists a change that no longer exists, which the
+// next process ignores.
 func (k *kernel) noteUndo(err error) {
 	if err != nil && !k.journalStale {
 		k.journalStale = true
-		k.Logger.Warn("what was undone stays in the journal", "error", err)
+		k.Logger.Warn("cannot shorten the journal", "error", err)
 	}
 }
 
-// lack notes, and says once, that something optional is not to be had here.
+// reportMissing records that the kernel lacks an optional feature, and logs the
+// consequence once. err may be nil.
 func (k *kernel) reportMissing(feature, consequence string, err error) {
 	if k.missingFeatures[feature] {
 		return
@@ -429,7 +453,7 @@ func (k *kernel) reportMissing(feature, consequence string, err error) {
 	logger.Warn(consequence)
 }
 
-// explain adds a remedy to errors of the kernel that have one.
+// explain adds the remedy, if there is one, to an error of the kernel.
 func explain(err error) error {
 	remedy := ""
 	switch {
@@ -441,13 +465,13 @@ func explain(err error) error {
 		errors.Is(err, unix.EPROTONOSUPPORT):
 		remedy = "the running kernel lacks this feature or its module"
 	case errors.Is(err, unix.EEXIST):
-		remedy = "another program has put the same there: remove it"
+		remedy = "another program has created the same object: remove it"
 	case errors.Is(err, unix.ENODEV):
 		remedy = "the interface is gone: start again"
 	case errors.Is(err, unix.ENETDOWN):
 		remedy = "the interface was set down: set it up"
 	case errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.ENOMEM):
-		remedy = "the kernel is out of memory for it: free some, or use fewer routes"
+		remedy = "the kernel is out of memory: free some, or use fewer routes"
 	case errors.Is(err, unix.EROFS):
 		remedy = "the file system is mounted read-only"
 	default:
