@@ -12,11 +12,9 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
-	"masquevpn/client"
 	"masquevpn/internal/dnstest"
 	"masquevpn/internal/lab"
 	"masquevpn/internal/pki"
@@ -208,22 +206,15 @@ func TestACME(t *testing.T) {
 	if got, want := <-received, digest(content(size)); got != want {
 		t.Errorf("received %s, sent %s", got, want)
 	}
-	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 ||
-		!s.Since.Equal(before.Since) {
-		t.Errorf("the session did not last: %+v", s)
-	}
+	p.wantSameSession(before)
 
 	// The other challenge, and the sessions of the proxy before: what resets
 	// them outlives certificates.
 	p.editProxyConfig("#challenge = \"http-01\" ", "challenge = \"http-01\" ")
 	check(t, p.Proxy.Do(func() error { return os.RemoveAll("/var/lib/masque/acme/certificates") }))
-	check(t, p.server.Signal(syscall.SIGKILL))
-	<-p.server.Done()
+	p.killProxy()
 	p.startProxy()
-	p.eventually("the client is connected again", func() bool {
-		s := p.status(p.Client, "alice")
-		return s.State == client.StateConnected && s.Reconnects > 0
-	})
+	p.awaitReconnected(0)
 	p.ping(p.Client, lab.TargetIPv4)
 	check(t, p.Client.Do(func() error {
 		text, err := os.ReadFile("/run/masque/alice.log")

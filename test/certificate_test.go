@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"masquevpn/client"
 	"masquevpn/internal/lab"
 	"masquevpn/internal/pki"
 )
@@ -67,10 +66,7 @@ func TestCertificatesRenewedOnDisk(t *testing.T) {
 	end := write(p.dir, "proxy", renewed)
 	p.eventually("the proxy has the new certificate", func() bool { return p.expiry().Equal(end) })
 	p.ping(p.Client, lab.TargetIPv4)
-	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 ||
-		!s.Since.Equal(before.Since) {
-		t.Errorf("the session did not last: %+v", s)
-	}
+	p.wantSameSession(before)
 
 	second := renew(time.Hour)
 	p.eventually("the first certificate has ended", func() bool {
@@ -78,10 +74,7 @@ func TestCertificatesRenewedOnDisk(t *testing.T) {
 	})
 	p.must(p.Proxy, "masque-proxy", "kick",
 		strings.Fields(strings.Split(p.must(p.Proxy, "masque-proxy", "sessions"), "\n")[1])[0])
-	p.eventually("the client is connected again", func() bool {
-		s := p.status(p.Client, "alice")
-		return s.State == client.StateConnected && s.Reconnects > 0
-	})
+	p.awaitReconnected(0)
 	if s := p.status(p.Client, "alice"); s.CertificateUntil == nil ||
 		!s.CertificateUntil.Equal(second) {
 		t.Errorf("the client's certificate ends %v, want %v", s.CertificateUntil, second)

@@ -112,7 +112,7 @@ func TestCheckConnect(t *testing.T) {
 		"ok    connecting: its certificate is for " + lab.ProxyName + ", from ",
 		"ok    connecting: it is a MASQUE proxy: ", "ok    connecting: the request for "}
 	p.reports(p.check(p.Client, 0, "masque-client", "-c", file, "--connect"), good...)
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 	p.eventually("the session is gone", func() bool {
 		return strings.TrimSpace(p.must(p.Proxy, "masque-proxy", "sessions", "--json")) == "[]"
 	})

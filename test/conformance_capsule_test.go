@@ -74,14 +74,14 @@ func TestWireVectorsAtProxy(t *testing.T) {
 		}
 		if v.malformed() {
 			u.wantReset(http3.ErrCodeMessageError)
-			other.lives()
+			other.checkAlive()
 			continue
 		}
-		u.lives()
+		u.checkAlive()
 		u.CancelWrite(0)
 		u.CancelRead(0)
 	}
-	awaitDone(t, "only the other tunnel is left", func() bool {
+	eventually(t, "only the other tunnel is left", func() bool {
 		return len(p.Sessions()) == 1 && p.Status().Leased["ipv4"] == 1
 	})
 }
@@ -103,7 +103,7 @@ func TestWireVectorsAtClient(t *testing.T) {
 			}
 			_, err := s.Write(capsules)
 			check(t, err)
-			s.lives()
+			s.checkAlive()
 		} else {
 			_, err := s.Write(capsules)
 			check(t, err)
@@ -141,16 +141,16 @@ func TestWireEndlessCapsules(t *testing.T) {
 	_, err := u.Write(quicvarint.Append(quicvarint.Append(nil, 0x2b), long))
 	check(t, err)
 	chunk := bytes.Repeat([]byte{1}, 1<<20)
-	before := heap()
+	before := heapInUse()
 	for range long / len(chunk) {
 		_, err := u.Write(chunk)
 		check(t, err)
 	}
-	if after := heap(); after > before+long/4 {
+	if after := heapInUse(); after > before+long/4 {
 		t.Errorf("%d bytes are in use after a capsule of %d bytes, %d before it", after,
 			long, before)
 	}
-	u.lives()
+	u.checkAlive()
 	for _, typ := range []capsule.Type{capsule.TypeDatagram, capsule.TypeAddressRequest,
 		capsule.TypeRouteAdvertisement} {
 		u := p.tunnelOn(other.conn)
@@ -159,7 +159,7 @@ func TestWireEndlessCapsules(t *testing.T) {
 		check(t, err)
 		u.wantReset(http3.ErrCodeExcessiveLoad)
 	}
-	other.lives()
+	other.checkAlive()
 }
 
 // A client that is sent a capsule beyond the limit says so.

@@ -52,7 +52,7 @@ func TestWireStrayDatagrams(t *testing.T) {
 	pkt, id := newEcho(u.addr4, beyond4)
 	u.send(packetCapsule(pkt))
 	awaitOnly(t, p.device.Receive, id)
-	victim.lives()
+	victim.checkAlive()
 	if lines := log.Lines("")[quiet:]; len(lines) > 0 {
 		t.Errorf("%d lines in the log:\n%s", len(lines), lines[0])
 	}
@@ -128,7 +128,7 @@ func TestWireThousandRequests(t *testing.T) {
 	if statuses["200"] != 3 || statuses["429"] != 997 {
 		t.Errorf("answered with %v", statuses)
 	}
-	u.lives()
+	u.checkAlive()
 }
 
 // Ten thousand beginnings of handshakes are answered by asking for proof of the
@@ -157,7 +157,7 @@ func TestWireInitialFlood(t *testing.T) {
 			break
 		}
 	}
-	u.lives()
+	u.checkAlive()
 	p.tunnel() // who answers a Retry gets in
 }
 

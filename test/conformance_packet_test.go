@@ -351,7 +351,7 @@ func TestWireClientPolicy(t *testing.T) {
 		{Prefix: netip.PrefixFrom(inside4, 32)}, {Prefix: netip.PrefixFrom(inside6, 128)},
 		{Prefix: netip.PrefixFrom(advertised6, 128)},
 	}}, &capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:3::/48")}, 0)})
-	s.lives()
+	s.checkAlive()
 	for name, tc := range map[string]struct {
 		pkt  []byte
 		want icmp
@@ -416,7 +416,7 @@ func TestWireLinkEcho(t *testing.T) {
 	s.sendPacket(ippacket.AppendEcho(nil, linkLocal6, allNodes, 255, true, 99, 5, data))
 	wantEchoReply(t, s.readPacket, data)
 
-	u.lives() // the echo did not come out before
+	u.checkAlive() // the echo did not come out before
 }
 
 func wantEchoReply(t *testing.T, read func(context.Context) ([]byte, error), data []byte) {
@@ -458,7 +458,7 @@ func TestWireICMPErrorsReachTheirTunnel(t *testing.T) {
 	copy(other[16:20], b.addr4.AsSlice())
 	p.device.Inject(checksum4(other))
 	awaitDrops(t, func() map[string]uint64 { return p.Status().Drops }, "source", 1)
-	b.lives()
+	b.checkAlive()
 	p.device.Inject(about)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()

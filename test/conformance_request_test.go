@@ -302,7 +302,7 @@ func TestWireMalformedRequests(t *testing.T) {
 		t.Log(name)
 		other.conn.open(fields...).wantReset(http3.ErrCodeMessageError)
 	}
-	other.lives()
+	other.checkAlive()
 	if status, _ := other.conn.open(":method: CONNECT", ":protocol: websocket", ":scheme: https",
 		":path: "+anyPath, ":authority: p").answer(); status != "501" {
 		t.Errorf("another protocol: status %q", status)
@@ -329,7 +329,7 @@ func TestWireProxyReadsSettings(t *testing.T) {
 		if status, _ := s.answer(); status != "200" {
 			t.Errorf("status %q", status)
 		}
-		p.tunnelOn(c).lives()
+		p.tunnelOn(c).checkAlive()
 	})
 	t.Run("without datagrams", func(t *testing.T) {
 		s := p.dial(settings{settingExtendedConnect: 1}).open(connectIP(anyPath)...)

@@ -515,9 +515,9 @@ func hasID(pkt []byte, id uint16) bool {
 	return ok && got == id
 }
 
-// lives checks that the tunnel takes what is written to its stream, and carries
+// checkAlive checks that the tunnel takes what is written to its stream, and carries
 // packets both ways.
-func (u *wireTunnel) lives() {
+func (u *wireTunnel) checkAlive() {
 	u.p.t.Helper()
 	pkt, id := newEcho(u.addr4, beyond4)
 	u.send(packetCapsule(pkt))
@@ -664,15 +664,15 @@ func (r *rawServer) establish(c *wireClient) *wireSession {
 	s.capsules = capsule.NewReader(s, 1<<16)
 	nextCapsule[*capsule.AddressRequest](r.t, s.capsules)
 	s.send(granted...)
-	s.lives()
+	s.checkAlive()
 	ctx, cancel := context.WithTimeout(r.t.Context(), patience)
 	defer cancel()
 	awaitState(r.t, ctx, c.Client, client.StateConnected)
 	return s
 }
 
-// lives checks that the client takes what is written to the stream.
-func (s *wireSession) lives() {
+// checkAlive checks that the client takes what is written to the stream.
+func (s *wireSession) checkAlive() {
 	s.c.t.Helper()
 	pkt, id := newEcho(beyond4, inside4)
 	s.send(packetCapsule(pkt))
@@ -690,7 +690,7 @@ func (c *wireClient) awaitNetwork(ok func(routing.State) bool) {
 }
 
 // awaitDone waits until done.
-func awaitDone(t *testing.T, what string, done func() bool) {
+func eventually(t *testing.T, what string, done func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !done(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -700,7 +700,7 @@ func awaitDone(t *testing.T, what string, done func() bool) {
 }
 
 // heap returns how many bytes are in use.
-func heap() uint64 {
+func heapInUse() uint64 {
 	runtime.GC()
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
@@ -710,7 +710,7 @@ func heap() uint64 {
 // awaitDrops waits until drops has the reason n times.
 func awaitDrops(t *testing.T, drops func() map[string]uint64, reason string, n uint64) {
 	t.Helper()
-	awaitDone(t, fmt.Sprintf("%d packets were dropped for %q", n, reason), func() bool {
+	eventually(t, fmt.Sprintf("%d packets were dropped for %q", n, reason), func() bool {
 		return drops()[reason] >= n
 	})
 }

@@ -31,13 +31,13 @@ func TestPrefixDelegation(t *testing.T) {
 	p.ping(p.Target, host4, host6, behind4, behind6)
 	p.transfer(p.Target, p.Client, behind4, 5<<20)
 	p.transfer(p.Target, p.Client, behind6, 5<<20)
-	p.unreachable(p.Client, netip.MustParseAddr("10.77.0.230"), 3, 0)
-	p.unreachable(p.Client, netip.MustParseAddr("fd77::ffff:9:9:9"), 1, 0)
+	p.wantUnreachable(p.Client, netip.MustParseAddr("10.77.0.230"), 3, 0)
+	p.wantUnreachable(p.Client, netip.MustParseAddr("fd77::ffff:9:9:9"), 1, 0)
 	p.down(p.Client, "alice")
 	for _, a := range []netip.Addr{behind4, behind6} {
 		p.removeAddr(p.Client, "lo", a)
 	}
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 }
 
 func (p *pair) removeAddr(host *lab.Host, iface string, a netip.Addr) {

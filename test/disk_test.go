@@ -10,17 +10,6 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// runDir is the run directory of both programs.
-const runDir = "/run/masque"
-
-// on runs a line of shell on a host.
-func (p *pair) on(host *lab.Host, line string) {
-	p.t.Helper()
-	if out, err := host.Command(p.ctx, "sh", "-ec", line).CombinedOutput(); err != nil {
-		p.t.Fatalf("%s: %v\n%s", line, err, out)
-	}
-}
-
 const (
 	smallDisk = "mkdir -p " + runDir + "; mount -t tmpfs -o size=64k tmpfs " + runDir
 	fill      = "! dd if=/dev/zero of=" + runDir + "/fill bs=4k 2>/dev/null"
@@ -42,19 +31,19 @@ func TestDiskFull(t *testing.T) {
 			!strings.Contains(line, remedy) {
 			t.Errorf("%s %s: exit code %d\n%s", name, strings.Join(args, " "), c.ExitCode(), out)
 		}
-		p.unchanged(host, before)
+		p.wantUnchanged(host, before)
 	}
 	const full, room = "no space left on device", "make room there"
 	const fixed, other = "read-only file system", "choose another folder"
 
-	p.on(p.Proxy, smallDisk+"; "+fill)
+	p.script(p.Proxy, smallDisk+"; "+fill)
 	fails(p.Proxy, full, room, "masque-proxy", "run", "-c", p.config())
-	p.on(p.Proxy, makeRoom+"; mount -o remount,ro "+runDir)
+	p.script(p.Proxy, makeRoom+"; mount -o remount,ro "+runDir)
 	fails(p.Proxy, fixed, other, "masque-proxy", "run", "-c", p.config())
-	p.on(p.Proxy, "mount -o remount,rw "+runDir)
+	p.script(p.Proxy, "mount -o remount,rw "+runDir)
 	p.startProxy()
 
-	p.on(p.Client, smallDisk+"; "+fill)
+	p.script(p.Client, smallDisk+"; "+fill)
 	fails(p.Client, full, room, "masque-client", "run", "-c", alice)
 	fails(p.Client, full, room, "masque-client", "up", alice)
 	// it fails, and says where
@@ -63,16 +52,16 @@ func TestDiskFull(t *testing.T) {
 	if !strings.Contains(string(found), "fail  run directory: "+runDir+": no space is left") {
 		t.Errorf("check finds\n%s", found)
 	}
-	p.on(p.Client, makeRoom+"; mount -o remount,ro "+runDir)
+	p.script(p.Client, makeRoom+"; mount -o remount,ro "+runDir)
 	fails(p.Client, fixed, other, "masque-client", "run", "-c", alice)
 	fails(p.Client, fixed, other, "masque-client", "up", alice, "--wait")
-	p.on(p.Client, "mount -o remount,rw "+runDir)
+	p.script(p.Client, "mount -o remount,rw "+runDir)
 
 	// It gets full while the tunnel runs: nothing needs room any more.
 	before := p.snapshot(p.Client)
 	p.up(p.Client, alice)
-	p.on(p.Client, fill)
-	p.on(p.Proxy, fill)
+	p.script(p.Client, fill)
+	p.script(p.Proxy, fill)
 	p.kick("alice")
 	p.eventually("connected again", func() bool {
 		s := p.status(p.Client, "alice")
@@ -80,7 +69,7 @@ func TestDiskFull(t *testing.T) {
 	})
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 	p.down(p.Client, "alice")
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 	p.stopProxy()
 }
 
@@ -89,7 +78,7 @@ func TestDiskFull(t *testing.T) {
 func TestReadOnlyEtc(t *testing.T) {
 	r := newResolver(t, options{})
 	before := r.files()
-	r.on(r.Client, "mount -o remount,bind,ro /etc")
+	r.script(r.Client, "mount -o remount,bind,ro /etc")
 	r.up(r.Client, r.file)
 	r.eventually("it says why", func() bool {
 		s := r.status(r.Client, "alice").DNS
@@ -107,7 +96,7 @@ func TestBackgroundLogBounded(t *testing.T) {
 	alice := p.invite("alice")
 	p.up(p.Client, alice)
 	const log, much = runDir + "/alice.log", 6 << 20
-	p.on(p.Client, "yes 'a line from before' | head -c 6291456 >> "+log)
+	p.script(p.Client, "yes 'a line from before' | head -c 6291456 >> "+log)
 	read := func() (text []byte) {
 		t.Helper()
 		check(t, p.Client.Do(func() (err error) { text, err = os.ReadFile(log); return err }))

@@ -12,7 +12,6 @@ import (
 	"github.com/gopacket/gopacket/layers"
 	"golang.org/x/net/dns/dnsmessage"
 
-	"masquevpn/client"
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/dnstest"
 	"masquevpn/internal/lab"
@@ -178,13 +177,9 @@ func TestDNSApplied(t *testing.T) {
 		t.Errorf("asked outside the tunnel: %v", r.asked()[connected:])
 	}
 
-	check(t, r.server.Signal(syscall.SIGKILL))
-	<-r.server.Done()
+	r.killProxy()
 	r.startProxy()
-	r.eventually("the client is connected again", func() bool {
-		s := r.status(r.Client, "alice")
-		return s.State == client.StateConnected && s.Reconnects > 0
-	})
+	r.awaitReconnected(0)
 	if n := len(r.asked()); n == connected {
 		t.Error("the proxy's name was not looked up again")
 	}
@@ -209,12 +204,9 @@ func TestDNSApplied(t *testing.T) {
 	// Killed, and started again.
 	r.setResolver(lanResolver)
 	before, host := r.files(), r.snapshot(r.Client)
-	running := r.Client.Command(r.ctx, program("masque-client"), "run", "-c", r.file)
-	check(t, running.Start())
-	r.must(r.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "30s")
+	running := r.runClient(r.file)
 	r.applied("/etc/resolv.conf")
-	check(t, running.Signal(syscall.SIGKILL))
-	<-running.Done()
+	r.kill(running)
 	if !strings.Contains(r.resolvConf(), "nameserver 192.0.2.2\n") {
 		t.Error("nothing was left behind; this test would not notice that it is not removed")
 	}
@@ -222,15 +214,12 @@ func TestDNSApplied(t *testing.T) {
 	r.looksUp("inside.example")
 	r.down(r.Client, "alice")
 	r.sameFiles(before)
-	r.unchanged(r.Client, host)
+	r.wantUnchanged(r.Client, host)
 
 	// Killed, and put right without another start.
-	running = r.Client.Command(r.ctx, program("masque-client"), "run", "-c", r.file)
-	check(t, running.Start())
-	r.must(r.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "30s")
+	running = r.runClient(r.file)
 	r.applied("/etc/resolv.conf")
-	check(t, running.Signal(syscall.SIGKILL))
-	<-running.Done()
+	r.kill(running)
 	r.down(r.Client, "alice")
 	r.sameFiles(before)
 	r.asksForProxyOnly()
@@ -339,7 +328,7 @@ func TestDNSOutsideTunnel(t *testing.T) {
 			}
 			r.down(r.Client, "alice")
 			r.looksUp("after.example")
-			r.unchanged(r.Client, before)
+			r.wantUnchanged(r.Client, before)
 		})
 	}
 }

@@ -53,7 +53,7 @@ func TestOneFamily(t *testing.T) {
 			}
 			c, err := p.Client.Capture("eth0", nil)
 			check(t, err)
-			p.unreachable(p.Client, tc.outside, tc.typ, tc.code)
+			p.wantUnreachable(p.Client, tc.outside, tc.typ, tc.code)
 			ctx, cancel := context.WithTimeout(p.ctx, patience)
 			defer cancel()
 			conn, err := p.Client.DialContext(ctx, "tcp",
@@ -69,7 +69,7 @@ func TestOneFamily(t *testing.T) {
 				}
 			}
 			p.down(p.Client, "alice")
-			p.unchanged(p.Client, before)
+			p.wantUnchanged(p.Client, before)
 			p.ping(p.Client, tc.outside)
 		})
 	}
@@ -115,7 +115,7 @@ func TestInterfaceWithoutIPv6(t *testing.T) {
 		}
 	}
 	p.down(p.Client, "alice")
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 	p.ping(p.Client, router6)
 }
 
@@ -164,7 +164,7 @@ func TestUnderlayOfOneFamily(t *testing.T) {
 				}
 			}
 			p.down(p.Client, "alice")
-			p.unchanged(p.Client, before)
+			p.wantUnchanged(p.Client, before)
 		})
 	}
 }

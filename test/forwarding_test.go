@@ -177,8 +177,8 @@ func TestThreeClients(t *testing.T) {
 					p.ping(host, other4, other6)
 					continue
 				}
-				p.unreachable(host, other4, 3, 13)
-				p.unreachable(host, other6, 1, 1)
+				p.wantUnreachable(host, other4, 3, 13)
+				p.wantUnreachable(host, other6, 1, 1)
 			}
 		})
 	}
@@ -190,10 +190,10 @@ func TestUnreachable(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
 	p.ping(p.Client, proxy4, proxy6) // these are in the tunnel
-	p.unreachable(p.Client, netip.MustParseAddr("192.0.2.1"), 3, 13)
-	p.unreachable(p.Client, netip.MustParseAddr("2001:db8:3::1"), 1, 1)
-	p.unreachable(p.Target, netip.MustParseAddr("10.77.0.99"), 3, 1)
-	p.unreachable(p.Target, netip.MustParseAddr("fd77::99"), 1, 3)
+	p.wantUnreachable(p.Client, netip.MustParseAddr("192.0.2.1"), 3, 13)
+	p.wantUnreachable(p.Client, netip.MustParseAddr("2001:db8:3::1"), 1, 1)
+	p.wantUnreachable(p.Target, netip.MustParseAddr("10.77.0.99"), 3, 1)
+	p.wantUnreachable(p.Target, netip.MustParseAddr("fd77::99"), 1, 3)
 }
 
 // With address translation the target needs no route back, and both ends are as
@@ -218,6 +218,6 @@ func TestMasquerade(t *testing.T) {
 	p.transfer(p.Client, p.Target, lab.TargetIPv4, 10<<20)
 	p.down(p.Client, "alice")
 	p.stopProxy()
-	p.unchanged(p.Client, before)
-	p.unchanged(p.Proxy, beforeProxy)
+	p.wantUnchanged(p.Client, before)
+	p.wantUnchanged(p.Proxy, beforeProxy)
 }

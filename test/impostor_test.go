@@ -5,7 +5,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"masquevpn/client"
@@ -32,8 +31,7 @@ func (p *pair) impose(host *lab.Host) (end func()) {
 	})
 	return func() {
 		p.t.Helper()
-		check(p.t, c.Signal(syscall.SIGKILL))
-		<-c.Done()
+		p.kill(c)
 	}
 }
 
@@ -84,8 +82,7 @@ func TestImpostorOnReconnect(t *testing.T) {
 			if tc.forge != nil {
 				tc.forge(t, p)
 			}
-			check(t, p.server.Signal(syscall.SIGKILL))
-			<-p.server.Done()
+			p.killProxy()
 			end := p.impose(tc.at(p))
 			p.facesImpostor()
 			talk.goesOn()
@@ -117,8 +114,7 @@ func TestImpostorOnReconnect(t *testing.T) {
 func TestImpostorAtStart(t *testing.T) {
 	p := newPair(t, options{client: killSwitch})
 	file := p.invite("alice")
-	check(t, p.server.Signal(syscall.SIGKILL))
-	<-p.server.Done()
+	p.killProxy()
 	end := p.impose(p.Proxy)
 
 	byHand := p.Client.Command(p.ctx, program("masque-client"), "up", file, "--wait")
@@ -158,6 +154,6 @@ func TestPoolOverlapsLAN(t *testing.T) {
 		!strings.Contains(lastLine(out), "eth0: it is not taken") {
 		t.Errorf("exit code %d, want 8\n%s", c.ExitCode(), out)
 	}
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 	p.ping(p.Client, netip.MustParseAddr("198.51.100.1"))
 }

@@ -129,8 +129,8 @@ func TestInboundConnections(t *testing.T) {
 			fresh := p.visit("while it is up")
 			fresh.goOn(t, "up")
 			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6) // and the tunnel is one for everything
-			p.goesBy(netip.MustParseAddr("198.18.2.2"), "masque0")
-			p.goesBy(netip.MustParseAddr("2001:db8:1:2::2"), "masque0")
+			p.wantRoute(netip.MustParseAddr("198.18.2.2"), "masque0")
+			p.wantRoute(netip.MustParseAddr("2001:db8:1:2::2"), "masque0")
 			check(t, outside.Close())
 			check(t, inside.Close())
 			if n := len(inside.Packets()); n > 0 {
@@ -148,7 +148,7 @@ func TestInboundConnections(t *testing.T) {
 			old.goOn(t, "down")
 			fresh.goOn(t, "down")
 			p.visit("afterwards").goOn(t, "down")
-			p.unchanged(p.Client, before)
+			p.wantUnchanged(p.Client, before)
 		})
 	}
 }

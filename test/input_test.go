@@ -73,7 +73,7 @@ func TestBadInput(t *testing.T) {
 					t.Errorf("the last line does not say %q: %s", s, line)
 				}
 			}
-			p.unchanged(p.Client, before)
+			p.wantUnchanged(p.Client, before)
 		})
 	}
 	for _, tc := range []mistake{

@@ -320,7 +320,7 @@ func TestKillSwitch(t *testing.T) {
 	}
 	connected := func() {
 		t.Helper()
-		p.must(p.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "30s")
+		p.awaitConnected("alice")
 		p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 		if s := p.status(p.Client, "alice"); s.KillSwitch != client.KillSwitchClosed {
 			t.Errorf("the kill switch is %q", s.KillSwitch)
@@ -339,18 +339,13 @@ func TestKillSwitch(t *testing.T) {
 	connected()
 	state("connected")
 
-	check(t, p.server.Signal(syscall.SIGKILL))
-	<-p.server.Done()
+	p.killProxy()
 	state("the proxy is gone")
 	p.startProxy()
-	p.eventually("the client is connected again", func() bool {
-		s := p.status(p.Client, "alice")
-		return s.State == client.StateConnected && s.Reconnects > 0
-	})
+	p.awaitReconnected(0)
 	state("reconnected")
 
-	check(t, running.Signal(syscall.SIGKILL))
-	<-running.Done()
+	p.kill(running)
 	state("killed")
 	c := p.Client.Command(p.ctx, program("masque-client"), "status", "alice")
 	out, _ := c.CombinedOutput()
@@ -365,8 +360,7 @@ func TestKillSwitch(t *testing.T) {
 
 	// What clears nftables opens it, and it is closed again.
 	check(t, p.Client.Command(p.ctx, "nft", "flush", "ruleset").Run())
-	check(t, p.server.Signal(syscall.SIGKILL))
-	<-p.server.Done()
+	p.killProxy()
 	p.startProxy()
 	p.eventually("the kill switch is closed again", func() bool {
 		return strings.Contains(p.snapshot(p.Client), "masquevpn-kill-alice")
@@ -385,7 +379,7 @@ func TestKillSwitch(t *testing.T) {
 	}
 
 	p.down(p.Client, "alice")
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 	p.open(talk, behind)
 	c = p.Client.Command(p.ctx, program("masque-client"), "down", "alice")
 	if _ = c.Run(); c.ExitCode() != 3 {
@@ -404,9 +398,7 @@ func TestKillSwitchEnds(t *testing.T) {
 	}
 	start := func() *lab.Cmd {
 		t.Helper()
-		c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
-		check(t, c.Start())
-		p.must(p.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "30s")
+		c := p.runClient(file)
 		return c
 	}
 	for _, tt := range []struct {
@@ -431,16 +423,15 @@ func TestKillSwitchEnds(t *testing.T) {
 				closed(), tt.closed, tt.says, p.log(c))
 		}
 		if !tt.closed {
-			p.unchanged(p.Client, before)
+			p.wantUnchanged(p.Client, before)
 		}
 	}
 
 	// A process that died is done with by down.
 	c := start()
-	check(t, c.Signal(syscall.SIGKILL))
-	<-c.Done()
+	p.kill(c)
 	p.down(p.Client, "alice")
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 
 	// A tunnel that does not come up leaves it closed, too.
 	p.stopProxy()
@@ -465,7 +456,7 @@ func TestKillSwitchEnds(t *testing.T) {
 		!strings.Contains(line, "interrupted") {
 		t.Errorf("exit code %d, and the last line is %s", up.ExitCode(), line)
 	}
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 	p.startProxy()
 
 	// Turned off, it does not stay from before.
@@ -482,7 +473,7 @@ func TestKillSwitchEnds(t *testing.T) {
 		t.Errorf("turned off, it is closed: %t, %q", closed(), s.KillSwitch)
 	}
 	check(t, c.Stop(p.ctx))
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 }
 
 // A host that resolves names by itself, as with systemd-resolved, finds the
@@ -548,5 +539,5 @@ func TestKillSwitchNames(t *testing.T) {
 		t.Errorf("the log does not say that the kill switch stops what is excluded:\n%s", log)
 	}
 	p.down(p.Client, "alice")
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 }

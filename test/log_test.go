@@ -55,13 +55,6 @@ func hasEcho(packets []string, from, to any) bool {
 		strings.Contains(all, fmt.Sprintf("%v > %v EchoReply\n", to, from))
 }
 
-func readFile(t *testing.T, name string) []byte {
-	t.Helper()
-	b, err := os.ReadFile(name)
-	check(t, err)
-	return b
-}
-
 // private checks that nobody else reads a file.
 func private(t *testing.T, name string) {
 	t.Helper()

@@ -6,7 +6,6 @@ import (
 	"testing"
 	"time"
 
-	"masquevpn/client"
 	"masquevpn/internal/lab"
 )
 
@@ -50,10 +49,7 @@ func TestLossyPath(t *testing.T) {
 	stream.end()
 	p.transfer(p.Client, p.Target, lab.TargetIPv4, 1<<20)
 	p.transfer(p.Target, p.Client, client4, 1<<20)
-	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 ||
-		!s.Since.Equal(before.Since) {
-		t.Errorf("the session did not last: %+v", s)
-	}
+	p.wantSameSession(before)
 	for i, w := range p.Wires {
 		ab, ba := w.Stats()
 		if ab.Lost == 0 || ba.Lost == 0 {
@@ -61,5 +57,5 @@ func TestLossyPath(t *testing.T) {
 		}
 	}
 	p.down(p.Client, "alice")
-	p.unchanged(p.Client, host)
+	p.wantUnchanged(p.Client, host)
 }

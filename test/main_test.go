@@ -10,13 +10,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"masquevpn/internal/lab"
 )
-
-// patience bounds waits for things that take a second or two.
-const patience = 60 * time.Second
 
 // bin is where the programs are.
 var bin string

@@ -2,7 +2,6 @@ package test
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -18,7 +17,6 @@ import (
 	"github.com/prometheus/common/model"
 
 	"masquevpn/internal/lab"
-	"masquevpn/proxy"
 )
 
 // scraper asks a host for its metrics.
@@ -182,8 +180,7 @@ func TestMetrics(t *testing.T) {
 	at.await("masque_sessions", 0)
 	at.await(`masque_pool_addresses{family="ipv4",state="leased"}`, 0)
 	p.eventually("metrics and status agree", func() bool {
-		var s proxy.Status
-		check(t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "status", "--json")), &s))
+		s := p.proxyStatus()
 		want := map[string]float64{
 			"masque_sessions": float64(s.Sessions), "packets rx": float64(s.Packets.RX),
 			"packets tx": float64(s.Packets.TX),

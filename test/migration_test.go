@@ -2,38 +2,18 @@ package test
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/netip"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"masquevpn/client"
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/lab"
-	"masquevpn/proxy"
 )
-
-// script runs lines of commands in a host.
-func (p *pair) script(host *lab.Host, lines string) {
-	p.t.Helper()
-	p.run(host, "sh", "-ec", lines)
-}
-
-// session is the only session that the proxy has.
-func (p *pair) session() proxy.SessionStatus {
-	p.t.Helper()
-	var all []proxy.SessionStatus
-	check(p.t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "sessions", "--json")), &all))
-	if len(all) != 1 {
-		p.t.Fatalf("the proxy has %d sessions, want 1", len(all))
-	}
-	return all[0]
-}
 
 // stream is a TCP connection through the tunnel that is used all the time, in
 // both directions.
@@ -225,13 +205,9 @@ func TestMigration(t *testing.T) {
 	lost := s.Reconnects
 	// A restart of the proxy is noticed at once on the new path too, and not by
 	// waiting for answers.
-	check(t, p.server.Signal(syscall.SIGKILL))
-	<-p.server.Done()
+	p.killProxy()
 	p.startProxy()
-	p.eventually("the client is connected again", func() bool {
-		s := p.status(p.Client, "alice")
-		return s.State == client.StateConnected && s.Reconnects > lost
-	})
+	p.awaitReconnected(lost)
 	inside.goesOn()
 	inside.end()
 	if text := p.run(p.Client, "cat", "/run/masque/alice.log"); !strings.Contains(text,

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,6 +19,14 @@ import (
 	"masquevpn/proxy"
 )
 
+// runDir is the run directory of both programs.
+const runDir = "/run/masque"
+
+// patience is the longest wait for events that take a second or two.
+const patience = 60 * time.Second
+
+// The proxy's pool, and the addresses of the first client and of the proxy in
+// the tunnel.
 var (
 	pool4   = netip.MustParsePrefix("10.77.0.0/24")
 	pool6   = netip.MustParsePrefix("fd77::/64")
@@ -27,26 +36,27 @@ var (
 	proxy6  = netip.MustParseAddr("fd77::1")
 )
 
-// options change a pair. The zero value is a full tunnel without address
-// translation, whose pool the target has a route to.
+// options are the differences of a pair from a full tunnel without address
+// translation, with a target that has a route to the pool.
 type options struct {
-	clients int
-	mtu     int // MTU of the links between clients and router
-	impair  *lab.Impairment
-	behind  []netip.Prefix // networks behind the clients, which the target has routes to
-	routes  string         // table [routes] of the client, without its heading
-	client  string         // more of the client's configuration
-	proxy   string         // more of the proxy's
+	clients int             // number of client hosts; 0: one
+	mtu     int             // of the links between clients and router; 0: 1500
+	impair  *lab.Impairment // of the first link; nil: a plain link
+	behind  []netip.Prefix  // networks behind the clients; the target has routes to them
+	routes  string          // table [routes] of the clients, without its heading
+	client  string          // other tables of the clients' configuration
+	proxy   string          // other tables of the proxy's configuration
 }
 
-// pair is a proxy and its clients in the standard topology.
+// pair is a proxy and its clients in the topology of the lab. All helpers that
+// take a *pair fail the test that it belongs to.
 type pair struct {
 	*lab.Topology
 	t      *testing.T
 	ctx    context.Context
 	dir    string // folder of the proxy's configuration
 	opts   options
-	server *lab.Cmd
+	server *lab.Cmd // the proxy that startProxy started last
 }
 
 // newPair makes the hosts and starts the proxy.
@@ -59,7 +69,7 @@ func newPair(t *testing.T, o options) *pair {
 	return p
 }
 
-// newHosts makes the hosts alone.
+// newHosts makes the hosts and starts nothing.
 func newHosts(t *testing.T, o options) *pair {
 	t.Helper()
 	if err := lab.CheckTUN(); err != nil {
@@ -81,7 +91,11 @@ func newHosts(t *testing.T, o options) *pair {
 		opts: o}
 }
 
-// writeProxyConfig writes proxy.toml around the files that init made.
+// config returns the path of proxy.toml.
+func (p *pair) config() string { return filepath.Join(p.dir, "proxy.toml") }
+
+// writeProxyConfig writes a proxy.toml that uses the files of `masque-proxy
+// init` and ends with more.
 func (p *pair) writeProxyConfig(more string) {
 	p.t.Helper()
 	if !strings.Contains(more, "[routes]") {
@@ -104,18 +118,16 @@ masquerade = false
 %s%s`, lab.ProxyName, pool4, pool6, tunTable(), more)), 0o600))
 }
 
-// editProxyConfig replaces text in proxy.toml.
+// editProxyConfig replaces from by to in proxy.toml.
 func (p *pair) editProxyConfig(from, to string) {
 	p.t.Helper()
 	b, err := os.ReadFile(p.config())
 	check(p.t, err)
 	if !strings.Contains(string(b), from) {
-		p.t.Fatalf("%q is not in the configuration", from)
+		p.t.Fatalf("proxy.toml does not contain %q", from)
 	}
 	check(p.t, os.WriteFile(p.config(), []byte(strings.ReplaceAll(string(b), from, to)), 0o600))
 }
-
-func (p *pair) config() string { return filepath.Join(p.dir, "proxy.toml") }
 
 // startProxy starts the proxy and waits until it serves.
 func (p *pair) startProxy() {
@@ -132,7 +144,7 @@ func (p *pair) startProxy() {
 	})
 }
 
-// stopProxy ends the proxy in good order.
+// stopProxy stops the proxy with SIGTERM. It must exit with status 0.
 func (p *pair) stopProxy() {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(p.ctx, patience)
@@ -142,22 +154,38 @@ func (p *pair) stopProxy() {
 	}
 }
 
+// killProxy kills the proxy with SIGKILL and waits for its end.
+func (p *pair) killProxy() {
+	p.t.Helper()
+	p.kill(p.server)
+}
+
+// kill kills c with SIGKILL and waits for its end.
+func (p *pair) kill(c *lab.Cmd) {
+	p.t.Helper()
+	check(p.t, c.Signal(syscall.SIGKILL))
+	<-c.Done()
+}
+
+// log returns the output that c has written so far.
 func (p *pair) log(c *lab.Cmd) string {
+	p.t.Helper()
 	text, err := c.Log()
 	check(p.t, err)
 	return text
 }
 
-// clientLog returns what a client that was started by up has logged.
+// clientLog returns the log of the tunnel that `masque-client up` started on
+// the first client.
 func (p *pair) clientLog(name string) string {
 	p.t.Helper()
-	out, err := p.Client.Command(p.ctx, "cat", "/run/masque/"+name+".log").Output()
+	out, err := p.Client.Command(p.ctx, "cat", runDir+"/"+name+".log").Output()
 	check(p.t, err)
 	return string(out)
 }
 
-// invite makes the configuration of a user, with what the pair's options add,
-// and returns its path.
+// invite makes the configuration file of a user, appends the tables of the
+// pair's options, and returns its path.
 func (p *pair) invite(user string) string {
 	p.t.Helper()
 	file := filepath.Join(p.t.TempDir(), user+".toml")
@@ -170,6 +198,7 @@ func (p *pair) invite(user string) string {
 	return file
 }
 
+// appendTo appends text to an existing file.
 func appendTo(t *testing.T, file, text string) {
 	t.Helper()
 	f, err := os.OpenFile(file, os.O_APPEND|os.O_WRONLY, 0)
@@ -178,8 +207,14 @@ func appendTo(t *testing.T, file, text string) {
 	check(t, errors.Join(err, f.Close()))
 }
 
-// up connects host with the configuration in file and waits until packets flow.
-// The tunnel's name is that of the file.
+// connect invites user and brings up a tunnel of that name on host.
+func (p *pair) connect(host *lab.Host, user string) {
+	p.t.Helper()
+	p.up(host, p.invite(user))
+}
+
+// up brings up a tunnel in the background and waits until packets flow. The
+// tunnel has the name of the file, without its extension.
 func (p *pair) up(host *lab.Host, file string) {
 	p.t.Helper()
 	out, err := host.Command(p.ctx, program("masque-client"), "up", file, "--wait").CombinedOutput()
@@ -188,29 +223,49 @@ func (p *pair) up(host *lab.Host, file string) {
 	}
 }
 
+// down ends a tunnel and waits until the host is restored.
 func (p *pair) down(host *lab.Host, name string) {
 	p.t.Helper()
 	p.must(host, "masque-client", "down", name)
 }
 
-// connect invites user and brings up host as that user.
-func (p *pair) connect(host *lab.Host, user string) {
+// runClient runs a tunnel in the foreground on the first client and waits until
+// it is connected.
+func (p *pair) runClient(file string) *lab.Cmd {
 	p.t.Helper()
-	p.up(host, p.invite(user))
+	c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
+	check(p.t, c.Start())
+	p.awaitConnected(strings.TrimSuffix(filepath.Base(file), ".toml"))
+	return c
 }
 
-// must runs one of the programs, which has to succeed, and returns its standard
-// output.
-func (p *pair) must(host *lab.Host, name string, args ...string) string {
+// awaitConnected waits until a tunnel of the first client is connected.
+func (p *pair) awaitConnected(name string) {
 	p.t.Helper()
-	c := host.Command(p.ctx, program(name), args...)
-	out, err := c.Output()
-	if err != nil {
-		p.t.Fatalf("%s %s: %v\n%s\n%s", name, strings.Join(args, " "), err, out, p.log(c))
+	p.must(p.Client, "masque-client", "wait", name, "--for", "connected", "--timeout", "30s")
+}
+
+// awaitReconnected waits until alice's tunnel on the first client is connected
+// and has reconnected more than n times.
+func (p *pair) awaitReconnected(n uint64) {
+	p.t.Helper()
+	p.eventually("the client has reconnected", func() bool {
+		s := p.status(p.Client, "alice")
+		return s.State == client.StateConnected && s.Reconnects > n
+	})
+}
+
+// wantSameSession checks that alice's tunnel on the first client is connected
+// in the session that it had when before was taken.
+func (p *pair) wantSameSession(before client.Status) {
+	p.t.Helper()
+	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 ||
+		!s.Since.Equal(before.Since) {
+		p.t.Errorf("the session did not last: %+v", s)
 	}
-	return string(out)
 }
 
+// status returns the status of a tunnel, which may be down.
 func (p *pair) status(host *lab.Host, name string) client.Status {
 	p.t.Helper()
 	out, err := host.Command(p.ctx, program("masque-client"), "status", name, "--json").Output()
@@ -225,29 +280,80 @@ func (p *pair) status(host *lab.Host, name string) client.Status {
 	return s
 }
 
+// proxyStatus returns the status of the proxy.
+func (p *pair) proxyStatus() (s proxy.Status) {
+	p.t.Helper()
+	check(p.t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "status", "--json")), &s))
+	return s
+}
+
+// sessions returns the sessions of the proxy.
+func (p *pair) sessions() (list []proxy.SessionStatus) {
+	p.t.Helper()
+	check(p.t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "sessions", "--json")), &list))
+	return list
+}
+
+// session returns the only session of the proxy.
+func (p *pair) session() proxy.SessionStatus {
+	p.t.Helper()
+	all := p.sessions()
+	if len(all) != 1 {
+		p.t.Fatalf("the proxy has %d sessions, want 1", len(all))
+	}
+	return all[0]
+}
+
 // kick ends the sessions of a user.
 func (p *pair) kick(user string) {
 	p.t.Helper()
-	var sessions []proxy.SessionStatus
-	check(p.t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "sessions", "--json")),
-		&sessions))
-	for _, s := range sessions {
+	for _, s := range p.sessions() {
 		if s.User == user {
 			p.must(p.Proxy, "masque-proxy", "kick", s.ID)
 		}
 	}
 }
 
-// eventually waits until ok holds.
-func (p *pair) eventually(what string, ok func() bool) {
+// must runs one of the programs under test, which must succeed, and returns its
+// standard output.
+func (p *pair) must(host *lab.Host, name string, args ...string) string {
+	p.t.Helper()
+	c := host.Command(p.ctx, program(name), args...)
+	out, err := c.Output()
+	if err != nil {
+		p.t.Fatalf("%s %s: %v\n%s\n%s", name, strings.Join(args, " "), err, out, p.log(c))
+	}
+	return string(out)
+}
+
+// run runs another program, which must succeed, and returns its output.
+func (p *pair) run(host *lab.Host, name string, args ...string) string {
+	p.t.Helper()
+	out, err := host.Command(p.ctx, name, args...).CombinedOutput()
+	if err != nil {
+		p.t.Fatalf("%s: %s %v: %v\n%s", host.Name(), name, args, err, out)
+	}
+	return string(out)
+}
+
+// script runs shell commands, which must all succeed.
+func (p *pair) script(host *lab.Host, lines string) {
+	p.t.Helper()
+	p.run(host, "sh", "-ec", lines)
+}
+
+// eventually waits until ok returns true. condition completes the sentence "it
+// never happened that ...".
+func (p *pair) eventually(condition string, ok func() bool) {
 	p.t.Helper()
 	for deadline := time.Now().Add(patience); !ok(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			p.t.Fatalf("not in %v: %s\n%s", patience, what, p.log(p.server))
+			p.t.Fatalf("not within %v: %s\n%s", patience, condition, p.log(p.server))
 		}
 	}
 }
 
+// ping checks that each address answers an echo request.
 func (p *pair) ping(from *lab.Host, to ...netip.Addr) {
 	p.t.Helper()
 	for _, a := range to {
@@ -259,10 +365,10 @@ func (p *pair) ping(from *lab.Host, to ...netip.Addr) {
 	}
 }
 
-// unreachable checks that a ping from host is answered by the ICMP error of the
-// given type and code. Beside other traffic a ping may be lost, in the kernel's
-// queue in front of a device without offload for one; then it asks again.
-func (p *pair) unreachable(from *lab.Host, to netip.Addr, typ, code int) {
+// wantUnreachable checks that an echo request is answered with an ICMP error of
+// the given type and code. It asks again if nothing answers, because a queue in
+// front of a device without offload may drop the request beside other traffic.
+func (p *pair) wantUnreachable(from *lab.Host, to netip.Addr, typ, code int) {
 	p.t.Helper()
 	var a lab.Answer
 	var err error
@@ -280,6 +386,7 @@ func (p *pair) unreachable(from *lab.Host, to netip.Addr, typ, code int) {
 	}
 }
 
+// snapshot returns the network configuration of a host, for wantUnchanged.
 func (p *pair) snapshot(host *lab.Host) string {
 	p.t.Helper()
 	s, err := host.Snapshot()
@@ -287,14 +394,26 @@ func (p *pair) snapshot(host *lab.Host) string {
 	return s
 }
 
-// unchanged checks that host is as it was when before was taken.
-func (p *pair) unchanged(host *lab.Host, before string) {
+// wantUnchanged checks that the network configuration of host is as it was when
+// before was taken.
+func (p *pair) wantUnchanged(host *lab.Host, before string) {
 	p.t.Helper()
 	if d := lab.Diff(before, p.snapshot(host)); d != "" {
 		p.t.Errorf("%s is not as before:\n%s", host.Name(), d)
 	}
 }
 
+// wantRoute checks through which interface the kernel of the first client sends
+// packets to an address.
+func (p *pair) wantRoute(to netip.Addr, iface string) {
+	p.t.Helper()
+	if out := p.run(p.Client, "ip", "route", "get", to.String()); !strings.Contains(out,
+		" dev "+iface+" ") {
+		p.t.Errorf("route to %v: %s, want one through %s", to, out, iface)
+	}
+}
+
+// check ends the test if err is not nil.
 func check(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -302,8 +421,16 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// lastLine returns the last line of what a program wrote.
+// lastLine returns the last line of a program's output.
 func lastLine(out []byte) string {
 	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
 	return lines[len(lines)-1]
+}
+
+// readFile returns the contents of a file.
+func readFile(t *testing.T, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	check(t, err)
+	return b
 }

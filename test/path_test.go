@@ -39,7 +39,7 @@ func TestPathShrinks(t *testing.T) {
 			p.transfer(p.Client, p.Target, lab.TargetIPv6, 1<<20)
 		} else {
 			// at once, so that programs take IPv4, and not outside the tunnel
-			p.unreachable(p.Client, lab.TargetIPv6, 1, 0)
+			p.wantUnreachable(p.Client, lab.TargetIPv6, 1, 0)
 		}
 	}
 }

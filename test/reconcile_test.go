@@ -1,7 +1,6 @@
 package test
 
 import (
-	"encoding/json"
 	"strings"
 	"testing"
 
@@ -80,9 +79,7 @@ func TestProxyHostRepaired(t *testing.T) {
 			args := strings.Fields(tt.damage)
 			check(t, p.Proxy.Command(p.ctx, args[0], args[1:]...).Run())
 			p.eventually(tt.name+" is put right", func() bool {
-				var s proxy.Status
-				check(t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "status",
-					"--json")), &s))
+				s := p.proxyStatus()
 				return s.KernelRepairs[tt.what] > 0 && s.State == proxy.StateRunning
 			})
 			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"testing"
 
-	"masquevpn/client"
 	"masquevpn/internal/lab"
 )
 
@@ -21,7 +20,7 @@ func TestReload(t *testing.T) {
 	other := netip.MustParseAddr("198.18.0.7")
 	check(t, p.Target.AddAddr("lo", netip.PrefixFrom(other, 32)))
 	check(t, p.Proxy.AddRoute(netip.PrefixFrom(other, 32), lab.TargetIPv4))
-	p.goesBy(other, "eth0")
+	p.wantRoute(other, "eth0")
 
 	const size = 200 << 20
 	conn, received := p.flow(p.Client, p.Target, lab.TargetIPv4, 5*patience)
@@ -44,13 +43,13 @@ func TestReload(t *testing.T) {
 	p.eventually("the new route is there", func() bool {
 		return len(p.status(p.Client, "alice").Routes) == len(before.Routes)+1
 	})
-	p.goesBy(other, "masque0")
+	p.wantRoute(other, "masque0")
 	p.ping(p.Client, other)
 
 	p.editProxyConfig(`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`,
 		`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`+"\ndeny = [\"198.18.0.0/24\"]")
 	reload("reloaded")
-	p.unreachable(p.Client, other, 3, 13)
+	p.wantUnreachable(p.Client, other, 3, 13)
 
 	p.editProxyConfig(`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`,
 		`advertise = ["192.0.2.0/24"]`)
@@ -59,7 +58,7 @@ func TestReload(t *testing.T) {
 	p.eventually("the route is gone", func() bool {
 		return len(p.status(p.Client, "alice").Routes) == len(before.Routes)
 	})
-	p.goesBy(other, "eth0")
+	p.wantRoute(other, "eth0")
 
 	if err := <-sent; err != nil {
 		t.Errorf("the transfer broke: %v", err)
@@ -67,10 +66,7 @@ func TestReload(t *testing.T) {
 	if got, want := <-received, digest(content(size)); got != want {
 		t.Errorf("received %s, sent %s", got, want)
 	}
-	if s := p.status(p.Client, "alice"); s.State != client.StateConnected || s.Reconnects != 0 ||
-		!s.Since.Equal(before.Since) {
-		t.Errorf("the session did not last: %+v", s)
-	}
+	p.wantSameSession(before)
 }
 
 // A user who is removed and invited again is not let in with what was given out

@@ -144,7 +144,7 @@ func TestResolved(t *testing.T) {
 		if got := r.told(); got != told {
 			t.Errorf("systemd-resolved knows\n%s\nbefore\n%s", got, told)
 		}
-		r.unchanged(r.Client, before)
+		r.wantUnchanged(r.Client, before)
 	}
 
 	// outside returns the names that were asked for outside since it was last
@@ -164,9 +164,7 @@ func TestResolved(t *testing.T) {
 	outside()
 	run := func() *lab.Cmd {
 		t.Helper()
-		c := r.Client.Command(r.ctx, program("masque-client"), "run", "-c", r.file)
-		check(t, c.Start())
-		r.must(r.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "30s")
+		c := r.runClient(r.file)
 		r.applied("systemd-resolved")
 		return c
 	}
@@ -234,8 +232,7 @@ func TestResolved(t *testing.T) {
 			// The proxy's own name is looked up outside, when the tunnel that
 			// all others go to is dead.
 			before := len(r.asked())
-			check(t, r.server.Signal(syscall.SIGKILL))
-			<-r.server.Done()
+			r.killProxy()
 			r.startProxy()
 			r.ping(r.Client, lab.TargetIPv4)
 			r.applied("systemd-resolved")
@@ -247,8 +244,7 @@ func TestResolved(t *testing.T) {
 			restored()
 
 			c := run()
-			check(t, c.Signal(syscall.SIGKILL))
-			<-c.Done()
+			r.kill(c)
 			r.up(r.Client, r.file)
 			r.applied("systemd-resolved")
 			resolves("started again")
@@ -256,8 +252,7 @@ func TestResolved(t *testing.T) {
 			restored()
 
 			c = run()
-			check(t, c.Signal(syscall.SIGKILL))
-			<-c.Done()
+			r.kill(c)
 			r.down(r.Client, "alice")
 			restored()
 			outside()

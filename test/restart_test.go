@@ -4,7 +4,6 @@ import (
 	"io"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -27,8 +26,7 @@ func TestProxyKilledAndRestarted(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	check(t, p.server.Signal(syscall.SIGKILL))
-	<-p.server.Done()
+	p.killProxy()
 	sent := make(chan error, 1)
 	go func() {
 		rest := content(size)
@@ -42,10 +40,7 @@ func TestProxyKilledAndRestarted(t *testing.T) {
 	}()
 	p.startProxy()
 	restarted := time.Now()
-	p.eventually("the client is connected again", func() bool {
-		s := p.status(p.Client, "alice")
-		return s.State == client.StateConnected && s.Reconnects > 0
-	})
+	p.awaitReconnected(0)
 	t.Logf("connected %v after the proxy was", time.Since(restarted).Round(time.Millisecond))
 	if after := p.status(p.Client, "alice"); !slices.Equal(after.Addresses, before.Addresses) {
 		t.Errorf("addresses %v, before %v", after.Addresses, before.Addresses)
@@ -63,16 +58,10 @@ func TestProxyKilledAndRestarted(t *testing.T) {
 func TestIdleClientNoticesRestart(t *testing.T) {
 	p := newPair(t, options{})
 	file := p.invite("alice")
-	running := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
-	check(t, running.Start())
-	p.must(p.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "30s")
-	check(t, p.server.Signal(syscall.SIGKILL))
-	<-p.server.Done()
+	running := p.runClient(file)
+	p.killProxy()
 	p.startProxy()
-	p.eventually("the client is connected again", func() bool {
-		s := p.status(p.Client, "alice")
-		return s.State == client.StateConnected && s.Reconnects > 0
-	})
+	p.awaitReconnected(0)
 	if text := p.log(running); !strings.Contains(text, "the proxy was restarted") {
 		t.Errorf("the client found out otherwise:\n%s", text)
 	}
@@ -86,7 +75,7 @@ func TestProxyStops(t *testing.T) {
 	p.startProxy()
 	p.connect(p.Client, "alice")
 	p.stopProxy()
-	p.unchanged(p.Proxy, before)
+	p.wantUnchanged(p.Proxy, before)
 	p.eventually("the client knows", func() bool {
 		return p.status(p.Client, "alice").State == client.StateReconnecting
 	})
@@ -103,12 +92,9 @@ func TestClientKilled(t *testing.T) {
 	p := newPair(t, options{})
 	before := p.snapshot(p.Client)
 	file := p.invite("alice")
-	running := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
-	check(t, running.Start())
-	p.must(p.Client, "masque-client", "wait", "alice", "--for", "connected", "--timeout", "30s")
+	running := p.runClient(file)
 	had := p.status(p.Client, "alice").Addresses
-	check(t, running.Signal(syscall.SIGKILL))
-	<-running.Done()
+	p.kill(running)
 	if d := lab.Diff(before, p.snapshot(p.Client)); d == "" {
 		t.Error("nothing was left behind; this test would not notice that it is not removed")
 	}
@@ -124,7 +110,7 @@ func TestClientKilled(t *testing.T) {
 	}
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 	p.down(p.Client, "alice")
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 }
 
 // A user who is removed is out: the running session ends, and there is no new

@@ -1,9 +1,7 @@
 package test
 
 import (
-	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"masquevpn/internal/lab"
@@ -38,18 +36,14 @@ networks = ["10.5.0.0/24", "fd05::/64"]
 	whole := p.t
 	run := func(file string) *lab.Cmd {
 		p.t.Helper()
-		c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
-		check(p.t, c.Start())
-		p.must(p.Client, "masque-client", "wait", strings.TrimSuffix(filepath.Base(file), ".toml"),
-			"--for", "connected", "--timeout", "30s")
+		c := p.runClient(file)
 		p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 		return c
 	}
 	kill := func(file string) {
 		p.t.Helper()
 		c := run(file)
-		check(p.t, c.Signal(syscall.SIGKILL))
-		<-c.Done()
+		p.kill(c)
 		if lab.Diff(before, p.snapshot(p.Client)) == "" {
 			p.t.Error("nothing was left behind: this test would not notice that it is not removed")
 		}
@@ -109,17 +103,16 @@ networks = ["10.5.0.0/24", "fd05::/64"]
 					}
 					p.down(p.Client, tunnel.user)
 				}
-				p.unchanged(p.Client, before)
+				p.wantUnchanged(p.Client, before)
 			})
 		}
 	}
 
-	check(t, p.server.Signal(syscall.SIGKILL))
-	<-p.server.Done()
+	p.killProxy()
 	if lab.Diff(beforeProxy, p.snapshot(p.Proxy)) == "" {
 		t.Error("the proxy left nothing behind: this test would not notice that it is not removed")
 	}
 	p.startProxy()
 	p.stopProxy()
-	p.unchanged(p.Proxy, beforeProxy)
+	p.wantUnchanged(p.Proxy, beforeProxy)
 }

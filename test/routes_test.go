@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"regexp"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/gopacket/gopacket/layers"
@@ -148,14 +147,14 @@ func TestTunnelTraffic(t *testing.T) {
 			w.close()
 			p.ping(p.Client, targets...)
 			if tc.name == "full" { // and there it is denied
-				p.unreachable(p.Client, lab.ProxyIPv4, 3, 13)
-				p.unreachable(p.Client, lab.ProxyIPv6, 1, 1)
+				p.wantUnreachable(p.Client, lab.ProxyIPv4, 3, 13)
+				p.wantUnreachable(p.Client, lab.ProxyIPv6, 1, 1)
 			}
 			for _, a := range tc.direct {
 				p.ping(p.Client, a)
 			}
 			p.down(p.Client, user)
-			p.unchanged(p.Client, before)
+			p.wantUnchanged(p.Client, before)
 			p.ping(p.Client, lan4, lan6)
 		})
 	}
@@ -233,15 +232,6 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 	}
 }
 
-// goesBy checks by which interface the client's kernel sends a packet.
-func (p *pair) goesBy(to netip.Addr, iface string) {
-	p.t.Helper()
-	out, err := p.Client.Command(p.ctx, "ip", "route", "get", to.String()).CombinedOutput()
-	if err != nil || !strings.Contains(string(out), " dev "+iface+" ") {
-		p.t.Errorf("to %v: %v, %s, want %s", to, err, out, iface)
-	}
-}
-
 // Where the proxy's routes and the host's networks have the same addresses, the
 // log says what is reached; a route that holds the proxy's own address cuts off
 // nobody.
@@ -258,8 +248,7 @@ advertise = ["198.51.100.0/24", "203.0.113.0/24", "192.0.2.0/24", "2001:db8:1:0:
 		uplink4, lab.TargetIPv4)
 	w.close()
 
-	check(t, p.server.Signal(syscall.SIGKILL))
-	<-p.server.Done()
+	p.killProxy()
 	p.startProxy()
 	p.ping(p.Client, lan4, lan6, lab.TargetIPv4, lab.TargetIPv6)
 	if s := p.status(p.Client, "alice"); s.Reconnects == 0 {
@@ -275,7 +264,7 @@ advertise = ["198.51.100.0/24", "203.0.113.0/24", "192.0.2.0/24", "2001:db8:1:0:
 		}
 	}
 	p.down(p.Client, "alice")
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 }
 
 // With routes.install = false nothing of the host changes: there is the
@@ -314,5 +303,5 @@ func TestRoutesNotInstalled(t *testing.T) {
 	p.ping(p.Client, lab.TargetIPv4)
 	p.ping(p.Target, client4)
 	p.down(p.Client, "alice")
-	p.unchanged(p.Client, before)
+	p.wantUnchanged(p.Client, before)
 }

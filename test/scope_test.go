@@ -5,7 +5,6 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/gopacket/gopacket"
 	"github.com/gopacket/gopacket/layers"
@@ -21,41 +20,6 @@ func scoped(t *testing.T, scope string) *pair {
 	p := newPair(t, options{client: "\n[scope]\n" + scope + "\n"})
 	check(t, p.Proxy.Resolve(targetName, lab.TargetIPv4, lab.TargetIPv6))
 	return p
-}
-
-// udp sends a datagram from one host to an address of another, and back.
-func (p *pair) udp(from, to *lab.Host, addr netip.Addr) {
-	p.t.Helper()
-	far, err := to.ListenPacket("udp", netip.AddrPortFrom(addr, 0).String())
-	check(p.t, err)
-	defer far.Close()
-	go func() {
-		buf := make([]byte, 100)
-		for {
-			n, peer, err := far.ReadFrom(buf)
-			if err != nil {
-				return
-			}
-			_, _ = far.WriteTo(append(buf[:n], '!'), peer)
-		}
-	}()
-	ctx, cancel := context.WithTimeout(p.ctx, patience)
-	defer cancel()
-	near, err := from.DialContext(ctx, "udp", far.LocalAddr().String())
-	check(p.t, err)
-	defer near.Close()
-	buf := make([]byte, 100)
-	for ctx.Err() == nil { // datagrams may get lost
-		check(p.t, near.SetReadDeadline(time.Now().Add(time.Second)))
-		_, err = near.Write([]byte("over UDP"))
-		if err == nil {
-			var n int
-			if n, err = near.Read(buf); err == nil && string(buf[:n]) == "over UDP!" {
-				return
-			}
-		}
-	}
-	p.t.Errorf("UDP from %s to %v and back: %v", from.Name(), addr, err)
 }
 
 // refused checks that a TCP connection from a host is answered by the ICMP
@@ -126,12 +90,12 @@ func TestIPFlowForwarding(t *testing.T) {
 		t.Errorf("routes %v", s.Routes)
 	}
 	for _, a := range []netip.Addr{lab.TargetIPv4, lab.TargetIPv6} {
-		p.udp(p.Client, p.Target, a)
+		p.exchangeUDP(p.Client, p.Target, a, 8)
 	}
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 	p.ping(p.Target, client4, client6)
 	for _, a := range []netip.Addr{client4, client6} {
-		p.udp(p.Target, p.Client, a)
+		p.exchangeUDP(p.Target, p.Client, a, 8)
 	}
 	p.refused(p.Client, "masque0", netip.AddrPortFrom(lab.TargetIPv4, 80), 3, 13)
 	p.refused(p.Client, "masque0", netip.AddrPortFrom(lab.TargetIPv6, 80), 1, 1)
@@ -149,8 +113,8 @@ func TestScopedToANetwork(t *testing.T) {
 	p.connect(p.Client, "alice")
 	p.transfer(p.Client, p.Target, lab.TargetIPv4, 5<<20)
 	p.transfer(p.Target, p.Client, client4, 5<<20)
-	p.goesBy(lab.TargetIPv4, "masque0")
-	p.goesBy(netip.MustParseAddr("192.0.2.17"), "eth0")
+	p.wantRoute(lab.TargetIPv4, "masque0")
+	p.wantRoute(netip.MustParseAddr("192.0.2.17"), "eth0")
 	p.throughDevice("192.0.2.17", "Net Unreachable") // no route, 3/0
 	p.throughDevice("192.0.2.1", "Packet filtered")  // in the scope, but denied, 3/13
 	// the proxy's own address is beyond the scope too

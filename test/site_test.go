@@ -2,7 +2,6 @@ package test
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/netip"
@@ -10,11 +9,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"masquevpn/client"
 	"masquevpn/internal/lab"
-	"masquevpn/proxy"
 )
 
 // site is a gateway with two hosts behind it.
@@ -118,9 +115,7 @@ func (s *sites) file(x *site, more ...string) string {
 func (s *sites) accepted(x *site, want ...netip.Prefix) {
 	s.t.Helper()
 	s.eventually(fmt.Sprintf("the proxy has %v of %s", want, x.name), func() bool {
-		var list []proxy.SessionStatus
-		check(s.t, json.Unmarshal([]byte(s.must(s.Proxy, "masque-proxy", "sessions",
-			"--json")), &list))
+		list := s.sessions()
 		for _, ss := range list {
 			if ss.User == x.name {
 				return slices.Equal(ss.Networks, want)
@@ -154,43 +149,9 @@ func (s *sites) upBoth() {
 	}
 }
 
-// udp sends datagrams from one host to an address of another, and back.
-func (s *sites) udp(from, to *lab.Host, addr netip.Addr) {
-	s.t.Helper()
-	echo, err := to.ListenPacket("udp", netip.AddrPortFrom(addr, 0).String())
-	check(s.t, err)
-	defer echo.Close()
-	go func() {
-		b := make([]byte, 2000)
-		for {
-			n, peer, err := echo.ReadFrom(b)
-			if err != nil {
-				return
-			}
-			_, _ = echo.WriteTo(b[:n], peer)
-		}
-	}()
-	conn, err := from.DialContext(s.ctx, "udp", echo.LocalAddr().String())
-	check(s.t, err)
-	defer conn.Close()
-	for _, size := range []int{1, 1000, 1900} { // the last one in fragments
-		sent, got := make([]byte, size), make([]byte, 2000)
-		ok := false
-		for range 5 {
-			_, err = conn.Write(sent)
-			check(s.t, err)
-			check(s.t, conn.SetReadDeadline(time.Now().Add(2*time.Second)))
-			var n int
-			if n, err = conn.Read(got); err == nil {
-				ok = n == size
-				break
-			}
-		}
-		if !ok {
-			s.t.Errorf("%d bytes by UDP from %s to %v and back: %v", size, from.Name(), addr, err)
-		}
-	}
-}
+// udpSizes are the sizes of datagrams between sites, in bytes. The last one is
+// sent in fragments.
+var udpSizes = []int{1, 1000, 1900}
 
 // Hosts behind either of two gateways reach each other, and the network of the
 // proxy, in both families, and everything is as before at the end.
@@ -224,9 +185,9 @@ func TestTwoSites(t *testing.T) {
 		s.transfer(a2, s.Target, lab.TargetIPv6, 20<<20)
 	})
 	t.Run("UDP", func(t *testing.T) {
-		s.udp(a1, b1, s.b.addrs4[0])
-		s.udp(b2, a2, s.a.addrs6[1])
-		s.udp(s.Target, b2, s.b.addrs4[1])
+		s.exchangeUDP(a1, b1, s.b.addrs4[0], udpSizes...)
+		s.exchangeUDP(b2, a2, s.a.addrs6[1], udpSizes...)
+		s.exchangeUDP(s.Target, b2, s.b.addrs4[1], udpSizes...)
 	})
 	t.Run("hop limit", func(t *testing.T) {
 		// Each of the three routers counts once, and so does each entry into a
@@ -253,7 +214,7 @@ func TestTwoSites(t *testing.T) {
 	s.down(s.b.gateway, "b")
 	s.stopProxy()
 	for h, snapshot := range before {
-		s.unchanged(h, snapshot)
+		s.wantUnchanged(h, snapshot)
 	}
 }
 
@@ -335,8 +296,7 @@ func TestSitesProxyRestart(t *testing.T) {
 	if _, err := io.CopyN(conn, all, size/2); err != nil {
 		t.Fatal(err)
 	}
-	check(t, s.server.Signal(syscall.SIGKILL))
-	<-s.server.Done()
+	s.killProxy()
 	sent := make(chan error, 1)
 	go func() {
 		_, err := io.Copy(conn, all)
@@ -390,21 +350,10 @@ func TestSiteAssignsAddress(t *testing.T) {
 	s.ping(s.Proxy, s.a.addrs4[0], s.a.addrs6[0])
 	s.ping(a1, given4, given6)
 	// which is not in the tunnel stays denied
-	s.unreachable(s.a.gateway, netip.MustParseAddr("192.0.2.1"), 3, 13)
+	s.wantUnreachable(s.a.gateway, netip.MustParseAddr("192.0.2.1"), 3, 13)
 	s.down(s.a.gateway, "a")
 	s.stopProxy()
-	s.unchanged(s.Proxy, before)
-}
-
-// run runs a program of the system, which has to succeed, and returns what it
-// wrote.
-func (p *pair) run(host *lab.Host, name string, args ...string) string {
-	p.t.Helper()
-	out, err := host.Command(p.ctx, name, args...).CombinedOutput()
-	if err != nil {
-		p.t.Fatalf("%s: %s %v: %v\n%s", host.Name(), name, args, err, out)
-	}
-	return string(out)
+	s.wantUnchanged(s.Proxy, before)
 }
 
 // A gateway that advertises the addresses of its own tunnel is told so, and

@@ -1,6 +1,7 @@
 package test
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -67,6 +68,47 @@ func (p *pair) transfer(from, to *lab.Host, addr netip.Addr, n int64) {
 	}
 }
 
+// exchangeUDP sends a datagram of each size, in bytes, from one host to an
+// address of another, which sends it back.
+func (p *pair) exchangeUDP(from, to *lab.Host, addr netip.Addr, sizes ...int) {
+	p.t.Helper()
+	far, err := to.ListenPacket("udp", netip.AddrPortFrom(addr, 0).String())
+	check(p.t, err)
+	defer far.Close()
+	go func() {
+		buf := make([]byte, 1<<16)
+		for {
+			n, peer, err := far.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			_, _ = far.WriteTo(buf[:n], peer)
+		}
+	}()
+	near, err := from.DialContext(p.ctx, "udp", far.LocalAddr().String())
+	check(p.t, err)
+	defer near.Close()
+	buf := make([]byte, 1<<16)
+	for _, size := range sizes {
+		sent, err := io.ReadAll(content(int64(size)))
+		check(p.t, err)
+		ok := false
+		// A datagram may be lost, so it is sent again.
+		for end := time.Now().Add(patience); !ok && time.Now().Before(end); {
+			_, err = near.Write(sent)
+			check(p.t, err)
+			check(p.t, near.SetReadDeadline(time.Now().Add(time.Second)))
+			var n int
+			if n, err = near.Read(buf); err == nil {
+				ok = bytes.Equal(buf[:n], sent)
+			}
+		}
+		if !ok {
+			p.t.Errorf("%d bytes by UDP from %s to %v and back: %v", size, from.Name(), addr, err)
+		}
+	}
+}
+
 // digest reads r to its end, and returns how much that was and its SHA-256.
 func digest(r io.Reader) string {
 	h := sha256.New()
@@ -95,7 +137,7 @@ func TestTransfer(t *testing.T) {
 			p.transfer(p.Target, p.Client, client4, size)
 			p.transfer(p.Target, p.Client, client6, size)
 			p.down(p.Client, "alice")
-			p.unchanged(p.Client, before)
+			p.wantUnchanged(p.Client, before)
 		})
 	}
 }

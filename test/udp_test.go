@@ -2,7 +2,6 @@ package test
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net"
 	"net/netip"
@@ -11,14 +10,12 @@ import (
 	"regexp"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/gopacket/gopacket/layers"
 
 	"masquevpn/internal/lab"
-	"masquevpn/proxy"
 )
 
 // nobody is the user that unprivileged programs run as, where there is more
@@ -140,14 +137,6 @@ func (a asker) ask(question string) error {
 	return fmt.Errorf("asked %.20q: %w", question, last)
 }
 
-// sessions returns what the proxy has.
-func (p *pair) sessions() []proxy.SessionStatus {
-	p.t.Helper()
-	var list []proxy.SessionStatus
-	check(p.t, json.Unmarshal([]byte(p.must(p.Proxy, "masque-proxy", "sessions", "--json")), &list))
-	return list
-}
-
 // A program without privileges forwards a UDP port to a host behind the proxy,
 // for several local programs at once.
 func TestForwardUDP(t *testing.T) {
@@ -170,7 +159,7 @@ func TestForwardUDP(t *testing.T) {
 			severalUsers(t) && !strings.Contains(string(status), fmt.Sprintf("Uid:\t%d", nobody)) {
 			t.Errorf("forward-udp is not without privileges:\n%s", status)
 		}
-		p.unchanged(p.Client, before) // but for its sockets
+		p.wantUnchanged(p.Client, before) // but for its sockets
 		var wg sync.WaitGroup
 		for i := range 6 {
 			a := p.asker("5300")
@@ -324,8 +313,7 @@ func TestForwardUDPProxyRestart(t *testing.T) {
 	c := p.forward(unprivileged(t), "5300", target.String(), forNobody(t, p.invite("alice")))
 	old := p.asker("5300")
 	check(t, old.ask("before"))
-	check(t, p.server.Signal(syscall.SIGKILL))
-	<-p.server.Done()
+	p.killProxy()
 	p.startProxy()
 	check(t, old.ask("after"))
 	check(t, p.asker("5300").ask("new"))

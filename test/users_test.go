@@ -76,7 +76,7 @@ func TestUserExpiry(t *testing.T) {
 			})
 			// it ends by itself; this waits
 			_ = p.Client.Command(p.ctx, program("masque-client"), "down", "alice").Run()
-			p.unchanged(p.Client, before)
+			p.wantUnchanged(p.Client, before)
 			c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
 			if out, _ := c.CombinedOutput(); c.ExitCode() != 4 ||
 				!strings.Contains(lastLine(out), "credentials") {
@@ -107,8 +107,8 @@ func TestUserRoutes(t *testing.T) {
 	p.editUser("created =", "routes = [\"192.0.2.0/24\"]\ncreated =")
 	p.up(p.Client, file)
 	before := p.status(p.Client, "alice")
-	p.goesBy(lab.TargetIPv4, "masque0")
-	p.goesBy(other, "eth0")
+	p.wantRoute(lab.TargetIPv4, "masque0")
+	p.wantRoute(other, "eth0")
 	p.ping(p.Client, lab.TargetIPv4)
 
 	// A client that sends it all the same is told that it is prohibited.
@@ -126,7 +126,7 @@ func TestUserRoutes(t *testing.T) {
 	p.eventually("the other route is gone", func() bool {
 		return len(p.status(p.Client, "alice").Routes) == len(before.Routes)
 	})
-	p.goesBy(lab.TargetIPv4, "eth0")
+	p.wantRoute(lab.TargetIPv4, "eth0")
 	p.ping(p.Client, other)
 	if s := p.status(p.Client, "alice"); s.Reconnects != 0 || !s.Since.Equal(before.Since) {
 		t.Errorf("the session did not last: %+v", s)
