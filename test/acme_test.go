@@ -23,23 +23,24 @@ import (
 // caName is the name of the ACME server, which runs on the target.
 const caName = "acme.example"
 
-// caLife is how long its certificates are good, so that they are renewed every
-// two thirds of that.
+// caLife is the validity of the certificates that the ACME server issues. The
+// proxy renews them after two thirds of it.
 const caLife = 30 * time.Second
 
-// proxyInside is the proxy's address on the target's side.
+// proxyInside is the proxy's address on the link to the target.
 var proxyInside = netip.MustParseAddr("192.0.2.1")
 
-// acmeServer is pebble.
+// acmeServer is the ACME server pebble, which runs on the target.
 type acmeServer struct {
 	p    *pair
-	root string      // file with the authority of the server itself
-	args []string    // the program with its arguments
-	dns  atomic.Bool // the proxy's name is known
+	root string      // file with the authority of the server's own certificate
+	args []string    // command line
+	dns  atomic.Bool // the server's resolver knows the proxy's name
 }
 
-// newACMEServer prepares the server on the target. It asks for challenges on
-// the standard ports, and a name server there for names.
+// newACMEServer prepares an ACME server without starting it. The server
+// validates challenges on the standard ports and resolves names with a name
+// server on the target.
 func newACMEServer(p *pair) *acmeServer {
 	p.t.Helper()
 	dir := p.t.TempDir()
@@ -77,10 +78,11 @@ func newACMEServer(p *pair) *acmeServer {
 	return s
 }
 
+// start starts the server and waits until it answers.
 func (s *acmeServer) start() *lab.Cmd {
 	s.p.t.Helper()
 	c := s.p.Target.Command(s.p.ctx, s.args[0], s.args[1:]...)
-	// Challenges are asked at once, and each time anew.
+	// Validate challenges at once, and validate each one.
 	c.Env = append(os.Environ(), "PEBBLE_VA_NOSLEEP=1", "PEBBLE_AUTHZREUSE=0")
 	check(s.p.t, c.Start())
 	s.p.eventually("pebble answers", func() bool {
@@ -90,8 +92,8 @@ func (s *acmeServer) start() *lab.Cmd {
 	return c
 }
 
-// issuer writes the authority of the certificates that the server issues into a
-// file.
+// issuer writes the authority of the issued certificates to a file and returns
+// its path.
 func (s *acmeServer) issuer() string {
 	s.p.t.Helper()
 	data, err := s.get("/roots/0")
@@ -101,7 +103,7 @@ func (s *acmeServer) issuer() string {
 	return file
 }
 
-// get asks the management interface.
+// get sends a request to the management interface of the server.
 func (s *acmeServer) get(path string) ([]byte, error) {
 	data, err := os.ReadFile(s.root)
 	if err != nil {
@@ -121,7 +123,7 @@ func (s *acmeServer) get(path string) ([]byte, error) {
 	return io.ReadAll(rsp.Body)
 }
 
-// expiry is when the proxy's certificate ends.
+// expiry returns the end of the validity of the proxy's certificate.
 func (p *pair) expiry() time.Time {
 	p.t.Helper()
 	var s struct {
@@ -133,8 +135,8 @@ func (p *pair) expiry() time.Time {
 	return s.Certificate.Until
 }
 
-// The proxy gets its certificate from an ACME server, says what is in the way,
-// and renews it without a session noticing.
+// The proxy obtains its certificate from an ACME server, reports the reason
+// while it has none, and renews it without disturbing a session.
 func TestACME(t *testing.T) {
 	p := newHosts(t, options{clients: 2})
 	ca := newACMEServer(p)
@@ -146,15 +148,15 @@ func TestACME(t *testing.T) {
 
 	p.server = p.Proxy.Command(p.ctx, program("masque-proxy"), "run", "-c", p.config())
 	check(t, p.server.Start())
-	// waits lasts until the status of the proxy, which does not serve, says
-	// why.
-	waits := func(why ...string) {
+	// waits waits until the proxy, which does not serve yet, reports all of the
+	// reasons in its status.
+	waits := func(reasons ...string) {
 		t.Helper()
-		p.eventually("the proxy says: "+strings.Join(why, ", "), func() bool {
+		p.eventually("the status contains: "+strings.Join(reasons, ", "), func() bool {
 			c := p.Proxy.Command(p.ctx, program("masque-proxy"), "status")
 			out, _ := c.CombinedOutput()
-			for _, w := range append(why, "no certificate yet") {
-				if !strings.Contains(string(out), w) {
+			for _, r := range append(reasons, "no certificate yet") {
+				if !strings.Contains(string(out), r) {
 					return false
 				}
 			}
@@ -166,7 +168,7 @@ func TestACME(t *testing.T) {
 	taken, err := p.Proxy.Listen("tcp", ":443")
 	check(t, err)
 	ca.start()
-	p.must(p.Proxy, "masque-proxy", "reload") // which tries again at once
+	p.must(p.Proxy, "masque-proxy", "reload") // tries again at once
 	waits("TCP :443, where the ACME server asks for the challenge tls-alpn-01, is in use",
 		"ss -tlnp")
 	check(t, taken.Close())
@@ -191,7 +193,7 @@ func TestACME(t *testing.T) {
 	const size = 20 << 20
 	data := content(size)
 	for sent := int64(0); sent < size/2 || time.Now().Before(first); sent += size / 1000 {
-		// until the first certificate has ended
+		// Send at least until the first certificate has expired.
 		_, err := io.CopyN(conn, data, max(0, min(size/1000, size/2-sent)))
 		check(t, err)
 		time.Sleep(20 * time.Millisecond)
@@ -199,7 +201,7 @@ func TestACME(t *testing.T) {
 	if renewed := p.expiry(); !renewed.After(first) {
 		t.Errorf("the certificate ends at %v, the first one ended at %v", renewed, first)
 	}
-	p.up(p.Clients[1], invite("bob")) // it would not take one that has ended
+	p.up(p.Clients[1], invite("bob")) // fails if the certificate has expired
 	_, err = io.Copy(conn, data)
 	check(t, err)
 	conn.Close()
@@ -208,8 +210,8 @@ func TestACME(t *testing.T) {
 	}
 	p.wantSameSession(before)
 
-	// The other challenge, and the sessions of the proxy before: what resets
-	// them outlives certificates.
+	// Use the other kind of challenge. The key of stateless resets outlives the
+	// certificates, so the client learns of the restart at once.
 	p.editProxyConfig("#challenge = \"http-01\" ", "challenge = \"http-01\" ")
 	check(t, p.Proxy.Do(func() error { return os.RemoveAll("/var/lib/masque/acme/certificates") }))
 	p.killProxy()

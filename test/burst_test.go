@@ -12,8 +12,8 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// A few hundred datagrams that a program sends at once arrive, both ways: the
-// device's queue has room for them until they are read.
+// A few hundred datagrams that a program sends at once arrive, in both
+// directions: the device's queue holds them until they are read.
 func TestBurstOfDatagrams(t *testing.T) {
 	const size, bursts = 1200, 5
 	p := newPair(t, options{})

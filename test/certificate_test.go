@@ -15,14 +15,15 @@ import (
 	"masquevpn/internal/pki"
 )
 
-// Certificates that are renewed on disk are used without a restart and a
-// reload: the proxy's for new connections, while sessions go on, and the
-// client's when it connects again.
+// Certificates that are renewed on disk are used without a restart or a reload.
+// The proxy uses its new certificate for new connections and keeps its
+// sessions; the client uses its own when it reconnects.
 func TestCertificatesRenewedOnDisk(t *testing.T) {
 	p := newPair(t, options{})
 	invited, err := os.ReadFile(p.invite("alice"))
 	check(t, err)
-	// Alice's certificates are made elsewhere: any for the name is good.
+	// Drop the invited certificate and the token, so that any certificate for
+	// alice is accepted.
 	users := filepath.Join(p.dir, "users.toml")
 	text, err := os.ReadFile(users)
 	check(t, err)
@@ -60,7 +61,7 @@ func TestCertificatesRenewedOnDisk(t *testing.T) {
 		t.Errorf("the client's certificate ends %v, want %v", before.CertificateUntil, first)
 	}
 
-	// with another key, and another end
+	// The renewed certificate has another key and another end.
 	renewed, err := authority.Server(lab.ProxyName, nil, time.Now().Add(-time.Hour))
 	check(t, err)
 	end := write(p.dir, "proxy", renewed)

@@ -9,8 +9,8 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// check runs `check` of a program, which ends with a code, and returns its
-// report.
+// check runs the check command of a program, which must exit with the given
+// code, and returns the report.
 func (p *pair) check(host *lab.Host, code int, name string, args ...string) string {
 	p.t.Helper()
 	c := host.Command(p.ctx, program(name), append([]string{"check"}, args...)...)
@@ -22,19 +22,19 @@ func (p *pair) check(host *lab.Host, code int, name string, args ...string) stri
 	return string(out)
 }
 
-// reports checks that a report has lines that begin so.
-func (p *pair) reports(report string, lines ...string) {
+// wantLines checks that the report has a line with each of the prefixes.
+func (p *pair) wantLines(report string, prefixes ...string) {
 	p.t.Helper()
-	for _, want := range lines {
+	for _, want := range prefixes {
 		if !strings.Contains("\n"+report, "\n"+want) {
 			p.t.Errorf("no line %q in:\n%s", want, report)
 		}
 	}
 }
 
-// The doctors find nothing wrong with a pair that works, and in what is then
-// put in the way they name what helps: it is done, and they find nothing any
-// more.
+// The check commands find nothing wrong with a working pair. With a firewall in
+// the way they name a remedy, and after the remedy they find nothing wrong
+// again.
 func TestCheckFirewall(t *testing.T) {
 	p := newPair(t, options{})
 	file := p.invite("alice")
@@ -46,7 +46,7 @@ func TestCheckFirewall(t *testing.T) {
 	)
 	report := p.check(p.Proxy, 0, "masque-proxy", "-c", p.config()) +
 		p.check(p.Client, 0, "masque-client", "-c", file)
-	p.reports(report, "ok    firewall: no chain of nftables drops UDP 443 from clients",
+	p.wantLines(report, "ok    firewall: no chain of nftables drops UDP 443 from clients",
 		"ok    firewall: no chain of nftables drops UDP 443 to the proxy",
 		"ok    policy routing: ", "ok    reverse path filter: ",
 		"ok    forwarding: net.ipv4.ip_forward is ", "ok    nat: off; ",
@@ -70,14 +70,14 @@ func TestCheckFirewall(t *testing.T) {
 		}
 		}`)
 	report = p.check(p.Proxy, 0, "masque-proxy", "-c", p.config())
-	p.reports(report, "warn  "+in+" — sudo nft insert rule inet fw input udp dport 443 accept, ",
+	p.wantLines(report, "warn  "+in+" — sudo nft insert rule inet fw input udp dport 443 accept, ",
 		"warn  "+forward, "warn  "+answers)
-	p.reports(p.check(p.Client, 0, "masque-client", "-c", file),
+	p.wantLines(p.check(p.Client, 0, "masque-client", "-c", file),
 		"warn  "+out+" — sudo nft insert rule inet fw output udp dport 443 accept, ",
 		"ok    firewall: no chain of nftables drops packets into the tunnel")
 	if out, err := p.Client.Command(p.ctx, program("masque-client"), "up", file, "--wait",
 		"--timeout", "2s").CombinedOutput(); err == nil {
-		t.Errorf("the client connects through what is closed: %s", out)
+		t.Errorf("the client connects through a closed firewall: %s", out)
 	}
 
 	for _, x := range []struct {
@@ -95,14 +95,15 @@ func TestCheckFirewall(t *testing.T) {
 	report = p.check(p.Proxy, 0, "masque-proxy", "-c", p.config()) +
 		p.check(p.Client, 0, "masque-client", "-c", file)
 	if strings.Contains(report, "warn  firewall: ") {
-		t.Errorf("what was done did not help:\n%s", report)
+		t.Errorf("the remedies did not help:\n%s", report)
 	}
 	p.up(p.Client, file)
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 	p.down(p.Client, "alice")
 }
 
-// With --connect, the client's doctor says how far it gets.
+// With --connect, the check command of the client reports each step of
+// connecting up to the first that fails.
 func TestCheckConnect(t *testing.T) {
 	p := newPair(t, options{})
 	file := p.invite("alice")
@@ -111,20 +112,20 @@ func TestCheckConnect(t *testing.T) {
 	good := []string{found, "ok    connecting: [2001:db8:2::5]:443 answers on UDP, round trip ",
 		"ok    connecting: its certificate is for " + lab.ProxyName + ", from ",
 		"ok    connecting: it is a MASQUE proxy: ", "ok    connecting: the request for "}
-	p.reports(p.check(p.Client, 0, "masque-client", "-c", file, "--connect"), good...)
+	p.wantLines(p.check(p.Client, 0, "masque-client", "-c", file, "--connect"), good...)
 	p.wantUnchanged(p.Client, before)
 	p.eventually("the session is gone", func() bool {
 		return strings.TrimSpace(p.must(p.Proxy, "masque-proxy", "sessions", "--json")) == "[]"
 	})
 
-	// Nobody but the command has asked the proxy anything.
+	// Without --connect, the check command sends the proxy nothing.
 	if report := p.check(p.Client, 0, "masque-client", "-c", file); strings.Contains(report,
 		"connecting: ") {
 		t.Errorf("without --connect it connects:\n%s", report)
 	}
 
 	p.must(p.Proxy, "masque-proxy", "user", "remove", "alice", "-c", p.config())
-	p.reports(p.check(p.Client, 2, "masque-client", "-c", file, "--connect"), append(good[:4:4],
+	p.wantLines(p.check(p.Client, 2, "masque-client", "-c", file, "--connect"), append(good[:4:4],
 		"fail  connecting: the proxy does not accept the credentials — ask its operator for a new invitation")...)
 
 	text := string(readFile(t, file))
@@ -134,11 +135,11 @@ func TestCheckConnect(t *testing.T) {
 	check(t, os.WriteFile(other, []byte(strings.Replace(text,
 		string(readFile(t, filepath.Join(p.dir, "ca.crt"))),
 		string(readFile(t, filepath.Join(dir, "ca.crt"))), 1)), 0o600))
-	p.reports(p.check(p.Client, 2, "masque-client", "-c", other, "--connect"), found,
+	p.wantLines(p.check(p.Client, 2, "masque-client", "-c", other, "--connect"), found,
 		"fail  connecting: the certificate of "+lab.ProxyName+
 			" is from an unknown authority — set tls.ca")
 
 	p.stopProxy()
-	p.reports(p.check(p.Client, 2, "masque-client", "-c", file, "--connect"), found,
+	p.wantLines(p.check(p.Client, 2, "masque-client", "-c", file, "--connect"), found,
 		"fail  connecting: ")
 }

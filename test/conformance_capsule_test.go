@@ -19,17 +19,17 @@ import (
 	"masquevpn/routing"
 )
 
-// vector is an entry of the test vectors.
+// vector is a test vector: a sequence of capsules on a stream.
 type vector struct {
 	ID      string
 	Hex     string
-	Verdict string // ok, malformed, or policy: the receiver's choice
+	Verdict string // "ok", "malformed", or "policy": the receiver decides
 	Why     string
-	Fin     bool // the stream ends after it
+	Fin     bool // the stream ends after the capsules
 }
 
-// malformedByPolicy is the vectors that we take for malformed where the
-// receiver has the choice.
+// malformedByPolicy lists the vectors with verdict "policy" that we treat as
+// malformed.
 var malformedByPolicy = []string{"AR10", "RA10"}
 
 // vectors returns the test vectors.
@@ -45,7 +45,7 @@ func vectors(t *testing.T) []vector {
 	return all
 }
 
-// capsules returns what is sent.
+// capsules returns the bytes to send.
 func (v vector) capsules(t *testing.T) []byte {
 	t.Helper()
 	t.Logf("vector %s: %s (%s)", v.ID, v.Why, v.Verdict)
@@ -54,14 +54,14 @@ func (v vector) capsules(t *testing.T) []byte {
 	return b
 }
 
-// malformed reports whether we take the vector for malformed.
+// malformed reports whether we treat the vector as malformed.
 func (v vector) malformed() bool {
 	return v.Verdict == "malformed" || slices.Contains(malformedByPolicy, v.ID)
 }
 
-// What is malformed costs a client its stream, and no other stream of the
-// connection; everything else goes by (RFC 9297 section 3.3). What the stream
-// held is free afterwards.
+// The proxy resets the stream of a malformed capsule and no other stream of the
+// connection, and accepts all other capsules (RFC 9297 section 3.3). It
+// releases the addresses of the stream.
 func TestWireVectorsAtProxy(t *testing.T) {
 	p := startWireProxy(t, nil)
 	other := p.tunnel()
@@ -86,8 +86,8 @@ func TestWireVectorsAtProxy(t *testing.T) {
 	})
 }
 
-// The client takes capsules as the proxy does. It has one stream, and so starts
-// over when that is reset.
+// The client accepts and rejects the same capsules as the proxy. It has one
+// stream, so it reconnects when that stream is reset.
 func TestWireVectorsAtClient(t *testing.T) {
 	in := pkitest.New(proxyName)
 	r := startRawServer(t, in, http3.NextProtoH3)
@@ -96,8 +96,8 @@ func TestWireVectorsAtClient(t *testing.T) {
 		c := r.startClient(func(c *client.Config) { c.Reconnect = true })
 		s := r.establish(c)
 		if !v.malformed() {
-			// Some vectors take away what the session needs, so it is granted
-			// again right behind them.
+			// Some vectors withdraw the addresses or routes of the session, so
+			// grant them again right after the vector.
 			for _, c := range granted {
 				capsules = c.Append(capsules)
 			}
@@ -117,8 +117,8 @@ func TestWireVectorsAtClient(t *testing.T) {
 	}
 }
 
-// Capsules arrive in whatever pieces the peer likes: every byte in a frame of
-// its own, with frames between that mean nothing.
+// The proxy reads a capsule that arrives with each byte in its own DATA frame,
+// between frames of an unknown type.
 func TestWireDrippedCapsules(t *testing.T) {
 	u := startWireProxy(t, nil).tunnel()
 	pkt, id := newEcho(u.addr4, beyond4)
@@ -130,9 +130,8 @@ func TestWireDrippedCapsules(t *testing.T) {
 	awaitID(t, u.p.device.Receive, id)
 }
 
-// Capsules of unknown types are skipped however long they are, known ones are
-// read up to a limit; the proxy keeps nothing of either, and other streams go
-// on.
+// The proxy skips capsules of unknown types whatever their length, and rejects
+// known types above a limit. It buffers neither, and other streams continue.
 func TestWireEndlessCapsules(t *testing.T) {
 	p := startWireProxy(t, nil)
 	u := p.tunnel()
@@ -154,7 +153,7 @@ func TestWireEndlessCapsules(t *testing.T) {
 	for _, typ := range []capsule.Type{capsule.TypeDatagram, capsule.TypeAddressRequest,
 		capsule.TypeRouteAdvertisement} {
 		u := p.tunnelOn(other.conn)
-		// none of it is sent
+		// Announce the capsule and send none of it.
 		_, err := u.Write(quicvarint.Append(quicvarint.Append(nil, uint64(typ)), long))
 		check(t, err)
 		u.wantReset(http3.ErrCodeExcessiveLoad)
@@ -162,7 +161,8 @@ func TestWireEndlessCapsules(t *testing.T) {
 	other.checkAlive()
 }
 
-// A client that is sent a capsule beyond the limit says so.
+// The error of a client that received a capsule above the limit names the
+// capsule.
 func TestWireOversizedCapsuleAtClient(t *testing.T) {
 	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	c := r.startClient(nil)
@@ -173,15 +173,15 @@ func TestWireOversizedCapsuleAtClient(t *testing.T) {
 	s.wantReset(http3.ErrCodeExcessiveLoad)
 	if e := c.failure(); !bytes.Contains([]byte(e.Error()),
 		[]byte("ROUTE_ADVERTISEMENT capsule of 1048576 bytes")) {
-		t.Errorf("the client says %q", e)
+		t.Errorf("the error is %q", e)
 	}
 }
 
-// Both families are in one ADDRESS_ASSIGN, each of which is the full list;
-// request IDs are echoed, and a refusal is said once (RFC 9484 sections 4.7.1
-// and 4.7.2).
+// Each ADDRESS_ASSIGN lists all addresses of both families. It echoes the
+// request IDs, and a refusal appears in one capsule only (RFC 9484 sections
+// 4.7.1 and 4.7.2).
 func TestWireAssignmentsAreComplete(t *testing.T) {
-	// one address for clients
+	// A pool with one address for clients.
 	p := startWireProxy(t, func(c *proxy.Config) {
 		c.Pool4 = netip.MustParsePrefix("10.77.0.0/30")
 	})
@@ -202,8 +202,8 @@ func TestWireAssignmentsAreComplete(t *testing.T) {
 	}
 }
 
-// Each ADDRESS_ASSIGN and each ROUTE_ADVERTISEMENT replaces the last, and the
-// kernel is told (RFC 9484 sections 4.7.1 and 4.7.3).
+// Each ADDRESS_ASSIGN and ROUTE_ADVERTISEMENT replaces the one before, also in
+// the host (RFC 9484 sections 4.7.1 and 4.7.3).
 func TestWireCapsulesReplaceAtClient(t *testing.T) {
 	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	c := r.startClient(nil)

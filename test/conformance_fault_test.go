@@ -14,10 +14,10 @@ import (
 	"masquevpn/proxy"
 )
 
-// Datagrams that belong nowhere are dropped, without a line in the log for
-// each: before their request and before its answer, for streams that are not
-// there or somebody else's, of unknown contexts, and without a whole one.
-// Tunnels go on.
+// The proxy drops datagrams that belong to no tunnel without logging each of
+// them: datagrams that arrive before their request or its response, for unknown
+// streams or streams of other connections, with an unknown context ID, and with
+// a truncated one. Tunnels continue.
 func TestWireStrayDatagrams(t *testing.T) {
 	var log logtest.Buffer
 	p := startWireProxy(t, func(c *proxy.Config) {
@@ -28,9 +28,9 @@ func TestWireStrayDatagrams(t *testing.T) {
 	early := p.dial(masqueSettings)
 	spoofed, _ := newEcho(victim.addr4, beyond4)
 	spoofed = append([]byte{0}, spoofed...)
-	early.sendDatagram(0, spoofed) // its request comes later
+	early.sendDatagram(0, spoofed) // before its request
 	s := early.open(connectIP(anyPath)...)
-	early.sendDatagram(s.StreamID(), spoofed) // its answer comes later
+	early.sendDatagram(s.StreamID(), spoofed) // before its response
 	if status, _ := s.answer(); status != "200" {
 		t.Fatalf("status %q", status)
 	}
@@ -40,9 +40,9 @@ func TestWireStrayDatagrams(t *testing.T) {
 	const n = 500
 	for range n {
 		early.sendDatagram(4*1000, spoofed)             // no such stream
-		early.sendDatagram(victim.StreamID(), spoofed)  // this connection is not the victim's
+		early.sendDatagram(victim.StreamID(), spoofed)  // a stream of another connection
 		early.sendDatagram(u.StreamID(), []byte{2, 69}) // unknown context
-		early.sendDatagram(u.StreamID(), []byte{0x40})  // half of one
+		early.sendDatagram(u.StreamID(), []byte{0x40})  // half a context ID
 		early.sendDatagram(u.StreamID(), nil)
 		early.sendDatagram(u.StreamID(), spoofed)
 	}
@@ -58,7 +58,7 @@ func TestWireStrayDatagrams(t *testing.T) {
 	}
 }
 
-// What no client may reach by default: the proxy's own loopback and addresses,
+// By default, clients cannot reach the proxy's loopback and own addresses,
 // metadata services, and other clients.
 func TestWireDeniedDestinations(t *testing.T) {
 	management4, management6 := netip.MustParseAddr("203.0.113.5"),
@@ -89,7 +89,7 @@ func TestWireDeniedDestinations(t *testing.T) {
 		wantICMP(t, u.readPacket, pkt, gateway, want)
 	}
 	for _, dst := range []string{"169.254.169.254", "255.255.255.255", "fe80::1"} {
-		// these nobody forwards, so nobody answers
+		// Routers do not forward these destinations, so there is no ICMP error.
 		src := u.addr4
 		if a := netip.MustParseAddr(dst); a.Is6() {
 			src = u.addr6
@@ -103,8 +103,8 @@ func TestWireDeniedDestinations(t *testing.T) {
 	awaitOnly(t, p.device.Receive, id)
 }
 
-// A thousand requests on one connection: above the user's limit they are
-// refused with the reason, and the tunnels there are go on.
+// The proxy refuses requests above the user's limit, with the reason, and
+// existing tunnels continue.
 func TestWireThousandRequests(t *testing.T) {
 	p := startWireProxy(t, func(c *proxy.Config) {
 		c.Methods, c.Users, c.MaxSessionsPerUser = []string{proxy.MethodToken}, wireUsers{}, 4
@@ -131,9 +131,8 @@ func TestWireThousandRequests(t *testing.T) {
 	u.checkAlive()
 }
 
-// Ten thousand beginnings of handshakes are answered by asking for proof of the
-// address (Retry, RFC 9000 section 8.1.2), but for the first of them; tunnels
-// go on.
+// The proxy answers a flood of Initial packets with Retry, except for the first
+// of them (RFC 9000 section 8.1.2), and tunnels continue.
 func TestWireInitialFlood(t *testing.T) {
 	p := startWireProxy(t, nil)
 	u := p.tunnel()
@@ -158,10 +157,10 @@ func TestWireInitialFlood(t *testing.T) {
 		}
 	}
 	u.checkAlive()
-	p.tunnel() // who answers a Retry gets in
+	p.tunnel() // a client that answers a Retry connects
 }
 
-// initial returns an Initial packet of QUIC version 1 with nothing that can be
+// initial returns an Initial packet of QUIC version 1 whose payload cannot be
 // decrypted (RFC 9000 section 17.2.2).
 func initial() []byte {
 	b := make([]byte, 1200)

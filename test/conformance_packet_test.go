@@ -26,17 +26,18 @@ var (
 	linkLocal6  = netip.MustParseAddr("fe80::77")
 	linkLocal4  = netip.MustParseAddr("169.254.7.7")
 	allNodes    = netip.MustParseAddr("ff02::1")
-	elsewhere4  = netip.MustParseAddr("198.51.100.7") // not advertised, where that is told apart
+	elsewhere4  = netip.MustParseAddr("198.51.100.7") // outside the advertised routes
 	elsewhere6  = netip.MustParseAddr("2001:db8:9::7")
 	notAssigned = netip.MustParseAddr("10.77.0.200")
 )
 
-// icmp is an ICMP error; the zero value is none.
+// icmp is the type and code of an ICMP error.
 type icmp struct{ typ, code uint8 }
 
-// wantICMP waits for the ICMP error about pkt, which has to come from src and
-// quote as much of pkt as it may (RFC 1812 section 4.3.2.3, RFC 4443 section
-// 2.4 c). It returns the second word of its header.
+// wantICMP waits for the ICMP error about pkt. The error must come from src and
+// quote pkt up to the maximum length (RFC 1812 section 4.3.2.3, RFC 4443
+// section 2.4 c). wantICMP returns the second word of the ICMP header, which
+// holds the MTU of a "too big" error.
 func wantICMP(t *testing.T, read func(context.Context) ([]byte, error), pkt []byte, src netip.Addr,
 	want icmp) uint32 {
 	t.Helper()
@@ -73,7 +74,8 @@ func wantICMP(t *testing.T, read func(context.Context) ([]byte, error), pkt []by
 	}
 }
 
-// sourceOf reads the source of a packet, whatever else is wrong with it.
+// sourceOf returns the source address of a packet that may be malformed
+// otherwise.
 func sourceOf(pkt []byte) netip.Addr {
 	if pkt[0]>>4 == 4 {
 		return netip.AddrFrom4([4]byte(pkt[12:16]))
@@ -81,7 +83,8 @@ func sourceOf(pkt []byte) netip.Addr {
 	return netip.AddrFrom16([16]byte(pkt[8:24]))
 }
 
-// packet returns a packet of the protocol with n bytes behind its IP header.
+// packet returns a packet of the given protocol with n bytes after the IP
+// header.
 func packet(src, dst netip.Addr, protocol, hopLimit uint8, n int) []byte {
 	pkt := ippacket.AppendEcho(nil, src, dst, hopLimit, true, 1, 1, make([]byte, max(0, n-8)))
 	if src.Is4() {
@@ -109,8 +112,7 @@ const (
 	protoUDP = 17
 )
 
-// withHeaders puts extension headers between the IPv6 header of pkt and the
-// rest. Each is a type and its content from the third byte on; lengths follow.
+// withHeaders inserts extension headers after the IPv6 header of pkt.
 func withHeaders(pkt []byte, headers ...extension) []byte {
 	out := slices.Clone(pkt[:40])
 	next := &out[6]
@@ -127,18 +129,22 @@ func withHeaders(pkt []byte, headers ...extension) []byte {
 	return out
 }
 
+// extension is an IPv6 extension header.
 type extension struct {
-	typ     uint8
-	content []byte // 6 bytes, or 8 more for each step
+	typ uint8
+
+	// content begins at the third byte of the header. Its length is 6 bytes
+	// plus a multiple of 8.
+	content []byte
 }
 
-// errorInterval is the time after which the rate limit lets the next ICMP error
-// pass.
+// errorInterval is a little longer than the rate limit of ICMP errors delays
+// the next error.
 const errorInterval = 110 * time.Millisecond
 
-// What a router answers, we answer (requirements of RFC 1812 and RFC 4443), in
-// both directions of a tunnel at the proxy: about a client's packet into its
-// tunnel, about one for a client to the network.
+// The proxy answers with the ICMP errors that RFC 1812 and RFC 4443 require of
+// a router: into the tunnel about packets of the client, and to the network
+// about packets for the client.
 func TestWireICMP(t *testing.T) {
 	p := startWireProxy(t, func(c *proxy.Config) {
 		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
@@ -151,7 +157,7 @@ func TestWireICMP(t *testing.T) {
 	u := p.tunnelFor(p.dial(masqueSettings), connectIP("/.well-known/masque/ip/*/6/"))
 	v := u.addr6
 	tooMany := slices.Repeat([]extension{{60, make([]byte, 6)}}, 9)
-	// 8 bytes of TCP's 20
+	// The first fragment holds 8 of the 20 bytes of the TCP header.
 	cutFirst := withHeaders(packet(v, beyond6, protoTCP, 64, 8),
 		extension{44, []byte{0, 1, 0, 0, 0, 7}})
 	cut := packet(v, beyond6, 60, 64, 8)
@@ -214,18 +220,18 @@ func TestWireICMP(t *testing.T) {
 		t.Run("down/"+tc.name, func(t *testing.T) {
 			time.Sleep(errorInterval)
 			p.device.Inject(tc.pkt)
-			rest := wantICMP(t, p.device.Receive, tc.pkt, tc.src, tc.want)
-			if tooBig := len(tc.pkt) > 1400; tooBig && (rest < 1280 || int(rest) >= len(tc.pkt)) {
-				t.Errorf("the MTU in the answer is %d", rest)
+			mtu := wantICMP(t, p.device.Receive, tc.pkt, tc.src, tc.want)
+			if tooBig := len(tc.pkt) > 1400; tooBig && (mtu < 1280 || int(mtu) >= len(tc.pkt)) {
+				t.Errorf("the MTU in the error is %d", mtu)
 			}
 		})
 	}
 }
 
-// What no router answers is dropped in silence: what is not whole, errors about
-// errors, and what is not from or to one host (RFC 1122 section 3.2.2, RFC 4443
-// section 2.4 e). So are routing headers of type 0 (RFC 5095), and others that
-// lead elsewhere.
+// The proxy drops packets without an ICMP error where routers do: malformed
+// packets, errors about errors, and packets that are not from or to a single
+// host (RFC 1122 section 3.2.2, RFC 4443 section 2.4 e). It also drops routing
+// headers that lead elsewhere, such as type 0 (RFC 5095), without an error.
 func TestWireNoICMP(t *testing.T) {
 	p := startWireProxy(t, func(c *proxy.Config) {
 		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), allIPv6}
@@ -239,8 +245,8 @@ func TestWireNoICMP(t *testing.T) {
 	refused4 := packet(notAssigned, beyond4, protoTCP, 64, 40)
 	q, err := ippacket.Parse(refused4)
 	check(t, err)
-	// An error that quotes what never went through this tunnel, from an address
-	// that may not send it.
+	// An ICMP error from an unassigned address, about a packet that did not
+	// pass through this tunnel.
 	about, ok := ippacket.AppendICMPError(nil, refused4, q, ippacket.NoRoute, elsewhere4, 0)
 	if !ok {
 		t.Fatal("no ICMP error was made")
@@ -287,15 +293,16 @@ func TestWireNoICMP(t *testing.T) {
 	}
 	pkt, id := newEcho(u.addr4, beyond4)
 	u.sendPacket(pkt)
-	// Nothing of it went on.
+	// None of the packets reached the network.
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if got, err := p.device.Receive(ctx); err != nil || !hasID(got, id) {
-		t.Errorf("the network got % x, %v", got, err)
+		t.Errorf("the network received % x, %v", got, err)
 	}
 }
 
-// wantOnlyICMP is wantICMP of any kind, and no other packet may come first.
+// wantOnlyICMP waits for an ICMP error of any type that quotes about. No other
+// packet may arrive before it.
 func wantOnlyICMP(t *testing.T, read func(context.Context) ([]byte, error), about []byte) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -310,8 +317,8 @@ func wantOnlyICMP(t *testing.T, read func(context.Context) ([]byte, error), abou
 	}
 }
 
-// At most 10 errors a second, after a burst of 10, are sent in each direction;
-// Packet Too Big has an allowance of its own.
+// The proxy sends at most 10 ICMP errors per second in each direction, after a
+// burst of 10. Packet Too Big has a limit of its own.
 func TestWireICMPRate(t *testing.T) {
 	p := startWireProxy(t, func(c *proxy.Config) {
 		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
@@ -324,13 +331,13 @@ func TestWireICMPRate(t *testing.T) {
 			p.device.Inject(packet(elsewhere4, u.addr4, protoTCP, 64, 40))
 		}
 		awaitDrops(t, func() map[string]uint64 { return p.Status().Drops }, "source", (i+1)*n)
-		time.Sleep(3 * errorInterval) // a few more may follow now
+		time.Sleep(3 * errorInterval) // allows a few more errors
 	}
 	sent, most := p.Status().ICMPSent, 10+uint64(10*time.Since(start).Seconds())+1
 	if sent < 10 || sent > most {
 		t.Errorf("%d ICMP errors about %d packets, want 10 to %d", sent, 2*n, most)
 	}
-	for range n { // right before it, so that the others' allowance is used up
+	for range n { // use up the limit of other errors
 		p.device.Inject(packet(elsewhere4, u.addr4, protoTCP, 64, 40))
 	}
 	big := packet(beyond4, u.addr4, protoTCP, 64, 1470)
@@ -338,14 +345,14 @@ func TestWireICMPRate(t *testing.T) {
 	wantICMP(t, p.device.Receive, big, proxy4Inside, icmp{3, 4})
 }
 
-// The client answers like the proxy: its host through the device, the proxy
-// through the tunnel. It takes from the proxy only what comes from where the
-// proxy said that it may (BCP 38), and goes only to its own addresses.
+// The client answers like the proxy: its host through the device, and the proxy
+// through the tunnel. It accepts packets only from advertised sources (BCP 38)
+// and only for its own addresses.
 func TestWireClientPolicy(t *testing.T) {
 	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	c := r.startClient(nil)
 	s := r.establish(c)
-	// ours, and within what the proxy advertises
+	// An address of the client that lies within an advertised route.
 	advertised6 := netip.MustParseAddr("2001:db8:3::99")
 	s.send(&capsule.AddressAssign{Addresses: []capsule.Address{
 		{Prefix: netip.PrefixFrom(inside4, 32)}, {Prefix: netip.PrefixFrom(inside6, 128)},
@@ -401,8 +408,8 @@ func TestWireClientPolicy(t *testing.T) {
 	awaitOnly(t, c.device.Receive, id)
 }
 
-// An echo to all nodes of the link is answered by the endpoint itself, with all
-// that it carries, and goes no further (RFC 9484 section 7.2).
+// Each end answers an echo request to the all-nodes address of the link itself,
+// with the complete data, and does not forward it (RFC 9484 section 7.2).
 func TestWireLinkEcho(t *testing.T) {
 	p := startWireProxy(t, nil)
 	u := p.tunnel()
@@ -416,9 +423,11 @@ func TestWireLinkEcho(t *testing.T) {
 	s.sendPacket(ippacket.AppendEcho(nil, linkLocal6, allNodes, 255, true, 99, 5, data))
 	wantEchoReply(t, s.readPacket, data)
 
-	u.checkAlive() // the echo did not come out before
+	u.checkAlive() // fails if the network received the echo request
 }
 
+// wantEchoReply waits for the reply to an echo request from linkLocal6 with
+// data.
 func wantEchoReply(t *testing.T, read func(context.Context) ([]byte, error), data []byte) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -440,8 +449,8 @@ func wantEchoReply(t *testing.T, read func(context.Context) ([]byte, error), dat
 	}
 }
 
-// With one external address for several clients, an ICMP error goes only to the
-// client whose packet it quotes (RFC 9484 section 11).
+// If clients share an external address, an ICMP error goes only to the client
+// that sent the quoted packet (RFC 9484 section 11).
 func TestWireICMPErrorsReachTheirTunnel(t *testing.T) {
 	p := startWireProxy(t, nil)
 	a, b := p.tunnel(), p.tunnel()
@@ -453,7 +462,7 @@ func TestWireICMPErrorsReachTheirTunnel(t *testing.T) {
 	if !ok {
 		t.Fatal("no ICMP error was made")
 	}
-	// The same to b, as from a router that means harm, or has mixed up the two.
+	// The same error, addressed to b by a faulty or malicious router.
 	other := slices.Clone(about)
 	copy(other[16:20], b.addr4.AsSlice())
 	p.device.Inject(checksum4(other))
@@ -470,14 +479,16 @@ func TestWireICMPErrorsReachTheirTunnel(t *testing.T) {
 	}
 }
 
-// relay passes UDP packets between one client and a server and notes their
+// relay forwards UDP packets between one client and a server and counts them by
 // traffic class.
 type relay struct {
-	addr string
-	mu   sync.Mutex
-	tos  map[uint8]int
+	addr string // for the client to dial
+
+	mu  sync.Mutex    // guards tos
+	tos map[uint8]int // number of packets by traffic class
 }
 
+// startRelay runs a relay to server until the test ends.
 func startRelay(t *testing.T, server string) *relay {
 	t.Helper()
 	r := &relay{tos: make(map[uint8]int)}
@@ -529,6 +540,7 @@ func startRelay(t *testing.T, server string) *relay {
 	return r
 }
 
+// note counts a packet with the given control messages.
 func (r *relay) note(oob []byte) {
 	messages, err := syscall.ParseSocketControlMessage(oob)
 	if err != nil {
@@ -543,8 +555,8 @@ func (r *relay) note(oob []byte) {
 	}
 }
 
-// The inner DSCP is not seen outside, and the inner DSCP and ECN arrive as they
-// were sent (RFC 9484 section 10.3).
+// The outer packets do not show the inner DSCP, and the inner DSCP and ECN
+// arrive unchanged (RFC 9484 section 10.3).
 func TestWireTrafficClass(t *testing.T) {
 	p := startWireProxy(t, nil)
 	relay := startRelay(t, p.Addrs()[0].String())
@@ -553,8 +565,8 @@ func TestWireTrafficClass(t *testing.T) {
 	defer cancel()
 	awaitState(t, ctx, c.Client, client.StateConnected)
 	for _, class := range []byte{46<<2 | 3, 10<<2 | 1, 2, 0} {
-		// EF with CE, AF11 with ECT(1), ECT(0), none
-		for _, way := range []struct {
+		// EF with CE, AF11 with ECT(1), ECT(0), none.
+		for _, dir := range []struct {
 			src, dst netip.Addr
 			in, out  interface {
 				Inject([]byte)
@@ -564,25 +576,25 @@ func TestWireTrafficClass(t *testing.T) {
 			{inside4, beyond4, c.device, p.device}, {inside6, beyond6, c.device, p.device},
 			{beyond4, inside4, p.device, c.device}, {beyond6, inside6, p.device, c.device},
 		} {
-			pkt, id := newEcho(way.src, way.dst)
-			if way.src.Is4() {
+			pkt, id := newEcho(dir.src, dir.dst)
+			if dir.src.Is4() {
 				pkt[1] = class
 				checksum4(pkt)
 			} else {
 				pkt[0], pkt[1] = 6<<4|class>>4, class<<4
 			}
-			way.in.Inject(pkt)
-			got := awaitID(t, way.out.Receive, id)
+			dir.in.Inject(pkt)
+			got := awaitID(t, dir.out.Receive, id)
 			if !bytes.Equal(got[:2], pkt[:2]) {
 				t.Errorf("traffic class %#x from %v begins with % x on arrival, sent % x", class,
-					way.src, got[:2], pkt[:2])
+					dir.src, got[:2], pkt[:2])
 			}
 		}
 	}
 	relay.mu.Lock()
 	defer relay.mu.Unlock()
 	if len(relay.tos) == 0 {
-		t.Error("no packet was seen outside")
+		t.Error("the relay saw no packet")
 	}
 	for tos, n := range relay.tos {
 		if tos>>2 != 0 {

@@ -25,8 +25,8 @@ import (
 	"masquevpn/routing"
 )
 
-// A template that breaks the rules, or smuggles something in, is refused before
-// a packet is sent (RFC 9484 section 3).
+// The client refuses an invalid or malicious URI template before it sends a
+// packet (RFC 9484 section 3).
 func TestWireBadTemplatesSendNothing(t *testing.T) {
 	socket, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	check(t, err)
@@ -69,12 +69,12 @@ func TestWireBadTemplatesSendNothing(t *testing.T) {
 	}
 }
 
-// endOfPackets is what countPackets counts up to. On loopback, all that was
-// sent before is there before.
+// endOfPackets ends countPackets. Loopback keeps the order of packets, so all
+// earlier packets have arrived before it.
 var endOfPackets = []byte("end")
 
-// countPackets counts packets until endOfPackets and calls each for every one
-// before.
+// countPackets counts the packets before endOfPackets and calls each for every
+// one of them.
 func countPackets(socket *net.UDPConn, each func()) (n int) {
 	buf := make([]byte, 2048)
 	for {
@@ -87,8 +87,8 @@ func countPackets(socket *net.UDPConn, each func()) (n int) {
 	}
 }
 
-// The request is as RFC 9484 section 4.4 has it; target and ipproto are never
-// empty.
+// The request has the form of RFC 9484 section 4.4, and target and ipproto are
+// never empty.
 func TestWireClientRequest(t *testing.T) {
 	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	_, port, err := net.SplitHostPort(r.addr)
@@ -141,15 +141,16 @@ func TestWireClientRequest(t *testing.T) {
 	}
 }
 
-// The client sends no request to a server that is no MASQUE proxy, nor before
-// it knows (RFC 9220 section 3, RFC 9297 section 2.1.1).
+// The client sends no request before it received SETTINGS, nor to a server
+// whose SETTINGS lack Extended CONNECT or HTTP Datagrams (RFC 9220 section 3,
+// RFC 9297 section 2.1.1).
 func TestWireClientReadsSettings(t *testing.T) {
 	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
-	for says, s := range map[string]settings{
+	for missing, s := range map[string]settings{
 		"Extended CONNECT": {settingDatagram: 1},
 		"HTTP Datagrams":   {settingExtendedConnect: 1, settingDatagram: 0},
 	} {
-		t.Run(says, func(t *testing.T) {
+		t.Run(missing, func(t *testing.T) {
 			c := r.startClient(nil)
 			conn := r.accept(nil)
 			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
@@ -159,7 +160,7 @@ func TestWireClientReadsSettings(t *testing.T) {
 			}
 			conn.sendSettings(s)
 			e := c.failure()
-			if e.Kind != client.KindUsage || !strings.Contains(e.Error(), says) {
+			if e.Kind != client.KindUsage || !strings.Contains(e.Error(), missing) {
 				t.Errorf("kind %d, %q", e.Kind, e)
 			}
 			if _, err := conn.AcceptStream(t.Context()); err == nil {
@@ -169,14 +170,14 @@ func TestWireClientReadsSettings(t *testing.T) {
 	}
 }
 
-// Only a success opens the tunnel, and only one that is well-formed (RFC 9484
+// Only a well-formed response with a success status opens the tunnel (RFC 9484
 // section 4.5, RFC 9297 section 3.2).
 func TestWireClientChecksResponse(t *testing.T) {
 	r := startRawServer(t, pkitest.New(proxyName), http3.NextProtoH3)
 	for _, tc := range []struct {
-		answer string // fields, separated by commas
-		kind   client.Kind
-		says   string
+		response string // fields, separated by commas
+		kind     client.Kind
+		want     string // in the error
 	}{
 		{":status: 301,location: https://proxy.example/", client.KindUsage, "status 301"},
 		{":status: 204", client.KindUnreachable, "204"},
@@ -191,12 +192,12 @@ func TestWireClientChecksResponse(t *testing.T) {
 		{":status: 429", client.KindFailure, "status 429"},
 		{":status: 502,proxy-status: p; error=dns_error", client.KindFailure, "dns_error"},
 	} {
-		t.Run(tc.answer, func(t *testing.T) {
+		t.Run(tc.response, func(t *testing.T) {
 			c := r.startClient(nil)
 			s, _ := r.accept(masqueSettings).request()
-			s.sendHeaders(strings.Split(tc.answer, ",")...)
-			s.send(granted...) // which is not looked at
-			if e := c.failure(); e.Kind != tc.kind || !strings.Contains(e.Error(), tc.says) {
+			s.sendHeaders(strings.Split(tc.response, ",")...)
+			s.send(granted...) // the client ignores it
+			if e := c.failure(); e.Kind != tc.kind || !strings.Contains(e.Error(), tc.want) {
 				t.Errorf("kind %d, %q", e.Kind, e)
 			}
 			if len(c.network.Last().Addresses) > 0 {
@@ -204,7 +205,7 @@ func TestWireClientChecksResponse(t *testing.T) {
 			}
 		})
 	}
-	t.Run("interim answers without end", func(t *testing.T) {
+	t.Run("endless interim responses", func(t *testing.T) {
 		c := r.startClient(nil)
 		s, _ := r.accept(masqueSettings).request()
 		for range 20 {
@@ -214,7 +215,7 @@ func TestWireClientChecksResponse(t *testing.T) {
 			t.Errorf("%q", e)
 		}
 	})
-	t.Run("another success, after an interim answer", func(t *testing.T) {
+	t.Run("another success status, after an interim response", func(t *testing.T) {
 		c := r.startClient(nil)
 		s, _ := r.accept(masqueSettings).request()
 		s.sendHeaders(":status: 103", "link: </x>")
@@ -224,7 +225,8 @@ func TestWireClientChecksResponse(t *testing.T) {
 	})
 }
 
-// The paths of requests are matched as they are written (RFC 9484 section 4.6).
+// The proxy matches the path of a request without decoding it first (RFC 9484
+// section 4.6).
 func TestWirePaths(t *testing.T) {
 	c := startWireProxy(t, func(c *proxy.Config) {
 		c.Template = "https://" + proxyName + "/vpn{?target,ipproto}"
@@ -275,8 +277,8 @@ func TestWirePaths(t *testing.T) {
 	}
 }
 
-// A request that is malformed as such costs its stream, and no other (RFC 9114
-// section 4.1.2, RFC 9220).
+// The proxy resets the stream of a malformed request and no other stream (RFC
+// 9114 section 4.1.2, RFC 9220).
 func TestWireMalformedRequests(t *testing.T) {
 	p := startWireProxy(t, nil)
 	other := p.tunnel()
@@ -290,9 +292,9 @@ func TestWireMalformedRequests(t *testing.T) {
 		"two paths": connectIP(anyPath, ":path: /"),
 		"pseudo-header too late": {":method: CONNECT", "a: b", ":protocol: connect-ip",
 			":scheme: https", ":path: " + anyPath, ":authority: p"},
-		"unknown pseudo-header": connectIP(anyPath, ":x: y"),
-		"of an answer":          connectIP(anyPath, ":status: 200"),
-		"protocol of a GET": {":method: GET", ":protocol: connect-ip", ":scheme: https",
+		"unknown pseudo-header":  connectIP(anyPath, ":x: y"),
+		"response pseudo-header": connectIP(anyPath, ":status: 200"),
+		"protocol with GET": {":method: GET", ":protocol: connect-ip", ":scheme: https",
 			":path: " + anyPath, ":authority: p"},
 		"line break in the path": connectIP("/.well-known/masque/ip/*/*/\r\nx: y"),
 		"user information": {":method: CONNECT", ":protocol: connect-ip", ":scheme: https",
@@ -309,9 +311,9 @@ func TestWireMalformedRequests(t *testing.T) {
 	}
 }
 
-// The proxy says that it takes Extended CONNECT and HTTP Datagrams, and waits
-// for the client to say the latter: no datagram is sent before, and none to a
-// client that does not take them (RFC 9297 section 2.1.1).
+// The SETTINGS of the proxy contain Extended CONNECT and HTTP Datagrams. The
+// proxy sends no datagram before the SETTINGS of the client, and none to a
+// client whose SETTINGS lack HTTP Datagrams (RFC 9297 section 2.1.1).
 func TestWireProxyReadsSettings(t *testing.T) {
 	p := startWireProxy(t, nil)
 	t.Run("late", func(t *testing.T) {
@@ -340,7 +342,7 @@ func TestWireProxyReadsSettings(t *testing.T) {
 	})
 }
 
-// wireUsers has alice, whose token is "secret".
+// wireUsers has one user, alice, whose token is "secret".
 type wireUsers struct{}
 
 func (wireUsers) Reserved(netip.Prefix, string) bool { return false }
@@ -353,8 +355,8 @@ func (wireUsers) ByToken(token string) (proxy.User, bool) {
 	return proxy.User{Name: "alice"}, token == "secret"
 }
 
-// Without good credentials nothing is assigned or forwarded, and all that is
-// told is that (RFC 9484 section 11).
+// Without valid credentials, the proxy assigns and forwards nothing, and all
+// refusals look the same (RFC 9484 section 11).
 func TestWireUnauthenticated(t *testing.T) {
 	p := startWireProxy(t, func(c *proxy.Config) {
 		c.Methods, c.Users = []string{proxy.MethodToken}, wireUsers{}
@@ -397,13 +399,14 @@ func TestWireUnauthenticated(t *testing.T) {
 	awaitOnly(t, p.device.Receive, id)
 }
 
-// A server that speaks something else is named as such, and not asked again and
-// again; so is one that refuses us for good.
+// The client does not retry when the server does not speak HTTP/3 or refuses
+// the request for good, and its error names the reason.
 func TestWireNoRetryStorm(t *testing.T) {
 	for name, tc := range map[string]struct {
-		protocol, answer string
-		kind             client.Kind
-		says             string
+		protocol string // negotiated by ALPN
+		status   string // field of the response; "": no response
+		kind     client.Kind
+		want     string // in the error
 	}{
 		"wrong ALPN": {"h2", "", client.KindUsage, "does not speak HTTP/3"},
 		"refused credentials": {http3.NextProtoH3, ":status: 401", client.KindCredentials,
@@ -413,11 +416,11 @@ func TestWireNoRetryStorm(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := startRawServer(t, pkitest.New(proxyName), tc.protocol)
 			c := r.startClient(func(c *client.Config) { c.Reconnect = true })
-			if tc.answer != "" {
+			if tc.status != "" {
 				s, _ := r.accept(masqueSettings).request()
-				s.sendHeaders(tc.answer)
+				s.sendHeaders(tc.status)
 			}
-			if e := c.failure(); e.Kind != tc.kind || !strings.Contains(e.Error(), tc.says) {
+			if e := c.failure(); e.Kind != tc.kind || !strings.Contains(e.Error(), tc.want) {
 				t.Errorf("kind %d, %q", e.Kind, e)
 			}
 			if n := c.Status().Reconnects; n != 0 {
@@ -427,8 +430,8 @@ func TestWireNoRetryStorm(t *testing.T) {
 	}
 }
 
-// What a client puts into its request is one line in the log, without control
-// characters, whatever it is.
+// The log has one line for each request, without control characters, whatever
+// the client sent.
 func TestWireLogsAreEscaped(t *testing.T) {
 	paths := []string{
 		"/.well-known/masque/ip/a%0D%0Alevel=ERROR%20msg=forged/*/",
@@ -439,7 +442,7 @@ func TestWireLogsAreEscaped(t *testing.T) {
 	for _, format := range []string{cli.FormatText, cli.FormatJSON} {
 		t.Run(format, func(t *testing.T) {
 			var log logtest.Buffer
-			logger := cli.LogOptions{Format: format}.Logger(&log) // as the program has it
+			logger := cli.LogOptions{Format: format}.Logger(&log) // as in the program
 			c := startWireProxy(t, func(c *proxy.Config) { c.Logger = logger }).dial(masqueSettings)
 			before := len(log.Lines(""))
 			for _, path := range paths {
