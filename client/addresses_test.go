@@ -150,12 +150,12 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 // former addresses, in any order.
 func TestInstallations(t *testing.T) {
 	f := startProxy(t, nil)
-	start := func(installation string) *near {
+	start := func(installation string) *testClient {
 		n := startClient(t, f, func(c *Config) { c.Installation = installation })
 		n.awaitConnected(t)
 		return n
 	}
-	stop := func(n *near, sessions int) {
+	stop := func(n *testClient, sessions int) {
 		n.stop()
 		<-n.done
 		eventually(t, "the proxy releases the addresses", func() bool {
@@ -179,7 +179,7 @@ func TestInstallations(t *testing.T) {
 // different addresses and do not disturb each other.
 func TestInstallationCopied(t *testing.T) {
 	f := startProxy(t, nil)
-	var copies []*near
+	var copies []*testClient
 	for range 2 {
 		n := startClient(t, f, func(c *Config) { c.Installation = "clone" })
 		n.awaitConnected(t)

@@ -41,7 +41,7 @@ func classify(err error, conn *quic.Conn, to target) error {
 			err = cause
 		}
 	}
-	if e := identity(err, to); e != nil {
+	if e := identityError(err, to); e != nil {
 		return e
 	}
 	var t *quic.TransportError
@@ -52,14 +52,14 @@ func classify(err error, conn *quic.Conn, to target) error {
 			alert == alertUnknownCA ||
 			alert == alertAccessDenied || alert == alertCertRequired):
 			cause := causeEarlyRefusal
-			if proven(conn) {
+			if authenticated(conn) {
 				cause = causeCredentials
 			}
 			return fail(cause, err,
 				fmt.Sprintf("the proxy does not accept the client certificate (%s)",
 					tls.AlertError(alert)),
 				"ask its operator for a new invitation")
-		case alert == alertNoProtocol && !proven(conn):
+		case alert == alertNoProtocol && !authenticated(conn):
 			return fail(causeProtocol, err, to.host+" does not speak HTTP/3",
 				"check the name and the port of the proxy")
 		}
@@ -85,7 +85,7 @@ func classify(err error, conn *quic.Conn, to target) error {
 // Until then, anybody on the way can end the connection, with any error: all
 // know the keys of Initial packets (RFC 9001 section 5.2), and whoever answers
 // in the proxy's place has those of Handshake packets.
-func proven(conn *quic.Conn) bool {
+func authenticated(conn *quic.Conn) bool {
 	if conn == nil {
 		return false
 	}
@@ -99,7 +99,7 @@ func proven(conn *quic.Conn) bool {
 
 // whyEnded explains the end of a stream on conn by that of the connection,
 // where that ended first.
-func whyEnded(err error, conn *quic.Conn, to target) error {
+func explainEnd(err error, conn *quic.Conn, to target) error {
 	cause := err // that of the connection, but its context may end a little later
 	if conn.Context().Err() != nil {
 		cause = context.Cause(conn.Context())
@@ -154,7 +154,7 @@ func subjects(c *x509.Certificate) string {
 
 // identity explains a certificate of the proxy that does not verify, or returns
 // nil.
-func identity(err error, to target) *Error {
+func identityError(err error, to target) *Error {
 	var verify *tls.CertificateVerificationError
 	if !errors.As(err, &verify) {
 		return nil
@@ -179,7 +179,7 @@ func identity(err error, to target) *Error {
 			at = invalid.Cert.NotBefore
 		}
 		if also := to.verifyAt(verify.UnverifiedCertificates, at); also != nil && !isExpired(also) {
-			return identity(&tls.CertificateVerificationError{UnverifiedCertificates: verify.UnverifiedCertificates, Err: also}, to)
+			return identityError(&tls.CertificateVerificationError{UnverifiedCertificates: verify.UnverifiedCertificates, Err: also}, to)
 		}
 		return outOfTime(err, invalid.Cert, to)
 	}

@@ -35,39 +35,39 @@ const (
 // Client keeps one tunnel. Make it with New.
 type Client struct {
 	cfg      Config
-	to       target
+	target   target
 	dialer   *dialer
 	instance string // tells this run from others of the same user
 
-	supervisor endpoint.Supervisor[*localEndpoint]
-	host       *host
-	tried      tried                      // when it dialed last
-	hurry      *rate.Limiter              // limits retries before the backoff ends
-	pushed     []capsule.DNSConfiguration // what the last session said of DNS
-	queue      *flowqueue.Queue           // packets read from the device
+	supervisor   endpoint.Supervisor[*localEndpoint]
+	host         *host
+	lastDial     dialState                  // when it dialed last
+	earlyRetries *rate.Limiter              // limits retries before the backoff ends
+	lastDNS      []capsule.DNSConfiguration // what the last session said of DNS
+	queue        *flowqueue.Queue           // packets read from the device
 	// where packets of the device go, nil while there is no session
-	current atomic.Pointer[connectip.Conn]
-	stats   connectip.Stats
-	reading connectip.Busy // the device's reader has packets
-	sender  connectip.Busy // packets taken from queue
-	had     []netip.Prefix // addresses of the last session, to ask for again
+	current   atomic.Pointer[connectip.Conn]
+	stats     connectip.Stats
+	reading   connectip.Busy // the device's reader has packets
+	sender    connectip.Busy // packets taken from queue
+	lastAddrs []netip.Prefix // addresses of the last session, to ask for again
 	// the proxy ends the tunnel when it is asked for addresses, and assigns
 	// some without that
-	unasked bool
-	applied bool           // the kernel has followed a proxy
-	held    []netip.Prefix // addresses that the kernel has of a proxy
+	skipRequest bool
+	everApplied bool           // the kernel has followed a proxy
+	installed   []netip.Prefix // addresses that the kernel has of a proxy
 
 	// what the log was told of networks that hold them
-	overlaps string
-	networks atomic.Pointer[[]routing.HostNetwork] // this host's networks
+	loggedOverlap string
+	networks      atomic.Pointer[[]routing.HostNetwork] // this host's networks
 	// ends the notice of noteLoop, nil before the first
 	loopTimer *time.Timer
 
-	mu         sync.Mutex
-	status     connectip.Status
-	reconnects [numLosses]uint64 // status.Reconnects by reason
-	latest     *session          // nil while there is none
-	live       *quic.Conn        // the session's connection; nil: no session
+	mu             sync.Mutex
+	status         connectip.Status
+	reconnects     [numLosses]uint64 // status.Reconnects by reason
+	currentSession *session          // nil while there is none
+	quicConn       *quic.Conn        // the session's connection; nil: no session
 
 	// What the kernel has, and had to be put right in it.
 	lastState         *routing.State // applied to the current end or the last; nil: nothing was
@@ -82,7 +82,7 @@ type Client struct {
 	failure *Error // why the last attempt failed; nil once one has connected
 	// guards loggedOutside, and is held while conflicts with the host's routes
 	// are noted
-	noting        sync.Mutex
+	notingMu      sync.Mutex
 	loggedOutside string // what the log said last of names that are asked outside
 
 	notices map[string]notice // key: what the notice is about
@@ -131,11 +131,11 @@ func New(cfg Config) (*Client, error) {
 	if withKernel {
 		control = routing.MarkSocket(cfg.Mark)
 	}
-	c := &Client{cfg: cfg, to: to, instance: cmp.Or(cfg.Instance, rand.Text()),
+	c := &Client{cfg: cfg, target: to, instance: cmp.Or(cfg.Instance, rand.Text()),
 		queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice)}
 	c.supervisor.Open, c.supervisor.Report, c.supervisor.Logger = c.openEndpoint, c.noteHealth,
 		cfg.Logger
-	c.host, c.hurry = newHost(cfg.Suspended), rate.NewLimiter(rate.Every(hurryInterval), hurryBurst)
+	c.host, c.earlyRetries = newHost(cfg.Suspended), rate.NewLimiter(rate.Every(earlyRetryInterval), earlyRetryBurst)
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
 	c.dialer.resolver = resolver(control, cfg.Nameservers)
@@ -166,10 +166,10 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	}
 	if err := c.supervisor.Start(); err != nil {
 		c.queue.Close()
-		return privileged(err, "")
+		return hostError(err, "")
 	}
 	c.setState(StateConnecting, "")
-	var sending, keeping sync.WaitGroup
+	var sending, maintaining sync.WaitGroup
 	// Joined errors lose their kind, so only a failure to restore the host is
 	// added.
 	defer func() {
@@ -180,20 +180,20 @@ func (c *Client) Run(ctx context.Context) (err error) {
 		sending.Wait()
 	}()
 	ctx, stop := context.WithCancel(ctx)
-	defer keeping.Wait()
+	defer maintaining.Wait()
 	defer stop()
 	endWatch, err := c.watchHost(ctx)
 	if err != nil {
-		return privileged(err, "")
+		return hostError(err, "")
 	}
 	defer endWatch()
 	sending.Go(c.sendQueued)
-	keeping.Go(func() { c.supervisor.Run(ctx) })
-	keeping.Go(func() { c.keepDNS(ctx) })
+	maintaining.Go(func() { c.supervisor.Run(ctx) })
+	maintaining.Go(func() { c.maintainDNS(ctx) })
 	if c.cfg.KillSwitch != nil {
-		keeping.Go(func() { c.keepKillSwitch(ctx) })
+		maintaining.Go(func() { c.maintainKillSwitch(ctx) })
 	}
-	err = c.keepConnected(ctx)
+	err = c.runSessions(ctx)
 	c.setState(StateStopping, "")
 	return err
 }
@@ -205,7 +205,7 @@ func (c *Client) closeKillSwitch(iface string) error {
 		return nil
 	}
 	if err := c.cfg.KillSwitch.Close(iface); err != nil {
-		return privileged(err, "closing the kill switch: ")
+		return hostError(err, "closing the kill switch: ")
 	}
 	c.mu.Lock()
 	c.status.KillSwitch = KillSwitchClosed
@@ -214,7 +214,7 @@ func (c *Client) closeKillSwitch(iface string) error {
 }
 
 // privileged makes an Error of what opening something on this host gave.
-func privileged(err error, what string) error {
+func hostError(err error, what string) error {
 	c := causeFailure
 	if errors.Is(err, tun.ErrPermission) || errors.Is(err, os.ErrPermission) {
 		c = causePrivileges
@@ -224,15 +224,15 @@ func privileged(err error, what string) error {
 
 // keepConnected has one session after another until ctx ends or trying again
 // cannot help.
-func (c *Client) keepConnected(ctx context.Context) error {
+func (c *Client) runSessions(ctx context.Context) error {
 	r := retry{enabled: c.cfg.Reconnect, service: c.cfg.Service, maxDelay: c.cfg.MaxDelay,
 		logger: c.cfg.Logger}
-	r.applied = func() bool { return c.applied }
-	r.waiting = func(everConnected bool, e *Error) {
+	r.everApplied = func() bool { return c.everApplied }
+	r.beforeWait = func(everConnected bool, e *Error) {
 		c.mu.Lock()
 		c.failure = e
 		c.mu.Unlock()
-		c.notePeer(e)
+		c.noteImpostor(e)
 		state := StateConnecting
 		if everConnected {
 			state = StateReconnecting
@@ -241,29 +241,29 @@ func (c *Client) keepConnected(ctx context.Context) error {
 			c.reconnects[lossOf(e)]++
 			c.mu.Unlock()
 		}
-		c.setState(state, e.waiting())
+		c.setState(state, e.statusText())
 	}
-	r.sooner = c.networkChanged
+	r.awaitReason = c.awaitNetworkChange
 	return r.run(ctx, func(ctx context.Context) (connected time.Duration, err error) {
 		defer rescue.Catch(func(e *rescue.Error) {
-			c.panicked(e)
+			c.logPanic(e)
 			err = e
 		})
-		return c.session(ctx)
+		return c.runSession(ctx)
 	})
 }
 
 // panicked logs a panic of a goroutine that serves a session, which ends with
 // it.
-func (c *Client) panicked(e *rescue.Error) {
+func (c *Client) logPanic(e *rescue.Error) {
 	c.cfg.Logger.Error("a fault of this program ended the session; please report it with this line",
 		"panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
 }
 
 // notePeer has the status warn of somebody who answers in the proxy's place,
 // until the proxy has proved who it is again.
-func (c *Client) notePeer(e *Error) {
-	if text := e.impostor(); text != "" || failures[e.cause].source == byProxy {
+func (c *Client) noteImpostor(e *Error) {
+	if text := e.impostorText(); text != "" || failures[e.cause].source == byProxy {
 		c.warn(noticePeer, text)
 	}
 }
@@ -373,8 +373,8 @@ func (c *Client) Status() Status {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.status
-	if c.live != nil {
-		s.RTT = c.live.ConnectionStats().SmoothedRTT.Microseconds()
+	if c.quicConn != nil {
+		s.RTT = c.quicConn.ConnectionStats().SmoothedRTT.Microseconds()
 	}
 	s.SetTraffic(&c.stats)
 	s.OldestPacket = oldest.Milliseconds()

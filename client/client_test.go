@@ -64,16 +64,16 @@ func (u users) ByToken(token string) (proxy.User, bool) { return u.alice(), toke
 func (u users) Reserved(netip.Prefix, string) bool      { return false }
 
 // far is a proxy that runs in the test, with a device instead of a kernel.
-type far struct {
+type testProxy struct {
 	*proxy.Server
 	addr   string // host:port to dial
 	device *tuntest.Device
 }
 
-func startProxy(t *testing.T, change func(*proxy.Config)) *far {
+func startProxy(t *testing.T, change func(*proxy.Config)) *testProxy {
 	t.Helper()
 	in := newInstallation()
-	f := &far{device: tuntest.New(1400)}
+	f := &testProxy{device: tuntest.New(1400)}
 	cfg := proxy.Config{
 		Name: proxyName, Listen: []string{"127.0.0.1:0"},
 		TLS:     &tls.Config{Certificates: []tls.Certificate{in.Proxy}, ClientCAs: in.Roots},
@@ -112,7 +112,7 @@ func startProxy(t *testing.T, change func(*proxy.Config)) *far {
 }
 
 // near is a client that runs in the test.
-type near struct {
+type testClient struct {
 	*Client
 	device  *tuntest.Device
 	network *routingtest.Network
@@ -121,9 +121,9 @@ type near struct {
 	stop    context.CancelFunc
 }
 
-func startClient(t *testing.T, f *far, change func(*Config)) *near {
+func startClient(t *testing.T, f *testProxy, change func(*Config)) *testClient {
 	t.Helper()
-	n := &near{device: tuntest.New(1400), network: &routingtest.Network{}, done: make(chan struct{})}
+	n := &testClient{device: tuntest.New(1400), network: &routingtest.Network{}, done: make(chan struct{})}
 	cfg := Config{
 		Name: "test", Proxy: f.addr, Token: "secret",
 		TLS:           &tls.Config{RootCAs: newInstallation().Roots, ServerName: proxyName},
@@ -153,7 +153,7 @@ func startClient(t *testing.T, f *far, change func(*Config)) *near {
 }
 
 // await waits until ok holds of the status.
-func (n *near) await(t *testing.T, what string, ok func(Status) bool) {
+func (n *testClient) await(t *testing.T, what string, ok func(Status) bool) {
 	t.Helper()
 	timeout := time.After(20 * time.Second)
 	for {
@@ -172,13 +172,13 @@ func (n *near) await(t *testing.T, what string, ok func(Status) bool) {
 	}
 }
 
-func (n *near) awaitConnected(t *testing.T) {
+func (n *testClient) awaitConnected(t *testing.T) {
 	t.Helper()
 	n.await(t, "connected", func(s Status) bool { return s.State == StateConnected })
 }
 
 // failure waits for the end of the client and returns why.
-func (n *near) failure(t *testing.T) *Error {
+func (n *testClient) failure(t *testing.T) *Error {
 	t.Helper()
 	select {
 	case <-n.done:
@@ -237,7 +237,7 @@ func TestConnects(t *testing.T) {
 
 // carries sends a packet in each direction between an address of n and one
 // beyond f.
-func carries(t *testing.T, n *near, f *far, inside, beyond string) {
+func carries(t *testing.T, n *testClient, f *testProxy, inside, beyond string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
@@ -373,7 +373,7 @@ func TestNewRefuses(t *testing.T) {
 // another client came in between.
 func TestReconnectsWithTheSameAddresses(t *testing.T) {
 	f := startProxy(t, nil)
-	first, second := startClient(t, f, nil), (*near)(nil)
+	first, second := startClient(t, f, nil), (*testClient)(nil)
 	first.awaitConnected(t)
 	second = startClient(t, f, nil)
 	second.awaitConnected(t)
@@ -480,7 +480,7 @@ func TestHostWithoutIPv6(t *testing.T) {
 // Clients do not reach each other unless the proxy allows it.
 func TestIsolation(t *testing.T) {
 	f := startProxy(t, nil)
-	a, b := startClient(t, f, nil), (*near)(nil)
+	a, b := startClient(t, f, nil), (*testClient)(nil)
 	a.awaitConnected(t)
 	b = startClient(t, f, nil)
 	b.awaitConnected(t)

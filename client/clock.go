@@ -21,7 +21,7 @@ func newClock(config *tls.Config) clock {
 		return clock{now: config.Time, synchronised: func() bool { return true }}
 	}
 	return clock{now: func() time.Time {
-		return notBefore(time.Now(), built())
+		return notBefore(time.Now(), buildTime())
 	}, synchronised: synchronised}
 }
 
@@ -36,7 +36,7 @@ func notBefore(now, built time.Time) time.Time {
 
 // built returns the time of the source that this program was made from, the
 // zero Time where it is not known.
-var built = sync.OnceValue(func() time.Time {
+var buildTime = sync.OnceValue(func() time.Time {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return time.Time{}

@@ -110,8 +110,8 @@ type Config struct {
 	// proxy. With the routing replaced, and no OpenUplink, nothing is known of
 	// it. Suspended replaces the clocks that tell for how long in all this host
 	// has been suspended since it booted.
-	OpenUplink func() (Uplink, error)
-	Suspended  func() time.Duration
+	OpenUnderlay func() (Underlay, error)
+	Suspended    func() time.Duration
 
 	// HostNetworks replaces the kernel's knowledge of the addresses of this
 	// host, without those of an interface. With the routing replaced, and no
@@ -239,16 +239,16 @@ func (c *Config) resolveTarget() (target, error) {
 	if err != nil {
 		return target{}, err
 	}
-	any := func(s string) string {
+	orAny := func(s string) string {
 		if s == "" {
 			return "*"
 		}
 		return s
 	}
-	if _, err := connectip.ParseScope(any(c.Target), "*"); err != nil {
+	if _, err := connectip.ParseScope(orAny(c.Target), "*"); err != nil {
 		return target{}, usage("scope.target", "%v", err)
 	}
-	if to.scope, err = connectip.ParseScope(any(c.Target), any(c.IPProto)); err != nil {
+	if to.scope, err = connectip.ParseScope(orAny(c.Target), orAny(c.IPProto)); err != nil {
 		return target{}, usage("scope.ipproto", "%v", err)
 	}
 	if _, err := to.template.Expand(to.scope); err != nil {
@@ -333,8 +333,8 @@ func (c Config) withDefaults() (Config, error) {
 				Logger: c.Logger})
 		}
 	}
-	if c.OpenUplink == nil && c.OpenNetwork == nil {
-		c.OpenUplink = func() (Uplink, error) { return routing.Watch(c.Mark) }
+	if c.OpenUnderlay == nil && c.OpenNetwork == nil {
+		c.OpenUnderlay = func() (Underlay, error) { return routing.Watch(c.Mark) }
 	}
 	if c.Suspended == nil {
 		c.Suspended = suspended

@@ -30,7 +30,7 @@ func (c *Client) Counters() *Counters {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for l, n := range c.reconnects {
-		out.Reconnects[loss(l).String()] = n
+		out.Reconnects[lossReason(l).String()] = n
 	}
 	return out
 }
@@ -63,12 +63,12 @@ func (c *Client) Stuck() error {
 }
 
 // loss is why there is no session.
-type loss uint8
+type lossReason uint8
 
 // The reasons, each with the word under which it is counted.
 const (
-	lossError  loss = iota // this host, or a capsule of the proxy
-	lossClosed             // the proxy ended it in good order
+	lossError  lossReason = iota // this host, or a capsule of the proxy
+	lossClosed                   // the proxy ended it in good order
 	// the proxy ended it because something was wrong, or has been restarted and
 	// knows it no more
 	lossReset
@@ -80,10 +80,10 @@ const (
 
 var lossNames = [numLosses]string{"error", "closed", "reset", "timeout", "refused", "network"}
 
-func (l loss) String() string { return lossNames[l] }
+func (l lossReason) String() string { return lossNames[l] }
 
 // lossOf classifies what a session ended with.
-func lossOf(e *Error) loss {
+func lossOf(e *Error) lossReason {
 	var app *quic.ApplicationError
 	var stateless *quic.StatelessResetError
 	var stream *quic.StreamError
@@ -117,7 +117,7 @@ func lossOf(e *Error) loss {
 	return lossError
 }
 
-func closedOrReset(code uint64) loss {
+func closedOrReset(code uint64) lossReason {
 	if connectip.IsNoError(code) {
 		return lossClosed
 	}

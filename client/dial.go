@@ -56,7 +56,7 @@ type controlFunc = func(network, address string, c syscall.RawConn) error
 
 // dialer makes connections to one proxy. It is used by one goroutine at a time.
 type dialer struct {
-	to         target
+	target     target
 	tls        *tls.Config
 	token      string
 	congestion congestion.Mode
@@ -78,7 +78,7 @@ type dialer struct {
 
 func newDialer(to target, config *tls.Config, token string, control controlFunc,
 	logger *slog.Logger) *dialer {
-	return &dialer{to: to, tls: to.tlsConfig(config), token: token, control: control,
+	return &dialer{target: to, tls: to.tlsConfig(config), token: token, control: control,
 		resolver: resolver(control, nil), logger: logger, hasRoute: hasRoute}
 }
 
@@ -91,10 +91,10 @@ func hasRoute(to netip.Addr) bool {
 
 // dialed is an established connection to the proxy.
 type dialed struct {
-	transport *quic.Transport // the current path's transport
-	socket    *udpconn.Conn   // transport's socket
-	path      *quic.Path      // nil for the first one
-	leave     func()          // closes the path that it was on before
+	transport   *quic.Transport // the current path's transport
+	socket      *udpconn.Conn   // transport's socket
+	path        *quic.Path      // nil for the first one
+	closeFormer func()          // closes the path that it was on before
 	// whose LocalAddr and RemoteAddr must not be asked for: they may change
 	conn   *quic.Conn
 	remote netip.AddrPort
@@ -106,7 +106,7 @@ func (d *dialed) close() { d.closeWith(http3.ErrCodeNoError) }
 // closeWith is close that tells the proxy what went wrong.
 func (d *dialed) closeWith(code http3.ErrCode) {
 	_ = d.conn.CloseWithError(quic.ApplicationErrorCode(code), "")
-	d.leave()
+	d.closeFormer()
 	_ = d.transport.Close()
 	_ = d.socket.Close()
 }
@@ -127,20 +127,20 @@ func (d *dialer) dial(ctx context.Context,
 	if err != nil {
 		return nil, err
 	}
-	d.noteConn(c.conn)
+	d.reportConn(c.conn)
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	stop := context.AfterFunc(ctx, c.close) // unblocks the exchange
 	h3, err := d.handshake(ctx, c.conn)
 	if err == nil {
-		d.note("it is a MASQUE proxy: it offers Extended CONNECT and HTTP Datagrams")
+		d.report("it is a MASQUE proxy: it offers Extended CONNECT and HTTP Datagrams")
 		err = request(ctx, h3)
 	}
 	if !stop() {
 		err = ctx.Err() // and not that the connection was closed for it
 	}
 	if err != nil {
-		err = classify(err, c.conn, d.to)
+		err = classify(err, c.conn, d.target)
 		c.close()
 		return nil, err
 	}
@@ -150,17 +150,17 @@ func (d *dialer) dial(ctx context.Context,
 // resolve finds the addresses of the proxy. When DNS does not answer, those of
 // the last time serve.
 func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
-	port, err := strconv.ParseUint(d.to.port, 10, 16)
+	port, err := strconv.ParseUint(d.target.port, 10, 16)
 	if err != nil || port == 0 {
-		return nil, usage("proxy", "%q is not a port", d.to.port)
+		return nil, usage("proxy", "%q is not a port", d.target.port)
 	}
-	if a, err := netip.ParseAddr(d.to.host); err == nil {
+	if a, err := netip.ParseAddr(d.target.host); err == nil {
 		d.lastAddrs = interleave(d.translate(ctx, []netip.Addr{a.Unmap()}), uint16(port))
 		return d.lastAddrs, nil
 	}
 	lookup, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
-	found, err := d.lookup(lookup, "ip", d.to.host)
+	found, err := d.lookup(lookup, "ip", d.target.host)
 	if err != nil {
 		if len(d.lastAddrs) > 0 {
 			d.logger.Info("the proxy's name could not be resolved, trying its last addresses",
@@ -168,12 +168,12 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 			return d.lastAddrs, nil
 		}
 		return nil, fail(causeName, err,
-			fmt.Sprintf("the name %s of the proxy cannot be resolved (%v)", d.to.host,
+			fmt.Sprintf("the name %s of the proxy cannot be resolved (%v)", d.target.host,
 				dnsReason(err)),
 			"check its spelling in the configuration, and this host's DNS")
 	}
 	d.lastAddrs = interleave(d.translate(ctx, found), uint16(port))
-	d.note("the name %s leads to %v", d.to.host, d.lastAddrs)
+	d.report("the name %s leads to %v", d.target.host, d.lastAddrs)
 	return d.lastAddrs, nil
 }
 
@@ -208,7 +208,7 @@ func (d *dialer) translate(ctx context.Context, addrs []netip.Addr) []netip.Addr
 	}
 	if len(out) > len(addrs) {
 		d.logger.Info("this host has no route to the proxy's IPv4 address, trying the network's translator", "prefix", prefixes)
-		d.note("this host has no route to the proxy's IPv4 address; its network has a translator with %v", prefixes)
+		d.report("this host has no route to the proxy's IPv4 address; its network has a translator with %v", prefixes)
 	}
 	return out
 }
@@ -308,7 +308,7 @@ func (e *unsentError) Error() string {
 func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, error) {
 	t, udp, err := d.open(ctx, addr)
 	if err != nil {
-		return nil, classify(err, nil, d.to)
+		return nil, classify(err, nil, d.target)
 	}
 	config := &quic.Config{
 		EnableDatagrams:      true,
@@ -329,10 +329,10 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 			return nil, fail(causeNetwork, unsent, unsent.Error(),
 				"check this host's network and firewall")
 		}
-		return nil, answered(classify(err, nil, d.to), addr)
+		return nil, withAddress(classify(err, nil, d.target), addr)
 	}
 	udp.LoseUnsent()
-	return &dialed{transport: t, socket: udp, leave: func() {}, conn: conn, remote: addr}, nil
+	return &dialed{transport: t, socket: udp, closeFormer: func() {}, conn: conn, remote: addr}, nil
 }
 
 // open makes a socket for packets to addr, and the transport over it.
@@ -386,11 +386,11 @@ func (d *dialer) handshake(ctx context.Context, conn *quic.Conn) (*http3.ClientC
 	switch s := h3.Settings(); {
 	case !s.EnableExtendedConnect:
 		return nil, fail(causeNoProxy, nil,
-			d.to.host+" does not offer Extended CONNECT, so it is no MASQUE proxy",
+			d.target.host+" does not offer Extended CONNECT, so it is no MASQUE proxy",
 			"check the name and the port of the proxy")
 	case !s.EnableDatagrams:
 		return nil, fail(causeNoProxy, nil,
-			d.to.host+" does not offer HTTP Datagrams, so it is no MASQUE proxy",
+			d.target.host+" does not offer HTTP Datagrams, so it is no MASQUE proxy",
 			"check the name and the port of the proxy")
 	}
 	return h3, nil
@@ -416,7 +416,7 @@ func (c *Client) dial(ctx context.Context) (d *dialed, str *http3.RequestStream,
 // request sends the Extended CONNECT request of the tunnel and checks the
 // answer (RFC 9484 section 4).
 func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.RequestStream, error) {
-	u, err := c.to.template.Expand(c.to.scope)
+	u, err := c.target.template.Expand(c.target.scope)
 	if err != nil {
 		return nil, usage("proxy", "%v", err)
 	}

@@ -156,8 +156,8 @@ const noticeDNS = "dns"
 // noteDNSOutside warns, in the log and in the status, about nameservers that
 // this host asks outside a full tunnel.
 func (c *Client) noteDNSOutside() {
-	c.noting.Lock()
-	defer c.noting.Unlock()
+	c.notingMu.Lock()
+	defer c.notingMu.Unlock()
 	c.mu.Lock()
 	state, dns := c.lastState, c.status.DNS
 	c.mu.Unlock()

@@ -57,7 +57,7 @@ func TestDNSInStatus(t *testing.T) {
 }
 
 // awaitDNS waits until the DNS configuration in the status is want.
-func awaitDNS(t *testing.T, n *near, want connectip.DNSStatus) {
+func awaitDNS(t *testing.T, n *testClient, want connectip.DNSStatus) {
 	t.Helper()
 	n.await(t, fmt.Sprintf("DNS status %+v", want), func(s Status) bool {
 		return reflect.DeepEqual(s.DNS, want)
@@ -441,10 +441,10 @@ func TestDNSOutside(t *testing.T) {
 // network.
 func TestDNSOutsideLater(t *testing.T) {
 	f := startProxy(t, nil)
-	u, r := newUplink(), &fakeResolver{}
+	u, r := newFakeUnderlay(), &fakeResolver{}
 	n := startClient(t, f, func(c *Config) {
 		r.config(c)
-		c.OpenUplink = u.open
+		c.OpenUnderlay = u.open
 	})
 	n.awaitConnected(t)
 	for _, asks := range [][]netip.AddrPort{{netip.MustParseAddrPort("192.168.7.1:53")}, nil} {

@@ -71,7 +71,7 @@ func (c *Client) openEndpoint() (_ *localEndpoint, err error) {
 	}
 	c.mu.Lock()
 	c.status.Interface = e.device.Name()
-	state, s := c.lastState, c.latest
+	state, s := c.lastState, c.currentSession
 	c.mu.Unlock()
 	if state == nil {
 		return e, nil
@@ -150,8 +150,8 @@ func (c *Client) noteHealth(h routing.Health) {
 	c.showAddresses()
 	c.repairs = h.Repairs
 	c.showRepairs()
-	if c.latest != nil && h.IPv6Held != c.ipv6Held {
-		c.latest.changed() // for what it says of IPv6
+	if c.currentSession != nil && h.IPv6Held != c.ipv6Held {
+		c.currentSession.changed() // for what it says of IPv6
 	}
 	c.ipv6Held = h.IPv6Held
 	c.notify()
@@ -178,7 +178,7 @@ func (c *Client) noteKillSwitch(h routing.KillSwitchHealth) {
 }
 
 // keepKillSwitch has the kill switch stay closed until ctx ends.
-func (c *Client) keepKillSwitch(ctx context.Context) {
+func (c *Client) maintainKillSwitch(ctx context.Context) {
 	if err := c.cfg.KillSwitch.Maintain(ctx, c.noteKillSwitch); err != nil {
 		c.cfg.Logger.Warn("it is not noticed when another program opens the kill switch",
 			"error", err)
@@ -202,7 +202,7 @@ func (c *Client) showRepairs() {
 
 // keepDNS has the resolver keep what it was told, as far as it can be told
 // again, until ctx ends, and the status say whether it has.
-func (c *Client) keepDNS(ctx context.Context) {
+func (c *Client) maintainDNS(ctx context.Context) {
 	tick := time.NewTicker(checkDNSInterval)
 	defer tick.Stop()
 	for {

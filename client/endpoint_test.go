@@ -13,13 +13,13 @@ import (
 )
 
 // hosts are the devices and networks that a client opened, one after another.
-type hosts struct {
+type fakeHosts struct {
 	mu       sync.Mutex
 	devices  []*tuntest.Device
 	networks []*routingtest.Network
 }
 
-func (h *hosts) config(c *Config) {
+func (h *fakeHosts) config(c *Config) {
 	c.OpenDevice = func() (Device, error) {
 		h.mu.Lock()
 		defer h.mu.Unlock()
@@ -36,7 +36,7 @@ func (h *hosts) config(c *Config) {
 	}
 }
 
-func (h *hosts) last() (*tuntest.Device, *routingtest.Network) {
+func (h *fakeHosts) last() (*tuntest.Device, *routingtest.Network) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.devices[len(h.devices)-1], h.networks[len(h.networks)-1]
@@ -51,7 +51,7 @@ var healthy = routing.Health{
 // routes of the one before, and the session goes on.
 func TestDeletedDevice(t *testing.T) {
 	f := startProxy(t, nil)
-	h, k := &hosts{}, &killSwitch{}
+	h, k := &fakeHosts{}, &killSwitch{}
 	n := startClient(t, f, func(c *Config) {
 		h.config(c)
 		c.KillSwitch = k
@@ -87,7 +87,7 @@ func TestDeletedDevice(t *testing.T) {
 // what the kernel has.
 func TestStatusFollowsTheKernel(t *testing.T) {
 	f := startProxy(t, nil)
-	h := &hosts{}
+	h := &fakeHosts{}
 	n := startClient(t, f, h.config)
 	n.awaitConnected(t)
 	_, kernel := h.last()
@@ -109,7 +109,7 @@ func TestStatusFollowsTheKernel(t *testing.T) {
 // IPv6 that is turned off or on later is looked at again.
 func TestIPv6TurnedOffLater(t *testing.T) {
 	f := startProxy(t, nil)
-	h := &hosts{}
+	h := &fakeHosts{}
 	n := startClient(t, f, h.config)
 	n.awaitConnected(t)
 	_, kernel := h.last()

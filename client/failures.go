@@ -122,8 +122,8 @@ func fail(c cause, err error, reason, remedy string) *Error {
 }
 
 // waiting says why there is no session while the client goes on trying.
-func (e *Error) waiting() string {
-	if text := e.impostor(); text != "" {
+func (e *Error) statusText() string {
+	if text := e.impostorText(); text != "" {
 		return text
 	}
 	return e.Error()
@@ -131,7 +131,7 @@ func (e *Error) waiting() string {
 
 // impostor says of a far end that answers, and that has not proved to be the
 // proxy, what is known of it; "" for other failures.
-func (e *Error) impostor() string {
+func (e *Error) impostorText() string {
 	at := ""
 	if e.from.IsValid() {
 		at = fmt.Sprintf(" at %v", e.from)
@@ -146,7 +146,7 @@ func (e *Error) impostor() string {
 }
 
 // answered notes at which address the far end of a failed attempt is.
-func answered(err error, from netip.AddrPort) error {
+func withAddress(err error, from netip.AddrPort) error {
 	if e, ok := err.(*Error); ok {
 		e.from = from
 	}

@@ -74,8 +74,8 @@ func ends(t *testing.T, c cause, service, ran bool) (ended bool) {
 		defer cancel()
 		r := retry{
 			enabled: true, service: service, maxDelay: DefaultMaxDelay,
-			logger:  slog.New(slog.DiscardHandler),
-			applied: func() bool { return ran }, waiting: func(bool, *Error) {},
+			logger:      slog.New(slog.DiscardHandler),
+			everApplied: func() bool { return ran }, beforeWait: func(bool, *Error) {},
 		}
 		err := r.run(ctx, func(context.Context) (time.Duration, error) {
 			return 0, fail(c, nil, "it fails", "")
@@ -92,7 +92,7 @@ func TestSameReasonIsOneWarning(t *testing.T) {
 		defer cancel()
 		var out strings.Builder
 		r := retry{enabled: true, maxDelay: DefaultMaxDelay,
-			logger: slog.New(slog.NewTextHandler(&out, nil)), waiting: func(bool, *Error) {}}
+			logger: slog.New(slog.NewTextHandler(&out, nil)), beforeWait: func(bool, *Error) {}}
 		attempts := 0
 		_ = r.run(ctx, func(context.Context) (time.Duration, error) {
 			attempts++
@@ -115,22 +115,22 @@ func TestCauses(t *testing.T) {
 		must(err)
 		return pkitest.KeyPair(p)
 	}
-	status := func(code int) func(*testing.T) *far {
-		return func(t *testing.T) *far {
+	status := func(code int) func(*testing.T) *testProxy {
+		return func(t *testing.T) *testProxy {
 			return scripted(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(code) })
 		}
 	}
-	with := func(c tls.Certificate, protocol string, extended bool) func(*testing.T) *far {
-		return func(t *testing.T) *far {
+	with := func(c tls.Certificate, protocol string, extended bool) func(*testing.T) *testProxy {
+		return func(t *testing.T) *testProxy {
 			return serve(t, "127.0.0.1:0", c, protocol, extended, nil)
 		}
 	}
 	const long = 100 * 365 * 24 * time.Hour
 	unsynchronised := func(c *Client) {
-		c.dialer.to.clock.synchronised = func() bool { return false }
+		c.dialer.target.clock.synchronised = func() bool { return false }
 	}
 	for name, tc := range map[string]struct {
-		far    func(*testing.T) *far
+		far    func(*testing.T) *testProxy
 		want   cause
 		change func(*Client) // may be nil
 	}{
@@ -191,7 +191,7 @@ func TestCauses(t *testing.T) {
 // serve is an HTTP/3 server on address that speaks protocol and has a
 // certificate of its own.
 func serve(t *testing.T, address string, c tls.Certificate, protocol string, extended bool,
-	handler http.HandlerFunc) *far {
+	handler http.HandlerFunc) *testProxy {
 	t.Helper()
 	socket, err := net.ListenPacket("udp", address)
 	if err != nil {
@@ -215,7 +215,7 @@ func serve(t *testing.T, address string, c tls.Certificate, protocol string, ext
 		_ = socket.Close()
 		<-served
 	})
-	return &far{addr: socket.LocalAddr().String()}
+	return &testProxy{addr: socket.LocalAddr().String()}
 }
 
 // Somebody who answers in the proxy's place ends neither a client that had a
@@ -228,17 +228,17 @@ func TestImpostor(t *testing.T) {
 	must(err)
 	certificate := pkitest.KeyPair(p)
 	for name, tc := range map[string]struct {
-		impostor func(t *testing.T, address string) *far
+		impostor func(t *testing.T, address string) *testProxy
 		says     string
 	}{
 		"another certificate": {
-			func(t *testing.T, address string) *far {
+			func(t *testing.T, address string) *testProxy {
 				return serve(t, address, certificate, http3.NextProtoH3, true, nil)
 			},
 			"somebody other than the proxy answers at ",
 		},
 		"a forged alert": {
-			func(t *testing.T, address string) *far {
+			func(t *testing.T, address string) *testProxy {
 				return forge(t, address,
 					closing(0x100+alertNoProtocol))
 			},
@@ -254,13 +254,13 @@ func TestImpostor(t *testing.T) {
 	}
 }
 
-func meetImpostor(t *testing.T, impostor func(*testing.T, string) *far, says string, service bool) {
+func meetImpostor(t *testing.T, impostor func(*testing.T, string) *testProxy, says string, service bool) {
 	address := freeAddress(t)
-	proxied := func(t *testing.T) *far {
+	proxied := func(t *testing.T) *testProxy {
 		return startProxy(t, func(c *proxy.Config) { c.Listen = []string{address} })
 	}
-	var n *near
-	start := func(f *far) { // ends with t, while the far ends take turns
+	var n *testClient
+	start := func(f *testProxy) { // ends with t, while the far ends take turns
 		n = startClient(t, f, func(c *Config) { c.KillSwitch, c.Service = &killSwitch{}, service })
 	}
 	if !service {

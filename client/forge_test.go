@@ -17,12 +17,12 @@ import (
 // its own.
 type answer func(original, own []byte) []byte
 
-func forging(a answer) func(*testing.T) *far {
-	return func(t *testing.T) *far { return forge(t, "127.0.0.1:0", a) }
+func forging(a answer) func(*testing.T) *testProxy {
+	return func(t *testing.T) *testProxy { return forge(t, "127.0.0.1:0", a) }
 }
 
 // forge answers all that comes to address.
-func forge(t *testing.T, address string, a answer) *far {
+func forge(t *testing.T, address string, a answer) *testProxy {
 	t.Helper()
 	socket, err := net.ListenPacket("udp", address)
 	if err != nil {
@@ -48,7 +48,7 @@ func forge(t *testing.T, address string, a answer) *far {
 		_ = socket.Close()
 		<-done
 	})
-	return &far{addr: socket.LocalAddr().String()}
+	return &testProxy{addr: socket.LocalAddr().String()}
 }
 
 // noVersion answers that no version of QUIC is spoken that the client knows

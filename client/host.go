@@ -21,13 +21,13 @@ const (
 	minSuspend      = time.Second
 	// hurryInterval and hurryBurst limit how often the proxy is dialed before
 	// its time.
-	hurryInterval = time.Second
-	hurryBurst    = 3
+	earlyRetryInterval = time.Second
+	earlyRetryBurst    = 3
 )
 
 // Uplink tells how packets to the proxy leave this host, outside the tunnel;
 // *routing.Watcher is one.
-type Uplink interface {
+type Underlay interface {
 	// NextHop returns the current next hop to an address. If there is none, the
 	// error tells the missing part.
 	NextHop(to netip.Addr) (routing.NextHop, error)
@@ -37,20 +37,20 @@ type Uplink interface {
 }
 
 // errUnknown says that there is no Uplink.
-var errUnknown = errors.New("the network of this host is not known")
+var errNoUnderlay = errors.New("the network of this host is not known")
 
 // host is what changes under a client: the network that it dials over, and
 // time.
 type host struct {
-	uplink    Uplink // nil: not known
+	underlay  Underlay // nil: not known
 	suspended func() time.Duration
 	changed   chan struct{} // receives a value when ways or sleep may be others than before
-	sleep     atomic.Int64  // for how long it has been suspended in all
+	total     atomic.Int64  // for how long it has been suspended in all
 }
 
 func newHost(suspended func() time.Duration) *host {
 	h := &host{suspended: suspended, changed: make(chan struct{}, 1)}
-	h.sleep.Store(int64(suspended()))
+	h.total.Store(int64(suspended()))
 	return h
 }
 
@@ -66,31 +66,31 @@ func suspended() time.Duration {
 }
 
 // slept returns for how long in all the host has been suspended.
-func (h *host) slept() time.Duration { return time.Duration(h.sleep.Load()) }
+func (h *host) suspendedTotal() time.Duration { return time.Duration(h.total.Load()) }
 
 // way returns the way to an address, or errUnknown.
-func (h *host) way(to netip.Addr) (routing.NextHop, error) {
-	if h.uplink == nil {
-		return routing.NextHop{}, errUnknown
+func (h *host) nextHop(to netip.Addr) (routing.NextHop, error) {
+	if h.underlay == nil {
+		return routing.NextHop{}, errNoUnderlay
 	}
-	return h.uplink.NextHop(to)
+	return h.underlay.NextHop(to)
 }
 
 // ways returns the ways to addresses, zero for those that there is none to.
-func (h *host) ways(to []netip.AddrPort) []routing.NextHop {
-	ways := make([]routing.NextHop, len(to))
+func (h *host) nextHops(to []netip.AddrPort) []routing.NextHop {
+	hops := make([]routing.NextHop, len(to))
 	for i, a := range to {
-		ways[i], _ = h.way(a.Addr())
+		hops[i], _ = h.nextHop(a.Addr())
 	}
-	return ways
+	return hops
 }
 
 // watch follows the host until ctx ends, and calls noteChange when its network
 // has changed.
 func (h *host) watch(ctx context.Context, noteChange func()) {
 	var changed <-chan struct{}
-	if h.uplink != nil {
-		changed = h.uplink.Changed()
+	if h.underlay != nil {
+		changed = h.underlay.Changed()
 	}
 	tick := time.NewTicker(suspendInterval)
 	defer tick.Stop()
@@ -102,10 +102,10 @@ func (h *host) watch(ctx context.Context, noteChange func()) {
 			noteChange()
 		case <-tick.C:
 			now := h.suspended()
-			if now-h.slept() < minSuspend {
+			if now-h.suspendedTotal() < minSuspend {
 				continue
 			}
-			h.sleep.Store(int64(now))
+			h.total.Store(int64(now))
 		}
 		select {
 		case h.changed <- struct{}{}:
@@ -127,8 +127,8 @@ const noticeConflict = "conflict"
 // noteConflicts says, in the log and in the status, where the tunnel and the
 // host's networks and routes are at odds now.
 func (c *Client) noteConflicts() {
-	c.noting.Lock()
-	defer c.noting.Unlock()
+	c.notingMu.Lock()
+	defer c.notingMu.Unlock()
 	conflicts, err := c.supervisor.Current().network.FollowHost()
 	if err != nil {
 		c.cfg.Logger.Debug("conflicts with the host's networks are not known", "error", err)
@@ -139,8 +139,8 @@ func (c *Client) noteConflicts() {
 
 // watchHost follows the host until end is called.
 func (c *Client) watchHost(ctx context.Context) (end func(), err error) {
-	if c.cfg.OpenUplink != nil {
-		if c.host.uplink, err = c.cfg.OpenUplink(); err != nil {
+	if c.cfg.OpenUnderlay != nil {
+		if c.host.underlay, err = c.cfg.OpenUnderlay(); err != nil {
 			return nil, err
 		}
 	}
@@ -150,30 +150,30 @@ func (c *Client) watchHost(ctx context.Context) (end func(), err error) {
 	return func() {
 		cancel()
 		watching.Wait()
-		if c.host.uplink != nil {
-			_ = c.host.uplink.Close()
+		if c.host.underlay != nil {
+			_ = c.host.underlay.Close()
 		}
 	}, nil
 }
 
 // tried is what a client knew of its host when it dialed last.
-type tried struct {
-	addrs []netip.AddrPort // the proxy's addresses
-	ways  []routing.NextHop
-	slept time.Duration
+type dialState struct {
+	addrs     []netip.AddrPort // the proxy's addresses
+	nextHops  []routing.NextHop
+	suspended time.Duration
 }
 
 // noteTry is called before and after dialing, which is what finds the addresses
 // of the proxy.
-func (c *Client) noteTry() {
-	c.tried.slept = c.host.slept()
-	c.tried.addrs = c.dialer.lastAddrs
-	c.tried.ways = c.host.ways(c.tried.addrs)
+func (c *Client) noteDial() {
+	c.lastDial.suspended = c.host.suspendedTotal()
+	c.lastDial.addrs = c.dialer.lastAddrs
+	c.lastDial.nextHops = c.host.nextHops(c.lastDial.addrs)
 }
 
 // networkChanged waits until ctx ends, or until the host is another than when
 // it dialed last, which it reports.
-func (c *Client) networkChanged(ctx context.Context) bool {
+func (c *Client) awaitNetworkChange(ctx context.Context) bool {
 	for {
 		select {
 		case <-ctx.Done():
@@ -182,9 +182,9 @@ func (c *Client) networkChanged(ctx context.Context) bool {
 		}
 		// Without an address of the proxy, anything may be what was missing to
 		// find it.
-		if len(c.tried.addrs) == 0 || c.host.slept() != c.tried.slept ||
-			!slices.Equal(c.host.ways(c.tried.addrs), c.tried.ways) {
-			if c.hurry.Wait(ctx) != nil {
+		if len(c.lastDial.addrs) == 0 || c.host.suspendedTotal() != c.lastDial.suspended ||
+			!slices.Equal(c.host.nextHops(c.lastDial.addrs), c.lastDial.nextHops) {
+			if c.earlyRetries.Wait(ctx) != nil {
 				return false
 			}
 			c.cfg.Logger.Info("the network of this host has changed, trying again at once")

@@ -18,15 +18,15 @@ const (
 
 // retry says what follows when a session ends or none comes about.
 type retry struct {
-	enabled  bool
-	service  bool          // nobody waits for the outcome of the start
-	maxDelay time.Duration // between attempts
-	logger   *slog.Logger
-	applied  func() bool                        // the kernel has followed a proxy; nil for never
-	waiting  func(everConnected bool, e *Error) // called before each wait
+	enabled     bool
+	service     bool          // nobody waits for the outcome of the start
+	maxDelay    time.Duration // between attempts
+	logger      *slog.Logger
+	everApplied func() bool                        // the kernel has followed a proxy; nil for never
+	beforeWait  func(everConnected bool, e *Error) // called before each wait
 	// sooner waits until ctx ends, or until trying again is worth it before its
 	// time, which it reports. It may be nil.
-	sooner func(ctx context.Context) bool
+	awaitReason func(ctx context.Context) bool
 }
 
 // run has one session after another until ctx ends, which gives nil, or until
@@ -39,7 +39,7 @@ func (r retry) run(ctx context.Context,
 		Multiplier: 2, MaxInterval: r.maxDelay,
 	}
 	wait.Reset()
-	everConnected, said := false, ""
+	everConnected, logged := false, ""
 	for {
 		connected, err := session(ctx)
 		if ctx.Err() != nil {
@@ -50,7 +50,7 @@ func (r retry) run(ctx context.Context,
 		if !errors.As(err, &e) {
 			e = fail(causeFailure, err, err.Error(), "")
 		}
-		later := everConnected || r.applied != nil && r.applied()
+		later := everConnected || r.everApplied != nil && r.everApplied()
 		if e.cause.final(r.service, later) || !r.enabled {
 			return e
 		}
@@ -59,13 +59,13 @@ func (r retry) run(ctx context.Context,
 		}
 		delay := wait.NextBackOff()
 		level := slog.LevelWarn
-		if e.waiting() == said {
+		if e.statusText() == logged {
 			level = slog.LevelInfo
 		}
-		said = e.waiting()
-		r.logger.Log(ctx, level, "no session", "reason", said, "retry_in",
+		logged = e.statusText()
+		r.logger.Log(ctx, level, "no session", "reason", logged, "retry_in",
 			delay.Round(time.Millisecond).String())
-		r.waiting(everConnected, e)
+		r.beforeWait(everConnected, e)
 		if r.wait(ctx, delay) {
 			wait.Reset()
 		}
@@ -80,8 +80,8 @@ func (r retry) run(ctx context.Context,
 func (r retry) wait(ctx context.Context, delay time.Duration) bool {
 	ctx, cancel := context.WithTimeout(ctx, delay)
 	defer cancel()
-	if r.sooner != nil {
-		return r.sooner(ctx)
+	if r.awaitReason != nil {
+		return r.awaitReason(ctx)
 	}
 	<-ctx.Done()
 	return false

@@ -24,7 +24,7 @@ import (
 )
 
 // scripted is a proxy that does what a test wants it to do.
-func scripted(t *testing.T, handler http.HandlerFunc) *far {
+func scripted(t *testing.T, handler http.HandlerFunc) *testProxy {
 	t.Helper()
 	socket, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
@@ -46,7 +46,7 @@ func scripted(t *testing.T, handler http.HandlerFunc) *far {
 		_ = socket.Close()
 		<-served
 	})
-	return &far{addr: socket.LocalAddr().String()}
+	return &testProxy{addr: socket.LocalAddr().String()}
 }
 
 // write sends capsules on str.
@@ -293,10 +293,10 @@ func TestRoutesAreTakenAway(t *testing.T) {
 // A proxy that assigns nothing without being asked is asked again, and the user
 // is told.
 func TestNothingComesUnprompted(t *testing.T) {
-	s := &session{c: &Client{unasked: true, cfg: Config{Request: prefixes("0.0.0.0/32")}}}
+	s := &session{c: &Client{skipRequest: true, cfg: Config{Request: prefixes("0.0.0.0/32")}}}
 	var e *Error
-	if err := s.notConfigured(); !errors.As(err, &e) || e.Kind != KindRefused || s.c.unasked {
-		t.Errorf("got %v, and the next session does without asking: %t", e, s.c.unasked)
+	if err := s.notConfigured(); !errors.As(err, &e) || e.Kind != KindRefused || s.c.skipRequest {
+		t.Errorf("got %v, and the next session does without asking: %t", e, s.c.skipRequest)
 	}
 	s = &session{c: &Client{}}
 	if err := s.notConfigured(); !errors.As(err, &e) ||

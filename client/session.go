@@ -46,20 +46,20 @@ const noticeNoAnswer = "no answer"
 
 // session is one accepted request and what the proxy said on it.
 type session struct {
-	c    *Client
-	quic *quic.Conn
-	conn *connectip.Conn
-	wake chan struct{} // something below changed
-	lost chan error    // why there is no path to the proxy any more
-	show chan struct{} // path changed
+	c           *Client
+	quic        *quic.Conn
+	conn        *connectip.Conn
+	wake        chan struct{} // something below changed
+	failed      chan error    // why there is no path to the proxy any more
+	pathChanged chan struct{} // path changed
 
-	asks  bool             // for addresses; else the proxy assigns what it likes
-	outer []netip.AddrPort // where the proxy may be reached
+	requests   bool             // for addresses; else the proxy assigns what it likes
+	proxyAddrs []netip.AddrPort // where the proxy may be reached
 
-	mu        sync.Mutex
-	held      []netip.Prefix    // addresses that the kernel has
-	assigned  []capsule.Address // the last ADDRESS_ASSIGN; nil before the first
-	requested time.Time         // when addresses were asked for; zero: they were not
+	mu          sync.Mutex
+	installed   []netip.Prefix    // addresses that the kernel has
+	assigned    []capsule.Address // the last ADDRESS_ASSIGN; nil before the first
+	requestedAt time.Time         // when addresses were asked for; zero: they were not
 	// for the answer to a request for addresses, or for the first unprompted
 	// ones
 	waiting   bool
@@ -87,14 +87,14 @@ type session struct {
 
 // session dials, keeps the session until it ends, and returns why it ended and
 // how long it was connected.
-func (c *Client) session(ctx context.Context) (connected time.Duration, err error) {
+func (c *Client) runSession(ctx context.Context) (connected time.Duration, err error) {
 	if err := c.closeKillSwitch(c.iface()); err != nil {
 		return 0, err
 	}
-	c.noteTry()
+	c.noteDial()
 	d, str, err := c.dial(ctx)
-	if !slices.Equal(c.tried.addrs, c.dialer.lastAddrs) {
-		c.noteTry()
+	if !slices.Equal(c.lastDial.addrs, c.dialer.lastAddrs) {
+		c.noteDial()
 	}
 	if err != nil {
 		return 0, err
@@ -106,13 +106,13 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	// Until the proxy has had the time to speak of DNS, the resolver is left as
 	// it is.
 	s := &session{
-		asks: !c.unasked && len(c.cfg.Request) > 0, outer: c.dialer.lastAddrs, held: c.held,
-		c: c, quic: d.conn, wake: make(chan struct{}, 1), lost: make(chan error, 1),
-		show: make(chan struct{}, 1), dns: c.pushed,
+		requests: !c.skipRequest && len(c.cfg.Request) > 0, proxyAddrs: c.dialer.lastAddrs, installed: c.installed,
+		c: c, quic: d.conn, wake: make(chan struct{}, 1), failed: make(chan error, 1),
+		pathChanged: make(chan struct{}, 1), dns: c.lastDNS,
 	}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
 		Device: currentDevice{c},
-		Filter: connectip.Filter{Assigned: s.taken, Routes: c.acceptable},
+		Filter: connectip.Filter{Assigned: s.acceptableAddresses, Routes: c.acceptableRoutes},
 		Handler: connectip.Handler{
 			Assigned: s.handleAssigned, Requested: s.handleAddressRequest, Routes: s.handleRoutes,
 			DNS: s.handleDNS, PREF64: s.handlePREF64, MTU: func(int) { s.changed() },
@@ -122,15 +122,15 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 		// besides.
 		MaxCapsule: routing.MaxRoutes * capsule.MaxRouteLen,
 		Stats:      &c.stats,
-		Panicked:   c.panicked,
+		Panicked:   c.logPanic,
 		Tap:        c.cfg.Tap.At(""),
 	})
 	c.mu.Lock()
-	c.live, c.latest = d.conn, s
+	c.quicConn, c.currentSession = d.conn, s
 	c.status.Proxy.Endpoint = d.remote.String()
-	c.status.Proxy.AuthenticatedAs = c.to.verify
+	c.status.Proxy.AuthenticatedAs = c.target.verify
 	c.mu.Unlock()
-	c.cfg.Logger.Info("session started", "proxy", c.to.host, "remote", d.remote.String())
+	c.cfg.Logger.Info("session started", "proxy", c.target.host, "remote", d.remote.String())
 
 	runCtx, cancel := context.WithCancel(ctx)
 	ended := make(chan error, 1)
@@ -138,31 +138,31 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 	var roaming sync.WaitGroup
 	roaming.Go(func() {
 		defer rescue.Catch(func(e *rescue.Error) {
-			c.panicked(e)
-			s.lose(e)
+			c.logPanic(e)
+			s.fail(e)
 		})
-		if err := newRoamer(s, d).run(runCtx); err != nil {
-			s.lose(err)
+		if err := newMigrator(s, d).run(runCtx); err != nil {
+			s.fail(err)
 		}
 	})
 	defer func() {
 		cancel()
 		roaming.Wait()
 		c.mu.Lock()
-		c.live, c.latest = nil, nil
+		c.quicConn, c.currentSession = nil, nil
 		c.mu.Unlock()
 		c.current.CompareAndSwap(s.conn, nil)
 	}()
 
-	since, err := s.keep(ctx, ended)
-	if errors.Is(err, errEnded) {
+	since, err := s.run(ctx, ended)
+	if errors.Is(err, errStreamEnded) {
 		reason := <-ended
 		if errors.Is(reason, capsule.ErrMalformed) || errors.Is(reason, capsule.ErrTooLarge) {
 			// The reset of the stream may get lost with the connection, so that
 			// says it as well (RFC 9114 section 8).
 			code = connectip.ErrorCode(reason)
 		}
-		err = s.explainRequest(whyEnded(reason, s.quic, c.to))
+		err = s.explainEnd(explainEnd(reason, s.quic, c.target))
 	} else {
 		cancel()
 		if errors.As(err, new(*lostError)) {
@@ -178,30 +178,30 @@ func (c *Client) session(ctx context.Context) (connected time.Duration, err erro
 }
 
 // lose ends the session with err, unless it ends already.
-func (s *session) lose(err error) {
+func (s *session) fail(err error) {
 	select {
-	case s.lost <- err:
+	case s.failed <- err:
 	default:
 	}
 }
 
 // guarded calls f. A panic ends the session alone.
-func (s *session) guarded(f func()) {
+func (s *session) guard(f func()) {
 	if e, ok := errors.AsType[*rescue.Error](rescue.Run(f)); ok {
-		s.c.panicked(e)
-		s.lose(e)
+		s.c.logPanic(e)
+		s.fail(e)
 	}
 }
 
 // errEnded stands for the end of the stream, whose reason is with its Run.
-var errEnded = errors.New("the session ended")
+var errStreamEnded = errors.New("the session ended")
 
 // keep asks for addresses, applies what comes, and returns when the session or
 // ctx ends, or cannot go on.
-func (s *session) keep(ctx context.Context, ended chan error) (connected time.Time, err error) {
+func (s *session) run(ctx context.Context, ended chan error) (connected time.Time, err error) {
 	c := s.c
 	if err := s.request(); err != nil {
-		return connected, whyEnded(err, s.quic, c.to)
+		return connected, explainEnd(err, s.quic, c.target)
 	}
 	alive, stopKeepAlive := context.WithCancel(ctx)
 	defer stopKeepAlive()
@@ -229,15 +229,15 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 		select {
 		case <-ctx.Done():
 			return connected, nil
-		case err := <-s.lost:
+		case err := <-s.failed:
 			return connected, err
-		case <-s.show:
+		case <-s.pathChanged:
 			if !connected.IsZero() {
 				s.showPath(limits)
 			}
 		case err := <-ended:
 			ended <- err
-			return connected, errEnded
+			return connected, errStreamEnded
 		case <-configured.C:
 			return connected, s.notConfigured()
 		case <-firstPacket:
@@ -278,7 +278,7 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 			}
 			if complete {
 				if err := s.announceSite(); err != nil {
-					return connected, whyEnded(err, s.quic, c.to)
+					return connected, explainEnd(err, s.quic, c.target)
 				}
 			}
 			if complete && !probing {
@@ -286,8 +286,8 @@ func (s *session) keep(ctx context.Context, ended chan error) (connected time.Ti
 				probing = true
 				firstPacket = s.conn.FirstPacket()
 				unanswered = newAnswerWatch()
-				go s.guarded(func() { s.conn.Probe(probes) })
-				go s.guarded(func() { s.conn.KeepAlive(alive, keepAlive) })
+				go s.guard(func() { s.conn.Probe(probes) })
+				go s.guard(func() { s.conn.KeepAlive(alive, keepAlive) })
 			}
 		}
 	}
@@ -299,27 +299,27 @@ func (s *session) request() error {
 	if len(s.c.cfg.Static) > 0 {
 		return nil
 	}
-	ask := !s.unprompted()
+	ask := !s.skipsRequest()
 	s.mu.Lock()
 	s.waiting = true
 	if ask {
-		s.requested = time.Now()
+		s.requestedAt = time.Now()
 	}
 	s.mu.Unlock()
 	if !ask {
 		return nil
 	}
-	return s.conn.Request(s.c.wanted())
+	return s.conn.Request(s.c.addressesToRequest())
 }
 
 // unprompted reports whether the session waits for addresses without asking.
-func (s *session) unprompted() bool { return s.c.unasked || len(s.c.cfg.Request) == 0 }
+func (s *session) skipsRequest() bool { return s.c.skipRequest || len(s.c.cfg.Request) == 0 }
 
 // explainRequest returns err, with which the far end ended the session, or an
 // error that says more: some proxies cannot take ADDRESS_REQUEST, although RFC
 // 9484 section 4.7.2 obliges them to answer, end the stream, and had assigned
 // addresses unprompted before. The next session then does without asking.
-func (s *session) explainRequest(err error) error {
+func (s *session) explainEnd(err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	granted := slices.ContainsFunc(s.assigned, func(a capsule.Address) bool { return !a.Refused() })
@@ -328,20 +328,20 @@ func (s *session) explainRequest(err error) error {
 	case !errors.As(err, &e) || e.Kind != KindFailure ||
 		errors.As(err, new(*quic.StatelessResetError)):
 		return err
-	case s.requested.IsZero() || time.Since(s.requested) > configTimeout || !granted ||
+	case s.requestedAt.IsZero() || time.Since(s.requestedAt) > configTimeout || !granted ||
 		!s.conn.Unanswered():
 		return err
 	}
-	s.c.unasked = true
+	s.c.skipRequest = true
 	return fail(causeEnded, e, "the proxy ended the tunnel when it was asked for addresses, although it assigns some unasked",
 		"set addresses.request = []; until then each run of the client begins with such a failure")
 }
 
 // wanted is what to ask for: the addresses of the last session, where there was
 // one, and otherwise those configured.
-func (c *Client) wanted() []netip.Prefix {
+func (c *Client) addressesToRequest() []netip.Prefix {
 	want := slices.Clone(c.cfg.Request)
-	had := slices.Clone(c.had)
+	had := slices.Clone(c.lastAddrs)
 	for _, sameLength := range []bool{true, false} { // a prefix for a prefix, if there was one
 		for i, w := range want {
 			if !w.Addr().IsUnspecified() {
@@ -369,7 +369,7 @@ func (s *session) changed() {
 func (s *session) handleAssigned(addrs []capsule.Address) error {
 	s.mu.Lock()
 	s.assigned = append(make([]capsule.Address, 0, len(addrs)), addrs...)
-	s.waiting = s.conn.Unanswered() || s.requested.IsZero() && len(addrs) == 0
+	s.waiting = s.conn.Unanswered() || s.requestedAt.IsZero() && len(addrs) == 0
 	s.mu.Unlock()
 	s.changed()
 	return nil
@@ -419,7 +419,7 @@ func (s *session) addresses() []netip.Prefix {
 	defer s.mu.Unlock()
 	out := slices.Clone(s.c.cfg.Static)
 	for _, a := range s.assigned {
-		if !a.Refused() && s.wants(a.Prefix) && !slices.Contains(out, a.Prefix) {
+		if !a.Refused() && s.wantsFamily(a.Prefix) && !slices.Contains(out, a.Prefix) {
 			// a proxy may assign what is static
 			out = append(out, a.Prefix)
 		}
@@ -452,17 +452,17 @@ func (s *session) apply() (complete bool, err error) {
 		return false, nil // more is to come
 	}
 	if c.readNetworks() {
-		if err := s.follow(); err != nil {
+		if err := s.updateFilter(); err != nil {
 			return false, err
 		}
 	}
 	if err := s.checkAssigned(); err != nil {
-		c.had = nil // it may grant others
-		c.returnTaken()
+		c.lastAddrs = nil // it may grant others
+		c.removeTakenAddresses()
 		return false, err
 	}
 	if len(addrs) == 0 {
-		c.had = nil // it may grant others
+		c.lastAddrs = nil // it may grant others
 		return false, fail(causeAddresses, nil, "the proxy assigned no address",
 			"its pool may be exhausted; ask its operator")
 	}
@@ -472,7 +472,7 @@ func (s *session) apply() (complete bool, err error) {
 	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude,
 		HostRoutes: c.cfg.HostRoutes, Private: c.cfg.AdvertiseRoutes,
 		Forward: len(c.cfg.AdvertiseRoutes) > 0, Reach: c.cfg.ownNetworks(addrs)}
-	inside, err := accepted(routes, c.cfg.Accept)
+	inside, err := acceptedPrefixes(routes, c.cfg.Accept)
 	if err != nil {
 		return false, err
 	}
@@ -482,7 +482,7 @@ func (s *session) apply() (complete bool, err error) {
 		state.Routes = append(s.holdMissingFamily(s.excludeOwn(inside), addrs), c.cfg.AssignPeer...)
 		s.noteNoRoutes(routes, state.Routes)
 	}
-	c.had = addrs
+	c.lastAddrs = addrs
 	c.current.Store(s.conn) // before the kernel sends packets here
 	network := c.supervisor.Current().network
 	err = network.Apply(state)
@@ -509,9 +509,9 @@ func (s *session) apply() (complete bool, err error) {
 		}
 		return false, e
 	}
-	c.applied, c.held, c.pushed, s.configured = true, addrs, dns, true
+	c.everApplied, c.installed, c.lastDNS, s.configured = true, addrs, dns, true
 	s.mu.Lock()
-	s.held = addrs
+	s.installed = addrs
 	s.mu.Unlock()
 	c.noteOverlap(addrs)
 	c.noteConflicts()
@@ -559,7 +559,7 @@ func (s *session) limits() string {
 
 // accepted returns the fewest prefixes that cover what is both advertised and
 // accepted.
-func accepted(routes []capsule.Route, accept []netip.Prefix) ([]netip.Prefix, error) {
+func acceptedPrefixes(routes []capsule.Route, accept []netip.Prefix) ([]netip.Prefix, error) {
 	var advertised, allowed netipx.IPSetBuilder
 	for _, r := range routes {
 		advertised.AddRange(netipx.IPRangeFrom(r.Start, r.End))
@@ -587,11 +587,11 @@ func (s *session) notConfigured() error {
 	granted := slices.ContainsFunc(s.assigned, func(a capsule.Address) bool { return !a.Refused() })
 	if !granted && len(s.c.cfg.Static) == 0 {
 		what = "assigned no addresses"
-		if s.requested.IsZero() && !s.c.unasked {
+		if s.requestedAt.IsZero() && !s.c.skipRequest {
 			what, remedy = "assigned no addresses unasked",
 				"remove addresses.request, or ask its operator"
 		}
-		s.c.unasked = false // it may be another proxy of that name
+		s.c.skipRequest = false // it may be another proxy of that name
 	}
 	return fail(causeAddresses, nil,
 		fmt.Sprintf("the proxy %s within %v", what, configTimeout), remedy)

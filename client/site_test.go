@@ -23,7 +23,7 @@ var (
 
 // startSite runs a proxy with a site, lan4 and lan6 behind alice, and the
 // client that is their gateway.
-func startSite(t *testing.T, changeProxy func(*proxy.Config), change func(*Config)) (*far, *near) {
+func startSite(t *testing.T, changeProxy func(*proxy.Config), change func(*Config)) (*testProxy, *testClient) {
 	t.Helper()
 	f := startProxy(t, func(c *proxy.Config) {
 		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
@@ -42,7 +42,7 @@ func startSite(t *testing.T, changeProxy func(*proxy.Config), change func(*Confi
 }
 
 // awaitNetworks waits until the proxy has accepted the networks want.
-func (f *far) awaitNetworks(t *testing.T, want ...netip.Prefix) {
+func (f *testProxy) awaitNetworks(t *testing.T, want ...netip.Prefix) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		sessions := f.Sessions()

@@ -50,21 +50,21 @@ func (c *Client) isOwn(a netip.Addr) bool {
 	return slices.ContainsFunc(c.hostNetworks(), func(n routing.HostNetwork) bool {
 		return n.Address.Addr() == a
 	}) ||
-		slices.ContainsFunc(c.held, func(p netip.Prefix) bool { return connectip.HostAddr(p) == a })
+		slices.ContainsFunc(c.installed, func(p netip.Prefix) bool { return connectip.HostAddr(p) == a })
 }
 
 // taken returns which of the addresses that the proxy assigned are taken: those
 // of a family that was asked for, unless the proxy is to choose, and that this
 // host can have.
-func (s *session) taken(assigned []capsule.Address) []capsule.Address {
+func (s *session) acceptableAddresses(assigned []capsule.Address) []capsule.Address {
 	return slices.DeleteFunc(slices.Clone(assigned), func(a capsule.Address) bool {
-		return !a.Refused() && (!s.wants(a.Prefix) || s.unfit(a.Prefix) != "")
+		return !a.Refused() && (!s.wantsFamily(a.Prefix) || s.whyUnusable(a.Prefix) != "")
 	})
 }
 
 // wants reports whether p is of a family that the session asks for.
-func (s *session) wants(p netip.Prefix) bool {
-	return !s.asks || slices.ContainsFunc(s.c.cfg.Request, func(w netip.Prefix) bool {
+func (s *session) wantsFamily(p netip.Prefix) bool {
+	return !s.requests || slices.ContainsFunc(s.c.cfg.Request, func(w netip.Prefix) bool {
 		return w.Addr().Is4() == p.Addr().Is4()
 	})
 }
@@ -72,10 +72,10 @@ func (s *session) wants(p netip.Prefix) bool {
 // unassignable are addresses, besides the reserved ones, that no host has as
 // its own (RFC 6890): of IPv4 in another form, which programs and translators
 // take for what they hold, of discard, and of IETF protocols.
-var unassignable = prefixesOf("192.0.0.8/29", "192.0.0.170/31", "::/96", "::ffff:0:0/96",
+var unassignable = parsePrefixes("192.0.0.8/29", "192.0.0.170/31", "::/96", "::ffff:0:0/96",
 	"64:ff9b::/96", "64:ff9b:1::/48", "100::/64")
 
-func prefixesOf(texts ...string) (out []netip.Prefix) {
+func parsePrefixes(texts ...string) (out []netip.Prefix) {
 	for _, t := range texts {
 		out = append(out, netip.MustParsePrefix(t))
 	}
@@ -84,7 +84,7 @@ func prefixesOf(texts ...string) (out []netip.Prefix) {
 
 // unfit says why this host cannot have an address or a prefix that the proxy
 // assigned, "" if it can.
-func (s *session) unfit(p netip.Prefix) string {
+func (s *session) whyUnusable(p netip.Prefix) string {
 	c := s.c
 	if slices.Contains(c.cfg.Static, p) {
 		return "" // the file says so
@@ -95,15 +95,15 @@ func (s *session) unfit(p netip.Prefix) string {
 	if i := slices.IndexFunc(unassignable, p.Overlaps); i >= 0 {
 		return fmt.Sprintf("overlaps %v, which is not for tunnels", unassignable[i])
 	}
-	if s.asks && !slices.ContainsFunc(c.cfg.Request, func(w netip.Prefix) bool {
+	if s.requests && !slices.ContainsFunc(c.cfg.Request, func(w netip.Prefix) bool {
 		return w.Addr().Is4() == p.Addr().Is4() && p.Bits() >= w.Bits()
 	}) {
 		return "is larger than what addresses.request asks for"
 	}
 	s.mu.Lock()
-	held := s.held
+	held := s.installed
 	s.mu.Unlock()
-	for _, a := range s.outer {
+	for _, a := range s.proxyAddrs {
 		if p.Contains(a.Addr()) {
 			return fmt.Sprintf("holds %v, where the proxy is reached outside the tunnel", a.Addr())
 		}
@@ -133,17 +133,17 @@ func (c *Client) overlap(p netip.Prefix) (routing.HostNetwork, bool) {
 }
 
 // follow makes the policy follow what this host has now.
-func (s *session) follow() error {
+func (s *session) updateFilter() error {
 	s.mu.Lock()
 	assigned, routes := s.assigned, s.routes
 	s.mu.Unlock()
 	var addrs []netip.Prefix
-	for _, a := range s.taken(assigned) {
+	for _, a := range s.acceptableAddresses(assigned) {
 		if !a.Refused() {
 			addrs = append(addrs, a.Prefix)
 		}
 	}
-	return s.conn.SetFiltered(addrs, s.c.acceptable(routes))
+	return s.conn.SetFiltered(addrs, s.c.acceptableRoutes(routes))
 }
 
 // checkAssigned refuses what the proxy assigned if this host cannot have it.
@@ -152,10 +152,10 @@ func (s *session) checkAssigned() error {
 	assigned := s.assigned
 	s.mu.Unlock()
 	for _, a := range assigned {
-		if a.Refused() || !s.wants(a.Prefix) {
+		if a.Refused() || !s.wantsFamily(a.Prefix) {
 			continue
 		}
-		if why := s.unfit(a.Prefix); why != "" {
+		if why := s.whyUnusable(a.Prefix); why != "" {
 			return fail(causeAddresses, nil,
 				fmt.Sprintf("the proxy assigned %v, which %s: it is not taken", a.Prefix, why),
 				"ask its operator for other addresses")
@@ -167,7 +167,7 @@ func (s *session) checkAssigned() error {
 // returnTaken takes the addresses of the tunnel from the kernel that another
 // network has given to this host meanwhile, as its packets from there would be
 // dropped for the tunnel's sake. The routes of the tunnel stay.
-func (c *Client) returnTaken() {
+func (c *Client) removeTakenAddresses() {
 	c.mu.Lock()
 	last := c.lastState
 	c.mu.Unlock()
@@ -188,7 +188,7 @@ func (c *Client) returnTaken() {
 		c.cfg.Logger.Warn("an address of the tunnel that is this host's otherwise cannot be taken from the interface", "error", err)
 		return
 	}
-	c.held = nil
+	c.installed = nil
 	c.mu.Lock()
 	c.lastState = &state
 	c.mu.Unlock()
@@ -206,11 +206,11 @@ func (c *Client) noteOverlap(addrs []netip.Prefix) {
 			break
 		}
 	}
-	if text != "" && text != c.overlaps {
+	if text != "" && text != c.loggedOverlap {
 		c.cfg.Logger.Warn("the tunnel and a network of this host have the same addresses",
 			"reason", text)
 	}
-	c.overlaps = text
+	c.loggedOverlap = text
 	c.warn(noticeOverlap, text)
 }
 
@@ -219,7 +219,7 @@ func (c *Client) noteOverlap(addrs []netip.Prefix) {
 // without what lies behind this host, goes around the tunnel, or belongs to
 // this host: its own addresses, and the networks that it is in, but for what
 // longer routes of the tunnel take out of them.
-func (c *Client) acceptable(routes []capsule.Route) []capsule.Route {
+func (c *Client) acceptableRoutes(routes []capsule.Route) []capsule.Route {
 	byProtocol := make(map[uint8]*netipx.IPSetBuilder)
 	for _, r := range routes {
 		b := byProtocol[r.Protocol]
@@ -229,7 +229,7 @@ func (c *Client) acceptable(routes []capsule.Route) []capsule.Route {
 		}
 		b.AddRange(netipx.IPRangeFrom(r.Start, r.End))
 	}
-	not := c.unacceptable(routes)
+	not := c.refusedRanges(routes)
 	var out []capsule.Route
 	for protocol, b := range byProtocol {
 		b.RemoveSet(not)
@@ -245,14 +245,14 @@ func (c *Client) acceptable(routes []capsule.Route) []capsule.Route {
 }
 
 // unacceptable is what acceptable leaves out.
-func (c *Client) unacceptable(routes []capsule.Route) *netipx.IPSet {
+func (c *Client) refusedRanges(routes []capsule.Route) *netipx.IPSet {
 	var b netipx.IPSetBuilder
 	networks := c.hostNetworks()
 	if c.cfg.InstallRoutes {
-		tunnel, _ := accepted(routes, c.cfg.Accept) // the ranges are valid
+		tunnel, _ := acceptedPrefixes(routes, c.cfg.Accept) // the ranges are valid
 		state := routing.State{Routes: tunnel, HostRoutes: c.cfg.HostRoutes,
 			Private: c.cfg.AdvertiseRoutes}
-		b = localFirst(slices.DeleteFunc(slices.Clone(networks), func(n routing.HostNetwork) bool {
+		b = localRanges(slices.DeleteFunc(slices.Clone(networks), func(n routing.HostNetwork) bool {
 			return !state.HostFirst(n.Address.Masked())
 		}), tunnel)
 	}
@@ -276,7 +276,7 @@ func (c *Client) unacceptable(routes []capsule.Route) *netipx.IPSet {
 
 // localFirst returns the networks of this host without what longer routes of
 // the tunnel take out of them, as the kernel decides.
-func localFirst(networks []routing.HostNetwork, tunnel []netip.Prefix) (b netipx.IPSetBuilder) {
+func localRanges(networks []routing.HostNetwork, tunnel []netip.Prefix) (b netipx.IPSetBuilder) {
 	shorterFirst := slices.SortedFunc(slices.Values(networks), func(x, y routing.HostNetwork) int {
 		return cmp.Compare(x.Address.Bits(), y.Address.Bits())
 	})

@@ -30,7 +30,7 @@ func home(string) ([]routing.HostNetwork, error) {
 
 // assigning is a proxy that answers requests for addresses with some of its own
 // choice, and advertises routes.
-func assigning(t *testing.T, addresses, routes []netip.Prefix) *far {
+func assigning(t *testing.T, addresses, routes []netip.Prefix) *testProxy {
 	return scripted(t, func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusOK)
 		str := w.(http3.HTTPStreamer).HTTPStream()
@@ -129,8 +129,8 @@ func TestAssignedAddressesAreRefused(t *testing.T) {
 
 // The outer address of the proxy is refused as an address of the tunnel.
 func TestOuterAddressIsRefused(t *testing.T) {
-	s := &session{c: &Client{}, outer: []netip.AddrPort{netip.MustParseAddrPort("198.51.100.2:443")}}
-	if got, want := s.unfit(netip.MustParsePrefix("198.51.100.2/32")),
+	s := &session{c: &Client{}, proxyAddrs: []netip.AddrPort{netip.MustParseAddrPort("198.51.100.2:443")}}
+	if got, want := s.whyUnusable(netip.MustParsePrefix("198.51.100.2/32")),
 		"holds 198.51.100.2, where the proxy is reached outside the tunnel"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
@@ -173,8 +173,8 @@ func TestMovesIntoTheTunnelsNetwork(t *testing.T) {
 	f := startProxy(t, nil)
 	h := &travelling{}
 	h.moveTo("192.168.1.10/24")
-	up := newUplink()
-	n := startClient(t, f, func(c *Config) { c.HostNetworks, c.OpenUplink = h.networks, up.open })
+	up := newFakeUnderlay()
+	n := startClient(t, f, func(c *Config) { c.HostNetworks, c.OpenUnderlay = h.networks, up.open })
 	n.awaitConnected(t)
 	h.moveTo("10.77.0.99/24")
 	up.set("10.77.0.99", nil)
@@ -202,8 +202,8 @@ func TestTunnelsAddressIsTaken(t *testing.T) {
 	f := startProxy(t, nil)
 	h := &travelling{}
 	h.moveTo("192.168.1.10/24")
-	up := newUplink()
-	n := startClient(t, f, func(c *Config) { c.HostNetworks, c.OpenUplink = h.networks, up.open })
+	up := newFakeUnderlay()
+	n := startClient(t, f, func(c *Config) { c.HostNetworks, c.OpenUnderlay = h.networks, up.open })
 	n.awaitConnected(t)
 	routes := n.network.Last().Routes
 	h.moveTo("10.77.0.2/24")
@@ -267,7 +267,7 @@ func TestAcceptable(t *testing.T) {
 			}
 			networks, _ := home("")
 			c.networks.Store(&networks)
-			got := c.acceptable(capsule.Routes(tc.advertised, 0))
+			got := c.acceptableRoutes(capsule.Routes(tc.advertised, 0))
 			for _, s := range tc.pass {
 				if !covers(got, s) {
 					t.Errorf("nothing may come from %s: %v", s, got)
@@ -296,7 +296,7 @@ func TestAcceptableByProtocol(t *testing.T) {
 		t.Fatal(err)
 	}
 	all := prefixes("192.0.2.0/24", "198.51.100.0/24")
-	got := c.acceptable(slices.Concat(capsule.Routes(all[:1], 6), capsule.Routes(all, 17)))
+	got := c.acceptableRoutes(slices.Concat(capsule.Routes(all[:1], 6), capsule.Routes(all, 17)))
 	if want := slices.Concat(capsule.Routes(all[:1], 6),
 		capsule.Routes(all[:1], 17)); !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
@@ -316,12 +316,12 @@ func TestSourcesOfASplitTunnel(t *testing.T) {
 		f.device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr(from), inside, 64, true, 7,
 			1, nil))
 	}
-	n.await2(t, "dropped", func() bool { return n.Status().Drops["source"] == 2 })
+	n.eventually(t, "dropped", func() bool { return n.Status().Drops["source"] == 2 })
 	carries(t, n, f, "10.77.0.2", "192.0.2.2")
 }
 
 // await2 waits until ok holds.
-func (n *near) await2(t *testing.T, what string, ok func() bool) {
+func (n *testClient) eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {

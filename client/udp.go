@@ -242,7 +242,7 @@ func (f *UDPForwarder) Run(ctx context.Context) error {
 		readErr = f.readSocket()
 	})
 	r := retry{enabled: f.cfg.Reconnect, maxDelay: f.cfg.MaxDelay, logger: f.cfg.Logger,
-		waiting: func(bool, *Error) {}}
+		beforeWait: func(bool, *Error) {}}
 	err = r.run(ctx, f.session)
 	f.socket.Close()
 	reader.Wait()
@@ -279,7 +279,7 @@ func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, er
 	f.running.Go(func() { f.keepUsed(link) })
 	f.link.Store(link)
 	defer f.link.Store(nil)
-	f.cfg.Logger.Info("connected", "proxy", f.dialer.to.host, "remote",
+	f.cfg.Logger.Info("connected", "proxy", f.dialer.target.host, "remote",
 		d.conn.RemoteAddr().String())
 	select {
 	case <-f.ready:
@@ -288,7 +288,7 @@ func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, er
 	}
 	select {
 	case <-d.conn.Context().Done():
-		err = whyEnded(context.Cause(d.conn.Context()), d.conn, f.dialer.to)
+		err = explainEnd(context.Cause(d.conn.Context()), d.conn, f.dialer.target)
 	case <-link.ctx.Done():
 		err = context.Cause(link.ctx)
 	}
@@ -416,7 +416,7 @@ func (f *UDPForwarder) awaitAnswer(str *http3.RequestStream) error {
 		e.Remedy = "choose another target, or ask its operator to allow this one"
 	case rsp.StatusCode == http.StatusNotImplemented || rsp.StatusCode == http.StatusNotFound:
 		bad = fail(causeAnswer, nil,
-			fmt.Sprintf("%s does not forward UDP, status %d", f.dialer.to.host, rsp.StatusCode),
+			fmt.Sprintf("%s does not forward UDP, status %d", f.dialer.target.host, rsp.StatusCode),
 			"ask its operator to turn connect_udp on")
 	case rsp.StatusCode == http.StatusTooManyRequests ||
 		rsp.StatusCode == http.StatusServiceUnavailable:

@@ -54,7 +54,7 @@ func echo(t *testing.T) net.PacketConn {
 }
 
 // startUDPProxy runs a proxy that reaches target as udpTarget.
-func startUDPProxy(t *testing.T, target net.PacketConn, change func(*proxy.Config)) *far {
+func startUDPProxy(t *testing.T, target net.PacketConn, change func(*proxy.Config)) *testProxy {
 	t.Helper()
 	return startProxy(t, func(c *proxy.Config) {
 		c.ConnectUDP = true
@@ -191,7 +191,7 @@ func (p peer) exchange(t *testing.T, payload string) {
 }
 
 // awaitFlows waits until the proxy has n sessions.
-func (f *far) awaitFlows(t *testing.T, n int) []proxy.SessionStatus {
+func (f *testProxy) awaitFlows(t *testing.T, n int) []proxy.SessionStatus {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
 		list := f.Sessions()
@@ -538,7 +538,7 @@ func TestForwardUDPTooLarge(t *testing.T) {
 // script, unless that is nil, with the number n of the request, 1 for the
 // first. A script that returns true has handled the request.
 func foreign(t *testing.T, script func(n int32, w http.ResponseWriter,
-	r *http.Request) (handled bool)) *far {
+	r *http.Request) (handled bool)) *testProxy {
 	t.Helper()
 	var n atomic.Int32
 	var relay masque.Proxy

@@ -233,7 +233,7 @@ func (flow *udpFlow) request() (*http3.RequestStream, error) {
 	// Nothing but the end of the connection interrupts f.request, so a late
 	// answer has to end the connection.
 	timeout := time.AfterFunc(f.answerTimeout, func() {
-		flow.link.fail(classify(context.DeadlineExceeded, nil, f.dialer.to))
+		flow.link.fail(classify(context.DeadlineExceeded, nil, f.dialer.target))
 	})
 	defer timeout.Stop()
 	evicted := false

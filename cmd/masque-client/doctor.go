@@ -61,7 +61,7 @@ func (l *loaded) checkFirewall(c *cli.Checks, tunnel *client.Client) {
 // checkConnects connects to the proxy, and says how far that went.
 func (l *loaded) checkConnects(ctx context.Context, c *cli.Checks) {
 	l.config.Nameservers = upstreamServers()
-	err := client.Try(ctx, l.config, func(step string) {
+	err := client.CheckProxy(ctx, l.config, func(step string) {
 		c.OK("connecting: %s", cli.OneLine(step))
 	})
 	if err == nil {

@@ -6,4 +6,4 @@ import "context"
 
 // move does nothing: quic-go without our edits runs out of connection IDs after
 // a few moves.
-func (d *dialed) move(context.Context, *dialer) error { return errCannotMove }
+func (d *dialed) migrate(context.Context, *dialer) error { return errCannotMigrate }

@@ -8,7 +8,7 @@ import "context"
 // proxy there (RFC 9000 section 9). The former one serves what is under way
 // until leave is called. The socket is not bound to an address, so the new path
 // begins where the kernel sends packets to the proxy from now.
-func (d *dialed) move(ctx context.Context, dialer *dialer) error {
+func (d *dialed) migrate(ctx context.Context, dialer *dialer) error {
 	t, socket, err := dialer.open(ctx, d.remote)
 	if err != nil {
 		return err
@@ -28,15 +28,15 @@ func (d *dialed) move(ctx context.Context, dialer *dialer) error {
 		_ = socket.Close()
 		return err
 	}
-	d.leave()
-	former := *d
-	d.leave = func() {
-		if former.path != nil {
-			_ = former.path.Close()
+	d.closeFormer()
+	previous := *d
+	d.closeFormer = func() {
+		if previous.path != nil {
+			_ = previous.path.Close()
 		}
-		_ = former.transport.Abandon()
-		_ = former.socket.Close()
-		d.leave = func() {}
+		_ = previous.transport.Abandon()
+		_ = previous.socket.Close()
+		d.closeFormer = func() {}
 	}
 	d.transport, d.socket, d.path = t, socket, path
 	return nil

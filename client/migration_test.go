@@ -26,36 +26,36 @@ import (
 )
 
 // uplink is a host's network that a test changes.
-type uplink struct {
+type fakeUnderlay struct {
 	mu      sync.Mutex
-	way     routing.NextHop
+	nextHop routing.NextHop
 	err     error
 	changed chan struct{}
 }
 
-func newUplink() *uplink {
-	return &uplink{way: routing.NextHop{Interface: "eth0", Source: netip.MustParseAddr("192.0.2.1")},
+func newFakeUnderlay() *fakeUnderlay {
+	return &fakeUnderlay{nextHop: routing.NextHop{Interface: "eth0", Source: netip.MustParseAddr("192.0.2.1")},
 		changed: make(chan struct{}, 1)}
 }
 
-func (u *uplink) NextHop(netip.Addr) (routing.NextHop, error) {
+func (u *fakeUnderlay) NextHop(netip.Addr) (routing.NextHop, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	return u.way, u.err
+	return u.nextHop, u.err
 }
 
-func (u *uplink) Changed() <-chan struct{} { return u.changed }
-func (u *uplink) Close() error             { return nil }
+func (u *fakeUnderlay) Changed() <-chan struct{} { return u.changed }
+func (u *fakeUnderlay) Close() error             { return nil }
 
 // set has the host send from another address, or not at all.
-func (u *uplink) set(source string, err error) {
+func (u *fakeUnderlay) set(source string, err error) {
 	u.mu.Lock()
-	u.way.Source, u.err = netip.MustParseAddr(source), err
+	u.nextHop.Source, u.err = netip.MustParseAddr(source), err
 	u.mu.Unlock()
 	u.changed <- struct{}{}
 }
 
-func (u *uplink) open() (Uplink, error) { return u, nil }
+func (u *fakeUnderlay) open() (Underlay, error) { return u, nil }
 
 // nat passes packets between a client and a proxy, like a router with address
 // translation.
@@ -70,7 +70,7 @@ type nat struct {
 	running  sync.WaitGroup
 }
 
-func newNAT(t *testing.T, f *far) *nat {
+func newNAT(t *testing.T, f *testProxy) *nat {
 	t.Helper()
 	to, err := net.ResolveUDPAddr("udp", f.addr)
 	must(err)
@@ -136,7 +136,7 @@ func (n *nat) rebind() {
 	}
 }
 
-func onlySession(t *testing.T, f *far) proxy.SessionStatus {
+func onlySession(t *testing.T, f *testProxy) proxy.SessionStatus {
 	t.Helper()
 	all := f.Sessions()
 	if len(all) != 1 {
@@ -175,11 +175,11 @@ func TestNATRebinding(t *testing.T) {
 
 // When this host sends from another address, the session moves to a new path,
 // however often, and stays what it is. Its former sockets are closed.
-func TestUplinkChanges(t *testing.T) {
+func TestNextHopChanges(t *testing.T) {
 	f := startProxy(t, nil)
 	nat := newNAT(t, f)
-	u := newUplink()
-	n := startClient(t, f, func(c *Config) { c.OpenUplink = u.open })
+	u := newFakeUnderlay()
+	n := startClient(t, f, func(c *Config) { c.OpenUnderlay = u.open })
 	n.awaitConnected(t)
 	before, descriptors := onlySession(t, f), openFiles(t)
 	for i := range 8 {
@@ -218,10 +218,10 @@ func openFiles(t *testing.T) int {
 
 // A host without a way to the proxy says so, and goes on where it was when it
 // has one again.
-func TestUplinkAway(t *testing.T) {
+func TestNoRouteToProxy(t *testing.T) {
 	f := startProxy(t, nil)
-	u := newUplink()
-	n := startClient(t, f, func(c *Config) { c.OpenUplink = u.open })
+	u := newFakeUnderlay()
+	n := startClient(t, f, func(c *Config) { c.OpenUnderlay = u.open })
 	n.awaitConnected(t)
 	before := onlySession(t, f)
 	u.set("192.0.2.1", errors.New("no route to the proxy"))
@@ -243,8 +243,8 @@ func TestUplinkAway(t *testing.T) {
 func TestBlackhole(t *testing.T) {
 	f := startProxy(t, nil)
 	nat := newNAT(t, f)
-	u := newUplink()
-	n := startClient(t, f, func(c *Config) { c.OpenUplink = u.open })
+	u := newFakeUnderlay()
+	n := startClient(t, f, func(c *Config) { c.OpenUnderlay = u.open })
 	n.awaitConnected(t)
 	nat.drop.Store(true)
 	start := time.Now()
@@ -268,7 +268,7 @@ func TestIdleIsNotDead(t *testing.T) {
 	f := startProxy(t, nil)
 	n := startClient(t, f, nil)
 	n.awaitConnected(t)
-	for end := time.After(keepAlive + 4*silence); ; {
+	for end := time.After(keepAlive + 4*maxSilence); ; {
 		changed := n.Changed()
 		if s := n.Status(); s.State != StateConnected || s.Reason != "" || s.Migrations != 0 {
 			t.Fatalf("%s: %s, after %d migrations", s.State, s.Reason, s.Migrations)
@@ -322,15 +322,15 @@ func TestNetworkChangeEndsWait(t *testing.T) {
 		}})
 	must(err)
 	synctest.Test(t, func(t *testing.T) {
-		u := newUplink()
-		c.host.uplink = u
+		u := newFakeUnderlay()
+		c.host.underlay = u
 		c.dialer.lastAddrs = []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:443")}
 		c.host.changed = make(chan struct{}, 1)
-		c.noteTry()
+		c.noteDial()
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		ended := make(chan bool, 1)
-		go func() { ended <- c.networkChanged(ctx) }()
+		go func() { ended <- c.awaitNetworkChange(ctx) }()
 		c.host.changed <- struct{}{}
 		synctest.Wait()
 		select {
@@ -343,7 +343,7 @@ func TestNetworkChangeEndsWait(t *testing.T) {
 		if !<-ended {
 			t.Error("the wait ended for want of time")
 		}
-		go func() { ended <- c.networkChanged(ctx) }()
+		go func() { ended <- c.awaitNetworkChange(ctx) }()
 		cancel()
 		if <-ended {
 			t.Error("an end counts as a change")
@@ -355,9 +355,9 @@ func TestNetworkChangeEndsWait(t *testing.T) {
 // the log each of them once.
 func TestConflictsAreShown(t *testing.T) {
 	f := startProxy(t, nil)
-	u, kernel, log := newUplink(), &routingtest.Network{}, new(logtest.Buffer)
+	u, kernel, log := newFakeUnderlay(), &routingtest.Network{}, new(logtest.Buffer)
 	n := startClient(t, f, func(c *Config) {
-		c.OpenUplink, c.Logger = u.open, slog.New(slog.NewTextHandler(log, nil))
+		c.OpenUnderlay, c.Logger = u.open, slog.New(slog.NewTextHandler(log, nil))
 		c.OpenNetwork = func(Device) (Network, error) { return kernel, nil }
 	})
 	n.awaitConnected(t)
@@ -377,7 +377,7 @@ func TestConflictsAreShown(t *testing.T) {
 
 // passes reports whether a packet gets through in each direction. It may get
 // lost.
-func passes(n *near, f *far) bool {
+func passes(n *testClient, f *testProxy) bool {
 	for _, way := range []struct {
 		from, to *tuntest.Device
 		src, dst netip.Addr
