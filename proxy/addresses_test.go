@@ -205,7 +205,7 @@ func TestAddressesOfOneUser(t *testing.T) {
 			if n := granted(as(t, h3, "bob"), 2); n != 2 {
 				t.Errorf("another user has %d addresses, want 2", n)
 			}
-			oldest := s.sessions.list()[0]
+			oldest := s.sessions.list()[0].base()
 			if err := first.str.Close(); err != nil {
 				t.Fatal(err)
 			}

@@ -16,7 +16,7 @@ func BenchmarkTable(b *testing.B) {
 			addrs := make([]netip.Addr, n)
 			for i := range addrs {
 				addrs[i] = addr4(i)
-				t.insert(netip.PrefixFrom(addrs[i], 32), &session{})
+				t.insert(netip.PrefixFrom(addrs[i], 32), &ipSession{})
 			}
 			b.ReportAllocs()
 			for i := 0; b.Loop(); i++ {

@@ -317,19 +317,3 @@ func (w *waiting) all() func(yield func(*connection) bool) {
 func connectionOf(ctx context.Context) *connection {
 	return ctx.Value(connectionKey{}).(*connection)
 }
-
-// begins notes that ss runs on its connection, which now has what sessions
-// need.
-func (ss *session) begins() {
-	s := ss.server
-	first := !ss.connection.admitted.Load()
-	s.connections.accepted(ss.connection)
-	if first {
-		admit(ss.quic)
-	}
-}
-
-// ends notes that ss runs on its connection no longer.
-func (ss *session) ends() {
-	ss.server.connections.released(ss.connection, ss.user.Name, ss.limits().maxOfUser)
-}

@@ -114,14 +114,14 @@ func TestCounters(t *testing.T) {
 // While sessions come and go, no sum is ever without what one of them carried:
 // that would look like a restart.
 func TestSumsNeverGetLess(t *testing.T) {
-	l := sessions{byID: make(map[string]*session)}
+	l := sessions{byID: make(map[string]session)}
 	const writers, rounds = 16, 5000
 	var added atomic.Uint64
 	var wg sync.WaitGroup
 	for range writers {
 		wg.Go(func() {
 			for range rounds {
-				ss := &session{}
+				ss := &ipSession{}
 				ss.stats.Receive.Add(1)
 				if _, err := l.add(ss, limits{max: writers, maxOfUser: writers}); err != nil {
 					t.Error(err)

@@ -3,7 +3,6 @@ package proxy
 import (
 	"net/netip"
 	"reflect"
-	"slices"
 
 	"go4.org/netipx"
 
@@ -89,7 +88,7 @@ func (s *Server) SetDNS(d DNS) error {
 	}
 	s.warnOfDNS()
 	for _, ss := range s.sessions.list() {
-		ss.refresh()
+		ss.notify()
 	}
 	return nil
 }
@@ -124,46 +123,4 @@ func (s *Server) warnOfDNS() {
 			s.cfg().Logger.Warn("clients do not reach this NAT64 prefix through the tunnel: add it to routes.advertise, and IPv6 to the pool", "prefix", p)
 		}
 	}
-}
-
-// dns returns what this client is told: of what the proxy is configured with,
-// that which lies in the scope of its request, which its user may reach, and
-// which is of a family that it has addresses of. ss.mu is held.
-func (ss *session) dns() DNS {
-	d, may := *ss.server.dns.Load(), ss.userState.reach.Load()
-	const udp = 17
-	if ss.scope.Protocol != 0 && ss.scope.Protocol != udp {
-		return DNS{}
-	}
-	d.Servers = slices.DeleteFunc(slices.Clone(d.Servers), func(a netip.Addr) bool {
-		return ss.reach != nil && !ss.reach.Contains(a) || !ss.uses(a) ||
-			may != nil && !may.Contains(a) && !slices.Contains(ss.server.pool.gatewayAddrs(), a)
-	})
-	if len(d.Servers) == 0 {
-		d.Domains, d.Search = nil, nil
-	}
-	d.NAT64 = slices.DeleteFunc(slices.Clone(d.NAT64), func(p netip.Prefix) bool {
-		return ss.reach != nil && !ss.reach.ContainsPrefix(p) || !ss.uses(p.Addr()) ||
-			may != nil && !may.ContainsPrefix(p)
-	})
-	return d
-}
-
-// assignDNS tells the client how names are resolved, as far as that is not what
-// it was told last.
-func (ss *session) assignDNS() error {
-	ss.mu.Lock()
-	before := ss.told
-	ss.told = ss.dns()
-	now := ss.told
-	ss.mu.Unlock()
-	if c := now.configurations(); !reflect.DeepEqual(c, before.configurations()) {
-		if err := ss.conn.AssignDNS(c); err != nil {
-			return err
-		}
-	}
-	if slices.Equal(now.NAT64, before.NAT64) {
-		return nil
-	}
-	return ss.conn.SendPREF64(now.NAT64)
 }

@@ -8,7 +8,6 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
 	"masquevpn/internal/ippacket"
-	"masquevpn/internal/rescue"
 	"masquevpn/tun"
 )
 
@@ -31,7 +30,7 @@ const (
 func (s *Server) dispatch(packets []*flowqueue.Packet) {
 	s.reading.Begin()
 	defer s.reading.End()
-	var to *session
+	var to *ipSession
 	first := 0 // index of the first packet for it
 	queue := func(end int) {
 		switch {
@@ -55,16 +54,9 @@ func (s *Server) dispatch(packets []*flowqueue.Packet) {
 	queue(len(packets))
 }
 
-// push queues packets, which are set to nil. A panic ends the session alone.
-func (ss *session) push(packets []*flowqueue.Packet) {
-	defer rescue.Catch(ss.panicked)
-	defer clear(packets)
-	ss.stats.Send.DropMany(connectip.DropQueueFull, ss.queue.Push(packets))
-}
-
 // sessionOf returns the session that p is for; when there is none, p is
 // answered and counted.
-func (s *Server) sessionOf(p *flowqueue.Packet) *session {
+func (s *Server) sessionOf(p *flowqueue.Packet) *ipSession {
 	pkt := p.Bytes()[tun.Headroom:]
 	dst, ok := ippacket.Destination(pkt)
 	if !ok {

@@ -13,11 +13,8 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 
-	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
-	"masquevpn/internal/flowqueue"
 	"masquevpn/internal/rescue"
-	"masquevpn/internal/worker"
 )
 
 // settingsTimeout is how long a request waits for the client's SETTINGS, which
@@ -113,9 +110,9 @@ func (h handler) panicked(r *http.Request, e *rescue.Error) {
 	panic(http.ErrAbortHandler)
 }
 
-// accept decides on a request. An accepted one has its session among the
-// running ones, not yet started.
-func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refusal) {
+// accept decides on a request. The session of an accepted request is in the
+// table of sessions and has not started.
+func (h handler) accept(w http.ResponseWriter, r *http.Request) (session, *refusal) {
 	switch {
 	case r.Method != http.MethodConnect || strings.HasPrefix(r.Proto, "HTTP/"):
 		return nil, refuse(http.StatusNotFound, "", "%s %q is not a request for proxying", r.Method,
@@ -123,7 +120,7 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	case r.Proto != connectip.Protocol && (r.Proto != udpProtocol || !h.s.cfg().ConnectUDP):
 		return nil, refuse(http.StatusNotImplemented, "", ":protocol %q is not known", r.Proto)
 	}
-	// Who is not known learns nothing but that.
+	// A client without valid credentials learns nothing more than that.
 	user, method, refused := h.identify(r)
 	if refused != nil {
 		return nil, refused
@@ -131,38 +128,34 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (*session, *refu
 	if refused := datagramsEnabled(w, r); refused != nil {
 		return nil, refused
 	}
-	ss := &session{
-		server:       h.s,
-		user:         user,
-		method:       method,
-		instance:     token(r, connectip.InstanceHeader),
-		installation: token(r, connectip.InstallationHeader),
-		since:        time.Now(),
-		quic:         r.Context().Value(connKey{}).(*quic.Conn),
-		connection:   connectionOf(r.Context()),
-		done:         make(chan struct{}),
-
-		advertised: make(chan struct{}),
-	}
-	ss.announcer = worker.New(ss.guarded(ss.announce))
+	var ss session
 	if r.Proto == udpProtocol {
-		ss.udp, refused = h.s.openUDP(r.Context(), user, r.RequestURI)
+		ss = new(udpSession)
 	} else {
-		refused = ss.setScope(r.Context(), r.RequestURI)
+		ss = newIPSession()
+	}
+	h.initialize(ss.base(), r, user, method)
+	refused = ss.prepare(r.Context(), r.RequestURI)
+	if refused == nil {
+		refused = h.admit(ss)
 	}
 	if refused != nil {
+		ss.discard()
 		return nil, refused
 	}
-	ss.ctx, ss.stop = context.WithCancelCause(h.running)
-	if refused := h.admit(ss); refused != nil {
-		ss.stop(nil)
-		if ss.udp != nil {
-			ss.udp.socket.Close()
-		}
-		return nil, refused
-	}
-	ss.begins()
+	ss.base().begins()
 	return ss, nil
+}
+
+// initialize sets the fields of b that prepare needs.
+func (h handler) initialize(b *sessionBase, r *http.Request, user User, method string) {
+	b.server, b.user, b.method, b.since = h.s, user, method, time.Now()
+	b.instance = token(r, connectip.InstanceHeader)
+	b.installation = token(r, connectip.InstallationHeader)
+	b.quic = r.Context().Value(connKey{}).(*quic.Conn)
+	b.connection = connectionOf(r.Context())
+	b.ctx, b.stop = context.WithCancelCause(h.running)
+	b.done = make(chan struct{})
 }
 
 // token returns the value of a header field that is a token of the client. What
@@ -176,98 +169,65 @@ func token(r *http.Request, header string) string {
 	return ""
 }
 
-// admit takes ss in among the running sessions, in place of those that it
-// replaces, unless a limit forbids it.
-func (h handler) admit(ss *session) *refusal {
-	user, limit := ss.user, ss.limits()
+// admit puts ss into the table of sessions, in place of the sessions that it
+// replaces, unless a limit forbids it. It returns after those have ended.
+func (h handler) admit(ss session) *refusal {
+	b, limit := ss.base(), ss.limits()
 	replaced, err := h.s.sessions.add(ss, limit)
 	if err != nil {
-		return limit.refuse(user.Name, err)
+		return limit.refuse(b.user.Name, err)
 	}
 	admitted := false
 	defer func() {
-		if !admitted { // also when this panics
+		if !admitted { // also after a panic
 			h.s.sessions.remove(ss)
-			close(ss.done)
+			close(b.done)
 		}
 	}()
-	// Resolving a name takes a while. Whoever is gone since was not among the
-	// sessions when those of removed users ended.
-	if err := h.s.follow(ss); err != nil {
-		failure := &authFailure{method: ss.method, class: classRevoked, user: user.Name,
+	// UsersChanged does not see a session that is not in the table. Resolving a
+	// name takes a while, so the user may have been removed since.
+	if err := followUser(ss, h.s.cfg().Users); err != nil {
+		failure := &authFailure{method: b.method, class: classRevoked, user: b.user.Name,
 			reason: err.Error()}
-		h.s.refused(ss.quic.RemoteAddr(), failure)
+		h.s.refused(b.quic.RemoteAddr(), failure)
 		return &refusal{status: http.StatusUnauthorized, reason: failure}
 	}
-	ss.log = h.s.peerLog.With("session", ss.id, "user", ss.user.Name)
-	if ss.claim != nil {
-		h.s.sites.add(ss.claim, replaced)
+	b.log = h.s.peerLog.With("session", b.id, "user", b.user.Name)
+	ss.added(replaced)
+	for _, old := range replaced {
+		old.base().stop(errReplaced)
 	}
 	for _, old := range replaced {
-		old.stop(errReplaced)
-	}
-	for _, old := range replaced {
-		<-old.done
+		<-old.base().done
 	}
 	admitted = true
 	return nil
 }
 
-// setScope makes ss one for IP proxying, with the scope that the raw request
-// path asks for.
-func (ss *session) setScope(ctx context.Context, path string) *refusal {
-	scope, err := ss.server.scope(path)
-	if errors.Is(err, errNotServed) {
-		return refuse(http.StatusNotFound, "", "%v", err)
-	}
-	if err != nil {
-		return refuse(http.StatusBadRequest, "http_request_error", "%v", err)
-	}
-	reach, refused := ss.server.reach(ctx, ss.user, scope)
-	ss.scope, ss.reach, ss.queue = scope, reach, flowqueue.New()
-	if scope.IsZero() && ss.server.sites.rightsOf(ss.user.Name) != nil {
-		ss.claim = newClaim(ss)
-	}
-	return refused
-}
-
-// serve answers an accepted request. A session of IP packets goes on when it
-// returns, in a goroutine without all that the request needed.
-func (h handler) serve(w http.ResponseWriter, r *http.Request, ss *session) {
+// serve answers an accepted request and starts its session.
+func (h handler) serve(w http.ResponseWriter, r *http.Request, ss session) {
 	defer rescue.Catch(func(e *rescue.Error) {
-		ss.panicked(e)
+		ss.base().panicked(e)
 		h.ended(ss, slog.LevelInfo, e)
 		panic(http.ErrAbortHandler)
 	})
 	w.Header().Set(http3.CapsuleProtocolHeader, "?1")
-	if ss.udp != nil {
-		// RFC 9298 section 6: nobody knows whether what is inside controls
-		// itself
-		congestion.Control(ss.quic)
-		w.Header().Set("Proxy-Status", ss.udp.nextHop(h.s.cfg().Name))
-	}
+	ss.setHeader(w.Header())
 	w.WriteHeader(http.StatusOK)
 	w.(http.Flusher).Flush()
 	h.s.requests.count(http.StatusOK, accepted)
-	if ss.udp != nil { // a client may make many of these, for a packet each
-		ss.log.Debug("session started", "remote", r.RemoteAddr, "udp_target",
-			ss.udp.target.String())
-		h.ended(ss, slog.LevelDebug, ss.runUDP(w))
-		return
-	}
-	ss.log.Info("session started", "remote", r.RemoteAddr, "scope", ss.scope.String())
-	str := w.(http3.HTTPStreamer).HTTPStream()
-	go func() { h.ended(ss, slog.LevelInfo, ss.run(str)) }()
+	ss.serve(w, r.RemoteAddr, func(level slog.Level, err error) { h.ended(ss, level, err) })
 }
 
-// ended takes a session, which ended with err, from the running ones.
-func (h handler) ended(ss *session, level slog.Level, err error) {
-	ss.log.Log(ss.ctx, level, "session ended", "reason", shorten(err), "rx_bytes",
-		ss.stats.Receive.Bytes.Load(), "tx_bytes", ss.stats.Send.Bytes.Load())
-	ss.stop(nil)
+// ended logs the end of a session and takes it out of the table.
+func (h handler) ended(ss session, level slog.Level, err error) {
+	b := ss.base()
+	b.log.Log(b.ctx, level, "session ended", "reason", shorten(err), "rx_bytes",
+		b.stats.Receive.Bytes.Load(), "tx_bytes", b.stats.Send.Bytes.Load())
+	b.stop(nil)
 	h.s.sessions.remove(ss)
-	ss.ends()
-	close(ss.done)
+	h.s.connections.released(b.connection, b.user.Name, ss.limits().maxOfUser)
+	close(b.done)
 }
 
 // datagramsEnabled waits for the client's SETTINGS: without HTTP Datagrams no

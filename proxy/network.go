@@ -99,8 +99,10 @@ func (s *Server) refresh() error {
 		return err
 	}
 	for _, ss := range s.sessions.list() {
-		if err := ss.followSites(); err != nil {
-			ss.stop(err) // and no other waits for it
+		if tunnel, ok := ss.(*ipSession); ok {
+			if err := tunnel.followSites(); err != nil {
+				tunnel.stop(err) // the other sessions go on
+			}
 		}
 	}
 	if err := s.install(l); err != nil {
@@ -156,8 +158,8 @@ func (s *Server) networkState(l layout) routing.State {
 type denied struct{ clients, sites []netip.Prefix }
 
 // of returns what is denied to ss, whoever its user is.
-func (d denied) of(ss *session) []netip.Prefix {
-	if ss.claim != nil {
+func (d denied) of(ss session) []netip.Prefix {
+	if ss.isSite() {
 		return d.sites
 	}
 	return d.clients
@@ -223,7 +225,7 @@ func (s *Server) deny(l layout) error {
 	for _, ss := range s.sessions.list() {
 		if d := now.of(ss); !slices.Equal(d, before.of(ss)) {
 			if err := ss.updateDenied(); err != nil {
-				ss.stop(err) // and no other waits for it
+				ss.base().stop(err) // the other sessions go on
 			}
 		}
 	}

@@ -50,17 +50,7 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 		s.cfg().Logger.Warn("cannot read the host's own addresses", "error", err)
 	}
 	for _, ss := range s.sessions.list() {
-		if ss.udp != nil || ss.userState.reach.Load() != nil {
-			// what is denied to them depends on what is advertised
-			if err := ss.updateDenied(); err != nil {
-				ss.stop(err)
-			}
-		}
-		if ss.udp == nil && ss.scope.IsZero() &&
-			(ss.claim != nil) != (rights[ss.user.Name] != nil) {
-			ss.stop(errSite)
-		}
-		ss.refresh()
+		ss.configChanged(rights[ss.base().user.Name] != nil)
 	}
 	return restart, nil
 }

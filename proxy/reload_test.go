@@ -362,7 +362,7 @@ func TestUsersChanged(t *testing.T) {
 			_, h3 := s.dial(t, nil)
 			request(t, h3, "CONNECT", "connect-ip", anyPath,
 				http.Header{"Authorization": {"Bearer alice"}})
-			ss := s.sessions.list()[0]
+			ss := s.sessions.list()[0].base()
 			users.change(tc.change)
 			s.UsersChanged()
 			if tc.ends == nil {

@@ -158,7 +158,7 @@ func (u vanishing) ByName(string) (User, bool) {
 // for it, as a newer session of the same client does.
 func TestRefusedSessionIsDone(t *testing.T) {
 	var server atomic.Pointer[Server]
-	refused := make(chan *session, 1)
+	refused := make(chan session, 1)
 	x := startServer(t, func(c *Config) {
 		c.Methods = []string{MethodToken}
 		c.Users = vanishing{byToken{"a"}, func() { refused <- server.Load().sessions.list()[0] }}
@@ -171,7 +171,7 @@ func TestRefusedSessionIsDone(t *testing.T) {
 		t.Fatalf("status %d, want %d", rsp.StatusCode, http.StatusUnauthorized)
 	}
 	select {
-	case <-(<-refused).done:
+	case <-(<-refused).base().done:
 	default:
 		t.Error("the refused session never ends")
 	}

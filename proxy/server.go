@@ -119,7 +119,7 @@ func New(cfg Config) (*Server, error) {
 			space{cfg.Pool6, cfg.Delegate6}),
 		table:      table,
 		sites:      newSites(table, rights),
-		sessions:   sessions{byID: make(map[string]*session)},
+		sessions:   sessions{byID: make(map[string]session)},
 		ready:      make(chan struct{}),
 		errorLimit: newErrorLimit(),
 		peerLog:    loglimit.New(cfg.Logger),
@@ -283,7 +283,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		// are told and can come back at once.
 		stop(errShutdown)
 		for _, ss := range s.sessions.list() {
-			<-ss.done
+			<-ss.base().done
 		}
 		err := server.Close()
 		for _, t := range transports {
@@ -387,25 +387,23 @@ func (s *Server) Sessions() []SessionStatus {
 
 // Kick ends the session with the given ID and reports whether there was one.
 func (s *Server) Kick(id string) bool {
-	for _, ss := range s.sessions.list() {
-		if ss.id == id {
-			ss.stop(errKicked)
-			<-ss.done
-			return true
-		}
+	ss := s.sessions.find(id)
+	if ss == nil {
+		return false
 	}
-	return false
+	ss.base().stop(errKicked)
+	<-ss.base().done
+	return true
 }
 
 // SessionEnds returns a channel that is closed when the session with the given
 // ID has ended, and whether there is one.
 func (s *Server) SessionEnds(id string) (<-chan struct{}, bool) {
-	for _, ss := range s.sessions.list() {
-		if ss.id == id {
-			return ss.done, true
-		}
+	ss := s.sessions.find(id)
+	if ss == nil {
+		return nil, false
 	}
-	return nil, false
+	return ss.base().done, true
 }
 
 // Status describes the proxy as a whole.

@@ -12,9 +12,9 @@ import (
 // A session replaces all of its instance, and of its user, that are still
 // there, without getting around the limits.
 func TestSessionsAdd(t *testing.T) {
-	l := sessions{byID: make(map[string]*session)}
+	l := sessions{byID: make(map[string]session)}
 	add := func(user, instance string) (replaced int, err error) {
-		list, err := l.add(&session{user: User{Name: user}, instance: instance},
+		list, err := l.add(&ipSession{sessionBase: sessionBase{user: User{Name: user}, instance: instance}},
 			limits{3, 2, errTooManySessions, errTooManyOfUser, ""})
 		return len(list), err
 	}
@@ -55,7 +55,8 @@ func TestTokens(t *testing.T) {
 				header); rsp.StatusCode != 200 {
 				t.Fatalf("status %d", rsp.StatusCode)
 			}
-			for _, ss := range s.sessions.list() {
+			for _, session := range s.sessions.list() {
+				ss := session.base()
 				if ss.instance != tc.want || ss.installation != tc.want {
 					t.Errorf("the session has %q and %q, want %q", ss.instance, ss.installation,
 						tc.want)

@@ -56,19 +56,17 @@ func TestSiteProperties(t *testing.T) {
 		all := []taken{{prefix.Draw(t, "pool"), "pool"}, {prefix.Draw(t, "host"), "host"}}
 		tab := newTable()
 		s := newSites(tab, map[string]*rights{})
-		quiet := slog.New(slog.DiscardHandler)
 		var running []*claim
 		for range rapid.IntRange(1, 20).Draw(t, "steps") {
 			switch n := rapid.IntRange(0, 5).Draw(t, "step"); {
 			case n == 0 || len(running) == 0:
 				user := rapid.SampledFrom([]string{"a", "b", "c"}).Draw(t, "user")
 				networks := rapid.SliceOfN(prefix, 1, 4).Draw(t, "networks")
-				c := newClaim(&session{user: User{Name: user}, log: quiet})
-				var replaced []*session
+				c := newClaim(siteSession(user))
+				var replaced []*claim
 				for _, old := range running {
 					if old.user() == user && rapid.Bool().Draw(t, "replaces") {
-						old.ss.claim = old
-						replaced = append(replaced, old.ss)
+						replaced = append(replaced, old)
 					}
 				}
 				s.add(c, replaced)
@@ -123,6 +121,12 @@ func TestSiteProperties(t *testing.T) {
 	})
 }
 
+// siteSession returns a session of user that logs nothing.
+func siteSession(user string) *ipSession {
+	return &ipSession{sessionBase: sessionBase{user: User{Name: user},
+		log: slog.New(slog.DiscardHandler)}}
+}
+
 func setOfRoutes(routes []capsule.Route) *netipx.IPSet {
 	var b netipx.IPSetBuilder
 	for _, r := range routes {
@@ -145,7 +149,7 @@ func unionOf(sets ...*netipx.IPSet) *netipx.IPSet {
 // words.
 func TestSiteIsBounded(t *testing.T) {
 	everything := []netip.Prefix{netip.MustParsePrefix("8000::/1")}
-	c := newClaim(&session{user: User{Name: "a"}, log: slog.New(slog.DiscardHandler)})
+	c := newClaim(siteSession("a"))
 	c.rights = &rights{networks: everything, assign: setOf(everything)}
 	a := netip.MustParseAddr("8000::1")
 	for range 3000 {

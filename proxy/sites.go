@@ -27,13 +27,13 @@ type sites struct {
 	base   int                // how many routes are advertised to all clients
 	last   uint64             // rank and number that were given out last
 	claims []*claim           // in order of precedence
-	routed map[netip.Prefix]*session
+	routed map[netip.Prefix]*ipSession
 	all    *netipx.IPSet // the networks and the leased addresses of all sites
 }
 
 // claim is one session of a site: what it asks for, and what it has.
 type claim struct {
-	ss     *session
+	ss     *ipSession
 	rights *rights // nil when they were taken away
 	// rank is the place of the user among all: who came first keeps what it
 	// has. A user has one place as long as any session of it runs, and of these
@@ -54,7 +54,7 @@ type claim struct {
 
 func newSites(t *table, r map[string]*rights) *sites {
 	return &sites{table: t, rights: r, changed: make(chan struct{}, 1),
-		routed: make(map[netip.Prefix]*session), all: new(netipx.IPSet)}
+		routed: make(map[netip.Prefix]*ipSession), all: new(netipx.IPSet)}
 }
 
 func (c *claim) user() string { return c.ss.user.Name }
@@ -78,16 +78,16 @@ func (t *sites) setRights(all map[string]*rights) {
 }
 
 // newClaim makes the claim of a session that is about to be taken in.
-func newClaim(ss *session) *claim {
+func newClaim(ss *ipSession) *claim {
 	return &claim{
 		ss: ss, has: holding{networks: new(netipx.IPSet)},
 		log: rate.NewLimiter(rate.Every(time.Minute), 10),
 	}
 }
 
-// add takes in the claim of a session, which takes over from those that it
-// replaces.
-func (t *sites) add(c *claim, replaced []*session) {
+// add adds c, the claim of a session. c succeeds replaced, the claims of the
+// sessions that it replaces.
+func (t *sites) add(c *claim, replaced []*claim) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c.rights = t.rights[c.user()]
@@ -99,9 +99,7 @@ func (t *sites) add(c *claim, replaced []*session) {
 		}
 	}
 	for _, old := range replaced {
-		if old.claim != nil {
-			old.claim.successor = c
-		}
+		old.successor = c
 	}
 	t.claims = append(t.claims, c)
 	slices.SortFunc(t.claims, func(a, b *claim) int {
@@ -222,7 +220,7 @@ func (t *sites) decide(all []taken) layout {
 	t.mu.Lock()
 	var l layout
 	var b netipx.IPSetBuilder
-	routed := make(map[netip.Prefix]*session)
+	routed := make(map[netip.Prefix]*ipSession)
 	var logs []func()
 	room := routing.MaxRoutes - t.base
 	for i, c := range t.claims {

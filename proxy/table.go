@@ -13,18 +13,18 @@ import (
 // change.
 type table struct {
 	mu sync.Mutex // serializes writers
-	v  atomic.Pointer[bart.Table[*session]]
+	v  atomic.Pointer[bart.Table[*ipSession]]
 }
 
 func newTable() *table {
 	t := &table{}
-	t.v.Store(&bart.Table[*session]{})
+	t.v.Store(&bart.Table[*ipSession]{})
 	return t
 }
 
-func (t *table) lookup(a netip.Addr) (*session, bool) { return t.v.Load().Lookup(a) }
+func (t *table) lookup(a netip.Addr) (*ipSession, bool) { return t.v.Load().Lookup(a) }
 
-func (t *table) insert(p netip.Prefix, s *session) {
+func (t *table) insert(p netip.Prefix, s *ipSession) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.v.Store(t.v.Load().InsertPersist(p, s))

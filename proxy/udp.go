@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -107,47 +106,6 @@ func (t udpTarget) String() string {
 		host = t.addr.String()
 	}
 	return net.JoinHostPort(host, strconv.Itoa(int(t.port)))
-}
-
-// openUDP prepares what a request for UDP proxying asks for: a name is
-// resolved, and a socket connected, before the answer (RFC 9298 section 3.1).
-func (s *Server) openUDP(ctx context.Context, user User, path string) (*udpFlow, *refusal) {
-	target, err := parseUDPTarget(path)
-	if errors.Is(err, errNotServed) {
-		return nil, refuse(http.StatusNotFound, "", "%v", err)
-	}
-	if err != nil {
-		return nil, refuse(http.StatusBadRequest, "http_request_error", "%v", err)
-	}
-	addrs := []netip.Addr{target.addr}
-	if target.name != "" {
-		var refused *refusal
-		if addrs, refused = s.resolve(ctx, user, target.name); refused != nil {
-			return nil, refused
-		}
-	}
-	addrs = slices.DeleteFunc(addrs, func(a netip.Addr) bool {
-		return !s.reachesByUDP(a, user.reach())
-	})
-	if len(addrs) == 0 {
-		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited",
-			"%v: clients may not reach it", target)
-	}
-	var errs []error
-	for _, a := range addrs {
-		to := netip.AddrPortFrom(a, target.port)
-		socket, err := s.cfg().DialUDP(ctx, to)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		return &udpFlow{target: target, to: to, socket: socket}, nil
-	}
-	err = errors.Join(errs...)
-	if errors.Is(err, os.ErrPermission) { // an address of this host, or of several
-		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited", "%v: %v", target, err)
-	}
-	return nil, refuse(http.StatusBadGateway, "destination_ip_unroutable", "%v: %v", target, err)
 }
 
 // reachesByUDP reports whether the proxy sends UDP packets to a for its

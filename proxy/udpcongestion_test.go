@@ -42,7 +42,7 @@ func TestUDPIsCongestionControlled(t *testing.T) {
 	}
 	openFlow(t, (&http3.Transport{EnableDatagrams: true}).NewClientConn(conn), nil)
 	client.mute.Store(true) // no acknowledgments from now on
-	ss := s.sessions.list()[0]
+	ss := s.sessions.list()[0].base()
 	before := ss.quic.ConnectionStats().BytesSent
 	close(source.on)
 	for s.Sessions()[0].Packets.TX < window {

@@ -87,43 +87,45 @@ func (u User) reach() *netipx.IPSet {
 // the wall clock: Expires has no other.
 func (u User) expired(now time.Time) bool { return !u.Expires.IsZero() && !now.Before(u.Expires) }
 
-// UsersChanged makes sessions follow their users. It ends those whose users are
-// no more, have other credentials than when the session began, or whose time is
-// over; the others have the rates and the routes that their users have now.
+// UsersChanged applies changes of the users to their sessions. It ends sessions
+// of users that were removed, have other credentials than at the start of the
+// session, or whose access has ended. The other sessions get the users' present
+// rates and routes.
 func (s *Server) UsersChanged() {
 	for _, ss := range s.sessions.list() {
-		if err := s.follow(ss); err != nil {
-			ss.stop(err)
+		if err := followUser(ss, s.cfg().Users); err != nil {
+			ss.base().stop(err)
 		}
 	}
 }
 
-// follow makes ss follow its user as it is now, and returns why it has to end,
-// nil when it may go on.
-func (s *Server) follow(ss *session) error {
-	if ss.user.Name == "" { // there is no authentication
+// followUser applies the present state of its user to ss. An error is the
+// reason why ss must end.
+func followUser(ss session, users Users) error {
+	b := ss.base()
+	if b.user.Name == "" { // there is no authentication
 		return nil
 	}
-	ss.userState.following.Lock()
-	defer ss.userState.following.Unlock()
-	now, ok := s.cfg().Users.ByName(ss.user.Name)
+	b.userState.following.Lock()
+	defer b.userState.following.Unlock()
+	now, ok := users.ByName(b.user.Name)
 	switch {
 	case !ok:
 		return errRevoked
-	case now.TokenHash != ss.user.TokenHash || now.Certificate != ss.user.Certificate:
+	case now.TokenHash != b.user.TokenHash || now.Certificate != b.user.Certificate:
 		return errRenewed
 	case now.expired(time.Now()):
 		return errExpired
 	}
-	ss.userState.set(now)
-	if ss.follows == ss.userState.reach.Load() {
+	b.userState.set(now)
+	if b.follows == b.userState.reach.Load() {
 		return nil
 	}
-	ss.follows = ss.userState.reach.Load()
+	b.follows = b.userState.reach.Load()
 	if err := ss.updateDenied(); err != nil {
 		return err
 	}
-	ss.refresh()
+	ss.notify()
 	return nil
 }
 
@@ -140,22 +142,10 @@ func (s *Server) endExpired(ctx context.Context) error {
 		case now := <-tick.C:
 			for _, ss := range s.sessions.expired(now.Round(0)) {
 				// Round removes the monotonic clock
-				ss.stop(errExpired)
+				ss.base().stop(errExpired)
 			}
 		}
 	}
-}
-
-// expired returns the sessions of users whose time is over.
-func (l *sessions) expired(now time.Time) (list []*session) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, ss := range l.byID {
-		if ss.userState.expired(now) {
-			list = append(list, ss)
-		}
-	}
-	return list
 }
 
 // errExpired is the cause for which the session of a user ends.

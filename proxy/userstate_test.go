@@ -125,10 +125,10 @@ func TestUserRoutes(t *testing.T) {
 	if rsp.StatusCode != 200 {
 		t.Fatalf("status %d", rsp.StatusCode)
 	}
-	i := slices.IndexFunc(x.sessions.list(), func(ss *session) bool {
-		return ss.udp != nil && ss.ctx.Err() == nil
+	i := slices.IndexFunc(x.sessions.list(), func(ss session) bool {
+		return ss.kind() == KindUDP && ss.base().ctx.Err() == nil
 	})
-	flow := x.sessions.list()[i]
+	flow := x.sessions.list()[i].base()
 	users.change(func(o *oneChanging) { o.alice.Routes = []netip.Prefix{} })
 	x.UsersChanged()
 	<-flow.done
@@ -148,7 +148,8 @@ func TestUserExpires(t *testing.T) {
 	}
 	ended := func() {
 		t.Helper()
-		for _, ss := range s.sessions.list() {
+		for _, session := range s.sessions.list() {
+			ss := session.base()
 			<-ss.done
 			if got := context.Cause(ss.ctx); got != errExpired {
 				t.Errorf("the session ended: %v, want %v", got, errExpired)
@@ -168,7 +169,7 @@ func TestUserExpires(t *testing.T) {
 	}
 	users.change(func(o *oneChanging) { o.alice.Expires = time.Time{} })
 	s.UsersChanged()
-	if ss := s.sessions.list()[0]; ss.userState.expired(time.Now().Add(2 * time.Hour)) {
+	if ss := s.sessions.list()[0].base(); ss.userState.expired(time.Now().Add(2 * time.Hour)) {
 		t.Error("the session still has the time that the user had")
 	}
 	users.change(func(o *oneChanging) { o.alice.Expires = time.Now().Add(-time.Hour) })
@@ -186,18 +187,21 @@ func TestUserStates(t *testing.T) {
 		request(t, h3, "CONNECT", "connect-ip", anyPath, asAlice)
 	}
 	list := s.sessions.list()
-	if len(list) != 2 || list[0].userState != list[1].userState ||
-		list[0].userState.up.Rate() != 64_000 {
+	if len(list) != 2 || list[0].base().userState != list[1].base().userState {
 		t.Fatalf("%d sessions, user states %+v", len(list), s.sessions.userStates)
+	}
+	shared := list[0].base().userState
+	if up := shared.up.Rate(); up != 64_000 {
+		t.Fatalf("rate %d, want 64000", up)
 	}
 	users.change(func(o *oneChanging) { o.alice.RateUp, o.alice.RateDown = 0, 128_000 })
 	s.UsersChanged()
-	if up, down := list[1].userState.up.Rate(), list[1].userState.down.Rate(); up != 0 ||
+	if up, down := shared.up.Rate(), shared.down.Rate(); up != 0 ||
 		down != 128_000 {
 		t.Errorf("rates %d and %d, want none and 128000", up, down)
 	}
 	for _, ss := range list {
-		s.Kick(ss.id)
+		s.Kick(ss.base().id)
 	}
 	s.sessions.mu.Lock()
 	defer s.sessions.mu.Unlock()

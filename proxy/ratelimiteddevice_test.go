@@ -14,20 +14,20 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// TestUplink checks that a write above the rate does not block: packets above
-// the rate are dropped and counted, and all others arrive.
-func TestUplink(t *testing.T) {
+// TestRateLimitedDevice checks that a write above the rate does not block:
+// packets above the rate are dropped and counted, and all others arrive.
+func TestRateLimitedDevice(t *testing.T) {
 	device := tuntest.New(1400)
 	a := new(userState)
 	ctx, cancel := context.WithCancelCause(t.Context())
-	ss := &session{userState: a, ctx: ctx, stop: cancel}
-	u := &uplink{Device: device, ss: ss}
+	ss := &sessionBase{userState: a, ctx: ctx, stop: cancel}
+	d := &rateLimitedDevice{Device: device, ss: ss}
 	pkt := ippacket.AppendEcho(make([]byte, tun.Headroom), netip.MustParseAddr("10.77.0.2"),
 		netip.MustParseAddr("192.0.2.1"), 64, true, 1, 1, make([]byte, 1000))
 	write := func(n int) {
 		t.Helper()
 		for range n {
-			if _, err := u.Write([][]byte{slices.Clone(pkt)}, tun.Headroom); err != nil {
+			if _, err := d.Write([][]byte{slices.Clone(pkt)}, tun.Headroom); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -42,7 +42,7 @@ func TestUplink(t *testing.T) {
 	}
 	write(1)
 	receive()
-	if u.queue.Load() != nil {
+	if d.queue.Load() != nil {
 		t.Error("a user without a rate has a queue")
 	}
 	a.up.SetRate(1_000_000_000)
@@ -58,6 +58,6 @@ func TestUplink(t *testing.T) {
 		t.Errorf("%d packets dropped, want %d", n, more)
 	}
 	cancel(nil)
-	u.close()
+	d.close()
 	write(1) // nothing takes it
 }

@@ -418,7 +418,7 @@ func TestUDPReplaces(t *testing.T) {
 // as long as RFC 9298 section 3.1 recommends.
 func TestUDPIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ss := &session{}
+		ss := &udpSession{}
 		ss.ctx, ss.stop = context.WithCancelCause(t.Context())
 		done := make(chan struct{})
 		go func() {
@@ -453,7 +453,7 @@ func TestUDPRate(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), withUsers(users, nil)))
 	_, h3 := s.dial(t, nil)
 	f := openFlow(t, h3, asAlice)
-	a := s.sessions.list()[0].userState
+	a := s.sessions.list()[0].base().userState
 	start := time.Now()
 	for range 100 {
 		f.exchange(t, make([]byte, 1000))
