@@ -51,7 +51,7 @@ type PoolUse struct {
 func (s *Server) Counters() *Counters {
 	c := &Counters{
 		MaxSessions: s.cfg().MaxSessions, MaxUDPFlows: s.cfg().MaxUDPFlows,
-		Requests: s.requests.counts(), AuthFailures: s.authFailed.counts(), Pool: s.pool.use(),
+		Requests: s.requests.counts(), AuthFailures: s.authFailed.counts(), Pool: s.poolUse(),
 	}
 	s.mu.Lock()
 	c.KernelRepairs = s.health.Repairs
@@ -66,6 +66,15 @@ func (s *Server) Counters() *Counters {
 	s.unrouted.AddTo(&c.Stats)
 	c.Sessions, c.UDPFlows = s.sessions.addTo(&c.Stats)
 	return c
+}
+
+// poolUse returns the use of each family of the pool.
+func (s *Server) poolUse() []PoolUse {
+	var list []PoolUse
+	for _, u := range s.pool.Use() {
+		list = append(list, PoolUse(u))
+	}
+	return list
 }
 
 // oldest returns the ages of the oldest packets that wait.

@@ -96,7 +96,7 @@ func (s *Server) SetDNS(d DNS) error {
 // warnOfDNS says what clients are told to ask and cannot reach through the
 // tunnel: their queries would leave outside of it, or be refused.
 func (s *Server) warnOfDNS() {
-	routes, err := s.routes(nil, nil, 0, s.pool.serves)
+	routes, err := s.routes(nil, nil, 0, s.pool.Serves)
 	if err != nil {
 		return // it is reported where routes are advertised
 	}

@@ -78,7 +78,7 @@ func (s *Server) noSession(pkt []byte, dst netip.Addr) {
 		return
 	}
 	s.unrouted.Send.Drop(connectip.DropNoSession)
-	if !s.pool.contains(dst) || !s.errorLimit.Allow() {
+	if !s.pool.Contains(dst) || !s.errorLimit.Allow() {
 		return
 	}
 	p, err := ippacket.Parse(pkt)
@@ -86,7 +86,7 @@ func (s *Server) noSession(pkt []byte, dst netip.Addr) {
 		return
 	}
 	buf := make([]byte, tun.Headroom, tun.Headroom+minMTU)
-	buf, ok := ippacket.AppendICMPError(buf, pkt, p, ippacket.NoSession, s.gateway(dst), 0)
+	buf, ok := ippacket.AppendICMPError(buf, pkt, p, ippacket.NoSession, s.pool.Gateway(dst), 0)
 	if ok {
 		s.unrouted.ICMPSent.Count(ippacket.NoSession)
 		_, _ = s.supervisor.Current().device.Write([][]byte{buf}, tun.Headroom)

@@ -166,7 +166,7 @@ func (ss *ipSession) open(str *http3.Stream) *connectip.Conn {
 		Filter: connectip.Filter{Assigned: ss.acceptAddresses, Routes: ss.acceptRoutes},
 		Handler: connectip.Handler{Requested: ss.addressesRequested,
 			Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
-		Self:           ss.server.pool.gatewayAddrs(),
+		Self:           ss.server.pool.Gateways(),
 		Granted:        ss.leaseReserved(),
 		Denied:         ss.server.deniedNow().of(ss),
 		Withheld:       ss.withheld(),

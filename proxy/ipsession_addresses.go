@@ -11,6 +11,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/proxy/internal/addrpool"
 )
 
 const (
@@ -90,7 +91,7 @@ func (ss *ipSession) answerHeld(requested []capsule.Address) (others []capsule.A
 		return answer(r, func(held capsule.Address) bool { return held.Prefix == r.Prefix })
 	})
 	others = slices.DeleteFunc(others, func(r capsule.Address) bool {
-		return ss.server.pool.anySingle(r.Prefix) && answer(r, func(held capsule.Address) bool {
+		return ss.server.pool.AnySingle(r.Prefix) && answer(r, func(held capsule.Address) bool {
 			return held.RequestID == 0 && held.Prefix.Addr().Is4() == r.Prefix.Addr().Is4()
 		})
 	})
@@ -99,7 +100,7 @@ func (ss *ipSession) answerHeld(requested []capsule.Address) (others []capsule.A
 			return false
 		}
 		ss.server.table.remove(held.Prefix)
-		ss.server.pool.release(held.Prefix, ss.owner())
+		ss.server.pool.Release(held.Prefix, ss.owner())
 		ss.userState.leases.Add(-1)
 		return true
 	})
@@ -125,13 +126,18 @@ func (ss *ipSession) lease(r capsule.Address) (capsule.Address, error) {
 		ss.userState.leases.Add(-1)
 		return r, fmt.Errorf("the user has as many addresses as allowed, %d (limits.addresses_per_user)", n-1)
 	}
-	p, err := ss.server.pool.lease(ss.user, ss.owner(), want)
+	p, err := ss.server.pool.Lease(ss.holder(), want)
 	if err != nil {
 		ss.userState.leases.Add(-1)
 		return r, err
 	}
 	ss.server.table.insert(p, ss)
 	return capsule.Address{RequestID: r.RequestID, Prefix: p}, nil
+}
+
+// holder returns the session as the pool knows it.
+func (ss *ipSession) holder() addrpool.Holder {
+	return addrpool.Holder{Owner: ss.owner(), User: ss.user.Name, Reserved: ss.user.Addresses}
 }
 
 // owner returns the identity that leases are held for after their release: the
@@ -174,7 +180,7 @@ func (ss *ipSession) noteAssigned(message string) {
 // before the client has sent anything: a client that is configured with the
 // address may use it at once. ss.mu is held.
 func (ss *ipSession) leaseReserved() []netip.Prefix {
-	for _, p := range ss.server.pool.leaseReserved(ss.user, ss.owner()) {
+	for _, p := range ss.server.pool.LeaseReserved(ss.holder()) {
 		ss.userState.leases.Add(1)
 		ss.server.table.insert(p, ss)
 		ss.addresses = append(ss.addresses, capsule.Address{Prefix: p})
@@ -245,7 +251,7 @@ func (ss *ipSession) leaseMissing() {
 		has := slices.ContainsFunc(ss.addresses, func(a capsule.Address) bool {
 			return a.Prefix.Addr().Is4() == unspecified.Is4()
 		})
-		if has || !ss.server.pool.serves(unspecified) {
+		if has || !ss.server.pool.Serves(unspecified) {
 			continue
 		}
 		a, err := ss.lease(capsule.Address{Prefix: netip.PrefixFrom(unspecified,
@@ -269,7 +275,7 @@ func (ss *ipSession) release() {
 		ss.server.table.remove(a.Prefix)
 	}
 	for _, a := range ss.addresses {
-		ss.server.pool.release(a.Prefix, ss.owner())
+		ss.server.pool.Release(a.Prefix, ss.owner())
 		ss.userState.leases.Add(-1)
 	}
 	ss.addresses, ss.assigned = nil, true

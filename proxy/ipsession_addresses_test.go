@@ -111,7 +111,7 @@ func TestUnprompted(t *testing.T) {
 				a.want(a.ask(tc.ask...), tc.want...)
 				want = tc.want
 			}
-			if v4, v6 := s.pool.leased(); v4+v6 != len(want) {
+			if v4, v6 := s.pool.Leased(); v4+v6 != len(want) {
 				t.Errorf("%d addresses are leased, want %d", v4+v6, len(want))
 			}
 		})
@@ -144,7 +144,7 @@ func TestUnpromptedGateway(t *testing.T) {
 	b.want(b.assigned(), "fd77::8/128")
 	c := as(t, h.h3, "c")
 	c.want(c.assigned(), "10.77.0.9/32", "fd77::2/128") // and that later than a would have been
-	if v4, v6 := h.pool.leased(); v4 != 1 || v6 != 2 {
+	if v4, v6 := h.pool.Leased(); v4 != 1 || v6 != 2 {
 		t.Errorf("%d IPv4 and %d IPv6 addresses are leased, want 1 and 2", v4, v6)
 	}
 	a.want(a.ask("0.0.0.0/32"), "10.77.0.2/32")
@@ -158,7 +158,7 @@ func TestReservedAndAsked(t *testing.T) {
 	a := as(t, h3, "alice")
 	got := a.ask("0.0.0.0/32")
 	a.want(got, "10.77.0.9/32")
-	if v4, v6 := h.pool.leased(); v4 != 1 || v6 != 0 {
+	if v4, v6 := h.pool.Leased(); v4 != 1 || v6 != 0 {
 		t.Errorf("%d IPv4 and %d IPv6 addresses are leased, want 1 and 0", v4, v6)
 	}
 	other := as(t, h3, "alice")

@@ -54,7 +54,7 @@ func (ss *ipSession) newRoutes() (routes []capsule.Route, changed bool, err erro
 	routes, err = ss.server.routes(ss.reach, allowed, ss.scope.Protocol, ss.uses)
 	if err == nil && ss.claim != nil {
 		routes, err = ss.server.sites.routesTo(ss.claim, routes, allowed,
-			ss.server.pool.gatewayAddrs())
+			ss.server.pool.Gateways())
 	}
 	if err == nil && len(routes) > routing.MaxRoutes {
 		err = fmt.Errorf("%d ranges are too many to be advertised, clients take %d: shorten the lists of the user, or of the sites", len(routes), routing.MaxRoutes)
@@ -70,7 +70,7 @@ func (ss *ipSession) newRoutes() (routes []capsule.Route, changed bool, err erro
 // of a's family. ss.mu is held.
 func (ss *ipSession) uses(a netip.Addr) bool {
 	if !ss.assigned {
-		return ss.server.pool.serves(a)
+		return ss.server.pool.Serves(a)
 	}
 	has := prefixes(ss.addresses)
 	if ss.claim != nil {
@@ -91,7 +91,7 @@ func (ss *ipSession) dns() DNS {
 	d.Servers = slices.DeleteFunc(slices.Clone(d.Servers), func(a netip.Addr) bool {
 		return ss.reach != nil && !ss.reach.Contains(a) || !ss.uses(a) ||
 			allowed != nil && !allowed.Contains(a) &&
-				!slices.Contains(ss.server.pool.gatewayAddrs(), a)
+				!slices.Contains(ss.server.pool.Gateways(), a)
 	})
 	if len(d.Servers) == 0 {
 		d.Domains, d.Search = nil, nil

@@ -68,7 +68,9 @@ func (s *Server) keepNetwork(ctx context.Context) error {
 func (s *Server) readLocal() error {
 	read := s.cfg().LocalNetworks
 	if read == nil {
-		read = func() ([]netip.Prefix, error) { return localNetworks(s.supervisor.Current().Name()) }
+		read = func() ([]netip.Prefix, error) {
+			return localNetworks(s.supervisor.Current().Name())
+		}
 	}
 	local, err := read()
 	if err != nil {
@@ -86,7 +88,7 @@ func (s *Server) refresh() error {
 	s.refreshing.Lock()
 	defer s.refreshing.Unlock()
 	var all []taken
-	for _, p := range s.pool.prefixes() {
+	for _, p := range s.pool.Prefixes() {
 		all = append(all, taken{p, "the pool of addresses for clients"})
 	}
 	for _, p := range s.local {
@@ -143,11 +145,11 @@ func (s *Server) reinstall() {
 func (s *Server) networkState(l layout) routing.State {
 	state := routing.State{
 		MTU: s.mtu, Forward: true,
-		Addresses: slices.Concat(s.pool.gateways(), l.addresses),
+		Addresses: slices.Concat(s.pool.GatewayPrefixes(), l.addresses),
 		Routes:    l.networks,
 	}
 	if s.cfg().Masquerade {
-		state.Masquerade = s.pool.prefixes()
+		state.Masquerade = s.pool.Prefixes()
 		state.Listen = s.ports
 	}
 	return state
@@ -181,14 +183,14 @@ func (s *Server) deny(l layout) error {
 		b.Add(p.Addr())
 	}
 	cfg := s.cfg()
-	for _, p := range s.pool.prefixes() {
+	for _, p := range s.pool.Prefixes() {
 		if cfg.ClientToClient {
 			b.RemovePrefix(p)
 		} else {
 			b.AddPrefix(p)
 		}
 	}
-	for _, g := range s.pool.gatewayAddrs() {
+	for _, g := range s.pool.Gateways() {
 		b.Remove(g)
 	}
 	forClients, forSites := b.Clone(), &b

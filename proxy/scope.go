@@ -60,7 +60,7 @@ func (s *Server) reach(ctx context.Context, user User, scope connectip.Scope) (*
 		return nil, refuse(http.StatusInternalServerError, "proxy_internal_error", "%v: %v",
 			scope, err)
 	}
-	if routes, err := s.routes(set, user.reach(), scope.Protocol, s.pool.serves); err != nil ||
+	if routes, err := s.routes(set, user.reach(), scope.Protocol, s.pool.Serves); err != nil ||
 		s.allDenied(routes) {
 		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited",
 			"%v: the client may reach nothing of it", scope)
@@ -82,7 +82,7 @@ func (s *Server) routes(reach, may *netipx.IPSet, protocol uint8,
 	if may != nil {
 		b.Intersect(may)
 	}
-	for _, g := range s.pool.gatewayAddrs() {
+	for _, g := range s.pool.Gateways() {
 		b.Add(g)
 	}
 	if reach != nil {

@@ -23,6 +23,7 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/endpoint"
 	"masquevpn/internal/udpconn"
+	"masquevpn/proxy/internal/addrpool"
 	"masquevpn/proxy/internal/auththrottle"
 	"masquevpn/proxy/internal/loglimit"
 	"masquevpn/proxy/internal/smallmtu"
@@ -58,7 +59,7 @@ const (
 type Server struct {
 	config    atomic.Pointer[Config] // see cfg
 	templates []*connectip.Template
-	pool      *pool
+	pool      *addrpool.Pool
 	table     *table
 	sessions  sessions
 	sites     *sites
@@ -108,15 +109,19 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	reserved := func(netip.Prefix, string) bool { return false }
+	var reserved func(netip.Prefix, string) bool
 	if cfg.Users != nil {
 		reserved = cfg.Users.Reserved
 	}
 	table := newTable()
 	s := &Server{
 		templates: templates,
-		pool: newPool(reserved, space{cfg.Pool4, cfg.Delegate4},
-			space{cfg.Pool6, cfg.Delegate6}),
+		pool: addrpool.New(addrpool.Config{
+			Spaces: []addrpool.Space{{Prefix: cfg.Pool4, Delegate: cfg.Delegate4},
+				{Prefix: cfg.Pool6, Delegate: cfg.Delegate6}},
+			Quarantine: cfg.Hold,
+			Reserved:   reserved,
+		}),
 		table:      table,
 		sites:      newSites(table, rights),
 		sessions:   sessions{byID: make(map[string]session)},
@@ -128,7 +133,6 @@ func New(cfg Config) (*Server, error) {
 	s.connections = newConnections(s.peerLog, cfg.MaxPending, cfg.MaxPendingPerAddress)
 	s.supervisor.Open, s.supervisor.Report, s.supervisor.Logger = s.openEndpoint, s.noteHealth,
 		cfg.Logger
-	s.pool.hold = cfg.Hold
 	s.config.Store(&cfg)
 	s.dns.Store(&cfg.DNS)
 	return s, nil
@@ -349,15 +353,6 @@ func (s *Server) tlsConfig() *tls.Config {
 	return c
 }
 
-// gateway returns the proxy's tunnel address of a's family; invalid when there
-// is none.
-func (s *Server) gateway(a netip.Addr) netip.Addr {
-	if f := s.pool.family(a); f != nil {
-		return f.gateway
-	}
-	return netip.Addr{}
-}
-
 // Addrs returns the UDP addresses that the proxy listens on, once Ready is
 // closed.
 func (s *Server) Addrs() []net.Addr { return s.addrs }
@@ -456,7 +451,7 @@ func (s *Server) Status() Status {
 		}
 		requests[strconv.Itoa(r.Status)] += r.Count
 	}
-	v4, v6 := s.pool.leased()
+	v4, v6 := s.pool.Leased()
 	status := Status{
 		Schema: connectip.StatusSchema, Name: s.cfg().Name, State: StateRunning, Since: s.started,
 		Listen:   s.listening(),

@@ -117,7 +117,7 @@ func (s *Server) reachesByUDP(a netip.Addr, may *netipx.IPSet) bool {
 	contains := func(p netip.Prefix) bool { return p.Contains(a) }
 	return slices.ContainsFunc(s.cfg().Advertise, contains) &&
 		!slices.ContainsFunc(s.deniedNow().clients, contains) &&
-		!slices.Contains(s.pool.gatewayAddrs(), a) && !a.IsMulticast() &&
+		!slices.Contains(s.pool.Gateways(), a) && !a.IsMulticast() &&
 		(may == nil || may.Contains(a))
 }
 
