@@ -274,7 +274,7 @@ func (ss *ipSession) status() SessionStatus {
 	s.SetDNS(ss.announcedDNS.configurations(), ss.announcedDNS.NAT64)
 	ss.mu.Unlock()
 	if ss.claim != nil {
-		s.Networks = append(s.Networks, ss.server.sites.held(ss.claim).prefixes...)
+		s.Networks = append(s.Networks, ss.server.sites.grantOf(ss.claim).prefixes...)
 	}
 	return s
 }

@@ -171,7 +171,7 @@ func (ss *ipSession) maxLeases() int64 {
 func (ss *ipSession) noteAssigned(message string) {
 	ss.assigned = true
 	if ss.claim != nil {
-		ss.server.sites.lease(ss.claim, prefixes(ss.addresses))
+		ss.server.sites.setLeased(ss.claim, prefixes(ss.addresses))
 	}
 	ss.log.Info(message, "addresses", prefixes(ss.addresses))
 }
@@ -186,7 +186,7 @@ func (ss *ipSession) leaseReserved() []netip.Prefix {
 		ss.addresses = append(ss.addresses, capsule.Address{Prefix: p})
 	}
 	if ss.claim != nil {
-		ss.server.sites.lease(ss.claim, prefixes(ss.addresses))
+		ss.server.sites.setLeased(ss.claim, prefixes(ss.addresses))
 	}
 	return prefixes(ss.addresses)
 }

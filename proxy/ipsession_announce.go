@@ -74,7 +74,7 @@ func (ss *ipSession) uses(a netip.Addr) bool {
 	}
 	has := prefixes(ss.addresses)
 	if ss.claim != nil {
-		has = append(has, ss.server.sites.held(ss.claim).prefixes...)
+		has = append(has, ss.server.sites.grantOf(ss.claim).prefixes...)
 	}
 	return slices.ContainsFunc(has, func(p netip.Prefix) bool { return p.Addr().Is4() == a.Is4() })
 }

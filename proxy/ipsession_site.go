@@ -24,22 +24,22 @@ func (ss *ipSession) added(replaced []session) {
 }
 
 // acceptAddresses returns the addresses in addrs, assigned to the proxy by the
-// client, that take effect at once: those that the site holds already.
+// client, that take effect at once: those that the site was granted already.
 func (ss *ipSession) acceptAddresses(addrs []capsule.Address) []capsule.Address {
 	if ss.claim == nil {
 		return nil
 	}
-	return ss.server.sites.heldAddresses(ss.claim, addrs)
+	return ss.server.sites.grantedAddresses(ss.claim, addrs)
 }
 
 // acceptRoutes returns the parts of routes, advertised by the client, that take
-// effect at once: those that the site holds already. Others take effect with
-// the next decision about the sites.
+// effect at once: those that the site was granted already. Others take effect
+// with the next decision about the sites.
 func (ss *ipSession) acceptRoutes(routes []capsule.Route) []capsule.Route {
 	if ss.claim == nil {
 		return nil
 	}
-	return ss.server.sites.heldRoutes(ss.claim, routes)
+	return ss.server.sites.grantedRoutes(ss.claim, routes)
 }
 
 // addressesAssigned notes the addresses that the client assigns to the proxy.
@@ -89,8 +89,8 @@ func (ss *ipSession) followSites() error {
 	if ss.claim == nil || conn == nil {
 		return nil // run calls followSites after it has opened conn
 	}
-	has := ss.server.sites.held(ss.claim)
-	if err := conn.SetFiltered(has.assigned, has.routes); err != nil {
+	granted := ss.server.sites.grantOf(ss.claim)
+	if err := conn.SetFiltered(granted.assigned, granted.routes); err != nil {
 		return err
 	}
 	ss.notify()

@@ -87,15 +87,15 @@ func (s *Server) readLocal() error {
 func (s *Server) refresh() error {
 	s.refreshing.Lock()
 	defer s.refreshing.Unlock()
-	var all []taken
+	var reserved []reservedNetwork
 	for _, p := range s.pool.Prefixes() {
-		all = append(all, taken{p, "the pool of addresses for clients"})
+		reserved = append(reserved, reservedNetwork{p, "the pool of addresses for clients"})
 	}
 	for _, p := range s.local {
-		all = append(all, taken{p.Masked(), "a network of the proxy's host"})
+		reserved = append(reserved, reservedNetwork{p.Masked(), "a network of the proxy's host"})
 	}
-	s.sites.setBase(s.cfg().advertised())
-	l := s.sites.decide(all)
+	s.sites.setCommonRoutes(s.cfg().advertised())
+	l := s.sites.decide(reserved)
 	// What may pass is settled before the kernel sends anything.
 	if err := s.deny(l); err != nil {
 		return err

@@ -53,7 +53,7 @@ func TestSiteProperties(t *testing.T) {
 				byte(rapid.IntRange(0, 255).Draw(t, "host"))})
 			return netip.PrefixFrom(a, rapid.IntRange(13, 32).Draw(t, "bits")).Masked()
 		})
-		all := []taken{{prefix.Draw(t, "pool"), "pool"}, {prefix.Draw(t, "host"), "host"}}
+		reserved := []reservedNetwork{{prefix.Draw(t, "pool"), "pool"}, {prefix.Draw(t, "host"), "host"}}
 		tab := newTable()
 		s := newSites(tab, map[string]*rights{})
 		var running []*claim
@@ -83,32 +83,32 @@ func TestSiteProperties(t *testing.T) {
 				s.advertise(rapid.SampledFrom(running).Draw(t, "who"),
 					capsule.Routes(rapid.SliceOfN(prefix, 0, 6).Draw(t, "advertised"), 0))
 			}
-			l := s.decide(all)
+			l := s.decide(reserved)
 			var union netipx.IPSetBuilder
 			seen := new(netipx.IPSet)
 			for _, c := range running {
 				said := setOfRoutes(c.advertised)
-				for _, p := range c.has.prefixes {
+				for _, p := range c.granted.prefixes {
 					if seen.OverlapsPrefix(p) || !said.ContainsPrefix(p) ||
-						all[0].prefix.Overlaps(p) || all[1].prefix.Overlaps(p) {
+						reserved[0].prefix.Overlaps(p) || reserved[1].prefix.Overlaps(p) {
 						t.Fatalf("%s has %v, said %v", c.user(), p, c.advertised)
 					}
 					if to, ok := tab.lookup(p.Addr()); !ok || to != c.ss {
 						t.Fatalf("%v leads to %v", p, to)
 					}
 				}
-				for _, a := range c.has.assigned {
+				for _, a := range c.granted.assigned {
 					if !a.IsSingleIP() || !c.rights.assign.ContainsPrefix(a) ||
-						all[0].prefix.Overlaps(a) || all[1].prefix.Overlaps(a) {
+						reserved[0].prefix.Overlaps(a) || reserved[1].prefix.Overlaps(a) {
 						t.Fatalf("%s assigned %v", c.user(), a)
 					}
 				}
 				if !setOf(c.rights.networks).Equal(unionOf(setOf(c.rights.networks),
-					c.has.networks)) {
+					c.granted.networks)) {
 					t.Fatalf("%s may have %v and has %v", c.user(), c.rights.networks,
-						c.has.prefixes)
+						c.granted.prefixes)
 				}
-				union.AddSet(c.has.networks)
+				union.AddSet(c.granted.networks)
 				seen, _ = union.IPSet()
 			}
 			if !setOf(l.networks).Equal(seen) {
@@ -161,22 +161,22 @@ func TestSiteIsBounded(t *testing.T) {
 	for name, advertised := range map[string][]capsule.Route{"many": c.advertised,
 		"wide": append([]capsule.Route{wide}, c.advertised...)} {
 		c.advertised = advertised
-		h := c.decide(nil, nil, routing.MaxRoutes)
-		if len(h.prefixes) > maxSitePrefixes || len(h.routes) > maxSiteRanges ||
-			len(h.prefixes) < 256 {
-			t.Errorf("%s: %d prefixes of %d ranges", name, len(h.prefixes), len(h.routes))
+		g := c.decide(nil, nil, routing.MaxRoutes)
+		if len(g.prefixes) > maxSitePrefixes || len(g.routes) > maxSiteRanges ||
+			len(g.prefixes) < 256 {
+			t.Errorf("%s: %d prefixes of %d ranges", name, len(g.prefixes), len(g.routes))
 		}
-		if len(h.refused) == 0 || len(h.refused) > maxRefusals+1 ||
-			len(strings.Join(h.refused, "; ")) > 1000 {
-			t.Errorf("%s: %d words: %q", name, len(h.refused), h.refused)
+		if len(g.refusals) == 0 || len(g.refusals) > maxRefusals+1 ||
+			len(strings.Join(g.refusals, "; ")) > 1000 {
+			t.Errorf("%s: %d words: %q", name, len(g.refusals), g.refusals)
 		}
 	}
 	same := newClaim(c.ss)
 	same.rights = c.rights
 	same.advertised = c.advertised[1000:1200]
-	c.has = c.decide(nil, nil, routing.MaxRoutes)
-	if h := same.decide(nil, []*claim{c}, routing.MaxRoutes); len(h.prefixes)+
-		len(c.has.prefixes) > maxSitePrefixes {
-		t.Errorf("two sessions of a site make %d prefixes", len(h.prefixes)+len(c.has.prefixes))
+	c.granted = c.decide(nil, nil, routing.MaxRoutes)
+	if g := same.decide(nil, []*claim{c}, routing.MaxRoutes); len(g.prefixes)+
+		len(c.granted.prefixes) > maxSitePrefixes {
+		t.Errorf("two sessions of a site make %d prefixes", len(g.prefixes)+len(c.granted.prefixes))
 	}
 }

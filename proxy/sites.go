@@ -4,52 +4,39 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
-	"time"
 
 	"go4.org/netipx"
-	"golang.org/x/time/rate"
 
 	"masquevpn/capsule"
 	"masquevpn/routing"
 )
 
-// sites knows which networks are behind which session. What sessions say is
-// only noted when it comes in; one goroutine works out who has what (decide),
-// as often as it likes, and the sessions follow.
+// sites decides which networks are behind which session. Capsules of a gateway
+// change only the claim of its session. One goroutine calls decide when it is
+// ready for the result, which all sessions then follow. So a client that
+// changes its claim often costs the others nothing.
 type sites struct {
-	table   *table
-	changed chan struct{} // something was noted since the last decision
+	table *table
 
-	mu     sync.Mutex
+	// changed receives a value after changes that the next decision has to
+	// consider.
+	changed chan struct{}
+
+	mu sync.Mutex // guards the fields below and all claims
+
 	rights map[string]*rights // key: user
-	base   int                // how many routes are advertised to all clients
-	last   uint64             // rank and number that were given out last
-	claims []*claim           // in order of precedence
+
+	// commonRoutes is the number of routes that are advertised to all clients.
+	commonRoutes int
+
+	lastNumber uint64   // the highest rank or number of a claim
+	claims     []*claim // the first takes precedence
+
+	// routed are the entries of the forwarding table for networks of sites.
 	routed map[netip.Prefix]*ipSession
-	all    *netipx.IPSet // the networks and the leased addresses of all sites
-}
 
-// claim is one session of a site: what it asks for, and what it has.
-type claim struct {
-	ss     *ipSession
-	rights *rights // nil when they were taken away
-	// rank is the place of the user among all: who came first keeps what it
-	// has. A user has one place as long as any session of it runs, and of these
-	// the newest goes first.
-	rank, number uint64
-	successor    *claim // claim of the session that replaces this one; nil: none
-
-	told       bool // the session said something
-	advertised []capsule.Route
-	assigned   []netip.Prefix
-	leased     []netip.Prefix // addresses of the session itself
-	has        holding
-
-	log     *rate.Limiter
-	logged  string // what was last said of the holding
-	refusal string // and of what was refused
+	all *netipx.IPSet // networks and leased addresses of all sites
 }
 
 func newSites(t *table, r map[string]*rights) *sites {
@@ -57,16 +44,14 @@ func newSites(t *table, r map[string]*rights) *sites {
 		routed: make(map[netip.Prefix]*ipSession), all: new(netipx.IPSet)}
 }
 
-func (c *claim) user() string { return c.ss.user.Name }
-
-// rightsOf returns the rights of a user, nil for one without site.
+// rightsOf returns the rights of a user, nil for a user without a site.
 func (t *sites) rightsOf(user string) *rights {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.rights[user]
 }
 
-// setRights replaces the rights of all users, also of those who have sessions.
+// setRights replaces the rights of all users, also of users with sessions.
 func (t *sites) setRights(all map[string]*rights) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -74,25 +59,26 @@ func (t *sites) setRights(all map[string]*rights) {
 	for _, c := range t.claims {
 		c.rights = all[c.user()]
 	}
-	t.note()
+	t.schedule()
 }
 
-// newClaim makes the claim of a session that is about to be taken in.
-func newClaim(ss *ipSession) *claim {
-	return &claim{
-		ss: ss, has: holding{networks: new(netipx.IPSet)},
-		log: rate.NewLimiter(rate.Every(time.Minute), 10),
-	}
+// setCommonRoutes sets the number of routes that are advertised to all clients.
+// They and the networks of the sites share the limit of routes that a client
+// accepts.
+func (t *sites) setCommonRoutes(n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.commonRoutes = n
 }
 
-// add adds c, the claim of a session. c succeeds replaced, the claims of the
-// sessions that it replaces.
+// add adds c, which succeeds replaced, the claims of the sessions that its
+// session replaces.
 func (t *sites) add(c *claim, replaced []*claim) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c.rights = t.rights[c.user()]
-	t.last++
-	c.rank, c.number = t.last, t.last
+	t.lastNumber++
+	c.rank, c.number = t.lastNumber, t.lastNumber
 	for _, other := range t.claims {
 		if other.user() == c.user() {
 			c.rank = other.rank
@@ -107,15 +93,16 @@ func (t *sites) add(c *claim, replaced []*claim) {
 	})
 }
 
-// remove takes out a session that has ended: no packet goes to it any more.
-// What it had goes to its successor, so that nobody notices when a client only
-// came back, and otherwise back.
+// remove removes c, the claim of a session that has ended. When it returns, the
+// forwarding table has no network of the session. The successor of c inherits
+// its networks, so that the other sites and the kernel do not notice a client
+// that reconnects. Without a successor the networks are free.
 func (t *sites) remove(c *claim) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.claims = slices.DeleteFunc(t.claims, func(other *claim) bool { return other == c })
 	heir := c.successor
-	if heir != nil && (heir.told || !slices.Contains(t.claims, heir)) {
+	if heir != nil && (heir.updated || !slices.Contains(t.claims, heir)) {
 		heir = nil
 	}
 	for p, ss := range t.routed {
@@ -130,60 +117,53 @@ func (t *sites) remove(c *claim) {
 		}
 	}
 	if heir != nil {
-		heir.advertised, heir.assigned, heir.has = c.advertised, c.assigned, c.has
-		heir.logged, heir.refusal = c.logged, c.refusal
+		heir.advertised, heir.assigned, heir.granted = c.advertised, c.assigned, c.granted
+		heir.loggedGrant, heir.loggedRefusals = c.loggedGrant, c.loggedRefusals
 	}
-	t.note()
+	t.schedule()
 }
 
-// setBase notes how many routes are advertised to all clients: sites are told
-// of them besides each other's networks.
-func (t *sites) setBase(routes int) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.base = routes
-}
-
-// note has the next decision made. t.mu may be held.
-func (t *sites) note() {
+// schedule makes changed receive a value. t.mu may be held.
+func (t *sites) schedule() {
 	select {
 	case t.changed <- struct{}{}:
 	default:
 	}
 }
 
-// advertise notes what c advertises, the full list.
+// advertise sets the routes that the client of c advertises, the full list.
 func (t *sites) advertise(c *claim, routes []capsule.Route) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	c.advertised, c.told = routes, true
-	t.note()
+	c.advertised, c.updated = routes, true
+	t.schedule()
 }
 
-// assign notes what c assigns to the proxy, the full list.
+// assign sets the addresses that the client of c assigns to the proxy, the full
+// list.
 func (t *sites) assign(c *claim, addrs []netip.Prefix) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c.assigned = addrs
-	t.note()
+	t.schedule()
 }
 
-// lease notes which addresses the session of c has.
-func (t *sites) lease(c *claim, addrs []netip.Prefix) {
+// setLeased sets the addresses of the session of c.
+func (t *sites) setLeased(c *claim, addrs []netip.Prefix) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c.leased = addrs
-	t.note()
+	t.schedule()
 }
 
-// heldRoutes returns the part of routes that c has already.
-func (t *sites) heldRoutes(c *claim, routes []capsule.Route) []capsule.Route {
+// grantedRoutes returns the parts of routes that c is granted already.
+func (t *sites) grantedRoutes(c *claim, routes []capsule.Route) []capsule.Route {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var out []capsule.Route
 	for _, r := range routes[:min(len(routes), maxSiteRanges)] {
-		for _, held := range c.has.networks.Ranges() {
-			if part, ok := intersection(netipx.IPRangeFrom(r.Start, r.End), held); ok {
+		for _, granted := range c.granted.networks.Ranges() {
+			if part, ok := intersection(netipx.IPRangeFrom(r.Start, r.End), granted); ok {
 				out = append(out, capsule.Route{Start: part.From(), End: part.To(),
 					Protocol: r.Protocol})
 			}
@@ -192,53 +172,55 @@ func (t *sites) heldRoutes(c *claim, routes []capsule.Route) []capsule.Route {
 	return out
 }
 
-// heldAddresses returns the part of addrs that c has assigned already.
-func (t *sites) heldAddresses(c *claim, addrs []capsule.Address) []capsule.Address {
+// grantedAddresses returns the addresses in addrs that c was granted to assign
+// to the proxy already.
+func (t *sites) grantedAddresses(c *claim, addrs []capsule.Address) []capsule.Address {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return slices.DeleteFunc(slices.Clone(addrs), func(a capsule.Address) bool {
-		return !slices.Contains(c.has.assigned, a.Prefix)
+		return !slices.Contains(c.granted.assigned, a.Prefix)
 	})
 }
 
-// held returns what c has.
-func (t *sites) held(c *claim) holding {
+// grantOf returns the present grant of c.
+func (t *sites) grantOf(c *claim) grant {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return c.has
+	return c.granted
 }
 
-// layout is the outcome of a decision.
+// layout is the result of a decision about all sites.
 type layout struct {
 	networks  []netip.Prefix // networks of all sites
-	addresses []netip.Prefix // addresses of the proxy, as long as the networks that they are in
+	addresses []netip.Prefix // the proxy's addresses, with the lengths of their networks
 	leased    []netip.Prefix // addresses of the sites' sessions
 }
 
-// decide works out who has what, and makes the table follow.
-func (t *sites) decide(all []taken) layout {
+// decide grants the claims in their order of precedence, and updates the
+// forwarding table. No site gets a part of reserved.
+func (t *sites) decide(reserved []reservedNetwork) layout {
 	t.mu.Lock()
 	var l layout
 	var b netipx.IPSetBuilder
 	routed := make(map[netip.Prefix]*ipSession)
 	var logs []func()
-	room := routing.MaxRoutes - t.base
+	room := routing.MaxRoutes - t.commonRoutes
 	for i, c := range t.claims {
-		c.has = c.decide(all, t.claims[:i], room)
-		room -= len(c.has.prefixes)
+		c.granted = c.decide(reserved, t.claims[:i], room)
+		room -= len(c.granted.prefixes)
 		logs = append(logs, c.report()...)
-		for _, p := range c.has.prefixes {
+		for _, p := range c.granted.prefixes {
 			routed[p] = c.ss
 			l.networks = append(l.networks, p)
 		}
-		for _, a := range c.has.assigned {
+		for _, a := range c.granted.assigned {
 			l.addresses = append(l.addresses, c.onLink(a))
 		}
 		for _, a := range c.leased {
 			l.leased = append(l.leased, a)
 			b.AddPrefix(a)
 		}
-		b.AddSet(c.has.networks)
+		b.AddSet(c.granted.networks)
 	}
 	t.all, _ = b.IPSet() // the prefixes are valid
 	for p, ss := range routed {
@@ -259,56 +241,11 @@ func (t *sites) decide(all []taken) layout {
 	return l
 }
 
-// onLink returns the address a of the proxy with the length of the site's
-// network that it is in, which makes it the source of what the proxy itself
-// sends there.
-func (c *claim) onLink(a netip.Prefix) netip.Prefix {
-	for _, p := range c.has.prefixes {
-		if p.Contains(a.Addr()) {
-			return netip.PrefixFrom(a.Addr(), p.Bits())
-		}
-	}
-	return a
-}
-
-// report returns what is to be written to the log of a new decision. What a
-// client says again and again is not.
-func (c *claim) report() (logs []func()) {
-	log := c.ss.log
-	if text := prefixText(slices.Concat(c.has.prefixes, c.has.assigned)); text != c.logged &&
-		c.log.Allow() {
-		c.logged = text
-		logs = append(logs, func() { log.Info("networks of the site", "accepted", text) })
-	}
-	if text := strings.Join(c.has.refused, "; "); text != c.refusal && c.log.Allow() {
-		c.refusal = text
-		if text != "" {
-			logs = append(logs, func() {
-				log.Warn("networks of the site are refused", "refused", text)
-			})
-		}
-	}
-	return logs
-}
-
-// prefixText lists prefixes for the log.
-func prefixText(prefixes []netip.Prefix) string {
-	const limit = 16
-	var words []string
-	for _, p := range prefixes[:min(len(prefixes), limit)] {
-		words = append(words, p.String())
-	}
-	if len(prefixes) > limit {
-		words = append(words, "and more")
-	}
-	return strings.Join(words, ", ")
-}
-
-// routesTo returns what is advertised to c: of base, and of the networks and
-// addresses of the other sites, what it may reach by the rights of its site and
-// as its user, which is what may has, nil for all; and of base the proxy's own
-// addresses.
-func (t *sites) routesTo(c *claim, base []capsule.Route, may *netipx.IPSet,
+// routesTo returns the routes to advertise to the client of c: common, which
+// are advertised to every client, plus the networks and leased addresses of the
+// other sites, limited to the reach of its site and to allowed (nil: no limit).
+// Addresses in own, the proxy's, that are in common are advertised in any case.
+func (t *sites) routesTo(c *claim, common []capsule.Route, allowed *netipx.IPSet,
 	own []netip.Addr) ([]capsule.Route, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -316,14 +253,14 @@ func (t *sites) routesTo(c *claim, base []capsule.Route, may *netipx.IPSet,
 	b.AddSet(t.all)
 	for _, other := range t.claims {
 		if other.user() == c.user() {
-			b.RemoveSet(other.has.networks)
+			b.RemoveSet(other.granted.networks)
 			for _, a := range other.leased {
 				b.RemovePrefix(a)
 			}
 		}
 	}
 	var always []netip.Addr
-	for _, r := range base {
+	for _, r := range common {
 		addresses := netipx.IPRangeFrom(r.Start, r.End)
 		b.AddRange(addresses)
 		for _, a := range own {
@@ -335,8 +272,8 @@ func (t *sites) routesTo(c *claim, base []capsule.Route, may *netipx.IPSet,
 	if c.rights != nil && c.rights.reach != nil {
 		b.Intersect(c.rights.reach)
 	}
-	if may != nil {
-		b.Intersect(may)
+	if allowed != nil {
+		b.Intersect(allowed)
 	}
 	for _, a := range always {
 		b.Add(a)
