@@ -25,99 +25,125 @@ import (
 )
 
 const (
-	minMTU = 1280 // bytes, the least for IPv6 (RFC 8200 section 5)
+	// minMTU and maxMTU bound the MTU of the device, in bytes. IPv6 needs 1280
+	// (RFC 8200 section 5).
+	minMTU = 1280
 	maxMTU = flowqueue.MaxSize
-	// sendBatch is how many packets are taken from the queue at once: few,
-	// because they are past what keeps the queue fair.
+
+	// sendBatch limits the packets taken from the queue at once. It is small
+	// because the queue cannot reorder packets that have left it.
 	sendBatch = 16
 )
 
-// Client keeps one tunnel. Make it with New.
+// Client maintains one tunnel. New creates it, and Run does the work. The other
+// methods may be called concurrently, before, during and after Run.
 type Client struct {
+	// Set by New and constant afterwards.
 	cfg      Config
 	target   target
-	dialer   *dialer
-	instance string // tells this run from others of the same user
+	instance string // identifies this run to the proxy
+	host     *host
 
+	// dialer is used by the goroutine of Run, except for its outer sockets.
+	dialer *dialer
+
+	// Synchronised by themselves.
 	supervisor   endpoint.Supervisor[*localEndpoint]
-	host         *host
-	lastDial     dialState                  // when it dialed last
-	earlyRetries *rate.Limiter              // limits retries before the backoff ends
-	lastDNS      []capsule.DNSConfiguration // what the last session said of DNS
-	queue        *flowqueue.Queue           // packets read from the device
-	// where packets of the device go, nil while there is no session
-	current   atomic.Pointer[connectip.Conn]
-	stats     connectip.Stats
-	reading   connectip.Busy // the device's reader has packets
-	sender    connectip.Busy // packets taken from queue
-	lastAddrs []netip.Prefix // addresses of the last session, to ask for again
-	// the proxy ends the tunnel when it is asked for addresses, and assigns
-	// some without that
+	queue        *flowqueue.Queue // packets read from the device
+	earlyRetries *rate.Limiter    // limits retries before the backoff ends
+	stats        connectip.Stats
+	reading      connectip.Busy // the device's reader handles packets
+	sender       connectip.Busy // sendQueued handles packets
+
+	// activeConn sends the packets of the device. It is nil while there is no
+	// configured session.
+	activeConn atomic.Pointer[connectip.Conn]
+
+	// networks are the host's networks without the tunnel's, nil until read.
+	networks atomic.Pointer[[]routing.HostNetwork]
+
+	// The fields up to mu are used by the goroutine of Run alone.
+
+	lastDial  dialState                  // the host at the last dial
+	lastAddrs []netip.Prefix             // previous session's addresses, requested again
+	lastDNS   []capsule.DNSConfiguration // previous session's DNS configuration
+	installed []netip.Prefix             // assigned addresses that the kernel has
+
+	// skipRequest makes the next session wait for unprompted addresses, because
+	// the proxy ends the tunnel at an ADDRESS_REQUEST.
 	skipRequest bool
-	everApplied bool           // the kernel has followed a proxy
-	installed   []netip.Prefix // addresses that the kernel has of a proxy
 
-	// what the log was told of networks that hold them
+	// everApplied is set once the kernel has had a proxy's configuration.
+	everApplied bool
+
+	// loggedOverlap is the last text of the overlap notice, empty for none.
 	loggedOverlap string
-	networks      atomic.Pointer[[]routing.HostNetwork] // this host's networks
-	// ends the notice of noteLoop, nil before the first
-	loopTimer *time.Timer
 
-	mu             sync.Mutex
-	status         connectip.Status
-	reconnects     [numLosses]uint64 // status.Reconnects by reason
-	currentSession *session          // nil while there is none
-	quicConn       *quic.Conn        // the session's connection; nil: no session
+	mu sync.Mutex // guards the fields below, up to notingMu
 
-	// What the kernel has, and had to be put right in it.
-	lastState         *routing.State // applied to the current end or the last; nil: nothing was
-	assigned          []assigned     // addresses
-	present           []netip.Prefix // addresses of the interface
-	ipv6Held          bool
-	repairs           map[string]uint64
-	killSwitchRepairs uint64
-	dnsRepairs        uint64
-	dnsLost           bool // the resolver has lost what it was told
+	status     connectip.Status
+	reconnects [numLosses]uint64 // status.Reconnects by reason
+	failure    *Error            // of the last attempt; nil while connected
+	notices    map[string]notice // by key
+	changed    chan struct{}     // closed and replaced by notify
+	loopTimer  *time.Timer       // removes the loop notice; nil before the first
 
-	failure *Error // why the last attempt failed; nil once one has connected
-	// guards loggedOutside, and is held while conflicts with the host's routes
-	// are noted
-	notingMu      sync.Mutex
-	loggedOutside string // what the log said last of names that are asked outside
-
-	notices map[string]notice // key: what the notice is about
-	// reason of the last StateConnected, shown again when no notice degrades
-	// the tunnel
+	// connectedReason is the reason of the last StateConnected. It is shown
+	// again when no notice degrades the tunnel any more.
 	connectedReason string
 
-	changed chan struct{}
+	// currentSession and quicConn are nil without a session.
+	currentSession *session
+	quicConn       *quic.Conn
+
+	// lastState is the last state applied to this or an earlier endpoint. It is
+	// nil before the first.
+	lastState *routing.State
+
+	assigned []assigned     // addresses that the proxy assigned
+	present  []netip.Prefix // addresses that the interface has
+	ipv6Held bool           // Health.IPv6Held of the last report
+
+	// repairs, killSwitchRepairs and dnsRepairs count the changes by other
+	// programs that were undone.
+	repairs           map[string]uint64 // by kind
+	killSwitchRepairs uint64
+	dnsRepairs        uint64
+	dnsLost           bool // the resolver has lost the tunnel's settings
+
+	// notingMu serialises the notices about the host's routes and nameservers.
+	// It guards loggedOutside and is locked before mu.
+	notingMu      sync.Mutex
+	loggedOutside string // last logged text about DNS outside the tunnel
 }
 
-// Status describes a tunnel; its JSON form is that of `masque-client status
-// --json`.
+// Status describes a tunnel. Its JSON form is the output of
+// `masque-client status --json`.
 type Status = connectip.Status
 
-// The states of a tunnel.
+// The states of a tunnel. The package documentation explains the transitions.
 const (
-	StateConnecting = "connecting"
+	StateConnecting = "connecting" // no session yet
 	StateConnected  = "connected"
-	// connected, but the host or the path does not keep what the tunnel
-	// promises
-	StateDegraded     = "degraded"
-	StateReconnecting = "reconnecting"
+
+	// StateDegraded means connected, but the host does not keep a promise of
+	// the tunnel, for example an open kill switch.
+	StateDegraded = "degraded"
+
+	StateReconnecting = "reconnecting" // no session, or a dead path, after one
 	StateStopping     = "stopping"
-	StateFailed       = "failed"
+	StateFailed       = "failed" // Run has returned an error
 )
 
-// What Status says of the kill switch.
+// The values of Status.KillSwitch.
 const (
-	KillSwitchOff    = "off"    // none is configured
-	KillSwitchClosed = "closed" // nothing leaves but through the tunnel
+	KillSwitchOff    = "off"    // not configured
+	KillSwitchClosed = "closed" // packets leave through the tunnel only
 	KillSwitchOpen   = "open"   // another program has opened it
 )
 
-// New checks cfg and makes a Client of it; nothing is opened or sent yet.
-// Errors are *Error of KindUsage.
+// New checks cfg and returns a Client for it. It opens nothing and sends
+// nothing. Its errors are of type *Error and of KindUsage.
 func New(cfg Config) (*Client, error) {
 	to, err := cfg.resolveTarget()
 	if err != nil {
@@ -135,7 +161,8 @@ func New(cfg Config) (*Client, error) {
 		queue: flowqueue.New(), changed: make(chan struct{}), notices: make(map[string]notice)}
 	c.supervisor.Open, c.supervisor.Report, c.supervisor.Logger = c.openEndpoint, c.noteHealth,
 		cfg.Logger
-	c.host, c.earlyRetries = newHost(cfg.Suspended), rate.NewLimiter(rate.Every(earlyRetryInterval), earlyRetryBurst)
+	c.host = newHost(cfg.Suspended)
+	c.earlyRetries = rate.NewLimiter(rate.Every(earlyRetryInterval), earlyRetryBurst)
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
 	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
 	c.dialer.resolver = resolver(control, cfg.Nameservers)
@@ -152,9 +179,10 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
-// Run keeps the tunnel until ctx ends, which gives nil, or until it fails for
-// good, which gives an *Error. Either way the host is as it was before, but for
-// a kill switch, which stays closed. It may be called once.
+// Run opens the tunnel and maintains it until ctx is done, and then returns nil.
+// A failure that retrying cannot mend ends it earlier: the error then matches
+// *Error. Run restores the host before it returns, except that a kill switch
+// stays closed. It may be called once.
 func (c *Client) Run(ctx context.Context) (err error) {
 	defer func() {
 		if err != nil {
@@ -170,8 +198,8 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	}
 	c.setState(StateConnecting, "")
 	var sending, maintaining sync.WaitGroup
-	// Joined errors lose their kind, so only a failure to restore the host is
-	// added.
+	// A joined error is no *Error itself, so err is joined only if restoring the
+	// host failed.
 	defer func() {
 		if closeErr := c.supervisor.Close(); closeErr != nil {
 			err = errors.Join(err, closeErr)
@@ -198,8 +226,8 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	return err
 }
 
-// closeKillSwitch closes the kill switch, if there is one, but for an
-// interface, or puts it back where others removed it.
+// closeKillSwitch closes the kill switch, if there is one, except for iface
+// ("": no exception). It also restores a closed kill switch.
 func (c *Client) closeKillSwitch(iface string) error {
 	if c.cfg.KillSwitch == nil {
 		return nil
@@ -213,17 +241,18 @@ func (c *Client) closeKillSwitch(iface string) error {
 	return nil
 }
 
-// privileged makes an Error of what opening something on this host gave.
-func hostError(err error, what string) error {
+// hostError returns an Error for a failed change to this host. The text of err
+// follows prefix.
+func hostError(err error, prefix string) error {
 	c := causeFailure
 	if errors.Is(err, tun.ErrPermission) || errors.Is(err, os.ErrPermission) {
 		c = causePrivileges
 	}
-	return fail(c, err, what+err.Error(), "")
+	return fail(c, err, prefix+err.Error(), "")
 }
 
-// keepConnected has one session after another until ctx ends or trying again
-// cannot help.
+// runSessions runs one session after the other until ctx is done or a failure
+// is final.
 func (c *Client) runSessions(ctx context.Context) error {
 	r := retry{enabled: c.cfg.Reconnect, service: c.cfg.Service, maxDelay: c.cfg.MaxDelay,
 		logger: c.cfg.Logger}
@@ -253,41 +282,42 @@ func (c *Client) runSessions(ctx context.Context) error {
 	})
 }
 
-// panicked logs a panic of a goroutine that serves a session, which ends with
-// it.
+// logPanic logs a panic in a goroutine of a session. The caller ends that
+// session.
 func (c *Client) logPanic(e *rescue.Error) {
 	c.cfg.Logger.Error("a fault of this program ended the session; please report it with this line",
 		"panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
 }
 
-// notePeer has the status warn of somebody who answers in the proxy's place,
-// until the proxy has proved who it is again.
+// noteImpostor updates the warning about a peer that answers in the proxy's
+// place. A failure of the authenticated proxy removes it.
 func (c *Client) noteImpostor(e *Error) {
 	if text := e.impostorText(); text != "" || failures[e.cause].source == byProxy {
 		c.warn(noticePeer, text)
 	}
 }
 
-// dispatch queues packets, which the queue owns from then on: they are set to
-// nil. A single one for an idle tunnel is sent at once.
+// dispatch sends packets of the device. It sends a single packet at once if the
+// tunnel is idle, and then the caller still owns it. It passes queued packets to
+// the queue, which owns them, and sets their elements to nil.
 func (c *Client) dispatch(packets []*flowqueue.Packet) {
 	c.reading.Begin()
 	defer c.reading.End()
 	if c.dropLoops(packets) {
 		return
 	}
-	switch conn := c.current.Load(); {
+	switch conn := c.activeConn.Load(); {
 	case conn == nil:
 		c.stats.Send.DropMany(connectip.DropClosed, len(packets))
 	case len(packets) == 1 && c.queue.Idle() && conn.Ready():
-		conn.TrySend(packets[0].Bytes(), tun.Headroom) // waking the other goroutine takes longer
+		conn.TrySend(packets[0].Bytes(), tun.Headroom) // faster than waking sendQueued
 	default:
 		c.stats.Send.DropMany(connectip.DropQueueFull, c.queue.Push(packets))
 		clear(packets)
 	}
 }
 
-// sendQueued sends what is queued, until the queue is closed.
+// sendQueued sends the packets of the queue until the queue is closed.
 func (c *Client) sendQueued() {
 	var batch [sendBatch]*flowqueue.Packet
 	for {
@@ -296,7 +326,7 @@ func (c *Client) sendQueued() {
 		if n == 0 {
 			return
 		}
-		conn := c.current.Load()
+		conn := c.activeConn.Load()
 		c.sender.Begin()
 		for _, p := range batch[:n] {
 			if conn == nil {
@@ -310,8 +340,9 @@ func (c *Client) sendQueued() {
 	}
 }
 
-// Changed returns a channel that is closed at the next change of state, or of
-// what the proxy assigned, advertised or said about DNS.
+// Changed returns a channel that is closed when the status changes next.
+// Counters and the round-trip time change without it. To miss no change, call
+// Changed before Status.
 func (c *Client) Changed() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -325,7 +356,7 @@ func (c *Client) setState(state, reason string) {
 	c.notify()
 }
 
-// setReason replaces the reason of the state, which stays.
+// setReason replaces the reason and leaves the state unchanged.
 func (c *Client) setReason(reason string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -336,17 +367,17 @@ func (c *Client) setReason(reason string) {
 	c.notify()
 }
 
-// Failure returns why the last attempt at a session failed, or the last session
-// ended; nil before the first, and while one is connected.
+// Failure returns the error of the last failed attempt to connect or of the last
+// session that ended. It returns nil before the first failure and while the
+// tunnel is connected.
 func (c *Client) Failure() *Error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.failure
 }
 
-// setStateLocked is setState without a wake-up for those who wait. A tunnel
-// that is connected is shown as degraded while a notice asks for that. c.mu is
-// held.
+// setStateLocked is setState without notify. It turns StateConnected into
+// StateDegraded while a notice degrades the tunnel. c.mu is held.
 func (c *Client) setStateLocked(state, reason string) {
 	if state == StateConnected {
 		c.failure, c.connectedReason = nil, reason
@@ -360,13 +391,13 @@ func (c *Client) setStateLocked(state, reason string) {
 	c.status.State, c.status.Reason = state, reason
 }
 
-// notify wakes up those who wait for changes. c.mu is held.
+// notify closes the channel that Changed returned. c.mu is held.
 func (c *Client) notify() {
 	close(c.changed)
 	c.changed = make(chan struct{})
 }
 
-// Status describes the tunnel as it is now.
+// Status returns the current status of the tunnel.
 func (c *Client) Status() Status {
 	c.countOverflow()
 	oldest := c.oldest()

@@ -1,6 +1,3 @@
-// Package client is a CONNECT-IP client (RFC 9484): it dials a proxy over
-// HTTP/3, asks for addresses, applies them and the advertised routes to the
-// host, carries packets, and comes back when the connection is lost.
 package client
 
 import (
@@ -27,99 +24,148 @@ import (
 	"masquevpn/tun"
 )
 
-// DefaultMaxDelay is the longest wait between two attempts to reconnect.
+// DefaultMaxDelay is the longest wait between two attempts to connect if
+// Config.MaxDelay is 0.
 const DefaultMaxDelay = 30 * time.Second
 
-// Config is the configuration of a Client.
+// Config configures a Client. Proxy is required. The zero values of the other
+// fields are valid, except that InstallRoutes and Reconnect are usually true.
 type Config struct {
-	Name  string      // the tunnel's name, for status, logs and our objects on the host
-	Proxy string      // a name, host:port, or a URI template (RFC 9484 section 3)
-	TLS   *tls.Config // RootCAs (nil: the system's), Certificates, ServerName ("": from Proxy)
-	Token string      // bearer token, "" for none
+	// Name is the name of the tunnel. It appears in the status and the log, and
+	// it identifies the client's rules and tables in the kernel.
+	Name string
 
-	// Instance is a token that no other client uses at the same time: a proxy
-	// ends a session of the same user that had it before, as when its client
-	// was killed, and hands its addresses over. Default: a random one.
+	// Proxy is a name, a host:port, or a URI template (RFC 9484 section 3).
+	Proxy string
+
+	// TLS has the RootCAs that sign the proxy's certificate (nil: the host's),
+	// the client's Certificates, and the ServerName that the certificate must
+	// have (empty: the host of Proxy). Other fields apply too, except for those
+	// that HTTP/3 determines. nil means the zero tls.Config.
+	TLS *tls.Config
+
+	// Token is the bearer token. Empty means that none is sent.
+	Token string
+
+	// Instance is a token that no other client uses at the same time. When a
+	// client connects, the proxy ends an older session of the same user with
+	// the same Instance, for example of a killed client, and passes its
+	// addresses on. Empty means a random token.
 	Instance string
-	// Installation is a token that tells this device from others of the same
-	// user, so that it has its former addresses when the program is started
-	// anew. It should be hard to guess. "" for none.
+
+	// Installation is a token that distinguishes the devices of a user, so that
+	// a device gets the same addresses after a restart. It should be hard to
+	// guess. Empty means that none is sent.
 	Installation string
 
-	Target  string // request scope (RFC 9484 section 4.6), "" and "*" for any
+	// Target and IPProto are the scope of the request (RFC 9484 section 4.6).
+	// Empty and "*" mean any.
+	Target  string
 	IPProto string
 
-	TUN tun.Config // MTU 0: what the path carries
-	// Request are the addresses to ask for, 0.0.0.0/32 and ::/128 for any. Nil
-	// stands for any of each family; an empty list asks for none and takes what
-	// the proxy assigns unprompted.
+	// TUN configures the device. If MTU is 0, the device follows the path.
+	TUN tun.Config
+
+	// Request lists the addresses to request; 0.0.0.0/32 and ::/128 request any
+	// address of their family. nil means one of each family. If the list is
+	// empty but not nil, the client requests none and accepts the addresses
+	// that the proxy assigns unprompted.
 	Request []netip.Prefix
-	Static  []netip.Prefix // addresses to use instead of asking
 
+	// Static lists addresses to use. If it is not empty, the client requests
+	// none.
+	Static []netip.Prefix
+
+	// InstallRoutes installs the accepted routes in the kernel.
 	InstallRoutes bool
-	Accept        []netip.Prefix     // limits the advertised routes that are taken; nil: no limit
-	Exclude       []netip.Prefix     // goes around the tunnel
-	HostRoutes    routing.HostRoutes // routes of the host that go before the tunnel's
 
-	// Mark is the two bits of packet and connection marks that are of this
-	// tunnel, see routing.Config. Default: routing.DefaultMark.
+	// Accept limits the advertised routes that the client accepts. nil means no
+	// limit.
+	Accept []netip.Prefix
+
+	// Exclude lists the destinations that bypass the tunnel.
+	Exclude []netip.Prefix
+
+	// HostRoutes selects the routes of the host that take precedence over the
+	// tunnel's.
+	HostRoutes routing.HostRoutes
+
+	// Mark has the two bits of packet and connection marks that identify this
+	// tunnel's own packets, see routing.Config. 0 means routing.DefaultMark.
 	Mark uint32
 
-	// KillSwitch, if there is one, is closed before anything is sent, kept
-	// closed, and left closed: to lift it is up to the caller, when Run has
-	// returned.
+	// KillSwitch is closed before the client sends anything and stays closed
+	// when Run returns: the caller opens it. nil means that there is none.
 	KillSwitch KillSwitch
-	// Nameservers (host:port) are asked for the proxy's name instead of a
-	// resolver on this host, whose own questions a kill switch would stop.
-	// Without them that one is asked.
+
+	// Nameservers (host:port) resolve the name of the proxy in place of a
+	// resolver on this host, whose own queries a kill switch would drop. Empty
+	// means the host's nameservers.
 	Nameservers []string
 
-	// AdvertiseRoutes are networks behind this host that the proxy may send to,
-	// which makes this host a gateway and a router (RFC 9484 section 8.2).
-	// AssignPeer are single addresses that the proxy is given, usually out of
-	// those networks.
+	// AdvertiseRoutes lists the networks behind this host that the proxy may
+	// send to. They make this host a gateway that forwards packets (RFC 9484
+	// section 8.2).
 	AdvertiseRoutes []netip.Prefix
-	AssignPeer      []netip.Prefix
 
-	DNS DNS // what the host's resolver is told
+	// AssignPeer lists single addresses to assign to the proxy, usually from
+	// AdvertiseRoutes.
+	AssignPeer []netip.Prefix
 
-	Congestion congestion.Mode // default congestion.Inner, in builds that can
+	// DNS configures the host's resolver.
+	DNS DNS
 
+	// Congestion selects the congestion control of the connection. The zero
+	// value is congestion.Inner in builds that support it.
+	Congestion congestion.Mode
+
+	// Reconnect makes the client retry after failures that may pass.
 	Reconnect bool
-	MaxDelay  time.Duration // default DefaultMaxDelay
-	// Service says that nobody waits for the outcome of the start: only the
-	// proxy itself, once it has proved who it is, can end a client for good.
+
+	// MaxDelay limits the wait between two attempts to connect. 0 means
+	// DefaultMaxDelay.
+	MaxDelay time.Duration
+
+	// Service means that nobody waits for the first connection. Fewer failures
+	// are final then, see docs/failures.md.
 	Service bool
 
-	Journal string // path of a file that lets the next start clean up after a crash; "" for none
-	Logger  *slog.Logger
-	// where packets of the tunnel pass; nil for none
+	// Journal is the path of a file from which the next start cleans up after a
+	// crash. Empty means that there is none.
+	Journal string
+
+	// Logger receives the log. nil means that nothing is logged.
+	Logger *slog.Logger
+
+	// Tap receives copies of the tunnel's packets. nil means that there is none.
 	Tap *capture.Tap
-	// of quic.Config, for qlog; nil for none
+
+	// Tracer is the Tracer of quic.Config, for qlog. It may be nil.
 	Tracer func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace
 
 	// OpenDevice, OpenNetwork and OpenResolver replace the TUN device, the
-	// kernel's routing and the host's resolver, for use without privileges.
-	// With the routing replaced, and no OpenResolver, no resolver is told
-	// anything.
+	// kernel's routing and the host's resolver. With both OpenDevice and
+	// OpenNetwork the client needs no privileges. If OpenNetwork is set and one
+	// of OpenResolver, OpenUnderlay and HostNetworks is nil, the client does
+	// without that one.
 	OpenDevice   func() (Device, error)
 	OpenNetwork  func(Device) (Network, error)
 	OpenResolver func(Device) (Resolver, error)
 
-	// OpenUplink replaces the kernel's knowledge of how packets get to the
-	// proxy. With the routing replaced, and no OpenUplink, nothing is known of
-	// it. Suspended replaces the clocks that tell for how long in all this host
-	// has been suspended since it booted.
+	// OpenUnderlay replaces the kernel's knowledge of the next hop to the proxy.
 	OpenUnderlay func() (Underlay, error)
-	Suspended    func() time.Duration
 
 	// HostNetworks replaces the kernel's knowledge of the addresses of this
-	// host, without those of an interface. With the routing replaced, and no
-	// HostNetworks, none are known.
+	// host. It leaves out the addresses of the interface except.
 	HostNetworks func(except string) ([]routing.HostNetwork, error)
+
+	// Suspended replaces the clocks of the host. It returns the total time that
+	// this host has been suspended since it booted.
+	Suspended func() time.Duration
 }
 
-// Device is where packets come from and go to; *tun.Device is one.
+// Device exchanges packets with the host. *tun.Device implements it and
+// documents the methods.
 type Device interface {
 	Name() string
 	MTU() int
@@ -129,27 +175,38 @@ type Device interface {
 	Close() error
 }
 
-// Network is the kernel's side of a Device; *routing.Manager is one.
+// Network configures the kernel for a Device. *routing.Manager implements it.
 type Network interface {
+	// Apply replaces the applied state.
 	Apply(routing.State) error
-	// FollowHost has the state applied fit the host's networks and routes, and
-	// returns where these have the same addresses as that.
+
+	// FollowHost adapts the applied state to the host's networks and routes. It
+	// returns texts about networks and routes of the host that use addresses of
+	// the tunnel.
 	FollowHost() (conflicts []string, err error)
-	Held() error // why the state applied has its IPv6 routes leading nowhere, nil if it has not
+
+	// Held returns the reason why the interface cannot have IPv6, so that the
+	// kernel rejects IPv6 packets for the tunnel. It returns nil if it can.
+	Held() error
+
 	// Maintain restores the changes of other programs to the applied state until
 	// ctx is done. It calls report like routing.Manager.Maintain, and returns an
 	// error if the device is lost.
 	Maintain(ctx context.Context, report func(routing.Health)) error
+
+	// Close removes the applied state.
 	Close() error
 }
 
-// KillSwitch keeps packets from leaving this host but through a tunnel;
-// *routing.KillSwitch is one.
+// KillSwitch drops packets that would leave this host outside a tunnel.
+// *routing.KillSwitch implements it.
 type KillSwitch interface {
-	// Close lets packets leave through the interface of that name only, "" for
-	// none. It may be called again and again.
+	// Close drops all packets that leave through other interfaces than iface
+	// ("": through any). It may be called repeatedly.
 	Close(iface string) error
-	// Maintain closes it again when another program opens it, until ctx is done.
+
+	// Maintain closes the kill switch again when another program opens it,
+	// until ctx is done. It calls report with each change.
 	Maintain(ctx context.Context, report func(routing.KillSwitchHealth)) error
 }
 
@@ -158,26 +215,26 @@ type Kind int
 
 // The kinds of Error.
 const (
-	KindFailure      Kind = 1 // it failed while running
-	KindUsage        Kind = 2 // the configuration is wrong
-	KindNotConnected Kind = 3
-	KindCredentials  Kind = 4 // the proxy refused who we are
+	KindFailure      Kind = 1 // any other failure
+	KindUsage        Kind = 2 // wrong configuration
+	KindNotConnected Kind = 3 // used by masque-client alone
+	KindCredentials  Kind = 4 // the proxy rejected the client's credentials
 	KindUnreachable  Kind = 5 // the proxy does not answer
-	KindIdentity     Kind = 6 // the proxy could not prove who it is
-	KindPrivileges   Kind = 7 // a privilege is missing
-	KindRefused      Kind = 8 // no address, or no route, was granted
+	KindIdentity     Kind = 6 // the peer did not prove to be the proxy
+	KindPrivileges   Kind = 7 // missing privilege
+	KindRefused      Kind = 8 // addresses or routes not granted
 )
 
-// Error is why a tunnel is not there: one line that says what is wrong and what
-// to do.
+// Error explains why there is no tunnel. Error returns one line with the Reason
+// and the Remedy.
 type Error struct {
 	Kind   Kind
 	Reason string
-	Remedy string // "" when there is none
-	Err    error  // cause, may be nil
+	Remedy string // may be empty
+	Err    error  // wrapped error, may be nil
 
-	cause cause          // what follows from it
-	from  netip.AddrPort // who answered, where somebody did
+	cause cause
+	from  netip.AddrPort // address that answered; zero: none did
 }
 
 func (e *Error) Error() string {
@@ -189,23 +246,24 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
+// usage returns an Error about the configuration key.
 func usage(key, format string, args ...any) error {
 	return fail(causeConfiguration, nil, key+": "+fmt.Sprintf(format, args...), "")
 }
 
-// target is what Config.Proxy stands for.
+// target is the proxy that a Config names, and the request for it.
 type target struct {
 	template *connectip.Template
 	scope    connectip.Scope
-	host     string // the host to resolve
+	host     string // name or address to dial
 	port     string
-	verify   string         // the name that the certificate has to carry
-	roots    *x509.CertPool // who may have signed it; nil: the system's
+	verify   string         // name that the certificate must have
+	roots    *x509.CertPool // authorities of the certificate; nil: the host's
 	clock    clock          // verifies certificates
 }
 
-// parseProxy checks where raw, a Config.Proxy, leads. What config says of the
-// name to verify goes before that in raw.
+// parseProxy parses raw, a Config.Proxy. A ServerName in config takes precedence
+// over the host of raw.
 func parseProxy(raw string, config *tls.Config) (target, error) {
 	if raw == "" {
 		return target{}, usage("proxy", "the name of the proxy is missing")
@@ -233,7 +291,7 @@ func parseProxy(raw string, config *tls.Config) (target, error) {
 	return to, nil
 }
 
-// resolveTarget checks where c leads, and with which scope.
+// resolveTarget returns the target of c, with its scope.
 func (c *Config) resolveTarget() (target, error) {
 	to, err := parseProxy(c.Proxy, c.TLS)
 	if err != nil {
@@ -257,11 +315,11 @@ func (c *Config) resolveTarget() (target, error) {
 	return to, nil
 }
 
-// maxToken is how many bytes of a bearer token leave room for the rest of a
-// request, of which proxies take 16 KiB.
+// maxToken limits the bearer token, in bytes. Proxies accept requests of 16 KiB,
+// and the rest of the request needs room too.
 const maxToken = 8 << 10
 
-// withDefaults returns c complete and checked.
+// withDefaults checks c and returns it with defaults for empty fields.
 func (c Config) withDefaults() (Config, error) {
 	if c.Request == nil && len(c.Static) == 0 {
 		c.Request = []netip.Prefix{
@@ -322,7 +380,7 @@ func (c Config) withDefaults() (Config, error) {
 			t := c.TUN
 			t.Logger = c.Logger
 			if t.MTU == 0 {
-				t.MTU = minMTU // until the path's is known
+				t.MTU = minMTU // until the MTU of the path is known
 			}
 			return tun.Open(t)
 		}
@@ -356,9 +414,9 @@ func (c Config) withDefaults() (Config, error) {
 	return c, nil
 }
 
-// resolver asks DNS outside the tunnel, so that a dead tunnel can be dialed
-// again by name. In place of a resolver on this host it asks nameservers, if
-// there are any, each time the next one.
+// resolver returns a resolver that works outside the tunnel, so that a client
+// with a dead tunnel can resolve the proxy. If nameservers is not empty, it
+// replaces a nameserver on this host: the resolver queries them in turn.
 func resolver(control controlFunc, nameservers []string) *net.Resolver {
 	d := &net.Dialer{Control: control}
 	var asked atomic.Uint32

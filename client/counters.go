@@ -49,7 +49,7 @@ func (c *Client) oldest() (a connectip.Ages) {
 	a.Note(connectip.StageDeviceRead, c.reading.Age())
 	a.Note(connectip.StageFlowQueue, c.queue.Oldest())
 	a.Note(connectip.StageSender, c.sender.Age())
-	if conn := c.current.Load(); conn != nil {
+	if conn := c.activeConn.Load(); conn != nil {
 		conn.AddAges(&a)
 	}
 	return a

@@ -151,7 +151,7 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 		c.mu.Lock()
 		c.quicConn, c.currentSession = nil, nil
 		c.mu.Unlock()
-		c.current.CompareAndSwap(s.conn, nil)
+		c.activeConn.CompareAndSwap(s.conn, nil)
 	}()
 
 	since, err := s.run(ctx, ended)
@@ -483,7 +483,7 @@ func (s *session) apply() (complete bool, err error) {
 		s.noteNoRoutes(routes, state.Routes)
 	}
 	c.lastAddrs = addrs
-	c.current.Store(s.conn) // before the kernel sends packets here
+	c.activeConn.Store(s.conn) // before the kernel sends packets here
 	network := c.supervisor.Current().network
 	err = network.Apply(state)
 	if errors.Is(err, routing.ErrInterfaceGone) || errors.Is(err, os.ErrClosed) {
