@@ -13,12 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// batch is a transaction of nf_tables. The library has its own, but it writes a
-// masquerade expression with a range of ports without the flag by which the
-// kernel looks at the range.
+// batch is a transaction of nf_tables. The transactions of the nftables library
+// cannot limit masquerading to a range of ports: they lack the flag that makes
+// the kernel use the range.
 type batch struct {
 	messages []netlink.Message
-	err      error // first attribute that could not be written
+	err      error // first error of encoding an attribute
 }
 
 // add appends a message about an object of a family.
@@ -110,7 +110,7 @@ func (b *batch) expression(family nftables.TableFamily, e expr.Any) ([]byte, err
 	}), nil
 }
 
-// commit has the kernel carry the batch out, all of it or nothing.
+// commit sends the batch to the kernel, which carries out all of it or nothing.
 func (b *batch) commit() error {
 	if b.err != nil || len(b.messages) == 0 {
 		return b.err
@@ -135,28 +135,28 @@ func (b *batch) commit() error {
 		return fmt.Errorf("send: %w", err)
 	}
 	var errs []error
-	for range b.messages { // each is acknowledged
+	for range b.messages { // the kernel acknowledges each message
 		if _, err := conn.Receive(); err != nil {
 			errs = append(errs, err)
 			if errors.Is(err, os.ErrPermission) || errors.Is(err, syscall.ENOBUFS) {
-				break // there is one answer to all
+				break // the kernel answers once for the whole batch
 			}
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// What the buffers of a netlink socket keep for each message, in bytes: the
-// kernel counts what it allocates.
+// Sizes of buffers of netlink sockets, in bytes. The kernel counts its
+// allocations, which are larger than the messages.
 const (
-	defaultBuffer = 208 << 10 // bytes, the default of Linux
+	defaultBuffer = 208 << 10 // default of Linux
 	perAnswer     = 1 << 10
 	perMessage    = 64
 )
 
-// makeRoom has the buffers of conn take messages at once, and an answer to
-// each: the kernel sends all answers before any is read, and drops those that
-// the buffer does not take.
+// makeRoom enlarges the buffers of conn for all messages and an answer to each.
+// The kernel sends all answers before the first is read, and drops those that
+// do not fit.
 func makeRoom(conn *netlink.Conn, messages []netlink.Message) error {
 	size := 0
 	for _, m := range messages {

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// samples are public addresses all over those in use: where packets to them go
-// is looked at in place of all the others of a prefix that is short.
+// samples are public addresses from all parts of the address space. They
+// represent the addresses of short prefixes when routes are looked up.
 var samples = []netip.Addr{
 	netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("65.0.0.1"),
 	netip.MustParseAddr("130.0.0.1"), netip.MustParseAddr("193.0.0.1"),
@@ -18,10 +18,10 @@ var samples = []netip.Addr{
 	netip.MustParseAddr("2a00::1"),
 }
 
-// maxSamples is how many addresses of a family are looked up.
+// maxSamples is the greatest number of addresses of a family to look up.
 const maxSamples = 4
 
-// sample returns addresses that the tunnel leads to.
+// sample returns addresses that are routed into the tunnel.
 func (s State) sample(v6 bool) (list []netip.Addr) {
 	add := func(a netip.Addr) {
 		one := netip.PrefixFrom(a, a.BitLen())
@@ -50,11 +50,11 @@ func (s State) sample(v6 bool) (list []netip.Addr) {
 	return list
 }
 
-// bypassed says which packets for the tunnel go elsewhere, "" for none: by a
-// policy rule that another program put before the tunnel's, or a table that
-// such a rule, or the kernel's own, leads to. Whatever the kernel has of ours,
-// it is the outcome that counts, so it is asked for that. Routes of the host
-// that may go before the tunnel's are not meant. m.mu is held.
+// bypassed returns a sentence about packets for the tunnel that leave through
+// another interface, or "". The cause is a policy rule of another program, or a
+// route in the table of such a rule. bypassed asks the kernel for the effective
+// route, so it finds any cause. Routes of the host that take precedence are not
+// reported. m.mu is held.
 func (m *Manager) bypassed() string {
 	if m.Mark == 0 || len(m.applied.rules) == 0 {
 		return ""
@@ -64,7 +64,7 @@ func (m *Manager) bypassed() string {
 			routes, err := m.nl.RouteGet(a.AsSlice())
 			if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_UNICAST ||
 				routes[0].LinkIndex == m.index {
-				continue // packets that lead nowhere do not leave
+				continue // packets do not leave
 			}
 			if index := routes[0].LinkIndex; !m.mayLeaveBy(index, a) {
 				return m.describeBypass(a, index)
@@ -74,23 +74,22 @@ func (m *Manager) bypassed() string {
 	return ""
 }
 
-// updateBypass looks for packets that go elsewhere, and logs what is new. m.mu is
-// held.
+// updateBypass updates m.bypass and logs a change. m.mu is held.
 func (m *Manager) updateBypass() {
 	now := m.bypassed()
 	switch {
 	case now == m.bypass:
 	case now != "":
-		m.Logger.Warn("packets for the tunnel leave beside it", "reason", now)
+		m.Logger.Warn("packets for the tunnel leave outside it", "reason", now)
 	default:
 		m.Logger.Info("packets for the tunnel leave through it again")
 	}
 	m.bypass = now
 }
 
-// mayLeaveBy says whether packets to an address are to leave through the
-// interface rather than through this tunnel: it is another tunnel of ours, or a
-// route of the host goes first.
+// mayLeaveBy reports whether packets to an address may leave through another
+// interface than this tunnel's: the interface has a Manager too, or a route of
+// the host takes precedence.
 func (m *Manager) mayLeaveBy(index int, to netip.Addr) bool {
 	rules, err := m.listRules()
 	if err != nil {
@@ -110,6 +109,7 @@ func (m *Manager) mayLeaveBy(index int, to netip.Addr) bool {
 	})
 }
 
+// describeBypass returns the sentence of bypassed and its remedy.
 func (m *Manager) describeBypass(to netip.Addr, index int) string {
 	name := m.linkName(index)
 	first, last := m.rulesBefore(to.Is6())
@@ -121,7 +121,8 @@ func (m *Manager) describeBypass(to netip.Addr, index int) string {
 		name, first.Priority, last)
 }
 
-// lastPriority returns the priority of the tunnel's last rule of a family.
+// lastPriority returns the highest priority number of the tunnel's rules of a
+// family.
 func (m *Manager) lastPriority(v6 bool) (last int) {
 	for r := range m.applied.rules {
 		if r.v6 == v6 {
@@ -131,8 +132,8 @@ func (m *Manager) lastPriority(v6 bool) (last int) {
 	return last
 }
 
-// rulesBefore returns the first rule of another program that goes before the
-// tunnel's, nil for none, and the priority of the tunnel's last.
+// rulesBefore returns the first rule of another program before the last rule of
+// the tunnel, nil for none, and the priority of that last rule.
 func (m *Manager) rulesBefore(v6 bool) (first *netlink.Rule, last int) {
 	last = m.lastPriority(v6)
 	rules, err := m.listRules()
@@ -151,9 +152,9 @@ func (m *Manager) rulesBefore(v6 bool) (first *netlink.Rule, last int) {
 	return first, last
 }
 
-// selective says which rules of other programs take some packets out of a
-// tunnel for everything: those with a mark, as balancers of uplinks give to
-// all, or of some users.
+// selectiveRules returns a sentence for each rule of other programs that takes
+// some packets out of a full tunnel: packets with a mark, such as those of
+// programs that balance traffic, or packets of some users.
 func (m *Manager) selectiveRules() (list []string, err error) {
 	if m.Mark == 0 || len(m.applied.rules) == 0 {
 		return nil, nil
@@ -175,10 +176,10 @@ func (m *Manager) selectiveRules() (list []string, err error) {
 			n.IifName != "" || n.Src != nil {
 			continue
 		}
-		options, whose := &netlink.RouteGetOptions{Mark: n.Mark},
+		options, packets := &netlink.RouteGetOptions{Mark: n.Mark},
 			fmt.Sprintf("packets with mark %#x", n.Mark)
 		if n.UIDRange != nil {
-			options.UID, whose = &n.UIDRange.Start,
+			options.UID, packets = &n.UIDRange.Start,
 				fmt.Sprintf("packets of users %d to %d", n.UIDRange.Start, n.UIDRange.End)
 		}
 		for _, a := range m.state.sample(v6) {
@@ -189,7 +190,7 @@ func (m *Manager) selectiveRules() (list []string, err error) {
 			}
 			list = append(list, fmt.Sprintf("the host's rule %d takes %s out of the tunnel, to %s: "+
 				"delete it (ip rule show), or have a kill switch hold them, if it is not meant to",
-				n.Priority, whose, m.linkName(routes[0].LinkIndex)))
+				n.Priority, packets, m.linkName(routes[0].LinkIndex)))
 			break
 		}
 	}

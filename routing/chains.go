@@ -12,19 +12,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The chains are explained in docs/firewall.md, one row for each rule.
+// docs/firewall.md explains the chains, one row for each rule.
 
-// Priorities of our own, so that the order among chains of other programs does
-// not depend on who was loaded first.
+// Priorities that no other program uses. The order of chains with the same
+// priority would depend on which of them was created first.
 var (
-	// priorityMarks is behind connection tracking (-200), and before the chains
-	// (-150) in which others filter by the reverse path or look at marks.
+	// priorityMarks is after connection tracking (-200) and before the chains
+	// at -150 in which other programs filter by reverse path or use marks.
 	priorityMarks = nftables.ChainPriorityRef(-175)
-	// priorityLeave is behind source translation (100).
+
+	// priorityLeave is after source translation (100).
 	priorityLeave = nftables.ChainPriorityRef(110)
 )
 
-// newChains returns the chains for a state.
+// newChains returns the chains of a State.
 func newChains(s State, k *kernel, policyRouting bool) (chains []chain) {
 	if len(s.Masquerade) != 0 && len(s.Listen) != 0 {
 		chains = append(chains, newUntrackedChains(s)...)
@@ -54,11 +55,11 @@ func newChains(s State, k *kernel, policyRouting bool) (chains []chain) {
 	return chains
 }
 
-// newUntrackedChains returns the chains that keep the packets of our own
-// servers out of connection tracking, and so out of reach of translations that
-// users of the tunnel choose.
+// newUntrackedChains returns the chains that keep packets of our servers out of
+// connection tracking. A user of the tunnel, who chooses ports that may be
+// translated, then cannot receive these packets.
 func newUntrackedChains(s State) []chain {
-	const lost = "who has a packet of the tunnel translated to a port of the proxy's may get what is for the proxy"
+	const lost = "a user whose packets are translated to a port of the proxy may receive packets for the proxy"
 	in := chain{
 		name: "untracked", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw,
@@ -72,7 +73,8 @@ func newUntrackedChains(s State) []chain {
 	for _, port := range slices.Compact(slices.Sorted(slices.Values(s.Listen))) {
 		in.rules = append(in.rules, chainRule{
 			fmt.Sprintf("UDP to port %d of this host is not tracked", port),
-			slices.Concat(udp(2, port), destinationType(unix.RTN_LOCAL), []expr.Any{&expr.Notrack{}}),
+			slices.Concat(udp(2, port), destinationType(unix.RTN_LOCAL),
+				[]expr.Any{&expr.Notrack{}}),
 		})
 		out.rules = append(out.rules, chainRule{
 			fmt.Sprintf("UDP from port %d of this host is not tracked", port),
@@ -82,14 +84,14 @@ func newUntrackedChains(s State) []chain {
 	return []chain{in, out}
 }
 
-// newGuardChain returns the chain that keeps packets to the tunnel's addresses
-// out that come from elsewhere, and packets of the tunnel that claim to be of
+// newGuardChain returns the chain that drops packets for the tunnel's addresses
+// from other interfaces, and packets from the tunnel with a source address of
 // this host.
 func newGuardChain(s State, k *kernel) chain {
 	guard := chain{
 		name: "guard", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw,
-		needs: needsGuard, without: "packets to tunnel addresses from elsewhere, and packets of the tunnel that claim to be of this host, are accepted",
+		needs: needsGuard, without: "packets for tunnel addresses from other interfaces, and packets from the tunnel with a source address of this host, are accepted",
 	}
 	if k.Mark != 0 {
 		guard.rules = append(guard.rules, guardExceptions(k)...)
@@ -123,10 +125,10 @@ func newGuardChain(s State, k *kernel) chain {
 	return guard
 }
 
-// hostAddressRules return the rules by which nobody behind the tunnel of a proxy
-// reaches this host but by the tunnel's own addresses. The kernel knows its
-// addresses at all times, those of subnet-router anycast, broadcast and
-// multicast included.
+// hostAddressRules returns the rules that let clients of a proxy reach this
+// host by the tunnel's addresses only. The kernel evaluates the type of the
+// destination for each packet, so that the rules apply to new addresses too,
+// and to broadcast, multicast and subnet-router anycast addresses.
 func (k *kernel) hostAddressRules(want State, inside []expr.Any) (rules []chainRule) {
 	for _, p := range want.Addresses {
 		rules = append(rules, chainRule{
@@ -149,8 +151,8 @@ func (k *kernel) hostAddressRules(want State, inside []expr.Any) (rules []chainR
 	return rules
 }
 
-// newMarkChains returns the chains that keep the mark of our own sockets in the
-// connection, and give it to replies.
+// newMarkChains returns the chains that save the mark of outer sockets in the
+// connection and restore it for replies.
 func newMarkChains(k *kernel) []chain {
 	const lost = "strict reverse path filters may drop replies of the proxy"
 	return []chain{{
@@ -172,13 +174,14 @@ func newMarkChains(k *kernel) []chain {
 	}}
 }
 
-// newForwardChain returns the chain that forwards what the tunnel is for, and
-// nothing that was not forwarded before.
+// newForwardChain returns the chain that limits forwarding from and to the
+// tunnel, and keeps this host from forwarding other packets that it did not
+// forward before.
 func newForwardChain(s State, k *kernel) chain {
 	forward := chain{
 		name: "forward", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter,
-		needs: needsState, without: "what is forwarded from and to the tunnel is not limited, and this host is a router for its neighbours while it forwards",
+		needs: needsState, without: "forwarding from and to the tunnel is not limited, and this host is a router for its neighbours",
 	}
 	in := meta(expr.MetaKeyIIF, expr.CmpOpEq, uint32(k.index))
 	out := meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(k.index))
@@ -214,9 +217,9 @@ func newForwardChain(s State, k *kernel) chain {
 	return forward
 }
 
-// neighbourRules return the rules by which turning forwarding on makes this
-// host no router for its neighbours: what has nothing to do with a tunnel is
-// dropped as it was before.
+// neighbourRules returns the rules that keep this host from becoming a router
+// for its neighbours when forwarding is turned on. Packets neither from nor to
+// a tunnel are dropped, as they were before.
 func (k *kernel) neighbourRules(want State) (rules []chainRule) {
 	add := func(comment string, exprs ...[]expr.Any) {
 		rules = append(rules, chainRule{comment, slices.Concat(exprs...)})
@@ -257,15 +260,15 @@ func (k *kernel) neighbourRules(want State) (rules []chainRule) {
 	return rules
 }
 
-// The kinds of interfaces, such as "bridge"; without one, as for network cards,
-// a rule does not match.
+// Keys for the kind of an interface, such as "bridge". Interfaces without a
+// kind, such as network cards, do not match.
 const (
 	iifKind expr.MetaKey = 26 // NFT_META_IIFKIND
 	oifKind expr.MetaKey = 27
 )
 
-// newTranslationChains returns the chains that give packets of the tunnel this
-// host's address, and drop those that do not get it.
+// newTranslationChains returns the chains that translate source addresses of
+// the tunnel to this host's address, and drop untranslated packets.
 func newTranslationChains(s State, k *kernel) []chain {
 	low, high := k.translationPorts(s)
 	translate := chain{name: "translate"}
@@ -314,23 +317,23 @@ func newTranslationChains(s State, k *kernel) []chain {
 	return []chain{translate, nat, leave}
 }
 
-// arpIn is the hook of ARP packets that come in, NF_ARP_IN.
+// arpIn is the hook of incoming ARP packets, NF_ARP_IN.
 const arpIn = 0
 
-// newARPChain returns the chain that keeps the tunnel's addresses from those
-// who ask for them on other networks: the kernel would answer for any address
-// of this host. For IPv6 it does not. An address that another interface has
-// too, as that network gave it, is answered for.
+// newARPChain returns the chain that drops ARP requests for the tunnel's
+// addresses. The kernel would answer them on every network, which it does not
+// for IPv6. Requests for an address that another interface has too are
+// answered.
 func newARPChain(s State, k *kernel) chain {
 	arp := chain{
 		name: "arp", family: nftables.TableFamilyARP, kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookRef(arpIn), priority: nftables.ChainPriorityFilter,
-		needs: needsARP, without: "who asks by ARP on another network learns the tunnel's address",
+		needs: needsARP, without: "hosts on other networks can find out the tunnel's address by ARP",
 	}
 	const (
 		// Ethernet and IPv4, with addresses of 6 and 4 bytes (RFC 826).
 		kind   = "\x00\x01\x08\x00\x06\x04"
-		target = 24 // offset of the protocol address that is asked for
+		target = 24 // offset of the target protocol address
 	)
 	for _, p := range s.Addresses {
 		if p.Addr().Is6() || k.onOtherInterface(p.Addr()) {
@@ -351,7 +354,7 @@ func newARPChain(s State, k *kernel) chain {
 	return arp
 }
 
-// elsewhere says whether another interface has the address.
+// onOtherInterface reports whether another interface has the address.
 func (k *kernel) onOtherInterface(a netip.Addr) bool {
 	addrs, err := repeat(func() ([]netlink.Addr, error) {
 		return k.nl.AddrList(nil, netlink.FAMILY_V4)
@@ -363,10 +366,10 @@ func (k *kernel) onOtherInterface(a netip.Addr) bool {
 
 func accept() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}} }
 
-// state matches packets by the state of their connection, one of those.
+// connectionState matches packets whose connection has one of the state bits.
 func connectionState(bits uint32) []expr.Any { return ctBits(expr.CtKeySTATE, bits) }
 
-// dnat matches packets of connections whose destination was translated.
+// dnat matches packets of connections with a translated destination.
 func dnat() []expr.Any {
 	const ipsDstNAT = 1 << 5 // IPS_DST_NAT
 	return ctBits(expr.CtKeySTATUS, ipsDstNAT)
@@ -381,8 +384,8 @@ func ctBits(key expr.CtKey, bits uint32) []expr.Any {
 	}
 }
 
-// destination matches packets by the type of their destination in the host's
-// routing tables.
+// destinationType matches packets by the type of the destination in the routing
+// tables.
 func destinationType(kind uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
@@ -390,8 +393,8 @@ func destinationType(kind uint32) []expr.Any {
 	}
 }
 
-// udp matches UDP packets by a port: the source's is at offset 0, the
-// destination's at 2.
+// udp matches UDP packets by a port. offset is 0 for the source port and 2 for
+// the destination port.
 func udp(offset uint32, port uint16) []expr.Any {
 	return slices.Concat(metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset,
@@ -400,7 +403,7 @@ func udp(offset uint32, port uint16) []expr.Any {
 	})
 }
 
-// named compares the name or the kind of an interface.
+// metaName compares the name or the kind of an interface.
 func metaName(key expr.MetaKey, op expr.CmpOp, name string) []expr.Any {
 	data := make([]byte, unix.IFNAMSIZ)
 	copy(data, name)

@@ -9,19 +9,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// network is a network that the host is in.
+// network is a network of one of the host's interfaces.
 type network struct {
 	prefix netip.Prefix
 	link   string
 }
 
-// broadBits is the length below which a route is to hold everything, and
-// the host's networks with it, rather than to lead to one of the same
-// addresses.
+// broadBits is the prefix length below which a route is meant for everything,
+// including the host's networks, and not for a network with the same addresses.
 const broadBits = 8
 
-// conflicts says where the tunnel and a network of the host have the same
-// addresses, and what becomes of that.
+// networkConflicts returns a sentence for each network of the host that has the
+// same addresses as the tunnel.
 func networkConflicts(s State, host []network) (list []string) {
 	for _, n := range host {
 		hostFirst := s.HostFirst(n.prefix)
@@ -44,10 +43,10 @@ func networkConflicts(s State, host []network) (list []string) {
 	return list
 }
 
-// hostRoute is a route of the host's main table to less than everything.
+// hostRoute is a route of the host's main table except a default route.
 type hostRoute struct {
 	prefix  netip.Prefix
-	gateway netip.Addr // the zero Addr: on the link
+	gateway netip.Addr // zero if the destination is on the link
 	link    string
 }
 
@@ -58,11 +57,11 @@ func (r hostRoute) String() string {
 	return fmt.Sprintf("%v on %s", r.prefix, r.link)
 }
 
-// maxForeign is how many routes of the host conflicts name.
+// maxForeign is the greatest number of routes, and of rules, that are reported.
 const maxForeign = 8
 
-// foreign says which routes of the host lead to public addresses of a tunnel
-// for everything, and whether they take them out of it.
+// publicRoutes returns a sentence for each route of the host to public
+// addresses of a full tunnel.
 func publicRoutes(s State, host []hostRoute) (list []string) {
 	full := map[bool]bool{}
 	for _, v6 := range []bool{false, true} {
@@ -72,7 +71,7 @@ func publicRoutes(s State, host []hostRoute) (list []string) {
 		v6, within := isIPv6(r.prefix), func(p netip.Prefix) bool {
 			return p.Bits() <= r.prefix.Bits() && p.Overlaps(r.prefix)
 		}
-		// Networks of IPv6 hosts usually have public addresses.
+		// The host's own IPv6 network usually has public addresses.
 		usual := v6 && !r.gateway.IsValid() && r.prefix.Bits() >= 64
 		if !full[v6] || usual || s.isPrivate(r.prefix) || slices.ContainsFunc(s.Exclude, within) {
 			continue
@@ -91,8 +90,8 @@ func publicRoutes(s State, host []hostRoute) (list []string) {
 	return list
 }
 
-// hostRoutes returns the routes of the main table that are not of the tunnel,
-// except for default routes.
+// hostRoutes returns the routes of the main table except default routes and
+// those of the tunnel's interface.
 func (k *kernel) hostRoutes() (list []hostRoute, err error) {
 	links, err := repeat(k.nl.LinkList)
 	if err != nil {
@@ -127,29 +126,29 @@ func (k *kernel) hostRoutes() (list []hostRoute, err error) {
 	return list, nil
 }
 
-// looseFilters returns what strict reverse path filters of IPv4 have to become
-// on interfaces whose own networks the tunnel takes. The way back to an address
-// there is the tunnel, and a strict filter would drop what comes from it, ARP
-// requests of the gateway among them, which have no mark.
+// looseFilters returns the settings that loosen strict reverse path filters on
+// interfaces whose network is routed into the tunnel. A strict filter would
+// drop packets from such a network, because the route to their source is the
+// tunnel. ARP requests of the gateway are among them and have no mark.
 func (k *kernel) looseFilters(want State) (list []setting) {
-	pass := want.HostRoutes == HostNone || want.ignoresPublic(false)
-	if k.Mark == 0 || !pass {
+	tunnelFirst := want.HostRoutes == HostNone || want.ignoresPublic(false)
+	if k.Mark == 0 || !tunnelFirst {
 		return nil
 	}
 	networks, err := k.hostNetworks()
 	if err != nil {
-		k.Logger.Debug("reverse path filters stay as they are", "error", err)
+		k.Logger.Debug("reverse path filters are not changed", "error", err)
 		return nil
 	}
 	all, _ := k.readSysctl("net/ipv4/conf/all/rp_filter")
 	for _, n := range networks {
-		taken := func(r netip.Prefix) bool {
+		contains := func(r netip.Prefix) bool {
 			return r.Overlaps(n.prefix) && r.Bits() <= n.prefix.Bits()
 		}
 		name := "net/ipv4/conf/" + n.link + "/rp_filter"
 		switch own, _ := k.readSysctl(name); {
 		case isIPv6(n.prefix), want.HostRoutes == HostPrivate &&
-			want.isPrivate(n.prefix), !slices.ContainsFunc(want.Routes, taken):
+			want.isPrivate(n.prefix), !slices.ContainsFunc(want.Routes, contains):
 		case slices.ContainsFunc(list, func(l setting) bool { return l.name == name }):
 		case all != "2" && own != "2" &&
 			(all == "1" || own == "1"), k.rec.sysctl(name) >= 0,

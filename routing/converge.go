@@ -12,12 +12,12 @@ import (
 
 // op is one change to the kernel.
 type op struct {
-	kind string // kind of the changed object, see the constants
-	text string // for the log and for errors: a verb and its object
+	kind string // kind of the object, one of the constants below
+	text string // a verb and its object, for the log and for errors
 	do   func() error
 }
 
-// The kinds of what a plan consists of. They are values of a label of a metric.
+// The kinds of objects of a plan. They are label values of a metric.
 const (
 	kindLink    = "link"
 	kindMTU     = "mtu"
@@ -26,13 +26,14 @@ const (
 	kindRoute   = "route"
 	kindRule    = "rule"
 	kindSysctl  = "sysctl"
-	kindShared  = "" // nothing of the kernel: a note that others do not change
+	kindShared  = "" // an entry of the journal alone
 )
 
-// converge makes the changes that lead from what the kernel has to the plan,
-// and looks again: removing one thing can take another along (the last IPv4
-// address of an interface its routes, an MTU below 1280 all of IPv6). At the
-// first error it stops, unless it is to get as far as it can.
+// converge makes the kernel match the plan. It compares again after the
+// changes, because the kernel removes objects together with others: routes with
+// the last IPv4 address of an interface, and IPv6 with an MTU below 1280.
+// converge stops at the first error, or with all set makes all changes that it
+// can.
 func (k *kernel) converge(want plan, all bool) error {
 	var last string
 	for range maxRounds {
@@ -64,10 +65,10 @@ func (k *kernel) converge(want plan, all bool) error {
 		}
 		last = list[0].text
 	}
-	return fmt.Errorf("%s: does not last: stop the program that undoes it", last)
+	return fmt.Errorf("%s: another program undoes this each time: stop it", last)
 }
 
-// maxRounds is how often what the kernel has is compared with the plan.
+// maxRounds is the number of comparisons until a plan must be reached.
 const maxRounds = 5
 
 func (k *kernel) logOp(o op, err error) {
@@ -81,14 +82,15 @@ func (k *kernel) logOp(o op, err error) {
 	}
 }
 
-// ops is a list of changes in the making.
+// ops is a list of changes, in the order in which they are made.
 type ops []op
 
 func (o *ops) add(kind string, do func() error, format string, args ...any) {
 	*o = append(*o, op{kind, fmt.Sprintf(format, args...), do})
 }
 
-// diff lists the changes in their order: what is new comes before what goes.
+// diff returns the changes that make the kernel match the plan. Objects are
+// added before others are removed.
 func (k *kernel) diff(have observed, want plan) (ops, error) {
 	var list ops
 	k.plannedRoutes = want.routes
@@ -99,21 +101,22 @@ func (k *kernel) diff(have observed, want plan) (ops, error) {
 	if want.mtu >= minMTU6 {
 		k.diffMTU(&list, have, want)
 		if have.mtu < minMTU6 {
-			return list, nil // brings IPv6 back, with settings of its own: look again
+			return list, nil // IPv6 starts with new settings, which must be read first
 		}
 	}
 	set, unset, err := k.diffSysctls(want)
 	if err != nil {
 		return nil, err
 	}
-	// The filter comes before there is anything to filter.
+	// The firewall comes before the packets that it filters.
 	if want.grouped && have.group != tunnelGroup {
 		list.add(kindLink, func() error {
 			return k.setGroup(have.link, have.group)
 		}, "put %s into group %d", k.Interface, tunnelGroup)
 	}
 	chains := k.available(want.chains)
-	if len(chains) != 0 && !(sameTable(chains, have.chains) && sameContents(have.chains, k.verified)) {
+	if len(chains) != 0 && !(sameTable(chains, have.chains) &&
+		sameContents(have.chains, k.verified)) {
 		list.add(kindTable, func() error {
 			return k.writeTable(chains)
 		}, "write nftables table inet %s", k.tableName())
@@ -127,7 +130,7 @@ func (k *kernel) diff(have observed, want plan) (ops, error) {
 		}, "set %s down", k.Interface)
 	}
 	if want.mtu < minMTU6 {
-		// Takes IPv6 away, or, as an MTU that is put back, makes it start anew.
+		// This turns IPv6 off, or restarts it if the MTU is restored.
 		k.diffMTU(&list, have, want)
 	}
 	if !want.up && k.rec.AddrGen != "" {
@@ -159,8 +162,8 @@ func (k *kernel) diffMTU(list *ops, have observed, want plan) {
 	}
 }
 
-// bring lists what comes, each thing after what it needs: the interface and its
-// addresses, routes, and the rules that lead to them.
+// diffAdded appends the changes that add objects. Each object comes after those
+// that it depends on: interface, addresses, routes, rules.
 func (k *kernel) diffAdded(list *ops, have observed, want plan) {
 	if want.up && have.addrGen != "" && have.addrGen != strconv.Itoa(addrGenNone) &&
 		(!have.up || k.rec.AddrGen != "") {
@@ -168,8 +171,8 @@ func (k *kernel) diffAdded(list *ops, have observed, want plan) {
 			return k.disableLinkLocal(have.link, have.addrGen)
 		}, "let %s make no address of its own", k.Interface)
 		for p := range have.addrs {
-			// IPv6 was off and on again, as it is when the MTU goes below 1280
-			// and back: then the mode is another, and has made an address.
+			// IPv6 was turned off and on again, such as by an MTU below 1280.
+			// This has reset the mode, which then generated an address.
 			if k.rec.AddrGen != "" && isIPv6(p) && p.Addr().IsLinkLocalUnicast() &&
 				!slices.Contains(want.addrs, p) {
 				list.add(kindAddress, func() error {
@@ -192,7 +195,8 @@ func (k *kernel) diffAdded(list *ops, have observed, want plan) {
 			}, "delete address %v of %s", p, k.Interface)
 		}
 		for old := range have.addrs {
-			if isIPv6(p) && old.Addr() == p.Addr() { // once per interface, whatever the length
+			// An interface cannot have an IPv6 address with two prefix lengths.
+			if isIPv6(p) && old.Addr() == p.Addr() {
 				list.add(kindAddress, func() error {
 					return k.delAddr(have.link, old)
 				}, "delete address %v of %s", old, k.Interface)
@@ -220,7 +224,7 @@ func (k *kernel) diffAdded(list *ops, have observed, want plan) {
 	}
 }
 
-// take lists what goes, in the opposite order.
+// diffRemoved appends the changes that remove objects, in the opposite order.
 func (k *kernel) diffRemoved(list *ops, have observed, want plan) {
 	old := missing(have.rules, want.rules, compareRules)
 	slices.Reverse(old)
@@ -248,7 +252,7 @@ func (k *kernel) diffRemoved(list *ops, have observed, want plan) {
 	}
 }
 
-// missing returns the elements of want that have does not contain, in order.
+// missing returns the elements of want that are not in have, in order.
 func missing[T comparable](want, have map[T]struct{}, compare func(a, b T) int) []T {
 	var list []T
 	for v := range want {
@@ -260,8 +264,8 @@ func missing[T comparable](want, have map[T]struct{}, compare func(a, b T) int) 
 	return list
 }
 
-// groupRoutes returns the routes of want that have does not contain, those of
-// each table and family together.
+// groupRoutes returns the routes of want that are not in have, grouped by table
+// and family.
 func groupRoutes(want, have map[route]struct{}) (groups [][]route) {
 	list := missing(want, have, compareRoutes)
 	for len(list) > 0 {
@@ -304,12 +308,11 @@ func describeRule(n *netlink.Rule) string {
 	return text
 }
 
-// clean undoes what dead processes left behind: what the journal of this
-// instance says, and all that belongs to the interface, new as it is, or to
-// interfaces that are gone.
+// clean undoes the changes of dead processes: those in old, the journal of this
+// instance, and all objects of the interface or of interfaces that are gone.
 func (k *kernel) clean(old *record) error {
-	// Rules first: an interface is there before its rules, so one that has
-	// rules and is not in the later list of interfaces is gone for good.
+	// Rules are listed before interfaces. An interface exists before its rules,
+	// so if it has rules and is not in the later list, it is gone for good.
 	rules, err := k.listRules()
 	if err != nil {
 		return err
@@ -322,25 +325,25 @@ func (k *kernel) clean(old *record) error {
 	for _, l := range links {
 		exists[l.Attrs().Index&indexMask] = true
 	}
-	var stale []record
+	var records []record
 	if old != nil {
 		if !slices.ContainsFunc(links, func(l netlink.Link) bool {
 			return l.Attrs().Index == old.Index && l.Attrs().Name == old.Interface
 		}) {
-			// What belonged to the interface went with it.
+			// The settings of the interface are gone with it.
 			old.MTU, old.Down, old.AddrGen, old.Group, old.Addresses = 0, false, "", nil, nil
 		}
-		stale = append(stale, *old)
+		records = append(records, *old)
 	}
-	stale = append(stale, record{Interface: k.Interface, Index: k.index})
+	records = append(records, record{Interface: k.Interface, Index: k.index})
 	for i := range rules {
 		if _, index, ok := parseRule(&rules[i]); ok && !exists[index] {
-			stale = append(stale, record{Interface: fmt.Sprintf("interface %d, gone", index),
+			records = append(records, record{Interface: fmt.Sprintf("interface %d, gone", index),
 				Index: index})
 		}
 	}
 	done := make(map[int]bool)
-	for _, rec := range stale {
+	for _, rec := range records {
 		if done[rec.Index] {
 			continue
 		}

@@ -7,13 +7,16 @@
 // A [Manager] configures one interface, which another package creates, such as
 // a TUN device. It has three states:
 //
-//	[Open]  ->  open  ->  [Manager.Apply]  ->  applied  ->  [Manager.Close]
+//	state     entered by        the kernel
+//	open      Open              as found
+//	applied   Manager.Apply     as the State describes
+//	closed    Manager.Close     as found
 //
-// Open undoes the changes of a dead process and makes no others. Apply takes
-// the desired [State] as a whole, compares it with the kernel, and makes the
-// changes: it adds objects first, then removes others. Objects that need no
-// change are not touched. If Apply fails, it restores the previous State. Close
-// restores the host as Open found it.
+// [Open] undoes the changes of a dead process and makes no others.
+// [Manager.Apply] takes the desired [State] as a whole, compares it with the
+// kernel, and makes the changes: it adds objects first, then removes others.
+// Objects that need no change are not touched. If Apply fails, it restores the
+// previous State. [Manager.Close] restores the host as Open found it.
 //
 // Apply can be called again with another State at any time. In between, two
 // methods keep the State in effect. [Manager.Maintain] restores the changes of

@@ -6,14 +6,15 @@ import (
 	"net/netip"
 )
 
-// HostNetwork is an address of this host, with the length of its network, and
-// the interface that it is on.
+// HostNetwork is an address of this host, with the prefix length of its
+// network, and the interface that has it.
 type HostNetwork struct {
 	Address   netip.Prefix
 	Interface string
 }
 
-// HostNetworks returns the addresses of all interfaces of this host but one.
+// HostNetworks returns the addresses of all interfaces of this host, except the
+// one with the name except.
 func HostNetworks(except string) ([]HostNetwork, error) {
 	links, err := net.Interfaces()
 	if err != nil {
@@ -26,7 +27,7 @@ func HostNetworks(except string) ([]HostNetwork, error) {
 		}
 		addrs, err := l.Addrs()
 		if err != nil {
-			continue // it has just gone
+			continue // the interface was just deleted
 		}
 		for _, a := range addrs {
 			if n, ok := a.(*net.IPNet); ok {

@@ -7,42 +7,44 @@ import (
 	"go4.org/netipx"
 )
 
-// HostRoutes says which routes of the host's main table go before those of a
-// tunnel that are not longer.
+// HostRoutes selects the routes of the host's main table that take precedence
+// over routes of the tunnel with the same or a shorter prefix.
 type HostRoutes int
 
 const (
-	// HostPrivate are, in a family of which the tunnel has most addresses (see
-	// IsFull), the routes to private and link-local networks, and the default
-	// route for multicast and limited broadcasts. Whoever runs the network that
-	// the host is in can hand out routes to all other addresses, by DHCP
-	// (option 121, RFC 3442), router advertisements (RFC 4191), or as a network
-	// that claims them, and would so take traffic out of the tunnel. In a
-	// family of which the tunnel has less, HostPrivate is HostAll.
+	// HostPrivate selects routes to private and link-local networks if the
+	// tunnel has most addresses of the family (see IsFull), and HostAll
+	// otherwise. The operator of the host's network could take other traffic
+	// out of the tunnel with routes from DHCP (option 121, RFC 3442) or router
+	// advertisements (RFC 4191), or with a network that claims public
+	// addresses. The default route is selected for multicast and limited
+	// broadcast packets only.
 	HostPrivate HostRoutes = iota
 
-	// HostAll are all but default routes, which count for multicast and limited
-	// broadcasts.
+	// HostAll selects all routes. The default route is selected for multicast
+	// and limited broadcast packets only.
 	HostAll
 
-	// HostNone is none.
+	// HostNone selects no route.
 	HostNone
 )
 
-// maxSelectors is how many rules there may be in the place of one that asks the
-// host's routes for all destinations.
+// maxSelectors is the greatest number of rules with one destination each. For
+// more destinations there is one rule for all of them.
 const maxSelectors = 16
 
 var (
-	// local are networks whose addresses mean nothing elsewhere: RFC 1918,
-	// RFC 6598, RFC 3927, RFC 4193, RFC 4291 section 2.5.6.
-	privateNetworks = parsePrefixes("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
+	// privateNetworks have addresses without a global meaning (RFC 1918,
+	// RFC 6598, RFC 3927, RFC 4193, RFC 4291 section 2.5.6).
+	privateNetworks = parsePrefixes("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16",
+		"100.64.0.0/10",
 		"169.254.0.0/16", "fc00::/7", "fe80::/10")
 
-	// multicastNetworks are destinations of packets for all, or many, on a link.
+	// multicastNetworks are the multicast addresses and the limited broadcast
+	// address.
 	multicastNetworks = parsePrefixes("224.0.0.0/4", "255.255.255.255/32", "ff00::/8")
 
-	unicast6 = netip.MustParsePrefix("2000::/3") // what of IPv6 is in use
+	unicast6 = netip.MustParsePrefix("2000::/3") // the allocated addresses of IPv6
 )
 
 func parsePrefixes(list ...string) (ps []netip.Prefix) {
@@ -52,9 +54,9 @@ func parsePrefixes(list ...string) (ps []netip.Prefix) {
 	return ps
 }
 
-// IsFull reports whether routes hold most addresses of a family: more than half
-// of IPv4, or of 2000::/3. A tunnel for them is meant for everything, even if
-// some prefixes are left out.
+// IsFull reports whether routes contain most addresses of a family: more than
+// half of IPv4, or of 2000::/3. Such routes are meant for everything, even
+// without some prefixes.
 func IsFull(routes []netip.Prefix, ipv6 bool) bool {
 	var b netipx.IPSetBuilder
 	for _, p := range routes {
@@ -66,22 +68,23 @@ func IsFull(routes []netip.Prefix, ipv6 bool) bool {
 	if err != nil {
 		return false
 	}
-	whole, covered := 0, 0.0 // covered is a share of the whole
+	// covered is the fraction of the addresses within a prefix of length all.
+	all, covered := 0, 0.0
 	if ipv6 {
-		whole = unicast6.Bits()
+		all = unicast6.Bits()
 	}
 	for _, p := range set.Prefixes() {
 		if !ipv6 || p.Overlaps(unicast6) {
-			covered += 1 / float64(uint64(1)<<min(max(p.Bits()-whole, 0), 63))
+			covered += 1 / float64(uint64(1)<<min(max(p.Bits()-all, 0), 63))
 		}
 	}
 	return covered > 0.5
 }
 
-// hostRules returns the rules that let routes of the host go before those of
-// the tunnel. Each is limited to destinations that the tunnel has routes of
-// that length to, where these are few, because rules hold for all tunnels of a
-// host: another one may pass over the host's routes to other destinations.
+// hostRules returns the rules by which routes of the host take precedence over
+// routes, which are those of the tunnel. Rules apply to all tunnels of a host,
+// and another tunnel may ignore the host's routes. So each rule is limited to
+// the destinations of the tunnel's routes of its length, if these are few.
 func (s State) hostRules(routes []netip.Prefix) (rules []rule) {
 	if s.HostRoutes == HostNone {
 		return nil
@@ -95,34 +98,34 @@ func (s State) hostRules(routes []netip.Prefix) (rules []rule) {
 		l := length{isIPv6(p), p.Bits()}
 		byLength[l] = append(byLength[l], p)
 	}
-	strict := map[bool]bool{false: s.ignoresPublic(false), true: s.ignoresPublic(true)}
+	privateOnly := map[bool]bool{false: s.ignoresPublic(false), true: s.ignoresPublic(true)}
 	for l, list := range byLength {
-		add := func(to netip.Prefix, least int) {
-			rules = append(rules, rule{v6: l.v6, bits: l.bits, to: to, least: least})
+		add := func(to netip.Prefix, minBits int) {
+			rules = append(rules, rule{v6: l.v6, bits: l.bits, to: to, minBits: minBits})
 		}
 		overlaps := func(p netip.Prefix) bool { return slices.ContainsFunc(list, p.Overlaps) }
-		least := max(l.bits, 1)
+		minBits := max(l.bits, 1)
 		switch {
-		case strict[l.v6]:
+		case privateOnly[l.v6]:
 			for _, p := range privateNetworks {
 				if overlaps(p) {
-					add(p, max(least, p.Bits()))
+					add(p, max(minBits, p.Bits()))
 				}
 			}
 			for _, p := range s.Private {
 				if overlaps(p) {
-					add(p, least)
+					add(p, minBits)
 				}
 			}
 		case l.bits > 0 && len(list) <= maxSelectors:
 			for _, p := range list {
-				add(p, least)
+				add(p, minBits)
 			}
 		default:
-			add(netip.Prefix{}, least)
+			add(netip.Prefix{}, minBits)
 		}
 		for _, p := range multicastNetworks {
-			if overlaps(p) && (strict[l.v6] || l.bits < p.Bits()) {
+			if overlaps(p) && (privateOnly[l.v6] || l.bits < p.Bits()) {
 				add(p, 0)
 			}
 		}
@@ -130,22 +133,22 @@ func (s State) hostRules(routes []netip.Prefix) (rules []rule) {
 	return rules
 }
 
-// HostFirst reports whether routes of the host to network go before those of
-// Routes that are not longer.
+// HostFirst reports whether routes of the host to network take precedence over
+// Routes with the same or a shorter prefix.
 func (s State) HostFirst(network netip.Prefix) bool {
 	return s.HostRoutes != HostNone && (s.isPrivate(network) || !s.ignoresPublic(isIPv6(network)))
 }
 
-// ignoresPublic reports whether the host's routes to public addresses of a family
-// do not count.
+// ignoresPublic reports whether the host's routes to public addresses of a
+// family are not selected.
 func (s State) ignoresPublic(ipv6 bool) bool {
 	return s.HostRoutes == HostPrivate && IsFull(slices.Concat(s.Routes, s.Unreachable), ipv6)
 }
 
-// isPrivate reports whether all of p is in networks whose routes of the host
-// count in any case.
+// isPrivate reports whether HostPrivate selects the host's routes to p.
 func (s State) isPrivate(p netip.Prefix) bool {
-	return slices.ContainsFunc(slices.Concat(privateNetworks, multicastNetworks, s.Private), func(l netip.Prefix) bool {
-		return l.Bits() <= p.Bits() && l.Overlaps(p)
-	})
+	return slices.ContainsFunc(slices.Concat(privateNetworks, multicastNetworks, s.Private),
+		func(l netip.Prefix) bool {
+			return l.Bits() <= p.Bits() && l.Overlaps(p)
+		})
 }

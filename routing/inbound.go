@@ -11,15 +11,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// newInboundChains returns the chains by which a connection that came in from
-// outside the tunnel, to an address of this host, is answered there. It is
-// recognised by its direction in connection tracking. What was there before the
-// kernel tracked connections has none: the first packet that is seen may be of
-// either end. Then a TCP connection is taken for one that came in if its port
-// here is not of those that the kernel gives to the host's own, and a UDP
-// socket that is connected for one of the host's own.
+// newInboundChains returns the chains that send replies to a connection from
+// outside the tunnel, to an address of this host, outside too.
+//
+// Connection tracking knows the direction of a connection, unless it is older
+// than the tracking: then the first packet seen may be from either side. In
+// that case, a TCP connection counts as incoming if the kernel does not choose
+// its local port for connections of this host, and a connected UDP socket
+// counts as outgoing.
 func newInboundChains(s State, k *kernel) []chain {
-	const lost = "connections that come in from outside the tunnel are not answered where its routes lead to their source"
+	const lost = "connections from outside the tunnel are not answered if the tunnel has a route to their source"
 	mask, outside := k.Mark, outsideMark(k.Mark)
 	index := uint32(k.index)
 	port := binaryutil.BigEndian.PutUint16(k.firstLocalPort)
@@ -48,7 +49,8 @@ func newInboundChains(s State, k *kernel) []chain {
 			fmt.Sprintf("connections of this host, from TCP port %d, that were not tracked when they began", k.firstLocalPort),
 			slices.Concat(fresh, tcp(2, expr.CmpOpGte, port), skip),
 		}, {
-			fmt.Sprintf("sockets of this host, from UDP port %d, that are connected", k.firstLocalPort),
+			fmt.Sprintf("sockets of this host, from UDP port %d, that are connected",
+				k.firstLocalPort),
 			slices.Concat(fresh, metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
 				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2,
 					Len: 2},
@@ -62,7 +64,8 @@ func newInboundChains(s State, k *kernel) []chain {
 			slices.Concat(fresh, fromTunnel, set),
 		}, {
 			fmt.Sprintf("what is not tracked and comes in from where interface %d leads to has mark %#x/%#x", k.index, outside, mask),
-			slices.Concat(connectionState(expr.CtStateBitUNTRACKED), fromTunnel, markPacket(mask, outside)),
+			slices.Concat(connectionState(expr.CtStateBitUNTRACKED), fromTunnel,
+				markPacket(mask, outside)),
 		}},
 	}
 	reply := chain{
@@ -89,21 +92,22 @@ func newInboundChains(s State, k *kernel) []chain {
 	}, chainRule{
 		fmt.Sprintf("answers that are not tracked, and would go to interface %d, have mark %#x/%#x",
 			k.index, outside, mask),
-		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), connectionState(expr.CtStateBitUNTRACKED),
+		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index),
+			connectionState(expr.CtStateBitUNTRACKED),
 			packetMarked(mask, 0),
 			sourceType(expr.CmpOpEq, unix.RTN_LOCAL), markPacket(mask, outside)),
 	})
 	return []chain{inbound, reply}
 }
 
-// connection compares a property of the packet's connection.
+// connection compares a property of the connection of a packet.
 func connection(key expr.CtKey, value []byte) []expr.Any {
 	return []expr.Any{&expr.Ct{Register: 1, Key: key},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value}}
 }
 
-// tcp matches TCP packets, but for the first of a connection, by a port: the
-// source's is at offset 0, the destination's at 2.
+// tcp matches TCP packets by a port, except the first packet of a connection.
+// offset is 0 for the source port and 2 for the destination port.
 func tcp(offset uint32, op expr.CmpOp, port []byte) []expr.Any {
 	const flags, syn = 13, 2
 	return slices.Concat(metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_TCP), []expr.Any{

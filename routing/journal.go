@@ -17,25 +17,32 @@ import (
 
 const (
 	journalFormat = "masquevpn routing journal 1"
-	journalLimit  = 4 << 20 // bytes of a journal that are read
+	journalLimit  = 4 << 20 // greatest size in bytes
 	lockName      = ".routing.lock"
 )
 
-// record is what is to be undone and what the kernel cannot tell: it lives in
-// memory, and in the journal for the next process.
+// record lists the changes to undo that cannot be seen in the kernel. It is
+// kept in memory, and in the journal for the next process.
 type record struct {
-	Format    string `json:"format"`
-	Boot      string `json:"boot"` // where and until when this is true, see bootID
+	Format string `json:"format"`
+
+	// Boot is the bootID for which the record is valid.
+	Boot string `json:"boot"`
+
 	Instance  string `json:"instance"`
 	Interface string `json:"interface"`
-	Index     int    `json:"index"`          // the interface's index
-	MTU       int    `json:"mtu,omitempty"`  // it had, 0: not changed
-	Down      bool   `json:"down,omitempty"` // it was down, and is up
-	// its address generation mode was, "": not changed
-	AddrGen   string         `json:"addrgen,omitempty"`
-	Group     *uint32        `json:"group,omitempty"`     // it was in, nil: not changed
-	Addresses []netip.Prefix `json:"addresses,omitempty"` // that it did not have
-	Sysctls   []sysctl       `json:"sysctls,omitempty"`   // in the order in which they were set
+	Index     int    `json:"index"` // interface index
+
+	// MTU, AddrGen (the address generation mode) and Group are the previous
+	// settings of the interface. The zero values mean that they were not
+	// changed. Down means that the interface was down and was set up.
+	MTU     int     `json:"mtu,omitempty"`
+	Down    bool    `json:"down,omitempty"`
+	AddrGen string  `json:"addrgen,omitempty"`
+	Group   *uint32 `json:"group,omitempty"`
+
+	Addresses []netip.Prefix `json:"addresses,omitempty"` // addresses to remove
+	Sysctls   []sysctl       `json:"sysctls,omitempty"`   // in the order of the changes
 }
 
 func (r *record) addAddr(p netip.Prefix) {
@@ -48,7 +55,7 @@ func (r *record) dropAddr(p netip.Prefix) {
 	})
 }
 
-// sysctl returns the place of a sysctl in r.Sysctls, -1 if it is not there.
+// sysctl returns the index of a sysctl in r.Sysctls, or -1.
 func (r *record) sysctl(name string) int {
 	return slices.IndexFunc(r.Sysctls, func(c sysctl) bool { return c.Name == name })
 }
@@ -65,30 +72,29 @@ func (r *record) dropSysctl(name string) {
 	})
 }
 
-// bootID names this boot and network namespace: a record of another one is
-// about a kernel state that is no more.
+// bootID identifies the boot and the network namespace. The kernel state of
+// another one no longer exists.
 func bootID(procSys string) string {
 	boot, _ := os.ReadFile(filepath.Join(procSys, "kernel/random/boot_id"))
 	ns, _ := os.Readlink("/proc/thread-self/ns/net")
 	return strings.TrimSpace(string(boot)) + " " + ns
 }
 
-// journal is the file of a live instance. It is locked (flock) as long as the
-// instance lives, and replaced as a whole by each write. The files of all
-// instances in the directory change under one more lock, of the guard file. A
-// nil journal is none.
+// journal is the file of an instance. It is locked (flock) while the instance
+// runs, and each write replaces it. A file named lockName protects the journals
+// of all instances in the directory. The methods of a nil journal do nothing.
 type journal struct {
 	path string
 	boot string
 	f    *os.File // locked
 }
 
-// errStale is the reason to ignore a journal that has nothing to say here.
+// errStale is the reason to ignore a journal of another boot or namespace.
 var errStale = errors.New("of an earlier boot or another network namespace")
 
-// openJournal takes the journal of an instance. It returns what a dead process
-// wrote there, nil if there is nothing that counts; why reports a journal that
-// had to be ignored. If there was none, the file now holds fresh.
+// openJournal opens and locks the journal of an instance. old is the record of
+// a dead process, nil if there is none. why is the reason if a journal is
+// ignored. If the file does not exist, it is created with fresh.
 func openJournal(path string, fresh record) (j *journal, old *record, why, err error) {
 	if path == "" {
 		return nil, nil, nil, nil
@@ -152,14 +158,15 @@ func readRecord(r io.Reader) (rec record, err error) {
 	return rec, nil
 }
 
-// isNetSysctl tells whether a path below /proc/sys is one that CAP_NET_ADMIN
-// may write to: a process of root may find the journal of one that had no more.
+// isNetSysctl reports whether CAP_NET_ADMIN is sufficient to write to a path
+// below /proc/sys. A process without other privileges may have written the
+// journal that root reads.
 func isNetSysctl(name string) bool {
 	return strings.HasPrefix(name, "net/") && filepath.Clean(name) == name
 }
 
-// guard runs f while no other instance touches a journal of the directory or a
-// sysctl that instances share.
+// withLock runs f while no other instance changes a journal of the directory or
+// a shared sysctl.
 func (j *journal) withLock(f func() error) error {
 	if j == nil {
 		return f()
@@ -181,12 +188,12 @@ func (j *journal) withLock(f func() error) error {
 	}
 }
 
-// save is write for a caller that is not within guard.
+// save calls write with the lock of withLock.
 func (j *journal) save(r record) error {
 	return j.withLock(func() error { return j.write(r) })
 }
 
-// write replaces the journal's content. Within guard only.
+// write replaces the content of the journal. The caller is within withLock.
 func (j *journal) write(r record) (err error) {
 	if j == nil {
 		return nil
@@ -221,9 +228,9 @@ func (j *journal) write(r record) (err error) {
 	return nil
 }
 
-// other returns the sysctl as another instance of this directory has recorded
-// it, nil if none has. With live only instances that run count; that is known
-// within guard only.
+// other returns the record of a sysctl in the journal of another instance in
+// the directory, or nil. live selects running instances only, and requires that
+// the caller is within withLock.
 func (j *journal) other(name string, live bool) *sysctl {
 	if j == nil {
 		return nil
@@ -250,7 +257,7 @@ func (j *journal) other(name string, live bool) *sysctl {
 	return nil
 }
 
-// remove deletes the file: there is nothing to undo any more.
+// remove deletes the file.
 func (j *journal) remove() error {
 	if j == nil {
 		return nil
@@ -263,7 +270,7 @@ func (j *journal) remove() error {
 	})
 }
 
-// close lets the lock go.
+// close unlocks the journal.
 func (j *journal) close() {
 	if j != nil && j.f != nil {
 		j.f.Close()

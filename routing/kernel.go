@@ -15,21 +15,21 @@ import (
 
 const addrGenNone = 1 // IN6_ADDR_GEN_MODE_NONE
 
-// observed is what the kernel has: of the interface, and of ours.
+// observed is the kernel's state of the interface and of our objects.
 type observed struct {
-	link        netlink.Link // nil: gone
+	link        netlink.Link // nil if it is gone
 	up          bool
 	mtu         int
 	group       uint32
-	addrGen     string                    // its address generation mode, "" without IPv6
-	addrs       map[netip.Prefix]struct{} // all of the interface
-	unusable    map[netip.Prefix]struct{} // those that the host would not use as a source
+	addrGen     string                    // address generation mode, "" without IPv6
+	addrs       map[netip.Prefix]struct{} // all addresses of the interface
+	unusable    map[netip.Prefix]struct{} // addrs that the kernel does not use as a source
 	routes      map[route]struct{}
-	wrongRoutes []netlink.Route // routes of our tables that are not as we make them
+	wrongRoutes []netlink.Route // other routes in our tables
 	rules       map[rule]struct{}
-	wrongRules  []*netlink.Rule // rules of ours that are not as we make them
+	wrongRules  []*netlink.Rule // our rules with other attributes
 	chains      []kernelChain   // chains of our nftables table
-	hasTable    bool            // the nftables table is there
+	hasTable    bool            // our nftables table exists
 }
 
 // observe reads the kernel's state.
@@ -70,7 +70,7 @@ func (k *kernel) observe() (o observed, err error) {
 	return o, nil
 }
 
-// findLink returns the interface, nil when it is gone.
+// findLink returns the interface, or nil if it is gone.
 func (k *kernel) findLink() (netlink.Link, error) {
 	if k.index == 0 {
 		return nil, nil
@@ -86,8 +86,8 @@ func (k *kernel) findLink() (netlink.Link, error) {
 	return link, nil
 }
 
-// listAddrs returns the addresses of the interface, and which of those are of a
-// smaller scope than ours, or are to go away.
+// listAddrs returns the addresses of the interface. unusable are those that
+// expire, are deprecated, or have a smaller scope than ours.
 func (k *kernel) listAddrs(link netlink.Link) (all, unusable map[netip.Prefix]struct{}, err error) {
 	addrs, err := repeat(func() ([]netlink.Addr, error) {
 		return k.nl.AddrList(link, netlink.FAMILY_ALL)
@@ -114,8 +114,8 @@ func (k *kernel) families() []int {
 	return []int{unix.AF_INET}
 }
 
-// listRoutes returns the routes of ours that belong to the interface, and
-// others in its tables.
+// listRoutes returns our routes of the interface, and other routes in its
+// tables.
 func (k *kernel) listRoutes() (set map[route]struct{}, others []netlink.Route, err error) {
 	set = make(map[route]struct{})
 	for _, family := range k.families() {
@@ -131,7 +131,7 @@ func (k *kernel) listRoutes() (set map[route]struct{}, others []netlink.Route, e
 			index, _, ok := tableOwner(r.Table)
 			own := ok && index == k.index&indexMask
 			if own || r.Table == unix.RT_TABLE_MAIN && r.LinkIndex == k.index {
-				kind := max(routeKind(slices.Index(types[:], r.Type)), intoTunnel)
+				kind := max(routeKind(slices.Index(routeTypes[:], r.Type)), intoTunnel)
 				asked := route{table: r.Table, prefix: prefixOf(r.Dst), kind: kind}
 				if own && !equalRoute(&r, asked.netlink(k)) {
 					others = append(others, r)
@@ -151,7 +151,7 @@ func (k *kernel) listRoutes() (set map[route]struct{}, others []netlink.Route, e
 	return set, others, nil
 }
 
-// tables returns the tables of a family that the last plan asked for.
+// tables returns the numbers of the last plan's tables of a family.
 func (k *kernel) tables(v6 bool) []int {
 	set := make(map[int]struct{})
 	for r := range k.plannedRoutes {
@@ -162,15 +162,14 @@ func (k *kernel) tables(v6 bool) []int {
 	return slices.Sorted(maps.Keys(set))
 }
 
-// equalRoute compares where routes lead and how they compete.
+// equalRoute reports whether a and b have the same metric and next hop.
 func equalRoute(a, b *netlink.Route) bool {
 	return a.Type == b.Type && a.Priority == b.Priority &&
 		(b.LinkIndex == 0 || a.LinkIndex == b.LinkIndex) &&
 		a.Gw == nil && a.Via == nil && len(a.MultiPath) == 0
 }
 
-// foreignRoutes returns the routes of a table of ours that other programs put
-// there.
+// foreignRoutes returns the routes of other programs in one of our tables.
 func (k *kernel) foreignRoutes(family, table int) (list []netlink.Route, err error) {
 	routes, err := repeat(func() ([]netlink.Route, error) {
 		return k.dump.RouteListFiltered(family, &netlink.Route{Table: table},
@@ -190,7 +189,7 @@ func (k *kernel) foreignRoutes(family, table int) (list []netlink.Route, err err
 	return list, nil
 }
 
-// listRules returns all policy rules, none where the kernel has no such thing.
+// listRules returns all policy rules, none if the kernel has no policy routing.
 func (k *kernel) listRules() ([]netlink.Rule, error) {
 	var all []netlink.Rule
 	for _, family := range k.families() {
@@ -206,8 +205,7 @@ func (k *kernel) listRules() ([]netlink.Rule, error) {
 	return all, nil
 }
 
-// repeat does a dump again when the kernel says that its data changed
-// meanwhile.
+// repeat repeats a dump while it is interrupted by changes.
 func repeat[T any](dump func() (T, error)) (T, error) {
 	for range 9 {
 		if v, err := dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -217,10 +215,9 @@ func repeat[T any](dump func() (T, error)) (T, error) {
 	return dump()
 }
 
-// hold returns the state as the interface can have it: without IPv6, where the
-// administrator turned that off there, and with the routes of IPv6 leading
-// nowhere. The reason is nil where nothing is held. Without a mark the state is
-// refused.
+// holdIPv6 returns the State that the interface can have. If the administrator
+// turned IPv6 off, that is want without IPv6, with unreachable IPv6 routes, and
+// reason is not nil. Without a mark, err is the reason instead.
 func (k *kernel) holdIPv6(want State) (_ State, reason, err error) {
 	err = k.checkIPv6(want)
 	if k.Mark == 0 || !errors.Is(err, ErrIPv6Disabled) {
@@ -236,7 +233,7 @@ func (k *kernel) holdIPv6(want State) (_ State, reason, err error) {
 	return held, err, nil
 }
 
-// check refuses a state that the interface cannot have.
+// checkIPv6 returns an error if want has IPv6 and the interface cannot have it.
 func (k *kernel) checkIPv6(want State) error {
 	if !slices.ContainsFunc(slices.Concat(want.Addresses, want.Routes), isIPv6) {
 		return nil
@@ -294,7 +291,7 @@ func (k *kernel) delAddr(link netlink.Link, p netip.Prefix) error {
 	return nil
 }
 
-// setMTU changes the MTU, and remembers the one found.
+// setMTU changes the MTU and records the previous one.
 func (k *kernel) setMTU(link netlink.Link, mtu, found int) error {
 	if k.rec.MTU == 0 {
 		k.rec.MTU = found
@@ -317,11 +314,11 @@ func (k *kernel) restoreMTU(link netlink.Link) error {
 	return nil
 }
 
-// tunnelGroup is the group of the interfaces of tunnels that forward, of all
-// instances of this host.
+// tunnelGroup is the group of the interfaces of all tunnels of this host that
+// forward.
 const tunnelGroup = 9484
 
-// setGroup puts the interface into the group, and remembers the one found.
+// setGroup puts the interface into tunnelGroup and records the previous group.
 func (k *kernel) setGroup(link netlink.Link, found uint32) error {
 	if k.rec.Group == nil {
 		k.rec.Group = &found
@@ -344,10 +341,10 @@ func (k *kernel) restoreGroup(link netlink.Link) error {
 	return nil
 }
 
-// disableLinkLocal keeps the kernel from giving the interface a link-local address: nobody
-// on the other end knows it, and with it the host sends router solicitations
-// and multicast reports into the tunnel. Netlink it is, as a write to the
-// sysctl of that name makes addresses.
+// disableLinkLocal keeps the kernel from generating a link-local address for
+// the interface. The peer does not know that address, and with it the host
+// sends router solicitations and multicast reports into the tunnel. The mode is
+// set through netlink because a write to its sysctl generates addresses.
 func (k *kernel) disableLinkLocal(link netlink.Link, found string) error {
 	if k.rec.AddrGen == "" {
 		k.rec.AddrGen = found
@@ -370,7 +367,7 @@ func (k *kernel) restoreAddrGen(link netlink.Link) error {
 	return nil
 }
 
-// setUp sets the interface up, and remembers that it was down.
+// setUp sets the interface up and records that it was down.
 func (k *kernel) setUp(link netlink.Link) error {
 	if !k.rec.Down {
 		k.rec.Down = true
@@ -412,8 +409,8 @@ func (k *kernel) delRoutes(routes []route) error {
 	return errors.Join(errs...)
 }
 
-// unlessGone explains the error of a removal, nil when there was nothing to
-// remove.
+// unlessGone explains the error of a removal. It returns nil if the object did
+// not exist.
 func unlessGone(err error) error {
 	for _, gone := range []error{unix.ENOENT, unix.ESRCH, unix.ENODEV, unix.EADDRNOTAVAIL} {
 		if errors.Is(err, gone) {

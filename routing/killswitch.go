@@ -16,46 +16,48 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A KillSwitch is a filter in the kernel that lets packets leave this host
-// through one tunnel only. It is an nftables table of its own,
-// "masquevpn-kill-INSTANCE", apart from that of the Manager, and stays as it is
-// until Lift, whatever becomes of the process: it does not outlive a restart of
-// the machine. Besides the tunnel, these pass: the loopback interface; sockets
-// with the mark (see MarkSocket); the host's DHCP and DHCPv6, neighbour
-// discovery and what multicast snooping switches need for it; and destinations
-// in Allow. It holds for packets of the host and for those that it forwards.
-// What does not pass is refused with Administratively Prohibited, so that
-// programs need not wait. Packets that reach this host are none of its
-// business.
+// KillSwitch is a firewall that lets packets leave this host through one tunnel
+// only. It is an nftables table, "masquevpn-kill-INSTANCE", which stays after
+// the process ends, until Lift or a restart of the machine.
 //
-// Programs that write to an interface below IP, as some DHCP clients do, are
-// not held.
+// The kill switch applies to packets that this host sends or forwards, not to
+// packets that it receives. It refuses them with the ICMP code Administratively
+// Prohibited, so that programs need not wait. It accepts packets
+//
+//   - into the tunnel and to the loopback interface
+//   - of sockets with the mark (see MarkSocket)
+//   - of DHCP, DHCPv6, neighbour discovery, and the multicast listener reports
+//     that switches need for it
+//   - to destinations in Allow
+//
+// Programs that write to an interface below IP, such as some DHCP clients, are
+// not affected.
 type KillSwitch struct {
-	Instance string         // as of Config
-	Mark     uint32         // mark of the sockets that carry the tunnel, not 0
+	Instance string         // as in Config
+	Mark     uint32         // mark of the outer sockets, not 0
 	Allow    []netip.Prefix // destinations outside the tunnel
 	Logger   *slog.Logger   // nil: nothing is logged
 
-	mu       sync.Mutex
+	mu       sync.Mutex    // guards the fields below
 	want     []chain       // chains of the last Close, nil before the first
-	verified []kernelChain // the table when it was as it shall be; nil: not known
+	verified []kernelChain // the table when it last matched want, nil if unknown
 	backoff  backoff
 	count    uint64 // number of repairs
 }
 
-// KillSwitchHealth says whether a KillSwitch holds.
+// KillSwitchHealth is the state of a KillSwitch.
 type KillSwitchHealth struct {
 	Closed  bool
-	Problem string // what keeps it from lasting and what to do, "" when nothing does
-	Repairs uint64 // how often another program opened it and Maintain closed it again
+	Problem string // why it does not stay closed, and the remedy; empty: no problem
+	Repairs uint64 // number of times that Maintain closed it again
 }
 
 func (k *KillSwitch) table() string { return "masquevpn-kill-" + k.Instance }
 
-// Close closes the kill switch but for the interface of that name, which must
-// exist; "" for none. One that is closed already is changed in one step: there
-// is no moment without it. If it is as it shall be, nothing is changed. Errors:
-// os.ErrPermission without CAP_NET_ADMIN, and those of the kernel.
+// Close closes the kill switch except for the interface with the name iface,
+// which must exist. An empty name means no exception. If the kill switch is
+// closed already, Close changes it in one transaction, so that it is never
+// open. The error matches os.ErrPermission if CAP_NET_ADMIN is missing.
 func (k *KillSwitch) Close(iface string) error {
 	if !validInstance.MatchString(k.Instance) {
 		return fmt.Errorf("routing: kill switch: %w", errInstance(k.Instance))
@@ -79,8 +81,8 @@ func (k *KillSwitch) Close(iface string) error {
 	return err
 }
 
-// write makes the table what the last Close wanted. It says whether there was
-// one, and whether it had to be changed. k.mu is held.
+// write makes the table match k.want. It reports whether the table existed and
+// whether it was changed. k.mu is held.
 func (k *KillSwitch) write() (found, changed bool, err error) {
 	have, found, err := readTable(k.table())
 	if err != nil {
@@ -98,10 +100,11 @@ func (k *KillSwitch) write() (found, changed bool, err error) {
 	return found, true, nil
 }
 
-// Maintain closes the kill switch again when another program opens or changes it,
-// as the last Close had it, until ctx ends. It logs that, and calls report at
-// the start and after every change of the KillSwitchHealth. What is opened
-// again and again is closed at once a few times, and then four times a second.
+// Maintain closes the kill switch again, as the last Close did, when another
+// program opens or changes it. It returns nil when ctx is done. It logs each
+// repair, and calls report at the start and after each change of the
+// KillSwitchHealth. If another program opens it each time, Maintain closes it
+// at once a few times, and then four times a second.
 func (k *KillSwitch) Maintain(ctx context.Context, report func(KillSwitchHealth)) error {
 	changed := make(chan struct{}, 1)
 	tables, err := subscribe(unix.NETLINK_NETFILTER, []uint{nftablesGroup}, nil)
@@ -128,8 +131,9 @@ func (k *KillSwitch) Maintain(ctx context.Context, report func(KillSwitchHealth)
 	})
 }
 
-// look closes the kill switch if it is open and if that is due. It returns when
-// to look again, zero for when something changes.
+// reconcile closes the kill switch if it is open and the repair is due. It
+// returns the time of the next call, zero if none is needed before the next
+// change.
 func (k *KillSwitch) reconcile(now time.Time) (h KillSwitchHealth, again time.Time) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -144,7 +148,7 @@ func (k *KillSwitch) reconcile(now time.Time) (h KillSwitchHealth, again time.Ti
 		found, changed, err := k.write()
 		h.Closed = err == nil
 		if changed || err != nil {
-			k.note(now, found, err)
+			k.record(now, found, err)
 		} else {
 			k.backoff.resolved()
 		}
@@ -159,10 +163,9 @@ func (k *KillSwitch) reconcile(now time.Time) (h KillSwitchHealth, again time.Ti
 	return h, again
 }
 
-// note takes note of an attempt to close the kill switch, which was found open
-// or changed.
-func (k *KillSwitch) note(now time.Time, found bool, err error) {
-	k.backoff.maxDelay = leakDelay // what leaves meanwhile cannot be taken back
+// record records and logs an attempt to close the kill switch.
+func (k *KillSwitch) record(now time.Time, found bool, err error) {
+	k.backoff.maxDelay = leakDelay // packets leave meanwhile
 	before := k.backoff.problem(now)
 	k.backoff.record(now, "close the kill switch", err)
 	logger := k.logger().With("table", k.table())
@@ -189,7 +192,7 @@ func (k *KillSwitch) logger() *slog.Logger {
 	return k.Logger
 }
 
-// Closed says whether the kill switch is closed, by this process or another.
+// Closed reports whether the kill switch is closed, by any process.
 func (k *KillSwitch) Closed() (bool, error) {
 	_, found, err := readTable(k.table())
 	if err != nil && !noNFTables(err) {
@@ -198,7 +201,7 @@ func (k *KillSwitch) Closed() (bool, error) {
 	return found, nil
 }
 
-// Lift removes the kill switch, and says whether it was closed.
+// Lift removes the kill switch and reports whether it was closed.
 func (k *KillSwitch) Lift() (found bool, err error) {
 	if found, err = k.Closed(); err != nil || !found {
 		return false, err
@@ -212,11 +215,11 @@ func (k *KillSwitch) Lift() (found bool, err error) {
 }
 
 const (
-	mldReport      = 131 // first type of a range that ends with mldDone, RFC 2710
-	mldDone        = 132
+	mldReport      = 131 // RFC 2710
+	mldDone        = 132 // RFC 2710
 	mld2Report     = 143 // RFC 3810
-	ndRouter       = 133 // solicitation, to ndNeighbor, RFC 4861
-	ndNeighbor     = 136 // advertisement
+	ndRouter       = 133 // router solicitation, RFC 4861
+	ndNeighbor     = 136 // neighbour advertisement, RFC 4861
 	ndHopLimit     = 255
 	mldHopLimit    = 1
 	dhcpClientPort = 68
@@ -225,19 +228,21 @@ const (
 	dhcp6Server    = 547
 )
 
-// chains returns the table's chains. The last one, behind all others of the
-// host, sees where packets really go: a packet that another program's mark
-// turns around within the output hook keeps its old interface there.
+// chains returns the chains of the table. The last one, after all other chains
+// of the host, sees the interface through which a packet leaves. In the output
+// hook a packet still has its old interface if another program has marked it to
+// be rerouted.
 func (k *KillSwitch) chains(index uint32) []chain {
 	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
 	own := chain{name: "own", rules: []chainRule{
 		{fmt.Sprintf("sockets with the bits %#x in their mark carry the tunnel", k.Mark),
 			append(packetMarked(k.Mark, k.Mark), accept...)},
-		{"DHCP", slices.Concat(ports(unix.NFPROTO_IPV4, dhcpClientPort, dhcpServerPort), accept)},
-		{"DHCPv6", slices.Concat(ports(unix.NFPROTO_IPV6, dhcp6Client, dhcp6Server), accept)},
+		{"DHCP", slices.Concat(udpPorts(unix.NFPROTO_IPV4, dhcpClientPort, dhcpServerPort),
+			accept)},
+		{"DHCPv6", slices.Concat(udpPorts(unix.NFPROTO_IPV6, dhcp6Client, dhcp6Server), accept)},
 		{"neighbour and router discovery",
 			slices.Concat(icmp6(ndHopLimit, ndRouter, ndNeighbor), accept)},
-		{"multicast listener reports, for switches that look at them",
+		{"multicast listener reports, version 1",
 			slices.Concat(icmp6(mldHopLimit, mldReport, mldDone), accept)},
 		{"multicast listener reports, version 2",
 			slices.Concat(icmp6(mldHopLimit, mld2Report, mld2Report), accept)},
@@ -280,15 +285,16 @@ func jump(to chain) chainRule {
 		[]expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: to.name}}}
 }
 
-// is compares a property of the packet that is one byte.
+// metaByte compares a one-byte property of the packet.
 func metaByte(key expr.MetaKey, value byte) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: key, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{value}}}
 }
 
-// ports matches UDP packets of a family by both ports.
-func ports(family byte, from, to uint16) []expr.Any {
-	return slices.Concat(metaByte(expr.MetaKeyNFPROTO, family), metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP),
+// udpPorts matches UDP packets of a family by both ports.
+func udpPorts(family byte, from, to uint16) []expr.Any {
+	return slices.Concat(metaByte(expr.MetaKeyNFPROTO, family),
+		metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP),
 		[]expr.Any{
 			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 4},
 			&expr.Cmp{Op: expr.CmpOpEq, Register: 1,
@@ -297,7 +303,7 @@ func ports(family byte, from, to uint16) []expr.Any {
 		})
 }
 
-// icmp6 matches ICMPv6 messages of the types from low to high with a hop limit.
+// icmp6 matches ICMPv6 messages with a hop limit and a type from low to high.
 func icmp6(hopLimit, low, high byte) []expr.Any {
 	return slices.Concat(metaByte(expr.MetaKeyNFPROTO, unix.NFPROTO_IPV6),
 		metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_ICMPV6), []expr.Any{

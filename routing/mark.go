@@ -10,23 +10,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DefaultMark is the mark for outer sockets where nothing speaks for another:
-// bits that Kubernetes (0xc000), mwan3 (0x3f00), Tailscale (0xff0000) and
-// wg-quick (0xca6c) leave alone.
+// DefaultMark is the default of the mark of outer sockets. Kubernetes (0xc000),
+// mwan3 (0x3f00), Tailscale (0xff0000) and wg-quick (0xca6c) do not use its
+// bits.
 const DefaultMark uint32 = 0xa0000000
 
-// A mark is two bits of packet and connection marks. The others belong to other
-// programs and are left as they are. Packets of our own sockets have both;
-// those of connections that came in from outside the tunnel have the higher one
-// only, so it is the one that keeps packets out of the tunnel.
+// A mark is two bits of packet and connection marks. Other programs use the
+// other bits, which are not changed. The higher bit keeps packets out of the
+// tunnel. Packets of outer sockets have both bits. Packets of connections from
+// outside the tunnel have the higher bit only.
 
-// ValidMark says whether mark can be a Config.Mark: two bits.
+// ValidMark reports whether mark can be a Config.Mark: it has exactly two bits.
 func ValidMark(mark uint32) bool { return bits.OnesCount32(mark) == 2 }
 
-// outsideMark is the bit of mark that keeps packets out of the tunnel.
+// outsideMark returns the bit of mark that keeps packets out of the tunnel.
 func outsideMark(mark uint32) uint32 { return mark &^ (mark & -mark) }
 
-// marked matches packets, or connections, of which the bits of mask are value.
+// marked matches packets or connections whose mark has value in the bits of
+// mask.
 func marked(load expr.Any, mask, value uint32) []expr.Any {
 	return []expr.Any{
 		load,
@@ -38,7 +39,7 @@ func marked(load expr.Any, mask, value uint32) []expr.Any {
 	}
 }
 
-// setBits makes the bits of mask value, and leaves the others as they are.
+// setBits sets the bits of mask to value, and does not change other bits.
 func setBits(load, store expr.Any, mask, value uint32) []expr.Any {
 	return []expr.Any{
 		load,
@@ -70,9 +71,9 @@ func markConnection(mask, value uint32) []expr.Any {
 }
 
 // MarkSocket returns a function for the Control field of net.ListenConfig and
-// net.Dialer that gives a socket the mark, so that its packets stay out of
-// every tunnel opened with that mark. It needs CAP_NET_ADMIN; without, the
-// error is os.ErrPermission. With mark 0 it leaves the socket alone.
+// net.Dialer. It gives the socket the mark, so that its packets do not enter a
+// tunnel with that Config.Mark. Its error matches os.ErrPermission if
+// CAP_NET_ADMIN is missing. With mark 0 it does nothing.
 func MarkSocket(mark uint32) func(network, address string, c syscall.RawConn) error {
 	return func(_, _ string, c syscall.RawConn) error {
 		if mark == 0 {

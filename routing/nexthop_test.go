@@ -8,7 +8,9 @@ import (
 func TestDefaultInterface(t *testing.T) {
 	h := newHost(t)
 	both := func() (names string) {
-		h.do(func() { names = fmt.Sprintf("%q %q", DefaultInterface(false), DefaultInterface(true)) })
+		h.do(func() {
+			names = fmt.Sprintf("%q %q", DefaultInterface(false), DefaultInterface(true))
+		})
 		return names
 	}
 	if got := both(); got != `"" ""` {

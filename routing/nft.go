@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// chain is a chain of an nftables table of ours. Without a hook, others jump to
-// it.
+// chain is a chain of one of our nftables tables. A chain without a hook is the
+// target of jumps.
 type chain struct {
 	name     string
 	family   nftables.TableFamily // family of the table, 0: inet
@@ -26,13 +26,16 @@ type chain struct {
 	hook     *nftables.ChainHook
 	priority *nftables.ChainPriority
 	policy   *nftables.ChainPolicy // nil: accept
-	needs    string                // the feature that not every kernel has; "": it must be
-	without  string                // what is lost without it
 	rules    []chainRule
+
+	// needs is an optional feature of the kernel. A kernel without it does
+	// without the chain, and the log has the consequence in without. If needs
+	// is empty, the chain is required.
+	needs, without string
 }
 
-// filter is a rule of a chain. The comment says all that the rule does, so that
-// equal comments mean equal rules.
+// chainRule is a rule of a chain. Rules with the same comment are the same, so
+// the comment has all parameters of the rule.
 type chainRule struct {
 	comment string
 	exprs   []expr.Any
@@ -45,11 +48,11 @@ func (r chainRule) userData() []byte {
 // kernelChain is a chain as read from the kernel.
 type kernelChain struct {
 	name     string
-	hook     *nftables.ChainHook // nil: none, like the next two
+	hook     *nftables.ChainHook // nil without a hook, like the next two
 	priority *nftables.ChainPriority
 	policy   *nftables.ChainPolicy
-	comments [][]byte // the rules' user data
-	bodies   [][]byte // what the rules do, but for what they count
+	comments [][]byte // user data of the rules
+	bodies   [][]byte // expressions of the rules, with counters at 0
 }
 
 const (
@@ -57,9 +60,9 @@ const (
 	dnsTLSPort = 853 // DNS over TLS and QUIC, RFC 7858 and RFC 9250
 )
 
-const loopback = 1 // the index of lo in every network namespace
+const loopback = 1 // index of lo in every network namespace
 
-// The features that kernels may lack, with the chains that need them.
+// Values of chain.needs.
 const (
 	needsMark  = "nftables conntrack marks"
 	needsGuard = "nftables fib expression"
@@ -68,8 +71,7 @@ const (
 	needsReply = "nftables conntrack, fib and socket expressions with rerouting"
 )
 
-// newDNSChains returns the chains that hold queries for names outside the
-// tunnel.
+// newDNSChains returns the chains that refuse DNS queries outside the tunnel.
 func newDNSChains(k *kernel) []chain {
 	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
 	inside := []chainRule{
@@ -77,7 +79,8 @@ func newDNSChains(k *kernel) []chain {
 			append(meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(k.index)), accept...)},
 		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept...)},
 	}
-	own := chainRule{fmt.Sprintf("sockets with the bits %#x in their mark ask for the proxy", k.Mark),
+	own := chainRule{fmt.Sprintf("sockets with the bits %#x in their mark ask for the proxy",
+		k.Mark),
 		append(packetMarked(k.Mark, k.Mark), accept...)}
 	var refuse []chainRule
 	for _, p := range []struct {
@@ -110,7 +113,7 @@ func newDNSChains(k *kernel) []chain {
 	}}
 }
 
-// meta compares a property of the packet. The value stays in register 1.
+// meta compares a property of the packet, which stays in register 1.
 func meta(key expr.MetaKey, op expr.CmpOp, value uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: key, Register: 1},
@@ -118,7 +121,7 @@ func meta(key expr.MetaKey, op expr.CmpOp, value uint32) []expr.Any {
 	}
 }
 
-// source compares the type of the source address in the host's routing tables.
+// sourceType compares the type of the source address in the routing tables.
 func sourceType(op expr.CmpOp, kind uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Fib{Register: 1, FlagSADDR: true, ResultADDRTYPE: true},
@@ -154,16 +157,17 @@ func address(p netip.Prefix, source bool) []expr.Any {
 	return append(exprs, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()})
 }
 
-// TablePrefix is the start of the names of the nftables tables of all Managers.
+// TablePrefix is the prefix of the names of the nftables tables of all
+// Managers.
 const TablePrefix = "masque-"
 
 func (k *kernel) tableName() string { return TablePrefix + k.Instance }
 
-// families are those of our tables: a table of ours is one in each, all with
-// one name.
+// families are the families of our tables. There is one table in each, all with
+// the same name.
 var families = []nftables.TableFamily{nftables.TableFamilyINet, nftables.TableFamilyARP}
 
-// tablesNamed returns the tables of that name.
+// tablesNamed returns the tables with a name, in all families.
 func tablesNamed(c *nftables.Conn, name string) (found []*nftables.Table, err error) {
 	for _, family := range families {
 		tables, err := c.ListTablesOfFamily(family)
@@ -182,11 +186,11 @@ func tablesNamed(c *nftables.Conn, name string) (found []*nftables.Table, err er
 	return found, nil
 }
 
-// readTable returns the chains of a table, and whether there is one. A table
-// that is dormant has no effect, and so it has no chains.
+// readTable returns the chains of a table and reports whether it exists. A
+// dormant table has no effect, so its chains are left out.
 func readTable(name string) (chains []kernelChain, found bool, err error) {
 	for range 5 {
-		// A chain that is deleted after it was listed has no rules to read.
+		// A chain may be deleted after it was listed.
 		if chains, found, err = readTableOnce(name); !errors.Is(err, unix.ENOENT) {
 			break
 		}
@@ -204,8 +208,8 @@ func readTableOnce(name string) (chains []kernelChain, found bool, err error) {
 		return nil, false, err
 	}
 	for _, t := range tables {
-		// The library reads the flags, which are in network byte order, as they
-		// are.
+		// The nftables library does not convert the flags from network byte
+		// order.
 		if binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil,
 			t.Flags))&unix.NFT_TABLE_F_DORMANT != 0 {
 			continue
@@ -234,7 +238,8 @@ func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (cha
 		if err != nil {
 			return nil, fmt.Errorf("list nftables rules: %w", explain(err))
 		}
-		text := kernelChain{name: ch.Name, hook: ch.Hooknum, priority: ch.Priority, policy: ch.Policy}
+		text := kernelChain{name: ch.Name, hook: ch.Hooknum, priority: ch.Priority,
+			policy: ch.Policy}
 		for _, r := range rules {
 			text.comments = append(text.comments, r.UserData)
 			text.bodies = append(text.bodies, body(r))
@@ -244,8 +249,7 @@ func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (cha
 	return chains, nil
 }
 
-// noNFTables says whether an error of readTable means that there is no
-// nf_tables in this kernel.
+// noNFTables reports whether an error means that the kernel has no nf_tables.
 func noNFTables(err error) bool {
 	for _, e := range []error{unix.EINVAL, unix.EOPNOTSUPP, unix.EPROTONOSUPPORT,
 		unix.EAFNOSUPPORT} {
@@ -256,7 +260,7 @@ func noNFTables(err error) bool {
 	return false
 }
 
-// sameTable says whether the kernel has these chains, as far as comments tell.
+// sameTable reports whether have are the chains of want, by the comments.
 func sameTable(want []chain, have []kernelChain) bool {
 	return slices.EqualFunc(want, have, func(w chain, h kernelChain) bool {
 		return w.name == h.name && w.sameHook(h) &&
@@ -266,15 +270,14 @@ func sameTable(want []chain, have []kernelChain) bool {
 	})
 }
 
-// same says whether c and d do the same.
+// same reports whether c and d have the same name and rules.
 func (c chain) same(d chain) bool {
 	return c.name == d.name && slices.EqualFunc(c.rules, d.rules, func(a, b chainRule) bool {
 		return a.comment == b.comment
 	})
 }
 
-// sameHook says whether h is where c shall be in the kernel, with the same
-// policy.
+// sameHook reports whether h has the hook, priority and policy of c.
 func (c chain) sameHook(h kernelChain) bool {
 	if c.hook == nil || h.hook == nil || h.priority == nil {
 		return c.hook == nil && h.hook == nil
@@ -287,15 +290,16 @@ func (c chain) sameHook(h kernelChain) bool {
 		(h.policy == nil || *h.policy == policy)
 }
 
-// sameContents says whether the rules of our table are those of the last look,
-// and not others with the same comments.
+// sameContents reports whether the rules have the same expressions as before.
+// Another program may have replaced a rule and kept its comment. last is nil if
+// unknown.
 func sameContents(now, last []kernelChain) bool {
 	return last == nil || slices.EqualFunc(now, last, func(a, b kernelChain) bool {
 		return slices.EqualFunc(a.bodies, b.bodies, bytes.Equal)
 	})
 }
 
-// body is what a rule does, as the library understands it.
+// body returns the encoded expressions of a rule, with counters at 0.
 func body(r *nftables.Rule) (b []byte) {
 	for _, e := range r.Exprs {
 		if _, ok := e.(*expr.Counter); ok {
@@ -307,17 +311,20 @@ func body(r *nftables.Rule) (b []byte) {
 	return b
 }
 
-// available leaves out the chains that this kernel was found to lack.
+// available returns the chains without those that need a missing feature.
 func (k *kernel) available(chains []chain) []chain {
-	return slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return k.missingFeatures[c.needs] })
+	return slices.DeleteFunc(slices.Clone(chains), func(c chain) bool {
+		return k.missingFeatures[c.needs]
+	})
 }
 
-// writeTable replaces our table, in one transaction: there is no moment without
-// it. What the kernel lacks and what can be done without is left out.
+// writeTable replaces our table in one transaction, so that there is no moment
+// without it. Chains that need a missing feature are left out.
 func (k *kernel) writeTable(chains []chain) error {
 	k.verified = nil
-	// A kernel without nf_tables answers a batch once, not once per message,
-	// and the library would wait for the rest: ask first.
+	// A kernel without nf_tables answers a batch once instead of once per
+	// message, and commit would wait for the other answers. Reading the table
+	// detects such a kernel.
 	_, found, err := readTable(k.tableName())
 	absent := err != nil
 	if !absent {
@@ -326,7 +333,8 @@ func (k *kernel) writeTable(chains []chain) error {
 	if err == nil || !absent && !lacks(err) {
 		return explain(err)
 	}
-	// The fewest features are left out: none that the kernel has.
+	// Find the smallest set of features without which the kernel accepts the
+	// table.
 	needed := make(map[string]bool)
 	for _, c := range chains {
 		if c.needs != "" {
@@ -350,8 +358,8 @@ func (k *kernel) writeTable(chains []chain) error {
 	return fmt.Errorf("%w: the kernel needs nf_tables with nft_masq for masquerading (since Linux 5.2 for table inet)", err)
 }
 
-// lacks says whether an error of a transaction may mean that the kernel does
-// not have something, and not that it cannot do it now.
+// lacks reports whether an error of a transaction may mean that the kernel
+// lacks a feature. Other errors are temporary or mean a missing privilege.
 func lacks(err error) bool {
 	for _, e := range []error{unix.EPERM, unix.ENOMEM, unix.ENOBUFS, unix.EBUSY, unix.EAGAIN,
 		unix.EINTR, unix.EEXIST} {
@@ -362,7 +370,7 @@ func lacks(err error) bool {
 	return true
 }
 
-// subsets returns the subsets of a list that are not empty, small ones first.
+// subsets returns the subsets of a list except the empty one, small ones first.
 func subsets(list []string) (all [][]string) {
 	for n := 1; n < 1<<len(list); n++ {
 		var set []string
@@ -377,10 +385,10 @@ func subsets(list []string) (all [][]string) {
 	return all
 }
 
-// commitTable makes a table with these chains, in place of what there is if it
-// is to replace that, or of nothing. With no chains it only deletes. Deleting
-// takes the kernel some 15 ms, in which it waits for packets that may still
-// look at what is gone.
+// commitTable creates a table with the chains. With replace, it deletes the
+// existing tables of that name first; without chains, it creates none. A
+// deletion takes about 15 ms, because the kernel waits for packets that may
+// still use the table.
 func commitTable(name string, replace bool, chains []chain) error {
 	var b batch
 	if replace {
@@ -393,7 +401,7 @@ func commitTable(name string, replace bool, chains []chain) error {
 			return err
 		}
 		for _, t := range old {
-			b.addTable(name, t.Family) // so that there is one to delete
+			b.addTable(name, t.Family) // deleting a missing table is an error
 			b.deleteTable(name, t.Family)
 		}
 	}

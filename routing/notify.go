@@ -10,16 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// notifications is a netlink socket on which the kernel tells of changes. What
-// the messages say is not read: they are a reason to look.
+// notifications is a netlink socket that receives notifications of changes. The
+// content of the messages is ignored; the reader compares the whole state.
 type notifications struct {
 	file *os.File
 	done chan struct{}
 }
 
 // subscribe opens a socket for notifications of the groups, in the network
-// namespace of the calling thread. Those that the filter refuses do not reach
-// it; nil: all do.
+// namespace of the calling thread. A filter drops some of them; it may be nil.
 func subscribe(protocol int, groups []uint, filter []unix.SockFilter) (*notifications, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK,
 		protocol)
@@ -45,9 +44,9 @@ func subscribe(protocol int, groups []uint, filter []unix.SockFilter) (*notifica
 	return &notifications{file: os.NewFile(uintptr(fd), "netlink"), done: make(chan struct{})}, nil
 }
 
-// follow puts a value into changed, unless there is one, after notifications:
-// when none has come for settle, and at the latest maxSettle after the first.
-// It returns when the socket is closed.
+// follow sends a value to changed after a burst of notifications, unless the
+// channel is full: when no notification has come for settle, and at the latest
+// maxSettle after the first one. It returns when the socket is closed.
 func (n *notifications) follow(changed chan<- struct{}, settle, maxSettle time.Duration) {
 	defer close(n.done)
 	var message [1 << 14]byte
@@ -55,7 +54,7 @@ func (n *notifications) follow(changed chan<- struct{}, settle, maxSettle time.D
 		_ = n.file.SetReadDeadline(time.Time{})
 		if _, err := n.file.Read(message[:]); errors.Is(err, os.ErrClosed) {
 			return
-		} // else there was a message, or there were more than the socket had room for
+		} // otherwise there is a message, or the socket has lost some
 		for end := time.Now().Add(maxSettle); time.Now().Before(end); {
 			_ = n.file.SetReadDeadline(time.Now().Add(settle))
 			_, err := n.file.Read(message[:])
@@ -80,8 +79,7 @@ func (n *notifications) close() error {
 	return err
 }
 
-// The groups of notifications, and where a message of rtnetlink has what the
-// filter looks at.
+// Groups of notifications.
 var (
 	ruleGroups  = []uint{unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE}
 	routeGroups = []uint{unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE}
@@ -89,15 +87,17 @@ var (
 )
 
 const (
-	messageType    = 4                       // offset in struct nlmsghdr
-	interfaceIndex = unix.SizeofNlMsghdr + 4 // offset in struct ifinfomsg and struct ifaddrmsg
-	routeProtocol  = unix.SizeofNlMsghdr + 5 // offset in struct rtmsg
-	nftablesGroup  = 7                       // NFNLGRP_NFTABLES
+	// Offsets in messages of rtnetlink.
 
-	// findAttribute is SKF_AD_OFF + SKF_AD_NLATTR: in place of a byte of the
-	// message, it loads the offset of the attribute of the type in X, 0 for
-	// none. Attributes begin at the offset in A, for a route at
-	// routeAttributes.
+	messageType    = 4                       // in struct nlmsghdr
+	interfaceIndex = unix.SizeofNlMsghdr + 4 // in struct ifinfomsg and struct ifaddrmsg
+	routeProtocol  = unix.SizeofNlMsghdr + 5 // in struct rtmsg
+
+	nftablesGroup = 7 // NFNLGRP_NFTABLES
+
+	// findAttribute is SKF_AD_OFF + SKF_AD_NLATTR. A load from this offset
+	// finds the attribute whose type is in X, and returns its offset or 0. A is
+	// the offset of the first attribute, which is routeAttributes for a route.
 	findAttribute   = 1<<32 - 0x1000 + 12
 	routeAttributes = unix.SizeofNlMsghdr + unix.SizeofRtMsg
 	loadHalf        = unix.BPF_LD | unix.BPF_H | unix.BPF_ABS
@@ -105,15 +105,16 @@ const (
 	loadWord        = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS
 	jumpIfEqual     = unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K
 	verdict         = unix.BPF_RET | unix.BPF_K
-	whole           = 1<<32 - 1 // bytes of the message
+	wholeMessage    = 1<<32 - 1 // bytes
 )
 
-// notificationFilter lets the kernel send notifications of all rules, of deleted routes
-// of ours, of other programs' in the tables of one interface, and of that
-// interface: a host that changes other routes thousands of times a second then
-// costs us nothing.
+// notificationFilter passes notifications of all rules, of the interface, of
+// our deleted routes, and of new routes of other programs in the tables of the
+// interface. The kernel drops all others, so that a host may change other
+// routes thousands of times a second without cost for this process.
 func notificationFilter(index int) []unix.SockFilter {
-	// The filter loads in network byte order what is in that of the host.
+	// The filter loads fields in network byte order, but they are in the byte
+	// order of the host.
 	kind := func(k uint16) uint32 {
 		return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, k)))
 	}
@@ -129,20 +130,20 @@ func notificationFilter(index int) []unix.SockFilter {
 		{Code: jumpIfEqual, K: kind(unix.RTM_DELROUTE), Jt: 4},
 		{Code: loadWord, K: interfaceIndex},
 		{Code: jumpIfEqual, K: own, Jt: 13, Jf: 12},
-		{Code: loadByte, K: routeProtocol}, // a new route: ours are no news
+		{Code: loadByte, K: routeProtocol}, // a new route: drop it if it is ours
 		{Code: jumpIfEqual, K: protocol, Jt: 10, Jf: 2},
-		{Code: loadByte, K: routeProtocol}, // a deleted one
+		{Code: loadByte, K: routeProtocol}, // a deleted route
 		{Code: jumpIfEqual, K: protocol, Jt: 9},
 		{Code: unix.BPF_LD | unix.BPF_IMM, K: routeAttributes},
 		{Code: unix.BPF_LDX | unix.BPF_IMM, K: unix.RTA_TABLE},
 		{Code: loadByte, K: findAttribute},
-		{Code: jumpIfEqual, K: 0, Jt: 4}, // there is none
+		{Code: jumpIfEqual, K: 0, Jt: 4}, // the attribute is missing
 		{Code: unix.BPF_MISC | unix.BPF_TAX},
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_IND, K: unix.SizeofRtAttr},
-		// whatever the prefix length
+		// any prefix length
 		{Code: unix.BPF_ALU | unix.BPF_AND | unix.BPF_K, K: word(^uint32(0xff))},
 		{Code: jumpIfEqual, K: word(uint32(tableID(index, 0))), Jt: 1},
 		{Code: verdict, K: 0},
-		{Code: verdict, K: whole},
+		{Code: verdict, K: wholeMessage},
 	}
 }

@@ -8,10 +8,10 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// newOuterChain returns the chain that marks packets for our own outer sockets
-// before any other chain of ours sees them. Another network may give this host
-// the address that it has in the tunnel: without the mark, the guard would take
-// replies of the proxy for packets to the tunnel from elsewhere.
+// newOuterChain returns the chain that marks packets to outer sockets before
+// the other chains see them. Another network may give this host the address
+// that it has in the tunnel. Without the mark, the guard chain would drop
+// replies of the proxy to that address.
 func newOuterChain(k *kernel) chain {
 	return chain{
 		name: "outer", kind: nftables.ChainTypeFilter,
@@ -27,11 +27,11 @@ func newOuterChain(k *kernel) chain {
 	}
 }
 
-// ndSolicitation is the type of ICMPv6 by which neighbours are looked for.
+// ndSolicitation is the ICMPv6 type of a neighbour solicitation (RFC 4861).
 const ndSolicitation = 135
 
-// guardExceptions are the rules by which such packets, and those by which IPv6
-// finds the neighbours that they come by, pass the guard.
+// guardExceptions returns the rules of the guard chain that accept packets to
+// outer sockets, and neighbour discovery, which IPv6 needs to deliver them.
 func guardExceptions(k *kernel) []chainRule {
 	outside, pass := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(k.index)),
 		&expr.Verdict{Kind: expr.VerdictAccept}

@@ -11,34 +11,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxRoutes is how many routes one State may need in the kernel: its Routes,
-// and for each table the prefixes in Exclude that lie within them.
+// MaxRoutes is the greatest number of routes that a State may need in the
+// kernel: its Routes, and for each table the prefixes of Exclude within them.
 const MaxRoutes = 16384
 
 const (
-	protocol     = 94      // rtm_protocol of routes that are ours
-	metric       = 9484    // our routes: those of the host go first
-	lastMetric   = 9485    // routes that lead nowhere count where there is no other
+	protocol     = 94      // rtm_protocol of our routes
+	metric       = 9484    // our routes; others of the same prefix come first
+	lastMetric   = 9485    // unreachable routes, behind all others
 	rulePriority = 9484    // priority of the rules for the longest prefix
 	tableBase    = 1 << 30 // smallest number of our tables
 	indexMask    = 1<<22 - 1
 	minMTU       = 68   // RFC 791
-	minMTU6      = 1280 // RFC 8200, section 5
+	minMTU6      = 1280 // RFC 8200 section 5
 	maxMTU       = 65535
 
-	// ruleProtocol is FRA_PROTOCOL of our rules. systemd-networkd deletes rules
-	// that it did not make each time that it is reloaded, unless
-	// ManageForeignRoutingPolicyRules=no is set, but those of the kernel it
-	// leaves alone. By their tables and priorities the rules are ours all the
-	// same.
+	// ruleProtocol is the FRA_PROTOCOL of our rules. It is the kernel's because
+	// systemd-networkd deletes rules of all other protocols when it is
+	// reloaded, unless ManageForeignRoutingPolicyRules=no is set. Our rules are
+	// recognised by their tables and marks instead.
 	ruleProtocol = unix.RTPROT_KERNEL
 )
 
-// plan is what the kernel shall have of ours. The zero plan is nothing at all.
+// plan lists the kernel objects of a State. The zero plan has none.
 type plan struct {
-	up      bool
-	mtu     int  // 0: as found
-	grouped bool // the interface is in the group of those that forward
+	up      bool // the interface is up
+	mtu     int  // bytes, 0: as found
+	grouped bool // the interface is in tunnelGroup
 	addrs   []netip.Prefix
 	routes  map[route]struct{}
 	rules   map[rule]struct{}
@@ -46,50 +45,59 @@ type plan struct {
 	sysctls []setting
 }
 
-// route is a route of ours.
+// route is one of our routes.
 type route struct {
 	table  int
 	prefix netip.Prefix
 	kind   routeKind
 }
 
-// routeKind says where a route leads.
+// routeKind is the action of a route.
 type routeKind int
 
 const (
 	intoTunnel  routeKind = iota
-	excluded              // a throw route: on to the next rule
-	unreachable           // nowhere: packets are refused
+	excluded              // a throw route: the next rule decides
+	unreachable           // packets are refused
 )
 
-// types are the kernel's for each routeKind.
-var types = [...]int{intoTunnel: unix.RTN_UNICAST, excluded: unix.RTN_THROW,
+// routeTypes are the rtm_type of each routeKind.
+var routeTypes = [...]int{intoTunnel: unix.RTN_UNICAST, excluded: unix.RTN_THROW,
 	unreachable: unix.RTN_UNREACHABLE}
 
-// rule is a policy rule of ours for a prefix length: the one that leads into
-// the tunnel, or one before it that asks the host's routes.
+// rule is one of our policy rules for a prefix length.
 type rule struct {
-	v6     bool
-	bits   int
-	tunnel bool
-	to     netip.Prefix // destinations for which the host's are asked, the zero Prefix for all
-	least  int          // prefix length from which on a route of the host counts
+	v6   bool
+	bits int // prefix length
+
+	// tunnel means that the rule looks up the tunnel's table. Otherwise it
+	// looks up the host's main table, for destinations in to (zero: all), and
+	// uses routes of at least minBits bits.
+	tunnel  bool
+	to      netip.Prefix
+	minBits int
 }
 
-// setting is a sysctl and what it shall be.
+// setting is a sysctl and its desired value.
 type setting struct {
-	name, value string // name as a path below /proc/sys
-	optional    string // what is lost without it; "": it must be
-	needs       string // the feature of the kernel without which it must not be, "": none
+	name, value string // name is a path below /proc/sys
+
+	// optional is the consequence if the sysctl cannot be set. Empty means that
+	// Apply fails.
+	optional string
+
+	// needs is a kernel feature without which the sysctl must not be set. Empty
+	// means none.
+	needs string
 }
 
-// tableID returns the number of the table for the tunnel's prefixes of one
-// length.
+// tableID returns the number of the tunnel's table for a prefix length.
 func tableID(index, bits int) int {
 	return tableBase | (index&indexMask)<<8 | bits
 }
 
-// tableOwner takes apart what tableID made. The index is cut to 22 bits.
+// tableOwner is the inverse of tableID. It returns the lower 22 bits of the
+// interface's index.
 func tableOwner(id int) (index, bits int, ok bool) {
 	index, bits = id>>8&indexMask, id&0xff
 	return index, bits, bits <= 128 && id == tableID(index, bits)
@@ -100,7 +108,7 @@ func (s State) hasIPv6() bool {
 		s.Masquerade), isIPv6)
 }
 
-// forwards says whether s needs one of the sysctls ipForward4 and ipForward6.
+// forwards reports whether s needs a sysctl, ipForward4 or ipForward6.
 func (s State) forwards(sysctl string) bool {
 	return s.Forward && slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Masquerade),
 		func(p netip.Prefix) bool {
@@ -118,7 +126,7 @@ func (s State) ipv4Only() State {
 
 func isIPv6(p netip.Prefix) bool { return p.Addr().Is6() }
 
-// newPlan works out what the state needs. It does not look at the kernel.
+// newPlan returns the plan of a State.
 func newPlan(s State, k *kernel) (plan, error) {
 	if s.MTU != 0 && (s.MTU < minMTU || s.MTU > maxMTU) {
 		return plan{}, fmt.Errorf("MTU %d: want %d to %d", s.MTU, minMTU, maxMTU)
@@ -165,9 +173,9 @@ func newPlan(s State, k *kernel) (plan, error) {
 		}
 	}
 	if slices.ContainsFunc(s.Addresses, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
-		// ICMP errors that the tunnel's own end makes about packets of this
-		// host, or through it, come in with an address of this host as their
-		// source. Others that do are for the guard chain.
+		// The tunnel sends ICMP errors about outgoing packets back to this host
+		// with an address of this host as the source. The guard chain drops
+		// other packets with such a source.
 		w.sysctls = append(w.sysctls, setting{
 			name: "net/ipv4/conf/" + k.Interface + "/accept_local", value: "1",
 			optional: "programs of this host do not learn why the tunnel refuses a packet",
@@ -175,9 +183,9 @@ func newPlan(s State, k *kernel) (plan, error) {
 		})
 	}
 	if s.Forward {
-		// Clients that reach each other through this host have no shorter way.
-		// The kernel sends redirects where either the interface's switch or
-		// that for all is on; other interfaces keep their own.
+		// Clients have no shorter path to each other than through this host.
+		// The kernel sends redirects if the sysctl of the interface or the one
+		// of "all" is on.
 		for _, name := range []string{k.Interface, "all"} {
 			w.sysctls = append(w.sysctls, setting{
 				name: "net/ipv4/conf/" + name + "/send_redirects", value: "0",
@@ -193,12 +201,12 @@ func newPlan(s State, k *kernel) (plan, error) {
 	return w, nil
 }
 
-// sorted returns a list without order and repetition as everyone writes it.
+// sorted returns the list sorted and without duplicates.
 func sorted(list []netip.Prefix) []netip.Prefix {
 	return slices.Compact(slices.SortedFunc(slices.Values(list), netip.Prefix.Compare))
 }
 
-// planRoutes fills in routes and rules.
+// planRoutes sets the routes and rules of w.
 func (w *plan) planRoutes(s State, k *kernel) {
 	w.routes = make(map[route]struct{})
 	w.rules = make(map[rule]struct{})
@@ -206,12 +214,12 @@ func (w *plan) planRoutes(s State, k *kernel) {
 	for _, p := range s.Exclude {
 		exclude[p] = struct{}{}
 	}
-	var kept []netip.Prefix
+	var added []netip.Prefix
 	add := func(p netip.Prefix, kind routeKind) {
 		if covered(p, exclude, p.Bits()) {
 			return
 		}
-		kept = append(kept, p)
+		added = append(added, p)
 		w.routes[route{table: tableID(k.index, p.Bits()), prefix: p, kind: kind}] = struct{}{}
 		w.rules[rule{v6: isIPv6(p), bits: p.Bits(), tunnel: true}] = struct{}{}
 	}
@@ -225,7 +233,7 @@ func (w *plan) planRoutes(s State, k *kernel) {
 	for _, p := range s.Unreachable {
 		add(p, unreachable)
 	}
-	for _, r := range s.hostRules(kept) {
+	for _, r := range s.hostRules(added) {
 		w.rules[r] = struct{}{}
 	}
 	for p := range exclude {
@@ -235,7 +243,8 @@ func (w *plan) planRoutes(s State, k *kernel) {
 		for bits := range p.Bits() {
 			table := tableID(k.index, bits)
 			for _, kind := range []routeKind{intoTunnel, unreachable} {
-				if _, ok := w.routes[route{table: table, prefix: shorten(p, bits), kind: kind}]; ok {
+				if _, ok := w.routes[route{table: table, prefix: shorten(p, bits),
+					kind: kind}]; ok {
 					w.routes[route{table: table, prefix: p, kind: excluded}] = struct{}{}
 				}
 			}
@@ -243,7 +252,8 @@ func (w *plan) planRoutes(s State, k *kernel) {
 	}
 }
 
-// covered says whether p lies in a prefix of the set with at most bits bits.
+// covered reports whether p is within a prefix of the set that has at most the
+// given number of bits.
 func covered(p netip.Prefix, set map[netip.Prefix]struct{}, bits int) bool {
 	if len(set) == 0 {
 		return false
@@ -256,11 +266,12 @@ func covered(p netip.Prefix, set map[netip.Prefix]struct{}, bits int) bool {
 	return false
 }
 
+// shorten returns the prefix of the given length that contains p.
 func shorten(p netip.Prefix, bits int) netip.Prefix {
 	return netip.PrefixFrom(p.Addr(), bits).Masked()
 }
 
-// netlink returns the rule as the kernel shall have it.
+// netlink returns the attributes of the rule.
 func (r rule) netlink(k *kernel) *netlink.Rule {
 	n := netlink.NewRule()
 	n.Family, n.Protocol = unix.AF_INET, ruleProtocol
@@ -275,9 +286,9 @@ func (r rule) netlink(k *kernel) *netlink.Rule {
 		n.Invert, n.Mark, n.Table = true, outsideMark(k.Mark), id
 		n.Mask = new(outsideMark(k.Mark))
 	} else {
-		// Mask 0 matches every mark: the mark only says whose rule it is.
+		// The mask 0 matches every packet. The mark only identifies the rule.
 		n.Mark, n.Mask = uint32(id), new(uint32)
-		n.Table, n.SuppressPrefixlen = unix.RT_TABLE_MAIN, r.least-1
+		n.Table, n.SuppressPrefixlen = unix.RT_TABLE_MAIN, r.minBits-1
 		if r.to.IsValid() {
 			n.Dst = ipNet(r.to)
 		}
@@ -285,16 +296,16 @@ func (r rule) netlink(k *kernel) *netlink.Rule {
 	return n
 }
 
-// parseRule says whether a rule of the kernel is ours, of which interface, and
-// which of our rules it is.
+// parseRule is the inverse of rule.netlink. index has the lower 22 bits of the
+// interface's index, and ok is false for rules of other programs.
 func parseRule(n *netlink.Rule) (r rule, index int, ok bool) {
-	if n.Protocol != ruleProtocol && n.Protocol != protocol { // the latter is of earlier versions
+	if n.Protocol != ruleProtocol && n.Protocol != protocol { // protocol: earlier versions
 		return rule{}, 0, false
 	}
 	r = rule{v6: n.Family == unix.AF_INET6, tunnel: true}
 	index, r.bits, ok = tableOwner(n.Table)
 	if !ok && n.Mask != nil && *n.Mask == 0 {
-		r.tunnel, r.least = false, n.SuppressPrefixlen+1
+		r.tunnel, r.minBits = false, n.SuppressPrefixlen+1
 		if n.Dst != nil {
 			r.to = prefixOf(n.Dst)
 		}
@@ -303,7 +314,7 @@ func parseRule(n *netlink.Rule) (r rule, index int, ok bool) {
 	return r, index, ok
 }
 
-// sameRule compares what we set in a rule.
+// sameRule reports whether a and b have the same attributes.
 func sameRule(a, b *netlink.Rule) bool {
 	return a.Family == b.Family && a.Priority == b.Priority && a.Table == b.Table &&
 		a.Mark == b.Mark && a.Mask != nil && b.Mask != nil && *a.Mask == *b.Mask &&
@@ -311,14 +322,14 @@ func sameRule(a, b *netlink.Rule) bool {
 		(a.Dst == nil) == (b.Dst == nil) && (a.Dst == nil || prefixOf(a.Dst) == prefixOf(b.Dst))
 }
 
-// netlink returns the route as the kernel shall have it.
+// netlink returns the attributes of the route.
 func (r route) netlink(k *kernel) *netlink.Route {
 	n := &netlink.Route{
 		Dst:      ipNet(r.prefix),
 		Table:    r.table,
 		Protocol: protocol,
 		Priority: metric,
-		Type:     types[r.kind],
+		Type:     routeTypes[r.kind],
 	}
 	switch r.kind {
 	case intoTunnel:
@@ -332,8 +343,8 @@ func (r route) netlink(k *kernel) *netlink.Route {
 	return n
 }
 
-// compareRoutes puts routes of one table and family next to each other, with
-// those that keep packets out of the tunnel first.
+// compareRoutes sorts by family and table. Routes that keep packets out of the
+// tunnel come first in each table.
 func compareRoutes(a, b route) int {
 	return cmp.Or(
 		cmp.Compare(a.prefix.Addr().BitLen(), b.prefix.Addr().BitLen()),
@@ -343,8 +354,8 @@ func compareRoutes(a, b route) int {
 	)
 }
 
-// compareRules puts rules in the order in which they are to be added: longest
-// prefix first, the host's before the tunnel's.
+// compareRules sorts rules in the order in which they are added: the longest
+// prefix first, and rules for the host's routes before those for the tunnel's.
 func compareRules(a, b rule) int {
 	return cmp.Or(
 		cmp.Compare(b2i(a.v6), b2i(b.v6)),
@@ -368,5 +379,5 @@ func ipNet(p netip.Prefix) *net.IPNet {
 func prefixOf(n *net.IPNet) netip.Prefix {
 	a, _ := netip.AddrFromSlice(n.IP)
 	ones, _ := n.Mask.Size()
-	return netip.PrefixFrom(a.Unmap(), ones) // the library writes 0.0.0.0 in 16 bytes
+	return netip.PrefixFrom(a.Unmap(), ones) // the netlink library has 0.0.0.0 in 16 bytes
 }

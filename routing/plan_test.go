@@ -129,7 +129,7 @@ func TestTableNumbers(t *testing.T) {
 				r.to = map[bool]netip.Prefix{false: netip.MustParsePrefix("10.0.0.0/8"),
 					true: netip.MustParsePrefix("fc00::/7")}[r.v6]
 			}
-			r.least = rapid.IntRange(0, 32).Draw(t, "least")
+			r.minBits = rapid.IntRange(0, 32).Draw(t, "minBits")
 		}
 		k := &kernel{index: index}
 		k.Mark = rapid.Uint32Range(1, 1<<32-1).Draw(t, "mark")

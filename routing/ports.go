@@ -9,32 +9,32 @@ import (
 )
 
 const (
-	firstUserPort    = 1024 // below are the privileged ones
+	firstUserPort    = 1024 // lower ports are privileged
 	lastPort         = 65535
-	defaultFirstPort = 32768 // first port of this host's connections, unless somebody changed it
+	defaultFirstPort = 32768 // Linux's default of net.ipv4.ip_local_port_range
 )
 
-// portRange is the ports from low to high.
+// portRange is a range of ports. It includes low and high.
 type portRange struct{ low, high uint16 }
 
-// translationPorts returns the ports that connections of the tunnel get on this
-// host's addresses: the widest range in which this host listened on none when
-// it was first asked for. A user of the tunnel who chooses the port of a server
-// of this host would get its packets (CVE-2021-3773). The range begins where
-// the kernel takes ports for this host's own connections, as those are tracked,
-// and so not given to two, while servers are usually below.
+// translationPorts returns the range of ports for translated connections of the
+// tunnel: the widest one on which this host did not listen at the first call. A
+// user of the tunnel who gets the port of a server would receive its packets
+// (CVE-2021-3773). Ports below the range of this host's own connections are not
+// used, because servers usually have those. A port of a connection of this host
+// is not given out twice, because that connection is tracked.
 func (k *kernel) translationPorts(want State) (low, high uint16) {
-	taken := slices.Clone(k.cachedPorts())
+	used := slices.Clone(k.cachedPorts())
 	for _, port := range want.Listen {
-		taken = append(taken, portRange{port, port})
+		used = append(used, portRange{port, port})
 	}
-	return widest(portRange{max(k.firstLocalPort, firstUserPort), lastPort}, taken)
+	return widest(portRange{max(k.firstLocalPort, firstUserPort), lastPort}, used)
 }
 
-// widest returns the widest part of all without what is taken; all of it when
-// nothing is left.
-func widest(all portRange, taken []portRange) (low, high uint16) {
-	slices.SortFunc(taken, func(a, b portRange) int { return int(a.low) - int(b.low) })
+// widest returns the widest part of all that contains no used port, or all if
+// there is none.
+func widest(all portRange, used []portRange) (low, high uint16) {
+	slices.SortFunc(used, func(a, b portRange) int { return int(a.low) - int(b.low) })
 	best := -1
 	from := int(all.low)
 	consider := func(to int) {
@@ -42,9 +42,9 @@ func widest(all portRange, taken []portRange) (low, high uint16) {
 			best, low, high = to-from, uint16(from), uint16(to)
 		}
 	}
-	for _, t := range taken {
-		consider(int(t.low) - 1)
-		from = max(from, int(t.high)+1)
+	for _, r := range used {
+		consider(int(r.low) - 1)
+		from = max(from, int(r.high)+1)
 	}
 	consider(int(all.high))
 	if best < 0 {
@@ -64,9 +64,9 @@ func (k *kernel) firstPort() uint16 {
 	return defaultFirstPort
 }
 
-// usedPorts returns the ports on which this host listens, and those that its
-// administrator has reserved.
-func (k *kernel) usedPorts() (taken []portRange) {
+// usedPorts returns the ports on which this host listens, and the ports that
+// the administrator has reserved.
+func (k *kernel) usedPorts() (used []portRange) {
 	v, _ := k.readSysctl("net/ipv4/ip_local_reserved_ports")
 	for part := range strings.SplitSeq(v, ",") {
 		first, last, ok := strings.Cut(part, "-")
@@ -76,7 +76,7 @@ func (k *kernel) usedPorts() (taken []portRange) {
 		low, err := strconv.ParseUint(first, 10, 16)
 		high, err2 := strconv.ParseUint(last, 10, 16)
 		if err == nil && err2 == nil && low <= high {
-			taken = append(taken, portRange{uint16(low), uint16(high)})
+			used = append(used, portRange{uint16(low), uint16(high)})
 		}
 	}
 	const listening, unconnected = "0A", "07" // TCP_LISTEN, and TCP_CLOSE for UDP
@@ -84,14 +84,14 @@ func (k *kernel) usedPorts() (taken []portRange) {
 		{"tcp", listening}, {"tcp6", listening}, {"udp", unconnected}, {"udp6", unconnected},
 		{"udplite", unconnected}, {"udplite6", unconnected},
 	} {
-		taken = append(taken, sockets("/proc/thread-self/net/"+file.name, file.state)...)
+		used = append(used, sockets("/proc/thread-self/net/"+file.name, file.state)...)
 	}
-	return taken
+	return used
 }
 
-// sockets returns the local ports of the sockets in a state that a file of
-// /proc/net lists. It changes nothing that the file may be missing.
-func sockets(path, state string) (taken []portRange) {
+// sockets returns the local ports of the sockets in a state, from a file in
+// /proc/net. It returns nil if the file does not exist.
+func sockets(path, state string) (used []portRange) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil
@@ -105,8 +105,8 @@ func sockets(path, state string) (taken []portRange) {
 		}
 		_, port, _ := strings.Cut(fields[local], ":")
 		if n, err := strconv.ParseUint(port, 16, 16); err == nil && n != 0 {
-			taken = append(taken, portRange{uint16(n), uint16(n)})
+			used = append(used, portRange{uint16(n), uint16(n)})
 		}
 	}
-	return taken
+	return used
 }

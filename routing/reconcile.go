@@ -67,8 +67,8 @@ func (h Health) Equal(o Health) bool {
 
 // repairs is the history of the repairs of a Manager.
 type repairs struct {
-	backoffs map[string]*backoff // by kind
-	counts   map[string]uint64   // repairs by kind
+	backoffs map[string]*backoff // key: kind
+	counts   map[string]uint64   // number of repairs; key: kind
 
 	// lostIPv6 means that IPv6 was turned off on the interface after it had
 	// been applied.

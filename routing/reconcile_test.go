@@ -547,7 +547,8 @@ func TestNotificationsAreFiltered(t *testing.T) {
 	h.do(func() {
 		var err error
 		if n, err = subscribe(unix.NETLINK_ROUTE,
-			slices.Concat(linkGroups, routeGroups, ruleGroups), notificationFilter(index)); err != nil {
+			slices.Concat(linkGroups, routeGroups, ruleGroups),
+			notificationFilter(index)); err != nil {
 			t.Fatal(err)
 		}
 	})

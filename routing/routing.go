@@ -146,7 +146,7 @@ type Manager struct {
 // kernel makes the kernel match a plan for one interface of one instance.
 type kernel struct {
 	Config
-	index   int    // of the interface
+	index   int    // interface index
 	ipv6    bool   // the kernel has IPv6
 	procSys string // directory of the sysctls
 
@@ -197,7 +197,8 @@ func Open(c Config) (*Manager, error) {
 }
 
 func open(c Config, procSys string) (_ *Manager, err error) {
-	m := &Manager{repairs: repairs{backoffs: make(map[string]*backoff), counts: make(map[string]uint64)}}
+	m := &Manager{repairs: repairs{backoffs: make(map[string]*backoff),
+		counts: make(map[string]uint64)}}
 	defer func() {
 		if err != nil {
 			m.release()
@@ -254,7 +255,8 @@ func (k *kernel) init(c Config, procSys string) (err error) {
 	if c.Mark != 0 && !ValidMark(c.Mark) {
 		return fmt.Errorf("mark %#x: want two bits", c.Mark)
 	}
-	*k = kernel{Config: c, procSys: procSys, missingFeatures: make(map[string]bool), commit: commitTable}
+	*k = kernel{Config: c, procSys: procSys, missingFeatures: make(map[string]bool),
+		commit: commitTable}
 	// The used ports are read once, so that the chains stay the same, and only
 	// if necessary, because that takes some milliseconds.
 	k.firstLocalPort, k.cachedPorts = k.firstPort(), sync.OnceValue(k.usedPorts)
@@ -287,7 +289,8 @@ func (k *kernel) takeOver() (found bool, err error) {
 	case errors.Is(why, errStale):
 		k.Logger.Info("journal ignored", "reason", why)
 	case why != nil:
-		k.Logger.Warn("journal ignored: marked objects are removed; sysctls and addresses stay", "reason", why)
+		k.Logger.Warn("journal ignored: marked objects are removed; sysctls and addresses stay",
+			"reason", why)
 	}
 	found = old != nil || why != nil
 	if err := k.clean(old); err != nil {
@@ -395,7 +398,8 @@ func (m *Manager) FollowHost() (conflicting []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("routing: %w", err)
 	}
-	return slices.Concat(networkConflicts(m.state, networks), publicRoutes(m.state, routes), selective), nil
+	return slices.Concat(networkConflicts(m.state, networks), publicRoutes(m.state, routes),
+		selective), nil
 }
 
 // Close restores the host as it was before Open, except for values that other

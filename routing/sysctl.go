@@ -15,25 +15,26 @@ const (
 	ipForward6 = "net/ipv6/conf/all/forwarding"
 )
 
-// sysctl is a value that was changed, as Close has to know it.
+// sysctl is a changed sysctl, with the values that Close needs.
 type sysctl struct {
 	Name string `json:"name"` // path below /proc/sys
 	Old  string `json:"old"`
 	New  string `json:"new"`
 
-	// Also are values that change along with it, or, with First, that are set
-	// before it. They get Old back after it, unless somebody changed New.
+	// Also are sysctls that the kernel changes together with this one, or, with
+	// First, that are set before it. Afterwards they are restored to Old,
+	// unless another program changed New.
 	Also  []sysctl `json:"also,omitempty"`
 	First bool     `json:"first,omitempty"`
 
-	// Links are the other interfaces that were there when forwarding was
-	// turned on.
+	// Links are the other interfaces that existed when forwarding was turned
+	// on.
 	Links []string `json:"links,omitempty"`
 }
 
 // dotted returns the name as sysctl(8) prints it.
 func dotted(name string) string {
-	if strings.Contains(name, ".") { // an interface with a dot
+	if strings.Contains(name, ".") { // an interface name with a dot
 		return name
 	}
 	return strings.ReplaceAll(name, "/", ".")
@@ -45,11 +46,12 @@ func (k *kernel) readSysctl(name string) (string, error) {
 }
 
 func (k *kernel) writeSysctl(name, value string) error {
-	// O_TRUNC, which os.WriteFile adds, means nothing to /proc.
+	// os.WriteFile adds O_TRUNC, which /proc ignores.
 	return explain(os.WriteFile(filepath.Join(k.procSys, name), []byte(value+"\n"), 0o644))
 }
 
-// diffSysctls lists what is to be set and what is to be put back.
+// diffSysctls returns the changes that set sysctls, and those that restore
+// them.
 func (k *kernel) diffSysctls(want plan) (set, unset ops, err error) {
 	wanted := make(map[string]bool)
 	for _, w := range want.sysctls {
@@ -83,10 +85,11 @@ func (k *kernel) diffSysctls(want plan) (set, unset ops, err error) {
 	return set, unset, nil
 }
 
-// acquireSysctl sets a sysctl and records what it was; or, when another instance has
-// set it, records what that one found, so that the last of them puts it back.
+// acquireSysctl sets a sysctl and records the previous value. If another
+// instance has set it, the recorded value is that of the other journal, so that
+// the last instance restores it.
 func (k *kernel) acquireSysctl(w setting) error {
-	if k.missingFeatures[w.needs] { // as it has just turned out
+	if k.missingFeatures[w.needs] { // writeTable may have just found out
 		return nil
 	}
 	err := k.journal.withLock(func() error {
@@ -96,7 +99,7 @@ func (k *kernel) acquireSysctl(w setting) error {
 		}
 		c := sysctl{Name: w.name, Old: now, New: w.value}
 		if i := k.rec.sysctl(w.name); i >= 0 {
-			c = k.rec.Sysctls[i] // somebody set it back: once more
+			c = k.rec.Sysctls[i] // another program changed it back
 		} else if other := k.journal.other(w.name, false); other != nil {
 			c = *other
 		} else {
@@ -137,8 +140,8 @@ func (k *kernel) acquireSysctl(w setting) error {
 	return err
 }
 
-// releaseSysctl restores a sysctl, unless somebody else has set it meanwhile or
-// another live instance needs it.
+// releaseSysctl restores a sysctl, unless another running instance needs it or
+// another program has changed it.
 func (k *kernel) releaseSysctl(c sysctl) error {
 	return k.journal.withLock(func() error {
 		if k.journal.other(c.Name, true) == nil {
@@ -154,13 +157,13 @@ func (k *kernel) releaseSysctl(c sysctl) error {
 }
 
 func (k *kernel) restore(c sysctl) error {
-	// What goes with it is looked at first, as setting the value back changes
-	// it too.
+	// Related sysctls are read first, because the kernel changes them together
+	// with this one.
 	target := make(map[string]string)
 	for _, also := range c.Also {
 		v, err := k.readSysctl(also.Name)
 		if err != nil {
-			continue // gone with its interface
+			continue // its interface is gone
 		}
 		if v == also.New {
 			v = also.Old
@@ -174,7 +177,8 @@ func (k *kernel) restore(c sysctl) error {
 		return err
 	case now == c.Old:
 	case now != c.New:
-		k.Logger.Info("sysctl was changed by somebody else and stays", "sysctl", dotted(c.Name),
+		k.Logger.Info("another program changed the sysctl: it is not restored", "sysctl",
+			dotted(c.Name),
 			"value", now)
 	default:
 		if err := k.writeSysctl(c.Name, c.Old); err != nil {
@@ -191,8 +195,9 @@ func (k *kernel) restore(c sysctl) error {
 	return errors.Join(errs...)
 }
 
-// before returns what is or was to be found when this instance, or another that
-// shares the sysctl, turned forwarding on, and whether it was off then.
+// beforeForwarding returns the values from before this or another instance
+// turned forwarding on, or the current values if none has. off means that
+// forwarding was off.
 func (k *kernel) beforeForwarding(name string) (c sysctl, off bool) {
 	if i := k.rec.sysctl(name); i >= 0 {
 		c = k.rec.Sysctls[i]
@@ -208,7 +213,8 @@ func (k *kernel) beforeForwarding(name string) (c sysctl, off bool) {
 	return c, c.Old == "0"
 }
 
-// forwarding returns the interfaces that forwarded before all did.
+// forwarding returns the interfaces that forwarded before forwarding was turned
+// on for all.
 func (c sysctl) forwarding() (names []string) {
 	for _, also := range c.Also {
 		if name, ok := strings.CutSuffix(also.Name, "/forwarding"); ok && also.Old == "1" {
@@ -220,8 +226,8 @@ func (c sysctl) forwarding() (names []string) {
 	return names
 }
 
-// otherLinks returns the host's other interfaces, if name is a sysctl that turns
-// forwarding on.
+// otherLinks returns the host's other interfaces if the sysctl turns forwarding
+// on, and nil otherwise.
 func (k *kernel) otherLinks(name string) (names []string) {
 	if name != ipForward4 && name != ipForward6 {
 		return nil
@@ -239,11 +245,12 @@ func (k *kernel) otherLinks(name string) (names []string) {
 	return names
 }
 
-// relatedSysctls returns what changes along with a sysctl and what must change
-// before it. Forwarding is also a switch of each interface, and turning it off
-// for all turns it off for those that had it before; IPv4 ties redirects to it.
-// A host that forwards IPv6 drops the default routes it learnt and takes no
-// router advertisements any more, except where accept_ra is 2.
+// relatedSysctls returns the sysctls that the kernel changes together with the
+// given one, and those that must be set before it. Each interface has its own
+// forwarding sysctl; turning forwarding off for all interfaces turns it off for
+// those that had it before. For IPv4 it also changes accept_redirects. A host
+// that forwards IPv6 removes default routes from router advertisements and
+// ignores later ones, unless accept_ra is 2.
 func (k *kernel) relatedSysctls(name string) (list []sysctl) {
 	family := ""
 	switch name {
