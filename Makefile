@@ -2,7 +2,7 @@
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
-LDFLAGS := -X masquevpn/internal/cli.Version=$(VERSION)
+LDFLAGS := -X masquevpn/internal/buildinfo.Version=$(VERSION)
 # make builds with a patched copy of quic-go (docs/quic-go.md): .build/go.mod replaces the module by it. Plain go commands build
 # with the stock quic-go, before and after make.
 QUICGO  := .build/go.mod

@@ -270,7 +270,7 @@ func (c *Client) runSessions(ctx context.Context) error {
 			c.reconnects[lossOf(e)]++
 			c.mu.Unlock()
 		}
-		c.setState(state, e.statusText())
+		c.setState(state, statusText(e))
 	}
 	r.awaitReason = c.awaitNetworkChange
 	return r.run(ctx, func(ctx context.Context) (connected time.Duration, err error) {
@@ -292,7 +292,7 @@ func (c *Client) logPanic(e *rescue.Error) {
 // noteImpostor updates the warning about a peer that answers in the proxy's
 // place. A failure of the authenticated proxy removes it.
 func (c *Client) noteImpostor(e *Error) {
-	if text := e.impostorText(); text != "" || failures[e.cause].source == byProxy {
+	if text := impostorText(e); text != "" || failures[attemptOf(e).cause].source == byProxy {
 		c.warn(noticePeer, text)
 	}
 }

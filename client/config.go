@@ -19,6 +19,7 @@ import (
 	"masquevpn/internal/capture"
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/fault"
 	"masquevpn/internal/hostdns"
 	"masquevpn/routing"
 	"masquevpn/tun"
@@ -211,44 +212,29 @@ type KillSwitch interface {
 }
 
 // Kind classifies an Error. Its values are the exit codes of masque-client.
-type Kind int
+type Kind = fault.Kind
 
 // The kinds of Error.
 const (
-	KindFailure      Kind = 1 // any other failure
-	KindUsage        Kind = 2 // wrong configuration
-	KindNotConnected Kind = 3 // used by masque-client alone
-	KindCredentials  Kind = 4 // the proxy rejected the client's credentials
-	KindUnreachable  Kind = 5 // the proxy does not answer
-	KindIdentity     Kind = 6 // the peer did not prove to be the proxy
-	KindPrivileges   Kind = 7 // missing privilege
-	KindRefused      Kind = 8 // addresses or routes not granted
+	KindFailure      = fault.Failure      // any other failure
+	KindUsage        = fault.Usage        // wrong configuration
+	KindNotConnected = fault.NotConnected // used by masque-client alone
+	KindCredentials  = fault.Credentials  // the proxy rejected the client's credentials
+	KindUnreachable  = fault.Unreachable  // the proxy does not answer
+	KindIdentity     = fault.Identity     // the peer did not prove to be the proxy
+	KindPrivileges   = fault.Privileges   // missing privilege
+	KindRefused      = fault.Refused      // addresses or routes not granted
 )
 
 // Error explains why there is no tunnel. Error returns one line with the Reason
-// and the Remedy.
-type Error struct {
-	Kind   Kind
-	Reason string
-	Remedy string // may be empty
-	Err    error  // wrapped error, may be nil
-
-	cause cause
-	from  netip.AddrPort // address that answered; zero: none did
-}
-
-func (e *Error) Error() string {
-	if e.Remedy == "" {
-		return e.Reason
-	}
-	return e.Reason + ": " + e.Remedy
-}
-
-func (e *Error) Unwrap() error { return e.Err }
+// and the Remedy. If a field of Config is wrong, Key is its configuration key.
+type Error = fault.Error
 
 // usage returns an Error about the configuration key.
 func usage(key, format string, args ...any) error {
-	return fail(causeConfiguration, nil, key+": "+fmt.Sprintf(format, args...), "")
+	e := fail(causeConfiguration, nil, fmt.Sprintf(format, args...), "")
+	e.Key = key
+	return e
 }
 
 // target is the proxy that a Config names, and the request for it.

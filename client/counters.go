@@ -91,7 +91,7 @@ func lossOf(e *Error) lossReason {
 	var network net.Error
 	var path *lostError
 	var transport *quic.TransportError
-	switch err := e.Err; {
+	switch err := attemptOf(e).err; {
 	case err == nil: // what the proxy answered, or did not grant
 		return lossRefused
 	case errors.Is(err, connectip.ErrClosedByPeer):

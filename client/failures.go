@@ -118,25 +118,54 @@ func (c cause) final(service, later bool) bool {
 
 // fail makes the Error of a cause.
 func fail(c cause, err error, reason, remedy string) *Error {
-	return &Error{Kind: failures[c].kind, Reason: reason, Remedy: remedy, Err: err, cause: c}
+	return &Error{Kind: failures[c].kind, Reason: reason, Remedy: remedy,
+		Err: &attempt{cause: c, err: err}}
 }
 
-// waiting says why there is no session while the client goes on trying.
-func (e *Error) statusText() string {
-	if text := e.impostorText(); text != "" {
+// attempt is the Err of the Errors that fail makes. It decides whether the
+// client tries again.
+type attempt struct {
+	cause cause
+	from  netip.AddrPort // address of the far end; zero: unknown
+	err   error          // what went wrong; nil: the proxy refused
+}
+
+func (a *attempt) Error() string {
+	if a.err == nil {
+		return failures[a.cause].name
+	}
+	return a.err.Error()
+}
+
+func (a *attempt) Unwrap() error { return a.err }
+
+// attemptOf returns the attempt that e is about. An Error from elsewhere is a
+// failure that may pass by itself.
+func attemptOf(e *Error) *attempt {
+	if a, ok := e.Err.(*attempt); ok {
+		return a
+	}
+	return &attempt{cause: causeFailure, err: e.Err}
+}
+
+// statusText returns the reason for a missing session while the client goes on
+// trying.
+func statusText(e *Error) string {
+	if text := impostorText(e); text != "" {
 		return text
 	}
 	return e.Error()
 }
 
-// impostor says of a far end that answers, and that has not proved to be the
-// proxy, what is known of it; "" for other failures.
-func (e *Error) impostorText() string {
+// impostorText describes a far end that answers without having proved to be the
+// proxy. It returns "" for other failures.
+func impostorText(e *Error) string {
 	at := ""
-	if e.from.IsValid() {
-		at = fmt.Sprintf(" at %v", e.from)
+	a := attemptOf(e)
+	if a.from.IsValid() {
+		at = fmt.Sprintf(" at %v", a.from)
 	}
-	switch e.cause {
+	switch a.cause {
 	case causeIdentity:
 		return fmt.Sprintf("somebody other than the proxy answers%s (%s): its operator can tell whether that is so", at, e.Reason)
 	case causeProtocol, causeEarlyRefusal:
@@ -145,10 +174,10 @@ func (e *Error) impostorText() string {
 	return ""
 }
 
-// answered notes at which address the far end of a failed attempt is.
+// withAddress adds the address of the far end to the error of an attempt.
 func withAddress(err error, from netip.AddrPort) error {
 	if e, ok := err.(*Error); ok {
-		e.from = from
+		attemptOf(e).from = from
 	}
 	return err
 }

@@ -181,7 +181,8 @@ func TestCauses(t *testing.T) {
 			defer cancel()
 			_, _, err = c.dial(ctx)
 			var e *Error
-			if !errors.As(err, &e) || e.cause != tc.want || e.Kind != failures[tc.want].kind {
+			if !errors.As(err, &e) || attemptOf(e).cause != tc.want ||
+				e.Kind != failures[tc.want].kind {
 				t.Errorf("got %v (%+v), want the failure %q", err, e, failures[tc.want].name)
 			}
 		})

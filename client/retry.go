@@ -51,7 +51,7 @@ func (r retry) run(ctx context.Context,
 			e = fail(causeFailure, err, err.Error(), "")
 		}
 		later := everConnected || r.everApplied != nil && r.everApplied()
-		if e.cause.final(r.service, later) || !r.enabled {
+		if attemptOf(e).cause.final(r.service, later) || !r.enabled {
 			return e
 		}
 		if connected > steadyAfter {
@@ -59,10 +59,10 @@ func (r retry) run(ctx context.Context,
 		}
 		delay := wait.NextBackOff()
 		level := slog.LevelWarn
-		if e.statusText() == logged {
+		if statusText(e) == logged {
 			level = slog.LevelInfo
 		}
-		logged = e.statusText()
+		logged = statusText(e)
 		r.logger.Log(ctx, level, "no session", "reason", logged, "retry_in",
 			delay.Round(time.Millisecond).String())
 		r.beforeWait(everConnected, e)

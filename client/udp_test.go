@@ -332,8 +332,7 @@ func TestNewUDPForwarderRefuses(t *testing.T) {
 				change(&c)
 				_, err := NewUDPForwarder(c)
 				var e *Error
-				if !errors.As(err, &e) || e.Kind != KindUsage ||
-					!strings.HasPrefix(e.Reason, key+":") {
+				if !errors.As(err, &e) || e.Kind != KindUsage || e.Key != key {
 					t.Errorf("got %v, want a usage error of %s", err, key)
 				}
 			})

@@ -19,6 +19,7 @@ import (
 	"masquevpn/internal/capture"
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/fault"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -171,36 +172,22 @@ type Users interface {
 	Reserved(p netip.Prefix, name string) bool
 }
 
-// Kind classifies an Error, in the order of the programs' exit codes.
-type Kind int
+// Kind classifies an Error. Its values are the exit codes of masque-proxy.
+type Kind = fault.Kind
 
 // The kinds of Error.
 const (
-	KindFailure    Kind = 1 // it failed while running
-	KindUsage      Kind = 2 // the configuration is wrong
-	KindPrivileges Kind = 7 // a privilege is missing
+	KindFailure    = fault.Failure    // it failed while running
+	KindUsage      = fault.Usage      // the configuration is wrong
+	KindPrivileges = fault.Privileges // a privilege is missing
 )
 
-// Error is a failure of the Server as a whole: one line that says what is wrong
-// and what to do.
-type Error struct {
-	Kind   Kind
-	Reason string
-	Remedy string // "" when there is none
-	Err    error  // cause, may be nil
-}
-
-func (e *Error) Error() string {
-	if e.Remedy == "" {
-		return e.Reason
-	}
-	return e.Reason + ": " + e.Remedy
-}
-
-func (e *Error) Unwrap() error { return e.Err }
+// Error is a failure of the Server as a whole, with a remedy. If a field of
+// Config is wrong, Key is its configuration key.
+type Error = fault.Error
 
 func usage(key, format string, args ...any) error {
-	return &Error{Kind: KindUsage, Reason: key + ": " + fmt.Sprintf(format, args...)}
+	return &Error{Kind: KindUsage, Key: key, Reason: fmt.Sprintf(format, args...)}
 }
 
 // withDefaults returns c complete and checked.

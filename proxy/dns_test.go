@@ -225,7 +225,7 @@ func TestDNSCheck(t *testing.T) {
 	} {
 		var e *Error
 		if err := tc.dns.check(); !errors.As(err, &e) || e.Kind != KindUsage ||
-			!strings.HasPrefix(e.Reason, tc.key+": ") {
+			e.Key != tc.key {
 			t.Errorf("%+v: got %v, want an error about %s", tc.dns, err, tc.key)
 		}
 	}

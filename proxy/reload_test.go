@@ -439,7 +439,7 @@ func TestAdvertisedRoutes(t *testing.T) {
 			if tc.sent == 0 {
 				var e *Error
 				if !errors.As(err, &e) || e.Kind != KindUsage ||
-					!strings.HasPrefix(e.Reason, "routes.advertise: ") ||
+					e.Key != "routes.advertise" ||
 					!strings.Contains(e.Reason, "16385") {
 					t.Errorf("Reload: got %v, want a usage error about routes.advertise", err)
 				}

@@ -32,7 +32,7 @@ func TestSiteConfig(t *testing.T) {
 		_, err := Config{Methods: []string{MethodToken}, Sites: sites}.siteRights()
 		var e *Error
 		if !errors.As(err, &e) || e.Kind != KindUsage ||
-			!strings.HasPrefix(e.Reason, strings.TrimSpace(key)+": ") {
+			e.Key != strings.TrimSpace(key) {
 			t.Errorf("%s: got %v", key, err)
 		}
 	}

@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"masquevpn/client"
-	"masquevpn/internal/cli"
+	"masquevpn/internal/certs"
 )
 
 // renewal is what to do about the client's own certificate when it ends.
@@ -18,7 +18,7 @@ func (l *loaded) follow(logger *slog.Logger) {
 	if l.pair == nil {
 		return
 	}
-	l.watch = cli.WatchPair(l.pair, logger)
+	l.watch = certs.NewReloader(l.pair, logger)
 	l.config.TLS.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate,
 		error) {
 		return &l.watch.Current().Certificate, nil
@@ -48,6 +48,6 @@ func (t *tunnel) status() client.Status {
 // lookAtCertificate warns of a certificate of the client's own that ends.
 func (t *tunnel) lookAtCertificate() {
 	if leaf := t.leaf(); leaf != nil {
-		t.expiry.Look(leaf, time.Now())
+		t.expiry.Check(leaf, time.Now())
 	}
 }

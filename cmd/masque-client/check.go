@@ -16,7 +16,9 @@ import (
 	"masquevpn/client"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/doctor"
 	"masquevpn/internal/hostdns"
+	"masquevpn/internal/text"
 	"masquevpn/routing"
 )
 
@@ -28,7 +30,7 @@ func (o *options) checkCommand() *cobra.Command {
 		Long: "Check a configuration and this host, without changing anything. Each line is ok, warn or fail; the exit code\n" +
 			"is 2 if anything fails. Nothing is sent to the proxy, unless --connect has it asked too.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
-			var c cli.Checks
+			var c doctor.Report
 			if err := o.check(cmd.Context(), &c, file, connect); err != nil {
 				return err
 			}
@@ -43,7 +45,7 @@ func (o *options) checkCommand() *cobra.Command {
 	return cmd
 }
 
-func (o *options) check(ctx context.Context, c *cli.Checks, file string, connect bool) error {
+func (o *options) check(ctx context.Context, c *doctor.Report, file string, connect bool) error {
 	name, err := tunnelName(file)
 	if err != nil {
 		return err
@@ -72,7 +74,7 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string, connect
 		var s client.Status
 		if err := control.NewClient(o.RunDir, name).Get(ctx, statusPath, &s); err == nil {
 			for _, w := range s.Warnings {
-				c.Warn("instance: "+cli.OneLine(w), "")
+				c.Warn("instance: "+text.OneLine(w), "")
 			}
 		}
 	case l != nil:
@@ -93,17 +95,17 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string, connect
 	return nil
 }
 
-func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
+func (l *loaded) checkCredentials(c *doctor.Report, now time.Time) {
 	for _, root := range l.roots {
-		c.Certificate(cli.Credential{
-			What: "tls.ca: " + root.Subject.CommonName, Chain: []*x509.Certificate{root},
+		c.Certificate(doctor.Credential{
+			Label: "tls.ca: " + root.Subject.CommonName, Chain: []*x509.Certificate{root},
 			Usage:   x509.ExtKeyUsageAny,
 			Renewal: "ask the operator of the proxy for the new one",
 		}, now)
 	}
 	if len(l.chain) > 0 {
-		c.Certificate(cli.Credential{
-			What: "tls.cert: " + l.chain[0].Subject.CommonName, Chain: l.chain,
+		c.Certificate(doctor.Credential{
+			Label: "tls.cert: " + l.chain[0].Subject.CommonName, Chain: l.chain,
 			Usage:   x509.ExtKeyUsageClientAuth,
 			Renewal: renewal,
 		}, now)
@@ -115,7 +117,7 @@ func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 }
 
 // checkDNS says how the host's resolver would be told of the tunnel's servers.
-func (l *loaded) checkDNS(c *cli.Checks) {
+func (l *loaded) checkDNS(c *doctor.Report) {
 	if l.config.DNS.Off {
 		c.OK("DNS: off, the host's resolver stays as it is")
 		l.checkOutside(c)
@@ -136,7 +138,7 @@ func (l *loaded) checkDNS(c *cli.Checks) {
 
 // checkOutside says whom this host asks for names outside a full tunnel, where
 // that may happen.
-func (l *loaded) checkOutside(c *cli.Checks) {
+func (l *loaded) checkOutside(c *doctor.Report) {
 	d, full := l.config.DNS, routing.IsFull(l.config.Accept, false) ||
 		routing.IsFull(l.config.Accept, true)
 	if !l.config.InstallRoutes || !full ||
@@ -173,7 +175,7 @@ const resolveTime = 5 * time.Second
 
 // checkResolves checks that the name of the proxy has addresses. Nothing is
 // sent to the proxy itself.
-func checkResolves(ctx context.Context, c *cli.Checks, host string) {
+func checkResolves(ctx context.Context, c *doctor.Report, host string) {
 	if _, err := netip.ParseAddr(host); err == nil {
 		c.OK("proxy: %s is an address", host)
 		return

@@ -17,6 +17,7 @@ import (
 	"masquevpn/client"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/fault"
 	"masquevpn/internal/pki"
 )
 
@@ -54,7 +55,7 @@ func TestNames(t *testing.T) {
 	for _, arg := range []string{"proxy", "/etc/masque/proxy.toml", "", "..", "a b", ".toml", "/"} {
 		if name, _, err := o.resolve(arg); err == nil {
 			t.Errorf("%q names %q", arg, name)
-		} else if e, ok := errors.AsType[*cli.Error](err); !ok || e.Code != cli.Usage {
+		} else if e, ok := errors.AsType[*fault.Error](err); !ok || e.Kind != fault.Usage {
 			t.Errorf("%q: %v", arg, err)
 		}
 	}
@@ -345,7 +346,7 @@ func TestStatusWatch(t *testing.T) {
 		t.Errorf("then: %s", got)
 	}
 	f.set(client.StateStopping, "") // the stream ends
-	if e, ok := errors.AsType[*cli.Error](<-ended); !ok || e.Code != cli.NotConnected {
+	if e, ok := errors.AsType[*fault.Error](<-ended); !ok || e.Kind != fault.NotConnected {
 		t.Errorf("ended with %v", e)
 	}
 }
@@ -364,8 +365,8 @@ func TestWait(t *testing.T) {
 	}
 	short, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
-	if e, ok := errors.AsType[*cli.Error](<-wait(short, forConnected)); !ok ||
-		e.Code != cli.NotConnected {
+	if e, ok := errors.AsType[*fault.Error](<-wait(short, forConnected)); !ok ||
+		e.Kind != fault.NotConnected {
 		t.Errorf("connected: %v", e)
 	}
 	early := wait(t.Context(), forConnected)
@@ -386,8 +387,8 @@ func TestWait(t *testing.T) {
 		t.Errorf("disconnected: %v", err)
 	}
 	cancel()
-	if e, ok := errors.AsType[*cli.Error](<-wait(long, forConnected)); !ok ||
-		e.Code != cli.Failure {
+	if e, ok := errors.AsType[*fault.Error](<-wait(long, forConnected)); !ok ||
+		e.Kind != fault.Failure {
 		t.Errorf("interrupted: %v", e)
 	}
 	_, last := do(t, 5, "wait", "home", "--for", "connected", "--timeout", "1s",
@@ -410,51 +411,26 @@ func TestDownReportsFailures(t *testing.T) {
 	}
 }
 
-func TestExitErrors(t *testing.T) {
-	for kind, code := range map[client.Kind]cli.Code{
-		client.KindFailure: cli.Failure, client.KindUsage: cli.Usage,
-		client.KindNotConnected: cli.NotConnected,
-		client.KindCredentials:  cli.Credentials, client.KindUnreachable: cli.Unreachable,
-		client.KindIdentity:   cli.Identity,
-		client.KindPrivileges: cli.Privileges, client.KindRefused: cli.Refused,
-	} {
-		err := exitError(&client.Error{Kind: kind, Reason: "why", Remedy: "do this"})
-		if e, ok := errors.AsType[*cli.Error](err); !ok || e.Code != code ||
-			e.Error() != "why: do this" {
-			t.Errorf("kind %d: %v", kind, err)
-		}
-		err = exitError(errors.Join(&client.Error{Kind: kind, Reason: "why", Remedy: "do this"},
-			errors.New("a route stayed")))
-		if e, ok := errors.AsType[*cli.Error](err); !ok || e.Code != code ||
-			e.Error() != "why: do this\na route stayed" {
-			t.Errorf("kind %d with more: %v", kind, err)
-		}
-	}
-	if err := exitError(nil); err != nil {
-		t.Errorf("nothing is %v", err)
-	}
-}
-
 // TestUpLate: a time limit that passes has the exit code of what failed
 // meanwhile.
 func TestUpLate(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		events []event
-		code   cli.Code
+		code   fault.Kind
 		want   string
 	}{
-		{"nothing is known", []event{{Event: eventStarted}}, cli.Unreachable,
+		{"nothing is known", []event{{Event: eventStarted}}, fault.Unreachable,
 			"check the proxy, or give it more time"},
 		{"no answer", []event{{Event: eventState, State: client.StateConnecting,
-			Reason: "no answer", Code: cli.Unreachable}}, cli.Unreachable,
+			Reason: "no answer", Code: fault.Unreachable}}, fault.Unreachable,
 			"(no answer): check the proxy"},
 		{"it fails each time", []event{{Event: eventState, State: client.StateConnecting,
-			Reason: "malformed capsule", Code: cli.Failure}}, cli.Failure,
+			Reason: "malformed capsule", Code: fault.Failure}}, fault.Failure,
 			"(malformed capsule): see /run/x/home.log"},
 		{"between two failures", []event{{Event: eventState, State: client.StateConnecting,
-			Reason: "malformed capsule", Code: cli.Failure},
-			{Event: eventState, State: client.StateConnecting, Code: cli.Failure}}, cli.Failure,
+			Reason: "malformed capsule", Code: fault.Failure},
+			{Event: eventState, State: client.StateConnecting, Code: fault.Failure}}, fault.Failure,
 			"see /run/x/home.log"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -473,7 +449,7 @@ func TestUpLate(t *testing.T) {
 				name: "home", events: read}
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 			defer cancel()
-			if e := b.await(ctx, true); e == nil || e.Code != test.code ||
+			if e := b.await(ctx, true); e == nil || e.Kind != test.code ||
 				!strings.Contains(e.Error(), test.want) {
 				t.Errorf("got %v, want code %d and %q", e, test.code, test.want)
 			}

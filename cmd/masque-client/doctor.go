@@ -10,13 +10,14 @@ import (
 	"strings"
 
 	"masquevpn/client"
-	"masquevpn/internal/cli"
+	"masquevpn/internal/doctor"
 	"masquevpn/internal/hostfirewall"
+	"masquevpn/internal/text"
 	"masquevpn/routing"
 )
 
 // checkKernel checks what the tunnel needs of the kernel.
-func (l *loaded) checkKernel(c *cli.Checks) {
+func (l *loaded) checkKernel(c *doctor.Report) {
 	if l.file.Install {
 		c.PolicyRouting()
 		c.ReversePath()
@@ -37,7 +38,7 @@ func (l *loaded) checkKernel(c *cli.Checks) {
 
 // checkFirewall looks for what keeps this host from the proxy, and packets from
 // the tunnel.
-func (l *loaded) checkFirewall(c *cli.Checks, tunnel *client.Client) {
+func (l *loaded) checkFirewall(c *doctor.Report, tunnel *client.Client) {
 	device := strings.ReplaceAll(l.file.Device, "%d", "0")
 	_, text := tunnel.Proxy()
 	port, _ := strconv.ParseUint(text, 10, 16) // that it is one is found out by who dials
@@ -59,16 +60,16 @@ func (l *loaded) checkFirewall(c *cli.Checks, tunnel *client.Client) {
 }
 
 // checkConnects connects to the proxy, and says how far that went.
-func (l *loaded) checkConnects(ctx context.Context, c *cli.Checks) {
+func (l *loaded) checkConnects(ctx context.Context, c *doctor.Report) {
 	l.config.Nameservers = upstreamServers()
 	err := client.CheckProxy(ctx, l.config, func(step string) {
-		c.OK("connecting: %s", cli.OneLine(step))
+		c.OK("connecting: %s", text.OneLine(step))
 	})
 	if err == nil {
 		return
 	}
 	if e, ok := errors.AsType[*client.Error](err); ok {
-		c.Fail("connecting: "+e.Reason, e.Remedy)
+		c.Fail("connecting: "+e.What(), e.Remedy)
 		return
 	}
 	c.Fail("connecting: "+err.Error(), "")

@@ -13,6 +13,9 @@ import (
 
 	"masquevpn/client"
 	"masquevpn/internal/cli"
+	"masquevpn/internal/daemon"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/text"
 )
 
 func (o *options) forwardUDPCommand() *cobra.Command {
@@ -41,18 +44,13 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 		return err
 	}
 	logger := o.Log.Logger(os.Stderr)
-	cli.StandardLog(logger)
+	daemon.StandardLog(logger)
 	l.follow(logger)
-	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, l.config.TLS, logger)
+	tracer, closeTraces, err := l.traces().Open(l.config.TLS, logger)
 	if err != nil {
-		return err
+		return l.file.Locate(err)
 	}
-	defer closeKeyLog()
-	tracer, waitQlog, err := cli.OpenQlog(l.file, l.file.QlogDir, logger)
-	if err != nil {
-		return err
-	}
-	defer waitQlog()
+	defer closeTraces()
 	if !strings.Contains(listen, ":") {
 		listen = net.JoinHostPort("127.0.0.1", listen)
 	}
@@ -66,7 +64,7 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 		return l.usageError(err)
 	}
 
-	ctx, stop := cli.SignalContext(ctx, logger)
+	ctx, stop := daemon.SignalContext(ctx, logger)
 	defer stop()
 	ended := make(chan error, 1)
 	go func() { ended <- f.Run(ctx) }()
@@ -79,22 +77,18 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 	}
 	sent, received := &f.Stats().Send, &f.Stats().Receive
 	logger.Info("stopped", "tx_packets", sent.Packets.Load(), "rx_packets", received.Packets.Load(),
-		"tx_dropped", cli.Counts(sent.Drops()), "rx_dropped", cli.Counts(received.Drops()))
-	return exitError(err)
+		"tx_dropped", text.Counts(sent.Drops()), "rx_dropped", text.Counts(received.Drops()))
+	return fault.Flatten(err)
 }
 
-// usageError gives a refusal of what the command line or the file says its
-// place.
+// usageError adds its place to an error of NewUDPForwarder: the argument of the
+// command line, or the line of the file.
 func (l *loaded) usageError(err error) error {
 	e, ok := errors.AsType[*client.Error](err)
-	if !ok {
-		return err
+	if ok && (e.Key == "listen" || e.Key == "target") {
+		argument := *e
+		argument.Key = strings.ToUpper(e.Key)
+		return &argument
 	}
-	switch key, reason, _ := strings.Cut(e.Reason, ": "); key {
-	case "listen", "target":
-		return &cli.Error{Code: cli.Usage, Reason: strings.ToUpper(key) + ": " + reason,
-			Remedy: e.Remedy}
-	default:
-		return l.file.Problem(key, reason, e.Remedy)
-	}
+	return l.file.Locate(err)
 }

@@ -13,8 +13,8 @@ import (
 	"slices"
 	"strings"
 
-	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/fault"
 	"masquevpn/internal/hostdns"
 	"masquevpn/routing"
 )
@@ -79,10 +79,10 @@ func staysClosed(name string) string {
 }
 
 // withRemedy is err with one more remedy.
-func withRemedy(err error, remedy string) *cli.Error {
-	e, ok := errors.AsType[*cli.Error](err)
+func withRemedy(err error, remedy string) *fault.Error {
+	e, ok := errors.AsType[*fault.Error](err)
 	if !ok {
-		return &cli.Error{Code: cli.Failure, Reason: err.Error(), Remedy: remedy}
+		return &fault.Error{Kind: fault.Failure, Reason: err.Error(), Remedy: remedy}
 	}
 	with := *e
 	if with.Remedy != "" {
@@ -107,7 +107,7 @@ func closedKillSwitch(name string) bool {
 func (o *options) cleanUp(name string) error {
 	lock, err := acquire(o.RunDir, name) // keeps it from starting meanwhile
 	if running, _ := control.Running(o.RunDir, name); err != nil && running {
-		return &cli.Error{Code: cli.Failure, Reason: name + " is starting or stopping",
+		return &fault.Error{Kind: fault.Failure, Reason: name + " is starting or stopping",
 			Remedy: "try again"}
 	}
 	if err != nil {
@@ -121,8 +121,9 @@ func (o *options) cleanUp(name string) error {
 	err = errors.Join(err, dnsErr, liftErr, lock.Release())
 	switch {
 	case errors.Is(err, os.ErrPermission):
-		return &cli.Error{
-			Code: cli.Privileges, Reason: fmt.Sprintf("%s: not running, and this user may not see whether its kill switch is closed", name),
+		return &fault.Error{
+			Kind:   fault.Privileges,
+			Reason: fmt.Sprintf("%s: not running, and this user may not see whether its kill switch is closed", name),
 			Remedy: "run it with sudo",
 		}
 	case err != nil:

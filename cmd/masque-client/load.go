@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -13,9 +12,12 @@ import (
 	"strings"
 
 	"masquevpn/client"
-	"masquevpn/internal/cli"
+	"masquevpn/internal/certs"
 	"masquevpn/internal/config"
 	"masquevpn/internal/congestion"
+	"masquevpn/internal/daemon"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/files"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -26,16 +28,16 @@ type loaded struct {
 	config client.Config
 	roots  []*x509.Certificate // certificates in tls.ca; empty: the system's
 	chain  []*x509.Certificate // certificates in tls.cert, may be empty
-	pair   *cli.Pair           // tls.cert and tls.key, when both are files
-	watch  *cli.PairWatch      // set by follow, if there is a pair
+	pair   *certs.KeyPair      // tls.cert and tls.key, when both are files
+	watch  *certs.Reloader     // set by follow, if there is a pair
 }
 
 // load reads the file of a tunnel and the files that it names. Nothing else is
 // touched.
 func load(path, name string) (*loaded, error) {
-	data, shared, err := cli.ReadFile(path)
+	data, shared, err := files.Read(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist",
+		return nil, &fault.Error{Kind: fault.Usage, Reason: path + " does not exist",
 			Remedy: "copy the file that `masque-proxy invite` made there, or name another one"}
 	}
 	if err != nil {
@@ -46,16 +48,16 @@ func load(path, name string) (*loaded, error) {
 		return nil, err
 	}
 	if shared && f.Secret() {
-		return nil, cli.Exposed(path)
+		return nil, files.Exposed(path)
 	}
 	l := &loaded{file: f}
 	tlsConfig, err := l.tls()
 	if err != nil {
-		return nil, err
+		return nil, f.Locate(err)
 	}
 	token, err := l.token()
 	if err != nil {
-		return nil, err
+		return nil, f.Locate(err)
 	}
 	l.config = client.Config{
 		Name: name, Proxy: f.Proxy, TLS: tlsConfig, Token: token,
@@ -90,7 +92,7 @@ func (l *loaded) pem(name, path, inline string, secret bool) (key string, data [
 	if path == "" {
 		return name, nil, nil
 	}
-	data, err = cli.ReadNamed(l.file, name, path, secret)
+	data, err = files.ReadNamed(name, path, secret)
 	return name, data, err
 }
 
@@ -102,13 +104,13 @@ func (l *loaded) tls() (*tls.Config, error) {
 		return nil, err
 	}
 	if data != nil {
-		if l.roots, err = cli.ParseCertificates(f, key, data); err != nil {
+		if l.roots, err = certs.Parse(key, data); err != nil {
 			return nil, err
 		}
-		c.RootCAs = cli.Pool(l.roots)
+		c.RootCAs = certs.Pool(l.roots)
 	}
 	if f.Cert != "" && f.Key != "" {
-		if l.pair, err = cli.ReadPair(f, f.Cert, f.Key); err != nil {
+		if l.pair, err = certs.ReadKeyPair(f, f.Cert, f.Key); err != nil {
 			return nil, err
 		}
 		l.chain, c.Certificates = l.pair.Chain, []tls.Certificate{l.pair.Certificate}
@@ -118,13 +120,13 @@ func (l *loaded) tls() (*tls.Config, error) {
 	if err != nil || data == nil {
 		return c, err
 	}
-	if l.chain, err = cli.ParseCertificates(f, key, data); err != nil {
+	if l.chain, err = certs.Parse(key, data); err != nil {
 		return nil, err
 	}
 	if key, data, err = l.pem("tls.key", f.Key, f.KeyPEM, true); err != nil {
 		return nil, err
 	}
-	pair, err := cli.ParsePrivateKey(f, key, data, l.chain)
+	pair, err := certs.ParseKey(key, data, l.chain)
 	if err != nil {
 		return nil, err
 	}
@@ -136,46 +138,34 @@ func (l *loaded) token() (string, error) {
 	key, token := "auth.token", l.file.Token
 	if l.file.TokenFile != "" {
 		key = "auth.token_file"
-		data, err := cli.ReadNamed(l.file, key, l.file.TokenFile, true)
+		data, err := files.ReadNamed(key, l.file.TokenFile, true)
 		if err != nil {
 			return "", err
 		}
 		if token = string(bytes.TrimSpace(data)); token == "" {
-			return "", l.file.Problem(key, "the file is empty", "write the token into it")
+			return "", &fault.Error{Kind: fault.Usage, Key: key, Reason: "the file is empty",
+				Remedy: "write the token into it"}
 		}
 	}
 	for _, r := range token {
 		if r <= ' ' || r >= 0x7f {
-			return "", l.file.Problem(key,
-				"a token has no spaces, line breaks or characters beyond ASCII",
-				"write it as it was given to you")
+			return "", &fault.Error{Kind: fault.Usage, Key: key,
+				Reason: "a token has no spaces, line breaks or characters beyond ASCII",
+				Remedy: "write it as it was given to you"}
 		}
 	}
 	return token, nil
 }
 
-// newClient makes the client. A key that it refuses gets its place in the file.
+// newClient creates the client. Errors about a key have its place in the file.
 func (l *loaded) newClient() (*client.Client, error) {
 	c, err := client.New(l.config)
-	if e, ok := errors.AsType[*client.Error](err); ok && e.Kind == client.KindUsage {
-		if key, reason, ok := strings.Cut(e.Reason, ": "); ok {
-			return nil, l.file.Problem(key, reason, e.Remedy)
-		}
-	}
-	return c, exitError(err)
+	return c, l.file.Locate(fault.Flatten(err))
 }
 
-// exitError gives an error of the client its exit code.
-func exitError(err error) error {
-	e, ok := errors.AsType[*client.Error](err)
-	if !ok {
-		return err
-	}
-	if err != error(e) { // err says more, as when the host could not be restored
-		return &cli.Error{Code: cli.Code(e.Kind), Reason: err.Error()}
-	}
-	return &cli.Error{Code: cli.Code(e.Kind), Reason: e.Reason,
-		Remedy: cmp.Or(e.Remedy, cli.FileRemedy(err))}
+// traces returns the logs of connections that the file turns on.
+func (l *loaded) traces() daemon.Traces {
+	return daemon.Traces{KeyLog: l.file.KeyLog, QlogDir: l.file.QlogDir}
 }
 
 // describe returns a logger whose lines say in a few words what the tunnel

@@ -13,6 +13,8 @@ import (
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
 	"masquevpn/internal/control"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/privilege"
 )
 
 const (
@@ -26,7 +28,7 @@ const (
 )
 
 func main() {
-	cli.KeepSecrets()
+	privilege.KeepSecrets()
 	os.Exit(cli.Main(newRoot()))
 }
 
@@ -86,11 +88,12 @@ func isFile(arg string) bool {
 func tunnelName(arg string) (string, error) {
 	name := strings.TrimSuffix(filepath.Base(arg), ".toml")
 	if name == proxyName {
-		return "", &cli.Error{Code: cli.Usage,
+		return "", &fault.Error{Kind: fault.Usage,
 			Reason: fmt.Sprintf("a tunnel cannot be named %q: its socket would be that of the proxy", name), Remedy: "rename " + arg}
 	}
 	if !config.IsName(name) {
-		return "", &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%q cannot name a tunnel", name),
+		return "", &fault.Error{Kind: fault.Usage,
+			Reason: fmt.Sprintf("%q cannot name a tunnel", name),
 			Remedy: `name it with letters, digits and any of ".-_@", at most 64`}
 	}
 	return name, nil

@@ -6,14 +6,15 @@ import (
 	"time"
 
 	"masquevpn/client"
-	"masquevpn/internal/cli"
+	"masquevpn/internal/daemon"
 	"masquevpn/internal/metrics"
+	"masquevpn/internal/text"
 )
 
 // serveMetrics serves metrics of c, and whether it is connected, as the
 // configuration says. The server is nil when it is nowhere.
 func (l *loaded) serveMetrics(c *client.Client, logger *slog.Logger) (*metrics.Server, error) {
-	return cli.ServeMetrics(program, l.file.Metrics, true, metrics.Config{
+	return daemon.ServeMetrics(program, l.file.Metrics, true, metrics.Config{
 		Values: func() metrics.Values {
 			return l.values(c)
 		}, Well: c.Stuck, Ready: func() error { return readiness(c.Status()) }, Logger: logger,
@@ -28,7 +29,7 @@ func readiness(s client.Status) error {
 	case s.Reason == "":
 		return errors.New(s.State)
 	}
-	return errors.New(s.State + ": " + cli.OneLine(s.Reason))
+	return errors.New(s.State + ": " + text.OneLine(s.Reason))
 }
 
 // values are what metrics show.

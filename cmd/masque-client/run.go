@@ -16,9 +16,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"masquevpn/client"
+	"masquevpn/internal/buildinfo"
 	"masquevpn/internal/capture"
+	"masquevpn/internal/certs"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/daemon"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/privilege"
 	"masquevpn/internal/systemd"
 )
 
@@ -67,7 +72,7 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 	if err != nil {
 		return err
 	}
-	if err := cli.RequireNetAdmin(capabilities); err != nil {
+	if err := privilege.RequireNetAdmin(capabilities); err != nil {
 		return err
 	}
 	logger := o.Log.Logger(notify.log())
@@ -85,16 +90,11 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 		logger.Warn("the proxy cannot know this host again, so it may have other addresses after a restart", "error", err)
 	}
 	l.config.Instance = o.lastInstance(name, logger)
-	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, l.config.TLS, logger)
+	tracer, closeTraces, err := l.traces().Open(l.config.TLS, logger)
 	if err != nil {
-		return err
+		return l.file.Locate(err)
 	}
-	defer closeKeyLog()
-	tracer, waitQlog, err := cli.OpenQlog(l.file, l.file.QlogDir, logger)
-	if err != nil {
-		return err
-	}
-	defer waitQlog()
+	defer closeTraces()
 	l.config.Tracer = tracer
 	l.config.Tap = new(capture.Tap)
 	c, err := l.newClient()
@@ -110,23 +110,23 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 	notify.locked()
 	defer o.keepInstance(name, l.config.Instance, logger)()
 
-	ctx, stop := cli.SignalContext(ctx, logger)
+	ctx, stop := daemon.SignalContext(ctx, logger)
 	defer stop()
-	closePCAP, err := cli.OpenPCAP(l.file, l.file.PCAP, l.config.Tap, logger)
+	closePCAP, err := daemon.OpenPCAP(l.file.PCAP, l.config.Tap, logger)
 	if err != nil {
-		return err
+		return l.file.Locate(err)
 	}
 	defer closePCAP()
 	t := &tunnel{
 		client: c, tap: l.config.Tap, logger: logger, stop: stop, done: make(chan struct{}),
 		leaf:   l.leaf,
-		expiry: cli.ExpiryWarning{What: "the client's own", Renewal: renewal, Logger: logger},
+		expiry: certs.ExpiryWarning{Name: "the client's own", Renewal: renewal, Logger: logger},
 	}
 	server, err := control.Serve(o.RunDir, name, t.handler(), logger)
 	if err != nil {
 		return err
 	}
-	v := cli.NewVersionInfo(program)
+	v := buildinfo.Of(program)
 	l.describe(logger).Info("starting", "program", program, "version", v.Version, "go", v.Go,
 		"name", name, "config", file)
 
@@ -153,10 +153,10 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 		defer close(told)
 		t.tell(ctx, systemd.NewService(logger))
 	}()
-	t.err = exitError(c.Run(ctx))
+	t.err = fault.Flatten(c.Run(ctx))
 	switch closed := c.Status().KillSwitch != client.KillSwitchOff; {
 	case !closed:
-	case t.lift.Load() || errors.Is(context.Cause(ctx), cli.ErrInterrupted):
+	case t.lift.Load() || errors.Is(context.Cause(ctx), daemon.ErrInterrupted):
 		if _, err := kill.Lift(); err != nil {
 			t.err = withRemedy(errors.Join(t.err, err), staysClosed(name))
 		}
@@ -183,10 +183,10 @@ func acquire(runDir, name string) (*control.Lock, error) {
 	lock, err := control.Acquire(runDir, name)
 	switch {
 	case errors.Is(err, control.ErrRunning):
-		return nil, &cli.Error{Code: cli.Failure, Reason: err.Error(),
+		return nil, &fault.Error{Kind: fault.Failure, Reason: err.Error(),
 			Remedy: "stop it first: " + program + " down " + name}
 	case errors.Is(err, os.ErrPermission):
-		return nil, &cli.Error{Code: cli.Privileges, Reason: err.Error(),
+		return nil, &fault.Error{Kind: fault.Privileges, Reason: err.Error(),
 			Remedy: "run it with sudo, or choose another folder with --run-dir"}
 	}
 	return lock, err
@@ -203,7 +203,7 @@ type tunnel struct {
 	err    error // result of Run, valid when done is closed
 
 	leaf   func() *x509.Certificate // its own certificate; nil if it has none
-	expiry cli.ExpiryWarning        // warns before the certificate expires
+	expiry certs.ExpiryWarning      // warns before the certificate expires
 }
 
 // stopped is the answer to a request to stop.
@@ -220,7 +220,7 @@ const (
 
 func (t *tunnel) handler() http.Handler {
 	mux := http.NewServeMux()
-	cli.HandleCaptures(mux, t.tap, nil, t.done, t.logger)
+	control.HandleCaptures(mux, t.tap, nil, t.done, t.logger)
 	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, _ *http.Request) {
 		control.Reply(w, t.status())
 	})
@@ -264,11 +264,11 @@ func (t *tunnel) handler() http.Handler {
 // An event is what a tunnel in the background tells the `up` that started it:
 // JSON values on a pipe.
 type event struct {
-	Event  string   `json:"event"`
-	State  string   `json:"state,omitempty"`
-	Code   cli.Code `json:"code,omitempty"`
-	Reason string   `json:"reason,omitempty"`
-	Remedy string   `json:"remedy,omitempty"`
+	Event  string       `json:"event"`
+	State  string       `json:"state,omitempty"`
+	Code   fault.Kind   `json:"code,omitempty"`
+	Reason string       `json:"reason,omitempty"`
+	Error  *fault.Error `json:"error,omitempty"`
 }
 
 // Events.
@@ -276,7 +276,7 @@ const (
 	eventStarted = "started" // the process lives and has not failed
 	// State and Reason changed; Code is that of the last failure to connect
 	eventState  = "state"
-	eventFailed = "failed" // the process ends with Code
+	eventFailed = "failed" // the process ends with Error
 )
 
 // notifier tells `up` how the start goes; nil tells nobody.
@@ -290,7 +290,7 @@ func openNotifier(fd int) (*notifier, error) {
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
-		return nil, cli.Errorf(cli.Usage,
+		return nil, fault.Errorf(fault.Usage,
 			"--notify-fd %d is not a pipe: leave the flag to `up`", fd)
 	}
 	unix.CloseOnExec(fd)
@@ -302,7 +302,7 @@ func (n *notifier) log() io.Writer {
 	if n == nil {
 		return os.Stderr
 	}
-	return cli.LogFile(os.Stderr)
+	return daemon.LogFile(os.Stderr)
 }
 
 // locked empties the log of the run before: only now is it certain that none
@@ -319,8 +319,8 @@ func (n *notifier) send(e event) {
 	}
 }
 
-func (n *notifier) failed(e *cli.Error) {
-	n.send(event{Event: eventFailed, Code: e.Code, Reason: e.Reason, Remedy: e.Remedy})
+func (n *notifier) failed(e *fault.Error) {
+	n.send(event{Event: eventFailed, Error: e})
 }
 
 // follow reports the changes of the tunnel's state until its end.
@@ -340,7 +340,7 @@ func (n *notifier) follow(t *tunnel) {
 		}
 		e := event{Event: eventState, State: s.State, Reason: s.Reason}
 		if failure := t.client.Failure(); failure != nil {
-			e.Code = cli.Code(failure.Kind)
+			e.Code = failure.Kind
 		}
 		n.send(e)
 		select {

@@ -4,8 +4,8 @@ import (
 	"context"
 	"time"
 
-	"masquevpn/internal/cli"
 	"masquevpn/internal/systemd"
+	"masquevpn/internal/text"
 )
 
 // aliveInterval is how often systemd's watchdog is fed.
@@ -26,11 +26,11 @@ func (t *tunnel) tell(ctx context.Context, service *systemd.Service) {
 			ready = true
 			service.Ready()
 		}
-		text := s.State
+		status := s.State
 		if s.Reason != "" {
-			text += ": " + cli.OneLine(s.Reason)
+			status += ": " + text.OneLine(s.Reason)
 		}
-		service.Status(text)
+		service.Status(status)
 		t.lookAtCertificate()
 		select {
 		case <-changed:

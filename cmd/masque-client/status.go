@@ -21,6 +21,8 @@ import (
 	"masquevpn/client"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/text"
 )
 
 func (o *options) statusCommand() *cobra.Command {
@@ -40,7 +42,7 @@ func (o *options) statusCommand() *cobra.Command {
 				return err
 			}
 			if len(names) == 0 {
-				return &cli.Error{Code: cli.NotConnected, Reason: "no tunnel is running",
+				return &fault.Error{Kind: fault.NotConnected, Reason: "no tunnel is running",
 					Remedy: "start one with: " + program + " up NAME"}
 			}
 			show := showText
@@ -115,7 +117,7 @@ func decode(raw json.RawMessage) (client.Status, error) {
 	if err := json.Unmarshal(raw, &s); err != nil {
 		return s, fmt.Errorf("reading a status: %w", err)
 	}
-	s.Reason = cli.OneLine(s.Reason) // some of it may be the proxy's words
+	s.Reason = text.OneLine(s.Reason) // some of it may be the proxy's words
 	return s, nil
 }
 
@@ -124,7 +126,7 @@ func notConnected(s client.Status) error {
 	if s.Reason != "" {
 		reason += " (" + s.Reason + ")"
 	}
-	return &cli.Error{Code: cli.NotConnected, Reason: reason,
+	return &fault.Error{Kind: fault.NotConnected, Reason: reason,
 		Remedy: fmt.Sprintf("wait for it with: %s wait %s --for connected", program, s.Name)}
 }
 
@@ -199,7 +201,7 @@ func showText(w io.Writer, raw json.RawMessage) error {
 	row("state", fmt.Sprintf("%s for %s", s.State, time.Since(s.Since).Round(time.Second)))
 	row("reason", s.Reason)
 	for _, w := range s.Warnings {
-		row("warning", cli.OneLine(w))
+		row("warning", text.OneLine(w))
 	}
 	row("proxy", strings.TrimSpace(s.Proxy.Name+" "+s.Proxy.Endpoint))
 	if s.Underlay != nil {
@@ -220,8 +222,8 @@ func showText(w io.Writer, raw json.RawMessage) error {
 	}
 	row("received", traffic(s.Packets.RX, s.Bytes.RX))
 	row("sent", traffic(s.Packets.TX, s.Bytes.TX))
-	row("dropped", cli.Counts(s.Drops))
-	row("put right", cli.Counts(s.KernelRepairs))
+	row("dropped", text.Counts(s.Drops))
+	row("put right", text.Counts(s.KernelRepairs))
 	row("reconnects", fmt.Sprint(s.Reconnects))
 	return t.Flush()
 }
@@ -232,7 +234,7 @@ func showTable(w io.Writer, all []client.Status) error {
 	for _, s := range all {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.Name, s.State,
 			time.Since(s.Since).Round(time.Second),
-			s.Proxy.Name, s.Interface, addresses(s), cli.Size(s.Bytes.RX), cli.Size(s.Bytes.TX))
+			s.Proxy.Name, s.Interface, addresses(s), text.Size(s.Bytes.RX), text.Size(s.Bytes.TX))
 	}
 	return t.Flush()
 }
@@ -286,7 +288,7 @@ func dns(s client.Status) string {
 }
 
 func traffic(packets, bytes uint64) string {
-	return fmt.Sprintf("%d packets, %s", packets, cli.Size(bytes))
+	return fmt.Sprintf("%d packets, %s", packets, text.Size(bytes))
 }
 
 // What `wait --for` waits for.
@@ -306,7 +308,7 @@ func (o *options) waitCommand() *cobra.Command {
 		ValidArgsFunction: o.completeRunning,
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			if what != forConnected && what != forDisconnected {
-				return cli.Errorf(cli.Usage,
+				return fault.Errorf(fault.Usage,
 					"--for %q is not known: write connected or disconnected", what)
 			}
 			name, err := tunnelName(args[0])
@@ -370,7 +372,7 @@ func (o *options) wait(ctx context.Context, name, what string) error {
 func (o *options) waited(ctx context.Context, name, what string, last *client.Status) error {
 	switch {
 	case errors.Is(ctx.Err(), context.Canceled):
-		return cli.Errorf(cli.Failure, "interrupted")
+		return fault.Errorf(fault.Failure, "interrupted")
 	case last == nil:
 		return notRunning(name)
 	}
@@ -378,6 +380,6 @@ func (o *options) waited(ctx context.Context, name, what string, last *client.St
 	if last.Reason != "" {
 		reason += " (" + last.Reason + ")"
 	}
-	return &cli.Error{Code: cli.Unreachable, Reason: reason,
+	return &fault.Error{Kind: fault.Unreachable, Reason: reason,
 		Remedy: "check the proxy, or give it more time with --timeout"}
 }

@@ -18,6 +18,9 @@ import (
 	"masquevpn/client"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/daemon"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/privilege"
 )
 
 // restoreTime is how long a tunnel may take to end and restore the host.
@@ -78,7 +81,7 @@ func (o *options) up(ctx context.Context, arg string, wait bool, timeout time.Du
 	if _, err := l.newClient(); err != nil {
 		return err
 	}
-	if err := cli.RequireNetAdmin(capabilities); err != nil {
+	if err := privilege.RequireNetAdmin(capabilities); err != nil {
 		return err
 	}
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
@@ -120,8 +123,8 @@ type background struct {
 
 	interrupted bool // the user interrupted it
 
-	lastReason string   // reason of the tunnel's state
-	lastCode   cli.Code // code of the last failure to connect, cli.OK for none
+	lastReason string     // reason of the tunnel's state
+	lastCode   fault.Kind // code of the last failure to connect, 0 for none
 }
 
 // startBackground runs `run` in a session of its own. Its standard error is
@@ -137,7 +140,7 @@ func (o *options) startBackground(name, file string) (*background, error) {
 		return nil, err
 	}
 	// what is in it stays until the tunnel has its lock
-	log, err := cli.OpenLogFile(o.logPath(name))
+	log, err := daemon.OpenLogFile(o.logPath(name))
 	if err != nil {
 		return nil, err
 	}
@@ -181,7 +184,7 @@ func (o *options) logPath(name string) string { return filepath.Join(o.RunDir, n
 
 // await reads events until the tunnel has started or, if wait is set, is
 // connected. The error is why that will not happen.
-func (b *background) await(ctx context.Context, wait bool) *cli.Error {
+func (b *background) await(ctx context.Context, wait bool) *fault.Error {
 	defer context.AfterFunc(ctx, func() { _ = b.events.SetReadDeadline(time.Unix(1, 0)) })()
 	decoder := json.NewDecoder(b.events)
 	for {
@@ -193,7 +196,8 @@ func (b *background) await(ctx context.Context, wait bool) *cli.Error {
 			return b.late()
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			b.interrupted = true
-			return cli.Errorf(cli.Failure, "interrupted: the tunnel %s is taken down again", b.name)
+			return fault.Errorf(fault.Failure,
+				"interrupted: the tunnel %s is taken down again", b.name)
 		case err != nil: // it died without a word
 			b.failed = true
 			if werr := b.process.Wait(); werr != nil {
@@ -202,13 +206,13 @@ func (b *background) await(ctx context.Context, wait bool) *cli.Error {
 			if err == io.EOF {
 				err = errors.New("it ended")
 			}
-			return &cli.Error{Code: cli.Failure,
+			return &fault.Error{Kind: fault.Failure,
 				Reason: fmt.Sprintf("the tunnel %s did not start (%v)", b.name, err),
 				Remedy: "see " + b.options.logPath(b.name)}
-		case e.Event == eventFailed:
+		case e.Event == eventFailed && e.Error != nil:
 			b.failed = true
-			_ = b.process.Wait() // its exit code is e.Code
-			return &cli.Error{Code: e.Code, Reason: e.Reason, Remedy: e.Remedy}
+			_ = b.process.Wait() // its exit code is the kind of e.Error
+			return e.Error
 		case e.Event == eventStarted && !wait:
 			return nil
 		case e.Event == eventState:
@@ -221,16 +225,17 @@ func (b *background) await(ctx context.Context, wait bool) *cli.Error {
 }
 
 // late is the error of a time limit that passed.
-func (b *background) late() *cli.Error {
+func (b *background) late() *fault.Error {
 	reason := fmt.Sprintf("the tunnel %s was not connected in time and is taken down again", b.name)
 	if b.lastReason != "" {
 		reason = fmt.Sprintf("%s (%s)", reason, b.lastReason)
 	}
-	if b.lastCode == cli.OK || b.lastCode == cli.Unreachable {
-		return &cli.Error{Code: cli.Unreachable, Reason: reason,
+	if b.lastCode == 0 || b.lastCode == fault.Unreachable {
+		return &fault.Error{Kind: fault.Unreachable, Reason: reason,
 			Remedy: "check the proxy, or give it more time with --timeout"}
 	}
-	return &cli.Error{Code: b.lastCode, Reason: reason, Remedy: "see " + b.options.logPath(b.name)}
+	return &fault.Error{Kind: b.lastCode, Reason: reason,
+		Remedy: "see " + b.options.logPath(b.name)}
 }
 
 // takeDown ends the process, which restores the host.
@@ -280,12 +285,12 @@ func (o *options) down(ctx context.Context, name string) error {
 	case errors.Is(err, control.ErrNotRunning):
 		return o.cleanUp(name)
 	case errors.Is(err, context.DeadlineExceeded):
-		return &cli.Error{Code: cli.Failure, Reason: fmt.Sprintf("%s is still stopping", name),
+		return &fault.Error{Kind: fault.Failure, Reason: fmt.Sprintf("%s is still stopping", name),
 			Remedy: "see its log, or try again with a longer --timeout"}
 	case err != nil:
 		return err
 	case answer.Error != "":
-		return &cli.Error{Code: cli.Failure,
+		return &fault.Error{Kind: fault.Failure,
 			Reason: fmt.Sprintf("%s stopped with an error (%s)", name, answer.Error),
 			Remedy: "the next start cleans up what is left"}
 	}
@@ -294,11 +299,11 @@ func (o *options) down(ctx context.Context, name string) error {
 
 func notRunning(name string) error {
 	if closedKillSwitch(name) {
-		return &cli.Error{Code: cli.NotConnected,
+		return &fault.Error{Kind: fault.NotConnected,
 			Reason: name + ": not running, and its kill switch is closed",
 			Remedy: fmt.Sprintf("connect with: %s up %s, or lift it with: %s down %s", program,
 				name, program, name)}
 	}
-	return &cli.Error{Code: cli.NotConnected, Reason: name + ": not running",
+	return &fault.Error{Kind: fault.NotConnected, Reason: name + ": not running",
 		Remedy: fmt.Sprintf("start it with: %s up %s", program, name)}
 }

@@ -14,6 +14,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"masquevpn/internal/cli"
+	"masquevpn/internal/daemon"
+	"masquevpn/internal/fault"
 	"masquevpn/internal/lab"
 )
 
@@ -162,7 +164,7 @@ func (o *options) shell(cmd *cobra.Command) error {
 // prepare makes the lab and finds the programs. The caller must call done.
 func (o *options) prepare(cmd *cobra.Command) (p *pair, done func(), err error) {
 	if err := lab.CheckTUN(); err != nil {
-		return nil, nil, cli.Errorf(cli.Privileges, "%v", err)
+		return nil, nil, fault.Errorf(fault.Privileges, "%v", err)
 	}
 	programs, err := findPrograms()
 	if err != nil {
@@ -172,7 +174,7 @@ func (o *options) prepare(cmd *cobra.Command) (p *pair, done func(), err error) 
 	if err != nil {
 		return nil, nil, err
 	}
-	ctx, stop := cli.SignalContext(cmd.Context(), slog.New(slog.DiscardHandler))
+	ctx, stop := daemon.SignalContext(cmd.Context(), slog.New(slog.DiscardHandler))
 	l, err := lab.New(ctx, lab.WithArtifacts(dir))
 	if err != nil {
 		stop()
@@ -197,7 +199,7 @@ func (o *options) artifactsDir() (string, error) {
 	}
 	entries, err := os.ReadDir(o.artifacts)
 	if err == nil && len(entries) > 0 {
-		err = cli.Errorf(cli.Usage, "%s is not empty: empty it, or name another directory",
+		err = fault.Errorf(fault.Usage, "%s is not empty: empty it, or name another directory",
 			o.artifacts)
 	}
 	return o.artifacts, err
@@ -229,10 +231,10 @@ func (o *options) finish(p *pair, r *report, err error) error {
 	}
 	switch {
 	case failed:
-		return cli.Errorf(cli.Failure, "%s: %s: look into %s", r.scenario.name,
+		return fault.Errorf(fault.Failure, "%s: %s: look into %s", r.scenario.name,
 			r.failure(err), p.dir)
 	case err != nil:
-		return cli.Errorf(cli.Failure, "%s: %s", r.scenario.name, r.failure(err))
+		return fault.Errorf(fault.Failure, "%s: %s", r.scenario.name, r.failure(err))
 	}
 	return nil
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"masquevpn/internal/cli"
+	"masquevpn/internal/fault"
 	"masquevpn/internal/lab"
 )
 
@@ -31,7 +32,7 @@ func fake() {
 		fmt.Fprintln(os.Stderr, "line", i)
 	}
 	fmt.Fprintln(os.Stderr, filepath.Base(os.Args[0])+": the disk is full: make room")
-	os.Exit(int(cli.Failure))
+	os.Exit(int(fault.Failure))
 }
 
 // execute runs a command line.
@@ -68,8 +69,8 @@ func TestFailureExplains(t *testing.T) {
 	useFakes(t)
 	dir := t.TempDir()
 	stdout, stderr, code := execute("demo", "--artifacts", dir)
-	if code != int(cli.Failure) {
-		t.Errorf("exit code %d, want %d", code, cli.Failure)
+	if code != int(fault.Failure) {
+		t.Errorf("exit code %d, want %d", code, fault.Failure)
 	}
 	for _, want := range []string{
 		"Step 3 failed: masque-proxy init",
@@ -94,8 +95,8 @@ func TestFailureAsJSON(t *testing.T) {
 	useFakes(t)
 	dir := t.TempDir()
 	stdout, _, code := execute("run", "remote-access", "--json", "--artifacts", dir)
-	if code != int(cli.Failure) {
-		t.Errorf("exit code %d, want %d", code, cli.Failure)
+	if code != int(fault.Failure) {
+		t.Errorf("exit code %d, want %d", code, fault.Failure)
 	}
 	var got struct {
 		Schema    int
@@ -152,7 +153,7 @@ func TestArtifactsNotEmpty(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, stderr, code := execute("demo", "--artifacts", dir); code != int(cli.Usage) ||
+	if _, stderr, code := execute("demo", "--artifacts", dir); code != int(fault.Usage) ||
 		!strings.Contains(stderr, "not empty") {
 		t.Errorf("exit code %d, %q", code, stderr)
 	}
@@ -164,7 +165,7 @@ func TestProgramsMissing(t *testing.T) {
 	}
 	t.Setenv("PATH", t.TempDir())
 	_, stderr, code := execute("demo")
-	if code != int(cli.Failure) || !strings.Contains(stderr, "make build") {
+	if code != int(fault.Failure) || !strings.Contains(stderr, "make build") {
 		t.Errorf("exit code %d, %q", code, stderr)
 	}
 }
@@ -174,7 +175,7 @@ func TestUsage(t *testing.T) {
 		{"demo", "--no-such"}, {"list", "--log-level", "loud"}, {"no-such"}} {
 		t.Run("arguments "+strings.Join(args, " "), func(t *testing.T) {
 			stdout, stderr, code := execute(args...)
-			if code != int(cli.Usage) || stdout != "" || strings.Count(stderr, "\n") != 1 {
+			if code != int(fault.Usage) || stdout != "" || strings.Count(stderr, "\n") != 1 {
 				t.Errorf("%v: exit code %d, %q, %q", args, code, stdout, stderr)
 			}
 		})

@@ -10,7 +10,7 @@ import (
 	"slices"
 	"strings"
 
-	"masquevpn/internal/cli"
+	"masquevpn/internal/fault"
 	"masquevpn/internal/lab"
 )
 
@@ -31,7 +31,7 @@ func findPrograms() (programs, error) {
 			continue
 		}
 		if *path, err = exec.LookPath(name); err != nil {
-			return p, cli.Errorf(cli.Failure,
+			return p, fault.Errorf(fault.Failure,
 				"%s is neither %s nor in PATH: build it with `make build`", name, beside)
 		}
 	}

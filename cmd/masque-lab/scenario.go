@@ -8,7 +8,7 @@ import (
 
 	"github.com/gopacket/gopacket/layers"
 
-	"masquevpn/internal/cli"
+	"masquevpn/internal/fault"
 	"masquevpn/internal/lab"
 )
 
@@ -73,7 +73,8 @@ var scenarios = []scenario{
 func findScenario(name string) (scenario, error) {
 	i := slices.IndexFunc(scenarios, func(s scenario) bool { return s.name == name })
 	if i < 0 {
-		return scenario{}, cli.Errorf(cli.Usage, "there is no scenario %q: `%s list` shows them",
+		return scenario{}, fault.Errorf(fault.Usage,
+			"there is no scenario %q: `%s list` shows them",
 			name, program)
 	}
 	return scenarios[i], nil

@@ -9,7 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 
-	"masquevpn/internal/cli"
+	"masquevpn/internal/fault"
 )
 
 // shellText suggests commands to try.
@@ -34,7 +34,7 @@ func (p *pair) endShellSteps() []step {
 		{"masque-client down", func(ctx context.Context) (string, error) {
 			c := p.command(ctx, p.topo.Client, p.programs.client, "down", user)
 			err := c.Run()
-			if c.ExitCode() == int(cli.NotConnected) {
+			if c.ExitCode() == int(fault.NotConnected) {
 				return "it was down", nil
 			}
 			return "", explain(c, err)

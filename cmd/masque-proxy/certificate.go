@@ -15,8 +15,10 @@ import (
 	"time"
 
 	"masquevpn/internal/acme"
-	"masquevpn/internal/cli"
+	"masquevpn/internal/certs"
 	"masquevpn/internal/config"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/files"
 	"masquevpn/internal/pki"
 )
 
@@ -30,15 +32,15 @@ func acmeConfig(f *config.Proxy, logger *slog.Logger) (*acme.Config, error) {
 		Storage: f.ACME.Storage, Logger: logger,
 	}
 	if f.ACME.CA != "" {
-		data, err := cli.ReadNamed(f, "tls.acme.ca", f.ACME.CA, false)
+		data, err := files.ReadNamed("tls.acme.ca", f.ACME.CA, false)
 		if err != nil {
 			return nil, err
 		}
-		roots, err := cli.ParseCertificates(f, "tls.acme.ca", data)
+		roots, err := certs.Parse("tls.acme.ca", data)
 		if err != nil {
 			return nil, err
 		}
-		c.Roots = cli.Pool(roots)
+		c.Roots = certs.Pool(roots)
 	}
 	return c, nil
 }
@@ -49,18 +51,18 @@ func acmeConfig(f *config.Proxy, logger *slog.Logger) (*acme.Config, error) {
 // its account.
 func (l *loaded) resetKey() (*[32]byte, error) {
 	if l.acme == nil {
-		return pki.ResetKey(cli.Signer(l.pair.Certificate))
+		return pki.ResetKey(certs.Signer(l.pair.Certificate))
 	}
 	path := filepath.Join(l.acme.Storage, "reset.key")
 	storage := func(err error) error {
-		code := cli.Failure
+		kind := fault.Failure
 		if errors.Is(err, fs.ErrPermission) {
-			code = cli.Privileges
+			kind = fault.Privileges
 		}
-		return &cli.Error{Code: code, Reason: "tls.acme.storage: " + err.Error(),
+		return &fault.Error{Kind: kind, Key: "tls.acme.storage", Reason: err.Error(),
 			Remedy: "make it a folder of the user that the proxy runs as, or change it"}
 	}
-	text, err := cli.ReadSecret(path)
+	text, err := files.ReadSecret(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		var secret [32]byte
 		rand.Read(secret[:]) // never fails
@@ -68,9 +70,9 @@ func (l *loaded) resetKey() (*[32]byte, error) {
 		if err := os.MkdirAll(l.acme.Storage, 0o700); err != nil {
 			return nil, storage(err)
 		}
-		err = cli.CreateFile(path, text, 0o600)
+		err = files.Create(path, text, 0o600)
 	}
-	if _, ok := errors.AsType[*cli.Error](err); ok {
+	if _, ok := errors.AsType[*fault.Error](err); ok {
 		return nil, err
 	}
 	if err != nil {
@@ -78,7 +80,7 @@ func (l *loaded) resetKey() (*[32]byte, error) {
 	}
 	key, err := hex.DecodeString(strings.TrimSpace(string(text)))
 	if err != nil || len(key) != 32 {
-		return nil, cli.Errorf(cli.Usage,
+		return nil, fault.Errorf(fault.Usage,
 			"%s is not 32 bytes in hexadecimal: remove it, and it is made anew", path)
 	}
 	return (*[32]byte)(key), nil
@@ -101,7 +103,7 @@ func (l *loaded) renewal() string {
 }
 
 // certificate is what new connections use; nil as long as ACME has got none.
-func (d *daemon) certificate() *tls.Certificate {
+func (d *process) certificate() *tls.Certificate {
 	if d.acme != nil {
 		return d.acme.Certificate()
 	}
@@ -109,7 +111,7 @@ func (d *daemon) certificate() *tls.Certificate {
 }
 
 // starting says that the proxy is not ready yet, and why.
-func (d *daemon) starting() string {
+func (d *process) starting() string {
 	if why := d.waiting(); why != "" {
 		return "the proxy is still starting: " + why
 	}
@@ -117,7 +119,7 @@ func (d *daemon) starting() string {
 }
 
 // waiting says why there is no certificate yet; "" when there is one.
-func (d *daemon) waiting() string {
+func (d *process) waiting() string {
 	if d.certificate() != nil {
 		return ""
 	}
@@ -131,7 +133,7 @@ func (d *daemon) waiting() string {
 
 // certificateUntil is when the certificate of new connections ends; zero if
 // there is none yet.
-func (d *daemon) certificateUntil() time.Time {
+func (d *process) certificateUntil() time.Time {
 	if c := d.certificate(); c != nil {
 		return c.Leaf.NotAfter
 	}
@@ -148,12 +150,12 @@ func until(t time.Time) any {
 
 // lookAtCertificate uses files that have changed, and warns of a certificate
 // that ends.
-func (d *daemon) lookAtCertificate() {
+func (d *process) lookAtCertificate() {
 	if d.pair != nil {
-		d.pair.Look()
+		d.pair.Check()
 	}
 	if c := d.certificate(); c != nil {
-		d.expiry.Look(c.Leaf, time.Now())
+		d.expiry.Check(c.Leaf, time.Now())
 	}
 }
 
@@ -166,7 +168,7 @@ type certificateStatus struct {
 }
 
 // certificateStatus describes the certificate, which is there.
-func (d *daemon) certificateStatus() certificateStatus {
+func (d *process) certificateStatus() certificateStatus {
 	s := certificateStatus{Until: d.certificateUntil(), From: d.loaded.certificateSource()}
 	if d.acme != nil {
 		if a := d.acme.Status(); a.Problem != nil {

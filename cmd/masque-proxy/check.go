@@ -20,6 +20,8 @@ import (
 	"masquevpn/internal/acme"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/doctor"
+	"masquevpn/internal/fault"
 	"masquevpn/internal/hostfirewall"
 	"masquevpn/routing"
 )
@@ -32,7 +34,7 @@ func (o *options) checkCommand() *cobra.Command {
 		Long: "Check a configuration and this host, without changing anything. Each line is ok, warn or fail; the exit code\n" +
 			"is 2 if anything fails. Nothing is sent to others, unless --online has an ACME server asked too.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
-			var c cli.Checks
+			var c doctor.Report
 			o.check(cmd.Context(), &c, file, online)
 			return c.Finish(cmd.OutOrStdout(), asJSON)
 		}),
@@ -44,7 +46,7 @@ func (o *options) checkCommand() *cobra.Command {
 	return cmd
 }
 
-func (o *options) check(ctx context.Context, c *cli.Checks, file string, online bool) {
+func (o *options) check(ctx context.Context, c *doctor.Report, file string, online bool) {
 	l, err := load(file, slog.New(slog.DiscardHandler))
 	if err == nil {
 		_, err = l.newServer(l.config(nil))
@@ -94,7 +96,7 @@ func (o *options) check(ctx context.Context, c *cli.Checks, file string, online 
 
 // checkRunning asks the running proxy what it has lost of what it needs on this
 // host.
-func (o *options) checkRunning(ctx context.Context, c *cli.Checks) {
+func (o *options) checkRunning(ctx context.Context, c *doctor.Report) {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	var s status
@@ -105,16 +107,16 @@ func (o *options) checkRunning(ctx context.Context, c *cli.Checks) {
 	c.Running(s.Warnings, s.KernelRepairs)
 }
 
-func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
+func (l *loaded) checkCredentials(c *doctor.Report, now time.Time) {
 	if l.acme == nil {
-		c.Certificate(cli.Credential{
-			What: "tls.cert", Chain: l.pair.Chain, Name: l.file.Name,
+		c.Certificate(doctor.Credential{
+			Label: "tls.cert", Chain: l.pair.Chain, Name: l.file.Name,
 			Usage: x509.ExtKeyUsageServerAuth, Renewal: l.renewal(),
 		}, now)
 	}
 	for _, ca := range l.clientCAs {
-		c.Certificate(cli.Credential{
-			What: "tls.client_ca: " + ca.Subject.CommonName, Chain: []*x509.Certificate{ca},
+		c.Certificate(doctor.Credential{
+			Label: "tls.client_ca: " + ca.Subject.CommonName, Chain: []*x509.Certificate{ca},
 			Usage:   x509.ExtKeyUsageAny,
 			Renewal: "make a new authority, and invite the users again",
 		}, now)
@@ -142,14 +144,14 @@ func (l *loaded) checkCredentials(c *cli.Checks, now time.Time) {
 }
 
 // checkACME checks what is stored, and asks the server if that is wanted.
-func (l *loaded) checkACME(ctx context.Context, c *cli.Checks, online bool, now time.Time) {
+func (l *loaded) checkACME(ctx context.Context, c *doctor.Report, online bool, now time.Time) {
 	switch cert, err := acme.Stored(ctx, *l.acme); {
 	case err == nil && now.After(cert.Leaf.NotAfter):
 		c.Warn("tls.acme: the stored certificate ended on "+
 			cert.Leaf.NotAfter.Format(time.DateOnly), "the proxy gets another one when it starts")
 	case err == nil:
-		c.Certificate(cli.Credential{
-			What: "tls.acme", Chain: []*x509.Certificate{cert.Leaf}, Name: l.file.Name,
+		c.Certificate(doctor.Credential{
+			Label: "tls.acme", Chain: []*x509.Certificate{cert.Leaf}, Name: l.file.Name,
 			Usage: x509.ExtKeyUsageServerAuth, Renewal: l.renewal(),
 		}, now)
 	case errors.Is(err, fs.ErrNotExist):
@@ -174,7 +176,7 @@ func (l *loaded) checkACME(ctx context.Context, c *cli.Checks, online bool, now 
 
 // checkChallenge checks that the address of the challenge can be listened on,
 // by doing it.
-func checkChallenge(ctx context.Context, c *cli.Checks, cfg acme.Config) {
+func checkChallenge(ctx context.Context, c *doctor.Report, cfg acme.Config) {
 	if err := acme.CheckListen(ctx, cfg); err != nil {
 		failError(c, err)
 		return
@@ -183,9 +185,9 @@ func checkChallenge(ctx context.Context, c *cli.Checks, cfg acme.Config) {
 		cfg.Challenge.Port(), cfg.Name)
 }
 
-func failError(c *cli.Checks, err error) {
-	if e, ok := errors.AsType[*acme.Error](err); ok {
-		c.Fail("tls.acme: "+e.Reason, e.Remedy)
+func failError(c *doctor.Report, err error) {
+	if e, ok := errors.AsType[*fault.Error](err); ok {
+		c.Fail("tls.acme: "+e.What(), e.Remedy)
 		return
 	}
 	c.Fail("tls.acme: "+err.Error(), "")
@@ -193,7 +195,7 @@ func failError(c *cli.Checks, err error) {
 
 // checkUsers looks for users who are not let in, or do not reach what their
 // entry says.
-func (l *loaded) checkUsers(c *cli.Checks, now time.Time) {
+func (l *loaded) checkUsers(c *doctor.Report, now time.Time) {
 	for _, u := range l.users.last().All() {
 		if !u.Expires.IsZero() && !now.Before(u.Expires) {
 			c.Warn(fmt.Sprintf("users: the time of %s was over at %s", u.Name,
@@ -211,7 +213,7 @@ func (l *loaded) checkUsers(c *cli.Checks, now time.Time) {
 
 // checkPool checks that the addresses for clients are none of those of this
 // host, nor in its networks.
-func checkPool(c *cli.Checks, addrs []net.Addr, pools ...netip.Prefix) {
+func checkPool(c *doctor.Report, addrs []net.Addr, pools ...netip.Prefix) {
 	for _, pool := range pools {
 		if !pool.IsValid() {
 			continue
@@ -232,7 +234,7 @@ func checkPool(c *cli.Checks, addrs []net.Addr, pools ...netip.Prefix) {
 }
 
 // checkForwarding checks what the kernel needs to forward and masquerade.
-func (l *loaded) checkForwarding(c *cli.Checks) {
+func (l *loaded) checkForwarding(c *doctor.Report) {
 	f := l.file
 	if f.Pool4.IsValid() {
 		c.Forwarding("net.ipv4.ip_forward")
@@ -264,7 +266,7 @@ func (l *loaded) checkForwarding(c *cli.Checks) {
 
 // checkFirewall looks for what keeps clients from the proxy, and their packets
 // from their destinations.
-func (l *loaded) checkFirewall(c *cli.Checks) {
+func (l *loaded) checkFirewall(c *doctor.Report) {
 	var flows []hostfirewall.Flow
 	for _, addr := range l.file.Listen {
 		if a, err := net.ResolveUDPAddr("udp", addr); err == nil {

@@ -18,7 +18,9 @@ import (
 
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/fault"
 	"masquevpn/internal/pki"
+	"masquevpn/internal/text"
 	"masquevpn/proxy"
 )
 
@@ -49,9 +51,9 @@ type kicked struct {
 
 var errNoSession = errors.New("there is no such session")
 
-func (d *daemon) handler() http.Handler {
+func (d *process) handler() http.Handler {
 	mux := http.NewServeMux()
-	cli.HandleCaptures(mux, d.tap, func(id string) (<-chan struct{}, error) {
+	control.HandleCaptures(mux, d.tap, func(id string) (<-chan struct{}, error) {
 		if ends, ok := d.server.SessionEnds(id); ok {
 			return ends, nil
 		}
@@ -109,7 +111,7 @@ func ask[T any](o *options, cmd *cobra.Command,
 		err := call(ctx, control.NewClient(o.RunDir, instance), args, &raw)
 		switch {
 		case errors.Is(err, context.DeadlineExceeded):
-			return &cli.Error{Code: cli.Unreachable, Reason: "the proxy does not answer",
+			return &fault.Error{Kind: fault.Unreachable, Reason: "the proxy does not answer",
 				Remedy: "look into its log"}
 		case err != nil:
 			return o.answerError(err)
@@ -131,7 +133,7 @@ func ask[T any](o *options, cmd *cobra.Command,
 // that it does not run.
 func (o *options) answerError(err error) error {
 	if errors.Is(err, control.ErrNotRunning) {
-		return &cli.Error{Code: cli.NotConnected,
+		return &fault.Error{Kind: fault.NotConnected,
 			Reason: "no proxy is running with the run directory " + o.RunDir,
 			Remedy: "start it with: " + program + " run -c FILE"}
 	}
@@ -141,12 +143,12 @@ func (o *options) answerError(err error) error {
 	}
 	switch e.Status {
 	case http.StatusUnprocessableEntity:
-		return &cli.Error{Code: cli.Usage, Reason: e.Reason}
+		return &fault.Error{Kind: fault.Usage, Reason: e.Reason}
 	case http.StatusNotFound:
-		return &cli.Error{Code: cli.NotConnected, Reason: e.Reason,
+		return &fault.Error{Kind: fault.NotConnected, Reason: e.Reason,
 			Remedy: "list them with: " + program + " sessions"}
 	case http.StatusServiceUnavailable:
-		return &cli.Error{Code: cli.NotConnected, Reason: e.Reason, Remedy: "try again"}
+		return &fault.Error{Kind: fault.NotConnected, Reason: e.Reason, Remedy: "try again"}
 	}
 	return err
 }
@@ -169,7 +171,7 @@ func showStatus(w io.Writer, s status) error {
 	fmt.Fprintf(t, "running for\t%s\n", time.Since(s.Since).Round(time.Second))
 	fmt.Fprintf(t, "state\t%s\n", s.State)
 	for _, w := range s.Warnings {
-		fmt.Fprintf(t, "warning\t%s\n", cli.OneLine(w))
+		fmt.Fprintf(t, "warning\t%s\n", text.OneLine(w))
 	}
 	fmt.Fprintf(t, "listening on\t%s\n", strings.Join(s.Listen, ", "))
 	fmt.Fprintf(t, "template\t%s\n", s.Template)
@@ -177,7 +179,7 @@ func showStatus(w io.Writer, s status) error {
 		s.Certificate.From)
 	if s.Certificate.Problem != "" {
 		fmt.Fprintf(t, "\tnot renewed, tried again at %s: %s\n",
-			s.Certificate.Next.Format(time.DateTime), cli.OneLine(s.Certificate.Problem))
+			s.Certificate.Next.Format(time.DateTime), text.OneLine(s.Certificate.Problem))
 	}
 	fmt.Fprintf(t, "interface\t%s\n", s.Interface)
 	fmt.Fprintf(t, "sessions\t%d\n", s.Sessions)
@@ -185,15 +187,15 @@ func showStatus(w io.Writer, s status) error {
 		fmt.Fprintf(t, "flows of UDP\t%d\n", s.UDPFlows)
 	}
 	fmt.Fprintf(t, "leased addresses\t%d IPv4, %d IPv6\n", s.Leased["ipv4"], s.Leased["ipv6"])
-	fmt.Fprintf(t, "received\t%d packets, %s\n", s.Packets.RX, cli.Size(s.Bytes.RX))
-	fmt.Fprintf(t, "sent\t%d packets, %s\n", s.Packets.TX, cli.Size(s.Bytes.TX))
-	if list := cli.Counts(s.Drops); list != "" {
+	fmt.Fprintf(t, "received\t%d packets, %s\n", s.Packets.RX, text.Size(s.Bytes.RX))
+	fmt.Fprintf(t, "sent\t%d packets, %s\n", s.Packets.TX, text.Size(s.Bytes.TX))
+	if list := text.Counts(s.Drops); list != "" {
 		fmt.Fprintf(t, "dropped\t%s\n", list)
 	}
-	if list := cli.Counts(s.Requests); list != "" {
+	if list := text.Counts(s.Requests); list != "" {
 		fmt.Fprintf(t, "requests\t%s\n", list)
 	}
-	if list := cli.Counts(s.KernelRepairs); list != "" {
+	if list := text.Counts(s.KernelRepairs); list != "" {
 		fmt.Fprintf(t, "put right\t%s\n", list)
 	}
 	return t.Flush()
@@ -212,9 +214,9 @@ func showSessions(w io.Writer, sessions []proxy.SessionStatus) error {
 		if s.Kind == proxy.KindUDP {
 			addresses = "UDP to " + s.Target
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, cli.OneLine(s.User), s.Remote,
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, text.OneLine(s.User), s.Remote,
 			time.Since(s.Since).Round(time.Second),
-			addresses, list(s.Networks), cli.Size(s.Bytes.RX), cli.Size(s.Bytes.TX))
+			addresses, list(s.Networks), text.Size(s.Bytes.RX), text.Size(s.Bytes.TX))
 	}
 	return t.Flush()
 }

@@ -14,6 +14,8 @@ import (
 
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/files"
 	"masquevpn/internal/pki"
 )
 
@@ -76,15 +78,16 @@ func initCommand() *cobra.Command {
 
 func (in *installation) make(w io.Writer, dir string, now time.Time) (err error) {
 	if in.name == "" {
-		return &cli.Error{Code: cli.Usage, Reason: "the name that clients dial is missing",
+		return &fault.Error{Kind: fault.Usage, Reason: "the name that clients dial is missing",
 			Remedy: "give it with --name, for example --name vpn.example.org"}
 	}
 	if in.acme == "" && (in.agreed || in.directory != "") {
-		return &cli.Error{Code: cli.Usage, Reason: "--agree-tos and --acme-directory are for ACME",
+		return &fault.Error{Kind: fault.Usage,
+			Reason: "--agree-tos and --acme-directory are for ACME",
 			Remedy: "add --acme EMAIL, or leave them out"}
 	}
 	if in.acme != "" && !in.agreed {
-		return &cli.Error{Code: cli.Usage,
+		return &fault.Error{Kind: fault.Usage,
 			Reason: "the ACME server's terms of service have to be agreed to",
 			Remedy: "read them (of Let's Encrypt: https://letsencrypt.org/repository/), and add --agree-tos"}
 	}
@@ -105,34 +108,34 @@ func (in *installation) make(w io.Writer, dir string, now time.Time) (err error)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	unlock, err := cli.LockDir(dir)
+	unlock, err := files.LockDir(dir)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	secret := cli.SecretMode(filepath.Join(dir, keyFile))
+	secret := files.SecretMode(filepath.Join(dir, keyFile))
 	type file struct {
 		name string
 		data []byte
 		mode fs.FileMode
 	}
-	files := []file{
+	all := []file{
 		{caCertFile, ca.Cert, 0o644},
 		{caKeyFile, ca.Key, 0o600}, // the proxy itself does not need it
 	}
 	if in.acme == "" {
-		files = append(files, file{certFile, server.Cert, 0o644}, file{keyFile, server.Key, secret})
+		all = append(all, file{certFile, server.Cert, 0o644}, file{keyFile, server.Key, secret})
 	}
-	files = append(files, file{usersFile, []byte(usersText), secret},
+	all = append(all, file{usersFile, []byte(usersText), secret},
 		file{configFile, []byte(text), 0o644}) // last: with it, the installation is complete
-	for _, f := range files {
+	for _, f := range all {
 		if _, err := os.Lstat(filepath.Join(dir, f.name)); !errors.Is(err, fs.ErrNotExist) {
 			return exists(filepath.Join(dir, f.name), err)
 		}
 	}
-	for i, f := range files {
-		if err := cli.CreateFile(filepath.Join(dir, f.name), f.data, f.mode); err != nil {
-			for _, made := range files[:i] {
+	for i, f := range all {
+		if err := files.Create(filepath.Join(dir, f.name), f.data, f.mode); err != nil {
+			for _, made := range all[:i] {
 				err = errors.Join(err, os.Remove(filepath.Join(dir, made.name)))
 			}
 			return err
@@ -148,7 +151,7 @@ func exists(path string, err error) error {
 	if err != nil {
 		return err
 	}
-	return &cli.Error{Code: cli.Usage, Reason: path + " exists already and is left alone",
+	return &fault.Error{Kind: fault.Usage, Reason: path + " exists already and is left alone",
 		Remedy: "name another folder, or remove the old installation"}
 }
 
@@ -166,30 +169,33 @@ func renewCertificate(w io.Writer, dir, name string, now time.Time) error {
 		return err
 	}
 	if name != "" && name != f.Name {
-		return f.Problem("name", "not the name given with --name",
-			"leave out --name, or change the file")
+		return f.Locate(&fault.Error{Kind: fault.Usage, Key: "name",
+			Reason: "not the name given with --name",
+			Remedy: "leave out --name, or change the file"})
 	}
 	if f.ACME != nil {
-		return f.Problem("tls.acme", "the running proxy renews the certificate by itself",
-			"leave out --renew")
+		return f.Locate(&fault.Error{Kind: fault.Usage, Key: "tls.acme",
+			Reason: "the running proxy renews the certificate by itself",
+			Remedy: "leave out --renew"})
 	}
 	authority, err := readAuthority(filepath.Join(dir, caCertFile), filepath.Join(dir, caKeyFile))
 	if err != nil {
 		return err
 	}
-	key, err := cli.ReadNamed(f, "tls.key", f.Key, true)
+	key, err := files.ReadNamed("tls.key", f.Key, true)
 	if err != nil {
-		return err
+		return f.Locate(err)
 	}
 	signer, err := pki.ParseKey(key)
 	if err != nil {
-		return f.Problem("tls.key", err.Error(), "write a private key in PEM form")
+		return f.Locate(&fault.Error{Kind: fault.Usage, Key: "tls.key", Reason: err.Error(),
+			Remedy: "write a private key in PEM form"})
 	}
 	pair, err := authority.Server(f.Name, signer, now)
 	if err != nil {
 		return err
 	}
-	if err := cli.WriteFile(f.Cert, pair.Cert, 0o644); err != nil {
+	if err := files.Replace(f.Cert, pair.Cert, 0o644); err != nil {
 		return err
 	}
 	_, err = fmt.Fprintf(w, "renewed %s\n\nnext:\n  sudo %s reload\n", f.Cert, program)
@@ -198,17 +204,17 @@ func renewCertificate(w io.Writer, dir, name string, now time.Time) error {
 
 // readAuthority reads the authority of an installation.
 func readAuthority(cert, key string) (*pki.Authority, error) {
-	certPEM, _, err := cli.ReadFile(cert)
+	certPEM, _, err := files.Read(cert)
 	if err != nil {
 		return nil, authorityError(err)
 	}
-	keyPEM, err := cli.ReadSecret(key)
+	keyPEM, err := files.ReadSecret(key)
 	if err != nil {
 		return nil, authorityError(err)
 	}
 	a, err := pki.ParseAuthority(pki.Pair{Cert: certPEM, Key: keyPEM})
 	if err != nil {
-		return nil, &cli.Error{Code: cli.Usage,
+		return nil, &fault.Error{Kind: fault.Usage,
 			Reason: fmt.Sprintf("%s and %s: %v", cert, key, err),
 			Remedy: "put the files of one authority there"}
 	}
@@ -217,7 +223,7 @@ func readAuthority(cert, key string) (*pki.Authority, error) {
 
 func authorityError(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		return &cli.Error{Code: cli.Usage,
+		return &fault.Error{Kind: fault.Usage,
 			Reason: "the authority is not here (" + err.Error() + ")",
 			Remedy: "run this where its key is kept, or name it with --ca-key"}
 	}

@@ -13,7 +13,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"masquevpn/internal/certs"
 	"masquevpn/internal/cli"
+	"masquevpn/internal/files"
 	"masquevpn/internal/pki"
 	"masquevpn/proxy"
 )
@@ -133,7 +135,7 @@ func TestInit(t *testing.T) {
 		t.Error(diff)
 	}
 	if _, err := l.pair.Leaf.Verify(x509.VerifyOptions{DNSName: "vpn.example.org",
-		Roots: cli.Pool(l.clientCAs)}); err != nil {
+		Roots: certs.Pool(l.clientCAs)}); err != nil {
 		t.Errorf("the proxy's certificate: %v", err)
 	}
 }
@@ -193,7 +195,7 @@ func TestRenew(t *testing.T) {
 	do(t, 0, "init", "--renew", dir)
 	after := mustLoad(t, file)
 	if pki.Fingerprint(before.pair.Leaf) == pki.Fingerprint(after.pair.Leaf) ||
-		!pki.Matches(after.pair.Leaf, cli.Signer(before.pair.Certificate)) {
+		!pki.Matches(after.pair.Leaf, certs.Signer(before.pair.Certificate)) {
 		t.Error("the certificate is the old one, or has another key")
 	}
 	a, errA := before.resetKey()
@@ -220,7 +222,7 @@ func TestServiceFolder(t *testing.T) {
 	if err := os.Chmod(dir, 0o750|fs.ModeSetgid); err != nil {
 		t.Fatal(err)
 	}
-	secret := cli.SecretMode(filepath.Join(dir, keyFile)) // 0600 without root
+	secret := files.SecretMode(filepath.Join(dir, keyFile)) // 0600 without root
 	file := filepath.Join(dir, configFile)
 	do(t, 0, "init", "--name", "vpn.example.org", dir)
 	do(t, 0, "invite", "alice", "-c", file, "-o", filepath.Join(dir, "alice.toml"))

@@ -18,8 +18,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"masquevpn/internal/certs"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/files"
 	"masquevpn/internal/pki"
 )
 
@@ -80,11 +83,12 @@ func inviteCommand() *cobra.Command {
 
 func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 	if !config.IsName(in.user) {
-		return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("%q cannot name a user", in.user),
+		return &fault.Error{Kind: fault.Usage,
+			Reason: fmt.Sprintf("%q cannot name a user", in.user),
 			Remedy: `write 1 to 64 letters, digits and any of ".-_@", a letter or digit first`}
 	}
 	if in.proxy != "" && !config.IsProxy(in.proxy) {
-		return &cli.Error{Code: cli.Usage,
+		return &fault.Error{Kind: fault.Usage,
 			Reason: fmt.Sprintf("--proxy %q is not a name, host:port or URI template", in.proxy),
 			Remedy: "write for example vpn.example.org"}
 	}
@@ -123,7 +127,7 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		return in.write(out, b.Bytes())
 	}
 
-	unlock, err := cli.LockDir(filepath.Dir(f.Users))
+	unlock, err := files.LockDir(filepath.Dir(f.Users))
 	if err != nil {
 		return err
 	}
@@ -133,12 +137,12 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		return err
 	}
 	if _, known := users.ByName(in.user); known {
-		return &cli.Error{Code: cli.Usage, Reason: "there is a user " + in.user + " already",
+		return &fault.Error{Kind: fault.Usage, Reason: "there is a user " + in.user + " already",
 			Remedy: fmt.Sprintf("choose another name, or first: %s user remove %s -c %s", program,
 				in.user, in.config)}
 	}
 	if in.sessions < 0 {
-		return cli.Errorf(cli.Usage, "--sessions %d is negative: write a number from 0",
+		return fault.Errorf(fault.Usage, "--sessions %d is negative: write a number from 0",
 			in.sessions)
 	}
 	if user.Addresses, err = in.reserve(f, users); err != nil {
@@ -152,11 +156,11 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		if err != nil {
 			return err
 		}
-		certs, err := pki.ParseCertificates(pair.Cert)
+		chain, err := pki.ParseCertificates(pair.Cert)
 		if err != nil {
 			return err
 		}
-		user.Certificate = pki.Fingerprint(certs[0])
+		user.Certificate = pki.Fingerprint(chain[0])
 		if roots == nil {
 			b.WriteString("\n[tls]\n")
 		}
@@ -180,22 +184,22 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 // finish writes the client's file and the users file, or neither.
 func (in *invitation) finish(out io.Writer, client []byte, usersPath string, users []byte) error {
 	if in.out == "" { // what was read cannot be taken back: it comes last
-		before, _, err := cli.ReadFile(usersPath)
+		before, _, err := files.Read(usersPath)
 		if err != nil {
 			return err
 		}
-		if err := cli.UpdateFile(usersPath, users); err != nil {
+		if err := files.Update(usersPath, users); err != nil {
 			return err
 		}
 		if err := in.write(out, client); err != nil {
-			return errors.Join(err, cli.UpdateFile(usersPath, before))
+			return errors.Join(err, files.Update(usersPath, before))
 		}
 		return nil
 	}
 	if err := in.write(out, client); err != nil {
 		return err
 	}
-	if err := cli.UpdateFile(usersPath, users); err != nil {
+	if err := files.Update(usersPath, users); err != nil {
 		return errors.Join(err, os.Remove(in.out))
 	}
 	return nil
@@ -207,9 +211,9 @@ func (in *invitation) write(out io.Writer, client []byte) error {
 		_, err := out.Write(client)
 		return err
 	}
-	err := cli.CreateFile(in.out, client, cli.SecretMode(in.out))
+	err := files.Create(in.out, client, files.SecretMode(in.out))
 	if errors.Is(err, fs.ErrExist) {
-		return &cli.Error{Code: cli.Usage, Reason: in.out + " exists already and is left alone",
+		return &fault.Error{Kind: fault.Usage, Reason: in.out + " exists already and is left alone",
 			Remedy: "name another file with -o, or remove it"}
 	}
 	return err
@@ -236,12 +240,12 @@ func (in *invitation) dial(f *config.Proxy) string {
 // configuration; nil if it is none of those.
 func (in *invitation) roots(f *config.Proxy) ([]byte, error) {
 	if in.ca != "" {
-		data, _, err := cli.ReadFile(in.ca)
+		data, _, err := files.Read(in.ca)
 		if err == nil {
 			_, err = pki.ParseCertificates(data)
 		}
 		if err != nil {
-			return nil, cli.Errorf(cli.Usage,
+			return nil, fault.Errorf(fault.Usage,
 				"--ca %s: %v: name a file with certificates in PEM form", in.ca, err)
 		}
 		return data, nil
@@ -249,35 +253,35 @@ func (in *invitation) roots(f *config.Proxy) ([]byte, error) {
 	if f.ACME != nil {
 		return nil, nil
 	}
-	data, err := cli.ReadNamed(f, "tls.cert", f.Cert, false)
+	data, err := files.ReadNamed("tls.cert", f.Cert, false)
 	if err != nil {
-		return nil, err
+		return nil, f.Locate(err)
 	}
-	chain, err := cli.ParseCertificates(f, "tls.cert", data)
+	chain, err := certs.Parse("tls.cert", data)
 	if err != nil {
-		return nil, err
+		return nil, f.Locate(err)
 	}
 	for _, path := range []string{f.ClientCA, filepath.Join(filepath.Dir(in.config), caCertFile)} {
 		if path == "" {
 			continue
 		}
-		data, _, err := cli.ReadFile(path)
+		data, _, err := files.Read(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
-		certs, err := pki.ParseCertificates(data)
+		authorities, err := pki.ParseCertificates(data)
 		if err != nil {
-			continue // it is not for this
+			continue // the file is for something else
 		}
 		signed := func(ca *x509.Certificate) bool {
 			return slices.ContainsFunc(chain, func(c *x509.Certificate) bool {
 				return c.CheckSignatureFrom(ca) == nil
 			})
 		}
-		if slices.ContainsFunc(certs, signed) {
+		if slices.ContainsFunc(authorities, signed) {
 			return data, nil
 		}
 	}
@@ -304,7 +308,8 @@ func (in *invitation) reserve(f *config.Proxy, users *config.Users) ([]netip.Add
 	for _, s := range in.addresses {
 		a, err := netip.ParseAddr(s)
 		bad := func(reason, remedy string) error {
-			return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("--address %s: %s", s, reason),
+			return &fault.Error{Kind: fault.Usage,
+				Reason: fmt.Sprintf("--address %s: %s", s, reason),
 				Remedy: remedy}
 		}
 		pool := f.Pool4
@@ -334,7 +339,7 @@ func (in *invitation) reach(f *config.Proxy) ([]netip.Prefix, error) {
 	for _, s := range in.routes {
 		p, err := netip.ParsePrefix(s)
 		bad := func(reason, remedy string) error {
-			return &cli.Error{Code: cli.Usage, Reason: fmt.Sprintf("--route %s: %s", s, reason),
+			return &fault.Error{Kind: fault.Usage, Reason: fmt.Sprintf("--route %s: %s", s, reason),
 				Remedy: remedy}
 		}
 		switch {
@@ -375,7 +380,7 @@ func (in *invitation) validity(expires, now time.Time) (time.Duration, error) {
 	}
 	d, ok := parseSpan(in.valid)
 	if !ok {
-		return 0, cli.Errorf(cli.Usage,
+		return 0, fault.Errorf(fault.Usage,
 			"--valid %q is not a time span of at most ten years: write for example 365d", in.valid)
 	}
 	return d, nil
@@ -398,10 +403,10 @@ func parseExpires(s string, now time.Time) (time.Time, error) {
 	}
 	switch {
 	case err != nil || t.Sub(now) > pki.AuthorityValidity:
-		return t, cli.Errorf(cli.Usage,
+		return t, fault.Errorf(fault.Usage,
 			"--expires %q is neither a time span nor a date within ten years: write for example 30d or %s", s, now.AddDate(0, 1, 0).UTC().Format(time.DateOnly))
 	case !t.After(now):
-		return t, cli.Errorf(cli.Usage, "--expires %s is over: write a time to come", s)
+		return t, fault.Errorf(fault.Usage, "--expires %s is over: write a time to come", s)
 	}
 	return t, nil
 }
@@ -429,7 +434,7 @@ func parseRate(flag, s string) (int64, error) {
 	}
 	rate, err := config.ParseRate(s)
 	if err != nil {
-		return 0, cli.Errorf(cli.Usage, "%s %q is %v: write for example 20Mbit", flag, s, err)
+		return 0, fault.Errorf(fault.Usage, "%s %q is %v: write for example 20Mbit", flag, s, err)
 	}
 	return rate, nil
 }

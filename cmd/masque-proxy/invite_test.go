@@ -21,8 +21,11 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"masquevpn/internal/certs"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
+	"masquevpn/internal/doctor"
+	"masquevpn/internal/fault"
 	"masquevpn/internal/pki"
 	"masquevpn/proxy"
 )
@@ -49,7 +52,7 @@ func TestInvite(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = pair.Leaf.Verify(x509.VerifyOptions{Roots: cli.Pool(running.clientCAs),
+	_, err = pair.Leaf.Verify(x509.VerifyOptions{Roots: certs.Pool(running.clientCAs),
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
 	if err != nil || pair.Leaf.Subject.CommonName != "alice" {
 		t.Errorf("the certificate is for %q, %v", pair.Leaf.Subject.CommonName, err)
@@ -256,7 +259,7 @@ func TestInviteIsNotRead(t *testing.T) {
 	root.SetOut(full{})
 	root.SetErr(&stderr)
 	root.SetArgs([]string{"invite", "alice", "-c", file})
-	if code := cli.Main(root); code != int(cli.Failure) ||
+	if code := cli.Main(root); code != int(fault.Failure) ||
 		!strings.Contains(stderr.String(), "no space left on device: make room") {
 		t.Errorf("exit code %d, said %s", code, &stderr)
 	}
@@ -344,7 +347,7 @@ func TestInviteLimits(t *testing.T) {
 	users := filepath.Join(filepath.Dir(file), usersFile)
 	write(t, users, strings.Replace(read(t, users), "expires = ", "expires = 2026-01-02 # ", 1))
 	replace(t, file, `"2001:db8::/32"`, `"fd00::/8"`)
-	var c cli.Checks
+	var c doctor.Report
 	mustLoad(t, file).checkCredentials(&c, time.Now())
 	var said bytes.Buffer
 	_ = c.Finish(&said, false)

@@ -1,18 +1,19 @@
 package main
 
 import (
-	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"io/fs"
 	"log/slog"
-	"strings"
 
 	"masquevpn/internal/acme"
-	"masquevpn/internal/cli"
+	"masquevpn/internal/certs"
 	"masquevpn/internal/config"
 	"masquevpn/internal/congestion"
+	"masquevpn/internal/daemon"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/files"
 	"masquevpn/proxy"
 	"masquevpn/tun"
 )
@@ -20,7 +21,7 @@ import (
 // loaded is a configuration file with all that it refers to.
 type loaded struct {
 	file      *config.Proxy
-	pair      *cli.Pair           // tls.cert and tls.key; nil: ACME
+	pair      *certs.KeyPair      // tls.cert and tls.key; nil: ACME
 	acme      *acme.Config        // nil: the certificate is in files
 	clientCAs []*x509.Certificate // certificates in tls.client_ca, may be empty
 	users     *userStore          // nil if no method needs users
@@ -28,9 +29,9 @@ type loaded struct {
 
 // parseFile reads the configuration alone.
 func parseFile(path string) (*config.Proxy, error) {
-	data, _, err := cli.ReadFile(path)
+	data, _, err := files.Read(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist",
+		return nil, &fault.Error{Kind: fault.Usage, Reason: path + " does not exist",
 			Remedy: "make a new installation with: " + program + " init --name HOST DIR"}
 	}
 	if err != nil {
@@ -47,28 +48,35 @@ func load(path string, logger *slog.Logger) (*loaded, error) {
 		return nil, err
 	}
 	l := &loaded{file: f}
+	if err := l.readFiles(logger); err != nil {
+		return nil, f.Locate(err)
+	}
+	return l, nil
+}
+
+// readFiles reads the files that the configuration names.
+func (l *loaded) readFiles(logger *slog.Logger) (err error) {
+	f := l.file
 	if f.ACME != nil {
 		if l.acme, err = acmeConfig(f, logger); err != nil {
-			return nil, err
+			return err
 		}
-	} else if l.pair, err = cli.ReadPair(f, f.Cert, f.Key); err != nil {
-		return nil, err
+	} else if l.pair, err = certs.ReadKeyPair(f, f.Cert, f.Key); err != nil {
+		return err
 	}
 	if f.ClientCA != "" {
-		data, err := cli.ReadNamed(f, "tls.client_ca", f.ClientCA, false)
+		data, err := files.ReadNamed("tls.client_ca", f.ClientCA, false)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if l.clientCAs, err = cli.ParseCertificates(f, "tls.client_ca", data); err != nil {
-			return nil, err
+		if l.clientCAs, err = certs.Parse("tls.client_ca", data); err != nil {
+			return err
 		}
 	}
 	if f.Users != "" {
-		if l.users, err = openUsers(f.Users, logger); err != nil {
-			return nil, err
-		}
+		l.users, err = openUsers(f.Users, logger)
 	}
-	return l, nil
+	return err
 }
 
 // config is what the proxy is made of. The certificate is asked for with each
@@ -100,7 +108,7 @@ func (l *loaded) config(certificate func() *tls.Certificate) proxy.Config {
 		c.Sites = append(c.Sites, proxy.Site(site))
 	}
 	if len(l.clientCAs) > 0 {
-		c.TLS.ClientCAs = cli.Pool(l.clientCAs)
+		c.TLS.ClientCAs = certs.Pool(l.clientCAs)
 	}
 	if l.users != nil {
 		c.Users = l.users
@@ -108,27 +116,13 @@ func (l *loaded) config(certificate func() *tls.Certificate) proxy.Config {
 	return c
 }
 
-// newServer makes the proxy. A key that it refuses gets its place in the file.
-func (l *loaded) newServer(c proxy.Config) (*proxy.Server, error) {
-	s, err := proxy.New(c)
-	if e, ok := errors.AsType[*proxy.Error](err); ok && e.Kind == proxy.KindUsage {
-		if key, reason, ok := strings.Cut(e.Reason, ": "); ok {
-			return nil, l.file.Problem(key, reason, e.Remedy)
-		}
-	}
-	return s, exitError(err)
+// traces returns the logs of connections that the file turns on.
+func (l *loaded) traces() daemon.Traces {
+	return daemon.Traces{KeyLog: l.file.KeyLog, QlogDir: l.file.QlogDir}
 }
 
-// exitError gives an error of the proxy its exit code.
-func exitError(err error) error {
-	e, ok := errors.AsType[*proxy.Error](err)
-	if !ok {
-		return err
-	}
-	reason := e.Reason
-	if err != error(e) { // err says more, as when the host could not be restored
-		reason = err.Error()
-	}
-	return &cli.Error{Code: cli.Code(e.Kind), Reason: reason,
-		Remedy: cmp.Or(e.Remedy, cli.FileRemedy(err))}
+// newServer creates the proxy. Errors about a key have its place in the file.
+func (l *loaded) newServer(c proxy.Config) (*proxy.Server, error) {
+	s, err := proxy.New(c)
+	return s, l.file.Locate(fault.Flatten(err))
 }

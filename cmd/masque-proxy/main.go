@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"masquevpn/internal/cli"
+	"masquevpn/internal/privilege"
 )
 
 const (
@@ -18,7 +19,7 @@ const (
 )
 
 func main() {
-	cli.KeepSecrets()
+	privilege.KeepSecrets()
 	os.Exit(cli.Main(newRoot()))
 }
 

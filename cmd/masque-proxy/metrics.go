@@ -4,15 +4,16 @@ import (
 	"context"
 	"errors"
 
-	"masquevpn/internal/cli"
+	"masquevpn/internal/daemon"
 	"masquevpn/internal/metrics"
+	"masquevpn/internal/text"
 )
 
 // serveMetrics serves metrics, and whether the proxy works, as the
 // configuration says. The server is nil when it is nowhere. ctx ends when the
 // proxy stops.
-func (d *daemon) serveMetrics(ctx context.Context) (*metrics.Server, error) {
-	return cli.ServeMetrics(program, d.loaded.file.Metrics, d.loaded.file.MetricsNamed,
+func (d *process) serveMetrics(ctx context.Context) (*metrics.Server, error) {
+	return daemon.ServeMetrics(program, d.loaded.file.Metrics, d.loaded.file.MetricsNamed,
 		metrics.Config{
 			Values: d.values, Well: d.server.Stuck, Ready: func() error {
 				return d.readiness(ctx)
@@ -22,14 +23,14 @@ func (d *daemon) serveMetrics(ctx context.Context) (*metrics.Server, error) {
 
 // readiness returns why the proxy does not accept clients, or does not carry
 // their packets, nil when it does. ctx ends when it stops.
-func (d *daemon) readiness(ctx context.Context) error {
+func (d *process) readiness(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return errors.New("the proxy is stopping")
 	}
 	select {
 	case <-d.server.Ready():
 		if problem := d.server.Problem(); problem != "" {
-			return errors.New(cli.OneLine(problem))
+			return errors.New(text.OneLine(problem))
 		}
 		return nil
 	default:
@@ -38,7 +39,7 @@ func (d *daemon) readiness(ctx context.Context) error {
 }
 
 // values are what metrics show.
-func (d *daemon) values() metrics.Values {
+func (d *process) values() metrics.Values {
 	c := d.server.Counters()
 	v := metrics.Values{Stats: &c.Stats, Repairs: c.KernelRepairs, Oldest: c.Oldest,
 		Panics: c.Panics, Sessions: c.Sessions, MaxSessions: c.MaxSessions, UDPFlows: c.UDPFlows,

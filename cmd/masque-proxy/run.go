@@ -19,11 +19,16 @@ import (
 	"github.com/spf13/cobra"
 
 	"masquevpn/internal/acme"
+	"masquevpn/internal/buildinfo"
 	"masquevpn/internal/capture"
+	"masquevpn/internal/certs"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/control"
+	"masquevpn/internal/daemon"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/privilege"
 	"masquevpn/internal/systemd"
 	"masquevpn/proxy"
 )
@@ -44,15 +49,15 @@ func (o *options) runCommand() *cobra.Command {
 
 func (o *options) run(ctx context.Context, file string) error {
 	logger := o.Log.Logger(os.Stderr)
-	cli.StandardLog(logger)
+	daemon.StandardLog(logger)
 	l, err := load(file, logger)
 	if err != nil {
 		return err
 	}
-	if err := cli.RequireNetAdmin(capabilities); err != nil {
+	if err := privilege.RequireNetAdmin(capabilities); err != nil {
 		return err
 	}
-	d := newDaemon(file, l, logger)
+	d := newProcess(file, l, logger)
 	c := l.config(d.certificate)
 	if c.StatelessResetKey, err = l.resetKey(); err != nil {
 		return err
@@ -62,16 +67,11 @@ func (o *options) run(ctx context.Context, file string) error {
 		return err
 	}
 	c.Journal = filepath.Join(o.RunDir, instance+".journal")
-	closeKeyLog, err := cli.OpenKeyLog(l.file, l.file.KeyLog, c.TLS, logger)
+	tracer, closeTraces, err := l.traces().Open(c.TLS, logger)
 	if err != nil {
-		return err
+		return l.file.Locate(err)
 	}
-	defer closeKeyLog()
-	tracer, waitQlog, err := cli.OpenQlog(l.file, l.file.QlogDir, logger)
-	if err != nil {
-		return err
-	}
-	defer waitQlog()
+	defer closeTraces()
 	c.Tracer = tracer
 	c.Tap = d.tap
 	if d.server, err = l.newServer(c); err != nil {
@@ -81,24 +81,24 @@ func (o *options) run(ctx context.Context, file string) error {
 	lock, err := control.Acquire(o.RunDir, instance)
 	switch {
 	case errors.Is(err, control.ErrRunning):
-		return &cli.Error{Code: cli.Failure,
+		return &fault.Error{Kind: fault.Failure,
 			Reason: "a proxy is already running with the run directory " + o.RunDir,
 			Remedy: "stop it first, or choose another folder with --run-dir"}
 	case errors.Is(err, os.ErrPermission):
-		return &cli.Error{Code: cli.Privileges, Reason: err.Error(),
+		return &fault.Error{Kind: fault.Privileges, Reason: err.Error(),
 			Remedy: "run it with sudo, or choose another folder with --run-dir"}
 	case err != nil:
 		return err
 	}
 	defer lock.Release()
-	ctx, stop := cli.SignalContext(ctx, logger)
+	ctx, stop := daemon.SignalContext(ctx, logger)
 	defer stop()
 	socket, err := control.Serve(o.RunDir, instance, d.handler(), logger)
 	if err != nil {
 		return err
 	}
 
-	v := cli.NewVersionInfo(program)
+	v := buildinfo.Of(program)
 	users := 0
 	if l.users != nil {
 		users = len(l.users.last().All())
@@ -135,33 +135,34 @@ func (o *options) run(ctx context.Context, file string) error {
 	if err == nil {
 		logger.Info("stopped")
 	}
-	return errors.Join(exitError(err), closeErr)
+	return errors.Join(fault.Flatten(err), closeErr)
 }
 
-// daemon is a running proxy.
-type daemon struct {
+// process is a running proxy.
+type process struct {
 	path    string // name of the configuration file
 	logger  *slog.Logger
 	service *systemd.Service
 	server  *proxy.Server
 	tap     *capture.Tap
-	ended   chan struct{}     // closed when the server has stopped
-	loaded  *loaded           // what it was started with
-	acme    *acme.Manager     // nil: the certificate is in files
-	pair    *cli.PairWatch    // nil: with ACME
-	expiry  cli.ExpiryWarning // warns before the certificate expires
+	ended   chan struct{}       // closed when the server has stopped
+	loaded  *loaded             // what it was started with
+	acme    *acme.Manager       // nil: the certificate is in files
+	pair    *certs.Reloader     // nil: with ACME
+	expiry  certs.ExpiryWarning // warns before the certificate expires
 }
 
-func newDaemon(path string, l *loaded, logger *slog.Logger) *daemon {
-	d := &daemon{
+func newProcess(path string, l *loaded, logger *slog.Logger) *process {
+	d := &process{
 		path: path, logger: logger, loaded: l, service: systemd.NewService(logger),
 		tap: new(capture.Tap), ended: make(chan struct{}),
 	}
-	d.expiry = cli.ExpiryWarning{What: l.certificateSource(), Renewal: l.renewal(), Logger: logger}
+	d.expiry = certs.ExpiryWarning{Name: l.certificateSource(), Renewal: l.renewal(),
+		Logger: logger}
 	if l.acme != nil {
 		d.acme = acme.New(*l.acme)
 	} else {
-		d.pair = cli.WatchPair(l.pair, logger)
+		d.pair = certs.NewReloader(l.pair, logger)
 	}
 	return d
 }
@@ -177,7 +178,7 @@ const (
 // watch reloads on SIGHUP, makes the sessions follow the users file, and tells
 // systemd how the proxy is. The watchdog so ends a proxy that hangs in any of
 // it, or whose sessions do not answer.
-func (d *daemon) watch(ctx context.Context) {
+func (d *process) watch(ctx context.Context) {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
@@ -223,7 +224,7 @@ func (d *daemon) watch(ctx context.Context) {
 }
 
 // describe tells systemd what the proxy, which is ready, does.
-func (d *daemon) describe() {
+func (d *process) describe() {
 	s := d.server.Status()
 	d.service.Status(fmt.Sprintf("%d sessions, listening on %s", s.Sessions,
 		strings.Join(s.Listen, ", ")))
@@ -232,7 +233,7 @@ func (d *daemon) describe() {
 // reload reads the configuration again. The certificate and its key are used
 // from the next handshake on, and the rest at once; the keys that it returns
 // have changed too, but need a restart. With an error, all stays as it was.
-func (d *daemon) reload() (restart []string, err error) {
+func (d *process) reload() (restart []string, err error) {
 	select {
 	case <-d.server.Ready():
 		d.service.Reloading()
@@ -248,7 +249,7 @@ func (d *daemon) reload() (restart []string, err error) {
 		return nil, err
 	}
 	if restart, err = d.server.Reload(c); err != nil {
-		return nil, exitError(err)
+		return nil, fault.Flatten(err)
 	}
 	switch {
 	case d.acme != nil:
@@ -292,7 +293,7 @@ const socketName = "quic"
 func (l *loaded) sockets(logger *slog.Logger) ([]*net.UDPConn, error) {
 	sockets, err := systemd.UDPSockets(socketName)
 	if err != nil {
-		return nil, &cli.Error{Code: cli.Usage, Reason: "from systemd: " + err.Error(),
+		return nil, &fault.Error{Kind: fault.Usage, Reason: "from systemd: " + err.Error(),
 			Remedy: "correct masque-proxy.socket"}
 	}
 	var opened []string

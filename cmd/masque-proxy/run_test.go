@@ -14,8 +14,10 @@ import (
 	"testing"
 	"time"
 
+	"masquevpn/internal/certs"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/doctor"
 )
 
 func TestLoadErrors(t *testing.T) {
@@ -89,10 +91,10 @@ func TestLoadErrors(t *testing.T) {
 
 // start makes a daemon whose control socket answers; the proxy itself does not
 // run.
-func start(t *testing.T, file string) (d *daemon, runDir string) {
+func start(t *testing.T, file string) (d *process, runDir string) {
 	t.Helper()
 	l := mustLoad(t, file)
-	d = newDaemon(file, l, discard())
+	d = newProcess(file, l, discard())
 	d.server = newServer(t, l)
 	runDir = t.TempDir()
 	lock, err := control.Acquire(runDir, instance)
@@ -179,7 +181,7 @@ func TestMonitoring(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pair, err := authority.Server(d.loaded.file.Name, cli.Signer(d.loaded.pair.Certificate),
+	pair, err := authority.Server(d.loaded.file.Name, certs.Signer(d.loaded.pair.Certificate),
 		time.Now().Add(-24*time.Hour))
 	if err != nil {
 		t.Fatal(err)
@@ -206,7 +208,7 @@ func TestCheckMetrics(t *testing.T) {
 	} {
 		_, file := install(t)
 		write(t, file, read(t, file)+"\n[metrics]\nlisten = \""+test.listen+"\"\n")
-		var c cli.Checks
+		var c doctor.Report
 		(&options{Globals: &cli.Globals{RunDir: t.TempDir()}}).check(t.Context(), &c, file, false)
 		var out strings.Builder
 		_ = c.Finish(&out, false)
@@ -240,7 +242,7 @@ func TestCheckFindsPortInUse(t *testing.T) {
 	}
 	out, _ = do(t, 2, "check", "-c", file, "--run-dir", t.TempDir(), "--json")
 	for line := range strings.SplitSeq(strings.TrimSpace(out), "\n") {
-		var c cli.Check
+		var c doctor.Finding
 		if err := json.Unmarshal([]byte(line), &c); err != nil || c.What == "" {
 			t.Errorf("line %s: %v", line, err)
 		}
@@ -251,7 +253,7 @@ func TestCheckFindsSitesWithoutUser(t *testing.T) {
 	_, file := install(t)
 	write(t, file, read(t, file)+"\n[[site]]\nuser = \"branch\"\nnetworks = [\"192.0.2.0/24\"]\n")
 	said := func() string {
-		var c cli.Checks
+		var c doctor.Report
 		mustLoad(t, file).checkCredentials(&c, time.Now())
 		var out bytes.Buffer
 		_ = c.Finish(&out, false) // what it warns of is no error
@@ -272,7 +274,7 @@ func TestPoolInUse(t *testing.T) {
 		&net.IPNet{IP: net.IPv4(10, 77, 3, 4).To4(), Mask: net.CIDRMask(16, 32)},
 		&net.IPNet{IP: net.ParseIP("2001:db8::1"), Mask: net.CIDRMask(64, 128)},
 	}
-	var c cli.Checks
+	var c doctor.Report
 	checkPool(&c, addrs, netip.MustParsePrefix("10.77.0.0/24"), netip.MustParsePrefix("fd77::/64"),
 		netip.Prefix{})
 	var out bytes.Buffer

@@ -17,6 +17,8 @@ import (
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
 	"masquevpn/internal/control"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/files"
 	"masquevpn/proxy"
 )
 
@@ -24,7 +26,7 @@ func (o *options) userCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "user", Short: "List and remove users", Args: cobra.NoArgs,
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
-			return &cli.Error{Code: cli.Usage, Reason: "list or remove is missing",
+			return &fault.Error{Kind: fault.Usage, Reason: "list or remove is missing",
 				Remedy: "see '" + cmd.CommandPath() + " --help'"}
 		}),
 	}
@@ -39,8 +41,8 @@ func usersOf(file string) (string, error) {
 		return "", err
 	}
 	if f.Users == "" {
-		return "", f.Problem("auth.methods", "there are no users with this method",
-			`write ["mtls", "token"]`)
+		return "", f.Locate(&fault.Error{Kind: fault.Usage, Key: "auth.methods",
+			Reason: "there are no users with this method", Remedy: `write ["mtls", "token"]`})
 	}
 	return f.Users, nil
 }
@@ -226,7 +228,7 @@ func userRemoveCommand() *cobra.Command {
 }
 
 func removeUser(path, name string) error {
-	unlock, err := cli.LockDir(filepath.Dir(path))
+	unlock, err := files.LockDir(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
@@ -236,15 +238,15 @@ func removeUser(path, name string) error {
 		return err
 	}
 	if _, known := users.ByName(name); !known {
-		return &cli.Error{Code: cli.Usage,
+		return &fault.Error{Kind: fault.Usage,
 			Reason: fmt.Sprintf("there is no user %q in %s", name, path),
 			Remedy: "see `" + program + " user list`"}
 	}
 	data, ok := users.Remove(name)
 	if !ok {
-		return &cli.Error{Code: cli.Usage,
+		return &fault.Error{Kind: fault.Usage,
 			Reason: fmt.Sprintf("the entry of %s in %s is not a [[user]] table of its own", name,
 				path), Remedy: "remove it by hand"}
 	}
-	return cli.UpdateFile(path, data)
+	return files.Update(path, data)
 }

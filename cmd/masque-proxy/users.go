@@ -8,8 +8,9 @@ import (
 	"sync"
 	"time"
 
-	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
+	"masquevpn/internal/fault"
+	"masquevpn/internal/files"
 	"masquevpn/internal/pki"
 	"masquevpn/proxy"
 )
@@ -32,7 +33,7 @@ type userStore struct {
 
 	mu    sync.Mutex
 	users *config.Users
-	seen  cli.FileVersion
+	seen  files.Version
 	next  *config.Users // in the file, but not to be used yet; nil for none
 	since time.Time     // when next was read
 	wait  time.Duration // until next counts; 0: until a reload
@@ -51,11 +52,11 @@ const (
 func openUsers(path string, logger *slog.Logger) (*userStore, error) {
 	s := &userStore{path: path, logger: logger, now: time.Now}
 	var err error
-	if s.seen, err = cli.VersionOf(path); err == nil {
+	if s.seen, err = files.VersionOf(path); err == nil {
 		s.users, err = readUsers(path)
 	}
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, &cli.Error{Code: cli.Usage, Reason: path + " does not exist",
+		return nil, &fault.Error{Kind: fault.Usage, Reason: path + " does not exist",
 			Remedy: "make it with: touch " + path + " && chmod 600 " + path}
 	}
 	return s, err
@@ -63,7 +64,7 @@ func openUsers(path string, logger *slog.Logger) (*userStore, error) {
 
 // readUsers reads and parses a users file.
 func readUsers(path string) (*config.Users, error) {
-	data, err := cli.ReadSecret(path)
+	data, err := files.ReadSecret(path)
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +105,7 @@ func (s *userStore) use(users *config.Users) {
 
 // look reads the file if it has changed. s.mu is held.
 func (s *userStore) look() {
-	v, err := cli.VersionOf(s.path)
+	v, err := files.VersionOf(s.path)
 	if err == nil && v == s.seen {
 		return
 	}

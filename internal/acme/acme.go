@@ -81,7 +81,7 @@ const lookInterval = 6 * time.Hour
 
 // Status is the state of a Manager.
 type Status struct {
-	// Problem is the *Error of the last attempt to obtain or renew the
+	// Problem is the *fault.Error of the last attempt to obtain or renew the
 	// certificate; nil while there is no failure.
 	Problem error
 	// Next is the time of the next attempt after Problem.
@@ -230,7 +230,7 @@ func Stored(ctx context.Context, cfg Config) (*tls.Certificate, error) {
 }
 
 // CheckListen checks by listening that the challenge's address is available.
-// The error is an *Error.
+// The error is a *fault.Error.
 func CheckListen(ctx context.Context, cfg Config) error {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", cfg.Listen)
@@ -241,7 +241,7 @@ func CheckListen(ctx context.Context, cfg Config) error {
 }
 
 // CheckDirectory fetches the server's directory and returns the URL of its
-// terms of service, "" if it has none. The error is an *Error.
+// terms of service, "" if it has none. The error is a *fault.Error.
 func CheckDirectory(ctx context.Context, cfg Config) (terms string, err error) {
 	client := acme.Client{Directory: cfg.Directory, HTTPClient: httpClient(cfg)}
 	dir, err := client.GetDirectory(ctx)

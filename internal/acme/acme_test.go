@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"masquevpn/internal/fault"
 	"masquevpn/internal/pki"
 )
 
@@ -276,7 +277,7 @@ func TestProblems(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m, _ := run(t, test.cfg)
 			eventually(t, "there is a problem", func() bool { return m.Status().Problem != nil })
-			e, ok := errors.AsType[*Error](m.Status().Problem)
+			e, ok := errors.AsType[*fault.Error](m.Status().Problem)
 			if !ok || !strings.Contains(e.Reason, test.want) ||
 				!strings.Contains(e.Remedy, test.remedy) {
 				t.Errorf("got %v, want %q and %q", m.Status().Problem, test.want, test.remedy)

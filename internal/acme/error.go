@@ -13,60 +13,50 @@ import (
 	"syscall"
 
 	"github.com/mholt/acmez/v3/acme"
+
+	"masquevpn/internal/fault"
 )
 
-// Error is the reason for a missing certificate, with a remedy.
-type Error struct {
-	Reason string
-	Remedy string // "" when there is none
-	Err    error  // cause
-}
-
-func (e *Error) Error() string {
-	if e.Remedy == "" {
-		return e.Reason
-	}
-	return e.Reason + ": " + e.Remedy
-}
-
-func (e *Error) Unwrap() error { return e.Err }
-
 // explain adds a remedy for the operator to err.
-func explain(err error, cfg Config) *Error {
-	if e, ok := errors.AsType[*Error](err); ok {
+func explain(err error, cfg Config) *fault.Error {
+	if e, ok := errors.AsType[*fault.Error](err); ok {
 		return e
 	}
 	if p, ok := errors.AsType[acme.Problem](err); ok {
-		return &Error{Reason: fmt.Sprintf("the ACME server refuses: %s (%s)",
-			strings.TrimSpace(p.Detail), strings.TrimPrefix(p.Type, acme.ProblemTypeNamespace)),
+		return &fault.Error{Kind: fault.Failure,
+			Reason: fmt.Sprintf("the ACME server refuses: %s (%s)",
+				strings.TrimSpace(p.Detail), strings.TrimPrefix(p.Type, acme.ProblemTypeNamespace)),
 			Remedy: remedy(p, cfg), Err: err}
 	}
 	if e, ok := errors.AsType[*fs.PathError](err); ok {
-		return &Error{Reason: "the folder of the certificate: " + e.Error(),
+		return &fault.Error{Kind: fault.Failure,
+			Reason: "the folder of the certificate: " + e.Error(),
 			Remedy: "make " + cfg.Storage +
 				" a folder of the user that the proxy runs as, or change tls.acme.storage",
 			Err: err}
 	}
 	reason := "the ACME server " + cfg.Directory + " cannot be asked: " + innermost(err).Error()
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
-		return &Error{Reason: reason,
+		return &fault.Error{Kind: fault.Failure, Reason: reason,
 			Remedy: "for a server of your own, name its authority with tls.acme.ca", Err: err}
 	}
 	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
-		return &Error{Reason: reason,
+		return &fault.Error{Kind: fault.Failure, Reason: reason,
 			Remedy: "for a server of your own, name its authority with tls.acme.ca", Err: err}
 	}
 	if _, ok := errors.AsType[*net.DNSError](err); ok {
-		return &Error{Reason: reason, Remedy: "check tls.acme.directory, and this host's DNS",
-			Err: err}
+		return &fault.Error{Kind: fault.Failure, Reason: reason,
+			Remedy: "check tls.acme.directory, and this host's DNS",
+			Err:    err}
 	}
 	if _, ok := errors.AsType[*url.Error](err); ok {
-		return &Error{Reason: reason,
+		return &fault.Error{Kind: fault.Failure, Reason: reason,
 			Remedy: "check tls.acme.directory, and that this host and its firewall let HTTPS out",
 			Err:    err}
 	}
-	return &Error{Reason: strings.TrimSpace(err.Error()), Remedy: "check tls.acme.directory",
-		Err: err}
+	return &fault.Error{Kind: fault.Failure, Reason: strings.TrimSpace(err.Error()),
+		Remedy: "check tls.acme.directory",
+		Err:    err}
 }
 
 // remedy returns the remedy for a refusal (RFC 8555 section 6.7).
@@ -91,7 +81,7 @@ func remedy(p acme.Problem, cfg Config) string {
 }
 
 // explainListen explains why a challenge cannot be answered.
-func explainListen(err error, cfg Config) *Error {
+func explainListen(err error, cfg Config) *fault.Error {
 	where := fmt.Sprintf("TCP %s, where the ACME server asks for the challenge %s,", cfg.Listen,
 		cfg.Challenge)
 	switch {
@@ -100,16 +90,17 @@ func explainListen(err error, cfg Config) *Error {
 		if cfg.Challenge == HTTP {
 			other = TLSALPN
 		}
-		return &Error{Reason: where + " is in use",
+		return &fault.Error{Kind: fault.Failure, Reason: where + " is in use",
 			Remedy: fmt.Sprintf("stop what uses it (ss -tlnp), change tls.acme.listen, or set tls.acme.challenge to %q, on port %d", other, other.Port()), Err: err}
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return &Error{Reason: where + " is not an address of this host",
+		return &fault.Error{Kind: fault.Failure, Reason: where + " is not an address of this host",
 			Remedy: "change tls.acme.listen", Err: err}
 	case errors.Is(err, os.ErrPermission):
-		return &Error{Reason: where + " may not be listened on",
+		return &fault.Error{Kind: fault.Failure, Reason: where + " may not be listened on",
 			Remedy: "run as root or with the capability CAP_NET_BIND_SERVICE", Err: err}
 	}
-	return &Error{Reason: where + " cannot be listened on: " + err.Error(),
+	return &fault.Error{Kind: fault.Failure,
+		Reason: where + " cannot be listened on: " + err.Error(),
 		Remedy: "change tls.acme.listen", Err: err}
 }
 

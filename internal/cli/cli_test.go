@@ -6,70 +6,73 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"testing/synctest"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"masquevpn/internal/config"
+	"masquevpn/internal/buildinfo"
+	"masquevpn/internal/fault"
 )
 
 func TestExitCodes(t *testing.T) {
 	problems := func(n int) error {
-		e := &config.Error{}
+		var list fault.List
 		for i := range n {
-			e.Problems = append(e.Problems,
-				config.Problem{File: "f.toml", Line: i + 1, Key: "k", Reason: "bad"})
+			list = append(list, &fault.Error{Kind: fault.Usage, File: "f.toml", Line: i + 1,
+				Key: "k", Reason: "bad"})
 		}
-		return e
+		return list
 	}
 	for _, test := range []struct {
 		name string
 		args []string
 		err  error // the command's error
-		want Code
+		want fault.Kind
 		out  string // expected standard error
 	}{
-		{"well", []string{"do"}, nil, OK, ""},
-		{"ours", []string{"do"}, &Error{Code: Refused, Reason: "no address", Remedy: "ask"},
-			Refused, "prog: no address: ask\n"},
+		{"well", []string{"do"}, nil, 0, ""},
+		{"ours", []string{"do"}, &fault.Error{Kind: fault.Refused, Reason: "no address",
+			Remedy: "ask"},
+			fault.Refused, "prog: no address: ask\n"},
 		{"ours, wrapped", []string{"do"},
-			fmt.Errorf("x: %w", &Error{Code: Identity, Reason: "who?"}), Identity, "prog: who?\n"},
-		{"any", []string{"do"}, errors.New("it broke"), Failure, "prog: it broke\n"},
-		{"on one line", []string{"do"}, errors.New("it\nbroke\x1b[31m"), Failure,
+			fmt.Errorf("x: %w", &fault.Error{Kind: fault.Identity, Reason: "who?"}), fault.Identity,
+			"prog: who?\n"},
+		{"any", []string{"do"}, errors.New("it broke"), fault.Failure, "prog: it broke\n"},
+		{"on one line", []string{"do"}, errors.New("it\nbroke\x1b[31m"), fault.Failure,
 			"prog: it broke [31m\n"},
 		{"permission", []string{"do"}, &fs.PathError{Op: "open", Path: "f", Err: unix.EACCES},
-			Privileges, "prog: open f: permission denied: run as root or as the owner, or let the group of a service read it\n"},
+			fault.Privileges, "prog: open f: permission denied: run as root or as the owner, or let the group of a service read it\n"},
 		{"disk full", []string{"do"}, &fs.PathError{Op: "write", Path: "f", Err: unix.ENOSPC},
-			Failure, "prog: write f: no space left on device: make room there (df -h), and try again\n"},
+			fault.Failure, "prog: write f: no space left on device: make room there (df -h), and try again\n"},
 		{"read-only", []string{"do"}, &fs.PathError{Op: "open", Path: "f", Err: unix.EROFS},
-			Failure, "prog: open f: read-only file system: choose another folder, or have it mounted for writing\n"},
-		{"a folder", []string{"do"}, &fs.PathError{Op: "read", Path: "f", Err: unix.EISDIR}, Usage,
+			fault.Failure, "prog: open f: read-only file system: choose another folder, or have it mounted for writing\n"},
+		{"a folder", []string{"do"}, &fs.PathError{Op: "read", Path: "f", Err: unix.EISDIR},
+			fault.Usage,
 			"prog: read f: is a directory: name another one\n"},
 		{"below a file", []string{"do"},
-			fmt.Errorf("x: %w", &fs.PathError{Op: "mkdir", Path: "f", Err: unix.ENOTDIR}), Usage,
+			fmt.Errorf("x: %w", &fs.PathError{Op: "mkdir", Path: "f", Err: unix.ENOTDIR}),
+			fault.Usage,
 			"prog: x: mkdir f: not a directory: name another one\n"},
 		{"a limit of files", []string{"do"}, &fs.PathError{Op: "write", Path: "f", Err: unix.EFBIG},
-			Failure, "prog: write f: file too large\n"},
-		{"one problem", []string{"do"}, problems(1), Usage, "prog: f.toml:1: k: bad\n"},
-		{"two problems", []string{"do"}, problems(2), Usage,
+			fault.Failure, "prog: write f: file too large\n"},
+		{"one problem", []string{"do"}, problems(1), fault.Usage, "prog: f.toml:1: k: bad\n"},
+		{"two problems", []string{"do"}, problems(2), fault.Usage,
 			"f.toml:1: k: bad\nf.toml:2: k: bad\nprog: f.toml has 2 problems: correct the lines above\n"},
-		{"unknown flag", []string{"do", "--nonsense"}, nil, Usage,
+		{"unknown flag", []string{"do", "--nonsense"}, nil, fault.Usage,
 			"prog: unknown flag: --nonsense: see 'prog do --help'\n"},
-		{"unknown command", []string{"undo"}, nil, Usage,
+		{"unknown command", []string{"undo"}, nil, fault.Usage,
 			"prog: unknown command \"undo\" for \"prog\": see 'prog --help'\n"},
-		{"no command", nil, nil, Usage, "prog: a command is missing: see 'prog --help'\n"},
-		{"an argument too many", []string{"do", "it"}, nil, Usage,
+		{"no command", nil, nil, fault.Usage, "prog: a command is missing: see 'prog --help'\n"},
+		{"an argument too many", []string{"do", "it"}, nil, fault.Usage,
 			"prog: unknown command \"it\" for \"prog do\": see 'prog do --help'\n"},
-		{"log level", []string{"do", "--log-level", "loud"}, nil, Usage,
+		{"log level", []string{"do", "--log-level", "loud"}, nil, fault.Usage,
 			"prog: --log-level \"loud\" is not known: write debug, info, warn or error\n"},
-		{"log format", []string{"do", "--log-format", "xml"}, nil, Usage,
+		{"log format", []string{"do", "--log-format", "xml"}, nil, fault.Usage,
 			"prog: --log-format \"xml\" is not known: write auto, text or json\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -104,7 +107,7 @@ func TestVersionCommand(t *testing.T) {
 			}
 			continue
 		}
-		var v VersionInfo
+		var v buildinfo.Info
 		if err := json.Unmarshal(out.Bytes(), &v); err != nil || v.Program != "prog" ||
 			v.Version == "" || v.Go == "" {
 			t.Errorf("%v: %+v, %v", args, v, err)
@@ -202,170 +205,5 @@ func TestLogFormats(t *testing.T) {
 	}
 	if got := strings.Join(o.Args(), " "); got != "--log-level=debug --log-format=json" {
 		t.Errorf("given on as %s", got)
-	}
-}
-
-// Lines of libraries do not fill the log, and are not there at all unless asked
-// for.
-func TestStandardLog(t *testing.T) {
-	defer log.SetFlags(log.Flags())
-	defer log.SetOutput(log.Writer())
-	for level, want := range map[slog.Level]int{slog.LevelInfo: 0,
-		slog.LevelDebug: linesPerSecond} {
-		synctest.Test(t, func(t *testing.T) {
-			var buf bytes.Buffer
-			StandardLog(slog.New(slog.NewTextHandler(&buf, &slog.HandlerOptions{Level: level})))
-			for i := range 1000 {
-				log.Printf("line %d", i)
-			}
-			lines := strings.Count(buf.String(), "\n")
-			if lines != want || want > 0 &&
-				!strings.Contains(buf.String(), `level=DEBUG msg="from a library" line="line 0"`) {
-				t.Errorf("at level %v: %d lines, want %d:\n%s", level, lines, want, buf.String())
-			}
-		})
-	}
-}
-
-func TestSecretFiles(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "secret")
-	if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	root := os.Geteuid() == 0 // whose group may read
-	for mode, good := range map[fs.FileMode]bool{0o600: true, 0o400: true, 0o640: root,
-		0o604: false, 0o660: false, 0o644: false, 0o620: false} {
-		if err := os.Chmod(path, mode); err != nil {
-			t.Fatal(err)
-		}
-		data, err := ReadSecret(path)
-		if good != (err == nil) || good && string(data) != "x" {
-			t.Errorf("mode %o: %q, %v", mode, data, err)
-		}
-		if e, ok := errors.AsType[*Error](err); !good &&
-			(!ok || e.Code != Usage || !strings.Contains(e.Error(), "chmod 600 "+path)) {
-			t.Errorf("mode %o: %v", mode, err)
-		}
-	}
-	if _, _, err := ReadFile(filepath.Dir(path)); !errors.Is(err, unix.EISDIR) {
-		t.Errorf("a folder: %v", err)
-	}
-}
-
-func TestSecretsOfServices(t *testing.T) {
-	dir := t.TempDir()
-	root := os.Geteuid() == 0
-	for _, test := range []struct {
-		mode fs.FileMode
-		want fs.FileMode
-	}{
-		{0o700, 0o600}, {0o750, 0o600}, {0o750 | fs.ModeSetgid, 0o640},
-		{0o755 | fs.ModeSetgid, 0o600}, {0o700 | fs.ModeSetgid, 0o600},
-	} {
-		if err := os.Chmod(dir, test.mode); err != nil {
-			t.Fatal(err)
-		}
-		if !root {
-			test.want = 0o600
-		}
-		if got := SecretMode(filepath.Join(dir, "f")); got != test.want {
-			t.Errorf("in a folder with mode %v: %o, want %o", test.mode, got, test.want)
-		}
-	}
-	if got := SecretMode(filepath.Join(dir, "none", "f")); got != 0o600 {
-		t.Errorf("in no folder: %o", got)
-	}
-}
-
-func TestKeepSecrets(t *testing.T) {
-	before, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	KeepSecrets()
-	now, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
-	if now != 0 || err != nil {
-		t.Errorf("this process can be dumped: %d, %v", now, err)
-	}
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, uintptr(before), 0, 0, 0); err != nil {
-		t.Error(err)
-	}
-}
-
-func TestWriteFiles(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "f")
-	if err := CreateFile(path, []byte("one"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := CreateFile(path, []byte("two"), 0o600); !errors.Is(err, fs.ErrExist) {
-		t.Errorf("over another file: %v", err)
-	}
-	check := func(want string, mode fs.FileMode) {
-		t.Helper()
-		data, err := os.ReadFile(path)
-		if err != nil || string(data) != want {
-			t.Errorf("holds %q, %v; want %q", data, err, want)
-		}
-		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != mode {
-			t.Errorf("mode %v, %v; want %v", info.Mode(), err, mode)
-		}
-		if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
-			t.Errorf("left behind: %v, %v", entries, err)
-		}
-	}
-	check("one", 0o600)
-	if err := WriteFile(path, []byte("three"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	check("three", 0o644)
-	if err := WriteFile(filepath.Join(dir, "none", "f"), nil, 0o600); !errors.Is(err,
-		fs.ErrNotExist) {
-		t.Errorf("into a folder that is not there: %v", err)
-	}
-}
-
-func TestLockDir(t *testing.T) {
-	dir := t.TempDir()
-	free := func() bool {
-		d, err := os.Open(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer d.Close()
-		return unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil
-	}
-	unlock, err := LockDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if free() {
-		t.Error("the folder is not locked")
-	}
-	unlock()
-	if !free() {
-		t.Error("the folder stays locked")
-	}
-	if _, err := LockDir(filepath.Join(dir, "none")); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("a folder that is not there: %v", err)
-	}
-}
-
-func TestOneLine(t *testing.T) {
-	if got := OneLine(" a\r\nb\x1b]0;x\x07\u009bc\x7f ä "); got != "a  b ]0;x  c  ä" {
-		t.Errorf("%q", got)
-	}
-}
-
-func TestWords(t *testing.T) {
-	for n, want := range map[uint64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB",
-		1536: "1.5 KiB", 5 << 30: "5.0 GiB", 1<<64 - 1: "16.0 EiB"} {
-		if got := Size(n); got != want {
-			t.Errorf("Size(%d) = %q, want %q", n, got, want)
-		}
-	}
-	if got := Counts(map[string]uint64{"too_big": 12, "no_route": 3,
-		"queue_full": 0}); got != "3 no route, 12 too big" {
-		t.Errorf("counts %q", got)
 	}
 }

@@ -4,9 +4,10 @@ import (
 	"github.com/spf13/cobra"
 
 	"masquevpn/internal/control"
+	"masquevpn/internal/fault"
 )
 
-// Globals are the flags that every command of a program has.
+// Globals are the flags of all commands of a program.
 type Globals struct {
 	RunDir string
 	Log    LogOptions
@@ -14,9 +15,8 @@ type Globals struct {
 	level, format string
 }
 
-// NewRoot makes the root command of a program, with the flags of Globals and
-// the commands version and completion. The page is what its manual says
-// besides.
+// NewRoot returns the root command of a program with the flags of Globals and
+// the commands version, completion and man. page completes its manual page.
 func NewRoot(program, short string, page Page) (*cobra.Command, *Globals) {
 	g := new(Globals)
 	root := &cobra.Command{
@@ -31,7 +31,7 @@ func NewRoot(program, short string, page Page) (*cobra.Command, *Globals) {
 	}
 	flags := root.PersistentFlags()
 	flags.StringVar(&g.RunDir, "run-dir", control.DefaultDir,
-		"`folder` of sockets, locks and logs of what runs")
+		"`folder` for sockets, locks and logs")
 	flags.StringVar(&g.level, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&g.format, "log-format", FormatAuto,
 		"auto, text or json; auto is text, and json in systemd's journal")
@@ -39,8 +39,8 @@ func NewRoot(program, short string, page Page) (*cobra.Command, *Globals) {
 	return root, g
 }
 
-// Missing is the error of a command line without a command.
+// Missing returns the error for a command line without a command.
 func Missing(program string) error {
-	return &Error{Code: Usage, Reason: "a command is missing",
+	return &fault.Error{Kind: fault.Usage, Reason: "a command is missing",
 		Remedy: "see '" + program + " --help'"}
 }

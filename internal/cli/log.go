@@ -1,32 +1,31 @@
 package cli
 
 import (
-	"context"
 	"io"
-	"log"
 	"log/slog"
 	"os"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
-	"golang.org/x/time/rate"
+
+	"masquevpn/internal/fault"
 )
 
-// LogOptions are the flags --log-level and --log-format.
+// LogOptions are the values of the flags --log-level and --log-format.
 type LogOptions struct {
 	Level  slog.Level
-	Format string // auto, text or json
+	Format string // FormatAuto, FormatText or FormatJSON
 }
 
-// Log formats.
+// The values of --log-format.
 const (
 	FormatAuto = "auto"
 	FormatText = "text"
 	FormatJSON = "json"
 )
 
-// ParseLogOptions checks the flags.
+// ParseLogOptions validates the values of the flags.
 func ParseLogOptions(level, format string) (LogOptions, error) {
 	o := LogOptions{Format: format}
 	switch strings.ToLower(level) {
@@ -39,17 +38,19 @@ func ParseLogOptions(level, format string) (LogOptions, error) {
 	case "error":
 		o.Level = slog.LevelError
 	default:
-		return o, Errorf(Usage, "--log-level %q is not known: write debug, info, warn or error", level)
+		return o, fault.Errorf(fault.Usage,
+			"--log-level %q is not known: write debug, info, warn or error", level)
 	}
 	switch format {
 	case FormatAuto, FormatText, FormatJSON:
 		return o, nil
 	}
-	return o, Errorf(Usage, "--log-format %q is not known: write auto, text or json", format)
+	return o, fault.Errorf(fault.Usage, "--log-format %q is not known: write auto, text or json",
+		format)
 }
 
-// Logger makes a logger that writes to w. The format auto is text, for people,
-// unless w is systemd's journal, where it is JSON: fields stay fields.
+// Logger returns a logger that writes to w. FormatAuto selects JSON if w is
+// systemd's journal, which keeps the fields, and text otherwise.
 func (o LogOptions) Logger(w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: o.Level}
 	f, isFile := w.(*os.File)
@@ -60,37 +61,9 @@ func (o LogOptions) Logger(w io.Writer) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, options))
 }
 
-// linesPerSecond bounds what StandardLog lets through.
-const linesPerSecond = 10
-
-// StandardLog has what libraries write to the standard logger go to logger, at
-// debug level and a few lines a second: some write a line for whatever a peer
-// does.
-func StandardLog(logger *slog.Logger) {
-	log.SetFlags(0)
-	if !logger.Enabled(context.Background(), slog.LevelDebug) {
-		log.SetOutput(io.Discard) // log then formats no lines at all
-		return
-	}
-	log.SetOutput(&standardLog{logger, rate.NewLimiter(linesPerSecond, linesPerSecond)})
-}
-
-type standardLog struct {
-	logger *slog.Logger
-	limit  *rate.Limiter
-}
-
-// Write takes one line.
-func (l *standardLog) Write(line []byte) (int, error) {
-	if l.limit.Allow() {
-		l.logger.Debug("from a library", "line", OneLine(string(line)))
-	}
-	return len(line), nil
-}
-
-// isJournal tells whether f is the stream that systemd names, as DEVICE:INODE,
-// in JOURNAL_STREAM (systemd.exec(5)). The variable alone says nothing: it is
-// inherited by processes whose output was redirected.
+// isJournal reports whether f is the stream that JOURNAL_STREAM names as
+// DEVICE:INODE (systemd.exec(5)). The variable alone is not enough: processes
+// inherit it even if their output is redirected.
 func isJournal(f *os.File, stream string) bool {
 	device, inode, ok := strings.Cut(stream, ":")
 	if !ok {
@@ -103,7 +76,7 @@ func isJournal(f *os.File, stream string) bool {
 	return device == strconv.FormatUint(st.Dev, 10) && inode == strconv.FormatUint(st.Ino, 10)
 }
 
-// Args are the flags as they are given to another process of ours.
+// Args returns the flags for another process of this program.
 func (o LogOptions) Args() []string {
 	return []string{"--log-level=" + strings.ToLower(o.Level.String()), "--log-format=" + o.Format}
 }

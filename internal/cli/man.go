@@ -9,31 +9,36 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/cobra/doc"
+
+	"masquevpn/internal/buildinfo"
+	"masquevpn/internal/fault"
 )
 
-// A Page is what the manual page of a program says besides its commands and
-// flags.
+// Page holds the parts of a program's manual page that do not follow from its
+// commands and flags.
 type Page struct {
 	Files   []Entry
 	SeeAlso []string // such as "masque-proxy(1)"
 }
 
-// An Entry is a term with its meaning.
+// Entry is a term with its meaning.
 type Entry struct{ Term, Meaning string }
 
-// exitStatus describes the codes.
+// exitStatus describes the exit codes.
 var exitStatus = []Entry{
-	OK: {"0", "Well."}, Failure: {"1", "Failure while running."},
-	Usage:        {"2", "Usage or configuration."},
-	NotConnected: {"3", "Not running or not connected."},
-	Credentials:  {"4", "Credentials refused."},
-	Unreachable:  {"5", "Proxy unreachable, or timed out."},
-	Identity:     {"6", "The proxy's identity could not be verified."},
-	Privileges:   {"7", "Privileges missing."}, Refused: {"8", "Address or route refused."},
+	0:                  {"0", "Well."},
+	fault.Failure:      {"1", "Failure while running."},
+	fault.Usage:        {"2", "Usage or configuration."},
+	fault.NotConnected: {"3", "Not running or not connected."},
+	fault.Credentials:  {"4", "Credentials refused."},
+	fault.Unreachable:  {"5", "Proxy unreachable, or timed out."},
+	fault.Identity:     {"6", "The proxy's identity could not be verified."},
+	fault.Privileges:   {"7", "Privileges missing."},
+	fault.Refused:      {"8", "Address or route refused."},
 }
 
-// manCommand is `man DIR`, hidden: the build makes the manual pages of packages
-// with it.
+// manCommand returns the hidden command `man DIR`, with which `make packages`
+// writes the manual pages.
 func manCommand(program string, page Page) *cobra.Command {
 	return &cobra.Command{
 		Use: "man DIR", Short: "Write the manual pages into a folder", Args: cobra.ExactArgs(1),
@@ -45,13 +50,13 @@ func manCommand(program string, page Page) *cobra.Command {
 			root := cmd.Root()
 			root.DisableAutoGenTag = true
 			header := doc.GenManHeader{Section: "1",
-				Source: program + " " + NewVersionInfo(program).Version, Manual: "MASQUE VPN"}
+				Source: program + " " + buildinfo.Of(program).Version, Manual: "MASQUE VPN"}
 			return page.write(root, header, args[0])
 		}),
 	}
 }
 
-// write writes the pages of a command and of those below it.
+// write writes the pages of a command and of its subcommands.
 func (p Page) write(cmd *cobra.Command, header doc.GenManHeader, dir string) error {
 	for _, c := range cmd.Commands() {
 		if c.IsAvailableCommand() && !c.IsAdditionalHelpTopicCommand() {
@@ -70,7 +75,7 @@ func (p Page) write(cmd *cobra.Command, header doc.GenManHeader, dir string) err
 		[]byte(p.complete(cmd, page.String())), 0o644)
 }
 
-// complete adds to a page what its generator does not know of.
+// complete adds the parts that the generator of cobra lacks to a page.
 func (p Page) complete(cmd *cobra.Command, page string) string {
 	page = noDefault.Replace(page)
 	if cmd.HasSubCommands() {
@@ -86,7 +91,7 @@ func (p Page) complete(cmd *cobra.Command, page string) string {
 	}
 	body += section("COMMANDS", commands)
 	body += section("EXIT STATUS", exitStatus) +
-		"The last line on standard error says the reason and what to do.\n"
+		"The last line on standard error names the reason and what to do.\n"
 	if !cmd.HasParent() {
 		body += section("FILES", p.Files)
 		for _, other := range p.SeeAlso {
@@ -96,7 +101,7 @@ func (p Page) complete(cmd *cobra.Command, page string) string {
 	return body + ".SH SEE ALSO\n" + seeAlso
 }
 
-// noDefault takes away what is not worth a word: that a flag is not set.
+// noDefault removes the defaults of flags that are not set.
 var noDefault = strings.NewReplacer("\\fP[=false]", `\fP`, "\\fP=\"\"", `\fP`, "\\fP=[]", `\fP`)
 
 func section(title string, entries []Entry) string {
@@ -111,7 +116,7 @@ func section(title string, entries []Entry) string {
 	return b.String() + ".PP\n"
 }
 
-// roff writes text so that nothing in it is a request or an escape.
+// roff escapes text so that nothing in it is a request or an escape sequence.
 func roff(s string) string {
 	s = strings.NewReplacer(`\`, `\e`, "-", `\-`, "'", `\(aq`).Replace(s)
 	if strings.HasPrefix(s, ".") {

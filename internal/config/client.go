@@ -78,7 +78,7 @@ const (
 
 // ParseClient parses and validates the contents of a client's configuration.
 // The file name is used in messages and to resolve relative names. The error,
-// if any, is an *Error.
+// if any, is a fault.List.
 func ParseClient(file string, data []byte) (*Client, error) {
 	d, root, err := parse(file, data)
 	if err != nil {
@@ -214,11 +214,10 @@ func (c *Client) Secret() bool {
 	return c.Token != "" || c.KeyPEM != ""
 }
 
-// Problem returns an *Error about a key whose problem was found after parsing,
-// for example an unusable file that it names.
-func (c *Client) Problem(key, reason, remedy string) *Error {
-	return &Error{Problems: []Problem{c.doc.problem(key, reason, remedy)}}
-}
+// Locate returns err with file, line and value if it is a *fault.Error about a
+// key of the file, for example a file name that leads nowhere. It returns other
+// errors as they are.
+func (c *Client) Locate(err error) error { return c.doc.locate(err) }
 
 // hostOf returns the host of HOST:PORT, without brackets.
 func hostOf(hostPort string) string {

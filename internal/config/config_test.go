@@ -11,6 +11,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"masquevpn/internal/fault"
 )
 
 func lines(s ...string) []byte { return []byte(strings.Join(s, "\n") + "\n") }
@@ -616,11 +618,11 @@ func TestProblems(t *testing.T) {
 			case users:
 				_, err = ParseUsers("f.toml", data)
 			}
-			e, ok := errors.AsType[*Error](err)
+			e, ok := errors.AsType[fault.List](err)
 			if !ok {
 				t.Fatalf("error %v; want %s", err, test.want)
 			}
-			if len(e.Problems) != 1 || !strings.HasPrefix(e.Error(), test.want) {
+			if len(e) != 1 || !strings.HasPrefix(e.Error(), test.want) {
 				t.Errorf("got  %s\nwant %s", e, test.want)
 			}
 			if strings.Contains(e.Error(), "s3cret") {
@@ -670,12 +672,12 @@ func TestMissingMainKey(t *testing.T) {
 
 func TestAllProblemsAtOnce(t *testing.T) {
 	_, err := ParseClient("c.toml", lines(`[tun]`, `mtu = 1`, `[log]`, `pcap = 1`, `[nonsense]`))
-	e, ok := errors.AsType[*Error](err)
+	e, ok := errors.AsType[fault.List](err)
 	if !ok {
 		t.Fatal(err)
 	}
 	var got []string
-	for _, p := range e.Problems {
+	for _, p := range e {
 		got = append(got, p.Key)
 	}
 	if diff := cmp.Diff([]string{"proxy", "tun.mtu", "log.pcap", "nonsense"}, got); diff != "" {
@@ -683,12 +685,17 @@ func TestAllProblemsAtOnce(t *testing.T) {
 	}
 }
 
+// later is an error about a key that is found after parsing.
+func later(key string) error {
+	return &fault.Error{Kind: fault.Usage, Key: key, Reason: "does not exist", Remedy: "copy it"}
+}
+
 func TestLaterProblem(t *testing.T) {
 	c, err := ParseClient("c.toml", lines(`proxy = "p"`, `[tls]`, `ca = "/x/ca.crt"`))
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := c.Problem("tls.ca", "does not exist", "copy it").Error()
+	got := c.Locate(later("tls.ca")).Error()
 	if want := `c.toml:3: tls.ca = "/x/ca.crt": does not exist; copy it`; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
@@ -696,7 +703,7 @@ func TestLaterProblem(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got = p.Problem("tls.cert", "does not exist", "copy it").Error()
+	got = p.Locate(later("tls.cert")).Error()
 	if want := `p.toml:2: tls.cert: does not exist; copy it`; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
@@ -746,9 +753,9 @@ func FuzzParse(f *testing.F) {
 			if err == nil {
 				continue
 			}
-			e, ok := errors.AsType[*Error](err)
-			if !ok || len(e.Problems) == 0 {
-				t.Fatalf("error %v is not an *Error with a problem", err)
+			e, ok := errors.AsType[fault.List](err)
+			if !ok || len(e) == 0 {
+				t.Fatalf("error %v is not a fault.List with an error", err)
 			}
 		}
 	})

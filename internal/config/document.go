@@ -12,6 +12,8 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 	"github.com/pelletier/go-toml/v2/unstable"
+
+	"masquevpn/internal/fault"
 )
 
 // document is a TOML file with the line of every key. Its tables return typed
@@ -25,7 +27,7 @@ type document struct {
 	values   map[string]any
 	secret   map[string]bool
 	tables   []*table
-	problems []Problem
+	problems fault.List
 }
 
 // byteOrderMarks lists the byte order marks of some editors, which TOML
@@ -36,24 +38,25 @@ var byteOrderMarks = map[string]string{
 	"\xfe\xff":     "save the file as UTF-8, not UTF-16",
 }
 
-// parse reads data as TOML. The error, if any, is an *Error.
+// parse reads data as TOML. The error, if any, is a fault.List.
 func parse(file string, data []byte) (*document, *table, error) {
 	d := &document{file: file, lines: make(map[string]int), values: make(map[string]any),
 		secret: make(map[string]bool)}
 	root := make(map[string]any)
 	for mark, remedy := range byteOrderMarks {
 		if strings.HasPrefix(string(data[:min(len(data), len(mark))]), mark) {
-			return nil, nil, &Error{Problems: []Problem{{File: file, Line: 1,
-				Reason: "starts with a byte order mark", Remedy: remedy}}}
+			return nil, nil, fault.List{{Kind: fault.Usage, File: file, Line: 1,
+				Reason: "starts with a byte order mark", Remedy: remedy}}
 		}
 	}
 	if err := toml.Unmarshal(data, &root); err != nil {
-		p := Problem{File: file, Reason: strings.TrimPrefix(err.Error(), "toml: ")}
+		p := &fault.Error{Kind: fault.Usage, File: file,
+			Reason: strings.TrimPrefix(err.Error(), "toml: ")}
 		if de, ok := errors.AsType[*toml.DecodeError](err); ok {
 			p.Line, _ = de.Position()
 			p.Key = strings.Join(de.Key(), ".")
 		}
-		return nil, nil, &Error{Problems: []Problem{p}}
+		return nil, nil, fault.List{p}
 	}
 	d.index(data)
 	return d, d.newTable("", root), nil
@@ -132,10 +135,11 @@ func (d *document) index(data []byte) {
 	}
 }
 
-// problem returns the Problem of the key at path. It quotes the key's value in
+// problem returns an error about the key at path. It quotes the key's value in
 // the document unless it is secret.
-func (d *document) problem(path, reason, remedy string) Problem {
-	p := Problem{File: d.file, Line: d.lines[path], Key: path, Reason: reason, Remedy: remedy}
+func (d *document) problem(path, reason, remedy string) *fault.Error {
+	p := &fault.Error{Kind: fault.Usage, File: d.file, Line: d.lines[path], Key: path,
+		Reason: reason, Remedy: remedy}
 	for parent := path; p.Line == 0 && parent != ""; {
 		parent = parentOf(parent)
 		p.Line = d.lines[parent]
@@ -146,12 +150,24 @@ func (d *document) problem(path, reason, remedy string) Problem {
 	return p
 }
 
+// locate adds file, line and value to an error about a key that was found after
+// parsing. It returns other errors as they are.
+func (d *document) locate(err error) error {
+	e, ok := errors.AsType[*fault.Error](err)
+	if !ok || e.Kind != fault.Usage || e.Key == "" || e.File != "" {
+		return err
+	}
+	located := d.problem(e.Key, e.Reason, e.Remedy)
+	located.Err = e.Err
+	return located
+}
+
 // add records a problem of the key at path.
 func (d *document) add(path, reason, remedy string) {
 	d.problems = append(d.problems, d.problem(path, reason, remedy))
 }
 
-// finish reports all problems, unknown keys included, as an *Error.
+// finish reports all problems, unknown keys included, as a fault.List.
 func (d *document) finish() error {
 	for _, t := range d.tables {
 		for _, key := range slices.Sorted(maps.Keys(t.values)) {
@@ -165,8 +181,10 @@ func (d *document) finish() error {
 	if len(d.problems) == 0 {
 		return nil
 	}
-	slices.SortStableFunc(d.problems, func(a, b Problem) int { return cmp.Compare(a.Line, b.Line) })
-	return &Error{Problems: d.problems}
+	slices.SortStableFunc(d.problems, func(a, b *fault.Error) int {
+		return cmp.Compare(a.Line, b.Line)
+	})
+	return d.problems
 }
 
 // suggest returns a known key that resembles an unknown key of t.

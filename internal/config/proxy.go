@@ -101,7 +101,7 @@ type Site struct {
 
 // ParseProxy parses and validates the contents of a proxy's configuration. The
 // file name is used in messages and to resolve relative names. The error, if
-// any, is an *Error.
+// any, is a fault.List.
 func ParseProxy(file string, data []byte) (*Proxy, error) {
 	d, root, err := parse(file, data)
 	if err != nil {
@@ -318,11 +318,10 @@ func (p *Proxy) parsePool(pool *table, given bool) {
 	p.Hold = pool.duration("hold", time.Hour, time.Second)
 }
 
-// Problem returns an *Error about a key whose problem was found after parsing,
-// for example an unusable file that it names.
-func (p *Proxy) Problem(key, reason, remedy string) *Error {
-	return &Error{Problems: []Problem{p.doc.problem(key, reason, remedy)}}
-}
+// Locate returns err with file, line and value if it is a *fault.Error about a
+// key of the file, for example a file name that leads nowhere. It returns other
+// errors as they are.
+func (p *Proxy) Locate(err error) error { return p.doc.locate(err) }
 
 func isAddr(s string) bool {
 	_, err := netip.ParseAddr(s)

@@ -52,7 +52,7 @@ type Users struct {
 const maxRoutes = 16384
 
 // ParseUsers parses and validates the contents of a users file. The error, if
-// any, is an *Error.
+// any, is a fault.List.
 func ParseUsers(file string, data []byte) (*Users, error) {
 	u, _, err := parseUsers(file, data)
 	return u, err

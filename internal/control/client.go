@@ -59,12 +59,6 @@ func (c *Client) Post(ctx context.Context, path string, v any) error {
 	return c.call(ctx, http.MethodPost, path, v)
 }
 
-// Open sends a POST request to path and returns the response, whose body the
-// caller must close.
-func (c *Client) Open(ctx context.Context, path string) (*http.Response, error) {
-	return c.do(ctx, http.MethodPost, path)
-}
-
 func (c *Client) call(ctx context.Context, method, path string, v any) error {
 	answer, err := c.do(ctx, method, path)
 	if err != nil {
