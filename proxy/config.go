@@ -39,7 +39,11 @@ const (
 	DefaultUDPFlows        = 4096
 	DefaultUDPFlowsPerUser = 256
 	DefaultHold            = time.Hour
-	DefaultTemplatePath    = connectip.DefaultPath
+
+	DefaultPendingConnections           = 96
+	DefaultPendingConnectionsPerAddress = 64
+
+	DefaultTemplatePath = connectip.DefaultPath
 )
 
 // Config is the configuration of a Server. The zero value of a field without a
@@ -136,9 +140,9 @@ type Device interface {
 // Network is the kernel's side of a Device; *routing.Manager is one.
 type Network interface {
 	Apply(routing.State) error
-	// Maintain restores the changes of other programs to the applied state until
-	// ctx is done. It calls report like routing.Manager.Maintain, and returns an
-	// error if the device is lost.
+	// Maintain restores the changes of other programs to the applied state
+	// until ctx is done. It calls report like routing.Manager.Maintain, and
+	// returns an error if the device is lost.
 	Maintain(ctx context.Context, report func(routing.Health)) error
 	Close() error
 }

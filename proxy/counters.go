@@ -62,7 +62,7 @@ func (s *Server) Counters() *Counters {
 		})
 	}
 	c.Oldest, c.Panics = s.oldest(), rescue.Caught()
-	c.PendingConnections, c.ConnectionsEnded = s.connections.counts()
+	c.PendingConnections, c.ConnectionsEnded = s.connLimiter.Counts()
 	s.unrouted.AddTo(&c.Stats)
 	c.Sessions, c.UDPFlows = s.sessions.addTo(&c.Stats)
 	return c

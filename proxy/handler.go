@@ -15,6 +15,7 @@ import (
 
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/rescue"
+	"masquevpn/proxy/internal/connlimit"
 )
 
 // settingsTimeout is how long a request waits for the client's SETTINGS, which
@@ -153,7 +154,7 @@ func (h handler) initialize(b *sessionBase, r *http.Request, user User, method s
 	b.instance = token(r, connectip.InstanceHeader)
 	b.installation = token(r, connectip.InstallationHeader)
 	b.quic = r.Context().Value(connKey{}).(*quic.Conn)
-	b.connection = connectionOf(r.Context())
+	b.limitedConn = connlimit.FromContext(r.Context())
 	b.ctx, b.stop = context.WithCancelCause(h.running)
 	b.done = make(chan struct{})
 }
@@ -226,7 +227,7 @@ func (h handler) ended(ss session, level slog.Level, err error) {
 		b.stats.Receive.Bytes.Load(), "tx_bytes", b.stats.Send.Bytes.Load())
 	b.stop(nil)
 	h.s.sessions.remove(ss)
-	h.s.connections.released(b.connection, b.user.Name, ss.limits().maxOfUser)
+	h.s.connLimiter.SessionEnds(b.limitedConn, b.user.Name, ss.limits().maxOfUser)
 	close(b.done)
 }
 

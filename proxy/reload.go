@@ -35,7 +35,7 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	next.MaxUDPFlows, next.MaxUDPFlowsPerUser = c.MaxUDPFlows, c.MaxUDPFlowsPerUser
 	next.ConnectUDP, next.Sites = c.ConnectUDP, c.Sites
 	s.config.Store(&next)
-	s.connections.limit(next.MaxPending, next.MaxPendingPerAddress)
+	s.connLimiter.SetLimits(next.MaxPending, next.MaxPendingPerAddress)
 	s.sites.setRights(rights)
 	if err := s.SetDNS(c.DNS); err != nil {
 		return nil, err

@@ -25,6 +25,7 @@ import (
 	"masquevpn/internal/udpconn"
 	"masquevpn/proxy/internal/addrpool"
 	"masquevpn/proxy/internal/auththrottle"
+	"masquevpn/proxy/internal/connlimit"
 	"masquevpn/proxy/internal/loglimit"
 	"masquevpn/proxy/internal/smallmtu"
 	"masquevpn/routing"
@@ -47,6 +48,15 @@ const (
 	// too fast is kept waiting.
 	streamWindow = 128 << 10
 	connWindow   = 1 << 20
+	// pendingWindow is how many bytes of streams a client may have on its way
+	// or unread before a request of it is accepted.
+	pendingWindow = 16 << 10
+	// pendingStreams is how many requests it may have open, in builds that can
+	// raise the number later.
+	pendingStreams = 10
+	// maxUniStreams is how many unidirectional streams a client may have open.
+	// HTTP/3 has three.
+	maxUniStreams = 8
 	// maxHeaderBytes is the most that the header of a request has, in bytes.
 	maxHeaderBytes = 16 << 10
 	// unvalidatedRate is how many handshakes are begun in a second for
@@ -76,13 +86,12 @@ type Server struct {
 	installed  *routing.State // what the kernel has been told, nil before the first time
 	local      []netip.Prefix // the host's addresses with the lengths of their networks
 
-	smallMTU   smallmtu.Hints
-	errorLimit *rate.Limiter
-	reading    connectip.Busy  // the device's reader has packets
-	unrouted   connectip.Stats // packets that belong to no session, and ICMP errors about them
-	requests   requestCounts
-	// connections are those without a session.
-	connections  *connections
+	smallMTU     smallmtu.Hints
+	errorLimit   *rate.Limiter
+	reading      connectip.Busy  // the device's reader has packets
+	unrouted     connectip.Stats // packets that belong to no session, and ICMP errors about them
+	requests     requestCounts
+	connLimiter  *connlimit.Limiter
 	authFailed   authFailures
 	authThrottle auththrottle.Throttle
 	lookups      lookups
@@ -130,7 +139,7 @@ func New(cfg Config) (*Server, error) {
 		peerLog:    loglimit.New(cfg.Logger),
 		requests:   newRequestCounts(),
 	}
-	s.connections = newConnections(s.peerLog, cfg.MaxPending, cfg.MaxPendingPerAddress)
+	s.connLimiter = connlimit.New(s.peerLog, cfg.MaxPending, cfg.MaxPendingPerAddress)
 	s.supervisor.Open, s.supervisor.Report, s.supervisor.Logger = s.openEndpoint, s.noteHealth,
 		cfg.Logger
 	s.config.Store(&cfg)
@@ -241,7 +250,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		MaxHeaderBytes:  maxHeaderBytes,
 		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context {
 			s.watchHandshake(c)
-			s.connections.attach(connectionOf(ctx), c)
+			s.connLimiter.Attach(connlimit.FromContext(ctx), c)
 			return context.WithValue(context.WithValue(ctx, connKey{}, c), attemptsKey{},
 				make(chan struct{}, 1))
 		},
@@ -250,9 +259,9 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 	var transports []*quic.Transport
 	for _, c := range sockets {
 		t := &quic.Transport{
-			Conn: c, ConnContext: s.connections.begin,
+			Conn: c, ConnContext: s.connLimiter.Begin,
 			VerifySourceAddress: func(net.Addr) bool {
-				return !handshakes.Allow() || s.connections.crowded()
+				return !handshakes.Allow() || s.connLimiter.Crowded()
 			},
 		}
 		if s.cfg().StatelessResetKey != nil {
@@ -322,7 +331,7 @@ func (s *Server) quicConfig() *quic.Config {
 		InitialConnectionReceiveWindow: pendingWindow,
 		MaxConnectionReceiveWindow:     connWindow,
 		AllowConnectionWindowIncrease: func(c *quic.Conn, _ uint64) bool {
-			return connectionOf(c.Context()).admitted.Load()
+			return connlimit.FromContext(c.Context()).Admitted()
 		},
 	}
 	awaitAdmission(wide)

@@ -14,6 +14,7 @@ import (
 
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/rescue"
+	"masquevpn/proxy/internal/connlimit"
 )
 
 // session is an accepted request: an *ipSession or a *udpSession. The handler
@@ -97,8 +98,8 @@ type sessionBase struct {
 	// program. Empty if the client sent none.
 	installation string
 
-	quic       *quic.Conn
-	connection *connection // the entry of quic in Server.connections
+	quic        *quic.Conn
+	limitedConn *connlimit.Conn // quic in Server.connLimiter
 
 	// userState is shared by all sessions of the user.
 	userState *userState
@@ -152,9 +153,7 @@ func (b *sessionBase) guarded(f func()) func() {
 // begins notes that the session runs on its connection. The first session
 // raises the limits of the connection.
 func (b *sessionBase) begins() {
-	first := !b.connection.admitted.Load()
-	b.server.connections.accepted(b.connection)
-	if first {
+	if first := b.server.connLimiter.SessionBegins(b.limitedConn); first {
 		admit(b.quic)
 	}
 }

@@ -1,4 +1,4 @@
-package proxy
+package connlimit
 
 import (
 	"context"
@@ -16,52 +16,53 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// someConnection is a QUIC connection that keeps what it is told.
-type someConnection struct {
+// fakeQUIC is a QUIC connection that records how it is closed.
+type fakeQUIC struct {
 	ended    chan quic.ApplicationErrorCode
-	received atomic.Uint64 // bytes
-	done     context.CancelCauseFunc
+	received atomic.Uint64           // bytes
+	done     context.CancelCauseFunc // ends the context of the connection
 }
 
-func (c *someConnection) CloseWithError(code quic.ApplicationErrorCode, _ string) error {
+func (c *fakeQUIC) CloseWithError(code quic.ApplicationErrorCode, _ string) error {
 	c.ended <- code
 	c.done(nil)
 	return nil
 }
 
-func (c *someConnection) ConnectionStats() quic.ConnectionStats {
+func (c *fakeQUIC) ConnectionStats() quic.ConnectionStats {
 	return quic.ConnectionStats{BytesReceived: c.received.Load()}
 }
 
-// gate is connections, and those that the test makes.
+// gate is a Limiter with named connections.
 type gate struct {
-	*connections
-	t    *testing.T
-	made map[string]*connection
-	quic map[string]*someConnection
+	*Limiter
+	t     *testing.T
+	conns map[string]*Conn
+	quic  map[string]*fakeQUIC
 }
 
 func newGate(t *testing.T, most, mostPerAddress int) *gate {
-	l := newConnections(slog.New(slog.DiscardHandler), most, mostPerAddress)
-	return &gate{l, t, make(map[string]*connection), make(map[string]*someConnection)}
+	l := New(slog.New(slog.DiscardHandler), most, mostPerAddress)
+	return &gate{l, t, make(map[string]*Conn), make(map[string]*fakeQUIC)}
 }
 
-// opens makes a connection called name from addr.
+// opens begins a connection called name from addr.
 func (g *gate) opens(name, addr string) {
 	g.t.Helper()
 	ctx, cancel := context.WithCancelCause(g.t.Context())
 	remote := &net.UDPAddr{IP: net.ParseIP(addr), Port: 9}
-	ctx, err := g.begin(ctx, &quic.ClientInfo{RemoteAddr: remote})
+	ctx, err := g.Begin(ctx, &quic.ClientInfo{RemoteAddr: remote})
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	conn := &someConnection{ended: make(chan quic.ApplicationErrorCode, 1), done: cancel}
-	g.made[name], g.quic[name] = connectionOf(ctx), conn
-	g.attach(connectionOf(ctx), conn)
+	conn := &fakeQUIC{ended: make(chan quic.ApplicationErrorCode, 1), done: cancel}
+	g.conns[name], g.quic[name] = FromContext(ctx), conn
+	g.Attach(FromContext(ctx), conn)
 	synctest.Wait()
 }
 
-// has checks which connections there are, and how many ended for which reason.
+// has checks the names of the open connections, and the reasons for closing
+// others with their numbers.
 func (g *gate) has(alive string, ended ...string) {
 	g.t.Helper()
 	synctest.Wait()
@@ -72,17 +73,17 @@ func (g *gate) has(alive string, ended ...string) {
 		}
 	}
 	if got := strings.Join(names, " "); got != alive {
-		g.t.Errorf("the connections are %q, want %q", got, alive)
+		g.t.Errorf("open connections: got %q, want %q", got, alive)
 	}
 	var got []string
-	_, counts := g.counts()
+	_, counts := g.Counts()
 	for _, reason := range slices.Sorted(maps.Keys(counts)) {
 		if n := counts[reason]; n > 0 {
 			got = append(got, fmt.Sprint(reason, " ", n))
 		}
 	}
 	if !slices.Equal(got, ended) {
-		g.t.Errorf("they ended by %q, want %q", got, ended)
+		g.t.Errorf("reasons: got %q, want %q", got, ended)
 	}
 }
 
@@ -91,41 +92,41 @@ func TestConnectionsWithoutSession(t *testing.T) {
 		name string
 		do   func(g *gate)
 	}{
-		{"without a request", func(g *gate) {
+		{"no request", func(g *gate) {
 			g.opens("a", "192.0.2.1")
 			time.Sleep(firstRequestTimeout - time.Second)
 			g.has("a")
 			time.Sleep(2 * time.Second)
 			g.has("", "no_request 1")
 		}},
-		{"with a session", func(g *gate) {
+		{"a session", func(g *gate) {
 			g.opens("a", "192.0.2.1")
-			g.accepted(g.made["a"])
+			g.SessionBegins(g.conns["a"])
 			time.Sleep(time.Hour)
 			g.has("a")
-			if pending, _ := g.counts(); pending != 0 {
-				g.t.Errorf("%d are pending", pending)
+			if pending, _ := g.Counts(); pending != 0 {
+				g.t.Errorf("%d connections are pending, want 0", pending)
 			}
 		}},
 		{"after a session", func(g *gate) {
 			g.opens("a", "192.0.2.1")
 			for range 3 { // two sessions at once, and then one
-				g.accepted(g.made["a"])
-				g.accepted(g.made["a"])
-				g.released(g.made["a"], "alice", 8)
+				g.SessionBegins(g.conns["a"])
+				g.SessionBegins(g.conns["a"])
+				g.SessionEnds(g.conns["a"], "alice", 8)
 				time.Sleep(time.Hour)
-				g.released(g.made["a"], "alice", 8)
+				g.SessionEnds(g.conns["a"], "alice", 8)
 				time.Sleep(nextRequestTimeout - time.Second)
 			}
 			g.has("a")
 			time.Sleep(2 * time.Second)
 			g.has("", "idle 1")
 		}},
-		{"that sends much", func(g *gate) {
+		{"too many bytes", func(g *gate) {
 			g.opens("a", "192.0.2.1")
 			g.opens("b", "192.0.2.1")
 			g.opens("c", "192.0.2.2")
-			g.accepted(g.made["c"])
+			g.SessionBegins(g.conns["c"])
 			for name, n := range map[string]uint64{"a": maxPendingBytes + 1, "b": maxPendingBytes,
 				"c": 1 << 30} {
 				g.quic[name].received.Store(n)
@@ -138,7 +139,7 @@ func TestConnectionsWithoutSession(t *testing.T) {
 				g.opens(name, fmt.Sprintf("192.0.2.%d", i))
 			}
 			g.has("b c d e", "too_many 1")
-			g.accepted(g.made["b"]) // which makes room
+			g.SessionBegins(g.conns["b"]) // no longer pending
 			g.opens("f", "192.0.2.1")
 			g.has("b c d e f", "too_many 1")
 			g.opens("g", "192.0.2.2")
@@ -149,7 +150,7 @@ func TestConnectionsWithoutSession(t *testing.T) {
 			g.opens("b", "192.0.2.2")
 			g.opens("c", "192.0.2.2")
 			g.opens("d", "192.0.2.3")
-			g.opens("e", "192.0.2.4") // 192.0.2.2 has most, and gives way
+			g.opens("e", "192.0.2.4") // closes one of 192.0.2.2, which has most
 			g.has("a c d e", "too_many 1")
 		}},
 		{"too many of an address", func(g *gate) {
@@ -166,11 +167,11 @@ func TestConnectionsWithoutSession(t *testing.T) {
 			g.opens("d", "2001:db8:0:1::1")
 			g.has("b c d", "too_many_of_address 1")
 		}},
-		{"sessions are not in the way of others, nor others in theirs", func(g *gate) {
+		{"sessions and strangers do not displace each other", func(g *gate) {
 			for i := range 20 {
 				name := fmt.Sprintf("session%02d", i)
 				g.opens(name, "192.0.2.1")
-				g.accepted(g.made[name])
+				g.SessionBegins(g.conns[name])
 			}
 			for i := range 20 {
 				g.opens(fmt.Sprintf("stranger%02d", i), "192.0.2.1")
@@ -189,28 +190,28 @@ func TestConnectionsWithoutSession(t *testing.T) {
 		{"too many idle ones of a user", func(g *gate) {
 			for _, name := range []string{"a", "b", "c"} {
 				g.opens(name, "192.0.2.1")
-				g.accepted(g.made[name])
-				g.released(g.made[name], "alice", 2)
+				g.SessionBegins(g.conns[name])
+				g.SessionEnds(g.conns[name], "alice", 2)
 			}
 			g.opens("d", "192.0.2.1")
-			g.accepted(g.made["d"])
-			g.released(g.made["d"], "bob", 2)
+			g.SessionBegins(g.conns["d"])
+			g.SessionEnds(g.conns["d"], "bob", 2)
 			g.has("b c d", "too_many_of_user 1")
 		}},
-		{"that ended by itself", func(g *gate) {
+		{"ended by the client", func(g *gate) {
 			g.opens("a", "192.0.2.1")
 			g.opens("b", "192.0.2.1")
 			g.quic["a"].done(nil)
 			synctest.Wait()
 			g.opens("c", "192.0.2.1")
-			g.accepted(g.made["b"])
+			g.SessionBegins(g.conns["b"])
 			g.quic["b"].done(nil)
 			synctest.Wait()
-			g.released(g.made["b"], "alice", 2)
+			g.SessionEnds(g.conns["b"], "alice", 2)
 			g.opens("d", "192.0.2.1")
-			g.has("a b c d") // a and b are over, which nobody had to tell them
-			if pending, _ := g.counts(); pending != 2 {
-				g.t.Errorf("%d are pending", pending)
+			g.has("a b c d") // a and b ended without being closed
+			if pending, _ := g.Counts(); pending != 2 {
+				g.t.Errorf("%d connections are pending, want 2", pending)
 			}
 		}},
 	} {
@@ -218,32 +219,33 @@ func TestConnectionsWithoutSession(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				g := newGate(t, 4, 2)
 				tc.do(g)
-				time.Sleep(2 * time.Hour) // until nothing waits any more
+				time.Sleep(2 * time.Hour) // ends all connections and timers
 			})
 		})
 	}
 }
 
-// A connection that is ended in its handshake has no QUIC connection yet: its
-// context ends, and stock quic-go's is closed once there is one.
+// TestConnectionsInHandshake checks closing a connection in its handshake,
+// which has no QUIC connection yet: its context ends, and a QUIC connection
+// that is attached later is closed.
 func TestConnectionsInHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(t, 1, 1)
-		ctx, err := g.begin(t.Context(),
+		ctx, err := g.Begin(t.Context(),
 			&quic.ClientInfo{RemoteAddr: &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1)}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		g.opens("a", "192.0.2.2")
 		if ctx.Err() == nil {
-			t.Error("the context of the older one has not ended")
+			t.Error("the context of the older connection has not ended")
 		}
-		late := &someConnection{ended: make(chan quic.ApplicationErrorCode, 1),
+		late := &fakeQUIC{ended: make(chan quic.ApplicationErrorCode, 1),
 			done: func(error) {}}
-		g.attach(connectionOf(ctx), late)
+		g.Attach(FromContext(ctx), late)
 		synctest.Wait()
 		if len(late.ended) != 1 {
-			t.Error("the connection that came late goes on")
+			t.Error("the QUIC connection attached later is not closed")
 		}
 		time.Sleep(time.Hour)
 	})
