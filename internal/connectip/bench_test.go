@@ -31,9 +31,9 @@ func benchConn(b *testing.B) *Conn {
 	c := New(fakeStream{}, nil, Config{Device: discardDevice{}, Stats: &Stats{},
 		Self: []netip.Addr{proxyAddr4}})
 	c.datagrams.conn = discard{}
-	c.link.peer = []netip.Prefix{host(clientAddr4)}
-	c.link.routes = capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, 0)
-	if err := c.update(); err != nil {
+	c.link.peerAssigned = []netip.Prefix{host(clientAddr4)}
+	c.link.advertised = capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, 0)
+	if err := c.updatePolicy(); err != nil {
 		b.Fatal(err)
 	}
 	c.maxPacket.Store(1400)
@@ -68,8 +68,8 @@ func BenchmarkSendRoutes(b *testing.B) {
 				prefixes[i] = netip.PrefixFrom(netip.AddrFrom4(a), 28)
 				pkts[i] = echoPacket(target4, prefixes[i].Addr().Next(), 64, 100)
 			}
-			c.link.peerSend = capsule.Routes(prefixes, 0)
-			if err := c.update(); err != nil {
+			c.link.peerAdvertised = capsule.Routes(prefixes, 0)
+			if err := c.updatePolicy(); err != nil {
 				b.Fatal(err)
 			}
 			buf := make([]byte, len(pkts[0]))

@@ -8,25 +8,27 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// real is the connection, nil where a test has something else in its place.
-func (d *datagrams) real() *quic.Conn {
+// quicConn returns the connection, or nil if a test replaced it.
+func (d *datagrams) quicConn() *quic.Conn {
 	conn, _ := d.conn.(*quic.Conn)
 	return conn
 }
 
-// ready reports whether send would not wait.
+// ready reports whether send would not block.
 func (d *datagrams) ready() bool {
-	conn := d.real()
+	conn := d.quicConn()
 	return conn != nil && !conn.DatagramsWaiting()
 }
 
-// isDirect reports whether direct does what it says.
-func (d *datagrams) isDirect() bool { return d.real() != nil }
+// isDirect reports whether datagrams arrive through direct. Otherwise they
+// arrive through Stream.ReceiveDatagram.
+func (d *datagrams) isDirect() bool { return d.quicConn() != nil }
 
-// direct has in called for each datagram, by the goroutine that runs the
-// connection, until stop is called.
+// direct makes the goroutine that runs the connection pass each datagram of the
+// stream to in, until stop is called. This saves a queue and the waking of a
+// goroutine.
 func (d *datagrams) direct(in *inbox) (stop func()) {
-	conn := d.real()
+	conn := d.quicConn()
 	if conn == nil {
 		return func() {}
 	}
@@ -34,19 +36,18 @@ func (d *datagrams) direct(in *inbox) (stop func()) {
 	return func() { conn.HandleDatagrams(d.id, nil) }
 }
 
-// oldestReceived returns for how long the oldest packet of the connection waits
-// for QUIC to look at it, 0 for none.
+// oldestReceived returns for how long the connection's oldest received packet
+// has been waiting for QUIC to process it, or 0 if none waits.
 func (d *datagrams) oldestReceived() time.Duration {
-	if conn := d.real(); conn != nil {
+	if conn := d.quicConn(); conn != nil {
 		return conn.OldestReceived()
 	}
 	return 0
 }
 
-// sendNow is send that does not wait: without room in QUIC's queue it returns
-// errNoRoom.
+// sendNow sends a frame, or returns errNoRoom if QUIC's queue is full.
 func (d *datagrams) sendNow(frame []byte) error {
-	conn := d.real()
+	conn := d.quicConn()
 	if conn == nil {
 		return d.conn.SendDatagram(frame)
 	}

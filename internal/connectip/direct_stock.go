@@ -4,18 +4,22 @@ package connectip
 
 import "time"
 
-// ready cannot tell: all packets go by way of a queue.
+// This file replaces direct.go in builds with the stock quic-go, which passes
+// all datagrams through queues.
+
+// ready returns false, because the stock quic-go does not report whether its
+// queue has room.
 func (d *datagrams) ready() bool { return false }
 
-// isDirect reports that direct does nothing: all datagrams come by way of the
-// stream.
+// isDirect returns false: all datagrams arrive through Stream.ReceiveDatagram.
 func (d *datagrams) isDirect() bool { return false }
 
+// direct does nothing.
 func (d *datagrams) direct(*inbox) (stop func()) { return func() {} }
 
-// oldestReceived cannot tell.
+// oldestReceived returns 0, because the stock quic-go does not report it.
 func (d *datagrams) oldestReceived() time.Duration { return 0 }
 
-// sendNow is send: nobody calls it, because ready never reports that there is
-// room.
+// sendNow sends a frame and may block. It is not called while ready returns
+// false.
 func (d *datagrams) sendNow(frame []byte) error { return d.conn.SendDatagram(frame) }

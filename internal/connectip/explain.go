@@ -8,13 +8,13 @@ import (
 	"github.com/quic-go/quic-go/http3"
 )
 
-// IsNoError reports whether a code of a stream or a connection says that
-// nothing went wrong: H3_NO_ERROR (RFC 9114 section 8.1), or 0, with which some
-// implementations close although it is no code of HTTP/3.
+// IsNoError reports whether the error code of a stream or connection means that
+// no error occurred: H3_NO_ERROR (RFC 9114 section 8.1), or 0, which some
+// implementations use although HTTP/3 does not define it.
 func IsNoError(code uint64) bool { return code == uint64(http3.ErrCodeNoError) || code == 0 }
 
-// closedWithoutError reports whether err, which a stream gave, says that the
-// peer ended the stream or its connection and nothing went wrong.
+// closedWithoutError reports whether err, an error of a stream, means that the
+// peer ended the stream or its connection without an error.
 func closedWithoutError(err error) bool {
 	if e, ok := errors.AsType[*http3.Error](err); ok {
 		return e.Remote && IsNoError(uint64(e.ErrorCode))
@@ -29,8 +29,8 @@ func closedWithoutError(err error) bool {
 	return ok && e.Remote && e.ErrorCode == quic.NoError
 }
 
-// Explain returns the text of err for logs and users. Ends of a stream or a
-// connection, which QUIC and HTTP/3 report by their codes, are put into words.
+// Explain returns a text for logs and users that describes err. It replaces the
+// error codes of QUIC and HTTP/3 by sentences.
 func Explain(err error) string {
 	if closedWithoutError(err) {
 		return "the peer closed the connection"
@@ -58,7 +58,8 @@ func Explain(err error) string {
 	return err.Error()
 }
 
-// withMessage adds what the peer said itself, which may be anything.
+// withMessage appends the peer's error message, quoted because it may contain
+// any bytes.
 func withMessage(text, message string) string {
 	if message == "" {
 		return text

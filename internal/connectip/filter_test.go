@@ -87,8 +87,8 @@ func TestFilter(t *testing.T) {
 // A peer that does not read its stream does not hold up changes of the policy.
 func TestPolicyChangesWhileACapsuleIsSent(t *testing.T) {
 	client, proxy := newPair(t, Config{}, Config{Static: []netip.Prefix{host(proxyAddr4)}})
-	proxy.writing.Lock() // as a write does that waits for the peer
-	defer proxy.writing.Unlock()
+	proxy.writeMu.Lock() // as a write does that waits for the peer
+	defer proxy.writeMu.Unlock()
 	if err := client.Advertise(capsule.Routes([]netip.Prefix{host(elsewhere4)}, 0)); err != nil {
 		t.Fatal(err)
 	}

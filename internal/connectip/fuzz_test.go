@@ -100,7 +100,7 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 	in := newInbox(c)
 	defer in.close()
 	in.HandleDatagram(data)
-	for !c.sender.Idle() {
+	for !c.answerSender.Idle() {
 		runtime.Gosched()
 	}
 	var came netip.Addr

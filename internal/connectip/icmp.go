@@ -7,15 +7,15 @@ import (
 	"masquevpn/tun"
 )
 
-// ICMP errors per second and in a burst, for each direction; Packet Too Big has
-// an allowance of its own, because path MTU discovery depends on it (RFC 4443
-// section 2.4 f).
+// The limits of ICMP errors per direction, per second and in a burst. Packet
+// Too Big has a limit of its own, because path MTU discovery depends on it (RFC
+// 4443 section 2.4 f).
 const (
 	errorRate  = 10
 	errorBurst = 10
 )
 
-// errorLimits are the token buckets of one direction.
+// errorLimits contains the token buckets of one direction.
 type errorLimits struct{ other, tooBig *rate.Limiter }
 
 func newErrorLimits() errorLimits {
@@ -23,23 +23,24 @@ func newErrorLimits() errorLimits {
 		tooBig: rate.NewLimiter(errorRate, errorBurst)}
 }
 
-func (l errorLimits) of(kind ippacket.ICMPError) *rate.Limiter {
+func (l errorLimits) bucket(kind ippacket.ICMPError) *rate.Limiter {
 	if kind == ippacket.TooBig {
 		return l.tooBig
 	}
 	return l.other
 }
 
-// maxICMPError is the size of the largest ICMP error that is made, in bytes
-// (RFC 4443 section 2.4 c).
+// maxICMPError is the maximum length of an ICMP error in bytes (RFC 4443
+// section 2.4 c).
 const maxICMPError = 1280
 
-// icmpError makes the ICMP error about pkt behind tun.Headroom free bytes, or
-// returns nil when none may be sent.
+// icmpError returns an ICMP error about pkt, with tun.Headroom free bytes in
+// front of it, or nil if none may be sent. The buffer is new, and pkt is not
+// retained.
 func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind ippacket.ICMPError,
 	mtu int) []byte {
-	limit := limits.of(kind)
-	if limit.Tokens() < 1 { // so that a flood of what deserves an error costs no memory
+	limit := limits.bucket(kind)
+	if limit.Tokens() < 1 { // a flood of such packets must not allocate memory
 		c.cfg.Stats.ICMPSuppressed.Add(1)
 		return nil
 	}
@@ -47,9 +48,8 @@ func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind
 	if p.Version == 6 && !src.IsValid() {
 		src = c.echo.addr
 	}
-	buf, ok := ippacket.AppendICMPError(make([]byte, tun.Headroom, tun.Headroom+maxICMPError), pkt,
-		p, kind,
-		src, mtu)
+	buf := make([]byte, tun.Headroom, tun.Headroom+maxICMPError)
+	buf, ok := ippacket.AppendICMPError(buf, pkt, p, kind, src, mtu)
 	if !ok {
 		return nil
 	}
@@ -61,38 +61,39 @@ func (c *Conn) icmpError(limits errorLimits, pkt []byte, p ippacket.Packet, kind
 	return buf
 }
 
-// answerHost answers a packet that came from the device, through the device.
+// answerHost sends the host an ICMP error about a packet from the device.
 func (c *Conn) answerHost(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError, mtu int) {
-	if buf := c.icmpError(c.toHost, pkt, p, kind, mtu); buf != nil {
+	if buf := c.icmpError(c.hostErrors, pkt, p, kind, mtu); buf != nil {
 		_, _ = c.cfg.Device.Write([][]byte{buf}, tun.Headroom) // an ICMP error may get lost
 	}
 }
 
-// answerPeer answers a packet that came from the peer, into the tunnel: never
-// through the routing table, which might send it to somebody else.
+// answerPeer sends an ICMP error about a packet from the peer through the
+// tunnel. The host's routing table could deliver it to someone else.
 func (c *Conn) answerPeer(pkt []byte, p ippacket.Packet, kind ippacket.ICMPError) {
-	if buf := c.icmpError(c.toPeer, pkt, p, kind, 0); buf != nil {
+	if buf := c.icmpError(c.peerErrors, pkt, p, kind, 0); buf != nil {
 		c.answer(buf)
 	}
 }
 
-// answer queues a packet for the peer, behind free bytes, and drops it
-// when many wait: those who answer the peer's packets must not wait for QUIC,
-// which may be what calls them.
+// answer queues a packet for the peer, with tun.Headroom free bytes in front of
+// it, or drops it if the queue is full. It does not block, because it may be
+// called by the goroutine that runs the QUIC connection. The caller must not
+// use buf afterwards.
 func (c *Conn) answer(buf []byte) {
 	select {
-	case c.toSend <- buf:
-		c.sender.Wake()
+	case c.answerQueue <- buf:
+		c.answerSender.Wake()
 	default:
 		c.cfg.Stats.Send.Drop(DropQueueFull)
 	}
 }
 
-// sendAnswers sends what answer queued.
+// sendAnswers sends the packets in answerQueue.
 func (c *Conn) sendAnswers() {
 	for {
 		select {
-		case buf := <-c.toSend:
+		case buf := <-c.answerQueue:
 			_ = c.datagrams.send(buf, tun.Headroom)
 		default:
 			return

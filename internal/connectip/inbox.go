@@ -12,53 +12,70 @@ import (
 )
 
 const (
-	// maxBatch is how many packets go to the device at once: as many as it
-	// merges into one.
+	// maxBatch is the maximum number of packets in a batch. The device
+	// coalesces at most this many into one.
 	maxBatch = 64
-	// maxInline is how many packets are written at once by who brings them:
-	// waking another goroutine takes longer.
+
+	// maxInline is the number of packets up to which flush writes a batch
+	// itself. Waking another goroutine would take longer.
 	maxInline = 4
-	// mergedPacket is the room for the longest packet, and its headroom, on its
-	// way to the device: the device may append the segments that follow.
-	mergedPacket = tun.Headroom + 1<<16
-	// batchWait is how long a connection waits for a batch. All come back
-	// sooner unless the device does not keep up.
+
+	// packetRoom is the room in a batch for one packet, in bytes. It is enough
+	// for the headroom and the longest packet, because the device may append
+	// the segments that follow.
+	packetRoom = tun.Headroom + 1<<16
+
+	// batchWait limits the time for which a connection waits for a batch.
+	// Batches come back sooner unless the device is too slow.
 	batchWait = 20 * time.Millisecond
 )
 
-// inbox collects the packets of the peer and hands them to the device in
-// batches, which lets the device merge the segments of a flow into a single
-// write. One goroutine fills a batch while another one writes the last.
+// inbox collects packets of the peer and writes them to the device in batches,
+// so that the device can coalesce the segments of a flow. One goroutine fills a
+// batch while another one writes the previous batch.
 //
-// All connections share the batches, so they have to come back whatever a peer
-// does. The goroutine of a connection holds one at most, because it flushes the
-// inbox of one stream before it fills that of another, and it holds it for a
-// run of packets that are at hand. While it holds one, it waits for nothing but
-// the writer of the same stream, which holds one at most, and waits for the
-// device alone. It waits for a batch only while it holds none, and not for
-// long: after that it writes packets one by one.
+// All connections share the batches, so no peer may be able to hold them for
+// long. The following rules ensure that:
+//
+//   - A connection's goroutine holds at most one batch, and only while it
+//     processes the packets that have already arrived: it flushes the inbox of
+//     one stream before it fills the inbox of another.
+//   - A goroutine that holds a batch waits only for the writer of the same
+//     stream. The writer holds at most one batch and waits only for the device.
+//   - A goroutine waits for a batch only if it holds none, and for no longer
+//     than batchWait. After that it writes packets one by one.
 type inbox struct {
-	conn  *Conn
-	size  int // packets per batch
-	full  chan *batch
-	ended <-chan struct{}
+	conn *Conn
+	size int // maximum number of packets in a batch
 
-	waiting atomic.Int32 // batches handed over and not written yet
+	// filled passes full batches, and with them their ownership, to deliver.
+	filled chan *batch
 
-	mu      sync.Mutex // held by the connection's goroutine and by close
-	batch   *batch     // that is being filled, nil for none
-	starved bool       // no batch came back in time; until the next flush nobody waits for one
+	done <-chan struct{} // closed when conn ends
+
+	pending atomic.Int32 // batches given to deliver and not written yet
+
+	// mu guards the following fields. It is locked by the connection's
+	// goroutine and by close.
+	mu sync.Mutex
+
+	batch *batch // batch that is being filled; nil: none
+
+	// starved means that no batch became free in time. takeBatch then does not
+	// wait again before the next flush.
+	starved bool
 }
 
 func newInbox(c *Conn) *inbox {
-	return &inbox{conn: c, size: min(maxBatch, c.cfg.Device.BatchSize()), full: make(chan *batch),
-		ended: c.life.Done()}
+	return &inbox{conn: c, size: min(maxBatch, c.cfg.Device.BatchSize()),
+		filled: make(chan *batch), done: c.ctx.Done()}
 }
 
-// HandleDatagram takes one HTTP Datagram, context ID first, and does not keep
-// it. It waits while the device does not keep up: packets are then dropped
-// where it costs least, at the socket. The goroutine that calls it calls
-// FlushDatagrams before it does anything else that may take long.
+// HandleDatagram processes one HTTP Datagram, starting with the context ID. It
+// may modify b and does not retain it. It blocks while the device is too slow:
+// packets are then dropped at the socket, where that costs least. The calling
+// goroutine must call FlushDatagrams before it does anything that may take
+// long.
 func (in *inbox) HandleDatagram(b []byte) {
 	defer rescue.Catch(in.conn.panicked) // QUIC's goroutine must survive
 	in.mu.Lock()
@@ -66,7 +83,7 @@ func (in *inbox) HandleDatagram(b []byte) {
 	in.conn.handleDatagram(b, in)
 }
 
-// FlushDatagrams hands over what there is.
+// FlushDatagrams writes the collected packets, or gives them to deliver.
 func (in *inbox) FlushDatagrams() {
 	defer rescue.Catch(in.conn.panicked)
 	in.mu.Lock()
@@ -75,24 +92,24 @@ func (in *inbox) FlushDatagrams() {
 	in.starved = false
 }
 
-// push adds a packet, of which it makes a copy. It returns false when nobody
-// will take the packet any more.
+// push implements packetWriter. in.mu is held.
 func (in *inbox) push(pkt []byte) bool {
 	if in.batch == nil {
-		in.conn.filling.Begin()
+		in.conn.inboxBusy.Begin()
 	}
-	if in.batch == nil && !in.take() {
-		defer in.conn.filling.End()
+	if in.batch == nil && !in.takeBatch() {
+		defer in.conn.inboxBusy.End()
 		return unbatched{in.conn, &in.conn.writers.quic}.push(pkt)
 	}
 	in.batch.add(pkt)
 	return in.batch.n < in.size || in.flush()
 }
 
-// take takes a batch to fill and reports whether there is one.
-func (in *inbox) take() bool {
+// takeBatch takes a batch from the pool and reports whether it got one. in.mu
+// is held.
+func (in *inbox) takeBatch() bool {
 	select {
-	case <-in.ended:
+	case <-in.done:
 		return false
 	default:
 	}
@@ -109,29 +126,30 @@ func (in *inbox) take() bool {
 	select {
 	case in.batch = <-batches:
 		return true
-	case <-in.ended:
+	case <-in.done:
 	case <-timeout.C:
 		in.starved = true
 	}
 	return false
 }
 
-// flush returns false when nobody takes packets any more.
+// flush writes the batch, or gives it to deliver. Either way the inbox no
+// longer owns it. It returns false if the Conn has ended. in.mu is held.
 func (in *inbox) flush() bool {
 	b := in.batch
 	if b == nil {
 		return true
 	}
 	in.batch = nil
-	defer in.conn.filling.End()
+	defer in.conn.inboxBusy.End()
 	switch {
-	case b.n <= maxInline && in.waiting.Load() == 0:
+	case b.n <= maxInline && in.pending.Load() == 0:
 		in.conn.write(b, &in.conn.writers.quic)
 	default:
-		in.waiting.Add(1)
+		in.pending.Add(1)
 		select {
-		case in.full <- b:
-		case <-in.ended:
+		case in.filled <- b:
+		case <-in.done:
 			b.free()
 			return false
 		}
@@ -139,7 +157,7 @@ func (in *inbox) flush() bool {
 	return true
 }
 
-// close gives back what nobody will write any more. The inbox has ended then.
+// close returns an unwritten batch to the pool. The Conn has ended.
 func (in *inbox) close() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -149,23 +167,21 @@ func (in *inbox) close() {
 	}
 }
 
-// unbatched writes packets to the device of conn one by one, in a buffer of
-// their own.
+// unbatched writes each packet to the device of conn in a call of its own.
 type unbatched struct {
 	conn *Conn
-	busy *Busy // since when the goroutine has been writing
+	busy *Busy // the calling goroutine's entry in conn.writers
 }
 
-// maxUnbatched is the longest packet for which there are buffers, in bytes;
-// longer ones come in capsules only.
+// maxUnbatched is the maximum length in bytes of a packet for which there are
+// pooled buffers. Longer ones arrive in capsules only.
 const maxUnbatched = 2048
 
 var unbatchedBuffers = sync.Pool{New: func() any { return new([tun.Headroom + maxUnbatched]byte) }}
 
-// push writes a packet, of which it makes a copy. It returns false when nobody
-// will take the packet any more.
+// push implements packetWriter.
 func (u unbatched) push(pkt []byte) bool {
-	if u.conn.life.Err() != nil {
+	if u.conn.ctx.Err() != nil {
 		return false
 	}
 	var buf []byte
@@ -185,17 +201,19 @@ func (u unbatched) push(pkt []byte) bool {
 	return true
 }
 
-// straggling is how long datagrams come by way of the stream although they are
-// handled directly: those that came before.
-const straggling = time.Second
+// queuedDatagrams is the time for which receive takes datagrams from the stream
+// although the connection's goroutine passes new ones to the inbox. The stream
+// may still hold earlier ones.
+const queuedDatagrams = time.Second
 
-// receive takes the datagrams that come by way of the stream, until that or
-// c.life ends or none come that way any more.
+// receive handles the datagrams that the stream queues, until the stream or the
+// Conn ends. If the connection's goroutine passes datagrams to the inbox, it
+// returns after queuedDatagrams.
 func (c *Conn) receive() {
-	ctx := c.life
+	ctx := c.ctx
 	if c.datagrams.isDirect() {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, straggling)
+		ctx, cancel = context.WithTimeout(ctx, queuedDatagrams)
 		defer cancel()
 	}
 	for {
@@ -207,21 +225,23 @@ func (c *Conn) receive() {
 	}
 }
 
-// deliver writes batches to the device until the inbox has ended. It is no
-// worker: with a new goroutine for each batch, throughput is some percent less.
+// deliver writes filled batches to the device until the Conn ends. It is not a
+// worker.Worker, because starting a goroutine for each batch costs a few
+// percent of throughput.
 func (in *inbox) deliver() {
 	for {
 		select {
-		case <-in.ended:
+		case <-in.done:
 			return
-		case b := <-in.full:
+		case b := <-in.filled:
 			in.conn.write(b, &in.conn.writers.inbox)
-			in.waiting.Add(-1)
+			in.pending.Add(-1)
 		}
 	}
 }
 
-// write gives b to the device. busy is the calling goroutine's.
+// write writes b to the device and returns it to the pool. busy is the calling
+// goroutine's entry in c.writers.
 func (c *Conn) write(b *batch, busy *Busy) {
 	defer b.free()
 	busy.Begin()
@@ -231,15 +251,20 @@ func (c *Conn) write(b *batch, busy *Busy) {
 	}
 }
 
-// batch is the packets of one write to a device. Untouched memory costs
-// nothing, so the room to merge is cheap.
+// batch contains the packets of one call of Device.Write. It has one owner at a
+// time: the pool batches, an inbox, or a goroutine in Conn.write.
 type batch struct {
+	// slab is the memory of bufs, packetRoom bytes for each. Most of it is
+	// never touched, so the kernel does not allocate it.
 	slab []byte
+
+	// bufs[:n] are the packets, each with tun.Headroom bytes in front.
 	bufs [maxBatch][]byte
 	n    int
 }
 
-// batches are all there are: two for each that can be worked on at once.
+// batches is the pool of free batches of all connections: two for each
+// processor, one to fill and one to write.
 var batches = func() chan *batch {
 	n := 2 * runtime.GOMAXPROCS(0)
 	c := make(chan *batch, n)
@@ -249,17 +274,17 @@ var batches = func() chan *batch {
 	return c
 }()
 
-// add copies pkt behind those that are there.
+// add appends a copy of pkt.
 func (b *batch) add(pkt []byte) {
 	if b.slab == nil {
-		b.slab = make([]byte, maxBatch*mergedPacket)
+		b.slab = make([]byte, maxBatch*packetRoom)
 	}
-	buf := b.slab[b.n*mergedPacket : (b.n+1)*mergedPacket : (b.n+1)*mergedPacket]
+	buf := b.slab[b.n*packetRoom : (b.n+1)*packetRoom : (b.n+1)*packetRoom]
 	b.bufs[b.n] = buf[:tun.Headroom+copy(buf[tun.Headroom:], pkt)]
 	b.n++
 }
 
-// free gives b back.
+// free empties b and returns it to the pool.
 func (b *batch) free() {
 	b.n = 0
 	batches <- b

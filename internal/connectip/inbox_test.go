@@ -13,9 +13,9 @@ func receiver(t *testing.T) (*Conn, device) {
 	t.Helper()
 	dev := make(device, 2*maxBatch)
 	c := New(fakeStream{}, nil, Config{Device: dev, Stats: &Stats{}})
-	c.link.peer = append(c.link.peer, host(clientAddr4))
-	c.link.routes = capsule.Routes(append(c.link.peer[:0:0], host(target4)), 0)
-	if err := c.update(); err != nil {
+	c.link.peerAssigned = append(c.link.peerAssigned, host(clientAddr4))
+	c.link.advertised = capsule.Routes(append(c.link.peerAssigned[:0:0], host(target4)), 0)
+	if err := c.updatePolicy(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.stop(nil) })

@@ -67,10 +67,10 @@ func offlineConn(t *testing.T, cfg Config) (*Conn, *sent) {
 	c, conn := New(fakeStream{}, nil, cfg), &sent{}
 	t.Cleanup(func() { c.stop(nil) })
 	c.datagrams.conn = conn
-	c.link.peer = []netip.Prefix{host(clientAddr4), host(clientAddr6)}
-	c.link.routes = capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"),
+	c.link.peerAssigned = []netip.Prefix{host(clientAddr4), host(clientAddr6)}
+	c.link.advertised = capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"),
 		netip.MustParsePrefix("::/0")}, 0)
-	if err := c.update(); err != nil {
+	if err := c.updatePolicy(); err != nil {
 		t.Fatal(err)
 	}
 	c.maxPacket.Store(1300)

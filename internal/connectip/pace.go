@@ -8,27 +8,28 @@ import (
 	"masquevpn/capsule"
 )
 
-// How many capsules of one peer are handled in a second, and at once. Each of
-// them makes a new policy and may change what the kernel has, which costs us
-// far more than it costs to send. The others wait in the stream, where QUIC's
-// flow control bounds them, so that nothing is lost but the peer's time.
+// The limits of a peer's capsules, per second and in a burst. Each capsule
+// causes a new policy and may change the kernel's configuration, which costs
+// far more than sending it. Capsules above the rate wait in the stream, where
+// QUIC's flow control limits them, so nothing is lost.
 const (
 	capsuleRate  = 10
 	capsuleBurst = 50
-	// Long capsules count for more: one for each so many entries that they
-	// have.
+
+	// entriesPerCapsule is the number of entries that make a capsule count as
+	// one more.
 	entriesPerCapsule = 512
 )
 
-// pace holds up the capsules of a peer that sends too many. Packets are not
-// held up, nor are capsules of unknown types, which cost no more than their
-// bytes: one without end harms only its sender, so there is no limit on their
-// length.
+// pace limits the rate of a peer's capsules. DATAGRAM capsules are not limited,
+// nor are capsules of unknown types, because they cost no more than their
+// bytes. An endless one only harms its sender, so its length is not limited
+// either.
 type pace struct{ limit *rate.Limiter }
 
 func newPace() pace { return pace{rate.NewLimiter(capsuleRate, capsuleBurst)} }
 
-// wait returns when x may be handled, or with an error when ctx ends before.
+// wait waits until x may be handled. It returns an error if ctx ends first.
 func (p pace) wait(ctx context.Context, x capsule.Capsule) error {
 	entries := 0
 	switch x := x.(type) {

@@ -11,23 +11,28 @@ import (
 	"masquevpn/tun"
 )
 
-// Send sends the IP packet buf[off:] to the peer, or drops it and says why. Up
-// to tun.Headroom bytes before it are overwritten, and its hop limit is
-// decremented when it is forwarded; the buffer stays the caller's. Send blocks
-// while QUIC's queue is full. What a router would answer with an ICMP error is
-// answered through the device.
+// Send sends the IP packet buf[off:] to the peer, or drops it and returns the
+// reason. It blocks while QUIC's queue is full. Where a router would send an
+// ICMP error, Send writes one to the device.
 //
-// A panic ends c alone: callers serve more than one peer.
-func (c *Conn) Send(buf []byte, off int) Drop { return c.sendBy((*datagrams).send, buf, off) }
+// off is at least tun.Headroom. Send overwrites up to tun.Headroom bytes in
+// front of the packet, and may modify the packet. It does not retain buf: the
+// caller may reuse it after the call.
+//
+// A panic in Send ends only c, because the caller may serve other peers.
+func (c *Conn) Send(buf []byte, off int) Drop { return c.sendWith((*datagrams).send, buf, off) }
 
-// TrySend is Send for those who serve other peers as well: it drops the packet
-// where Send would block.
-func (c *Conn) TrySend(buf []byte, off int) Drop { return c.sendBy((*datagrams).trySend, buf, off) }
+// TrySend is like Send, but drops the packet instead of blocking. Goroutines
+// that serve several peers use it.
+func (c *Conn) TrySend(buf []byte, off int) Drop {
+	return c.sendWith((*datagrams).trySend,
+		buf, off)
+}
 
-// sendFunc is one of the ways to send of datagrams.
+// sendFunc is the type of datagrams.send and datagrams.trySend.
 type sendFunc func(d *datagrams, buf []byte, off int) error
 
-func (c *Conn) sendBy(send sendFunc, buf []byte, off int) (d Drop) {
+func (c *Conn) sendWith(send sendFunc, buf []byte, off int) (d Drop) {
 	defer rescue.Catch(func(e *rescue.Error) {
 		d = DropClosed
 		c.cfg.Stats.Send.Drop(d)
@@ -42,10 +47,12 @@ func (c *Conn) sendBy(send sendFunc, buf []byte, off int) (d Drop) {
 	return d
 }
 
-// Ready reports whether Send would not wait. Builds without the edits to
-// quic-go cannot tell.
+// Ready reports whether Send would not block. It is always false in builds with
+// the stock quic-go.
 func (c *Conn) Ready() bool { return c.datagrams.ready() }
 
+// forward checks a packet of the host against the policy, as a router does, and
+// sends it. The buffer contract is Send's.
 func (c *Conn) forward(send sendFunc, buf []byte, off int) Drop {
 	pkt := buf[off:]
 	p, err := ippacket.Parse(pkt)
@@ -59,35 +66,39 @@ func (c *Conn) forward(send sendFunc, buf []byte, off int) Drop {
 		if beyondScope(p) {
 			c.answerHost(pkt, p, ippacket.BeyondScope, 0)
 		}
-		return DropLinkLocal // RFC 9484 section 7.2; kernels send router solicitations and the like
+		// RFC 9484 section 7.2. Kernels send router solicitations, for example.
+		return DropLinkLocal
 	}
 	pol := c.policy.Load()
 	if from := pol.sendFrom.judge(p.Src, p.Protocol); from != allowed && !pol.isSelf(p.Src) &&
 		!pol.quotesReceived(pkt, p) {
-		kind, drop := from.asSource()
-		if !pol.selfFor(p.Src).IsValid() { // a tunnel without this family: no source would do
+		kind, drop := from.sourceError()
+		if !pol.selfFor(p.Src).IsValid() { // the tunnel carries no packets of this family
 			kind = ippacket.NoRoute
 		}
 		c.answerHost(pkt, p, kind, 0)
 		return drop
 	}
 	if to := pol.sendTo.judge(p.Dst, p.Protocol); to != allowed {
-		c.answerHost(pkt, p, to.asDestination(), 0)
+		c.answerHost(pkt, p, to.destinationError(), 0)
 		return DropDestination
 	}
 	if q, ok := ippacket.Quoted(pkt, p); ok && q.Src != p.Dst {
-		return DropSource // an ICMP error goes to whom it is about (RFC 9484 section 11)
+		// An ICMP error must go to the sender of the packet that it quotes (RFC
+		// 9484 section 11).
+		return DropSource
 	}
-	if pol.own != nil && pol.own.Contains(p.Dst) { // it would come back
+	if pol.delegated != nil && pol.delegated.Contains(p.Dst) { // the peer would send it back
 		c.answerHost(pkt, p, ippacket.NoRoute, 0)
 		return DropDestination
 	}
 	mtu := c.MTU()
-	if !carriesIPv6(p, mtu) {
+	if !carriesVersion(p, mtu) {
 		c.answerHost(pkt, p, ippacket.NoRoute, 0)
 		return DropTooBig
 	}
-	// A packet of this very host is sent, not forwarded (RFC 9484 section 7.2).
+	// Packets that this host made are not forwarded, so they keep their hop
+	// limit (RFC 9484 section 7.2).
 	decrement := !c.cfg.KernelHopLimit && !pol.isSelf(p.Src)
 	if decrement && p.HopLimit <= 1 {
 		c.answerHost(pkt, p, ippacket.HopLimitExceeded, 0)
@@ -108,26 +119,27 @@ func (c *Conn) forward(send sendFunc, buf []byte, off int) Drop {
 	}
 	if err := send(&c.datagrams, buf, off); err != nil {
 		var tooLarge *quic.DatagramTooLargeError
-		if errors.As(err, &tooLarge) { // the limit shrank since it was looked at
+		if errors.As(err, &tooLarge) { // the MTU shrank after c.MTU was called
 			c.updateMTU()
 			return c.sendTooBig(send, pkt, p, c.MTU(), false)
 		}
-		return notSent(err)
+		return sendFailure(err)
 	}
 	return DropNone
 }
 
-// notSent is why a packet was dropped that QUIC did not take.
-func notSent(err error) Drop {
+// sendFailure returns the reason for dropping a packet if QUIC returned err.
+func sendFailure(err error) Drop {
 	if err == errNoRoom {
 		return DropQueueFull
 	}
 	return DropClosed
 }
 
-// sendTooBig does what a router does with a packet that the link does not
-// carry: fragment it where IPv4 allows, otherwise tell the sender what the link
-// does carry (RFC 9484 section 10.1).
+// sendTooBig handles a packet that is longer than mtu, as a router does: it
+// fragments the packet if it is IPv4 without DF, and otherwise answers with the
+// MTU (RFC 9484 section 10.1). The fragments are built in a buffer of their
+// own.
 func (c *Conn) sendTooBig(send sendFunc, pkt []byte, p ippacket.Packet, mtu int,
 	decrement bool) Drop {
 	if p.Version == 6 || p.DontFragment {
@@ -141,7 +153,7 @@ func (c *Conn) sendTooBig(send sendFunc, pkt []byte, p ippacket.Packet, mtu int,
 	buf := make([]byte, tun.Headroom+mtu)
 	err := ippacket.Fragment(buf[tun.Headroom:], pkt, p, mtu, func(fragment []byte) {
 		if err := send(&c.datagrams, buf[:tun.Headroom+len(fragment)], tun.Headroom); err != nil {
-			drop = notSent(err)
+			drop = sendFailure(err)
 		}
 	})
 	if err != nil {
@@ -150,18 +162,19 @@ func (c *Conn) sendTooBig(send sendFunc, pkt []byte, p ippacket.Packet, mtu int,
 	return drop
 }
 
-// sink takes packets on their way to the device.
-type sink interface {
-	// push takes a packet, of which it makes a copy. It returns false when
-	// nobody will take the packet any more.
+// packetWriter writes packets to the device, at once or in batches.
+type packetWriter interface {
+	// push writes a copy of pkt, sooner or later. It returns false if the Conn
+	// has ended and the packet is lost.
 	push(pkt []byte) bool
 }
 
-// handleDatagram takes one HTTP Datagram, context ID first (RFC 9484 section
-// 6), which it may change but does not keep. It must not wait for QUIC.
-func (c *Conn) handleDatagram(b []byte, to sink) {
-	context, n, err := quicvarint.Parse(b)
-	if err != nil || context != contextIPPacket {
+// handleDatagram processes one HTTP Datagram, starting with the context ID (RFC
+// 9484 section 6). It may modify b and does not retain it. It must not wait for
+// QUIC, because it may run in the goroutine that runs the connection.
+func (c *Conn) handleDatagram(b []byte, to packetWriter) {
+	contextID, n, err := quicvarint.Parse(b)
+	if err != nil || contextID != contextIPPacket {
 		c.cfg.Stats.Receive.Drop(DropUnknownContext)
 		return
 	}
@@ -181,29 +194,31 @@ func (c *Conn) handleDatagram(b []byte, to sink) {
 	}
 }
 
-// asSource is how a packet is answered and counted whose source got the verdict
-// v, which is not allowed.
-func (v verdict) asSource() (ippacket.ICMPError, Drop) {
-	if v == forbidden { // the address is right, the protocol is not in the scope
+// sourceError returns the ICMP error and the drop reason for a packet whose
+// source got verdict v, which is not allowed.
+func (v verdict) sourceError() (ippacket.ICMPError, Drop) {
+	if v == forbidden { // the address is allowed for other protocols
 		return ippacket.Prohibited, DropDestination
 	}
 	return ippacket.SourceNotAssigned, DropSource
 }
 
-// asDestination is asSource for the destination.
-func (v verdict) asDestination() ippacket.ICMPError {
+// destinationError returns the ICMP error for a packet whose destination got
+// verdict v, which is not allowed.
+func (v verdict) destinationError() ippacket.ICMPError {
 	if v == forbidden {
 		return ippacket.Prohibited
 	}
 	return ippacket.NoRoute
 }
 
-// consumed stands for a packet that this endpoint itself took, such as an echo
-// on the link.
+// consumed is the result of admit for packets that this endpoint itself
+// processed, such as an echo request on the link.
 const consumed = numDrops
 
-// admit decides whether a packet of the peer may go to the host. What may not
-// is answered into the tunnel, as a router would.
+// admit decides whether a packet of the peer may go to the host: DropNone means
+// that it may. Where a router would send an ICMP error, admit sends one to the
+// peer. It may modify pkt and does not retain it.
 func (c *Conn) admit(pkt []byte) Drop {
 	p, err := ippacket.Parse(pkt)
 	if err != nil {
@@ -229,46 +244,40 @@ func (c *Conn) admit(pkt []byte) Drop {
 	}
 	if from := pol.recvFrom.judge(p.Src, p.Protocol); from != allowed &&
 		(c.cfg.PeerIsHost || !pol.quotesSent(pkt, p)) {
-		kind, drop := from.asSource()
+		kind, drop := from.sourceError()
 		c.answerPeer(pkt, p, kind)
 		return drop
 	}
 	if to := pol.recvTo.judge(p.Dst, p.Protocol); to != allowed {
-		c.answerPeer(pkt, p, to.asDestination())
+		c.answerPeer(pkt, p, to.destinationError())
 		return DropDestination
 	}
-	ippacket.ClampMSS(pkt, p, c.MTU()) // what the host answers with comes back this way
-	c.notePacket()
+	ippacket.ClampMSS(pkt, p, c.MTU()) // the host's segments must fit the tunnel too
+	c.noteReceived()
 	return DropNone
 }
 
-// beyondScope reports whether p, with a link-local address, is from one to a
-// destination beyond the link.
+// beyondScope reports whether p has a link-local source and a destination
+// beyond the link.
 func beyondScope(p ippacket.Packet) bool {
 	return p.Src.IsLinkLocalUnicast() && !ippacket.IsLinkLocal(p.Dst)
 }
 
-// quotesSent reports whether pkt is an ICMP error, from any router, about a
-// packet that could have left through this tunnel (RFC 9484 section 7.2.1).
+// quotesSent reports whether pkt is an ICMP error about a packet that this
+// endpoint could have sent through the tunnel. Any router may be its source
+// (RFC 9484 section 7.2.1).
 func (pol *policy) quotesSent(pkt []byte, p ippacket.Packet) bool {
 	q, ok := ippacket.Quoted(pkt, p)
 	return ok && q.Src == p.Dst && (pol.sendFrom.allow(q.Src, q.Protocol) || pol.isSelf(q.Src)) &&
 		pol.sendTo.allow(q.Dst, q.Protocol)
 }
 
-// quotesReceived is quotesSent for an ICMP error on its way to the peer: the
-// packet it quotes came, or could have come, from this very peer. With an
-// external address shared by several peers this is what keeps errors apart
-// (section 11).
+// quotesReceived reports whether pkt is an ICMP error about a packet that the
+// peer could have sent through the tunnel. If several peers share an external
+// address, this ensures that each gets only the errors about its own packets
+// (RFC 9484 section 11).
 func (pol *policy) quotesReceived(pkt []byte, p ippacket.Packet) bool {
 	q, ok := ippacket.Quoted(pkt, p)
 	return ok && q.Src == p.Dst && pol.recvFrom.allow(q.Src, q.Protocol) &&
 		pol.recvTo.allow(q.Dst, q.Protocol)
-}
-
-// notePacket remembers that the tunnel carries packets.
-func (c *Conn) notePacket() {
-	if !c.sawPacket.Load() && c.sawPacket.CompareAndSwap(false, true) {
-		close(c.firstIn)
-	}
 }

@@ -12,8 +12,7 @@ import (
 	"masquevpn/internal/ippacket"
 )
 
-// reserved are addresses that are not those of hosts behind a router (RFC
-// 6890).
+// reserved contains the addresses that no host behind a router has (RFC 6890).
 var reserved = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"),
 	netip.MustParsePrefix("127.0.0.0/8"),
@@ -24,8 +23,9 @@ var reserved = []netip.Prefix{
 	netip.MustParsePrefix("ff00::/8"),
 }
 
-// Reserved returns the addresses in p that are never those of a network behind
-// an endpoint, if there are some: loopback, link-local, multicast and the like.
+// Reserved returns a reserved prefix that overlaps p, such as loopback,
+// link-local or multicast, and whether there is one. No network behind an
+// endpoint may use it.
 func Reserved(p netip.Prefix) (netip.Prefix, bool) {
 	i := slices.IndexFunc(reserved, p.Overlaps)
 	if i < 0 {
@@ -34,44 +34,46 @@ func Reserved(p netip.Prefix) (netip.Prefix, bool) {
 	return reserved[i], true
 }
 
-// policy says what may pass, in both directions. It is immutable: a change
-// makes a new one.
+// policy determines which packets may pass in either direction. It is
+// immutable: every change computes a new one.
 type policy struct {
-	self []netip.Addr // this endpoint's own tunnel addresses
-	// prefixes assigned to this endpoint, longer than one address: they are on
-	// this side; nil for none
-	own      *netipx.IPSet
-	sendFrom ranges
-	sendTo   ranges
-	recvFrom ranges
-	recvTo   ranges
+	self []netip.Addr // this endpoint's tunnel addresses
+
+	// delegated contains the prefixes of more than one address that are
+	// assigned to this endpoint. Their hosts are on this side of the tunnel.
+	// nil: none.
+	delegated *netipx.IPSet
+
+	sendFrom ranges // sources of packets to the peer
+	sendTo   ranges // destinations of packets to the peer
+	recvFrom ranges // sources of packets from the peer
+	recvTo   ranges // destinations of packets from the peer
 }
 
-// link is the state of both ends of a stream, from which the policy follows.
+// link is the state of both endpoints that determines the policy.
 type link struct {
-	self []netip.Addr // addresses of this endpoint besides the assigned ones
-	// where the peer's packets may not go, whatever is advertised, but for self
-	// and assigned
-	denied   []netip.Prefix
-	assigned []netip.Prefix // prefixes that the peer assigned to this endpoint
-	// what is not advertised to this peer, though to others: it is denied as
-	// well
-	withheld []netip.Prefix
-	routes   []capsule.Route // advertised by this endpoint
-	peer     []netip.Prefix  // assigned to the peer, by this endpoint
-	peerSend []capsule.Route // advertised by the peer
+	self       []netip.Addr    // addresses of this endpoint, except assigned ones
+	assigned   []netip.Prefix  // assigned to this endpoint
+	advertised []capsule.Route // advertised by this endpoint
+
+	peerAssigned   []netip.Prefix  // assigned to the peer
+	peerAdvertised []capsule.Route // advertised by the peer
+
+	// denied and withheld are Config.Denied and Config.Withheld. The addresses
+	// of this endpoint are exempt.
+	denied, withheld []netip.Prefix
 }
 
-// policy computes what may pass on l.
+// policy computes the policy of l.
 func (l *link) policy() (*policy, error) {
 	p := &policy{self: slices.Clone(l.self)}
-	var own, b netipx.IPSetBuilder
-	blocks := false
+	var delegated, b netipx.IPSetBuilder
+	delegates := false
 	for _, a := range l.assigned {
 		p.self = append(p.self, HostAddr(a))
 		if !a.IsSingleIP() && a == a.Masked() {
-			own.AddPrefix(a)
-			blocks = true
+			delegated.AddPrefix(a)
+			delegates = true
 		}
 	}
 	for _, x := range slices.Concat(l.denied, l.withheld) {
@@ -81,8 +83,8 @@ func (l *link) policy() (*policy, error) {
 		b.Remove(a)
 	}
 	denied, err := b.IPSet()
-	if err == nil && blocks {
-		p.own, err = own.IPSet()
+	if err == nil && delegates {
+		p.delegated, err = delegated.IPSet()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
@@ -94,10 +96,10 @@ func (l *link) policy() (*policy, error) {
 		denied   *netipx.IPSet
 		withheld []netip.Prefix
 	}{
-		{&p.sendFrom, l.assigned, l.routes, nil, nil},
-		{&p.sendTo, l.peer, l.peerSend, nil, nil},
-		{&p.recvFrom, l.peer, l.peerSend, nil, nil},
-		{&p.recvTo, l.assigned, l.routes, denied, l.withheld},
+		{&p.sendFrom, l.assigned, l.advertised, nil, nil},
+		{&p.sendTo, l.peerAssigned, l.peerAdvertised, nil, nil},
+		{&p.recvFrom, l.peerAssigned, l.peerAdvertised, nil, nil},
+		{&p.recvTo, l.assigned, l.advertised, denied, l.withheld},
 	} {
 		if *x.to, err = newRanges(x.prefixes, x.routes, x.denied, x.withheld); err != nil {
 			return nil, fmt.Errorf("policy: %w", err)
@@ -106,13 +108,14 @@ func (l *link) policy() (*policy, error) {
 	return p, nil
 }
 
-// HostAddr returns the address that an endpoint uses for itself of a prefix
-// that was assigned to it: the first one that stands for a host. A prefix with
-// bits beyond its length is an address with the length of its network.
+// HostAddr returns the address that an endpoint uses for itself if p is
+// assigned to it: the first host address of p. If p has bits set beyond its
+// length, it is the address of a host with the length of its network, and
+// HostAddr returns that address.
 func HostAddr(p netip.Prefix) netip.Addr {
 	a := p.Addr()
 	if p != p.Masked() || a.BitLen()-p.Bits() < 2 {
-		// two addresses are two hosts (RFC 3021, RFC 6164)
+		// In a prefix of two addresses, both are hosts (RFC 3021, RFC 6164).
 		return a
 	}
 	return a.Next()
@@ -121,8 +124,8 @@ func HostAddr(p netip.Prefix) netip.Addr {
 // isSelf reports whether a is an address of this endpoint.
 func (p *policy) isSelf(a netip.Addr) bool { return slices.Contains(p.self, a) }
 
-// selfFor returns this endpoint's address of a's family; invalid when there is
-// none.
+// selfFor returns this endpoint's first address of a's family, or the zero Addr
+// if it has none.
 func (p *policy) selfFor(a netip.Addr) netip.Addr {
 	for _, s := range p.self {
 		if s.Is4() == a.Is4() {
@@ -132,17 +135,26 @@ func (p *policy) selfFor(a netip.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
-// ranges is a set of addresses, each for every protocol or for one (RFC 9484
-// section 4.8).
+// ranges is a set of addresses, each allowed for all upper-layer protocols or
+// for some (RFC 9484 section 4.8).
 type ranges struct {
-	any     *netipx.IPSet
-	byProto map[uint8]*netipx.IPSet // nil when no route names a protocol
-	named   *netipx.IPSet           // the union of byProto
-	covered *netipx.IPSet           // all of it, with what is denied, and what is withheld
+	// anyProtocol contains the addresses that are allowed for all protocols.
+	anyProtocol *netipx.IPSet
+
+	// byProtocol contains the addresses that are allowed for one protocol. It
+	// is nil if no route is limited to a protocol.
+	byProtocol map[uint8]*netipx.IPSet
+
+	// oneProtocol is the union of byProtocol.
+	oneProtocol *netipx.IPSet
+
+	// covered contains all allowed addresses, and those that are withheld, or
+	// denied although a prefix or route contains them.
+	covered *netipx.IPSet
 }
 
-// newRanges makes the set of prefixes and routes without what is denied, nil
-// for nothing. What is withheld is a part of that.
+// newRanges returns the set of addresses in prefixes and routes, except denied
+// ones. A nil denied contains no address. withheld is a part of denied.
 func newRanges(prefixes []netip.Prefix, routes []capsule.Route, denied *netipx.IPSet,
 	withheld []netip.Prefix) (ranges, error) {
 	var covered, named netipx.IPSetBuilder
@@ -176,44 +188,48 @@ func newRanges(prefixes []netip.Prefix, routes []capsule.Route, denied *netipx.I
 		}
 		return b.IPSet()
 	}
-	d.named, errs[1] = without(&named)
+	d.oneProtocol, errs[1] = without(&named)
 	for proto, b := range builders {
 		s, err := without(b)
 		if err != nil {
 			errs[2] = err
 		}
 		if proto == 0 {
-			d.any = s
+			d.anyProtocol = s
 			continue
 		}
-		if d.byProto == nil {
-			d.byProto = make(map[uint8]*netipx.IPSet)
+		if d.byProtocol == nil {
+			d.byProtocol = make(map[uint8]*netipx.IPSet)
 		}
-		d.byProto[proto] = s
+		d.byProtocol[proto] = s
 	}
 	return d, errors.Join(errs[:]...)
 }
 
-// verdict is what ranges say about an address of a packet.
+// verdict is the result of looking up a packet's address in ranges.
 type verdict uint8
 
 const (
-	outside verdict = iota // no range covers the address
-	// one does, but not for the protocol, or the address is denied; or it is
-	// withheld
+	// outside means that no range contains the address.
+	outside verdict = iota
+
+	// forbidden means that the address is allowed for other protocols only, or
+	// denied, or withheld.
 	forbidden
+
+	// allowed means that the packet may pass.
 	allowed
 )
 
-// judge says whether a packet of the upper-layer protocol proto may come from,
-// or go to, a. ICMP may wherever any protocol may.
+// judge looks up a packet of upper-layer protocol proto with address a. ICMP is
+// allowed for every address that is allowed for some protocol.
 func (d *ranges) judge(a netip.Addr, proto uint8) verdict {
-	if d.any.Contains(a) {
+	if d.anyProtocol.Contains(a) {
 		return allowed
 	}
-	if d.byProto != nil {
-		s := d.byProto[proto]
-		if s != nil && s.Contains(a) || ippacket.IsICMP(a, proto) && d.named.Contains(a) {
+	if d.byProtocol != nil {
+		s := d.byProtocol[proto]
+		if s != nil && s.Contains(a) || ippacket.IsICMP(a, proto) && d.oneProtocol.Contains(a) {
 			return allowed
 		}
 	}
@@ -223,13 +239,13 @@ func (d *ranges) judge(a netip.Addr, proto uint8) verdict {
 	return outside
 }
 
-// allow reports whether judge allows.
+// allow reports whether the verdict of judge is allowed.
 func (d *ranges) allow(a netip.Addr, proto uint8) bool { return d.judge(a, proto) == allowed }
 
-// some returns an address of d that a packet can be sent to; it prefers one
-// that is reserved for documentation.
-func (d *ranges) some(v4 bool) (netip.Addr, bool) {
-	for _, set := range []*netipx.IPSet{d.any, d.named} {
+// probeTarget returns an address of d to which Probe can send a packet. It
+// prefers addresses for documentation (RFC 5737, RFC 3849).
+func (d *ranges) probeTarget(v4 bool) (netip.Addr, bool) {
+	for _, set := range []*netipx.IPSet{d.anyProtocol, d.oneProtocol} {
 		for _, a := range []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 2, 1}),
 			netip.MustParseAddr("2001:db8::1")} {
 			if a.Is4() == v4 && set.Contains(a) {

@@ -8,16 +8,17 @@ import (
 	"strings"
 )
 
-// Scope is what a request is limited to (RFC 9484 section 4.6). The zero value
-// is no limit at all.
+// Scope limits a request to a destination and an upper-layer protocol (RFC 9484
+// section 4.6). The zero value is no limit. At most one of Prefix and Name is
+// set.
 type Scope struct {
-	Prefix   netip.Prefix // destination as an address or prefix; invalid when there is none
-	Name     string       // destination as a DNS name, "" when there is none
-	Protocol uint8        // upper-layer protocol, 0 for any
+	Prefix   netip.Prefix // destination address or prefix; zero: none
+	Name     string       // destination DNS name; empty: none
+	Protocol uint8        // 0: any
 }
 
-// ParseScope parses the decoded values of the variables target and ipproto, "*"
-// being no preference.
+// ParseScope parses the decoded values of the variables target and ipproto. "*"
+// means no limit.
 func ParseScope(target, ipproto string) (Scope, error) {
 	var s Scope
 	if target == "" || ipproto == "" {
@@ -62,9 +63,9 @@ func ParseScope(target, ipproto string) (Scope, error) {
 	return s, nil
 }
 
-// validName reports whether s can be a DNS host name: labels of letters,
-// digits, hyphens and underscores. Names whose last label is a number are
-// refused, because they are mistyped addresses.
+// validName reports whether s is a valid DNS host name: labels of letters,
+// digits, hyphens and underscores. A name with a number as its last label is
+// invalid, because it is probably a mistyped address.
 func validName(s string) bool {
 	s = strings.TrimSuffix(s, ".")
 	if s == "" || len(s) > 253 {
@@ -86,10 +87,10 @@ func validName(s string) bool {
 	return err != nil
 }
 
-// IsZero reports whether s limits nothing.
+// IsZero reports whether s is no limit.
 func (s Scope) IsZero() bool { return s == Scope{} }
 
-// variables returns the values of target and ipproto that stand for s.
+// variables returns the values of target and ipproto for s.
 func (s Scope) variables() (target, ipproto string) {
 	target, ipproto = "*", "*"
 	switch {
@@ -106,6 +107,7 @@ func (s Scope) variables() (target, ipproto string) {
 	return target, ipproto
 }
 
+// String returns s as text for logs and users.
 func (s Scope) String() string {
 	target, proto := s.variables()
 	return "target " + target + ", protocol " + proto

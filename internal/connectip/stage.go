@@ -7,40 +7,45 @@ import (
 	"time"
 )
 
-// Stage is a place where packets wait on their way through this process.
+// Stage is a place where packets wait in this process.
 type Stage uint8
 
-// The stages, each way in the order in which packets pass them.
+// The stages of packets into a tunnel and out of a tunnel, each in the order in
+// which packets pass them.
 const (
-	StageDeviceRead  Stage = iota // taken from the device, and not given to a tunnel's queue yet
-	StageFlowQueue                // in the queue of a tunnel
-	StageSender                   // taken from that, and not taken by QUIC yet
-	StageQUICReceive              // come in, and not looked at by QUIC yet
-	StageInbox                    // taken from QUIC, and not given to the device's writer yet
-	StageDeviceWrite              // being written to the device
+	StageDeviceRead Stage = iota // read from the device, not yet queued for a tunnel
+	StageFlowQueue               // in the queue of a tunnel
+	StageSender                  // taken from the queue, not yet accepted by QUIC
+
+	StageQUICReceive // received, not yet processed by QUIC
+	StageInbox       // processed by QUIC, not yet passed to the device's writer
+	StageDeviceWrite // being written to the device
+
 	numStages
 )
 
 var stageNames = [numStages]string{"device_read", "flow_queue", "sender", "quic_receive", "inbox",
 	"device_write"}
 
+// String returns the label of s in status output, metrics and logs.
 func (s Stage) String() string { return stageNames[s] }
 
-// StuckAfter is the age of a packet from which on its stage is stuck.
+// StuckAfter is the age of a packet above which its stage is stuck.
 const StuckAfter = 5 * time.Second
 
-// own are the stages that wait for nothing but this process and its kernel,
-// those first that others wait for. The stages on the way into a tunnel wait
-// for its peer, who must not be able to have the program counted as ill.
-var own = []Stage{StageDeviceWrite, StageInbox, StageQUICReceive, StageDeviceRead}
+// localStages contains the stages that wait only for this process and its
+// kernel. A stage for which others wait comes before them. StageFlowQueue and
+// StageSender are missing, because they wait for the peer, and no peer may make
+// the program report itself as unhealthy.
+var localStages = []Stage{StageDeviceWrite, StageInbox, StageQUICReceive, StageDeviceRead}
 
-// Ages are the ages of the oldest packet in each stage, 0 where none waits.
+// Ages contains the age of the oldest packet in each stage, 0 if none waits.
 type Ages [numStages]time.Duration
 
-// Note takes into account that a packet of so great an age is in stage s.
+// Note records that a packet of the given age is in stage s.
 func (a *Ages) Note(s Stage, age time.Duration) { a[s] = max(a[s], age) }
 
-// Each goes over all stages.
+// Each iterates over the labels and ages of all stages.
 func (a *Ages) Each() iter.Seq2[string, time.Duration] {
 	return func(yield func(string, time.Duration) bool) {
 		for s, age := range a {
@@ -51,7 +56,7 @@ func (a *Ages) Each() iter.Seq2[string, time.Duration] {
 	}
 }
 
-// Milliseconds returns the ages by the names of their stages.
+// Milliseconds returns the ages by the labels of their stages.
 func (a *Ages) Milliseconds() map[string]int64 {
 	m := make(map[string]int64, len(a))
 	for stage, age := range a.Each() {
@@ -60,10 +65,10 @@ func (a *Ages) Milliseconds() map[string]int64 {
 	return m
 }
 
-// Stuck says which stage is stuck for a reason that is not a peer's, nil for
-// none.
+// Stuck returns an error that names the stage that is stuck for a reason other
+// than a peer, or nil if there is none.
 func (a *Ages) Stuck() error {
-	for _, s := range own {
+	for _, s := range localStages {
 		if a[s] > StuckAfter {
 			return fmt.Errorf("packets are stuck: the oldest in the stage %s waits for %v", s,
 				a[s].Round(time.Second))
@@ -72,37 +77,47 @@ func (a *Ages) Stuck() error {
 	return nil
 }
 
-var began = time.Now()
+// processStart is the reference of Busy.since.
+var processStart = time.Now()
 
-// Busy tells for how long something has been at work on packets. One goroutine
-// begins and ends it; any may ask. The zero value is at rest.
-type Busy struct{ since atomic.Int64 } // nanoseconds after began, 0 at rest
+// Busy measures for how long a goroutine has been processing packets. That
+// goroutine calls Begin and End; Age may be called concurrently. The zero value
+// is idle.
+type Busy struct {
+	// since is the time of Begin in nanoseconds after processStart, plus 1. 0
+	// means idle.
+	since atomic.Int64
+}
 
-// Begin notes that packets came, if none were there.
-func (b *Busy) Begin() { b.since.Store(int64(time.Since(began)) + 1) }
+// Begin marks b as busy from now on.
+func (b *Busy) Begin() { b.since.Store(int64(time.Since(processStart)) + 1) }
 
-// End notes that none is there any more.
+// End marks b as idle.
 func (b *Busy) End() { b.since.Store(0) }
 
-// Age returns how long ago Begin was called, 0 after End.
+// Age returns the time since Begin, or 0 if b is idle.
 func (b *Busy) Age() time.Duration {
 	since := b.since.Load()
 	if since == 0 {
 		return 0
 	}
-	return max(1, time.Since(began)-time.Duration(since))
+	return max(1, time.Since(processStart)-time.Duration(since))
 }
 
-// writers are the goroutines of a Conn that write to the device: QUIC's, that
-// of the inbox, that which reads the stream, and that which takes datagrams by
-// way of it.
-type writers struct{ quic, inbox, capsules, stream Busy }
+// writers contains one Busy for each goroutine of a Conn that writes to the
+// device.
+type writers struct {
+	quic     Busy // goroutine that runs the QUIC connection
+	inbox    Busy // inbox.deliver
+	capsules Busy // Conn.readCapsules
+	stream   Busy // Conn.receive
+}
 
-// AddAges takes into account in a what waits in the stages of c, but not what
-// waits to be sent.
+// AddAges records in a the packets that wait in the stages of c, from
+// StageQUICReceive on.
 func (c *Conn) AddAges(a *Ages) {
 	a.Note(StageQUICReceive, c.datagrams.oldestReceived())
-	a.Note(StageInbox, c.filling.Age())
+	a.Note(StageInbox, c.inboxBusy.Age())
 	for _, b := range []*Busy{&c.writers.quic, &c.writers.inbox, &c.writers.capsules,
 		&c.writers.stream} {
 		a.Note(StageDeviceWrite, b.Age())

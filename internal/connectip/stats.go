@@ -8,31 +8,27 @@ import (
 	"masquevpn/internal/ippacket"
 )
 
-// Drop is why a packet went no further. The zero value means that it did.
+// Drop is the reason for dropping a packet. The zero value means that it was
+// not dropped.
 type Drop uint8
 
-// The reasons for dropping a packet, each with the label under which it is
-// counted.
+// The reasons for dropping a packet.
 const (
 	DropNone           Drop = iota
 	DropMalformed           // not a valid IP packet
-	DropSource              // source address not allowed
-	DropDestination         // destination not allowed, or protocol not in the scope
-	DropHopLimit            // hop limit used up
-	DropTooBig              // larger than the link carries
-	DropLinkLocal           // link-local traffic is not forwarded
-	DropUnknownContext      // datagram of an unknown context, or without one
-	DropQueueFull           // a queue of ours was full
-	DropQueueDelay          // it had been waiting too long in a queue of ours
-	// the kernel dropped it before it came to us: the receive buffer of a UDP
-	// socket was full
-	DropSocketFull
-	DropNoSession // no session holds the destination
-	DropClosed    // the session was not there or ended
-	DropDevice    // the TUN device refused it
-	// the kernel dropped it before it came to us: the queue of the TUN device
-	// was full
-	DropDeviceFull
+	DropSource              // source not allowed
+	DropDestination         // destination not allowed, or not for this protocol
+	DropHopLimit            // hop limit exceeded
+	DropTooBig              // longer than the MTU
+	DropLinkLocal           // link-local addresses are not forwarded
+	DropUnknownContext      // datagram with an unknown context ID, or without one
+	DropQueueFull           // queue of this process full
+	DropQueueDelay          // waited too long in a queue of this process
+	DropSocketFull          // receive buffer of a UDP socket full
+	DropNoSession           // no session has the destination
+	DropClosed              // session ended or not yet established
+	DropDevice              // write to the TUN device failed
+	DropDeviceFull          // kernel's queue of the TUN device full
 	numDrops
 )
 
@@ -42,16 +38,18 @@ var dropNames = [numDrops]string{
 	"device_full",
 }
 
+// String returns the label of d in status output and metrics. It is empty for
+// DropNone.
 func (d Drop) String() string { return dropNames[d] }
 
-// capsuleNames are the types of capsules that are counted apart; the last
-// stands for all others.
+// capsuleNames contains the labels of the capsule types that are counted. The
+// last one counts all other types.
 var capsuleNames = [...]string{
 	"datagram", "address_assign", "address_request", "route_advertisement", "dns_assign", "pref64",
 	"unknown",
 }
 
-// capsuleIndex is where t is in capsuleNames.
+// capsuleIndex returns the index of t in capsuleNames.
 func capsuleIndex(t capsule.Type) int {
 	switch t {
 	case capsule.TypeDatagram, capsule.TypeAddressAssign, capsule.TypeAddressRequest,
@@ -65,17 +63,18 @@ func capsuleIndex(t capsule.Type) int {
 	return len(capsuleNames) - 1
 }
 
-// Traffic counts one direction.
+// Traffic counts packets, drops and capsules in one direction. It may be used
+// concurrently.
 type Traffic struct {
 	Packets, Bytes atomic.Uint64
 	drops          [numDrops]atomic.Uint64
 	capsules       [len(capsuleNames)]atomic.Uint64
 }
 
-// Add counts one packet of so many bytes.
-func (t *Traffic) Add(bytes int) {
+// Add counts one packet of n bytes.
+func (t *Traffic) Add(n int) {
 	t.Packets.Add(1)
-	t.Bytes.Add(uint64(bytes))
+	t.Bytes.Add(uint64(n))
 }
 
 // Drop counts one packet dropped for the reason d.
@@ -88,8 +87,8 @@ func (t *Traffic) DropMany(d Drop, n int) {
 	}
 }
 
-// Drops returns the packets dropped so far by reason, reasons without any left
-// out.
+// Drops returns the numbers of dropped packets by the label of the reason,
+// without zeros.
 func (t *Traffic) Drops() map[string]uint64 {
 	m := make(map[string]uint64)
 	for reason, n := range t.EachDrop() {
@@ -100,22 +99,22 @@ func (t *Traffic) Drops() map[string]uint64 {
 	return m
 }
 
-// EachDrop goes over all reasons for dropping a packet, with how many were
-// dropped.
+// EachDrop iterates over the labels of all reasons and their numbers of dropped
+// packets.
 func (t *Traffic) EachDrop() iter.Seq2[string, uint64] {
 	return each(dropNames[DropNone+1:], t.drops[DropNone+1:])
 }
 
-// EachCapsule goes over all types of capsules, with how many passed. The type
-// "unknown" stands for all that are skipped.
+// EachCapsule iterates over the labels of all capsule types and their numbers
+// of capsules. The type "unknown" counts skipped capsules.
 func (t *Traffic) EachCapsule() iter.Seq2[string, uint64] {
 	return each(capsuleNames[:], t.capsules[:])
 }
 
-// countCapsule counts a capsule that is valid, or skipped.
+// countCapsule counts one valid or skipped capsule.
 func (t *Traffic) countCapsule(typ capsule.Type) { t.capsules[capsuleIndex(typ)].Add(1) }
 
-// addTo adds t's counts to sum.
+// addTo adds the counts of t to sum.
 func (t *Traffic) addTo(sum *Traffic) {
 	sum.Packets.Add(t.Packets.Load())
 	sum.Bytes.Add(t.Bytes.Load())
@@ -128,10 +127,10 @@ type ICMPCounts struct {
 	kinds [ippacket.NumICMPErrors]atomic.Uint64
 }
 
-// Count counts one.
+// Count counts one ICMP error.
 func (c *ICMPCounts) Count(kind ippacket.ICMPError) { c.kinds[kind].Add(1) }
 
-// Each goes over all kinds, with how many there were.
+// Each iterates over the labels of all kinds and their numbers of ICMP errors.
 func (c *ICMPCounts) Each() iter.Seq2[string, uint64] {
 	names := make([]string, len(c.kinds))
 	for kind := range ippacket.NumICMPErrors {
@@ -140,7 +139,7 @@ func (c *ICMPCounts) Each() iter.Seq2[string, uint64] {
 	return each(names[1:], c.kinds[1:])
 }
 
-// Total returns how many there were of all kinds.
+// Total returns the number of ICMP errors of all kinds.
 func (c *ICMPCounts) Total() (n uint64) {
 	for i := range c.kinds {
 		n += c.kinds[i].Load()
@@ -148,15 +147,17 @@ func (c *ICMPCounts) Total() (n uint64) {
 	return n
 }
 
-// Stats counts what one stream, or several in turn, carried. Receive is from
-// the peer, Send to the peer. All of it may be read and added to at any time.
+// Stats counts the traffic of one stream, or of several consecutive streams. It
+// may be used concurrently.
 type Stats struct {
-	Receive, Send  Traffic
-	ICMPSent       ICMPCounts    // ICMP errors made here
-	ICMPSuppressed atomic.Uint64 // ICMP errors held back by their rate limit
+	Receive Traffic // packets and capsules from the peer
+	Send    Traffic // packets and capsules to the peer
+
+	ICMPSent       ICMPCounts    // ICMP errors of this endpoint
+	ICMPSuppressed atomic.Uint64 // ICMP errors suppressed by the rate limit
 }
 
-// AddTo adds s's counts to sum.
+// AddTo adds the counts of s to sum.
 func (s *Stats) AddTo(sum *Stats) {
 	s.Receive.addTo(&sum.Receive)
 	s.Send.addTo(&sum.Send)
@@ -164,7 +165,7 @@ func (s *Stats) AddTo(sum *Stats) {
 	sum.ICMPSuppressed.Add(s.ICMPSuppressed.Load())
 }
 
-// each pairs names with counts.
+// each iterates over pairs of a name and the count with the same index.
 func each(names []string, counts []atomic.Uint64) iter.Seq2[string, uint64] {
 	return func(yield func(string, uint64) bool) {
 		for i, name := range names {
@@ -175,6 +176,7 @@ func each(names []string, counts []atomic.Uint64) iter.Seq2[string, uint64] {
 	}
 }
 
+// addEach adds each count to the sum with the same index.
 func addEach(sum, counts []atomic.Uint64) {
 	for i := range counts {
 		if n := counts[i].Load(); n > 0 {

@@ -9,97 +9,118 @@ import (
 	"masquevpn/capsule"
 )
 
-// StatusSchema is the version of the JSON form of Status. Fields are added
-// without changing it.
+// StatusSchema is the version of the JSON form of Status. It does not change if
+// fields are added.
 const StatusSchema = 1
 
-// Status describes one tunnel in the words that `status --json` and `sessions
-// --json` share.
+// Status describes one tunnel for `status --json` and `sessions --json`.
 type Status struct {
-	Schema int    `json:"schema"`
+	Schema int    `json:"schema"` // StatusSchema
 	Name   string `json:"name"`
-	// connecting, connected, degraded, reconnecting, stopping, failed
+
+	// State is connecting, connected, degraded, reconnecting, stopping or
+	// failed. Since is the time of its last change, and Reason its reason.
 	State  string    `json:"state"`
-	Since  time.Time `json:"since"` // when State last changed
+	Since  time.Time `json:"since"`
 	Reason string    `json:"reason"`
-	// what a client's user should know, one sentence each
-	Warnings   []string          `json:"warnings,omitempty"`
-	Proxy      ProxyStatus       `json:"proxy"`
-	Interface  string            `json:"interface"`
-	MTU        int               `json:"mtu"` // bytes
-	Addresses  []netip.Prefix    `json:"addresses"`
-	Routes     []RouteStatus     `json:"routes"`
-	DNS        DNSStatus         `json:"dns"`
-	KillSwitch string            `json:"kill_switch,omitempty"` // closed, open, or off; of a client
-	RTT        int64             `json:"rtt_us"`                // smoothed, microseconds
+
+	// Warnings contains sentences for the user of a client.
+	Warnings []string `json:"warnings,omitempty"`
+
+	Proxy     ProxyStatus    `json:"proxy"`
+	Interface string         `json:"interface"`
+	MTU       int            `json:"mtu"` // bytes
+	Addresses []netip.Prefix `json:"addresses"`
+	Routes    []RouteStatus  `json:"routes"`
+	DNS       DNSStatus      `json:"dns"`
+
+	// KillSwitch is closed, open or off. Only clients set it.
+	KillSwitch string `json:"kill_switch,omitempty"`
+
+	RTT        int64             `json:"rtt_us"` // smoothed, in microseconds
 	Packets    Counts            `json:"packets"`
 	Bytes      Counts            `json:"bytes"`
 	Drops      map[string]uint64 `json:"drops"` // packets by reason, both directions
 	Reconnects uint64            `json:"reconnects"`
-	// how a client's packets leave its host; nil if it is not known
+
+	// Underlay is the client's path to the proxy. nil means unknown.
 	Underlay *Underlay `json:"uplink,omitempty"`
-	// of a client's sessions to another path (RFC 9000 section 9)
+
+	// Migrations counts the client's connection migrations (RFC 9000 section
+	// 9).
 	Migrations uint64 `json:"migrations,omitempty"`
 
-	// KernelRepairs are how often a client put right what other programs
-	// changed on its host, by what it was.
+	// KernelRepairs counts, by kind, how often a client restored configuration
+	// that other programs on its host changed.
 	KernelRepairs map[string]uint64 `json:"kernel_repairs,omitempty"`
 
-	// OldestPacket is the age of the oldest packet in each stage of its way
-	// through a client, milliseconds.
+	// OldestPacket is the age of the oldest packet in each Stage of a client,
+	// in milliseconds.
 	OldestPacket map[string]int64 `json:"oldest_packet_ms,omitempty"`
 
-	// when the client's own certificate ends
+	// CertificateUntil is the time when the client's certificate expires. nil
+	// means that it has none.
 	CertificateUntil *time.Time `json:"certificate_until,omitempty"`
 }
 
-// Underlay is how packets to the proxy leave a client's host.
+// Underlay describes how packets to the proxy leave a client's host.
 type Underlay struct {
 	Interface string     `json:"interface"`
 	Source    netip.Addr `json:"source"`
 }
 
-// ProxyStatus is the far end as a client knows it.
+// ProxyStatus describes the proxy of a client.
 type ProxyStatus struct {
 	Name     string `json:"name"`
 	Endpoint string `json:"endpoint"` // address and UDP port
-	HTTP     string `json:"http"`     // "h3"
-	// the name that its certificate was verified for
+	HTTP     string `json:"http"`     // version of HTTP: "h3"
+
+	// AuthenticatedAs is the name for which the proxy's certificate was
+	// verified.
 	AuthenticatedAs string `json:"authenticated_as"`
 }
 
-// RouteStatus is one advertised range.
+// RouteStatus is one advertised range of addresses. Protocol 0 means all
+// protocols.
 type RouteStatus struct {
 	Start    netip.Addr `json:"start"`
 	End      netip.Addr `json:"end"`
 	Protocol uint8      `json:"protocol"`
 }
 
-// DNSStatus is the configuration of DNS that came through the tunnel.
+// DNSStatus describes the DNS configuration that a client received.
 type DNSStatus struct {
-	// of unencrypted DNS, with a port where it is not the usual one
+	// Servers contains the nameservers for unencrypted DNS, with a port unless
+	// it is 53.
 	Servers []string `json:"servers"`
-	Search  []string `json:"search"`
-	// what the servers resolve, with all names below; "." is all names
-	Domains []string       `json:"domains"`
-	NAT64   []netip.Prefix `json:"nat64"`
-	Applied bool           `json:"applied"`       // the host's resolver uses it
-	Via     string         `json:"via,omitempty"` // which way it was told, "" if it was not
-	// why it was not, "" if it was or there are no servers
-	Reason string `json:"reason,omitempty"`
+
+	Search []string `json:"search"`
+
+	// Domains contains the names that the servers resolve, each with all names
+	// below it. "." means all names.
+	Domains []string `json:"domains"`
+
+	NAT64 []netip.Prefix `json:"nat64"`
+
+	// Applied means that the host's resolver uses the configuration. Via names
+	// the backend that configured the resolver, or is empty. Reason is the
+	// reason if there are servers and Applied is false.
+	Applied bool   `json:"applied"`
+	Via     string `json:"via,omitempty"`
+	Reason  string `json:"reason,omitempty"`
 }
 
-// Counts is a number for each direction.
+// Counts contains a number for each direction.
 type Counts struct {
 	RX uint64 `json:"rx"`
 	TX uint64 `json:"tx"`
 }
 
-// SetTraffic fills in what s counted.
+// SetTraffic fills in Packets, Bytes and Drops from s.
 func (st *Status) SetTraffic(s *Stats) {
 	st.Packets = Counts{RX: s.Receive.Packets.Load(), TX: s.Send.Packets.Load()}
 	st.Bytes = Counts{RX: s.Receive.Bytes.Load(), TX: s.Send.Bytes.Load()}
-	st.Drops = map[string]uint64{DropTooBig.String(): 0} // always there
+	st.Drops = map[string]uint64{DropTooBig.String(): 0} // scripts expect this key
 	for _, t := range []*Traffic{&s.Receive, &s.Send} {
 		for reason, n := range t.Drops() {
 			st.Drops[reason] += n
@@ -107,7 +128,7 @@ func (st *Status) SetTraffic(s *Stats) {
 	}
 }
 
-// SetRoutes fills in routes.
+// SetRoutes fills in Routes.
 func (st *Status) SetRoutes(routes []capsule.Route) {
 	st.Routes = make([]RouteStatus, len(routes))
 	for i, r := range routes {
@@ -115,12 +136,11 @@ func (st *Status) SetRoutes(routes []capsule.Route) {
 	}
 }
 
-// dnsPort is where unencrypted DNS is served unless something else is said (RFC
-// 1035 section 4.2).
+// dnsPort is the default port of unencrypted DNS (RFC 1035 section 4.2).
 const dnsPort = 53
 
-// Nameservers returns those that take unencrypted queries, of each
-// configuration the preferred one first.
+// Nameservers returns the nameservers that answer unencrypted queries, sorted
+// by priority within each configuration.
 func Nameservers(configurations []capsule.DNSConfiguration) []netip.AddrPort {
 	var servers []netip.AddrPort
 	for _, c := range configurations {
@@ -139,8 +159,8 @@ func Nameservers(configurations []capsule.DNSConfiguration) []netip.AddrPort {
 	return servers
 }
 
-// SetDNS fills in what was said about DNS and NAT64. Nameservers that take
-// encrypted queries alone are left out.
+// SetDNS fills in Servers, Search, Domains and NAT64 of DNS. It omits
+// nameservers that answer only encrypted queries.
 func (st *Status) SetDNS(configurations []capsule.DNSConfiguration, nat64 []netip.Prefix) {
 	var servers, search, domains distinct
 	for _, a := range Nameservers(configurations) {
@@ -162,7 +182,7 @@ func (st *Status) SetDNS(configurations []capsule.DNSConfiguration, nat64 []neti
 	st.DNS.NAT64 = append([]netip.Prefix{}, nat64...)
 }
 
-// distinct is a list of words without repetitions.
+// distinct is a list of words without duplicates, in the order of add.
 type distinct struct {
 	seen  map[string]struct{}
 	words []string

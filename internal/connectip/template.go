@@ -10,12 +10,13 @@ import (
 	"github.com/yosida95/uritemplate/v3"
 )
 
-// DefaultPath is the path of the URI template that every proxy serves (RFC 9484
-// section 3).
+// DefaultPath is the path of the default URI template, which every proxy serves
+// (RFC 9484 section 3).
 const DefaultPath = "/.well-known/masque/ip/{target}/{ipproto}/"
 
-// maxTemplate leaves room for the values of the variables, and for the other
-// fields of a request, in the 16 KiB that a proxy takes, in bytes.
+// maxTemplate is the maximum length of a URI template in bytes. A proxy accepts
+// 16 KiB of header fields; the difference leaves room for the values of the
+// variables and for the other fields.
 const maxTemplate = 4 << 10
 
 // The variables of a URI template for IP proxying (RFC 9484 section 4.1).
@@ -29,13 +30,13 @@ const (
 type Template struct {
 	raw     string
 	uri     *uritemplate.Template
-	host    string // authority: host, with a port if the template has one
-	match   *regexp.Regexp
-	vars    []string // the variable of each group of match
-	literal string   // what every path starts with
+	host    string         // authority: host, with a port if the template has one
+	match   *regexp.Regexp // matches the raw request paths of the template
+	vars    []string       // variable names of match's groups
+	literal string         // path up to the first expression
 }
 
-// expression is one {...} of a URI template.
+// expression matches one expression, {...}, of a URI template.
 var expression = regexp.MustCompile(`\{([^{}]*)\}`)
 
 // ParseTemplate parses and checks a URI template against the rules of RFC 9484
@@ -68,7 +69,7 @@ func ParseTemplate(raw string) (*Template, error) {
 	host, path := rest[:slash], rest[slash:]
 	switch {
 	case strings.ContainsAny(host, "{}"):
-		return fail("variables may stand in the path and the query only, not in the host")
+		return fail("variables are allowed in the path and the query, not in the host")
 	case strings.Contains(host, "@"):
 		return fail("user information is not allowed in the host")
 	case strings.Contains(path, "#"):
@@ -105,8 +106,8 @@ func ParseTemplate(raw string) (*Template, error) {
 	return t, nil
 }
 
-// compile turns one expression into a regular expression over the raw request
-// path, and notes which variable each group holds.
+// compile returns the regular expression for one expression of the template and
+// appends the variable of each of its groups to t.vars.
 func (t *Template) compile(expr string) (string, error) {
 	op := byte(0)
 	if expr != "" && strings.IndexByte("?&+#./;", expr[0]) >= 0 {
@@ -121,7 +122,7 @@ func (t *Template) compile(expr string) (string, error) {
 			return "", fmt.Errorf("{%s} uses a modifier; templates above level 3 are not allowed", name)
 		}
 		if name != varTarget && name != varIPProto {
-			continue // never defined, so it expands to nothing
+			continue // undefined variables expand to nothing
 		}
 		t.vars = append(t.vars, name)
 		group := `([^/?&=,]*)`
@@ -143,20 +144,22 @@ func (t *Template) compile(expr string) (string, error) {
 	}
 }
 
-// String returns the template as it was given.
+// String returns the template as given to ParseTemplate.
 func (t *Template) String() string { return t.raw }
 
 // Host returns the authority of the template: a name or an address, with a port
 // if the template has one.
 func (t *Template) Host() string { return t.host }
 
-// Expand returns the URI that requests s. It is an error when s limits
-// something that t has no variable for: the request would be for more.
+// Expand returns the URI that requests s. It fails if t lacks a variable that s
+// needs, because the request would then exceed s.
 func (t *Template) Expand(s Scope) (*url.URL, error) {
 	target, proto := s.variables()
 	for _, v := range [][2]string{{varTarget, target}, {varIPProto, proto}} {
 		if v[1] != "*" && !slices.Contains(t.vars, v[0]) {
-			return nil, fmt.Errorf("URI template %q: it has no variable {%s}, so it cannot ask for %s", t.raw, v[0], v[1])
+			return nil, fmt.Errorf(
+				"URI template %q: it has no variable {%s}, so it cannot ask for %s", t.raw, v[0],
+				v[1])
 		}
 	}
 	expanded, err := t.uri.Expand(uritemplate.Values{
@@ -173,10 +176,10 @@ func (t *Template) Expand(s Scope) (*url.URL, error) {
 	return u, nil
 }
 
-// Match finds the scope that a raw request path (path and query as received,
-// not decoded) asks for. served is false when the path is none of this
-// template's; a path that is, but whose variables break the rules of RFC 9484
-// section 4.6, gives an error and has to be answered with 400.
+// Match returns the scope that a raw request path (path and query as received,
+// not decoded) requests. served reports whether the path belongs to the
+// template. If it does but violates RFC 9484 section 4.6, Match returns an
+// error, and the request must be answered with status 400.
 func (t *Template) Match(path string) (s Scope, served bool, err error) {
 	m := t.match.FindStringSubmatch(path)
 	if m == nil {
