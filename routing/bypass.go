@@ -153,8 +153,8 @@ func (m *Manager) rulesBefore(v6 bool) (first *netlink.Rule, last int) {
 }
 
 // selectiveRules returns a sentence for each rule of other programs that takes
-// some packets out of a full tunnel: packets with a mark, such as those of
-// programs that balance traffic, or packets of some users.
+// some packets out of a full tunnel: packets with a mark, as programs that
+// balance traffic set it, or packets of some users.
 func (m *Manager) selectiveRules() (list []string, err error) {
 	if m.Mark == 0 || len(m.applied.rules) == 0 {
 		return nil, nil

@@ -111,12 +111,12 @@ func newGuardChain(s State, k *kernel) chain {
 			})
 		}
 		guard.rules = append(guard.rules, chainRule{
-			fmt.Sprintf("%v is the tunnel's end, with ICMP errors of its own", p.Addr()),
+			fmt.Sprintf("packets from the tunnel's own address %v are accepted", p.Addr()),
 			slices.Concat(inside, address(own, true), accept()),
 		})
 	}
 	guard.rules = append(guard.rules, chainRule{
-		fmt.Sprintf("other addresses of this host do not come in through interface %d", k.index),
+		fmt.Sprintf("packets from interface %d do not have a source address of this host", k.index),
 		slices.Concat(inside, sourceType(expr.CmpOpEq, unix.RTN_LOCAL), drop()),
 	})
 	if k.Mark == 0 {
@@ -160,7 +160,7 @@ func newMarkChains(k *kernel) []chain {
 		hook: nftables.ChainHookPostrouting, priority: priorityMarks,
 		needs: needsMark, without: lost,
 		rules: []chainRule{{
-			fmt.Sprintf("bits %#x of the mark of outer sockets are kept for replies", k.Mark),
+			fmt.Sprintf("bits %#x of the mark of outer sockets are saved for replies", k.Mark),
 			slices.Concat(packetMarked(k.Mark, k.Mark), markConnection(k.Mark, k.Mark)),
 		}},
 	}, {
@@ -168,7 +168,7 @@ func newMarkChains(k *kernel) []chain {
 		hook: nftables.ChainHookPrerouting, priority: priorityMarks,
 		needs: needsMark, without: lost,
 		rules: []chainRule{{
-			fmt.Sprintf("bits %#x of the mark of outer sockets are given to replies", k.Mark),
+			fmt.Sprintf("bits %#x of the mark of outer sockets are restored in replies", k.Mark),
 			slices.Concat(connectionMarked(k.Mark, k.Mark), markPacket(k.Mark, k.Mark)),
 		}},
 	}}
@@ -191,13 +191,13 @@ func newForwardChain(s State, k *kernel) chain {
 		forward.rules = append(forward.rules, chainRule{comment, slices.Concat(exprs...)})
 	}
 	for _, p := range s.Masquerade {
-		add(fmt.Sprintf("what belongs to no connection does not leave %v except through interface %d", p, k.index),
+		add(fmt.Sprintf("invalid packets from %v leave through interface %d only", p, k.index),
 			in, notOut, address(p, true), connectionState(expr.CtStateBitINVALID), drop())
 	}
 	if len(s.Masquerade) != 0 || k.Mark != 0 {
-		add("what belongs to a connection passes",
+		add("packets of existing connections are accepted",
 			connectionState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept())
-		add("what this host's own translation sends on passes", dnat(), accept())
+		add("packets with a translated destination are accepted", dnat(), accept())
 	}
 	for _, p := range s.Masquerade {
 		add(fmt.Sprintf("nobody begins a connection to %v except through interface %d", p,
@@ -237,9 +237,9 @@ func (k *kernel) neighbourRules(want State) (rules []chainRule) {
 		}
 		family := metaByte(expr.MetaKeyNFPROTO, f.proto)
 		if len(rules) == 0 {
-			add("interfaces of our group are tunnels: from them",
+			add("packets from tunnels, the interfaces of one group, are accepted",
 				meta(expr.MetaKeyIIFGROUP, expr.CmpOpEq, tunnelGroup), accept())
-			add("interfaces of our group are tunnels: to them",
+			add("packets to tunnels are accepted",
 				meta(expr.MetaKeyOIFGROUP, expr.CmpOpEq, tunnelGroup), accept())
 		}
 		for _, name := range before.forwarding() {
@@ -251,9 +251,9 @@ func (k *kernel) neighbourRules(want State) (rules []chainRule) {
 			from = append(from, metaName(expr.MetaKeyIIFNAME, expr.CmpOpNeq, name)...)
 			to = append(to, metaName(expr.MetaKeyOIFNAME, expr.CmpOpNeq, name)...)
 		}
-		add(fmt.Sprintf("%s from a virtual interface that was made later than %v", f.name,
+		add(fmt.Sprintf("%s from a virtual interface that is newer than %v", f.name,
 			before.Links), family, from, metaName(iifKind, expr.CmpOpNeq, ""), accept())
-		add(fmt.Sprintf("%s to a virtual interface that was made later than %v", f.name,
+		add(fmt.Sprintf("%s to a virtual interface that is newer than %v", f.name,
 			before.Links), family, to, metaName(oifKind, expr.CmpOpNeq, ""), accept())
 		add(f.name+" was not forwarded before", family, drop())
 	}
@@ -280,7 +280,7 @@ func newTranslationChains(s State, k *kernel) []chain {
 		{"SCTP", unix.IPPROTO_SCTP}, {"DCCP", unix.IPPROTO_DCCP},
 	} {
 		translate.rules = append(translate.rules, chainRule{
-			fmt.Sprintf("%s gets one of the ports from %d to %d, where this host listens on none",
+			fmt.Sprintf("%s is translated to ports %d to %d, on which this host does not listen",
 				protocol.name, low, high),
 			slices.Concat(metaByte(expr.MetaKeyL4PROTO, protocol.number), []expr.Any{
 				&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(low)},

@@ -91,7 +91,7 @@ func publicRoutes(s State, host []hostRoute) (list []string) {
 }
 
 // hostRoutes returns the routes of the main table except default routes and
-// those of the tunnel's interface.
+// routes of the tunnel's interface.
 func (k *kernel) hostRoutes() (list []hostRoute, err error) {
 	links, err := repeat(k.nl.LinkList)
 	if err != nil {

@@ -136,7 +136,7 @@ func (k *kernel) diff(have observed, want plan) (ops, error) {
 	if !want.up && k.rec.AddrGen != "" {
 		list.add(kindLink, func() error {
 			return k.restoreAddrGen(have.link)
-		}, "let %s make addresses as before", k.Interface)
+		}, "restore the address generation of %s", k.Interface)
 	}
 	list = append(list, unset...)
 	if len(chains) == 0 && have.hasTable {
@@ -145,7 +145,7 @@ func (k *kernel) diff(have observed, want plan) (ops, error) {
 	if !want.grouped && k.rec.Group != nil {
 		list.add(kindLink, func() error {
 			return k.restoreGroup(have.link)
-		}, "put %s back into its group", k.Interface)
+		}, "restore the group of %s", k.Interface)
 	}
 	return list, nil
 }
@@ -169,7 +169,7 @@ func (k *kernel) diffAdded(list *ops, have observed, want plan) {
 		(!have.up || k.rec.AddrGen != "") {
 		list.add(kindLink, func() error {
 			return k.disableLinkLocal(have.link, have.addrGen)
-		}, "let %s make no address of its own", k.Interface)
+		}, "stop %s from generating addresses", k.Interface)
 		for p := range have.addrs {
 			// IPv6 was turned off and on again, such as by an MTU below 1280.
 			// This has reset the mode, which then generated an address.

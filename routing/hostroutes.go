@@ -82,7 +82,7 @@ func IsFull(routes []netip.Prefix, ipv6 bool) bool {
 }
 
 // hostRules returns the rules by which routes of the host take precedence over
-// routes, which are those of the tunnel. Rules apply to all tunnels of a host,
+// routes, the tunnel's. Rules apply to all tunnels of a host,
 // and another tunnel may ignore the host's routes. So each rule is limited to
 // the destinations of the tunnel's routes of its length, if these are few.
 func (s State) hostRules(routes []netip.Prefix) (rules []rule) {

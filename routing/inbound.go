@@ -40,16 +40,16 @@ func newInboundChains(s State, k *kernel) []chain {
 		hook: nftables.ChainHookPrerouting, priority: priorityMarks,
 		needs: needsReply, without: lost,
 		rules: []chainRule{{
-			fmt.Sprintf("what interface %d brings is answered there", k.index),
+			fmt.Sprintf("packets from interface %d are not marked", k.index),
 			append(meta(expr.MetaKeyIIF, expr.CmpOpEq, index), skip...),
 		}, {
-			fmt.Sprintf("mark %#x/%#x of connections that came in is given to their packets",
+			fmt.Sprintf("mark %#x/%#x of incoming connections is restored in their packets",
 				outside, mask), known,
 		}, {
-			fmt.Sprintf("connections of this host, from TCP port %d, that were not tracked when they began", k.firstLocalPort),
+			fmt.Sprintf("TCP ports from %d: connections of this host older than their tracking are not marked", k.firstLocalPort),
 			slices.Concat(fresh, tcp(2, expr.CmpOpGte, port), skip),
 		}, {
-			fmt.Sprintf("sockets of this host, from UDP port %d, that are connected",
+			fmt.Sprintf("UDP ports from %d: packets for connected sockets are not marked",
 				k.firstLocalPort),
 			slices.Concat(fresh, metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP), []expr.Any{
 				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2,
@@ -59,11 +59,12 @@ func newInboundChains(s State, k *kernel) []chain {
 				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0}},
 			}, skip),
 		}, {
-			fmt.Sprintf("what comes in from where interface %d leads to is answered outside",
+			fmt.Sprintf("connections from addresses behind interface %d are answered outside",
 				k.index),
 			slices.Concat(fresh, fromTunnel, set),
 		}, {
-			fmt.Sprintf("what is not tracked and comes in from where interface %d leads to has mark %#x/%#x", k.index, outside, mask),
+			fmt.Sprintf("untracked packets from addresses behind interface %d get mark %#x/%#x",
+				k.index, outside, mask),
 			slices.Concat(connectionState(expr.CtStateBitUNTRACKED), fromTunnel,
 				markPacket(mask, outside)),
 		}},
@@ -73,7 +74,7 @@ func newInboundChains(s State, k *kernel) []chain {
 		hook: nftables.ChainHookOutput, priority: priorityMarks,
 		needs: needsReply, without: lost,
 		rules: []chainRule{{
-			fmt.Sprintf("mark %#x/%#x of connections that came in is given to their answers",
+			fmt.Sprintf("mark %#x/%#x of incoming connections is restored in replies",
 				outside, mask),
 			slices.Concat(packetMarked(mask, 0), known),
 		}},
@@ -81,16 +82,16 @@ func newInboundChains(s State, k *kernel) []chain {
 	for _, p := range s.Addresses {
 		own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())
 		reply.rules = append(reply.rules, chainRule{
-			fmt.Sprintf("%v is the tunnel's own", p.Addr()),
+			fmt.Sprintf("packets from the tunnel's own address %v are not marked", p.Addr()),
 			slices.Concat(address(own, true), skip),
 		})
 	}
 	reply.rules = append(reply.rules, chainRule{
-		fmt.Sprintf("connections to this host, below TCP port %d, that were not tracked when they began, and would go to interface %d", k.firstLocalPort, k.index),
+		fmt.Sprintf("TCP ports below %d: connections to this host older than their tracking, routed to interface %d, are answered outside", k.firstLocalPort, k.index),
 		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), fresh, tcp(0, expr.CmpOpLt, port),
 			sourceType(expr.CmpOpEq, unix.RTN_LOCAL), set),
 	}, chainRule{
-		fmt.Sprintf("answers that are not tracked, and would go to interface %d, have mark %#x/%#x",
+		fmt.Sprintf("untracked replies routed to interface %d get mark %#x/%#x",
 			k.index, outside, mask),
 		slices.Concat(meta(expr.MetaKeyOIF, expr.CmpOpEq, index),
 			connectionState(expr.CtStateBitUNTRACKED),

@@ -79,7 +79,7 @@ func newDNSChains(k *kernel) []chain {
 			append(meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(k.index)), accept...)},
 		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept...)},
 	}
-	own := chainRule{fmt.Sprintf("sockets with the bits %#x in their mark ask for the proxy",
+	own := chainRule{fmt.Sprintf("sockets with the bits %#x in their mark are accepted",
 		k.Mark),
 		append(packetMarked(k.Mark, k.Mark), accept...)}
 	var refuse []chainRule

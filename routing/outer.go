@@ -19,7 +19,7 @@ func newOuterChain(k *kernel) chain {
 		priority: nftables.ChainPriorityRef(*nftables.ChainPriorityRaw - 1),
 		needs:    needsReply, without: "the tunnel is lost in networks that give this host the tunnel's address",
 		rules: []chainRule{{
-			fmt.Sprintf("packets for sockets with mark %#x have it", k.Mark),
+			fmt.Sprintf("packets for sockets with mark %#x get the mark", k.Mark),
 			slices.Concat(meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(k.index)),
 				marked(&expr.Socket{Key: expr.SocketKeyMark, Register: 1}, k.Mark, k.Mark),
 				markPacket(k.Mark, k.Mark)),
@@ -36,10 +36,10 @@ func guardExceptions(k *kernel) []chainRule {
 	outside, pass := meta(expr.MetaKeyIIF, expr.CmpOpNeq, uint32(k.index)),
 		&expr.Verdict{Kind: expr.VerdictAccept}
 	return []chainRule{{
-		fmt.Sprintf("packets for sockets with mark %#x pass", k.Mark),
+		fmt.Sprintf("packets for sockets with mark %#x are accepted", k.Mark),
 		slices.Concat(outside, packetMarked(k.Mark, k.Mark), []expr.Any{pass}),
 	}, {
-		"neighbour discovery passes",
+		"neighbour discovery is accepted",
 		slices.Concat(outside, icmp6(ndHopLimit, ndSolicitation, ndNeighbor), []expr.Any{pass}),
 	}}
 }

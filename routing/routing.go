@@ -81,8 +81,8 @@ type State struct {
 	// of another interface.
 	Routes []netip.Prefix
 
-	// HostRoutes selects the routes of the host, such as those of its LAN, that
-	// take precedence over Routes. It is ignored without a Config.Mark.
+	// HostRoutes selects the routes of the host, such as the routes of its LAN,
+	// that take precedence over Routes. It is ignored without a Config.Mark.
 	HostRoutes HostRoutes
 
 	// Private lists prefixes that HostPrivate handles like private networks,
@@ -187,8 +187,8 @@ type kernel struct {
 var validInstance = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,64}$`)
 
 // Open returns a Manager for an interface. It undoes the changes of a dead
-// process of the same instance, and those of any instance whose interface is
-// gone. It makes no other changes.
+// process of the same instance, and the changes of any instance whose interface
+// is gone. It makes no other changes.
 //
 // The error matches ErrInUse if a running process manages the instance, and
 // os.ErrPermission if CAP_NET_ADMIN is missing.
@@ -222,7 +222,7 @@ func open(c Config, procSys string) (_ *Manager, err error) {
 }
 
 // Clean undoes the changes of a dead process, like Open, and reports whether it
-// found any. c.Interface is not used. The errors are those of Open.
+// found any. c.Interface is not used. It returns the same errors as Open.
 func Clean(c Config) (found bool, err error) {
 	var k kernel
 	defer k.release()

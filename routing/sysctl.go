@@ -86,7 +86,7 @@ func (k *kernel) diffSysctls(want plan) (set, unset ops, err error) {
 }
 
 // acquireSysctl sets a sysctl and records the previous value. If another
-// instance has set it, the recorded value is that of the other journal, so that
+// instance has set it, the value of its journal is recorded, so that
 // the last instance restores it.
 func (k *kernel) acquireSysctl(w setting) error {
 	if k.missingFeatures[w.needs] { // writeTable may have just found out
