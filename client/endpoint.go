@@ -91,6 +91,8 @@ func (c *Client) openEndpoint() (_ *localEndpoint, err error) {
 
 func (e *localEndpoint) Name() string { return e.device.Name() }
 
+func (e *localEndpoint) Device() endpoint.Device { return e.device }
+
 // Read takes the packets of the host until the device is closed.
 func (e *localEndpoint) Read() error {
 	if err := flowqueue.ReadFrom(e.device, e.dispatch); err != nil {
@@ -129,16 +131,6 @@ func (c *Client) resolver() Resolver {
 	}
 	return nil
 }
-
-// currentDevice is the device of the current end. Sessions write to it, and so
-// survive a change of devices.
-type currentDevice struct{ c *Client }
-
-func (d currentDevice) Write(bufs [][]byte, offset int) (int, error) {
-	return d.c.supervisor.Current().device.Write(bufs, offset)
-}
-
-func (d currentDevice) BatchSize() int { return d.c.supervisor.Current().device.BatchSize() }
 
 // noteHealth has the status say what the kernel has.
 func (c *Client) noteHealth(h routing.Health) {

@@ -111,7 +111,7 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 		pathChanged: make(chan struct{}, 1), dns: c.lastDNS,
 	}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
-		Device: currentDevice{c},
+		Device: c.supervisor.Device(),
 		Filter: connectip.Filter{Assigned: s.acceptableAddresses, Routes: c.acceptableRoutes},
 		Handler: connectip.Handler{
 			Assigned: s.handleAssigned, Requested: s.handleAddressRequest, Routes: s.handleRoutes,

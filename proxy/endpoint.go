@@ -86,6 +86,8 @@ func openError(err error) error {
 
 func (e *localEndpoint) Name() string { return e.device.Name() }
 
+func (e *localEndpoint) Device() endpoint.Device { return e.device }
+
 // Read takes packets from the device to the sessions they are for, until the
 // device is closed.
 func (e *localEndpoint) Read() error {
@@ -110,16 +112,6 @@ func (e *localEndpoint) Close() (err error) {
 	}
 	return err
 }
-
-// currentDevice is the device of the current end. Sessions write to it, and so
-// survive a change of devices.
-type currentDevice struct{ s *Server }
-
-func (d currentDevice) Write(bufs [][]byte, offset int) (int, error) {
-	return d.s.supervisor.Current().device.Write(bufs, offset)
-}
-
-func (d currentDevice) BatchSize() int { return d.s.supervisor.Current().device.BatchSize() }
 
 // noteHealth has the status say how the kernel's side is.
 func (s *Server) noteHealth(h routing.Health) {

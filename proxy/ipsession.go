@@ -158,7 +158,7 @@ func (ss *ipSession) run(str *http3.Stream) (err error) {
 
 // open creates ss.conn on the stream of the session.
 func (ss *ipSession) open(str *http3.Stream) *connectip.Conn {
-	ss.device.Device, ss.device.ss = currentDevice{ss.server}, &ss.sessionBase
+	ss.device.Device, ss.device.ss = ss.server.supervisor.Device(), &ss.sessionBase
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	ss.conn = connectip.New(str, ss.quic, connectip.Config{

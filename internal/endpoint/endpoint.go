@@ -47,6 +47,9 @@ type Endpoint interface {
 	// Name returns the name of the device.
 	Name() string
 
+	// Device returns the device, for writing.
+	Device() Device
+
 	// Read forwards packets from the device. It returns nil after Close, and an
 	// error if the device is lost.
 	Read() error

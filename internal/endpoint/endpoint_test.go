@@ -54,6 +54,8 @@ func (m *machine) setFail(err error) {
 	m.fail = err
 }
 
+func (*fakeEndpoint) Device() Device { return nil }
+
 func (*fakeEndpoint) Name() string { return "tun0" }
 
 func (e *fakeEndpoint) Read() error {
