@@ -8,17 +8,17 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// Try connects to the proxy as Run does, has the request of the tunnel
-// accepted, and closes the connection again. It opens no device, asks for no
-// addresses, changes nothing on this host, and needs no privileges; a session
-// of the user is there for a moment. Each step that went well is told to step,
-// in words. The error, which is an *Error, says which did not.
+// CheckProxy connects to the proxy like Run, sends the request for the tunnel, and
+// closes the connection again. It opens no device, requests no addresses, does
+// not change this host, and needs no privileges. The proxy counts a session for
+// that moment. CheckProxy calls step with a text after each successful step. Its
+// errors are of type *Error.
 func CheckProxy(ctx context.Context, cfg Config, step func(string)) error {
 	c, err := New(cfg)
 	if err != nil {
 		return err
 	}
-	// A tunnel that is up already is gone around, if this process may.
+	// With the mark, packets bypass a tunnel that is already up.
 	control := markIfAllowed(c.cfg.Mark)
 	c.dialer.control, c.dialer.resolver = control, resolver(control, cfg.Nameservers)
 	c.dialer.progress = step
@@ -31,17 +31,17 @@ func CheckProxy(ctx context.Context, cfg Config, step func(string)) error {
 	return nil
 }
 
-// Proxy returns where the proxy is, as it was configured.
+// Proxy returns the configured host and port of the proxy.
 func (c *Client) Proxy() (host, port string) { return c.target.host, c.target.port }
 
-// note tells who wants to know of a step.
+// report passes the text of a step to CheckProxy's caller, if there is one.
 func (d *dialer) report(format string, args ...any) {
 	if d.progress != nil {
 		d.progress(fmt.Sprintf(format, args...))
 	}
 }
 
-// noteConn tells what is known when the handshake is done.
+// reportConn reports the round-trip time and the certificate of a new connection.
 func (d *dialer) reportConn(conn *quic.Conn) {
 	if d.progress == nil {
 		return

@@ -91,10 +91,10 @@ func hasRoute(to netip.Addr) bool {
 
 // dialed is an established connection to the proxy.
 type dialed struct {
-	transport   *quic.Transport // the current path's transport
-	socket      *udpconn.Conn   // transport's socket
-	path        *quic.Path      // nil for the first one
-	closeFormer func()          // closes the path that it was on before
+	transport     *quic.Transport // the current path's transport
+	socket        *udpconn.Conn   // transport's socket
+	path          *quic.Path      // nil for the first one
+	closePrevious func()          // closes the path that it was on before
 	// whose LocalAddr and RemoteAddr must not be asked for: they may change
 	conn   *quic.Conn
 	remote netip.AddrPort
@@ -106,7 +106,7 @@ func (d *dialed) close() { d.closeWith(http3.ErrCodeNoError) }
 // closeWith is close that tells the proxy what went wrong.
 func (d *dialed) closeWith(code http3.ErrCode) {
 	_ = d.conn.CloseWithError(quic.ApplicationErrorCode(code), "")
-	d.closeFormer()
+	d.closePrevious()
 	_ = d.transport.Close()
 	_ = d.socket.Close()
 }
@@ -332,7 +332,7 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 		return nil, withAddress(classify(err, nil, d.target), addr)
 	}
 	udp.LoseUnsent()
-	return &dialed{transport: t, socket: udp, closeFormer: func() {}, conn: conn, remote: addr}, nil
+	return &dialed{transport: t, socket: udp, closePrevious: func() {}, conn: conn, remote: addr}, nil
 }
 
 // open makes a socket for packets to addr, and the transport over it.

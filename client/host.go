@@ -15,37 +15,43 @@ import (
 )
 
 const (
-	// suspendInterval is how often the clocks are compared, and minSuspend what
-	// they have to differ by for the host to count as having been suspended.
+	// suspendInterval is the time between two comparisons of the host's clocks.
+	// A difference of less than minSuspend is ignored.
 	suspendInterval = time.Second
 	minSuspend      = time.Second
-	// hurryInterval and hurryBurst limit how often the proxy is dialed before
-	// its time.
+
+	// earlyRetryInterval and earlyRetryBurst limit the attempts to connect
+	// before the backoff ends.
 	earlyRetryInterval = time.Second
 	earlyRetryBurst    = 3
 )
 
-// Uplink tells how packets to the proxy leave this host, outside the tunnel;
-// *routing.Watcher is one.
+// Underlay is the host's network outside the tunnel. *routing.Watcher implements
+// it.
 type Underlay interface {
 	// NextHop returns the current next hop to an address. If there is none, the
-	// error tells the missing part.
+	// error names the missing part, such as a route.
 	NextHop(to netip.Addr) (routing.NextHop, error)
-	// Changed receives a value when ways may have changed.
+	// Changed receives a value when next hops may have changed.
 	Changed() <-chan struct{}
 	Close() error
 }
 
-// errUnknown says that there is no Uplink.
+// errNoUnderlay is returned if there is no Underlay.
 var errNoUnderlay = errors.New("the network of this host is not known")
 
-// host is what changes under a client: the network that it dials over, and
-// time.
+// host watches the host's network outside the tunnel, and its clocks. The fields
+// except total are constant while watch runs.
 type host struct {
 	underlay  Underlay // nil: not known
 	suspended func() time.Duration
-	changed   chan struct{} // receives a value when ways or sleep may be others than before
-	total     atomic.Int64  // for how long it has been suspended in all
+
+	// changed receives a value when next hops may have changed, or the host was
+	// suspended.
+	changed chan struct{}
+
+	// total is the last known value of suspended.
+	total atomic.Int64
 }
 
 func newHost(suspended func() time.Duration) *host {
@@ -54,8 +60,8 @@ func newHost(suspended func() time.Duration) *host {
 	return h
 }
 
-// suspended returns for how long in all this host has been suspended since it
-// booted: one of the clocks stands still meanwhile.
+// suspended returns the total time that this host has been suspended since it
+// booted. CLOCK_BOOTTIME includes that time and CLOCK_MONOTONIC does not.
 func suspended() time.Duration {
 	var boot, awake unix.Timespec
 	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &awake) != nil ||
@@ -65,10 +71,10 @@ func suspended() time.Duration {
 	return time.Duration(boot.Nano() - awake.Nano())
 }
 
-// slept returns for how long in all the host has been suspended.
+// suspendedTotal returns the total time that the host has been suspended.
 func (h *host) suspendedTotal() time.Duration { return time.Duration(h.total.Load()) }
 
-// way returns the way to an address, or errUnknown.
+// nextHop returns the next hop to an address.
 func (h *host) nextHop(to netip.Addr) (routing.NextHop, error) {
 	if h.underlay == nil {
 		return routing.NextHop{}, errNoUnderlay
@@ -76,7 +82,7 @@ func (h *host) nextHop(to netip.Addr) (routing.NextHop, error) {
 	return h.underlay.NextHop(to)
 }
 
-// ways returns the ways to addresses, zero for those that there is none to.
+// nextHops returns the next hop to each address, zero if there is none.
 func (h *host) nextHops(to []netip.AddrPort) []routing.NextHop {
 	hops := make([]routing.NextHop, len(to))
 	for i, a := range to {
@@ -85,8 +91,8 @@ func (h *host) nextHops(to []netip.AddrPort) []routing.NextHop {
 	return hops
 }
 
-// watch follows the host until ctx ends, and calls noteChange when its network
-// has changed.
+// watch sends to h.changed when the network may have changed or the host was
+// suspended, until ctx is done. It calls noteChange first if it was the network.
 func (h *host) watch(ctx context.Context, noteChange func()) {
 	var changed <-chan struct{}
 	if h.underlay != nil {
@@ -114,8 +120,7 @@ func (h *host) watch(ctx context.Context, noteChange func()) {
 	}
 }
 
-// noteHost has the status say what a change of the host's network means for the
-// tunnel.
+// noteHost updates the warnings that depend on the host's network.
 func (c *Client) noteHost() {
 	c.noteConflicts()
 	c.noteDNSOutside()
@@ -124,8 +129,8 @@ func (c *Client) noteHost() {
 // noticeConflict is the key of warnings about routes and networks of the host.
 const noticeConflict = "conflict"
 
-// noteConflicts says, in the log and in the status, where the tunnel and the
-// host's networks and routes are at odds now.
+// noteConflicts adapts the tunnel to the host's networks and routes. It warns, in
+// the log and in the status, about those that use addresses of the tunnel.
 func (c *Client) noteConflicts() {
 	c.notingMu.Lock()
 	defer c.notingMu.Unlock()
@@ -137,7 +142,7 @@ func (c *Client) noteConflicts() {
 	c.warnAll(noticeConflict, conflicts)
 }
 
-// watchHost follows the host until end is called.
+// watchHost starts to watch the host. end stops it.
 func (c *Client) watchHost(ctx context.Context) (end func(), err error) {
 	if c.cfg.OpenUnderlay != nil {
 		if c.host.underlay, err = c.cfg.OpenUnderlay(); err != nil {
@@ -156,23 +161,23 @@ func (c *Client) watchHost(ctx context.Context) (end func(), err error) {
 	}, nil
 }
 
-// tried is what a client knew of its host when it dialed last.
+// dialState describes the host at a dial.
 type dialState struct {
 	addrs     []netip.AddrPort // the proxy's addresses
 	nextHops  []routing.NextHop
 	suspended time.Duration
 }
 
-// noteTry is called before and after dialing, which is what finds the addresses
-// of the proxy.
+// noteDial updates lastDial. It is called before dialing, and again after it if
+// dialing has found other addresses of the proxy.
 func (c *Client) noteDial() {
 	c.lastDial.suspended = c.host.suspendedTotal()
 	c.lastDial.addrs = c.dialer.lastAddrs
 	c.lastDial.nextHops = c.host.nextHops(c.lastDial.addrs)
 }
 
-// networkChanged waits until ctx ends, or until the host is another than when
-// it dialed last, which it reports.
+// awaitNetworkChange waits until the host differs from lastDial, and then returns
+// true. It returns false if ctx is done first.
 func (c *Client) awaitNetworkChange(ctx context.Context) bool {
 	for {
 		select {
@@ -180,14 +185,13 @@ func (c *Client) awaitNetworkChange(ctx context.Context) bool {
 			return false
 		case <-c.host.changed:
 		}
-		// Without an address of the proxy, anything may be what was missing to
-		// find it.
+		// Without an address of the proxy, any change may help to resolve it.
 		if len(c.lastDial.addrs) == 0 || c.host.suspendedTotal() != c.lastDial.suspended ||
 			!slices.Equal(c.host.nextHops(c.lastDial.addrs), c.lastDial.nextHops) {
 			if c.earlyRetries.Wait(ctx) != nil {
 				return false
 			}
-			c.cfg.Logger.Info("the network of this host has changed, trying again at once")
+			c.cfg.Logger.Info("the network of this host has changed, retrying at once")
 			return true
 		}
 	}

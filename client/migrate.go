@@ -4,10 +4,10 @@ package client
 
 import "context"
 
-// move moves the connection to a new socket, once packets have come from the
-// proxy there (RFC 9000 section 9). The former one serves what is under way
-// until leave is called. The socket is not bound to an address, so the new path
-// begins where the kernel sends packets to the proxy from now.
+// migrate moves the connection to a new socket, once the proxy has answered there
+// (RFC 9000 section 9). The old socket receives packets under way until
+// closePrevious is called. The new socket is not bound to an address, so the
+// kernel chooses its source address and interface by the current routes.
 func (d *dialed) migrate(ctx context.Context, dialer *dialer) error {
 	t, socket, err := dialer.open(ctx, d.remote)
 	if err != nil {
@@ -28,15 +28,15 @@ func (d *dialed) migrate(ctx context.Context, dialer *dialer) error {
 		_ = socket.Close()
 		return err
 	}
-	d.closeFormer()
+	d.closePrevious()
 	previous := *d
-	d.closeFormer = func() {
+	d.closePrevious = func() {
 		if previous.path != nil {
 			_ = previous.path.Close()
 		}
 		_ = previous.transport.Abandon()
 		_ = previous.socket.Close()
-		d.closeFormer = func() {}
+		d.closePrevious = func() {}
 	}
 	d.transport, d.socket, d.path = t, socket, path
 	return nil

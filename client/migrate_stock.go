@@ -4,6 +4,6 @@ package client
 
 import "context"
 
-// move does nothing: quic-go without our edits runs out of connection IDs after
-// a few moves.
+// migrate returns errCannotMigrate: quic-go without our patches has no more
+// connection IDs after a few migrations.
 func (d *dialed) migrate(context.Context, *dialer) error { return errCannotMigrate }

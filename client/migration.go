@@ -15,47 +15,47 @@ import (
 )
 
 const (
-	// pathInterval is how often it is looked whether something came from the
-	// proxy.
+	// livenessInterval is the time between two checks for received packets.
 	livenessInterval = time.Second
-	// silence is how long nothing may come after something was sent before the
-	// proxy is asked, and then for how long it may not answer. On a path with a
-	// long round trip it is silenceRTTs of those.
+
+	// maxSilence is the time without received packets after which the migrator
+	// pings the proxy, and then the time that the proxy has to answer. On a path
+	// with a long round trip it is maxSilenceRTTs round-trip times.
 	maxSilence     = 3 * time.Second
 	maxSilenceRTTs = 4
-	// probeTime is how long a new path may take to prove that it reaches the
-	// proxy.
+
+	// probeTimeout limits the validation of a new path.
 	probeTimeout = 3 * time.Second
-	// pingInterval and pings are what is sent on a path that the connection has
-	// just moved to. The proxy needs a few packets before it has verified that
-	// it may send there.
+
+	// pingInterval and pingCount describe the pings on a new path: the proxy
+	// needs a few packets to validate it (RFC 9000 section 9.3).
 	pingInterval = 100 * time.Millisecond
 	pingCount    = 10
 )
 
-// errCannotMove says that a connection cannot move to another path. Its socket
-// is bound to none, and so is on the new one already.
-var errCannotMigrate = errors.New("this build cannot move connections")
+// errCannotMigrate is returned by builds without the patches of quic-go. Their
+// socket is not bound to an address, so its packets already take the new path.
+var errCannotMigrate = errors.New("this build cannot migrate connections")
 
-// lostError is why a path to the proxy is given up.
+// lostError is the reason for which the client gives up the path to the proxy.
 type lostError pathState
 
 func (e *lostError) Error() string { return e.reason }
 
+// lostPath returns an Error that wraps a lostError.
 func lostPath(p pathState) error {
 	e := lostError(p)
 	return fail(causeLost, &e, e.reason, "")
 }
 
-// pathState is what there is to say of a session's path, the zero value for
-// nothing.
+// pathState describes a problem of a session's path. The zero value means none.
 type pathState struct {
-	reason string
-	down   bool // nothing comes through
-	local  bool // nothing leaves this host
+	reason string // for the status
+	down   bool   // no packets arrive
+	local  bool   // no packets leave this host
 }
 
-// setPath has the status say what is up with the path.
+// setPath sets the path state and lets run show it.
 func (s *session) setPath(p pathState) {
 	s.mu.Lock()
 	same := s.path == p
@@ -69,8 +69,8 @@ func (s *session) setPath(p pathState) {
 	}
 }
 
-// showPath makes the status that of a connected session, with the state of its
-// path, or else what its path does not carry.
+// showPath sets the state of a connected session from the state of its path. The
+// reason is the path's, or else limits.
 func (s *session) showPath(limits string) {
 	s.mu.Lock()
 	p := s.path
@@ -85,30 +85,43 @@ func (s *session) showPath(limits string) {
 	s.c.setState(state, reason)
 }
 
-// roamer keeps one session on a path that works.
+// migrator keeps a session on a working path by connection migration (RFC 9000
+// section 9). It is used by one goroutine.
 type migrator struct {
-	s               *session
-	d               *dialed
-	nextHop         routing.NextHop
-	noRoute         bool // there is no route to the proxy: any route that comes is another
-	suspended       time.Duration
-	received        uint64    // packets that came so far
-	receivedAt      time.Time // when the last one had come
-	sentBefore      uint64    // packets that had been sent by then
-	unansweredSince time.Time // when something else had been sent first, zero if nothing was
-	probed          bool      // whether the proxy is there
+	s *session
+	d *dialed
+
+	// nextHop leads to the proxy. If noRoute is set, there is none, and any next
+	// hop is a reason to migrate.
+	nextHop routing.NextHop
+	noRoute bool
+
+	// suspended is host.suspendedTotal at the last look.
+	suspended time.Duration
+
+	// received and sentBefore are the counts of packets at receivedAt, when the
+	// last packet was received.
+	received   uint64
+	receivedAt time.Time
+	sentBefore uint64
+
+	// unansweredSince is the time since which packets have been sent without an
+	// answer, zero if all are answered. After a ping it is the time of the ping,
+	// and probed is set.
+	unansweredSince time.Time
+	probed          bool
 }
 
 func newMigrator(s *session, d *dialed) *migrator {
-	r := &migrator{s: s, d: d, suspended: s.c.host.suspendedTotal(), receivedAt: time.Now()}
-	r.nextHop, _ = s.c.host.nextHop(d.remote.Addr())
-	s.c.showUnderlay(r.nextHop)
-	return r
+	m := &migrator{s: s, d: d, suspended: s.c.host.suspendedTotal(), receivedAt: time.Now()}
+	m.nextHop, _ = s.c.host.nextHop(d.remote.Addr())
+	s.c.showUnderlay(m.nextHop)
+	return m
 }
 
-// run looks after the path until ctx ends, or until it gives it up and says
-// why.
-func (r *migrator) run(ctx context.Context) error {
+// run watches the path until ctx is done. If no path leads to the proxy, it
+// returns a lostError.
+func (m *migrator) run(ctx context.Context) error {
 	tick := time.NewTicker(livenessInterval)
 	defer tick.Stop()
 	for {
@@ -116,10 +129,10 @@ func (r *migrator) run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-r.s.c.host.changed:
-			err = r.hostChanged(ctx)
+		case <-m.s.c.host.changed:
+			err = m.hostChanged(ctx)
 		case <-tick.C:
-			err = r.checkLiveness(ctx)
+			err = m.checkLiveness(ctx)
 		}
 		if err != nil {
 			return err
@@ -127,113 +140,112 @@ func (r *migrator) run(ctx context.Context) error {
 	}
 }
 
-// hostChanged moves to another path if the host has been suspended or sends
-// another way than before.
-func (r *migrator) hostChanged(ctx context.Context) error {
-	if r.s.c.networksChanged() {
-		r.s.changed() // and with them what the proxy may assign and send
+// hostChanged migrates if the host was suspended or has another next hop to the
+// proxy.
+func (m *migrator) hostChanged(ctx context.Context) error {
+	if m.s.c.networksChanged() {
+		m.s.changed() // apply checks the proxy's configuration again
 	}
-	host := r.s.c.host
-	suspended := (host.suspendedTotal() - r.suspended).Round(time.Second)
-	r.suspended = host.suspendedTotal()
+	host := m.s.c.host
+	suspended := (host.suspendedTotal() - m.suspended).Round(time.Second)
+	m.suspended = host.suspendedTotal()
 	if suspended >= idleTimeout {
 		return lostPath(pathState{reason: fmt.Sprintf("this host was suspended for %v", suspended)})
 	}
-	hop, err := host.nextHop(r.d.remote.Addr())
+	hop, err := host.nextHop(m.d.remote.Addr())
 	switch {
 	case errors.Is(err, errNoUnderlay):
 	case err != nil:
-		r.noRoute = true
+		m.noRoute = true
 		why := pathState{reason: fmt.Sprintf("this host has %v", err), down: true, local: true}
-		if slices.ContainsFunc(r.s.c.dialer.lastAddrs, func(a netip.AddrPort) bool {
+		if slices.ContainsFunc(m.s.c.dialer.lastAddrs, func(a netip.AddrPort) bool {
 			_, err := host.nextHop(a.Addr())
 			return err == nil
 		}) {
 			return lostPath(why)
 		}
-		r.s.c.cfg.Logger.Warn("there is no way to the proxy", "reason", err)
-		r.s.c.showUnderlay(routing.NextHop{})
-		r.s.setPath(why)
+		m.s.c.cfg.Logger.Warn("this host has no route to the proxy", "reason", err)
+		m.s.c.showUnderlay(routing.NextHop{})
+		m.s.setPath(why)
 		return nil
-	case r.noRoute || hop != r.nextHop:
-		r.noRoute, r.nextHop = false, hop
-		r.s.c.showUnderlay(hop)
-		return r.migrate(ctx, pathState{reason: fmt.Sprintf("moving: this host sends from %v now", hop)})
+	case m.noRoute || hop != m.nextHop:
+		m.noRoute, m.nextHop = false, hop
+		m.s.c.showUnderlay(hop)
+		return m.migrate(ctx, pathState{reason: fmt.Sprintf("moving: this host sends from %v now", hop)})
 	}
 	if suspended > 0 {
-		return r.migrate(ctx, pathState{reason: fmt.Sprintf("this host was suspended for %v", suspended)})
+		return m.migrate(ctx, pathState{reason: fmt.Sprintf("this host was suspended for %v", suspended)})
 	}
 	return nil
 }
 
-// listen moves to another path if nothing comes on this one although something
-// was sent. What only answers the proxy counts as sent too, so the proxy is
-// asked before that means anything.
-func (r *migrator) checkLiveness(ctx context.Context) error {
-	now, stats, unsent := time.Now(), r.d.conn.ConnectionStats(), r.d.socket.Unsent()
+// checkLiveness migrates if no packets arrive although some were sent. Sent
+// acknowledgements get no answer, so it pings the proxy first.
+func (m *migrator) checkLiveness(ctx context.Context) error {
+	now, stats, unsent := time.Now(), m.d.conn.ConnectionStats(), m.d.socket.Unsent()
 	patience := max(maxSilence, maxSilenceRTTs*stats.SmoothedRTT)
 	switch {
-	case stats.PacketsReceived != r.received && unsent == nil:
-		// what comes is worth little if nothing leaves
-		r.noteReceived(stats)
-		if r.noRoute { // it was mistaken
-			r.noRoute = false
-			r.s.setPath(pathState{})
+	case stats.PacketsReceived != m.received && unsent == nil:
+		// Received packets prove little while none can leave this host.
+		m.noteReceived(stats)
+		if m.noRoute { // there is a route after all
+			m.noRoute = false
+			m.s.setPath(pathState{})
 		}
-	case r.noRoute, stats.PacketsSent == r.sentBefore:
-	case r.unansweredSince.IsZero():
-		r.unansweredSince = now
-	case now.Sub(r.unansweredSince) < patience:
-	case !r.probed:
-		r.probed, r.unansweredSince = true, now
-		go r.s.conn.Ping() // which blocks when too much waits to be sent already
+	case m.noRoute, stats.PacketsSent == m.sentBefore:
+	case m.unansweredSince.IsZero():
+		m.unansweredSince = now
+	case now.Sub(m.unansweredSince) < patience:
+	case !m.probed:
+		m.probed, m.unansweredSince = true, now
+		go m.s.conn.Ping() // blocks if the send queue is full
 	default:
 		why := pathState{reason: fmt.Sprintf("nothing has come from the proxy for %v",
-			now.Sub(r.receivedAt).Round(time.Second)), down: true}
+			now.Sub(m.receivedAt).Round(time.Second)), down: true}
 		if unsent != nil {
 			why.reason, why.local = (&unsentError{unsent}).Error(), true
 		}
-		return r.migrate(ctx, why)
+		return m.migrate(ctx, why)
 	}
 	return nil
 }
 
-// hear notes that something came from the proxy.
-func (r *migrator) noteReceived(stats quic.ConnectionStats) {
-	r.received, r.receivedAt, r.sentBefore, r.unansweredSince, r.probed = stats.PacketsReceived, time.Now(),
-		stats.PacketsSent, time.Time{}, false
+// noteReceived records that packets have arrived from the proxy.
+func (m *migrator) noteReceived(stats quic.ConnectionStats) {
+	m.received, m.sentBefore, m.receivedAt = stats.PacketsReceived, stats.PacketsSent, time.Now()
+	m.unansweredSince, m.probed = time.Time{}, false
 }
 
-// move moves the connection to a new path, for the reason that why says. It
-// gives the session up when no path leads to the proxy.
-func (r *migrator) migrate(ctx context.Context, why pathState) error {
-	c := r.s.c
-	c.cfg.Logger.Info("moving to another path", "reason", why.reason)
-	r.s.setPath(why)
-	before := r.d.conn.ConnectionStats().PacketsReceived
-	go r.s.conn.Ping()
+// migrate moves the connection to a new path, because of why. It returns a
+// lostError if no path leads to the proxy.
+func (m *migrator) migrate(ctx context.Context, why pathState) error {
+	c := m.s.c
+	c.cfg.Logger.Info("migrating to another path", "reason", why.reason)
+	m.s.setPath(why)
+	before := m.d.conn.ConnectionStats().PacketsReceived
+	go m.s.conn.Ping()
 	probing, cancel := context.WithTimeout(ctx,
-		max(probeTimeout, maxSilenceRTTs*r.d.conn.ConnectionStats().SmoothedRTT))
+		max(probeTimeout, maxSilenceRTTs*m.d.conn.ConnectionStats().SmoothedRTT))
 	defer cancel()
-	err := r.d.migrate(probing, c.dialer)
-	if errors.Is(err, errCannotMigrate) && r.awaitPackets(probing, before) {
+	err := m.d.migrate(probing, c.dialer)
+	if errors.Is(err, errCannotMigrate) && m.awaitPackets(probing, before) {
 		err = nil
 	}
-	stats := r.d.conn.ConnectionStats()
+	stats := m.d.conn.ConnectionStats()
 	switch {
 	case ctx.Err() != nil:
 		return nil
 	case err == nil:
 		c.countMigration()
-		c.cfg.Logger.Info("moved to another path", "uplink", r.nextHop.String())
-		r.s.setPath(pathState{})
-		r.completeMigration(ctx)
-		stats = r.d.conn.ConnectionStats()
-	case stats.PacketsReceived > before && r.d.socket.Unsent() == nil:
-		// by the old path, because nothing came by the new one
-		c.cfg.Logger.Warn("the connection stays where it was", "reason", err)
-	case len(c.host.changed) > 0: // the network of this host has not settled yet
-		r.noRoute = true
+		c.cfg.Logger.Info("migrated to another path", "uplink", m.nextHop.String())
+		m.s.setPath(pathState{})
+		m.completeMigration(ctx)
+		stats = m.d.conn.ConnectionStats()
+	case stats.PacketsReceived > before && m.d.socket.Unsent() == nil:
+		// The packets arrived on the old path, because the new one failed.
+		c.cfg.Logger.Warn("the connection stays on its path", "reason", err)
+	case len(c.host.changed) > 0: // the host's network is changing again
+		m.noRoute = true
 		return nil
 	default:
 		if !why.down {
@@ -241,35 +253,35 @@ func (r *migrator) migrate(ctx context.Context, why pathState) error {
 		}
 		return lostPath(why)
 	}
-	r.noteReceived(stats)
-	r.s.setPath(pathState{})
+	m.noteReceived(stats)
+	m.s.setPath(pathState{})
 	return nil
 }
 
-// settle has the proxy move too, and closes the former path when what was under
-// way on it has come.
-func (r *migrator) completeMigration(ctx context.Context) {
+// completeMigration pings until the proxy has validated the new path and packets
+// on the old path have arrived. Then it closes the old path.
+func (m *migrator) completeMigration(ctx context.Context) {
 	tick := time.NewTicker(pingInterval)
 	defer tick.Stop()
 	for range pingCount {
-		if len(r.s.c.host.changed) > 0 { // and so this path may be a former one already
+		if len(m.s.c.host.changed) > 0 { // another migration may be necessary
 			break
 		}
-		go r.s.conn.Ping()
+		go m.s.conn.Ping()
 		select {
 		case <-ctx.Done():
 		case <-tick.C:
 		}
 	}
-	r.d.closeFormer()
+	m.d.closePrevious()
 }
 
-// hears waits until more packets have come than before, which it reports, or
-// ctx ends.
-func (r *migrator) awaitPackets(ctx context.Context, before uint64) bool {
+// awaitPackets waits until the number of received packets differs from before.
+// It returns false if ctx is done first.
+func (m *migrator) awaitPackets(ctx context.Context, before uint64) bool {
 	tick := time.NewTicker(pingInterval)
 	defer tick.Stop()
-	for r.d.conn.ConnectionStats().PacketsReceived == before {
+	for m.d.conn.ConnectionStats().PacketsReceived == before {
 		select {
 		case <-ctx.Done():
 			return false
@@ -279,8 +291,8 @@ func (r *migrator) awaitPackets(ctx context.Context, before uint64) bool {
 	return true
 }
 
-// showUplink has the status say how packets leave this host, if way is not
-// zero.
+// showUnderlay sets the status's next hop outside the tunnel. The zero NextHop
+// removes it.
 func (c *Client) showUnderlay(hop routing.NextHop) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -10,28 +10,34 @@ import (
 )
 
 const (
-	// steadyAfter is how long a session has to last for the next wait before
-	// reconnecting to be short again.
+	// steadyAfter is the duration of a session after which the backoff starts
+	// again with firstDelay.
 	steadyAfter = 10 * time.Second
 	firstDelay  = 250 * time.Millisecond
 )
 
-// retry says what follows when a session ends or none comes about.
+// retry runs sessions with exponential backoff between them.
 type retry struct {
-	enabled     bool
-	service     bool          // nobody waits for the outcome of the start
-	maxDelay    time.Duration // between attempts
-	logger      *slog.Logger
-	everApplied func() bool                        // the kernel has followed a proxy; nil for never
-	beforeWait  func(everConnected bool, e *Error) // called before each wait
-	// sooner waits until ctx ends, or until trying again is worth it before its
-	// time, which it reports. It may be nil.
+	enabled  bool          // false: the first failure is final
+	service  bool          // Config.Service
+	maxDelay time.Duration // limits the delay between two sessions
+	logger   *slog.Logger
+
+	// everApplied reports whether the kernel has had a proxy's configuration.
+	// nil means false.
+	everApplied func() bool
+
+	// beforeWait is called with the failure before each wait.
+	beforeWait func(everConnected bool, e *Error)
+
+	// awaitReason waits until ctx is done, or until there is a reason to retry
+	// early, and then returns true. It may be nil.
 	awaitReason func(ctx context.Context) bool
 }
 
-// run has one session after another until ctx ends, which gives nil, or until
-// trying again cannot help. session returns why it ended, and how long it was
-// connected.
+// run calls session repeatedly until ctx is done or a failure is final. It
+// returns nil if ctx is done, and otherwise that failure. session returns its
+// failure and how long it was connected.
 func (r retry) run(ctx context.Context,
 	session func(context.Context) (connected time.Duration, err error)) error {
 	wait := &backoff.ExponentialBackOff{
@@ -63,7 +69,11 @@ func (r retry) run(ctx context.Context,
 			level = slog.LevelInfo
 		}
 		logged = statusText(e)
-		r.logger.Log(ctx, level, "no session", "reason", logged, "retry_in",
+		message := "connection attempt failed"
+		if connected > 0 {
+			message = "session ended"
+		}
+		r.logger.Log(ctx, level, message, "reason", logged, "retry_in",
 			delay.Round(time.Millisecond).String())
 		r.beforeWait(everConnected, e)
 		if r.wait(ctx, delay) {
@@ -75,8 +85,8 @@ func (r retry) run(ctx context.Context,
 	}
 }
 
-// wait waits for delay, or until ctx ends. It reports whether it ended before,
-// because something has changed.
+// wait waits for delay, or until ctx is done. It returns true if there was a
+// reason to end early.
 func (r retry) wait(ctx context.Context, delay time.Duration) bool {
 	ctx, cancel := context.WithTimeout(ctx, delay)
 	defer cancel()

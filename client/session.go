@@ -22,21 +22,23 @@ import (
 )
 
 const (
-	// configTimeout is how long the proxy may take to assign addresses and to
-	// advertise routes.
+	// configTimeout limits the wait for the first assigned addresses and
+	// advertised routes.
 	configTimeout = 10 * time.Second
-	// quietDelay and settleDelay let capsules and MTU changes that come
-	// together be applied together: when nothing has changed for the one, and
-	// at the latest after the other.
+
+	// quietDelay and settleDelay combine changes: they are applied once nothing
+	// has changed for quietDelay, and settleDelay after the first at the latest.
 	quietDelay  = 2 * time.Millisecond
 	settleDelay = 20 * time.Millisecond
-	// applyRate and applyBurst are how often the kernel follows a proxy that
-	// changes its mind, in a second and at once.
+
+	// applyRate (per second) and applyBurst limit how often the proxy can change
+	// the kernel's configuration.
 	applyRate  = 1
 	applyBurst = 10
-	// answerInterval is how often it is looked whether the far end acknowledges
-	// what it does not answer, and answerChecks after how many looks it is
-	// believed to answer nothing.
+
+	// answerInterval is the time between two calls of answerWatch.check. After
+	// answerChecks calls, a proxy that acknowledges the probes is assumed to
+	// answer none.
 	answerInterval = time.Second
 	answerChecks   = 3
 )
@@ -44,49 +46,59 @@ const (
 // noticeNoAnswer is the key of the warning that the proxy answers no echo.
 const noticeNoAnswer = "no answer"
 
-// session is one accepted request and what the proxy said on it.
+// session is one accepted CONNECT-IP request and the proxy's configuration.
 type session struct {
-	c           *Client
-	quic        *quic.Conn
-	conn        *connectip.Conn
-	wake        chan struct{} // something below changed
-	failed      chan error    // why there is no path to the proxy any more
-	pathChanged chan struct{} // path changed
+	c    *Client
+	quic *quic.Conn
+	conn *connectip.Conn
 
-	requests   bool             // for addresses; else the proxy assigns what it likes
-	proxyAddrs []netip.AddrPort // where the proxy may be reached
+	wake        chan struct{} // receives a value after changes for apply
+	pathChanged chan struct{} // receives a value after changes of path
+	failed      chan error    // receives the error that ends the session
 
-	mu          sync.Mutex
-	installed   []netip.Prefix    // addresses that the kernel has
-	assigned    []capsule.Address // the last ADDRESS_ASSIGN; nil before the first
-	requestedAt time.Time         // when addresses were asked for; zero: they were not
-	// for the answer to a request for addresses, or for the first unprompted
-	// ones
-	waiting   bool
-	routes    []capsule.Route
+	// requests is false if the session waits for unprompted addresses, and then
+	// the proxy chooses their families and lengths.
+	requests bool
+
+	proxyAddrs []netip.AddrPort // addresses of the proxy outside the tunnel
+
+	mu        sync.Mutex        // guards the fields below, up to path
+	installed []netip.Prefix    // assigned addresses that the kernel has
+	assigned  []capsule.Address // last ADDRESS_ASSIGN; nil before the first
+
+	// requestedAt is the time of the ADDRESS_REQUEST, zero if none was sent.
+	requestedAt time.Time
+
+	// waiting is set until the proxy has answered the request, or has assigned
+	// addresses unprompted.
+	waiting bool
+
+	routes    []capsule.Route // last ROUTE_ADVERTISEMENT
 	hasRoutes bool
 	dns       []capsule.DNSConfiguration
-	hasDNS    bool // dns is of this session, and not of the last one
+	hasDNS    bool // dns is from this session, not from the previous one
 	nat64     []netip.Prefix
 	path      pathState
 
-	// What follows is of keep alone.
-	configured     bool             // the kernel has had what the proxy said
-	full           bool             // all traffic of a family goes through the tunnel
-	onlyIPv4       bool             // the tunnel's interface cannot have IPv6
-	refusedRoutes  []netip.Prefix   // routes of the proxy that are not installed
+	// The fields below are used by run alone.
+
+	configured bool // the kernel has the proxy's configuration
+	full       bool // the tunnel carries all traffic of a family
+	onlyIPv4   bool // the interface cannot have IPv6
+
+	// The last logged or announced values, so that each is logged or announced
+	// once. Empty means none.
+	refusedRoutes  []netip.Prefix   // routes that are not installed
 	skippedServers []netip.AddrPort // nameservers that are not used
-	// the family that has no way through a tunnel for everything, "" for none
-	heldFamily string
-	// what was said of a family that leaves outside the tunnel, "" for nothing
-	familyOutside string
-	noRoutes      string         // what was said of a tunnel without routes, "" for nothing
-	advertised    []netip.Prefix // routes last advertised to the proxy
-	assignedPeer  []netip.Prefix // addresses last assigned to the proxy
+	heldFamily     string           // family that is unreachable in a full tunnel
+	familyOutside  string           // text about a family outside the tunnel
+	noRoutes       string           // text about a tunnel without routes
+	advertised     []netip.Prefix   // routes advertised to the proxy
+	assignedPeer   []netip.Prefix   // addresses assigned to the proxy
 }
 
-// session dials, keeps the session until it ends, and returns why it ended and
-// how long it was connected.
+// runSession dials and runs a session. It returns the reason for the end, and
+// how long the session was connected.
 func (c *Client) runSession(ctx context.Context) (connected time.Duration, err error) {
 	if err := c.closeKillSwitch(c.iface()); err != nil {
 		return 0, err
@@ -103,8 +115,8 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 	code := http3.ErrCodeNoError
 	defer func() { d.closeWith(code) }()
 	c.readNetworks()
-	// Until the proxy has had the time to speak of DNS, the resolver is left as
-	// it is.
+	// The resolver keeps the previous session's configuration (lastDNS) until the
+	// proxy has had time to send one.
 	s := &session{
 		requests: !c.skipRequest && len(c.cfg.Request) > 0, proxyAddrs: c.dialer.lastAddrs, installed: c.installed,
 		c: c, quic: d.conn, wake: make(chan struct{}, 1), failed: make(chan error, 1),
@@ -118,8 +130,7 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 			DNS: s.handleDNS, PREF64: s.handlePREF64, MTU: func(int) { s.changed() },
 		},
 		Static: c.cfg.Static,
-		// All routes that the kernel is given, and no more than a trifle
-		// besides.
+		// A capsule has room for as many routes as the kernel accepts.
 		MaxCapsule: routing.MaxRoutes * capsule.MaxRouteLen,
 		Stats:      &c.stats,
 		Panicked:   c.logPanic,
@@ -135,8 +146,8 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 	runCtx, cancel := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- s.conn.Run(runCtx) }()
-	var roaming sync.WaitGroup
-	roaming.Go(func() {
+	var migrating sync.WaitGroup
+	migrating.Go(func() {
 		defer rescue.Catch(func(e *rescue.Error) {
 			c.logPanic(e)
 			s.fail(e)
@@ -147,7 +158,7 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 	})
 	defer func() {
 		cancel()
-		roaming.Wait()
+		migrating.Wait()
 		c.mu.Lock()
 		c.quicConn, c.currentSession = nil, nil
 		c.mu.Unlock()
@@ -158,15 +169,15 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 	if errors.Is(err, errStreamEnded) {
 		reason := <-ended
 		if errors.Is(reason, capsule.ErrMalformed) || errors.Is(reason, capsule.ErrTooLarge) {
-			// The reset of the stream may get lost with the connection, so that
-			// says it as well (RFC 9114 section 8).
+			// The reset of the stream may get lost, so CONNECTION_CLOSE has the
+			// error code too (RFC 9114 section 8).
 			code = connectip.ErrorCode(reason)
 		}
 		err = s.explainEnd(explainEnd(reason, s.quic, c.target))
 	} else {
 		cancel()
 		if errors.As(err, new(*lostError)) {
-			// Nothing that waits for the path is worth waiting for.
+			// Ends the connection at once: the dead path delivers nothing.
 			_ = d.conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
 		}
 		<-ended
@@ -177,7 +188,7 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 	return connected, err
 }
 
-// lose ends the session with err, unless it ends already.
+// fail ends the session with err, unless it already has another error.
 func (s *session) fail(err error) {
 	select {
 	case s.failed <- err:
@@ -185,7 +196,7 @@ func (s *session) fail(err error) {
 	}
 }
 
-// guarded calls f. A panic ends the session alone.
+// guard calls f. A panic in f ends the session and not the program.
 func (s *session) guard(f func()) {
 	if e, ok := errors.AsType[*rescue.Error](rescue.Run(f)); ok {
 		s.c.logPanic(e)
@@ -193,11 +204,13 @@ func (s *session) guard(f func()) {
 	}
 }
 
-// errEnded stands for the end of the stream, whose reason is with its Run.
+// errStreamEnded is returned by run after the stream ended. The reason is the
+// next value of the channel ended.
 var errStreamEnded = errors.New("the session ended")
 
-// keep asks for addresses, applies what comes, and returns when the session or
-// ctx ends, or cannot go on.
+// run requests addresses and applies the proxy's configuration until ctx is done
+// or the session ends. It returns the time at which the session was connected,
+// zero if it never was.
 func (s *session) run(ctx context.Context, ended chan error) (connected time.Time, err error) {
 	c := s.c
 	if err := s.request(); err != nil {
@@ -210,15 +223,15 @@ func (s *session) run(ctx context.Context, ended chan error) (connected time.Tim
 	defer c.warn(noticeNoAnswer, "")
 	configured := time.NewTimer(configTimeout)
 	defer configured.Stop()
-	var firstPacket <-chan struct{} // nil until the kernel follows the proxy
-	var settled <-chan time.Time    // nil unless there is something to apply
-	var earliest, latest time.Time  // when to apply it
+	var firstPacket <-chan struct{} // nil unless probes are under way
+	var settled <-chan time.Time    // nil unless changes wait for apply
+	var earliest, latest time.Time  // bounds of the time of the next apply
 	applies := rate.NewLimiter(applyRate, applyBurst)
 	probing := false
 	limits := ""
 	var unanswered answerWatch
 	defer unanswered.stop()
-	isConnected := func() {
+	setConnected := func() {
 		connected = time.Now()
 		limits = s.limits()
 		s.showPath(limits)
@@ -245,7 +258,7 @@ func (s *session) run(ctx context.Context, ended chan error) (connected time.Tim
 			unanswered.stop()
 			c.warn(noticeNoAnswer, "")
 			if connected.IsZero() {
-				isConnected()
+				setConnected()
 			}
 		case <-unanswered.C:
 			acknowledged, why := unanswered.check(s.quic.ConnectionStats())
@@ -258,7 +271,7 @@ func (s *session) run(ctx context.Context, ended chan error) (connected time.Tim
 			stopProbes()
 			c.warn(noticeNoAnswer, "the proxy acknowledges packets and answers no echo in the tunnel, so whether it forwards them is not known")
 			c.cfg.Logger.Warn("the proxy answers no echo in the tunnel; it acknowledges packets, so the tunnel counts as connected")
-			isConnected()
+			setConnected()
 		case <-s.wake:
 			if settled == nil {
 				pace := applies.Reserve().Delay()
@@ -293,8 +306,8 @@ func (s *session) run(ctx context.Context, ended chan error) (connected time.Tim
 	}
 }
 
-// request asks for addresses, unless those of the configuration, or those that
-// the proxy assigns unprompted, serve.
+// request sends the ADDRESS_REQUEST, unless the session uses static or
+// unprompted addresses.
 func (s *session) request() error {
 	if len(s.c.cfg.Static) > 0 {
 		return nil
@@ -312,13 +325,13 @@ func (s *session) request() error {
 	return s.conn.Request(s.c.addressesToRequest())
 }
 
-// unprompted reports whether the session waits for addresses without asking.
+// skipsRequest reports whether the session waits for unprompted addresses.
 func (s *session) skipsRequest() bool { return s.c.skipRequest || len(s.c.cfg.Request) == 0 }
 
-// explainRequest returns err, with which the far end ended the session, or an
-// error that says more: some proxies cannot take ADDRESS_REQUEST, although RFC
-// 9484 section 4.7.2 obliges them to answer, end the stream, and had assigned
-// addresses unprompted before. The next session then does without asking.
+// explainEnd returns the error for a session that the proxy ended with err. Some
+// proxies assign addresses unprompted and end the stream at an ADDRESS_REQUEST,
+// although RFC 9484 section 4.7.2 requires an answer. For these the next session
+// skips the request, and the error names the setting.
 func (s *session) explainEnd(err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -337,12 +350,12 @@ func (s *session) explainEnd(err error) error {
 		"set addresses.request = []; until then each run of the client begins with such a failure")
 }
 
-// wanted is what to ask for: the addresses of the last session, where there was
-// one, and otherwise those configured.
+// addressesToRequest returns the configured requests, with addresses of the
+// previous session in place of unspecified ones.
 func (c *Client) addressesToRequest() []netip.Prefix {
 	want := slices.Clone(c.cfg.Request)
 	had := slices.Clone(c.lastAddrs)
-	for _, sameLength := range []bool{true, false} { // a prefix for a prefix, if there was one
+	for _, sameLength := range []bool{true, false} { // prefer the requested length
 		for i, w := range want {
 			if !w.Addr().IsUnspecified() {
 				continue
@@ -359,6 +372,7 @@ func (c *Client) addressesToRequest() []netip.Prefix {
 	return want
 }
 
+// changed makes run call apply soon.
 func (s *session) changed() {
 	select {
 	case s.wake <- struct{}{}:
@@ -391,8 +405,8 @@ func (s *session) handleDNS(configurations []capsule.DNSConfiguration) error {
 	return nil
 }
 
-// forgetDNS lets go of what a former session said, unless this one has said
-// something too.
+// forgetDNS discards the previous session's DNS configuration, if this session
+// has not received one.
 func (s *session) forgetDNS() {
 	s.mu.Lock()
 	forget := !s.hasDNS && len(s.dns) > 0
@@ -413,22 +427,21 @@ func (s *session) handlePREF64(prefixes []netip.Prefix) error {
 	return nil
 }
 
-// addresses returns what of the tunnel's addresses is on this host's side.
+// addresses returns the static and the assigned addresses, without duplicates.
 func (s *session) addresses() []netip.Prefix {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := slices.Clone(s.c.cfg.Static)
 	for _, a := range s.assigned {
 		if !a.Refused() && s.wantsFamily(a.Prefix) && !slices.Contains(out, a.Prefix) {
-			// a proxy may assign what is static
 			out = append(out, a.Prefix)
 		}
 	}
 	return out
 }
 
-// hostAddresses returns the addresses of the interface for what is assigned. A
-// prefix has one; the rest of it is for whatever is behind this host.
+// hostAddresses returns the addresses of the interface. It has one address of
+// each assigned prefix: the other addresses are for hosts behind this one.
 func (s *session) hostAddresses(assigned []netip.Prefix) []netip.Prefix {
 	out := slices.Clone(assigned)
 	for i, p := range out {
@@ -440,16 +453,17 @@ func (s *session) hostAddresses(assigned []netip.Prefix) []netip.Prefix {
 	return out
 }
 
-// apply makes the kernel follow what the proxy said. complete is false while
-// the proxy has not said enough.
+// apply configures the kernel and the resolver as the proxy requests. complete
+// is false if the proxy has not sent addresses and routes yet.
 func (s *session) apply() (complete bool, err error) {
 	c := s.c
 	s.mu.Lock()
 	routes, hasRoutes, dns, nat64, waiting := s.routes, s.hasRoutes, s.dns, s.nat64, s.waiting
 	s.mu.Unlock()
-	addrs := s.addresses() // after waiting, for both may change in between
+	// waiting is read first: the answer may arrive in between.
+	addrs := s.addresses()
 	if !hasRoutes || len(addrs) == 0 && waiting && !s.configured {
-		return false, nil // more is to come
+		return false, nil
 	}
 	if c.readNetworks() {
 		if err := s.updateFilter(); err != nil {
@@ -457,12 +471,12 @@ func (s *session) apply() (complete bool, err error) {
 		}
 	}
 	if err := s.checkAssigned(); err != nil {
-		c.lastAddrs = nil // it may grant others
+		c.lastAddrs = nil // another request may be granted
 		c.removeTakenAddresses()
 		return false, err
 	}
 	if len(addrs) == 0 {
-		c.lastAddrs = nil // it may grant others
+		c.lastAddrs = nil // another request may be granted
 		return false, fail(causeAddresses, nil, "the proxy assigned no address",
 			"its pool may be exhausted; ask its operator")
 	}
@@ -487,7 +501,7 @@ func (s *session) apply() (complete bool, err error) {
 	network := c.supervisor.Current().network
 	err = network.Apply(state)
 	if errors.Is(err, routing.ErrInterfaceGone) || errors.Is(err, os.ErrClosed) {
-		return false, nil // until there is another one
+		return false, nil // the supervisor opens another one
 	}
 	if held := network.Held(); err == nil {
 		s.noteIPv6Refused(held)
@@ -530,10 +544,10 @@ func (s *session) apply() (complete bool, err error) {
 	return true, nil
 }
 
-// mtu is the MTU that the device should have, in bytes. It never goes below
-// what IPv6 needs, because the kernel would then take IPv6 off the device, and
-// what belongs in the tunnel would leave beside it; a link that carries less
-// answers for itself.
+// mtu returns the MTU for the device, in bytes. It is never below the minimum of
+// IPv6, because the kernel would remove IPv6 from the device, and its packets
+// would leave outside the tunnel. For a smaller path, connectip answers packets
+// that are too long.
 func (s *session) mtu() int {
 	if m := s.c.cfg.TUN.MTU; m != 0 {
 		return m
@@ -541,14 +555,14 @@ func (s *session) mtu() int {
 	return max(minMTU, min(s.conn.MTU(), maxMTU))
 }
 
+// onlyIPv4 returns prefixes without those of IPv6.
 func onlyIPv4(prefixes []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool {
 		return p.Addr().Is6()
 	})
 }
 
-// limits says what a connected tunnel does not carry, "" when there is nothing
-// to say.
+// limits describes the packets that the path does not carry, "" for none.
 func (s *session) limits() string {
 	if mtu := s.conn.MTU(); mtu < minMTU {
 		return fmt.Sprintf("the path carries packets of %d bytes; IPv6, which needs %d, is off",
@@ -557,8 +571,8 @@ func (s *session) limits() string {
 	return ""
 }
 
-// accepted returns the fewest prefixes that cover what is both advertised and
-// accepted.
+// acceptedPrefixes returns the fewest prefixes that cover the intersection of
+// routes and accept.
 func acceptedPrefixes(routes []capsule.Route, accept []netip.Prefix) ([]netip.Prefix, error) {
 	var advertised, allowed netipx.IPSetBuilder
 	for _, r := range routes {
@@ -579,20 +593,21 @@ func acceptedPrefixes(routes []capsule.Route, accept []netip.Prefix) ([]netip.Pr
 	return set.Prefixes(), nil
 }
 
-// notConfigured explains what the proxy did not say in time.
+// notConfigured returns the error for a proxy that sends no addresses or no
+// routes within configTimeout.
 func (s *session) notConfigured() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	what, remedy := "advertised no routes", "ask its operator"
+	omission, remedy := "advertised no routes", "ask its operator"
 	granted := slices.ContainsFunc(s.assigned, func(a capsule.Address) bool { return !a.Refused() })
 	if !granted && len(s.c.cfg.Static) == 0 {
-		what = "assigned no addresses"
+		omission = "assigned no addresses"
 		if s.requestedAt.IsZero() && !s.c.skipRequest {
-			what, remedy = "assigned no addresses unasked",
+			omission, remedy = "assigned no addresses unasked",
 				"remove addresses.request, or ask its operator"
 		}
-		s.c.skipRequest = false // it may be another proxy of that name
+		s.c.skipRequest = false // another proxy may have the name now
 	}
 	return fail(causeAddresses, nil,
-		fmt.Sprintf("the proxy %s within %v", what, configTimeout), remedy)
+		fmt.Sprintf("the proxy %s within %v", omission, configTimeout), remedy)
 }

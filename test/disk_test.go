@@ -107,7 +107,7 @@ func TestBackgroundLogBounded(t *testing.T) {
 	}
 	p.kick("alice")
 	p.eventually("the log has it", func() bool {
-		return bytes.Contains(read(), []byte("no session"))
+		return bytes.Contains(read(), []byte("session ended"))
 	})
 	if text := read(); len(text) > 4<<20 || !bytes.HasPrefix(text, []byte("a line from before\n")) {
 		t.Errorf("%d bytes, beginning with %q", len(text), text[:40])
