@@ -28,15 +28,15 @@ const (
 	alertCertRequired   = 116
 )
 
-// classify turns what went wrong on the way to an accepted request into an
-// Error. conn may be nil.
+// classify returns an Error for a failure before the request was accepted. conn
+// may be nil.
 func classify(err error, conn *quic.Conn, to target) error {
 	var e *Error
 	if errors.As(err, &e) {
 		return e
 	}
 	if conn != nil && conn.Context().Err() != nil {
-		// What ended the connection says more than the call that noticed.
+		// The error of the connection is better than its consequence.
 		if cause := context.Cause(conn.Context()); !isLocalClose(cause) {
 			err = cause
 		}
@@ -81,10 +81,10 @@ func classify(err error, conn *quic.Conn, to target) error {
 			connectip.Explain(err)), "")
 }
 
-// proven reports whether the far end of conn has proved that it is the proxy.
-// Until then, anybody on the way can end the connection, with any error: all
-// know the keys of Initial packets (RFC 9001 section 5.2), and whoever answers
-// in the proxy's place has those of Handshake packets.
+// authenticated reports whether the peer of conn has proved that it is the proxy.
+// Until then, anybody on the path can close the connection with any error: the
+// keys of Initial packets are public (RFC 9001 section 5.2), and a peer that
+// answers in the proxy's place has the keys of Handshake packets.
 func authenticated(conn *quic.Conn) bool {
 	if conn == nil {
 		return false
@@ -97,10 +97,11 @@ func authenticated(conn *quic.Conn) bool {
 	}
 }
 
-// whyEnded explains the end of a stream on conn by that of the connection,
-// where that ended first.
+// explainEnd returns an Error for the end of a stream on conn. If the connection
+// has ended, its error is the reason.
 func explainEnd(err error, conn *quic.Conn, to target) error {
-	cause := err // that of the connection, but its context may end a little later
+	// The context of a broken connection may be done a little later than conn.
+	cause := err
 	if conn.Context().Err() != nil {
 		cause = context.Cause(conn.Context())
 	}
@@ -128,16 +129,16 @@ func explainEnd(err error, conn *quic.Conn, to target) error {
 	return classify(cause, conn, to)
 }
 
-// isLocalClose reports whether err is the end that this side made.
+// isLocalClose reports whether err means that this side closed the connection.
 func isLocalClose(err error) bool {
 	var app *quic.ApplicationError
 	return errors.As(err, &app) && !app.Remote || errors.Is(err, quic.ErrTransportClosed)
 }
 
-// maxSubjects is how many of a certificate's names are said.
+// maxSubjects limits the listed names of a certificate.
 const maxSubjects = 5
 
-// subjects says which names and addresses c is for.
+// subjects lists the names and addresses of c.
 func subjects(c *x509.Certificate) string {
 	names := slices.Clone(c.DNSNames)
 	for _, ip := range c.IPAddresses {
@@ -152,8 +153,8 @@ func subjects(c *x509.Certificate) string {
 	return strings.Join(names, ", ")
 }
 
-// identity explains a certificate of the proxy that does not verify, or returns
-// nil.
+// identityError returns an Error for a certificate that does not verify, or nil
+// if err has another reason.
 func identityError(err error, to target) *Error {
 	var verify *tls.CertificateVerificationError
 	if !errors.As(err, &verify) {
@@ -173,7 +174,8 @@ func identityError(err error, to target) *Error {
 				to.verify, subjects(host.Certificate)),
 			"correct proxy or tls.server_name")
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
-		// Dates are looked at first, but whose certificate it is says more.
+		// crypto/x509 checks the dates first, but a wrong name or authority is
+		// the better explanation.
 		at := invalid.Cert.NotAfter
 		if to.clock.now().Before(invalid.Cert.NotBefore) {
 			at = invalid.Cert.NotBefore
@@ -188,7 +190,7 @@ func identityError(err error, to target) *Error {
 		"do not connect, and ask its operator")
 }
 
-// verifyAt verifies a chain as the handshake does, for another time.
+// verifyAt verifies a chain like the handshake, but at another time.
 func (to target) verifyAt(chain []*x509.Certificate, at time.Time) error {
 	opts := x509.VerifyOptions{Roots: to.roots, DNSName: to.verify, CurrentTime: at,
 		Intermediates: x509.NewCertPool()}
@@ -199,15 +201,16 @@ func (to target) verifyAt(chain []*x509.Certificate, at time.Time) error {
 	return err
 }
 
+// isExpired reports whether err is about the validity dates of a certificate.
 func isExpired(err error) bool {
 	var invalid x509.CertificateInvalidError
 	return errors.As(err, &invalid) && invalid.Reason == x509.Expired
 }
 
-// outOfTime explains a certificate that is not valid at this time. A clock that
-// is behind, as that of a host without a battery is when it boots, will be set,
-// and time passes: what is not valid yet will be. The certificate does not
-// count for that: nobody has proved yet to have its key.
+// outOfTime returns an Error for a certificate that is not valid now. It is not
+// final if waiting helps: a clock that is behind, as on a host that boots without
+// a battery, will be set. The certificate cannot serve as a clock, because the
+// peer has not proved yet that it has the key.
 func outOfTime(err error, cert *x509.Certificate, to target) *Error {
 	now := to.clock.now()
 	const remedy = "check this host's clock, and ask the operator for a new certificate"

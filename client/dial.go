@@ -27,53 +27,71 @@ import (
 )
 
 const (
-	idleTimeout = 30 * time.Second
-	// keepAlive is how often an idle connection is used. Tunnels do so with
-	// packets that a restarted proxy answers, so that it goes unnoticed no
-	// longer.
-	keepAlive        = 10 * time.Second
+	idleTimeout      = 30 * time.Second
 	handshakeTimeout = 5 * time.Second
 	resolveTimeout   = 5 * time.Second
-	// translatorTimeout is for how long the network is asked for its
-	// translator, and maxTranslators how many of those are tried.
+
+	// answerTimeout limits the wait for SETTINGS and the answer to the request.
+	answerTimeout = 10 * time.Second
+
+	// keepAlive is the time after which an idle connection is used. In a tunnel
+	// this is a packet that the proxy answers, so that the client notices a
+	// restarted proxy.
+	keepAlive = 10 * time.Second
+
+	// translatorTimeout limits the discovery of the network's NAT64 prefixes, of
+	// which the first maxTranslators are used.
 	translatorTimeout = 2 * time.Second
 	maxTranslators    = 2
-	answerTimeout     = 10 * time.Second
-	// attemptDelay is the time after which the next address of the proxy is
-	// tried as well (RFC 8305 section 5).
+
+	// attemptDelay is the time between the starts of attempts with two addresses
+	// of the proxy (RFC 8305 section 5).
 	attemptDelay = 250 * time.Millisecond
-	// initialPacketSize leaves room for an IPv6 packet of 1280 bytes in a
-	// datagram and fits, with its headers, a path of 1400 bytes.
-	// smallPacketSize is what every path of QUIC carries.
+
+	// initialPacketSize is the size of the first QUIC packets, in bytes. It
+	// leaves room for an IPv6 packet of 1280 bytes in a datagram, and the packet
+	// with its headers fits a path of 1400 bytes. smallPacketSize fits every
+	// path that supports QUIC (RFC 9000 section 14).
 	initialPacketSize = 1350
 	smallPacketSize   = 1200
-	// maxInterim is how many answers may come, of which all but the last are
+
+	// maxInterim limits the responses to a request. All but the last are
 	// informational (RFC 9110 section 15.2).
 	maxInterim = 8
 )
 
+// controlFunc prepares a socket, see net.Dialer.Control.
 type controlFunc = func(network, address string, c syscall.RawConn) error
 
-// dialer makes connections to one proxy. It is used by one goroutine at a time.
+// dialer connects to one proxy. It is used by one goroutine at a time.
 type dialer struct {
 	target     target
 	tls        *tls.Config
 	token      string
 	congestion congestion.Mode
-	control    controlFunc // prepares sockets; may be nil
+	control    controlFunc // may be nil
 	resolver   *net.Resolver
-	// of what the kernel dropped because a socket was full, may be nil
+	logger     *slog.Logger
+
+	// tracer is the Tracer of quic.Config. It may be nil.
+	tracer func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace
+
+	// dropped is called with the number of packets that the kernel dropped
+	// because a socket was full. It may be nil.
 	dropped func(packets int)
-	// see Resolver, may be nil
+
+	// upstream is Resolver.Upstream. It may be nil.
 	upstream func() (servers []netip.AddrPort, applied bool)
-	tracer   func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace // may be nil
-	// is told of each step that went well; may be nil
-	progress  func(string)
-	hasRoute  func(netip.Addr) bool // whether packets to an address leave this host
-	logger    *slog.Logger
-	lastAddrs []netip.AddrPort // the proxy's addresses
+
+	// progress is called with a text after each successful step. It may be nil.
+	progress func(string)
+
+	// hasRoute reports whether this host has a route to an address.
+	hasRoute func(netip.Addr) bool
+
+	lastAddrs []netip.AddrPort // addresses of the proxy
 	outer     outerSockets
-	timeouts  int // attempts that got no answer
+	timeouts  int // attempts without an answer
 }
 
 func newDialer(to target, config *tls.Config, token string, control controlFunc,
@@ -82,8 +100,7 @@ func newDialer(to target, config *tls.Config, token string, control controlFunc,
 		resolver: resolver(control, nil), logger: logger, hasRoute: hasRoute}
 }
 
-// hasRoute reports whether the kernel has a route to an address, outside of
-// tunnels.
+// hasRoute reports whether the kernel has a route to an address outside tunnels.
 func hasRoute(to netip.Addr) bool {
 	_, err := routing.LookUpNextHop(to, routing.DefaultMark)
 	return err == nil
@@ -91,19 +108,21 @@ func hasRoute(to netip.Addr) bool {
 
 // dialed is an established connection to the proxy.
 type dialed struct {
-	transport     *quic.Transport // the current path's transport
-	socket        *udpconn.Conn   // transport's socket
-	path          *quic.Path      // nil for the first one
-	closePrevious func()          // closes the path that it was on before
-	// whose LocalAddr and RemoteAddr must not be asked for: they may change
+	transport     *quic.Transport // transport of the current path
+	socket        *udpconn.Conn   // socket of transport
+	path          *quic.Path      // current path; nil before the first migration
+	closePrevious func()          // closes the path before the last migration
+
+	// conn is the connection. Its LocalAddr and RemoteAddr must not be called,
+	// because quic-go changes them without a lock when the connection migrates.
 	conn   *quic.Conn
 	remote netip.AddrPort
 }
 
-// close ends the connection and frees its socket.
+// close closes the connection and its sockets.
 func (d *dialed) close() { d.closeWith(http3.ErrCodeNoError) }
 
-// closeWith is close that tells the proxy what went wrong.
+// closeWith is close with an error code for the proxy.
 func (d *dialed) closeWith(code http3.ErrCode) {
 	_ = d.conn.CloseWithError(quic.ApplicationErrorCode(code), "")
 	d.closePrevious()
@@ -111,8 +130,9 @@ func (d *dialed) closeWith(code http3.ErrCode) {
 	_ = d.socket.Close()
 }
 
-// dial connects to the proxy and makes the first request on the connection, for
-// which request has answerTimeout. Its error ends the connection.
+// dial connects to the proxy and calls request, which makes the first request.
+// SETTINGS and request have answerTimeout. An error of request closes the
+// connection.
 func (d *dialer) dial(ctx context.Context,
 	request func(context.Context, *http3.ClientConn) error) (*dialed, error) {
 	addrs, err := d.resolve(ctx)
@@ -130,14 +150,14 @@ func (d *dialer) dial(ctx context.Context,
 	d.reportConn(c.conn)
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
-	stop := context.AfterFunc(ctx, c.close) // unblocks the exchange
+	stop := context.AfterFunc(ctx, c.close) // unblocks request
 	h3, err := d.handshake(ctx, c.conn)
 	if err == nil {
 		d.report("it is a MASQUE proxy: it offers Extended CONNECT and HTTP Datagrams")
 		err = request(ctx, h3)
 	}
 	if !stop() {
-		err = ctx.Err() // and not that the connection was closed for it
+		err = ctx.Err() // not the error of the closed connection
 	}
 	if err != nil {
 		err = classify(err, c.conn, d.target)
@@ -147,8 +167,8 @@ func (d *dialer) dial(ctx context.Context,
 	return c, nil
 }
 
-// resolve finds the addresses of the proxy. When DNS does not answer, those of
-// the last time serve.
+// resolve returns the addresses of the proxy. If its name cannot be resolved, it
+// returns the last known addresses.
 func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	port, err := strconv.ParseUint(d.target.port, 10, 16)
 	if err != nil || port == 0 {
@@ -177,10 +197,10 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	return d.lastAddrs, nil
 }
 
-// translate adds to addrs, if this host has no route to any of them, the
-// addresses by which a translator of its network reaches those of IPv4 (RFC
-// 7050, RFC 6052). Nobody vouches for what DNS says of the translator, which
-// need not matter: whoever answers has to prove to be the proxy.
+// translate returns addrs. If this host has no route to any of them, it appends
+// the addresses that the NAT64 of the host's network translates to the IPv4
+// addresses (RFC 7050, RFC 6052). Forged DNS answers do no harm here, because the
+// peer has to prove that it is the proxy.
 func (d *dialer) translate(ctx context.Context, addrs []netip.Addr) []netip.Addr {
 	ipv4 := slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Unmap().Is4() })
 	if !ipv4 || slices.ContainsFunc(addrs, func(a netip.Addr) bool {
@@ -192,7 +212,7 @@ func (d *dialer) translate(ctx context.Context, addrs []netip.Addr) []netip.Addr
 	defer cancel()
 	answers, err := d.lookup(ctx, "ip6", nat64.Name)
 	if err != nil {
-		d.logger.Debug("the network of this host has no translator for IPv4 that it tells of",
+		d.logger.Debug("no NAT64 is known in the network of this host",
 			"error", err)
 		return addrs
 	}
@@ -213,6 +233,7 @@ func (d *dialer) translate(ctx context.Context, addrs []netip.Addr) []netip.Addr
 	return out
 }
 
+// dnsReason returns the text of a DNS error without the name and the server.
 func dnsReason(err error) string {
 	var dns *net.DNSError
 	if errors.As(err, &dns) {
@@ -221,8 +242,8 @@ func dnsReason(err error) string {
 	return err.Error()
 }
 
-// interleave orders addresses for attempts: IPv6 first, then by turns (RFC 8305
-// section 4).
+// interleave orders addresses for attempts: IPv6 and IPv4 alternate, beginning
+// with IPv6 (RFC 8305 section 4).
 func interleave(addrs []netip.Addr, port uint16) []netip.AddrPort {
 	var by [2][]netip.Addr
 	for _, a := range addrs {
@@ -244,8 +265,8 @@ func interleave(addrs []netip.Addr, port uint16) []netip.AddrPort {
 	return out
 }
 
-// race dials addrs, each a moment after the one before, and returns the first
-// connection (RFC 8305).
+// race dials addrs with attemptDelay between two starts, and returns the first
+// connection (RFC 8305 section 5).
 func (d *dialer) race(ctx context.Context, addrs []netip.AddrPort) (*dialed, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -286,9 +307,9 @@ func (d *dialer) race(ctx context.Context, addrs []netip.AddrPort) (*dialed, err
 	return nil, failed
 }
 
-// worse reports whether a says more about the failure of an attempt than b: a
-// proxy that answered beats silence, and silence an address that this host
-// cannot send to.
+// worse reports whether a explains a failed attempt better than b: the error of a
+// proxy that answered is better than a timeout, and a timeout is better than an
+// address to which this host cannot send.
 func worse(a, b error) bool {
 	var x, y *Error
 	if !errors.As(a, &x) || !errors.As(b, &y) || y.Kind != KindUnreachable {
@@ -298,13 +319,14 @@ func worse(a, b error) bool {
 		errors.As(b, new(*unsentError)) && !errors.As(a, new(*unsentError))
 }
 
-// unsentError says that packets do not leave this host.
+// unsentError means that packets do not leave this host.
 type unsentError struct{ reason error }
 
 func (e *unsentError) Error() string {
 	return fmt.Sprintf("packets to the proxy do not leave this host (%v)", e.reason)
 }
 
+// dialAddr connects to one address of the proxy.
 func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, error) {
 	t, udp, err := d.open(ctx, addr)
 	if err != nil {
@@ -335,7 +357,7 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 	return &dialed{transport: t, socket: udp, closePrevious: func() {}, conn: conn, remote: addr}, nil
 }
 
-// open makes a socket for packets to addr, and the transport over it.
+// open opens a socket for packets to addr, and a transport that uses it.
 func (d *dialer) open(ctx context.Context, addr netip.AddrPort) (*quic.Transport, *udpconn.Conn,
 	error) {
 	network := "udp4"
@@ -362,9 +384,9 @@ func (d *dialer) open(ctx context.Context, addr netip.AddrPort) (*quic.Transport
 	return &quic.Transport{Conn: udp}, udp, nil
 }
 
-// packetSize is the size of the first QUIC packets, in bytes. When an attempt
-// gets no answer, the path may be too narrow for them: two attempts with small
-// packets follow, because it takes the proxy one of them to notice.
+// packetSize returns the size of the first QUIC packets, in bytes. If an attempt
+// gets no answer, the MTU of the path may be too small. Then two attempts use
+// small packets, because the proxy needs one of them to notice it.
 func (d *dialer) packetSize() uint16 {
 	if d.timeouts%3 == 0 {
 		return initialPacketSize
@@ -372,8 +394,8 @@ func (d *dialer) packetSize() uint16 {
 	return smallPacketSize
 }
 
-// handshake begins HTTP/3 on conn and checks that the far end is a proxy (RFC
-// 9220, RFC 9297 section 2.1.1).
+// handshake starts HTTP/3 on conn and checks that the peer supports Extended
+// CONNECT and HTTP Datagrams (RFC 9220, RFC 9297 section 2.1.1).
 func (d *dialer) handshake(ctx context.Context, conn *quic.Conn) (*http3.ClientConn, error) {
 	h3 := (&http3.Transport{EnableDatagrams: true, DisableCompression: true}).NewClientConn(conn)
 	select {
@@ -396,7 +418,7 @@ func (d *dialer) handshake(ctx context.Context, conn *quic.Conn) (*http3.ClientC
 	return h3, nil
 }
 
-// identify adds to the header of a request what tells the proxy who asks.
+// identify adds the credentials to the header of a request.
 func (d *dialer) identify(h http.Header) {
 	h.Set("User-Agent", "masque-client")
 	if d.token != "" {
@@ -404,7 +426,7 @@ func (d *dialer) identify(h http.Header) {
 	}
 }
 
-// dial connects to the proxy and has the request of the tunnel accepted.
+// dial connects to the proxy and returns the stream of the accepted request.
 func (c *Client) dial(ctx context.Context) (d *dialed, str *http3.RequestStream, err error) {
 	d, err = c.dialer.dial(ctx, func(ctx context.Context, h3 *http3.ClientConn) (err error) {
 		str, err = c.request(ctx, h3)
@@ -413,8 +435,8 @@ func (c *Client) dial(ctx context.Context) (d *dialed, str *http3.RequestStream,
 	return d, str, err
 }
 
-// request sends the Extended CONNECT request of the tunnel and checks the
-// answer (RFC 9484 section 4).
+// request sends the Extended CONNECT request for the tunnel and checks the
+// response (RFC 9484 section 4).
 func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.RequestStream, error) {
 	u, err := c.target.template.Expand(c.target.scope)
 	if err != nil {
@@ -448,23 +470,23 @@ func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.Requ
 	return str, checkResponse(rsp)
 }
 
-// readFinalResponse returns the answer after those with a status below 200.
+// readFinalResponse returns the first response that is not informational.
 func readFinalResponse(str *http3.RequestStream) (*http.Response, error) {
 	for range maxInterim {
 		rsp, err := str.ReadResponse()
 		if err != nil {
 			return nil, err
 		}
+		// HTTP/3 has no 101 (RFC 9114 section 4.5).
 		if rsp.StatusCode >= 200 || rsp.StatusCode == http.StatusSwitchingProtocols {
-			// which HTTP/3 does not have
 			return rsp, nil
 		}
 	}
 	return nil, fmt.Errorf("the proxy sent more than %d answers and no final one", maxInterim-1)
 }
 
-// checkResponse returns nil for a success (RFC 9484 section 4.5) that is
-// well-formed (RFC 9297 section 3.2).
+// checkResponse returns nil for a successful response (RFC 9484 section 4.5) that
+// is well-formed (RFC 9297 section 3.2).
 func checkResponse(rsp *http.Response) error {
 	status := rsp.StatusCode
 	kind, rcode := proxyError(rsp.Header)
@@ -497,7 +519,7 @@ func checkResponse(rsp *http.Response) error {
 		return fail(causeBusy, nil, "the proxy cannot resolve the target's name now"+detail,
 			"ask its operator to check its DNS")
 	case status >= 500 || status == http.StatusRequestTimeout:
-		// the latter when SETTINGS of this client got lost
+		// 408 means that the proxy waited in vain for the client's SETTINGS.
 		return fail(causeBusy, nil,
 			fmt.Sprintf("the proxy failed, status %d%s", status, detail), "")
 	default:
@@ -507,8 +529,8 @@ func checkResponse(rsp *http.Response) error {
 	}
 }
 
-// proxyDetail returns Proxy-Status in brackets, to go behind a text; "" for
-// none.
+// proxyDetail returns the field Proxy-Status in parentheses, with a leading space.
+// It returns "" if there is none.
 func proxyDetail(h http.Header) string {
 	if s := h.Get("Proxy-Status"); s != "" {
 		return fmt.Sprintf(" (%.200q)", s)
@@ -516,8 +538,8 @@ func proxyDetail(h http.Header) string {
 	return ""
 }
 
-// proxyError returns the error type in Proxy-Status, and the DNS response code
-// with it (RFC 9209 section 2.3); "" for none.
+// proxyError returns the error type in Proxy-Status and the DNS response code
+// (RFC 9209 section 2.3). Each is "" if it is missing.
 func proxyError(h http.Header) (kind, rcode string) {
 	list, err := httpsfv.UnmarshalList(h["Proxy-Status"])
 	if err != nil {
@@ -538,8 +560,7 @@ func proxyError(h http.Header) (kind, rcode string) {
 	return kind, rcode
 }
 
-// tlsConfig is what the proxy is dialed with: base, which may be nil,
-// completed.
+// tlsConfig returns base, which may be nil, with the settings of HTTP/3.
 func (to target) tlsConfig(base *tls.Config) *tls.Config {
 	t := &tls.Config{}
 	if base != nil {
@@ -549,9 +570,8 @@ func (to target) tlsConfig(base *tls.Config) *tls.Config {
 	t.NextProtos = []string{http3.NextProtoH3}
 	t.MinVersion = tls.VersionTLS13
 	if len(t.Certificates) > 0 && t.GetClientCertificate == nil {
-		// Without this, a certificate of an authority that the proxy does not
-		// name is silently left out, and the proxy's refusal says nothing of
-		// it.
+		// Otherwise crypto/tls leaves out a certificate from an authority that
+		// the proxy does not name, and the proxy reports a missing certificate.
 		cert := t.Certificates[0]
 		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			return &cert, nil

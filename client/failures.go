@@ -5,10 +5,10 @@ import (
 	"net/netip"
 )
 
-// A cause is why there is no session: a row of the table of failures.
+// cause is the cause of a failure. It is the index of failures.
 type cause int
 
-// The causes. The zero value is a failure that may pass by itself.
+// The causes. The zero value is an unknown failure, which may pass.
 const (
 	causeFailure cause = iota
 	causeConfiguration
@@ -34,38 +34,35 @@ const (
 	numCauses
 )
 
-// source is who can bring a failure about.
+// source is the party that can cause a failure.
 type source int
 
 const (
-	byHost source = iota // nobody but this host
-	// whoever can send packets to this host: the far end has not proved that it
-	// is the proxy
-	byAnyone
-	byProxy // the proxy, which has proved who it is
+	byHost   source = iota // this host
+	byAnyone               // anybody on the path: the peer is not authenticated
+	byProxy                // the authenticated proxy
 )
 
-// failure is what follows from a cause. The host keeps its device and its
-// routes, and the client tries again, unless the failure is final: then the
-// client ends, and all is as it was before, but for a kill switch, which stays
-// closed.
+// failure describes how the client reacts to a cause. If the failure is final,
+// Run restores the host, except for the kill switch, and returns the error.
+// Otherwise the host keeps its device and routes, and the client retries.
 //
-// Two rules stand behind the table, and its test checks them. Whatever anybody
-// on the way can bring about is final only while somebody waits for the outcome
-// of a start by hand: else a packet without a key would take the routes away.
-// Once a session has run, nothing is final but what the proxy itself, having
-// proved who it is, says of this user.
+// TestFailureTable checks the two rules of the table. A failure that anybody on
+// the path can cause is final only in a client that was started by hand and has
+// had no session: otherwise a forged packet could remove the routes. After a
+// session, only the authenticated proxy can cause a final failure.
 type failure struct {
 	name   string
 	source source
-	kind   Kind // and so the exit code
+	kind   Kind
 
-	// Whether it is final: in a client that was started by hand and has had no
-	// session yet, in a service that has had none, and in either after that.
+	// byHand and service mean that the failure is final before the first
+	// session, in a client that was started by hand and in a service. later
+	// means that it is final after a session.
 	byHand, service, later bool
 }
 
-// failures is the table; docs/failures.md shows it.
+// failures is the table of docs/failures.md.
 var failures = [numCauses]failure{
 	causeConfiguration: {"the configuration is wrong", byHost, KindUsage, true, true, false},
 	causePrivileges:    {"a privilege is missing", byHost, KindPrivileges, true, true, false},
@@ -102,8 +99,8 @@ var failures = [numCauses]failure{
 		false, false},
 }
 
-// final reports whether a client ends because of c. service says that nobody
-// waits for the outcome of its start, later that a session has run.
+// final reports whether Run returns because of c. service is Config.Service, and
+// later means that there was a session.
 func (c cause) final(service, later bool) bool {
 	f := failures[c]
 	switch {
@@ -116,18 +113,18 @@ func (c cause) final(service, later bool) bool {
 	}
 }
 
-// fail makes the Error of a cause.
+// fail returns an Error with the kind of c.
 func fail(c cause, err error, reason, remedy string) *Error {
 	return &Error{Kind: failures[c].kind, Reason: reason, Remedy: remedy,
 		Err: &attempt{cause: c, err: err}}
 }
 
-// attempt is the Err of the Errors that fail makes. It decides whether the
-// client tries again.
+// attempt is the Err of an Error that fail returns. Its cause decides whether the
+// client retries.
 type attempt struct {
 	cause cause
-	from  netip.AddrPort // address of the far end; zero: unknown
-	err   error          // what went wrong; nil: the proxy refused
+	from  netip.AddrPort // address of the peer; zero: unknown
+	err   error          // underlying error; nil: the proxy refused
 }
 
 func (a *attempt) Error() string {
@@ -139,8 +136,8 @@ func (a *attempt) Error() string {
 
 func (a *attempt) Unwrap() error { return a.err }
 
-// attemptOf returns the attempt that e is about. An Error from elsewhere is a
-// failure that may pass by itself.
+// attemptOf returns the attempt that e wraps. For an Error from elsewhere it
+// returns one with causeFailure, which may pass.
 func attemptOf(e *Error) *attempt {
 	if a, ok := e.Err.(*attempt); ok {
 		return a
@@ -148,8 +145,7 @@ func attemptOf(e *Error) *attempt {
 	return &attempt{cause: causeFailure, err: e.Err}
 }
 
-// statusText returns the reason for a missing session while the client goes on
-// trying.
+// statusText returns the reason that the status shows while the client retries.
 func statusText(e *Error) string {
 	if text := impostorText(e); text != "" {
 		return text
@@ -157,8 +153,8 @@ func statusText(e *Error) string {
 	return e.Error()
 }
 
-// impostorText describes a far end that answers without having proved to be the
-// proxy. It returns "" for other failures.
+// impostorText returns the text of a warning if a peer has answered that is not
+// authenticated, and "" otherwise.
 func impostorText(e *Error) string {
 	at := ""
 	a := attemptOf(e)
@@ -174,7 +170,7 @@ func impostorText(e *Error) string {
 	return ""
 }
 
-// withAddress adds the address of the far end to the error of an attempt.
+// withAddress adds the address of the peer to err, if err is an *Error.
 func withAddress(err error, from netip.AddrPort) error {
 	if e, ok := err.(*Error); ok {
 		attemptOf(e).from = from
