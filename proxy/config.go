@@ -1,6 +1,3 @@
-// Package proxy is a CONNECT-IP proxy (RFC 9484): an HTTP/3 server that
-// authenticates clients, leases them addresses, advertises routes and forwards
-// their packets through one TUN device.
 package proxy
 
 import (
@@ -24,8 +21,8 @@ import (
 	"masquevpn/tun"
 )
 
-// The ways in which a client can prove who it is. When several are configured,
-// any one of them is enough.
+// Authentication methods, for Config.Methods. If several are configured, any
+// one of them suffices.
 const (
 	MethodNone  = "none"  // everybody may connect
 	MethodToken = "token" // Authorization: Bearer TOKEN (RFC 6750)
@@ -46,88 +43,146 @@ const (
 	DefaultTemplatePath = connectip.DefaultPath
 )
 
-// Config is the configuration of a Server. The zero value of a field without a
-// default is an error in New.
+// Config is the configuration of a Server. Name, TLS, Methods and at least one
+// of Pool4 and Pool6 are required.
 type Config struct {
-	Name    string         // what clients dial
-	Listen  []string       // UDP addresses, host:port; default [::]:443
-	Sockets []*net.UDPConn // sockets to serve instead of Listen; Run closes them
-	// URI template served besides the default one; default: https://NAME/ and
-	// the default path
+	// Name is the host name or IP address that clients connect to.
+	Name string
+
+	// Listen has the UDP addresses to listen on, as HOST:PORT. The default is
+	// [::]:443.
+	Listen []string
+
+	// Sockets are served instead of Listen. Run closes them.
+	Sockets []*net.UDPConn
+
+	// Template is a URI template that is served besides the default one (RFC
+	// 9484 section 3). The default one is https://NAME followed by
+	// DefaultTemplatePath.
 	Template string
-	TLS      *tls.Config // the certificate; ClientCAs for MethodMTLS
 
-	Methods []string // authentication methods; at least one
-	Users   Users    // nil with MethodNone alone
+	// TLS has the certificate. MethodMTLS also needs ClientCAs.
+	TLS *tls.Config
 
-	TUN tun.Config // MTU 0: automatic
-	// addresses for clients, the first of each is the proxy's; one may be
-	// invalid: no such family
+	// Methods are the accepted authentication methods. MethodNone excludes the
+	// others.
+	Methods []string
+
+	// Users finds users. It may be nil with MethodNone.
+	Users Users
+
+	// TUN describes the device. If its MTU is 0, the device gets an MTU that
+	// fits the largest QUIC packet.
+	TUN tun.Config
+
+	// Pool4 and Pool6 contain the addresses of clients. The first address of
+	// each is the proxy's own. If one is invalid, clients get no addresses of
+	// that family.
 	Pool4, Pool6 netip.Prefix
-	// Delegate4 and Delegate6 are the length, in bits, of the largest block
-	// that a client gets who asks for a prefix; 0: it gets a single address
-	// instead.
-	Delegate4, Delegate6 int
-	// for which addresses are kept for the client that had them last; default
-	// DefaultHold
-	Hold           time.Duration
-	Advertise      []netip.Prefix
-	Deny           []netip.Prefix // destinations, besides the built-in ones
-	ClientToClient bool
-	Sites          []Site
-	Masquerade     bool            // clients appear under the proxy's own addresses elsewhere
-	Congestion     congestion.Mode // default congestion.Inner, in builds that can
-	KernelHopLimit bool            // the kernel alone decrements hop limits
-	DNS            DNS             // see Server.SetDNS for later changes
 
-	ConnectUDP bool // serve UDP proxying (RFC 9298) as well
-	// after which a flow without packets ends; default DefaultUDPIdleTimeout
+	// Delegate4 and Delegate6 are the prefix lengths in bits of the largest
+	// block that a client may get. 0 means that a client that asks for a prefix
+	// gets a single address.
+	Delegate4, Delegate6 int
+
+	// Hold is the time for which an address is held back from others after the
+	// session of its last client has ended. The default is DefaultHold.
+	Hold time.Duration
+
+	// Advertise has the destinations that clients may reach through the proxy.
+	Advertise []netip.Prefix
+
+	// Deny has destinations that clients may not reach, besides those that are
+	// always denied.
+	Deny []netip.Prefix
+
+	// ClientToClient allows clients to reach each other.
+	ClientToClient bool
+
+	// Sites are the users whose clients are gateways to networks.
+	Sites []Site
+
+	// Masquerade replaces the source of forwarded packets by an address of the
+	// proxy's host.
+	Masquerade bool
+
+	// Congestion selects the congestion control of tunnels. The default is
+	// congestion.Inner if quic-go is built with our patches.
+	Congestion congestion.Mode
+
+	// KernelHopLimit leaves decrementing the hop limit of packets to the
+	// kernel.
+	KernelHopLimit bool
+
+	// DNS is pushed to clients. Server.SetDNS changes it later.
+	DNS DNS
+
+	// ConnectUDP also serves UDP proxying (RFC 9298).
+	ConnectUDP bool
+
+	// UDPIdleTimeout is the time after which a UDP flow without packets ends.
+	// The default is DefaultUDPIdleTimeout.
 	UDPIdleTimeout time.Duration
 
-	// default DefaultSessions; without those for UDP proxying, as in the next
+	// MaxSessions and MaxSessionsPerUser limit the tunnels. The defaults are
+	// DefaultSessions and DefaultSessionsPerUser.
 	MaxSessions        int
-	MaxSessionsPerUser int // default DefaultSessionsPerUser
-	// leases of all sessions of a user; default: two for each session that the
-	// user may have
+	MaxSessionsPerUser int
+
+	// MaxAddressesPerUser limits the leases of all sessions of a user. The
+	// default is two for each session that the user may have.
 	MaxAddressesPerUser int
-	MaxUDPFlows         int // default DefaultUDPFlows
-	MaxUDPFlowsPerUser  int // default DefaultUDPFlowsPerUser
-	// MaxPending and MaxPendingPerAddress are how many connections may be
-	// without an accepted request, in all and from one IPv4 address or /64 of
-	// IPv6; default DefaultPendingConnections and
+
+	// MaxUDPFlows and MaxUDPFlowsPerUser limit the flows for UDP proxying. The
+	// defaults are DefaultUDPFlows and DefaultUDPFlowsPerUser.
+	MaxUDPFlows        int
+	MaxUDPFlowsPerUser int
+
+	// MaxPending and MaxPendingPerAddress limit the connections without an
+	// accepted request, in all and from one IPv4 address or /64 of IPv6. The
+	// defaults are DefaultPendingConnections and
 	// DefaultPendingConnectionsPerAddress.
 	MaxPending, MaxPendingPerAddress int
 
-	// kept across restarts, it lets clients notice a restart at once (RFC 9000
-	// section 10.3)
+	// StatelessResetKey lets clients notice a restart of the proxy at once if
+	// it stays the same across restarts (RFC 9000 section 10.3). It may be nil.
 	StatelessResetKey *[32]byte
-	// path of a file that lets the next start clean up after a crash; "" for
-	// none
+
+	// Journal is the path of a file from which the next start cleans up after a
+	// crash. Empty means that there is none.
 	Journal string
-	Logger  *slog.Logger
-	// where packets of the sessions pass; nil for none
+
+	// Logger receives the log. nil means that nothing is logged.
+	Logger *slog.Logger
+
+	// Tap receives a copy of the packets of all sessions. It may be nil.
 	Tap *capture.Tap
-	// of quic.Config, for qlog; nil for none
+
+	// Tracer is passed to quic.Config, for qlog. It may be nil.
 	Tracer func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace
 
-	// Resolver finds the addresses of the names in requests; default: what the
-	// host is configured with.
+	// Resolver resolves the names in requests. The default is
+	// net.DefaultResolver.
 	Resolver Resolver
-	// OpenDevice and OpenNetwork replace the TUN device and the kernel's
-	// routing, for use without privileges.
+
+	// OpenDevice and OpenNetwork replace the TUN device and its configuration
+	// in the kernel. With both, a Server needs no privileges.
 	OpenDevice  func() (Device, error)
 	OpenNetwork func(Device) (Network, error)
-	// DialUDP opens a socket to the target of a flow, whose packets must not be
-	// fragmented; default: one of the kernel's.
+
+	// DialUDP opens a socket to the target of a UDP flow. Packets written to it
+	// must not be fragmented. The default is a socket of the kernel.
 	DialUDP func(context.Context, netip.AddrPort) (net.Conn, error)
-	// LocalNetworks returns the addresses of the host's interfaces, all but the
-	// device, with the lengths of their networks. Clients may not reach the
-	// addresses, and no site may have the networks. Default: as the kernel has
-	// them.
+
+	// LocalNetworks returns the addresses of the host's interfaces except the
+	// device, with the prefix lengths of their networks. Clients may not reach
+	// the addresses, and sites may not have the networks. The default asks the
+	// kernel.
 	LocalNetworks func() ([]netip.Prefix, error)
 }
 
-// Device is what the proxy forwards through; *tun.Device is one.
+// Device is a TUN device. It is implemented by *[tun.Device], which documents
+// the methods.
 type Device interface {
 	Name() string
 	MTU() int
@@ -137,42 +192,68 @@ type Device interface {
 	Close() error
 }
 
-// Network is the kernel's side of a Device; *routing.Manager is one.
+// Network is the configuration of a Device in the kernel. It is implemented by
+// *[routing.Manager].
 type Network interface {
+	// Apply makes the kernel have the given state.
 	Apply(routing.State) error
+
 	// Maintain restores the changes of other programs to the applied state
 	// until ctx is done. It calls report like routing.Manager.Maintain, and
 	// returns an error if the device is lost.
 	Maintain(ctx context.Context, report func(routing.Health)) error
+
+	// Close restores the host.
 	Close() error
 }
 
 // User is somebody who may connect.
 type User struct {
-	Name      string
-	TokenHash [32]byte // SHA-256 of the token; zero: none
-	// SHA-256 of the only certificate (DER) that is accepted; zero: any that is
-	// for the name
-	Certificate  [32]byte
-	Addresses    []netip.Addr // reserved for this user
-	Sessions     int          // simultaneous; 0: Config.MaxSessionsPerUser
-	MaxAddresses int          // leased at once; 0: Config.MaxAddressesPerUser
+	Name string
 
-	Routes []netip.Prefix // what may be reached of Config.Advertise; nil: all, empty: nothing
-	// bits per second from all clients of the user together, IP packets without
-	// what is around them; 0: no limit
+	// TokenHash is the SHA-256 hash of the token. Zero means that the user has
+	// none.
+	TokenHash [32]byte
+
+	// Certificate is the SHA-256 hash of the only accepted certificate, in DER.
+	// Zero means that any valid certificate for Name is accepted.
+	Certificate [32]byte
+
+	// Addresses are reserved for the user.
+	Addresses []netip.Addr
+
+	// Sessions limits the tunnels of the user. 0 means
+	// Config.MaxSessionsPerUser.
+	Sessions int
+
+	// MaxAddresses limits the leases of the user. 0 means
+	// Config.MaxAddressesPerUser.
+	MaxAddresses int
+
+	// Routes limits the destinations of Config.Advertise for the user. nil
+	// means no limit, and an empty list that the user reaches none of them.
+	Routes []netip.Prefix
+
+	// RateUp and RateDown limit the IP packets from and to all clients of the
+	// user together, in bits per second. 0 means no limit.
 	RateUp   int64
-	RateDown int64     // and to them
-	Expires  time.Time // end of the user's access, wall clock; zero: never
+	RateDown int64
+
+	// Expires is the wall clock time at which access ends. Zero means never.
+	Expires time.Time
 }
 
-// Users finds users. Its methods are called from several goroutines and answer
-// at once.
+// Users finds users. Its methods are called concurrently and must not block.
 type Users interface {
+	// ByName returns the user with the given name and whether there is one.
 	ByName(name string) (User, bool)
-	ByToken(token string) (User, bool) // compares in constant time
-	// Reserved reports whether an address of p is reserved for somebody else
-	// than the user called name.
+
+	// ByToken returns the user with the given token and whether there is one.
+	// It compares in constant time.
+	ByToken(token string) (User, bool)
+
+	// Reserved reports whether p contains an address that is reserved for a
+	// user other than name.
 	Reserved(p netip.Prefix, name string) bool
 }
 
@@ -181,7 +262,7 @@ type Kind = fault.Kind
 
 // The kinds of Error.
 const (
-	KindFailure    = fault.Failure    // it failed while running
+	KindFailure    = fault.Failure    // failed while running
 	KindUsage      = fault.Usage      // the configuration is wrong
 	KindPrivileges = fault.Privileges // a privilege is missing
 )
@@ -194,7 +275,7 @@ func usage(key, format string, args ...any) error {
 	return &Error{Kind: KindUsage, Key: key, Reason: fmt.Sprintf(format, args...)}
 }
 
-// withDefaults returns c complete and checked.
+// withDefaults returns c with defaults for empty fields, and checks it.
 func (c Config) withDefaults() (Config, error) {
 	if c.Name == "" {
 		return c, usage("name", "the name that clients dial is missing")
@@ -302,8 +383,8 @@ func (c Config) withDefaults() (Config, error) {
 	return c, nil
 }
 
-// advertised returns how many routes a client needs for what is advertised to
-// all, the proxy's own addresses included.
+// advertised returns the number of routes that are advertised to every client:
+// Advertise and the proxy's own addresses, with adjacent ones joined.
 func (c Config) advertised() int {
 	all := slices.Clone(c.Advertise)
 	for _, p := range []netip.Prefix{c.Pool4, c.Pool6} {
@@ -341,7 +422,7 @@ func (c Config) checkMethods() error {
 	return nil
 }
 
-// templates returns the URI templates that are served: the configured one and
+// templates returns the served URI templates: the configured one, if any, and
 // the default one.
 func (c Config) templates() ([]*connectip.Template, error) {
 	def, err := connectip.ParseTemplate("https://" + authority(c.Name) + connectip.DefaultPath)
@@ -358,7 +439,7 @@ func (c Config) templates() ([]*connectip.Template, error) {
 	return []*connectip.Template{own, def}, nil
 }
 
-// authority writes a name or an address as the host of a URI.
+// authority returns a name or an address as the host of a URI.
 func authority(name string) string {
 	if a, err := netip.ParseAddr(name); err == nil && a.Is6() {
 		return "[" + name + "]"
