@@ -4,9 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"log/slog"
-	"time"
 
-	"masquevpn/client"
 	"masquevpn/internal/certs"
 )
 
@@ -34,20 +32,4 @@ func (l *loaded) leaf() *x509.Certificate {
 		return l.chain[0]
 	}
 	return nil
-}
-
-// status is the client's, and when its own certificate ends.
-func (t *tunnel) status() client.Status {
-	s := t.client.Status()
-	if leaf := t.leaf(); leaf != nil {
-		s.CertificateUntil = &leaf.NotAfter
-	}
-	return s
-}
-
-// lookAtCertificate warns of a certificate of the client's own that ends.
-func (t *tunnel) lookAtCertificate() {
-	if leaf := t.leaf(); leaf != nil {
-		t.expiry.Check(leaf, time.Now())
-	}
 }

@@ -23,28 +23,28 @@ import (
 // format of resolv.conf(5).
 const upstreamFile = "/run/systemd/resolve/resolv.conf"
 
-// killSwitch is that of the tunnel.
-func (l *loaded) killSwitch(name string, logger *slog.Logger) *routing.KillSwitch {
+// killSwitch returns the kill switch of the tunnel.
+func (l *loaded) killSwitch(name string) *routing.KillSwitch {
 	return &routing.KillSwitch{Instance: name, Mark: l.file.Mark, Allow: l.file.KillSwitchAllow,
-		Logger: logger}
+		Logger: l.config.Logger}
 }
 
-// warnHeld names what the configuration sends around the tunnel, or serves
-// there, and the kill switch stops.
-func (l *loaded) warnHeld(logger *slog.Logger) {
+// warnBlocked logs the networks that the configuration excludes from the tunnel
+// or advertises, and that the kill switch blocks.
+func (l *loaded) warnBlocked(logger *slog.Logger) {
 	for _, list := range []struct {
 		key      string
 		prefixes []netip.Prefix
 	}{{"routes.exclude", l.file.Exclude}, {"routes.advertise", l.file.Advertise}} {
-		if held := heldOf(list.prefixes, l.file.KillSwitchAllow); len(held) > 0 {
+		if blocked := outside(list.prefixes, l.file.KillSwitchAllow); len(blocked) > 0 {
 			logger.Warn("kill_switch.allow lacks what "+list.key+
-				" has outside the tunnel: the kill switch stops it", "held", held)
+				" has outside the tunnel: the kill switch stops it", "held", blocked)
 		}
 	}
 }
 
-// heldOf returns the prefixes that do not lie in one that is allowed.
-func heldOf(prefixes, allow []netip.Prefix) []netip.Prefix {
+// outside returns the prefixes that are not part of an allowed one.
+func outside(prefixes, allow []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool {
 		return slices.ContainsFunc(allow, func(a netip.Prefix) bool {
 			return a.Bits() <= p.Bits() && a.Overlaps(p)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"log/slog"
 	"time"
 
 	"masquevpn/client"
@@ -11,13 +10,13 @@ import (
 	"masquevpn/internal/text"
 )
 
-// serveMetrics serves metrics of c, and whether it is connected, as the
-// configuration says. The server is nil when it is nowhere.
-func (l *loaded) serveMetrics(c *client.Client, logger *slog.Logger) (*metrics.Server, error) {
-	return daemon.ServeMetrics(program, l.file.Metrics, true, metrics.Config{
-		Values: func() metrics.Values {
-			return l.values(c)
-		}, Well: c.Stuck, Ready: func() error { return readiness(c.Status()) }, Logger: logger,
+// metricsTask returns the task that serves metrics and the health of c.
+func (l *loaded) metricsTask(c *client.Client) daemon.Task {
+	return daemon.Metrics(program, l.file.Metrics, true, metrics.Config{
+		Values: func() metrics.Values { return l.values(c) },
+		Well:   c.Stuck,
+		Ready:  func() error { return readiness(c.Status()) },
+		Logger: l.config.Logger,
 	})
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
+	"strings"
 
 	"masquevpn/internal/acme"
 	"masquevpn/internal/certs"
@@ -114,6 +115,17 @@ func (l *loaded) config(certificate func() *tls.Certificate) proxy.Config {
 		c.Users = l.users
 	}
 	return c
+}
+
+// describe returns a logger whose lines summarise the configuration.
+func (l *loaded) describe(logger *slog.Logger) *slog.Logger {
+	users := 0
+	if l.users != nil {
+		users = len(l.users.last().All())
+	}
+	return logger.With("name", l.file.Name, "methods", strings.Join(l.file.Methods, ","), "users",
+		users, "certificate", l.certificateSource(), "congestion",
+		congestion.Mode(l.file.Congestion).Describe())
 }
 
 // traces returns the logs of connections that the file turns on.

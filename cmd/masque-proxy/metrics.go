@@ -9,20 +9,20 @@ import (
 	"masquevpn/internal/text"
 )
 
-// serveMetrics serves metrics, and whether the proxy works, as the
-// configuration says. The server is nil when it is nowhere. ctx ends when the
-// proxy stops.
-func (d *process) serveMetrics(ctx context.Context) (*metrics.Server, error) {
-	return daemon.ServeMetrics(program, d.loaded.file.Metrics, d.loaded.file.MetricsNamed,
+// metricsTask returns the task that serves metrics and the health of the proxy.
+// ctx is done when the proxy stops.
+func (d *process) metricsTask(ctx context.Context) daemon.Task {
+	return daemon.Metrics(program, d.loaded.file.Metrics, d.loaded.file.MetricsNamed,
 		metrics.Config{
-			Values: d.values, Well: d.server.Stuck, Ready: func() error {
-				return d.readiness(ctx)
-			}, Logger: d.logger,
+			Values: d.values,
+			Well:   d.server.Stuck,
+			Ready:  func() error { return d.readiness(ctx) },
+			Logger: d.logger,
 		})
 }
 
-// readiness returns why the proxy does not accept clients, or does not carry
-// their packets, nil when it does. ctx ends when it stops.
+// readiness returns nil if the proxy accepts clients and forwards their
+// packets, and the reason otherwise. ctx is done when the proxy stops.
 func (d *process) readiness(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return errors.New("the proxy is stopping")

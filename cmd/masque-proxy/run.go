@@ -12,7 +12,6 @@ import (
 	"reflect"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -24,7 +23,6 @@ import (
 	"masquevpn/internal/certs"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/config"
-	"masquevpn/internal/congestion"
 	"masquevpn/internal/control"
 	"masquevpn/internal/daemon"
 	"masquevpn/internal/fault"
@@ -58,85 +56,93 @@ func (o *options) run(ctx context.Context, file string) error {
 		return err
 	}
 	d := newProcess(file, l, logger)
-	c := l.config(d.certificate)
-	if c.StatelessResetKey, err = l.resetKey(); err != nil {
+	c, err := o.prepare(d)
+	if err != nil {
 		return err
 	}
-	c.Logger = logger
-	if c.Sockets, err = l.sockets(logger); err != nil {
-		return err
-	}
-	c.Journal = filepath.Join(o.RunDir, instance+".journal")
 	tracer, closeTraces, err := l.traces().Open(c.TLS, logger)
 	if err != nil {
 		return l.file.Locate(err)
 	}
 	defer closeTraces()
 	c.Tracer = tracer
-	c.Tap = d.tap
 	if d.server, err = l.newServer(c); err != nil {
 		return err
 	}
 
-	lock, err := control.Acquire(o.RunDir, instance)
-	switch {
-	case errors.Is(err, control.ErrRunning):
-		return &fault.Error{Kind: fault.Failure,
-			Reason: "a proxy is already running with the run directory " + o.RunDir,
-			Remedy: "stop it first, or choose another folder with --run-dir"}
-	case errors.Is(err, os.ErrPermission):
-		return &fault.Error{Kind: fault.Privileges, Reason: err.Error(),
-			Remedy: "run it with sudo, or choose another folder with --run-dir"}
-	case err != nil:
+	lock, err := acquire(o.RunDir)
+	if err != nil {
 		return err
 	}
 	defer lock.Release()
 	ctx, stop := daemon.SignalContext(ctx, logger)
 	defer stop()
-	socket, err := control.Serve(o.RunDir, instance, d.handler(), logger)
-	if err != nil {
-		return err
-	}
 
 	v := buildinfo.Of(program)
-	users := 0
-	if l.users != nil {
-		users = len(l.users.last().All())
+	l.describe(logger).Info("starting", "program", program, "version", v.Version, "go", v.Go,
+		"config", file, "certificate_until", until(d.certificateUntil()))
+	tasks := []daemon.Task{
+		d.metricsTask(ctx),
+		daemon.Control(o.RunDir, instance, d.handler(), logger),
+		daemon.NewReporter("watch", d.watch),
 	}
-	logger.Info("starting", "program", program, "version", v.Version, "go", v.Go, "name",
-		l.file.Name, "config", file,
-		"methods", strings.Join(l.file.Methods, ","), "users", users, "certificate",
-		l.certificateSource(), "certificate_until", until(d.certificateUntil()), "congestion",
-		congestion.Mode(l.file.Congestion).Describe())
-	monitor, err := d.serveMetrics(ctx)
-	if err != nil {
-		return errors.Join(err, socket.Close())
-	}
-	watchCtx, stopWatching := context.WithCancel(ctx)
-	var watching sync.WaitGroup
-	watching.Go(func() { d.watch(watchCtx) })
 	if d.acme != nil {
-		watching.Go(func() { d.acme.Run(watchCtx) })
-		select {
-		case <-d.acme.Ready():
-		case <-ctx.Done():
-		}
+		tasks = append(tasks, acmeTask{d.acme})
 	}
-	if ctx.Err() == nil {
-		err = d.server.Run(ctx)
-	}
-	stopWatching()
-	watching.Wait()
-	close(d.ended)
-	closeErr := socket.Close()
-	if monitor != nil {
-		closeErr = errors.Join(closeErr, monitor.Close())
-	}
+	err = daemon.Run(ctx, append(tasks, proxyTask{d})...)
 	if err == nil {
 		logger.Info("stopped")
 	}
-	return errors.Join(fault.Flatten(err), closeErr)
+	return err
 }
+
+// prepare returns the complete configuration of a proxy that runs.
+func (o *options) prepare(d *process) (c proxy.Config, err error) {
+	c = d.loaded.config(d.certificate)
+	c.Logger, c.Tap = d.logger, d.tap
+	c.Journal = filepath.Join(o.RunDir, instance+".journal")
+	if c.StatelessResetKey, err = d.loaded.resetKey(); err != nil {
+		return c, err
+	}
+	c.Sockets, err = d.loaded.sockets(d.logger)
+	return c, err
+}
+
+// acquire takes the lock of the proxy.
+func acquire(runDir string) (*control.Lock, error) {
+	lock, err := control.Acquire(runDir, instance)
+	switch {
+	case errors.Is(err, control.ErrRunning):
+		return nil, &fault.Error{Kind: fault.Failure,
+			Reason: "a proxy is already running with the run directory " + runDir,
+			Remedy: "stop it first, or choose another folder with --run-dir"}
+	case errors.Is(err, os.ErrPermission):
+		return nil, &fault.Error{Kind: fault.Privileges, Reason: err.Error(),
+			Remedy: "run it with sudo, or choose another folder with --run-dir"}
+	}
+	return lock, err
+}
+
+// proxyTask runs the proxy itself.
+type proxyTask struct{ *process }
+
+func (t proxyTask) Run(ctx context.Context) error {
+	defer close(t.ended)
+	return fault.Flatten(t.server.Run(ctx))
+}
+
+func (t proxyTask) Ready() <-chan struct{} { return t.server.Ready() }
+func (t proxyTask) String() string         { return "proxy" }
+
+// acmeTask renews the certificate. It is ready when there is one.
+type acmeTask struct{ *acme.Manager }
+
+func (t acmeTask) Run(ctx context.Context) error {
+	t.Manager.Run(ctx)
+	return nil
+}
+
+func (t acmeTask) String() string { return "ACME" }
 
 // process is a running proxy.
 type process struct {

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"net"
 
 	"masquevpn/internal/buildinfo"
@@ -8,12 +9,27 @@ import (
 	"masquevpn/internal/metrics"
 )
 
-// ServeMetrics serves metrics of a program on a TCP address, "" for nowhere,
-// until the server is closed. c lacks the Program. If the configuration does
-// not name the address, another proxy on this host may have it: then
-// ServeMetrics logs a warning and returns nil. Other errors are *fault.Errors
-// with the key.
-func ServeMetrics(program, addr string, named bool, c metrics.Config) (*metrics.Server, error) {
+// Metrics returns a task that serves metrics of a program on a TCP address, ""
+// for nowhere. c lacks the Program. If the configuration does not name the
+// address, another proxy on this host may have it: then the task logs a warning
+// and serves nothing. Errors are *fault.Errors with the key.
+func Metrics(program, addr string, named bool, c metrics.Config) Task {
+	return NewTask("metrics", func(ctx context.Context, ready func()) error {
+		server, err := serveMetrics(program, addr, named, c)
+		if err != nil {
+			return err
+		}
+		ready()
+		<-ctx.Done()
+		if server == nil {
+			return nil
+		}
+		return server.Close()
+	})
+}
+
+// serveMetrics returns nil if there is nothing to serve.
+func serveMetrics(program, addr string, named bool, c metrics.Config) (*metrics.Server, error) {
 	if addr == "" {
 		return nil, nil
 	}

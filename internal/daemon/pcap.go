@@ -11,35 +11,33 @@ import (
 	"masquevpn/internal/fault"
 )
 
-// OpenPCAP writes the packets that pass tap to the file of log.pcap until stop
-// is called. The file of the previous run is kept as FILE.1. An empty path
-// stands for no file. The error is a *fault.Error with the key.
-func OpenPCAP(path string, tap *capture.Tap, logger *slog.Logger) (stop func(), err error) {
-	if path == "" {
-		return func() {}, nil
-	}
-	f, err := replaceCapture(path)
-	if err != nil {
-		return nil, &fault.Error{Kind: fault.Usage, Key: "log.pcap", Reason: err.Error(),
-			Remedy: "name a file that can be written", Err: err}
-	}
-	logger.Warn("packets inside the tunnel are written to a file: whoever reads it reads what was sent", "file", path)
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	running := tap.Start(capture.Options{})
-	go func() {
-		defer close(done)
-		err := running.Write(ctx, f)
+// PCAP returns a task that writes the packets that pass tap to the file of
+// log.pcap. It keeps the file of the previous run as FILE.1. An empty path
+// stands for no file. Errors are *fault.Errors with the key.
+func PCAP(path string, tap *capture.Tap, logger *slog.Logger) Task {
+	return NewTask("pcap file", func(ctx context.Context, ready func()) error {
+		if path == "" {
+			ready()
+			<-ctx.Done()
+			return nil
+		}
+		f, err := replaceCapture(path)
+		if err != nil {
+			return &fault.Error{Kind: fault.Usage, Key: "log.pcap", Reason: err.Error(),
+				Remedy: "name a file that can be written", Err: err}
+		}
+		logger.Warn("packets inside the tunnel are written to a file: whoever reads it reads what was sent", "file", path)
+		running := tap.Start(capture.Options{})
+		ready()
+		err = running.Write(ctx, f)
 		if err = errors.Join(err, f.Close()); err != nil {
 			logger.Error("packets are not written any more", "file", path, "error", err)
 		}
-	}()
-	return func() {
-		cancel()
-		<-done
+		<-ctx.Done() // a full disk does not end the tunnel
 		captured, dropped := running.Counts()
 		logger.Info("capture ended", "file", path, "captured", captured, "dropped", dropped)
-	}, nil
+		return nil
+	})
 }
 
 // replaceCapture renames an existing file and creates a new one that only its
