@@ -53,17 +53,15 @@ func (s *Server) Counters() *Counters {
 		MaxSessions: s.cfg().MaxSessions, MaxUDPFlows: s.cfg().MaxUDPFlows,
 		Requests: s.requests.counts(), AuthFailures: s.authFailed.counts(), Pool: s.poolUse(),
 	}
-	s.mu.Lock()
-	c.KernelRepairs = s.health.Repairs
-	s.mu.Unlock()
-	if e := s.supervisor.Current(); e != nil {
+	c.KernelRepairs = s.host.healthNow().Repairs
+	if e := s.host.supervisor.Current(); e != nil {
 		e.overflow.Count(e.device, func(n int) {
-			s.unrouted.Send.DropMany(connectip.DropDeviceFull, n)
+			s.forwarder.unrouted.Send.DropMany(connectip.DropDeviceFull, n)
 		})
 	}
 	c.Oldest, c.Panics = s.oldest(), rescue.Caught()
 	c.PendingConnections, c.ConnectionsEnded = s.connLimiter.Counts()
-	s.unrouted.AddTo(&c.Stats)
+	s.forwarder.unrouted.AddTo(&c.Stats)
 	c.Sessions, c.UDPFlows = s.sessions.addTo(&c.Stats)
 	return c
 }
@@ -79,7 +77,7 @@ func (s *Server) poolUse() []PoolUse {
 
 // oldest returns the ages of the oldest packets that wait.
 func (s *Server) oldest() (a connectip.Ages) {
-	a.Note(connectip.StageDeviceRead, s.reading.Age())
+	a.Note(connectip.StageDeviceRead, s.forwarder.reading.Age())
 	for _, ss := range s.sessions.list() {
 		ss.addAges(&a)
 	}

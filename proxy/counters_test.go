@@ -114,7 +114,7 @@ func TestCounters(t *testing.T) {
 // While sessions come and go, no sum is ever without what one of them carried:
 // that would look like a restart.
 func TestSumsNeverGetLess(t *testing.T) {
-	l := sessions{byID: make(map[string]session)}
+	l := newSessions()
 	const writers, rounds = 16, 5000
 	var added atomic.Uint64
 	var wg sync.WaitGroup

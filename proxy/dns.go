@@ -81,7 +81,7 @@ func (s *Server) SetDNS(d DNS) error {
 	}
 	select {
 	case <-s.ready: // what is denied depends on the prefixes of NAT64
-		if err := s.refresh(); err != nil {
+		if err := s.host.refresh(); err != nil {
 			return err
 		}
 	default:
@@ -96,7 +96,7 @@ func (s *Server) SetDNS(d DNS) error {
 // warnOfDNS says what clients are told to ask and cannot reach through the
 // tunnel: their queries would leave outside of it, or be refused.
 func (s *Server) warnOfDNS() {
-	routes, err := s.routes(nil, nil, 0, s.pool.Serves)
+	routes, err := s.access.routes(nil, nil, 0, s.pool.Serves)
 	if err != nil {
 		return // it is reported where routes are advertised
 	}
@@ -104,7 +104,7 @@ func (s *Server) warnOfDNS() {
 	for _, r := range routes {
 		advertised.AddRange(netipx.IPRangeFrom(r.Start, r.End))
 	}
-	for _, p := range s.deniedNow().clients {
+	for _, p := range s.access.deniedNow().clients {
 		denied.AddPrefix(p)
 	}
 	reached, _ := advertised.IPSet() // the error is for invalid addresses

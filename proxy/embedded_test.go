@@ -57,7 +57,7 @@ func TestDeniedByOtherNames(t *testing.T) {
 		{"2002:cb00:7107::1", true}, {"2002:7f00:1::1", true}, {"2002:808:808::1", false},
 	} {
 		a := netip.MustParseAddr(tc.addr)
-		denied := h.deniedNow()
+		denied := h.access.deniedNow()
 		for kind, list := range map[string][]netip.Prefix{"clients": denied.clients,
 			"sites": denied.sites} {
 			if got := slices.ContainsFunc(list, func(p netip.Prefix) bool {

@@ -8,45 +8,66 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/flowqueue"
 	"masquevpn/internal/ippacket"
+	"masquevpn/proxy/internal/addrpool"
 	"masquevpn/tun"
 )
 
 const (
+	// minMTU and maxMTU bound the MTU of the device, in bytes.
 	minMTU = 1280
 	maxMTU = flowqueue.MaxSize
-	// sendBatch is how many packets are taken from a queue at once: few,
-	// because they are past what keeps the queue fair.
+
+	// sendBatch is the number of packets taken from a queue at once. It is
+	// small because packets taken from a fair queue no longer give way to
+	// others.
 	sendBatch = 16
-	// autoMTU is what a QUIC packet of the largest size that quic-go sends has
-	// room for. A session that carries less says so to whoever sends too much,
-	// by Packet Too Big.
+
+	// autoMTU is the MTU in bytes of the device if none is configured: the
+	// payload of the largest QUIC packets that quic-go sends. A session with
+	// less room answers packets that are too large with Packet Too Big.
 	autoMTU = 1400
 )
 
-// dispatch queues packets for their sessions, which own them from then on: they
-// are set to nil. The others stay the caller's. A single packet for an idle
-// session is sent at once. It never waits for a session: a queue that is full
-// drops.
-func (s *Server) dispatch(packets []*flowqueue.Packet) {
-	s.reading.Begin()
-	defer s.reading.End()
+// forwarder takes packets from the device to the sessions.
+type forwarder struct {
+	table  *table
+	pool   *addrpool.Pool
+	device connectip.Device
+
+	errorLimit *rate.Limiter // limits ICMP errors of noSession
+
+	reading connectip.Busy // busy while dispatch runs
+
+	// unrouted counts packets of no session, and ICMP errors about them.
+	unrouted connectip.Stats
+}
+
+func newForwarder(t *table, p *addrpool.Pool, d connectip.Device) *forwarder {
+	return &forwarder{table: t, pool: p, device: d, errorLimit: rate.NewLimiter(10, 10)}
+}
+
+// dispatch queues packets for their sessions. It sets the entries of packets
+// that a session owns then to nil; the caller keeps the others. A single packet
+// for an idle session is sent at once, which is faster than to wake its
+// goroutine. dispatch does not wait for a session: a full queue drops packets.
+func (f *forwarder) dispatch(packets []*flowqueue.Packet) {
+	f.reading.Begin()
+	defer f.reading.End()
 	var to *ipSession
-	first := 0 // index of the first packet for it
+	first := 0 // index of the first packet for to
 	queue := func(end int) {
 		switch {
 		case to == nil:
 		case end-first == 1 && to.queue.Idle() && to.userState.down.Delay() == 0 &&
-			to.conn.Ready():
-			// who is in the table has a conn
+			to.conn.Ready(): // a session in the table has a conn
 			to.userState.down.Spend(packets[first].Size)
-			// waking another goroutine takes longer
 			to.conn.TrySend(packets[first].Bytes(), tun.Headroom)
 		default:
 			to.push(packets[first:end])
 		}
 	}
 	for i, p := range packets {
-		if next := s.sessionOf(p); next != to {
+		if next := f.sessionOf(p); next != to {
 			queue(i)
 			to, first = next, i
 		}
@@ -54,31 +75,32 @@ func (s *Server) dispatch(packets []*flowqueue.Packet) {
 	queue(len(packets))
 }
 
-// sessionOf returns the session that p is for; when there is none, p is
-// answered and counted.
-func (s *Server) sessionOf(p *flowqueue.Packet) *ipSession {
+// sessionOf returns the session that holds the destination of p. If there is
+// none, it counts p, may answer it, and returns nil.
+func (f *forwarder) sessionOf(p *flowqueue.Packet) *ipSession {
 	pkt := p.Bytes()[tun.Headroom:]
 	dst, ok := ippacket.Destination(pkt)
 	if !ok {
-		s.unrouted.Send.Drop(connectip.DropMalformed)
+		f.unrouted.Send.Drop(connectip.DropMalformed)
 		return nil
 	}
-	to, ok := s.table.lookup(dst)
+	to, ok := f.table.lookup(dst)
 	if !ok {
-		s.noSession(pkt, dst)
+		f.noSession(pkt, dst)
 		return nil
 	}
 	return to
 }
 
-// noSession answers a packet to an address of the pool that nobody holds.
-func (s *Server) noSession(pkt []byte, dst netip.Addr) {
+// noSession counts a packet whose destination no session holds. If the
+// destination is in the pool, it answers with an ICMP error.
+func (f *forwarder) noSession(pkt []byte, dst netip.Addr) {
 	if ippacket.IsLinkLocal(dst) {
-		s.unrouted.Send.Drop(connectip.DropLinkLocal)
+		f.unrouted.Send.Drop(connectip.DropLinkLocal)
 		return
 	}
-	s.unrouted.Send.Drop(connectip.DropNoSession)
-	if !s.pool.Contains(dst) || !s.errorLimit.Allow() {
+	f.unrouted.Send.Drop(connectip.DropNoSession)
+	if !f.pool.Contains(dst) || !f.errorLimit.Allow() {
 		return
 	}
 	p, err := ippacket.Parse(pkt)
@@ -86,11 +108,9 @@ func (s *Server) noSession(pkt []byte, dst netip.Addr) {
 		return
 	}
 	buf := make([]byte, tun.Headroom, tun.Headroom+minMTU)
-	buf, ok := ippacket.AppendICMPError(buf, pkt, p, ippacket.NoSession, s.pool.Gateway(dst), 0)
+	buf, ok := ippacket.AppendICMPError(buf, pkt, p, ippacket.NoSession, f.pool.Gateway(dst), 0)
 	if ok {
-		s.unrouted.ICMPSent.Count(ippacket.NoSession)
-		_, _ = s.supervisor.Current().device.Write([][]byte{buf}, tun.Headroom)
+		f.unrouted.ICMPSent.Count(ippacket.NoSession)
+		_, _ = f.device.Write([][]byte{buf}, tun.Headroom)
 	}
 }
-
-func newErrorLimit() *rate.Limiter { return rate.NewLimiter(10, 10) }

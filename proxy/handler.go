@@ -144,13 +144,21 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (session, *refus
 		ss.discard()
 		return nil, refused
 	}
-	ss.base().begins()
+	h.began(ss.base())
 	return ss, nil
+}
+
+// began notes that a session runs on its connection. The first session raises
+// the limits of the connection.
+func (h handler) began(b *sessionBase) {
+	if first := h.s.connLimiter.SessionBegins(b.limitedConn); first {
+		admit(b.quic)
+	}
 }
 
 // initialize sets the fields of b that prepare needs.
 func (h handler) initialize(b *sessionBase, r *http.Request, user User, method string) {
-	b.server, b.user, b.method, b.since = h.s, user, method, time.Now()
+	b.shared, b.user, b.method, b.since = &h.s.shared, user, method, time.Now()
 	b.instance = token(r, connectip.InstanceHeader)
 	b.installation = token(r, connectip.InstallationHeader)
 	b.quic = r.Context().Value(connKey{}).(*quic.Conn)
@@ -254,9 +262,13 @@ func datagramsEnabled(w http.ResponseWriter, r *http.Request) *refusal {
 
 var errNotServed = errors.New("no template has this path")
 
-// scope finds what the raw request path asks for.
-func (s *Server) scope(path string) (connectip.Scope, error) {
-	for _, t := range s.templates {
+// templates are the URI templates that the proxy serves.
+type templates []*connectip.Template
+
+// match returns the scope that the raw request path asks for. The error is
+// errNotServed if the path matches no template.
+func (list templates) match(path string) (connectip.Scope, error) {
+	for _, t := range list {
 		if scope, served, err := t.Match(path); served {
 			return scope, err
 		}

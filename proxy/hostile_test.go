@@ -298,7 +298,7 @@ func TestClientThatDoesNotRead(t *testing.T) {
 				break
 			}
 		}
-		if err := s.refresh(); err != nil {
+		if err := s.host.refresh(); err != nil {
 			t.Fatal(err)
 		}
 		other.lives(t)

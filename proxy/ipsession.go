@@ -82,30 +82,67 @@ func newIPSession() *ipSession {
 
 // prepare finds the scope of the request and resolves its name.
 func (ss *ipSession) prepare(ctx context.Context, path string) *refusal {
-	scope, err := ss.server.scope(path)
+	scope, err := ss.shared.templates.match(path)
 	if errors.Is(err, errNotServed) {
 		return refuse(http.StatusNotFound, "", "%v", err)
 	}
 	if err != nil {
 		return refuse(http.StatusBadRequest, "http_request_error", "%v", err)
 	}
-	reach, refused := ss.server.reach(ctx, ss.user, scope)
+	reach, refused := ss.resolve(ctx, scope)
 	ss.scope, ss.reach = scope, reach
-	if scope.IsZero() && ss.server.sites.rightsOf(ss.user.Name) != nil {
+	if scope.IsZero() && ss.shared.sites.rightsOf(ss.user.Name) != nil {
 		ss.claim = newClaim(ss)
 	}
 	return refused
 }
 
+// resolve returns the addresses in scope, with its name resolved (RFC 9484
+// section 4.6); nil: all. A name stands for those of its addresses that clients
+// may reach. A scope without an address that the client may reach is refused.
+func (ss *ipSession) resolve(ctx context.Context, scope connectip.Scope) (*netipx.IPSet,
+	*refusal) {
+	access := ss.shared.access
+	var b netipx.IPSetBuilder
+	switch {
+	case scope.Name != "":
+		addrs, refused := ss.shared.names.resolve(ctx, ss.user, scope.Name)
+		if refused != nil {
+			return nil, refused
+		}
+		for _, a := range addrs {
+			b.Add(a)
+		}
+		for _, p := range access.deniedNow().clients {
+			b.RemovePrefix(p)
+		}
+	case scope.Prefix.IsValid():
+		b.AddPrefix(scope.Prefix)
+	default:
+		return nil, nil
+	}
+	set, err := b.IPSet()
+	if err != nil {
+		return nil, refuse(http.StatusInternalServerError, "proxy_internal_error", "%v: %v",
+			scope, err)
+	}
+	routes, err := access.routes(set, ss.user.reach(), scope.Protocol, ss.shared.pool.Serves)
+	if err != nil || !access.reachesAny(routes) {
+		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited",
+			"%v: the client may reach nothing of it", scope)
+	}
+	return set, nil
+}
+
 // limits returns the limits on the number of tunnels.
 func (ss *ipSession) limits() limits {
-	return limits{ss.server.cfg().MaxSessions, ss.maxSessions(), errTooManySessions,
+	return limits{ss.shared.cfg().MaxSessions, ss.maxSessions(), errTooManySessions,
 		errTooManyOfUser, "sessions"}
 }
 
 // maxSessions returns how many tunnels the user may have.
 func (ss *ipSession) maxSessions() int {
-	cfg := ss.server.cfg()
+	cfg := ss.shared.cfg()
 	switch {
 	case ss.user.Name == "":
 		return cfg.MaxSessions
@@ -158,7 +195,7 @@ func (ss *ipSession) run(str *http3.Stream) (err error) {
 
 // open creates ss.conn on the stream of the session.
 func (ss *ipSession) open(str *http3.Stream) *connectip.Conn {
-	ss.device.Device, ss.device.ss = ss.server.supervisor.Device(), &ss.sessionBase
+	ss.device.Device, ss.device.ss = ss.shared.host.supervisor.Device(), &ss.sessionBase
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	ss.conn = connectip.New(str, ss.quic, connectip.Config{
@@ -166,15 +203,15 @@ func (ss *ipSession) open(str *http3.Stream) *connectip.Conn {
 		Filter: connectip.Filter{Assigned: ss.acceptAddresses, Routes: ss.acceptRoutes},
 		Handler: connectip.Handler{Requested: ss.addressesRequested,
 			Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
-		Self:           ss.server.pool.Gateways(),
+		Self:           ss.shared.pool.Gateways(),
 		Granted:        ss.leaseReserved(),
-		Denied:         ss.server.deniedNow().of(ss),
+		Denied:         ss.shared.access.deniedNow().of(ss),
 		Withheld:       ss.withheld(),
 		PeerIsHost:     ss.claim == nil,
-		KernelHopLimit: ss.server.cfg().KernelHopLimit,
+		KernelHopLimit: ss.shared.cfg().KernelHopLimit,
 		Stats:          &ss.stats,
 		Panicked:       ss.panicked,
-		Tap:            ss.server.cfg().Tap.At(ss.id),
+		Tap:            ss.shared.cfg().Tap.At(ss.id),
 	})
 	return ss.conn
 }
@@ -240,11 +277,13 @@ func (ss *ipSession) updateDenied() error {
 	if ss.conn == nil {
 		return nil // open reads them later
 	}
-	return ss.conn.SetDenied(ss.server.deniedNow().of(ss), ss.withheld())
+	return ss.conn.SetDenied(ss.shared.access.deniedNow().of(ss), ss.withheld())
 }
 
 // withheld returns the advertised destinations that the user may not reach.
-func (ss *ipSession) withheld() []netip.Prefix { return ss.server.withheld(ss.userState.reach.Load()) }
+func (ss *ipSession) withheld() []netip.Prefix {
+	return ss.shared.access.withheld(ss.userState.reach.Load())
+}
 
 func (ss *ipSession) configChanged(site bool) {
 	if ss.userState.reach.Load() != nil {
@@ -262,7 +301,7 @@ func (ss *ipSession) configChanged(site bool) {
 
 func (ss *ipSession) status() SessionStatus {
 	s := ss.baseStatus(KindIP)
-	s.Interface = ss.server.supervisor.Current().Name()
+	s.Interface = ss.shared.host.name()
 	ss.mu.Lock()
 	if ss.conn != nil {
 		s.MTU = ss.conn.MTU()
@@ -274,7 +313,7 @@ func (ss *ipSession) status() SessionStatus {
 	s.SetDNS(ss.announcedDNS.configurations(), ss.announcedDNS.NAT64)
 	ss.mu.Unlock()
 	if ss.claim != nil {
-		s.Networks = append(s.Networks, ss.server.sites.grantOf(ss.claim).prefixes...)
+		s.Networks = append(s.Networks, ss.shared.sites.grantOf(ss.claim).prefixes...)
 	}
 	return s
 }

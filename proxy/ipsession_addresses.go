@@ -91,7 +91,7 @@ func (ss *ipSession) answerHeld(requested []capsule.Address) (others []capsule.A
 		return answer(r, func(held capsule.Address) bool { return held.Prefix == r.Prefix })
 	})
 	others = slices.DeleteFunc(others, func(r capsule.Address) bool {
-		return ss.server.pool.AnySingle(r.Prefix) && answer(r, func(held capsule.Address) bool {
+		return ss.shared.pool.AnySingle(r.Prefix) && answer(r, func(held capsule.Address) bool {
 			return held.RequestID == 0 && held.Prefix.Addr().Is4() == r.Prefix.Addr().Is4()
 		})
 	})
@@ -99,8 +99,8 @@ func (ss *ipSession) answerHeld(requested []capsule.Address) (others []capsule.A
 		if held.RequestID != 0 {
 			return false
 		}
-		ss.server.table.remove(held.Prefix)
-		ss.server.pool.Release(held.Prefix, ss.owner())
+		ss.shared.table.remove(held.Prefix)
+		ss.shared.pool.Release(held.Prefix, ss.owner())
 		ss.userState.leases.Add(-1)
 		return true
 	})
@@ -126,12 +126,12 @@ func (ss *ipSession) lease(r capsule.Address) (capsule.Address, error) {
 		ss.userState.leases.Add(-1)
 		return r, fmt.Errorf("the user has as many addresses as allowed, %d (limits.addresses_per_user)", n-1)
 	}
-	p, err := ss.server.pool.Lease(ss.holder(), want)
+	p, err := ss.shared.pool.Lease(ss.holder(), want)
 	if err != nil {
 		ss.userState.leases.Add(-1)
 		return r, err
 	}
-	ss.server.table.insert(p, ss)
+	ss.shared.table.insert(p, ss)
 	return capsule.Address{RequestID: r.RequestID, Prefix: p}, nil
 }
 
@@ -154,7 +154,7 @@ func (ss *ipSession) owner() string {
 // maxLeases returns how many addresses and blocks all sessions of the user may
 // hold together.
 func (ss *ipSession) maxLeases() int64 {
-	cfg := ss.server.cfg()
+	cfg := ss.shared.cfg()
 	switch {
 	case ss.user.Name == "":
 		return math.MaxInt64
@@ -171,7 +171,7 @@ func (ss *ipSession) maxLeases() int64 {
 func (ss *ipSession) noteAssigned(message string) {
 	ss.assigned = true
 	if ss.claim != nil {
-		ss.server.sites.setLeased(ss.claim, prefixes(ss.addresses))
+		ss.shared.sites.setLeased(ss.claim, prefixes(ss.addresses))
 	}
 	ss.log.Info(message, "addresses", prefixes(ss.addresses))
 }
@@ -180,13 +180,13 @@ func (ss *ipSession) noteAssigned(message string) {
 // before the client has sent anything: a client that is configured with the
 // address may use it at once. ss.mu is held.
 func (ss *ipSession) leaseReserved() []netip.Prefix {
-	for _, p := range ss.server.pool.LeaseReserved(ss.holder()) {
+	for _, p := range ss.shared.pool.LeaseReserved(ss.holder()) {
 		ss.userState.leases.Add(1)
-		ss.server.table.insert(p, ss)
+		ss.shared.table.insert(p, ss)
 		ss.addresses = append(ss.addresses, capsule.Address{Prefix: p})
 	}
 	if ss.claim != nil {
-		ss.server.sites.setLeased(ss.claim, prefixes(ss.addresses))
+		ss.shared.sites.setLeased(ss.claim, prefixes(ss.addresses))
 	}
 	return prefixes(ss.addresses)
 }
@@ -251,7 +251,7 @@ func (ss *ipSession) leaseMissing() {
 		has := slices.ContainsFunc(ss.addresses, func(a capsule.Address) bool {
 			return a.Prefix.Addr().Is4() == unspecified.Is4()
 		})
-		if has || !ss.server.pool.Serves(unspecified) {
+		if has || !ss.shared.pool.Serves(unspecified) {
 			continue
 		}
 		a, err := ss.lease(capsule.Address{Prefix: netip.PrefixFrom(unspecified,
@@ -267,15 +267,15 @@ func (ss *ipSession) leaseMissing() {
 // release releases all addresses and networks of the session.
 func (ss *ipSession) release() {
 	if ss.claim != nil {
-		ss.server.sites.remove(ss.claim)
+		ss.shared.sites.remove(ss.claim)
 	}
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	for _, a := range ss.addresses {
-		ss.server.table.remove(a.Prefix)
+		ss.shared.table.remove(a.Prefix)
 	}
 	for _, a := range ss.addresses {
-		ss.server.pool.Release(a.Prefix, ss.owner())
+		ss.shared.pool.Release(a.Prefix, ss.owner())
 		ss.userState.leases.Add(-1)
 	}
 	ss.addresses, ss.assigned = nil, true

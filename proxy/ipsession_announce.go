@@ -51,10 +51,10 @@ func (ss *ipSession) newRoutes() (routes []capsule.Route, changed bool, err erro
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	allowed := ss.userState.reach.Load()
-	routes, err = ss.server.routes(ss.reach, allowed, ss.scope.Protocol, ss.uses)
+	routes, err = ss.shared.access.routes(ss.reach, allowed, ss.scope.Protocol, ss.uses)
 	if err == nil && ss.claim != nil {
-		routes, err = ss.server.sites.routesTo(ss.claim, routes, allowed,
-			ss.server.pool.Gateways())
+		routes, err = ss.shared.sites.routesTo(ss.claim, routes, allowed,
+			ss.shared.pool.Gateways())
 	}
 	if err == nil && len(routes) > routing.MaxRoutes {
 		err = fmt.Errorf("%d ranges are too many to be advertised, clients take %d: shorten the lists of the user, or of the sites", len(routes), routing.MaxRoutes)
@@ -70,11 +70,11 @@ func (ss *ipSession) newRoutes() (routes []capsule.Route, changed bool, err erro
 // of a's family. ss.mu is held.
 func (ss *ipSession) uses(a netip.Addr) bool {
 	if !ss.assigned {
-		return ss.server.pool.Serves(a)
+		return ss.shared.pool.Serves(a)
 	}
 	has := prefixes(ss.addresses)
 	if ss.claim != nil {
-		has = append(has, ss.server.sites.grantOf(ss.claim).prefixes...)
+		has = append(has, ss.shared.sites.grantOf(ss.claim).prefixes...)
 	}
 	return slices.ContainsFunc(has, func(p netip.Prefix) bool { return p.Addr().Is4() == a.Is4() })
 }
@@ -83,7 +83,7 @@ func (ss *ipSession) uses(a netip.Addr) bool {
 // addresses in the scope of the request, that the user may reach, and of
 // families that the client has addresses of. ss.mu is held.
 func (ss *ipSession) dns() DNS {
-	d, allowed := *ss.server.dns.Load(), ss.userState.reach.Load()
+	d, allowed := *ss.shared.dns.Load(), ss.userState.reach.Load()
 	const udp = 17
 	if ss.scope.Protocol != 0 && ss.scope.Protocol != udp {
 		return DNS{}
@@ -91,7 +91,7 @@ func (ss *ipSession) dns() DNS {
 	d.Servers = slices.DeleteFunc(slices.Clone(d.Servers), func(a netip.Addr) bool {
 		return ss.reach != nil && !ss.reach.Contains(a) || !ss.uses(a) ||
 			allowed != nil && !allowed.Contains(a) &&
-				!slices.Contains(ss.server.pool.Gateways(), a)
+				!slices.Contains(ss.shared.pool.Gateways(), a)
 	})
 	if len(d.Servers) == 0 {
 		d.Domains, d.Search = nil, nil

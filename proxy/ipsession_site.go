@@ -20,7 +20,7 @@ func (ss *ipSession) added(replaced []session) {
 			old = append(old, tunnel.claim)
 		}
 	}
-	ss.server.sites.add(ss.claim, old)
+	ss.shared.sites.add(ss.claim, old)
 }
 
 // acceptAddresses returns the addresses in addrs, assigned to the proxy by the
@@ -29,7 +29,7 @@ func (ss *ipSession) acceptAddresses(addrs []capsule.Address) []capsule.Address 
 	if ss.claim == nil {
 		return nil
 	}
-	return ss.server.sites.grantedAddresses(ss.claim, addrs)
+	return ss.shared.sites.grantedAddresses(ss.claim, addrs)
 }
 
 // acceptRoutes returns the parts of routes, advertised by the client, that take
@@ -39,7 +39,7 @@ func (ss *ipSession) acceptRoutes(routes []capsule.Route) []capsule.Route {
 	if ss.claim == nil {
 		return nil
 	}
-	return ss.server.sites.grantedRoutes(ss.claim, routes)
+	return ss.shared.sites.grantedRoutes(ss.claim, routes)
 }
 
 // addressesAssigned notes the addresses that the client assigns to the proxy.
@@ -54,7 +54,7 @@ func (ss *ipSession) addressesAssigned(addrs []capsule.Address) error {
 			granted = append(granted, a.Prefix)
 		}
 	}
-	ss.server.sites.assign(ss.claim, granted)
+	ss.shared.sites.assign(ss.claim, granted)
 	return nil
 }
 
@@ -64,7 +64,7 @@ func (ss *ipSession) routesAdvertised(routes []capsule.Route) error {
 		ss.logSiteRefused(len(routes))
 		return nil
 	}
-	ss.server.sites.advertise(ss.claim, routes)
+	ss.shared.sites.advertise(ss.claim, routes)
 	return nil
 }
 
@@ -89,7 +89,7 @@ func (ss *ipSession) followSites() error {
 	if ss.claim == nil || conn == nil {
 		return nil // run calls followSites after it has opened conn
 	}
-	granted := ss.server.sites.grantOf(ss.claim)
+	granted := ss.shared.sites.grantOf(ss.claim)
 	if err := conn.SetFiltered(granted.assigned, granted.routes); err != nil {
 		return err
 	}

@@ -45,8 +45,8 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	default:
 		return restart, nil // what follows is done when it starts to serve
 	}
-	s.reinstall()
-	if err := s.refresh(); err != nil {
+	s.host.reinstall()
+	if err := s.host.refresh(); err != nil {
 		s.cfg().Logger.Warn("cannot read the host's own addresses", "error", err)
 	}
 	for _, ss := range s.sessions.list() {

@@ -27,17 +27,23 @@ type Resolver interface {
 	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
 
-// resolve returns the addresses of name, IPv4 and IPv6, or why there are none
-// in the terms of RFC 9209 section 2.3.
-func (s *Server) resolve(ctx context.Context, user User, name string) ([]netip.Addr, *refusal) {
-	if !s.lookups.begin(user.Name) {
+// nameResolver resolves names for clients, with limits on concurrent lookups.
+type nameResolver struct {
+	cfg     func() *Config
+	lookups lookups
+}
+
+// resolve returns the IPv4 and IPv6 addresses of name, or a refusal with the
+// reason in the terms of RFC 9209 section 2.3.
+func (n *nameResolver) resolve(ctx context.Context, user User, name string) ([]netip.Addr, *refusal) {
+	if !n.lookups.begin(user.Name) {
 		return nil, refuse(http.StatusServiceUnavailable, "connection_limit_reached",
 			"user %q: too many names are being resolved", user.Name)
 	}
-	defer s.lookups.end(user.Name)
+	defer n.lookups.end(user.Name)
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
-	found, err := s.cfg().Resolver.LookupNetIP(ctx, "ip", name)
+	found, err := n.cfg().Resolver.LookupNetIP(ctx, "ip", name)
 	if err == nil && len(found) == 0 {
 		err = &net.DNSError{Err: "it has no addresses", Name: name, IsNotFound: true}
 	}

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -21,14 +20,12 @@ import (
 	"golang.org/x/time/rate"
 
 	"masquevpn/internal/connectip"
-	"masquevpn/internal/endpoint"
 	"masquevpn/internal/udpconn"
 	"masquevpn/proxy/internal/addrpool"
 	"masquevpn/proxy/internal/auththrottle"
 	"masquevpn/proxy/internal/connlimit"
 	"masquevpn/proxy/internal/loglimit"
 	"masquevpn/proxy/internal/smallmtu"
-	"masquevpn/routing"
 )
 
 const (
@@ -67,50 +64,36 @@ const (
 
 // Server is a proxy. Make it with New.
 type Server struct {
-	config    atomic.Pointer[Config] // see cfg
-	templates []*connectip.Template
-	pool      *addrpool.Pool
-	table     *table
-	sessions  sessions
-	sites     *sites
-	ready     chan struct{}
-	started   time.Time
-	addrs     []net.Addr
-	ports     []uint16 // UDP, of the sockets
+	shared
 
-	supervisor endpoint.Supervisor[*localEndpoint]
+	sessions  *sessions
+	forwarder *forwarder
 
-	reloading  sync.Mutex
-	refreshing sync.Mutex     // one refresh at a time; guards what follows
-	mtu        int            // MTU of the device, bytes
-	installed  *routing.State // what the kernel has been told, nil before the first time
-	local      []netip.Prefix // the host's addresses with the lengths of their networks
-
-	smallMTU     smallmtu.Hints
-	errorLimit   *rate.Limiter
-	reading      connectip.Busy  // the device's reader has packets
-	unrouted     connectip.Stats // packets that belong to no session, and ICMP errors about them
-	requests     requestCounts
 	connLimiter  *connlimit.Limiter
+	smallMTU     smallmtu.Hints
 	authFailed   authFailures
 	authThrottle auththrottle.Throttle
-	lookups      lookups
 
-	peerLog *slog.Logger        // for what clients cause
-	dns     atomic.Pointer[DNS] // never nil
+	requests requestCounts
+	peerLog  *slog.Logger // for events that clients cause
 
-	mu     sync.Mutex
-	denied denied
-	health routing.Health // health of the kernel's side
+	reloading sync.Mutex // held during Reload
+
+	ready chan struct{} // closed when the proxy accepts clients
+
+	// The fields of this group are set before ready is closed.
+
+	started time.Time
+	addrs   []net.Addr // local addresses of the UDP sockets
 }
 
-// New checks cfg and makes a Server of it; nothing is opened yet.
+// New checks cfg and creates a Server. It opens nothing.
 func New(cfg Config) (*Server, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	templates, err := cfg.templates()
+	served, err := cfg.templates()
 	if err != nil {
 		return nil, err
 	}
@@ -122,33 +105,31 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Users != nil {
 		reserved = cfg.Users.Reserved
 	}
-	table := newTable()
 	s := &Server{
-		templates: templates,
-		pool: addrpool.New(addrpool.Config{
-			Spaces: []addrpool.Space{{Prefix: cfg.Pool4, Delegate: cfg.Delegate4},
-				{Prefix: cfg.Pool6, Delegate: cfg.Delegate6}},
-			Quarantine: cfg.Hold,
-			Reserved:   reserved,
-		}),
-		table:      table,
-		sites:      newSites(table, rights),
-		sessions:   sessions{byID: make(map[string]session)},
-		ready:      make(chan struct{}),
-		errorLimit: newErrorLimit(),
-		peerLog:    loglimit.New(cfg.Logger),
-		requests:   newRequestCounts(),
+		sessions: newSessions(),
+		ready:    make(chan struct{}),
+		peerLog:  loglimit.New(cfg.Logger),
+		requests: newRequestCounts(),
 	}
-	s.connLimiter = connlimit.New(s.peerLog, cfg.MaxPending, cfg.MaxPendingPerAddress)
-	s.supervisor.Open, s.supervisor.Report, s.supervisor.Logger = s.openEndpoint, s.noteHealth,
-		cfg.Logger
 	s.config.Store(&cfg)
 	s.dns.Store(&cfg.DNS)
+	s.templates = served
+	s.pool = addrpool.New(addrpool.Config{
+		Spaces: []addrpool.Space{{Prefix: cfg.Pool4, Delegate: cfg.Delegate4},
+			{Prefix: cfg.Pool6, Delegate: cfg.Delegate6}},
+		Quarantine: cfg.Hold,
+		Reserved:   reserved,
+	})
+	s.table = newTable()
+	s.sites = newSites(s.table, rights)
+	s.access = &access{cfg: s.cfg, dns: s.dns.Load, pool: s.pool}
+	s.names.cfg = s.cfg
+	s.host = newHost(s.cfg, cfg.Logger, s.pool, s.sites, s.sessions, s.access)
+	s.forwarder = newForwarder(s.table, s.pool, s.host.supervisor.Device())
+	s.host.dispatch = s.forwarder.dispatch
+	s.connLimiter = connlimit.New(s.peerLog, cfg.MaxPending, cfg.MaxPendingPerAddress)
 	return s, nil
 }
-
-// cfg returns the configuration as it is now. It is not to be changed.
-func (s *Server) cfg() *Config { return s.config.Load() }
 
 // Ready is closed when the proxy accepts clients.
 func (s *Server) Ready() <-chan struct{} { return s.ready }
@@ -171,13 +152,13 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	}()
 	for _, c := range sockets {
 		if a, ok := c.LocalAddr().(*net.UDPAddr); ok {
-			s.ports = append(s.ports, a.AddrPort().Port())
+			s.host.ports = append(s.host.ports, a.AddrPort().Port())
 		}
 	}
-	if err := s.supervisor.Start(); err != nil {
+	if err := s.host.supervisor.Start(); err != nil {
 		return openError(err)
 	}
-	defer func() { err = errors.Join(err, s.supervisor.Close()) }()
+	defer func() { err = errors.Join(err, s.host.supervisor.Close()) }()
 	return s.serve(ctx, sockets)
 }
 
@@ -190,7 +171,7 @@ func (s *Server) listen(ctx context.Context) ([]*udpconn.Conn, error) {
 			return nil, err
 		}
 	}
-	dropped := func(packets int) { s.unrouted.Receive.DropMany(connectip.DropSocketFull, packets) }
+	dropped := func(packets int) { s.forwarder.unrouted.Receive.DropMany(connectip.DropSocketFull, packets) }
 	var conns []*udpconn.Conn
 	for _, c := range sockets {
 		conn, err := udpconn.New(c, s.cfg().Logger, dropped)
@@ -238,7 +219,7 @@ func closeAll(sockets []*net.UDPConn) {
 type connKey struct{}
 
 func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
-	if err := errors.Join(s.readLocal(), s.refresh()); err != nil {
+	if err := errors.Join(s.host.readLocal(), s.host.refresh()); err != nil {
 		return err
 	}
 	s.warnOfDNS()
@@ -285,10 +266,10 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		})
 	}
 	g.Go(func() error {
-		s.supervisor.Run(gctx)
+		s.host.supervisor.Run(gctx)
 		return nil
 	})
-	g.Go(func() error { return s.keepNetwork(gctx) })
+	g.Go(func() error { return s.host.maintain(gctx) })
 	g.Go(func() error { return s.endExpired(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
@@ -302,7 +283,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		for _, t := range transports {
 			err = errors.Join(err, t.Close())
 		}
-		return errors.Join(err, s.supervisor.Close())
+		return errors.Join(err, s.host.supervisor.Close())
 	})
 	s.started = time.Now()
 	for _, c := range sockets {
@@ -464,7 +445,7 @@ func (s *Server) Status() Status {
 	status := Status{
 		Schema: connectip.StatusSchema, Name: s.cfg().Name, State: StateRunning, Since: s.started,
 		Listen:   s.listening(),
-		Template: s.templates[0].String(), Interface: s.supervisor.Current().Name(),
+		Template: s.templates[0].String(), Interface: s.host.name(),
 		Sessions: c.Sessions,
 		UDPFlows: c.UDPFlows,
 		Leased:   map[string]int{"ipv4": v4, "ipv6": v6},
@@ -478,3 +459,7 @@ func (s *Server) Status() Status {
 	}
 	return status
 }
+
+// Problem says which state of this host is not as clients need it, and what to
+// do about it. It returns "" if there is no problem.
+func (s *Server) Problem() string { return s.host.healthNow().Problem }

@@ -79,7 +79,7 @@ type endFunc func(level slog.Level, err error)
 
 // sessionBase is the part that both kinds of session share.
 type sessionBase struct {
-	server *Server
+	shared *shared
 
 	// The fields of this group are set before the session starts.
 
@@ -135,7 +135,7 @@ var (
 // panicked ends the session because one of its goroutines panicked. It is
 // called with no lock held.
 func (b *sessionBase) panicked(e *rescue.Error) {
-	b.server.cfg().Logger.Error("a fault of this program ended a session; please report it with this line",
+	b.shared.cfg().Logger.Error("a fault of this program ended a session; please report it with this line",
 		"session", b.id, "user", b.user.Name, "panic", fmt.Sprint(e.Value), "stack",
 		string(e.Stack))
 	b.stop(e)
@@ -147,14 +147,6 @@ func (b *sessionBase) guarded(f func()) func() {
 	return func() {
 		defer rescue.Catch(b.panicked)
 		f()
-	}
-}
-
-// begins notes that the session runs on its connection. The first session
-// raises the limits of the connection.
-func (b *sessionBase) begins() {
-	if first := b.server.connLimiter.SessionBegins(b.limitedConn); first {
-		admit(b.quic)
 	}
 }
 
@@ -185,9 +177,9 @@ const (
 func (b *sessionBase) baseStatus(kind string) SessionStatus {
 	s := SessionStatus{ID: b.id, User: b.user.Name, Kind: kind,
 		Remote: b.quic.RemoteAddr().String()}
-	s.Schema, s.Name, s.State, s.Since = connectip.StatusSchema, b.server.cfg().Name, "connected",
+	s.Schema, s.Name, s.State, s.Since = connectip.StatusSchema, b.shared.cfg().Name, "connected",
 		b.since
-	s.Proxy = connectip.ProxyStatus{Name: b.server.cfg().Name,
+	s.Proxy = connectip.ProxyStatus{Name: b.shared.cfg().Name,
 		Endpoint: b.quic.LocalAddr().String(), HTTP: "h3"}
 	s.RTT = b.quic.ConnectionStats().SmoothedRTT.Microseconds()
 	s.SetTraffic(&b.stats)

@@ -12,7 +12,7 @@ import (
 // A session replaces all of its instance, and of its user, that are still
 // there, without getting around the limits.
 func TestSessionsAdd(t *testing.T) {
-	l := sessions{byID: make(map[string]session)}
+	l := newSessions()
 	add := func(user, instance string) (replaced int, err error) {
 		list, err := l.add(&ipSession{sessionBase: sessionBase{user: User{Name: user}, instance: instance}},
 			limits{3, 2, errTooManySessions, errTooManyOfUser, ""})

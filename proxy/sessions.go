@@ -23,6 +23,8 @@ type sessions struct {
 	userStates userStates
 }
 
+func newSessions() *sessions { return &sessions{byID: make(map[string]session)} }
+
 // add gives ss an ID and puts it into the table, or returns the error of the
 // limit that is reached. It returns the sessions that ss replaces; the caller
 // stops them. They count until they have ended, so a user has at most one

@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -16,7 +15,6 @@ import (
 
 	"github.com/quic-go/masque-go"
 	"github.com/yosida95/uritemplate/v3"
-	"go4.org/netipx"
 	"golang.org/x/sys/unix"
 
 	"masquevpn/internal/connectip"
@@ -106,19 +104,6 @@ func (t udpTarget) String() string {
 		host = t.addr.String()
 	}
 	return net.JoinHostPort(host, strconv.Itoa(int(t.port)))
-}
-
-// reachesByUDP reports whether the proxy sends UDP packets to a for its
-// clients: where their tunnels lead as well, but for multicast and the proxy's
-// own addresses. Those packets have the source address of the proxy itself,
-// which some trust more than any client's (RFC 9298 section 7). may is what the
-// user reaches, nil for all.
-func (s *Server) reachesByUDP(a netip.Addr, may *netipx.IPSet) bool {
-	contains := func(p netip.Prefix) bool { return p.Contains(a) }
-	return slices.ContainsFunc(s.cfg().Advertise, contains) &&
-		!slices.ContainsFunc(s.deniedNow().clients, contains) &&
-		!slices.Contains(s.pool.Gateways(), a) && !a.IsMulticast() &&
-		(may == nil || may.Contains(a))
 }
 
 // dialOther is dialUDP to one other host. For addresses of this one, and of

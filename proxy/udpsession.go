@@ -58,12 +58,12 @@ func (ss *udpSession) prepare(ctx context.Context, path string) *refusal {
 	addrs := []netip.Addr{target.addr}
 	if target.name != "" {
 		var refused *refusal
-		if addrs, refused = ss.server.resolve(ctx, ss.user, target.name); refused != nil {
+		if addrs, refused = ss.shared.names.resolve(ctx, ss.user, target.name); refused != nil {
 			return refused
 		}
 	}
 	addrs = slices.DeleteFunc(addrs, func(a netip.Addr) bool {
-		return !ss.server.reachesByUDP(a, ss.user.reach())
+		return !ss.shared.access.reachesByUDP(a, ss.user.reach())
 	})
 	if len(addrs) == 0 {
 		return refuse(http.StatusForbidden, "destination_ip_prohibited",
@@ -72,7 +72,7 @@ func (ss *udpSession) prepare(ctx context.Context, path string) *refusal {
 	var errs []error
 	for _, a := range addrs {
 		to := netip.AddrPortFrom(a, target.port)
-		socket, err := ss.server.cfg().DialUDP(ctx, to)
+		socket, err := ss.shared.cfg().DialUDP(ctx, to)
 		if err != nil {
 			errs = append(errs, err)
 			continue
@@ -100,7 +100,7 @@ func (ss *udpSession) kind() string { return KindUDP }
 // tunnels, because one client may have many. Without authentication all clients
 // are one user, who has the limit of all.
 func (ss *udpSession) limits() limits {
-	cfg := ss.server.cfg()
+	cfg := ss.shared.cfg()
 	l := limits{cfg.MaxUDPFlows, cfg.MaxUDPFlowsPerUser, errTooManyFlows, errTooManyFlowsOfUser,
 		"UDP flows"}
 	if ss.user.Name == "" {
@@ -134,7 +134,7 @@ func (ss *udpSession) setHeader(h http.Header) {
 // proxyStatus returns the value of Proxy-Status with the address of the target,
 // or "" if the name of the proxy cannot be written in a header field.
 func (ss *udpSession) proxyStatus() string {
-	item := httpsfv.NewItem(ss.server.cfg().Name)
+	item := httpsfv.NewItem(ss.shared.cfg().Name)
 	item.Params.Add("next-hop", ss.to.String())
 	s, err := httpsfv.Marshal(httpsfv.List{item})
 	if err != nil {
@@ -167,7 +167,7 @@ func (ss *udpSession) run(str *connectip.UDPStream) error {
 		}, func() { ss.stats.Receive.Drop(connectip.DropTooBig) })
 		ss.stop(connectip.ErrClosedByPeer)
 	}))
-	ss.awaitIdle(ss.server.cfg().UDPIdleTimeout)
+	ss.awaitIdle(ss.shared.cfg().UDPIdleTimeout)
 	ss.socket.Close() // ends sendToClient unless the client does not read
 	unread := time.AfterFunc(udpEndTimeout, str.Interrupt)
 	connectip.Drain(ss.quic, sending.Wait)
@@ -272,7 +272,7 @@ func (ss *udpSession) awaitIdle(limit time.Duration) {
 
 // updateDenied ends the session if the client may not reach the target now.
 func (ss *udpSession) updateDenied() error {
-	if !ss.server.reachesByUDP(ss.to.Addr(), ss.userState.reach.Load()) {
+	if !ss.shared.access.reachesByUDP(ss.to.Addr(), ss.userState.reach.Load()) {
 		ss.stop(errProhibited)
 	}
 	return nil

@@ -332,7 +332,7 @@ func TestUDPEnds(t *testing.T) {
 				}
 			},
 			end: func(t *testing.T, s running, _ net.PacketConn) {
-				if err := errors.Join(s.readLocal(), s.refresh()); err != nil {
+				if err := errors.Join(s.host.readLocal(), s.host.refresh()); err != nil {
 					t.Error(err)
 				}
 			},

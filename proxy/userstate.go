@@ -3,7 +3,6 @@ package proxy
 import (
 	"context"
 	"errors"
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -150,18 +149,3 @@ func (s *Server) endExpired(ctx context.Context) error {
 
 // errExpired is the cause for which the session of a user ends.
 var errExpired = errors.New("the user's time is over")
-
-// withheld returns what the proxy advertises, but not to a user who reaches
-// only what is in reach.
-func (s *Server) withheld(reach *netipx.IPSet) []netip.Prefix {
-	if reach == nil {
-		return nil
-	}
-	var b netipx.IPSetBuilder
-	for _, p := range s.cfg().Advertise {
-		b.AddPrefix(p)
-	}
-	b.RemoveSet(reach)
-	set, _ := b.IPSet() // the prefixes are valid
-	return set.Prefixes()
-}
