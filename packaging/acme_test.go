@@ -6,9 +6,9 @@ import (
 	"time"
 )
 
-// certificates makes an ACME server that knows the proxy's name, and a proxy
-// that wants its certificate from there. systemd has less patience with the
-// proxy's start than that takes.
+// certificates makes an ACME server that issues certificates for the proxy's
+// name, and a proxy that gets its certificate there. The proxy's start takes
+// longer than TimeoutStartSec.
 const certificates = `set -e
 ip link set lo up
 echo "127.0.0.1 vpn.example.org acme.example" >> /etc/hosts
@@ -25,20 +25,20 @@ printf '[Service]\nTimeoutStartSec=3s\n' > /etc/systemd/system/masque-proxy.serv
 systemctl daemon-reload
 `
 
-// TestServiceWaitsForCertificate: the start of the service waits for its
-// certificate, says why, and the service may do what getting one takes.
+// While the service waits for its first certificate, systemd waits too and
+// shows the reason. The sandbox of the service lets it obtain a certificate.
 func TestServiceWaitsForCertificate(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
 	m.do(install)
 	m.do(certificates)
 	m.do("systemctl start --no-block masque-proxy")
-	m.until("systemd knows why", func() bool {
+	m.until("systemd shows the reason", func() bool {
 		return strings.Contains(m.do("systemctl show -P StatusText masque-proxy"),
 			"no certificate yet, tried again at ")
 	})
 	pid := m.mainPID("masque-proxy")
-	time.Sleep(6 * time.Second) // which is beyond TimeoutStartSec
+	time.Sleep(6 * time.Second) // longer than TimeoutStartSec
 	m.is("systemctl show -P ActiveState masque-proxy", "activating")
 	m.is("systemctl show -P MainPID masque-proxy", pid)
 
@@ -53,6 +53,6 @@ func TestServiceWaitsForCertificate(t *testing.T) {
 	m.is("systemctl show -P MainPID masque-proxy", pid)
 	m.is("stat -c '%U %a' /var/lib/masque/acme /var/lib/masque/acme/reset.key",
 		"masque 700\nmasque 600")
-	m.do("systemctl restart masque-proxy") // it uses the stored certificate
+	m.do("systemctl restart masque-proxy") // uses the stored certificate
 	m.do("masque-proxy status")
 }

@@ -19,21 +19,21 @@ import (
 )
 
 var coexistTime = flag.Duration("coexist-time", time.Minute,
-	"how long TestCoexistence has other programs at work")
+	"duration of TestCoexistence")
 
 //go:embed testdata/coexist
 var coexistScripts embed.FS
 
-// coexistPackages is where `make coexist-packages` has put the Debian packages
-// of the other programs, as far as this host lacks them. They are installed on
-// the machines alone: once installed, firewalld would take over the firewall of
-// this host.
+// coexistPackages is the folder in which `make coexist-packages` puts the
+// Debian packages of other programs that this host lacks. They are installed on
+// the machines only: on this host, firewalld would take over the firewall.
 const coexistPackages = "../bin/coexist"
 
+// target runs a command in the network namespace of the target.
 const target = "ip netns exec target "
 
-// newCrowdedMachine is a machine on which the other programs of TestCoexistence
-// are installed, and nothing of ours runs.
+// newCrowdedMachine returns a machine with the other programs of
+// TestCoexistence installed, and without our packages.
 func newCrowdedMachine(t *testing.T) *machine {
 	t.Helper()
 	m := newMachine(t)
@@ -60,8 +60,8 @@ func newCrowdedMachine(t *testing.T) *machine {
 		}
 		m.write("/opt/coexist/packages/"+filepath.Base(p), b)
 	}
-	// Without udev, systemd-networkd waits for it, unless /sys is as in a
-	// container.
+	// There is no udev. systemd-networkd waits for it unless /sys is read-only,
+	// as in a container.
 	m.do(`set -e
 chmod +x /opt/coexist/*.sh
 if ls /opt/coexist/packages/*.deb >/dev/null 2>&1; then dpkg -i /opt/coexist/packages/*.deb >/dev/null; fi
@@ -71,7 +71,7 @@ ip link set lo up`)
 	return m
 }
 
-// write makes a file on the machine.
+// write writes a file on the machine.
 func (m *machine) write(path string, content []byte) {
 	m.Helper()
 	c := m.command("cat > '" + path + "' && chmod 600 '" + path + "'")
@@ -81,7 +81,7 @@ func (m *machine) write(path string, content []byte) {
 	}
 }
 
-// connect makes a pair of interfaces, one on each of two machines.
+// connect connects two machines by a veth pair.
 func connect(t *testing.T, a *machine, nameA string, b *machine, nameB string) {
 	t.Helper()
 	if out, err := exec.Command("ip", "link", "add", nameA, "netns", a.pid, "type", "veth", "peer",
@@ -90,9 +90,10 @@ func connect(t *testing.T, a *machine, nameA string, b *machine, nameB string) {
 	}
 }
 
-// provider is the network between client and proxy: a namespace on the machine
-// of the proxy with a router, a DHCP server, and router advertisements on the
-// client's first network, and the host behind the proxy, in another.
+// provider makes the network between client and proxy, on the machine of the
+// proxy: the namespace isp with a router, a DHCP server, and router
+// advertisements on the client's first network, and the namespace target with a
+// host behind the proxy.
 const provider = `set -e
 ip netns add isp
 ip netns add target
@@ -140,9 +141,9 @@ END
 `
 
 // classless returns the options of the DHCP server in round n: the default
-// route, routes to networks of the provider, which it may have, and in some
-// rounds to public networks that belong in a full tunnel (option 121, RFC
-// 3442).
+// route, routes to private networks of the provider, which may leave outside
+// the tunnel, and in some rounds routes to public networks, which must not
+// (option 121, RFC 3442).
 func classless(n int) string {
 	first, second := "0.0.0.0/0,192.168.7.1,10.5.0.0/16,192.168.7.1", "10.6.0.0/16,192.168.8.1"
 	switch n % 4 {
@@ -157,16 +158,16 @@ func classless(n int) string {
 	return fmt.Sprintf("tag:lan0,option:classless-static-route,%s\ntag:lan1,option:router\ntag:lan1,option:classless-static-route,%s\n", first, second)
 }
 
-// own are the packets that a client with a full tunnel may send on its
-// networks, as a filter for tcpdump: those of the tunnel, DHCP, ICMP errors
-// about answers of the DHCP server, which firewalld refuses when they come
-// late, and what finds neighbours, routers and listeners.
+// own is a filter of tcpdump for the packets that a client with a full tunnel
+// may send on its networks: packets of the tunnel and DHCP, ICMP errors about
+// late answers of the DHCP server, which firewalld refuses, and packets that
+// find neighbours, routers and multicast listeners.
 const own = "arp or igmp or (udp and dst host 203.0.113.2 and dst port 443) or (udp and dst port 67) or (udp and dst port 547)" +
 	" or (icmp[0] == 3 and icmp[17] == 17 and icmp[28:2] == 67)" +
 	" or (icmp6 and ip6[40] >= 130 and ip6[40] <= 143) or (ip6 and ip6[6] == 0 and ip6[48] >= 130 and ip6[48] <= 143)"
 
-// capture has tcpdump write a line for each packet that comes in by an
-// interface of a namespace and matches a filter.
+// capture runs tcpdump on an interface of a namespace. lines stops it and
+// returns a line for each received packet that matches filter.
 func (m *machine) capture(namespace, iface, filter string) (lines func() []string) {
 	m.Helper()
 	file := "/run/capture-" + namespace + "-" + iface
@@ -185,17 +186,18 @@ func (m *machine) capture(namespace, iface, filter string) (lines func() []strin
 	}
 }
 
-// A fellow is a program that changes the network of a machine again and again.
-type fellow struct {
+// disturber is a program that changes the network of a machine repeatedly.
+type disturber struct {
 	name  string
 	every time.Duration
-	round func(n int) (*machine, string) // a line of shell and where it runs
+	round func(n int) (*machine, string) // shell command of round n and its machine
 
-	done, failed int
-	last         string // what the last failure said
+	done, failed int    // number of rounds
+	last         string // output of the last failed round
 }
 
-func (f *fellow) run(ctx context.Context) {
+// run runs a round every f.every until ctx ends.
+func (f *disturber) run(ctx context.Context) {
 	tick := time.NewTicker(f.every)
 	defer tick.Stop()
 	for n := 1; ; n++ {
@@ -214,12 +216,11 @@ func (f *fellow) run(ctx context.Context) {
 	}
 }
 
-// TestCoexistence has a client and a proxy beside the programs that change the
-// network of real hosts, all of them at work: systemd-networkd, firewalld,
-// containers as dockerd has them, mwan3's rules, two DHCP clients with routes
-// that change. What the client sends on its networks is the tunnel's own,
-// whatever they do, and a TCP connection inside lasts. `make e2e-coexist
-// TIME=1h` is the long run.
+// A client and a proxy run beside programs that change the network of real
+// hosts: systemd-networkd, firewalld, containers as dockerd makes them, the
+// rules of mwan3, and two DHCP clients with changing routes. Only packets of
+// the tunnel leave the client, and an inner TCP connection lasts. `make
+// e2e-coexist TIME=1h` is the long run.
 func TestCoexistence(t *testing.T) {
 	t.Parallel()
 	near, far := newCrowdedMachine(t), newCrowdedMachine(t)
@@ -247,8 +248,7 @@ dhclient -1 -q -pf /run/dhclient.pid -lf /run/dhclient.leases eth1`)
 			"default via 192.168.7.1 dev eth0")
 	})
 
-	// What an administrator does once for the tunnel and for containers, as
-	// docs/install.md has it.
+	// Configure the other programs once, as docs/install.md describes.
 	for _, m := range []*machine{near, far} {
 		m.do(`set -e
 /opt/coexist/bridge.sh daemon
@@ -275,7 +275,7 @@ firewall-cmd -q --reload
 		far.capture("target", "eth0", "src net 10.77.0.0/24 or src net fd77::/64"),
 	}
 
-	fellows := []*fellow{
+	disturbers := []*disturber{
 		{name: "systemd-networkd of the client", every: 4 * time.Second,
 			round: func(n int) (*machine, string) {
 				return near, []string{
@@ -335,7 +335,7 @@ firewall-cmd -q --reload
 	ctx, cancel := context.WithTimeout(t.Context(), *coexistTime)
 	defer cancel()
 	var working sync.WaitGroup
-	for _, f := range fellows {
+	for _, f := range disturbers {
 		working.Go(func() { f.run(ctx) })
 	}
 	working.Wait()
@@ -347,7 +347,7 @@ firewall-cmd -q --reload
 		Warnings []string
 	}
 	state := func() string {
-		// it fails unless it is connected
+		// The command fails while the client is not connected.
 		out, _ := near.command("masque-client status alice --json").Output()
 		status.State = ""
 		if err := json.Unmarshal(out, &status); err != nil {
@@ -357,7 +357,7 @@ firewall-cmd -q --reload
 	}
 	near.until("the client is connected", func() bool { return state() == "connected" })
 
-	for _, f := range fellows {
+	for _, f := range disturbers {
 		t.Logf("%s: %d done, %d failed %s", f.name, f.done, f.failed, f.last)
 		if f.done == 0 {
 			t.Errorf("%s did nothing: %s", f.name, f.last)
@@ -368,22 +368,22 @@ firewall-cmd -q --reload
 	if got := near.mainPID("masque-client@alice") + " " + far.mainPID("masque-proxy"); got != pids {
 		t.Errorf("processes %s, at the start %s", got, pids)
 	}
-	report := func(what string, captures []func() []string) {
+	wantNone := func(name string, captures []func() []string) {
 		t.Helper()
 		var packets []string
 		for _, lines := range captures {
 			packets = append(packets, lines()...)
 		}
-		t.Logf("%s: %d", what, len(packets))
+		t.Logf("%s: %d", name, len(packets))
 		if len(packets) > 0 {
-			t.Errorf("%s, by destination\n%s", what, byDestination(packets))
+			t.Errorf("%s, by destination\n%s", name, byDestination(packets))
 		}
 	}
-	report("packets on the client's networks that are not the tunnel's", outside)
-	report("packets of clients that leave the proxy untranslated", untranslated)
-	words := strings.Fields(sent.String())
-	t.Logf("transfer: %s", strings.Join(words, " "))
-	if transferErr != nil || len(words) != 3 || words[1] != words[2] {
+	wantNone("packets outside the tunnel", outside)
+	wantNone("untranslated packets of clients behind the proxy", untranslated)
+	results := strings.Fields(sent.String()) // bytes, digest sent, digest received
+	t.Logf("transfer: %s", strings.Join(results, " "))
+	if transferErr != nil || len(results) != 3 || results[1] != results[2] {
 		t.Errorf("the transfer ended with %v, %s%s", transferErr, &sent, &sendErr)
 	}
 	if t.Failed() {
@@ -394,12 +394,12 @@ firewall-cmd -q --reload
 	}
 }
 
-// reload is a round of firewalld, which flushes what iptables has as well;
-// dockerd hears of it and puts its rules back.
+// reload is the round of firewalld. Its reload also flushes the rules of
+// iptables, and dockerd restores its rules then.
 const reload = "firewall-cmd -q --reload && /opt/coexist/bridge.sh daemon"
 
-// byDestination sums up lines of tcpdump: how many packets to where, and the
-// first and the last of them.
+// byDestination summarizes lines of tcpdump: for each destination the number of
+// packets, and the first and the last line.
 func byDestination(packets []string) string {
 	first, last, count := map[string]string{}, map[string]string{}, map[string]int{}
 	for _, line := range packets {
@@ -420,11 +420,11 @@ func byDestination(packets []string) string {
 	return b.String()
 }
 
-// tally counts the lines of a log in JSON by their message.
+// tally counts the lines of a JSON log by message.
 const tally = `sed -n 's/.*"msg":"\([^"]*\)".*/\1/p' | sort | uniq -c | sort -rn`
 
-// containers is a round of dockerd: a container comes up and sends, one goes,
-// and now and then the daemon is started anew.
+// containers returns round n of dockerd: it starts a container that sends
+// packets and removes an older one, or restarts the daemon.
 func containers(n int) string {
 	if n%5 == 0 {
 		return "/opt/coexist/bridge.sh daemon"

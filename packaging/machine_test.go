@@ -1,6 +1,6 @@
-// Package packaging tests the packages in dist/ as `make packages` leaves them
-// there: on a machine of its own, with systemd, on which they are installed,
-// run, upgraded, removed and purged.
+// Package packaging tests the packages that `make packages` leaves in dist/.
+// Each test boots a machine: namespaces with systemd, on which it installs,
+// runs, upgrades, removes and purges the packages. The tests need root.
 package packaging
 
 import (
@@ -18,12 +18,12 @@ import (
 	"time"
 )
 
-// patience bounds waits for things that take a second or two.
+// patience is the longest wait for events that take a second or two.
 const patience = 60 * time.Second
 
-// keeper keeps a machine for as long as its standard input is open, and removes
-// what is left of it. The machine has a control group of its own, without which
-// systemd would take the groups of another machine for its own.
+// keeper runs a machine while its standard input is open, and removes
+// everything that the machine leaves behind. The machine has its own control
+// group, because systemd would otherwise use the groups of another machine.
 const keeper = `set -e
 mount --make-rprivate /
 mount -t tmpfs tmpfs "$1"
@@ -41,10 +41,10 @@ wait || true
 until find "$group" -depth -type d -exec rmdir {} + 2>/dev/null; do sleep 0.1; done # the kernel takes a moment
 `
 
-// boot makes the machine: namespaces of its own, the files of this one as they
-// are, with changes kept in memory, devices that do not reach the real ones,
-// and systemd as its first process. What would change the kernel for all
-// namespaces is masked.
+// boot makes the machine: namespaces, an overlay of the files of this host with
+// changes in memory, devices without access to hardware, and systemd as the
+// first process. Units that would change the kernel for all namespaces are
+// masked.
 const boot = `set -e
 umount "$1/cgroup"
 mkdir "$1/upper" "$1/work" "$1/root" "$1/old"
@@ -75,14 +75,15 @@ export container=test
 exec /lib/systemd/systemd --unit=basic.target --log-target=journal --show-status=no
 `
 
-// machine is a running one. In /opt/packages it has the packages of dist/, and
-// those of the same files to upgrade to. Its files are gone with it.
+// machine is a running machine. Its /opt/packages holds the packages of dist/
+// and a later version of them. Its files disappear with it.
 type machine struct {
 	*testing.T
 	pid string // systemd's process ID
 }
 
-// later makes packages to upgrade to, once, of the files of dist/.
+// later makes a later version of the packages from the files of dist/ and
+// returns its folder.
 var later = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp(scratch, "later")
 	if err != nil {
@@ -99,7 +100,7 @@ var later = sync.OnceValues(func() (string, error) {
 	return dir, nil
 })
 
-// scratch is a folder for all tests.
+// scratch is a temporary folder for all tests.
 var scratch string
 
 func TestMain(m *testing.M) {
@@ -114,6 +115,7 @@ func TestMain(m *testing.M) {
 	}())
 }
 
+// newMachine boots a machine that runs until the test ends.
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -131,7 +133,8 @@ func newMachine(t *testing.T) *machine {
 	cmd := exec.Command("unshare", "--mount", "sh", "-c", keeper, "sh", t.TempDir(), boot,
 		dist, next)
 	cmd.Stdout, cmd.Stderr = log, log
-	// Ctrl-C is not for it: it ends after this process, however that ends
+	// Ctrl-C must not reach the keeper. It ends after this process, however
+	// this process ends.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	alive, err := cmd.StdinPipe()
 	if err != nil {
@@ -145,10 +148,10 @@ func newMachine(t *testing.T) *machine {
 	t.Cleanup(func() {
 		alive.Close()
 		if err := <-ended; err != nil {
-			t.Errorf("the end of the machine: %v", err)
+			t.Errorf("the machine ended with %v", err)
 		}
 		if t.Failed() {
-			t.Logf("the machine said\n%s", log)
+			t.Logf("output of the machine\n%s", log)
 		}
 	})
 	m := &machine{T: t}
@@ -175,14 +178,14 @@ func newMachine(t *testing.T) *machine {
 	return m
 }
 
-// children lists the processes that a process started.
+// children returns the process IDs of the child processes of a process.
 func children(pid string) []string {
-	// none of a process that is gone
+	// A process that has ended has none.
 	list, _ := os.ReadFile("/proc/" + pid + "/task/" + pid + "/children")
 	return strings.Fields(string(list))
 }
 
-// command is a line of shell on the machine.
+// command returns a command that runs a shell line on the machine.
 func (m *machine) command(line string) *exec.Cmd {
 	c := exec.Command("nsenter", "--target", m.pid, "--mount", "--pid", "--net", "--uts", "--ipc",
 		"--cgroup", "--root", "--wdns=/", "sh", "-c", line)
@@ -191,7 +194,7 @@ func (m *machine) command(line string) *exec.Cmd {
 	return c
 }
 
-// do runs a line of shell, which has to succeed, and returns what it says.
+// do runs a shell line, which must succeed, and returns its output.
 func (m *machine) do(line string) string {
 	m.Helper()
 	out, err := m.command(line).CombinedOutput()
@@ -201,35 +204,37 @@ func (m *machine) do(line string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// fails runs a line of shell, which has to end with the given exit code, and
-// returns what it says.
+// fails runs a shell line, which must end with the given exit code, and returns
+// its output.
 func (m *machine) fails(code int, line string) string {
 	m.Helper()
 	c := m.command(line)
-	out, _ := c.CombinedOutput() // the exit code says it
+	out, _ := c.CombinedOutput() // the exit code is checked below
 	if c.ProcessState.ExitCode() != code {
 		m.Fatalf("%s: exit code %d, want %d\n%s", line, c.ProcessState.ExitCode(), code, out)
 	}
 	return strings.TrimSpace(string(out))
 }
 
-// is checks what a line of shell says.
+// is checks the output of a shell line.
 func (m *machine) is(line, want string) {
 	m.Helper()
 	if got := m.do(line); got != want {
-		m.Errorf("%s: says %q, want %q", line, got, want)
+		m.Errorf("%s: got %q, want %q", line, got, want)
 	}
 }
 
-func (m *machine) until(what string, ok func() bool) {
+// until waits until ok returns true. condition describes that in messages.
+func (m *machine) until(condition string, ok func() bool) {
 	m.Helper()
 	for deadline := time.Now().Add(patience); !ok(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			m.Fatalf("not in %v: %s\n%s", patience, what, m.journal())
+			m.Fatalf("not within %v: %s\n%s", patience, condition, m.journal())
 		}
 	}
 }
 
+// journal returns the last lines of the journal.
 func (m *machine) journal() []byte {
 	out, _ := m.command("journalctl --sync; journalctl --no-pager -o cat -n 100").CombinedOutput()
 	return out

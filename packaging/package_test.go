@@ -18,9 +18,9 @@ const (
 	upgrade = "apt-get install -y /opt/packages/masquevpn_9999_*.deb"
 )
 
-// apart gives one service a host of its own: the network namespace "other",
-// connected to the machine, which is that of the rest. The proxy's name leads
-// to addr. Both programs say all they have to say.
+// apart runs one service in the network namespace "other", which is connected
+// to the machine. The machine's hosts file has addr as the proxy's address.
+// Both services log at level debug.
 func (m *machine) apart(unit, addr string) {
 	m.Helper()
 	m.do(`set -e
@@ -40,15 +40,17 @@ mkdir -p masque-client@.service.d masque-proxy.service.d ` + unit + `.d
 printf '[Service]\nNetworkNamespacePath=/run/netns/other\n' > ` + unit + `.d/apart.conf
 printf '[Service]\nExecStart=\nExecStart=/usr/bin/masque-client --log-level debug run -c /etc/masque/%%i.toml\n' > masque-client@.service.d/test.conf
 printf '[Service]\nExecStart=\nExecStart=/usr/bin/masque-proxy --log-level debug run -c /etc/masque/proxy.toml\nWatchdogSec=5s\n' > masque-proxy.service.d/test.conf`)
-	m.until("the link is up", func() bool { // and has all its addresses
+	m.until("both ends of the link have their addresses", func() bool {
 		return strings.Count(m.do("ip -o addr show dev eth0; "+other+"ip -o addr show dev eth0"),
 			"inet6 fe80:") == 2
 	})
 }
 
+// other runs a command in the network namespace "other".
 const other = "ip netns exec other "
 
-// network is the state of the machine's network and of the other's.
+// network returns the network configuration of the machine and of the namespace
+// "other".
 func (m *machine) network() string {
 	m.Helper()
 	const state = `ip -o addr; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; nft list ruleset;
@@ -57,13 +59,14 @@ cd /proc/sys/net; grep -r . ipv4/ip_forward ipv4/conf ipv6/conf 2>/dev/null | so
 		"'; done; cat /etc/resolv.conf")
 }
 
-// files makes the files of a proxy and of its user alice as a service.
+// files makes the files of a proxy and of its user alice for the services.
 const files = `set -e
 masque-proxy init --name vpn.example.org /etc/masque
 masque-proxy invite alice -c /etc/masque/proxy.toml -o /etc/masque/alice.toml
 `
 
-// TestService is the life of a proxy and a client as services.
+// A proxy and a client are installed and run as services, upgraded, removed and
+// purged.
 func TestService(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
@@ -86,7 +89,7 @@ func TestService(t *testing.T) {
 		}
 	}
 
-	// A file that the service may not read is not tried again and again.
+	// systemd does not restart a service that cannot read its configuration.
 	m.do("masque-proxy init --name vpn.example.org /etc/masque")
 	m.do("masque-proxy invite alice -c /etc/masque/proxy.toml -o /root/alice.toml")
 	m.do("cp /root/alice.toml /etc/masque")
@@ -94,7 +97,7 @@ func TestService(t *testing.T) {
 	m.is("systemctl show -P ExecMainStatus masque-client@alice", "7")
 	m.do("install -g masque -m 640 /root/alice.toml /etc/masque/alice.toml")
 
-	// The client's first packet starts the proxy.
+	// Socket activation: the client's first packet starts the proxy.
 	fresh := m.network()
 	m.do("systemctl start masque-proxy.socket")
 	m.is("systemctl is-active masque-proxy || true", "inactive")
@@ -104,7 +107,7 @@ func TestService(t *testing.T) {
 	m.do(ping + "10.77.0.1")
 	m.do(ping + "fd77::1")
 	m.is("cat /proc/sys/net/ipv4/ip_forward", "1")
-	m.until("systemd knows of the session", func() bool {
+	m.until("systemd shows the session", func() bool {
 		return m.do("systemctl show -P StatusText masque-proxy") == "1 sessions, listening on [::]:443"
 	})
 	m.is("systemctl show -P StatusText masque-client@alice", "connected")
@@ -132,10 +135,10 @@ func TestService(t *testing.T) {
 		if !strings.Contains(status,
 			"Uid:\t"+strings.Join([]string{uid, uid, uid, uid}, "\t")+"\n") ||
 			!strings.Contains(status, "Seccomp:\t2\n") {
-			t.Errorf("%s: not user %s with a filter of system calls:\n%s", unit, uid, status)
+			t.Errorf("%s: want user %s and a system call filter:\n%s", unit, uid, status)
 		}
-		// What is root's in a process of another user (proc(5)) cannot be
-		// dumped, nor looked into by others of that user.
+		// The files of an undumpable process belong to root (proc(5)). Other
+		// processes of the user cannot read its memory.
 		m.is("stat -c %U /proc/"+m.mainPID(unit)+"/environ", "root")
 	}
 	m.is("stat -c '%U:%G %a' /run/masque /var/lib/masque", "masque:masque 750\nmasque:masque 750")
@@ -152,16 +155,16 @@ func TestService(t *testing.T) {
 	m.do("cp /root/proxy.toml /etc/masque/proxy.toml && systemctl reload masque-proxy")
 	m.is("systemctl is-active masque-proxy", "active")
 
-	// A proxy that hangs is ended and started again, without anybody's help.
+	// The watchdog kills and restarts a proxy that hangs.
 	hung := m.mainPID("masque-proxy")
 	m.do("kill -STOP " + hung)
-	m.until("another proxy runs", func() bool {
+	m.until("the proxy was restarted", func() bool {
 		pid := m.mainPID("masque-proxy")
 		return pid != hung && pid != "0"
 	})
 	m.until("packets flow again", func() bool { return m.command(ping+"10.77.0.1").Run() == nil })
 
-	// An upgrade interrupts nobody.
+	// An upgrade interrupts no session.
 	pids := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice")
 	pinging := m.command("echo $$ > /run/ping; exec " + other + "ping -n -i 0.2 10.77.0.1")
 	var answers strings.Builder
@@ -171,11 +174,11 @@ func TestService(t *testing.T) {
 	}
 	if out := m.do(upgrade); !strings.Contains(out,
 		"systemctl restart masque-client@alice.service masque-proxy.service") {
-		t.Errorf("the upgrade says\n%s", out)
+		t.Errorf("the upgrade prints\n%s", out)
 	}
 	m.do("kill -INT $(cat /run/ping)")
 	if err := pinging.Wait(); err != nil || !strings.Contains(answers.String(), " 0% packet loss") {
-		t.Errorf("through the upgrade: %v\n%s", err, &answers)
+		t.Errorf("ping during the upgrade: %v\n%s", err, &answers)
 	}
 	running := func(deleted string) {
 		t.Helper()
@@ -204,7 +207,7 @@ func TestService(t *testing.T) {
 	m.is("ls /etc/masque", "alice.toml\nca.crt\nca.key\nproxy.crt\nproxy.key\nproxy.toml\nusers.toml")
 	m.do("test -d /var/lib/masque")
 	if out := m.do("apt-get purge -y masquevpn"); !strings.Contains(out, "/etc/masque holds keys") {
-		t.Errorf("purge says\n%s", out)
+		t.Errorf("purge prints\n%s", out)
 	}
 	m.is("ls -d /var/lib/masque /run/masque /usr/bin/masque-* /etc/systemd/system/*.wants/masque-* 2>/dev/null || true", "")
 
@@ -217,8 +220,7 @@ func TestService(t *testing.T) {
 	m.fails(1, "test -d /etc/masque")
 }
 
-// resolvedPolicy is what systemd-resolved asks polkit about, as far as it
-// matters here.
+// resolvedPolicy is a part of the polkit policy of systemd-resolved.
 const resolvedPolicy = `<?xml version="1.0"?>
 <!DOCTYPE policyconfig PUBLIC "-//freedesktop//DTD PolicyKit Policy Configuration 1.0//EN" "http://www.freedesktop.org/standards/PolicyKit/1/policyconfig.dtd">
 <policyconfig>
@@ -227,8 +229,8 @@ const resolvedPolicy = `<?xml version="1.0"?>
 </policyconfig>
 `
 
-// TestResolved: the user of the services may set the DNS of interfaces, and
-// nothing else.
+// polkit lets the user of the services set the DNS of interfaces, and nothing
+// else of systemd-resolved.
 func TestResolved(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
@@ -243,13 +245,15 @@ func TestResolved(t *testing.T) {
 		{"masque", "register-service", 1},
 		{"nobody", "set-dns-servers", 1},
 	} {
-		m.fails(test.code, "setpriv --reuid="+test.user+
-			" --clear-groups sh -c 'pkcheck --process $$ --action-id org.freedesktop.resolve1."+
-			test.action+"'")
+		t.Run(test.user+"/"+test.action, func(t *testing.T) {
+			m.fails(test.code, "setpriv --reuid="+test.user+
+				" --clear-groups sh -c 'pkcheck --process $$ --action-id org.freedesktop.resolve1."+
+				test.action+"'")
+		})
 	}
 }
 
-// TestStartedByHand: removal ends a tunnel that was started by hand.
+// Removing the package ends a tunnel that was started with `up`.
 func TestStartedByHand(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
@@ -260,18 +264,20 @@ func TestStartedByHand(t *testing.T) {
 	m.do(other + "masque-client up /root/alice.toml --wait --log-level debug")
 	m.do("masque-client status alice")
 	m.noSecrets()
-	m.do("systemctl restart masque-proxy") // the files in /run/masque may have either owner
+	m.do("systemctl restart masque-proxy") // works with files of root and of masque in /run/masque
 	m.do("apt-get remove -y masquevpn")
 	m.is("ip -n other -o link | grep -c masque || true", "0")
 	m.is("ls /run/masque", "alice.log")
 }
 
+// mainPID returns the process ID of a service, "0" if it does not run.
 func (m *machine) mainPID(unit string) string {
 	m.Helper()
 	return m.do("systemctl show -P MainPID " + unit)
 }
 
-// noSecrets: no token and no key is where it does not belong.
+// noSecrets checks that no token and no private key appears in logs, status,
+// command lines or journals of the programs.
 func (m *machine) noSecrets() {
 	m.Helper()
 	var secrets []string
@@ -295,18 +301,18 @@ func (m *machine) noSecrets() {
 		out := m.do(line)
 		for _, secret := range secrets {
 			if strings.Contains(out, secret) {
-				m.Errorf("%s: has the secret %q", line, secret)
+				m.Errorf("%s: the output contains the secret %q", line, secret)
 			}
 		}
 	}
 }
 
-// keyLine matches the first line of a private key in PEM form (PKCS #8), and a
-// token that stands alone.
+// keyLine matches the first line of a private key in PEM format (PKCS #8), and
+// a token on a line of its own.
 var keyLine = regexp.MustCompile(`^M[A-Za-z0-9+/]{63}$`)
 
-// TestKillSwitch: who stops a service with a kill switch is told how to lift
-// it.
+// Stopping a service keeps its kill switch closed, and the status names the
+// command that opens it.
 func TestKillSwitch(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
@@ -325,14 +331,15 @@ func TestKillSwitch(t *testing.T) {
 	for _, line := range []string{"systemctl status masque-client@alice || true",
 		"masque-client status alice 2>&1 || true"} {
 		if out := m.do(line); !strings.Contains(out, "masque-client down alice") {
-			t.Errorf("%s: does not say how to lift the kill switch:\n%s", line, out)
+			t.Errorf("%s: no command that opens the kill switch:\n%s", line, out)
 		}
 	}
 	m.do("masque-client down alice")
 	m.do(ping)
 	m.fails(3, "masque-client down alice")
 
-	// What `down` ends is not started again, and nothing is left to lift.
+	// systemd does not restart a service that `down` has ended, and the kill
+	// switch is open.
 	connect()
 	m.do("masque-client down alice && " + ping)
 	m.until("the service has ended", func() bool {
@@ -348,8 +355,8 @@ func TestKillSwitch(t *testing.T) {
 	}
 }
 
-// TestRPM is the life of the rpm: its scripts are called in another way than
-// those of the deb.
+// The rpm is installed, upgraded and removed. rpm calls the scripts with other
+// arguments than dpkg.
 func TestRPM(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
@@ -363,7 +370,7 @@ func TestRPM(t *testing.T) {
 	pids := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice")
 	if out := m.do(rpm + "-U /opt/packages/*-9999-*.rpm"); !strings.Contains(out,
 		"systemctl restart masque-client@alice.service masque-proxy.service") {
-		t.Errorf("the upgrade says\n%s", out)
+		t.Errorf("the upgrade prints\n%s", out)
 	}
 	if now := m.mainPID("masque-proxy") + " " + m.mainPID("masque-client@alice"); now != pids {
 		t.Errorf("processes before the upgrade %s, after it %s", pids, now)
@@ -378,7 +385,7 @@ func TestRPM(t *testing.T) {
 	m.is("ls /etc/masque", "alice.toml\nca.crt\nca.key\nproxy.crt\nproxy.key\nproxy.toml\nusers.toml")
 }
 
-// TestReproducible: the same files make the same packages.
+// The same files make the same packages.
 func TestReproducible(t *testing.T) {
 	for _, format := range []string{"deb", "rpm"} {
 		packages, err := filepath.Glob("../dist/*." + format)
@@ -401,12 +408,12 @@ func TestReproducible(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(one, two) {
-			t.Errorf("%s is another one when it is made again", packages[0])
+			t.Errorf("%s differs when it is made again", packages[0])
 		}
 	}
 }
 
-// TestSameFiles: the rpm has what the deb has.
+// The rpm contains the same files as the deb.
 func TestSameFiles(t *testing.T) {
 	list := func(pattern, name string, args ...string) []string {
 		t.Helper()
@@ -437,7 +444,8 @@ func TestSameFiles(t *testing.T) {
 	slices.Sort(deb)
 	slices.Sort(rpm)
 	if !slices.Equal(deb, rpm) {
-		t.Errorf("the deb has\n%s\nthe rpm\n%s", strings.Join(deb, "\n"), strings.Join(rpm, "\n"))
+		t.Errorf("files of the deb\n%s\nfiles of the rpm\n%s", strings.Join(deb, "\n"),
+			strings.Join(rpm, "\n"))
 	}
 	for _, want := range []string{"/usr/bin/masque-proxy",
 		"/usr/lib/systemd/system/masque-client@.service",

@@ -48,7 +48,7 @@ func vectors(t *testing.T) []vector {
 // capsules returns the bytes to send.
 func (v vector) capsules(t *testing.T) []byte {
 	t.Helper()
-	t.Logf("vector %s: %s (%s)", v.ID, v.Why, v.Verdict)
+	t.Logf("%s (%s)", v.Why, v.Verdict)
 	b, err := hex.DecodeString(v.Hex)
 	check(t, err)
 	return b
@@ -66,20 +66,22 @@ func TestWireVectorsAtProxy(t *testing.T) {
 	p := startWireProxy(t, nil)
 	other := p.tunnel()
 	for _, v := range vectors(t) {
-		u := p.tunnelOn(other.conn)
-		_, err := u.Write(v.capsules(t))
-		check(t, err)
-		if v.Fin {
-			check(t, u.Close())
-		}
-		if v.malformed() {
-			u.wantReset(http3.ErrCodeMessageError)
-			other.checkAlive()
-			continue
-		}
-		u.checkAlive()
-		u.CancelWrite(0)
-		u.CancelRead(0)
+		t.Run(v.ID, func(t *testing.T) {
+			u := p.tunnelOn(other.conn.in(t))
+			_, err := u.Write(v.capsules(t))
+			check(t, err)
+			if v.Fin {
+				check(t, u.Close())
+			}
+			if v.malformed() {
+				u.wantReset(http3.ErrCodeMessageError)
+				other.checkAlive()
+				return
+			}
+			u.checkAlive()
+			u.CancelWrite(0)
+			u.CancelRead(0)
+		})
 	}
 	eventually(t, "only the other tunnel is left", func() bool {
 		return len(p.Sessions()) == 1 && p.Status().Leased["ipv4"] == 1
@@ -92,28 +94,30 @@ func TestWireVectorsAtClient(t *testing.T) {
 	in := pkitest.New(proxyName)
 	r := startRawServer(t, in, http3.NextProtoH3)
 	for _, v := range vectors(t) {
-		capsules := v.capsules(t)
-		c := r.startClient(func(c *client.Config) { c.Reconnect = true })
-		s := r.establish(c)
-		if !v.malformed() {
-			// Some vectors withdraw the addresses or routes of the session, so
-			// grant them again right after the vector.
-			for _, c := range granted {
-				capsules = c.Append(capsules)
+		t.Run(v.ID, func(t *testing.T) {
+			r, capsules := r.in(t), v.capsules(t)
+			c := r.startClient(func(c *client.Config) { c.Reconnect = true })
+			s := r.establish(c)
+			if !v.malformed() {
+				// Some vectors withdraw the addresses or routes of the session,
+				// so grant them again right after the vector.
+				for _, c := range granted {
+					capsules = c.Append(capsules)
+				}
+				_, err := s.Write(capsules)
+				check(t, err)
+				s.checkAlive()
+			} else {
+				_, err := s.Write(capsules)
+				check(t, err)
+				if v.Fin {
+					check(t, s.Close())
+				}
+				s.wantReset(http3.ErrCodeMessageError)
+				r.establish(c)
 			}
-			_, err := s.Write(capsules)
-			check(t, err)
-			s.checkAlive()
-		} else {
-			_, err := s.Write(capsules)
-			check(t, err)
-			if v.Fin {
-				check(t, s.Close())
-			}
-			s.wantReset(http3.ErrCodeMessageError)
-			r.establish(c)
-		}
-		c.stop()
+			c.stop()
+		})
 	}
 }
 
@@ -189,14 +193,13 @@ func TestWireAssignmentsAreComplete(t *testing.T) {
 	held := []capsule.Address{{RequestID: 1000, Prefix: netip.PrefixFrom(u.addr4, 32)},
 		{RequestID: 1001, Prefix: netip.PrefixFrom(u.addr6, 128)}}
 	more := netip.MustParsePrefix("fd77::99/128")
-	for _, tc := range []struct{ asked, got capsule.Address }{
-		// refused
-		{capsule.Address{RequestID: 7, Prefix: any4}, capsule.Address{RequestID: 7, Prefix: any4}},
-		{capsule.Address{RequestID: 9, Prefix: more}, capsule.Address{RequestID: 9, Prefix: more}},
+	for _, refused := range []capsule.Address{
+		{RequestID: 7, Prefix: any4},
+		{RequestID: 9, Prefix: more},
 	} {
-		u.send(&capsule.AddressRequest{Addresses: []capsule.Address{tc.asked}})
+		u.send(&capsule.AddressRequest{Addresses: []capsule.Address{refused}})
 		got := nextCapsule[*capsule.AddressAssign](t, u.capsules).Addresses
-		if want := append(slices.Clone(held), tc.got); !slices.Equal(got, want) {
+		if want := append(slices.Clone(held), refused); !slices.Equal(got, want) {
 			t.Errorf("assigned %v, want %v", got, want)
 		}
 	}

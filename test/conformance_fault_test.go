@@ -31,7 +31,7 @@ func TestWireStrayDatagrams(t *testing.T) {
 	early.sendDatagram(0, spoofed) // before its request
 	s := early.open(connectIP(anyPath)...)
 	early.sendDatagram(s.StreamID(), spoofed) // before its response
-	if status, _ := s.answer(); status != "200" {
+	if status, _ := s.response(); status != "200" {
 		t.Fatalf("status %q", status)
 	}
 	u := p.tunnelOn(early)
@@ -78,15 +78,16 @@ func TestWireDeniedDestinations(t *testing.T) {
 		netip.MustParseAddr("64:ff9b::169.254.169.254"), netip.MustParseAddr("0.0.0.1"),
 		other.addr4, other.addr6, notAssigned,
 	} {
-		src, gateway, want := u.addr4, proxy4Inside, icmp{3, 13}
-		if dst.Is6() {
-			src, gateway, want = u.addr6, proxy6Inside, icmp{1, 1}
-		}
-		t.Log(dst)
-		pkt, _ := newEcho(src, dst)
-		time.Sleep(errorInterval)
-		u.sendPacket(pkt)
-		wantICMP(t, u.readPacket, pkt, gateway, want)
+		t.Run(dst.String(), func(t *testing.T) {
+			src, gateway, want := u.addr4, proxy4Inside, icmp{3, 13}
+			if dst.Is6() {
+				src, gateway, want = u.addr6, proxy6Inside, icmp{1, 1}
+			}
+			pkt, _ := newEcho(src, dst)
+			time.Sleep(errorInterval)
+			u.sendPacket(pkt)
+			wantICMP(t, u.readPacket, pkt, gateway, want)
+		})
 	}
 	for _, dst := range []string{"169.254.169.254", "255.255.255.255", "fe80::1"} {
 		// Routers do not forward these destinations, so there is no ICMP error.
@@ -114,7 +115,7 @@ func TestWireThousandRequests(t *testing.T) {
 	statuses := map[string]int{}
 	for range 1000 {
 		s := u.conn.open(fields...)
-		status, fields := s.answer()
+		status, fields := s.response()
 		statuses[status]++
 		if status == "429" {
 			if got := field(fields, "proxy-status"); !strings.Contains(got,

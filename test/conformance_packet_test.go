@@ -560,7 +560,7 @@ func (r *relay) note(oob []byte) {
 func TestWireTrafficClass(t *testing.T) {
 	p := startWireProxy(t, nil)
 	relay := startRelay(t, p.Addrs()[0].String())
-	c := (&rawServer{t: t, in: p.in, addr: relay.addr}).startClient(nil)
+	c := (&rawServer{t: t, pki: p.pki, addr: relay.addr}).startClient(nil)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	awaitState(t, ctx, c.Client, client.StateConnected)

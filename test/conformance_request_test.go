@@ -258,22 +258,26 @@ func TestWirePaths(t *testing.T) {
 		"host%0D%0A.example/*":    "400",
 		"user%40host.example/*":   "400",
 	} {
-		s := c.open(connectIP("/.well-known/masque/ip/" + path + "/")...)
-		status, fields := s.answer()
-		if status != want {
-			t.Errorf("%s: status %q, want %s", path, status, want)
-		}
-		if got := field(fields, "capsule-protocol"); (got == "?1") != (status == "200") {
-			t.Errorf("%s: Capsule-Protocol %q with status %s", path, got, status)
-		}
-		s.CancelWrite(0)
-		s.CancelRead(0)
+		t.Run(path, func(t *testing.T) {
+			s := c.in(t).open(connectIP("/.well-known/masque/ip/" + path + "/")...)
+			status, fields := s.response()
+			if status != want {
+				t.Errorf("status %q, want %s", status, want)
+			}
+			if got := field(fields, "capsule-protocol"); (got == "?1") != (status == "200") {
+				t.Errorf("Capsule-Protocol %q with status %s", got, status)
+			}
+			s.CancelWrite(0)
+			s.CancelRead(0)
+		})
 	}
 	for path, want := range map[string]string{"/vpn?target=*&ipproto=*": "200",
 		"/vpn?target=&ipproto=*": "400", "/other": "404"} {
-		if status, _ := c.open(connectIP(path)...).answer(); status != want {
-			t.Errorf("%s: status %q, want %s", path, status, want)
-		}
+		t.Run(path, func(t *testing.T) {
+			if status, _ := c.in(t).open(connectIP(path)...).response(); status != want {
+				t.Errorf("status %q, want %s", status, want)
+			}
+		})
 	}
 }
 
@@ -301,12 +305,13 @@ func TestWireMalformedRequests(t *testing.T) {
 			":path: " + anyPath, ":authority: u:s@p"},
 		"hop-by-hop field": connectIP(anyPath, "connection: close"),
 	} {
-		t.Log(name)
-		other.conn.open(fields...).wantReset(http3.ErrCodeMessageError)
+		t.Run(name, func(t *testing.T) {
+			other.conn.in(t).open(fields...).wantReset(http3.ErrCodeMessageError)
+		})
 	}
 	other.checkAlive()
 	if status, _ := other.conn.open(":method: CONNECT", ":protocol: websocket", ":scheme: https",
-		":path: "+anyPath, ":authority: p").answer(); status != "501" {
+		":path: "+anyPath, ":authority: p").response(); status != "501" {
 		t.Errorf("another protocol: status %q", status)
 	}
 }
@@ -328,14 +333,14 @@ func TestWireProxyReadsSettings(t *testing.T) {
 			t.Error("a datagram was sent before SETTINGS")
 		}
 		c.sendSettings(masqueSettings)
-		if status, _ := s.answer(); status != "200" {
+		if status, _ := s.response(); status != "200" {
 			t.Errorf("status %q", status)
 		}
 		p.tunnelOn(c).checkAlive()
 	})
 	t.Run("without datagrams", func(t *testing.T) {
 		s := p.dial(settings{settingExtendedConnect: 1}).open(connectIP(anyPath)...)
-		if status, fields := s.answer(); status != "400" ||
+		if status, fields := s.response(); status != "400" ||
 			!strings.Contains(field(fields, "proxy-status"), "http_request_error") {
 			t.Errorf("answered %q", fields)
 		}
@@ -372,7 +377,7 @@ func TestWireUnauthenticated(t *testing.T) {
 				Prefix: any4}}})
 			pkt, _ := newEcho(inside4, beyond4)
 			s.sendPacket(pkt)
-			status, fields := s.answer()
+			status, fields := s.response()
 			fields = slices.DeleteFunc(fields, func(f string) bool {
 				return strings.HasPrefix(f, "date: ")
 			})
@@ -389,7 +394,7 @@ func TestWireUnauthenticated(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 	s := c.open(connectIP(anyPath, "authorization: Bearer secret")...)
-	if status, _ := s.answer(); status != "200" {
+	if status, _ := s.response(); status != "200" {
 		t.Fatalf("with good credentials: status %q", status)
 	}
 	s.send(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: any4}}})
@@ -446,7 +451,7 @@ func TestWireLogsAreEscaped(t *testing.T) {
 			c := startWireProxy(t, func(c *proxy.Config) { c.Logger = logger }).dial(masqueSettings)
 			before := len(log.Lines(""))
 			for _, path := range paths {
-				if status, _ := c.open(connectIP(path)...).answer(); status != "400" &&
+				if status, _ := c.open(connectIP(path)...).response(); status != "400" &&
 					status != "404" {
 					t.Errorf("%q: status %q", path, status)
 				}

@@ -29,13 +29,13 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// The conformance tests look at what our proxy and our client say, and how they
-// take what they are told, byte by byte: the far end is the test itself, which
-// writes and reads the frames of HTTP/3 by hand, because an HTTP library breaks
-// no rules. This file holds what they share. Neither end has a kernel.
+// The conformance tests check the bytes that our proxy and our client send, and
+// their reactions to arbitrary bytes. The test itself is the peer. It writes
+// and reads HTTP/3 frames by hand, because an HTTP library would not break the
+// rules. This file holds the shared parts. Neither end has a kernel device.
 
-// Frames, settings and streams of HTTP/3 (RFC 9114 sections 6.2.1 and 7.2, RFC
-// 9220, RFC 9297 section 5.1).
+// Types of frames, settings and streams of HTTP/3 (RFC 9114 sections 6.2.1 and
+// 7.2, RFC 9220, RFC 9297 section 5.1).
 const (
 	frameData     = 0x0
 	frameHeaders  = 0x1
@@ -47,21 +47,21 @@ const (
 	streamControl = 0x0
 )
 
-// settings is what a SETTINGS frame holds.
+// settings is the content of a SETTINGS frame.
 type settings map[uint64]uint64
 
-// masqueSettings is what a MASQUE endpoint sends.
+// masqueSettings are the SETTINGS of a MASQUE endpoint.
 var masqueSettings = settings{settingExtendedConnect: 1, settingDatagram: 1}
 
 // rawConn is one end of an HTTP/3 connection.
 type rawConn struct {
 	*quic.Conn
 	t        *testing.T
-	settings chan settings // the peer's SETTINGS
+	settings chan settings // receives the peer's SETTINGS
 }
 
-// newRawConn takes over conn, until the test ends. SETTINGS are sent at once
-// unless s is nil.
+// newRawConn takes over conn until the test ends. It sends s as SETTINGS, and
+// none if s is nil.
 func newRawConn(t *testing.T, conn *quic.Conn, s settings) *rawConn {
 	t.Helper()
 	c := &rawConn{Conn: conn, t: t, settings: make(chan settings, 1)}
@@ -80,8 +80,15 @@ func newRawConn(t *testing.T, conn *quic.Conn, s settings) *rawConn {
 	return c
 }
 
-// readControl finds the SETTINGS of the peer; its other streams are of no
-// interest.
+// in returns c for a subtest, which fails in place of the test of c.
+func (c *rawConn) in(t *testing.T) *rawConn {
+	sub := *c
+	sub.t = t
+	return &sub
+}
+
+// readControl reads the SETTINGS of the peer and ignores its other
+// unidirectional streams.
 func (c *rawConn) readControl() {
 	for {
 		str, err := c.AcceptUniStream(context.Background())
@@ -112,7 +119,7 @@ func (c *rawConn) readControl() {
 	}
 }
 
-// sendSettings opens the control stream.
+// sendSettings opens the control stream and sends SETTINGS.
 func (c *rawConn) sendSettings(s settings) {
 	c.t.Helper()
 	str, err := c.OpenUniStream()
@@ -128,7 +135,7 @@ func (c *rawConn) sendSettings(s settings) {
 	}
 }
 
-// open begins a request.
+// open sends a request with the given fields.
 func (c *rawConn) open(fields ...string) *rawStream {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
@@ -150,26 +157,30 @@ func (c *rawConn) sendDatagram(id quic.StreamID, payload []byte) {
 	}
 }
 
-// rawStream is one end of a request stream. Read gives the content of its DATA
-// frames.
+// rawStream is one end of a request stream. Read and Write carry the content of
+// DATA frames.
 type rawStream struct {
 	*quic.Stream
 	conn *rawConn
 	r    quicvarint.Reader
-	data []byte // received, not read yet
-	// finished: Close was called.
-	finished bool
+	data []byte // received but not yet read
+
+	finished bool // Close was called
 }
 
+// newRawStream returns the end of str on c. Reading from it fails after
+// patience.
 func newRawStream(c *rawConn, str *quic.Stream) *rawStream {
 	_ = str.SetReadDeadline(time.Now().Add(patience))
 	return &rawStream{Stream: str, conn: c, r: quicvarint.NewReader(str)}
 }
 
+// appendFrame appends an HTTP/3 frame to b.
 func appendFrame(b []byte, typ uint64, payload []byte) []byte {
 	return append(quicvarint.Append(quicvarint.Append(b, typ), uint64(len(payload))), payload...)
 }
 
+// readFrame reads an HTTP/3 frame.
 func readFrame(r quicvarint.Reader) (typ uint64, payload []byte, err error) {
 	if typ, err = quicvarint.Read(r); err != nil {
 		return 0, nil, err
@@ -183,8 +194,7 @@ func readFrame(r quicvarint.Reader) (typ uint64, payload []byte, err error) {
 	return typ, payload, err
 }
 
-// sendHeaders sends a HEADERS frame with fields, each of which is "name:
-// value".
+// sendHeaders sends a HEADERS frame. Each field has the form "name: value".
 func (s *rawStream) sendHeaders(fields ...string) {
 	s.conn.t.Helper()
 	var block bytes.Buffer
@@ -222,9 +232,9 @@ func (s *rawStream) readHeaders() (fields []string, err error) {
 	}
 }
 
-// answer reads the answer to a request and returns its status, "" when there is
-// none because the stream ended.
-func (s *rawStream) answer() (status string, fields []string) {
+// response reads the response to a request and returns its status, or "" if the
+// stream ended without a response.
+func (s *rawStream) response() (status string, fields []string) {
 	s.conn.t.Helper()
 	fields, err := s.readHeaders()
 	if err != nil {
@@ -233,7 +243,8 @@ func (s *rawStream) answer() (status string, fields []string) {
 	return field(fields, ":status"), fields
 }
 
-// field returns the value of a field, "" when there is none of the name.
+// field returns the value of the field with the given name, or "" if there is
+// none.
 func field(fields []string, name string) string {
 	for _, f := range fields {
 		if v, ok := strings.CutPrefix(f, name+": "); ok {
@@ -251,7 +262,7 @@ func (s *rawStream) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// send writes capsules in one DATA frame.
+// send sends capsules in one DATA frame.
 func (s *rawStream) send(capsules ...capsule.Capsule) {
 	s.conn.t.Helper()
 	var b []byte
@@ -263,6 +274,7 @@ func (s *rawStream) send(capsules ...capsule.Capsule) {
 	}
 }
 
+// Read reads the content of DATA frames and skips other frames.
 func (s *rawStream) Read(b []byte) (int, error) {
 	for len(s.data) == 0 {
 		typ, payload, err := readFrame(s.r)
@@ -278,8 +290,8 @@ func (s *rawStream) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// wantReset reads on until the peer resets the stream, which has to be with the
-// given code, in both directions.
+// wantReset checks that the peer resets both directions of the stream with the
+// given code.
 func (s *rawStream) wantReset(code http3.ErrCode) {
 	s.conn.t.Helper()
 	if _, err := io.Copy(io.Discard, s); !isError(err, code) {
@@ -287,12 +299,12 @@ func (s *rawStream) wantReset(code http3.ErrCode) {
 		return
 	}
 	if s.finished {
-		return // there is nothing left to be refused
+		return // the peer has nothing left to refuse
 	}
 	select {
 	case <-s.Context().Done():
 	case <-time.After(patience):
-		s.conn.t.Error("the peer still takes what is written")
+		s.conn.t.Error("the peer still reads from the stream")
 		return
 	}
 	if err := context.Cause(s.Context()); !isError(err, code) {
@@ -300,8 +312,9 @@ func (s *rawStream) wantReset(code http3.ErrCode) {
 	}
 }
 
-// isError reports whether err is a stream error of the peer, or one that it
-// took for one of the connection, which it may (RFC 9114 section 8).
+// isError reports whether err is a stream error of the peer with the given
+// code, or the connection error that the peer may replace it by (RFC 9114
+// section 8).
 func isError(err error, code http3.ErrCode) bool {
 	var reset *quic.StreamError
 	var closed *quic.ApplicationError
@@ -315,19 +328,20 @@ func (s *rawStream) Close() error {
 	return s.Stream.Close()
 }
 
-// sendPacket sends an IP packet as a datagram.
+// sendPacket sends an IP packet in a QUIC datagram.
 func (s *rawStream) sendPacket(pkt []byte) {
 	s.conn.t.Helper()
 	s.conn.sendDatagram(s.StreamID(), append([]byte{0}, pkt...))
 }
 
-// packetCapsule is a capsule that carries an IP packet. It keeps its place
-// among other capsules.
+// packetCapsule returns a DATAGRAM capsule with an IP packet. It arrives in
+// order with other capsules of the stream.
 func packetCapsule(pkt []byte) *capsule.Datagram {
 	return &capsule.Datagram{Payload: append([]byte{0}, pkt...)}
 }
 
-// readPacket returns the next IP packet that came in a datagram of this stream.
+// readPacket returns the next IP packet that arrives in a QUIC datagram of this
+// stream.
 func (s *rawStream) readPacket(ctx context.Context) ([]byte, error) {
 	for {
 		b, err := s.conn.ReceiveDatagram(ctx)
@@ -338,17 +352,17 @@ func (s *rawStream) readPacket(ctx context.Context) ([]byte, error) {
 		if err != nil || quic.StreamID(4*quarter) != s.StreamID() {
 			continue
 		}
-		if context, m, err := quicvarint.Parse(b[n:]); err == nil && context == 0 {
+		if contextID, m, err := quicvarint.Parse(b[n:]); err == nil && contextID == 0 {
 			return b[n+m:], nil
 		}
 	}
 }
 
-// wireProxy is our proxy, and the network behind it.
+// wireProxy is our proxy with a device in memory.
 type wireProxy struct {
 	*proxy.Server
 	t      *testing.T
-	in     pkitest.Installation
+	pki    pkitest.Installation
 	device *tuntest.Device
 }
 
@@ -357,19 +371,22 @@ var (
 	proxy6Inside = netip.MustParseAddr("fd77::1")
 )
 
-// startWireProxy runs a proxy that lets everybody in and advertises everything,
-// unless change says otherwise.
+// startWireProxy runs a proxy until the test ends. It accepts all clients and
+// advertises all addresses, unless change sets something else; nil changes
+// nothing.
 func startWireProxy(t *testing.T, change func(*proxy.Config)) *wireProxy {
 	t.Helper()
-	p := &wireProxy{t: t, in: pkitest.New(proxyName), device: tuntest.New(1400)}
+	p := &wireProxy{t: t, pki: pkitest.New(proxyName), device: tuntest.New(1400)}
 	cfg := proxy.Config{
 		Name: proxyName, Listen: []string{"127.0.0.1:0"},
-		TLS:     &tls.Config{Certificates: []tls.Certificate{p.in.Proxy}},
+		TLS:     &tls.Config{Certificates: []tls.Certificate{p.pki.Proxy}},
 		Methods: []string{proxy.MethodNone},
 		Pool4:   netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
-		Advertise:     []netip.Prefix{allIPv4, allIPv6},
-		OpenDevice:    func() (proxy.Device, error) { return p.device, nil },
-		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return new(routingtest.Network), nil },
+		Advertise:  []netip.Prefix{allIPv4, allIPv6},
+		OpenDevice: func() (proxy.Device, error) { return p.device, nil },
+		OpenNetwork: func(proxy.Device) (proxy.Network, error) {
+			return new(routingtest.Network), nil
+		},
 		LocalNetworks: func() ([]netip.Prefix, error) { return nil, nil },
 	}
 	if change != nil {
@@ -383,13 +400,13 @@ func startWireProxy(t *testing.T, change func(*proxy.Config)) *wireProxy {
 	return p
 }
 
-// dial connects to the proxy and sends SETTINGS unless s is nil.
+// dial connects to the proxy. It sends s as SETTINGS, and none if s is nil.
 func (p *wireProxy) dial(s settings) *rawConn {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(p.t.Context(), patience)
 	defer cancel()
 	conn, err := quic.DialAddr(ctx, p.Addrs()[0].String(),
-		&tls.Config{RootCAs: p.in.Roots, ServerName: proxyName,
+		&tls.Config{RootCAs: p.pki.Roots, ServerName: proxyName,
 			NextProtos: []string{http3.NextProtoH3}},
 		&quic.Config{EnableDatagrams: true, InitialPacketSize: 1350})
 	if err != nil {
@@ -398,9 +415,10 @@ func (p *wireProxy) dial(s settings) *rawConn {
 	return newRawConn(p.t, conn, s)
 }
 
+// anyPath is the path of a request without a scope.
 const anyPath = "/.well-known/masque/ip/*/*/"
 
-// connectIP is the fields of a request for a tunnel.
+// connectIP returns the fields of a request for a tunnel.
 func connectIP(path string, more ...string) []string {
 	return append([]string{
 		":method: CONNECT", ":protocol: connect-ip", ":scheme: https", ":authority: " + proxyName,
@@ -408,7 +426,8 @@ func connectIP(path string, more ...string) []string {
 	}, more...)
 }
 
-// wireTunnel is a tunnel to our proxy, with an address of each family.
+// wireTunnel is the client end of a tunnel to our proxy, with an address of
+// each family.
 type wireTunnel struct {
 	*rawStream
 	p            *wireProxy
@@ -416,7 +435,7 @@ type wireTunnel struct {
 	addr4, addr6 netip.Addr
 }
 
-// tunnel opens a tunnel on a connection of its own.
+// tunnel opens a tunnel on a new connection.
 func (p *wireProxy) tunnel() *wireTunnel {
 	p.t.Helper()
 	return p.tunnelOn(p.dial(masqueSettings))
@@ -425,25 +444,25 @@ func (p *wireProxy) tunnel() *wireTunnel {
 // tunnelOn opens a tunnel on c.
 func (p *wireProxy) tunnelOn(c *rawConn) *wireTunnel { return p.tunnelFor(c, connectIP(anyPath)) }
 
-// tunnelFor opens a tunnel on c with the request of the given fields.
+// tunnelFor opens a tunnel on c by a request with the given fields.
 func (p *wireProxy) tunnelFor(c *rawConn, fields []string) *wireTunnel {
-	p.t.Helper()
+	c.t.Helper()
 	u := &wireTunnel{rawStream: c.open(fields...), p: p}
-	if status, fields := u.answer(); status != "200" {
-		p.t.Fatalf("no tunnel: %v", fields)
+	if status, fields := u.response(); status != "200" {
+		c.t.Fatalf("no tunnel: %v", fields)
 	}
 	u.capsules = capsule.NewReader(u, 1<<16)
 	u.send(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1000, Prefix: any4},
 		{RequestID: 1001, Prefix: any6}}})
-	assigned := nextCapsule[*capsule.AddressAssign](p.t, u.capsules).Addresses
+	assigned := nextCapsule[*capsule.AddressAssign](c.t, u.capsules).Addresses
 	if len(assigned) != 2 || assigned[0].Refused() || assigned[1].Refused() {
-		p.t.Fatalf("assigned %v", assigned)
+		c.t.Fatalf("assigned %v", assigned)
 	}
 	u.addr4, u.addr6 = assigned[0].Prefix.Addr(), assigned[1].Prefix.Addr()
 	return u
 }
 
-// nextCapsule reads capsules until one of type C.
+// nextCapsule reads capsules up to the first of type C.
 func nextCapsule[C capsule.Capsule](t *testing.T, r *capsule.Reader) C {
 	t.Helper()
 	for {
@@ -457,17 +476,17 @@ func nextCapsule[C capsule.Capsule](t *testing.T, r *capsule.Reader) C {
 	}
 }
 
-// echoID gives each packet of these tests an ID of its own, by which it is
-// known again.
+// echoID is the last identifier that newEcho used.
 var echoID atomic.Uint32
 
-// newEcho makes an echo request and returns it with its ID.
+// newEcho returns an echo request with a unique identifier, and that
+// identifier.
 func newEcho(src, dst netip.Addr) (pkt []byte, id uint16) {
 	id = uint16(echoID.Add(1))
 	return ippacket.AppendEcho(nil, src, dst, 64, true, id, 1, echoData), id
 }
 
-// awaitID reads packets until the echo with the given ID.
+// awaitID reads packets up to the echo with the given identifier.
 func awaitID(t *testing.T, read func(context.Context) ([]byte, error), id uint16) []byte {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -483,7 +502,8 @@ func awaitID(t *testing.T, read func(context.Context) ([]byte, error), id uint16
 	}
 }
 
-// awaitOnly is awaitID, and no other echo of these tests may come first.
+// awaitOnly is awaitID, except that no other echo of these tests may arrive
+// before.
 func awaitOnly(t *testing.T, read func(context.Context) ([]byte, error), id uint16) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -505,7 +525,7 @@ func awaitOnly(t *testing.T, read func(context.Context) ([]byte, error), id uint
 	}
 }
 
-// hasID reports whether pkt is the echo with the given ID.
+// hasID reports whether pkt is an echo with the given identifier.
 func hasID(pkt []byte, id uint16) bool {
 	p, err := ippacket.Parse(pkt)
 	if err != nil {
@@ -515,28 +535,27 @@ func hasID(pkt []byte, id uint16) bool {
 	return ok && got == id
 }
 
-// checkAlive checks that the tunnel takes what is written to its stream, and carries
-// packets both ways.
+// checkAlive checks that the proxy reads the stream of the tunnel, and that
+// packets pass in both directions.
 func (u *wireTunnel) checkAlive() {
-	u.p.t.Helper()
+	u.conn.t.Helper()
 	pkt, id := newEcho(u.addr4, beyond4)
 	u.send(packetCapsule(pkt))
-	awaitID(u.p.t, u.p.device.Receive, id)
+	awaitID(u.conn.t, u.p.device.Receive, id)
 	pkt, id = newEcho(beyond6, u.addr6)
 	u.p.device.Inject(pkt)
-	awaitID(u.p.t, u.readPacket, id)
+	awaitID(u.conn.t, u.readPacket, id)
 }
 
-// rawServer is a proxy that the test plays.
+// rawServer is a server that is played by the test.
 type rawServer struct {
 	t    *testing.T
-	in   pkitest.Installation
+	pki  pkitest.Installation
 	ln   *quic.Listener
 	addr string // address to dial
 }
 
-// startRawServer listens until the test ends; protocol is what it negotiates by
-// ALPN.
+// startRawServer listens until the test ends and negotiates protocol by ALPN.
 func startRawServer(t *testing.T, in pkitest.Installation, protocol string) *rawServer {
 	t.Helper()
 	ln, err := quic.ListenAddr("127.0.0.1:0",
@@ -546,10 +565,18 @@ func startRawServer(t *testing.T, in pkitest.Installation, protocol string) *raw
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = ln.Close() })
-	return &rawServer{t: t, in: in, ln: ln, addr: ln.Addr().String()}
+	return &rawServer{t: t, pki: in, ln: ln, addr: ln.Addr().String()}
 }
 
-// accept waits for the next connection, and sends SETTINGS unless s is nil.
+// in returns r for a subtest, which fails in place of the test of r.
+func (r *rawServer) in(t *testing.T) *rawServer {
+	sub := *r
+	sub.t = t
+	return &sub
+}
+
+// accept waits for the next connection. It sends s as SETTINGS, and none if s
+// is nil.
 func (r *rawServer) accept(s settings) *rawConn {
 	r.t.Helper()
 	ctx, cancel := context.WithTimeout(r.t.Context(), patience)
@@ -578,18 +605,18 @@ func (c *rawConn) request() (*rawStream, []string) {
 	return s, fields
 }
 
-// wireClient is our client, and the host it runs on.
+// wireClient is our client with a device and a network in memory.
 type wireClient struct {
 	*client.Client
 	t       *testing.T
 	device  *tuntest.Device
 	network *routingtest.Network
 	cancel  context.CancelFunc
-	done    chan struct{}
-	err     error // result of Run, once done is closed
+	done    chan struct{} // closed when Run has returned
+	err     error         // result of Run; valid after done is closed
 }
 
-// stop ends the client.
+// stop ends the client and waits for its end.
 func (c *wireClient) stop() {
 	c.cancel()
 	<-c.done
@@ -601,7 +628,7 @@ func (r *rawServer) startClient(change func(*client.Config)) *wireClient {
 	c := &wireClient{t: r.t, device: tuntest.New(1400), network: new(routingtest.Network),
 		done: make(chan struct{})}
 	cfg := client.Config{
-		Name: "wire", Proxy: r.addr, TLS: &tls.Config{RootCAs: r.in.Roots, ServerName: proxyName},
+		Name: "wire", Proxy: r.addr, TLS: &tls.Config{RootCAs: r.pki.Roots, ServerName: proxyName},
 		InstallRoutes: true,
 		OpenDevice:    func() (client.Device, error) { return c.device, nil },
 		OpenNetwork:   func(client.Device) (client.Network, error) { return c.network, nil },
@@ -623,7 +650,7 @@ func (r *rawServer) startClient(change func(*client.Config)) *wireClient {
 	return c
 }
 
-// failure waits until the client gives up, and returns why.
+// failure waits until the client gives up and returns its error.
 func (c *wireClient) failure() *client.Error {
 	c.t.Helper()
 	select {
@@ -638,15 +665,15 @@ func (c *wireClient) failure() *client.Error {
 	return e
 }
 
-// wireSession is the far end of a session of our client.
+// wireSession is the proxy end of a session of our client.
 type wireSession struct {
 	*rawStream
 	c        *wireClient
 	capsules *capsule.Reader
 }
 
-// granted is what the far end says in establish: addresses, and routes to
-// everywhere.
+// granted are the capsules that establish sends: addresses, and routes to all
+// addresses.
 var granted = []capsule.Capsule{
 	&capsule.AddressAssign{Addresses: []capsule.Address{
 		{RequestID: 1, Prefix: netip.PrefixFrom(inside4, 32)},
@@ -655,7 +682,8 @@ var granted = []capsule.Capsule{
 	&capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{allIPv4, allIPv6}, 0)},
 }
 
-// establish waits for c's request and plays the proxy until c is connected.
+// establish waits for the request of c and plays the proxy until c is
+// connected.
 func (r *rawServer) establish(c *wireClient) *wireSession {
 	r.t.Helper()
 	s := &wireSession{c: c}
@@ -671,7 +699,7 @@ func (r *rawServer) establish(c *wireClient) *wireSession {
 	return s
 }
 
-// checkAlive checks that the client takes what is written to the stream.
+// checkAlive checks that the client reads the stream.
 func (s *wireSession) checkAlive() {
 	s.c.t.Helper()
 	pkt, id := newEcho(beyond4, inside4)
@@ -689,17 +717,18 @@ func (c *wireClient) awaitNetwork(ok func(routing.State) bool) {
 	}
 }
 
-// awaitDone waits until done.
-func eventually(t *testing.T, what string, done func() bool) {
+// eventually waits until ok returns true. condition completes the sentence "it
+// never happened that ...".
+func eventually(t *testing.T, condition string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); !done(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("it never came that %s", what)
+			t.Fatalf("it never happened that %s", condition)
 		}
 	}
 }
 
-// heap returns how many bytes are in use.
+// heapInUse returns the number of bytes in use on the heap.
 func heapInUse() uint64 {
 	runtime.GC()
 	var m runtime.MemStats
@@ -707,7 +736,7 @@ func heapInUse() uint64 {
 	return m.HeapAlloc
 }
 
-// awaitDrops waits until drops has the reason n times.
+// awaitDrops waits until drops counts at least n packets for reason.
 func awaitDrops(t *testing.T, drops func() map[string]uint64, reason string, n uint64) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d packets were dropped for %q", n, reason), func() bool {

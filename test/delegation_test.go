@@ -8,9 +8,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// A client that asks for prefixes gets them: its own addresses are the first of
-// each, and whatever is behind it can have the rest. What nobody has of it is
-// not looked for at the proxy.
+// A client that requests prefixes is assigned them. It uses the first address
+// of each itself, and hosts behind it may use the others. Packets to unused
+// addresses are answered at the client and do not return to the proxy.
 func TestPrefixDelegation(t *testing.T) {
 	p := newPair(t, options{client: "\n[addresses]\nrequest = [\"0.0.0.0/28\", \"::/80\"]\n"})
 	p.stopProxy()
@@ -40,6 +40,7 @@ func TestPrefixDelegation(t *testing.T) {
 	p.wantUnchanged(p.Client, before)
 }
 
+// removeAddr removes an address from an interface.
 func (p *pair) removeAddr(host *lab.Host, iface string, a netip.Addr) {
 	p.t.Helper()
 	if out, err := host.Command(p.ctx, "ip", "addr", "del", a.String(), "dev",

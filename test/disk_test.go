@@ -16,18 +16,18 @@ const (
 	makeRoom  = "rm " + runDir + "/fill"
 )
 
-// Where nothing can be written, a program says so, does nothing by halves, and
-// works as soon as it can.
+// Without room for its files, a program names the reason and a remedy and
+// leaves the host unchanged. It works as soon as there is room.
 func TestDiskFull(t *testing.T) {
 	p := newPair(t, options{})
 	alice := p.invite("alice")
 	p.stopProxy()
-	fails := func(host *lab.Host, says, remedy, name string, args ...string) {
+	fails := func(host *lab.Host, reason, remedy, name string, args ...string) {
 		t.Helper()
 		before := p.snapshot(host)
 		c := host.Command(p.ctx, program(name), args...)
-		out, _ := c.CombinedOutput() // the exit code says it
-		if line := lastLine(out); c.ExitCode() != 1 || !strings.Contains(line, says) ||
+		out, _ := c.CombinedOutput() // the exit code is checked below
+		if line := lastLine(out); c.ExitCode() != 1 || !strings.Contains(line, reason) ||
 			!strings.Contains(line, remedy) {
 			t.Errorf("%s %s: exit code %d\n%s", name, strings.Join(args, " "), c.ExitCode(), out)
 		}
@@ -46,7 +46,7 @@ func TestDiskFull(t *testing.T) {
 	p.script(p.Client, smallDisk+"; "+fill)
 	fails(p.Client, full, room, "masque-client", "run", "-c", alice)
 	fails(p.Client, full, room, "masque-client", "up", alice)
-	// it fails, and says where
+	// The check command finds the same.
 	found, _ := p.Client.Command(p.ctx, program("masque-client"), "check", "-c",
 		alice).CombinedOutput()
 	if !strings.Contains(string(found), "fail  run directory: "+runDir+": no space is left") {
@@ -57,7 +57,7 @@ func TestDiskFull(t *testing.T) {
 	fails(p.Client, fixed, other, "masque-client", "up", alice, "--wait")
 	p.script(p.Client, "mount -o remount,rw "+runDir)
 
-	// It gets full while the tunnel runs: nothing needs room any more.
+	// A running tunnel needs no more room.
 	before := p.snapshot(p.Client)
 	p.up(p.Client, alice)
 	p.script(p.Client, fill)
@@ -73,23 +73,23 @@ func TestDiskFull(t *testing.T) {
 	p.stopProxy()
 }
 
-// A resolver that cannot be told is no reason not to connect: the status says
-// why.
+// A resolver that cannot be configured does not keep the client from
+// connecting. The status names the reason.
 func TestReadOnlyEtc(t *testing.T) {
 	r := newResolver(t, options{})
 	before := r.files()
 	r.script(r.Client, "mount -o remount,bind,ro /etc")
 	r.up(r.Client, r.file)
-	r.eventually("it says why", func() bool {
+	r.eventually("the status names the reason", func() bool {
 		s := r.status(r.Client, "alice").DNS
 		return !s.Applied && strings.Contains(s.Reason, "read-only file system")
 	})
 	r.ping(r.Client, lab.TargetIPv4)
 	r.down(r.Client, "alice")
-	r.sameFiles(before)
+	r.wantFiles(before)
 }
 
-// The log of a tunnel in the background does not grow for ever: it is in
+// The log of a tunnel in the background is limited in size, because it is in
 // memory.
 func TestBackgroundLogBounded(t *testing.T) {
 	p := newPair(t, options{})
@@ -106,14 +106,14 @@ func TestBackgroundLogBounded(t *testing.T) {
 		t.Fatal("the log is not as large as it was made")
 	}
 	p.kick("alice")
-	p.eventually("the log has it", func() bool {
+	p.eventually("the log has the end of the session", func() bool {
 		return bytes.Contains(read(), []byte("session ended"))
 	})
 	if text := read(); len(text) > 4<<20 || !bytes.HasPrefix(text, []byte("a line from before\n")) {
 		t.Errorf("%d bytes, beginning with %q", len(text), text[:40])
 	}
 
-	// A new start begins a new one.
+	// A new start begins a new log.
 	p.down(p.Client, "alice")
 	p.up(p.Client, alice)
 	if text := read(); !bytes.Contains(text, []byte("starting")) ||

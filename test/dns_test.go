@@ -20,16 +20,17 @@ import (
 // lanResolver is the resolv.conf of a host that asks its router.
 const lanResolver = "# from DHCP\nnameserver 198.51.100.1\noptions edns0"
 
-// resolver is a pair whose client asks the router, and whose proxy hands out
-// the target as nameserver.
+// resolver is a pair with name servers. The client asks its router, and the
+// proxy pushes the target as name server.
 type resolver struct {
 	*pair
-	outside *lab.Capture // queries that leave the client beside the tunnel
+	outside *lab.Capture // queries that leave the client outside the tunnel
 	file    string       // the client's configuration
 }
 
-// newResolver makes it. Both nameservers know the proxy's name and
-// "inside.example"; the name is not in the client's files.
+// newResolver makes the hosts, starts the proxy and invites alice. Both name
+// servers know the proxy's name and every other name. The client's hosts file
+// does not have the proxy's name.
 func newResolver(t *testing.T, o options) *resolver {
 	o.proxy += "\n[dns]\nservers = [\"192.0.2.2\"]\nsearch = [\"example\"]\n"
 	r := &resolver{pair: newPair(t, o)}
@@ -62,17 +63,20 @@ func lookUp(name string) ([]netip.Addr, error) {
 	return []netip.Addr{lab.TargetIPv4}, nil
 }
 
+// setResolver replaces the resolv.conf of the client.
 func (r *resolver) setResolver(content string) {
 	r.t.Helper()
 	check(r.t, r.Client.Do(func() error {
 		if err := os.Remove("/etc/resolv.conf"); err != nil {
-			// as programs do, and not in the file of the machine
+			// Programs replace the file. Writing it in place would change the
+			// file of the machine.
 			return err
 		}
 		return os.WriteFile("/etc/resolv.conf", []byte(content), 0o644)
 	}))
 }
 
+// resolvConf returns the resolv.conf of the client.
 func (r *resolver) resolvConf() (content string) {
 	r.t.Helper()
 	check(r.t, r.Client.Do(func() error {
@@ -83,7 +87,8 @@ func (r *resolver) resolvConf() (content string) {
 	return content
 }
 
-// files describes the client's resolv.conf and what is beside it.
+// files describes the resolv.conf of the client and its backups: names, modes,
+// times and contents.
 func (r *resolver) files() (all []string) {
 	r.t.Helper()
 	check(r.t, r.Client.Do(func() error {
@@ -107,15 +112,17 @@ func (r *resolver) files() (all []string) {
 	return all
 }
 
-func (r *resolver) sameFiles(before []string) {
+// wantFiles checks that files returns the same as before.
+func (r *resolver) wantFiles(before []string) {
 	r.t.Helper()
 	if after := r.files(); !slices.Equal(before, after) {
 		r.t.Errorf("before\n%q\nafter\n%q", before, after)
 	}
 }
 
-// looksUp has the C library of the client look up a name.
-func (r *resolver) looksUp(name string) {
+// resolve checks that the C library of the client finds the IPv4 address of a
+// name.
+func (r *resolver) resolve(name string) {
 	r.t.Helper()
 	out, err := r.Client.Command(r.ctx, "getent", "ahostsv4", name).CombinedOutput()
 	if err != nil || !strings.Contains(string(out), lab.TargetIPv4.String()) {
@@ -123,8 +130,9 @@ func (r *resolver) looksUp(name string) {
 	}
 }
 
-// asked returns the names that were asked for outside the tunnel so far.
-func (r *resolver) asked() (names []string) {
+// queriesOutside returns the queries that left the client outside the tunnel so
+// far.
+func (r *resolver) queriesOutside() (names []string) {
 	for _, p := range r.outside.Packets() {
 		var m dnsmessage.Message
 		name := "?"
@@ -136,18 +144,20 @@ func (r *resolver) asked() (names []string) {
 	return names
 }
 
-// asksForProxyOnly checks that nothing but the proxy's name was asked for
-// outside, and that of the host's own nameserver.
-func (r *resolver) asksForProxyOnly() {
+// wantOnlyProxyQueries checks that all queries outside the tunnel are for the
+// proxy's name, at the host's own name server.
+func (r *resolver) wantOnlyProxyQueries() {
 	r.t.Helper()
-	for _, q := range r.asked() {
+	for _, q := range r.queriesOutside() {
 		if q != lab.ProxyName+". at 198.51.100.1" {
 			r.t.Errorf("asked outside the tunnel: %s", q)
 		}
 	}
 }
 
-func (r *resolver) applied(via string) {
+// awaitApplied waits until the status reports that the tunnel set the DNS of
+// the host by the given means.
+func (r *resolver) awaitApplied(via string) {
 	r.t.Helper()
 	r.eventually("DNS is applied", func() bool {
 		s := r.status(r.Client, "alice").DNS
@@ -155,78 +165,79 @@ func (r *resolver) applied(via string) {
 	})
 }
 
-// While the tunnel is there, all names are asked for through it; the name of
-// the proxy excepted, which is asked for as if there was no tunnel, also when
-// that has died. In the end the host is as it was.
+// While the tunnel is up, all names are resolved through it. Only the proxy's
+// name is resolved outside, also when the tunnel does not carry packets.
+// Afterwards the host is as before.
 func TestDNSApplied(t *testing.T) {
 	r := newResolver(t, options{})
 	r.up(r.Client, r.file)
-	r.applied("/etc/resolv.conf")
-	connected := len(r.asked())
+	r.awaitApplied("/etc/resolv.conf")
+	connected := len(r.queriesOutside())
 	if connected == 0 {
-		t.Error("the proxy's name was not looked up: this test would notice nothing")
+		t.Error("no query for the proxy's name was captured: this test would not notice others")
 	}
-	r.looksUp("inside.example")
-	r.looksUp("inside") // the search domain completes it
-	r.looksUp("outside.example.org")
+	r.resolve("inside.example")
+	r.resolve("inside") // completed by the search domain
+	r.resolve("outside.example.org")
 	if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text,
 		"192.0.2.2, search example (/etc/resolv.conf)") {
 		t.Errorf("the status says\n%s", text)
 	}
-	if n := len(r.asked()); n != connected {
-		t.Errorf("asked outside the tunnel: %v", r.asked()[connected:])
+	if n := len(r.queriesOutside()); n != connected {
+		t.Errorf("asked outside the tunnel: %v", r.queriesOutside()[connected:])
 	}
 
 	r.killProxy()
 	r.startProxy()
 	r.awaitReconnected(0)
-	if n := len(r.asked()); n == connected {
+	if n := len(r.queriesOutside()); n == connected {
 		t.Error("the proxy's name was not looked up again")
 	}
-	r.applied("/etc/resolv.conf")
-	r.looksUp("inside.example")
-	r.asksForProxyOnly()
+	r.awaitApplied("/etc/resolv.conf")
+	r.resolve("inside.example")
+	r.wantOnlyProxyQueries()
 
-	// Another program has a new idea of the host's nameserver: that comes back,
-	// and not what was before.
+	// Another program replaces the host's resolv.conf. The tunnel applies its
+	// servers again and restores the new file in the end.
 	const other = "nameserver 198.51.100.1\nsearch home.example\n"
 	r.setResolver(other)
 	r.eventually("the tunnel's servers are back", func() bool {
 		return strings.Contains(r.resolvConf(), "nameserver 192.0.2.2\n")
 	})
-	r.looksUp("inside.example")
-	r.asksForProxyOnly()
+	r.resolve("inside.example")
+	r.wantOnlyProxyQueries()
 	r.down(r.Client, "alice")
 	if got := r.resolvConf(); got != other {
 		t.Errorf("after another program's change:\n%s", got)
 	}
 
-	// Killed, and started again.
+	// A client is killed and started again.
 	r.setResolver(lanResolver)
 	before, host := r.files(), r.snapshot(r.Client)
 	running := r.runClient(r.file)
-	r.applied("/etc/resolv.conf")
+	r.awaitApplied("/etc/resolv.conf")
 	r.kill(running)
 	if !strings.Contains(r.resolvConf(), "nameserver 192.0.2.2\n") {
-		t.Error("nothing was left behind; this test would not notice that it is not removed")
+		t.Error("the killed client left nothing behind: this test would not notice a failed cleanup")
 	}
 	r.up(r.Client, r.file)
-	r.looksUp("inside.example")
+	r.resolve("inside.example")
 	r.down(r.Client, "alice")
-	r.sameFiles(before)
+	r.wantFiles(before)
 	r.wantUnchanged(r.Client, host)
 
-	// Killed, and put right without another start.
+	// A client is killed, and `down` restores the host.
 	running = r.runClient(r.file)
-	r.applied("/etc/resolv.conf")
+	r.awaitApplied("/etc/resolv.conf")
 	r.kill(running)
 	r.down(r.Client, "alice")
-	r.sameFiles(before)
-	r.asksForProxyOnly()
+	r.wantFiles(before)
+	r.wantOnlyProxyQueries()
 	check(t, r.outside.Close())
 }
 
-// A resolv.conf that is mounted, as `ip netns exec` does, is written in place.
+// A resolv.conf that is a mount point, as `ip netns exec` makes it, is written
+// in place.
 func TestDNSInNetworkNamespace(t *testing.T) {
 	r := newResolver(t, options{})
 	check(t, r.Client.Do(func() error {
@@ -236,18 +247,18 @@ func TestDNSInNetworkNamespace(t *testing.T) {
 		return syscall.Mount("/run/resolv.conf", "/etc/resolv.conf", "", syscall.MS_BIND, "")
 	}))
 	r.up(r.Client, r.file)
-	r.applied("/etc/resolv.conf")
-	r.looksUp("inside.example")
-	r.asksForProxyOnly()
+	r.awaitApplied("/etc/resolv.conf")
+	r.resolve("inside.example")
+	r.wantOnlyProxyQueries()
 	r.down(r.Client, "alice")
 	if got := r.resolvConf(); got != lanResolver {
 		t.Errorf("afterwards\n%s", got)
 	}
 }
 
-// Names are not sent where the tunnel does not lead: a server without a route
-// is not used, and one with a route that asks to be asked about some names only
-// is not used where the host cannot do so.
+// DNS servers that no route into the tunnel reaches are not used. Neither are
+// servers for some domains only, on a host that cannot ask different servers
+// for different domains.
 func TestDNSNotApplied(t *testing.T) {
 	for name, test := range map[string]struct {
 		o      options
@@ -275,24 +286,24 @@ func TestDNSNotApplied(t *testing.T) {
 				"(not applied: ") {
 				t.Errorf("the status says\n%s", text)
 			}
-			r.sameFiles(before)
+			r.wantFiles(before)
 			r.down(r.Client, "alice")
-			r.sameFiles(before)
+			r.wantFiles(before)
 		})
 	}
 }
 
-// Names that are asked of the LAN's router beside a tunnel for everything,
-// because the proxy hands out no nameservers, are said in status and log, and
-// held where that is wanted. When the tunnel is down, they are asked as before.
+// If the proxy pushes no name servers, queries to the router of the LAN leave a
+// full tunnel. The status and the log report them, and dns.outside = false
+// refuses them. After the tunnel they are sent as before.
 func TestDNSOutsideTunnel(t *testing.T) {
 	for _, tc := range []struct {
 		name, config string
 		leaves       bool
-		says         string
+		want         string // in the status and the log
 	}{
-		{"said", "", true, "DNS queries to 192.168.77.1 leave outside the tunnel, in the clear (the proxy hands out no nameservers)"},
-		{"held", "\n[dns]\noutside = false\n", false,
+		{"reported", "", true, "DNS queries to 192.168.77.1 leave outside the tunnel, in the clear (the proxy hands out no nameservers)"},
+		{"refused", "\n[dns]\noutside = false\n", false,
 			"DNS queries to 192.168.77.1 are refused, because they would leave outside the tunnel"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -302,7 +313,7 @@ func TestDNSOutsideTunnel(t *testing.T) {
 			check(t, err)
 			dnstest.Serve(t, socket, lookUp)
 			r.setResolver("nameserver 192.168.77.1\n")
-			r.looksUp("before.example")
+			r.resolve("before.example")
 			before := r.snapshot(r.Client)
 			r.connect(r.Client, "alice")
 			r.outside, err = r.Client.Capture("eth0", func(p lab.Packet) bool {
@@ -316,25 +327,25 @@ func TestDNSOutsideTunnel(t *testing.T) {
 				t.Errorf("looking up a name: %v\n%s", err, out)
 			}
 			check(t, r.outside.Close())
-			if asked := r.asked(); (len(asked) > 0) != tc.leaves {
+			if asked := r.queriesOutside(); (len(asked) > 0) != tc.leaves {
 				t.Errorf("asked outside: %q", asked)
 			}
 			if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text,
-				tc.says) {
-				t.Errorf("the status does not say %q:\n%s", tc.says, text)
+				tc.want) {
+				t.Errorf("the status does not say %q:\n%s", tc.want, text)
 			}
-			if log := r.clientLog("alice"); !strings.Contains(log, tc.says) {
-				t.Errorf("the log does not say %q:\n%s", tc.says, log)
+			if log := r.clientLog("alice"); !strings.Contains(log, tc.want) {
+				t.Errorf("the log does not say %q:\n%s", tc.want, log)
 			}
 			r.down(r.Client, "alice")
-			r.looksUp("after.example")
+			r.resolve("after.example")
 			r.wantUnchanged(r.Client, before)
 		})
 	}
 }
 
-// The client shows what the proxy is configured to tell it about name
-// resolution, and follows a reload.
+// The status shows the DNS configuration that the proxy pushes, and follows a
+// reload.
 func TestDNSStatus(t *testing.T) {
 	p := newPair(t, options{proxy: `
 [dns]
@@ -342,16 +353,16 @@ servers = ["10.77.0.1", "fd77::1"]
 search = ["corp.example", "example"]
 `})
 	p.connect(p.Client, "alice")
-	shows := func(want connectip.DNSStatus) {
+	wantDNS := func(want connectip.DNSStatus) {
 		t.Helper()
 		var got connectip.DNSStatus
-		p.eventually("the client shows it", func() bool {
+		p.eventually("the status has the configuration", func() bool {
 			got = p.status(p.Client, "alice").DNS
-			got.NAT64 = nil // compared elsewhere
+			got.NAT64 = nil // other tests compare it
 			return reflect.DeepEqual(got, want)
 		})
 	}
-	shows(connectip.DNSStatus{
+	wantDNS(connectip.DNSStatus{
 		Servers: []string{"10.77.0.1", "fd77::1"}, Search: []string{"corp.example", "example"},
 		Domains: []string{"."},
 		Applied: true, Via: "/etc/resolv.conf",
@@ -364,7 +375,7 @@ search = ["corp.example", "example"]
 	if out := p.must(p.Proxy, "masque-proxy", "reload"); strings.Contains(out, "restart") {
 		t.Errorf("a change of [dns] needs a restart: %s", out)
 	}
-	shows(connectip.DNSStatus{
+	wantDNS(connectip.DNSStatus{
 		Servers: []string{"192.0.2.53"}, Search: []string{"corp.example", "example"},
 		Domains: []string{"."}, Applied: true, Via: "/etc/resolv.conf",
 	})

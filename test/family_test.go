@@ -12,25 +12,27 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// With a proxy that has addresses of one family only, nothing of the other
-// leaves beside a tunnel for everything: it is answered at once, so that
-// programs take the family that works. Where the tunnel is not for everything,
-// or not for that family, the other goes on as before.
+// If the proxy assigns addresses of one family only, packets of the other
+// family do not leave outside a full tunnel. They are answered at once with an
+// ICMP error, so that programs fall back to the family that works. If the
+// tunnel is not a full tunnel for the other family, its packets leave as
+// before.
 func TestOneFamily(t *testing.T) {
 	router4, router6 := netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:2::1")
 	no4, no6 := fmt.Sprintf("ipv4 = %q", pool4), fmt.Sprintf("ipv6 = %q", pool6)
 	for name, tc := range map[string]struct {
-		drop            string // line to remove from the proxy's pool
-		routes          string
-		inside, outside netip.Addr // outside is of the other family, and answers without the tunnel
-		typ, code       int        // ICMP error about it; 0: it goes on to answer
+		drop      string // line to remove from the proxy's pool
+		routes    string
+		inside    netip.Addr // reached through the tunnel
+		outside   netip.Addr // other family; answers without a tunnel
+		typ, code int        // ICMP error about packets to outside; 0: outside answers
 	}{
-		"IPv4":                  {no6, "", lab.TargetIPv4, router6, 1, 0},
-		"IPv6":                  {no4, "", lab.TargetIPv6, router4, 3, 0},
-		"IPv4, IPv6 not for it": {no6, `accept = ["0.0.0.0/0"]`, lab.TargetIPv4, router6, 0, 0},
-		"IPv4, not everything": {no6, `accept = ["192.0.2.0/24", "::/0"]`, lab.TargetIPv4,
+		"IPv4":                    {no6, "", lab.TargetIPv4, router6, 1, 0},
+		"IPv6":                    {no4, "", lab.TargetIPv6, router4, 3, 0},
+		"IPv4, IPv6 not accepted": {no6, `accept = ["0.0.0.0/0"]`, lab.TargetIPv4, router6, 0, 0},
+		"IPv4, not a full tunnel": {no6, `accept = ["192.0.2.0/24", "::/0"]`, lab.TargetIPv4,
 			router6, 0, 0},
-		"IPv4, IPv6 is excluded": {no6, `exclude = ["2001:db8:2::/64"]`, lab.TargetIPv4,
+		"IPv4, IPv6 excluded": {no6, `exclude = ["2001:db8:2::/64"]`, lab.TargetIPv4,
 			router6, 0, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -42,10 +44,10 @@ func TestOneFamily(t *testing.T) {
 			before := p.snapshot(p.Client)
 			p.connect(p.Client, "alice")
 			p.ping(p.Client, tc.inside)
-			said := strings.Contains(p.clientLog("alice"),
+			logged := strings.Contains(p.clientLog("alice"),
 				"there is no address of this family in it: the family is unreachable")
-			if want := !strings.Contains(tc.routes, "accept"); said != want {
-				t.Errorf("the log says that a family is unreachable: %t, want %t", said, want)
+			if want := !strings.Contains(tc.routes, "accept"); logged != want {
+				t.Errorf("the log has the unreachable family: %t, want %t", logged, want)
 			}
 			if tc.typ == 0 {
 				p.ping(p.Client, tc.outside)
@@ -65,7 +67,7 @@ func TestOneFamily(t *testing.T) {
 			for _, pkt := range c.Packets() {
 				if l := pkt.NetworkLayer(); l != nil &&
 					l.NetworkFlow().Dst().String() == tc.outside.String() {
-					t.Errorf("beside the tunnel: %v", pkt)
+					t.Errorf("outside the tunnel: %v", pkt)
 				}
 			}
 			p.down(p.Client, "alice")
@@ -75,9 +77,8 @@ func TestOneFamily(t *testing.T) {
 	}
 }
 
-// Where the kernel refuses IPv6 to the tunnel's interface, and the host has it
-// otherwise, nothing of it leaves beside a tunnel for everything, and the
-// status says why.
+// If the kernel disables IPv6 on the tunnel's interface of a host with IPv6, no
+// IPv6 packets leave outside a full tunnel, and the status names the reason.
 func TestInterfaceWithoutIPv6(t *testing.T) {
 	router6 := netip.MustParseAddr("2001:db8:2::1")
 	p := newPair(t, options{})
@@ -102,7 +103,7 @@ func TestInterfaceWithoutIPv6(t *testing.T) {
 		}
 		if to := l.NetworkFlow().Dst().String(); to == router6.String() ||
 			to == lab.TargetIPv6.String() {
-			t.Errorf("beside the tunnel: %v", pkt)
+			t.Errorf("outside the tunnel: %v", pkt)
 		}
 	}
 	s := p.status(p.Client, "alice")
@@ -119,21 +120,21 @@ func TestInterfaceWithoutIPv6(t *testing.T) {
 	p.ping(p.Client, router6)
 }
 
-// A host whose way to the proxy has one family has both in the tunnel; and a
-// host that has turned IPv6 off has IPv4 there, whatever else the proxy offers.
+// A tunnel over one family carries both. On a host with IPv6 turned off, it
+// carries IPv4 only, whatever the proxy offers.
 func TestUnderlayOfOneFamily(t *testing.T) {
 	off := []string{"net.ipv6.conf.all.disable_ipv6", "net.ipv6.conf.default.disable_ipv6"}
 	for name, tc := range map[string]struct {
-		flush  string // the family that the interface loses
+		flush  string // option of ip that selects the family to remove from the underlay
 		sysctl []string
 		outer  netip.Addr   // the proxy's outer address
-		inside []netip.Addr // what is reached through the tunnel
+		inside []netip.Addr // addresses that answer through the tunnel
 	}{
 		"IPv4": {"-6", nil, lab.ProxyIPv4,
 			[]netip.Addr{lab.TargetIPv4, lab.TargetIPv6}},
 		"IPv6": {"-4", nil, lab.ProxyIPv6,
 			[]netip.Addr{lab.TargetIPv4, lab.TargetIPv6}},
-		"IPv4, and IPv6 is off": {"-6", off, lab.ProxyIPv4, []netip.Addr{lab.TargetIPv4}},
+		"IPv4, IPv6 turned off": {"-6", off, lab.ProxyIPv4, []netip.Addr{lab.TargetIPv4}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPair(t, options{})
@@ -156,11 +157,11 @@ func TestUnderlayOfOneFamily(t *testing.T) {
 			}
 			check(t, c.Close())
 			if len(c.Packets()) == 0 {
-				t.Error("nothing was seen")
+				t.Error("no packet was captured")
 			}
 			for _, pkt := range c.Packets() {
 				if to := pkt.NetworkLayer().NetworkFlow().Dst().String(); to != tc.outer.String() {
-					t.Errorf("this is not the tunnel's: %v", pkt)
+					t.Errorf("not a packet of the tunnel: %v", pkt)
 				}
 			}
 			p.down(p.Client, "alice")

@@ -13,7 +13,7 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// hops returns the routers between a host and an address.
+// hops returns the addresses that a traceroute to an address shows.
 func (p *pair) hops(from *lab.Host, to netip.Addr) []netip.Addr {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(p.ctx, patience)
@@ -27,9 +27,9 @@ func (p *pair) hops(from *lab.Host, to netip.Addr) []netip.Addr {
 	return out
 }
 
-// The hop limit goes down by one for each kernel that forwards, and by one
-// where a forwarded packet enters the tunnel; never for packets of the host
-// that sends them (RFC 9484 section 7.2).
+// Each kernel that forwards a packet decrements its hop limit, and so does the
+// endpoint when a forwarded packet enters the tunnel. Packets of the host
+// itself enter unchanged (RFC 9484 section 7.2).
 func TestHopLimit(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
@@ -43,8 +43,8 @@ func TestHopLimit(t *testing.T) {
 			[]netip.Addr{proxy6, lab.TargetIPv6}) {
 			t.Errorf("hops %v", got)
 		}
-		p.arrivesWith(p.Client, lab.TargetIPv4, p.Target, "eth0", 63)
-		p.arrivesWith(p.Client, lab.TargetIPv6, p.Target, "eth0", 63)
+		p.wantHopLimit(p.Client, lab.TargetIPv4, p.Target, "eth0", 63)
+		p.wantHopLimit(p.Client, lab.TargetIPv6, p.Target, "eth0", 63)
 	})
 	t.Run("target to client", func(t *testing.T) {
 		near4, near6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8:3::1")
@@ -56,17 +56,17 @@ func TestHopLimit(t *testing.T) {
 			[]netip.Addr{near6, proxy6, client6}) {
 			t.Errorf("hops %v", got)
 		}
-		p.arrivesWith(p.Target, client4, p.Client, "masque0", 62)
-		p.arrivesWith(p.Target, client6, p.Client, "masque0", 62)
+		p.wantHopLimit(p.Target, client4, p.Client, "masque0", 62)
+		p.wantHopLimit(p.Target, client6, p.Client, "masque0", 62)
 	})
 	t.Run("proxy to client", func(t *testing.T) {
-		p.arrivesWith(p.Proxy, client4, p.Client, "masque0", 64)
+		p.wantHopLimit(p.Proxy, client4, p.Client, "masque0", 64)
 	})
 }
 
-// arrivesWith checks the hop limit of an echo request, which leaves with 64,
-// where it arrives.
-func (p *pair) arrivesWith(from *lab.Host, to netip.Addr, at *lab.Host, iface string, want uint8) {
+// wantHopLimit checks the hop limit with which an echo request arrives at an
+// interface. It is sent with 64.
+func (p *pair) wantHopLimit(from *lab.Host, to netip.Addr, at *lab.Host, iface string, want uint8) {
 	p.t.Helper()
 	c, err := at.Capture(iface, nil)
 	check(p.t, err)
@@ -94,8 +94,8 @@ func (p *pair) arrivesWith(from *lab.Host, to netip.Addr, at *lab.Host, iface st
 	}
 }
 
-// A path of 1400 bytes: packets that are too big for the tunnel are answered
-// with what it really carries, and TCP works.
+// On a path with an MTU of 1400 bytes, packets that are too big for the tunnel
+// are answered with the MTU of the tunnel, and TCP works.
 func TestPathMTU(t *testing.T) {
 	p := newPair(t, options{mtu: 1400})
 	p.connect(p.Client, "alice")
@@ -111,8 +111,7 @@ func TestPathMTU(t *testing.T) {
 		if to.Is6() {
 			typ, code = 2, 0
 		}
-		// Discovery may have gone on since mtu was read, and finds no more than
-		// fits.
+		// Path MTU discovery may have raised the MTU since it was read.
 		if err != nil || a.Type != typ || a.Code != code || a.MTU < mtu || a.MTU > 1400-48 {
 			t.Errorf("%d bytes to %v: %v, %v; want type %d code %d and an MTU of %d", size, to, a,
 				err, typ, code, mtu)
@@ -122,7 +121,8 @@ func TestPathMTU(t *testing.T) {
 	p.transfer(p.Target, p.Client, client6, 10<<20)
 }
 
-// A source that is not the client's is dropped, counted and answered.
+// A packet with a source that is not assigned to the client is dropped, counted
+// and answered.
 func TestSpoofedSource(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
@@ -137,7 +137,7 @@ func TestSpoofedSource(t *testing.T) {
 	if n := p.status(p.Client, "alice").Drops["source"]; n < 2 {
 		t.Errorf("%d packets counted as dropped for their source", n)
 	}
-	p.ping(p.Client, lab.TargetIPv4) // and what is right passes
+	p.ping(p.Client, lab.TargetIPv4) // the right source passes
 	for _, pkt := range c.Packets() {
 		if l, ok := pkt.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok &&
 			l.SrcIP.String() == lab.ClientIPv4.String() {
@@ -146,8 +146,8 @@ func TestSpoofedSource(t *testing.T) {
 	}
 }
 
-// Three clients at once have addresses of their own, and do not reach each
-// other unless the proxy lets them.
+// Clients that are connected at the same time have different addresses, and
+// reach each other only if the proxy allows it.
 func TestThreeClients(t *testing.T) {
 	for name, open := range map[string]bool{"isolated": false, "client to client": true} {
 		t.Run(name, func(t *testing.T) {
@@ -184,20 +184,20 @@ func TestThreeClients(t *testing.T) {
 	}
 }
 
-// What clients may not reach: the proxy's own addresses, and an address of the
-// pool that nobody has.
+// Clients cannot reach the proxy's own addresses outside the tunnel, nor unused
+// addresses of the pool.
 func TestUnreachable(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
-	p.ping(p.Client, proxy4, proxy6) // these are in the tunnel
+	p.ping(p.Client, proxy4, proxy6) // in the tunnel
 	p.wantUnreachable(p.Client, netip.MustParseAddr("192.0.2.1"), 3, 13)
 	p.wantUnreachable(p.Client, netip.MustParseAddr("2001:db8:3::1"), 1, 1)
 	p.wantUnreachable(p.Target, netip.MustParseAddr("10.77.0.99"), 3, 1)
 	p.wantUnreachable(p.Target, netip.MustParseAddr("fd77::99"), 1, 3)
 }
 
-// With address translation the target needs no route back, and both ends are as
-// before afterwards.
+// With address translation the target needs no route to the pool. Afterwards
+// both hosts are as before.
 func TestMasquerade(t *testing.T) {
 	p := newPair(t, options{})
 	p.stopProxy()

@@ -11,9 +11,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// impose runs a proxy of the same name, with certificates of its own, on a
-// host, and returns how to end it.
-func (p *pair) impose(host *lab.Host) (end func()) {
+// startImpostor runs a proxy of the same name with certificates of another
+// authority on a host. It returns a function that kills the impostor.
+func (p *pair) startImpostor(host *lab.Host) (end func()) {
 	p.t.Helper()
 	dir := p.t.TempDir()
 	config, runDir := filepath.Join(dir, "proxy", "proxy.toml"), filepath.Join(dir, "run")
@@ -35,35 +35,38 @@ func (p *pair) impose(host *lab.Host) (end func()) {
 	}
 }
 
-// facesImpostor waits until the client says that somebody else answers, and
-// says so again after more attempts.
-func (p *pair) facesImpostor() {
+// awaitImpostorReported waits until the status and a warning report that
+// another server answers.
+func (p *pair) awaitImpostorReported() {
 	p.t.Helper()
-	p.eventually("the client says who answers", func() bool {
+	p.eventually("the status reports the impostor", func() bool {
 		s := p.status(p.Client, "alice")
 		return strings.HasPrefix(s.Reason, impostor) && warnsOfImpostor(s)
 	})
 }
 
-// impostor is how the client begins to say that there is one.
+// impostor begins the reason and the warning about an impostor.
 const impostor = "somebody other than the proxy answers at "
 
+// warnsOfImpostor reports whether the status has a warning about an impostor.
 func warnsOfImpostor(s client.Status) bool {
 	return slices.ContainsFunc(s.Warnings, func(w string) bool {
 		return strings.HasPrefix(w, impostor)
 	})
 }
 
-// Somebody answers a reconnect in the proxy's place, on the way to it or by a
-// forged answer of DNS: nothing leaves in the clear, and when the proxy is
-// back, so is the session.
+// An impostor answers a reconnect, on the path or through a forged DNS answer.
+// No packets leave in the clear, and the client reconnects when the proxy is
+// back.
 func TestImpostorOnReconnect(t *testing.T) {
 	for name, tc := range map[string]struct {
-		at func(*pair) *lab.Host
-		// forge and mend change where the proxy's name leads; nil for nothing.
+		at func(*pair) *lab.Host // host of the impostor
+
+		// forge points the proxy's name to the impostor, and mend back to the
+		// proxy; nil: nothing to do.
 		forge, mend func(*testing.T, *pair)
 	}{
-		"on the way": {at: func(p *pair) *lab.Host { return p.Proxy }},
+		"on the path": {at: func(p *pair) *lab.Host { return p.Proxy }},
 		"DNS": {
 			at: func(p *pair) *lab.Host { return p.Router },
 			forge: func(t *testing.T, p *pair) {
@@ -77,15 +80,15 @@ func TestImpostorOnReconnect(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := newPair(t, options{})
 			p.connect(p.Client, "alice")
-			talk := chat(t, p.Client)
+			talk := startChatter(t, p.Client)
 			seen := p.capture()
 			if tc.forge != nil {
 				tc.forge(t, p)
 			}
 			p.killProxy()
-			end := p.impose(tc.at(p))
-			p.facesImpostor()
-			talk.goesOn()
+			end := p.startImpostor(tc.at(p))
+			p.awaitImpostorReported()
+			talk.awaitRounds()
 			end()
 			if tc.mend != nil {
 				tc.mend(t, p)
@@ -96,7 +99,7 @@ func TestImpostorOnReconnect(t *testing.T) {
 				return s.State == client.StateConnected && s.Reconnects > 0 && !warnsOfImpostor(s)
 			})
 			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
-			// Handshakes with the impostor and the LAN aside.
+			// Except for handshakes with the impostor and packets to the LAN.
 			for _, packet := range seen.Packets() {
 				if l := leak(packet,
 					lab.Prefixes("198.51.100.0/24", "2001:db8:1::/64")...); l != "" &&
@@ -108,14 +111,14 @@ func TestImpostorOnReconnect(t *testing.T) {
 	}
 }
 
-// A service that meets an impostor when it starts goes on, with its kill switch
-// closed, until the proxy is there; a person who starts the same by hand is
-// told at once.
+// A service that meets an impostor at its start keeps its kill switch closed
+// and tries again until the proxy answers. A client that a user starts by hand
+// fails at once.
 func TestImpostorAtStart(t *testing.T) {
 	p := newPair(t, options{client: killSwitch})
 	file := p.invite("alice")
 	p.killProxy()
-	end := p.impose(p.Proxy)
+	end := p.startImpostor(p.Proxy)
 
 	byHand := p.Client.Command(p.ctx, program("masque-client"), "up", file, "--wait")
 	if out, err := byHand.CombinedOutput(); err == nil || byHand.ExitCode() != 6 {
@@ -129,7 +132,7 @@ func TestImpostorAtStart(t *testing.T) {
 			"--json").Output()
 		return strings.HasPrefix(string(out), "{")
 	})
-	p.facesImpostor()
+	p.awaitImpostorReported()
 	if s := p.status(p.Client, "alice"); s.KillSwitch != client.KillSwitchClosed {
 		t.Errorf("the kill switch is %q", s.KillSwitch)
 	}
@@ -139,8 +142,7 @@ func TestImpostorAtStart(t *testing.T) {
 	p.down(p.Client, "alice")
 }
 
-// A pool that holds the client's own network is refused before anything is
-// changed.
+// The client refuses an address in its own LAN before it changes the host.
 func TestPoolOverlapsLAN(t *testing.T) {
 	p := newPair(t, options{})
 	p.stopProxy()

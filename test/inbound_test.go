@@ -16,49 +16,49 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// sshPort is where the client's host serves.
+// sshPort is the port of a server on the client's host.
 const sshPort = 22
 
-// visits are TCP connections to a server of the client's host, from a host
-// elsewhere and from its neighbour, in both families.
-type visits map[string]net.Conn
+// inbound are TCP connections to a server on the client, from a distant host
+// and from a neighbour, in both families. The key describes the connection.
+type inbound map[string]net.Conn
 
-// visit opens them.
-func (p *pair) visit(when string) visits {
+// dialInbound opens them. when completes the description.
+func (p *pair) dialInbound(when string) inbound {
 	p.t.Helper()
-	v := make(visits)
+	v := make(inbound)
 	for _, from := range []*lab.Host{p.Clients[1], p.Router} {
 		for _, to := range []netip.Addr{lab.ClientIPv4, lab.ClientIPv6} {
-			what := fmt.Sprintf("from %s to %v, %s", from.Name(), to, when)
+			name := fmt.Sprintf("from %s to %v, %s", from.Name(), to, when)
 			ctx, cancel := context.WithTimeout(p.ctx, patience)
 			conn, err := from.DialContext(ctx, "tcp", netip.AddrPortFrom(to, sshPort).String())
 			cancel()
 			if err != nil {
-				p.t.Errorf("a connection %s: %v", what, err)
+				p.t.Errorf("a connection %s: %v", name, err)
 				continue
 			}
 			p.t.Cleanup(func() { conn.Close() })
-			v[what] = conn
+			v[name] = conn
 		}
 	}
 	return v
 }
 
-// goOn checks that each of them carries data there and back, more than one
-// packet takes.
-func (v visits) goOn(t *testing.T, when string) {
+// echo checks that each connection carries data in both directions, in more
+// than one packet.
+func (v inbound) echo(t *testing.T, when string) {
 	t.Helper()
 	sent := bytes.Repeat([]byte("0123456789abcdef"), 2000)
 	got := make([]byte, len(sent))
-	deadline := time.Now().Add(patience) // deadline of all of them
-	for what, conn := range v {
+	deadline := time.Now().Add(patience) // for all connections together
+	for name, conn := range v {
 		check(t, conn.SetDeadline(deadline))
 		_, err := conn.Write(sent)
 		if err == nil {
 			_, err = io.ReadFull(conn, got)
 		}
 		if err != nil || !bytes.Equal(got, sent) {
-			t.Errorf("%s: a connection %s: %v", when, what, err)
+			t.Errorf("%s: a connection %s: %v", when, name, err)
 		}
 	}
 	if t.Failed() {
@@ -66,8 +66,8 @@ func (v visits) goOn(t *testing.T, when string) {
 	}
 }
 
-// echoes serves TCP in a host: what comes goes back.
-func echoes(t *testing.T, host *lab.Host, port uint16) {
+// serveEcho runs a TCP server on a host that sends back the received data.
+func serveEcho(t *testing.T, host *lab.Host, port uint16) {
 	t.Helper()
 	ln, err := host.Listen("tcp", fmt.Sprintf("[::]:%d", port)) // both families
 	check(t, err)
@@ -85,16 +85,16 @@ func echoes(t *testing.T, host *lab.Host, port uint16) {
 	}()
 }
 
-// Whoever administers a server from outside is not cut off when a tunnel for
-// everything comes up there, nor when it goes down: connections from before go
-// on, new ones come about, and none of them touches the tunnel.
+// A full tunnel does not cut off connections from outside to a server on the
+// host. Connections continue while it comes up and goes down, new ones are
+// accepted, and none of their packets enters the tunnel.
 func TestInboundConnections(t *testing.T) {
 	p := newPair(t, options{clients: 2})
-	echoes(t, p.Client, sshPort)
+	serveEcho(t, p.Client, sshPort)
 	before := p.snapshot(p.Client)
 	for i, tc := range []struct{ name, routes, client, firewall string }{
 		{name: "full tunnel"},
-		{name: "not even the LAN outside", routes: "lan = false"},
+		{name: "LAN through the tunnel", routes: "lan = false"},
 		{name: "kill switch", client: killSwitch +
 			`allow = ["198.51.100.0/24", "198.18.2.0/24", "2001:db8:1::/48"]`},
 		{
@@ -112,8 +112,8 @@ func TestInboundConnections(t *testing.T) {
 			p.opts.routes, p.opts.client = tc.routes, tc.client
 			user := fmt.Sprintf("alice%d", i)
 			file := p.invite(user)
-			old := p.visit("from before")
-			old.goOn(t, "before")
+			old := p.dialInbound("from before")
+			old.echo(t, "before")
 
 			p.up(p.Client, file)
 			var outside, inside *lab.Capture
@@ -125,10 +125,10 @@ func TestInboundConnections(t *testing.T) {
 				})
 				check(t, err)
 			}
-			old.goOn(t, "up")
-			fresh := p.visit("while it is up")
-			fresh.goOn(t, "up")
-			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6) // and the tunnel is one for everything
+			old.echo(t, "up")
+			fresh := p.dialInbound("while it is up")
+			fresh.echo(t, "up")
+			p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6) // it is a full tunnel
 			p.wantRoute(netip.MustParseAddr("198.18.2.2"), "masque0")
 			p.wantRoute(netip.MustParseAddr("2001:db8:1:2::2"), "masque0")
 			check(t, outside.Close())
@@ -145,9 +145,9 @@ func TestInboundConnections(t *testing.T) {
 			}
 
 			p.down(p.Client, user)
-			old.goOn(t, "down")
-			fresh.goOn(t, "down")
-			p.visit("afterwards").goOn(t, "down")
+			old.echo(t, "down")
+			fresh.echo(t, "down")
+			p.dialInbound("afterwards").echo(t, "down")
 			p.wantUnchanged(p.Client, before)
 		})
 	}

@@ -9,6 +9,7 @@ import (
 	"masquevpn/proxy"
 )
 
+// proxyName is the name of proxies that run in the test process.
 const proxyName = "proxy.example"
 
 // runProxy runs s until the test ends.
@@ -28,11 +29,12 @@ func runClient(t *testing.T, c *client.Client) {
 	runUntilEnd(t, c.Run)
 }
 
-func runUntilEnd(t *testing.T, f func(context.Context) error) {
+// runUntilEnd runs run until the test ends. It must return nil then.
+func runUntilEnd(t *testing.T, run func(context.Context) error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- f(ctx) }()
+	go func() { done <- run(ctx) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {

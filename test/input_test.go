@@ -13,14 +13,14 @@ import (
 	"masquevpn/internal/pki"
 )
 
-// Every mistake that a user can make has its own line and its own exit code,
-// and changes nothing on the host.
+// For each mistake of a user, the program prints its own message, exits with
+// its own code, and leaves the host unchanged.
 func TestBadInput(t *testing.T) {
 	p := newPair(t, options{client: "\n[reconnect]\nenabled = false\n"})
 	good := p.invite("alice")
 	text, err := os.ReadFile(good)
 	check(t, err)
-	plain := strings.Replace(string(text), tunTable(), "", 1) // a case may bring its own
+	plain := strings.Replace(string(text), tunTable(), "", 1) // a row may have its own
 	replace := func(pattern, with string) func(string) string {
 		re := regexp.MustCompile(pattern)
 		return func(s string) string {
@@ -42,11 +42,11 @@ func TestBadInput(t *testing.T) {
 	}
 	type mistake struct {
 		name string
-		edit func(string) string
-		mode os.FileMode
-		wrap []string // what runs the program
+		edit func(string) string // edits the client's configuration
+		mode os.FileMode         // file mode; 0: 0600
+		wrap []string            // command that runs the program
 		exit int
-		says []string
+		want []string // in the last line of the output
 	}
 	try := func(tc mistake) {
 		t.Run(tc.name, func(t *testing.T) {
@@ -68,9 +68,9 @@ func TestBadInput(t *testing.T) {
 			if c.ExitCode() != tc.exit {
 				t.Errorf("exit code %d, want %d:\n%s", c.ExitCode(), tc.exit, out)
 			}
-			for _, s := range tc.says {
+			for _, s := range tc.want {
 				if s = strings.ReplaceAll(s, "NAME", name); !strings.Contains(line, s) {
-					t.Errorf("the last line does not say %q: %s", s, line)
+					t.Errorf("the last line does not contain %q: %s", s, line)
 				}
 			}
 			p.wantUnchanged(p.Client, before)
@@ -78,47 +78,47 @@ func TestBadInput(t *testing.T) {
 	}
 	for _, tc := range []mistake{
 		{name: "unknown key", edit: add(`prxy = "a"`), exit: 2,
-			says: []string{"NAME.toml:1", "prxy"}},
-		{name: "no TOML", edit: add(`proxy = `), exit: 2, says: []string{"NAME.toml:1"}},
-		{name: "wrong type", edit: addTable("[tun]\nmtu = true"), exit: 2, says: []string{"mtu"}},
+			want: []string{"NAME.toml:1", "prxy"}},
+		{name: "no TOML", edit: add(`proxy = `), exit: 2, want: []string{"NAME.toml:1"}},
+		{name: "wrong type", edit: addTable("[tun]\nmtu = true"), exit: 2, want: []string{"mtu"}},
 		{name: "bad template", edit: replace(`(?m)^proxy = .*$`, `proxy = "https://p/{+target}"`),
-			exit: 2, says: []string{"proxy", "operator"}},
+			exit: 2, want: []string{"proxy", "operator"}},
 		{name: "readable by others", edit: add(""), mode: 0o644, exit: 2,
-			says: []string{"NAME.toml", "chmod 600"}},
+			want: []string{"NAME.toml", "chmod 600"}},
 		{name: "missing secret", edit: replace(`(?m)^token = .*$`, `token_file = "no-such-file"`),
-			exit: 2, says: []string{"no-such-file"}},
+			exit: 2, want: []string{"no-such-file"}},
 		{name: "wrong token", edit: func(s string) string {
 			return replace(`(?m)^token = .*$`, `token = "guess"`)(noCertificate(s))
-		}, exit: 4, says: []string{"credentials"}},
+		}, exit: 4, want: []string{"credentials"}},
 		{name: "unknown CA", edit: replace(`(?s)ca_pem = '''.*?'''`, ""), exit: 6,
-			says: []string{"unknown authority"}},
+			want: []string{"unknown authority"}},
 		{name: "wrong name", edit: replace(`\[tls\]`, "[tls]\nserver_name = \"other.example\""),
-			exit: 6, says: []string{"other.example"}},
+			exit: 6, want: []string{"other.example"}},
 		{name: "no such host", edit: replace(`(?m)^proxy = .*$`, `proxy = "no-such-host.invalid"`),
-			exit: 5, says: []string{"no-such-host.invalid"}},
+			exit: 5, want: []string{"no-such-host.invalid"}},
 		{name: "closed port", edit: replace(`(?m)^proxy = .*$`, `proxy = "`+lab.ProxyName+`:9"`),
-			exit: 5, says: []string{"9", "UDP"}},
+			exit: 5, want: []string{"9", "UDP"}},
 		{
-			name: "no privileges", edit: add(""), exit: 7, says: []string{"CAP_NET_ADMIN"},
+			name: "no privileges", edit: add(""), exit: 7, want: []string{"CAP_NET_ADMIN"},
 			wrap: []string{"setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"},
 		},
 		{name: "target that is denied", edit: addTable("[scope]\ntarget = \"127.0.0.1\""), exit: 8,
-			says: []string{"does not allow this request", "[scope]"}},
+			want: []string{"does not allow this request", "[scope]"}},
 		{name: "name taken", edit: addTable("[tun]\nname = \"eth0\""), exit: 1,
-			says: []string{"eth0"}},
+			want: []string{"eth0"}},
 	} {
 		try(tc)
 	}
-	p.up(p.Client, good) // and what is right still works
+	p.up(p.Client, good) // the unedited file works
 	p.ping(p.Client, lab.TargetIPv4)
 	p.down(p.Client, "alice")
 
-	// What the user cannot help: it is the proxy's.
+	// Mistakes at the proxy.
 	p.stopProxy()
 	p.expire()
 	p.startProxy()
 	try(mistake{name: "expired", edit: add(""), exit: 6,
-		says: []string{lab.ProxyName, "has expired or is not valid yet"}})
+		want: []string{lab.ProxyName, "has expired or is not valid yet"}})
 	p.stopProxy()
 	p.must(p.Proxy, "masque-proxy", "init", "--renew", "--name", lab.ProxyName, p.dir)
 	p.editProxyConfig(fmt.Sprintf("ipv6 = %q", pool6), "")
@@ -126,11 +126,11 @@ func TestBadInput(t *testing.T) {
 	try(mistake{
 		name: "no address of the family", edit: addTable("[addresses]\nrequest = [\"::/128\"]"),
 		exit: 8,
-		says: []string{"the proxy assigned no address", "operator"},
+		want: []string{"the proxy assigned no address", "operator"},
 	})
 }
 
-// expire has the proxy's certificate end long ago.
+// expire replaces the proxy's certificate by one that expired long ago.
 func (p *pair) expire() {
 	p.t.Helper()
 	read := func(name string) []byte {

@@ -16,39 +16,41 @@ import (
 	"masquevpn/proxy"
 )
 
-// DNS_ASSIGN and PREF64 (draft-ietf-masque-connect-ip-dns-06) between ours and
-// the reference library.
+// DNS_ASSIGN and PREF64 (draft-ietf-masque-connect-ip-dns-06) between our
+// endpoints and connect-ip-go.
 
 var (
 	wellKnown = netip.MustParsePrefix("64:ff9b::/96")
 	nsp       = netip.MustParsePrefix("2001:db8:122::/48")
 )
 
+// connect-ip-go as the client receives the DNS configuration of our proxy, and
+// its removal.
 func TestForeignClientGetsDNS(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	told := proxy.DNS{
+	dns := proxy.DNS{
 		Servers: []netip.Addr{netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("fd77::1")},
 		Domains: []string{"corp.example"}, Search: []string{"a.corp.example", "corp.example"},
 		NAT64: []netip.Prefix{wellKnown, nsp},
 	}
-	conn, s, _ := foreignClient(t, ctx, func(c *proxy.Config) { c.DNS = told })
+	conn, s, _ := foreignClient(t, ctx, func(c *proxy.Config) { c.DNS = dns })
 	got, err := conn.ReceiveDNSConfiguration(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := []foreign.DNSConfiguration{{
 		Nameservers: []foreign.DNSNameserver{
-			{ServicePriority: 1, IPv4Addresses: told.Servers[:1]},
-			{ServicePriority: 2, IPv6Addresses: told.Servers[1:]},
+			{ServicePriority: 1, IPv4Addresses: dns.Servers[:1]},
+			{ServicePriority: 2, IPv6Addresses: dns.Servers[1:]},
 		},
-		InternalDomains: told.Domains, SearchDomains: told.Search,
+		InternalDomains: dns.Domains, SearchDomains: dns.Search,
 	}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 	prefixes, err := conn.ReceivePREF64Configuration(ctx)
-	if err != nil || !slices.Equal(prefixes, told.NAT64) {
+	if err != nil || !slices.Equal(prefixes, dns.NAT64) {
 		t.Errorf("got %v, %v", prefixes, err)
 	}
 	if err := s.SetDNS(proxy.DNS{}); err != nil {
@@ -62,6 +64,8 @@ func TestForeignClientGetsDNS(t *testing.T) {
 	}
 }
 
+// Our client reports the DNS configuration of connect-ip-go as the proxy, and
+// its removal.
 func TestForeignProxySendsDNS(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -133,7 +137,7 @@ func TestForeignProxySendsDNS(t *testing.T) {
 	}
 }
 
-// What a client says about DNS is not for the proxy, and does no harm.
+// Our proxy ignores a DNS configuration that a client sends.
 func TestForeignClientSendsDNS(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()

@@ -23,9 +23,8 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// The reference library, connect-ip-go, as the peer of our proxy and of our
-// client. Both ends run in the test, without a kernel in between: what counts
-// is what they say to each other.
+// connect-ip-go as the peer of our proxy and of our client. Both ends run in
+// the test process, with devices and networks in memory.
 
 var (
 	inside4  = netip.MustParseAddr("10.77.0.2")
@@ -39,42 +38,27 @@ var (
 	echoData = []byte("interop")
 )
 
-// foreignClient runs our proxy and connects the reference library to it. Both
-// end with the test.
+// foreignClient runs our proxy and connects connect-ip-go to it. Both end with
+// the test.
 func foreignClient(t *testing.T, ctx context.Context, change func(*proxy.Config)) (*foreign.Conn,
 	*proxy.Server, *tuntest.Device) {
 	t.Helper()
-	in := pkitest.New(proxyName)
-	device := tuntest.New(1400)
-	cfg := proxy.Config{
-		Name: proxyName, Listen: []string{"127.0.0.1:0"}, Template: "https://" + proxyName + "/vpn",
-		TLS:     &tls.Config{Certificates: []tls.Certificate{in.Proxy}},
-		Methods: []string{proxy.MethodNone},
-		Pool4:   netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
-		Advertise:     []netip.Prefix{allIPv4, allIPv6},
-		OpenDevice:    func() (proxy.Device, error) { return device, nil },
-		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return new(routingtest.Network), nil },
-		LocalNetworks: func() ([]netip.Prefix, error) { return nil, nil },
-	}
-	if change != nil {
-		change(&cfg)
-	}
-	s, err := proxy.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	runProxy(t, s)
-
+	p := startWireProxy(t, func(cfg *proxy.Config) {
+		cfg.Template = "https://" + proxyName + "/vpn"
+		if change != nil {
+			change(cfg)
+		}
+	})
 	req, err := foreign.NewRequest(ctx, uritemplate.MustNew("https://"+proxyName+"/vpn"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	transport := foreign.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: in.Roots, ServerName: proxyName,
+		TLSClientConfig: &tls.Config{RootCAs: p.pki.Roots, ServerName: proxyName,
 			NextProtos: []string{http3.NextProtoH3}},
 		DialAddr: func(ctx context.Context, _ string, tlsConf *tls.Config,
 			conf *quic.Config) (*quic.Conn, error) {
-			return quic.DialAddr(ctx, s.Addrs()[0].String(), tlsConf, conf)
+			return quic.DialAddr(ctx, p.Addrs()[0].String(), tlsConf, conf)
 		},
 	}
 	conn, rsp, err := transport.Dial(req)
@@ -82,9 +66,11 @@ func foreignClient(t *testing.T, ctx context.Context, change func(*proxy.Config)
 		t.Fatalf("%v, answer %v", err, rsp)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	return conn, s, device
+	return conn, p.Server, p.device
 }
 
+// connect-ip-go as the client gets addresses and routes from our proxy, and
+// packets pass in both directions.
 func TestForeignClient(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -123,8 +109,8 @@ func TestForeignClient(t *testing.T) {
 	}
 }
 
-// foreignProxy runs the reference library as a proxy and connects our client to
-// it, which gets addresses and routes. Both end with the test.
+// foreignProxy runs connect-ip-go as a proxy, connects our client to it, and
+// grants addresses and routes. Both end with the test.
 func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Client,
 	*tuntest.Device) {
 	t.Helper()
@@ -142,7 +128,7 @@ func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Cli
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			req, err := foreign.ParseProxyRequest(r, uritemplate.MustNew(template))
 			if err != nil {
-				t.Errorf("the foreign proxy does not take our request: %v", err)
+				t.Errorf("connect-ip-go refuses our request: %v", err)
 				w.WriteHeader(http.StatusBadRequest)
 				return
 			}
@@ -167,10 +153,13 @@ func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Cli
 
 	device := tuntest.New(1400)
 	c, err := client.New(client.Config{
-		Name: "interop", Proxy: template, TLS: &tls.Config{RootCAs: in.Roots, ServerName: proxyName},
+		Name: "interop", Proxy: template,
+		TLS:           &tls.Config{RootCAs: in.Roots, ServerName: proxyName},
 		InstallRoutes: true,
 		OpenDevice:    func() (client.Device, error) { return device, nil },
-		OpenNetwork:   func(client.Device) (client.Network, error) { return new(routingtest.Network), nil },
+		OpenNetwork: func(client.Device) (client.Network, error) {
+			return new(routingtest.Network), nil
+		},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -205,12 +194,15 @@ func foreignProxy(t *testing.T, ctx context.Context) (*foreign.Conn, *client.Cli
 	return conn, c, device
 }
 
+// Our client connects to connect-ip-go as the proxy, and packets pass in both
+// directions.
 func TestForeignProxy(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	conn, c, device := foreignProxy(t, ctx)
-	// The foreign proxy does not answer the probe on the link. Its IP stack
-	// answers the other one, here played by the test.
+	// connect-ip-go does not answer the echo request on the link. The test
+	// answers the other probe in place of an IP stack: a packet with hop limit
+	// 1.
 	read := func(context.Context) ([]byte, error) {
 		buf := make([]byte, 1500)
 		n, err := conn.ReadPacket(buf)
@@ -244,7 +236,7 @@ func TestForeignProxy(t *testing.T) {
 	}
 }
 
-// awaitPacket reads packets until one is wanted.
+// awaitPacket reads packets up to the first that wanted accepts.
 func awaitPacket(t *testing.T, ctx context.Context, read func(context.Context) ([]byte, error),
 	wanted func(ippacket.Packet) bool) []byte {
 	t.Helper()
@@ -263,7 +255,7 @@ func awaitPacket(t *testing.T, ctx context.Context, read func(context.Context) (
 	}
 }
 
-// awaitEcho waits for an echo with echoData from src to dst.
+// awaitEcho waits for an echo packet from src to dst.
 func awaitEcho(t *testing.T, ctx context.Context, read func(context.Context) ([]byte, error), src,
 	dst netip.Addr) {
 	t.Helper()

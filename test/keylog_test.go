@@ -9,9 +9,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// With a key log at both ends, a capture on either host has each QUIC packet as
-// it is on the wire, so that other programs can decrypt it: none is larger than
-// the link carries.
+// If both ends write a key log, a capture on either host has each QUIC packet
+// as it is on the wire, so that other programs can decrypt it. No captured
+// packet is larger than the MTU of the link.
 func TestKeyLogCapture(t *testing.T) {
 	dir := t.TempDir()
 	log := func(end string) string {
@@ -30,7 +30,7 @@ func TestKeyLogCapture(t *testing.T) {
 	}
 	p.transfer(p.Client, p.Target, lab.TargetIPv4, 16<<20)
 	p.transfer(p.Target, p.Client, client4, 16<<20)
-	const single = 1514 // the most that a packet has here, with its Ethernet header
+	const single = 1514 // longest frame of one packet, in bytes
 	if packets.Load() == 0 || largest.Load() > single {
 		t.Errorf("the largest of %d packets has %d bytes, want %d at most", packets.Load(),
 			largest.Load(), single)

@@ -17,9 +17,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// packetsIn lists the packets of a capture: echoes by their addresses, all
-// others by their protocol. A record that is not whole is the end of one whose
-// writer was killed.
+// packetsIn lists the packets of a capture file: ICMPv4 packets with their
+// type, other packets as "other". It ignores an incomplete last record, which a
+// killed writer leaves.
 func packetsIn(t *testing.T, file []byte) []string {
 	t.Helper()
 	r, err := pcapgo.NewReader(bytes.NewReader(file))
@@ -39,24 +39,24 @@ func packetsIn(t *testing.T, file []byte) []string {
 			t.Fatalf("not a packet: %x", data)
 		}
 		flow := p.NetworkLayer().NetworkFlow()
-		what := "other"
+		kind := "other"
 		if icmp, ok := p.Layer(layers.LayerTypeICMPv4).(*layers.ICMPv4); ok {
-			what = icmp.TypeCode.String()
+			kind = icmp.TypeCode.String()
 		}
-		packets = append(packets, fmt.Sprintf("%v > %v %s", flow.Src(), flow.Dst(), what))
+		packets = append(packets, fmt.Sprintf("%v > %v %s", flow.Src(), flow.Dst(), kind))
 	}
 }
 
-// hasEcho reports whether an echo and its answer between two addresses are
-// among packets.
+// hasEcho reports whether packets has an echo request and its reply between two
+// addresses.
 func hasEcho(packets []string, from, to any) bool {
 	all := strings.Join(packets, "\n") + "\n"
 	return strings.Contains(all, fmt.Sprintf("%v > %v EchoRequest\n", from, to)) &&
 		strings.Contains(all, fmt.Sprintf("%v > %v EchoReply\n", to, from))
 }
 
-// private checks that nobody else reads a file.
-func private(t *testing.T, name string) {
+// wantPrivate checks that only the owner may read a file.
+func wantPrivate(t *testing.T, name string) {
 	t.Helper()
 	info, err := os.Stat(name)
 	check(t, err)
@@ -65,9 +65,9 @@ func private(t *testing.T, name string) {
 	}
 }
 
-// With all of [log] on, there is a qlog of the connection and a key log on both
-// ends, and what went through the tunnel is in the pcap of the client, while it
-// runs and afterwards.
+// With all keys of [log] set, both ends write a qlog file and a key log, and
+// the pcap file of the client has the packets of the tunnel, while it runs and
+// afterwards.
 func TestLogFiles(t *testing.T) {
 	dir := t.TempDir()
 	for _, end := range []string{"client", "proxy"} {
@@ -95,9 +95,9 @@ func TestLogFiles(t *testing.T) {
 	if before := readFile(t, pcap+".1"); string(before) != "of the run before" {
 		t.Errorf("the file of the run before is %q", before)
 	}
-	private(t, pcap)
+	wantPrivate(t, pcap)
 	for _, end := range []string{"client", "proxy"} {
-		private(t, filepath.Join(dir, end+".keys"))
+		wantPrivate(t, filepath.Join(dir, end+".keys"))
 		if keys := readFile(t, filepath.Join(dir, end+".keys")); !bytes.Contains(keys,
 			[]byte("CLIENT_TRAFFIC_SECRET_0 ")) {
 			t.Errorf("%s: the key log is %q", end, keys)
@@ -108,7 +108,7 @@ func TestLogFiles(t *testing.T) {
 			t.Errorf("%s: the files of qlog are %q", end, files)
 			continue
 		}
-		private(t, files[0])
+		wantPrivate(t, files[0])
 		text := string(readFile(t, files[0]))
 		for _, want := range []string{"transport:packet_sent", "transport:connection_closed",
 			"http3:frame_", `"(not shown)"`, `"connect-ip"`} {
@@ -122,8 +122,9 @@ func TestLogFiles(t *testing.T) {
 	}
 }
 
-// A running pair is captured on demand: all sessions of the proxy, one of them,
-// and the client, into files that can be read meanwhile.
+// The capture command of a running pair writes the packets of all sessions of
+// the proxy, of one session, or of the client. The file can be read during the
+// capture.
 func TestCapture(t *testing.T) {
 	p := newPair(t, options{clients: 2})
 	p.connect(p.Clients[0], "alice")
@@ -153,27 +154,27 @@ func TestCapture(t *testing.T) {
 		name       string
 		alice, bob bool
 	}{{"all", true, true}, {"one", false, true}, {"alice", true, false}, {"killed", true, false}} {
-		p.eventually(x.name+" has what it should, while it runs", func() bool {
+		p.eventually("the running capture "+x.name+" has the expected echoes", func() bool {
 			packets := packetsIn(t, readFile(t, file(x.name)))
 			return hasEcho(packets, client4, lab.TargetIPv4) == x.alice &&
 				hasEcho(packets, bob4, lab.TargetIPv4) == x.bob
 		})
-		private(t, file(x.name))
+		wantPrivate(t, file(x.name))
 	}
 
-	// The end of each: asked for, killed, by itself, with its session, and with
-	// the program that is captured.
+	// The captures end by SIGINT, by SIGKILL, after a number of packets, with
+	// their session, and with the captured program.
 	check(t, alice.Signal(syscall.SIGINT))
 	check(t, alice.Wait())
 	if log := p.log(alice); !strings.Contains(log,
 		" packets captured, 0 more were not written in time") {
-		t.Errorf("at the end it says %s", log)
+		t.Errorf("the output ends with %s", log)
 	}
 	check(t, killed.Signal(syscall.SIGKILL))
 	_ = killed.Wait()
-	p.ping(p.Clients[0], lab.TargetIPv4) // nobody minds
+	p.ping(p.Clients[0], lab.TargetIPv4) // the tunnel continues
 	check(t, few.Wait())
-	if records := packetsCut(t, readFile(t, file("few"))); records != 2 {
+	if records := truncatedPackets(t, readFile(t, file("few"))); records != 2 {
 		t.Errorf("%d packets instead of 2", records)
 	}
 	p.down(p.Clients[1], "bob")
@@ -181,13 +182,14 @@ func TestCapture(t *testing.T) {
 	p.stopProxy()
 	check(t, all.Wait())
 	if log := p.log(all); !strings.Contains(log, " packets captured, 0 more") {
-		t.Errorf("at the end it says %s", log)
+		t.Errorf("the output ends with %s", log)
 	}
 	p.down(p.Clients[0], "alice")
 }
 
-// packetsCut counts packets that are cut.
-func packetsCut(t *testing.T, file []byte) (n int) {
+// truncatedPackets checks that all packets of a capture are cut to 20 bytes,
+// and returns their number.
+func truncatedPackets(t *testing.T, file []byte) (n int) {
 	t.Helper()
 	r, err := pcapgo.NewReader(bytes.NewReader(file))
 	check(t, err)
@@ -203,34 +205,42 @@ func packetsCut(t *testing.T, file []byte) (n int) {
 	}
 }
 
+// The capture command names the reason when it cannot capture, and creates no
+// file.
 func TestCaptureRefusals(t *testing.T) {
 	p := newPair(t, options{})
 	file := filepath.Join(t.TempDir(), "x.pcap")
 	for _, x := range []struct {
+		name    string
 		program string
 		args    []string
 		code    int
-		last    string
+		last    string // in the last line of the output
 	}{
-		{"masque-proxy", []string{"7", "-o", file}, 3,
+		{"no session", "masque-proxy", []string{"7", "-o", file}, 3,
 			`"7": there is no such session: list them with: masque-proxy sessions`},
-		{"masque-proxy", []string{"-o", file, "--run-dir", t.TempDir()}, 3, "no proxy is running"},
-		{"masque-proxy", []string{"-o", file, "--snaplen", "0"}, 2,
+		{"no proxy", "masque-proxy", []string{"-o", file, "--run-dir", t.TempDir()}, 3,
+			"no proxy is running"},
+		{"no length", "masque-proxy", []string{"-o", file, "--snaplen", "0"}, 2,
 			"--snaplen 0: write a number from 1 to 65536"},
-		{"masque-proxy", []string{"-o", file, "--count", "-1"}, 2, "invalid argument"},
-		{"masque-proxy", nil, 2, `required flag(s) "output" not set`},
-		{"masque-client", []string{"none", "-o", file}, 3,
+		{"negative count", "masque-proxy", []string{"-o", file, "--count", "-1"}, 2,
+			"invalid argument"},
+		{"no output", "masque-proxy", nil, 2, `required flag(s) "output" not set`},
+		{"no tunnel", "masque-client", []string{"none", "-o", file}, 3,
 			"none: not running: start it with: masque-client up none"},
-		{"masque-client", []string{"-o", file}, 2, "accepts 1 arg(s), received 0"},
+		{"no name", "masque-client", []string{"-o", file}, 2, "accepts 1 arg(s), received 0"},
 	} {
-		c := p.Proxy.Command(p.ctx, program(x.program), append([]string{"capture"}, x.args...)...)
-		out, _ := c.CombinedOutput()
-		if c.ExitCode() != x.code || !strings.Contains(lastLine(out), x.last) {
-			t.Errorf("%s capture %q: %d, %s", x.program, x.args, c.ExitCode(), out)
-		}
-		if _, err := os.Stat(file); err == nil {
-			t.Errorf("%s capture %q made a file", x.program, x.args)
-		}
+		t.Run(x.name, func(t *testing.T) {
+			c := p.Proxy.Command(p.ctx, program(x.program),
+				append([]string{"capture"}, x.args...)...)
+			out, _ := c.CombinedOutput()
+			if c.ExitCode() != x.code || !strings.Contains(lastLine(out), x.last) {
+				t.Errorf("exit code %d, want %d and %q:\n%s", c.ExitCode(), x.code, x.last, out)
+			}
+			if _, err := os.Stat(file); err == nil {
+				t.Error("the command created a file")
+			}
+		})
 	}
 	c := p.Proxy.Command(p.ctx, program("masque-proxy"), "capture", "-o",
 		filepath.Join(t.TempDir(), "none", "x.pcap"))

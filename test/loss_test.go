@@ -9,9 +9,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// A path that loses, repeats and reorders packets costs time and nothing else:
-// each packet inside arrives once at most, each change of the routes is
-// applied, in order, and the session and the connections inside last.
+// On a path that drops, duplicates and reorders packets, each inner packet
+// arrives at most once, each change of the routes is applied in order, and the
+// session and inner connections last.
 func TestLossyPath(t *testing.T) {
 	lossy := &lab.Impairment{Delay: 4 * time.Millisecond, Jitter: time.Millisecond, Loss: 0.03,
 		Duplicate: 0.1, Reorder: 0.1}
@@ -20,11 +20,11 @@ func TestLossyPath(t *testing.T) {
 	p.connect(p.Client, "alice")
 	before := p.status(p.Client, "alice")
 
-	// ping says DUP for an answer that comes twice.
+	// ping prints DUP for a duplicate reply.
 	out, err := p.Client.Command(p.ctx, "ping", "-n", "-i", "0.01", "-c", "300", "-W", "1",
 		lab.TargetIPv4.String()).CombinedOutput()
 	if err != nil || strings.Contains(string(out), "DUP") {
-		t.Errorf("%v; no packet arrived, or some did twice:\n%s", err, out)
+		t.Errorf("%v; no reply, or duplicates:\n%s", err, out)
 	}
 
 	stream := p.startStream()
@@ -35,7 +35,7 @@ func TestLossyPath(t *testing.T) {
 		advertised = next
 		p.must(p.Proxy, "masque-proxy", "reload")
 		want := fmt.Sprintf("198.18.%d.0", 2*i)
-		p.eventually("the route is the new one alone", func() bool {
+		p.eventually("the new route has replaced the last", func() bool {
 			routes := p.status(p.Client, "alice").Routes
 			for _, r := range routes {
 				if r.Start.String() == want {
@@ -44,7 +44,7 @@ func TestLossyPath(t *testing.T) {
 			}
 			return false
 		})
-		stream.goesOn()
+		stream.awaitProgress()
 	}
 	stream.end()
 	p.transfer(p.Client, p.Target, lab.TargetIPv4, 1<<20)

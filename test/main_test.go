@@ -1,6 +1,9 @@
-// Package test holds the end-to-end tests: the programs as they are installed,
-// in hosts that are network namespaces, with real packets of real programs; and
-// the tests with foreign peers.
+// Package test holds the end-to-end tests and the conformance tests.
+//
+// End-to-end tests run the programs in network namespaces (package lab) with
+// real packets of real programs. They start with newPair. Conformance tests,
+// TestWire..., run one endpoint in the test process and play its peer byte by
+// byte. Interop tests, TestForeign..., run connect-ip-go as the peer.
 package test
 
 import (
@@ -14,7 +17,7 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// bin is where the programs are.
+// bin is the folder with the programs under test.
 var bin string
 
 func TestMain(m *testing.M) {
@@ -23,6 +26,7 @@ func TestMain(m *testing.M) {
 	os.Exit(run(m))
 }
 
+// run builds the programs and runs the tests.
 func run(m *testing.M) int {
 	dir, err := os.MkdirTemp("", "masquevpn-test-")
 	if err != nil {
@@ -60,4 +64,5 @@ func run(m *testing.M) int {
 	return code
 }
 
+// program returns the path of a program under test.
 func program(name string) string { return filepath.Join(bin, name) }

@@ -19,13 +19,14 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// scraper asks a host for its metrics.
+// scraper requests the metrics of a program on a host.
 type scraper struct {
 	p    *pair
 	host *lab.Host
 	http *http.Client
 }
 
+// newScraper returns a scraper of the program that serves metrics on host.
 func newScraper(p *pair, host *lab.Host) *scraper {
 	s := &scraper{p: p, host: host, http: &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -36,7 +37,7 @@ func newScraper(p *pair, host *lab.Host) *scraper {
 	return s
 }
 
-// get returns what is served on a path; the status is 0 when nobody answers.
+// get requests a path. The status is 0 if nothing answers.
 func (s *scraper) get(path string) (status int, body string) {
 	s.p.t.Helper()
 	ctx, cancel := context.WithTimeout(s.p.ctx, patience)
@@ -53,7 +54,7 @@ func (s *scraper) get(path string) (status int, body string) {
 	return answer.StatusCode, string(b)
 }
 
-// scrape returns all samples, as Prometheus reads and writes them.
+// scrape returns all samples by name and labels, in the format of Prometheus.
 func (s *scraper) scrape() map[string]float64 {
 	s.p.t.Helper()
 	status, body := s.get("/metrics")
@@ -85,7 +86,7 @@ func (s *scraper) scrape() map[string]float64 {
 	return samples
 }
 
-// await waits until the sample has the value.
+// await waits until a sample has a value.
 func (s *scraper) await(sample string, value float64) {
 	s.p.t.Helper()
 	s.p.eventually(fmt.Sprintf("%s is %v", sample, value), func() bool {
@@ -94,8 +95,8 @@ func (s *scraper) await(sample string, value float64) {
 	})
 }
 
-// Prometheus sees at both ends what happened, and the proxy's status says the
-// same.
+// The metrics of both ends count a session, and the metrics of the proxy agree
+// with its status.
 func TestMetrics(t *testing.T) {
 	p := newPair(t, options{client: "\n[metrics]\nlisten = \"127.0.0.1:9484\"\n"})
 	at := newScraper(p, p.Proxy)
@@ -117,7 +118,7 @@ func TestMetrics(t *testing.T) {
 	alice := p.invite("alice")
 	p.up(p.Client, alice)
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
-	// nobody's address
+	// An address of the pool that no session has.
 	_, _ = p.Target.Command(p.ctx, "ping", "-c", "2", "-i", "0.2", "-W", "1",
 		"10.77.0.77").CombinedOutput()
 	text, err := os.ReadFile(alice)
@@ -175,7 +176,7 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("the client has metrics of a proxy, or reconnects: %v", c)
 	}
 
-	// When nothing passes any more, the metrics and the status are the same.
+	// The metrics agree with the status once no packets pass.
 	p.down(p.Client, "alice")
 	at.await("masque_sessions", 0)
 	at.await(`masque_pool_addresses{family="ipv4",state="leased"}`, 0)
@@ -188,7 +189,7 @@ func TestMetrics(t *testing.T) {
 			"icmp": float64(s.ICMPSent),
 		}
 		for reason, n := range s.Drops {
-			if n > 0 { // the status has some reasons always, metrics those that there were
+			if n > 0 { // the status also lists reasons without packets
 				want["dropped "+reason] = float64(n)
 			}
 		}
@@ -232,7 +233,7 @@ func TestMetrics(t *testing.T) {
 		return false
 	})
 	if now := at.scrape(); now[`masque_packets_total{direction="rx"}`] < 2 {
-		t.Errorf("the packets of the session that ended are forgotten: %v", now)
+		t.Errorf("the packets of the ended session are not counted: %v", now)
 	}
 	p.stopProxy()
 	if status, _ := at.get("/healthz"); status != 0 {
@@ -240,8 +241,8 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// A port that is taken keeps the proxy from starting when the configuration
-// names it, and otherwise only its metrics.
+// If the port of the metrics is in use, the proxy starts without metrics. If
+// the configuration names the port, the proxy does not start.
 func TestMetricsPortTaken(t *testing.T) {
 	p := newPair(t, options{})
 	p.stopProxy()
@@ -251,7 +252,7 @@ func TestMetricsPortTaken(t *testing.T) {
 	p.startProxy()
 	if log := p.log(p.server); !strings.Contains(log, "metrics are not served") ||
 		!strings.Contains(log, "metrics.listen: TCP 127.0.0.1:9484 is in use") {
-		t.Errorf("the log does not say that there are no metrics:\n%s", log)
+		t.Errorf("the log does not report the missing metrics:\n%s", log)
 	}
 	p.stopProxy()
 	run := func(command string) (code int, out string) {
@@ -275,11 +276,11 @@ func TestMetricsPortTaken(t *testing.T) {
 	p.editProxyConfig(`listen = "127.0.0.1:9484"`, `listen = ""`)
 	p.startProxy()
 	if log := p.log(p.server); strings.Contains(log, "metrics") {
-		t.Errorf("metrics are in the log of a proxy without:\n%s", log)
+		t.Errorf("the log of a proxy without metrics mentions them:\n%s", log)
 	}
 	p.editProxyConfig(`listen = ""`, `listen = "[::1]:9484"`)
 	if out := p.must(p.Proxy, "masque-proxy",
 		"reload"); strings.TrimSpace(out) != "reloaded; restart the proxy for: metrics.listen" {
-		t.Errorf("reload said %q", out)
+		t.Errorf("reload printed %q", out)
 	}
 }

@@ -15,17 +15,17 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// stream is a TCP connection through the tunnel that is used all the time, in
-// both directions.
+// stream is a TCP connection through the tunnel that carries data all the time,
+// in both directions.
 type stream struct {
 	p     *pair
 	stop  context.CancelFunc
-	ended chan error
-	bytes chan int64
+	ended chan error // receives the result once
+	bytes chan int64 // receives the number of each line that came back
 }
 
-// startStream begins to send from the client to the target, which sends
-// everything back.
+// startStream sends from the client to the target, which sends everything back,
+// until the test ends.
 func (p *pair) startStream() *stream {
 	p.t.Helper()
 	ln, err := p.Target.Listen("tcp", netip.AddrPortFrom(lab.TargetIPv4, 0).String())
@@ -67,8 +67,9 @@ func (p *pair) startStream() *stream {
 	return s
 }
 
-// goesOn returns when more has made it there and back, and how long that took.
-func (s *stream) goesOn() time.Duration {
+// awaitProgress waits until more lines have come back, and returns the time
+// that it waited.
+func (s *stream) awaitProgress() time.Duration {
 	s.p.t.Helper()
 	start := time.Now()
 	for range 3 {
@@ -76,24 +77,25 @@ func (s *stream) goesOn() time.Duration {
 		case <-s.bytes:
 		case err := <-s.ended:
 			s.ended <- err
-			s.p.t.Fatalf("the connection inside broke: %v", err)
+			s.p.t.Fatalf("the inner connection broke: %v", err)
 		case <-time.After(patience):
-			s.p.t.Fatal("the connection inside does not go on")
+			s.p.t.Fatal("the inner connection is stuck")
 		}
 	}
 	return time.Since(start)
 }
 
+// end closes the connection, which must not have broken before.
 func (s *stream) end() {
 	s.p.t.Helper()
 	s.stop()
 	if err := <-s.ended; err != nil {
-		s.p.t.Errorf("the connection inside broke: %v", err)
+		s.p.t.Errorf("the inner connection broke: %v", err)
 	}
 }
 
-// secondUplink gives the client another link to the router, without routes.
-func (p *pair) secondUplink(name string) {
+// secondLink gives the client another link to the router, without routes.
+func (p *pair) secondLink(name string) {
 	p.t.Helper()
 	check(p.t, p.Lab.Connect(
 		lab.End{Host: p.Client, Name: name,
@@ -102,80 +104,82 @@ func (p *pair) secondUplink(name string) {
 			Addrs: lab.Prefixes("198.18.250.1/24", "2001:db8:1:250::1/64")}, lab.LinkOptions{}))
 }
 
+// Commands that make a link carry the default routes of the client.
 const (
-	byFirst  = "ip route replace default via 198.51.100.1 dev eth0; ip -6 route replace default via 2001:db8:1::1 dev eth0"
-	bySecond = "ip route replace default via 198.18.250.1 dev eth1; ip -6 route replace default via 2001:db8:1:250::1 dev eth1"
+	routeFirst  = "ip route replace default via 198.51.100.1 dev eth0; ip -6 route replace default via 2001:db8:1::1 dev eth0"
+	routeSecond = "ip route replace default via 198.18.250.1 dev eth1; ip -6 route replace default via 2001:db8:1:250::1 dev eth1"
 )
 
-// Nothing leaves beside the tunnel while it moves from one network to another,
-// nor while there is no way to the proxy at all.
+// No packets leave outside the tunnel while the client migrates between
+// networks, or while no route leads to the proxy.
 func TestKillSwitchDuringMigration(t *testing.T) {
 	p, behind := killSwitchHosts(t, options{client: killSwitch})
-	p.secondUplink("wlan0")
+	p.secondLink("wlan0")
 	p.connect(p.Client, "alice")
-	talk := chat(t, p.Client, behind)
+	talk := startChatter(t, p.Client, behind)
 	links := map[string]*lab.Capture{"eth0": p.capture(), "wlan0": p.captureOn("wlan0")}
-	held := func(state string) {
+	wantNoLeaks := func(state string) {
 		t.Helper()
-		talk.goesOn()
+		talk.awaitRounds()
 		for name, seen := range links {
 			if l := leaks(seen); len(l) > 0 {
-				t.Fatalf("%s: this left by %s: %v", state, name, l)
+				t.Fatalf("%s: packets left through %s: %v", state, name, l)
 			}
 		}
 	}
-	isBy := func(iface string) {
+	awaitUnderlay := func(iface string) {
 		t.Helper()
-		p.eventually("connected by "+iface, func() bool {
+		p.eventually("connected through "+iface, func() bool {
 			s := p.status(p.Client, "alice")
 			return s.State == client.StateConnected && s.Reason == "" && s.Underlay != nil &&
 				s.Underlay.Interface == iface
 		})
 		p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 		if !slices.ContainsFunc(links[iface].Packets(), isTunnel) {
-			t.Fatalf("the tunnel is not seen on %s", iface)
+			t.Fatalf("no packet of the tunnel was captured on %s", iface)
 		}
 	}
-	isBy("eth0")
-	held("before")
-	p.script(p.Client, strings.ReplaceAll(bySecond, "eth1", "wlan0"))
-	isBy("wlan0")
-	held("moved")
+	awaitUnderlay("eth0")
+	wantNoLeaks("before")
+	p.script(p.Client, strings.ReplaceAll(routeSecond, "eth1", "wlan0"))
+	awaitUnderlay("wlan0")
+	wantNoLeaks("migrated")
 	p.script(p.Client, "ip route del default; ip -6 route del default")
-	p.eventually("the client knows that there is no way", func() bool {
+	p.eventually("the status has a reason", func() bool {
 		return p.status(p.Client, "alice").Reason != ""
 	})
-	held("without a way")
-	p.script(p.Client, byFirst)
-	isBy("eth0")
-	held("back")
+	wantNoLeaks("without a route")
+	p.script(p.Client, routeFirst)
+	awaitUnderlay("eth0")
+	wantNoLeaks("migrated back")
 }
 
-// The host changes its network under a running connection, in every way that
-// hosts do: the session moves with it, the addresses inside stay, and the
-// connection inside goes on.
+// The network of the host changes under a running connection in the ways that
+// occur on hosts. The session migrates, the inner addresses stay, and the inner
+// connection continues.
 func TestMigration(t *testing.T) {
 	p := newPair(t, options{})
-	p.secondUplink("eth1")
+	p.secondLink("eth1")
 	p.connect(p.Client, "alice")
 	before, first := p.session(), p.status(p.Client, "alice")
 	inside := p.startStream()
-	inside.goesOn()
+	inside.awaitProgress()
 	for _, step := range []struct {
-		name, script, iface, from string
+		name, script string
+		iface, from  string // interface and source address of the new path
 	}{
-		{"the default routes lead to another link", bySecond, "eth1", "2001:db8:1:250::2"},
-		{"the link goes down", byFirst + "; ip link set eth1 down", "eth0", "2001:db8:1::2"},
-		{"the address is another", `
+		{"other default route", routeSecond, "eth1", "2001:db8:1:250::2"},
+		{"link down", routeFirst + "; ip link set eth1 down", "eth0", "2001:db8:1::2"},
+		{"other address", `
 			ip -6 addr add 2001:db8:1::77/64 dev eth0 nodad
 			ip -6 addr del 2001:db8:1::2/64 dev eth0
 			ip -6 route replace default via 2001:db8:1::1 dev eth0`, "eth0", "2001:db8:1::77"},
-		{"a cable is unplugged, and some time later another one plugged in", `
+		{"no network for a while", `
 			ip link set eth0 down
 			sleep 3
 			ip link set eth1 up
 			ip -6 addr replace 2001:db8:1:250::2/64 dev eth1 nodad
-			` + bySecond, "eth1", "2001:db8:1:250::2"},
+			` + routeSecond, "eth1", "2001:db8:1:250::2"},
 	} {
 		start := time.Now()
 		p.script(p.Client, step.script)
@@ -185,39 +189,38 @@ func TestMigration(t *testing.T) {
 				s.Underlay.Interface == step.iface &&
 				s.Underlay.Source == netip.MustParseAddr(step.from)
 		})
-		inside.goesOn()
+		inside.awaitProgress()
 		t.Logf("%s: after %v", step.name, time.Since(start).Round(time.Millisecond))
-		p.eventually(step.name+": the proxy sends there", func() bool {
+		p.eventually(step.name+": the proxy sends to the new address", func() bool {
 			return netip.MustParseAddrPort(p.session().Remote).Addr() == netip.MustParseAddr(step.from)
 		})
 		if p.session().ID != before.ID && congestion.Selectable {
-			t.Errorf("%s: it is another session", step.name)
+			t.Errorf("%s: another session", step.name)
 		}
 	}
 	s := p.status(p.Client, "alice")
-	// A stock quic-go runs out of connection IDs on the way, and then the
-	// client connects anew.
-	moved := s.Reconnects == 0 && s.Migrations >= 4 || !congestion.Selectable
-	if !slices.Equal(s.Addresses, first.Addresses) || !moved {
+	// Stock quic-go runs out of connection IDs, and then the client reconnects.
+	migrated := s.Reconnects == 0 && s.Migrations >= 4 || !congestion.Selectable
+	if !slices.Equal(s.Addresses, first.Addresses) || !migrated {
 		t.Errorf("addresses %v, before %v, after %d reconnects and %d migrations", s.Addresses,
 			first.Addresses, s.Reconnects, s.Migrations)
 	}
-	lost := s.Reconnects
-	// A restart of the proxy is noticed at once on the new path too, and not by
-	// waiting for answers.
+	reconnects := s.Reconnects
+	// The client notices a restart of the proxy on the new path by a stateless
+	// reset too, and not by a timeout.
 	p.killProxy()
 	p.startProxy()
-	p.awaitReconnected(lost)
-	inside.goesOn()
+	p.awaitReconnected(reconnects)
+	inside.awaitProgress()
 	inside.end()
 	if text := p.run(p.Client, "cat", "/run/masque/alice.log"); !strings.Contains(text,
 		"the proxy was restarted") {
-		t.Errorf("the client found out otherwise:\n%s", text)
+		t.Errorf("the log has another reason:\n%s", text)
 	}
 }
 
-// When the path of one family is gone and the host has none but the other, the
-// client connects anew by that, with the same addresses inside.
+// If the host loses the address family of the path, the client reconnects over
+// the other family, with the same inner addresses.
 func TestHostLosesFamily(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
@@ -226,22 +229,22 @@ func TestHostLosesFamily(t *testing.T) {
 		t.Fatalf("connected to %v", a)
 	}
 	inside := p.startStream()
-	inside.goesOn()
+	inside.awaitProgress()
 	p.script(p.Client, "ip -6 route del default")
-	p.eventually("connected by IPv4", func() bool {
+	p.eventually("connected over IPv4", func() bool {
 		s := p.status(p.Client, "alice")
 		return s.State == client.StateConnected &&
 			strings.HasPrefix(s.Proxy.Endpoint, lab.ProxyIPv4.String())
 	})
-	inside.goesOn()
+	inside.awaitProgress()
 	inside.end()
 	if s := p.status(p.Client, "alice"); !slices.Equal(s.Addresses, first.Addresses) {
 		t.Errorf("addresses %v, before %v", s.Addresses, first.Addresses)
 	}
 }
 
-// A router gives the connection other ports outside, time and again: the proxy
-// follows, and the client does not notice.
+// A router changes the outer port of the connection several times. The proxy
+// follows, and the client notices nothing.
 func TestNATRebinding(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
@@ -249,7 +252,7 @@ func TestNATRebinding(t *testing.T) {
 	port := netip.MustParseAddrPort(before.Remote).Port()
 	inside := p.startStream()
 	rounds := 6
-	if !congestion.Selectable { // a stock quic-go has as many connection IDs to spare
+	if !congestion.Selectable { // stock quic-go has connection IDs for two changes
 		rounds = 2
 	}
 	for outside := 40000; outside < 40000+rounds; outside++ {
@@ -264,30 +267,30 @@ func TestNATRebinding(t *testing.T) {
 				}
 			}
 			END`, outside, outside, port))
-		p.eventually("the proxy knows the new port", func() bool {
+		p.eventually("the proxy sends to the new port", func() bool {
 			return int(netip.MustParseAddrPort(p.session().Remote).Port()) == outside
 		})
-		inside.goesOn()
+		inside.awaitProgress()
 	}
 	inside.end()
 	if now := p.session(); now.ID != before.ID {
-		t.Error("it is another session")
+		t.Error("another session")
 	}
 	if s := p.status(p.Client, "alice"); s.Reconnects != 0 || s.Migrations != 0 {
 		t.Errorf("%d reconnects and %d migrations", s.Reconnects, s.Migrations)
 	}
 }
 
-// UDP disappears on the way: the status says so within seconds, the kill switch
-// stays as it is, and packets flow again soon after UDP does, in the same
-// connection inside.
+// The path drops UDP. Within seconds the status reports it, and the kill switch
+// stays closed. Packets flow again soon after the path recovers, in the same
+// inner connection.
 func TestUDPBlackhole(t *testing.T) {
 	p := newPair(t, options{client: killSwitch + "\n[reconnect]\nmax_delay = \"3s\"\n"})
 	p.connect(p.Client, "alice")
 	closed := p.run(p.Client, "nft", "list", "table", "inet", "masquevpn-kill-alice")
 	first := p.status(p.Client, "alice")
 	inside := p.startStream()
-	inside.goesOn()
+	inside.awaitProgress()
 	p.script(p.Router, `nft -f - <<-END
 		table inet hole {
 			chain forward {
@@ -297,36 +300,36 @@ func TestUDPBlackhole(t *testing.T) {
 		}
 		END`)
 	start := time.Now()
-	p.eventually("the status says why", func() bool {
+	p.eventually("the status has the reason", func() bool {
 		s := p.status(p.Client, "alice")
 		return s.State == client.StateReconnecting &&
 			strings.Contains(s.Reason, "nothing has come from the proxy for")
 	})
 	t.Logf("noticed after %v", time.Since(start).Round(time.Millisecond))
-	p.eventually("attempts fail", func() bool {
+	p.eventually("the status has a failed attempt", func() bool {
 		s := p.status(p.Client, "alice")
 		return s.State == client.StateReconnecting &&
 			strings.Contains(s.Reason, "does not answer on UDP port 443")
 	})
 	if now := p.run(p.Client, "nft", "list", "table", "inet",
 		"masquevpn-kill-alice"); now != closed {
-		t.Errorf("the kill switch is\n%s\nand was\n%s", now, closed)
+		t.Errorf("the kill switch is\n%s\nbefore\n%s", now, closed)
 	}
 	p.run(p.Router, "nft", "delete", "table", "inet", "hole")
 	start = time.Now()
-	p.eventually("the client is back", func() bool {
+	p.eventually("the client has reconnected", func() bool {
 		return p.status(p.Client, "alice").State == client.StateConnected
 	})
 	t.Logf("back after %v", time.Since(start).Round(time.Millisecond))
-	inside.goesOn()
+	inside.awaitProgress()
 	inside.end()
 	if s := p.status(p.Client, "alice"); !slices.Equal(s.Addresses, first.Addresses) {
 		t.Errorf("addresses %v, before %v", s.Addresses, first.Addresses)
 	}
 }
 
-// A firewall of the host itself that stops the tunnel's packets for a moment
-// ends nothing, and the status names it if it stays.
+// A firewall of the client's own host drops the packets of the tunnel. For a
+// moment, it does not end the session. For longer, the status names it.
 func TestHostFirewall(t *testing.T) {
 	p := newPair(t, options{client: "\n[reconnect]\nmax_delay = \"3s\"\n"})
 	p.connect(p.Client, "alice")
@@ -340,27 +343,27 @@ func TestHostFirewall(t *testing.T) {
 		}
 		END`
 	inside := p.startStream()
-	inside.goesOn()
+	inside.awaitProgress()
 	p.script(p.Client, wall+"\nsleep 1\nnft delete table inet wall")
-	inside.goesOn()
+	inside.awaitProgress()
 	if now := p.session(); now.ID != before.ID {
-		t.Error("it is another session")
+		t.Error("another session")
 	}
 	p.script(p.Client, wall)
-	p.eventually("the status says why", func() bool {
+	p.eventually("the status has the reason", func() bool {
 		return strings.Contains(p.status(p.Client, "alice").Reason,
 			"packets to the proxy do not leave this host (")
 	})
 	p.run(p.Client, "nft", "delete", "table", "inet", "wall")
-	p.eventually("the client is back", func() bool {
+	p.eventually("the client has reconnected", func() bool {
 		return p.status(p.Client, "alice").State == client.StateConnected
 	})
-	inside.goesOn()
+	inside.awaitProgress()
 	inside.end()
 }
 
-// The first address of the proxy does not answer: the next one is tried a
-// moment later.
+// If the first address of the proxy does not answer, the client connects to the
+// next one.
 func TestFirstProxyAddressDead(t *testing.T) {
 	p := newPair(t, options{})
 	p.script(p.Router, `nft -f - <<-END
@@ -379,8 +382,8 @@ func TestFirstProxyAddressDead(t *testing.T) {
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 }
 
-// Two hosts of one user stop, and start again in another order: each has the
-// addresses that it had.
+// Two hosts of one user stop and start again in another order. Each gets its
+// former addresses.
 func TestAddressesAfterClientRestart(t *testing.T) {
 	p := newPair(t, options{clients: 2})
 	file := p.invite("alice")
@@ -395,11 +398,11 @@ func TestAddressesAfterClientRestart(t *testing.T) {
 	for _, h := range slices.Backward(p.Clients) {
 		p.up(h, file)
 		if now := p.status(h, "alice").Addresses; !slices.Equal(now, had[h]) {
-			t.Errorf("%s has %v, and had %v", h.Name(), now, had[h])
+			t.Errorf("%s has %v, before %v", h.Name(), now, had[h])
 		}
 		if mode := p.run(h, "stat", "-c", "%a",
 			"/var/lib/masque/installation"); strings.TrimSpace(mode) != "600" {
-			t.Errorf("the installation's file has mode %s", mode)
+			t.Errorf("the installation file has mode %s", mode)
 		}
 	}
 }

@@ -10,15 +10,15 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// A client on a network without IPv4 reaches a proxy that its file names by an
-// IPv4 address, through the translator of that network.
+// A client on a network without IPv4 reaches a proxy that is configured by an
+// IPv4 address, through the NAT64 translator of the network.
 func TestProxyBehindTranslator(t *testing.T) {
 	p := newPair(t, options{})
 	ip := func(h *lab.Host, args string) {
 		check(t, h.Command(p.ctx, "ip", strings.Fields(args)...).Run())
 	}
-	// The proxy has the address that the translator would have made of its own,
-	// so the lab needs no translator.
+	// The lab has no translator. The proxy has the address that a translator
+	// would map to its IPv4 address.
 	translated := netip.MustParseAddr("64:ff9b::203.0.113.5")
 	ip(p.Proxy, "addr add "+translated.String()+"/128 dev eth0 nodad")
 	ip(p.Router, "-6 route add 64:ff9b::/96 via 2001:db8:2::5")

@@ -40,8 +40,8 @@ var (
 // translation, with a target that has a route to the pool.
 type options struct {
 	clients int             // number of client hosts; 0: one
-	mtu     int             // of the links between clients and router; 0: 1500
-	impair  *lab.Impairment // of the first link; nil: a plain link
+	mtu     int             // MTU of the links between clients and router; 0: 1500
+	impair  *lab.Impairment // impairs the first link; nil: a plain link
 	behind  []netip.Prefix  // networks behind the clients; the target has routes to them
 	routes  string          // table [routes] of the clients, without its heading
 	client  string          // other tables of the clients' configuration

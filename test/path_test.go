@@ -9,9 +9,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// The path's MTU shrinks while the tunnel is in use, and large packets vanish
-// without a word. The tunnel's MTU follows, TCP goes on, IPv6 is given up with
-// a reason once the path is too narrow for it, and comes back with the path.
+// The MTU of the path shrinks while the tunnel is in use, and large packets
+// disappear without an error. The MTU of the tunnel follows and TCP continues.
+// IPv6 is turned off, with a reason, while the path is too narrow for it.
 func TestPathShrinks(t *testing.T) {
 	p := newPair(t, options{impair: &lab.Impairment{}})
 	p.connect(p.Client, "alice")
@@ -25,7 +25,7 @@ func TestPathShrinks(t *testing.T) {
 		ipv6 bool
 	}{{1420, true}, {1300, false}, {1260, false}} {
 		p.Wires[0].Set(lab.Impairment{MTU: step.path})
-		// Traffic in both directions shows both ends that the path has shrunk.
+		// Both ends notice the smaller MTU by their own traffic.
 		p.transfer(p.Client, p.Target, lab.TargetIPv4, 1<<20)
 		p.transfer(p.Target, p.Client, client4, 1<<20)
 		s := p.status(p.Client, "alice")
@@ -33,19 +33,20 @@ func TestPathShrinks(t *testing.T) {
 			t.Errorf("the MTU is %d on a path of %d bytes", s.MTU, step.path)
 		}
 		if off := strings.Contains(s.Reason, "IPv6"); off == step.ipv6 {
-			t.Errorf("on a path of %d bytes the status says %q", step.path, s.Reason)
+			t.Errorf("on a path of %d bytes the reason is %q", step.path, s.Reason)
 		}
 		if step.ipv6 {
 			p.transfer(p.Client, p.Target, lab.TargetIPv6, 1<<20)
 		} else {
-			// at once, so that programs take IPv4, and not outside the tunnel
+			// IPv6 packets are answered at once, so that programs fall back to
+			// IPv4, and do not leave outside the tunnel.
 			p.wantUnreachable(p.Client, lab.TargetIPv6, 1, 0)
 		}
 	}
 }
 
-// A path that is too narrow for the packets that QUIC begins with still
-// connects.
+// A client connects over a path that is narrower than the first packets of
+// QUIC.
 func TestNarrowPath(t *testing.T) {
 	p := newPair(t, options{impair: &lab.Impairment{MTU: 1280}})
 	p.connect(p.Client, "alice")

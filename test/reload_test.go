@@ -10,13 +10,13 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// A reload changes what goes through the tunnel while a transfer runs, and
-// neither the session nor the transfer notices.
+// A reload changes the routes of the tunnel during a transfer, without
+// interrupting the session or the transfer.
 func TestReload(t *testing.T) {
 	p := newPair(t, options{proxy: "\n[routes]\nadvertise = [\"192.0.2.0/24\"]\n"})
 	p.connect(p.Client, "alice")
 	before := p.status(p.Client, "alice")
-	// on the target, beyond the network that is advertised
+	// An address of the target outside the advertised network.
 	other := netip.MustParseAddr("198.18.0.7")
 	check(t, p.Target.AddAddr("lo", netip.PrefixFrom(other, 32)))
 	check(t, p.Proxy.AddRoute(netip.PrefixFrom(other, 32), lab.TargetIPv4))
@@ -34,7 +34,7 @@ func TestReload(t *testing.T) {
 	reload := func(want string) {
 		t.Helper()
 		if out := p.must(p.Proxy, "masque-proxy", "reload"); strings.TrimSpace(out) != want {
-			t.Errorf("reload said %q, want %q", out, want)
+			t.Errorf("reload printed %q, want %q", out, want)
 		}
 	}
 	p.editProxyConfig(`advertise = ["192.0.2.0/24"]`,
@@ -69,20 +69,20 @@ func TestReload(t *testing.T) {
 	p.wantSameSession(before)
 }
 
-// A user who is removed and invited again is not let in with what was given out
-// before.
+// The credentials of a removed user are refused after the user is invited
+// again.
 func TestUserInvitedAgain(t *testing.T) {
 	p := newPair(t, options{client: "\n[reconnect]\nenabled = false\n"})
 	old := p.invite("alice")
 	p.up(p.Client, old)
 	p.must(p.Proxy, "masque-proxy", "user", "remove", "alice", "-c", p.config())
 	renewed := p.invite("alice")
-	p.eventually("the client is out", func() bool {
+	p.eventually("the client has ended", func() bool {
 		c := p.Client.Command(p.ctx, program("masque-client"), "status", "alice")
 		_ = c.Run()
 		return c.ExitCode() == 3
 	})
-	// it ends by itself; this waits
+	// The client ends by itself; `down` waits for it.
 	_ = p.Client.Command(p.ctx, program("masque-client"), "down", "alice").Run()
 	text, err := os.ReadFile(old)
 	check(t, err)
@@ -92,11 +92,13 @@ func TestUserInvitedAgain(t *testing.T) {
 	}
 	for name, content := range map[string]string{"all": string(text),
 		"the certificate alone": onlyCertificate} {
-		check(t, os.WriteFile(old, []byte(content), 0o600))
-		c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", old)
-		if out, _ := c.CombinedOutput(); c.ExitCode() != 4 {
-			t.Errorf("%s: exit code %d, want 4:\n%s", name, c.ExitCode(), out)
-		}
+		t.Run(name, func(t *testing.T) {
+			check(t, os.WriteFile(old, []byte(content), 0o600))
+			c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", old)
+			if out, _ := c.CombinedOutput(); c.ExitCode() != 4 {
+				t.Errorf("exit code %d, want 4:\n%s", c.ExitCode(), out)
+			}
+		})
 	}
 	p.up(p.Client, renewed)
 	p.ping(p.Client, lab.TargetIPv4)

@@ -10,8 +10,8 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// Names are resolved by the proxy, with the DNS of its host. What it does not
-// find, and what it is not told in time, is said so.
+// The proxy resolves the target of a scope with the DNS of its host. The client
+// reports an unknown name and a name server that does not answer.
 func TestProxyResolvesNames(t *testing.T) {
 	p := newPair(t, options{client: "\n[reconnect]\nenabled = false\n"})
 	server, err := p.Target.ListenPacket("udp", netip.AddrPortFrom(lab.TargetIPv4, 53).String())
@@ -38,26 +38,27 @@ func TestProxyResolvesNames(t *testing.T) {
 		check(t, os.WriteFile(file,
 			append(good[:len(good):len(good)], "\n[scope]\ntarget = \""+name+"\"\n"...), 0o600))
 	}
-	for name, want := range map[string]struct {
+	for name, tc := range map[string]struct {
 		exit int
-		says string
+		want string // in the last line of the output
 	}{
 		"unknown.example": {8, "the proxy finds no address of the target's name"},
 		"silent.example":  {1, "the proxy cannot resolve the target's name now"},
 	} {
-		scope(name)
-		c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
-		out, _ := c.CombinedOutput()
-		if line := lastLine(out); c.ExitCode() != want.exit || !strings.Contains(line, want.says) {
-			t.Errorf("%s: exit code %d, want %d and %q:\n%s", name, c.ExitCode(), want.exit,
-				want.says, out)
-		}
+		t.Run(name, func(t *testing.T) {
+			scope(name)
+			c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
+			out, _ := c.CombinedOutput()
+			if line := lastLine(out); c.ExitCode() != tc.exit || !strings.Contains(line, tc.want) {
+				t.Errorf("exit code %d, want %d and %q:\n%s", c.ExitCode(), tc.exit, tc.want, out)
+			}
+		})
 	}
 	scope(targetName)
 	p.up(p.Client, file)
 	if s := p.status(p.Client, "alice"); len(s.Routes) != 2 ||
 		s.Routes[0].Start != lab.TargetIPv4 || s.Routes[1].Start != lab.TargetIPv6 {
-		// its third one is denied
+		// The target's third address is denied.
 		t.Errorf("routes %v, want those of the target's two addresses", s.Routes)
 	}
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)

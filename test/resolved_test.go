@@ -15,7 +15,7 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// findResolved returns where systemd-resolved is.
+// findResolved returns the path of systemd-resolved.
 func findResolved(t *testing.T) string {
 	t.Helper()
 	const installed = "/lib/systemd/systemd-resolved"
@@ -30,27 +30,27 @@ func findResolved(t *testing.T) string {
 	return unpacked
 }
 
-// How systemd-resolved is called on the bus.
+// Bus name and object path of systemd-resolved.
 const (
 	resolveName = "org.freedesktop.resolve1"
 	resolvePath = "/org/freedesktop/resolve1"
 )
 
-// systemBus is the configuration of a D-Bus that lets everybody do everything.
+// systemBus is the configuration of a D-Bus daemon that allows everything.
 const systemBus = `<busconfig>
 <type>system</type><listen>unix:path=/run/dbus/system_bus_socket</listen><auth>EXTERNAL</auth>
 <policy context="default"><allow user="*"/><allow own="*"/><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/></policy>
 </busconfig>`
 
-// newResolved is a resolver whose client runs systemd-resolved, which asks the
-// router, and is asked by whoever reads resolv.conf.
+// newResolved returns a resolver whose client runs systemd-resolved, which asks
+// the router. The resolv.conf of the client names systemd-resolved.
 func newResolved(t *testing.T, o options) *resolver {
 	t.Helper()
 	program := findResolved(t)
 	r := newResolver(t, o)
 	check(t, r.Client.Do(func() error {
-		// It becomes a user of its own. That is root here: tests that run
-		// without root have no other.
+		// systemd-resolved switches to its own user. Map that user to root:
+		// tests without root have no other user.
 		passwd, err := os.ReadFile("/etc/passwd")
 		if err != nil {
 			return err
@@ -86,8 +86,7 @@ func newResolved(t *testing.T, o options) *resolver {
 		}
 		return r.bus("get-property", resolveName, resolvePath, resolveName+".Manager", "DNS") == nil
 	})
-	// As a DHCP client has it: the servers of the LAN are those of its
-	// interface.
+	// The servers of the LAN belong to its interface, as with a DHCP client.
 	link, err := r.Client.Command(r.ctx, "cat", "/sys/class/net/eth0/ifindex").Output()
 	check(t, err)
 	check(t, r.bus("call", resolveName, resolvePath, resolveName+".Manager", "SetLinkDNS",
@@ -109,8 +108,8 @@ func (r *resolver) bus(args ...string) error {
 		append([]string{"--system", "--no-pager"}, args...)...).Run()
 }
 
-// told returns what systemd-resolved knows of servers and domains.
-func (r *resolver) told() string {
+// resolvedState returns the servers and domains of systemd-resolved.
+func (r *resolver) resolvedState() string {
 	r.t.Helper()
 	out, err := r.Client.Command(r.ctx, "busctl", "--system", "get-property",
 		resolveName, resolvePath, resolveName+".Manager", "DNS", "Domains").Output()
@@ -118,7 +117,8 @@ func (r *resolver) told() string {
 	return string(out)
 }
 
-// query is one that a host has sent.
+// query returns the name in a DNS query that a host sends. ok is false for
+// other packets.
 func query(p lab.Packet) (name string, ok bool) {
 	udp, _ := p.Layer(layers.LayerTypeUDP).(*layers.UDP)
 	var m dnsmessage.Message
@@ -129,26 +129,26 @@ func query(p lab.Packet) (name string, ok bool) {
 	return m.Questions[0].Name.String(), true
 }
 
-// With systemd-resolved, all names or only those of the tunnel are asked for in
-// the tunnel, and none of those outside; and it knows what it knew when the
-// tunnel is gone, however that ends.
+// With systemd-resolved, all names, or only those in the domains of the tunnel,
+// are resolved through the tunnel and not outside. When the tunnel has ended,
+// by whatever means, systemd-resolved is configured as before.
 func TestResolved(t *testing.T) {
 	r := newResolved(t, options{})
-	before, told := r.snapshot(r.Client), r.told()
-	r.looksUp("before.example.org")
-	if n := len(r.asked()); n == 0 {
-		t.Fatal("nothing was asked: this test would notice nothing")
+	before, state := r.snapshot(r.Client), r.resolvedState()
+	r.resolve("before.example.org")
+	if n := len(r.queriesOutside()); n == 0 {
+		t.Fatal("no query was captured: this test would not notice others")
 	}
 	restored := func() {
 		t.Helper()
-		if got := r.told(); got != told {
-			t.Errorf("systemd-resolved knows\n%s\nbefore\n%s", got, told)
+		if got := r.resolvedState(); got != state {
+			t.Errorf("systemd-resolved has\n%s\nbefore\n%s", got, state)
 		}
 		r.wantUnchanged(r.Client, before)
 	}
 
-	// outside returns the names that were asked for outside since it was last
-	// called, the proxy's excepted.
+	// outside returns the names in queries outside the tunnel since its last
+	// call, except for the name of the proxy.
 	seen := 0
 	outside := func() (names []string) {
 		t.Helper()
@@ -165,7 +165,7 @@ func TestResolved(t *testing.T) {
 	run := func() *lab.Cmd {
 		t.Helper()
 		c := r.runClient(r.file)
-		r.applied("systemd-resolved")
+		r.awaitApplied("systemd-resolved")
 		return c
 	}
 	for _, tc := range []struct {
@@ -174,8 +174,8 @@ func TestResolved(t *testing.T) {
 	}{
 		{"all names", "", []string{"www.example.org", "inside.example", "host.corp.example"}, nil},
 		{
-			// The server outside is on a public network, which would be in the
-			// tunnel.
+			// The server of the LAN has a public address, which a full tunnel
+			// would take.
 			"some names", "\n[routes]\nlan = \"all\"\n\n[dns]\nsearch = [\"corp.example\"]\ndomains = [\"corp.example\", \"internal\"]\n",
 			[]string{"host.corp.example", "db.internal"},
 			[]string{"www.example.org", "internal.example.org"},
@@ -188,20 +188,20 @@ func TestResolved(t *testing.T) {
 				check(t, r.bus("call", resolveName, resolvePath, resolveName+".Manager",
 					"FlushCaches"))
 				for _, name := range tc.inside {
-					r.looksUp(name)
+					r.resolve(name)
 				}
 				if got := outside(); len(got) > 0 {
-					t.Errorf("%s: asked outside the tunnel for %v", when, got)
+					t.Errorf("%s: queries outside the tunnel for %v", when, got)
 				}
 				for _, name := range tc.outside {
-					r.looksUp(name)
+					r.resolve(name)
 					if got := outside(); len(got) == 0 || got[0] != name+"." {
-						t.Errorf("%s: asked outside the tunnel for %v, want %s", when, got, name)
+						t.Errorf("%s: queries outside the tunnel for %v, want %s", when, got, name)
 					}
 				}
 			}
 			r.up(r.Client, r.file)
-			r.applied("systemd-resolved")
+			r.awaitApplied("systemd-resolved")
 			inside, err := r.Client.Capture("masque0", func(p lab.Packet) bool {
 				_, ok := query(p)
 				return ok
@@ -216,12 +216,12 @@ func TestResolved(t *testing.T) {
 			}
 			for _, name := range tc.inside {
 				if !names[name] {
-					t.Errorf("%s was not asked for in the tunnel", name)
+					t.Errorf("no query for %s in the tunnel", name)
 				}
 			}
 			for _, name := range tc.outside {
 				if names[name] {
-					t.Errorf("%s was asked for in the tunnel", name)
+					t.Errorf("query for %s in the tunnel", name)
 				}
 			}
 			text := r.must(r.Client, "masque-client", "status", "alice")
@@ -229,14 +229,14 @@ func TestResolved(t *testing.T) {
 				t.Errorf("the status does not say %s:\n%s", want, text)
 			}
 
-			// The proxy's own name is looked up outside, when the tunnel that
-			// all others go to is dead.
-			before := len(r.asked())
+			// The proxy's name is resolved outside the tunnel, because the
+			// tunnel carries no packets while the client reconnects.
+			before := len(r.queriesOutside())
 			r.killProxy()
 			r.startProxy()
 			r.ping(r.Client, lab.TargetIPv4)
-			r.applied("systemd-resolved")
-			if len(r.asked()) == before {
+			r.awaitApplied("systemd-resolved")
+			if len(r.queriesOutside()) == before {
 				t.Error("the proxy's name was not looked up again")
 			}
 			resolves("connected again")
@@ -246,7 +246,7 @@ func TestResolved(t *testing.T) {
 			c := run()
 			r.kill(c)
 			r.up(r.Client, r.file)
-			r.applied("systemd-resolved")
+			r.awaitApplied("systemd-resolved")
 			resolves("started again")
 			r.down(r.Client, "alice")
 			restored()
@@ -256,9 +256,9 @@ func TestResolved(t *testing.T) {
 			r.down(r.Client, "alice")
 			restored()
 			outside()
-			r.looksUp("afterwards.example.org")
+			r.resolve("afterwards.example.org")
 			if got := outside(); fmt.Sprint(got) == "[]" {
-				t.Error("afterwards nobody is asked")
+				t.Error("no query after the tunnel has ended")
 			}
 		})
 	}

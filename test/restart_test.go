@@ -11,9 +11,9 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// The proxy is killed and started again while a transfer runs: the client comes
-// back by itself with the same addresses, and the TCP connection inside goes
-// on.
+// The proxy is killed and restarted during a transfer. The client reconnects by
+// itself with the same addresses, and the TCP connection through the tunnel
+// continues.
 func TestProxyKilledAndRestarted(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
@@ -29,19 +29,19 @@ func TestProxyKilledAndRestarted(t *testing.T) {
 	p.killProxy()
 	sent := make(chan error, 1)
 	go func() {
-		rest := content(size)
-		if _, err := io.CopyN(io.Discard, rest, size/2); err != nil {
+		second := content(size)
+		if _, err := io.CopyN(io.Discard, second, size/2); err != nil {
 			sent <- err
 			return
 		}
-		_, err := io.Copy(conn, rest)
+		_, err := io.Copy(conn, second)
 		conn.Close()
 		sent <- err
 	}()
 	p.startProxy()
 	restarted := time.Now()
 	p.awaitReconnected(0)
-	t.Logf("connected %v after the proxy was", time.Since(restarted).Round(time.Millisecond))
+	t.Logf("connected %v after the proxy", time.Since(restarted).Round(time.Millisecond))
 	if after := p.status(p.Client, "alice"); !slices.Equal(after.Addresses, before.Addresses) {
 		t.Errorf("addresses %v, before %v", after.Addresses, before.Addresses)
 	}
@@ -53,8 +53,8 @@ func TestProxyKilledAndRestarted(t *testing.T) {
 	}
 }
 
-// A client with nothing to send learns of a proxy that was killed and started
-// again from the proxy, not by waiting in vain.
+// A client that sends nothing learns of a killed and restarted proxy from the
+// proxy, and not by a timeout.
 func TestIdleClientNoticesRestart(t *testing.T) {
 	p := newPair(t, options{})
 	file := p.invite("alice")
@@ -63,11 +63,11 @@ func TestIdleClientNoticesRestart(t *testing.T) {
 	p.startProxy()
 	p.awaitReconnected(0)
 	if text := p.log(running); !strings.Contains(text, "the proxy was restarted") {
-		t.Errorf("the client found out otherwise:\n%s", text)
+		t.Errorf("the log has another reason:\n%s", text)
 	}
 }
 
-// A proxy that stops tells its clients, and restores its host.
+// A proxy that stops closes its sessions and restores its host.
 func TestProxyStops(t *testing.T) {
 	p := newPair(t, options{})
 	p.stopProxy()
@@ -76,18 +76,18 @@ func TestProxyStops(t *testing.T) {
 	p.connect(p.Client, "alice")
 	p.stopProxy()
 	p.wantUnchanged(p.Proxy, before)
-	p.eventually("the client knows", func() bool {
+	p.eventually("the client is reconnecting", func() bool {
 		return p.status(p.Client, "alice").State == client.StateReconnecting
 	})
 	p.startProxy()
-	p.eventually("the client is connected again", func() bool {
+	p.eventually("the client has reconnected", func() bool {
 		return p.status(p.Client, "alice").State == client.StateConnected
 	})
 	p.ping(p.Client, lab.TargetIPv4)
 }
 
-// A client that was killed leaves nothing that the next start does not remove,
-// and that has the same addresses.
+// After a client was killed, the next start removes its leftovers and gets the
+// same addresses.
 func TestClientKilled(t *testing.T) {
 	p := newPair(t, options{})
 	before := p.snapshot(p.Client)
@@ -96,7 +96,7 @@ func TestClientKilled(t *testing.T) {
 	had := p.status(p.Client, "alice").Addresses
 	p.kill(running)
 	if d := lab.Diff(before, p.snapshot(p.Client)); d == "" {
-		t.Error("nothing was left behind; this test would not notice that it is not removed")
+		t.Error("the killed client left nothing behind: this test would not notice a failed cleanup")
 	}
 	out, err := p.Client.Command(p.ctx, program("masque-client"), "status",
 		"alice").CombinedOutput()
@@ -106,20 +106,19 @@ func TestClientKilled(t *testing.T) {
 	p.up(p.Client, file)
 	if now := p.status(p.Client, "alice").Addresses; !slices.Equal(now, had) ||
 		p.session().User != "alice" {
-		t.Errorf("it has %v, and had %v", now, had)
+		t.Errorf("addresses %v, before %v", now, had)
 	}
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 	p.down(p.Client, "alice")
 	p.wantUnchanged(p.Client, before)
 }
 
-// A user who is removed is out: the running session ends, and there is no new
-// one.
+// The session of a removed user ends, and the client does not reconnect.
 func TestUserRemoved(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
 	p.must(p.Proxy, "masque-proxy", "user", "remove", "alice", "-c", p.config())
-	p.eventually("the client is refused", func() bool {
+	p.eventually("the client has ended", func() bool {
 		c := p.Client.Command(p.ctx, program("masque-client"), "status", "alice")
 		_ = c.Run()
 		return c.ExitCode() == 3

@@ -7,10 +7,10 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// Whatever a tunnel is for, and however it ends, the host is as it was:
-// addresses, routes, rules, nftables, kernel parameters and resolver files. A
-// process that was killed leaves it to `down`, or to the next start. So it is
-// with the proxy's host.
+// After each kind of tunnel, and each kind of end, the host is as before:
+// addresses, routes, rules, nftables, sysctls and resolver files. `down` or the
+// next start restores it after a killed client. The next start of a killed
+// proxy restores its host.
 func TestHostRestored(t *testing.T) {
 	networks := lab.Prefixes("10.5.0.0/24", "fd05::/64")
 	p := newPair(t, options{behind: networks, proxy: `
@@ -33,7 +33,7 @@ networks = ["10.5.0.0/24", "fd05::/64"]
 		lab.LinkOptions{}))
 	before := p.snapshot(p.Client)
 
-	whole := p.t
+	outer := p.t
 	run := func(file string) *lab.Cmd {
 		p.t.Helper()
 		c := p.runClient(file)
@@ -45,7 +45,7 @@ networks = ["10.5.0.0/24", "fd05::/64"]
 		c := run(file)
 		p.kill(c)
 		if lab.Diff(before, p.snapshot(p.Client)) == "" {
-			p.t.Error("nothing was left behind: this test would not notice that it is not removed")
+			p.t.Error("the killed client left nothing behind: this test would not notice a failed cleanup")
 		}
 	}
 	for _, tunnel := range []struct {
@@ -95,11 +95,11 @@ networks = ["10.5.0.0/24", "fd05::/64"]
 		} {
 			t.Run(tunnel.user+"/"+end.name, func(t *testing.T) {
 				p.t = t
-				defer func() { p.t = whole }()
+				defer func() { p.t = outer }()
 				end.do()
 				if tunnel.killSwitch && !strings.HasSuffix(end.name, "down") {
 					if !strings.Contains(p.snapshot(p.Client), "masquevpn-kill-closed") {
-						t.Error("the kill switch is lifted")
+						t.Error("the kill switch is open")
 					}
 					p.down(p.Client, tunnel.user)
 				}
@@ -110,7 +110,7 @@ networks = ["10.5.0.0/24", "fd05::/64"]
 
 	p.killProxy()
 	if lab.Diff(beforeProxy, p.snapshot(p.Proxy)) == "" {
-		t.Error("the proxy left nothing behind: this test would not notice that it is not removed")
+		t.Error("the killed proxy left nothing behind: this test would not notice a failed cleanup")
 	}
 	p.startProxy()
 	p.stopProxy()

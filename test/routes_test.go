@@ -13,22 +13,24 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// Addresses of the router: its near side is in the client's LAN, and its far
-// side is reached by the client's default route.
+// Addresses of the router.
 var (
-	lan4, lan6       = netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8:1::1")
-	uplink4, uplink6 = netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:2::1")
-	// Addresses of the router that givePrivateLAN adds to its near side.
+	// in the client's LAN
+	lan4, lan6 = netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8:1::1")
+
+	// behind the client's default route
+	far4, far6 = netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:2::1")
+
+	// added to the client's LAN by givePrivateLAN
 	private4, private6 = netip.MustParseAddr("192.168.77.1"), netip.MustParseAddr("fd77:1::1")
 )
 
-// forLink are addresses of packets for whoever is on the link: limited
-// broadcast, SSDP, mDNS.
+// forLink are destinations on the local link: limited broadcast, SSDP and mDNS.
 var forLink = []netip.Addr{netip.MustParseAddr("255.255.255.255"),
 	netip.MustParseAddr("239.255.255.250"), netip.MustParseAddr("224.0.0.251")}
 
-// givePrivateLAN gives the client's LAN a private network of each family
-// besides the public ones.
+// givePrivateLAN gives the client's LAN a private network of each family in
+// addition to the public ones.
 func (p *pair) givePrivateLAN() {
 	p.t.Helper()
 	for _, end := range []struct {
@@ -44,21 +46,21 @@ func (p *pair) givePrivateLAN() {
 			check(p.t, end.host.Command(p.ctx, "ip", args...).Run())
 		}
 	}
-	p.ping(p.Client, private4, private6) // they are in service
+	p.ping(p.Client, private4, private6) // works without a tunnel
 }
 
-// watch is what of the client's host leaves where, of that which leavesBy
-// sends.
-type watch struct {
+// routeProbe sends packets from the client and captures by which interface they
+// leave.
+type routeProbe struct {
 	*pair
 	at   map[string]*lab.Capture // key: name of the interface
-	port layers.UDPPort          // port of the next packet
+	port layers.UDPPort          // destination of the last packet
 }
 
-// watch begins it, with the tunnel up.
-func (p *pair) watch() *watch {
+// probeRoutes starts captures on the underlay and on the tunnel, which is up.
+func (p *pair) probeRoutes() *routeProbe {
 	p.t.Helper()
-	w := &watch{pair: p, at: make(map[string]*lab.Capture), port: 20000}
+	w := &routeProbe{pair: p, at: make(map[string]*lab.Capture), port: 20000}
 	for _, iface := range []string{"eth0", "masque0"} {
 		c, err := p.Client.Capture(iface, func(p lab.Packet) bool {
 			udp, _ := p.Layer(layers.LayerTypeUDP).(*layers.UDP)
@@ -70,16 +72,17 @@ func (p *pair) watch() *watch {
 	return w
 }
 
-func (w *watch) close() {
+// close ends the captures.
+func (w *routeProbe) close() {
 	w.t.Helper()
 	for _, c := range w.at {
 		check(w.t, c.Close())
 	}
 }
 
-// leavesBy sends a packet to each address and checks by which interface it
-// leaves.
-func (w *watch) leavesBy(iface string, to ...netip.Addr) {
+// leavesBy sends a packet to each address and checks that it leaves through the
+// interface.
+func (w *routeProbe) leavesBy(iface string, to ...netip.Addr) {
 	w.t.Helper()
 	socket, err := w.Client.ListenPacket("udp", "[::]:0") // both families
 	check(w.t, err)
@@ -106,9 +109,9 @@ func (w *watch) leavesBy(iface string, to ...netip.Addr) {
 	}
 }
 
-// A tunnel takes what it is for: all that had no better route, what it names,
-// or all but what is excluded; and the host's own network if that is wanted.
-// The packets say so, and all is as before when it is down.
+// A full tunnel, a split tunnel, and a tunnel with excluded networks or without
+// the LAN each carry the packets that they are configured for, and no others.
+// Afterwards the host is as before.
 func TestTunnelTraffic(t *testing.T) {
 	p := newPair(t, options{})
 	p.givePrivateLAN()
@@ -116,27 +119,27 @@ func TestTunnelTraffic(t *testing.T) {
 	targets := []netip.Addr{lab.TargetIPv4, lab.TargetIPv6}
 	for i, tc := range []struct {
 		name, routes   string
-		direct, tunnel []netip.Addr // besides the targets, which are in the tunnel
+		direct, tunnel []netip.Addr // outside and inside the tunnel, which also has the targets
 	}{
-		// Of what goes to the proxy's address, only the tunnel's own packets go
+		// Of the packets to the proxy's address, only the tunnel's own leave
 		// outside.
 		{"full", "", []netip.Addr{private4, private6},
-			[]netip.Addr{lan4, lan6, uplink4, uplink6, lab.ProxyIPv4, lab.ProxyIPv6}},
-		{"full, but for the LAN", `lan = "all"`, []netip.Addr{lan4, lan6, private4, private6},
-			[]netip.Addr{uplink4, uplink6, lab.ProxyIPv4, lab.ProxyIPv6}},
-		{"split", split, []netip.Addr{lan4, lan6, uplink4, uplink6, lab.ProxyIPv4}, nil},
+			[]netip.Addr{lan4, lan6, far4, far6, lab.ProxyIPv4, lab.ProxyIPv6}},
+		{"full, without the LAN", `lan = "all"`, []netip.Addr{lan4, lan6, private4, private6},
+			[]netip.Addr{far4, far6, lab.ProxyIPv4, lab.ProxyIPv6}},
+		{"split", split, []netip.Addr{lan4, lan6, far4, far6, lab.ProxyIPv4}, nil},
 		{"exclude", `exclude = ["203.0.113.0/24", "2001:db8:2::/64"]`,
-			[]netip.Addr{private4, uplink4, uplink6, lab.ProxyIPv4}, []netip.Addr{lan4, lan6}},
-		{"the LAN too", "lan = false", nil,
-			[]netip.Addr{lan4, lan6, private4, private6, uplink4, uplink6}},
-		{"the LAN of one family", "lan = false\nexclude = [\"198.51.100.0/24\"]",
-			[]netip.Addr{lan4}, []netip.Addr{lan6, uplink4, uplink6}},
+			[]netip.Addr{private4, far4, far6, lab.ProxyIPv4}, []netip.Addr{lan4, lan6}},
+		{"full, with the LAN", "lan = false", nil,
+			[]netip.Addr{lan4, lan6, private4, private6, far4, far6}},
+		{"full, with the LAN of one family", "lan = false\nexclude = [\"198.51.100.0/24\"]",
+			[]netip.Addr{lan4}, []netip.Addr{lan6, far4, far6}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p.opts.routes = tc.routes
 			user := fmt.Sprintf("alice%d", i)
 			p.connect(p.Client, user)
-			w := p.watch()
+			w := p.probeRoutes()
 			w.leavesBy("eth0", tc.direct...)
 			w.leavesBy("masque0", append(tc.tunnel, targets...)...)
 			link := "eth0"
@@ -146,7 +149,7 @@ func TestTunnelTraffic(t *testing.T) {
 			w.leavesBy(link, forLink...)
 			w.close()
 			p.ping(p.Client, targets...)
-			if tc.name == "full" { // and there it is denied
+			if tc.name == "full" { // the proxy denies access to itself
 				p.wantUnreachable(p.Client, lab.ProxyIPv4, 3, 13)
 				p.wantUnreachable(p.Client, lab.ProxyIPv6, 1, 1)
 			}
@@ -160,20 +163,20 @@ func TestTunnelTraffic(t *testing.T) {
 	}
 }
 
-// Routes that the network hands to a host, by DHCP or router advertisements,
-// and a network that claims public addresses, take nothing out of a tunnel for
-// everything, while they are there before it or come later. The status names
-// them. With lan = "all" they count.
+// Routes that the network gives the host by DHCP or router advertisements, and
+// a LAN with public addresses, take nothing out of a full tunnel, whether they
+// exist before it or appear later. The status names them. With lan = "all" they
+// take effect.
 func TestRoutesOfTheNetwork(t *testing.T) {
 	for _, tc := range []struct {
 		name, routes string
 		iface        string // interface by which packets leave
-		warning      string // about each route; "": none
+		warning      string // about each route; "": no warnings
 	}{
 		{"full", "", "masque0", "leads to public addresses, which stay in the tunnel"},
-		{"with all routes of the host", `lan = "all"`, "eth0",
+		{"all host routes", `lan = "all"`, "eth0",
 			"takes public addresses out of the tunnel"},
-		{"with none", "lan = false", "masque0", ""},
+		{"no host routes", "lan = false", "masque0", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := newPair(t, options{routes: tc.routes})
@@ -181,20 +184,21 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 				check(t, p.Client.Command(p.ctx, "ip", strings.Fields(args)...).Run())
 			}
 			early := "203.0.113.0/24 via 198.51.100.1 dev eth0"
-			ip("route add " + early) // option 121, longer than the default route
+			ip("route add " + early) // like DHCP option 121
 			p.connect(p.Client, "alice")
 			later := []string{
-				// everything in two halves
+				// Two routes to all addresses, more specific than a default
+				// route.
 				"0.0.0.0/1 via 198.51.100.1 dev eth0", "128.0.0.0/1 via 198.51.100.1 dev eth0",
-				// the network itself claims them
+				// A public network on the link.
 				"192.0.2.0/24 dev eth0",
 				"2001:db8:2::/48 via 2001:db8:1::1 dev eth0 proto ra", // a route information option
 			}
 			for _, r := range later {
 				ip("route add " + r)
 			}
-			w := p.watch()
-			w.leavesBy(tc.iface, uplink4, netip.MustParseAddr("8.8.8.8"), uplink6)
+			w := p.probeRoutes()
+			w.leavesBy(tc.iface, far4, netip.MustParseAddr("8.8.8.8"), far6)
 			if tc.iface == "masque0" {
 				w.leavesBy(tc.iface, lab.TargetIPv4)
 			}
@@ -225,16 +229,16 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 				t.Errorf("the log does not name the route that came later:\n%s", log)
 			}
 			ip("route del 128.0.0.0/1 via 198.51.100.1 dev eth0")
-			p.eventually("the status forgets the route that is gone", func() bool {
+			p.eventually("the status no longer names the removed route", func() bool {
 				return !warned(later[1])
 			})
 		})
 	}
 }
 
-// Where the proxy's routes and the host's networks have the same addresses, the
-// log says what is reached; a route that holds the proxy's own address cuts off
-// nobody.
+// If routes of the proxy and networks of the host overlap, the log states which
+// one takes effect. A route to the proxy's own address does not cut off the
+// proxy.
 func TestConflictingRoutes(t *testing.T) {
 	p := newPair(t, options{proxy: `
 [routes]
@@ -242,10 +246,10 @@ advertise = ["198.51.100.0/24", "203.0.113.0/24", "192.0.2.0/24", "2001:db8:1:0:
 `})
 	before := p.snapshot(p.Client)
 	p.connect(p.Client, "alice")
-	w := p.watch()
+	w := p.probeRoutes()
 	w.leavesBy("eth0", lan4, lan6)
 	w.leavesBy("masque0", netip.MustParseAddr("2001:db8:1:0:8000::1"), lab.ProxyIPv4, lab.ProxyIPv6,
-		uplink4, lab.TargetIPv4)
+		far4, lab.TargetIPv4)
 	w.close()
 
 	p.killProxy()
@@ -260,31 +264,29 @@ advertise = ["198.51.100.0/24", "203.0.113.0/24", "192.0.2.0/24", "2001:db8:1:0:
 		"the tunnel's route 2001:db8:1:0:8000::/65 takes addresses out of 2001:db8:1::/64, the network of eth0: put them into routes.exclude to keep them",
 	} {
 		if n := strings.Count(log, want); n != 1 {
-			t.Errorf("the log says %d times, not once: %s\n%s", n, want, log)
+			t.Errorf("the log contains this line %d times, want once: %s\n%s", n, want, log)
 		}
 	}
 	p.down(p.Client, "alice")
 	p.wantUnchanged(p.Client, before)
 }
 
-// With routes.install = false nothing of the host changes: there is the
-// tunnel's interface with its addresses, and packets pass when somebody else
-// sends them there.
+// With routes.install = false, the client adds only its interface with
+// addresses to the host. Packets pass once another program adds a route.
 func TestRoutesNotInstalled(t *testing.T) {
 	p := newPair(t, options{routes: "install = false", proxy: "[dns]\nservers = [\"192.0.2.2\"]\n"})
 	p.stopProxy()
-	// a family that has no address is none of its business either
+	// A family without an address in the tunnel is left alone too.
 	p.editProxyConfig(fmt.Sprintf("ipv6 = %q", pool6), "")
 	p.startProxy()
 	before := p.snapshot(p.Client)
 	p.connect(p.Client, "alice")
-	p.eventually("the client knows of DNS", func() bool {
+	p.eventually("the status reports the DNS servers", func() bool {
 		return p.status(p.Client, "alice").DNS.Reason != ""
 	})
 	own := false
-	// The filter guards the tunnel's own addresses, wherever routes lead.
-	// Chains that mark packets, or refuse any that have nothing to do with the
-	// tunnel, are not there.
+	// The filter that guards the tunnel's addresses exists with any routes.
+	// Chains that mark packets, or refuse packets outside the tunnel, do not.
 	filter := regexp.MustCompile(`^\+ table (1|3) masque-alice (flags 0x0|chain (outer|guard|forward|arp) (type "filter" hook [0-9] .* policy 1|rule .*))\n$`)
 	for line := range strings.Lines(lab.Diff(before, p.snapshot(p.Client))) {
 		own = own || strings.Contains(line, client4.String())
@@ -296,8 +298,8 @@ func TestRoutesNotInstalled(t *testing.T) {
 	if !own {
 		t.Error("the interface has no address")
 	}
-	w := p.watch()
-	w.leavesBy("eth0", lan4, lan6, uplink4, uplink6, lab.TargetIPv4)
+	w := p.probeRoutes()
+	w.leavesBy("eth0", lan4, lan6, far4, far6, lab.TargetIPv4)
 	w.close()
 	check(t, p.Client.Command(p.ctx, "ip", "route", "add", "192.0.2.0/24", "dev", "masque0").Run())
 	p.ping(p.Client, lab.TargetIPv4)

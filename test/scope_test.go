@@ -12,19 +12,20 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// targetName is the target's name at the proxy; clients do not know it.
+// targetName is a name that only the proxy resolves, to the target's addresses.
 const targetName = "target.example"
 
-// scoped is a pair whose proxy resolves targetName.
-func scoped(t *testing.T, scope string) *pair {
+// newScoped makes a pair whose client has the given table [scope] and whose
+// proxy resolves targetName.
+func newScoped(t *testing.T, scope string) *pair {
 	p := newPair(t, options{client: "\n[scope]\n" + scope + "\n"})
 	check(t, p.Proxy.Resolve(targetName, lab.TargetIPv4, lab.TargetIPv6))
 	return p
 }
 
-// refused checks that a TCP connection from a host is answered by the ICMP
-// error of the given type and code, which comes in by the interface.
-func (p *pair) refused(from *lab.Host, iface string, to netip.AddrPort, typ, code uint8) {
+// wantRefused checks that a TCP connection from a host is answered by an ICMP
+// error of the given type and code, which arrives at the interface.
+func (p *pair) wantRefused(from *lab.Host, iface string, to netip.AddrPort, typ, code uint8) {
 	p.t.Helper()
 	c, err := from.Capture(iface, nil)
 	check(p.t, err)
@@ -35,7 +36,7 @@ func (p *pair) refused(from *lab.Host, iface string, to netip.AddrPort, typ, cod
 	defer stop()
 	go func() {
 		if conn, err := from.DialContext(dialing, "tcp", to.String()); err == nil {
-			p.t.Errorf("a TCP connection from %s to %v is there", from.Name(), to)
+			p.t.Errorf("a TCP connection from %s to %v succeeded", from.Name(), to)
 			conn.Close()
 		}
 	}()
@@ -50,14 +51,14 @@ func (p *pair) refused(from *lab.Host, iface string, to netip.AddrPort, typ, cod
 	}
 }
 
-// quote is what an ICMP error is about.
+// quote is the packet that an ICMP error quotes.
 type quote struct {
 	dst   netip.Addr
 	proto layers.IPProtocol
 }
 
-// icmpError takes apart an ICMP error of either family. Packets of the TUN
-// device have no link layer.
+// icmpError returns the type, code and quoted packet of an ICMP error of either
+// family.
 func icmpError(pkt lab.Packet) (typ, code uint8, about quote) {
 	var body []byte
 	first := gopacket.LayerType(layers.LayerTypeIPv4)
@@ -79,10 +80,10 @@ func icmpError(pkt lab.Packet) (typ, code uint8, about quote) {
 	return typ, code, about
 }
 
-// IP flow forwarding (RFC 9484 section 8.3): one host, by a name that the proxy
-// resolves, and UDP alone.
+// IP flow forwarding (RFC 9484 section 8.3): a tunnel to one host, by a name
+// that the proxy resolves, for UDP only.
 func TestIPFlowForwarding(t *testing.T) {
-	p := scoped(t, `target = "`+targetName+`"`+"\nipproto = 17")
+	p := newScoped(t, `target = "`+targetName+`"`+"\nipproto = 17")
 	p.connect(p.Client, "alice")
 	if s := p.status(p.Client, "alice"); len(s.Routes) != 2 ||
 		s.Routes[0].Start != lab.TargetIPv4 || s.Routes[1].End != lab.TargetIPv6 ||
@@ -97,19 +98,19 @@ func TestIPFlowForwarding(t *testing.T) {
 	for _, a := range []netip.Addr{client4, client6} {
 		p.exchangeUDP(p.Target, p.Client, a, 8)
 	}
-	p.refused(p.Client, "masque0", netip.AddrPortFrom(lab.TargetIPv4, 80), 3, 13)
-	p.refused(p.Client, "masque0", netip.AddrPortFrom(lab.TargetIPv6, 80), 1, 1)
-	p.refused(p.Target, "eth0", netip.AddrPortFrom(client4, 80), 3, 13)
-	p.refused(p.Target, "eth0", netip.AddrPortFrom(client6, 80), 1, 1)
+	p.wantRefused(p.Client, "masque0", netip.AddrPortFrom(lab.TargetIPv4, 80), 3, 13)
+	p.wantRefused(p.Client, "masque0", netip.AddrPortFrom(lab.TargetIPv6, 80), 1, 1)
+	p.wantRefused(p.Target, "eth0", netip.AddrPortFrom(client4, 80), 3, 13)
+	p.wantRefused(p.Target, "eth0", netip.AddrPortFrom(client6, 80), 1, 1)
 	if n := p.status(p.Client, "alice").Drops["destination"]; n < 2 {
 		t.Errorf("%d packets counted as dropped for their protocol", n)
 	}
 }
 
-// A tunnel to one network: TCP passes both ways, and what is forced into it for
-// elsewhere is answered.
+// A tunnel to one network carries TCP in both directions. Packets to other
+// destinations that are forced into it are answered.
 func TestScopedToANetwork(t *testing.T) {
-	p := scoped(t, `target = "192.0.2.0/28"`)
+	p := newScoped(t, `target = "192.0.2.0/28"`)
 	p.connect(p.Client, "alice")
 	p.transfer(p.Client, p.Target, lab.TargetIPv4, 5<<20)
 	p.transfer(p.Target, p.Client, client4, 5<<20)
@@ -117,12 +118,12 @@ func TestScopedToANetwork(t *testing.T) {
 	p.wantRoute(netip.MustParseAddr("192.0.2.17"), "eth0")
 	p.throughDevice("192.0.2.17", "Net Unreachable") // no route, 3/0
 	p.throughDevice("192.0.2.1", "Packet filtered")  // in the scope, but denied, 3/13
-	// the proxy's own address is beyond the scope too
+	// The proxy's own address is outside the scope too.
 	p.throughDevice(proxy4.String(), "Net Unreachable")
 }
 
-// throughDevice pings an address with the tunnel as the interface, whatever the
-// routes, and wants the answer.
+// throughDevice pings an address through the interface of the tunnel, whatever
+// the routes, and checks the error that ping prints.
 func (p *pair) throughDevice(to, want string) {
 	p.t.Helper()
 	out, err := p.Client.Command(p.ctx, "ping", "-c", "1", "-W", "5", "-I", "masque0",

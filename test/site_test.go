@@ -20,9 +20,9 @@ type site struct {
 	gateway  *lab.Host
 	hosts    []*lab.Host
 	networks []netip.Prefix
-	addrs4   []netip.Addr // addresses of hosts
-	addrs6   []netip.Addr
-	config   string // the gateway's configuration, once it was invited
+	addrs4   []netip.Addr // IPv4 address of each host
+	addrs6   []netip.Addr // IPv6 address of each host
+	config   string       // path of the gateway's configuration
 }
 
 // sites is a proxy with two sites, a and b.
@@ -31,7 +31,7 @@ type sites struct {
 	a, b *site
 }
 
-// siteConfig allows each site its networks.
+// siteConfig allows each site to advertise its networks.
 const siteConfig = `
 [routes]
 advertise = ["192.0.2.0/24", "2001:db8:3::/64"]
@@ -43,8 +43,8 @@ user = "b"
 networks = ["10.2.0.0/24", "2001:db8:b::/64"]
 `
 
-// newSites makes the hosts and starts the proxy, with siteConfig unless there
-// is another.
+// newSites makes the hosts and starts the proxy with config, or siteConfig if
+// it is empty.
 func newSites(t *testing.T, config string) *sites {
 	t.Helper()
 	networks := lab.Prefixes("10.1.0.0/24", "2001:db8:a::/64", "10.2.0.0/24", "2001:db8:b::/64")
@@ -57,8 +57,8 @@ func newSites(t *testing.T, config string) *sites {
 	return s
 }
 
-// newSite makes the LAN of a site: its gateway is number 1, and the hosts are
-// numbers 11 and 12.
+// newSite makes the LAN of a site. The gateway has host number 1, and the hosts
+// have numbers 11 and 12.
 func (s *sites) newSite(name string, gateway *lab.Host, networks []netip.Prefix) *site {
 	s.t.Helper()
 	x := &site{name: name, gateway: gateway, networks: networks}
@@ -95,7 +95,7 @@ func (s *sites) newSite(name string, gateway *lab.Host, networks []netip.Prefix)
 }
 
 // file makes the configuration of a site's gateway, which advertises its
-// networks and whatever else.
+// networks and more.
 func (s *sites) file(x *site, more ...string) string {
 	s.t.Helper()
 	f := s.invite(x.name)
@@ -111,10 +111,10 @@ func (s *sites) file(x *site, more ...string) string {
 	return f
 }
 
-// accepted waits until the proxy has taken exactly these networks of a site.
-func (s *sites) accepted(x *site, want ...netip.Prefix) {
+// awaitNetworks waits until the proxy routes exactly these networks to a site.
+func (s *sites) awaitNetworks(x *site, want ...netip.Prefix) {
 	s.t.Helper()
-	s.eventually(fmt.Sprintf("the proxy has %v of %s", want, x.name), func() bool {
+	s.eventually(fmt.Sprintf("the proxy routes %v to %s", want, x.name), func() bool {
 		list := s.sessions()
 		for _, ss := range list {
 			if ss.User == x.name {
@@ -125,8 +125,8 @@ func (s *sites) accepted(x *site, want ...netip.Prefix) {
 	})
 }
 
-// routed waits until host sends what is for an address through an interface.
-func (s *sites) routed(host *lab.Host, to netip.Addr, iface string) {
+// awaitRoute waits until host sends packets to an address through an interface.
+func (s *sites) awaitRoute(host *lab.Host, to netip.Addr, iface string) {
 	s.t.Helper()
 	var out []byte
 	s.eventually(fmt.Sprintf("%s reaches %v through %s", host.Name(), to, iface), func() bool {
@@ -135,17 +135,17 @@ func (s *sites) routed(host *lab.Host, to netip.Addr, iface string) {
 	})
 }
 
-// upBoth connects both gateways and waits until each reaches the networks of
-// the other.
+// upBoth connects both gateways and waits until each routes the networks of the
+// other into the tunnel.
 func (s *sites) upBoth() {
 	s.t.Helper()
 	s.up(s.a.gateway, s.file(s.a))
 	s.up(s.b.gateway, s.file(s.b))
 	for _, to := range []netip.Addr{s.b.addrs4[0], s.b.addrs6[0]} {
-		s.routed(s.a.gateway, to, "masque0")
+		s.awaitRoute(s.a.gateway, to, "masque0")
 	}
 	for _, to := range []netip.Addr{s.a.addrs4[0], s.a.addrs6[0]} {
-		s.routed(s.b.gateway, to, "masque0")
+		s.awaitRoute(s.b.gateway, to, "masque0")
 	}
 }
 
@@ -153,8 +153,8 @@ func (s *sites) upBoth() {
 // sent in fragments.
 var udpSizes = []int{1, 1000, 1900}
 
-// Hosts behind either of two gateways reach each other, and the network of the
-// proxy, in both families, and everything is as before at the end.
+// Hosts behind two gateways reach each other and the network of the proxy, in
+// both families. Afterwards the hosts are as before.
 func TestTwoSites(t *testing.T) {
 	s := newSites(t, "")
 	s.stopProxy()
@@ -164,7 +164,7 @@ func TestTwoSites(t *testing.T) {
 	}
 	s.startProxy()
 	s.upBoth()
-	s.accepted(s.a, s.a.networks...)
+	s.awaitNetworks(s.a, s.a.networks...)
 	a1, a2, b1, b2 := s.a.hosts[0], s.a.hosts[1], s.b.hosts[0], s.b.hosts[1]
 	near4, near6 := netip.MustParseAddr("10.1.0.1"), netip.MustParseAddr("2001:db8:a::1")
 
@@ -176,7 +176,7 @@ func TestTwoSites(t *testing.T) {
 		s.ping(s.Target, s.a.addrs4[1], s.a.addrs6[1], s.b.addrs4[1], s.b.addrs6[1])
 		s.ping(s.Proxy, s.a.addrs4[0], s.b.addrs6[0])
 		s.ping(s.a.gateway, s.b.addrs4[0], s.b.addrs6[0], lab.TargetIPv4)
-		s.ping(b1, near4, near6) // the other gateway, by its address in its LAN
+		s.ping(b1, near4, near6) // address of the other gateway in its LAN
 	})
 	t.Run("TCP", func(t *testing.T) {
 		s.transfer(a1, b1, s.b.addrs4[0], 20<<20)
@@ -190,9 +190,9 @@ func TestTwoSites(t *testing.T) {
 		s.exchangeUDP(s.Target, b2, s.b.addrs4[1], udpSizes...)
 	})
 	t.Run("hop limit", func(t *testing.T) {
-		// Each of the three routers counts once, and so does each entry into a
-		// tunnel; the error of a tunnel's end comes from its own address in the
-		// tunnel.
+		// Each of the three routers decrements the hop limit, and so does each
+		// entry into a tunnel. An error of an endpoint comes from its address
+		// in the tunnel.
 		own := s.status(s.a.gateway, "a").Addresses
 		far := s.status(s.b.gateway, "b").Addresses
 		if got, want := s.hops(a1, s.b.addrs4[0]),
@@ -205,9 +205,9 @@ func TestTwoSites(t *testing.T) {
 				s.b.addrs6[0]}; !slices.Equal(got, want) {
 			t.Errorf("hops %v, want %v", got, want)
 		}
-		s.arrivesWith(a1, s.b.addrs4[0], b1, "eth0", 59)
-		s.arrivesWith(a1, lab.TargetIPv6, s.Target, "eth0", 61)
-		s.arrivesWith(s.a.gateway, s.b.addrs4[0], b1, "eth0", 61)
+		s.wantHopLimit(a1, s.b.addrs4[0], b1, "eth0", 59)
+		s.wantHopLimit(a1, lab.TargetIPv6, s.Target, "eth0", 61)
+		s.wantHopLimit(s.a.gateway, s.b.addrs4[0], b1, "eth0", 61)
 	})
 
 	s.down(s.a.gateway, "a")
@@ -218,8 +218,8 @@ func TestTwoSites(t *testing.T) {
 	}
 }
 
-// The networks of a gateway that goes away disappear on the other side and at
-// the proxy, and the traffic of the rest goes on.
+// The routes to the networks of a gateway that disconnects are withdrawn from
+// the other gateway and the proxy. Other traffic continues.
 func TestSiteWithdrawn(t *testing.T) {
 	s := newSites(t, "")
 	s.upBoth()
@@ -231,13 +231,13 @@ func TestSiteWithdrawn(t *testing.T) {
 	s.ping(a1, s.b.addrs4[0], s.b.addrs6[0])
 
 	s.down(s.b.gateway, "b")
-	s.routed(s.a.gateway, s.b.addrs4[0], "eth0")
-	s.routed(s.a.gateway, s.b.addrs6[0], "eth0")
-	s.routed(s.Proxy, s.b.addrs4[0], "eth0")
-	s.routed(s.a.gateway, lab.TargetIPv4, "masque0")
+	s.awaitRoute(s.a.gateway, s.b.addrs4[0], "eth0")
+	s.awaitRoute(s.a.gateway, s.b.addrs6[0], "eth0")
+	s.awaitRoute(s.Proxy, s.b.addrs4[0], "eth0")
+	s.awaitRoute(s.a.gateway, lab.TargetIPv4, "masque0")
 
 	s.up(s.b.gateway, s.b.config)
-	s.routed(s.a.gateway, s.b.addrs4[0], "masque0")
+	s.awaitRoute(s.a.gateway, s.b.addrs4[0], "masque0")
 	s.ping(a1, s.b.addrs4[0], s.b.addrs6[0])
 	check(t, watch.Signal(syscall.SIGINT))
 	<-watch.Done()
@@ -246,31 +246,30 @@ func TestSiteWithdrawn(t *testing.T) {
 	}
 }
 
-// What a site may not have is not routed to it, and the log says why: what its
-// [[site]] does not name, the networks of the proxy's host, and those of
-// another site.
+// The proxy does not route networks that overlap another site's or its own
+// host's, nor networks outside the [[site]] table, and logs the reason.
 func TestSiteRefused(t *testing.T) {
 	s := newSites(t, strings.Replace(siteConfig, `networks = ["10.2.0.0/24", `,
 		`networks = ["10.2.0.0/24", "10.1.0.0/16", "192.0.2.0/24", "10.77.0.0/16", `, 1))
 	s.up(s.a.gateway, s.file(s.a))
-	s.accepted(s.a, s.a.networks...)
+	s.awaitNetworks(s.a, s.a.networks...)
 	before := s.snapshot(s.Proxy)
 	s.up(s.b.gateway, s.file(s.b, "10.1.0.0/25", "192.0.2.128/25", "10.77.128.0/17",
 		"172.20.0.0/16"))
-	s.accepted(s.b, s.b.networks[0], netip.MustParsePrefix("10.77.128.0/17"), s.b.networks[1])
+	s.awaitNetworks(s.b, s.b.networks[0], netip.MustParsePrefix("10.77.128.0/17"), s.b.networks[1])
 	for _, want := range []string{
 		`10.1.0.0/25 overlaps the networks of the site`,
 		`192.0.2.128/25 overlaps 192.0.2.0/24, a network of the proxy's host`,
 		`172.20.0.0/16 is not within the networks of its [[site]]`,
 	} {
 		if n := strings.Count(s.log(s.server), want); n != 1 {
-			t.Errorf("said %d times: %s\n%s", n, want, s.log(s.server))
+			t.Errorf("the log contains this %d times, want once: %s\n%s", n, want, s.log(s.server))
 		}
 	}
-	s.routed(s.Proxy, netip.MustParseAddr("192.0.2.200"), "eth1")
-	s.routed(s.Proxy, netip.MustParseAddr("172.20.0.1"), "eth0")
+	s.awaitRoute(s.Proxy, netip.MustParseAddr("192.0.2.200"), "eth1")
+	s.awaitRoute(s.Proxy, netip.MustParseAddr("172.20.0.1"), "eth0")
 	s.ping(s.Target, s.a.addrs4[0])
-	// A host of b that claims to be one of a does not get through.
+	// A host of site b with a source address of site a is not forwarded.
 	check(t, s.b.hosts[0].AddAddr("eth0", netip.MustParsePrefix("10.1.0.77/32")))
 	out, _ := s.b.hosts[0].Command(s.ctx, "ping", "-c", "2", "-i", "0.2", "-W", "2", "-I",
 		"10.1.0.77", lab.TargetIPv4.String()).CombinedOutput()
@@ -278,14 +277,14 @@ func TestSiteRefused(t *testing.T) {
 		t.Errorf("a source of another site gets through:\n%s", out)
 	}
 	s.down(s.b.gateway, "b")
-	s.accepted(s.b)
-	s.eventually("the proxy's kernel has what it had before b came", func() bool {
+	s.awaitNetworks(s.b)
+	s.eventually("the proxy's host is as before b connected", func() bool {
 		return lab.Diff(before, s.snapshot(s.Proxy)) == ""
 	})
 }
 
-// The proxy is killed and started again while hosts of two sites have a
-// connection, which goes on.
+// The proxy is killed and restarted during a TCP connection between two sites,
+// and the connection continues.
 func TestSitesProxyRestart(t *testing.T) {
 	s := newSites(t, "")
 	s.upBoth()
@@ -304,11 +303,11 @@ func TestSitesProxyRestart(t *testing.T) {
 	}()
 	s.startProxy()
 	for _, x := range []*site{s.a, s.b} {
-		s.eventually(x.name+" is back", func() bool {
+		s.eventually(x.name+" has reconnected", func() bool {
 			st := s.status(x.gateway, x.name)
 			return st.State == client.StateConnected && st.Reconnects > 0
 		})
-		s.accepted(x, x.networks...)
+		s.awaitNetworks(x, x.networks...)
 	}
 	if err := <-sent; err != nil {
 		t.Errorf("the connection broke: %v", err)
@@ -320,13 +319,13 @@ func TestSitesProxyRestart(t *testing.T) {
 	s.ping(b1, s.a.addrs4[0], s.a.addrs6[0])
 }
 
-// A gateway gives the proxy an address in its network, from which the proxy
-// then reaches hosts that answer their own network only (RFC 9484 section 8.2).
+// A gateway assigns the proxy an address in its network. With it the proxy
+// reaches hosts that answer their own network only (RFC 9484 section 8.2).
 func TestSiteAssignsAddress(t *testing.T) {
 	s := newSites(t, "")
 	given4, given6 := netip.MustParseAddr("10.1.0.200"), netip.MustParseAddr("2001:db8:a::200")
-	// The hosts of the LAN ask by ARP and neighbour discovery for the address;
-	// the gateway answers in its place.
+	// The hosts of the LAN resolve the address by ARP and neighbour discovery,
+	// and the gateway answers for the proxy.
 	s.run(s.a.gateway, "sysctl", "-w", "net.ipv6.conf.lan0.proxy_ndp=1")
 	for _, a := range []netip.Addr{given4, given6} {
 		s.run(s.a.gateway, "ip", "neigh", "add", "proxy", a.String(), "dev", "lan0")
@@ -341,7 +340,7 @@ func TestSiteAssignsAddress(t *testing.T) {
 	f := s.file(s.a)
 	appendTo(t, f, fmt.Sprintf("assign = [\"%v/32\", \"%v/128\"]\n", given4, given6))
 	s.up(s.a.gateway, f)
-	s.accepted(s.a, s.a.networks...)
+	s.awaitNetworks(s.a, s.a.networks...)
 	s.eventually("the proxy has the addresses", func() bool {
 		out, _ := s.Proxy.Command(s.ctx, "ip", "addr", "show", "dev", "masque0").Output()
 		return strings.Contains(string(out), given4.String()) &&
@@ -349,15 +348,14 @@ func TestSiteAssignsAddress(t *testing.T) {
 	})
 	s.ping(s.Proxy, s.a.addrs4[0], s.a.addrs6[0])
 	s.ping(a1, given4, given6)
-	// which is not in the tunnel stays denied
+	// The proxy's other addresses stay denied.
 	s.wantUnreachable(s.a.gateway, netip.MustParseAddr("192.0.2.1"), 3, 13)
 	s.down(s.a.gateway, "a")
 	s.stopProxy()
 	s.wantUnchanged(s.Proxy, before)
 }
 
-// A gateway that advertises the addresses of its own tunnel is told so, and
-// ends.
+// A gateway with an impossible advertisement exits with an error that names it.
 func TestSiteMistakes(t *testing.T) {
 	s := newSites(t, "")
 	for want, tc := range map[string]struct {
@@ -367,12 +365,14 @@ func TestSiteMistakes(t *testing.T) {
 		"10.77.0.0/16 holds 10.77.0.2":                 {"10.77.0.0/16", 8},
 		"127.0.0.0/8, which is never behind a gateway": {"127.0.0.0/16", 2},
 	} {
-		f := s.file(s.a, tc.networks)
-		c := s.a.gateway.Command(s.ctx, program("masque-client"), "up", f, "--wait")
-		out, err := c.CombinedOutput()
-		if err == nil || c.ExitCode() != tc.code || !strings.Contains(lastLine(out), want) {
-			t.Errorf("exit code %d, %s", c.ExitCode(), out)
-		}
-		s.must(s.Proxy, "masque-proxy", "user", "remove", "a", "-c", s.config())
+		t.Run(tc.networks, func(t *testing.T) {
+			f := s.file(s.a, tc.networks)
+			c := s.a.gateway.Command(s.ctx, program("masque-client"), "up", f, "--wait")
+			out, err := c.CombinedOutput()
+			if err == nil || c.ExitCode() != tc.code || !strings.Contains(lastLine(out), want) {
+				t.Errorf("exit code %d, want %d and %q:\n%s", c.ExitCode(), tc.code, want, out)
+			}
+			s.must(s.Proxy, "masque-proxy", "user", "remove", "a", "-c", s.config())
+		})
 	}
 }

@@ -9,15 +9,15 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// cycles is for more than a test: go test ./test -run TestNothingAccumulates -v
-// -cycles 1000
-var cycles = flag.Int("cycles", 8, "how often TestNothingAccumulates connects")
+// cycles can be raised for a longer run: go test ./test -run
+// TestNothingAccumulates -v -cycles 1000
+var cycles = flag.Int("cycles", 8, "number of connections of TestNothingAccumulates")
 
-// held is what a process has that must not get more with time.
-type held struct{ goroutines, files float64 }
+// resources are the resources of a process that must not grow over time.
+type resources struct{ goroutines, files float64 }
 
-// Sessions that have ended, connections that were lost, and reloads leave
-// nothing in either process.
+// Ended sessions, lost connections and reloads leave no goroutines or files
+// behind in either program.
 func TestNothingAccumulates(t *testing.T) {
 	const file = "\n[metrics]\nlisten = \"127.0.0.1:9484\"\n[reconnect]\nmax_delay = \"1s\"\n"
 	p := newPair(t, options{clients: 2, client: file})
@@ -25,15 +25,15 @@ func TestNothingAccumulates(t *testing.T) {
 	stays, goes := p.Clients[0], p.Clients[1]
 	p.up(stays, alice)
 	proxy, staying := newScraper(p, p.Proxy), newScraper(p, stays)
-	holds := func(s *scraper, say string) held {
+	measure := func(s *scraper, label string) resources {
 		m := s.scrape()
-		if say != "" {
+		if label != "" {
 			t.Logf("%-8s %s: %3.0f goroutines, %3.0f files, %5.1f MB resident, %4.1f MB heap goal",
-				say, s.host.Name(),
+				label, s.host.Name(),
 				m["go_goroutines"], m["process_open_fds"], m["process_resident_memory_bytes"]/1e6,
 				m["go_memstats_next_gc_bytes"]/1e6)
 		}
-		return held{m["go_goroutines"], m["process_open_fds"]}
+		return resources{m["go_goroutines"], m["process_open_fds"]}
 	}
 	cycle := func() {
 		p.up(goes, bob)
@@ -41,32 +41,32 @@ func TestNothingAccumulates(t *testing.T) {
 		p.must(p.Proxy, "masque-proxy", "reload")
 		before := p.status(stays, "alice").Reconnects
 		p.kick("alice")
-		p.eventually("alice is back", func() bool {
+		p.eventually("alice has reconnected", func() bool {
 			s := p.status(stays, "alice")
 			return s.Reconnects > before && s.State == client.StateConnected
 		})
 		p.down(goes, "bob")
 	}
-	for range 3 { // what is made once is there after that
+	for range 3 { // allocates everything that is allocated once
 		cycle()
 	}
-	var least [2]held
+	var least [2]resources
 	for i, s := range []*scraper{proxy, staying} {
-		least[i] = holds(s, "before")
+		least[i] = measure(s, "before")
 	}
 	for i := range *cycles {
 		cycle()
 		if (i+1)%50 == 0 {
-			holds(proxy, fmt.Sprint(i+1))
-			holds(staying, fmt.Sprint(i+1))
+			measure(proxy, fmt.Sprint(i+1))
+			measure(staying, fmt.Sprint(i+1))
 		}
 	}
 	for i, s := range []*scraper{proxy, staying} {
-		p.eventually(s.host.Name()+" holds what it held", func() bool {
-			now := holds(s, "")
-			const few = 4 // come and go; one for each cycle would be more
+		p.eventually(s.host.Name()+" has as many resources as before", func() bool {
+			now := measure(s, "")
+			const few = 4 // short-lived ones; a leak has at least one for each cycle
 			return now.goroutines < least[i].goroutines+few && now.files < least[i].files+few
 		})
-		holds(s, "after")
+		measure(s, "after")
 	}
 }

@@ -17,14 +17,14 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// content is the first n bytes of what every transfer sends.
+// content returns the first n bytes of the data that all transfers send.
 func content(n int64) io.Reader {
 	return io.LimitReader(rand.NewChaCha8([32]byte{7}), n)
 }
 
-// flow opens a TCP connection from one host to an address of another, which
-// ends after so long at the latest. received is told what arrived when the
-// connection is closed for writing, as digest says it.
+// flow opens a TCP connection from one host to an address of another. The
+// connection is closed after the given time. When it is closed for writing,
+// received receives the digest of the data that arrived.
 func (p *pair) flow(from, to *lab.Host, addr netip.Addr, within time.Duration) (conn *net.TCPConn,
 	received <-chan string) {
 	p.t.Helper()
@@ -52,7 +52,7 @@ func (p *pair) flow(from, to *lab.Host, addr netip.Addr, within time.Duration) (
 }
 
 // transfer sends n bytes by TCP from one host to an address of another and
-// compares what arrives.
+// compares the data that arrives.
 func (p *pair) transfer(from, to *lab.Host, addr netip.Addr, n int64) {
 	p.t.Helper()
 	conn, received := p.flow(from, to, addr, 5*patience)
@@ -109,7 +109,7 @@ func (p *pair) exchangeUDP(from, to *lab.Host, addr netip.Addr, sizes ...int) {
 	}
 }
 
-// digest reads r to its end, and returns how much that was and its SHA-256.
+// digest reads r to its end and returns the number of bytes and their SHA-256.
 func digest(r io.Reader) string {
 	h := sha256.New()
 	n, err := io.Copy(h, r)
@@ -119,8 +119,11 @@ func digest(r io.Reader) string {
 	return fmt.Sprintf("%d bytes, %s", n, hex.EncodeToString(h.Sum(nil)))
 }
 
+// split is the table [routes] of a split tunnel to the target's networks.
 const split = `accept = ["192.0.2.0/24", "2001:db8:3::/64"]`
 
+// Data arrives unchanged in both families and directions, through a full and a
+// split tunnel.
 func TestTransfer(t *testing.T) {
 	for name, tc := range map[string]struct {
 		options options
@@ -142,23 +145,30 @@ func TestTransfer(t *testing.T) {
 	}
 }
 
-// Real programs: iperf3 for TCP and UDP both ways.
+// iperf3 works through the tunnel: TCP in both directions, and UDP.
 func TestIperf(t *testing.T) {
 	p := newPair(t, options{})
 	p.connect(p.Client, "alice")
-	for i, args := range [][]string{
-		{"-c", lab.TargetIPv4.String(), "-t", "2"},
-		{"-c", lab.TargetIPv6.String(), "-t", "2", "-R", "-C", "cubic"},
-		{"-c", lab.TargetIPv4.String(), "-t", "2", "-u", "-b", "20M", "-l", "1200"},
+	for i, tc := range []struct {
+		name string
+		args []string
+	}{
+		{"TCP up", []string{"-c", lab.TargetIPv4.String(), "-t", "2"}},
+		{"TCP down", []string{"-c", lab.TargetIPv6.String(), "-t", "2", "-R", "-C", "cubic"}},
+		{"UDP up", []string{"-c", lab.TargetIPv4.String(), "-t", "2", "-u", "-b", "20M", "-l",
+			"1200"}},
 	} {
-		port := strconv.Itoa(5201 + i)
-		server := p.iperfServer(p.Target, port)
-		out, err := p.Client.Command(p.ctx, "iperf3", append(args, "-p", port)...).CombinedOutput()
-		if err != nil {
-			t.Errorf("iperf3 %v: %v\n%s\n%s", args, err, out, p.log(server))
-		}
-		ctx, cancel := context.WithTimeout(p.ctx, patience)
-		_ = server.Stop(ctx)
-		cancel()
+		t.Run(tc.name, func(t *testing.T) {
+			port := strconv.Itoa(5201 + i)
+			server := p.iperfServer(p.Target, port)
+			out, err := p.Client.Command(p.ctx, "iperf3",
+				append(tc.args, "-p", port)...).CombinedOutput()
+			if err != nil {
+				t.Errorf("%v\n%s\n%s", err, out, p.log(server))
+			}
+			ctx, cancel := context.WithTimeout(p.ctx, patience)
+			_ = server.Stop(ctx)
+			cancel()
+		})
 	}
 }

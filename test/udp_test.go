@@ -18,12 +18,11 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// nobody is the user that unprivileged programs run as, where there is more
-// than one.
+// nobody is the user ID of unprivileged programs.
 const nobody = 65534
 
-// unprivileged is what runs a program without any privilege. Outside of a user
-// namespace, that is also as another user.
+// unprivileged returns a command that runs a program without privileges, and as
+// another user if the user namespace has several users.
 func unprivileged(t *testing.T) []string {
 	t.Helper()
 	wrap := []string{"setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"}
@@ -34,6 +33,7 @@ func unprivileged(t *testing.T) []string {
 	return wrap
 }
 
+// severalUsers reports whether the user namespace has more than one user.
 func severalUsers(t *testing.T) bool {
 	t.Helper()
 	b, err := os.ReadFile("/proc/self/uid_map")
@@ -42,8 +42,8 @@ func severalUsers(t *testing.T) bool {
 	return len(fields) > 3 || fields[2] != "1"
 }
 
-// forNobody makes a copy of a file that unprivileged programs can read, and
-// nobody else.
+// forNobody copies a file for unprivileged programs. Only they can read the
+// copy.
 func forNobody(t *testing.T, file string) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "masquevpn-nobody-")
@@ -60,8 +60,9 @@ func forNobody(t *testing.T, file string) string {
 	return file
 }
 
-// serveUDP answers every packet to address on the target with its own payload,
-// and returns where.
+// serveUDP runs a UDP server at an address of the target, which answers each
+// packet with "answer to " and the payload. It returns the address of the
+// server.
 func (p *pair) serveUDP(address netip.Addr) netip.AddrPort {
 	p.t.Helper()
 	c, err := p.Target.ListenPacket("udp", netip.AddrPortFrom(address, 0).String())
@@ -80,8 +81,8 @@ func (p *pair) serveUDP(address netip.Addr) netip.AddrPort {
 	return c.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
-// forward starts masque-client forward-udp, run by wrap, and waits until it is
-// ready.
+// forward starts masque-client forward-udp, through the command wrap, and waits
+// until it is ready.
 func (p *pair) forward(wrap []string, listen, target, file string) *lab.Cmd {
 	p.t.Helper()
 	args := append(append([]string{}, wrap...), program("masque-client"), "forward-udp", listen,
@@ -99,9 +100,10 @@ func (p *pair) forward(wrap []string, listen, target, file string) *lab.Cmd {
 	return c
 }
 
-// asker is a local program that asks over UDP, like a resolver does.
+// asker is a local program that sends UDP requests, like a stub resolver.
 type asker struct{ net.Conn }
 
+// asker returns an asker that sends to a local port.
 func (p *pair) asker(port string) asker {
 	p.t.Helper()
 	c, err := p.Client.DialContext(p.ctx, "udp", "127.0.0.1:"+port)
@@ -110,14 +112,13 @@ func (p *pair) asker(port string) asker {
 	return asker{c}
 }
 
-// ask asks until there is an answer, and reports whether it is the right one.
-// It may be called in any goroutine.
+// ask sends a question until an answer arrives, and checks the answer. It may
+// be called in any goroutine.
 func (a asker) ask(question string) error {
 	buf := make([]byte, 1<<16)
 	var last error
 	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
-		// A port that nobody listens on, as between two forwarders, is no
-		// reason to give up.
+		// Ignore errors: nothing listens while the forwarder restarts.
 		_, _ = a.Write([]byte(question))
 		_ = a.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
 		n, err := a.Read(buf)
@@ -128,7 +129,7 @@ func (a asker) ask(question string) error {
 		if got, want := string(buf[:n]), "answer to "+question; got != want {
 			if strings.HasPrefix(got, "answer to ") && question != "" &&
 				got[len("answer to ")] == question[0] {
-				continue // an answer to an earlier question
+				continue // answer to an earlier question
 			}
 			return fmt.Errorf("asked %q, got %q", question, got)
 		}
@@ -152,66 +153,69 @@ func TestForwardUDP(t *testing.T) {
 	for target, at := range map[string]netip.AddrPort{
 		v4.String(): v4, v6.String(): v6, fmt.Sprintf("service.example:%d", v4.Port()): v4,
 	} {
-		c := p.forward(unprivileged(t), "5300", target, file)
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.PID()))
-		check(t, err)
-		if !strings.Contains(string(status), "CapEff:\t0000000000000000") ||
-			severalUsers(t) && !strings.Contains(string(status), fmt.Sprintf("Uid:\t%d", nobody)) {
-			t.Errorf("forward-udp is not without privileges:\n%s", status)
-		}
-		p.wantUnchanged(p.Client, before) // but for its sockets
-		var wg sync.WaitGroup
-		for i := range 6 {
-			a := p.asker("5300")
-			wg.Go(func() {
-				for j := range 20 {
-					if err := a.ask(fmt.Sprintf("%c, question %d", 'a'+i, j)); err != nil {
-						t.Errorf("%s: %v", target, err)
-						return
+		t.Run(target, func(t *testing.T) {
+			c := p.forward(unprivileged(t), "5300", target, file)
+			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.PID()))
+			check(t, err)
+			if !strings.Contains(string(status), "CapEff:\t0000000000000000") ||
+				severalUsers(t) && !strings.Contains(string(status),
+					fmt.Sprintf("Uid:\t%d", nobody)) {
+				t.Errorf("forward-udp is not without privileges:\n%s", status)
+			}
+			p.wantUnchanged(p.Client, before) // a snapshot has no sockets
+			var wg sync.WaitGroup
+			for i := range 6 {
+				a := p.asker("5300")
+				wg.Go(func() {
+					for j := range 20 {
+						if err := a.ask(fmt.Sprintf("%c, question %d", 'a'+i, j)); err != nil {
+							t.Error(err)
+							return
+						}
 					}
+				})
+			}
+			wg.Wait()
+			list := p.sessions()
+			if len(list) != 6 {
+				t.Errorf("the proxy has %d sessions, want 6: %+v", len(list), list)
+			}
+			for _, s := range list {
+				if s.Kind != "connect-udp" || s.Target != target || s.User != "alice" ||
+					s.Packets.RX < 20 {
+					t.Errorf("session %+v", s)
 				}
-			})
-		}
-		wg.Wait()
-		list := p.sessions()
-		if len(list) != 6 {
-			t.Errorf("%s: the proxy has %d sessions, want 6: %+v", target, len(list), list)
-		}
-		for _, s := range list {
-			if s.Kind != "connect-udp" || s.Target != target || s.User != "alice" ||
-				s.Packets.RX < 20 {
-				t.Errorf("%s: session %+v", target, s)
 			}
-		}
-		if text := p.must(p.Proxy, "masque-proxy", "sessions"); strings.Count(text,
-			"UDP to "+target) != 6 {
-			t.Errorf("%s: sessions:\n%s", target, text)
-		}
-		ctx, cancel := context.WithTimeout(p.ctx, patience)
-		if err := c.Stop(ctx); err != nil {
-			t.Errorf("%s: forward-udp ended with %v:\n%s", target, err, p.log(c))
-		}
-		cancel()
-		p.eventually("the proxy has no session", func() bool { return len(p.sessions()) == 0 })
-		// The packets are the proxy's own, and are not to be fragmented.
-		ctx, cancel = context.WithTimeout(p.ctx, patience)
-		if _, err := seen.Wait(ctx, func(pkt lab.Packet) bool {
-			if ip, ok := pkt.NetworkLayer().(*layers.IPv4); ok {
-				return at.Addr().Is4() && ip.SrcIP.String() == "192.0.2.1" &&
-					ip.Flags&layers.IPv4DontFragment != 0
+			if text := p.must(p.Proxy, "masque-proxy", "sessions"); strings.Count(text,
+				"UDP to "+target) != 6 {
+				t.Errorf("sessions:\n%s", text)
 			}
-			return at.Addr().Is6() &&
-				pkt.NetworkLayer().NetworkFlow().Src().String() == "2001:db8:3::1"
-		}); err != nil {
-			t.Errorf("%s: no packet arrived as it should have: %v", target, err)
-		}
-		cancel()
+			ctx, cancel := context.WithTimeout(p.ctx, patience)
+			if err := c.Stop(ctx); err != nil {
+				t.Errorf("forward-udp ended with %v:\n%s", err, p.log(c))
+			}
+			cancel()
+			p.eventually("the proxy has no session", func() bool { return len(p.sessions()) == 0 })
+			// The packets come from the proxy's address with DF set.
+			ctx, cancel = context.WithTimeout(p.ctx, patience)
+			if _, err := seen.Wait(ctx, func(pkt lab.Packet) bool {
+				if ip, ok := pkt.NetworkLayer().(*layers.IPv4); ok {
+					return at.Addr().Is4() && ip.SrcIP.String() == "192.0.2.1" &&
+						ip.Flags&layers.IPv4DontFragment != 0
+				}
+				return at.Addr().Is6() &&
+					pkt.NetworkLayer().NetworkFlow().Src().String() == "2001:db8:3::1"
+			}); err != nil {
+				t.Errorf("no such packet arrived: %v", err)
+			}
+			cancel()
+		})
 	}
 	check(t, seen.Close())
 }
 
-// A packet that is too large for the way to the target is dropped, not
-// fragmented, and its flow goes on.
+// A packet that is too large for the path to the target is dropped and not
+// fragmented, and its flow continues.
 func TestForwardUDPNarrowTarget(t *testing.T) {
 	p := newPair(t, options{})
 	check(t, p.Proxy.SetMTU("eth1", 1280))
@@ -224,7 +228,7 @@ func TestForwardUDPNarrowTarget(t *testing.T) {
 	a := p.asker("5300")
 	check(t, a.ask("small"))
 	if _, err := a.Write([]byte("large" + strings.Repeat("x", 1295))); err != nil {
-		// QUIC's path carries it
+		// The QUIC path can carry it.
 		t.Fatal(err)
 	}
 	p.eventually("the packet is dropped", func() bool {
@@ -240,14 +244,15 @@ func TestForwardUDPNarrowTarget(t *testing.T) {
 	}
 }
 
-// What cannot be forwarded has its own line and exit code.
+// Each reason against forwarding has its own message and exit code.
 func TestForwardUDPRefused(t *testing.T) {
 	p := newPair(t, options{client: "\n[reconnect]\nenabled = false\n"})
 	good := p.invite("alice")
 	text, err := os.ReadFile(good)
 	check(t, err)
+	// edited returns the file after replacements: pairs of a pattern and a
+	// text.
 	edited := func(name string, replace ...string) string {
-		// a pattern and its replacement, in turn
 		out := text
 		for i := 0; i < len(replace); i += 2 {
 			re := regexp.MustCompile(replace[i])
@@ -265,7 +270,7 @@ func TestForwardUDPRefused(t *testing.T) {
 	for _, tc := range []struct {
 		name, listen, target, file string
 		exit                       int
-		says                       string
+		want                       string // in the last line of the output
 	}{
 		{"the proxy's loopback", "5300", "127.0.0.1:53", good, 8, "destination_ip_prohibited"},
 		{"the proxy", "5300", "192.0.2.1:443", good, 8, "destination_ip_prohibited"},
@@ -288,9 +293,9 @@ func TestForwardUDPRefused(t *testing.T) {
 			c := p.Client.Command(p.ctx, program("masque-client"), "forward-udp", tc.listen,
 				tc.target, "-c", tc.file)
 			out, _ := c.CombinedOutput()
-			if line := lastLine(out); c.ExitCode() != tc.exit || !strings.Contains(line, tc.says) {
-				t.Errorf("exit code %d, want %d and a line with %q:\n%s", c.ExitCode(), tc.exit,
-					tc.says, out)
+			if line := lastLine(out); c.ExitCode() != tc.exit || !strings.Contains(line, tc.want) {
+				t.Errorf("exit code %d, want %d and %q:\n%s", c.ExitCode(), tc.exit,
+					tc.want, out)
 			}
 		})
 	}
@@ -305,8 +310,8 @@ func TestForwardUDPRefused(t *testing.T) {
 	}
 }
 
-// The proxy is killed and started again: forwarding goes on by itself, for
-// programs that were there before too.
+// The proxy is killed and restarted. Forwarding continues by itself, also for
+// local programs from before.
 func TestForwardUDPProxyRestart(t *testing.T) {
 	p := newPair(t, options{})
 	target := p.serveUDP(lab.TargetIPv4)
@@ -317,14 +322,14 @@ func TestForwardUDPProxyRestart(t *testing.T) {
 	p.startProxy()
 	check(t, old.ask("after"))
 	check(t, p.asker("5300").ask("new"))
-	// Local programs waited no longer than it took to hear from the new proxy.
+	// The forwarder learned of the restart from the new proxy, and not by a
+	// timeout.
 	if text := p.log(c); !strings.Contains(text, "the proxy was restarted") {
-		t.Errorf("the forwarder found out otherwise:\n%s", text)
+		t.Errorf("the log has another reason:\n%s", text)
 	}
 }
 
-// With privileges, forwarding works beside a tunnel that takes all traffic
-// through the same proxy.
+// With privileges, forwarding works beside a full tunnel to the same proxy.
 func TestForwardUDPBesideTunnel(t *testing.T) {
 	p := newPair(t, options{})
 	file := p.invite("alice")

@@ -14,7 +14,7 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// editUser replaces text in the entry of the only user.
+// editUser replaces from by to in the users file, which has one user.
 func (p *pair) editUser(from, to string) {
 	p.t.Helper()
 	path := filepath.Join(p.dir, "users.toml")
@@ -27,7 +27,7 @@ func (p *pair) editUser(from, to string) {
 	check(p.t, os.Rename(path+".new", path))
 }
 
-// user is what `user list` says of the only one.
+// user returns the fields of the only user in the output of `user list`.
 func (p *pair) user() (u struct {
 	Expired   bool
 	Connected *int
@@ -39,15 +39,14 @@ func (p *pair) user() (u struct {
 	return u
 }
 
-// A session ends when the time of its user is over, or when the user is
-// removed; the client says so and does not try again. The log of the proxy says
-// why.
+// A session ends when its user expires or is removed. The client reports it and
+// does not reconnect. The log of the proxy has the reason.
 func TestUserExpiry(t *testing.T) {
 	for name, tc := range map[string]struct {
 		end    func(*pair)
-		ended  string // reason in the log
-		class  string // class of the failure when it is tried again
-		listed bool
+		reason string // in the log
+		class  string // failure class of the next request in the log
+		listed bool   // the users file still has the user
 	}{
 		"expired": {func(p *pair) {
 			p.editUser("created =", "expires = 2026-01-02T15:04:05Z\ncreated =")
@@ -74,7 +73,7 @@ func TestUserExpiry(t *testing.T) {
 				_ = c.Run()
 				return c.ExitCode() == 3
 			})
-			// it ends by itself; this waits
+			// The client ends by itself; `down` waits for it.
 			_ = p.Client.Command(p.ctx, program("masque-client"), "down", "alice").Run()
 			p.wantUnchanged(p.Client, before)
 			c := p.Client.Command(p.ctx, program("masque-client"), "run", "-c", file)
@@ -83,23 +82,23 @@ func TestUserExpiry(t *testing.T) {
 				t.Errorf("exit code %d, want 4:\n%s", c.ExitCode(), out)
 			}
 			log := p.log(p.server)
-			for _, want := range []string{tc.ended, "authentication failed", "class=" + tc.class,
+			for _, want := range []string{tc.reason, "authentication failed", "class=" + tc.class,
 				"user=alice"} {
 				if !strings.Contains(log, want) {
 					t.Errorf("%q is not in the log:\n%s", want, log)
 				}
 			}
 			if tc.listed && !p.user().Expired {
-				t.Error("the user is not listed as one whose time is over")
+				t.Error("the user is not listed as expired")
 			}
 		})
 	}
 }
 
-// A user reaches what the users file says, and learns of changes to it without
-// a new session.
+// A user reaches only the routes in the users file, and changes to them take
+// effect in the session.
 func TestUserRoutes(t *testing.T) {
-	other := netip.MustParseAddr("198.18.0.7") // the target has this address too
+	other := netip.MustParseAddr("198.18.0.7") // an address of the target
 	p := newPair(t, options{proxy: "\n[routes]\nadvertise = [\"192.0.2.0/24\", \"198.18.0.0/24\"]\n"})
 	check(t, p.Target.AddAddr("lo", netip.PrefixFrom(other, 32)))
 	check(t, p.Proxy.AddRoute(netip.PrefixFrom(other, 32), lab.TargetIPv4))
@@ -111,7 +110,8 @@ func TestUserRoutes(t *testing.T) {
 	p.wantRoute(other, "eth0")
 	p.ping(p.Client, lab.TargetIPv4)
 
-	// A client that sends it all the same is told that it is prohibited.
+	// The client may force other packets into the tunnel, and the proxy refuses
+	// them.
 	out, err := p.Client.Command(p.ctx, "ip", "route", "add", other.String(), "dev",
 		"masque0").CombinedOutput()
 	if err != nil {
@@ -133,8 +133,8 @@ func TestUserRoutes(t *testing.T) {
 	}
 }
 
-// A user with rates gets most of them, and no more, in either direction; one
-// without is not slowed down.
+// A user with rate limits gets most of each rate and not more, in either
+// direction. A user without limits is not slowed down.
 func TestUserRates(t *testing.T) {
 	const up, down = 10_000_000, 30_000_000 // bits per second
 	p := newPair(t, options{})
@@ -174,12 +174,13 @@ func TestUserRates(t *testing.T) {
 		{"up, four connections", up, []string{"-P", "4"}},
 		{"down, UDP", down, []string{"-R", "-u", "-b", "60M"}},
 		{"up, UDP", up, []string{"-u", "-b", "20M"}}} {
-		got := measure(tc.args...)
-		t.Logf("%s: %.1f of %.0f Mbit/s, dropped %v", tc.name, got/1e6, tc.rate/1e6,
-			p.sessions()[0].Drops)
-		if got > 1.1*tc.rate || got < tc.rate/3 {
-			t.Errorf("%s: %.1f Mbit/s at a rate of %.0f", tc.name, got/1e6, tc.rate/1e6)
-		}
+		t.Run(tc.name, func(t *testing.T) {
+			got := measure(tc.args...)
+			t.Logf("%.1f of %.0f Mbit/s, dropped %v", got/1e6, tc.rate/1e6, p.sessions()[0].Drops)
+			if got > 1.1*tc.rate || got < tc.rate/3 {
+				t.Errorf("%.1f Mbit/s at a rate of %.0f", got/1e6, tc.rate/1e6)
+			}
+		})
 	}
 	p.editUser(`rate_up = "10Mbit"`, "")
 	p.eventually("the rate is gone", func() bool { return measure() > 2*up })

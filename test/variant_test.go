@@ -20,17 +20,16 @@ import (
 	"masquevpn/internal/lab"
 )
 
-// All tests run in variants (`make e2e-matrix`). These flags make two of them.
-// The others, the stock quic-go and the race detector, are in how the tests are
-// built, and the programs are built like the tests: both by GOFLAGS.
+// All tests can run in variants (`make e2e-matrix`). These flags select two of
+// them. GOFLAGS selects the others, the stock quic-go and the race detector,
+// for the tests and the programs together.
 var (
 	tunOffload = flag.Bool("tun-offload", true, "tun.offload of the programs")
 	udpOffload = flag.Bool("udp-offload", true,
-		"whether the kernel has UDP GSO and GRO, or refuses them as Linux did before 4.18")
+		"use UDP GSO and GRO; false: refuse them like Linux before 4.18")
 )
 
-// tunTable is what the variant adds to the configuration of a program, of
-// either kind.
+// tunTable returns the configuration of the variant for either program.
 func tunTable() string {
 	if *tunOffload {
 		return ""
@@ -39,10 +38,10 @@ func tunTable() string {
 }
 
 // refuseUDPOffload makes the kernel answer ENOPROTOOPT to the socket options
-// for UDP GSO and GRO, for this process and all that it starts. They cannot be
-// had back.
+// for UDP GSO and GRO, in this process and its descendants, for good.
 func refuseUDPOffload() error {
-	// offsets in struct seccomp_data; of arguments, the low half
+	// Offsets in struct seccomp_data. Those of arguments are offsets of their
+	// low 32 bits.
 	const nr, level, option = 0, 24, 32
 	filter := []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: nr},
@@ -68,8 +67,8 @@ func refuseUDPOffload() error {
 	return nil
 }
 
-// findRaces lets the programs write what the race detector finds into dir,
-// where they may run as any user.
+// findRaces makes the programs write the reports of the race detector to dir.
+// Programs of any user can write there.
 func findRaces(dir string) error {
 	if err := os.Mkdir(dir, 0o777); err != nil {
 		return err
@@ -80,7 +79,7 @@ func findRaces(dir string) error {
 	return os.Setenv("GORACE", "log_path="+filepath.Join(dir, "race"))
 }
 
-// races returns what the race detector found in the programs.
+// races returns the reports of the race detector.
 func races(dir string) (found string) {
 	files, _ := filepath.Glob(filepath.Join(dir, "*"))
 	for _, f := range files {
@@ -90,7 +89,7 @@ func races(dir string) (found string) {
 	return found
 }
 
-// builtWith returns what of a build makes a variant.
+// builtWith returns the build settings that select a variant.
 func builtWith(b *debug.BuildInfo) string {
 	s := map[string]string{}
 	for _, setting := range b.Settings {
@@ -99,8 +98,8 @@ func builtWith(b *debug.BuildInfo) string {
 	return fmt.Sprintf("-race=%s -tags=%s", s["-race"], s["-tags"])
 }
 
-// The variant is in effect: in how the programs were built, in what they say,
-// and in the packets.
+// The variant is in effect in the builds, the logs and the packets of the
+// programs.
 func TestVariant(t *testing.T) {
 	own, _ := debug.ReadBuildInfo()
 	t.Logf("%s, TUN offload %t, UDP offload %t", builtWith(own), *tunOffload, *udpOffload)
@@ -111,8 +110,8 @@ func TestVariant(t *testing.T) {
 			t.Errorf("%s was built with %s, the tests with %s", name, builtWith(b), builtWith(own))
 		}
 	}
-	if _, edited := reflect.TypeFor[quic.Config]().FieldByName("Uncontrolled"); edited != congestion.Selectable {
-		t.Errorf("quic-go is edited: %t, want %t", edited, congestion.Selectable)
+	if _, patched := reflect.TypeFor[quic.Config]().FieldByName("Uncontrolled"); patched != congestion.Selectable {
+		t.Errorf("quic-go is patched: %t, want %t", patched, congestion.Selectable)
 	}
 
 	p := newPair(t, options{})
@@ -127,9 +126,9 @@ func TestVariant(t *testing.T) {
 		}
 	}
 
-	const single = 1514 // the most that a packet has here, with its Ethernet header
+	const single = 1514 // longest frame of one packet, in bytes
 
-	type largest struct{ in, out atomic.Int64 } // bytes of a packet
+	type largest struct{ in, out atomic.Int64 } // longest packet in each direction, in bytes
 	watch := func(iface string) *largest {
 		var l largest
 		_, err := p.Client.Capture(iface, func(pkt lab.Packet) bool {
@@ -147,20 +146,21 @@ func TestVariant(t *testing.T) {
 	p.transfer(p.Client, p.Target, lab.TargetIPv4, 16<<20)
 	p.transfer(p.Target, p.Client, client4, 16<<20)
 	for _, tc := range []struct {
-		what    string
-		size    int64
-		allowed bool // several packets in one piece
-		sure    bool // certain to come so
+		name    string
+		size    int64 // largest packet, in bytes
+		allowed bool  // several packets may be combined
+		sure    bool  // several packets are always combined at some time
 	}{
 		{"from the client's host into its device", device.out.Load(), *tunOffload, *tunOffload},
 		{"from the client's device to its host", device.in.Load(), *tunOffload, false},
-		// stock: seldom
+		// Stock quic-go combines packets only rarely.
 		{"from the client to the proxy", wire.out.Load(), *udpOffload, *udpOffload &&
 			congestion.Selectable},
 		{"from the proxy to the client", wire.in.Load(), *udpOffload, false},
 	} {
 		if tc.size == 0 || tc.size > single && !tc.allowed || tc.size <= single && tc.sure {
-			t.Errorf("%s: the largest packet has %d bytes; several in one piece: allowed %t, sure %t", tc.what, tc.size, tc.allowed, tc.sure)
+			t.Errorf("%s: the largest packet has %d bytes; combined packets: allowed %t, sure %t",
+				tc.name, tc.size, tc.allowed, tc.sure)
 		}
 	}
 }

@@ -3,22 +3,23 @@
 #
 # usage: apply.sh FOLDER [PATCHES]
 #
-# Run it at the top of the repository. It copies quic-go, at the version that
-# go.mod names, to FOLDER/quic-go, applies the patches below PATCHES (default:
-# internal/quicpatch/patches) in order, adds internal/quicpatch/files, and writes
-# FOLDER/go.mod and FOLDER/go.sum, which replace the module by that copy, and
-# FOLDER/go.work, which does the same for tools that do not take -modfile. If
-# anything does not apply, it removes FOLDER and fails.
+# Run it at the top of the repository. It does the following:
+#   - copies the version of quic-go that go.mod names to FOLDER/quic-go,
+#   - applies the files of PATCHES (default: internal/quicpatch/patches) in order,
+#   - adds the files of internal/quicpatch/files,
+#   - writes FOLDER/go.mod and FOLDER/go.sum, which replace the module by the copy,
+#   - writes FOLDER/go.work, which does the same for tools without -modfile.
+# If a step fails, it removes FOLDER and exits with status 1.
 set -eu
 
 module=github.com/quic-go/quic-go
 version=v0.64.1 # the version that the patches are made for
 folder=$1
-case $folder in /*) ;; *) folder=./$folder ;; esac # as replacements in go.mod are written
+case $folder in /*) ;; *) folder=./$folder ;; esac # go.mod requires ./ before relative paths
 here=internal/quicpatch
 patches=${2:-$here/patches}
 
-# Neither the flags of make nor a go.work file may decide what is copied here.
+# Ignore the flags of make and any go.work file: they would replace the module.
 export GOFLAGS=-mod=readonly GOWORK=off
 
 fail() {
@@ -37,7 +38,8 @@ mkdir -p "$folder"
 cp -r "$(go list -m -f '{{.Dir}}' "$module")" "$folder/quic-go"
 chmod -R u+w "$folder/quic-go"
 for patch in "$patches"/*.patch; do
-	# Not as part of the repository around the folder, which ignores it.
+	# Without GIT_DIR, git would skip the folder, because the repository
+	# around it ignores it.
 	(cd "$folder/quic-go" && GIT_DIR=/nonexistent git apply -) <"$patch" ||
 		fail "$patch does not apply to $module $version"
 done

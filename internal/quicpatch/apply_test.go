@@ -33,7 +33,8 @@ func TestPatchesApply(t *testing.T) {
 	}
 }
 
-// A patch that does not apply leaves nothing behind that could be built.
+// A patch that does not apply is named, and nothing remains that could be
+// built.
 func TestPatchThatDoesNotApply(t *testing.T) {
 	patches := t.TempDir()
 	const patch = "--- a/config.go\n+++ b/config.go\n@@ -1,2 +1,2 @@\n-no such line\n+another line\n nor this one\n"
@@ -50,7 +51,7 @@ func TestPatchThatDoesNotApply(t *testing.T) {
 	}
 }
 
-// Each patch says why it is there, before its first line of difference.
+// Each patch begins with a header that explains it.
 func TestPatchesHaveHeaders(t *testing.T) {
 	files, err := filepath.Glob("patches/*.patch")
 	if err != nil || len(files) == 0 {
@@ -64,7 +65,7 @@ func TestPatchesHaveHeaders(t *testing.T) {
 			}
 			header, _, found := strings.Cut(string(text), "diff --git ")
 			if !found || len(strings.TrimSpace(header)) < 80 {
-				t.Errorf("the header is %q, want some sentences", header)
+				t.Errorf("the header is %q, want at least 80 characters", header)
 			}
 		})
 	}

@@ -10,11 +10,12 @@ import (
 )
 
 var (
+	// declared matches the declaration of a test, named a test in a document.
 	declared = regexp.MustCompile(`(?m)^func ((?:Test|Fuzz|Example|Benchmark)\w*)\(`)
 	named    = regexp.MustCompile("`(?:[a-z0-9-]+\\.)?((?:Test|Fuzz)[A-Z]\\w*)`")
 )
 
-// The tests that documents name exist.
+// Each test that a document names exists.
 func TestDocsNameTests(t *testing.T) {
 	const top = "../.."
 	exists := make(map[string]bool)
@@ -49,7 +50,7 @@ func TestDocsNameTests(t *testing.T) {
 			}
 			for _, m := range named.FindAllStringSubmatch(string(text), -1) {
 				if !exists[m[1]] {
-					t.Errorf("there is no test %s", m[1])
+					t.Errorf("no test is called %s", m[1])
 				}
 			}
 		})

@@ -1,7 +1,7 @@
-// Stylecheck checks how Go files are laid out, as far as gofmt does not:
-// comments on lines of their own end by column 80, trailing comments do not
-// begin with a preposition, and hardly any line goes beyond column 100. A tab
-// counts as four columns.
+// Stylecheck checks the layout of comments and lines in Go files, which gofmt
+// does not: comments on lines of their own end by column 80, trailing comments
+// do not begin with a preposition, and at most 1 % of all lines go beyond
+// column 100. A tab counts as four columns.
 //
 // usage: stylecheck FILE...
 package main
@@ -22,17 +22,17 @@ const (
 	tabWidth     = 4
 	commentWidth = 80
 	codeWidth    = 100
-	maxLongLines = 0.01 // share of the lines beyond codeWidth
+	maxLongLines = 0.01 // share of lines beyond codeWidth
 )
 
-// prepositions begin a comment that only continues the code before it: a
-// trailing comment has to be understood alone.
+// prepositions begin comments that only continue the code in front of them. A
+// trailing comment must be understood alone.
 var prepositions = []string{
 	"of", "by", "with", "from", "to", "at", "on", "into", "beside", "behind", "within", "without",
 }
 
-// unbreakable matches comments that cannot be wrapped: directives, addresses,
-// and preformatted lines.
+// unbreakable matches comments that cannot be wrapped: directives, URLs and
+// preformatted lines.
 var unbreakable = regexp.MustCompile(`^//(go:|nolint|line |\t| {2,})|https?://`)
 
 func main() {
@@ -57,7 +57,7 @@ func main() {
 		}
 	}
 	if float64(long) > maxLongLines*float64(lines) {
-		problems = append(problems, fmt.Sprintf("%d of %d lines are longer than %d columns, more than %v %%: break some of them",
+		problems = append(problems, fmt.Sprintf("%d of %d lines are longer than %d columns, more than %v %%; break some of them",
 			long, lines, codeWidth, 100*maxLongLines))
 	}
 	for _, p := range problems {
@@ -68,7 +68,7 @@ func main() {
 	}
 }
 
-// check returns the problems of the comments in a file, each with its place.
+// check returns the problems of the comments in a file, each with its position.
 func check(name string, src []byte) (problems []string, err error) {
 	fset := token.NewFileSet()
 	file, err := parser.ParseFile(fset, name, src, parser.ParseComments|parser.SkipObjectResolution)
@@ -86,16 +86,18 @@ func check(name string, src []byte) (problems []string, err error) {
 			switch {
 			case unbreakable.MatchString(c.Text):
 			case alone && columns(line) > commentWidth:
-				problems = append(problems, fmt.Sprintf("%v: a comment goes beyond column %d", at, commentWidth))
+				problems = append(problems,
+					fmt.Sprintf("%v: comment beyond column %d; wrap it", at, commentWidth))
 			case !alone && slices.Contains(prepositions, first):
-				problems = append(problems, fmt.Sprintf("%v: a trailing comment begins with %q: name the thing instead", at, first))
+				problems = append(problems,
+					fmt.Sprintf("%v: trailing comment begins with %q; name the thing instead", at, first))
 			}
 		}
 	}
 	return problems, nil
 }
 
-// columns returns the width of a line.
+// columns returns the width of a line in columns.
 func columns(line string) int {
 	return utf8.RuneCountInString(line) + (tabWidth-1)*strings.Count(line, "\t")
 }

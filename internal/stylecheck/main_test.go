@@ -5,12 +5,13 @@ import (
 	"testing"
 )
 
+// Each problem of a comment is reported, and nothing else.
 func TestCheck(t *testing.T) {
 	long := strings.Repeat("word ", 16)
 	for _, tt := range []struct {
 		name string
 		src  string
-		want string // in the one problem, "" for none
+		want string // part of the only problem; "": no problem
 	}{
 		{"short comment", "// P is short.\n", ""},
 		{"long comment", "// " + long + "\n", "beyond column 80"},
@@ -21,14 +22,15 @@ func TestCheck(t *testing.T) {
 		{"trailing noun", "var x int // bytes\n", ""},
 		{"trailing preposition", "var x int // of the packet\n", `begins with "of"`},
 		{"trailing long", "var x int // " + long + "\n", ""},
-		{"preposition on a line of its own", "// of the packet\nvar x int\n", ""},
+		{"leading preposition", "// of the packet\nvar x int\n", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := check("p.go", []byte("package p\n\n"+tt.src))
 			if err != nil {
 				t.Fatal(err)
 			}
-			if all := strings.Join(got, "\n"); !strings.Contains(all, tt.want) || (tt.want == "") != (len(got) == 0) {
+			all := strings.Join(got, "\n")
+			if !strings.Contains(all, tt.want) || (tt.want == "") != (len(got) == 0) {
 				t.Errorf("got %q, want %q", all, tt.want)
 			}
 		})

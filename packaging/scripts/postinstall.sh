@@ -1,5 +1,5 @@
 #!/bin/sh
-# After unpacking: deb calls it with "configure" and the version before, rpm with the number of versions installed.
+# Runs after unpacking. dpkg passes "configure" and the previous version, rpm the number of installed versions.
 set -e
 case "$1" in
 configure | [0-9]*) ;;
@@ -12,7 +12,7 @@ elif ! getent passwd masque >/dev/null; then
 	useradd --system --user-group --no-create-home --home-dir /var/lib/masque --shell /usr/sbin/nologin --comment "MASQUE VPN" masque
 fi
 
-# Root writes what is here, and the services read it.
+# Root writes the files, and the services read them through their group.
 if [ ! -d /etc/masque ]; then
 	mkdir /etc/masque
 	chown root:masque /etc/masque
@@ -21,9 +21,9 @@ fi
 
 if [ -d /run/systemd/system ]; then
 	systemctl daemon-reload
-	# Somebody may be connected through what runs; when to interrupt that is theirs to choose.
+	# Do not restart running services: the administrator chooses when to interrupt sessions.
 	running=$(systemctl list-units --plain --no-legend --state=active 'masque-*.service' | cut -d ' ' -f 1 | tr '\n' ' ')
 	if [ -n "$running" ]; then
-		echo "masquevpn: still running as it was before; when convenient: systemctl restart $running"
+		echo "masquevpn: these services still run the previous version; restart them when convenient: systemctl restart $running"
 	fi
 fi

@@ -1,5 +1,5 @@
 #!/bin/sh
-# After removal: deb calls it with "remove", and with "purge" when nothing shall stay; rpm with 0.
+# Runs after removal. dpkg passes "remove" or "purge", rpm passes 0.
 set -e
 case "$1" in
 remove | purge | 0) ;;
@@ -13,8 +13,8 @@ if [ "$1" = purge ]; then
 	rm -rf /run/masque /var/lib/masque
 	rm -f /etc/systemd/system/*.wants/masque-proxy.service /etc/systemd/system/*.wants/masque-proxy.socket \
 		/etc/systemd/system/*.wants/masque-client@*.service
-	# What is in there was put there by hand: keys, users, configurations.
+	# The administrator made the keys, users and configurations, so keep them.
 	if [ -d /etc/masque ] && ! rmdir /etc/masque 2>/dev/null; then
-		echo "masquevpn: /etc/masque holds keys and configurations and is left alone"
+		echo "masquevpn: /etc/masque holds keys and configurations and was kept; remove it if you do not need them"
 	fi
 fi

@@ -7,30 +7,32 @@ import (
 	"github.com/quic-go/quic-go/internal/wire"
 )
 
-// What a connection with Config.AwaitAdmission takes from a peer until Admit is
-// called.
+// Limits of a connection with Config.AwaitAdmission until Admit is called.
 const (
-	maxPendingPackets   = 16 // that wait to be processed
-	maxPendingDatagrams = 32 // in all that have no handler
+	maxPendingPackets   = 16 // received packets in the queue
+	maxPendingDatagrams = 32 // datagrams without a handler, in total
 )
 
-// admission is whether a peer was admitted.
+// admission is the state of the limits of a connection.
 type admission struct {
-	done      atomic.Bool
-	datagrams int // received without a handler; the connection's goroutine alone uses it
+	done atomic.Bool // Admit was called
+
+	// datagrams counts received datagrams without a handler. Only the
+	// connection's goroutine uses it.
+	datagrams int
 }
 
-// Admit lifts the limits on a connection with Config.AwaitAdmission, and lets
-// the peer have that many bidirectional streams open.
+// Admit lifts the limits of a connection with Config.AwaitAdmission and allows
+// the peer that many open bidirectional streams.
 func (c *Conn) Admit(streams int) {
 	c.admission.done.Store(true)
 	c.streamsMap.incomingBidiStreams.raise(uint64(streams))
 }
 
-// pending reports whether the peer has to be admitted still.
+// pending reports whether the limits apply.
 func (c *Conn) pending() bool { return c.config.AwaitAdmission && !c.admission.done.Load() }
 
-// maxPackets is how many packets may wait to be processed.
+// maxPackets returns the length limit of the queue of received packets.
 func (c *Conn) maxPackets() int {
 	if c.pending() {
 		return maxPendingPackets
@@ -38,7 +40,8 @@ func (c *Conn) maxPackets() int {
 	return protocol.MaxConnUnprocessedPackets
 }
 
-// mayQueueDatagram reports whether one more datagram without a handler is kept.
+// mayQueueDatagram counts a datagram without a handler and reports whether to
+// queue it.
 func (c *Conn) mayQueueDatagram() bool {
 	if !c.pending() {
 		return true
@@ -47,7 +50,8 @@ func (c *Conn) mayQueueDatagram() bool {
 	return c.admission.datagrams <= maxPendingDatagrams
 }
 
-// raise lets the peer have n streams open, if it may have fewer now.
+// raise raises the number of streams that the peer may open to n. It never
+// lowers the number.
 func (m *incomingStreamsMap[T]) raise(n uint64) {
 	m.mutex.Lock()
 	defer m.mutex.Unlock()

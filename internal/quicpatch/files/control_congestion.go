@@ -2,7 +2,8 @@ package quic
 
 import "sync/atomic"
 
-// congestionSwitch turns congestion control on; nil where it always is.
+// congestionSwitch returns the switch of congestion control, which is on when
+// it is true. It returns nil if congestion control is always on.
 func (c *Conn) congestionSwitch() *atomic.Bool {
 	if !c.config.Uncontrolled {
 		return nil
@@ -10,6 +11,6 @@ func (c *Conn) congestionSwitch() *atomic.Bool {
 	return &c.controlled
 }
 
-// ControlCongestion turns congestion control on, for good, on a connection with
-// Config.Uncontrolled.
+// ControlCongestion turns congestion control on for good. It affects
+// connections with Config.Uncontrolled.
 func (c *Conn) ControlCongestion() { c.controlled.Store(true) }

@@ -10,30 +10,30 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 )
 
-// DatagramHandler takes datagrams as they come in. Its methods are called by
-// the goroutine that runs the connection: they must not wait for it, which
-// SendDatagram does when its queue is full.
+// DatagramHandler receives datagrams. The connection's goroutine calls its
+// methods, so they must not wait for the connection. SendDatagram waits for it
+// when its queue is full.
 type DatagramHandler interface {
-	// HandleDatagram takes one datagram, without the number that it begins
-	// with. The datagram must not be kept.
+	// HandleDatagram receives a datagram without its leading number. It must
+	// not retain the datagram.
 	HandleDatagram([]byte)
-	// FlushDatagrams is called after one or more datagrams: before another
-	// handler gets one, and at the end of each run of packets that were at
-	// hand.
+	// FlushDatagrams is called after one or more calls of HandleDatagram:
+	// before another handler receives a datagram, and after the last of the
+	// packets that were received together.
 	FlushDatagrams()
 }
 
-// datagramHandlers are the handlers of a connection by the number that their
-// datagrams begin with.
+// datagramHandlers are the handlers of a connection by the leading number of
+// their datagrams.
 type datagramHandlers struct {
 	mu   sync.Mutex // serializes changes
 	by   atomic.Pointer[map[uint64]DatagramHandler]
 	busy DatagramHandler // the handler to flush, nil for none
 }
 
-// HandleDatagrams gives h, from now on, the datagrams that begin with the
-// number id, as HTTP Datagrams of one stream do (RFC 9297 section 2.1). With
-// nil they go to ReceiveDatagram again.
+// HandleDatagrams makes h receive all further datagrams that begin with the
+// number id, as the HTTP Datagrams of a stream do (RFC 9297 section 2.1). If h
+// is nil, ReceiveDatagram returns them again.
 func (c *Conn) HandleDatagrams(id uint64, h DatagramHandler) {
 	d := &c.datagramHandlers
 	d.mu.Lock()
@@ -49,7 +49,7 @@ func (c *Conn) HandleDatagrams(id uint64, h DatagramHandler) {
 	d.by.Store(&next)
 }
 
-// handle reports whether there is a handler for the datagram.
+// handle passes the datagram to its handler. It returns false if there is none.
 func (d *datagramHandlers) handle(datagram []byte) bool {
 	by := d.by.Load()
 	if by == nil {
@@ -78,7 +78,7 @@ func (d *datagramHandlers) flush() {
 	}
 }
 
-// datagramBuffer is what datagrams wait in until they are packed.
+// datagramBuffer holds a datagram until it is packed.
 type datagramBuffer [1500]byte
 
 var datagramBuffers = sync.Pool{New: func() any { return new(datagramBuffer) }}
@@ -90,9 +90,9 @@ func getDatagramBuffer(size int) []byte {
 	return datagramBuffers.Get().(*datagramBuffer)[:size]
 }
 
-// releaseDatagrams takes the contents of datagrams back that were packed, which
-// is once. What remains of them in the history of sent packets is not looked
-// at: a datagram has no handler for its loss.
+// releaseDatagrams reuses the buffers of datagrams that were packed. Each
+// datagram is packed once, and nothing reads its data afterwards: datagram
+// frames have no handler for their loss.
 func releaseDatagrams(frames []ackhandler.Frame) {
 	for _, f := range frames {
 		if d, ok := f.Frame.(*wire.DatagramFrame); ok {

@@ -2,13 +2,13 @@ package quic
 
 import "github.com/quic-go/quic-go/internal/protocol"
 
-// minDatagramSendQueueLen keeps packets at hand for what the pacer lets go at
-// once.
+// minDatagramSendQueueLen is enough for a burst that the pacer allows.
 const minDatagramSendQueueLen = 8
 
-// datagramSendLimit is how many datagrams may wait to be packed. Under
-// congestion control they wait for most of the time, so it is an eighth of what
-// the window lets be under way, which costs an eighth of a round trip.
+// datagramSendLimit returns the number of datagrams that may be queued to be
+// packed. Under congestion control the queue is full most of the time. The
+// limit is an eighth of the congestion window, so the queue adds an eighth of a
+// round trip.
 func (c *Conn) datagramSendLimit() int {
 	if on := c.congestionSwitch(); on != nil && !on.Load() {
 		return maxDatagramSendQueueLen

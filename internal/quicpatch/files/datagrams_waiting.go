@@ -9,9 +9,9 @@ import (
 	"github.com/quic-go/quic-go/internal/wire"
 )
 
-// SendDatagramNow is SendDatagram that does not wait: it reports whether there
-// was room in the queue.
-func (c *Conn) SendDatagramNow(p []byte) (taken bool, _ error) {
+// SendDatagramNow queues a datagram like SendDatagram but does not block. It
+// returns false if the queue is full.
+func (c *Conn) SendDatagramNow(p []byte) (queued bool, _ error) {
 	if !c.supportsDatagrams() {
 		return false, errors.New("datagram support disabled")
 	}
@@ -26,8 +26,9 @@ func (c *Conn) SendDatagramNow(p []byte) (taken bool, _ error) {
 	return c.datagramQueue.addNow(f, p)
 }
 
-// addNow queues f with a copy of p as its data, if there is room.
-func (h *datagramQueue) addNow(f *wire.DatagramFrame, p []byte) (taken bool, _ error) {
+// addNow queues f with a copy of p as its data. It returns false if the queue
+// is full.
+func (h *datagramQueue) addNow(f *wire.DatagramFrame, p []byte) (queued bool, _ error) {
 	select {
 	case <-h.closed:
 		return false, h.closeErr
@@ -46,8 +47,8 @@ func (h *datagramQueue) addNow(f *wire.DatagramFrame, p []byte) (taken bool, _ e
 	return true, nil
 }
 
-// OldestReceived returns for how long the oldest packet that has come in waits
-// to be handled, 0 when none does.
+// OldestReceived returns the age of the oldest received packet in the queue, or
+// 0 if the queue is empty.
 func (c *Conn) OldestReceived() time.Duration {
 	c.receivedPacketMx.Lock()
 	defer c.receivedPacketMx.Unlock()
@@ -57,8 +58,8 @@ func (c *Conn) OldestReceived() time.Duration {
 	return monotime.Since(c.receivedPackets.PeekFront().rcvTime)
 }
 
-// DatagramsWaiting reports whether datagrams wait to be packed. While none
-// does, SendDatagram does not wait.
+// DatagramsWaiting reports whether datagrams are queued to be packed. If it
+// returns false, SendDatagram does not block.
 func (c *Conn) DatagramsWaiting() bool {
 	h := c.datagramQueue
 	h.sendMx.Lock()

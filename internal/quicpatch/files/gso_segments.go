@@ -1,5 +1,5 @@
 package quic
 
-// maxGSOSegments is how many segments every kernel with UDP GSO takes in one
-// message.
+// maxGSOSegments is the number of segments in one message that every kernel
+// with UDP GSO accepts.
 const maxGSOSegments = 64

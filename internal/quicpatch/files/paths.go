@@ -7,8 +7,8 @@ import (
 	"github.com/quic-go/quic-go/internal/wire"
 )
 
-// Abandon closes t, as Close does, but leaves connections alone that have moved
-// to the path of another transport.
+// Abandon closes t like Close, but keeps connections that have migrated to
+// another transport open.
 func (t *Transport) Abandon() error {
 	if err := t.init(false); err != nil {
 		return err
@@ -23,8 +23,7 @@ func (t *Transport) Abandon() error {
 	return t.Close()
 }
 
-// forgetClosed drops the transports that are closed, which nothing comes in by
-// any more.
+// forgetClosed removes closed transports, which receive no more packets.
 func (cr connRunners) forgetClosed() {
 	for r := range cr {
 		h, ok := r.(*packetHandlerMap)
@@ -40,10 +39,9 @@ func (cr connRunners) forgetClosed() {
 	}
 }
 
-// sendPathProbe sends the next packet that probes a path, if there is one to
-// send. It is no part of what congestion control or the number of
-// unacknowledged packets limit, which a path that has died may hold at that
-// limit for good.
+// sendPathProbe sends the next packet that probes a path, if there is one.
+// Congestion control and the limit of unacknowledged packets do not apply to
+// it: a dead path can keep both exhausted for good.
 func (c *Conn) sendPathProbe(now monotime.Time) (sent bool, _ error) {
 	if c.perspective != protocol.PerspectiveClient || !c.handshakeConfirmed {
 		return false, nil
@@ -67,10 +65,10 @@ func (c *Conn) sendPathProbe(now monotime.Time) (sent bool, _ error) {
 	return true, nil
 }
 
-// switchToPath makes the connection ID that path id was probed with the active
-// one, and retires the former (RFC 9000 section 9.5). moved, which may be nil,
-// is called in between.
-func (h *connIDManager) switchToPath(id pathID, moved func()) {
+// switchToPath makes the connection ID with which path id was probed the active
+// one, and retires the previous one (RFC 9000 section 9.5). It calls switched
+// in between, unless switched is nil.
+func (h *connIDManager) switchToPath(id pathID, switched func()) {
 	h.pathMx.Lock()
 	defer h.pathMx.Unlock()
 	entry, ok := h.pathProbing[id]
@@ -83,8 +81,8 @@ func (h *connIDManager) switchToPath(id pathID, moved func()) {
 	if h.activeStatelessResetToken != nil {
 		h.removeStatelessResetToken(*h.activeStatelessResetToken)
 	}
-	if moved != nil {
-		moved()
+	if switched != nil {
+		switched()
 	}
 	if ok {
 		h.activeSequenceNumber = entry.SequenceNumber
@@ -99,7 +97,8 @@ func (h *connIDManager) switchToPath(id pathID, moved func()) {
 	}
 }
 
-// active returns the path that the connection is on, or is about to be.
+// active returns the active path, or the path that the connection is about to
+// switch to.
 func (pm *pathManagerOutgoing) active() pathID {
 	pm.mx.Lock()
 	defer pm.mx.Unlock()

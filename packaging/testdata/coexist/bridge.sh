@@ -3,13 +3,13 @@
 # iptables: a bridge, its chains, a policy of DROP for what is forwarded, and
 # for each container a veth pair, a namespace and a published port.
 #
-#   bridge.sh daemon    chains and bridge, also when they are there already
+#   bridge.sh daemon    makes the chains and the bridge, or restores them
 #   bridge.sh up N      container N, 1 to 254
 #   bridge.sh down N
 set -e
 subnet=172.17.0.0/16
 
-# once TABLE ARGUMENTS... puts a rule where it is missing, as dockerd does.
+# once TABLE ARGUMENTS... adds a rule if it is missing, as dockerd does.
 once() {
 	table=$1 action=$2 chain=$3
 	shift 3
@@ -17,7 +17,7 @@ once() {
 }
 
 case $1 in
-daemon) # firewalld may be about to flush the chains, so it is tried again
+daemon) # try again, because firewalld may flush the chains at the same time
 	for try in 1 2 3 4 5; do
 		if "$0" chains; then exit 0; fi
 		sleep 0.5
@@ -35,7 +35,7 @@ chains)
 	for chain in DOCKER DOCKER-ISOLATION-STAGE-1 DOCKER-ISOLATION-STAGE-2; do
 		iptables-nft -w -N $chain 2>/dev/null || iptables-nft -w -F $chain
 	done
-	# The chain of the administrator, who lets the tunnel through.
+	# The administrator's chain, which accepts packets of the tunnel.
 	iptables-nft -w -N DOCKER-USER 2>/dev/null || true
 	once filter -A DOCKER-USER -i masque0 -j ACCEPT
 	once filter -A DOCKER-USER -o masque0 -j ACCEPT
@@ -55,7 +55,7 @@ chains)
 	once nat -I POSTROUTING -s $subnet ! -o docker0 -j MASQUERADE
 	;;
 up)
-	"$0" down "$2" 2>/dev/null || true # of a round that failed
+	"$0" down "$2" 2>/dev/null || true # left by a failed round
 	address=172.17.1.$2
 	ip netns add "box$2"
 	ip link add "veth$2" type veth peer name eth0 netns "box$2"

@@ -3,7 +3,7 @@
 # the mark (0x3f00), kept in the connection's mark, a table for the interface, and
 # rules for the marks. Most traffic has the policy "default", the main table.
 #
-#   multiwan.sh load GATEWAY    also when they are loaded already
+#   multiwan.sh load GATEWAY    loads the rules, or replaces them
 #   multiwan.sh unload
 set -e
 
@@ -50,7 +50,7 @@ load)
 		-A OUTPUT -j mwan3_hook
 		COMMIT
 	END
-	ip route replace default via "$2" dev eth0 table 1 || true # no address at the moment
+	ip route replace default via "$2" dev eth0 table 1 || true # fails while eth0 has no address
 	ip rule add priority 1001 iif eth0 lookup 1
 	ip rule add priority 2001 fwmark 0x100/0x3f00 lookup 1
 	ip rule add priority 2061 fwmark 0x3d00/0x3f00 blackhole

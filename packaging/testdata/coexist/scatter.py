@@ -1,4 +1,4 @@
-"""scatter.py SECONDS ADDRESS...: sends UDP packets to all of the addresses in turn, from sockets as programs have them."""
+"""scatter.py SECONDS ADDRESS...: sends UDP packets to all addresses in turn, from unbound sockets."""
 import socket, sys, time
 
 end = time.monotonic() + float(sys.argv[1])
@@ -9,5 +9,5 @@ while time.monotonic() < end:
             with socket.socket(family, socket.SOCK_DGRAM) as s:
                 s.sendto(b"leak?", (address, 9))
         except OSError:
-            pass  # no route at the moment
+            pass  # no route
     time.sleep(0.02)

@@ -1,7 +1,7 @@
-"""A TCP transfer that lasts.
+"""A long TCP transfer.
 
-transfer.py serve ADDRESS PORT         takes one connection, answers its SHA-256 at its end
-transfer.py send ADDRESS PORT SECONDS  sends for so long; prints bytes, digest sent, digest received
+transfer.py serve ADDRESS PORT         accepts one connection and returns the SHA-256 of the received data
+transfer.py send ADDRESS PORT SECONDS  sends for SECONDS; prints the bytes, the digest sent and the digest received
 """
 import hashlib, random, socket, sys, time
 

@@ -2,20 +2,21 @@ package http3
 
 import "sync/atomic"
 
-// maxUnread is how many datagrams of one connection are kept for streams that
-// nobody has received from yet. The peer sends them with its requests, for
-// handlers that come a moment later, or for nobody: a stream takes thousands,
-// and a peer has many.
+// maxUnread limits the datagrams of one connection that are queued for streams
+// before their first Receive. Each stream queues thousands of datagrams, and a
+// peer can open many streams.
 const maxUnread = 64
 
-// unread counts them.
+// unread counts the datagrams of a stream before its first Receive.
 type unread struct {
-	n *atomic.Int32 // the connection's count
-	// somebody has received from this stream; guarded by stateTrackingStream.mx
+	n *atomic.Int32 // count of all streams of the connection
+
+	// reading is true after the first Receive. stateTrackingStream.mx guards
+	// it.
 	reading bool
 }
 
-// keep reports whether one more datagram may be kept.
+// keep reports whether to queue another datagram.
 func (u *unread) keep() bool {
 	if u.reading || u.n.Add(1) <= maxUnread {
 		return true
@@ -24,8 +25,8 @@ func (u *unread) keep() bool {
 	return false
 }
 
-// read notes that somebody receives from the stream, or nobody ever will, while
-// it has queued datagrams.
+// read records the first Receive, or the end of the stream, when queued
+// datagrams are in its queue.
 func (u *unread) read(queued int) {
 	if !u.reading {
 		u.reading = true

@@ -9,10 +9,11 @@ import (
 	"github.com/quic-go/quic-go/qlogwriter"
 )
 
-// congestionSwitch turns congestion control on; nil where it always is.
+// congestionSwitch turns congestion control on when it becomes true. nil means
+// that congestion control is always on.
 type congestionSwitch = atomic.Bool
 
-// newSender makes the congestion controller of a path.
+// newSender returns the congestion controller of a path.
 func newSender(
 	on *congestionSwitch,
 	rttStats *utils.RTTStats,

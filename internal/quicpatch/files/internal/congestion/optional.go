@@ -7,14 +7,15 @@ import (
 	"github.com/quic-go/quic-go/internal/protocol"
 )
 
-// optional is a controller that lets everything be sent, and hears of nothing,
-// until on is set.
+// optional is a congestion controller that is disabled until on is true: it
+// limits nothing and ignores events.
 type optional struct {
 	SendAlgorithmWithDebugInfos
 	on *atomic.Bool
 }
 
-// NewOptionalSender returns a controller that does what s does once on is set.
+// NewOptionalSender returns s as a controller that is disabled until on is
+// true.
 func NewOptionalSender(s SendAlgorithmWithDebugInfos, on *atomic.Bool) SendAlgorithmWithDebugInfos {
 	return optional{s, on}
 }
