@@ -12,20 +12,20 @@ import (
 	"masquevpn/tun"
 )
 
-// discard is a QUIC connection that takes all datagrams and sends none.
+// discard is a QUIC connection that discards all datagrams.
 type discard struct{}
 
 func (discard) SendDatagram([]byte) error                              { return nil }
 func (discard) CloseWithError(quic.ApplicationErrorCode, string) error { return nil }
 func (discard) ConnectionStats() quic.ConnectionStats                  { return quic.ConnectionStats{} }
 
-// discardDevice takes all packets.
+// discardDevice is a device that discards all packets.
 type discardDevice struct{}
 
 func (discardDevice) BatchSize() int                          { return maxBatch }
 func (discardDevice) Write(bufs [][]byte, _ int) (int, error) { return len(bufs), nil }
 
-// benchConn makes a Conn as a proxy has it, without a network.
+// benchConn returns a Conn of a proxy without a network.
 func benchConn(b *testing.B) *Conn {
 	b.Helper()
 	c := New(fakeStream{}, nil, Config{Device: discardDevice{}, Stats: &Stats{},
@@ -53,8 +53,7 @@ func BenchmarkSend(b *testing.B) {
 	}
 }
 
-// BenchmarkSendRoutes sends to one after the other of so many networks behind
-// the peer.
+// BenchmarkSendRoutes sends to the networks behind a peer that advertises many.
 func BenchmarkSendRoutes(b *testing.B) {
 	for _, n := range []int{1, 100, 10_000} {
 		b.Run(fmt.Sprintf("routes=%d", n), func(b *testing.B) {
@@ -62,7 +61,7 @@ func BenchmarkSendRoutes(b *testing.B) {
 			prefixes := make([]netip.Prefix, n)
 			pkts := make([][]byte, n)
 			for i := range prefixes {
-				// Every other /28, so that none of them join.
+				// Every second /28, so that no two can be merged.
 				var a [4]byte
 				binary.BigEndian.PutUint32(a[:], 10<<24|uint32(i)<<5)
 				prefixes[i] = netip.PrefixFrom(netip.AddrFrom4(a), 28)

@@ -23,30 +23,37 @@ import (
 
 func TestPacketsBothWays(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
-	for _, tc := range []struct{ from, to netip.Addr }{{clientAddr4, target4},
-		{clientAddr6, target6}} {
-		up := echoPacket(tc.from, tc.to, 64, 100)
-		if d := client.Send(up, tun.Headroom); d != DropNone {
-			t.Fatalf("up: dropped, %v", d)
-		}
-		if got := proxy.device.next(t); !bytes.Equal(got, up[tun.Headroom:]) {
-			t.Errorf("up: got % x, sent % x", got, up[tun.Headroom:])
-		}
-		down := echoPacket(tc.to, tc.from, 64, 100)
-		if d := proxy.Send(down, tun.Headroom); d != DropNone {
-			t.Fatalf("down: dropped, %v", d)
-		}
-		if got := parse(t, client.device.next(t)); got.Src != tc.to || got.Dst != tc.from {
-			t.Errorf("down: got %+v", got)
-		}
+	for _, tc := range []struct {
+		name     string
+		from, to netip.Addr
+	}{
+		{"IPv4", clientAddr4, target4},
+		{"IPv6", clientAddr6, target6},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			up := echoPacket(tc.from, tc.to, 64, 100)
+			if d := client.Send(up, tun.Headroom); d != DropNone {
+				t.Fatalf("to the proxy: dropped, %v", d)
+			}
+			if got := proxy.device.next(t); !bytes.Equal(got, up[tun.Headroom:]) {
+				t.Errorf("to the proxy: got % x, sent % x", got, up[tun.Headroom:])
+			}
+			down := echoPacket(tc.to, tc.from, 64, 100)
+			if d := proxy.Send(down, tun.Headroom); d != DropNone {
+				t.Fatalf("to the client: dropped, %v", d)
+			}
+			if got := parse(t, client.device.next(t)); got.Src != tc.to || got.Dst != tc.from {
+				t.Errorf("to the client: got %+v", got)
+			}
+		})
 	}
 	if n := proxy.stats.Receive.Packets.Load(); n != 2 {
 		t.Errorf("proxy counted %d packets, want 2", n)
 	}
 }
 
-// The hop limit goes down right before a packet leaves in a datagram, unless
-// this host made the packet (RFC 9484 section 7.2).
+// The hop limit is decremented when a packet is sent in a datagram, unless this
+// host made the packet (RFC 9484 section 7.2).
 func TestHopLimit(t *testing.T) {
 	for _, tc := range []struct {
 		name      string
@@ -56,7 +63,7 @@ func TestHopLimit(t *testing.T) {
 	}{
 		{"forwarded", target4, false, 64, 63},
 		{"forwarded IPv6", target6, false, 2, 1},
-		{"used up", target4, false, 1, 0},
+		{"exceeded", target4, false, 1, 0},
 		{"own address", proxyAddr4, false, 1, 1},
 		{"left to the kernel", target4, true, 1, 1},
 	} {
@@ -138,8 +145,8 @@ func TestPolicyRefuses(t *testing.T) {
 	})
 }
 
-// Errors from any router on the path pass when the packet that they quote could
-// have gone through the tunnel (section 7.2.1).
+// An ICMP error passes, from any source, if the packet that it quotes could
+// have been sent through the tunnel (RFC 9484 section 7.2.1).
 func TestICMPErrorsAreJudgedByTheirQuote(t *testing.T) {
 	client, proxy := newPair(t, Config{}, Config{Self: []netip.Addr{proxyAddr4}})
 	if err := proxy.Assign([]capsule.Address{{Prefix: host(clientAddr4)}}); err != nil {
@@ -155,8 +162,7 @@ func TestICMPErrorsAreJudgedByTheirQuote(t *testing.T) {
 	errorAbout := func(src, dst netip.Addr) []byte {
 		invoking := echoPacket(src, dst, 1, 64)[tun.Headroom:]
 		buf, ok := ippacket.AppendICMPError(make([]byte, tun.Headroom), invoking,
-			parse(t, invoking),
-			ippacket.HopLimitExceeded, router, 0)
+			parse(t, invoking), ippacket.HopLimitExceeded, router, 0)
 		if !ok {
 			t.Fatal("no ICMP error was made")
 		}
@@ -220,11 +226,10 @@ func TestTooBig(t *testing.T) {
 	})
 }
 
-// fakeQUIC is a QUIC connection that carries datagrams of up to limit bytes,
-// and keeps them.
+// fakeQUIC is a QUIC connection that records datagrams.
 type fakeQUIC struct {
-	limit int
-	sent  [][]byte
+	limit int      // maximum length of a datagram in bytes
+	sent  [][]byte // copies of the datagrams
 }
 
 func (f *fakeQUIC) SendDatagram(b []byte) error {
@@ -235,8 +240,7 @@ func (f *fakeQUIC) SendDatagram(b []byte) error {
 	return nil
 }
 
-// fakeStream is a request stream on which nothing comes in, and what is written
-// goes nowhere.
+// fakeStream is a request stream that receives nothing and discards writes.
 type fakeStream struct{ Stream }
 
 func (fakeStream) StreamID() quic.StreamID          { return 4 }
@@ -246,7 +250,7 @@ func (fakeStream) SetWriteDeadline(time.Time) error { return nil }
 func (f *fakeQUIC) CloseWithError(quic.ApplicationErrorCode, string) error { return nil }
 func (f *fakeQUIC) ConnectionStats() quic.ConnectionStats                  { return quic.ConnectionStats{} }
 
-// newFake makes a Conn without a network.
+// newFake returns a Conn without a network.
 func newFake(f *fakeQUIC, cfg Config) *Conn {
 	c := New(fakeStream{}, nil, cfg)
 	c.datagrams.conn = f
@@ -254,7 +258,7 @@ func newFake(f *fakeQUIC, cfg Config) *Conn {
 	return c
 }
 
-// A peer may say that it takes datagrams, but none that a packet fits in.
+// A peer may accept only datagrams that are too short for a packet.
 func TestNoRoomForPackets(t *testing.T) {
 	c := newFake(&fakeQUIC{limit: 0},
 		Config{Device: make(device, 8), Stats: &Stats{}, Self: []netip.Addr{proxyAddr4}})
@@ -274,7 +278,7 @@ func clearDontFragment(pkt []byte) {
 	binary.BigEndian.PutUint16(pkt[10:], uint16(sum+sum>>16))
 }
 
-// Each ADDRESS_ASSIGN and each ROUTE_ADVERTISEMENT replaces the last one.
+// Each ADDRESS_ASSIGN and ROUTE_ADVERTISEMENT replaces the previous one.
 func TestCapsulesReplace(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	if err := proxy.Assign([]capsule.Address{{Prefix: host(clientAddr6)}}); err != nil {
@@ -307,8 +311,7 @@ func TestRequestIsAnswered(t *testing.T) {
 	}
 }
 
-// What breaks the rules for capsules resets the stream with the code that RFC
-// 9297 section 3.3 gives.
+// An invalid capsule resets the stream with the code of RFC 9297 section 3.3.
 func TestMalformedCapsuleResetsTheStream(t *testing.T) {
 	for name, tc := range map[string]struct {
 		capsules []byte
@@ -350,7 +353,7 @@ func TestMalformedCapsuleResetsTheStream(t *testing.T) {
 
 func repeat(b []byte, n int) []byte { return bytes.Repeat(b, n) }
 
-// A DATAGRAM capsule carries a packet like a QUIC datagram, and unknown
+// A DATAGRAM capsule carries a packet like a QUIC datagram does, and unknown
 // capsules are skipped.
 func TestDatagramCapsule(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
@@ -365,7 +368,7 @@ func TestDatagramCapsule(t *testing.T) {
 	}
 }
 
-// What a capsule carries may be longer than any datagram.
+// A packet in a capsule may be longer than any datagram.
 func TestLongestPacket(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	pkt := echoPacket(clientAddr4, target4, 64, 65530)[tun.Headroom:]
@@ -381,14 +384,15 @@ func TestLongestPacket(t *testing.T) {
 func TestUnknownContextIsDropped(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	prefix := quicvarint.Append(nil, uint64(client.stream.StreamID())/4)
-	for _, payload := range [][]byte{{2, 0x45}, {}, {0x40}} { // context 2, none, half of one
+	// Context ID 2, no context ID, and half a context ID.
+	for _, payload := range [][]byte{{2, 0x45}, {}, {0x40}} {
 		if err := client.quic.SendDatagram(append(bytes.Clone(prefix), payload...)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	waitCount(t, func() bool { return proxy.stats.Receive.drops[DropUnknownContext].Load() == 3 })
 	if d := client.Send(echoPacket(clientAddr4, target4, 64, 64), tun.Headroom); d != DropNone {
-		t.Fatalf("the stream does not live: %v", d)
+		t.Fatalf("the stream ended: %v", d)
 	}
 	proxy.device.next(t)
 }
@@ -401,10 +405,10 @@ func TestProbe(t *testing.T) {
 	select {
 	case <-client.FirstPacket():
 	default:
-		t.Error("Probe returned without a sign of life")
+		t.Error("Probe returned before a packet was received")
 	}
-	// The other probe is for peers that answer with their IP stack: it expires
-	// there.
+	// The other probe is for peers that answer with their IP stack. Its hop
+	// limit expires there.
 	p := parse(t, proxy.device.next(t))
 	if p.HopLimit != 1 || p.Src != clientAddr4 {
 		t.Errorf("got %+v", p)
@@ -449,8 +453,8 @@ func TestEnds(t *testing.T) {
 	})
 }
 
-// stuckQUIC is a QUIC connection whose queue of datagrams is full until it is
-// closed.
+// stuckQUIC is a QUIC connection whose queue of datagrams is full until the
+// connection is closed.
 type stuckQUIC struct{ closed chan struct{} }
 
 func (q stuckQUIC) SendDatagram([]byte) error {
@@ -465,7 +469,7 @@ func (q stuckQUIC) CloseWithError(quic.ApplicationErrorCode, string) error {
 
 func (q stuckQUIC) ConnectionStats() quic.ConnectionStats { return quic.ConnectionStats{} }
 
-// A peer that takes no packets cannot keep its session from ending.
+// A Conn ends even if the peer accepts no packets.
 func TestEndsThoughPacketsAreStuck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := New(fakeStream{}, nil, Config{})
@@ -478,7 +482,8 @@ func TestEndsThoughPacketsAreStuck(t *testing.T) {
 	})
 }
 
-// blockedStream is a request stream whose peer does not read.
+// blockedStream is a request stream whose peer does not read. A write closes
+// writing and waits until ended is closed.
 type blockedStream struct {
 	fakeStream
 	writing, ended chan struct{}
@@ -490,8 +495,7 @@ func (s blockedStream) Write([]byte) (int, error) {
 	return 0, errors.New("ended")
 }
 
-// A peer that does not read holds up the capsules to it, but no change of its
-// policy.
+// A peer that does not read delays its capsules, but no change of the policy.
 func TestPolicyChangesWhileTheStreamIsBlocked(t *testing.T) {
 	str := blockedStream{writing: make(chan struct{}), ended: make(chan struct{})}
 	c := New(str, nil, Config{})
@@ -518,12 +522,12 @@ func wantICMP(t *testing.T, pkt []byte, dst netip.Addr, typ, code uint8) {
 	p := parse(t, pkt)
 	if p.Dst != dst || !ippacket.IsICMPError(pkt, p) || pkt[p.HeaderLen] != typ ||
 		pkt[p.HeaderLen+1] != code {
-		t.Errorf("got an answer to %v of type %d code %d, want to %v, %d, %d", p.Dst,
+		t.Errorf("got an answer to %v with type %d, code %d, want to %v, %d, %d", p.Dst,
 			pkt[p.HeaderLen], pkt[p.HeaderLen+1], dst, typ, code)
 	}
 }
 
-// sendRaw sends a packet with headroom past the sender's own policy.
+// sendRaw sends the packet behind buf's headroom without checking e's policy.
 func sendRaw(t *testing.T, e *end, buf []byte) {
 	t.Helper()
 	if err := e.datagrams.send(buf, tun.Headroom); err != nil {
@@ -545,39 +549,44 @@ func waitCount(t *testing.T, done func() bool) {
 	}
 }
 
-// A host learns at once that a tunnel does not carry a family at all, from
-// whatever address it sends.
+// A host that sends from any address of a family learns at once that the tunnel
+// carries no packets of that family.
 func TestFamilyWithoutAddress(t *testing.T) {
 	for _, tc := range []struct {
+		name               string
 		assigned, src, dst netip.Addr
 		typ, code          uint8
 	}{
-		{clientAddr4, clientAddr6, target6, 1, 0},
-		{clientAddr6, clientAddr4, target4, 3, 0},
+		{"IPv6 through a tunnel for IPv4", clientAddr4, clientAddr6, target6, 1, 0},
+		{"IPv4 through a tunnel for IPv6", clientAddr6, clientAddr4, target4, 3, 0},
 	} {
-		client, proxy := newPair(t, Config{}, Config{Self: []netip.Addr{proxyAddr4, proxyAddr6}})
-		if err := proxy.Assign([]capsule.Address{{Prefix: host(tc.assigned)}}); err != nil {
-			t.Fatal(err)
-		}
-		<-client.assigns
-		if d := client.Send(echoPacket(tc.src, tc.dst, 64, 100), tun.Headroom); d != DropSource {
-			t.Errorf("from %v: %v", tc.src, d)
-		}
-		got := client.device.next(t)
-		p := parse(t, got)
-		if !ippacket.IsICMPError(got, p) || got[p.HeaderLen] != tc.typ ||
-			got[p.HeaderLen+1] != tc.code || p.Dst != tc.src {
-			t.Errorf("from %v: answered with % x", tc.src, got)
-		}
-		if tc.src.Is6() && !p.Src.IsLinkLocalUnicast() {
-			t.Errorf("answered from %v", p.Src)
-		}
+		t.Run(tc.name, func(t *testing.T) {
+			client, proxy := newPair(t, Config{},
+				Config{Self: []netip.Addr{proxyAddr4, proxyAddr6}})
+			if err := proxy.Assign([]capsule.Address{{Prefix: host(tc.assigned)}}); err != nil {
+				t.Fatal(err)
+			}
+			<-client.assigns
+			if d := client.Send(echoPacket(tc.src, tc.dst, 64, 100),
+				tun.Headroom); d != DropSource {
+				t.Errorf("from %v: %v", tc.src, d)
+			}
+			got := client.device.next(t)
+			p := parse(t, got)
+			if !ippacket.IsICMPError(got, p) || got[p.HeaderLen] != tc.typ ||
+				got[p.HeaderLen+1] != tc.code || p.Dst != tc.src {
+				t.Errorf("from %v: answered with % x", tc.src, got)
+			}
+			if tc.src.Is6() && !p.Src.IsLinkLocalUnicast() {
+				t.Errorf("answered from %v", p.Src)
+			}
+		})
 	}
 }
 
-// What does not belong on the wire is answered as a router would (RFC 4443
-// section 3.1, code 2, and RFC 7112 section 5).
-func TestAnswersOfARouter(t *testing.T) {
+// Packets that must not be forwarded are answered with the ICMP errors of a
+// router (RFC 4443 section 3.1, code 2, and RFC 7112 section 5).
+func TestRouterICMPErrors(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	linkLocal := netip.MustParseAddr("fe80::77")
 	if d := client.Send(echoPacket(linkLocal, target6, 64, 64), tun.Headroom); d != DropLinkLocal {
@@ -585,11 +594,12 @@ func TestAnswersOfARouter(t *testing.T) {
 	}
 	wantICMP(t, client.device.next(t), linkLocal, 1, 2)
 
-	cut := echoPacket(clientAddr6, target6, 64, 56)
-	cut[tun.Headroom+6] = 60 // destination options, which claim more than the packet has
-	cut[tun.Headroom+41] = 200
-	if d := client.Send(cut, tun.Headroom); d != DropMalformed {
-		t.Errorf("header chain that is cut: %v", d)
+	// A destination options header that is longer than the packet.
+	truncated := echoPacket(clientAddr6, target6, 64, 56)
+	truncated[tun.Headroom+6] = 60
+	truncated[tun.Headroom+41] = 200
+	if d := client.Send(truncated, tun.Headroom); d != DropMalformed {
+		t.Errorf("truncated header chain: %v", d)
 	}
 	answer := client.device.next(t)
 	if p := parse(t, answer); answer[p.HeaderLen] != 1 && answer[p.HeaderLen] != 4 {
@@ -600,8 +610,8 @@ func TestAnswersOfARouter(t *testing.T) {
 	waitCount(t, func() bool { return proxy.stats.ICMPSent.Total() > 0 })
 }
 
-// A connection that begins with small packets, as on a path that may be narrow,
-// comes to carry IPv6 without any traffic.
+// A link whose connection starts with small packets, because the path may be
+// narrow, becomes large enough for IPv6 without any traffic.
 func TestIdleLinkGrows(t *testing.T) {
 	grown := func(e *end) bool {
 		n, err := e.datagrams.mtu()
@@ -612,9 +622,10 @@ func TestIdleLinkGrows(t *testing.T) {
 	}
 	client, proxy := rawPairSize(t, Config{}, Config{}, 1200)
 	for tries := 1; grown(client) || grown(proxy); tries++ {
-		// on a busy machine QUIC may have gone on before anybody looked
+		// On a busy machine QUIC may increase its packet size before grown is
+		// called.
 		if tries == 20 {
-			t.Fatalf("no pair began with small packets")
+			t.Fatalf("no pair started with small packets")
 		}
 		client, proxy = rawPairSize(t, Config{}, Config{}, 1200)
 	}
@@ -626,7 +637,7 @@ func TestIdleLinkGrows(t *testing.T) {
 	waitCount(t, func() bool { return client.MTU() >= MinIPv6MTU && proxy.MTU() >= MinIPv6MTU })
 }
 
-// How long a capsule may be is up to who receives it.
+// Config.MaxCapsule of the receiver limits the length of capsules.
 func TestLongCapsule(t *testing.T) {
 	var many []capsule.Route
 	for i := range 3000 {
@@ -638,7 +649,7 @@ func TestLongCapsule(t *testing.T) {
 		limit   int
 		refused bool
 	}{
-		{"by default", 0, true},
+		{"default", 0, true},
 		{"long enough", len(many) * capsule.MaxRouteLen, false},
 		{"a byte less", len(many)*capsule.MaxRouteLen - 1, true},
 	} {
@@ -655,7 +666,7 @@ func TestLongCapsule(t *testing.T) {
 				t.Fatal(err)
 			}
 			if n := len(<-client.routes); n != len(many) {
-				t.Errorf("%d routes came, want %d", n, len(many))
+				t.Errorf("received %d routes, want %d", n, len(many))
 			}
 		})
 	}

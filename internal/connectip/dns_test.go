@@ -10,8 +10,8 @@ import (
 	"masquevpn/capsule"
 )
 
-// What is said about DNS and NAT64 arrives, in both directions, and the last
-// word counts.
+// DNS_ASSIGN and PREF64 capsules work in both directions, and each replaces the
+// previous one.
 func TestDNSAndPREF64(t *testing.T) {
 	client, proxy := newPair(t, Config{}, Config{})
 	corp := []capsule.DNSConfiguration{{
@@ -21,25 +21,25 @@ func TestDNSAndPREF64(t *testing.T) {
 		SearchDomains:   []string{"corp.example", "example"},
 	}}
 	wellKnown := []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")}
-	for _, way := range []struct {
+	for _, tc := range []struct {
 		name     string
 		from, to *end
 	}{{"to the client", proxy, client}, {"to the proxy", client, proxy}} {
-		t.Run(way.name, func(t *testing.T) {
+		t.Run(tc.name, func(t *testing.T) {
 			for _, want := range [][]capsule.DNSConfiguration{corp, nil} {
-				if err := way.from.AssignDNS(want); err != nil {
+				if err := tc.from.AssignDNS(want); err != nil {
 					t.Fatal(err)
 				}
-				if diff := cmp.Diff(want, <-way.to.dns, cmpopts.EquateComparable(netip.Addr{}),
+				if diff := cmp.Diff(want, <-tc.to.dns, cmpopts.EquateComparable(netip.Addr{}),
 					cmpopts.EquateEmpty()); diff != "" {
 					t.Errorf("(-want +got):\n%s", diff)
 				}
 			}
 			for _, want := range [][]netip.Prefix{wellKnown, nil} {
-				if err := way.from.SendPREF64(want); err != nil {
+				if err := tc.from.SendPREF64(want); err != nil {
 					t.Fatal(err)
 				}
-				if diff := cmp.Diff(want, <-way.to.pref64, cmpopts.EquateComparable(netip.Prefix{}),
+				if diff := cmp.Diff(want, <-tc.to.pref64, cmpopts.EquateComparable(netip.Prefix{}),
 					cmpopts.EquateEmpty()); diff != "" {
 					t.Errorf("(-want +got):\n%s", diff)
 				}
@@ -50,6 +50,6 @@ func TestDNSAndPREF64(t *testing.T) {
 		t.Error("a configuration without nameservers was sent")
 	}
 	if err := proxy.SendPREF64([]netip.Prefix{netip.MustParsePrefix("64:ff9b::/95")}); err == nil {
-		t.Error("a prefix of a length that NAT64 does not have was sent")
+		t.Error("a prefix with a length that NAT64 does not allow was sent")
 	}
 }

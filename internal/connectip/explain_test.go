@@ -44,7 +44,7 @@ func TestExplain(t *testing.T) {
 			"the peer does not know the connection any more, as after a restart"},
 		{"finished", ErrClosedByPeer, "the peer closed the tunnel"},
 		{"malformed", capsule.ErrMalformed, capsule.ErrMalformed.Error()},
-		{"ours", errors.New("replaced"), "replaced"},
+		{"other error", errors.New("replaced"), "replaced"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			if got := Explain(tc.err); got != tc.want {

@@ -8,8 +8,8 @@ import (
 	"masquevpn/tun"
 )
 
-// What Filter leaves out of the peer's capsules permits nothing, whatever the
-// peer says; what it returns, and later SetFiltered, does.
+// Only entries that Filter returns, or SetFiltered sets later, widen the
+// policy.
 func TestFilter(t *testing.T) {
 	lan, own := netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("10.1.0.200/32")
 	local := netip.MustParseAddr("127.0.0.1")
@@ -36,8 +36,8 @@ func TestFilter(t *testing.T) {
 	<-client.assigns
 	<-client.routes
 	<-proxy.assigns
-	if told := <-proxy.routes; len(told) != 1 || told[0] != everything[0] {
-		t.Errorf("the handler was told of %v, want what the peer advertised, %v", told, everything)
+	if got := <-proxy.routes; len(got) != 1 || got[0] != everything[0] {
+		t.Errorf("the handler got %v, want all advertised routes, %v", got, everything)
 	}
 
 	t.Run("accepted source", func(t *testing.T) {
@@ -84,10 +84,10 @@ func TestFilter(t *testing.T) {
 	})
 }
 
-// A peer that does not read its stream does not hold up changes of the policy.
+// The policy changes even while a capsule waits for the peer to read.
 func TestPolicyChangesWhileACapsuleIsSent(t *testing.T) {
 	client, proxy := newPair(t, Config{}, Config{Static: []netip.Prefix{host(proxyAddr4)}})
-	proxy.writeMu.Lock() // as a write does that waits for the peer
+	proxy.writeMu.Lock() // like a write that waits for the peer
 	defer proxy.writeMu.Unlock()
 	if err := client.Advertise(capsule.Routes([]netip.Prefix{host(elsewhere4)}, 0)); err != nil {
 		t.Fatal(err)
@@ -104,6 +104,6 @@ func TestPolicyChangesWhileACapsuleIsSent(t *testing.T) {
 	}
 	if d := proxy.Send(echoPacket(proxyAddr4, elsewhere4, 64, 64),
 		tun.Headroom); d != DropDestination {
-		t.Errorf("after it is accepted no more: %v", d)
+		t.Errorf("after SetFiltered removed the destination: %v", d)
 	}
 }

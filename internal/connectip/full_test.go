@@ -16,9 +16,9 @@ import (
 	"masquevpn/tun"
 )
 
-// Capsules get through while the queue of datagrams, each of which fills a
-// packet, never runs empty. With the stock quic-go they wait until it does:
-// this is what the edit "control" is for.
+// Capsules are sent even while the queue of datagrams, each of which fills a
+// packet, is never empty. The stock quic-go sends capsules only when it is; the
+// patch 0011-control changes that.
 func TestCapsulesThroughAFullTunnel(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	const rounds = 10
@@ -75,7 +75,7 @@ func fillQueue(t *testing.T, e *end) (stop func()) {
 	}
 }
 
-// TrySend drops what Send would wait with.
+// TrySend drops a packet where Send would block.
 func TestTrySend(t *testing.T) {
 	_, proxy := remoteAccess(t, Config{})
 	defer fillQueue(t, proxy)()
@@ -84,6 +84,6 @@ func TestTrySend(t *testing.T) {
 			tun.Headroom) == DropQueueFull
 	})
 	if got := proxy.stats.Send.Drops()[DropQueueFull.String()]; got != 1 {
-		t.Errorf("%d packets are counted as dropped, want 1", got)
+		t.Errorf("%d packets counted as dropped, want 1", got)
 	}
 }

@@ -13,7 +13,7 @@ import (
 	"masquevpn/tun"
 )
 
-// recorder is a device that keeps what is written to it.
+// recorder is a device that records packets.
 type recorder struct{ packets [][]byte }
 
 func (d *recorder) BatchSize() int { return 8 }
@@ -25,9 +25,9 @@ func (d *recorder) Write(bufs [][]byte, offset int) (int, error) {
 	return len(bufs), nil
 }
 
-// FuzzDatagram takes data as a datagram of the peer, and as a packet of the
-// host, at a proxy and at a client. Whatever it is, only what the policy allows
-// gets to the other side, besides ICMP errors of this endpoint to who sent it.
+// FuzzDatagram passes data as a datagram of the peer and as a packet of the
+// host to a proxy and a client. Only packets that the policy allows may reach
+// the other side. Their senders may get ICMP errors, and nothing else.
 func FuzzDatagram(f *testing.F) {
 	addrs := []netip.Addr{clientAddr4, clientAddr6, proxyAddr4, proxyAddr6, target4, target6,
 		elsewhere4, allNodes}
@@ -63,32 +63,32 @@ func FuzzDatagram(f *testing.F) {
 			protocol = 17
 		}
 		for _, client := range []bool{false, true} {
-			datagram(t, data, int(limit), protocol, client)
+			checkDatagram(t, data, int(limit), protocol, client)
 		}
 	})
 }
 
-// datagram checks what FuzzDatagram says, with routes of a protocol that ends
-// at a client or at a proxy.
-func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool) {
-	device, quic := &recorder{}, &fakeQUIC{limit: limit}
+// checkDatagram does the checks of FuzzDatagram for a client or a proxy, with
+// routes for one protocol.
+func checkDatagram(t *testing.T, data []byte, limit int, protocol uint8, client bool) {
+	device, conn := &recorder{}, &fakeQUIC{limit: limit}
 	cfg := Config{Device: device, Stats: &Stats{}}
-	granted := []capsule.Address{{Prefix: host(clientAddr4)}, {Prefix: host(clientAddr6)}}
+	assigned := []capsule.Address{{Prefix: host(clientAddr4)}, {Prefix: host(clientAddr6)}}
 	routes := capsule.Routes([]netip.Prefix{host(proxyAddr4), netip.MustParsePrefix("192.0.2.0/24"),
 		netip.MustParsePrefix("::/0")}, protocol)
 	var c *Conn
 	if client {
 		cfg.Handler.Assigned = func([]capsule.Address) error { return nil }
 		cfg.Handler.Routes = func([]capsule.Route) error { return nil }
-		c = newFake(quic, cfg)
-		check(t, c.handleAssign(granted))
+		c = newFake(conn, cfg)
+		check(t, c.handleAssign(assigned))
 		check(t, c.handleRoutes(routes))
 	} else {
 		cfg.Self = []netip.Addr{proxyAddr4, proxyAddr6}
 		cfg.Denied = []netip.Prefix{netip.MustParsePrefix("192.0.2.128/25"),
 			netip.MustParsePrefix("fd77::/64")}
-		c = newFake(quic, cfg)
-		check(t, c.Assign(granted))
+		c = newFake(conn, cfg)
+		check(t, c.Assign(assigned))
 		check(t, c.Advertise(routes))
 	}
 	pol := c.policy.Load()
@@ -103,9 +103,9 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 	for !c.answerSender.Idle() {
 		runtime.Gosched()
 	}
-	var came netip.Addr
+	var sender netip.Addr
 	if _, n, err := quicvarint.Parse(data); err == nil {
-		came = source(data[n:])
+		sender = source(data[n:])
 	}
 	if in.batch != nil {
 		pkt := in.batch.bufs[0][tun.Headroom:]
@@ -113,7 +113,7 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 		_, n, err := quicvarint.Parse(data)
 		switch {
 		case err != nil || !bytes.Equal(pkt, data[n:]):
-			t.Errorf("changed on the way: % x", pkt)
+			t.Errorf("delivered changed: % x", pkt)
 		case pol.isSelf(p.Src) || !pol.recvFrom.allow(p.Src, p.Protocol) &&
 			!quotes(pkt, p, maySend, pol.sendTo):
 			t.Errorf("delivered from %v", p.Src)
@@ -123,11 +123,11 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 			t.Errorf("delivered from %v to %v", p.Src, p.Dst)
 		}
 	}
-	for _, b := range quic.sent {
+	for _, b := range conn.sent {
 		pkt := b[2:]
 		p := parse(t, pkt)
 		_, _, _, _, echo := ippacket.ParseEcho(pkt, p)
-		if !ippacket.IsICMPError(pkt, p) && !(echo && p.Src == c.echo.addr) || p.Dst != came {
+		if !ippacket.IsICMPError(pkt, p) && !(echo && p.Src == c.echo.addr) || p.Dst != sender {
 			t.Errorf("answered from %v to %v", p.Src, p.Dst)
 		}
 	}
@@ -136,11 +136,11 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 	}
 
 	// From the host.
-	quic.sent = nil
+	conn.sent = nil
 	buf := append(make([]byte, tun.Headroom), data[min(1, len(data)):]...)
 	original := bytes.Clone(buf[tun.Headroom:])
 	c.Send(buf, tun.Headroom)
-	for _, b := range quic.sent {
+	for _, b := range conn.sent {
 		pkt := b[2:]
 		p := parse(t, pkt)
 		o := parse(t, original)
@@ -164,7 +164,7 @@ func datagram(t *testing.T, data []byte, limit int, protocol uint8, client bool)
 	}
 }
 
-// source returns the source of what looks like a packet.
+// source returns the source address of pkt, which may be malformed.
 func source(pkt []byte) netip.Addr {
 	switch {
 	case len(pkt) >= 20 && pkt[0]>>4 == 4:
@@ -175,8 +175,8 @@ func source(pkt []byte) netip.Addr {
 	return netip.Addr{}
 }
 
-// quotes reports whether pkt is an ICMP error to the source of what it quotes,
-// which was sent from and to where that is allowed.
+// quotes reports whether pkt is an ICMP error to the source of the packet that
+// it quotes, and from and to allow that packet.
 func quotes(pkt []byte, p ippacket.Packet, from func(netip.Addr, uint8) bool, to ranges) bool {
 	q, ok := ippacket.Quoted(pkt, p)
 	return ok && q.Src == p.Dst && from(q.Src, q.Protocol) && to.allow(q.Dst, q.Protocol)

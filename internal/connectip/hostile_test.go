@@ -20,22 +20,22 @@ import (
 	"masquevpn/tun"
 )
 
-// deafStream is a request stream whose peer neither sends nor reads.
-type deafStream struct {
+// stalledStream is a request stream whose peer neither sends nor reads.
+type stalledStream struct {
 	ctx       context.Context
-	deadlines chan time.Time
-	writing   chan time.Time // each deadline that a write took note of
-	written   chan struct{}  // closed with the write side
-	read      chan struct{}  // and with the read side
-	ended     string         // how the write side was
+	deadlines chan time.Time // arguments of SetWriteDeadline
+	writing   chan time.Time // deadlines that a running Write applied
+	written   chan struct{}  // closed when the write side ends
+	read      chan struct{}  // closed when the read side ends
+	ended     string         // "closed" or "reset": how the write side ended
 }
 
-func newDeafStream() *deafStream {
-	return &deafStream{ctx: context.Background(), deadlines: make(chan time.Time, 10),
+func newStalledStream() *stalledStream {
+	return &stalledStream{ctx: context.Background(), deadlines: make(chan time.Time, 10),
 		writing: make(chan time.Time, 10), written: make(chan struct{}), read: make(chan struct{})}
 }
 
-func (s *deafStream) Write([]byte) (int, error) {
+func (s *stalledStream) Write([]byte) (int, error) {
 	var timeout <-chan time.Time
 	for {
 		select {
@@ -50,33 +50,33 @@ func (s *deafStream) Write([]byte) (int, error) {
 	}
 }
 
-func (s *deafStream) end(how string) {
+func (s *stalledStream) end(how string) {
 	if s.ended == "" {
 		s.ended = how
 		close(s.written)
 	}
 }
 
-func (s *deafStream) Read([]byte) (int, error) {
+func (s *stalledStream) Read([]byte) (int, error) {
 	<-s.read
 	return 0, errors.New("canceled")
 }
 
-func (s *deafStream) ReceiveDatagram(ctx context.Context) ([]byte, error) {
+func (s *stalledStream) ReceiveDatagram(ctx context.Context) ([]byte, error) {
 	<-ctx.Done()
 	return nil, ctx.Err()
 }
 
-func (s *deafStream) Close() error                          { s.end("closed"); return nil }
-func (s *deafStream) CancelWrite(code quic.StreamErrorCode) { s.end("reset") }
-func (s *deafStream) CancelRead(quic.StreamErrorCode)       { close(s.read) }
-func (s *deafStream) SetWriteDeadline(d time.Time) error    { s.deadlines <- d; return nil }
-func (s *deafStream) Context() context.Context              { return s.ctx }
-func (s *deafStream) StreamID() quic.StreamID               { return 4 }
+func (s *stalledStream) Close() error                          { s.end("closed"); return nil }
+func (s *stalledStream) CancelWrite(code quic.StreamErrorCode) { s.end("reset") }
+func (s *stalledStream) CancelRead(quic.StreamErrorCode)       { close(s.read) }
+func (s *stalledStream) SetWriteDeadline(d time.Time) error    { s.deadlines <- d; return nil }
+func (s *stalledStream) Context() context.Context              { return s.ctx }
+func (s *stalledStream) StreamID() quic.StreamID               { return 4 }
 
-// deaf runs a Conn on a deafStream, and returns what Run returned.
-func deaf(t *testing.T) (c *Conn, s *deafStream, stop func(), done chan error) {
-	s = newDeafStream()
+// runStalled runs a Conn on a stalledStream. done receives the result of Run.
+func runStalled(t *testing.T) (c *Conn, s *stalledStream, stop func(), done chan error) {
+	s = newStalledStream()
 	c = New(s, nil, Config{Device: make(device, 1), Stats: &Stats{}})
 	c.datagrams.conn = &fakeQUIC{limit: 1400}
 	ctx, stop := context.WithCancel(t.Context())
@@ -85,11 +85,11 @@ func deaf(t *testing.T) (c *Conn, s *deafStream, stop func(), done chan error) {
 	return c, s, stop, done
 }
 
-// A peer that does not read a capsule is given up after a while, and until then
-// nothing else waits for it.
+// The tunnel ends if the peer does not read a capsule for writeTimeout. Until
+// then, changes of the policy do not wait for the peer.
 func TestPeerThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, s, stop, done := deaf(t)
+		c, s, stop, done := runStalled(t)
 		defer stop()
 		start := time.Now()
 		wrote := make(chan error, 1)
@@ -108,7 +108,7 @@ func TestPeerThatDoesNotRead(t *testing.T) {
 			t.Errorf("Advertise: %v", err)
 		}
 		if took := time.Since(start); took != writeTimeout {
-			t.Errorf("given up after %v, want %v", took, writeTimeout)
+			t.Errorf("the tunnel ended after %v, want %v", took, writeTimeout)
 		}
 		if s.ended != "reset" {
 			t.Errorf("the stream was %s in the middle of a capsule", s.ended)
@@ -119,13 +119,13 @@ func TestPeerThatDoesNotRead(t *testing.T) {
 	})
 }
 
-// A tunnel that ends while its peer does not read is not held up, and its
-// stream not closed in the middle of a capsule.
+// A tunnel whose peer does not read ends without delay, and its stream is not
+// closed in the middle of a capsule.
 func TestEndWhilePeerDoesNotRead(t *testing.T) {
 	t.Run("in a capsule", func(t *testing.T) {
-		// not in a bubble, where time stands still for a goroutine that waits
-		// for a mutex
-		c, s, stop, done := deaf(t)
+		// Not in a synctest bubble, because a goroutine that waits for a mutex
+		// is not durably blocked.
+		c, s, stop, done := runStalled(t)
 		wrote := make(chan error, 1)
 		go func() { wrote <- c.Advertise(nil) }()
 		first := <-s.writing
@@ -137,16 +137,16 @@ func TestEndWhilePeerDoesNotRead(t *testing.T) {
 			t.Errorf("Advertise: %v; the stream was %s", err, s.ended)
 		}
 		if last := <-s.writing; !last.Before(first) {
-			t.Errorf("the capsule had until %v, and at the end until %v", first, last)
+			t.Errorf("deadline of the capsule: %v, later %v, want an earlier one", first, last)
 		}
 	})
 	t.Run("between capsules", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			c, s, stop, done := deaf(t)
+			c, s, stop, done := runStalled(t)
 			synctest.Wait()
 			stop()
 			if err := <-done; err != nil || s.ended != "closed" {
-				t.Errorf("Run: %v; the stream was %s, want closed in good order", err, s.ended)
+				t.Errorf("Run: %v; the stream was %s, want closed", err, s.ended)
 			}
 			if err := c.Advertise(nil); err == nil {
 				t.Error("a capsule was written after the end")
@@ -155,23 +155,25 @@ func TestEndWhilePeerDoesNotRead(t *testing.T) {
 	})
 }
 
-// A peer that refuses to hear more ends the tunnel.
+// A peer that sends STOP_SENDING ends the tunnel.
 func TestStopSending(t *testing.T) {
-	for code, inOrder := range map[http3.ErrCode]bool{http3.ErrCodeNoError: true,
+	for code, closed := range map[http3.ErrCode]bool{http3.ErrCodeNoError: true,
 		http3.ErrCodeRequestCanceled: false} {
-		client, proxy := rawPair(t, Config{}, Config{})
-		proxy.start(t.Context())
-		client.stream.CancelRead(quic.StreamErrorCode(code))
-		if err := proxy.wait(t); err == nil || errors.Is(err, ErrClosedByPeer) != inOrder {
-			t.Errorf("%v: Run returned %v", code, err)
-		}
-		client.start(t.Context())
-		client.wait(t)
+		t.Run(code.String(), func(t *testing.T) {
+			client, proxy := rawPair(t, Config{}, Config{})
+			proxy.start(t.Context())
+			client.stream.CancelRead(quic.StreamErrorCode(code))
+			if err := proxy.wait(t); err == nil || errors.Is(err, ErrClosedByPeer) != closed {
+				t.Errorf("Run returned %v", err)
+			}
+			client.start(t.Context())
+			client.wait(t)
+		})
 	}
 }
 
-// Capsules are handled at a rate that their effects can bear; long ones count
-// for more, and packets not at all.
+// The rate of capsules is limited. Long capsules count as several, and packets
+// are not limited.
 func TestPace(t *testing.T) {
 	routes := func(n int) *capsule.RouteAdvertisement {
 		return &capsule.RouteAdvertisement{Routes: make([]capsule.Route, n)}
@@ -183,11 +185,12 @@ func TestPace(t *testing.T) {
 		want    time.Duration
 	}{
 		{"packets", &capsule.Datagram{}, 10000, 0},
-		{"a burst", &capsule.AddressAssign{}, capsuleBurst, 0},
-		{"short ones", &capsule.DNSAssign{}, capsuleBurst + 100, 100 * time.Second / capsuleRate},
-		{"long ones", routes(10 * entriesPerCapsule), capsuleBurst,
+		{"burst", &capsule.AddressAssign{}, capsuleBurst, 0},
+		{"short capsules", &capsule.DNSAssign{}, capsuleBurst + 100,
+			100 * time.Second / capsuleRate},
+		{"long capsules", routes(10 * entriesPerCapsule), capsuleBurst,
 			(11*capsuleBurst - capsuleBurst) * time.Second / capsuleRate},
-		{"the longest", &capsule.AddressRequest{Addresses: make([]capsule.Address,
+		{"longest capsules", &capsule.AddressRequest{Addresses: make([]capsule.Address,
 			1000*entriesPerCapsule)}, 2, capsuleBurst * time.Second / capsuleRate},
 		{"prefixes", &capsule.PREF64{Prefixes: make([]netip.Prefix, 100)}, capsuleBurst, 0},
 	} {
@@ -200,14 +203,14 @@ func TestPace(t *testing.T) {
 					}
 				}
 				if took := time.Since(start).Round(time.Millisecond); took != tc.want {
-					t.Errorf("%d took %v, want %v", tc.n, took, tc.want)
+					t.Errorf("%d capsules took %v, want %v", tc.n, took, tc.want)
 				}
 			})
 		})
 	}
 }
 
-// flood writes b on the stream of e again and again, until the test ends.
+// flood writes b to the stream of e repeatedly until the test ends.
 func flood(t *testing.T, e *end, b []byte) {
 	done := make(chan struct{})
 	go func() {
@@ -224,7 +227,7 @@ func flood(t *testing.T, e *end, b []byte) {
 	})
 }
 
-// A tunnel that is held up ends all the same.
+// A tunnel ends even while a capsule waits because of the rate limit.
 func TestPacedPeerIsEnded(t *testing.T) {
 	client, proxy := newPair(t, Config{}, Config{})
 	flood(t, client, bytes.Repeat((&capsule.AddressAssign{}).Append(nil), 1000))
@@ -237,7 +240,7 @@ func TestPacedPeerIsEnded(t *testing.T) {
 	}
 }
 
-// More addresses than are looked at for each packet are too many.
+// A peer that assigns more than MaxAssigned addresses ends the tunnel.
 func TestTooManyAddresses(t *testing.T) {
 	assigned := make([]capsule.Address, MaxAssigned+1)
 	a := clientAddr4
@@ -259,28 +262,28 @@ func TestTooManyAddresses(t *testing.T) {
 	}
 }
 
-// While the device does not take packets, those in capsules wait in the stream:
-// they may be long.
+// While the device is blocked, packets in capsules wait in the stream. They may
+// be long, so memory must not hold many.
 func TestLongPacketsDoNotPileUp(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
-	for range cap(proxy.device) { // it takes no more
+	for range cap(proxy.device) { // fill the device
 		proxy.device <- nil
 	}
 	pkt := echoPacket(clientAddr4, target4, 64, 60000)[tun.Headroom:]
 	long := (&capsule.Datagram{Payload: append([]byte{contextIPPacket}, pkt...)}).Append(nil)
 	flood(t, client, long)
-	came := &proxy.stats.Receive.capsules[capsuleIndex(capsule.TypeDatagram)]
-	waitCount(t, func() bool { return came.Load() > 0 })
-	time.Sleep(100 * time.Millisecond) // for those that should not come
-	if n := came.Load(); n > 2 {
+	received := &proxy.stats.Receive.capsules[capsuleIndex(capsule.TypeDatagram)]
+	waitCount(t, func() bool { return received.Load() > 0 })
+	time.Sleep(100 * time.Millisecond) // give further packets the time to arrive
+	if n := received.Load(); n > 2 {
 		t.Errorf("%d packets wait", n)
 	}
-	for range 100 { // the others were not lost
+	for range 100 { // no packet was lost
 		for len(proxy.device.next(t)) == 0 {
 		}
 	}
 	client.stop()
-	for open := true; open; { // what is still on its way
+	for open := true; open; { // discard the packets that still arrive
 		select {
 		case <-proxy.device:
 		case <-proxy.done:
@@ -289,8 +292,8 @@ func TestLongPacketsDoNotPileUp(t *testing.T) {
 	}
 }
 
-// A flood of packets that deserve an ICMP error costs no memory.
-func TestICMPErrorsOfAFlood(t *testing.T) {
+// A flood of packets that cause ICMP errors does not allocate memory.
+func TestICMPErrorFlood(t *testing.T) {
 	c := newFake(&fakeQUIC{limit: 1400}, Config{Stats: &Stats{}, Self: []netip.Addr{proxyAddr4}})
 	if err := c.Assign([]capsule.Address{{Prefix: host(clientAddr4)}}); err != nil {
 		t.Fatal(err)
@@ -302,13 +305,13 @@ func TestICMPErrorsOfAFlood(t *testing.T) {
 		}
 	}
 	if n := testing.AllocsPerRun(1000, func() { c.admit(spoofed) }); n != 0 {
-		t.Errorf("%v allocations for each packet", n)
+		t.Errorf("%v allocations per packet, want none", n)
 	}
 }
 
 // slowStream is a request stream whose peer reads, but slowly.
 type slowStream struct {
-	*deafStream
+	*stalledStream
 	perChunk time.Duration
 	got      int
 }
@@ -321,11 +324,10 @@ func (s *slowStream) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// A long capsule may take longer than a peer may be silent, as long as some of
-// it is read all the time.
+// A long capsule may take longer than writeTimeout if the peer keeps reading.
 func TestLongCapsuleOnASlowPath(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &slowStream{deafStream: newDeafStream(), perChunk: writeTimeout / 2}
+		s := &slowStream{stalledStream: newStalledStream(), perChunk: writeTimeout / 2}
 		c := New(s, nil, Config{Device: make(device, 1), Stats: &Stats{}})
 		var routes []capsule.Route
 		for i := range 4*writeChunk/10 + 1 {

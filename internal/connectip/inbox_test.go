@@ -7,8 +7,8 @@ import (
 	"masquevpn/tun"
 )
 
-// receiver makes a Conn of a peer that may send anywhere, without a network,
-// and its device.
+// receiver returns a Conn without a network and its device. The peer may send
+// packets from clientAddr4 to target4.
 func receiver(t *testing.T) (*Conn, device) {
 	t.Helper()
 	dev := make(device, 2*maxBatch)
@@ -22,8 +22,8 @@ func receiver(t *testing.T) (*Conn, device) {
 	return c, dev
 }
 
-// Packets get to the device while other peers hold all batches, on every way by
-// which they come.
+// Packets reach the device while other peers hold all batches, however they
+// arrive.
 func TestPacketsWithoutABatch(t *testing.T) {
 	for range cap(batches) {
 		b := <-batches
@@ -36,15 +36,15 @@ func TestPacketsWithoutABatch(t *testing.T) {
 	for _, tc := range []struct {
 		name    string
 		receive func(*Conn, *inbox)
-		want    []int // lengths of packets
+		want    []int // packet lengths in bytes
 	}{
-		{"from the connection", func(_ *Conn, in *inbox) {
+		{"from the connection's goroutine", func(_ *Conn, in *inbox) {
 			for range 3 {
 				in.HandleDatagram(datagram)
 			}
 			in.FlushDatagrams()
 		}, []int{100, 100, 100}},
-		{"by way of the stream", func(c *Conn, _ *inbox) {
+		{"from the stream", func(c *Conn, _ *inbox) {
 			c.handleDatagram(datagram, unbatched{c, new(Busy)})
 		}, []int{100}},
 		{"in a long capsule", func(c *Conn, _ *inbox) {
@@ -56,7 +56,7 @@ func TestPacketsWithoutABatch(t *testing.T) {
 			tc.receive(c, newInbox(c))
 			for _, want := range tc.want {
 				if got := len(dev.next(t)); got != want {
-					t.Errorf("a packet of %d bytes, want %d", got, want)
+					t.Errorf("got a packet of %d bytes, want %d", got, want)
 				}
 			}
 			if got, want := c.cfg.Stats.Receive.Packets.Load(), uint64(len(tc.want)); got != want {
@@ -66,9 +66,9 @@ func TestPacketsWithoutABatch(t *testing.T) {
 	}
 }
 
-// An inbox gives back its batch when it is flushed, and when its session has
-// ended.
-func TestBatchesComeBack(t *testing.T) {
+// An inbox returns its batch to the pool when it is flushed and when its Conn
+// ends.
+func TestBatchesAreReturned(t *testing.T) {
 	datagram := append([]byte{contextIPPacket},
 		echoPacket(clientAddr4, target4, 64, 100)[tun.Headroom:]...)
 	for _, tc := range []struct {
@@ -77,7 +77,7 @@ func TestBatchesComeBack(t *testing.T) {
 	}{
 		{"flushed", func(_ *Conn, in *inbox) { in.FlushDatagrams() }},
 		{"ended", func(c *Conn, in *inbox) { c.stop(nil); in.close() }},
-		{"ended, with more than is written at once", func(c *Conn, in *inbox) {
+		{"ended, with more packets than flush writes itself", func(c *Conn, in *inbox) {
 			for range maxInline {
 				in.HandleDatagram(datagram)
 			}
@@ -94,7 +94,7 @@ func TestBatchesComeBack(t *testing.T) {
 			}
 			tc.end(c, in)
 			if got, want := len(batches), cap(batches); got != want {
-				t.Errorf("%d batches are free at last, want %d", got, want)
+				t.Errorf("%d batches are free afterwards, want %d", got, want)
 			}
 		})
 	}

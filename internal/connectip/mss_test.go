@@ -14,7 +14,7 @@ import (
 	"masquevpn/tun"
 )
 
-// synPacket returns a TCP SYN that announces an MSS, behind tun.Headroom bytes.
+// synPacket returns a TCP SYN with the given MSS, behind tun.Headroom bytes.
 func synPacket(t testing.TB, src, dst netip.Addr, mss uint16) []byte {
 	t.Helper()
 	tcp := &layers.TCP{SrcPort: 40000, DstPort: 443, SYN: true, Options: []layers.TCPOption{{
@@ -41,30 +41,30 @@ func synPacket(t testing.TB, src, dst netip.Addr, mss uint16) []byte {
 	return append(make([]byte, tun.Headroom), buf.Bytes()...)
 }
 
-// announcedMSS returns what a packet with one TCP option announces.
+// announcedMSS returns the MSS of a TCP SYN with one option.
 func announcedMSS(t *testing.T, pkt []byte) int {
 	t.Helper()
 	p := parse(t, pkt)
 	return int(binary.BigEndian.Uint16(pkt[p.HeaderLen+22:]))
 }
 
-// sent keeps the datagrams of a QUIC connection.
-type sent struct {
+// recordingQUIC is a QUIC connection that records datagrams without a copy.
+type recordingQUIC struct {
 	discard
 	datagrams [][]byte
 }
 
-func (s *sent) SendDatagram(b []byte) error {
+func (s *recordingQUIC) SendDatagram(b []byte) error {
 	s.datagrams = append(s.datagrams, b)
 	return nil
 }
 
-// offlineConn makes a Conn of a proxy, of which nothing runs.
-func offlineConn(t *testing.T, cfg Config) (*Conn, *sent) {
+// offlineConn returns a Conn of a proxy without a network, which does not run.
+func offlineConn(t *testing.T, cfg Config) (*Conn, *recordingQUIC) {
 	t.Helper()
 	cfg.Device, cfg.Stats, cfg.Self = make(device, 1), &Stats{},
 		[]netip.Addr{proxyAddr4, proxyAddr6}
-	c, conn := New(fakeStream{}, nil, cfg), &sent{}
+	c, conn := New(fakeStream{}, nil, cfg), &recordingQUIC{}
 	t.Cleanup(func() { c.stop(nil) })
 	c.datagrams.conn = conn
 	c.link.peerAssigned = []netip.Prefix{host(clientAddr4), host(clientAddr6)}
@@ -77,12 +77,11 @@ func offlineConn(t *testing.T, cfg Config) (*Conn, *sent) {
 	return c, conn
 }
 
-// A TCP SYN announces no more than the tunnel carries, whichever end lets it in
-// and whichever end lets it out.
+// Both endpoints clamp the MSS of TCP SYNs in both directions to the MTU.
 func TestMSSIsClamped(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
-		src, dst netip.Addr // addresses of a packet in either direction
+		src, dst netip.Addr
 		mss      uint16
 		want     int
 	}{
@@ -115,23 +114,23 @@ func TestMSSIsClamped(t *testing.T) {
 	}
 }
 
-// What a peer without a network behind it passes on comes from its own
-// addresses, ICMP errors too.
-func TestErrorsOfOthers(t *testing.T) {
+// ICMP errors of a peer that is a host must come from its own addresses. Behind
+// a gateway they may come from any router.
+func TestForwardedICMPErrors(t *testing.T) {
 	for _, tc := range []struct {
 		name string
-		own  bool
+		host bool // Config.PeerIsHost
 		src  netip.Addr
 		want Drop
 	}{
-		{"another's, of a network's gateway", false, elsewhere4, DropNone},
-		{"another's", true, elsewhere4, DropSource},
-		{"the proxy's", true, proxyAddr4, DropSource},
-		{"the proxy's, of a network's gateway", false, proxyAddr4, DropSource},
-		{"its own", true, clientAddr4, DropNone},
+		{"gateway, from a router", false, elsewhere4, DropNone},
+		{"host, from a router", true, elsewhere4, DropSource},
+		{"host, from the proxy's address", true, proxyAddr4, DropSource},
+		{"gateway, from the proxy's address", false, proxyAddr4, DropSource},
+		{"host, from its own address", true, clientAddr4, DropNone},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			c, _ := offlineConn(t, Config{PeerIsHost: tc.own})
+			c, _ := offlineConn(t, Config{PeerIsHost: tc.host})
 			about := echoPacket(target4, clientAddr4, 1, 64)[tun.Headroom:]
 			pkt, ok := ippacket.AppendICMPError(nil, about, parse(t, about),
 				ippacket.HopLimitExceeded, tc.src, 0)
@@ -139,7 +138,7 @@ func TestErrorsOfOthers(t *testing.T) {
 				t.Fatal("no ICMP error was made")
 			}
 			if got := c.admit(pkt); got != tc.want {
-				t.Errorf("%v, want %v", got, tc.want)
+				t.Errorf("got %v, want %v", got, tc.want)
 			}
 		})
 	}

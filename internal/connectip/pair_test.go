@@ -25,7 +25,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// device keeps what is written to it.
+// device is a device that passes packets to the test.
 type device chan []byte
 
 func (d device) BatchSize() int { return 8 }
@@ -37,7 +37,7 @@ func (d device) Write(bufs [][]byte, offset int) (int, error) {
 	return len(bufs), nil
 }
 
-// next returns the next packet that was written.
+// next waits for a packet.
 func (d device) next(t *testing.T) []byte {
 	t.Helper()
 	select {
@@ -49,15 +49,15 @@ func (d device) next(t *testing.T) []byte {
 	}
 }
 
-// end is one side of a pair of streams.
+// end is one endpoint of a pair.
 type end struct {
 	*Conn
 	device  device
 	stats   *Stats
 	stream  Stream
 	quic    *quic.Conn
-	done    chan struct{} // closed when Run returned
-	err     error         // what Run returned
+	done    chan struct{} // closed when Run returns
+	err     error         // result of Run, valid once done is closed
 	assigns chan []capsule.Address
 	routes  chan []capsule.Route
 	dns     chan []capsule.DNSConfiguration
@@ -83,7 +83,7 @@ func newEnd(str Stream, conn *quic.Conn, cfg Config) *end {
 
 func (e *end) start(ctx context.Context) {
 	ctx, e.stop = context.WithCancel(ctx)
-	e.updateMTU() // as Run does, for tests that send before it got to that
+	e.updateMTU() // for tests that send packets before Run calls it
 	go func() {
 		e.err = e.Run(ctx)
 		close(e.done)
@@ -101,8 +101,8 @@ func (e *end) wait(t *testing.T) error {
 	}
 }
 
-// newPair connects a client and a proxy over loopback. They are stopped when
-// the test ends.
+// newPair connects a client and a proxy over loopback and runs them until the
+// test ends.
 func newPair(t *testing.T, clientCfg, proxyCfg Config) (client, proxy *end) {
 	t.Helper()
 	client, proxy = rawPair(t, clientCfg, proxyCfg)
@@ -117,13 +117,14 @@ func newPair(t *testing.T, clientCfg, proxyCfg Config) (client, proxy *end) {
 	return client, proxy
 }
 
-// rawPair is newPair without running either end.
+// rawPair is like newPair, but does not run the endpoints.
 func rawPair(t *testing.T, clientCfg, proxyCfg Config) (client, proxy *end) {
 	t.Helper()
 	return rawPairSize(t, clientCfg, proxyCfg, 1350)
 }
 
-// rawPairSize is rawPair with first packets of the given size, in bytes.
+// rawPairSize is like rawPair, with the size in bytes of the connection's first
+// packets.
 func rawPairSize(t *testing.T, clientCfg, proxyCfg Config, packetSize uint16) (client, proxy *end) {
 	t.Helper()
 	serverTLS, clientTLS := certificates(t)
@@ -184,8 +185,8 @@ func rawPairSize(t *testing.T, clientCfg, proxyCfg Config, packetSize uint16) (c
 	return newEnd(str, conn, clientCfg), <-accepted
 }
 
-// certificates makes a self-signed certificate for localhost, and a client that
-// trusts it.
+// certificates returns a server configuration with a self-signed certificate
+// for localhost, and a client configuration that trusts it.
 func certificates(t *testing.T) (server, client *tls.Config) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -220,8 +221,8 @@ var (
 	elsewhere4  = netip.MustParseAddr("198.51.100.9")
 )
 
-// remoteAccess connects a pair and configures it as remote access does:
-// addresses for the client, a default route to the proxy.
+// remoteAccess connects a pair and configures it for remote access: the proxy
+// assigns addresses to the client and advertises default routes.
 func remoteAccess(t *testing.T, proxyCfg Config) (client, proxy *end) {
 	t.Helper()
 	proxyCfg.Self = []netip.Addr{proxyAddr4, proxyAddr6}
@@ -241,7 +242,7 @@ func remoteAccess(t *testing.T, proxyCfg Config) (client, proxy *end) {
 
 func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
-// echoPacket makes an echo request with headroom before it.
+// echoPacket returns an echo request of size bytes behind tun.Headroom bytes.
 func echoPacket(src, dst netip.Addr, hopLimit uint8, size int) []byte {
 	header := 28
 	if src.Is6() {

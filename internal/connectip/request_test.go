@@ -11,7 +11,7 @@ func TestIsToken(t *testing.T) {
 		name, s string
 		want    bool
 	}{
-		{"of this project", rand.Text(), true},
+		{"made by this project", rand.Text(), true},
 		{"base64", "ab+/cd==", true},
 		{"UUID", "f81d4fae-7dec-11d0-a765-00a0c91e6bf6", true},
 		{"longest", strings.Repeat("a", 64), true},
@@ -24,7 +24,7 @@ func TestIsToken(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			if got := IsToken(tc.s); got != tc.want {
-				t.Errorf("IsToken(%q) is %v, want %v", tc.s, got, tc.want)
+				t.Errorf("IsToken(%q) = %v, want %v", tc.s, got, tc.want)
 			}
 		})
 	}

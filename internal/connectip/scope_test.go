@@ -13,15 +13,15 @@ import (
 	"masquevpn/tun"
 )
 
-// Protocols of the tests (IANA, Assigned Internet Protocol Numbers).
+// Protocol numbers (IANA, Assigned Internet Protocol Numbers).
 const (
 	protoTCP         = 6
 	protoUDP         = 17
 	protoDestOptions = 60
 )
 
-// packetOf makes a packet of the given upper-layer protocol, with headroom
-// before it.
+// packetOf returns a packet of the given upper-layer protocol behind
+// tun.Headroom bytes.
 func packetOf(src, dst netip.Addr, proto uint8) []byte {
 	pkt := echoPacket(src, dst, 64, 100)
 	ip := pkt[tun.Headroom:]
@@ -35,8 +35,7 @@ func packetOf(src, dst netip.Addr, proto uint8) []byte {
 	return pkt
 }
 
-// withOptions puts a destination options header before the upper layer of an
-// IPv6 packet.
+// withOptions inserts a destination options header into an IPv6 packet.
 func withOptions(pkt []byte) []byte {
 	ip := pkt[tun.Headroom:]
 	options := []byte{ip[6], 0, 1, 4, 0, 0, 0, 0} // one PadN
@@ -46,9 +45,9 @@ func withOptions(pkt []byte) []byte {
 	return out
 }
 
-// flow connects a pair for UDP to one host of each family. An end that does not
-// run lets its test send and see everything.
-func flow(t *testing.T, runClient, runProxy bool) (client, proxy *end) {
+// udpPair connects a pair with the scope of UDP to one host of each family. At
+// an endpoint that does not run, the test can send and receive all packets.
+func udpPair(t *testing.T, runClient, runProxy bool) (client, proxy *end) {
 	t.Helper()
 	client, proxy = rawPair(t, Config{}, Config{
 		Self: []netip.Addr{proxyAddr4, proxyAddr6},
@@ -79,7 +78,7 @@ func flow(t *testing.T, runClient, runProxy bool) (client, proxy *end) {
 	return client, proxy
 }
 
-// fromWire returns the next packet in a datagram to e, which does not run.
+// fromWire waits for a packet in a datagram to e, which does not run.
 func (e *end) fromWire(t *testing.T) []byte {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -91,8 +90,8 @@ func (e *end) fromWire(t *testing.T) []byte {
 	return b[1:]
 }
 
-func TestScopeLetsThrough(t *testing.T) {
-	client, proxy := flow(t, true, true)
+func TestScopeAllows(t *testing.T) {
+	client, proxy := udpPair(t, true, true)
 	for name, tc := range map[string]struct {
 		pkt  func(src, dst netip.Addr) []byte
 		from netip.Addr
@@ -116,23 +115,23 @@ func TestScopeLetsThrough(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			if d := client.Send(tc.pkt(tc.from, tc.to), tun.Headroom); d != DropNone {
-				t.Fatalf("up: %v", d)
+				t.Fatalf("to the proxy: %v", d)
 			}
 			if p := parse(t, proxy.device.next(t)); p.Dst != tc.to {
-				t.Errorf("up: got %+v", p)
+				t.Errorf("to the proxy: got %+v", p)
 			}
 			if d := proxy.Send(tc.pkt(tc.to, tc.from), tun.Headroom); d != DropNone {
-				t.Fatalf("down: %v", d)
+				t.Fatalf("to the client: %v", d)
 			}
 			if p := parse(t, client.device.next(t)); p.Src != tc.to {
-				t.Errorf("down: got %+v", p)
+				t.Errorf("to the client: got %+v", p)
 			}
 		})
 	}
 }
 
-// What is outside of the scope is refused by the end that sends it, and by the
-// other one when it comes in all the same.
+// Packets outside of the scope are refused by the sending endpoint, and by the
+// receiving endpoint if they arrive nevertheless.
 func TestScopeRefuses(t *testing.T) {
 	elsewhere6 := netip.MustParseAddr("2001:db8:9::9")
 	for name, tc := range map[string]struct {
@@ -146,14 +145,14 @@ func TestScopeRefuses(t *testing.T) {
 		"destination":                   {clientAddr4, elsewhere4, protoUDP, 3, 0, DropDestination},
 		"destination, IPv6":             {clientAddr6, elsewhere6, protoUDP, 1, 0, DropDestination},
 		"the proxy's own address":       {clientAddr4, proxyAddr4, protoUDP, 3, 0, DropDestination},
-		"protocol downwards":            {target4, clientAddr4, protoTCP, 3, 13, DropDestination},
-		"protocol downwards, IPv6":      {target6, clientAddr6, protoTCP, 1, 1, DropDestination},
+		"protocol, to the client":       {target4, clientAddr4, protoTCP, 3, 13, DropDestination},
+		"protocol, to the client, IPv6": {target6, clientAddr6, protoTCP, 1, 1, DropDestination},
 		"source beyond the scope":       {elsewhere4, clientAddr4, protoUDP, 3, 13, DropSource},
 		"source beyond the scope, IPv6": {elsewhere6, clientAddr6, protoUDP, 1, 5, DropSource},
 	} {
 		down := tc.to == clientAddr4 || tc.to == clientAddr6
 		t.Run(name, func(t *testing.T) {
-			sender, receiver := flow(t, true, true)
+			sender, receiver := udpPair(t, true, true)
 			if down {
 				sender, receiver = receiver, sender
 			}
@@ -166,7 +165,7 @@ func TestScopeRefuses(t *testing.T) {
 			}
 		})
 		t.Run(name+", by the receiver", func(t *testing.T) {
-			sender, receiver := flow(t, down, !down)
+			sender, receiver := udpPair(t, down, !down)
 			if down {
 				sender, receiver = receiver, sender
 			}
@@ -180,7 +179,7 @@ func TestScopeRefuses(t *testing.T) {
 	}
 }
 
-// A destination that is denied is told from one that no route covers.
+// The ICMP errors for a denied destination and for one without a route differ.
 func TestDeniedIsProhibited(t *testing.T) {
 	client, proxy := rawPair(t, Config{},
 		Config{Denied: []netip.Prefix{host(target4)}, Self: []netip.Addr{proxyAddr4}})
@@ -196,16 +195,21 @@ func TestDeniedIsProhibited(t *testing.T) {
 		0)); err != nil {
 		t.Fatal(err)
 	}
-	for dst, code := range map[netip.Addr]uint8{target4: 13, elsewhere4: 0} {
-		sendRaw(t, client, packetOf(clientAddr4, dst, protoUDP))
-		wantICMP(t, client.fromWire(t), clientAddr4, 3, code)
+	for name, tc := range map[string]struct {
+		dst  netip.Addr
+		code uint8
+	}{"denied": {target4, 13}, "no route": {elsewhere4, 0}} {
+		t.Run(name, func(t *testing.T) {
+			sendRaw(t, client, packetOf(clientAddr4, tc.dst, protoUDP))
+			wantICMP(t, client.fromWire(t), clientAddr4, 3, tc.code)
+		})
 	}
 }
 
-// An ICMP error passes when the packet that it quotes is in the scope, wherever
-// the error comes from (section 7.2.1).
+// An ICMP error from any source passes if the packet that it quotes is in the
+// scope (RFC 9484 section 7.2.1).
 func TestScopeOfICMPErrors(t *testing.T) {
-	client, proxy := flow(t, true, true)
+	client, proxy := udpPair(t, true, true)
 	router := netip.MustParseAddr("203.0.113.77")
 	for name, tc := range map[string]struct {
 		proto uint8
@@ -219,7 +223,7 @@ func TestScopeOfICMPErrors(t *testing.T) {
 				t.Fatal("no ICMP error was made")
 			}
 			if d := proxy.Send(buf, tun.Headroom); d != tc.want {
-				t.Fatalf("the proxy says %v, want %v", d, tc.want)
+				t.Fatalf("got %v, want %v", d, tc.want)
 			}
 			if tc.want == DropNone {
 				wantICMP(t, client.device.next(t), clientAddr4, 11, 0)

@@ -9,22 +9,22 @@ import (
 	"masquevpn/tun"
 )
 
-// Only stages that no peer holds up make a program ill, and the one that the
-// others wait for is named.
+// Only stages that no peer can delay count as stuck. The error names the stage
+// for which the others wait.
 func TestStuck(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		stages []Stage
 		age    time.Duration
-		want   string // in the error, "" for none
+		want   string // part of the error; empty: no error
 	}{
-		{"a moment", []Stage{StageDeviceWrite, StageInbox}, StuckAfter, ""},
-		{"the peer takes nothing", []Stage{StageFlowQueue, StageSender}, time.Hour, ""},
-		{"the device", []Stage{StageDeviceWrite, StageInbox, StageQUICReceive}, time.Minute,
+		{"short wait", []Stage{StageDeviceWrite, StageInbox}, StuckAfter, ""},
+		{"peer accepts nothing", []Stage{StageFlowQueue, StageSender}, time.Hour, ""},
+		{"device", []Stage{StageDeviceWrite, StageInbox, StageQUICReceive}, time.Minute,
 			"device_write waits for 1m0s"},
-		{"the inbox", []Stage{StageInbox, StageQUICReceive}, time.Minute, "inbox"},
+		{"inbox", []Stage{StageInbox, StageQUICReceive}, time.Minute, "inbox"},
 		{"QUIC", []Stage{StageQUICReceive}, time.Minute, "quic_receive"},
-		{"the device's reader", []Stage{StageDeviceRead, StageFlowQueue}, time.Minute,
+		{"device reader", []Stage{StageDeviceRead, StageFlowQueue}, time.Minute,
 			"device_read"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -42,18 +42,18 @@ func TestStuck(t *testing.T) {
 	}
 }
 
-// stall is a device that writes when it is told to.
-type stall chan struct{}
+// blockedDevice is a device whose Write waits until the channel is closed.
+type blockedDevice chan struct{}
 
-func (stall) BatchSize() int { return maxBatch }
+func (blockedDevice) BatchSize() int { return maxBatch }
 
-func (d stall) Write(bufs [][]byte, _ int) (int, error) {
+func (d blockedDevice) Write(bufs [][]byte, _ int) (int, error) {
 	<-d
 	return len(bufs), nil
 }
 
-// The age of a packet grows in the stage where it is, on every way to the
-// device.
+// The age of a waiting packet counts in its stage, however the packet reaches
+// the device.
 func TestAges(t *testing.T) {
 	datagram := append([]byte{contextIPPacket},
 		echoPacket(clientAddr4, target4, 64, 100)[tun.Headroom:]...)
@@ -62,11 +62,11 @@ func TestAges(t *testing.T) {
 		receive func(*Conn, *inbox)
 		want    []Stage
 	}{
-		{"at once", func(_ *Conn, in *inbox) {
+		{"written by flush", func(_ *Conn, in *inbox) {
 			in.HandleDatagram(datagram)
 			in.FlushDatagrams()
 		}, []Stage{StageInbox, StageDeviceWrite}},
-		{"by the writer", func(_ *Conn, in *inbox) {
+		{"written by deliver", func(_ *Conn, in *inbox) {
 			for range maxInline + 1 {
 				in.HandleDatagram(datagram)
 			}
@@ -75,14 +75,14 @@ func TestAges(t *testing.T) {
 		{"not flushed", func(_ *Conn, in *inbox) {
 			in.HandleDatagram(datagram)
 		}, []Stage{StageInbox}},
-		{"by way of the stream", func(c *Conn, _ *inbox) {
+		{"received from the stream", func(c *Conn, _ *inbox) {
 			c.handleDatagram(datagram, unbatched{c, &c.writers.stream})
 		}, []Stage{StageDeviceWrite}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c, _ := receiver(t)
-				device := make(stall)
+				device := make(blockedDevice)
 				c.cfg.Device = device
 				in := newInbox(c)
 				go in.deliver()
@@ -97,7 +97,7 @@ func TestAges(t *testing.T) {
 					a[i] = a[i].Round(time.Second)
 				}
 				if a != want {
-					t.Errorf("the ages are %v, want %v", a.Milliseconds(), want.Milliseconds())
+					t.Errorf("got ages %v, want %v", a.Milliseconds(), want.Milliseconds())
 				}
 				close(device)
 				in.FlushDatagrams()
@@ -105,7 +105,7 @@ func TestAges(t *testing.T) {
 				a = Ages{}
 				c.AddAges(&a)
 				if a != (Ages{}) {
-					t.Errorf("in the end the ages are %v", a.Milliseconds())
+					t.Errorf("ages %v after all packets were written", a.Milliseconds())
 				}
 				c.stop(nil)
 			})

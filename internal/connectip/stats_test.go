@@ -11,8 +11,7 @@ import (
 	"masquevpn/internal/ippacket"
 )
 
-// Both ends count the same capsules, by type, and those that they do not know
-// too.
+// Both endpoints count the same capsules by type. Unknown types count as well.
 func TestCapsulesAreCounted(t *testing.T) {
 	client, proxy := remoteAccess(t, Config{})
 	if err := client.Request([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/32")}); err != nil {
@@ -44,8 +43,8 @@ func TestCapsulesAreCounted(t *testing.T) {
 		maps.DeleteFunc(m, func(_ string, n uint64) bool { return n == 0 })
 		return m
 	}
-	for _, x := range []struct {
-		what string
+	for _, tc := range []struct {
+		name string
 		got  *Traffic
 		want map[string]uint64
 	}{
@@ -54,15 +53,19 @@ func TestCapsulesAreCounted(t *testing.T) {
 		{"sent by the client", &client.stats.Send, up},
 		{"received by the proxy", &proxy.stats.Receive, received},
 	} {
-		waitCount(t, func() bool { return maps.Equal(counted(x.got), x.want) })
-		if t.Failed() {
-			t.Errorf("%s: %v, want %v", x.what, counted(x.got), x.want)
-		}
+		t.Run(tc.name, func(t *testing.T) {
+			defer func() {
+				if t.Failed() {
+					t.Logf("got %v, want %v", counted(tc.got), tc.want)
+				}
+			}()
+			waitCount(t, func() bool { return maps.Equal(counted(tc.got), tc.want) })
+		})
 	}
 }
 
-// Sums have all that was counted, each under its own word.
-func TestSums(t *testing.T) {
+// AddTo adds each count to the sum with the same label.
+func TestAddTo(t *testing.T) {
 	var s, sum Stats
 	for d := DropNone + 1; d < numDrops; d++ {
 		s.Receive.DropMany(d, int(d))

@@ -9,9 +9,9 @@ import (
 	"masquevpn/capsule"
 )
 
-// What a status says of DNS: servers by preference, each once, and only those
-// that plain queries reach.
-func TestStatusOfDNS(t *testing.T) {
+// SetDNS lists nameservers by priority, without duplicates and without those
+// that answer only encrypted queries.
+func TestSetDNS(t *testing.T) {
 	addr := netip.MustParseAddr
 	var s Status
 	s.SetDNS([]capsule.DNSConfiguration{
@@ -32,7 +32,8 @@ func TestStatusOfDNS(t *testing.T) {
 			Addresses: []netip.Addr{addr("192.0.2.4")}}}, InternalDomains: []string{"corp.example"},
 			SearchDomains: []string{"a.example"}},
 	}, []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")})
-	const want = `{"servers":["192.0.2.1","2001:db8::1","2001:db8::2","192.0.2.3:5353","192.0.2.4"],"search":["b.example","a.example"],` +
+	const want = `{"servers":["192.0.2.1","2001:db8::1","2001:db8::2","192.0.2.3:5353",` +
+		`"192.0.2.4"],"search":["b.example","a.example"],` +
 		`"domains":["corp.example","."],"nat64":["64:ff9b::/96"],"applied":false}`
 	if got, err := json.Marshal(s.DNS); err != nil || string(got) != want {
 		t.Errorf("got  %s, %v\nwant %s", got, err, want)
@@ -44,8 +45,8 @@ func TestStatusOfDNS(t *testing.T) {
 	}
 }
 
-// Scripts ask for drops.too_big: it is there when nothing was dropped, too.
-func TestStatusOfDrops(t *testing.T) {
+// SetTraffic always includes drops.too_big, because scripts read it.
+func TestSetTraffic(t *testing.T) {
 	var st Status
 	s := new(Stats)
 	st.SetTraffic(s)

@@ -12,8 +12,8 @@ import (
 	"masquevpn/tun"
 )
 
-// A tap sees packets as they are in the tunnel, in both directions, and none
-// that is dropped.
+// A tap captures packets in both directions as they are in the tunnel, but no
+// dropped packets.
 func TestTap(t *testing.T) {
 	var tap capture.Tap
 	_, proxy := remoteAccess(t, Config{Tap: tap.At("1")})
@@ -28,7 +28,7 @@ func TestTap(t *testing.T) {
 		in.HandleDatagram(append([]byte{contextIPPacket}, pkt[tun.Headroom:]...))
 	}
 	receive(echoPacket(clientAddr4, target4, 64, 101))
-	receive(echoPacket(target6, clientAddr6, 64, 102)) // a source that is not the client's
+	receive(echoPacket(target6, clientAddr6, 64, 102)) // dropped: not the client's address
 	in.FlushDatagrams()
 	proxy.device.next(t)
 	if d := proxy.Send(echoPacket(target4, clientAddr4, 64, 103), tun.Headroom); d != DropNone {
@@ -57,7 +57,7 @@ func TestTap(t *testing.T) {
 		}
 		sizes[len(pkt)]++
 		if p := parse(t, pkt); len(pkt) == 103 && p.HopLimit != 63 {
-			t.Errorf("sent with hop limit %d, not as it left", p.HopLimit)
+			t.Errorf("captured with hop limit %d, want 63 as sent", p.HopLimit)
 		}
 	}
 	if sizes[101] != 1 || sizes[102] != 0 || sizes[103] != 1 || sizes[104] != 0 {

@@ -9,7 +9,7 @@ import (
 )
 
 func TestParseTemplateRefuses(t *testing.T) {
-	for raw, why := range map[string]string{
+	for raw, reason := range map[string]string{
 		"":                                     "absolute",
 		"/masque/{target}":                     "absolute",
 		"http://p/{target}":                    "absolute",
@@ -33,10 +33,12 @@ func TestParseTemplateRefuses(t *testing.T) {
 		"https://p/a?{target}{ipproto}&{}":     "",
 		"https://p/.well-known/masque/{=what}": "",
 	} {
-		_, err := ParseTemplate(raw)
-		if err == nil || !strings.Contains(err.Error(), why) {
-			t.Errorf("%q: got %v, want an error with %q", raw, err, why)
-		}
+		t.Run(raw, func(t *testing.T) {
+			_, err := ParseTemplate(raw)
+			if err == nil || !strings.Contains(err.Error(), reason) {
+				t.Errorf("%q: got %v, want an error with %q", raw, err, reason)
+			}
+		})
 	}
 }
 
@@ -49,21 +51,23 @@ func TestTemplateExpandAndMatch(t *testing.T) {
 		"https://p/{ipproto,target}/ip",
 	}
 	for _, raw := range templates {
-		tmpl, err := ParseTemplate(raw)
-		if err != nil {
-			t.Fatal(err)
-		}
-		rapid.Check(t, func(t *rapid.T) {
-			want := scopes().Draw(t, "scope")
-			u, err := tmpl.Expand(want)
+		t.Run(raw, func(t *testing.T) {
+			tmpl, err := ParseTemplate(raw)
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, served, err := tmpl.Match(u.RequestURI())
-			if !served || err != nil || got != want {
-				t.Errorf("%s: %s came back as %v, %t, %v, want %v", raw, u.RequestURI(), got,
-					served, err, want)
-			}
+			rapid.Check(t, func(t *rapid.T) {
+				want := scopes().Draw(t, "scope")
+				u, err := tmpl.Expand(want)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got, served, err := tmpl.Match(u.RequestURI())
+				if !served || err != nil || got != want {
+					t.Errorf("%s matched as %v, %t, %v, want %v", u.RequestURI(), got, served,
+						err, want)
+				}
+			})
 		})
 	}
 }
@@ -104,10 +108,12 @@ func TestMatchPath(t *testing.T) {
 		base + "example.org/6/":        "target example.org, protocol 6",
 		base + "%3a%3A%2F0/*/":         "target ::/0, protocol *",
 	} {
-		s, served, err := tmpl.Match(path)
-		if !served || err != nil || s.String() != want {
-			t.Errorf("%s: got %v, %t, %v, want %s", path, s, served, err, want)
-		}
+		t.Run(path, func(t *testing.T) {
+			s, served, err := tmpl.Match(path)
+			if !served || err != nil || s.String() != want {
+				t.Errorf("%s: got %v, %t, %v, want %s", path, s, served, err, want)
+			}
+		})
 	}
 	for _, path := range []string{
 		base, base + "//", base + "*//", base + "/*/", base + "*/*", base + "*/*/x",
@@ -122,9 +128,11 @@ func TestMatchPath(t *testing.T) {
 		base + "%zz/*/", base + "192.0.2.1:80/*/", base + "%5B%3A%3A1%5D/*/",
 		base + "%3A%3Affff%3A1.2.3.4/*/",
 	} {
-		if s, served, err := tmpl.Match(path); !served || err == nil {
-			t.Errorf("%s: got %v, %t, %v, want a malformed request", path, s, served, err)
-		}
+		t.Run(path, func(t *testing.T) {
+			if s, served, err := tmpl.Match(path); !served || err == nil {
+				t.Errorf("%s: got %v, %t, %v, want a malformed request", path, s, served, err)
+			}
+		})
 	}
 	if _, served, _ := tmpl.Match("/other"); served {
 		t.Error("/other is served")
@@ -146,11 +154,11 @@ func FuzzMatch(f *testing.F) {
 		}
 		u, err := tmpl.Expand(s)
 		if err != nil {
-			t.Fatalf("%q gave %v, which does not expand: %v", path, s, err)
+			t.Fatalf("%q: Expand(%v): %v", path, s, err)
 		}
 		again, served, err := tmpl.Match(u.RequestURI())
 		if !served || err != nil || again != s {
-			t.Errorf("%q gave %v, and %q gave %v, %t, %v", path, s, u.RequestURI(), again,
+			t.Errorf("%q matched as %v, but %q as %v, %t, %v", path, s, u.RequestURI(), again,
 				served, err)
 		}
 	})
