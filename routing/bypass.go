@@ -64,7 +64,7 @@ func (m *Manager) bypassed() string {
 			routes, err := m.nl.RouteGet(a.AsSlice())
 			if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_UNICAST ||
 				routes[0].LinkIndex == m.index {
-				continue // packets do not leave
+				continue // not sent, or sent through the tunnel
 			}
 			if index := routes[0].LinkIndex; !m.mayLeaveBy(index, a) {
 				return m.describeBypass(a, index)
@@ -89,7 +89,7 @@ func (m *Manager) updateBypass() {
 
 // mayLeaveBy reports whether packets to an address may leave through another
 // interface than this tunnel's: the interface has a Manager too, or a route of
-// the host takes precedence.
+// the host takes precedence. It returns true if the kernel cannot be asked.
 func (m *Manager) mayLeaveBy(index int, to netip.Addr) bool {
 	rules, err := m.listRules()
 	if err != nil {
@@ -114,7 +114,7 @@ func (m *Manager) describeBypass(to netip.Addr, index int) string {
 	name := m.linkName(index)
 	first, last := m.rulesBefore(to.Is6())
 	if first == nil {
-		return fmt.Sprintf("packets to %v leave by %s, not through the tunnel: delete the route of another program that takes them there: ip route get %v", to, name, to)
+		return fmt.Sprintf("packets to %v leave by %s, not through the tunnel: delete the route of another program that does this: ip route get %v", to, name, to)
 	}
 	return fmt.Sprintf("packets to %v leave by %s, not through the tunnel: "+
 		"delete the rule %d of another program (ip rule show), or give it a priority above %d", to,
@@ -189,7 +189,7 @@ func (m *Manager) selectiveRules() (list []string, err error) {
 				continue
 			}
 			list = append(list, fmt.Sprintf("the host's rule %d takes %s out of the tunnel, to %s: "+
-				"delete it (ip rule show), or have a kill switch hold them, if it is not meant to",
+				"if this is not intended, delete it (ip rule show), or use a kill switch",
 				n.Priority, packets, m.linkName(routes[0].LinkIndex)))
 			break
 		}

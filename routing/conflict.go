@@ -36,7 +36,7 @@ func networkConflicts(s State, host []network) (list []string) {
 			case r.Bits() >= broadBits && hostFirst:
 				list = append(list,
 					fmt.Sprintf("the tunnel's route %v holds %v, the network of %s, which goes first: "+
-						"what the tunnel has there is not reached", r, n.prefix, n.link))
+						"the same addresses in the tunnel are not reached", r, n.prefix, n.link))
 			}
 		}
 	}
@@ -81,10 +81,10 @@ func publicRoutes(s State, host []hostRoute) (list []string) {
 		}
 		if s.HostRoutes == HostAll {
 			list = append(list, fmt.Sprintf("the host's route %v takes public addresses out of the tunnel: "+
-				"delete it, or set routes.lan = true, if it is not meant to", r))
+				"delete it, or set routes.lan = true, if this is not intended", r))
 		} else {
 			list = append(list, fmt.Sprintf("the host's route %v leads to public addresses, which stay in the tunnel: "+
-				"put it into routes.exclude if they are to be reached outside", r))
+				"put it into routes.exclude to reach them outside", r))
 		}
 	}
 	return list
@@ -147,12 +147,14 @@ func (k *kernel) looseFilters(want State) (list []setting) {
 		}
 		name := "net/ipv4/conf/" + n.link + "/rp_filter"
 		switch own, _ := k.readSysctl(name); {
-		case isIPv6(n.prefix), want.HostRoutes == HostPrivate &&
-			want.isPrivate(n.prefix), !slices.ContainsFunc(want.Routes, contains):
+		case isIPv6(n.prefix), want.HostRoutes == HostPrivate && want.isPrivate(n.prefix),
+			!slices.ContainsFunc(want.Routes, contains):
+			// The network is not routed into the tunnel.
 		case slices.ContainsFunc(list, func(l setting) bool { return l.name == name }):
-		case all != "2" && own != "2" &&
-			(all == "1" || own == "1"), k.rec.sysctl(name) >= 0,
-			k.journal.other(name, false) != nil:
+			// The interface has several networks.
+		case all != "2" && own != "2" && (all == "1" || own == "1"),
+			k.rec.sysctl(name) >= 0, k.journal.other(name, false) != nil:
+			// The filter is strict, or was until an instance loosened it.
 			list = append(list, setting{name: name, value: "2",
 				optional: "a strict reverse path filter may keep this host from its own network"})
 		}

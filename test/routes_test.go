@@ -260,7 +260,7 @@ advertise = ["198.51.100.0/24", "203.0.113.0/24", "192.0.2.0/24", "2001:db8:1:0:
 	}
 	log := p.clientLog("alice")
 	for _, want := range []string{
-		"the tunnel's route 198.51.100.0/24 holds 198.51.100.0/24, the network of eth0, which goes first: what the tunnel has there is not reached",
+		"the tunnel's route 198.51.100.0/24 holds 198.51.100.0/24, the network of eth0, which goes first: the same addresses in the tunnel are not reached",
 		"the tunnel's route 2001:db8:1:0:8000::/65 takes addresses out of 2001:db8:1::/64, the network of eth0: put them into routes.exclude to keep them",
 	} {
 		if n := strings.Count(log, want); n != 1 {
