@@ -24,7 +24,6 @@ func newInboundChains(s State, k *kernel) []chain {
 	mask, outside := k.Mark, outsideMark(k.Mark)
 	index := uint32(k.index)
 	port := binaryutil.BigEndian.PutUint16(k.firstLocalPort)
-	skip := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
 	set := slices.Concat(markConnection(mask, outside), markPacket(mask, outside))
 	known := slices.Concat(connectionMarked(mask, outside), markPacket(mask, outside))
 	fresh := slices.Concat(connectionMarked(mask, 0), connection(expr.CtKeyDIRECTION, []byte{0}))
@@ -41,13 +40,13 @@ func newInboundChains(s State, k *kernel) []chain {
 		needs: needsReply, without: lost,
 		rules: []chainRule{{
 			fmt.Sprintf("packets from interface %d are not marked", k.index),
-			append(meta(expr.MetaKeyIIF, expr.CmpOpEq, index), skip...),
+			append(meta(expr.MetaKeyIIF, expr.CmpOpEq, index), accept()...),
 		}, {
 			fmt.Sprintf("mark %#x/%#x of incoming connections is restored in their packets",
 				outside, mask), known,
 		}, {
 			fmt.Sprintf("TCP ports from %d: connections of this host older than their tracking are not marked", k.firstLocalPort),
-			slices.Concat(fresh, tcp(2, expr.CmpOpGte, port), skip),
+			slices.Concat(fresh, tcp(2, expr.CmpOpGte, port), accept()),
 		}, {
 			fmt.Sprintf("UDP ports from %d: packets for connected sockets are not marked",
 				k.firstLocalPort),
@@ -57,7 +56,7 @@ func newInboundChains(s State, k *kernel) []chain {
 				&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: port},
 				&expr.Socket{Key: expr.SocketKeyWildcard, Register: 1},
 				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0}},
-			}, skip),
+			}, accept()),
 		}, {
 			fmt.Sprintf("connections from addresses behind interface %d are answered outside",
 				k.index),
@@ -83,7 +82,7 @@ func newInboundChains(s State, k *kernel) []chain {
 		own := netip.PrefixFrom(p.Addr(), p.Addr().BitLen())
 		reply.rules = append(reply.rules, chainRule{
 			fmt.Sprintf("packets from the tunnel's own address %v are not marked", p.Addr()),
-			slices.Concat(address(own, true), skip),
+			slices.Concat(address(own, true), accept()),
 		})
 	}
 	reply.rules = append(reply.rules, chainRule{
@@ -99,26 +98,4 @@ func newInboundChains(s State, k *kernel) []chain {
 			sourceType(expr.CmpOpEq, unix.RTN_LOCAL), markPacket(mask, outside)),
 	})
 	return []chain{inbound, reply}
-}
-
-// connection compares a property of the connection of a packet.
-func connection(key expr.CtKey, value []byte) []expr.Any {
-	return []expr.Any{&expr.Ct{Register: 1, Key: key},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value}}
-}
-
-// tcp matches TCP packets by a port, except the first packet of a connection.
-// offset is 0 for the source port and 2 for the destination port.
-func tcp(offset uint32, op expr.CmpOp, port []byte) []expr.Any {
-	const flags, syn = 13, 2
-	return slices.Concat(metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_TCP), []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: flags,
-			Len: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{syn},
-			Xor: []byte{0}},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0}},
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset,
-			Len: 2},
-		&expr.Cmp{Op: op, Register: 1, Data: port},
-	})
 }

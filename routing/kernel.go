@@ -3,108 +3,146 @@ package routing
 import (
 	"errors"
 	"fmt"
-	"maps"
-	"net"
-	"net/netip"
-	"slices"
-	"strconv"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-const addrGenNone = 1 // IN6_ADDR_GEN_MODE_NONE
+// kernel makes the kernel match a plan for one interface of one instance.
+type kernel struct {
+	Config
+	index   int    // interface index
+	ipv6    bool   // the kernel has IPv6
+	procSys string // directory of the sysctls
 
-// observed is the kernel's state of the interface and of our objects.
-type observed struct {
-	link        netlink.Link // nil if it is gone
-	up          bool
-	mtu         int
-	group       uint32
-	addrGen     string                    // address generation mode, "" without IPv6
-	addrs       map[netip.Prefix]struct{} // all addresses of the interface
-	unusable    map[netip.Prefix]struct{} // addrs that the kernel does not use as a source
-	routes      map[route]struct{}
-	wrongRoutes []netlink.Route // other routes in our tables
-	rules       map[rule]struct{}
-	wrongRules  []*netlink.Rule // our rules with other attributes
-	chains      []kernelChain   // chains of our nftables table
-	hasTable    bool            // our nftables table exists
+	// nl accepts dump requests of old kernels. dump requires that the kernel
+	// filters routes, if it can.
+	nl, dump *netlink.Handle
+
+	journal      *journal
+	journalStale bool   // a failure to shorten the journal was logged
+	rec          record // changes to undo in Close
+
+	// firstLocalPort is the lowest port that the kernel chooses for connections
+	// of this host.
+	firstLocalPort uint16
+
+	// cachedPorts returns the ports on which this host listened when it was
+	// first called.
+	cachedPorts func() []portRange
+
+	// missingFeatures are the optional features that the kernel lacks.
+	missingFeatures map[string]bool
+
+	// verified is the nftables table when it last matched the plan, nil if
+	// unknown.
+	verified []kernelChain
+
+	// commit is commitTable, or a replacement in tests.
+	commit func(table string, replace bool, chains []chain) error
+
+	// plannedRoutes are the routes of the last plan.
+	plannedRoutes map[route]struct{}
+
+	// afterCrash means that rec is the record of a dead process, and that
+	// changes are logged at level info.
+	afterCrash bool
 }
 
-// observe reads the kernel's state.
-func (k *kernel) observe() (o observed, err error) {
-	if o.link, err = k.findLink(); err != nil {
-		return o, err
+// init checks c and opens the netlink sockets.
+func (k *kernel) init(c Config, procSys string) (err error) {
+	if !validInstance.MatchString(c.Instance) {
+		return errInstance(c.Instance)
 	}
-	if o.link != nil {
-		o.up = o.link.Attrs().Flags&net.FlagUp != 0
-		o.mtu, o.group = o.link.Attrs().MTU, o.link.Attrs().Group
-		o.addrGen, _ = k.readSysctl("net/ipv6/conf/" + o.link.Attrs().Name + "/addr_gen_mode")
-		if o.addrs, o.unusable, err = k.listAddrs(o.link); err != nil {
-			return o, err
-		}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	if o.routes, o.wrongRoutes, err = k.listRoutes(); err != nil {
-		return o, err
+	c.Logger = c.Logger.With("instance", c.Instance)
+	if c.Mark != 0 && !ValidMark(c.Mark) {
+		return fmt.Errorf("mark %#x: want two bits", c.Mark)
 	}
-	o.rules = make(map[rule]struct{})
-	rules, err := k.listRules()
-	if err != nil {
-		return o, err
+	*k = kernel{Config: c, procSys: procSys, missingFeatures: make(map[string]bool),
+		commit: commitTable}
+	// The used ports are read once, so that the chains stay the same, and only
+	// if necessary, because that takes some milliseconds.
+	k.firstLocalPort, k.cachedPorts = k.firstPort(), sync.OnceValue(k.usedPorts)
+	if _, err := os.Stat(filepath.Join(procSys, "net/ipv6")); err == nil {
+		k.ipv6 = true
 	}
-	for _, n := range rules {
-		r, index, ok := parseRule(&n)
-		switch {
-		case !ok || index != k.index&indexMask:
-		case sameRule(&n, r.netlink(k)):
-			o.rules[r] = struct{}{}
-		default:
-			o.wrongRules = append(o.wrongRules, &n)
-		}
+	if k.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open a netlink socket: %w", explain(err))
 	}
-	o.chains, o.hasTable, err = readTable(k.tableName())
-	if err != nil && !noNFTables(err) {
-		return o, err
+	if k.dump, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open a netlink socket: %w", explain(err))
 	}
-	return o, nil
+	// Kernels before 4.20 do not have strict checking. They send all routes,
+	// which are filtered here.
+	_ = k.dump.SetStrictCheck(true)
+	return nil
 }
 
-// findLink returns the interface, or nil if it is gone.
-func (k *kernel) findLink() (netlink.Link, error) {
-	if k.index == 0 {
-		return nil, nil
-	}
-	link, err := k.nl.LinkByIndex(k.index)
-	if errors.As(err, new(netlink.LinkNotFoundError)) || errors.Is(err, unix.ENODEV) {
-		return nil, nil
-	}
+// takeOver opens the journal and undoes the changes of a dead process. It
+// reports whether there was a journal.
+func (k *kernel) takeOver() (found bool, err error) {
+	fresh := record{Boot: bootID(k.procSys), Instance: k.Instance, Interface: k.Interface,
+		Index: k.index}
+	j, old, why, err := openJournal(k.Journal, fresh)
 	if err != nil {
-		return nil, fmt.Errorf("look up interface %s (index %d): %w", k.Interface, k.index,
-			explain(err))
+		return false, err
 	}
-	return link, nil
+	k.journal = j
+	switch {
+	case errors.Is(why, errStale):
+		k.Logger.Info("journal ignored", "reason", why)
+	case why != nil:
+		k.Logger.Warn("journal ignored: marked objects are removed; sysctls and addresses stay",
+			"reason", why)
+	}
+	found = old != nil || why != nil
+	if err := k.clean(old); err != nil {
+		return found, fmt.Errorf("undo the changes of a dead process: %w", err)
+	}
+	k.rec = fresh
+	return found, nil
 }
 
-// listAddrs returns the addresses of the interface. unusable are those that
-// expire, are deprecated, or have a smaller scope than ours.
-func (k *kernel) listAddrs(link netlink.Link) (all, unusable map[netip.Prefix]struct{}, err error) {
-	addrs, err := repeat(func() ([]netlink.Addr, error) {
-		return k.nl.AddrList(link, netlink.FAMILY_ALL)
-	})
-	if err != nil {
-		return nil, nil, fmt.Errorf("list addresses of %s: %w", k.Interface, explain(err))
-	}
-	all, unusable = make(map[netip.Prefix]struct{}), make(map[netip.Prefix]struct{})
-	for _, a := range addrs {
-		p := prefixOf(a.IPNet)
-		all[p] = struct{}{}
-		if a.Flags&unix.IFA_F_PERMANENT == 0 || a.Flags&unix.IFA_F_DEPRECATED != 0 ||
-			!isIPv6(p) && a.Scope != unix.RT_SCOPE_UNIVERSE {
-			unusable[p] = struct{}{}
+// release closes the netlink sockets and the journal.
+func (k *kernel) release() {
+	for _, h := range []*netlink.Handle{k.nl, k.dump} {
+		if h != nil {
+			h.Close()
 		}
 	}
-	return all, unusable, nil
+	k.journal.close()
+}
+
+// noteUndo is called with the result of writing the journal after a change was
+// undone. A failure, as on a full disk, is logged once and does not stop the
+// restoration: the journal then lists a change that no longer exists, which the
+// next process ignores.
+func (k *kernel) noteUndo(err error) {
+	if err != nil && !k.journalStale {
+		k.journalStale = true
+		k.Logger.Warn("cannot shorten the journal", "error", err)
+	}
+}
+
+// reportMissing records that the kernel lacks an optional feature, and logs the
+// consequence once. err may be nil.
+func (k *kernel) reportMissing(feature, consequence string, err error) {
+	if k.missingFeatures[feature] {
+		return
+	}
+	k.missingFeatures[feature] = true
+	logger := k.Logger.With("missing", feature)
+	if err != nil {
+		logger = logger.With("error", err)
+	}
+	logger.Warn(consequence)
 }
 
 func (k *kernel) families() []int {
@@ -112,97 +150,6 @@ func (k *kernel) families() []int {
 		return []int{unix.AF_INET, unix.AF_INET6}
 	}
 	return []int{unix.AF_INET}
-}
-
-// listRoutes returns our routes of the interface, and other routes in its
-// tables.
-func (k *kernel) listRoutes() (set map[route]struct{}, others []netlink.Route, err error) {
-	set = make(map[route]struct{})
-	for _, family := range k.families() {
-		filter := &netlink.Route{Protocol: protocol}
-		routes, err := repeat(func() ([]netlink.Route, error) {
-			return k.dump.RouteListFiltered(family, filter,
-				netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
-		})
-		if err != nil {
-			return nil, nil, fmt.Errorf("list routes: %w", explain(err))
-		}
-		for _, r := range routes {
-			index, _, ok := tableOwner(r.Table)
-			own := ok && index == k.index&indexMask
-			if own || r.Table == unix.RT_TABLE_MAIN && r.LinkIndex == k.index {
-				kind := max(routeKind(slices.Index(routeTypes[:], r.Type)), intoTunnel)
-				asked := route{table: r.Table, prefix: prefixOf(r.Dst), kind: kind}
-				if own && !equalRoute(&r, asked.netlink(k)) {
-					others = append(others, r)
-					continue
-				}
-				set[asked] = struct{}{}
-			}
-		}
-		for _, table := range k.tables(family == unix.AF_INET6) {
-			foreign, err := k.foreignRoutes(family, table)
-			if err != nil {
-				return nil, nil, err
-			}
-			others = append(others, foreign...)
-		}
-	}
-	return set, others, nil
-}
-
-// tables returns the numbers of the last plan's tables of a family.
-func (k *kernel) tables(v6 bool) []int {
-	set := make(map[int]struct{})
-	for r := range k.plannedRoutes {
-		if r.table != unix.RT_TABLE_MAIN && isIPv6(r.prefix) == v6 {
-			set[r.table] = struct{}{}
-		}
-	}
-	return slices.Sorted(maps.Keys(set))
-}
-
-// equalRoute reports whether a and b have the same metric and next hop.
-func equalRoute(a, b *netlink.Route) bool {
-	return a.Type == b.Type && a.Priority == b.Priority &&
-		(b.LinkIndex == 0 || a.LinkIndex == b.LinkIndex) &&
-		a.Gw == nil && a.Via == nil && len(a.MultiPath) == 0
-}
-
-// foreignRoutes returns the routes of other programs in one of our tables.
-func (k *kernel) foreignRoutes(family, table int) (list []netlink.Route, err error) {
-	routes, err := repeat(func() ([]netlink.Route, error) {
-		return k.dump.RouteListFiltered(family, &netlink.Route{Table: table},
-			netlink.RT_FILTER_TABLE)
-	})
-	if errors.Is(err, unix.ENOENT) {
-		return nil, nil // the table is empty
-	}
-	if err != nil {
-		return nil, fmt.Errorf("list routes of table %d: %w", table, explain(err))
-	}
-	for _, r := range routes {
-		if r.Protocol != protocol && r.Flags&unix.RTM_F_CLONED == 0 {
-			list = append(list, r)
-		}
-	}
-	return list, nil
-}
-
-// listRules returns all policy rules, none if the kernel has no policy routing.
-func (k *kernel) listRules() ([]netlink.Rule, error) {
-	var all []netlink.Rule
-	for _, family := range k.families() {
-		rules, err := repeat(func() ([]netlink.Rule, error) { return k.nl.RuleList(family) })
-		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("list policy rules: %w", explain(err))
-		}
-		all = append(all, rules...)
-	}
-	return all, nil
 }
 
 // repeat repeats a dump while it is interrupted by changes.
@@ -215,198 +162,31 @@ func repeat[T any](dump func() (T, error)) (T, error) {
 	return dump()
 }
 
-// holdIPv6 returns the State that the interface can have. If the administrator
-// turned IPv6 off, that is want without IPv6, with unreachable IPv6 routes, and
-// reason is not nil. Without a mark, err is the reason instead.
-func (k *kernel) holdIPv6(want State) (_ State, reason, err error) {
-	err = k.checkIPv6(want)
-	if k.Mark == 0 || !errors.Is(err, ErrIPv6Disabled) {
-		return want, nil, err
-	}
-	held := want.ipv4Only()
-	for _, p := range slices.Concat(want.Routes, want.Unreachable) {
-		if isIPv6(p) {
-			held.Unreachable = append(held.Unreachable, p)
-		}
-	}
-	held.Exclude = want.Exclude
-	return held, err, nil
-}
-
-// checkIPv6 returns an error if want has IPv6 and the interface cannot have it.
-func (k *kernel) checkIPv6(want State) error {
-	if !slices.ContainsFunc(slices.Concat(want.Addresses, want.Routes), isIPv6) {
+// explain adds the remedy, if there is one, to an error of the kernel.
+func explain(err error) error {
+	remedy := ""
+	switch {
+	case err == nil:
 		return nil
-	}
-	link, err := k.findLink()
-	if err != nil || link == nil {
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		remedy = "run as root or with CAP_NET_ADMIN"
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT),
+		errors.Is(err, unix.EPROTONOSUPPORT):
+		remedy = "the running kernel lacks this feature or its module"
+	case errors.Is(err, unix.EEXIST):
+		remedy = "another program has created the same object: remove it"
+	case errors.Is(err, unix.ENODEV):
+		remedy = "the interface is gone: start again"
+	case errors.Is(err, unix.ENETDOWN):
+		remedy = "the interface was set down: set it up"
+	case errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.ENOMEM):
+		remedy = "the kernel is out of memory: free some, or use fewer routes"
+	case errors.Is(err, unix.EROFS):
+		remedy = "the file system is mounted read-only"
+	default:
 		return err
 	}
-	mtu := want.MTU
-	if mtu == 0 {
-		mtu = link.Attrs().MTU
-	}
-	if mtu < minMTU6 {
-		return fmt.Errorf("interface %s: MTU %d is too small for IPv6, which needs %d: leave its addresses and routes out",
-			k.Interface, mtu, minMTU6)
-	}
-	name := "net/ipv6/conf/" + link.Attrs().Name + "/disable_ipv6"
-	if v, err := k.readSysctl(name); err == nil && v != "0" {
-		return fmt.Errorf("%w: %s is %s, as net.ipv6.conf.default.disable_ipv6 was when %s was made: "+
-			"set it to 0 to have IPv6 in the tunnel", ErrIPv6Disabled, dotted(name), v,
-			link.Attrs().Name)
-	}
-	return nil
-}
-
-func (k *kernel) addAddr(link netlink.Link, p netip.Prefix) error {
-	a := &netlink.Addr{IPNet: ipNet(p)}
-	if isIPv6(p) {
-		a.Flags |= unix.IFA_F_NODAD
-	}
-	if k.Mark != 0 {
-		a.Flags |= unix.IFA_F_NOPREFIXROUTE
-	}
-	k.rec.addAddr(p)
-	if err := k.journal.save(k.rec); err != nil {
-		k.rec.dropAddr(p)
-		return err
-	}
-	if err := k.nl.AddrAdd(link, a); err != nil {
-		k.rec.dropAddr(p)
-		return errors.Join(explain(err), k.journal.save(k.rec))
-	}
-	return nil
-}
-
-func (k *kernel) delAddr(link netlink.Link, p netip.Prefix) error {
-	if link != nil {
-		err := k.nl.AddrDel(link, &netlink.Addr{IPNet: ipNet(p)})
-		if err := unlessGone(err); err != nil {
-			return err
-		}
-	}
-	k.rec.dropAddr(p)
-	k.noteUndo(k.journal.save(k.rec))
-	return nil
-}
-
-// setMTU changes the MTU and records the previous one.
-func (k *kernel) setMTU(link netlink.Link, mtu, found int) error {
-	if k.rec.MTU == 0 {
-		k.rec.MTU = found
-		if err := k.journal.save(k.rec); err != nil {
-			k.rec.MTU = 0
-			return err
-		}
-	}
-	return explain(k.nl.LinkSetMTU(link, mtu))
-}
-
-func (k *kernel) restoreMTU(link netlink.Link) error {
-	if link != nil {
-		if err := unlessGone(k.nl.LinkSetMTU(link, k.rec.MTU)); err != nil {
-			return err
-		}
-	}
-	k.rec.MTU = 0
-	k.noteUndo(k.journal.save(k.rec))
-	return nil
-}
-
-// tunnelGroup is the group of the interfaces of all tunnels of this host that
-// forward.
-const tunnelGroup = 9484
-
-// setGroup puts the interface into tunnelGroup and records the previous group.
-func (k *kernel) setGroup(link netlink.Link, found uint32) error {
-	if k.rec.Group == nil {
-		k.rec.Group = &found
-		if err := k.journal.save(k.rec); err != nil {
-			k.rec.Group = nil
-			return err
-		}
-	}
-	return explain(k.nl.LinkSetGroup(link, tunnelGroup))
-}
-
-func (k *kernel) restoreGroup(link netlink.Link) error {
-	if link != nil {
-		if err := unlessGone(k.nl.LinkSetGroup(link, int(*k.rec.Group))); err != nil {
-			return err
-		}
-	}
-	k.rec.Group = nil
-	k.noteUndo(k.journal.save(k.rec))
-	return nil
-}
-
-// disableLinkLocal keeps the kernel from generating a link-local address for
-// the interface. The peer does not know that address, and with it the host
-// sends router solicitations and multicast reports into the tunnel. The mode is
-// set through netlink because a write to its sysctl generates addresses.
-func (k *kernel) disableLinkLocal(link netlink.Link, found string) error {
-	if k.rec.AddrGen == "" {
-		k.rec.AddrGen = found
-		if err := k.journal.save(k.rec); err != nil {
-			k.rec.AddrGen = ""
-			return err
-		}
-	}
-	return explain(k.nl.LinkSetIP6AddrGenMode(link, addrGenNone))
-}
-
-func (k *kernel) restoreAddrGen(link netlink.Link) error {
-	if mode, err := strconv.Atoi(k.rec.AddrGen); link != nil && err == nil {
-		if err := unlessGone(k.nl.LinkSetIP6AddrGenMode(link, mode)); err != nil {
-			return err
-		}
-	}
-	k.rec.AddrGen = ""
-	k.noteUndo(k.journal.save(k.rec))
-	return nil
-}
-
-// setUp sets the interface up and records that it was down.
-func (k *kernel) setUp(link netlink.Link) error {
-	if !k.rec.Down {
-		k.rec.Down = true
-		if err := k.journal.save(k.rec); err != nil {
-			k.rec.Down = false
-			return err
-		}
-	}
-	return explain(k.nl.LinkSetUp(link))
-}
-
-func (k *kernel) restoreDown(link netlink.Link) error {
-	if link != nil {
-		if err := unlessGone(k.nl.LinkSetDown(link)); err != nil {
-			return err
-		}
-	}
-	k.rec.Down = false
-	k.noteUndo(k.journal.save(k.rec))
-	return nil
-}
-
-func (k *kernel) addRoutes(routes []route) error {
-	for _, r := range routes {
-		if err := k.nl.RouteAdd(r.netlink(k)); err != nil {
-			return fmt.Errorf("%v: %w", r.prefix, explain(err))
-		}
-	}
-	return nil
-}
-
-func (k *kernel) delRoutes(routes []route) error {
-	var errs []error
-	for _, r := range routes {
-		if err := unlessGone(k.nl.RouteDel(r.netlink(k))); err != nil {
-			errs = append(errs, fmt.Errorf("%v: %w", r.prefix, err))
-		}
-	}
-	return errors.Join(errs...)
+	return fmt.Errorf("%w (%s)", err, remedy)
 }
 
 // unlessGone explains the error of a removal. It returns nil if the object did

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -233,32 +232,31 @@ const (
 // hook a packet still has its old interface if another program has marked it to
 // be rerouted.
 func (k *KillSwitch) chains(index uint32) []chain {
-	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
 	own := chain{name: "own", rules: []chainRule{
 		{fmt.Sprintf("sockets with the bits %#x in their mark carry the tunnel", k.Mark),
-			append(packetMarked(k.Mark, k.Mark), accept...)},
+			append(packetMarked(k.Mark, k.Mark), accept()...)},
 		{"DHCP", slices.Concat(udpPorts(unix.NFPROTO_IPV4, dhcpClientPort, dhcpServerPort),
-			accept)},
-		{"DHCPv6", slices.Concat(udpPorts(unix.NFPROTO_IPV6, dhcp6Client, dhcp6Server), accept)},
+			accept())},
+		{"DHCPv6", slices.Concat(udpPorts(unix.NFPROTO_IPV6, dhcp6Client, dhcp6Server), accept())},
 		{"neighbour and router discovery",
-			slices.Concat(icmp6(ndHopLimit, ndRouter, ndNeighbor), accept)},
+			slices.Concat(icmp6(ndHopLimit, ndRouter, ndNeighbor), accept())},
 		{"multicast listener reports, version 1",
-			slices.Concat(icmp6(mldHopLimit, mldReport, mldDone), accept)},
+			slices.Concat(icmp6(mldHopLimit, mldReport, mldDone), accept())},
 		{"multicast listener reports, version 2",
-			slices.Concat(icmp6(mldHopLimit, mld2Report, mld2Report), accept)},
+			slices.Concat(icmp6(mldHopLimit, mld2Report, mld2Report), accept())},
 	}}
 	all := chain{name: "all", rules: []chainRule{
-		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept...)},
+		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept()...)},
 	}}
 	if index != 0 {
 		all.rules = append(all.rules, chainRule{
 			fmt.Sprintf("interface %d is the tunnel", index),
-			append(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), accept...),
+			append(meta(expr.MetaKeyOIF, expr.CmpOpEq, index), accept()...),
 		})
 	}
 	for _, p := range sorted(k.Allow) {
 		all.rules = append(all.rules,
-			chainRule{fmt.Sprintf("%v is allowed", p), slices.Concat(address(p, false), accept)})
+			chainRule{fmt.Sprintf("%v is allowed", p), slices.Concat(address(p, false), accept())})
 	}
 	refuse := chainRule{"everything else is refused", []expr.Any{
 		&expr.Counter{}, &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH,
@@ -278,38 +276,4 @@ func (k *KillSwitch) chains(index uint32) []chain {
 		hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityLast, policy: &closed,
 		rules: []chainRule{jump(own), jump(all), {"everything else is dropped", drop()}},
 	}}
-}
-
-func jump(to chain) chainRule {
-	return chainRule{"to chain " + to.name,
-		[]expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: to.name}}}
-}
-
-// metaByte compares a one-byte property of the packet.
-func metaByte(key expr.MetaKey, value byte) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{value}}}
-}
-
-// udpPorts matches UDP packets of a family by both ports.
-func udpPorts(family byte, from, to uint16) []expr.Any {
-	return slices.Concat(metaByte(expr.MetaKeyNFPROTO, family),
-		metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_UDP),
-		[]expr.Any{
-			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 4},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1,
-				Data: slices.Concat(binaryutil.BigEndian.PutUint16(from),
-					binaryutil.BigEndian.PutUint16(to))},
-		})
-}
-
-// icmp6 matches ICMPv6 messages with a hop limit and a type from low to high.
-func icmp6(hopLimit, low, high byte) []expr.Any {
-	return slices.Concat(metaByte(expr.MetaKeyNFPROTO, unix.NFPROTO_IPV6),
-		metaByte(expr.MetaKeyL4PROTO, unix.IPPROTO_ICMPV6), []expr.Any{
-			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 7, Len: 1},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{hopLimit}},
-			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 1},
-			&expr.Range{Op: expr.CmpOpEq, Register: 1, FromData: []byte{low}, ToData: []byte{high}},
-		})
 }

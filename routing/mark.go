@@ -5,8 +5,6 @@ import (
 	"math/bits"
 	"syscall"
 
-	"github.com/google/nftables/binaryutil"
-	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
@@ -25,50 +23,6 @@ func ValidMark(mark uint32) bool { return bits.OnesCount32(mark) == 2 }
 
 // outsideMark returns the bit of mark that keeps packets out of the tunnel.
 func outsideMark(mark uint32) uint32 { return mark &^ (mark & -mark) }
-
-// marked matches packets or connections whose mark has value in the bits of
-// mask.
-func marked(load expr.Any, mask, value uint32) []expr.Any {
-	return []expr.Any{
-		load,
-		&expr.Bitwise{
-			SourceRegister: 1, DestRegister: 1, Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(mask), Xor: make([]byte, 4),
-		},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(value)},
-	}
-}
-
-// setBits sets the bits of mask to value, and does not change other bits.
-func setBits(load, store expr.Any, mask, value uint32) []expr.Any {
-	return []expr.Any{
-		load,
-		&expr.Bitwise{
-			SourceRegister: 1, DestRegister: 1, Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(^mask),
-			Xor:  binaryutil.NativeEndian.PutUint32(value),
-		},
-		store,
-	}
-}
-
-func packetMarked(mask, value uint32) []expr.Any {
-	return marked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, mask, value)
-}
-
-func connectionMarked(mask, value uint32) []expr.Any {
-	return marked(&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, mask, value)
-}
-
-func markPacket(mask, value uint32) []expr.Any {
-	return setBits(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true}, mask, value)
-}
-
-func markConnection(mask, value uint32) []expr.Any {
-	return setBits(&expr.Ct{Key: expr.CtKeyMARK, Register: 1},
-		&expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true}, mask, value)
-}
 
 // MarkSocket returns a function for the Control field of net.ListenConfig and
 // net.Dialer. It gives the socket the mark, so that its packets do not enter a

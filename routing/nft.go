@@ -7,11 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
@@ -55,11 +53,6 @@ type kernelChain struct {
 	bodies   [][]byte // expressions of the rules, with counters at 0
 }
 
-const (
-	dnsPort    = 53
-	dnsTLSPort = 853 // DNS over TLS and QUIC, RFC 7858 and RFC 9250
-)
-
 const loopback = 1 // index of lo in every network namespace
 
 // Values of chain.needs.
@@ -70,92 +63,6 @@ const (
 	needsARP   = "nftables family arp"
 	needsReply = "nftables conntrack, fib and socket expressions with rerouting"
 )
-
-// newDNSChains returns the chains that refuse DNS queries outside the tunnel.
-func newDNSChains(k *kernel) []chain {
-	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
-	inside := []chainRule{
-		{fmt.Sprintf("interface %d is the tunnel", k.index),
-			append(meta(expr.MetaKeyOIF, expr.CmpOpEq, uint32(k.index)), accept...)},
-		{"loopback", append(meta(expr.MetaKeyOIF, expr.CmpOpEq, loopback), accept...)},
-	}
-	own := chainRule{fmt.Sprintf("sockets with the bits %#x in their mark are accepted",
-		k.Mark),
-		append(packetMarked(k.Mark, k.Mark), accept...)}
-	var refuse []chainRule
-	for _, p := range []struct {
-		name     string
-		protocol byte
-	}{{"UDP", unix.IPPROTO_UDP}, {"TCP", unix.IPPROTO_TCP}} {
-		for _, port := range []uint16{dnsPort, dnsTLSPort} {
-			refuse = append(refuse, chainRule{
-				fmt.Sprintf("queries to %s port %d do not leave outside the tunnel", p.name, port),
-				slices.Concat(metaByte(expr.MetaKeyL4PROTO, p.protocol), []expr.Any{
-					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2,
-						Len: 2},
-					&expr.Cmp{Op: expr.CmpOpEq, Register: 1,
-						Data: binaryutil.BigEndian.PutUint16(port)},
-					&expr.Counter{},
-					&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH,
-						Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED},
-				}),
-			})
-		}
-	}
-	return []chain{{
-		name: "dns", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput,
-		priority: nftables.ChainPriorityFilter,
-		rules:    slices.Concat([]chainRule{own}, inside, refuse),
-	}, {
-		name: "dns-forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward,
-		priority: nftables.ChainPriorityFilter,
-		rules:    slices.Concat(inside, refuse),
-	}}
-}
-
-// meta compares a property of the packet, which stays in register 1.
-func meta(key expr.MetaKey, op expr.CmpOp, value uint32) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: op, Register: 1, Data: binaryutil.NativeEndian.PutUint32(value)},
-	}
-}
-
-// sourceType compares the type of the source address in the routing tables.
-func sourceType(op expr.CmpOp, kind uint32) []expr.Any {
-	return []expr.Any{
-		&expr.Fib{Register: 1, FlagSADDR: true, ResultADDRTYPE: true},
-		&expr.Cmp{Register: 1, Op: op, Data: binaryutil.NativeEndian.PutUint32(kind)},
-	}
-}
-
-func drop() []expr.Any {
-	return []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
-}
-
-// address matches packets with a source or destination in p.
-func address(p netip.Prefix, source bool) []expr.Any {
-	family, offset, size := byte(unix.NFPROTO_IPV4), uint32(16), uint32(4)
-	if isIPv6(p) {
-		family, offset, size = unix.NFPROTO_IPV6, 24, 16
-	}
-	if source {
-		offset -= size
-	}
-	exprs := []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{family}},
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset,
-			Len: size},
-	}
-	if !p.IsSingleIP() {
-		exprs = append(exprs, &expr.Bitwise{
-			SourceRegister: 1, DestRegister: 1, Len: size,
-			Mask: ipNet(p).Mask, Xor: make([]byte, size),
-		})
-	}
-	return append(exprs, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()})
-}
 
 // TablePrefix is the prefix of the names of the nftables tables of all
 // Managers.

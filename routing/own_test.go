@@ -29,6 +29,7 @@ func TestProxyHostBehindItsTunnel(t *testing.T) {
 	})
 	h.ip("addr add 192.168.5.77/24 dev up0")
 	h.ip("addr add 2001:db8:5::77/64 dev up0 nodad")
+	h.settle()
 	for _, tt := range otherNames {
 		t.Run(tt.name, func(t *testing.T) {
 			service := h.listen(":0", 0)
@@ -60,6 +61,7 @@ func TestLeavesHost(t *testing.T) {
 	h, _ := connect(t)
 	h.ip("addr add 192.168.5.77/24 dev up0")
 	h.ip("addr add 2001:db8:5::77/64 dev up0 nodad")
+	h.settle()
 	h.sysctl("net/ipv6/conf/all/forwarding", "1") // which makes it a router, with anycast addresses
 	h.ip("route add prohibit 198.51.100.0/24")
 	leaves := func(addr string) (err error) {

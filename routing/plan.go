@@ -103,11 +103,6 @@ func tableOwner(id int) (index, bits int, ok bool) {
 	return index, bits, bits <= 128 && id == tableID(index, bits)
 }
 
-func (s State) hasIPv6() bool {
-	return slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Unreachable, s.Exclude,
-		s.Masquerade), isIPv6)
-}
-
 // forwards reports whether s needs a sysctl, ipForward4 or ipForward6.
 func (s State) forwards(sysctl string) bool {
 	return s.Forward && slices.ContainsFunc(slices.Concat(s.Addresses, s.Routes, s.Masquerade),
@@ -116,15 +111,14 @@ func (s State) forwards(sysctl string) bool {
 		})
 }
 
-func (s State) ipv4Only() State {
-	for _, list := range []*[]netip.Prefix{&s.Addresses, &s.Routes, &s.Unreachable, &s.Exclude,
-		&s.Reach, &s.Masquerade} {
-		*list = slices.DeleteFunc(slices.Clone(*list), isIPv6)
+// planFor returns the plan for a State and the host's current networks.
+func (k *kernel) planFor(want State) (plan, error) {
+	p, err := newPlan(want, k)
+	if err == nil {
+		p.sysctls = append(p.sysctls, k.looseFilters(want)...)
 	}
-	return s
+	return p, err
 }
-
-func isIPv6(p netip.Prefix) bool { return p.Addr().Is6() }
 
 // newPlan returns the plan of a State.
 func newPlan(s State, k *kernel) (plan, error) {

@@ -255,34 +255,6 @@ func (m *Manager) reconcile(now time.Time) (h Health, again time.Time, err error
 	return h, again, nil
 }
 
-// followIPv6 applies a new plan if IPv6 was turned off or on again on the
-// interface. The changes of the new plan do not count as repairs.
-func (m *Manager) followIPv6() error {
-	state, held, err := m.feasible()
-	if err != nil || (held != nil) == (m.held != nil) {
-		return err
-	}
-	want, err := m.planFor(state)
-	if err != nil {
-		return err
-	}
-	m.repairs.lostIPv6 = held != nil
-	m.applied, m.held = want, held
-	return m.converge(want, true)
-}
-
-// feasible returns the applied State as the interface can have it now. held is
-// the reason if that is without IPv6.
-func (m *Manager) feasible() (_ State, held, err error) {
-	state, held, err := m.holdIPv6(m.state)
-	if errors.Is(err, ErrIPv6Disabled) {
-		// Without a mark there are no tables in which IPv6 routes could be
-		// unreachable.
-		return m.state.ipv4Only(), err, nil
-	}
-	return state, held, err
-}
-
 // round is the result of one call of reconcile.
 type round struct {
 	now      time.Time
