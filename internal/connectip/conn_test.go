@@ -248,7 +248,7 @@ func (fakeStream) Write(b []byte) (int, error)      { return len(b), nil }
 func (fakeStream) SetWriteDeadline(time.Time) error { return nil }
 
 func (f *fakeQUIC) CloseWithError(quic.ApplicationErrorCode, string) error { return nil }
-func (f *fakeQUIC) ConnectionStats() quic.ConnectionStats                  { return quic.ConnectionStats{} }
+func (f *fakeQUIC) ConnectionStats() (s quic.ConnectionStats)              { return s }
 
 // newFake returns a Conn without a network.
 func newFake(f *fakeQUIC, cfg Config) *Conn {
@@ -319,9 +319,14 @@ func TestMalformedCapsuleResetsTheStream(t *testing.T) {
 	}{
 		"malformed": {(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 0,
 			Prefix: host(clientAddr4)}}}).Append(nil), http3.ErrCodeMessageError},
-		"request ID reused": {repeat((&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1, Prefix: host(clientAddr4)}}}).Append(nil), 2), http3.ErrCodeMessageError},
-		"malformed DNS":     {[]byte("\x9a\xce\x79\xec\x0e\x01\x00\x00\x01\xc0\x00\x02\x21\x00\x00\x00\x01\x00\x00"), http3.ErrCodeMessageError},
-		"malformed PREF64":  {[]byte("\xa7\x4c\x0f\xbc\x01\x60"), http3.ErrCodeMessageError},
+		"request ID reused": {bytes.Repeat((&capsule.AddressRequest{
+			Addresses: []capsule.Address{{RequestID: 1, Prefix: host(clientAddr4)}},
+		}).Append(nil), 2), http3.ErrCodeMessageError},
+		"malformed DNS": {
+			[]byte("\x9a\xce\x79\xec\x0e\x01\x00\x00\x01\xc0\x00\x02\x21\x00\x00\x00\x01\x00\x00"),
+			http3.ErrCodeMessageError,
+		},
+		"malformed PREF64": {[]byte("\xa7\x4c\x0f\xbc\x01\x60"), http3.ErrCodeMessageError},
 		"too large DNS": {append([]byte("\x9a\xce\x79\xec"),
 			quicvarint.Append(nil, MaxCapsule+1)...), http3.ErrCodeExcessiveLoad},
 		"too large": {append([]byte{1}, quicvarint.Append(nil, 1<<30)...),
@@ -350,8 +355,6 @@ func TestMalformedCapsuleResetsTheStream(t *testing.T) {
 		})
 	}
 }
-
-func repeat(b []byte, n int) []byte { return bytes.Repeat(b, n) }
 
 // A DATAGRAM capsule carries a packet like a QUIC datagram does, and unknown
 // capsules are skipped.

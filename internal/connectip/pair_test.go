@@ -207,7 +207,9 @@ func certificates(t *testing.T) (server, client *tls.Config) {
 	}
 	pool := x509.NewCertPool()
 	pool.AddCert(cert)
-	server = http3.ConfigureTLSConfig(&tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}})
+	server = http3.ConfigureTLSConfig(&tls.Config{
+		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}},
+	})
 	return server, &tls.Config{RootCAs: pool, NextProtos: []string{http3.NextProtoH3}}
 }
 
