@@ -8,11 +8,11 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// CheckProxy connects to the proxy like Run, sends the request for the tunnel, and
-// closes the connection again. It opens no device, requests no addresses, does
-// not change this host, and needs no privileges. The proxy counts a session for
-// that moment. CheckProxy calls step with a text after each successful step. Its
-// errors are of type *Error.
+// CheckProxy connects to the proxy like Run, sends the request for the tunnel,
+// and closes the connection again. It opens no device, requests no addresses,
+// does not change this host, and needs no privileges. The proxy counts a
+// session for that moment. CheckProxy calls step with a text after each
+// successful step. Its errors are of type *Error.
 func CheckProxy(ctx context.Context, cfg Config, step func(string)) error {
 	c, err := New(cfg)
 	if err != nil {
@@ -41,7 +41,8 @@ func (d *dialer) report(format string, args ...any) {
 	}
 }
 
-// reportConn reports the round-trip time and the certificate of a new connection.
+// reportConn reports the round-trip time and the certificate of a new
+// connection.
 func (d *dialer) reportConn(conn *quic.Conn) {
 	if d.progress == nil {
 		return

@@ -81,10 +81,10 @@ func classify(err error, conn *quic.Conn, to target) error {
 			connectip.Explain(err)), "")
 }
 
-// authenticated reports whether the peer of conn has proved that it is the proxy.
-// Until then, anybody on the path can close the connection with any error: the
-// keys of Initial packets are public (RFC 9001 section 5.2), and a peer that
-// answers in the proxy's place has the keys of Handshake packets.
+// authenticated reports whether the peer of conn has proved that it is the
+// proxy. Until then, anybody on the path can close the connection with any
+// error: the keys of Initial packets are public (RFC 9001 section 5.2), and a
+// peer that answers in the proxy's place has the keys of Handshake packets.
 func authenticated(conn *quic.Conn) bool {
 	if conn == nil {
 		return false
@@ -97,8 +97,8 @@ func authenticated(conn *quic.Conn) bool {
 	}
 }
 
-// explainEnd returns an Error for the end of a stream on conn. If the connection
-// has ended, its error is the reason.
+// explainEnd returns an Error for the end of a stream on conn. If the
+// connection has ended, its error is the reason.
 func explainEnd(err error, conn *quic.Conn, to target) error {
 	// The context of a broken connection may be done a little later than conn.
 	cause := err
@@ -208,9 +208,9 @@ func isExpired(err error) bool {
 }
 
 // outOfTime returns an Error for a certificate that is not valid now. It is not
-// final if waiting helps: a clock that is behind, as on a host that boots without
-// a battery, will be set. The certificate cannot serve as a clock, because the
-// peer has not proved yet that it has the key.
+// final if waiting helps: a clock that is behind, as on a host that boots
+// without a battery, will be set. The certificate cannot serve as a clock,
+// because the peer has not proved yet that it has the key.
 func outOfTime(err error, cert *x509.Certificate, to target) *Error {
 	now := to.clock.now()
 	const remedy = "check this host's clock, and ask the operator for a new certificate"

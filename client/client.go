@@ -82,11 +82,16 @@ type Client struct {
 	mu sync.Mutex // guards the fields below, up to notingMu
 
 	status     connectip.Status
-	reconnects [numLosses]uint64 // status.Reconnects by reason
-	failure    *Error            // of the last attempt; nil while connected
-	notices    map[string]notice // by key
+	reconnects [numLosses]uint64 // status.Reconnects, split by reason
 	changed    chan struct{}     // closed and replaced by notify
-	loopTimer  *time.Timer       // removes the loop notice; nil before the first
+
+	// notices are the current notices by key. loopTimer removes the notice of
+	// noteLoop, and is nil before the first.
+	notices   map[string]notice
+	loopTimer *time.Timer
+
+	// failure is the error of the last attempt, nil while connected.
+	failure *Error
 
 	// connectedReason is the reason of the last StateConnected. It is shown
 	// again when no notice degrades the tunnel any more.
@@ -104,9 +109,9 @@ type Client struct {
 	present  []netip.Prefix // addresses that the interface has
 	ipv6Held bool           // Health.IPv6Held of the last report
 
-	// repairs, killSwitchRepairs and dnsRepairs count the changes by other
-	// programs that were undone.
-	repairs           map[string]uint64 // by kind
+	// repairs (by kind), killSwitchRepairs and dnsRepairs count the changes by
+	// other programs that were undone.
+	repairs           map[string]uint64
 	killSwitchRepairs uint64
 	dnsRepairs        uint64
 	dnsLost           bool // the resolver has lost the tunnel's settings
@@ -179,10 +184,10 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
-// Run opens the tunnel and maintains it until ctx is done, and then returns nil.
-// A failure that retrying cannot mend ends it earlier: the error then matches
-// *Error. Run restores the host before it returns, except that a kill switch
-// stays closed. It may be called once.
+// Run opens the tunnel and maintains it until ctx is done, and then returns
+// nil. A failure that retrying cannot mend ends it earlier: the error then
+// matches *Error. Run restores the host before it returns, except that a kill
+// switch stays closed. It may be called once.
 func (c *Client) Run(ctx context.Context) (err error) {
 	defer func() {
 		if err != nil {
@@ -198,8 +203,8 @@ func (c *Client) Run(ctx context.Context) (err error) {
 	}
 	c.setState(StateConnecting, "")
 	var sending, maintaining sync.WaitGroup
-	// A joined error is no *Error itself, so err is joined only if restoring the
-	// host failed.
+	// A joined error is no *Error itself, so err is joined only if restoring
+	// the host failed.
 	defer func() {
 		if closeErr := c.supervisor.Close(); closeErr != nil {
 			err = errors.Join(err, closeErr)
@@ -298,8 +303,8 @@ func (c *Client) noteImpostor(e *Error) {
 }
 
 // dispatch sends packets of the device. It sends a single packet at once if the
-// tunnel is idle, and then the caller still owns it. It passes queued packets to
-// the queue, which owns them, and sets their elements to nil.
+// tunnel is idle, and then the caller still owns it. It passes queued packets
+// to the queue, which owns them, and sets their elements to nil.
 func (c *Client) dispatch(packets []*flowqueue.Packet) {
 	c.reading.Begin()
 	defer c.reading.End()
@@ -367,9 +372,9 @@ func (c *Client) setReason(reason string) {
 	c.notify()
 }
 
-// Failure returns the error of the last failed attempt to connect or of the last
-// session that ended. It returns nil before the first failure and while the
-// tunnel is connected.
+// Failure returns the error of the last failed attempt to connect or of the
+// last session that ended. It returns nil before the first failure and while
+// the tunnel is connected.
 func (c *Client) Failure() *Error {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -81,8 +81,10 @@ func startProxy(t *testing.T, change func(*proxy.Config)) *testProxy {
 		Pool4: netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
 		Advertise: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"),
 			netip.MustParsePrefix("::/0")},
-		OpenDevice:    func() (proxy.Device, error) { return f.device, nil },
-		OpenNetwork:   func(proxy.Device) (proxy.Network, error) { return &routingtest.Network{}, nil },
+		OpenDevice: func() (proxy.Device, error) { return f.device, nil },
+		OpenNetwork: func(proxy.Device) (proxy.Network, error) {
+			return &routingtest.Network{}, nil
+		},
 		LocalNetworks: func() ([]netip.Prefix, error) { return nil, nil },
 	}
 	if change != nil {
@@ -123,7 +125,8 @@ type testClient struct {
 
 func startClient(t *testing.T, f *testProxy, change func(*Config)) *testClient {
 	t.Helper()
-	n := &testClient{device: tuntest.New(1400), network: &routingtest.Network{}, done: make(chan struct{})}
+	n := &testClient{device: tuntest.New(1400), network: &routingtest.Network{},
+		done: make(chan struct{})}
 	cfg := Config{
 		Name: "test", Proxy: f.addr, Token: "secret",
 		TLS:           &tls.Config{RootCAs: newInstallation().Roots, ServerName: proxyName},

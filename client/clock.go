@@ -9,13 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A clock tells the time by which certificates are verified.
+// clock tells the time for the verification of certificates.
 type clock struct {
-	now          func() time.Time
-	synchronised func() bool // reports whether now is known to be right
+	now func() time.Time
+
+	// synchronised reports whether now is known to be correct.
+	synchronised func() bool
 }
 
-// newClock returns the host's clock, or that of config, if it has one.
+// newClock returns the clock of config if it has one, and otherwise the host's.
 func newClock(config *tls.Config) clock {
 	if config != nil && config.Time != nil {
 		return clock{now: config.Time, synchronised: func() bool { return true }}
@@ -25,8 +27,8 @@ func newClock(config *tls.Config) clock {
 	}, synchronised: synchronised}
 }
 
-// notBefore returns now, or built where that is later. A clock that says
-// otherwise is wrong: it cannot be earlier than when the program was made.
+// notBefore returns the later of now and built. A clock that is before the time
+// at which the program was built is wrong.
 func notBefore(now, built time.Time) time.Time {
 	if now.Before(built) {
 		return built
@@ -34,8 +36,8 @@ func notBefore(now, built time.Time) time.Time {
 	return now
 }
 
-// built returns the time of the source that this program was made from, the
-// zero Time where it is not known.
+// buildTime returns the time of the commit that the program was built from. It
+// is zero if unknown.
 var buildTime = sync.OnceValue(func() time.Time {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -43,15 +45,15 @@ var buildTime = sync.OnceValue(func() time.Time {
 	}
 	for _, s := range info.Settings {
 		if s.Key == "vcs.time" {
-			t, _ := time.Parse(time.RFC3339, s.Value) // zero if it is none
+			t, _ := time.Parse(time.RFC3339, s.Value) // zero if invalid
 			return t
 		}
 	}
 	return time.Time{}
 })
 
-// synchronised reports whether the kernel takes its clock for synchronised. A
-// service may not be allowed to ask.
+// synchronised reports whether the kernel considers its clock synchronised. It
+// returns false if the process may not ask.
 func synchronised() bool {
 	var t unix.Timex
 	_, err := unix.Adjtimex(&t)

@@ -138,7 +138,8 @@ type Config struct {
 	// Logger receives the log. nil means that nothing is logged.
 	Logger *slog.Logger
 
-	// Tap receives copies of the tunnel's packets. nil means that there is none.
+	// Tap receives copies of the tunnel's packets. nil means that there is
+	// none.
 	Tap *capture.Tap
 
 	// Tracer is the Tracer of quic.Config, for qlog. It may be nil.
@@ -153,7 +154,8 @@ type Config struct {
 	OpenNetwork  func(Device) (Network, error)
 	OpenResolver func(Device) (Resolver, error)
 
-	// OpenUnderlay replaces the kernel's knowledge of the next hop to the proxy.
+	// OpenUnderlay replaces the kernel's knowledge of the next hop to the
+	// proxy.
 	OpenUnderlay func() (Underlay, error)
 
 	// HostNetworks replaces the kernel's knowledge of the addresses of this
@@ -190,9 +192,9 @@ type Network interface {
 	// kernel rejects IPv6 packets for the tunnel. It returns nil if it can.
 	Held() error
 
-	// Maintain restores the changes of other programs to the applied state until
-	// ctx is done. It calls report like routing.Manager.Maintain, and returns an
-	// error if the device is lost.
+	// Maintain restores the changes of other programs to the applied state
+	// until ctx is done. It calls report like routing.Manager.Maintain, and
+	// returns an error if the device is lost.
 	Maintain(ctx context.Context, report func(routing.Health)) error
 
 	// Close removes the applied state.
@@ -248,8 +250,8 @@ type target struct {
 	clock    clock          // verifies certificates
 }
 
-// parseProxy parses raw, a Config.Proxy. A ServerName in config takes precedence
-// over the host of raw.
+// parseProxy parses raw, a Config.Proxy. A ServerName in config takes
+// precedence over the host of raw.
 func parseProxy(raw string, config *tls.Config) (target, error) {
 	if raw == "" {
 		return target{}, usage("proxy", "the name of the proxy is missing")
@@ -301,8 +303,8 @@ func (c *Config) resolveTarget() (target, error) {
 	return to, nil
 }
 
-// maxToken limits the bearer token, in bytes. Proxies accept requests of 16 KiB,
-// and the rest of the request needs room too.
+// maxToken limits the bearer token, in bytes. Proxies accept requests of 16
+// KiB, and the rest of the request needs room too.
 const maxToken = 8 << 10
 
 // withDefaults checks c and returns it with defaults for empty fields.

@@ -11,17 +11,23 @@ import (
 	"masquevpn/internal/rescue"
 )
 
-// Counters are what a Client has counted since it was made. Counts never get
-// less.
+// Counters are the counters of a Client since New. They never decrease, except
+// for Oldest.
 type Counters struct {
 	Stats connectip.Stats
-	// by what was wrong with the session, or the attempt at one, before
+
+	// Reconnects counts reconnects by the reason for the end of the session or
+	// of the attempt before.
 	Reconnects map[string]uint64
-	Oldest     connectip.Ages // packets that wait in the client now
-	Panics     uint64         // that ended a session
+
+	// Oldest has the ages of the oldest packets that wait in the client now.
+	Oldest connectip.Ages
+
+	// Panics counts panics in this program that ended a session.
+	Panics uint64
 }
 
-// Counters may be called at any time.
+// Counters returns the current counters.
 func (c *Client) Counters() *Counters {
 	out := &Counters{Reconnects: make(map[string]uint64)}
 	c.countOverflow()
@@ -35,7 +41,8 @@ func (c *Client) Counters() *Counters {
 	return out
 }
 
-// countOverflow counts what the kernel dropped in front of the device.
+// countOverflow counts the packets that the kernel dropped because the queue of
+// the device was full.
 func (c *Client) countOverflow() {
 	if e := c.supervisor.Current(); e != nil {
 		e.overflow.Count(e.device, func(n int) {
@@ -44,7 +51,7 @@ func (c *Client) countOverflow() {
 	}
 }
 
-// oldest returns the ages of the oldest packets that wait.
+// oldest returns the ages of the oldest packets that wait in the client.
 func (c *Client) oldest() (a connectip.Ages) {
 	a.Note(connectip.StageDeviceRead, c.reading.Age())
 	a.Note(connectip.StageFlowQueue, c.queue.Oldest())
@@ -55,26 +62,24 @@ func (c *Client) oldest() (a connectip.Ages) {
 	return a
 }
 
-// Stuck says where packets are stuck for a reason that is this client's own,
-// nil for nowhere.
+// Stuck returns an error if packets have waited in the client for so long that
+// it must be at fault itself. The error names the stage.
 func (c *Client) Stuck() error {
 	a := c.oldest()
 	return a.Stuck()
 }
 
-// loss is why there is no session.
+// lossReason classifies the failures that lead to a reconnect.
 type lossReason uint8
 
-// The reasons, each with the word under which it is counted.
+// The reasons. lossNames has the words that count them.
 const (
-	lossError  lossReason = iota // this host, or a capsule of the proxy
-	lossClosed                   // the proxy ended it in good order
-	// the proxy ended it because something was wrong, or has been restarted and
-	// knows it no more
-	lossReset
-	lossTimeout // nothing came from the proxy
-	lossRefused // the proxy said no
-	lossNetwork // packets cannot be sent, or the proxy's name not be resolved
+	lossError   lossReason = iota // failure of this host, or malformed capsule
+	lossClosed                    // the proxy closed the session without an error
+	lossReset                     // the proxy reported an error or was restarted
+	lossTimeout                   // no packets arrived from the proxy
+	lossRefused                   // the proxy refused the request
+	lossNetwork                   // packets cannot leave, or no address of the proxy
 	numLosses
 )
 
@@ -82,7 +87,7 @@ var lossNames = [numLosses]string{"error", "closed", "reset", "timeout", "refuse
 
 func (l lossReason) String() string { return lossNames[l] }
 
-// lossOf classifies what a session ended with.
+// lossOf returns the reason of e, the error that ended a session or an attempt.
 func lossOf(e *Error) lossReason {
 	var app *quic.ApplicationError
 	var stateless *quic.StatelessResetError
@@ -92,7 +97,7 @@ func lossOf(e *Error) lossReason {
 	var path *lostError
 	var transport *quic.TransportError
 	switch err := attemptOf(e).err; {
-	case err == nil: // what the proxy answered, or did not grant
+	case err == nil: // the proxy answered, or granted too little
 		return lossRefused
 	case errors.Is(err, connectip.ErrClosedByPeer):
 		return lossClosed
@@ -117,6 +122,7 @@ func lossOf(e *Error) lossReason {
 	return lossError
 }
 
+// closedOrReset returns the reason for an error code of HTTP/3 from the proxy.
 func closedOrReset(code uint64) lossReason {
 	if connectip.IsNoError(code) {
 		return lossClosed

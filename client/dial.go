@@ -39,19 +39,19 @@ const (
 	// restarted proxy.
 	keepAlive = 10 * time.Second
 
-	// translatorTimeout limits the discovery of the network's NAT64 prefixes, of
-	// which the first maxTranslators are used.
+	// translatorTimeout limits the discovery of the network's NAT64 prefixes,
+	// of which the first maxTranslators are used.
 	translatorTimeout = 2 * time.Second
 	maxTranslators    = 2
 
-	// attemptDelay is the time between the starts of attempts with two addresses
-	// of the proxy (RFC 8305 section 5).
+	// attemptDelay is the time between the starts of attempts with two
+	// addresses of the proxy (RFC 8305 section 5).
 	attemptDelay = 250 * time.Millisecond
 
 	// initialPacketSize is the size of the first QUIC packets, in bytes. It
-	// leaves room for an IPv6 packet of 1280 bytes in a datagram, and the packet
-	// with its headers fits a path of 1400 bytes. smallPacketSize fits every
-	// path that supports QUIC (RFC 9000 section 14).
+	// leaves room for an IPv6 packet of 1280 bytes in a datagram, and the
+	// packet with its headers fits a path of 1400 bytes. smallPacketSize fits
+	// every path that supports QUIC (RFC 9000 section 14).
 	initialPacketSize = 1350
 	smallPacketSize   = 1200
 
@@ -100,7 +100,8 @@ func newDialer(to target, config *tls.Config, token string, control controlFunc,
 		resolver: resolver(control, nil), logger: logger, hasRoute: hasRoute}
 }
 
-// hasRoute reports whether the kernel has a route to an address outside tunnels.
+// hasRoute reports whether the kernel has a route to an address outside
+// tunnels.
 func hasRoute(to netip.Addr) bool {
 	_, err := routing.LookUpNextHop(to, routing.DefaultMark)
 	return err == nil
@@ -167,8 +168,8 @@ func (d *dialer) dial(ctx context.Context,
 	return c, nil
 }
 
-// resolve returns the addresses of the proxy. If its name cannot be resolved, it
-// returns the last known addresses.
+// resolve returns the addresses of the proxy. If its name cannot be resolved,
+// it returns the last known addresses.
 func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	port, err := strconv.ParseUint(d.target.port, 10, 16)
 	if err != nil || port == 0 {
@@ -199,8 +200,8 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 
 // translate returns addrs. If this host has no route to any of them, it appends
 // the addresses that the NAT64 of the host's network translates to the IPv4
-// addresses (RFC 7050, RFC 6052). Forged DNS answers do no harm here, because the
-// peer has to prove that it is the proxy.
+// addresses (RFC 7050, RFC 6052). Forged DNS answers do no harm here, because
+// the peer has to prove that it is the proxy.
 func (d *dialer) translate(ctx context.Context, addrs []netip.Addr) []netip.Addr {
 	ipv4 := slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Unmap().Is4() })
 	if !ipv4 || slices.ContainsFunc(addrs, func(a netip.Addr) bool {
@@ -307,9 +308,9 @@ func (d *dialer) race(ctx context.Context, addrs []netip.AddrPort) (*dialed, err
 	return nil, failed
 }
 
-// worse reports whether a explains a failed attempt better than b: the error of a
-// proxy that answered is better than a timeout, and a timeout is better than an
-// address to which this host cannot send.
+// worse reports whether a explains a failed attempt better than b: the error of
+// a proxy that answered is better than a timeout, and a timeout is better than
+// an address to which this host cannot send.
 func worse(a, b error) bool {
 	var x, y *Error
 	if !errors.As(a, &x) || !errors.As(b, &y) || y.Kind != KindUnreachable {
@@ -354,7 +355,8 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 		return nil, withAddress(classify(err, nil, d.target), addr)
 	}
 	udp.LoseUnsent()
-	return &dialed{transport: t, socket: udp, closePrevious: func() {}, conn: conn, remote: addr}, nil
+	return &dialed{transport: t, socket: udp, closePrevious: func() {}, conn: conn,
+		remote: addr}, nil
 }
 
 // open opens a socket for packets to addr, and a transport that uses it.
@@ -384,9 +386,9 @@ func (d *dialer) open(ctx context.Context, addr netip.AddrPort) (*quic.Transport
 	return &quic.Transport{Conn: udp}, udp, nil
 }
 
-// packetSize returns the size of the first QUIC packets, in bytes. If an attempt
-// gets no answer, the MTU of the path may be too small. Then two attempts use
-// small packets, because the proxy needs one of them to notice it.
+// packetSize returns the size of the first QUIC packets, in bytes. If an
+// attempt gets no answer, the MTU of the path may be too small. Then two
+// attempts use small packets, because the proxy needs one of them to notice it.
 func (d *dialer) packetSize() uint16 {
 	if d.timeouts%3 == 0 {
 		return initialPacketSize
@@ -485,8 +487,8 @@ func readFinalResponse(str *http3.RequestStream) (*http.Response, error) {
 	return nil, fmt.Errorf("the proxy sent more than %d answers and no final one", maxInterim-1)
 }
 
-// checkResponse returns nil for a successful response (RFC 9484 section 4.5) that
-// is well-formed (RFC 9297 section 3.2).
+// checkResponse returns nil for a successful response (RFC 9484 section 4.5)
+// that is well-formed (RFC 9297 section 3.2).
 func checkResponse(rsp *http.Response) error {
 	status := rsp.StatusCode
 	kind, rcode := proxyError(rsp.Header)
@@ -529,8 +531,8 @@ func checkResponse(rsp *http.Response) error {
 	}
 }
 
-// proxyDetail returns the field Proxy-Status in parentheses, with a leading space.
-// It returns "" if there is none.
+// proxyDetail returns the field Proxy-Status in parentheses, with a leading
+// space. It returns "" if there is none.
 func proxyDetail(h http.Header) string {
 	if s := h.Get("Proxy-Status"); s != "" {
 		return fmt.Sprintf(" (%.200q)", s)

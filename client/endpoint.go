@@ -14,18 +14,18 @@ import (
 	"masquevpn/routing"
 )
 
-// noticeHost and noticeKillSwitch are keys of notices about this host.
+// Keys of notices about this host.
 const (
 	noticeHost       = "host"
 	noticeKillSwitch = "kill_switch"
 	noticeResolver   = "resolver"
 )
 
-// checkDNSInterval is the time between two looks at the host's resolver.
+// checkDNSInterval is the time between two checks of the host's resolver.
 const checkDNSInterval = 5 * time.Second
 
-// repairKillSwitch and repairDNS are what Status.KernelRepairs counts besides
-// the repairs of routing.Health.
+// repairKillSwitch and repairDNS are the kinds in Status.KernelRepairs besides
+// the kinds of routing.Health.
 const (
 	repairKillSwitch = "kill_switch"
 	repairDNS        = "dns"
@@ -50,8 +50,8 @@ func (c *Client) openEndpoint() (_ *localEndpoint, err error) {
 			err = errors.Join(err, e.Close())
 		}
 	}()
-	// What could not be opened is not assigned: it may be a nil pointer in an
-	// interface, which is not nil.
+	// The fields of e stay nil on failure: a nil pointer in an interface is not
+	// nil.
 	device, err := c.cfg.OpenDevice()
 	if err != nil {
 		return nil, err
@@ -76,7 +76,7 @@ func (c *Client) openEndpoint() (_ *localEndpoint, err error) {
 	if state == nil {
 		return e, nil
 	}
-	// The kill switch names the interface by a number, which is another now.
+	// The kill switch refers to the interface by its index, which has changed.
 	if err := c.closeKillSwitch(e.device.Name()); err != nil {
 		return nil, err
 	}
@@ -84,7 +84,7 @@ func (c *Client) openEndpoint() (_ *localEndpoint, err error) {
 		return nil, err
 	}
 	if s != nil {
-		s.changed() // for what it says of DNS
+		s.changed() // apply configures the new resolver
 	}
 	return e, nil
 }
@@ -93,7 +93,7 @@ func (e *localEndpoint) Name() string { return e.device.Name() }
 
 func (e *localEndpoint) Device() endpoint.Device { return e.device }
 
-// Read takes the packets of the host until the device is closed.
+// Read passes the packets of the device to dispatch until the device is closed.
 func (e *localEndpoint) Read() error {
 	if err := flowqueue.ReadFrom(e.device, e.dispatch); err != nil {
 		return fmt.Errorf("reading from %s: %w", e.device.Name(), err)
@@ -105,8 +105,8 @@ func (e *localEndpoint) Maintain(ctx context.Context, report func(routing.Health
 	return e.network.Maintain(ctx, report)
 }
 
-// Close restores the host: first the resolver, as nothing is to be asked that
-// the routes do not lead to.
+// Close restores the host. It begins with the resolver, so that no query goes
+// to a nameserver without a route.
 func (e *localEndpoint) Close() error {
 	var errs []error
 	if e.resolver != nil {
@@ -121,10 +121,10 @@ func (e *localEndpoint) Close() error {
 	return errors.Join(errs...)
 }
 
-// iface is the name of the tunnel's interface.
+// iface returns the name of the tunnel's interface.
 func (c *Client) iface() string { return c.supervisor.Current().Name() }
 
-// resolver is the host's, nil if there is none.
+// resolver returns the resolver of the current endpoint, which may be nil.
 func (c *Client) resolver() Resolver {
 	if e := c.supervisor.Current(); e != nil {
 		return e.resolver
@@ -132,7 +132,7 @@ func (c *Client) resolver() Resolver {
 	return nil
 }
 
-// noteHealth has the status say what the kernel has.
+// noteHealth updates the status with the configuration that the kernel has.
 func (c *Client) noteHealth(h routing.Health) {
 	c.degrade(noticeHost, h.Problem)
 	c.mu.Lock()
@@ -143,13 +143,13 @@ func (c *Client) noteHealth(h routing.Health) {
 	c.repairs = h.Repairs
 	c.showRepairs()
 	if c.currentSession != nil && h.IPv6Held != c.ipv6Held {
-		c.currentSession.changed() // for what it says of IPv6
+		c.currentSession.changed() // apply updates the warning about IPv6
 	}
 	c.ipv6Held = h.IPv6Held
 	c.notify()
 }
 
-// noteKillSwitch has the status say whether the kill switch holds.
+// noteKillSwitch updates the status of the kill switch.
 func (c *Client) noteKillSwitch(h routing.KillSwitchHealth) {
 	switch {
 	case h.Problem == "" && !h.Closed:
@@ -169,7 +169,7 @@ func (c *Client) noteKillSwitch(h routing.KillSwitchHealth) {
 	c.notify()
 }
 
-// keepKillSwitch has the kill switch stay closed until ctx ends.
+// maintainKillSwitch keeps the kill switch closed until ctx is done.
 func (c *Client) maintainKillSwitch(ctx context.Context) {
 	if err := c.cfg.KillSwitch.Maintain(ctx, c.noteKillSwitch); err != nil {
 		c.cfg.Logger.Warn("it is not noticed when another program opens the kill switch",
@@ -179,7 +179,7 @@ func (c *Client) maintainKillSwitch(ctx context.Context) {
 	}
 }
 
-// showRepairs fills in the status. c.mu is held.
+// showRepairs updates Status.KernelRepairs. c.mu is held.
 func (c *Client) showRepairs() {
 	all := make(map[string]uint64)
 	maps.Copy(all, c.repairs)
@@ -192,8 +192,8 @@ func (c *Client) showRepairs() {
 	c.status.KernelRepairs = all
 }
 
-// keepDNS has the resolver keep what it was told, as far as it can be told
-// again, until ctx ends, and the status say whether it has.
+// maintainDNS restores the resolver's settings when other programs change them,
+// until ctx is done, and updates the status.
 func (c *Client) maintainDNS(ctx context.Context) {
 	tick := time.NewTicker(checkDNSInterval)
 	defer tick.Stop()
@@ -209,16 +209,16 @@ func (c *Client) maintainDNS(ctx context.Context) {
 	}
 }
 
-// noteDNS has the status say what a look at the resolver found.
+// noteDNS updates the status with the results of Resolver.Check.
 func (c *Client) noteDNS(restored string, err error) {
 	c.mu.Lock()
 	d := c.status.DNS
-	told := d.Applied || c.dnsLost
-	if told {
+	wasApplied := d.Applied || c.dnsLost
+	if wasApplied {
 		d.Applied, d.Reason = err == nil, reason(err)
 		c.status.DNS = d
 	}
-	lost, before := told && err != nil, c.dnsLost
+	lost, before := wasApplied && err != nil, c.dnsLost
 	c.dnsLost = lost
 	if restored != "" {
 		c.dnsRepairs++
@@ -240,11 +240,11 @@ func (c *Client) noteDNS(restored string, err error) {
 	c.degrade(noticeResolver, text)
 }
 
-// assigned is an address of the tunnel, or a prefix, and the address that the
-// interface has for it.
+// assigned is an assigned address or prefix, and the address that the interface
+// has from it.
 type assigned struct{ prefix, host netip.Prefix }
 
-// showAddresses fills in the addresses that the interface has. c.mu is held.
+// showAddresses updates Status.Addresses. c.mu is held.
 func (c *Client) showAddresses() {
 	c.status.Addresses = []netip.Prefix{}
 	for _, a := range c.assigned {

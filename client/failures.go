@@ -73,20 +73,21 @@ var failures = [numCauses]failure{
 		false, false},
 	causeSilence:   {"nobody answers", byAnyone, KindUnreachable, false, false, false},
 	causeHandshake: {"the handshake breaks off", byAnyone, KindUnreachable, false, false, false},
-	causeProtocol: {"the far end says that it does not speak HTTP/3", byAnyone, KindUsage, true,
+	causeProtocol: {"the peer reports that it does not speak HTTP/3", byAnyone, KindUsage, true,
 		false, false},
-	causeEarlyRefusal: {"the far end refuses the client before it has proved who it is", byAnyone,
+	causeEarlyRefusal: {"the peer refuses the client before it has proved that it is the proxy",
+		byAnyone,
 		KindCredentials, true, false, false},
-	causeIdentity: {"the certificate is of another authority or for another name", byAnyone,
+	causeIdentity: {"the certificate is from another authority or for another name", byAnyone,
 		KindIdentity, true, false, false},
 	causeExpired: {"the certificate has expired", byAnyone, KindIdentity, true, false, false},
 	causeClock:   {"the certificate is not valid yet, or has expired by a clock that is not synchronised", byAnyone, KindIdentity, false, false, false},
-	causeNoProxy: {"the far end offers no Extended CONNECT or no HTTP Datagrams", byProxy,
+	causeNoProxy: {"the peer offers no Extended CONNECT or no HTTP Datagrams", byProxy,
 		KindUsage, true, false, false},
 	causeCredentials: {"the proxy refuses the credentials: 401, 407, or an alert about the client's certificate", byProxy, KindCredentials, true, true, true},
 	causeForbidden: {"the proxy does not allow the request: 403", byProxy, KindRefused, true,
 		true, true},
-	causeAnswer: {"the proxy gives another answer that is no success: 3xx, 4xx", byProxy,
+	causeAnswer: {"the proxy answers with another status: 3xx, 4xx", byProxy,
 		KindUsage, true, false, false},
 	causeTarget: {"the proxy finds no address of the target's name", byProxy, KindRefused, true,
 		false, false},
@@ -95,12 +96,12 @@ var failures = [numCauses]failure{
 	causeAddresses: {"addresses or routes are not granted, or cannot be used here", byProxy,
 		KindRefused, true, false, false},
 	causeEnded: {"the proxy ends the session", byProxy, KindFailure, false, false, false},
-	causeLost: {"nothing comes from the proxy any more", byAnyone, KindUnreachable, false,
+	causeLost: {"no packets arrive from the proxy", byAnyone, KindUnreachable, false,
 		false, false},
 }
 
-// final reports whether Run returns because of c. service is Config.Service, and
-// later means that there was a session.
+// final reports whether Run returns because of c. service is Config.Service,
+// and later means that there was a session.
 func (c cause) final(service, later bool) bool {
 	f := failures[c]
 	switch {
@@ -119,8 +120,8 @@ func fail(c cause, err error, reason, remedy string) *Error {
 		Err: &attempt{cause: c, err: err}}
 }
 
-// attempt is the Err of an Error that fail returns. Its cause decides whether the
-// client retries.
+// attempt is the Err of an Error that fail returns. Its cause decides whether
+// the client retries.
 type attempt struct {
 	cause cause
 	from  netip.AddrPort // address of the peer; zero: unknown

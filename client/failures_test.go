@@ -25,7 +25,7 @@ import (
 
 // Each failure in each situation: whether the client ends or goes on.
 func TestFailureTable(t *testing.T) {
-	sources := map[source]string{byHost: "this host", byAnyone: "anybody on the way",
+	sources := map[source]string{byHost: "this host", byAnyone: "anybody on the path",
 		byProxy: "the proxy"}
 	word := map[bool]string{true: "ends", false: "goes on"}
 	doc, err := os.ReadFile("../docs/failures.md")
@@ -255,7 +255,8 @@ func TestImpostor(t *testing.T) {
 	}
 }
 
-func meetImpostor(t *testing.T, impostor func(*testing.T, string) *testProxy, says string, service bool) {
+func meetImpostor(t *testing.T, impostor func(*testing.T, string) *testProxy, says string,
+	service bool) {
 	address := freeAddress(t)
 	proxied := func(t *testing.T) *testProxy {
 		return startProxy(t, func(c *proxy.Config) { c.Listen = []string{address} })

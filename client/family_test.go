@@ -53,7 +53,8 @@ func TestHoldMissingFamily(t *testing.T) {
 				changed: make(chan struct{})}
 			s := &session{c: c}
 			for range 3 {
-				if got := s.holdMissingFamily(slices.Clone(tc.routes), tc.addrs); !slices.Equal(got, tc.want) {
+				if got := s.holdMissingFamily(slices.Clone(tc.routes), tc.addrs); !slices.Equal(got,
+					tc.want) {
 					t.Errorf("got routes %v, want %v", got, tc.want)
 				}
 			}

@@ -26,8 +26,8 @@ const (
 	earlyRetryBurst    = 3
 )
 
-// Underlay is the host's network outside the tunnel. *routing.Watcher implements
-// it.
+// Underlay is the host's network outside the tunnel. *routing.Watcher
+// implements it.
 type Underlay interface {
 	// NextHop returns the current next hop to an address. If there is none, the
 	// error names the missing part, such as a route.
@@ -40,8 +40,8 @@ type Underlay interface {
 // errNoUnderlay is returned if there is no Underlay.
 var errNoUnderlay = errors.New("the network of this host is not known")
 
-// host watches the host's network outside the tunnel, and its clocks. The fields
-// except total are constant while watch runs.
+// host watches the host's network outside the tunnel, and its clocks. The
+// fields except total are constant while watch runs.
 type host struct {
 	underlay  Underlay // nil: not known
 	suspended func() time.Duration
@@ -92,7 +92,8 @@ func (h *host) nextHops(to []netip.AddrPort) []routing.NextHop {
 }
 
 // watch sends to h.changed when the network may have changed or the host was
-// suspended, until ctx is done. It calls noteChange first if it was the network.
+// suspended, until ctx is done. It calls noteChange first if it was the
+// network.
 func (h *host) watch(ctx context.Context, noteChange func()) {
 	var changed <-chan struct{}
 	if h.underlay != nil {
@@ -129,8 +130,8 @@ func (c *Client) noteHost() {
 // noticeConflict is the key of warnings about routes and networks of the host.
 const noticeConflict = "conflict"
 
-// noteConflicts adapts the tunnel to the host's networks and routes. It warns, in
-// the log and in the status, about those that use addresses of the tunnel.
+// noteConflicts adapts the tunnel to the host's networks and routes. It warns,
+// in the log and in the status, about those that use addresses of the tunnel.
 func (c *Client) noteConflicts() {
 	c.notingMu.Lock()
 	defer c.notingMu.Unlock()
@@ -176,8 +177,8 @@ func (c *Client) noteDial() {
 	c.lastDial.nextHops = c.host.nextHops(c.lastDial.addrs)
 }
 
-// awaitNetworkChange waits until the host differs from lastDial, and then returns
-// true. It returns false if ctx is done first.
+// awaitNetworkChange waits until the host differs from lastDial, and then
+// returns true. It returns false if ctx is done first.
 func (c *Client) awaitNetworkChange(ctx context.Context) bool {
 	for {
 		select {

@@ -4,8 +4,8 @@ package client
 
 import "context"
 
-// migrate moves the connection to a new socket, once the proxy has answered there
-// (RFC 9000 section 9). The old socket receives packets under way until
+// migrate moves the connection to a new socket, once the proxy has answered
+// there (RFC 9000 section 9). The old socket receives packets under way until
 // closePrevious is called. The new socket is not bound to an address, so the
 // kernel chooses its source address and interface by the current routes.
 func (d *dialed) migrate(ctx context.Context, dialer *dialer) error {

@@ -19,8 +19,8 @@ const (
 	livenessInterval = time.Second
 
 	// maxSilence is the time without received packets after which the migrator
-	// pings the proxy, and then the time that the proxy has to answer. On a path
-	// with a long round trip it is maxSilenceRTTs round-trip times.
+	// pings the proxy, and then the time that the proxy has to answer. On a
+	// path with a long round trip it is maxSilenceRTTs round-trip times.
 	maxSilence     = 3 * time.Second
 	maxSilenceRTTs = 4
 
@@ -69,8 +69,8 @@ func (s *session) setPath(p pathState) {
 	}
 }
 
-// showPath sets the state of a connected session from the state of its path. The
-// reason is the path's, or else limits.
+// showPath sets the state of a connected session from the state of its path.
+// The reason is the path's, or else limits.
 func (s *session) showPath(limits string) {
 	s.mu.Lock()
 	p := s.path
@@ -91,8 +91,8 @@ type migrator struct {
 	s *session
 	d *dialed
 
-	// nextHop leads to the proxy. If noRoute is set, there is none, and any next
-	// hop is a reason to migrate.
+	// nextHop leads to the proxy. If noRoute is set, there is none, and any
+	// next hop is a reason to migrate.
 	nextHop routing.NextHop
 	noRoute bool
 
@@ -106,8 +106,8 @@ type migrator struct {
 	sentBefore uint64
 
 	// unansweredSince is the time since which packets have been sent without an
-	// answer, zero if all are answered. After a ping it is the time of the ping,
-	// and probed is set.
+	// answer, zero if all are answered. After a ping it is the time of the
+	// ping, and probed is set.
 	unansweredSince time.Time
 	probed          bool
 }
@@ -174,7 +174,8 @@ func (m *migrator) hostChanged(ctx context.Context) error {
 		return m.migrate(ctx, pathState{reason: fmt.Sprintf("moving: this host sends from %v now", hop)})
 	}
 	if suspended > 0 {
-		return m.migrate(ctx, pathState{reason: fmt.Sprintf("this host was suspended for %v", suspended)})
+		return m.migrate(ctx, pathState{reason: fmt.Sprintf("this host was suspended for %v",
+			suspended)})
 	}
 	return nil
 }
@@ -258,8 +259,8 @@ func (m *migrator) migrate(ctx context.Context, why pathState) error {
 	return nil
 }
 
-// completeMigration pings until the proxy has validated the new path and packets
-// on the old path have arrived. Then it closes the old path.
+// completeMigration pings until the proxy has validated the new path and
+// packets on the old path have arrived. Then it closes the old path.
 func (m *migrator) completeMigration(ctx context.Context) {
 	tick := time.NewTicker(pingInterval)
 	defer tick.Stop()

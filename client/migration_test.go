@@ -34,7 +34,8 @@ type fakeUnderlay struct {
 }
 
 func newFakeUnderlay() *fakeUnderlay {
-	return &fakeUnderlay{nextHop: routing.NextHop{Interface: "eth0", Source: netip.MustParseAddr("192.0.2.1")},
+	return &fakeUnderlay{nextHop: routing.NextHop{Interface: "eth0",
+		Source: netip.MustParseAddr("192.0.2.1")},
 		changed: make(chan struct{}, 1)}
 }
 

@@ -9,28 +9,30 @@ import (
 
 // Keys of notices.
 const (
-	noticePeer    = "peer"    // who answers in the proxy's place
-	noticeOverlap = "overlap" // a network of this host holds an address of the tunnel
+	noticePeer    = "peer"    // another peer answers in the proxy's place
+	noticeOverlap = "overlap" // a network of this host has an address of the tunnel
 )
 
-// A notice is something about the tunnel that its user should know. Each has a
-// key, so that whoever posted it can change it or take it back.
+// notice is a text for the user of the tunnel. It has a key, by which its
+// sender replaces or removes it.
 type notice struct {
-	text     string
-	degrades bool // the tunnel does not keep a promise: the state is degraded, not connected
+	text string
+
+	// degrades means that the tunnel does not keep a promise: its state is
+	// StateDegraded instead of StateConnected.
+	degrades bool
 }
 
-// warn has the status list a warning under a key; "" takes it back. The state
-// stays as it is. It logs nothing.
+// warn adds a warning with a key to the status or replaces it. Empty text
+// removes it. The state does not change, and nothing is logged.
 func (c *Client) warn(key, text string) { c.setNotice(key, notice{text: text}) }
 
-// degrade makes the state of a connected tunnel StateDegraded, with text as its
-// reason, until it is called with "" for the same key. It logs nothing.
+// degrade is warn that also changes the state of a connected tunnel to
+// StateDegraded, with text as its reason.
 func (c *Client) degrade(key, text string) { c.setNotice(key, notice{text: text, degrades: true}) }
 
-// warnAll has the status list several warnings under a key, in place of those
-// that it lists there, and logs those that are new. It is called with c.noting
-// held.
+// warnAll replaces the warnings with a key by texts, and logs the new ones.
+// c.notingMu is held.
 func (c *Client) warnAll(key string, texts []string) {
 	c.mu.Lock()
 	var before []string
@@ -52,6 +54,7 @@ func (c *Client) warnAll(key string, texts []string) {
 	}
 }
 
+// setNotice replaces the notice with a key. An empty text removes it.
 func (c *Client) setNotice(key string, n notice) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -84,7 +87,6 @@ func (c *Client) degradation() string {
 	return ""
 }
 
-// HasSession reports whether s is of a tunnel with a session that was
-// connected: its addresses, routes and interface are in use, even while it is
-// degraded.
+// HasSession reports whether s describes a tunnel that carries packets: its
+// state is StateConnected or StateDegraded.
 func HasSession(s Status) bool { return s.State == StateConnected || s.State == StateDegraded }

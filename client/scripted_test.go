@@ -217,7 +217,8 @@ func TestProxyThatCannotBeAsked(t *testing.T) {
 		str.CancelRead(0)
 		<-read
 	})
-	log := new(logtest.Buffer) // the status has the reason until the next attempt, which may be at once
+	// the status has the reason until the next attempt, which may be at once
+	log := new(logtest.Buffer)
 	n := startClient(t, f, func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(log, nil)) })
 	n.await(t, "connected without asking", func(s Status) bool {
 		return s.State == StateConnected && sessions.Load() == 2

@@ -27,12 +27,13 @@ const (
 	configTimeout = 10 * time.Second
 
 	// quietDelay and settleDelay combine changes: they are applied once nothing
-	// has changed for quietDelay, and settleDelay after the first at the latest.
+	// has changed for quietDelay, and settleDelay after the first at the
+	// latest.
 	quietDelay  = 2 * time.Millisecond
 	settleDelay = 20 * time.Millisecond
 
-	// applyRate (per second) and applyBurst limit how often the proxy can change
-	// the kernel's configuration.
+	// applyRate (per second) and applyBurst limit how often the proxy can
+	// change the kernel's configuration.
 	applyRate  = 1
 	applyBurst = 10
 
@@ -115,10 +116,11 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 	code := http3.ErrCodeNoError
 	defer func() { d.closeWith(code) }()
 	c.readNetworks()
-	// The resolver keeps the previous session's configuration (lastDNS) until the
-	// proxy has had time to send one.
+	// The resolver keeps the previous session's configuration (lastDNS) until
+	// the proxy has had time to send one.
 	s := &session{
-		requests: !c.skipRequest && len(c.cfg.Request) > 0, proxyAddrs: c.dialer.lastAddrs, installed: c.installed,
+		requests: !c.skipRequest &&
+			len(c.cfg.Request) > 0, proxyAddrs: c.dialer.lastAddrs, installed: c.installed,
 		c: c, quic: d.conn, wake: make(chan struct{}, 1), failed: make(chan error, 1),
 		pathChanged: make(chan struct{}, 1), dns: c.lastDNS,
 	}
@@ -208,9 +210,9 @@ func (s *session) guard(f func()) {
 // next value of the channel ended.
 var errStreamEnded = errors.New("the session ended")
 
-// run requests addresses and applies the proxy's configuration until ctx is done
-// or the session ends. It returns the time at which the session was connected,
-// zero if it never was.
+// run requests addresses and applies the proxy's configuration until ctx is
+// done or the session ends. It returns the time at which the session was
+// connected, zero if it never was.
 func (s *session) run(ctx context.Context, ended chan error) (connected time.Time, err error) {
 	c := s.c
 	if err := s.request(); err != nil {
@@ -328,10 +330,10 @@ func (s *session) request() error {
 // skipsRequest reports whether the session waits for unprompted addresses.
 func (s *session) skipsRequest() bool { return s.c.skipRequest || len(s.c.cfg.Request) == 0 }
 
-// explainEnd returns the error for a session that the proxy ended with err. Some
-// proxies assign addresses unprompted and end the stream at an ADDRESS_REQUEST,
-// although RFC 9484 section 4.7.2 requires an answer. For these the next session
-// skips the request, and the error names the setting.
+// explainEnd returns the error for a session that the proxy ended with err.
+// Some proxies assign addresses unprompted and end the stream at an
+// ADDRESS_REQUEST, although RFC 9484 section 4.7.2 requires an answer. For
+// these the next session skips the request, and the error names the setting.
 func (s *session) explainEnd(err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -544,10 +546,10 @@ func (s *session) apply() (complete bool, err error) {
 	return true, nil
 }
 
-// mtu returns the MTU for the device, in bytes. It is never below the minimum of
-// IPv6, because the kernel would remove IPv6 from the device, and its packets
-// would leave outside the tunnel. For a smaller path, connectip answers packets
-// that are too long.
+// mtu returns the MTU for the device, in bytes. It is never below the minimum
+// of IPv6, because the kernel would remove IPv6 from the device, and its
+// packets would leave outside the tunnel. For a smaller path, connectip answers
+// packets that are too long.
 func (s *session) mtu() int {
 	if m := s.c.cfg.TUN.MTU; m != 0 {
 		return m

@@ -23,7 +23,8 @@ var (
 
 // startSite runs a proxy with a site, lan4 and lan6 behind alice, and the
 // client that is their gateway.
-func startSite(t *testing.T, changeProxy func(*proxy.Config), change func(*Config)) (*testProxy, *testClient) {
+func startSite(t *testing.T, changeProxy func(*proxy.Config), change func(*Config)) (*testProxy,
+	*testClient) {
 	t.Helper()
 	f := startProxy(t, func(c *proxy.Config) {
 		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}

@@ -13,13 +13,14 @@ import (
 	"masquevpn/routing"
 )
 
-// A proxy that has proved who it is may still be wrong about this host, or mean
-// it harm. What it says is compared with what it was asked for, and with what
-// this host has: an address that is taken here, or that lies in a network of
-// this host, would cut the host off from there, or let the proxy in.
+// This file checks the configuration of an authenticated proxy, which may be
+// wrong about this host or hostile. It compares the assigned addresses and the
+// advertised routes with the request and with the networks of this host: an
+// assigned address in such a network could cut the host off from it, or give
+// the proxy access to it.
 
-// readNetworks reads the addresses of this host besides those of the tunnel. It
-// reports whether they are others than before.
+// readNetworks reads the networks of this host without the tunnel's. It reports
+// whether they have changed.
 func (c *Client) readNetworks() (changed bool) {
 	networks, err := c.cfg.HostNetworks(c.iface())
 	if err != nil {
@@ -30,13 +31,13 @@ func (c *Client) readNetworks() (changed bool) {
 	return before == nil || !slices.Equal(*before, networks)
 }
 
-// networksChanged reports whether readNetworks would find others than before.
+// networksChanged reports whether the networks have changed since readNetworks.
 func (c *Client) networksChanged() bool {
 	networks, err := c.cfg.HostNetworks(c.iface())
 	return err == nil && !slices.Equal(networks, c.hostNetworks())
 }
 
-// hostNetworks returns what readNetworks read last.
+// hostNetworks returns the networks that readNetworks read.
 func (c *Client) hostNetworks() []routing.HostNetwork {
 	if n := c.networks.Load(); n != nil {
 		return *n
@@ -44,34 +45,36 @@ func (c *Client) hostNetworks() []routing.HostNetwork {
 	return nil
 }
 
-// isOwn reports whether a is an address of this host, those of the tunnel
-// included.
+// isOwn reports whether a is an address of this host, inside or outside the
+// tunnel.
 func (c *Client) isOwn(a netip.Addr) bool {
 	return slices.ContainsFunc(c.hostNetworks(), func(n routing.HostNetwork) bool {
 		return n.Address.Addr() == a
 	}) ||
-		slices.ContainsFunc(c.installed, func(p netip.Prefix) bool { return connectip.HostAddr(p) == a })
+		slices.ContainsFunc(c.installed, func(p netip.Prefix) bool {
+			return connectip.HostAddr(p) == a
+		})
 }
 
-// taken returns which of the addresses that the proxy assigned are taken: those
-// of a family that was asked for, unless the proxy is to choose, and that this
-// host can have.
+// acceptableAddresses returns the assigned addresses that this host can use and
+// that are of a requested family.
 func (s *session) acceptableAddresses(assigned []capsule.Address) []capsule.Address {
 	return slices.DeleteFunc(slices.Clone(assigned), func(a capsule.Address) bool {
 		return !a.Refused() && (!s.wantsFamily(a.Prefix) || s.whyUnusable(a.Prefix) != "")
 	})
 }
 
-// wants reports whether p is of a family that the session asks for.
+// wantsFamily reports whether the session requests the family of p, or requests
+// nothing.
 func (s *session) wantsFamily(p netip.Prefix) bool {
 	return !s.requests || slices.ContainsFunc(s.c.cfg.Request, func(w netip.Prefix) bool {
 		return w.Addr().Is4() == p.Addr().Is4()
 	})
 }
 
-// unassignable are addresses, besides the reserved ones, that no host has as
-// its own (RFC 6890): of IPv4 in another form, which programs and translators
-// take for what they hold, of discard, and of IETF protocols.
+// unassignable lists prefixes, besides the reserved ones, that no host has
+// addresses from (RFC 6890): IETF protocols, IPv4 addresses in the form of
+// IPv6, which programs and translators treat as IPv4, and the discard prefix.
 var unassignable = parsePrefixes("192.0.0.8/29", "192.0.0.170/31", "::/96", "::ffff:0:0/96",
 	"64:ff9b::/96", "64:ff9b:1::/48", "100::/64")
 
@@ -82,12 +85,12 @@ func parsePrefixes(texts ...string) (out []netip.Prefix) {
 	return out
 }
 
-// unfit says why this host cannot have an address or a prefix that the proxy
-// assigned, "" if it can.
+// whyUnusable returns the reason why this host cannot use an assigned address
+// or prefix, "" if it can.
 func (s *session) whyUnusable(p netip.Prefix) string {
 	c := s.c
 	if slices.Contains(c.cfg.Static, p) {
-		return "" // the file says so
+		return "" // the configuration takes precedence
 	}
 	if reserved, overlaps := connectip.Reserved(p); overlaps {
 		return fmt.Sprintf("overlaps %v, which is not for tunnels", reserved)
@@ -119,8 +122,7 @@ func (s *session) whyUnusable(p netip.Prefix) string {
 	return ""
 }
 
-// overlap returns the network of this host that p has addresses of, if there
-// is one.
+// overlap returns a network of this host that overlaps p, if there is one.
 func (c *Client) overlap(p netip.Prefix) (routing.HostNetwork, bool) {
 	networks := c.hostNetworks()
 	i := slices.IndexFunc(networks, func(n routing.HostNetwork) bool {
@@ -132,7 +134,7 @@ func (c *Client) overlap(p netip.Prefix) (routing.HostNetwork, bool) {
 	return networks[i], true
 }
 
-// follow makes the policy follow what this host has now.
+// updateFilter applies the checks again after the host's networks have changed.
 func (s *session) updateFilter() error {
 	s.mu.Lock()
 	assigned, routes := s.assigned, s.routes
@@ -146,7 +148,7 @@ func (s *session) updateFilter() error {
 	return s.conn.SetFiltered(addrs, s.c.acceptableRoutes(routes))
 }
 
-// checkAssigned refuses what the proxy assigned if this host cannot have it.
+// checkAssigned returns an error if this host cannot use an assigned address.
 func (s *session) checkAssigned() error {
 	s.mu.Lock()
 	assigned := s.assigned
@@ -164,9 +166,10 @@ func (s *session) checkAssigned() error {
 	return nil
 }
 
-// returnTaken takes the addresses of the tunnel from the kernel that another
-// network has given to this host meanwhile, as its packets from there would be
-// dropped for the tunnel's sake. The routes of the tunnel stay.
+// removeTakenAddresses removes addresses of the tunnel from the kernel that
+// another network has assigned to this host in the meantime. Otherwise the
+// tunnel's rules would drop the host's packets from these addresses. The routes
+// stay.
 func (c *Client) removeTakenAddresses() {
 	c.mu.Lock()
 	last := c.lastState
@@ -194,9 +197,9 @@ func (c *Client) removeTakenAddresses() {
 	c.mu.Unlock()
 }
 
-// noteOverlap has status and log say when this host has come into a network
-// that holds an address of the tunnel. The tunnel goes on: it may be all that
-// the host has.
+// noteOverlap warns, in the log and in the status, if an address of the tunnel
+// lies in a network of this host. The session continues, because it may be the
+// host's only connection.
 func (c *Client) noteOverlap(addrs []netip.Prefix) {
 	text := ""
 	for _, p := range addrs {
@@ -214,11 +217,10 @@ func (c *Client) noteOverlap(addrs []netip.Prefix) {
 	c.warn(noticeOverlap, text)
 }
 
-// acceptable returns what counts of the advertised routes: the proxy sends from
-// there, and is sent what goes there. That is what the configuration accepts,
-// without what lies behind this host, goes around the tunnel, or belongs to
-// this host: its own addresses, and the networks that it is in, but for what
-// longer routes of the tunnel take out of them.
+// acceptableRoutes returns the parts of the advertised routes that the tunnel
+// carries packets to and from: the accepted ranges, without the excluded ones,
+// the networks behind this host, the addresses of this host, and its networks.
+// From these networks, more specific routes of the tunnel are carried too.
 func (c *Client) acceptableRoutes(routes []capsule.Route) []capsule.Route {
 	byProtocol := make(map[uint8]*netipx.IPSetBuilder)
 	for _, r := range routes {
@@ -229,10 +231,10 @@ func (c *Client) acceptableRoutes(routes []capsule.Route) []capsule.Route {
 		}
 		b.AddRange(netipx.IPRangeFrom(r.Start, r.End))
 	}
-	not := c.refusedRanges(routes)
+	refused := c.refusedRanges(routes)
 	var out []capsule.Route
 	for protocol, b := range byProtocol {
-		b.RemoveSet(not)
+		b.RemoveSet(refused)
 		set, _ := b.IPSet() // the ranges are valid
 		for _, part := range set.Ranges() {
 			out = append(out, capsule.Route{Start: part.From(), End: part.To(), Protocol: protocol})
@@ -244,7 +246,7 @@ func (c *Client) acceptableRoutes(routes []capsule.Route) []capsule.Route {
 	return out
 }
 
-// unacceptable is what acceptable leaves out.
+// refusedRanges returns the addresses that acceptableRoutes leaves out.
 func (c *Client) refusedRanges(routes []capsule.Route) *netipx.IPSet {
 	var b netipx.IPSetBuilder
 	networks := c.hostNetworks()
@@ -268,14 +270,14 @@ func (c *Client) refusedRanges(routes []capsule.Route) *netipx.IPSet {
 	for _, p := range c.cfg.Accept {
 		others.RemovePrefix(p)
 	}
-	rest, _ := others.IPSet()
-	b.AddSet(rest)
+	notAccepted, _ := others.IPSet()
+	b.AddSet(notAccepted)
 	set, _ := b.IPSet()
 	return set
 }
 
-// localFirst returns the networks of this host without what longer routes of
-// the tunnel take out of them, as the kernel decides.
+// localRanges returns the networks of this host without more specific routes of
+// the tunnel, as the kernel selects routes.
 func localRanges(networks []routing.HostNetwork, tunnel []netip.Prefix) (b netipx.IPSetBuilder) {
 	shorterFirst := slices.SortedFunc(slices.Values(networks), func(x, y routing.HostNetwork) int {
 		return cmp.Compare(x.Address.Bits(), y.Address.Bits())
