@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 
+	"masquevpn/proxy/internal/auththrottle"
 	"masquevpn/proxy/internal/source"
 )
 
@@ -87,17 +89,17 @@ func (h handler) identify(r *http.Request) (user User, method string, refused *r
 	case <-r.Context().Done():
 		return user, "", refuse(http.StatusUnauthorized, "", "the client went away")
 	}
-	user, method, failure := h.s.authenticate(r)
+	user, method, failure := h.s.auth.authenticate(r)
 	if failure == nil {
 		return user, method, nil
 	}
-	h.s.refused(conn.RemoteAddr(), failure)
-	delay, ok := h.s.authThrottle.Begin(source.Key(conn.RemoteAddr()), failure.user)
+	h.s.auth.refused(conn.RemoteAddr(), failure)
+	delay, ok := h.s.auth.throttle.Begin(source.Key(conn.RemoteAddr()), failure.user)
 	if !ok {
 		_ = conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad), "")
 		return User{}, "", &refusal{status: http.StatusUnauthorized, reason: failure}
 	}
-	defer h.s.authThrottle.End()
+	defer h.s.auth.throttle.End()
 	wait := time.NewTimer(delay)
 	defer wait.Stop()
 	select { // whether or not the client still waits for this one
@@ -107,10 +109,19 @@ func (h handler) identify(r *http.Request) (user User, method string, refused *r
 	return User{}, "", &refusal{status: http.StatusUnauthorized, reason: failure}
 }
 
+// authenticator finds out whose requests the proxy receives, and counts and logs
+// failures.
+type authenticator struct {
+	cfg      func() *Config
+	log      *slog.Logger // for events that clients cause
+	failed   authFailures
+	throttle auththrottle.Throttle
+}
+
 // refused counts and logs a failure.
-func (s *Server) refused(remote net.Addr, f *authFailure) {
-	s.authFailed.of(f.method).Add(1)
-	log := s.peerLog
+func (a *authenticator) refused(remote net.Addr, f *authFailure) {
+	a.failed.of(f.method).Add(1)
+	log := a.log
 	if f.user != "" {
 		log = log.With("user", f.user)
 	}
@@ -119,20 +130,20 @@ func (s *Server) refused(remote net.Addr, f *authFailure) {
 }
 
 // authenticate finds out whose credentials r has, and by which method.
-func (s *Server) authenticate(r *http.Request) (user User, method string, failure *authFailure) {
-	if slices.Contains(s.cfg().Methods, MethodNone) {
+func (a *authenticator) authenticate(r *http.Request) (user User, method string, failure *authFailure) {
+	if slices.Contains(a.cfg().Methods, MethodNone) {
 		return User{}, MethodNone, nil
 	}
 	method = methodMissing
 	fail := func(class, user, format string, args ...any) (User, string, *authFailure) {
 		return User{}, method, &authFailure{method, class, user, fmt.Sprintf(format, args...)}
 	}
-	if slices.Contains(s.cfg().Methods, MethodMTLS) && r.TLS != nil &&
+	if slices.Contains(a.cfg().Methods, MethodMTLS) && r.TLS != nil &&
 		len(r.TLS.VerifiedChains) > 0 {
 		method = MethodMTLS
 		leaf := r.TLS.VerifiedChains[0][0]
 		name := leaf.Subject.CommonName
-		u, ok := s.cfg().Users.ByName(name)
+		u, ok := a.cfg().Users.ByName(name)
 		if !ok {
 			return fail(classUnknownUser, name,
 				"the certificate is for %q, who is not a user", name)
@@ -145,9 +156,9 @@ func (s *Server) authenticate(r *http.Request) (user User, method string, failur
 	}
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	given := strings.EqualFold(scheme, "Bearer")
-	if slices.Contains(s.cfg().Methods, MethodToken) && given {
+	if slices.Contains(a.cfg().Methods, MethodToken) && given {
 		method = MethodToken
-		u, ok := s.cfg().Users.ByToken(token)
+		u, ok := a.cfg().Users.ByToken(token)
 		if !ok {
 			return fail(classWrongToken, user.Name, "the token is not that of any user")
 		}
@@ -169,13 +180,13 @@ func (s *Server) authenticate(r *http.Request) (user User, method string, failur
 
 // watchHandshake has it counted and logged when TLS refuses the certificate of
 // c's client, which no request tells of.
-func (s *Server) watchHandshake(c *quic.Conn) {
-	if !slices.Contains(s.cfg().Methods, MethodMTLS) {
+func (a *authenticator) watchHandshake(c *quic.Conn) {
+	if !slices.Contains(a.cfg().Methods, MethodMTLS) {
 		return
 	}
 	context.AfterFunc(c.Context(), func() {
 		if f := handshakeFailure(context.Cause(c.Context())); f != nil {
-			s.refused(c.RemoteAddr(), f)
+			a.refused(c.RemoteAddr(), f)
 		}
 	})
 }

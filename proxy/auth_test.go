@@ -25,10 +25,10 @@ func TestGuessing(t *testing.T) {
 	_, h3 := s.dial(t, nil)
 	guess := http.Header{"Authorization": {"Bearer s3cret"}}
 	for range auththrottle.Burst + 3 {
-		if _, ok := s.authThrottle.Begin("127.0.0.1/32"); !ok {
+		if _, ok := s.auth.throttle.Begin("127.0.0.1/32"); !ok {
 			t.Fatal("too many answers wait")
 		}
-		s.authThrottle.End()
+		s.auth.throttle.End()
 	}
 	slow := make(chan int, 2)
 	for range 2 {

@@ -51,7 +51,7 @@ type PoolUse struct {
 func (s *Server) Counters() *Counters {
 	c := &Counters{
 		MaxSessions: s.cfg().MaxSessions, MaxUDPFlows: s.cfg().MaxUDPFlows,
-		Requests: s.requests.counts(), AuthFailures: s.authFailed.counts(), Pool: s.poolUse(),
+		Requests: s.requests.counts(), AuthFailures: s.auth.failed.counts(), Pool: s.poolUse(),
 	}
 	c.KernelRepairs = s.host.healthNow().Repairs
 	if e := s.host.supervisor.Current(); e != nil {

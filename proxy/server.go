@@ -22,7 +22,6 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/udpconn"
 	"masquevpn/proxy/internal/addrpool"
-	"masquevpn/proxy/internal/auththrottle"
 	"masquevpn/proxy/internal/connlimit"
 	"masquevpn/proxy/internal/loglimit"
 	"masquevpn/proxy/internal/smallmtu"
@@ -69,10 +68,9 @@ type Server struct {
 	sessions  *sessions
 	forwarder *forwarder
 
-	connLimiter  *connlimit.Limiter
-	smallMTU     smallmtu.Hints
-	authFailed   authFailures
-	authThrottle auththrottle.Throttle
+	connLimiter *connlimit.Limiter
+	smallMTU    smallmtu.Hints
+	auth        authenticator
 
 	requests requestCounts
 	peerLog  *slog.Logger // for events that clients cause
@@ -124,6 +122,7 @@ func New(cfg Config) (*Server, error) {
 	s.sites = newSites(s.table, rights)
 	s.access = &access{cfg: s.cfg, dns: s.dns.Load, pool: s.pool}
 	s.names.cfg = s.cfg
+	s.auth.cfg, s.auth.log = s.cfg, s.peerLog
 	s.host = newHost(s.cfg, cfg.Logger, s.pool, s.sites, s.sessions, s.access)
 	s.forwarder = newForwarder(s.table, s.pool, s.host.supervisor.Device())
 	s.host.dispatch = s.forwarder.dispatch
@@ -230,7 +229,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		EnableDatagrams: true,
 		MaxHeaderBytes:  maxHeaderBytes,
 		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context {
-			s.watchHandshake(c)
+			s.auth.watchHandshake(c)
 			s.connLimiter.Attach(connlimit.FromContext(ctx), c)
 			return context.WithValue(context.WithValue(ctx, connKey{}, c), attemptsKey{},
 				make(chan struct{}, 1))
