@@ -22,8 +22,8 @@ import (
 	"masquevpn/internal/logtest"
 )
 
-// kept is what a test sees of a Manager that keeps its state.
-type kept struct {
+// maintained is a Manager with a running Maintain.
+type maintained struct {
 	h       *host
 	mu      sync.Mutex
 	health  Health
@@ -32,10 +32,10 @@ type kept struct {
 	done    chan error
 }
 
-// keep has m keep its state until the test ends.
-func (h *host) keep(m *Manager) *kept {
+// maintain runs m.Maintain until the test ends.
+func (h *host) maintain(m *Manager) *maintained {
 	h.t.Helper()
-	k := &kept{h: h, changed: make(chan struct{}, 1), done: make(chan error, 1)}
+	k := &maintained{h: h, changed: make(chan struct{}, 1), done: make(chan error, 1)}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() {
@@ -50,7 +50,7 @@ func (h *host) keep(m *Manager) *kept {
 	return k
 }
 
-func (k *kept) report(h Health) {
+func (k *maintained) report(h Health) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.health = h
@@ -61,14 +61,14 @@ func (k *kept) report(h Health) {
 	}
 }
 
-func (k *kept) now() (Health, int) {
+func (k *maintained) now() (Health, int) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.health, k.reports
 }
 
 // await waits for a Health that is as it shall be.
-func (k *kept) await(what string, ok func(Health) bool) Health {
+func (k *maintained) await(what string, ok func(Health) bool) Health {
 	k.h.t.Helper()
 	timeout := time.After(patience)
 	for {
@@ -86,7 +86,7 @@ func (k *kept) await(what string, ok func(Health) bool) Health {
 
 // What another program takes away of a tunnel comes back, is counted, and is
 // logged once, with its name.
-func TestKeep(t *testing.T) {
+func TestMaintain(t *testing.T) {
 	client := func(h *host) (*Manager, State) {
 		h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
 		return h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
@@ -180,7 +180,7 @@ func TestKeep(t *testing.T) {
 			m, state := tt.open(h)
 			h.apply(m, state)
 			good := h.snapshot()
-			k := h.keep(m)
+			k := h.maintain(m)
 			table := fmt.Sprint(tableID(index, 0))
 			args := strings.Fields(strings.ReplaceAll(tt.damage, "TABLE", table))
 			if args[0] == "sysctl" {
@@ -210,7 +210,7 @@ func TestKeep(t *testing.T) {
 
 // An IPv6 address is on an interface once: one with another prefix length is in
 // the way.
-func TestKeepAnAddressWithItsLength(t *testing.T) {
+func TestMaintainAddressLength(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	h.tun("masque0")
@@ -218,7 +218,7 @@ func TestKeepAnAddressWithItsLength(t *testing.T) {
 	h.apply(m, full())
 	h.ip("-6 addr del fd77::2/128 dev masque0")
 	h.ip("-6 addr add fd77::2/64 dev masque0 nodad")
-	k := h.keep(m)
+	k := h.maintain(m)
 	if now := k.await("the address", func(now Health) bool {
 		return len(now.Addresses) == 2
 	}); now.Problem != "" {
@@ -227,7 +227,7 @@ func TestKeepAnAddressWithItsLength(t *testing.T) {
 }
 
 // An address for this host alone is no source of packets that leave it.
-func TestKeepAnAddressWithItsScope(t *testing.T) {
+func TestMaintainAddressScope(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	h.tun("masque0")
@@ -235,7 +235,7 @@ func TestKeepAnAddressWithItsScope(t *testing.T) {
 	h.apply(m, full())
 	h.ip("addr del 10.77.0.2/32 dev masque0")
 	h.ip("addr add 10.77.0.2/32 dev masque0 scope host")
-	k := h.keep(m)
+	k := h.maintain(m)
 	k.await("the address", func(now Health) bool {
 		return now.Repairs["address"] == 2 && len(now.Addresses) == 2
 	})
@@ -252,7 +252,7 @@ func TestKeepAnAddressWithItsScope(t *testing.T) {
 
 // What other programs put before the tunnel's rules is not ours to take away,
 // but whoever relies on the tunnel learns of it.
-func TestKeepTellsWhatGoesBesideTheTunnel(t *testing.T) {
+func TestMaintainReportsBypass(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
 		do, undo []string // arguments of ip(8)
@@ -289,7 +289,7 @@ func TestKeepTellsWhatGoesBesideTheTunnel(t *testing.T) {
 				state.Routes, state.Exclude = prefixes(tt.routes), nil
 			}
 			h.apply(m, state)
-			k := h.keep(m)
+			k := h.maintain(m)
 			if now, _ := k.now(); now.Problem != "" {
 				t.Errorf("the problem before is %q", now.Problem)
 			}
@@ -312,7 +312,7 @@ func TestKeepTellsWhatGoesBesideTheTunnel(t *testing.T) {
 }
 
 // Routes of the host that go first, and those of other tunnels, are no bypass.
-func TestKeepLetsTheHostsRoutesGoFirst(t *testing.T) {
+func TestMaintainAcceptsHostRoutes(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	h.tun("masque0")
@@ -321,7 +321,7 @@ func TestKeepLetsTheHostsRoutesGoFirst(t *testing.T) {
 		Routes: prefixes("192.168.5.0/24", "198.18.0.0/15", "198.18.0.0/16")}
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, split)
-	k := h.keep(m)
+	k := h.maintain(m)
 	other := split
 	other.Addresses, other.Routes = prefixes("10.78.0.2/32"), prefixes("198.18.0.0/24")
 	h.apply(h.open(Config{Instance: "two", Interface: "masque1", Mark: DefaultMark}), other)
@@ -335,12 +335,12 @@ func TestKeepLetsTheHostsRoutesGoFirst(t *testing.T) {
 }
 
 // A Manager does not take its own changes for those of others.
-func TestKeepLeavesItsOwnChangesAlone(t *testing.T) {
+func TestMaintainIgnoresApply(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	k := h.keep(m) // before anything was applied
+	k := h.maintain(m) // before anything was applied
 	other := full()
 	other.Addresses, other.MTU = prefixes("10.77.0.3/32", "fd77::3/128"), 1380
 	for range 10 {
@@ -360,13 +360,13 @@ func TestKeepLeavesItsOwnChangesAlone(t *testing.T) {
 }
 
 // Whoever made the interface learns that it is gone.
-func TestKeepTellsOfALostInterface(t *testing.T) {
+func TestMaintainLostInterface(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, full())
-	k := h.keep(m)
+	k := h.maintain(m)
 	h.ip("link del masque0")
 	if err := <-k.done; !errors.Is(err, ErrInterfaceGone) {
 		t.Errorf("Maintain returns %v, want %v", err, ErrInterfaceGone)
@@ -378,13 +378,13 @@ func TestKeepTellsOfALostInterface(t *testing.T) {
 
 // Where somebody turned IPv6 off on the interface, nothing of IPv6 leaves
 // beside the tunnel, until IPv6 is back.
-func TestKeepHoldsIPv6(t *testing.T) {
+func TestMaintainHoldsIPv6(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	tunnel, _ := h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, full())
-	k := h.keep(m)
+	k := h.maintain(m)
 	h.sysctl("net/ipv6/conf/masque0/disable_ipv6", "1")
 	k.await("held", func(now Health) bool {
 		return now.IPv6Held && strings.Contains(now.Problem,
@@ -406,13 +406,13 @@ func TestKeepHoldsIPv6(t *testing.T) {
 
 // A rule of ours that another program replaces by one with the same comment is
 // not taken for ours.
-func TestKeepKnowsItsRules(t *testing.T) {
+func TestMaintainDetectsReplacedRule(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, full())
-	k := h.keep(m)
+	k := h.maintain(m)
 	h.do(func() {
 		c, err := nftables.New()
 		if err != nil {
@@ -443,7 +443,7 @@ func TestKeepKnowsItsRules(t *testing.T) {
 
 // What cannot be put back is a problem that is named, and goes away when it
 // can.
-func TestKeepWithoutSuccess(t *testing.T) {
+func TestMaintainFailures(t *testing.T) {
 	h := newHost(t)
 	h.uplink()
 	h.tun("masque0")
@@ -460,7 +460,7 @@ func TestKeepWithoutSuccess(t *testing.T) {
 	m.mu.Lock()
 	failing = true
 	m.mu.Unlock()
-	k := h.keep(m)
+	k := h.maintain(m)
 	h.run("nft", "delete", "table", "inet", m.tableName())
 	k.await("a problem", func(now Health) bool {
 		return strings.Contains(now.Problem, "write nftables table inet masque-one") &&
@@ -476,7 +476,7 @@ func TestKeepWithoutSuccess(t *testing.T) {
 
 // A program that takes the same thing away each time it comes back is named in
 // the health, and does not keep this one busy.
-func TestKeepInATugOfWar(t *testing.T) {
+func TestMaintainContested(t *testing.T) {
 	h := newHost(t)
 	h.log = new(logtest.Buffer)
 	h.uplink()
@@ -484,7 +484,7 @@ func TestKeepInATugOfWar(t *testing.T) {
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
 		Logger: h.log.Logger()})
 	h.apply(m, full())
-	k := h.keep(m)
+	k := h.maintain(m)
 	for n := uint64(1); n <= immediateRepairs+1; n++ {
 		h.ip("link set masque0 mtu 1300")
 		k.await("the MTU", func(now Health) bool { return now.Repairs["mtu"] == n })
@@ -610,8 +610,8 @@ func (h *host) batch(lines string) {
 	h.run("ip", "-batch", file)
 }
 
-// keepKill has a kill switch stay closed until the test ends.
-func (h *host) keepKill(k *KillSwitch) <-chan KillSwitchHealth {
+// maintainKillSwitch runs k.Maintain until the test ends.
+func (h *host) maintainKillSwitch(k *KillSwitch) <-chan KillSwitchHealth {
 	h.t.Helper()
 	health := make(chan KillSwitchHealth, 100)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -636,14 +636,14 @@ func (h *host) keepKill(k *KillSwitch) <-chan KillSwitchHealth {
 
 // A kill switch that another program opens is closed again, for the same
 // interface; each time, but not at any rate.
-func TestKillSwitchIsKept(t *testing.T) {
+func TestKillSwitchMaintain(t *testing.T) {
 	h, _ := connect(t)
 	h.log = new(logtest.Buffer)
 	h.tun("masque0")
 	k := &KillSwitch{Instance: "one", Mark: DefaultMark, Logger: h.log.Logger()}
 	h.closeKill(k, "masque0")
 	ruleset := h.run("nft", "--stateless", "list", "ruleset")
-	health := h.keepKill(k)
+	health := h.maintainKillSwitch(k)
 	repairs := uint64(0)
 	for _, damage := range []string{
 		"nft flush ruleset",
