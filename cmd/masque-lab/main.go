@@ -1,6 +1,23 @@
 // Masque-lab demonstrates and tests the VPN on one machine. It makes hosts in
 // network namespaces, runs masque-proxy and masque-client in them, and reports
-// for each step whether it succeeded.
+// for each step whether it succeeded. The machine itself is not changed.
+//
+// masque-lab demo connects a client to a proxy, uses the tunnel, and checks
+// that the hosts are restored. masque-lab list names further scenarios, and
+// masque-lab run SCENARIO runs one of them. masque-lab shell connects a client
+// and starts a shell on it. If a step fails, the command keeps the logs,
+// captures and configurations and names their directory.
+//
+// The program needs root, or a kernel that lets ordinary users make user
+// namespaces, and /dev/net/tun. It runs the masque-client and masque-proxy from
+// its own directory or from PATH.
+//
+// # Structure
+//
+// scenario.go has the scenarios. A scenario is a list of steps, and report.go
+// prints their results as text or JSON. pair.go makes the hosts (package lab)
+// and runs the programs. checks.go has the checks of the steps, site.go the
+// scenario with two sites, and shell.go the shell.
 package main
 
 import (
@@ -38,9 +55,9 @@ func newRoot() *cobra.Command {
 		Use:   program,
 		Short: "Try the VPN between hosts that exist only on this machine",
 		Long: `Masque-lab makes hosts in network namespaces on this machine, runs masque-proxy
-and masque-client in them, and says for each step whether it held. It needs root,
-or a kernel that lets ordinary users make namespaces, and access to /dev/net/tun.
-Nothing on the machine itself is changed.`,
+and masque-client in them, and reports for each step whether it succeeded. It needs
+root, or a kernel that lets ordinary users make user namespaces, and /dev/net/tun.
+It does not change the machine itself.`,
 		PersistentPreRunE: cli.Run(func(*cobra.Command, []string) (err error) {
 			o.logs, err = cli.ParseLogOptions(o.logLevel, o.logFormat)
 			return err
@@ -50,12 +67,12 @@ Nothing on the machine itself is changed.`,
 	}
 	flags := root.PersistentFlags()
 	flags.StringVar(&o.logLevel, "log-level", "info",
-		"what all programs log: debug, info, warn or error")
-	flags.StringVar(&o.logFormat, "log-format", cli.FormatAuto, "how they log: auto, text or json")
+		"level of all programs: debug, info, warn or error")
+	flags.StringVar(&o.logFormat, "log-format", cli.FormatAuto, "format of all logs: auto, text or json")
 
 	demo := &cobra.Command{
 		Use:   "demo",
-		Short: "Connect a client, use the tunnel, and put everything back",
+		Short: "Connect a client, use the tunnel, and restore the hosts",
 		Args:  cobra.NoArgs,
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			return o.run(cmd, demonstration)
@@ -94,13 +111,13 @@ Nothing on the machine itself is changed.`,
 		RunE:  cli.Run(func(cmd *cobra.Command, _ []string) error { return o.shell(cmd) }),
 	}
 	for _, c := range []*cobra.Command{demo, run, list} {
-		c.Flags().BoolVar(&o.json, "json", false, "the result as JSON on standard output")
+		c.Flags().BoolVar(&o.json, "json", false, "print the result as JSON")
 	}
 	for _, c := range []*cobra.Command{demo, run, shell} {
 		c.Flags().BoolVar(&o.keep, "keep", false,
-			"keep logs, captures and configuration also when every step held")
+			"keep logs, captures and configurations even if all steps succeed")
 		c.Flags().StringVar(&o.artifacts, "artifacts", "",
-			"where to put them; implies --keep (default a new directory in the temporary one)")
+			"directory for them; implies --keep (default: a new temporary directory)")
 	}
 	root.AddCommand(demo, run, list, shell, cli.VersionCommand(program))
 	return root

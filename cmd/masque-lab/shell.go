@@ -17,14 +17,14 @@ const shellText = `
 You are root on the host "client" now; nothing here touches your machine. Try:
 
   ping 192.0.2.2, ping 2001:db8:3::2       the target, through the tunnel
-  ip route get 192.0.2.2, ip rule          how the kernel finds the way
+  ip route get 192.0.2.2, ip rule          routes of the kernel
   masque-client status %[1]s --watch        the tunnel's state
   nsenter -t %[2]d -n -m masque-proxy sessions
-                                           what the proxy sees
-  ip netns exec router tcpdump -ni client1   what goes over the internet
+                                           sessions of the proxy
+  ip netns exec router tcpdump -ni client1   packets on the path to the proxy
   ip netns exec target bash                a shell on another host
 
-Logs are in %[3]s. "exit" takes the tunnel down.
+Logs are in %[3]s. "exit" ends the tunnel.
 
 `
 

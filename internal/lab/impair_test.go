@@ -235,6 +235,7 @@ func TestWireSurvivesDeletedInterface(t *testing.T) {
 	}
 }
 
+// A test writes the addresses of an interface as literals.
 func ExamplePrefixes() {
 	fmt.Println(Prefixes("192.0.2.1/24")[0].Masked())
 	// Output: 192.0.2.0/24
