@@ -63,7 +63,7 @@ func (o *options) check(ctx context.Context, c *doctor.Report, file string, conn
 		l.checkDNS(c)
 	}
 	c.NetAdmin(capabilities)
-	c.TUN(l != nil && l.file.Offload)
+	c.TUN(l != nil && l.file.TUN.Offload)
 	c.RunDir(o.RunDir)
 	running, err := control.Running(o.RunDir, name)
 	switch {
@@ -78,7 +78,7 @@ func (o *options) check(ctx context.Context, c *doctor.Report, file string, conn
 			}
 		}
 	case l != nil:
-		c.Interface(l.file.Device)
+		c.Interface(l.file.TUN.Name)
 		c.Metrics(l.file.Metrics, true)
 	}
 	c.Clock(time.Now())

@@ -18,7 +18,7 @@ import (
 
 // checkKernel checks what the tunnel needs of the kernel.
 func (l *loaded) checkKernel(c *doctor.Report) {
-	if l.file.Install {
+	if l.file.InstallRoutes {
 		c.PolicyRouting()
 		c.ReversePath()
 	}
@@ -28,9 +28,9 @@ func (l *loaded) checkKernel(c *doctor.Report) {
 		c.IPv6(false)
 	}
 	switch {
-	case l.file.KillSwitch:
+	case l.file.UseKillSwitch:
 		c.NFTables("kill switch", "")
-	case l.file.Install:
+	case l.file.InstallRoutes:
 		c.NFTables("protection of the tunnel's addresses",
 			"packets to them from elsewhere are accepted")
 	}
@@ -39,7 +39,7 @@ func (l *loaded) checkKernel(c *doctor.Report) {
 // checkFirewall looks for what keeps this host from the proxy, and packets from
 // the tunnel.
 func (l *loaded) checkFirewall(c *doctor.Report, tunnel *client.Client) {
-	device := strings.ReplaceAll(l.file.Device, "%d", "0")
+	device := strings.ReplaceAll(l.file.TUN.Name, "%d", "0")
 	_, text := tunnel.Proxy()
 	port, _ := strconv.ParseUint(text, 10, 16) // that it is one is found out by who dials
 	iface := cmp.Or(routing.DefaultInterface(false), routing.DefaultInterface(true))
@@ -49,7 +49,7 @@ func (l *loaded) checkFirewall(c *doctor.Report, tunnel *client.Client) {
 		{Name: "packets into the tunnel",
 			Hook: hostfirewall.HookOutput, Out: device},
 	}
-	if len(l.file.Advertise) > 0 {
+	if len(l.file.AdvertiseRoutes) > 0 {
 		flows = append(flows,
 			hostfirewall.Flow{Name: "packets out of the tunnel to the networks behind this host",
 				Hook: hostfirewall.HookForward, In: device},

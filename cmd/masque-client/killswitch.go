@@ -35,7 +35,7 @@ func (l *loaded) warnBlocked(logger *slog.Logger) {
 	for _, list := range []struct {
 		key      string
 		prefixes []netip.Prefix
-	}{{"routes.exclude", l.file.Exclude}, {"routes.advertise", l.file.Advertise}} {
+	}{{"routes.exclude", l.file.Exclude}, {"routes.advertise", l.file.AdvertiseRoutes}} {
 		if blocked := outside(list.prefixes, l.file.KillSwitchAllow); len(blocked) > 0 {
 			logger.Warn("kill_switch.allow lacks what "+list.key+
 				" has outside the tunnel: the kill switch stops it", "held", blocked)

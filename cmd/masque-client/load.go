@@ -8,18 +8,14 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net/netip"
 	"strings"
 
 	"masquevpn/client"
 	"masquevpn/internal/certs"
 	"masquevpn/internal/config"
-	"masquevpn/internal/congestion"
 	"masquevpn/internal/daemon"
 	"masquevpn/internal/fault"
 	"masquevpn/internal/files"
-	"masquevpn/routing"
-	"masquevpn/tun"
 )
 
 // loaded is a configuration file with all that it refers to.
@@ -59,28 +55,9 @@ func load(path, name string) (*loaded, error) {
 	if err != nil {
 		return nil, f.Locate(err)
 	}
-	l.config = client.Config{
-		Name: name, Proxy: f.Proxy, TLS: tlsConfig, Token: token,
-		Target: f.Target, IPProto: f.IPProto,
-		TUN:     tun.Config{Name: f.Device, MTU: f.MTU, Offload: f.Offload},
-		Request: f.Request, Static: f.Static,
-		InstallRoutes: f.Install,
-		// Without a list, everything would be accepted.
-		Accept: append([]netip.Prefix{}, f.Accept...), Exclude: f.Exclude,
-		HostRoutes:      hostRoutes[f.LAN],
-		Mark:            f.Mark,
-		AdvertiseRoutes: f.Advertise, AssignPeer: f.Assign,
-		DNS: client.DNS{Off: !f.DNS, Hold: !f.DNSOutside, Servers: f.DNSServers,
-			Search: f.DNSSearch, Domains: f.DNSDomains},
-		Reconnect: f.Reconnect, MaxDelay: f.MaxDelay, Congestion: congestion.Mode(f.Congestion),
-	}
+	l.config = f.Config
+	l.config.Name, l.config.TLS, l.config.Token = name, tlsConfig, token
 	return l, nil
-}
-
-// hostRoutes are the values of routes.lan.
-var hostRoutes = map[config.LAN]routing.HostRoutes{
-	config.LANPrivate: routing.HostPrivate, config.LANAll: routing.HostAll,
-	config.LANNone: routing.HostNone,
 }
 
 // pem is what a key names, or what the key with _pem holds itself; key tells

@@ -120,10 +120,10 @@ func (o *options) prepare(l *loaded, name string, service bool, logger *slog.Log
 	c.Logger, c.Journal, c.Service = logger, o.journal(name), service
 	c.Tap = new(capture.Tap)
 	l.follow(logger)
-	if l.file.KillSwitch {
+	if l.file.UseKillSwitch {
 		c.KillSwitch = l.killSwitch(name)
 	}
-	if l.file.KillSwitch || !l.file.DNSOutside {
+	if l.file.UseKillSwitch || l.file.DNS.Hold {
 		c.Nameservers = upstreamServers()
 	}
 	var err error

@@ -52,7 +52,7 @@ func newTunnel(l *loaded, c *client.Client, name string, stop context.CancelFunc
 func (t *tunnel) run(ctx, signals context.Context) error {
 	defer close(t.done)
 	kill := t.loaded.killSwitch(t.name)
-	if t.loaded.file.KillSwitch {
+	if t.loaded.file.UseKillSwitch {
 		t.loaded.warnBlocked(t.logger)
 	} else if _, err := kill.Lift(); err != nil { // an earlier run may have closed it
 		t.logger.Warn("a kill switch that may be closed from before cannot be lifted",

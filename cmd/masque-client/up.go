@@ -104,7 +104,7 @@ func (o *options) up(ctx context.Context, arg string, wait bool, timeout time.Du
 	end := syscall.SIGTERM // leaves a kill switch closed
 	if b.interrupted {
 		end = syscall.SIGINT
-	} else if l.file.KillSwitch {
+	} else if l.file.UseKillSwitch {
 		result = withRemedy(result, staysClosed(name))
 	}
 	if err := b.takeDown(end); err != nil {

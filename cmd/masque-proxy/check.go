@@ -59,7 +59,7 @@ func (o *options) check(ctx context.Context, c *doctor.Report, file string, onli
 		l.checkACME(ctx, c, online, time.Now())
 	}
 	c.NetAdmin(capabilities)
-	c.TUN(l != nil && l.file.Offload)
+	c.TUN(l != nil && l.file.TUN.Offload)
 	c.RunDir(o.RunDir)
 	running, err := control.Running(o.RunDir, instance)
 	switch {
@@ -69,7 +69,7 @@ func (o *options) check(ctx context.Context, c *doctor.Report, file string, onli
 		c.OK("instance: the proxy is running; its interface, addresses and ports are not checked")
 		o.checkRunning(ctx, c)
 	case usable:
-		c.Interface(l.file.Device)
+		c.Interface(l.file.TUN.Name)
 		for _, addr := range l.file.Listen {
 			c.Listen("listen", "UDP", addr)
 		}
@@ -200,12 +200,13 @@ func (l *loaded) checkUsers(c *doctor.Report, now time.Time) {
 		if !u.Expires.IsZero() && !now.Before(u.Expires) {
 			c.Warn(fmt.Sprintf("users: the time of %s was over at %s", u.Name,
 				u.Expires.UTC().Format(time.RFC3339)),
-				"change expires in "+l.file.Users+", or "+program+" user remove "+u.Name+" -c FILE")
+				"change expires in "+l.file.UsersFile+", or "+program+" user remove "+u.Name+
+					" -c FILE")
 		}
 		for _, p := range u.Routes {
 			if !advertised(l.file, p) {
 				c.Warn(fmt.Sprintf("users: %s may reach %v, which routes.advertise does not have",
-					u.Name, p), "add it there, or correct routes in "+l.file.Users)
+					u.Name, p), "add it there, or correct routes in "+l.file.UsersFile)
 			}
 		}
 	}
@@ -277,7 +278,7 @@ func (l *loaded) checkFirewall(c *doctor.Report) {
 			})
 		}
 	}
-	device := strings.ReplaceAll(l.file.Device, "%d", "0")
+	device := strings.ReplaceAll(l.file.TUN.Name, "%d", "0")
 	iface := cmp.Or(routing.DefaultInterface(false), routing.DefaultInterface(true))
 	out := cmp.Or(iface, "elsewhere")
 	c.Firewall(device, append(flows,

@@ -24,6 +24,7 @@ import (
 	"masquevpn/internal/fault"
 	"masquevpn/internal/files"
 	"masquevpn/internal/pki"
+	"masquevpn/proxy"
 )
 
 // invitation is what `invite` makes.
@@ -122,17 +123,17 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 	} else {
 		fmt.Fprintf(&b, "\n[tls]\nca_pem = '''\n%s'''\n", roots)
 	}
-	if slices.Contains(f.Methods, config.MethodNone) {
+	if slices.Contains(f.Methods, proxy.MethodNone) {
 		fmt.Fprintln(notes, "note: auth.methods is \"none\": the file has no credentials, and no user was added")
 		return in.write(out, b.Bytes())
 	}
 
-	unlock, err := files.LockDir(filepath.Dir(f.Users))
+	unlock, err := files.LockDir(filepath.Dir(f.UsersFile))
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	users, err := readUsers(f.Users)
+	users, err := readUsers(f.UsersFile)
 	if err != nil {
 		return err
 	}
@@ -151,7 +152,7 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 	if user.Routes, err = in.reach(f); err != nil {
 		return err
 	}
-	if slices.Contains(f.Methods, config.MethodMTLS) {
+	if slices.Contains(f.Methods, proxy.MethodMTLS) {
 		pair, err := in.certificate(f, now, valid)
 		if err != nil {
 			return err
@@ -166,12 +167,12 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		}
 		fmt.Fprintf(&b, "cert_pem = '''\n%s'''\nkey_pem = '''\n%s'''\n", pair.Cert, pair.Key)
 	}
-	if slices.Contains(f.Methods, config.MethodToken) {
+	if slices.Contains(f.Methods, proxy.MethodToken) {
 		token := pki.NewToken()
 		user.TokenHash = pki.HashToken(token)
 		fmt.Fprintf(&b, "\n[auth]\ntoken = %q\n", token)
 	}
-	if err := in.finish(out, b.Bytes(), f.Users, users.Add(user)); err != nil {
+	if err := in.finish(out, b.Bytes(), f.UsersFile, users.Add(user)); err != nil {
 		return err
 	}
 	if !user.Expires.IsZero() {

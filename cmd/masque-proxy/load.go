@@ -11,12 +11,10 @@ import (
 	"masquevpn/internal/acme"
 	"masquevpn/internal/certs"
 	"masquevpn/internal/config"
-	"masquevpn/internal/congestion"
 	"masquevpn/internal/daemon"
 	"masquevpn/internal/fault"
 	"masquevpn/internal/files"
 	"masquevpn/proxy"
-	"masquevpn/tun"
 )
 
 // loaded is a configuration file with all that it refers to.
@@ -74,39 +72,20 @@ func (l *loaded) readFiles(logger *slog.Logger) (err error) {
 			return err
 		}
 	}
-	if f.Users != "" {
-		l.users, err = openUsers(f.Users, logger)
+	if f.UsersFile != "" {
+		l.users, err = openUsers(f.UsersFile, logger)
 	}
 	return err
 }
 
-// config is what the proxy is made of. The certificate is asked for with each
+// config returns the configuration of the proxy. It calls certificate for each
 // handshake.
 func (l *loaded) config(certificate func() *tls.Certificate) proxy.Config {
-	f := l.file
-	c := proxy.Config{
-		Name: f.Name, Listen: f.Listen, Template: f.Template, Methods: f.Methods,
-		TLS: &tls.Config{
-			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-				return certificate(), nil
-			},
+	c := l.file.Config
+	c.TLS = &tls.Config{
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return certificate(), nil
 		},
-		TUN:   tun.Config{Name: f.Device, MTU: f.MTU, Offload: f.Offload},
-		Pool4: f.Pool4, Pool6: f.Pool6, Delegate4: f.Delegate4, Delegate6: f.Delegate6,
-		Hold:      f.Hold,
-		Advertise: f.Advertise, Deny: f.Deny, ClientToClient: f.ClientToClient,
-		ConnectUDP: f.ConnectUDP,
-		Masquerade: f.Masquerade, KernelHopLimit: f.KernelHopLimit,
-		Congestion: congestion.Mode(f.Congestion),
-		DNS: proxy.DNS{Servers: f.DNSServers, Domains: f.DNSDomains, Search: f.DNSSearch,
-			NAT64: f.NAT64},
-		MaxSessions: f.Sessions, MaxSessionsPerUser: f.SessionsPerUser,
-		MaxAddressesPerUser: f.AddressesPerUser,
-		MaxUDPFlows:         f.UDPFlows, MaxUDPFlowsPerUser: f.UDPFlowsPerUser,
-		MaxPending: f.Pending, MaxPendingPerAddress: f.PendingPerAddress,
-	}
-	for _, site := range f.Sites {
-		c.Sites = append(c.Sites, proxy.Site(site))
 	}
 	if len(l.clientCAs) > 0 {
 		c.TLS.ClientCAs = certs.Pool(l.clientCAs)
@@ -125,7 +104,7 @@ func (l *loaded) describe(logger *slog.Logger) *slog.Logger {
 	}
 	return logger.With("name", l.file.Name, "methods", strings.Join(l.file.Methods, ","), "users",
 		users, "certificate", l.certificateSource(), "congestion",
-		congestion.Mode(l.file.Congestion).Describe())
+		l.file.Congestion.Describe())
 }
 
 // traces returns the logs of connections that the file turns on.

@@ -284,7 +284,7 @@ func changed(a, b *loaded) []string {
 	}
 	compare("tls.acme", a.file.ACME, b.file.ACME)
 	compare("tls.client_ca", fingerprints(a.clientCAs), fingerprints(b.clientCAs))
-	compare("auth.users", a.file.Users, b.file.Users)
+	compare("auth.users", a.file.UsersFile, b.file.UsersFile)
 	compare("metrics.listen", a.file.Metrics, b.file.Metrics)
 	compare("log.qlog_dir", a.file.QlogDir, b.file.QlogDir)
 	compare("log.key_log", a.file.KeyLog, b.file.KeyLog)

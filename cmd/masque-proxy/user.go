@@ -40,11 +40,11 @@ func usersOf(file string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if f.Users == "" {
+	if f.UsersFile == "" {
 		return "", f.Locate(&fault.Error{Kind: fault.Usage, Key: "auth.methods",
 			Reason: "there are no users with this method", Remedy: `write ["mtls", "token"]`})
 	}
-	return f.Users, nil
+	return f.UsersFile, nil
 }
 
 func (o *options) userListCommand() *cobra.Command {

@@ -5,76 +5,38 @@ import (
 	"net/netip"
 	"strings"
 	"time"
+
+	"masquevpn/client"
+	"masquevpn/routing"
+	"masquevpn/tun"
 )
 
 // Client is a client's configuration file, NAME.toml. Relative file names are
 // joined with the directory of the file.
 type Client struct {
-	Proxy string // a name, HOST:PORT or a URI template
+	// Config has the keys whose values the client takes as they are. Name, TLS
+	// and everything that belongs to a running program are left to the caller.
+	client.Config
 
 	CA, Cert, Key          string // names of PEM files
 	CAPEM, CertPEM, KeyPEM string // PEM in the file itself
 	ServerName             string // empty: taken from Proxy
 
-	Token, TokenFile string // mutually exclusive
+	// TokenFile is the name of a file with the token. Empty if Config.Token has
+	// it, or if there is none.
+	TokenFile string
 
-	// Target and IPProto are the scope of the tunnel, "*" for no preference
-	// (RFC 9484 section 4.6). Package client validates them.
-	Target, IPProto string
-
-	Device  string // name of the TUN interface, may hold one %d
-	MTU     int    // bytes; 0: discovered
-	Offload bool
-
-	// Request is sent in ADDRESS_REQUEST. Empty but not nil: no request.
-	Request []netip.Prefix
-	Static  []netip.Prefix // used without a request
-
-	Install         bool
-	LAN             LAN // the host's routes that precede the tunnel's
-	Accept, Exclude []netip.Prefix
-	// Mark is the mask of the two bits of marks that the tunnel uses.
-	Mark      uint32
-	Advertise []netip.Prefix // networks behind the client
-	Assign    []netip.Prefix // single addresses for the proxy
-
-	KillSwitch      bool
+	UseKillSwitch   bool
 	KillSwitchAllow []netip.Prefix // destinations allowed outside the tunnel
-
-	DNS        bool         // configures the host's resolver
-	DNSServers []netip.Addr // replace the proxy's servers unless empty
-	// DNSSearch and DNSDomains replace the proxy's lists unless empty. Names
-	// have no final dot; "." stands for all names.
-	DNSSearch, DNSDomains []string
-	// DNSOutside allows queries outside a full tunnel.
-	DNSOutside bool
-
-	Congestion string // "inner" or "outer"
-
-	Reconnect bool
-	MaxDelay  time.Duration
 
 	Metrics string // HOST:PORT, TCP; empty: no metrics
 
 	QlogDir string // directory for qlog; empty: none
 	KeyLog  string // file for TLS secrets; empty: none
-	// PCAP is the file for packets inside the tunnel. Empty: none.
-	PCAP string
+	PCAP    string // file for packets inside the tunnel; empty: none
 
 	doc *document
 }
-
-// LAN is the value of a client's routes.lan.
-type LAN int
-
-// The values of routes.lan.
-const (
-	// LANPrivate (true) selects the routes to private networks, under a full
-	// tunnel.
-	LANPrivate LAN = iota
-	LANAll         // "all": all routes
-	LANNone        // false: none
-)
 
 // ParseClient parses and validates the contents of a client's configuration.
 // The file name is used in messages and to resolve relative names. The error,
@@ -108,11 +70,11 @@ func ParseClient(file string, data []byte) (*Client, error) {
 		}
 	}
 
-	tun := root.table("tun")
-	c.Device, c.MTU, c.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"),
-		tun.bool("offload", true)
+	tunTable := root.table("tun")
+	c.TUN.Name, c.TUN.MTU, c.TUN.Offload = tunTable.device("name", tun.DefaultName),
+		tunTable.mtu("mtu"), tunTable.bool("offload", true)
 
-	c.Congestion = root.table("tunnel").oneOf("congestion", "inner", "outer")
+	c.Congestion = root.table("tunnel").congestion("congestion")
 
 	addresses := root.table("addresses")
 	c.Static = addresses.addresses("static")
@@ -125,17 +87,18 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	}
 
 	routes := root.table("routes")
-	c.Install = routes.bool("install", true)
-	c.LAN = routes.lan("lan")
+	c.InstallRoutes = routes.bool("install", true)
+	c.HostRoutes = routes.hostRoutes("lan")
 	c.Mark = routes.mark("mark")
-	c.Accept = routes.prefixes("accept", "0.0.0.0/0", "::/0")
+	// A nil list would accept everything.
+	c.Accept = append([]netip.Prefix{}, routes.prefixes("accept", "0.0.0.0/0", "::/0")...)
 	c.Exclude = routes.prefixes("exclude")
-	c.Advertise = routes.prefixes("advertise")
-	c.Assign = routes.addresses("assign")
-	if c.LAN == LANNone && len(c.Advertise) > 0 {
+	c.AdvertiseRoutes = routes.prefixes("advertise")
+	c.AssignPeer = routes.addresses("assign")
+	if c.HostRoutes == routing.HostNone && len(c.AdvertiseRoutes) > 0 {
 		routes.add("lan", "the networks behind this host, routes.advertise, would lead into the tunnel", "remove one of the two")
 	}
-	for i, p := range c.Assign {
+	for i, p := range c.AssignPeer {
 		if !p.IsSingleIP() {
 			routes.add(element("assign", i), "not a single address",
 				fmt.Sprintf("write %q", netip.PrefixFrom(p.Addr(), p.Addr().BitLen())))
@@ -145,7 +108,7 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	c.parseDNS(root.table("dns"))
 
 	kill := root.table("kill_switch")
-	c.KillSwitch = kill.bool("enabled", false)
+	c.UseKillSwitch = kill.bool("enabled", false)
 	c.KillSwitchAllow = kill.prefixes("allow")
 	for i, p := range c.KillSwitchAllow {
 		if p.Bits() == 0 {
@@ -156,7 +119,7 @@ func ParseClient(file string, data []byte) (*Client, error) {
 
 	reconnect := root.table("reconnect")
 	c.Reconnect = reconnect.bool("enabled", true)
-	c.MaxDelay = reconnect.duration("max_delay", 30*time.Second, time.Second)
+	c.MaxDelay = reconnect.duration("max_delay", client.DefaultMaxDelay, time.Second)
 
 	c.Metrics = root.table("metrics").tcpAddress("listen", "")
 
@@ -177,9 +140,9 @@ func IsProxy(s string) bool {
 }
 
 func (c *Client) parseDNS(dns *table) {
-	c.DNS = dns.oneOf("mode", "auto", "off") == "auto"
-	c.DNSOutside = dns.bool("outside", true)
-	c.DNSServers, c.DNSSearch, c.DNSDomains = dns.hosts("servers"), dns.domains("search"),
+	c.DNS.Off = dns.oneOf("mode", "auto", "off") == "off"
+	c.DNS.Hold = !dns.bool("outside", true)
+	c.DNS.Servers, c.DNS.Search, c.DNS.Domains = dns.hosts("servers"), dns.domains("search"),
 		dns.domainsOrAll("domains")
 	for _, key := range []string{"servers", "search", "domains"} {
 		if list, ok := dns.values[key].([]any); ok && len(list) == 0 {

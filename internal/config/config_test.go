@@ -12,7 +12,11 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"masquevpn/client"
 	"masquevpn/internal/fault"
+	"masquevpn/proxy"
+	"masquevpn/routing"
+	"masquevpn/tun"
 )
 
 func lines(s ...string) []byte { return []byte(strings.Join(s, "\n") + "\n") }
@@ -36,11 +40,13 @@ func TestClientDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &Client{
-		Proxy: "vpn.example.org", Target: "*", IPProto: "*", Device: "masque%d", Offload: true,
-		Request: prefixes("0.0.0.0/32", "::/128"), Install: true,
-		Accept: prefixes("0.0.0.0/0", "::/0"), Mark: 0xa0000000,
-		DNS: true, DNSOutside: true, Congestion: "inner", Reconnect: true,
-		MaxDelay: 30 * time.Second,
+		Config: client.Config{
+			Proxy: "vpn.example.org", Target: "*", IPProto: "*",
+			TUN:     tun.Config{Name: "masque%d", Offload: true},
+			Request: prefixes("0.0.0.0/32", "::/128"), InstallRoutes: true,
+			Accept: prefixes("0.0.0.0/0", "::/0"), Mark: 0xa0000000, Congestion: "inner",
+			Reconnect: true, MaxDelay: 30 * time.Second,
+		},
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -61,18 +67,23 @@ func TestClientFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &Client{
-		Proxy: "https://vpn.example.org:4433/ip{?target,ipproto}",
-		CA:    "/etc/masque/ca.crt", Cert: "/etc/masque/keys/me.crt", Key: "/var/me.key",
-		ServerName: "other.example.org",
-		TokenFile:  "/etc/masque/token", Target: "*", IPProto: "*", Device: "masque0", MTU: 1300,
-		Static: prefixes("10.77.0.9/32", "fd77::9/64"), Accept: prefixes("10.0.0.0/8"),
-		Exclude: prefixes("10.9.0.0/16", "fd00::/8"), Mark: 0x30000000,
-		Advertise: prefixes("192.0.2.0/24", "2001:db8:a::/64"), Assign: prefixes("192.0.2.200/32"),
-		LAN: LANAll, KillSwitch: true, KillSwitchAllow: prefixes("192.168.5.0/24", "fd00:5::/64"),
-		DNSServers: []netip.Addr{netip.MustParseAddr("10.0.0.53"), netip.MustParseAddr("fd00::53")},
-		DNSSearch:  []string{"corp.example"}, DNSDomains: []string{"corp.example", "."},
-		Congestion: "outer", MaxDelay: 90 * time.Second, Metrics: ":9485",
-		QlogDir: "/var/lib/masque/qlog", KeyLog: "/etc/masque/keys.log",
+		Config: client.Config{
+			Proxy:  "https://vpn.example.org:4433/ip{?target,ipproto}",
+			Target: "*", IPProto: "*", TUN: tun.Config{Name: "masque0", MTU: 1300},
+			Static: prefixes("10.77.0.9/32", "fd77::9/64"), Accept: prefixes("10.0.0.0/8"),
+			Exclude: prefixes("10.9.0.0/16", "fd00::/8"), Mark: 0x30000000,
+			AdvertiseRoutes: prefixes("192.0.2.0/24", "2001:db8:a::/64"),
+			AssignPeer:      prefixes("192.0.2.200/32"), HostRoutes: routing.HostAll,
+			DNS: client.DNS{Off: true, Hold: true,
+				Servers: []netip.Addr{netip.MustParseAddr("10.0.0.53"),
+					netip.MustParseAddr("fd00::53")},
+				Search: []string{"corp.example"}, Domains: []string{"corp.example", "."}},
+			Congestion: "outer", MaxDelay: 90 * time.Second,
+		},
+		CA: "/etc/masque/ca.crt", Cert: "/etc/masque/keys/me.crt", Key: "/var/me.key",
+		ServerName: "other.example.org", TokenFile: "/etc/masque/token",
+		UseKillSwitch: true, KillSwitchAllow: prefixes("192.168.5.0/24", "fd00:5::/64"),
+		Metrics: ":9485", QlogDir: "/var/lib/masque/qlog", KeyLog: "/etc/masque/keys.log",
 		PCAP: "/etc/masque/home.pcap",
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
@@ -143,15 +154,17 @@ func TestProxyDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &Proxy{
-		Name: "vpn.example.org", Listen: []string{"[::]:443"}, Cert: "/etc/masque/proxy.crt",
-		Key:     "/etc/masque/proxy.key",
-		Methods: []string{"token"}, Users: "/etc/masque/users.toml", Device: "masque%d",
-		Offload: true,
-		Pool4:   netip.MustParsePrefix("10.77.0.0/24"), Pool6: netip.MustParsePrefix("fd77::/64"),
-		Hold:      time.Hour,
-		Advertise: prefixes("0.0.0.0/0", "::/0"), Congestion: "inner", Masquerade: true,
-		ConnectUDP: true, Sessions: 4096, SessionsPerUser: 8, UDPFlows: 4096, UDPFlowsPerUser: 256,
-		Metrics: "127.0.0.1:9484",
+		Config: proxy.Config{
+			Name: "vpn.example.org", Listen: []string{"[::]:443"}, Methods: []string{"token"},
+			TUN:   tun.Config{Name: "masque%d", Offload: true},
+			Pool4: netip.MustParsePrefix("10.77.0.0/24"),
+			Pool6: netip.MustParsePrefix("fd77::/64"), Hold: time.Hour,
+			Advertise: prefixes("0.0.0.0/0", "::/0"), Congestion: "inner", Masquerade: true,
+			ConnectUDP: true, MaxSessions: 4096, MaxSessionsPerUser: 8, MaxUDPFlows: 4096,
+			MaxUDPFlowsPerUser: 256,
+		},
+		Cert: "/etc/masque/proxy.crt", Key: "/etc/masque/proxy.key",
+		UsersFile: "/etc/masque/users.toml", Metrics: "127.0.0.1:9484",
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -168,27 +181,32 @@ func TestProxyFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &Proxy{
-		Name: "vpn.example.org", Listen: []string{"[::]:443", "192.0.2.1:4433"},
-		Template: "https://vpn.example.org/t/{target}/{ipproto}/",
-		Cert:     "/etc/masque/a.crt", Key: "/etc/masque/a.key", ClientCA: "/etc/masque/ca.crt",
-		Methods: []string{"mtls", "token"}, Users: "/etc/masque/people.toml", Device: "masque0",
-		MTU:   1280,
-		Pool4: netip.MustParsePrefix("10.78.0.0/24"), Delegate4: 28, Hold: 24 * time.Hour,
-		Advertise: prefixes("10.0.0.0/8"), Deny: prefixes("169.254.0.0/16"),
-		DNSServers: []netip.Addr{netip.MustParseAddr("10.78.0.1"),
-			netip.MustParseAddr("10.0.0.53")},
-		DNSDomains: []string{"corp.example"}, DNSSearch: []string{"corp.example", "a.corp.example"},
-		NAT64:          prefixes("64:ff9b::/96"),
-		ClientToClient: true, KernelHopLimit: true, Congestion: "outer", Sessions: 10,
-		SessionsPerUser: 2, AddressesPerUser: 3, UDPFlows: 20, UDPFlowsPerUser: 5,
-		QlogDir: "/etc/masque/qlog", KeyLog: "/tmp/keys",
-		Metrics: "[::1]:9100", MetricsNamed: true,
-		Sites: []Site{
-			{User: "branch", Networks: prefixes("192.0.2.0/24", "2001:db8:a::/64"),
-				Peer: prefixes("10.9.0.0/24")},
-			{User: "depot", Networks: prefixes("198.51.100.0/24"), Reach: prefixes("192.0.2.0/24")},
-			{User: "kiosk", Networks: prefixes("203.0.113.0/24"), Reach: prefixes()},
+		Config: proxy.Config{
+			Name: "vpn.example.org", Listen: []string{"[::]:443", "192.0.2.1:4433"},
+			Template: "https://vpn.example.org/t/{target}/{ipproto}/",
+			Methods:  []string{"mtls", "token"}, TUN: tun.Config{Name: "masque0", MTU: 1280},
+			Pool4: netip.MustParsePrefix("10.78.0.0/24"), Delegate4: 28, Hold: 24 * time.Hour,
+			Advertise: prefixes("10.0.0.0/8"), Deny: prefixes("169.254.0.0/16"),
+			DNS: proxy.DNS{
+				Servers: []netip.Addr{netip.MustParseAddr("10.78.0.1"),
+					netip.MustParseAddr("10.0.0.53")},
+				Domains: []string{"corp.example"},
+				Search:  []string{"corp.example", "a.corp.example"},
+				NAT64:   prefixes("64:ff9b::/96")},
+			ClientToClient: true, KernelHopLimit: true, Congestion: "outer", MaxSessions: 10,
+			MaxSessionsPerUser: 2, MaxAddressesPerUser: 3, MaxUDPFlows: 20,
+			MaxUDPFlowsPerUser: 5,
+			Sites: []proxy.Site{
+				{User: "branch", Networks: prefixes("192.0.2.0/24", "2001:db8:a::/64"),
+					Peer: prefixes("10.9.0.0/24")},
+				{User: "depot", Networks: prefixes("198.51.100.0/24"),
+					Reach: prefixes("192.0.2.0/24")},
+				{User: "kiosk", Networks: prefixes("203.0.113.0/24"), Reach: prefixes()},
+			},
 		},
+		Cert: "/etc/masque/a.crt", Key: "/etc/masque/a.key", ClientCA: "/etc/masque/ca.crt",
+		UsersFile: "/etc/masque/people.toml", QlogDir: "/etc/masque/qlog", KeyLog: "/tmp/keys",
+		Metrics: "[::1]:9100", MetricsNamed: true,
 	}
 	if diff := cmp.Diff(want, got, compare); diff != "" {
 		t.Error(diff)
@@ -251,8 +269,8 @@ func TestProxyDefaultMethods(t *testing.T) {
 		})
 	}
 	p, err := ParseProxy("p.toml", lines(`name = "p"`, `[auth]`, `methods = ["none"]`))
-	if err != nil || p.Users != "" {
-		t.Errorf("methods none: users %q, %v; want no users file", p.Users, err)
+	if err != nil || p.UsersFile != "" {
+		t.Errorf("methods none: users %q, %v; want no users file", p.UsersFile, err)
 	}
 }
 

@@ -6,13 +6,9 @@ import (
 	"slices"
 	"strings"
 	"time"
-)
 
-// The methods of authentication, in auth.methods.
-const (
-	MethodMTLS  = "mtls"
-	MethodToken = "token"
-	MethodNone  = "none"
+	"masquevpn/proxy"
+	"masquevpn/tun"
 )
 
 // The ACME challenges, in tls.acme.challenge.
@@ -24,54 +20,19 @@ const (
 // Proxy is the proxy's configuration file, proxy.toml. Relative file names are
 // joined with the directory of the file.
 type Proxy struct {
-	Name     string
-	Listen   []string // HOST:PORT, UDP
-	Template string   // empty: the default template
+	// Config has the keys whose values the proxy takes as they are. TLS, Users
+	// and everything that belongs to a running program are left to the caller.
+	proxy.Config
 
 	Cert, Key string // names of PEM files; empty with ACME
 	ACME      *ACME  // nil: the certificate is in files
 	ClientCA  string // name of a PEM file; empty: none
 
-	Methods []string
-	// Users is the name of the users file. Empty if no method needs it.
-	Users string
-
-	Device  string // name of the TUN interface, may hold one %d
-	MTU     int    // bytes; 0: discovered
-	Offload bool
-
-	Pool4, Pool6 netip.Prefix // zero: no addresses of the family
-	// Delegate4 and Delegate6 are the lengths of the largest prefixes that
-	// clients may get. 0: single addresses only.
-	Delegate4, Delegate6 int
-	// Hold is the time for which a released address stays reserved for its last
-	// client.
-	Hold time.Duration
-
-	Advertise, Deny []netip.Prefix
-	ClientToClient  bool
-
-	Masquerade     bool
-	KernelHopLimit bool
-	Congestion     string // "inner" or "outer"
-
-	DNSServers            []netip.Addr // pushed to clients
-	DNSDomains, DNSSearch []string     // names have no final dot
-	NAT64                 []netip.Prefix
-
-	ConnectUDP bool // enables UDP proxying (RFC 9298)
-
-	Sessions, SessionsPerUser int
-	AddressesPerUser          int // 0: two for each permitted session
-	UDPFlows, UDPFlowsPerUser int
-	// Pending and PendingPerAddress limit the connections without an accepted
-	// request. 0: the proxy's default.
-	Pending, PendingPerAddress int
+	// UsersFile is the name of the users file. Empty if no method needs it.
+	UsersFile string
 
 	Metrics      string // HOST:PORT, TCP; empty: no metrics
 	MetricsNamed bool   // set if the file has the key
-
-	Sites []Site
 
 	QlogDir string // directory for qlog; empty: none
 	KeyLog  string // file for TLS secrets; empty: none
@@ -89,14 +50,6 @@ type ACME struct {
 	Challenge string // "tls-alpn-01" or "http-01"
 	Listen    string // HOST:PORT, TCP; the host may be empty
 	Storage   string // directory
-}
-
-// Site is an entry [[site]]: a user whose client is a gateway.
-type Site struct {
-	User     string
-	Networks []netip.Prefix // networks behind the gateway
-	Peer     []netip.Prefix // ranges for the proxy's addresses besides Networks
-	Reach    []netip.Prefix // permitted destinations; nil: all
 }
 
 // ParseProxy parses and validates the contents of a proxy's configuration. The
@@ -134,11 +87,11 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 
 	p.parseAuth(root.table("auth"))
 
-	tun := root.table("tun")
-	p.Device, p.MTU, p.Offload = tun.device("name", "masque%d"), tun.mtu("mtu"),
-		tun.bool("offload", true)
+	tunTable := root.table("tun")
+	p.TUN.Name, p.TUN.MTU, p.TUN.Offload = tunTable.device("name", tun.DefaultName),
+		tunTable.mtu("mtu"), tunTable.bool("offload", true)
 
-	p.Congestion = root.table("tunnel").oneOf("congestion", "inner", "outer")
+	p.Congestion = root.table("tunnel").congestion("congestion")
 
 	p.parsePool(root.table("pool"), root.has("pool"))
 
@@ -155,13 +108,13 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 		"kernel") == "kernel"
 
 	limits := root.table("limits")
-	p.Sessions = limits.int("sessions", 4096, 1, 1<<20)
-	p.SessionsPerUser = limits.int("sessions_per_user", 8, 1, 1<<20)
-	p.AddressesPerUser = limits.int("addresses_per_user", 0, 1, 1<<20)
-	p.UDPFlows = limits.int("udp_flows", 4096, 1, 1<<20)
-	p.UDPFlowsPerUser = limits.int("udp_flows_per_user", 256, 1, 1<<20)
-	p.Pending = limits.int("pending_connections", 0, 1, 1<<20)
-	p.PendingPerAddress = limits.int("pending_connections_per_address", 0, 1, 1<<20)
+	p.MaxSessions = limits.int("sessions", proxy.DefaultSessions, 1, 1<<20)
+	p.MaxSessionsPerUser = limits.int("sessions_per_user", proxy.DefaultSessionsPerUser, 1, 1<<20)
+	p.MaxAddressesPerUser = limits.int("addresses_per_user", 0, 1, 1<<20)
+	p.MaxUDPFlows = limits.int("udp_flows", proxy.DefaultUDPFlows, 1, 1<<20)
+	p.MaxUDPFlowsPerUser = limits.int("udp_flows_per_user", proxy.DefaultUDPFlowsPerUser, 1, 1<<20)
+	p.MaxPending = limits.int("pending_connections", 0, 1, 1<<20)
+	p.MaxPendingPerAddress = limits.int("pending_connections_per_address", 0, 1, 1<<20)
 
 	metrics := root.table("metrics")
 	p.Metrics, p.MetricsNamed = metrics.tcpAddress("listen", "127.0.0.1:9484"),
@@ -227,8 +180,8 @@ func (p *Proxy) parseTLS(tls *table) {
 	}
 }
 
-func parseSite(t *table) Site {
-	s := Site{User: t.string("user", ""), Networks: t.prefixes("networks"),
+func parseSite(t *table) proxy.Site {
+	s := proxy.Site{User: t.string("user", ""), Networks: t.prefixes("networks"),
 		Peer: t.prefixes("peer"), Reach: t.prefixes("reach")}
 	if !t.has("user") {
 		t.add("user", "is missing", `write the name of the user whose client is the gateway`)
@@ -246,9 +199,9 @@ func parseSite(t *table) Site {
 }
 
 func (p *Proxy) parseAuth(auth *table) {
-	methods := []string{MethodToken}
+	methods := []string{proxy.MethodToken}
 	if p.ClientCA != "" {
-		methods = []string{MethodMTLS, MethodToken}
+		methods = []string{proxy.MethodMTLS, proxy.MethodToken}
 	}
 	p.Methods = auth.strings("methods", methods)
 	if len(p.Methods) == 0 {
@@ -257,38 +210,39 @@ func (p *Proxy) parseAuth(auth *table) {
 	for i, m := range p.Methods {
 		key := element("methods", i)
 		switch {
-		case m != MethodMTLS && m != MethodToken && m != MethodNone:
+		case m != proxy.MethodMTLS && m != proxy.MethodToken && m != proxy.MethodNone:
 			auth.add(key, "not known",
-				"write "+alternatives([]string{MethodMTLS, MethodToken, MethodNone}))
+				"write "+alternatives([]string{proxy.MethodMTLS, proxy.MethodToken,
+					proxy.MethodNone}))
 		case slices.Contains(p.Methods[:i], m):
 			auth.add(key, "given twice", "remove one")
-		case m == MethodNone && len(p.Methods) > 1:
+		case m == proxy.MethodNone && len(p.Methods) > 1:
 			auth.add(key, "lets everyone in, whatever the other methods are",
 				`write it alone, or remove it`)
-		case m == MethodMTLS && p.ClientCA == "":
+		case m == proxy.MethodMTLS && p.ClientCA == "":
 			auth.add(key, "needs the CA of the clients' certificates",
 				`set tls.client_ca, or remove "mtls"`)
 		}
 	}
-	p.Users = auth.file("users", "users.toml")
-	if p.Users == "" {
+	p.UsersFile = auth.file("users", "users.toml")
+	if p.UsersFile == "" {
 		auth.add("users", "empty", "write the name of the users file")
 	}
-	if slices.Contains(p.Methods, MethodNone) {
-		p.Users = ""
+	if slices.Contains(p.Methods, proxy.MethodNone) {
+		p.UsersFile = ""
 	}
 }
 
 func (p *Proxy) parseDNS(dns *table) {
-	p.DNSServers = dns.hosts("servers")
-	p.DNSDomains, p.DNSSearch = dns.domains("domains"), dns.domains("search")
+	p.DNS.Servers = dns.hosts("servers")
+	p.DNS.Domains, p.DNS.Search = dns.domains("domains"), dns.domains("search")
 	for _, key := range []string{"domains", "search"} {
 		if len(dns.strings(key, nil)) > 0 && len(dns.strings("servers", nil)) == 0 {
 			dns.add(key, "there are no servers to resolve names", "set dns.servers")
 		}
 	}
-	p.NAT64 = dns.prefixes("nat64")
-	for i, n := range p.NAT64 {
+	p.DNS.NAT64 = dns.prefixes("nat64")
+	for i, n := range p.DNS.NAT64 {
 		if n.Addr().Is4() || !slices.Contains([]int{32, 40, 48, 56, 64, 96}, n.Bits()) {
 			dns.add(element("nat64", i), "not a prefix of NAT64",
 				`write an IPv6 prefix of length 32, 40, 48, 56, 64 or 96, for example "64:ff9b::/96"`)
@@ -315,7 +269,7 @@ func (p *Proxy) parsePool(pool *table, given bool) {
 	}
 	p.Delegate4, p.Delegate6 = pool.lengthWithin("delegate_ipv4", p.Pool4),
 		pool.lengthWithin("delegate_ipv6", p.Pool6)
-	p.Hold = pool.duration("hold", time.Hour, time.Second)
+	p.Hold = pool.duration("hold", proxy.DefaultHold, time.Second)
 }
 
 // Locate returns err with file, line and value if it is a *fault.Error about a

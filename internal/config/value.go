@@ -10,6 +10,9 @@ import (
 	"strings"
 	"time"
 
+	"masquevpn/internal/congestion"
+	"masquevpn/routing"
+
 	"github.com/pelletier/go-toml/v2"
 )
 
@@ -171,29 +174,31 @@ func (t *table) mtu(key string) int {
 	return 0
 }
 
-// lan returns the value for true, false or "all".
-func (t *table) lan(key string) LAN {
+// hostRoutes returns the value for true, false or "all".
+func (t *table) hostRoutes(key string) routing.HostRoutes {
 	switch v, ok := t.get(key); {
 	case !ok, v == true:
-		return LANPrivate
+		return routing.HostPrivate
 	case v == "all":
-		return LANAll
+		return routing.HostAll
 	case v == false:
-		return LANNone
+		return routing.HostNone
 	}
 	t.add(key, `not true, false or "all"`,
 		`write true for the private networks of this host, "all" for all of its routes, false for neither`)
-	return LANPrivate
+	return routing.HostPrivate
 }
 
-// defaultMark equals routing.DefaultMark, which exists on Linux only.
-const defaultMark = 0xa0000000
+// congestion returns a mode of congestion control.
+func (t *table) congestion(key string) congestion.Mode {
+	return congestion.Mode(t.oneOf(key, string(congestion.Inner), string(congestion.Outer)))
+}
 
 // mark returns a mask of two bits of packet and connection marks.
 func (t *table) mark(key string) uint32 {
 	v, ok := t.get(key)
 	if !ok {
-		return defaultMark
+		return routing.DefaultMark
 	}
 	n, isNumber := v.(int64)
 	if text, isText := v.(string); isText {
@@ -202,8 +207,8 @@ func (t *table) mark(key string) uint32 {
 	}
 	if !isNumber || n != int64(uint32(n)) || bits.OnesCount32(uint32(n)) != 2 {
 		t.add(key, "not two bits of a mark",
-			fmt.Sprintf(`write for example "%#x", two bits that no other program of this host uses in marks`, defaultMark))
-		return defaultMark
+			fmt.Sprintf(`write for example "%#x", two bits that no other program of this host uses in marks`, uint32(routing.DefaultMark)))
+		return routing.DefaultMark
 	}
 	return uint32(n)
 }
