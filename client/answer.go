@@ -44,7 +44,7 @@ func (w *answerWatch) check(stats quic.ConnectionStats) (acknowledged bool, why 
 	w.checks, w.rtt = w.checks+1, stats.LatestRTT
 	switch {
 	case w.checks > 1 && !acknowledged:
-		return false, "the proxy does not acknowledge what is sent into the tunnel"
+		return false, "the proxy does not acknowledge packets sent into the tunnel"
 	case w.checks < answerChecks:
 		return false, "waiting for the first answer through the tunnel"
 	}

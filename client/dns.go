@@ -130,7 +130,7 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 	c.status.DNS = *now
 	c.mu.Unlock()
 	if len(skipped) > 0 && !slices.Equal(skipped, s.skippedServers) {
-		c.cfg.Logger.Warn("nameservers that no route into the tunnel leads to are not used",
+		c.cfg.Logger.Warn("nameservers without a route into the tunnel are not used",
 			"servers", skipped)
 	}
 	s.skippedServers = skipped
@@ -140,13 +140,13 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 		c.cfg.Logger.Info("DNS is applied", "via", now.Via, "servers", now.Servers, "search",
 			now.Search, "domains", now.Domains)
 		if narrowed {
-			c.cfg.Logger.Warn("the proxy's nameservers are asked about these domains alone",
+			c.cfg.Logger.Warn("the proxy's nameservers are asked only about these domains",
 				"domains", now.Domains, "reason", errAllNames)
 		}
 	case now.Reason != "" && now.Reason != before.Reason && !c.cfg.DNS.Off:
 		c.cfg.Logger.Warn("DNS is not applied", "servers", now.Servers, "reason", now.Reason)
 	case before.Applied && !now.Applied:
-		c.cfg.Logger.Info("DNS is not applied any more")
+		c.cfg.Logger.Info("DNS is no longer applied")
 	}
 }
 
@@ -170,7 +170,7 @@ func (c *Client) noteDNSOutside() {
 		}
 	}
 	if text != "" && text != c.loggedOutside {
-		c.cfg.Logger.Warn("DNS beside a full tunnel", "reason", text)
+		c.cfg.Logger.Warn("DNS queries outside a full tunnel", "reason", text)
 	}
 	c.loggedOutside = text
 	c.warn(noticeDNS, text)
@@ -198,7 +198,7 @@ func (c *Client) outsideText(servers string, dns connectip.DNSStatus) string {
 
 // errAllNames is the reason why narrow keeps the proxy's nameservers from being
 // asked about all names.
-var errAllNames = errors.New("the proxy's nameservers are for all names, and not all traffic goes through the tunnel: to ask them about all, set dns.domains to [\".\"]")
+var errAllNames = errors.New("the proxy's nameservers are for all names, but not all traffic goes through the tunnel: to use them for all names, set dns.domains to [\".\"]")
 
 // narrow limits the proxy's nameservers in a split tunnel to the domains that
 // the proxy lists or, if it lists none, to its search domains. A proxy that

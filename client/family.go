@@ -51,7 +51,7 @@ func (s *session) holdMissingFamily(routes, addrs []netip.Prefix) []netip.Prefix
 		break
 	}
 	if family != "" && family != s.heldFamily {
-		s.c.cfg.Logger.Warn("all traffic goes through the tunnel, and there is no address of this family in it: the family is unreachable", "family", family)
+		s.c.cfg.Logger.Warn("all traffic goes through the tunnel, but it has no address of this family, which is therefore unreachable", "family", family)
 	}
 	s.heldFamily = family
 	text := ""

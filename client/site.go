@@ -51,7 +51,7 @@ func (c *Config) checkSite() error {
 				reserved)
 		}
 		if slices.ContainsFunc(own, p.Overlaps) || slices.Contains(c.AssignPeer[:i], p) {
-			return usage("routes.assign", "%v is an address of the tunnel already", p)
+			return usage("routes.assign", "%v is already an address of the tunnel", p)
 		}
 	}
 	return nil
@@ -107,7 +107,7 @@ func (s *session) excludeOwn(routes []netip.Prefix) []netip.Prefix {
 		return within
 	})
 	if len(refused) > 0 && !slices.Equal(refused, s.refusedRoutes) {
-		s.c.cfg.Logger.Warn("routes of the proxy to addresses of this host, of the networks behind it or of a link are not installed", "refused", refused)
+		s.c.cfg.Logger.Warn("ignoring the proxy's routes into networks behind this host or reserved ranges", "refused", refused)
 	}
 	s.refusedRoutes = refused
 	return routes
@@ -132,7 +132,7 @@ func (s *session) announceSite() error {
 			return err
 		}
 		s.advertised = networks
-		s.c.cfg.Logger.Info("networks are advertised to the proxy", "networks", networks)
+		s.c.cfg.Logger.Info("advertised networks to the proxy", "networks", networks)
 	}
 	return nil
 }

@@ -421,7 +421,7 @@ func (f *UDPForwarder) awaitAnswer(str *http3.RequestStream) error {
 	case rsp.StatusCode == http.StatusTooManyRequests ||
 		rsp.StatusCode == http.StatusServiceUnavailable:
 		bad = &limitError{fail(causeBusy, nil,
-			fmt.Sprintf("the proxy takes no more flows of UDP now, status %d%s", rsp.StatusCode,
+			fmt.Sprintf("the proxy accepts no more UDP flows now, status %d%s", rsp.StatusCode,
 				proxyDetail(rsp.Header)), "")}
 	}
 	return bad

@@ -272,7 +272,7 @@ func (flow *udpFlow) refused(err error) {
 	f.holdUntil = time.Now().Add(holdTime)
 	f.mu.Unlock()
 	if f.flowWarnings.Allow() {
-		f.cfg.Logger.Warn("no flow for a local peer", "peer", flow.peer.String(), "reason", err)
+		f.cfg.Logger.Warn("cannot open a UDP flow for a local peer", "peer", flow.peer.String(), "reason", err)
 	}
 }
 
