@@ -59,6 +59,16 @@ func TestDelegatedPrefix(t *testing.T) {
 	}
 }
 
+// assignment returns an ADDRESS_ASSIGN that answers no request.
+func assignment(s ...string) *capsule.AddressAssign {
+	return &capsule.AddressAssign{Addresses: unrequested(prefixes(s...))}
+}
+
+// advertisement returns a ROUTE_ADVERTISEMENT for any protocol.
+func advertisement(s ...string) *capsule.RouteAdvertisement {
+	return &capsule.RouteAdvertisement{Routes: capsule.Routes(prefixes(s...), 0)}
+}
+
 // Each list of addresses or routes that the proxy sends during a session
 // replaces the last one; the session continues.
 func TestAddressesAndRoutesChange(t *testing.T) {
@@ -91,23 +101,25 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 	})
 	n := startClient(t, f, nil)
 	n.awaitConnected(t)
-	for i, step := range []struct {
+	// Each step continues from the state of the one before.
+	for _, step := range []struct {
+		name              string
 		capsules          []capsule.Capsule
 		addresses, routes []netip.Prefix
 	}{
 		{
-			[]capsule.Capsule{&capsule.AddressAssign{Addresses: []capsule.Address{{Prefix: netip.MustParsePrefix("10.77.0.2/32")}, {Prefix: netip.MustParsePrefix("10.77.0.3/32")}}}},
+			"another IPv4 address, no IPv6 address",
+			[]capsule.Capsule{assignment("10.77.0.2/32", "10.77.0.3/32")},
 			prefixes("10.77.0.2/32", "10.77.0.3/32"), prefixes("192.0.2.0/24", "2001:db8::/32"),
 		},
 		{
-			[]capsule.Capsule{&capsule.RouteAdvertisement{Routes: capsule.Routes(prefixes("192.0.2.0/24", "198.51.100.0/24"), 0)}},
+			"another IPv4 route, no IPv6 route",
+			[]capsule.Capsule{advertisement("192.0.2.0/24", "198.51.100.0/24")},
 			prefixes("10.77.0.2/32", "10.77.0.3/32"), prefixes("192.0.2.0/24", "198.51.100.0/24"),
 		},
 		{
-			[]capsule.Capsule{
-				&capsule.AddressAssign{Addresses: []capsule.Address{{Prefix: netip.MustParsePrefix("10.77.0.3/32")}}},
-				&capsule.RouteAdvertisement{Routes: capsule.Routes(prefixes("198.51.100.0/24"), 0)},
-			},
+			"fewer addresses and routes",
+			[]capsule.Capsule{assignment("10.77.0.3/32"), advertisement("198.51.100.0/24")},
 			prefixes("10.77.0.3/32"), prefixes("198.51.100.0/24"),
 		},
 	} {
@@ -116,9 +128,10 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 		want := func(s routing.State) bool {
 			return slices.Equal(s.Addresses, step.addresses) && slices.Equal(s.Routes, step.routes)
 		}
-		for deadline := time.Now().Add(20 * time.Second); !want(n.network.Last()); time.Sleep(time.Millisecond) {
+		deadline := time.Now().Add(20 * time.Second)
+		for ; !want(n.network.Last()); time.Sleep(time.Millisecond) {
 			if time.Now().After(deadline) {
-				t.Fatalf("step %d: the kernel has %+v, want addresses %v and routes %v", i,
+				t.Fatalf("%s: the kernel has %+v, want addresses %v and routes %v", step.name,
 					n.network.Last(), step.addresses, step.routes)
 			}
 		}
@@ -128,12 +141,12 @@ func TestAddressesAndRoutesChange(t *testing.T) {
 		for _, s := range n.network.States()[len(before):] {
 			for _, p := range step.addresses {
 				if slices.Contains(last.Addresses, p) && !slices.Contains(s.Addresses, p) {
-					t.Errorf("step %d: %v was removed for a while", i, p)
+					t.Errorf("%s: %v was removed for a while", step.name, p)
 				}
 			}
 			for _, p := range step.routes {
 				if slices.Contains(last.Routes, p) && !slices.Contains(s.Routes, p) {
-					t.Errorf("step %d: the route to %v was removed for a while", i, p)
+					t.Errorf("%s: the route to %v was removed for a while", step.name, p)
 				}
 			}
 		}

@@ -189,16 +189,20 @@ func (c *Client) outsideText(servers string, dns connectip.DNSStatus) string {
 	const remedy = "set dns.servers to nameservers in the tunnel"
 	switch {
 	case c.cfg.DNS.Hold:
-		return fmt.Sprintf("DNS queries to %s are refused, because they would leave outside the tunnel (%s): %s", servers, why, remedy)
+		return fmt.Sprintf("DNS queries to %s are refused, because they would leave outside the "+
+			"tunnel (%s): %s", servers, why, remedy)
 	case c.cfg.KillSwitch != nil:
-		return fmt.Sprintf("DNS queries to %s leave outside the tunnel, in the clear, as far as kill_switch.allow lets them (%s): %s", servers, why, remedy)
+		return fmt.Sprintf("DNS queries to %s leave outside the tunnel, in the clear, as far as "+
+			"kill_switch.allow lets them (%s): %s", servers, why, remedy)
 	}
-	return fmt.Sprintf("DNS queries to %s leave outside the tunnel, in the clear (%s): %s, or dns.outside = false to have them refused", servers, why, remedy)
+	return fmt.Sprintf("DNS queries to %s leave outside the tunnel, in the clear (%s): %s, or "+
+		"dns.outside = false to have them refused", servers, why, remedy)
 }
 
 // errAllNames is the reason why narrow keeps the proxy's nameservers from being
 // asked about all names.
-var errAllNames = errors.New("the proxy's nameservers are for all names, but not all traffic goes through the tunnel: to use them for all names, set dns.domains to [\".\"]")
+var errAllNames = errors.New("the proxy's nameservers are for all names, but not all traffic " +
+	"goes through the tunnel: to use them for all names, set dns.domains to [\".\"]")
 
 // narrow limits the proxy's nameservers in a split tunnel to the domains that
 // the proxy lists or, if it lists none, to its search domains. A proxy that

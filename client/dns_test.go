@@ -219,7 +219,8 @@ func TestDNSAsConfigured(t *testing.T) {
 		"search and domains": {
 			pushed: corp, dns: DNS{Search: []string{"a.example"},
 				Domains: []string{"a.example", "b.example"}},
-			want: "servers [10.77.0.1:53 192.0.2.53:53] search [a.example] domains [a.example b.example]",
+			want: "servers [10.77.0.1:53 192.0.2.53:53] search [a.example] " +
+				"domains [a.example b.example]",
 		},
 		"split, for all names": {
 			pushed: proxy.DNS{Servers: corp.Servers, Domains: []string{"corp.example"}},
@@ -286,7 +287,7 @@ func TestDNSAcrossSessions(t *testing.T) {
 		write(str, &capsule.AddressAssign{Addresses: []capsule.Address{
 			{RequestID: 1, Prefix: netip.MustParsePrefix("10.77.0.2/32")},
 			{RequestID: 2, Prefix: netip.MustParsePrefix("fd77::2/128")},
-		}}, &capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, 0)})
+		}}, &capsule.RouteAdvertisement{Routes: capsule.Routes(prefixes("0.0.0.0/0"), 0)})
 		switch n {
 		case 1:
 			write(str, dns)
@@ -393,18 +394,24 @@ func TestDNSOutside(t *testing.T) {
 		hold   bool
 	}{
 		"no servers from the proxy": {asks: router,
-			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (the proxy hands out no nameservers): set dns.servers to nameservers in the tunnel, or dns.outside = false"},
+			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (the proxy " +
+				"hands out no nameservers): set dns.servers to nameservers in the tunnel, or " +
+				"dns.outside = false"},
 		"held": {change: func(c *Config) { c.DNS.Hold = true }, asks: router, hold: true,
-			want: "DNS queries to 192.168.1.1 are refused, because they would leave outside the tunnel (the proxy hands out no nameservers)"},
+			want: "DNS queries to 192.168.1.1 are refused, because they would leave outside the " +
+				"tunnel (the proxy hands out no nameservers)"},
 		"behind a kill switch": {change: func(c *Config) {
 			c.KillSwitch = &killSwitch{}
 		}, asks: router,
-			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear, as far as kill_switch.allow lets them"},
+			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear, as far as " +
+				"kill_switch.allow lets them"},
 		"off": {pushed: corp, change: func(c *Config) { c.DNS.Off = true }, asks: router,
-			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (dns.mode is off)"},
+			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear " +
+				"(dns.mode is off)"},
 		"for some names": {pushed: proxy.DNS{Servers: corp.Servers,
 			Domains: []string{"corp.example"}}, asks: router,
-			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (the tunnel's nameservers are for some names alone)"},
+			want: "DNS queries to 192.168.1.1 leave outside the tunnel, in the clear (the " +
+				"tunnel's nameservers are for some names alone)"},
 		"for all names":      {pushed: proxy.DNS{Servers: corp.Servers}, asks: router},
 		"through the tunnel": {},
 		"split": {change: func(c *Config) {

@@ -51,12 +51,14 @@ func (s *session) holdMissingFamily(routes, addrs []netip.Prefix) []netip.Prefix
 		break
 	}
 	if family != "" && family != s.heldFamily {
-		s.c.cfg.Logger.Warn("all traffic goes through the tunnel, but it has no address of this family, which is therefore unreachable", "family", family)
+		s.c.cfg.Logger.Warn("all traffic goes through the tunnel, but it has no address of this "+
+			"family, which is therefore unreachable", "family", family)
 	}
 	s.heldFamily = family
 	text := ""
 	if family != "" {
-		text = family + " is unreachable: all traffic goes through the tunnel, and the proxy assigns no address of this family"
+		text = family + " is unreachable: all traffic goes through the tunnel, and the proxy " +
+			"assigns no address of this family"
 	}
 	s.c.warn(noticeFamily, text)
 	s.noteFamilyOutside(routes)
@@ -74,7 +76,8 @@ func (s *session) noteFamilyOutside(routes []netip.Prefix) {
 	}{{"IPv4", "IPv6", false}, {"IPv6", "IPv4", true}} {
 		if routing.IsFull(routes, !f.ipv6) && !routing.IsFull(routes, f.ipv6) &&
 			routing.IsFull(s.c.cfg.Accept, f.ipv6) {
-			text = fmt.Sprintf("%s leaves this host outside the tunnel, which carries all of %s: the proxy advertises no routes for it", f.name, f.other)
+			text = fmt.Sprintf("%s leaves this host outside the tunnel, which carries all of %s: "+
+				"the proxy advertises no routes for it", f.name, f.other)
 		}
 	}
 	if text != "" && text != s.familyOutside {
@@ -94,7 +97,8 @@ func (s *session) noteNoRoutes(advertised []capsule.Route, routes []netip.Prefix
 		if len(advertised) == 0 {
 			text += "the proxy advertises no routes"
 		} else {
-			text += "no route that the proxy advertises is one that routes.accept has and this host can take"
+			text += "no route that the proxy advertises is one that routes.accept has and this " +
+				"host can take"
 		}
 	}
 	if text != "" && text != s.noRoutes {

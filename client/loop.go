@@ -114,7 +114,8 @@ func (c *Client) noteLoop() {
 	}
 	c.loopTimer = time.AfterFunc(loopNoticeTime, func() { c.degrade(noticeLoop, "") })
 	c.mu.Unlock()
-	text := fmt.Sprintf("packets of the tunnel's own socket are sent into the tunnel, because another program removes their mark: "+
+	text := fmt.Sprintf("packets of the tunnel's own socket are sent into the tunnel, because "+
+		"another program removes their mark: "+
 		"have it leave the bits %#x alone, or name others in routes.mark", c.cfg.Mark)
 	c.cfg.Logger.Warn(text)
 	c.degrade(noticeLoop, text)

@@ -63,12 +63,14 @@ func (c *Config) checkAssigned(addrs []netip.Prefix) error {
 	for _, a := range addrs {
 		if i := slices.IndexFunc(c.AdvertiseRoutes, a.Overlaps); i >= 0 {
 			return fail(causeAddresses, nil,
-				fmt.Sprintf("routes.advertise: %v holds %v, the address in the tunnel that the proxy assigned",
+				fmt.Sprintf("routes.advertise: %v holds %v, the address in the tunnel that the "+
+					"proxy assigned",
 					c.AdvertiseRoutes[i], a.Addr()), "correct it, or ask the operator of the proxy")
 		}
 		if slices.ContainsFunc(c.AssignPeer, a.Overlaps) {
 			return fail(causeAddresses, nil,
-				fmt.Sprintf("routes.assign: %v is the address in the tunnel that the proxy assigned to this host", a.Addr()),
+				fmt.Sprintf("routes.assign: %v is the address in the tunnel that the proxy "+
+					"assigned to this host", a.Addr()),
 				"choose another")
 		}
 	}
@@ -107,7 +109,8 @@ func (s *session) excludeOwn(routes []netip.Prefix) []netip.Prefix {
 		return within
 	})
 	if len(refused) > 0 && !slices.Equal(refused, s.refusedRoutes) {
-		s.c.cfg.Logger.Warn("ignoring the proxy's routes into networks behind this host or reserved ranges", "refused", refused)
+		s.c.cfg.Logger.Warn("ignoring the proxy's routes into networks behind this host or "+
+			"reserved ranges", "refused", refused)
 	}
 	s.refusedRoutes = refused
 	return routes

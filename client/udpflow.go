@@ -144,7 +144,7 @@ func (f *UDPForwarder) newFlow(peer netip.AddrPort) *udpFlow {
 
 // panicked logs a panic in a goroutine of a flow. The panic ends the flow.
 func (f *UDPForwarder) panicked(e *rescue.Error) {
-	f.cfg.Logger.Error("a fault of this program ended a flow of UDP; please report it with this line",
+	f.cfg.Logger.Error("a fault of this program ended a UDP flow; please report it with this line",
 		"panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
 }
 
@@ -272,7 +272,8 @@ func (flow *udpFlow) refused(err error) {
 	f.holdUntil = time.Now().Add(holdTime)
 	f.mu.Unlock()
 	if f.flowWarnings.Allow() {
-		f.cfg.Logger.Warn("cannot open a UDP flow for a local peer", "peer", flow.peer.String(), "reason", err)
+		f.cfg.Logger.Warn("cannot open a UDP flow for a local peer",
+			"peer", flow.peer.String(), "reason", err)
 	}
 }
 
