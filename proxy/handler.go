@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dunglas/httpsfv"
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 
@@ -18,68 +17,17 @@ import (
 	"masquevpn/proxy/internal/connlimit"
 )
 
-// settingsTimeout is how long a request waits for the client's SETTINGS, which
-// travel on a stream of their own.
+// settingsTimeout is the time that a request waits for the client's SETTINGS,
+// which come on another stream.
 const settingsTimeout = 5 * time.Second
 
-// handler serves HTTP/3 requests while running lasts.
+// handler serves HTTP/3 requests.
 type handler struct {
-	s       *Server
+	s *Server
+
+	// running is the parent of the sessions' contexts. It ends when the proxy
+	// stops.
 	running context.Context
-}
-
-// refusal is an answer other than 2xx. Its reason goes to the log; the client
-// sees status and proxyStatus (RFC 9209).
-type refusal struct {
-	status      int
-	proxyStatus string // error type, "" for none
-	rcode       string // parameter of dns_error, "" for none
-	details     string // parameter of any error, "" for none
-	reason      error
-}
-
-func refuse(status int, proxyStatus, format string, args ...any) *refusal {
-	return &refusal{status: status, proxyStatus: proxyStatus, reason: fmt.Errorf(format, args...)}
-}
-
-// word is what r is counted under: the error type that the client sees, or else
-// a word of our own.
-func (r *refusal) word() string {
-	if r.proxyStatus != "" {
-		return r.proxyStatus
-	}
-	switch r.status {
-	case http.StatusUnauthorized:
-		return "credentials"
-	case http.StatusNotFound:
-		return "not_served"
-	case http.StatusRequestTimeout:
-		return "no_settings"
-	case http.StatusNotImplemented:
-		return "unknown_protocol"
-	}
-	return "other"
-}
-
-// field returns the value of Proxy-Status by which the proxy called name tells
-// the client why, "" for none.
-func (r *refusal) field(name string) string {
-	if r.proxyStatus == "" {
-		return ""
-	}
-	item := httpsfv.NewItem(name)
-	item.Params.Add("error", httpsfv.Token(r.proxyStatus))
-	if r.rcode != "" {
-		item.Params.Add("rcode", r.rcode)
-	}
-	if r.details != "" {
-		item.Params.Add("details", r.details)
-	}
-	s, err := httpsfv.Marshal(httpsfv.List{item})
-	if err != nil {
-		return "" // a name that no field can carry
-	}
-	return s
 }
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -87,14 +35,14 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.s.smallMTU.Done(r.Context().Value(connKey{}).(*quic.Conn).RemoteAddr())
 	ss, refused := h.accept(w, r)
 	if refused != nil {
-		h.s.requests.count(refused.status, refused.word())
+		h.s.requests.count(refused.status, refused.counterKey())
 		if refused.status == http.StatusUnauthorized {
 			w.Header().Set("WWW-Authenticate", "Bearer")
-		} else { // failures to authenticate are in the log already
+		} else { // failed authentication is logged already
 			h.s.peerLog.Info("request refused", "remote", r.RemoteAddr, "status", refused.status,
 				"reason", shorten(refused.reason))
 		}
-		if s := refused.field(h.s.cfg().Name); s != "" {
+		if s := refused.headerValue(h.s.cfg().Name); s != "" {
 			w.Header().Set("Proxy-Status", s)
 		}
 		w.WriteHeader(refused.status)
@@ -103,8 +51,8 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.serve(w, r, ss)
 }
 
-// panicked notes a panic while a request was answered, and has HTTP/3 reset its
-// stream.
+// panicked logs a panic in the handler of a request, and panics with
+// http.ErrAbortHandler, which makes HTTP/3 reset the stream.
 func (h handler) panicked(r *http.Request, e *rescue.Error) {
 	h.s.cfg().Logger.Error("a fault of this program ended a request; please report it with this line",
 		"remote", r.RemoteAddr, "panic", fmt.Sprint(e.Value), "stack", string(e.Stack))
@@ -167,10 +115,10 @@ func (h handler) initialize(b *sessionBase, r *http.Request, user User, method s
 	b.done = make(chan struct{})
 }
 
-// token returns the value of a header field that is a token of the client. What
-// is no token is ignored: the field is not of any standard, another program may
-// use the name for something else, and all that the client misses are its
-// former addresses.
+// token returns the value of a header field with a token of the client, or ""
+// if there is no valid token. An invalid token is no error: no standard defines
+// the field, so another program may use the name for something else, and
+// without a token the client misses only its former addresses.
 func token(r *http.Request, header string) string {
 	if s := r.Header.Get(header); connectip.IsToken(s) {
 		return strings.Clone(s)
@@ -239,8 +187,8 @@ func (h handler) ended(ss session, level slog.Level, err error) {
 	close(b.done)
 }
 
-// datagramsEnabled waits for the client's SETTINGS: without HTTP Datagrams no
-// packet could be sent to it (RFC 9297 section 2.1.1).
+// datagramsEnabled waits for the client's SETTINGS and refuses a client without
+// HTTP Datagrams, which cannot receive packets (RFC 9297 section 2.1.1).
 func datagramsEnabled(w http.ResponseWriter, r *http.Request) *refusal {
 	settings := w.(http3.Settingser)
 	timeout := time.NewTimer(settingsTimeout)
@@ -255,7 +203,7 @@ func datagramsEnabled(w http.ResponseWriter, r *http.Request) *refusal {
 	}
 	if !settings.Settings().EnableDatagrams {
 		return refuse(http.StatusBadRequest, "http_request_error",
-			"the client does not take HTTP Datagrams")
+			"the client does not support HTTP Datagrams")
 	}
 	return nil
 }

@@ -13,16 +13,18 @@ import (
 
 const (
 	lookupTimeout = 5 * time.Second
-	// maxLookups and maxLookupsOfUser are how many names are being looked up at
-	// once, in all and for one user.
+
+	// maxLookups and maxLookupsOfUser limit the concurrent lookups, of all
+	// users and of one user.
 	maxLookups       = 64
 	maxLookupsOfUser = 8
-	// maxResolved is how many addresses of one name count.
+
+	// maxResolved is the number of addresses of one name that are used.
 	maxResolved = 64
 )
 
-// Resolver finds the addresses of DNS names; *net.Resolver is one. Errors
-// should be, or wrap, a *net.DNSError.
+// Resolver looks up the addresses of DNS names, like *net.Resolver. Errors
+// should be or wrap a *net.DNSError.
 type Resolver interface {
 	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
@@ -35,7 +37,8 @@ type nameResolver struct {
 
 // resolve returns the IPv4 and IPv6 addresses of name, or a refusal with the
 // reason in the terms of RFC 9209 section 2.3.
-func (n *nameResolver) resolve(ctx context.Context, user User, name string) ([]netip.Addr, *refusal) {
+func (n *nameResolver) resolve(ctx context.Context, user User, name string) ([]netip.Addr,
+	*refusal) {
 	if !n.lookups.begin(user.Name) {
 		return nil, refuse(http.StatusServiceUnavailable, "connection_limit_reached",
 			"user %q: too many names are being resolved", user.Name)
@@ -60,7 +63,8 @@ func (n *nameResolver) resolve(ctx context.Context, user User, name string) ([]n
 	return addrs, nil
 }
 
-// notResolved is the answer to a request whose name was not resolved.
+// notResolved returns the refusal of a request whose name could not be
+// resolved.
 func notResolved(name string, err error) *refusal {
 	var dns *net.DNSError
 	isDNS := errors.As(err, &dns)
@@ -74,15 +78,15 @@ func notResolved(name string, err error) *refusal {
 	return r
 }
 
-// lookups counts the names that are being looked up.
+// lookups counts concurrent lookups.
 type lookups struct {
-	mu     sync.Mutex
+	mu     sync.Mutex // guards the fields below
 	total  int
-	ofUser map[string]int
+	ofUser map[string]int // key: user
 }
 
-// begin reports whether one more may begin, which then has to end. Users
-// without a name are one that has the whole limit.
+// begin reports whether another lookup may begin; end must then be called after
+// it. All users without a name are one user, without a limit of its own.
 func (l *lookups) begin(user string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()

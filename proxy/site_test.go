@@ -114,7 +114,7 @@ func TestSiteProperties(t *testing.T) {
 			if !setOf(l.networks).Equal(seen) {
 				t.Fatalf("the kernel gets %v, the sites have %v", l.networks, seen.Prefixes())
 			}
-			if n := tab.v.Load().Size(); n != len(l.networks) {
+			if n := tab.version.Load().Size(); n != len(l.networks) {
 				t.Fatalf("the table has %d entries for %v", n, l.networks)
 			}
 		}

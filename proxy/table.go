@@ -8,30 +8,33 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// table finds the session that a destination belongs to. Lookups take no lock:
-// a change makes a new version, which shares with the old one all that did not
-// change.
+// table is the forwarding table: it maps prefixes to sessions. Lookups take no
+// lock. A change creates a new version, which shares its unchanged parts with
+// the previous one.
 type table struct {
-	mu sync.Mutex // serializes writers
-	v  atomic.Pointer[bart.Table[*ipSession]]
+	mu      sync.Mutex // serializes insert and remove
+	version atomic.Pointer[bart.Table[*ipSession]]
 }
 
 func newTable() *table {
 	t := &table{}
-	t.v.Store(&bart.Table[*ipSession]{})
+	t.version.Store(&bart.Table[*ipSession]{})
 	return t
 }
 
-func (t *table) lookup(a netip.Addr) (*ipSession, bool) { return t.v.Load().Lookup(a) }
+// lookup returns the session with the longest prefix that contains a.
+func (t *table) lookup(a netip.Addr) (*ipSession, bool) { return t.version.Load().Lookup(a) }
 
-func (t *table) insert(p netip.Prefix, s *ipSession) {
+// insert maps p to ss, in place of another session.
+func (t *table) insert(p netip.Prefix, ss *ipSession) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.v.Store(t.v.Load().InsertPersist(p, s))
+	t.version.Store(t.version.Load().InsertPersist(p, ss))
 }
 
+// remove removes the entry of p, if there is one.
 func (t *table) remove(p netip.Prefix) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.v.Store(t.v.Load().DeletePersist(p))
+	t.version.Store(t.version.Load().DeletePersist(p))
 }

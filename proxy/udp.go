@@ -25,32 +25,33 @@ const (
 	// udpProtocol is the value of :protocol for UDP proxying (RFC 9298 section
 	// 3.4).
 	udpProtocol = "connect-udp"
-	// udpPath is what the paths of the default template for UDP proxying start
-	// with (RFC 9298 section 2).
+
+	// udpPath is the start of the path in the default template for UDP proxying
+	// (RFC 9298 section 2).
 	udpPath = "/.well-known/masque/udp/"
 )
 
-// DefaultUDPIdleTimeout is the shortest that RFC 9298 section 3.1 recommends.
+// DefaultUDPIdleTimeout is the shortest timeout that RFC 9298 section 3.1
+// recommends.
 const DefaultUDPIdleTimeout = 2 * time.Minute
 
-// udpTarget is what a request for UDP proxying asks for.
+// udpTarget is the requested destination of UDP packets.
 type udpTarget struct {
-	name string     // a DNS name, "" when addr is valid
-	addr netip.Addr // has no zone
+	name string     // DNS name; empty: addr is valid
+	addr netip.Addr // without a zone
 	port uint16     // not 0
 }
 
-// udpTemplate is the default template for UDP proxying (RFC 9298 section 2).
-// Its host stands for any: which names the proxy has is not decided here.
+// udpTemplate is the default template for UDP proxying (RFC 9298 section 2). It
+// is used for paths only, so its host is a placeholder.
 var udpTemplate = uritemplate.MustNew("https://" + udpTemplateHost + udpPath +
 	"{target_host}/{target_port}/")
 
 const udpTemplateHost = "proxy.invalid"
 
-// parseUDPTarget finds the target in a raw request path, as received and not
-// decoded. The error is errNotServed when the path is none of the template's,
-// and otherwise one about a variable that breaks the rules of RFC 9298 section
-// 3.
+// parseUDPTarget returns the target in a raw request path, as received and not
+// decoded. The error is errNotServed if the path does not match the template.
+// Any other error is about a variable that violates RFC 9298 section 3.
 func parseUDPTarget(path string) (udpTarget, error) {
 	rest, ok := strings.CutPrefix(path, udpPath)
 	if !ok {
@@ -86,8 +87,8 @@ func parseUDPTarget(path string) (udpTarget, error) {
 		return udpTarget{}, fmt.Errorf("target_port %q is not a number from 1 to 65535", port)
 	}
 	t := udpTarget{port: uint16(n)}
-	// A host is what IP proxying takes for one, but for its prefixes and its
-	// "*".
+	// The rules for a target of IP proxying apply, except that prefixes and "*"
+	// are not allowed.
 	scope, err := connectip.ParseScope(host, "*")
 	if err != nil || scope.IsZero() || strings.Contains(host, "/") {
 		return udpTarget{}, fmt.Errorf("target_host %q is neither an address nor a DNS name", host)
@@ -106,8 +107,8 @@ func (t udpTarget) String() string {
 	return net.JoinHostPort(host, strconv.Itoa(int(t.port)))
 }
 
-// dialOther is dialUDP to one other host. For addresses of this one, and of
-// several, the error is os.ErrPermission.
+// dialOther calls dialUDP for the address of another host. The error is
+// os.ErrPermission for addresses of this host and for multicast addresses.
 func dialOther(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	if err := routing.LeavesHost(to.Addr()); err != nil {
 		return nil, err
@@ -115,9 +116,8 @@ func dialOther(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	return dialUDP(ctx, to)
 }
 
-// dialUDP opens a socket whose packets are never fragmented (RFC 9298 section
-// 3.1) and do not go to broadcast addresses, for which the error is
-// os.ErrPermission.
+// dialUDP opens a socket that never fragments packets (RFC 9298 section 3.1).
+// The error is os.ErrPermission for broadcast addresses.
 func dialUDP(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	d := net.Dialer{Control: func(network, _ string, c syscall.RawConn) error {
 		var err error
