@@ -44,7 +44,8 @@ type Client struct {
 	instance string // identifies this run to the proxy
 	host     *host
 
-	// dialer is used by the goroutine of Run, except for its outer sockets.
+	// dialer dials for the goroutine of Run. Between dials it opens sockets for
+	// the migrator.
 	dialer *dialer
 
 	// Synchronised by themselves.
