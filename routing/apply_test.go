@@ -17,8 +17,8 @@ import (
 	"masquevpn/internal/logtest"
 )
 
-// full is a client's state with everything in it.
-func full() State {
+// fullState is a client's state with everything in it.
+func fullState() State {
 	return State{
 		MTU:       1400,
 		Addresses: prefixes("10.77.0.2/32", "fd77::2/128"),
@@ -33,7 +33,7 @@ func TestCloseRestoresTheHost(t *testing.T) {
 		mark  uint32
 		state State
 	}{
-		{"client", DefaultMark, full()},
+		{"client", DefaultMark, fullState()},
 		{"proxy", 0, State{
 			MTU:        1380,
 			Addresses:  prefixes("10.77.0.1/24", "fd77::1/64"),
@@ -50,7 +50,7 @@ func TestCloseRestoresTheHost(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHost(t)
-			h.uplink()
+			h.underlay()
 			h.tun("masque0")
 			before := h.snapshot()
 			journal := filepath.Join(t.TempDir(), "state", "one.json")
@@ -67,7 +67,7 @@ func TestCloseRestoresTheHost(t *testing.T) {
 				t.Errorf("journal while open: %v, %v; want mode 0600", info, err)
 			}
 			h.close(m)
-			h.same(before)
+			h.wantSnapshot(before)
 			if _, err := os.Stat(journal); !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("journal after Close: %v, want none", err)
 			}
@@ -79,22 +79,22 @@ func TestCloseRestoresTheHost(t *testing.T) {
 	}
 }
 
-func TestCloseAfterTheInterface(t *testing.T) {
+func TestCloseAfterInterfaceRemoval(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	before := h.snapshot()
 	_, closeTUN := h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	closeTUN()
 	h.close(m)
-	h.same(before)
+	h.wantSnapshot(before)
 }
 
 // A link that is the administrator's, with an address and set up by them.
-func TestForeignThingsStay(t *testing.T) {
+func TestForeignObjectsStay(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	h.ip("link set masque0 mtu 1300 up")
 	h.ip("addr add 10.77.0.2/32 dev masque0")
@@ -102,10 +102,10 @@ func TestForeignThingsStay(t *testing.T) {
 	h.run("nft", "add table inet masque-other")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	h.apply(m, State{})
 	h.close(m)
-	h.same(before)
+	h.wantSnapshot(before)
 }
 
 // changes counts the netlink notifications that f causes.
@@ -151,10 +151,10 @@ func (h *host) changes(f func()) (n int) {
 	return n
 }
 
-// fewest is the least that changes counts of what f returns for 0, 1, and so
+// fewestChanges is the least that changes counts of what f returns for 0, 1, and so
 // on: the kernel tells of some changes, as of the state of links, when it has
 // time to.
-func (h *host) fewest(f func(try int) func()) int {
+func (h *host) fewestChanges(f func(try int) func()) int {
 	h.t.Helper()
 	n := h.changes(f(0))
 	for try := range 5 {
@@ -165,7 +165,7 @@ func (h *host) fewest(f func(try int) func()) int {
 
 func TestApplyAgainChangesNothing(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	apply := func(s State) func() {
@@ -175,7 +175,7 @@ func TestApplyAgainChangesNothing(t *testing.T) {
 			}
 		}
 	}
-	s := full()
+	s := fullState()
 	s.Forward, s.Masquerade = true, prefixes("192.0.2.0/24")
 	if n := h.changes(apply(s)); n == 0 {
 		t.Fatal("no notification of the first Apply: the monitor does not work")
@@ -183,7 +183,7 @@ func TestApplyAgainChangesNothing(t *testing.T) {
 	slices.Reverse(s.Routes)
 	slices.Reverse(s.Addresses)
 	s.Routes = append(s.Routes, s.Routes[0])
-	if n := h.fewest(func(int) func() { return apply(s) }); n != 0 {
+	if n := h.fewestChanges(func(int) func() { return apply(s) }); n != 0 {
 		t.Errorf("the same state again: %d notifications, want none", n)
 	}
 	more := func(i int) func() {
@@ -191,7 +191,7 @@ func TestApplyAgainChangesNothing(t *testing.T) {
 			netip.PrefixFrom(netip.AddrFrom4([4]byte{172, byte(32 + 16*i), 0, 0}), 12))
 		return apply(s)
 	}
-	if n := h.fewest(more); n != 1 {
+	if n := h.fewestChanges(more); n != 1 {
 		t.Errorf("one more route of a known length: %d notifications, want 1", n)
 	}
 }
@@ -200,13 +200,13 @@ func TestApplyAgainChangesNothing(t *testing.T) {
 // IPv6 back.
 const stableSecret = "/proc/sys/net/ipv6/conf/masque0/stable_secret"
 
-func TestApplyFollowsAsDifference(t *testing.T) {
+func TestApplySequence(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	fresh := h.snapshot()
 	delete(before, stableSecret)
 	delete(fresh, stableSecret)
@@ -235,19 +235,19 @@ func TestApplyFollowsAsDifference(t *testing.T) {
 			}
 		}
 	}
-	h.apply(m, full())
-	h.same(fresh)
+	h.apply(m, fullState())
+	h.wantSnapshot(fresh)
 	h.close(m)
-	h.same(before)
+	h.wantSnapshot(before)
 }
 
 func TestApplyRepairs(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	index, _ := h.tun("masque0")
 	h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	good := h.snapshot()
 	for _, damage := range []string{
 		"ip route flush table all proto 94",
@@ -270,7 +270,7 @@ func TestApplyRepairs(t *testing.T) {
 		} else {
 			h.run(args[0], args[1:]...)
 		}
-		h.apply(m, full())
+		h.apply(m, fullState())
 		now := h.snapshot()
 		for what := range good {
 			if now[what] != good[what] && what != stableSecret {
@@ -292,7 +292,7 @@ func TestRollback(t *testing.T) {
 	}{{"from nothing", State{}}, {"from a state", first}} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHost(t)
-			h.uplink()
+			h.underlay()
 			h.tun("masque0")
 			// Somebody's route where ours is to go, in a table that is not ours
 			// alone: fails when the interface, the filter and other routes are
@@ -305,7 +305,7 @@ func TestRollback(t *testing.T) {
 				h.apply(m, tt.before)
 			}
 			before := h.snapshot()
-			wanted := full()
+			wanted := fullState()
 			wanted.Exclude = nil
 			err := h.tryApply(m, wanted)
 			if !errors.Is(err, syscall.EEXIST) ||
@@ -313,17 +313,17 @@ func TestRollback(t *testing.T) {
 				!strings.Contains(err.Error(), "remove it") {
 				t.Errorf("Apply: %v; want file exists, with the route and a remedy", err)
 			}
-			h.same(before)
+			h.wantSnapshot(before)
 			h.apply(m, first)
 			h.close(m)
-			h.same(pristine)
+			h.wantSnapshot(pristine)
 		})
 	}
 }
 
 func TestApplyRefuses(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
@@ -353,7 +353,7 @@ func TestApplyRefuses(t *testing.T) {
 			t.Errorf("%s: %v, want %q, %v", tt.name, err, tt.says, tt.is)
 		}
 	}
-	h.same(before)
+	h.wantSnapshot(before)
 	proxy := h.open(Config{Instance: "two", Interface: "masque0"})
 	if err := h.tryApply(proxy, State{Exclude: prefixes("10.0.0.0/8")}); err == nil ||
 		!strings.Contains(err.Error(), "mark") {
@@ -363,7 +363,7 @@ func TestApplyRefuses(t *testing.T) {
 
 func TestManyRoutes(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	index, _ := h.tun("masque0")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
@@ -377,14 +377,14 @@ func TestManyRoutes(t *testing.T) {
 		t.Errorf("lookup leads to interface %d, want %d", got, index)
 	}
 	h.close(m)
-	h.same(before)
+	h.wantSnapshot(before)
 }
 
 // An interface that cannot have IPv6 takes IPv4 into the tunnel, and what of
 // IPv6 belongs there goes nowhere, instead of leaving beside it.
 func TestIPv6Disabled(t *testing.T) {
 	h := newHost(t)
-	up := h.uplink()
+	up := h.underlay()
 	h.ip("addr add fd05::2/64 dev up0 nodad")
 	h.sysctl("net/ipv6/conf/default/disable_ipv6", "1")
 	index, _ := h.tun("masque0")
@@ -418,21 +418,21 @@ func TestIPv6Disabled(t *testing.T) {
 				!strings.Contains(err.Error(), "net.ipv6.conf.masque0.disable_ipv6") {
 				t.Errorf("held: %v; want ErrIPv6Disabled with the sysctl", err)
 			}
-			h.leads(tt.want)
+			h.wantInterfaces(tt.want)
 			if got := h.lookup("2a00::1", DefaultMark); got != up {
 				t.Errorf("2a00::1 with the mark leads to interface %d, want %d", got, up)
 			}
 		})
 	}
 	h.close(m)
-	h.same(before)
+	h.wantSnapshot(before)
 }
 
 // IPv6 that is turned off and on again while the tunnel is up is held as long
 // as it is off, and in the tunnel before and after.
 func TestIPv6DisabledLater(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	index, _ := h.tun("masque0")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
@@ -452,7 +452,7 @@ func TestIPv6DisabledLater(t *testing.T) {
 			h := h.in(t)
 			h.sysctl("net/ipv6/conf/"+tt.sysctl+"/disable_ipv6", tt.value)
 			h.apply(m, state)
-			h.leads(map[string]int{"203.0.113.9": index, "2a00::1": tt.want})
+			h.wantInterfaces(map[string]int{"203.0.113.9": index, "2a00::1": tt.want})
 			if held := m.Held(); (held != nil) != (tt.want == 0) {
 				t.Errorf("held: %v", held)
 			}
@@ -473,7 +473,7 @@ func TestIPv6DisabledLater(t *testing.T) {
 // What a killed process held is let go by the next one.
 func TestIPv6DisabledAndKilled(t *testing.T) {
 	h := newHost(t)
-	up := h.uplink()
+	up := h.underlay()
 	h.sysctl("net/ipv6/conf/default/disable_ipv6", "1")
 	before := h.snapshot()
 	_, closeTUN := h.tun("masque0")
@@ -483,21 +483,21 @@ func TestIPv6DisabledAndKilled(t *testing.T) {
 	h.apply(m, State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0", "::/0")})
 	h.abandon(m)
 	closeTUN()
-	h.leads(map[string]int{"2a00::1": 0})
+	h.wantInterfaces(map[string]int{"2a00::1": 0})
 	h.do(func() {
 		if found, err := Clean(c); err != nil || !found {
 			t.Errorf("Clean: %t, %v", found, err)
 		}
 	})
-	h.leads(map[string]int{"2a00::1": up})
-	h.same(before)
+	h.wantInterfaces(map[string]int{"2a00::1": up})
+	h.wantSnapshot(before)
 }
 
 // A kernel without IPv6 has no net/ipv6 in /proc/sys.
 func TestNoIPv6InTheKernel(t *testing.T) {
 	h := newHost(t)
 	index, _ := h.tun("masque0")
-	h.uplink()
+	h.underlay()
 	procSys := t.TempDir()
 	if err := os.MkdirAll(filepath.Join(procSys, "net"), 0o755); err != nil {
 		t.Fatal(err)
@@ -514,7 +514,7 @@ func TestNoIPv6InTheKernel(t *testing.T) {
 		}
 		t.Cleanup(func() { h.do(func() { m.Close() }) })
 		for range 2 {
-			if err := m.Apply(full()); err != nil {
+			if err := m.Apply(fullState()); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -546,13 +546,13 @@ func TestOpenRefuses(t *testing.T) {
 // Callers of all kinds at once: each Apply is whole, and Close ends them.
 func TestConcurrentCalls(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
 		Journal: filepath.Join(t.TempDir(), "j.json")})
 	var wg sync.WaitGroup
-	for _, s := range []State{full(), {}, {MTU: 1300, Routes: prefixes("10.0.0.0/8")}} {
+	for _, s := range []State{fullState(), {}, {MTU: 1300, Routes: prefixes("10.0.0.0/8")}} {
 		wg.Go(func() {
 			for range 4 {
 				if err := h.tryApply(m, s); err != nil && !errors.Is(err, os.ErrClosed) {
@@ -561,8 +561,8 @@ func TestConcurrentCalls(t *testing.T) {
 			}
 		})
 	}
-	wg.Go(func() { h.do(func() { _ = m.Apply(full()); _ = m.Close() }) })
+	wg.Go(func() { h.do(func() { _ = m.Apply(fullState()); _ = m.Close() }) })
 	wg.Wait()
 	h.close(m)
-	h.same(before)
+	h.wantSnapshot(before)
 }

@@ -137,7 +137,7 @@ func TestNeighboursAreNotForwarded(t *testing.T) {
 			}
 			h.close(m)
 			if !tt.later {
-				h.same(before)
+				h.wantSnapshot(before)
 			}
 		})
 	}
@@ -145,7 +145,7 @@ func TestNeighboursAreNotForwarded(t *testing.T) {
 
 // With several tunnels on one host, none drops what another forwards, also when
 // its interface is older than the rules.
-func TestTunnelsForwardBesideEachOther(t *testing.T) {
+func TestTunnelsForwardIndependently(t *testing.T) {
 	h, router := connect(t)
 	dir := t.TempDir()
 	devices := map[string]*os.File{"masque0": h.device("masque0"), "masque1": h.device("masque1")}
@@ -172,7 +172,7 @@ func TestTunnelsForwardBesideEachOther(t *testing.T) {
 }
 
 // Nobody begins a connection to clients behind a translation.
-func TestNobodyReachesIntoTheTunnel(t *testing.T) {
+func TestNoConnectionsIntoTheTunnel(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
@@ -417,7 +417,7 @@ func TestReach(t *testing.T) {
 }
 
 // Other programs keep bits of their own in marks, and load their chains later.
-func TestMarksOfOthers(t *testing.T) {
+func TestForeignMarks(t *testing.T) {
 	for _, tt := range []struct{ name, rules string }{
 		{"none", "add table ip other"},
 		{"a bit for what comes in",
@@ -433,10 +433,10 @@ func TestMarksOfOthers(t *testing.T) {
 			// a strict filter lets no ARP request of the far address in
 			router.run("ping", "-c1", hostAddr4)
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-			h.apply(m, full())
+			h.apply(m, fullState())
 			h.run("nft", tt.rules)
-			ssh := h.echo(":22")
-			if err := echoes(router.connectTo(proxyAddr4, hostAddr4, ssh), "from outside",
+			ssh := h.echoServer(":22")
+			if err := checkEcho(router.connectTo(proxyAddr4, hostAddr4, ssh), "from outside",
 				patience); err != nil {
 				t.Errorf("a connection from outside: %v", err)
 			}
@@ -461,7 +461,7 @@ func TestTunnelAddressIsNotOnTheLAN(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	t.Run("IPv6 with the host's own source", func(t *testing.T) {
 		h.in(t).ip("addr add fe80::5/64 dev up0 nodad")
 		router.in(t).ip("addr add fe80::1/64 dev down0 nodad")

@@ -10,7 +10,7 @@ import (
 // what becomes of that.
 func TestConflicts(t *testing.T) {
 	h := newHost(t)
-	h.uplink() // 192.168.5.2/24, 2001:db8:5::2/64
+	h.underlay() // 192.168.5.2/24, 2001:db8:5::2/64
 	h.tun("masque0")
 	full := prefixes("0.0.0.0/0", "::/0")
 	for _, tt := range []struct {
@@ -110,10 +110,10 @@ func TestSelectiveRules(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHost(t)
-			h.uplink()
+			h.underlay()
 			h.tun("masque0")
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-			h.apply(m, full())
+			h.apply(m, fullState())
 			h.ip("route add default dev up0 table 77")
 			h.ip(tt.rule)
 			switch got := h.conflicts(m); {

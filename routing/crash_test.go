@@ -77,7 +77,7 @@ func (h *host) startAndKill(c Config, s State, during func()) {
 }
 
 func TestKilled(t *testing.T) {
-	state := full()
+	state := fullState()
 	state.Forward, state.Masquerade = true, prefixes("10.77.0.0/24")
 	for _, tt := range []struct {
 		name   string
@@ -123,7 +123,7 @@ func TestKilled(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHost(t)
-			h.uplink()
+			h.underlay()
 			before := h.snapshot()
 			c := Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
 				Journal: filepath.Join(t.TempDir(), "one.json")}
@@ -161,7 +161,7 @@ func TestKilled(t *testing.T) {
 			if got := h.readSysctl("net/ipv4/ip_forward"); got != tt.sysctl {
 				t.Errorf("ip_forward after Open: %s, want %s", got, tt.sysctl)
 			}
-			h.apply(m, full())
+			h.apply(m, fullState())
 			h.close(m)
 			closeTUN()
 			if tt.sysctl == "1" { // nobody knows any more what it was
@@ -175,7 +175,7 @@ func TestKilled(t *testing.T) {
 					}
 				}
 			}
-			h.same(before)
+			h.wantSnapshot(before)
 		})
 	}
 }
@@ -185,7 +185,7 @@ func TestKilledWithPersistentInterface(t *testing.T) {
 	for _, withJournal := range []bool{true, false} {
 		t.Run(fmt.Sprintf("journal=%t", withJournal), func(t *testing.T) {
 			h := newHost(t)
-			h.uplink()
+			h.underlay()
 			h.tun("masque0")
 			h.tun("masque1")
 			before := h.snapshot()
@@ -194,22 +194,22 @@ func TestKilledWithPersistentInterface(t *testing.T) {
 				c.Journal = filepath.Join(t.TempDir(), "one.json")
 			}
 			m := h.open(c)
-			h.apply(m, full())
+			h.apply(m, fullState())
 			h.abandon(m)
 			if withJournal {
 				c.Interface = "masque1" // the next one may use another
 			}
 			m = h.open(c)
 			if withJournal {
-				h.same(before)
+				h.wantSnapshot(before)
 			}
 			if rules := h.ip("rule"); strings.Contains(rules, "9549:") {
 				t.Errorf("rules stayed:\n%s", rules)
 			}
-			h.apply(m, full())
+			h.apply(m, fullState())
 			h.close(m)
 			if withJournal {
-				h.same(before)
+				h.wantSnapshot(before)
 			}
 		})
 	}
@@ -219,7 +219,7 @@ func TestKilledWithPersistentInterface(t *testing.T) {
 // removes them. Those of live ones stay.
 func TestOtherInstances(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	before := h.snapshot()
 	dir := t.TempDir()
 	_, closeLive := h.tun("live0")
@@ -249,5 +249,5 @@ func TestOtherInstances(t *testing.T) {
 	_, closeDead := h.tun("dead0")
 	h.close(h.open(dead))
 	closeDead()
-	h.same(before)
+	h.wantSnapshot(before)
 }

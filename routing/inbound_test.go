@@ -13,8 +13,8 @@ import (
 // tracker makes the kernel track connections.
 const tracker = "add table inet fw; add chain inet fw in { type filter hook input priority 0; }; add rule inet fw in ct state established accept"
 
-// echo listens on the host, sends back what it receives, and returns the port.
-func (h *host) echo(addr string) (port uint16) {
+// echoServer listens on the host, sends back what it receives, and returns the port.
+func (h *host) echoServer(addr string) (port uint16) {
 	h.t.Helper()
 	var ln net.Listener
 	h.do(func() {
@@ -54,8 +54,8 @@ func (h *host) connectTo(from, to string, port uint16) (c net.Conn) {
 	return c
 }
 
-// echoes checks that a connection carries text there and back within a time.
-func echoes(c net.Conn, text string, within time.Duration) error {
+// checkEcho checks that a connection carries text there and back within a time.
+func checkEcho(c net.Conn, text string, within time.Duration) error {
 	c.SetDeadline(time.Now().Add(within))
 	if _, err := io.WriteString(c, text); err != nil {
 		return err
@@ -85,7 +85,7 @@ func TestInboundConnectionsSurvive(t *testing.T) {
 			}
 			before := h.snapshot()
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-			ssh, high := h.echo(":22"), h.echo(":50022")
+			ssh, high := h.echoServer(":22"), h.echoServer(":50022")
 			wireguard := h.listen(":51820", 0)
 			for _, family := range []struct{ far, near, host string }{
 				{proxyAddr4, routerAddr4, hostAddr4}, {proxyAddr6, routerAddr6, hostAddr6},
@@ -94,11 +94,11 @@ func TestInboundConnectionsSurvive(t *testing.T) {
 				lan := router.connectTo(family.near, family.host, ssh)
 				silent := router.connectTo(family.far, family.host, ssh)
 				for _, c := range []net.Conn{old, lan} {
-					if err := echoes(c, "before", patience); err != nil {
+					if err := checkEcho(c, "before", patience); err != nil {
 						t.Fatal(err)
 					}
 				}
-				h.apply(m, full())
+				h.apply(m, fullState())
 				for what, c := range map[string]net.Conn{
 					"from before": old, "from the LAN": lan, "silent so far": silent,
 					"after":               router.connectTo(family.far, family.host, ssh),
@@ -106,7 +106,7 @@ func TestInboundConnectionsSurvive(t *testing.T) {
 					"to a high port":      router.connectTo(family.far, family.host, high),
 				} {
 					for range 3 {
-						if err := echoes(c, "after", patience); err != nil {
+						if err := checkEcho(c, "after", patience); err != nil {
 							t.Errorf("%s: a connection %s: %v", family.host, what, err)
 						}
 					}
@@ -126,7 +126,7 @@ func TestInboundConnectionsSurvive(t *testing.T) {
 				h.apply(m, State{})
 			}
 			h.close(m)
-			h.same(before)
+			h.wantSnapshot(before)
 		})
 	}
 }
@@ -142,13 +142,13 @@ func TestOutboundConnectionsDoNotStayOutside(t *testing.T) {
 		m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 		for _, family := range []struct{ host, far string }{{hostAddr4, proxyAddr4},
 			{hostAddr6, proxyAddr6}} {
-			far := router.echo(net.JoinHostPort(family.far, "0"))
+			far := router.echoServer(net.JoinHostPort(family.far, "0"))
 			c := h.connectTo(family.host, family.far, far)
-			if err := echoes(c, "before", patience); err != nil {
+			if err := checkEcho(c, "before", patience); err != nil {
 				t.Fatal(err)
 			}
-			h.apply(m, full())
-			if err := echoes(c, "after", time.Second); err == nil {
+			h.apply(m, fullState())
+			if err := checkEcho(c, "after", time.Second); err == nil {
 				t.Errorf("tracked %t: the connection to %s goes on outside", tracked, family.far)
 			}
 			h.apply(m, State{})
@@ -184,11 +184,11 @@ func TestHostNone(t *testing.T) {
 			}
 		}
 	}
-	ssh := h.echo(":22")
+	ssh := h.echoServer(":22")
 	for _, family := range []struct{ near, host string }{{routerAddr4, hostAddr4},
 		{routerAddr6, hostAddr6}} {
 		c := router.connectTo(family.near, family.host, ssh)
-		if err := echoes(c, "from the LAN", patience); err != nil {
+		if err := checkEcho(c, "from the LAN", patience); err != nil {
 			t.Error(err)
 		}
 	}
@@ -200,7 +200,7 @@ func TestHostNone(t *testing.T) {
 		}
 	}
 	h.close(m)
-	h.same(before)
+	h.wantSnapshot(before)
 }
 
 // A host whose own network is in the tunnel still answers ARP there under a
@@ -239,7 +239,7 @@ func TestStrictFilterOnOwnNetwork(t *testing.T) {
 				t.Error("the filter stays loose with the network outside")
 			}
 			h.close(m)
-			h.same(before)
+			h.wantSnapshot(before)
 		})
 	}
 }

@@ -19,8 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// closeKill closes a kill switch of the host but for an interface.
-func (h *host) closeKill(k *KillSwitch, iface string) {
+// closeKillSwitch closes a kill switch of the host but for an interface.
+func (h *host) closeKillSwitch(k *KillSwitch, iface string) {
 	h.t.Helper()
 	h.do(func() {
 		if err := k.Close(iface); err != nil {
@@ -29,7 +29,7 @@ func (h *host) closeKill(k *KillSwitch, iface string) {
 	})
 }
 
-func (h *host) lift(k *KillSwitch) (found bool) {
+func (h *host) liftKillSwitch(k *KillSwitch) (found bool) {
 	h.t.Helper()
 	h.do(func() {
 		var err error
@@ -42,7 +42,7 @@ func (h *host) lift(k *KillSwitch) (found bool) {
 
 // sends says whether the kernel lets a UDP packet leave. It refuses at once, or
 // sends.
-func (h *host) sends(from, to string, mark uint32) (passed bool) {
+func (h *host) canSend(from, to string, mark uint32) (passed bool) {
 	h.t.Helper()
 	h.do(func() {
 		d := net.Dialer{LocalAddr: net.UDPAddrFromAddrPort(netip.MustParseAddrPort(from)),
@@ -104,7 +104,7 @@ func TestKillSwitch(t *testing.T) {
 			{"the tunnel", "0.0.0.0:0", "10.77.0.1:53", 0, !closed || tunnel},
 			{"the tunnel, IPv6", "[::]:0", "[fd77::1]:53", 0, !closed || tunnel},
 		} {
-			if got := h.sends(tt.from, tt.to, tt.mark); got != tt.want {
+			if got := h.canSend(tt.from, tt.to, tt.mark); got != tt.want {
 				t.Errorf("%s, %s: passed %t, want %t", state, tt.what, got, tt.want)
 			}
 		}
@@ -112,7 +112,7 @@ func TestKillSwitch(t *testing.T) {
 	check("before", false, false)
 	h.ip("neigh flush all")
 	h.ip("-6 neigh flush all")
-	h.closeKill(k, "")
+	h.closeKillSwitch(k, "")
 	check("without an interface", true, false)
 	if n := h.changes(func() {
 		if err := k.Close(""); err != nil {
@@ -123,7 +123,7 @@ func TestKillSwitch(t *testing.T) {
 	}
 	// of another process
 	other := &KillSwitch{Instance: "one", Mark: DefaultMark, Allow: slices.Clone(k.Allow)}
-	h.closeKill(other, "masque0")
+	h.closeKillSwitch(other, "masque0")
 	check("with an interface", true, true)
 
 	// The marked packets arrived, so ARP and neighbour discovery work.
@@ -140,12 +140,12 @@ func TestKillSwitch(t *testing.T) {
 			t.Errorf("closed: %t, %v", closed, err)
 		}
 	})
-	if !h.lift(k) {
+	if !h.liftKillSwitch(k) {
 		t.Error("there was nothing to lift")
 	}
 	check("lifted", false, false)
-	h.same(before)
-	if h.lift(k) {
+	h.wantSnapshot(before)
+	if h.liftKillSwitch(k) {
 		t.Error("lifted a second time")
 	}
 }
@@ -162,7 +162,7 @@ func TestKillSwitchForward(t *testing.T) {
 	})
 	k := &KillSwitch{Instance: "one", Mark: DefaultMark,
 		Allow: prefixes(routerAddr4+"/32", routerAddr6+"/128")}
-	h.closeKill(k, "masque0")
+	h.closeKillSwitch(k, "masque0")
 	for _, tt := range []struct {
 		from, to, allowed string
 		prohibited        gopacket.LayerType
@@ -187,15 +187,15 @@ func TestKillSwitchForward(t *testing.T) {
 		if n, err := held.Read(make([]byte, 100)); err == nil {
 			t.Errorf("%d bytes were forwarded to %s", n, tt.to)
 		}
-		if got := readTUN(t, device, "to "+tt.to); !prohibits(got, tt.to) {
+		if got := readTUN(t, device, "to "+tt.to); !isProhibited(got, tt.to) {
 			t.Errorf("the sender got %x, want Administratively Prohibited", got)
 		}
 	}
 }
 
-// prohibits says whether packet is the ICMP error by which a filter refuses one
+// isProhibited says whether packet is the ICMP error by which a filter refuses one
 // to an address.
-func prohibits(packet []byte, to string) bool {
+func isProhibited(packet []byte, to string) bool {
 	icmp := packet[20:]
 	want := []byte{layers.ICMPv4TypeDestinationUnreachable, layers.ICMPv4CodeCommAdminProhibited}
 	if packet[0]>>4 == 6 {
@@ -208,7 +208,7 @@ func prohibits(packet []byte, to string) bool {
 
 // Another program may turn packets around after the output hook has seen that
 // they go into the tunnel.
-func TestKillSwitchSeesTheWayOut(t *testing.T) {
+func TestKillSwitchChecksFinalRoute(t *testing.T) {
 	h, _ := connect(t)
 	h.tun("masque0")
 	h.ip("addr add 10.77.0.2/32 dev masque0")
@@ -218,15 +218,15 @@ func TestKillSwitchSeesTheWayOut(t *testing.T) {
 	h.ip("rule add fwmark 7 lookup 100")
 	h.run("nft", "add table ip other; add chain ip other out { type route hook output priority mangle; }; add rule ip other out udp dport 9 meta mark set 7")
 	k := &KillSwitch{Instance: "one", Mark: DefaultMark}
-	h.closeKill(k, "masque0")
-	if !h.sends("0.0.0.0:0", proxyAddr4+":10", 0) {
+	h.closeKillSwitch(k, "masque0")
+	if !h.canSend("0.0.0.0:0", proxyAddr4+":10", 0) {
 		t.Error("a packet into the tunnel was held")
 	}
-	if h.sends("0.0.0.0:0", proxyAddr4+":9", 0) {
+	if h.canSend("0.0.0.0:0", proxyAddr4+":9", 0) {
 		t.Error("a packet that leaves elsewhere after all has passed")
 	}
-	h.lift(k)
-	if !h.sends("0.0.0.0:0", proxyAddr4+":9", 0) {
+	h.liftKillSwitch(k)
+	if !h.canSend("0.0.0.0:0", proxyAddr4+":9", 0) {
 		t.Error("the packet is held by something else: the test tests nothing")
 	}
 }
@@ -252,7 +252,7 @@ func TestKillSwitchHoldsRawSockets(t *testing.T) {
 	if err := ping(); err != nil {
 		t.Fatal(err)
 	}
-	h.closeKill(k, "")
+	h.closeKillSwitch(k, "")
 	if err := ping(); !errors.Is(err, unix.EPERM) {
 		t.Errorf("a ping: %v, want that it is not permitted", err)
 	}
@@ -260,11 +260,11 @@ func TestKillSwitchHoldsRawSockets(t *testing.T) {
 
 // nft prints what we write, so that an operator can read it and nft can load it
 // again.
-func TestKillSwitchIsReadable(t *testing.T) {
+func TestKillSwitchAsText(t *testing.T) {
 	h := newHost(t)
 	h.tun("masque0")
 	k := &KillSwitch{Instance: "one", Mark: DefaultMark, Allow: prefixes("192.168.5.0/24")}
-	h.closeKill(k, "masque0")
+	h.closeKillSwitch(k, "masque0")
 	ruleset := h.run("nft", "list", "table", "inet", "masquevpn-kill-one")
 	for _, line := range []string{
 		"meta mark & 0xa0000000 == 0xa0000000 accept",
@@ -298,7 +298,7 @@ func TestKillSwitchIsReadable(t *testing.T) {
 // anything.
 func TestClean(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	before := h.snapshot()
 	c := Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
 		Journal: t.TempDir() + "/one.json"}
@@ -309,7 +309,7 @@ func TestClean(t *testing.T) {
 		})
 		return found, err
 	}
-	h.startAndKill(c, full(), func() {
+	h.startAndKill(c, fullState(), func() {
 		if _, err := clean(); !errors.Is(err, ErrInUse) {
 			t.Errorf("beside a live process: %v, want ErrInUse", err)
 		}
@@ -318,7 +318,7 @@ func TestClean(t *testing.T) {
 		if found, err := clean(); found != want || err != nil {
 			t.Errorf("found %t, %v, want %t", found, err, want)
 		}
-		h.same(before)
+		h.wantSnapshot(before)
 	}
 	if _, err := os.Stat(c.Journal); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("journal: %v, want none", err)

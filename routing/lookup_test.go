@@ -10,7 +10,7 @@ import (
 // Which way a packet goes, asked of the kernel.
 func TestLongestPrefixMatch(t *testing.T) {
 	h := newHost(t)
-	up := h.uplink()
+	up := h.underlay()
 	tunnel, _ := h.tun("masque0")
 	for _, r := range []string{
 		"10.20.0.0/16", "10.1.2.0/24", "172.16.0.0/12", "10.9.1.0/24",
@@ -165,13 +165,13 @@ func TestLongestPrefixMatch(t *testing.T) {
 // Routes that the network hands to the host take nothing out of a full tunnel:
 // by DHCP, by router advertisement, or as a network that claims public
 // addresses.
-func TestRoutesOfTheNetwork(t *testing.T) {
+func TestNetworkRoutesStayInTunnel(t *testing.T) {
 	h := newHost(t)
-	up := h.uplink()
+	up := h.underlay()
 	tunnel, _ := h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	addresses, full := prefixes("10.77.0.2/32", "fd77::2/128"), prefixes("0.0.0.0/0", "::/0")
-	whole := func(v6 bool) (list []netip.Prefix) {
+	allAddresses := func(v6 bool) (list []netip.Prefix) {
 		if v6 {
 			return Prefixes(netip.MustParseAddr("::1"),
 				netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe"))
@@ -200,11 +200,11 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 			defer h.ip("route del " + tt.route)
 			for _, s := range []State{
 				{Addresses: addresses, Routes: full},
-				{Addresses: addresses, Routes: slices.Concat(whole(false), whole(true))},
+				{Addresses: addresses, Routes: slices.Concat(allAddresses(false), allAddresses(true))},
 				{Addresses: addresses, Routes: full, HostRoutes: HostNone},
 			} {
 				h.apply(m, s)
-				h.leads(map[string]int{tt.to: tunnel,
+				h.wantInterfaces(map[string]int{tt.to: tunnel,
 					"192.168.5.77": map[bool]int{false: up,
 						true: tunnel}[s.HostRoutes == HostNone]})
 			}
@@ -225,7 +225,7 @@ func TestRoutesOfTheNetwork(t *testing.T) {
 // full tunnel on the same host.
 func TestSplitBesideFullTunnel(t *testing.T) {
 	h := newHost(t)
-	up := h.uplink()
+	up := h.underlay()
 	full, _ := h.tun("masque0")
 	split, _ := h.tun("masque1")
 	h.apply(h.open(Config{Instance: "full", Interface: "masque0", Mark: DefaultMark}), State{
@@ -239,7 +239,7 @@ func TestSplitBesideFullTunnel(t *testing.T) {
 		"9.9.9.0/24 via 192.168.5.1 dev up0", "2a00:1::/32 via 2001:db8:5::1"} {
 		h.ip("route add " + r)
 	}
-	h.leads(map[string]int{
+	h.wantInterfaces(map[string]int{
 		"8.8.8.8": full, "9.9.8.8": split, "9.9.9.9": up, "1.1.1.1": full, "192.168.5.77": up,
 		"2a00:1::1": full, "2a01::1": split,
 	})
@@ -248,7 +248,7 @@ func TestSplitBesideFullTunnel(t *testing.T) {
 // The host's routes may change while the tunnel is up.
 func TestHostChanges(t *testing.T) {
 	h := newHost(t)
-	up := h.uplink()
+	up := h.underlay()
 	tunnel, _ := h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, State{Addresses: prefixes("10.77.0.2/32"),
@@ -280,7 +280,7 @@ func TestHostChanges(t *testing.T) {
 // The documented limit: the kernel follows error routes of the host at once.
 func TestHostErrorRoutes(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	tunnel, _ := h.tun("masque0")
 	h.ip("route add unreachable 10.0.0.0/8")
 	h.ip("-6 route add unreachable fd01::/16")
@@ -314,7 +314,7 @@ func TestExcludedWithoutRoute(t *testing.T) {
 // first where they tie.
 func TestSeveralInstances(t *testing.T) {
 	h := newHost(t)
-	up := h.uplink()
+	up := h.underlay()
 	before := h.snapshot()
 	const n = 3
 	var tunnels [n]int
@@ -361,5 +361,5 @@ func TestSeveralInstances(t *testing.T) {
 	for i := range n {
 		closeTUN[i]()
 	}
-	h.same(before)
+	h.wantSnapshot(before)
 }

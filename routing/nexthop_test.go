@@ -16,7 +16,7 @@ func TestDefaultInterface(t *testing.T) {
 	if got := both(); got != `"" ""` {
 		t.Errorf("without routes: %s", got)
 	}
-	h.uplink()
+	h.underlay()
 	if got := both(); got != `"up0" "up0"` {
 		t.Errorf("got %s", got)
 	}

@@ -51,7 +51,7 @@ func TestKernelLacksFeatures(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHost(t)
-			h.uplink()
+			h.underlay()
 			h.tun("masque0")
 			before := h.snapshot()
 			var log logtest.Buffer
@@ -65,7 +65,7 @@ func TestKernelLacksFeatures(t *testing.T) {
 				}
 				return commitTable(table, replace, chains)
 			}
-			s := full()
+			s := fullState()
 			s.Masquerade, s.Listen = prefixes("10.77.0.0/24"), []uint16{443}
 			for range 2 {
 				if err := h.tryApply(m, s); (err != nil) != tt.failure {
@@ -73,7 +73,7 @@ func TestKernelLacksFeatures(t *testing.T) {
 				}
 			}
 			if tt.failure {
-				h.same(before)
+				h.wantSnapshot(before)
 				return
 			}
 			ruleset := h.run("nft", "list", "ruleset")
@@ -91,18 +91,18 @@ func TestKernelLacksFeatures(t *testing.T) {
 				t.Errorf("%d warnings, want %d:\n%s", got, tt.logged, log.String())
 			}
 			h.close(m)
-			h.same(before)
+			h.wantSnapshot(before)
 		})
 	}
 }
 
 // nft prints what we write, so that an operator can read it and nft can load it
 // again.
-func TestTableIsReadable(t *testing.T) {
+func TestTableAsText(t *testing.T) {
 	h := newHost(t)
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	s := full()
+	s := fullState()
 	s.Masquerade, s.Listen, s.Forward, s.Reach = prefixes("10.77.0.0/24", "fd77::/64"),
 		[]uint16{443}, true, prefixes("192.168.9.0/24")
 	h.apply(m, s)

@@ -180,9 +180,9 @@ func (h *host) tun(name string) (index int, closeTUN func()) {
 	return h.index(name), func() { f.Close() }
 }
 
-// uplink gives the host a network card with a LAN and default routes, and
+// underlay gives the host a network card with a LAN and default routes, and
 // returns its index.
-func (h *host) uplink() int {
+func (h *host) underlay() int {
 	h.t.Helper()
 	h.ip("link add up0 type veth peer name up1")
 	for _, name := range []string{"up0", "up1"} {
@@ -370,7 +370,7 @@ func sortedLines(text string) string {
 	return strings.Join(slices.Sorted(strings.Lines(text)), "")
 }
 
-func (h *host) same(want map[string]string) {
+func (h *host) wantSnapshot(want map[string]string) {
 	h.t.Helper()
 	got := h.snapshot()
 	for what := range got {
@@ -403,7 +403,7 @@ func (h *host) lookup(dst string, mark uint32) (index int) {
 
 // leads checks where packets without a mark go: destinations and interfaces, 0
 // for nowhere.
-func (h *host) leads(want map[string]int) {
+func (h *host) wantInterfaces(want map[string]int) {
 	h.t.Helper()
 	for dst, want := range want {
 		if got := h.lookup(dst, 0); got != want {

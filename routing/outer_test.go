@@ -12,7 +12,7 @@ func TestOuterSocketAtTheTunnelsAddress(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	s := full()
+	s := fullState()
 	s.Addresses = prefixes(hostAddr4+"/32", hostAddr6+"/128")
 	h.apply(m, s)
 	for _, family := range []struct{ host, near string }{{hostAddr4, routerAddr4},

@@ -19,7 +19,7 @@ var otherNames = []struct{ name, addr string }{
 
 // Whoever is behind a proxy's tunnel reaches the proxy's host by the addresses
 // of the tunnel, and by no others.
-func TestProxyHostBehindItsTunnel(t *testing.T) {
+func TestClientsReachOnlyTunnelAddresses(t *testing.T) {
 	h, _ := connect(t)
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})

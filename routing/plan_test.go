@@ -150,9 +150,9 @@ func TestTableNumbers(t *testing.T) {
 }
 
 func TestIsFull(t *testing.T) {
-	minus := func(whole string, holes ...string) []netip.Prefix {
+	minus := func(all string, holes ...string) []netip.Prefix {
 		var b netipx.IPSetBuilder
-		b.AddPrefix(netip.MustParsePrefix(whole))
+		b.AddPrefix(netip.MustParsePrefix(all))
 		for _, p := range prefixes(holes...) {
 			b.RemovePrefix(p)
 		}
@@ -192,7 +192,7 @@ func TestIsFull(t *testing.T) {
 
 // The rules are the kernel's to others, and ours by what they are; rules of the
 // kernel and of others are not ours.
-func TestWhoseRules(t *testing.T) {
+func TestRuleOwner(t *testing.T) {
 	k := &kernel{index: 7, ipv6: true}
 	k.Mark = DefaultMark
 	own := rule{bits: 0, tunnel: true}.netlink(k)

@@ -90,7 +90,7 @@ func TestMaintain(t *testing.T) {
 	client := func(h *host) (*Manager, State) {
 		h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
 		return h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
-			Logger: h.log.Logger()}), full()
+			Logger: h.log.Logger()}), fullState()
 	}
 	proxy := func(h *host) (*Manager, State) {
 		return h.open(Config{Instance: "one", Interface: "masque0", Logger: h.log.Logger(),
@@ -175,7 +175,7 @@ func TestMaintain(t *testing.T) {
 			t.Parallel()
 			h := newHost(t)
 			h.log = new(logtest.Buffer)
-			h.uplink()
+			h.underlay()
 			index, _ := h.tun("masque0")
 			m, state := tt.open(h)
 			h.apply(m, state)
@@ -212,10 +212,10 @@ func TestMaintain(t *testing.T) {
 // the way.
 func TestMaintainAddressLength(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	h.ip("-6 addr del fd77::2/128 dev masque0")
 	h.ip("-6 addr add fd77::2/64 dev masque0 nodad")
 	k := h.maintain(m)
@@ -229,10 +229,10 @@ func TestMaintainAddressLength(t *testing.T) {
 // An address for this host alone is no source of packets that leave it.
 func TestMaintainAddressScope(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	h.ip("addr del 10.77.0.2/32 dev masque0")
 	h.ip("addr add 10.77.0.2/32 dev masque0 scope host")
 	k := h.maintain(m)
@@ -241,7 +241,7 @@ func TestMaintainAddressScope(t *testing.T) {
 	})
 	h.apply(m, State{})
 	h.ip("addr add 10.77.0.2/32 dev masque0 scope link") // before the tunnel has it
-	h.apply(m, full())
+	h.apply(m, fullState())
 	if text := h.snapshot()["addr"]; strings.Contains(text, "10.77.0.2/32 scope link") {
 		t.Errorf("the scope is still that of the link:\n%s", text)
 	}
@@ -281,10 +281,10 @@ func TestMaintainReportsBypass(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			h := newHost(t)
-			h.uplink()
+			h.underlay()
 			h.tun("masque0")
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-			state := full()
+			state := fullState()
 			if tt.routes != "" {
 				state.Routes, state.Exclude = prefixes(tt.routes), nil
 			}
@@ -314,7 +314,7 @@ func TestMaintainReportsBypass(t *testing.T) {
 // Routes of the host that go first, and those of other tunnels, are no bypass.
 func TestMaintainAcceptsHostRoutes(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	h.tun("masque1")
 	split := State{MTU: 1400, Addresses: prefixes("10.77.0.2/32"),
@@ -337,14 +337,14 @@ func TestMaintainAcceptsHostRoutes(t *testing.T) {
 // A Manager does not take its own changes for those of others.
 func TestMaintainIgnoresApply(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	k := h.maintain(m) // before anything was applied
-	other := full()
+	other := fullState()
 	other.Addresses, other.MTU = prefixes("10.77.0.3/32", "fd77::3/128"), 1380
 	for range 10 {
-		h.apply(m, full())
+		h.apply(m, fullState())
 		h.apply(m, other)
 	}
 	now := k.await("the last state", func(now Health) bool {
@@ -362,16 +362,16 @@ func TestMaintainIgnoresApply(t *testing.T) {
 // Whoever made the interface learns that it is gone.
 func TestMaintainLostInterface(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	k := h.maintain(m)
 	h.ip("link del masque0")
 	if err := <-k.done; !errors.Is(err, ErrInterfaceGone) {
 		t.Errorf("Maintain returns %v, want %v", err, ErrInterfaceGone)
 	}
-	if err := h.tryApply(m, full()); !errors.Is(err, ErrInterfaceGone) {
+	if err := h.tryApply(m, fullState()); !errors.Is(err, ErrInterfaceGone) {
 		t.Errorf("Apply returns %v, want %v", err, ErrInterfaceGone)
 	}
 }
@@ -380,10 +380,10 @@ func TestMaintainLostInterface(t *testing.T) {
 // beside the tunnel, until IPv6 is back.
 func TestMaintainHoldsIPv6(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	tunnel, _ := h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	k := h.maintain(m)
 	h.sysctl("net/ipv6/conf/masque0/disable_ipv6", "1")
 	k.await("held", func(now Health) bool {
@@ -408,10 +408,10 @@ func TestMaintainHoldsIPv6(t *testing.T) {
 // not taken for ours.
 func TestMaintainDetectsReplacedRule(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	k := h.maintain(m)
 	h.do(func() {
 		c, err := nftables.New()
@@ -445,7 +445,7 @@ func TestMaintainDetectsReplacedRule(t *testing.T) {
 // can.
 func TestMaintainFailures(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	failing := false
@@ -456,7 +456,7 @@ func TestMaintainFailures(t *testing.T) {
 		}
 		return commit(table, replace, chains)
 	}
-	h.apply(m, full())
+	h.apply(m, fullState())
 	m.mu.Lock()
 	failing = true
 	m.mu.Unlock()
@@ -479,11 +479,11 @@ func TestMaintainFailures(t *testing.T) {
 func TestMaintainContested(t *testing.T) {
 	h := newHost(t)
 	h.log = new(logtest.Buffer)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
 		Logger: h.log.Logger()})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	k := h.maintain(m)
 	for n := uint64(1); n <= immediateRepairs+1; n++ {
 		h.ip("link set masque0 mtu 1300")
@@ -508,7 +508,7 @@ func TestMaintainContested(t *testing.T) {
 
 // However often something changes, and however long it takes to look at
 // everything, looking takes a fifth of the time.
-func TestLookingLeavesPauses(t *testing.T) {
+func TestReconcileLoopPauses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
@@ -540,7 +540,7 @@ func TestLookingLeavesPauses(t *testing.T) {
 // other routes thousands of times a second.
 func TestNotificationsAreFiltered(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	index, _ := h.tun("masque0")
 	h.ip("link set masque0 up")
 	var n *notifications
@@ -641,7 +641,7 @@ func TestKillSwitchMaintain(t *testing.T) {
 	h.log = new(logtest.Buffer)
 	h.tun("masque0")
 	k := &KillSwitch{Instance: "one", Mark: DefaultMark, Logger: h.log.Logger()}
-	h.closeKill(k, "masque0")
+	h.closeKillSwitch(k, "masque0")
 	ruleset := h.run("nft", "--stateless", "list", "ruleset")
 	health := h.maintainKillSwitch(k)
 	repairs := uint64(0)
@@ -658,7 +658,7 @@ func TestKillSwitchMaintain(t *testing.T) {
 		if now := <-health; now != (KillSwitchHealth{Closed: true, Repairs: repairs}) {
 			t.Errorf("after %q: %+v", damage, now)
 		}
-		if h.sends("0.0.0.0:0", proxyAddr4+":443", 0) {
+		if h.canSend("0.0.0.0:0", proxyAddr4+":443", 0) {
 			t.Errorf("after %q, packets leave", damage)
 		}
 		if got := h.run("nft", "--stateless", "list", "ruleset"); got != ruleset {
@@ -668,8 +668,8 @@ func TestKillSwitchMaintain(t *testing.T) {
 	if n := strings.Count(h.log.String(), "closed again"); n != int(repairs) {
 		t.Errorf("the log says it %d times:\n%s", n, h.log)
 	}
-	h.closeKill(k, "") // this process itself closes it
-	h.closeKill(k, "masque0")
+	h.closeKillSwitch(k, "") // this process itself closes it
+	h.closeKillSwitch(k, "masque0")
 	h.run("nft", "flush", "ruleset")
 	repairs++
 	if now := <-health; !now.Closed || now.Problem == "" || now.Repairs != repairs {

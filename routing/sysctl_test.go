@@ -12,7 +12,7 @@ import (
 	"masquevpn/internal/logtest"
 )
 
-func router() State {
+func forwardState() State {
 	return State{
 		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"),
 		Routes:    prefixes("10.77.0.0/24", "fd77::/64"),
@@ -24,7 +24,7 @@ func router() State {
 // sets the others.
 func TestForwardRestoresEachInterface(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	h.tun("masque0")
 	for name, value := range map[string]string{
 		"net/ipv4/conf/up0/forwarding":              "1",
@@ -48,7 +48,7 @@ func TestForwardRestoresEachInterface(t *testing.T) {
 	}
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
-	h.apply(m, router())
+	h.apply(m, forwardState())
 	for name, want := range map[string]string{
 		"net/ipv4/ip_forward":             "1",
 		"net/ipv6/conf/all/forwarding":    "1",
@@ -62,10 +62,10 @@ func TestForwardRestoresEachInterface(t *testing.T) {
 		}
 	}
 	h.close(m)
-	h.same(before)
+	h.wantSnapshot(before)
 }
 
-func TestForwardFollowsTheState(t *testing.T) {
+func TestForwardFollowsState(t *testing.T) {
 	h := newHost(t)
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
@@ -87,7 +87,7 @@ func TestForwardFollowsTheState(t *testing.T) {
 
 	// What was on stays on, and what others set stays as they set it.
 	h.sysctl("net/ipv4/ip_forward", "1")
-	h.apply(m, router())
+	h.apply(m, forwardState())
 	check("1", "1")
 	h.sysctl("net/ipv6/conf/all/forwarding", "0")
 	h.close(m)
@@ -118,8 +118,8 @@ func TestSharedSysctls(t *testing.T) {
 			first := h.open(c)
 			second := h.open(Config{Instance: "two", Interface: "masque1",
 				Journal: filepath.Join(dir, "two.json")})
-			h.apply(first, router())
-			other := router()
+			h.apply(first, forwardState())
+			other := forwardState()
 			other.Routes = prefixes("10.78.0.0/24", "fd78::/64")
 			h.apply(second, other)
 			h.apply(second, other)
@@ -136,7 +136,7 @@ func TestSharedSysctls(t *testing.T) {
 				}
 			}
 			h.close(h.open(c))
-			h.same(before)
+			h.wantSnapshot(before)
 		})
 	}
 }
@@ -162,7 +162,7 @@ func (h *host) onReadOnlySysctls(f func()) {
 
 func TestReadOnlySysctls(t *testing.T) {
 	h := newHost(t)
-	h.uplink()
+	h.underlay()
 	tunnel, _ := h.tun("masque0")
 	before := h.snapshot()
 	h.onReadOnlySysctls(func() {
@@ -171,13 +171,13 @@ func TestReadOnlySysctls(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer m.Close()
-		err = m.Apply(router())
+		err = m.Apply(forwardState())
 		if !errors.Is(err, unix.EROFS) ||
 			!strings.Contains(err.Error(), "sysctl -w net.ipv4.ip_forward=1") {
 			t.Errorf("Apply: %v; want a read-only file system and the command", err)
 		}
 	})
-	h.same(before)
+	h.wantSnapshot(before)
 
 	// Done by hand: nothing is to be written.
 	h.sysctl("net/ipv4/ip_forward", "1")
@@ -188,7 +188,7 @@ func TestReadOnlySysctls(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer m.Close()
-		if err := m.Apply(router()); err != nil {
+		if err := m.Apply(forwardState()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -203,7 +203,7 @@ func TestReadOnlySysctls(t *testing.T) {
 		}
 		defer m.Close()
 		for range 2 {
-			if err := m.Apply(full()); err != nil {
+			if err := m.Apply(fullState()); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -229,8 +229,8 @@ func TestJournalCannotBeWritten(t *testing.T) {
 	if err := os.RemoveAll(filepath.Join(dir, "j")); err != nil {
 		t.Fatal(err)
 	}
-	if err := h.tryApply(m, router()); !errors.Is(err, os.ErrNotExist) {
+	if err := h.tryApply(m, forwardState()); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("Apply: %v, want no such file", err)
 	}
-	h.same(before)
+	h.wantSnapshot(before)
 }

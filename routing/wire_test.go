@@ -92,8 +92,8 @@ func receive(t *testing.T, c *net.UDPConn) (text string, from netip.AddrPort) {
 	return string(buf[:n]), netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 }
 
-// filtered is how many packets the reverse path filter has dropped.
-func (h *host) filtered() (n int) {
+// reverseFiltered is how many packets the reverse path filter has dropped.
+func (h *host) reverseFiltered() (n int) {
 	h.t.Helper()
 	h.do(func() {
 		b, err := os.ReadFile("/proc/thread-self/net/netstat")
@@ -131,7 +131,7 @@ func TestStrictReversePathFilter(t *testing.T) {
 	h.sysctl("net/ipv4/conf/all/rp_filter", "1")
 	h.sysctl("net/ipv4/conf/up0/rp_filter", "1")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 
 	for _, proxy := range []string{proxyAddr4, proxyAddr6} {
 		server := router.listen(net.JoinHostPort(proxy, "0"), 0)
@@ -168,7 +168,7 @@ func TestStrictReversePathFilter(t *testing.T) {
 				proxy, err)
 		}
 	}
-	if n := h.filtered(); n != 0 {
+	if n := h.reverseFiltered(); n != 0 {
 		t.Errorf("%d packets were dropped by the reverse path filter", n)
 	}
 
@@ -180,7 +180,7 @@ func TestStrictReversePathFilter(t *testing.T) {
 	send(t, outer, "request", netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)))
 	_, from := receive(t, server)
 	send(t, server, "reply", from)
-	for deadline := time.Now().Add(patience); h.filtered() == 0; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); h.reverseFiltered() == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the filter drops nothing: the test tests nothing")
 		}
@@ -193,7 +193,7 @@ func TestTunnelAddressIsGuarded(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	for _, tt := range []struct{ tunnel, lan, via, from string }{
 		{"10.77.0.2", hostAddr4, hostAddr4, routerAddr4},
 		{"fd77::2", hostAddr6, hostAddr6, routerAddr6},
@@ -224,7 +224,7 @@ func TestTunnelDoesNotSpoofTheHost(t *testing.T) {
 	h, _ := connect(t)
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	h.apply(m, full())
+	h.apply(m, fullState())
 	for _, tt := range []struct{ own, lan string }{{"10.77.0.2", hostAddr4},
 		{"fd77::2", hostAddr6}} {
 		service := h.listen(":0", 0)
@@ -414,5 +414,5 @@ func TestHoldDNS(t *testing.T) {
 		}
 	})
 	h.close(m)
-	h.same(before)
+	h.wantSnapshot(before)
 }
