@@ -22,23 +22,32 @@ import (
 	"masquevpn/proxy/internal/source"
 )
 
-// The classes of failures to authenticate, as the log has them.
+// Classes of failures to authenticate, for the log.
 const (
 	classMissing     = "no_credentials"
 	classUnknownUser = "unknown_user"
-	// that of nobody, perhaps of a user who was removed
-	classWrongToken         = "wrong_token"
-	classOldCertificate     = "old_certificate"     // not that of the last invitation
-	classExpiredCertificate = "expired_certificate" // found by TLS, as is the next
-	// signed by another authority, or not for this use
-	classBadCertificate = "bad_certificate"
-	classMismatch       = "mismatch" // certificate and token are those of two users
-	classExpiredUser    = "expired_user"
-	classRevoked        = "revoked" // between the request and its answer
+
+	// classWrongToken is a token without a user, who may have been removed.
+	classWrongToken = "wrong_token"
+
+	// classOldCertificate is a certificate other than the user's current one.
+	classOldCertificate = "old_certificate"
+
+	// TLS refuses the certificates of these classes. A bad one is signed by
+	// another authority or not valid for this use.
+	classExpiredCertificate = "expired_certificate"
+	classBadCertificate     = "bad_certificate"
+
+	// classMismatch is a certificate and a token of different users.
+	classMismatch = "mismatch"
+
+	classExpiredUser = "expired_user"
+
+	// classRevoked is a user who was removed between request and response.
+	classRevoked = "revoked"
 )
 
-// methodMissing is what a failure is counted under when there were no
-// credentials.
+// methodMissing stands for the method in counts if there are no credentials.
 const methodMissing = "missing"
 
 // authFailures counts failures of authentication by method.
@@ -62,27 +71,27 @@ func (f *authFailures) counts() map[string]uint64 {
 	return m
 }
 
-// authFailure is why somebody is not let in. It is for the log and never has a
-// secret in it: the client is told nothing but that it failed.
+// authFailure is the reason why authentication failed. It is for the log and
+// contains no secret. The client does not learn it.
 type authFailure struct {
-	method string // whose credentials were not good, or methodMissing
+	method string // MethodMTLS, MethodToken or methodMissing
 	class  string
-	user   string // whom it is about, "" if that is not known
+	user   string // empty if unknown
 	reason string
 }
 
 func (f *authFailure) Error() string { return f.reason }
 
-// attemptsKey is the key of the turns of a connection, a chan struct{} with
-// room for one, in the context of a request.
-type attemptsKey struct{}
+// authTurnKey is the context key of a chan struct{} with a capacity of 1, which
+// allows one authentication at a time on a connection.
+type authTurnKey struct{}
 
-// identify finds out whose request r is. A connection tries one set of
-// credentials at a time, and who fails too often waits for the answer: that
-// holds up nobody with good credentials, not even behind the same address.
+// identify returns the user of r. A connection has one authentication at a
+// time, and the throttle delays the response to a failure. Clients with valid
+// credentials do not wait, even if they share an address with a guesser.
 func (h handler) identify(r *http.Request) (user User, method string, refused *refusal) {
 	conn := r.Context().Value(connKey{}).(*quic.Conn)
-	turn := r.Context().Value(attemptsKey{}).(chan struct{})
+	turn := r.Context().Value(authTurnKey{}).(chan struct{})
 	select {
 	case turn <- struct{}{}:
 		defer func() { <-turn }()
@@ -93,7 +102,7 @@ func (h handler) identify(r *http.Request) (user User, method string, refused *r
 	if failure == nil {
 		return user, method, nil
 	}
-	h.s.auth.refused(conn.RemoteAddr(), failure)
+	h.s.auth.noteFailure(conn.RemoteAddr(), failure)
 	delay, ok := h.s.auth.throttle.Begin(source.Key(conn.RemoteAddr()), failure.user)
 	if !ok {
 		_ = conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad), "")
@@ -102,15 +111,14 @@ func (h handler) identify(r *http.Request) (user User, method string, refused *r
 	defer h.s.auth.throttle.End()
 	wait := time.NewTimer(delay)
 	defer wait.Stop()
-	select { // whether or not the client still waits for this one
+	select { // even if the client has cancelled the request
 	case <-wait.C:
 	case <-conn.Context().Done():
 	}
 	return User{}, "", &refusal{status: http.StatusUnauthorized, reason: failure}
 }
 
-// authenticator finds out whose requests the proxy receives, and counts and logs
-// failures.
+// authenticator authenticates requests, and counts, logs and delays failures.
 type authenticator struct {
 	cfg      func() *Config
 	log      *slog.Logger // for events that clients cause
@@ -118,8 +126,8 @@ type authenticator struct {
 	throttle auththrottle.Throttle
 }
 
-// refused counts and logs a failure.
-func (a *authenticator) refused(remote net.Addr, f *authFailure) {
+// noteFailure counts and logs a failure.
+func (a *authenticator) noteFailure(remote net.Addr, f *authFailure) {
 	a.failed.of(f.method).Add(1)
 	log := a.log
 	if f.user != "" {
@@ -129,8 +137,9 @@ func (a *authenticator) refused(remote net.Addr, f *authFailure) {
 		f.class, "reason", shorten(f))
 }
 
-// authenticate finds out whose credentials r has, and by which method.
-func (a *authenticator) authenticate(r *http.Request) (user User, method string, failure *authFailure) {
+// authenticate returns the user whose credentials r has, and the method.
+func (a *authenticator) authenticate(r *http.Request) (user User, method string,
+	failure *authFailure) {
 	if slices.Contains(a.cfg().Methods, MethodNone) {
 		return User{}, MethodNone, nil
 	}
@@ -160,50 +169,50 @@ func (a *authenticator) authenticate(r *http.Request) (user User, method string,
 		method = MethodToken
 		u, ok := a.cfg().Users.ByToken(token)
 		if !ok {
-			return fail(classWrongToken, user.Name, "the token is not that of any user")
+			return fail(classWrongToken, user.Name, "no user has this token")
 		}
 		if user.Name != "" && user.Name != u.Name {
 			return fail(classMismatch, user.Name,
-				"the certificate is that of %q and the token that of %q", user.Name, u.Name)
+				"the certificate is for %q and the token for %q", user.Name, u.Name)
 		}
 		user = u
 	}
 	if user.Name == "" {
-		return fail(classMissing, "", "no credentials were given")
+		return fail(classMissing, "", "the request has no credentials")
 	}
 	if user.expired(time.Now()) {
-		return fail(classExpiredUser, user.Name, "the time of the user %q was over at %s",
+		return fail(classExpiredUser, user.Name, "access of the user %q ended at %s",
 			user.Name, user.Expires.UTC().Format(time.RFC3339))
 	}
 	return user, method, nil
 }
 
-// watchHandshake has it counted and logged when TLS refuses the certificate of
-// c's client, which no request tells of.
+// watchHandshake notes the failure if TLS refuses the certificate of the client
+// of c. There is no request then.
 func (a *authenticator) watchHandshake(c *quic.Conn) {
 	if !slices.Contains(a.cfg().Methods, MethodMTLS) {
 		return
 	}
 	context.AfterFunc(c.Context(), func() {
 		if f := handshakeFailure(context.Cause(c.Context())); f != nil {
-			a.refused(c.RemoteAddr(), f)
+			a.noteFailure(c.RemoteAddr(), f)
 		}
 	})
 }
 
-// cryptoError is what an alert of TLS is added to in the error code of a
-// connection (RFC 9001 section 4.8).
+// cryptoError is the QUIC error code of TLS alert 0 (RFC 9001 section 4.8).
 const cryptoError = 0x100
 
-// alertCertificateRequired is that by which TLS refuses a client without a
-// certificate, and certificateAlerts are those by which it refuses the
-// certificate of one (RFC 8446 section 6.2).
+// alertCertificateRequired is the alert for a client without a certificate (RFC
+// 8446 section 6.2).
 const alertCertificateRequired = tls.AlertError(116)
 
+// certificateAlerts are the alerts for a certificate that is not accepted (RFC
+// 8446 section 6.2).
 var certificateAlerts = []tls.AlertError{42, 43, 44, 45, 46, 48}
 
-// handshakeFailure returns the failure to authenticate for which a connection
-// ended, nil if that is not why.
+// handshakeFailure returns the failure to authenticate that ended a connection
+// with err, or nil if the connection ended for another reason.
 func handshakeFailure(err error) *authFailure {
 	var transport *quic.TransportError
 	if !errors.As(err, &transport) || transport.Remote || !transport.ErrorCode.IsCryptoError() {
@@ -219,7 +228,7 @@ func handshakeFailure(err error) *authFailure {
 	f := &authFailure{method: MethodMTLS, class: classBadCertificate, reason: transport.Error()}
 	if unverified, ok := errors.AsType[*tls.CertificateVerificationError](err); ok &&
 		len(unverified.UnverifiedCertificates) > 0 {
-		f.reason = fmt.Sprintf("the certificate says %q: %s",
+		f.reason = fmt.Sprintf("the certificate is for %q: %s",
 			unverified.UnverifiedCertificates[0].Subject.CommonName, unverified.Err.Error())
 	}
 	var invalid x509.CertificateInvalidError

@@ -146,7 +146,7 @@ func (h handler) admit(ss session) *refusal {
 	if err := followUser(ss, h.s.cfg().Users); err != nil {
 		failure := &authFailure{method: b.method, class: classRevoked, user: b.user.Name,
 			reason: err.Error()}
-		h.s.auth.refused(b.quic.RemoteAddr(), failure)
+		h.s.auth.noteFailure(b.quic.RemoteAddr(), failure)
 		return &refusal{status: http.StatusUnauthorized, reason: failure}
 	}
 	b.log = h.s.peerLog.With("session", b.id, "user", b.user.Name)

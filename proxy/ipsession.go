@@ -126,7 +126,7 @@ func (ss *ipSession) resolve(ctx context.Context, scope connectip.Scope) (*netip
 		return nil, refuse(http.StatusInternalServerError, "proxy_internal_error", "%v: %v",
 			scope, err)
 	}
-	routes, err := access.routes(set, ss.user.reach(), scope.Protocol, ss.shared.pool.Serves)
+	routes, err := access.routes(set, ss.user.allowed(), scope.Protocol, ss.shared.pool.Serves)
 	if err != nil || !access.reachesAny(routes) {
 		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited",
 			"%v: the client may reach nothing of it", scope)
@@ -282,11 +282,11 @@ func (ss *ipSession) updateDenied() error {
 
 // withheld returns the advertised destinations that the user may not reach.
 func (ss *ipSession) withheld() []netip.Prefix {
-	return ss.shared.access.withheld(ss.userState.reach.Load())
+	return ss.shared.access.withheld(ss.userState.allowed.Load())
 }
 
 func (ss *ipSession) configChanged(site bool) {
-	if ss.userState.reach.Load() != nil {
+	if ss.userState.allowed.Load() != nil {
 		// The destinations withheld from the user depend on the advertised
 		// ones.
 		if err := ss.updateDenied(); err != nil {

@@ -50,7 +50,7 @@ func (ss *ipSession) advertise() error {
 func (ss *ipSession) newRoutes() (routes []capsule.Route, changed bool, err error) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	allowed := ss.userState.reach.Load()
+	allowed := ss.userState.allowed.Load()
 	routes, err = ss.shared.access.routes(ss.reach, allowed, ss.scope.Protocol, ss.uses)
 	if err == nil && ss.claim != nil {
 		routes, err = ss.shared.sites.routesTo(ss.claim, routes, allowed,
@@ -83,7 +83,7 @@ func (ss *ipSession) uses(a netip.Addr) bool {
 // addresses in the scope of the request, that the user may reach, and of
 // families that the client has addresses of. ss.mu is held.
 func (ss *ipSession) dns() DNS {
-	d, allowed := *ss.shared.dns.Load(), ss.userState.reach.Load()
+	d, allowed := *ss.shared.dns.Load(), ss.userState.allowed.Load()
 	const udp = 17
 	if ss.scope.Protocol != 0 && ss.scope.Protocol != udp {
 		return DNS{}

@@ -170,7 +170,9 @@ func (s *Server) listen(ctx context.Context) ([]*udpconn.Conn, error) {
 			return nil, err
 		}
 	}
-	dropped := func(packets int) { s.forwarder.unrouted.Receive.DropMany(connectip.DropSocketFull, packets) }
+	dropped := func(packets int) {
+		s.forwarder.unrouted.Receive.DropMany(connectip.DropSocketFull, packets)
+	}
 	var conns []*udpconn.Conn
 	for _, c := range sockets {
 		conn, err := udpconn.New(c, s.cfg().Logger, dropped)
@@ -231,7 +233,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context {
 			s.auth.watchHandshake(c)
 			s.connLimiter.Attach(connlimit.FromContext(ctx), c)
-			return context.WithValue(context.WithValue(ctx, connKey{}, c), attemptsKey{},
+			return context.WithValue(context.WithValue(ctx, connKey{}, c), authTurnKey{},
 				make(chan struct{}, 1))
 		},
 	}

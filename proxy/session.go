@@ -114,8 +114,8 @@ type sessionBase struct {
 
 	stats connectip.Stats // atomic counters
 
-	// follows is the reach of userState that the session applied last. Guarded
-	// by userState.following.
+	// follows is the value of userState.allowed that the session applied last.
+	// Guarded by userState.following.
 	follows *netipx.IPSet
 }
 

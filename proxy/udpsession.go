@@ -63,7 +63,7 @@ func (ss *udpSession) prepare(ctx context.Context, path string) *refusal {
 		}
 	}
 	addrs = slices.DeleteFunc(addrs, func(a netip.Addr) bool {
-		return !ss.shared.access.reachesByUDP(a, ss.user.reach())
+		return !ss.shared.access.reachesByUDP(a, ss.user.allowed())
 	})
 	if len(addrs) == 0 {
 		return refuse(http.StatusForbidden, "destination_ip_prohibited",
@@ -272,7 +272,7 @@ func (ss *udpSession) awaitIdle(limit time.Duration) {
 
 // updateDenied ends the session if the client may not reach the target now.
 func (ss *udpSession) updateDenied() error {
-	if !ss.shared.access.reachesByUDP(ss.to.Addr(), ss.userState.reach.Load()) {
+	if !ss.shared.access.reachesByUDP(ss.to.Addr(), ss.userState.allowed.Load()) {
 		ss.stop(errProhibited)
 	}
 	return nil

@@ -12,78 +12,89 @@ import (
 	"masquevpn/proxy/internal/pacer"
 )
 
-// expiryInterval is how often it is looked whether a user's time is over.
+// expiryInterval is the time between checks for users whose access has ended.
 const expiryInterval = 250 * time.Millisecond
 
-// userState is what all sessions of one user share: what the user may, as the
-// users file has it now, and what of the rates is used.
-type userState struct {
-	reach    atomic.Pointer[netipx.IPSet] // what may be reached, nil for all
-	expires  atomic.Pointer[time.Time]    // nil for never
-	up, down pacer.Pacer
+// errExpired is the reason for ending the sessions of a user whose access has
+// ended.
+var errExpired = errors.New("the user's time is over")
 
-	// the user is looked up and followed under it, so that the last look counts
+// userState is the state that the sessions of one user share: the present
+// permissions of the user and the use of its rates.
+type userState struct {
+	// allowed contains the destinations that the user may reach. nil means no
+	// limit.
+	allowed atomic.Pointer[netipx.IPSet]
+
+	// expires is the time at which access ends. nil means never.
+	expires atomic.Pointer[time.Time]
+
+	up, down pacer.Pacer
+	leases   atomic.Int64 // leases of all sessions of the user
+
+	// following is held while the user is looked up and applied, so that the
+	// latest lookup is applied last.
 	following sync.Mutex
 
-	leases atomic.Int64 // leases of all sessions of the user
-
-	sessions int // that have it
+	// sessions is the number of sessions. sessions.mu guards it.
+	sessions int
 }
 
-// userStates are those of users who have sessions, by name. The mutex of the
-// sessions is held.
+// userStates contains the state of each user with sessions, by name. It is used
+// with sessions.mu held.
 type userStates map[string]*userState
 
-// open returns the state of u for one more session.
-func (l userStates) open(u User) *userState {
-	a := l[u.Name]
-	if a == nil {
-		a = new(userState)
-		a.set(u)
-		l[u.Name] = a
+// open returns the state of u for a new session.
+func (m userStates) open(u User) *userState {
+	state := m[u.Name]
+	if state == nil {
+		state = new(userState)
+		state.set(u)
+		m[u.Name] = state
 	}
-	a.sessions++
-	return a
+	state.sessions++
+	return state
 }
 
-// close takes back an open of the user's state.
-func (l userStates) close(name string) {
-	a := l[name]
-	if a.sessions--; a.sessions == 0 {
-		delete(l, name)
+// close undoes one call of open when the session ends.
+func (m userStates) close(name string) {
+	state := m[name]
+	if state.sessions--; state.sessions == 0 {
+		delete(m, name)
 	}
 }
 
-// set makes the state that of u.
-func (a *userState) set(u User) {
-	if now, reach := a.reach.Load(), u.reach(); (now == nil) != (reach == nil) ||
-		now != nil && !now.Equal(reach) {
-		a.reach.Store(reach)
+// set applies the permissions and rates of u. It keeps the pointer in allowed
+// if the destinations are the same.
+func (state *userState) set(u User) {
+	old, allowed := state.allowed.Load(), u.allowed()
+	if (old == nil) != (allowed == nil) || old != nil && !old.Equal(allowed) {
+		state.allowed.Store(allowed)
 	}
-	a.expires.Store(nil)
+	state.expires.Store(nil)
 	if !u.Expires.IsZero() {
-		a.expires.Store(&u.Expires)
+		state.expires.Store(&u.Expires)
 	}
-	a.up.SetRate(u.RateUp)
-	a.down.SetRate(u.RateDown)
+	state.up.SetRate(u.RateUp)
+	state.down.SetRate(u.RateDown)
 }
 
-// expired reports whether the user's time is over at now.
-func (a *userState) expired(now time.Time) bool {
-	at := a.expires.Load()
+// expired reports whether access has ended at the time now.
+func (state *userState) expired(now time.Time) bool {
+	at := state.expires.Load()
 	return at != nil && !now.Before(*at)
 }
 
-// reach returns the set of what u may reach, nil for all.
-func (u User) reach() *netipx.IPSet {
+// allowed returns the destinations that u may reach. nil means no limit.
+func (u User) allowed() *netipx.IPSet {
 	if u.Routes == nil {
 		return nil
 	}
 	return setOf(u.Routes)
 }
 
-// expired reports whether u is not let in any more at now. It is a matter of
-// the wall clock: Expires has no other.
+// expired reports whether the access of u has ended at the time now. Only the
+// wall clock counts, because Expires has no monotonic clock.
 func (u User) expired(now time.Time) bool { return !u.Expires.IsZero() && !now.Before(u.Expires) }
 
 // UsersChanged applies changes of the users to their sessions. It ends sessions
@@ -117,10 +128,10 @@ func followUser(ss session, users Users) error {
 		return errExpired
 	}
 	b.userState.set(now)
-	if b.follows == b.userState.reach.Load() {
+	if b.follows == b.userState.allowed.Load() {
 		return nil
 	}
-	b.follows = b.userState.reach.Load()
+	b.follows = b.userState.allowed.Load()
 	if err := ss.updateDenied(); err != nil {
 		return err
 	}
@@ -128,9 +139,8 @@ func followUser(ss session, users Users) error {
 	return nil
 }
 
-// endExpired ends sessions of users whose time is over, until ctx ends. It
-// looks at the clock again and again, because timers do not follow when that is
-// set.
+// endExpired ends sessions of users whose access has ended, until ctx is done.
+// It polls, because timers do not follow a change of the wall clock.
 func (s *Server) endExpired(ctx context.Context) error {
 	tick := time.NewTicker(expiryInterval)
 	defer tick.Stop()
@@ -139,13 +149,10 @@ func (s *Server) endExpired(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case now := <-tick.C:
-			for _, ss := range s.sessions.expired(now.Round(0)) {
-				// Round removes the monotonic clock
+			wall := now.Round(0) // removes the monotonic clock
+			for _, ss := range s.sessions.expired(wall) {
 				ss.base().stop(errExpired)
 			}
 		}
 	}
 }
-
-// errExpired is the cause for which the session of a user ends.
-var errExpired = errors.New("the user's time is over")
