@@ -249,10 +249,10 @@ func (k *kernel) writeTable(chains []chain) error {
 		}
 	}
 	for _, missing := range subsets(slices.Sorted(maps.Keys(needed))) {
-		rest := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool {
+		remaining := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool {
 			return slices.Contains(missing, c.needs)
 		})
-		if len(rest) != 0 && (absent || k.commit(k.tableName(), found, rest) != nil) {
+		if len(remaining) != 0 && (absent || k.commit(k.tableName(), found, remaining) != nil) {
 			continue
 		}
 		for _, c := range chains {
