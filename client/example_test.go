@@ -120,6 +120,6 @@ func Example() {
 	cancel()
 	fmt.Println(<-clientDone, <-proxyDone, kernel.Closed())
 	// Output:
-	// connected [10.77.0.2/32] [192.0.2.0/24]
+	// connected [10.77.0.2/32] [10.77.0.1/32 192.0.2.0/24]
 	// <nil> <nil> true
 }
