@@ -17,7 +17,8 @@ import (
 	"masquevpn/internal/logtest"
 )
 
-// fullState is a client's state with everything in it.
+// fullState returns the State of a client with a full tunnel, further routes
+// and exclusions.
 func fullState() State {
 	return State{
 		MTU:       1400,
@@ -58,9 +59,9 @@ func TestCloseRestoresTheHost(t *testing.T) {
 				Journal: journal})
 			h.apply(m, tt.state)
 			during := h.snapshot()
-			for _, what := range []string{"addr", "route", "ruleset"} {
-				if during[what] == before[what] {
-					t.Errorf("Apply changed nothing in %s", what)
+			for _, object := range []string{"addr", "route", "ruleset"} {
+				if during[object] == before[object] {
+					t.Errorf("Apply did not change %s", object)
 				}
 			}
 			if info, err := os.Stat(journal); err != nil || info.Mode().Perm() != 0o600 {
@@ -91,7 +92,8 @@ func TestCloseAfterInterfaceRemoval(t *testing.T) {
 	h.wantSnapshot(before)
 }
 
-// A link that is the administrator's, with an address and set up by them.
+// Objects that the administrator created, such as an address of the interface,
+// stay after Close.
 func TestForeignObjectsStay(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -108,7 +110,7 @@ func TestForeignObjectsStay(t *testing.T) {
 	h.wantSnapshot(before)
 }
 
-// changes counts the netlink notifications that f causes.
+// changes returns the number of netlink notifications that f causes.
 func (h *host) changes(f func()) (n int) {
 	h.t.Helper()
 	h.do(func() {
@@ -151,9 +153,9 @@ func (h *host) changes(f func()) (n int) {
 	return n
 }
 
-// fewestChanges is the least that changes counts of what f returns for 0, 1, and so
-// on: the kernel tells of some changes, as of the state of links, when it has
-// time to.
+// fewestChanges returns the minimum of changes(f(0)), changes(f(1)) and so on,
+// because the kernel sends notifications of unrelated changes, such as the
+// state of links, with a delay.
 func (h *host) fewestChanges(f func(try int) func()) int {
 	h.t.Helper()
 	n := h.changes(f(0))
@@ -178,7 +180,7 @@ func TestApplyAgainChangesNothing(t *testing.T) {
 	s := fullState()
 	s.Forward, s.Masquerade = true, prefixes("192.0.2.0/24")
 	if n := h.changes(apply(s)); n == 0 {
-		t.Fatal("no notification of the first Apply: the monitor does not work")
+		t.Fatal("no notification of the first Apply: changes does not work")
 	}
 	slices.Reverse(s.Routes)
 	slices.Reverse(s.Addresses)
@@ -196,8 +198,8 @@ func TestApplyAgainChangesNothing(t *testing.T) {
 	}
 }
 
-// The kernel makes a secret for the interface's addresses when the MTU brings
-// IPv6 back.
+// stableSecret is a secret for addresses of the interface. The kernel creates
+// it when a larger MTU turns IPv6 on again.
 const stableSecret = "/proc/sys/net/ipv6/conf/masque0/stable_secret"
 
 func TestApplySequence(t *testing.T) {
@@ -210,30 +212,39 @@ func TestApplySequence(t *testing.T) {
 	fresh := h.snapshot()
 	delete(before, stableSecret)
 	delete(fresh, stableSecret)
-	for _, s := range []State{
-		{MTU: 1300, Addresses: prefixes("10.77.0.3/32"), Routes: prefixes("10.0.0.0/8")},
-		{Addresses: prefixes("10.77.0.3/32", "fd77::9/128"), Routes: prefixes("::/0")},
-		// the same with other lengths
-		{Addresses: prefixes("10.77.0.3/24", "fd77::9/64"), Routes: prefixes("::/0")},
-		{MTU: 1200, Routes: prefixes("198.51.100.0/24")}, // below 1280: IPv4 alone; unnumbered
-		{},
-		{MTU: 1000, Addresses: prefixes("10.77.0.3/24", "10.77.0.4/24", "10.77.0.5/24"),
-			Routes: prefixes("0.0.0.0/1")},
-		// the primary goes
-		{MTU: 1000, Addresses: prefixes("10.77.0.4/24", "10.77.0.5/24"),
-			Routes: prefixes("0.0.0.0/1")},
-		{Forward: true, Masquerade: prefixes("10.0.0.0/8")},
+	for _, tt := range []struct {
+		name  string
+		state State
+	}{
+		{"other address", State{MTU: 1300, Addresses: prefixes("10.77.0.3/32"),
+			Routes: prefixes("10.0.0.0/8")}},
+		{"IPv6 address", State{Addresses: prefixes("10.77.0.3/32", "fd77::9/128"),
+			Routes: prefixes("::/0")}},
+		{"other prefix lengths", State{Addresses: prefixes("10.77.0.3/24", "fd77::9/64"),
+			Routes: prefixes("::/0")}},
+		{"MTU for IPv4 only, no address", State{MTU: 1200, Routes: prefixes("198.51.100.0/24")}},
+		{"nothing", State{}},
+		{"secondary addresses", State{MTU: 1000,
+			Addresses: prefixes("10.77.0.3/24", "10.77.0.4/24", "10.77.0.5/24"),
+			Routes:    prefixes("0.0.0.0/1")}},
+		{"without the primary address", State{MTU: 1000,
+			Addresses: prefixes("10.77.0.4/24", "10.77.0.5/24"), Routes: prefixes("0.0.0.0/1")}},
+		{"forwarding", State{Forward: true, Masquerade: prefixes("10.0.0.0/8")}},
 	} {
-		h.apply(m, s)
-		addrs := h.ip("-o addr show dev masque0")
-		if got := strings.Count(addrs, "inet"); got != len(s.Addresses) {
-			t.Errorf("%+v: addresses of the interface:\n%s", s, addrs)
-		}
-		for _, a := range s.Addresses {
-			if !strings.Contains(addrs, a.String()) {
-				t.Errorf("%+v: address %v is missing:\n%s", s, a, addrs)
+		t.Run(tt.name, func(t *testing.T) {
+			h := h.in(t)
+			h.apply(m, tt.state)
+			addrs := h.ip("-o addr show dev masque0")
+			if got := strings.Count(addrs, "inet"); got != len(tt.state.Addresses) {
+				t.Errorf("%d addresses of the interface, want %d:\n%s", got,
+					len(tt.state.Addresses), addrs)
 			}
-		}
+			for _, a := range tt.state.Addresses {
+				if !strings.Contains(addrs, a.String()) {
+					t.Errorf("address %v is missing:\n%s", a, addrs)
+				}
+			}
+		})
 	}
 	h.apply(m, fullState())
 	h.wantSnapshot(fresh)
@@ -264,23 +275,25 @@ func TestApplyRepairs(t *testing.T) {
 		"nft delete chain inet masque-one guard",
 		"sysctl -w net.ipv4.conf.all.src_valid_mark=0",
 	} {
-		args := strings.Fields(damage)
-		if args[0] == "sysctl" {
-			h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
-		} else {
-			h.run(args[0], args[1:]...)
-		}
-		h.apply(m, fullState())
-		now := h.snapshot()
-		for what := range good {
-			if now[what] != good[what] && what != stableSecret {
-				t.Errorf("after %q and Apply, %s is\n%s\nwant\n%s", damage, what, now[what],
-					good[what])
+		t.Run(damage, func(t *testing.T) {
+			h := h.in(t)
+			args := strings.Fields(damage)
+			if args[0] == "sysctl" {
+				h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
+			} else {
+				h.run(args[0], args[1:]...)
 			}
-		}
+			h.apply(m, fullState())
+			now := h.snapshot()
+			for object := range good {
+				if now[object] != good[object] && object != stableSecret {
+					t.Errorf("%s is\n%s\nwant\n%s", object, now[object], good[object])
+				}
+			}
+		})
 	}
 	if got := h.lookup("203.0.113.9", 0); got != index {
-		t.Errorf("lookup leads to interface %d, want %d", got, index)
+		t.Errorf("203.0.113.9 is routed to interface %d, want %d", got, index)
 	}
 }
 
@@ -294,9 +307,9 @@ func TestRollback(t *testing.T) {
 			h := newHost(t)
 			h.underlay()
 			h.tun("masque0")
-			// Somebody's route where ours is to go, in a table that is not ours
-			// alone: fails when the interface, the filter and other routes are
-			// there already.
+			// A route of another program in the main table that prevents Apply
+			// from adding its own. Apply fails after it configured the
+			// interface, the nftables table and other routes.
 			h.ip("-6 route add 2001:db8:1::/48 dev up0 metric 9484 proto static")
 			pristine := h.snapshot()
 			m := h.open(Config{Instance: "one", Interface: "masque0",
@@ -335,8 +348,8 @@ func TestApplyRefuses(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		state State
-		is    error
-		says  string
+		is    error  // matched by the error; nil: not checked
+		text  string // part of the error
 	}{
 		{"too many routes", State{Routes: many}, ErrTooManyRoutes, "16385"},
 		{"host bits", State{Routes: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}}, nil,
@@ -347,11 +360,13 @@ func TestApplyRefuses(t *testing.T) {
 		{"MTU", State{MTU: 67}, nil, "68"},
 		{"MTU for IPv6", State{MTU: 1279, Routes: prefixes("::/0")}, nil, "1280"},
 	} {
-		err := h.tryApply(m, tt.state)
-		if err == nil || tt.is != nil && !errors.Is(err, tt.is) ||
-			!strings.Contains(err.Error(), tt.says) {
-			t.Errorf("%s: %v, want %q, %v", tt.name, err, tt.says, tt.is)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			err := h.in(t).tryApply(m, tt.state)
+			if err == nil || tt.is != nil && !errors.Is(err, tt.is) ||
+				!strings.Contains(err.Error(), tt.text) {
+				t.Errorf("got %v, want %q, %v", err, tt.text, tt.is)
+			}
+		})
 	}
 	h.wantSnapshot(before)
 	proxy := h.open(Config{Instance: "two", Interface: "masque0"})
@@ -374,14 +389,14 @@ func TestManyRoutes(t *testing.T) {
 	}
 	h.apply(m, s)
 	if got := h.lookup("10.63.255.1", 0); got != index {
-		t.Errorf("lookup leads to interface %d, want %d", got, index)
+		t.Errorf("10.63.255.1 is routed to interface %d, want %d", got, index)
 	}
 	h.close(m)
 	h.wantSnapshot(before)
 }
 
-// An interface that cannot have IPv6 takes IPv4 into the tunnel, and what of
-// IPv6 belongs there goes nowhere, instead of leaving beside it.
+// If IPv6 is disabled on the interface, IPv4 packets enter the tunnel, and IPv6
+// packets for the tunnel are unreachable instead of leaving outside it.
 func TestIPv6Disabled(t *testing.T) {
 	h := newHost(t)
 	up := h.underlay()
@@ -390,25 +405,25 @@ func TestIPv6Disabled(t *testing.T) {
 	index, _ := h.tun("masque0")
 	before := h.snapshot()
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	full, lan := prefixes("0.0.0.0/0", "::/0"),
+	all, lan := prefixes("0.0.0.0/0", "::/0"),
 		map[string]int{"203.0.113.9": index, "2a00::1": 0, "2001:db8:5::77": 0, "fd05::77": up,
 			"::1": loopback}
 	for _, tt := range []struct {
 		name  string
 		state State
-		want  map[string]int // destination: interface, 0 for none
+		want  map[string]int // interface by destination; 0: unreachable
 	}{
-		{"full", State{Routes: full}, lan},
-		{"full and the LAN too", State{Routes: full, HostRoutes: HostNone},
+		{"full", State{Routes: all}, lan},
+		{"full with the LAN", State{Routes: all, HostRoutes: HostNone},
 			map[string]int{"203.0.113.9": index, "2a00::1": 0, "fd05::77": 0}},
 		{
-			"full but for what is excluded", State{Routes: full, Exclude: prefixes("2a00:1::/32")},
+			"full with an exclusion", State{Routes: all, Exclude: prefixes("2a00:1::/32")},
 			map[string]int{"203.0.113.9": index, "2a00::1": 0, "2a00:1::1": up, "fd05::77": up},
 		},
 		{"split", State{Routes: prefixes("10.0.0.0/8", "2a00::/16")},
 			map[string]int{"10.1.2.3": index, "2a00::1": 0, "2a01::1": up}},
-		{"unreachable by itself", State{Routes: full[:1], Unreachable: full[1:]}, lan},
-		{"full again", State{Routes: full}, lan},
+		{"unreachable in State", State{Routes: all[:1], Unreachable: all[1:]}, lan},
+		{"full again", State{Routes: all}, lan},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := h.in(t)
@@ -416,11 +431,11 @@ func TestIPv6Disabled(t *testing.T) {
 			h.apply(m, tt.state)
 			if err := m.Held(); !errors.Is(err, ErrIPv6Disabled) ||
 				!strings.Contains(err.Error(), "net.ipv6.conf.masque0.disable_ipv6") {
-				t.Errorf("held: %v; want ErrIPv6Disabled with the sysctl", err)
+				t.Errorf("Held: %v, want ErrIPv6Disabled with the sysctl", err)
 			}
 			h.wantInterfaces(tt.want)
 			if got := h.lookup("2a00::1", DefaultMark); got != up {
-				t.Errorf("2a00::1 with the mark leads to interface %d, want %d", got, up)
+				t.Errorf("2a00::1 with the mark is routed to interface %d, want %d", got, up)
 			}
 		})
 	}
@@ -428,8 +443,8 @@ func TestIPv6Disabled(t *testing.T) {
 	h.wantSnapshot(before)
 }
 
-// IPv6 that is turned off and on again while the tunnel is up is held as long
-// as it is off, and in the tunnel before and after.
+// IPv6 may be disabled and enabled while the tunnel is up. While it is
+// disabled, IPv6 packets are unreachable; otherwise they enter the tunnel.
 func TestIPv6DisabledLater(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -440,7 +455,7 @@ func TestIPv6DisabledLater(t *testing.T) {
 		Routes: prefixes("0.0.0.0/0", "::/0")}
 	for _, tt := range []struct {
 		name, sysctl, value string
-		want                int // where 2a00::1 leads
+		want                int // interface of 2a00::1; 0: unreachable
 	}{
 		{"on", "masque0", "0", index},
 		{"off on the interface", "masque0", "1", 0},
@@ -454,7 +469,7 @@ func TestIPv6DisabledLater(t *testing.T) {
 			h.apply(m, state)
 			h.wantInterfaces(map[string]int{"203.0.113.9": index, "2a00::1": tt.want})
 			if held := m.Held(); (held != nil) != (tt.want == 0) {
-				t.Errorf("held: %v", held)
+				t.Errorf("Held: %v", held)
 			}
 		})
 	}
@@ -470,7 +485,7 @@ func TestIPv6DisabledLater(t *testing.T) {
 	}
 }
 
-// What a killed process held is let go by the next one.
+// Clean removes the unreachable routes of a killed process.
 func TestIPv6DisabledAndKilled(t *testing.T) {
 	h := newHost(t)
 	up := h.underlay()
@@ -523,27 +538,30 @@ func TestNoIPv6InTheKernel(t *testing.T) {
 		t.Errorf("%d log lines about IPv6, want 1:\n%s", got, log.String())
 	}
 	if got := h.lookup("203.0.113.9", 0); got != index {
-		t.Errorf("lookup leads to interface %d, want %d", got, index)
+		t.Errorf("203.0.113.9 is routed to interface %d, want %d", got, index)
 	}
 }
 
 func TestOpenRefuses(t *testing.T) {
 	h := newHost(t)
 	h.tun("masque0")
-	for _, c := range []Config{
-		{Instance: "", Interface: "masque0"},
-		{Instance: "a b", Interface: "masque0"},
-		{Instance: strings.Repeat("x", 65), Interface: "masque0"},
-		{Instance: "one", Interface: "nosuch0"},
-		{Instance: "one", Interface: "masque0", Journal: "/proc/nowhere/j.json"},
+	for name, c := range map[string]Config{
+		"no instance":       {Instance: "", Interface: "masque0"},
+		"space":             {Instance: "a b", Interface: "masque0"},
+		"long instance":     {Instance: strings.Repeat("x", 65), Interface: "masque0"},
+		"missing interface": {Instance: "one", Interface: "nosuch0"},
+		"missing directory": {Instance: "one", Interface: "masque0",
+			Journal: "/proc/nowhere/j.json"},
 	} {
-		if _, err := h.tryOpen(c); err == nil {
-			t.Errorf("Open(%+v) succeeded", c)
-		}
+		t.Run(name, func(t *testing.T) {
+			if _, err := h.in(t).tryOpen(c); err == nil {
+				t.Errorf("Open(%+v) succeeded", c)
+			}
+		})
 	}
 }
 
-// Callers of all kinds at once: each Apply is whole, and Close ends them.
+// Concurrent calls of Apply do not mix their states, and Close ends them.
 func TestConcurrentCalls(t *testing.T) {
 	h := newHost(t)
 	h.underlay()

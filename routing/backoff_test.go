@@ -7,16 +7,16 @@ import (
 	"time"
 )
 
-// Something that is taken away once a second is put back at once a few times,
-// then less and less often, and that is a problem as long as it goes on; when
-// it has lasted, all is as at the start.
+// An object that is removed every second is repaired immediately a few times
+// and then less and less often. This is a problem until the object was left
+// alone for stableTime.
 func TestBackoffAfterRepeatedChanges(t *testing.T) {
 	b := backoff{maxDelay: maxDelay}
 	now := time.Now()
-	begin := now
+	start := now
 	var waits []time.Duration
 	repairs := 0
-	for tick := range 120 { // taken away now
+	for tick := range 120 { // the object is removed
 		if b.due(now).After(now) {
 			now = now.Add(time.Second)
 			continue
@@ -31,16 +31,16 @@ func TestBackoffAfterRepeatedChanges(t *testing.T) {
 		}
 		now = now.Add(time.Second)
 	}
-	if limit := 4 + int(now.Sub(begin)/maxDelay) + immediateRepairs; repairs > limit {
-		t.Errorf("%d repairs in %v, want at most %d; the waits were %v", repairs, now.Sub(begin),
+	if limit := 4 + int(now.Sub(start)/maxDelay) + immediateRepairs; repairs > limit {
+		t.Errorf("%d repairs in %v, want at most %d; the waits were %v", repairs, now.Sub(start),
 			limit, waits)
 	}
 	if last := waits[len(waits)-1]; last != maxDelay {
 		t.Errorf("the last wait was %v, want %v", last, maxDelay)
 	}
 	if until := b.clearsAt(now); !until.Equal(b.last.Add(stableTime)) {
-		t.Errorf("the problem lasts until %v, want %v", until.Sub(begin),
-			b.last.Add(stableTime).Sub(begin))
+		t.Errorf("the problem lasts until %v, want %v", until.Sub(start),
+			b.last.Add(stableTime).Sub(start))
 	}
 	now = b.last.Add(stableTime)
 	if b.problem(now) != "" || b.due(now).After(now) {
@@ -51,8 +51,8 @@ func TestBackoffAfterRepeatedChanges(t *testing.T) {
 	}
 }
 
-// What cannot be put back is tried again, less and less often, and is a problem
-// until it is there.
+// A failed repair is tried again, less and less often. It is a problem until it
+// succeeds or another program makes the repair.
 func TestBackoffAfterFailures(t *testing.T) {
 	b := backoff{maxDelay: maxDelay}
 	now := time.Now()
@@ -64,11 +64,12 @@ func TestBackoffAfterFailures(t *testing.T) {
 		if b.problem(now) == "" {
 			t.Error("no problem")
 		}
-		now = now.Add(time.Hour) // failures do not age
+		now = now.Add(time.Hour) // time does not reset the delay of a failure
 	}
 	b.resolved()
 	if b.problem(now) != "" || b.due(now).After(now) {
-		t.Errorf("after somebody else did it: problem %q, next repair at %v", b.problem(now),
+		t.Errorf("after another program made the repair: problem %q, next repair at %v",
+			b.problem(now),
 			b.due(now))
 	}
 	b.record(now, "", errors.New("no memory"))
@@ -77,8 +78,8 @@ func TestBackoffAfterFailures(t *testing.T) {
 	}
 }
 
-// Without rules and routes packets leave in the clear: these do not stay away
-// for long, whatever takes them.
+// Packets leave outside the tunnel while rules and routes are missing, so the
+// delay for them is short.
 func TestLongestDelays(t *testing.T) {
 	for _, tt := range []struct {
 		kind string
@@ -101,7 +102,7 @@ func TestLongestDelays(t *testing.T) {
 				b.record(now, "add it", tt.err)
 			}
 			if got := b.due(now).Sub(now); got != tt.want {
-				t.Errorf("the pause is %v, want %v", got, tt.want)
+				t.Errorf("the delay is %v, want %v", got, tt.want)
 			}
 		})
 	}
