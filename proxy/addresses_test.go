@@ -14,15 +14,15 @@ import (
 	"masquevpn/internal/logtest"
 )
 
-// asker asks for addresses on one session, and reads the answers.
+// asker sends ADDRESS_REQUEST capsules on one session and reads the answers.
 type asker struct {
 	t   *testing.T
 	str *http3.RequestStream
 	r   *capsule.Reader
-	id  uint64
+	id  uint64 // the last request ID
 }
 
-// newAsker begins a session of a client program.
+// newAsker begins a session of the client program with the given instance.
 func newAsker(t *testing.T, h3 *http3.ClientConn, instance string) *asker {
 	t.Helper()
 	rsp, str := request(t, h3, "CONNECT", "connect-ip", anyPath,
@@ -33,8 +33,8 @@ func newAsker(t *testing.T, h3 *http3.ClientConn, instance string) *asker {
 	return &asker{t: t, str: str, r: reader(t, str)}
 }
 
-// ask asks for prefixes and returns the full list that comes back. It checks
-// that each request is answered once.
+// ask requests prefixes and returns the full list that the proxy answers with.
+// It checks that the list answers each request once.
 func (a *asker) ask(wants ...string) []capsule.Address {
 	a.t.Helper()
 	var c capsule.AddressRequest
@@ -71,7 +71,8 @@ func (a *asker) ask(wants ...string) []capsule.Address {
 	}
 }
 
-// want compares a list with the prefixes that it should have, "" for a refusal.
+// want compares got with the prefixes that it should have. "" stands for a
+// refusal.
 func (a *asker) want(got []capsule.Address, want ...string) {
 	a.t.Helper()
 	var have []string
@@ -87,6 +88,7 @@ func (a *asker) want(got []capsule.Address, want ...string) {
 	}
 }
 
+// delegating starts a proxy that leases blocks of both families.
 func delegating(t *testing.T, change func(*Config)) *http3.ClientConn {
 	return start(t, func(c *Config) {
 		c.Pool6 = netip.MustParsePrefix("fd77::/56")
@@ -97,8 +99,8 @@ func delegating(t *testing.T, change func(*Config)) *http3.ClientConn {
 	})
 }
 
-// Whoever asks for a prefix gets one, as long as the operator allows and no
-// longer.
+// TestDelegation checks that a client is leased the block that it requests, but
+// none larger than the operator allows and no second one of the same family.
 func TestDelegation(t *testing.T) {
 	h3 := delegating(t, nil)
 	a := newAsker(t, h3, "a")
@@ -108,12 +110,13 @@ func TestDelegation(t *testing.T) {
 	b.want(b.ask("10.77.0.64/28", "fd77:0:0:7::/64"), "10.77.0.64/28", "fd77:0:0:7::/64")
 	c := newAsker(t, h3, "c")
 	c.want(c.ask("10.77.0.64/29", "0.0.0.0/32"), "10.77.0.240/29", "10.77.0.3/32")
-	// A second one of the same family would be for too much.
+	// A second block of the family is not leased: an address is leased instead.
 	c.want(c.ask("0.0.0.0/28", "::/60"), "10.77.0.240/29", "10.77.0.3/32", "10.77.0.4/32",
 		"fd77:0:0:fe::/64")
 }
 
-// Without the operator's leave, a wish for a prefix is one for an address.
+// TestNoDelegation checks that a request for a block is answered with an
+// address if the operator allows no blocks.
 func TestNoDelegation(t *testing.T) {
 	h3 := delegating(t, func(c *Config) { c.Delegate4, c.Delegate6 = 0, 0 })
 	a := newAsker(t, h3, "a")
@@ -121,20 +124,20 @@ func TestNoDelegation(t *testing.T) {
 		"fd77:0:0:7::/128")
 }
 
-// A client may ask again at any time. Each answer is the full list; a refusal
-// is in one answer only.
+// TestAsksAgain checks that a client may request addresses at any time. Each
+// answer is the full list; a refusal is in one answer only.
 func TestAsksAgain(t *testing.T) {
 	// five addresses for clients
 	h3 := start(t, func(c *Config) { c.Pool4 = netip.MustParsePrefix("10.77.0.0/29") })
 	a := newAsker(t, h3, "a")
 	a.want(a.ask("0.0.0.0/32", "::/128"), "10.77.0.2/32", "")
 	a.want(a.ask("0.0.0.0/32"), "10.77.0.2/32", "10.77.0.3/32")
-	got := a.ask("10.77.0.2/32") // it has that
+	got := a.ask("10.77.0.2/32") // the client has it already
 	a.want(got, "10.77.0.2/32", "10.77.0.3/32")
 	if got[0].RequestID != 4 || got[1].RequestID != 3 {
 		t.Errorf("request IDs %v", got)
 	}
-	// one cannot answer both
+	// One address cannot answer two requests.
 	a.want(a.ask("10.77.0.3/32", "10.77.0.3/32"), "10.77.0.2/32", "10.77.0.3/32", "10.77.0.4/32")
 	a.want(a.ask("0.0.0.0/32", "0.0.0.0/32", "0.0.0.0/32"), "10.77.0.2/32", "10.77.0.3/32",
 		"10.77.0.4/32", "10.77.0.5/32", "10.77.0.6/32", "")
@@ -142,6 +145,7 @@ func TestAsksAgain(t *testing.T) {
 		"10.77.0.6/32")
 }
 
+// TestAddressesOfOneSession checks the limit on the addresses of one session.
 func TestAddressesOfOneSession(t *testing.T) {
 	h3 := start(t, nil)
 	a := newAsker(t, h3, "a")
@@ -152,13 +156,13 @@ func TestAddressesOfOneSession(t *testing.T) {
 	}
 }
 
-// What a session had goes back to its client at once, and to others when they
-// have waited, or nothing else is free.
+// TestFreedAddresses checks the addresses of a session that ended: its client
+// may lease them at once, other clients only when no other address is free.
 func TestFreedAddresses(t *testing.T) {
 	h3 := start(t, func(c *Config) { c.Pool4 = netip.MustParsePrefix("10.77.0.0/29") })
 	first := newAsker(t, h3, "a")
 	first.want(first.ask("10.77.0.3/32"), "10.77.0.3/32")
-	again := newAsker(t, h3, "a") // the session before has ended, and has given back what it had
+	again := newAsker(t, h3, "a") // replaces first, which has released its address
 	other := newAsker(t, h3, "b")
 	other.want(other.ask("10.77.0.3/32"), "10.77.0.2/32")
 	again.want(again.ask("0.0.0.0/32"), "10.77.0.3/32")
@@ -167,14 +171,15 @@ func TestFreedAddresses(t *testing.T) {
 		"10.77.0.2/32", "10.77.0.4/32", "10.77.0.5/32", "10.77.0.6/32", "10.77.0.3/32")
 }
 
-// All sessions of a user together have so many addresses: by default two for
-// each that the user may have. What goes back counts no more.
+// TestAddressesOfOneUser checks the limit on the addresses of all sessions of a
+// user. The default is two for each session that the user may have. Released
+// addresses do not count.
 func TestAddressesOfOneUser(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		user   User
 		change func(*Config)
-		want   int // addresses of the user
+		want   int // number of addresses
 	}{
 		{"default", User{Name: "alice"}, func(c *Config) { c.MaxSessionsPerUser = 3 }, 6},
 		{"by the user's own number of sessions", User{Name: "alice", Sessions: 4},

@@ -39,9 +39,10 @@ func start(t *testing.T, change func(*Config)) *http3.ClientConn {
 type running struct {
 	*Server
 	roots *x509.CertPool
-	stop  func() // and wait; idempotent
+	stop  func() // stops the proxy and waits for it; idempotent
 }
 
+// startServer runs a proxy on loopback until the test ends.
 func startServer(t *testing.T, change func(*Config)) running {
 	t.Helper()
 	in := pkitest.New("localhost")
@@ -76,7 +77,7 @@ func startServer(t *testing.T, change func(*Config)) running {
 	return r
 }
 
-// dial connects one more client.
+// dial connects another client.
 func (r running) dial(t *testing.T, change func(*quic.Config)) (*quic.Conn, *http3.ClientConn) {
 	t.Helper()
 	conf := &quic.Config{EnableDatagrams: true}
@@ -119,7 +120,7 @@ func send(t *testing.T, h3 *http3.ClientConn, method, protocol, path string,
 	return str
 }
 
-// request sends one request and returns the answer and its stream.
+// request sends one request and returns the response and the stream.
 func request(t *testing.T, h3 *http3.ClientConn, method, protocol, path string,
 	header http.Header) (*http.Response, *http3.RequestStream) {
 	t.Helper()
@@ -151,7 +152,7 @@ func TestRequests(t *testing.T) {
 		{"colons", "CONNECT", "connect-ip", "/.well-known/masque/ip/::1/*/", 400},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			// no Capsule-Protocol: it is not required
+			// The request has no Capsule-Protocol, because it is not required.
 			rsp, str := request(t, h3, tc.method, tc.protocol, tc.path, nil)
 			if rsp.StatusCode != tc.status {
 				t.Errorf("status %d, want %d", rsp.StatusCode, tc.status)
@@ -165,21 +166,25 @@ func TestRequests(t *testing.T) {
 	}
 }
 
+// TestUnauthenticated checks that a client without valid credentials gets the
+// same response for all requests.
 func TestUnauthenticated(t *testing.T) {
 	h3 := start(t, func(c *Config) { c.Methods, c.Users = []string{MethodToken}, noUsers{} })
 	for name, path := range map[string]string{"good path": anyPath,
 		"bad path": "/.well-known/masque/ip/*/256/", "unknown path": "/other"} {
 		for _, authorization := range []string{"", "Bearer guess", "bearer", "Basic YTpi"} {
-			rsp, _ := request(t, h3, "CONNECT", "connect-ip", path,
-				http.Header{"Authorization": {authorization}})
-			if rsp.StatusCode != 401 || rsp.Header.Get("WWW-Authenticate") != "Bearer" {
-				t.Errorf("%s, %q: status %d, header %v", name, authorization, rsp.StatusCode,
-					rsp.Header)
-			}
+			t.Run(name+", "+authorization, func(t *testing.T) {
+				rsp, _ := request(t, h3, "CONNECT", "connect-ip", path,
+					http.Header{"Authorization": {authorization}})
+				if rsp.StatusCode != 401 || rsp.Header.Get("WWW-Authenticate") != "Bearer" {
+					t.Errorf("status %d, header %v", rsp.StatusCode, rsp.Header)
+				}
+			})
 		}
 	}
 }
 
+// noUsers are Users without a user.
 type noUsers struct{}
 
 func (noUsers) ByName(string) (User, bool)         { return User{}, false }
@@ -200,8 +205,8 @@ func TestSessionLimits(t *testing.T) {
 	}
 }
 
-// A client that comes back takes over from the session that it left behind,
-// with its addresses.
+// TestTakeOver checks that a session replaces the old session of the same
+// client instance and gets its addresses.
 func TestTakeOver(t *testing.T) {
 	h3 := start(t, func(c *Config) { c.MaxSessions = 1 })
 	header := http.Header{connectip.InstanceHeader: {"abc"}}
@@ -247,8 +252,8 @@ func assignment(t *testing.T, str *http3.RequestStream) []capsule.Address {
 	}
 }
 
-// The routes of a family without addresses are not advertised; the proxy's own
-// address is.
+// TestRoutesAdvertised checks that the proxy advertises its own address, and no
+// routes of a family without addresses.
 func TestRoutesAdvertised(t *testing.T) {
 	h3 := start(t, func(c *Config) {
 		c.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
@@ -267,9 +272,9 @@ func TestRoutesAdvertised(t *testing.T) {
 	}
 }
 
-// A client can neither assign the proxy an address, which would be reachable
-// though it is denied, nor advertise routes, which would be sources that it may
-// use.
+// TestClientsGrantThemselvesNothing checks that a client gains nothing from the
+// addresses that it assigns, which would be reachable although denied, and the
+// routes that it advertises, which would be valid sources.
 func TestClientsGrantThemselvesNothing(t *testing.T) {
 	device := tuntest.New(1400)
 	h3 := start(t, func(c *Config) {
@@ -291,7 +296,7 @@ func TestClientsGrantThemselvesNothing(t *testing.T) {
 	for _, p := range []struct{ src, dst netip.Addr }{
 		{netip.MustParseAddr("203.0.113.9"), target}, // spoofed
 		{mine, denied.Addr()},
-		{mine, target}, // the only one that is allowed
+		{mine, target}, // the only packet that is allowed
 	} {
 		pkt := ippacket.AppendEcho([]byte{0}, p.src, p.dst, 64, true, 1, 1, nil)
 		if _, err := str.Write((&capsule.Datagram{Payload: pkt}).Append(nil)); err != nil {

@@ -11,8 +11,7 @@ import (
 	"masquevpn/capsule"
 )
 
-// userList are users whose token is their name, and whose addresses are
-// reserved.
+// userList are users whose token is their name. It reserves their addresses.
 type userList []User
 
 func (l userList) ByName(name string) (User, bool) {
@@ -31,8 +30,7 @@ func (l userList) Reserved(p netip.Prefix, name string) bool {
 	})
 }
 
-// as begins a session of a user and returns an asker that has asked for
-// nothing.
+// as begins a session of a user and returns an asker that has sent no request.
 func as(t *testing.T, h3 *http3.ClientConn, user string) *asker {
 	t.Helper()
 	header := http.Header{}
@@ -46,7 +44,7 @@ func as(t *testing.T, h3 *http3.ClientConn, user string) *asker {
 	return &asker{t: t, str: str, r: reader(t, str)}
 }
 
-// assigned returns the next list of addresses that comes.
+// assigned returns the next list of addresses from the proxy.
 func (a *asker) assigned() []capsule.Address {
 	a.t.Helper()
 	for {
@@ -60,8 +58,8 @@ func (a *asker) assigned() []capsule.Address {
 	}
 }
 
-// withAddresses gives the proxy both families and users, of whom alice has
-// reserved addresses.
+// withAddresses gives the proxy both families and two users. Alice has reserved
+// addresses.
 func withAddresses(c *Config) {
 	c.Pool6 = netip.MustParsePrefix("fd77::/64")
 	c.Methods, c.Users = []string{MethodToken}, userList{
@@ -70,22 +68,22 @@ func withAddresses(c *Config) {
 	}
 }
 
-// A client that asks for no addresses is assigned one of each family, and later
-// requests are answered with those.
+// TestUnprompted checks that a client that requests no addresses is assigned
+// one of each family, and that they answer its later requests.
 func TestUnprompted(t *testing.T) {
 	for _, tc := range []struct {
 		name, user string
 		unprompted []string
-		ask, want  []string // later
+		ask, want  []string // a later request and its answer
 	}{
 		{"nothing more", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, nil, nil},
 		{"any", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, []string{"0.0.0.0/32", "::/128"},
 			[]string{"10.77.0.2/32", "fd77::2/128"}},
-		{"any block, of which there are none", "bob", []string{"10.77.0.2/32", "fd77::2/128"},
+		{"any block, without delegation", "bob", []string{"10.77.0.2/32", "fd77::2/128"},
 			[]string{"0.0.0.0/0"}, []string{"10.77.0.2/32"}},
 		{"another family alone", "bob", []string{"10.77.0.2/32", "fd77::2/128"}, []string{"::/128"},
 			[]string{"fd77::2/128"}},
-		{"the same by name and any", "bob", []string{"10.77.0.2/32", "fd77::2/128"},
+		{"the assigned address and any", "bob", []string{"10.77.0.2/32", "fd77::2/128"},
 			[]string{"0.0.0.0/32", "10.77.0.2/32"}, []string{"10.77.0.2/32", "10.77.0.3/32"}},
 		{"another address", "bob", []string{"10.77.0.2/32", "fd77::2/128"},
 			[]string{"10.77.0.7/32"}, []string{"10.77.0.7/32"}},
@@ -118,15 +116,15 @@ func TestUnprompted(t *testing.T) {
 	}
 }
 
-// A client that is configured with what is reserved for its user need neither
-// ask nor wait to be told.
+// TestReservedAddressNeedsNoRequest checks that a client may use the reserved
+// address of its user without a request and before the assignment.
 func TestReservedAddressNeedsNoRequest(t *testing.T) {
 	h := newHub(t, withReserved)
 	g := &gateway{hub: h, str: as(t, h.h3, "c").str}
 	h.lets(g, "10.77.0.9", "192.0.2.7")
 }
 
-// withReserved are the users of a hub, of whom c and the gateway b have
+// withReserved sets the users of a hub. The client c and the gateway b have
 // reserved addresses.
 func withReserved(c *Config) {
 	c.Users = userList{
@@ -135,23 +133,23 @@ func withReserved(c *Config) {
 	}
 }
 
-// The gateway of a site, which may have no use for an address, is assigned none
-// that is not reserved for it.
+// TestUnpromptedGateway checks that the gateway of a site, which may not need
+// an address, is assigned only reserved addresses unprompted.
 func TestUnpromptedGateway(t *testing.T) {
 	h := newHub(t, withReserved)
 	a := as(t, h.h3, "a")
 	b := as(t, h.h3, "b")
 	b.want(b.assigned(), "fd77::8/128")
 	c := as(t, h.h3, "c")
-	c.want(c.assigned(), "10.77.0.9/32", "fd77::2/128") // and that later than a would have been
+	c.want(c.assigned(), "10.77.0.9/32", "fd77::2/128") // later than an assignment to a would be
 	if v4, v6 := h.pool.Leased(); v4 != 1 || v6 != 2 {
 		t.Errorf("%d IPv4 and %d IPv6 addresses are leased, want 1 and 2", v4, v6)
 	}
 	a.want(a.ask("0.0.0.0/32"), "10.77.0.2/32")
 }
 
-// Requests that are quick are answered as if nothing had been reserved: with
-// what they ask for, and nothing else.
+// TestReservedAndAsked checks that a client that requests addresses before the
+// assignment gets only the addresses that it requests.
 func TestReservedAndAsked(t *testing.T) {
 	h := startServer(t, withAddresses)
 	_, h3 := h.dial(t, nil)

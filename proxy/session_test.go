@@ -9,37 +9,40 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// A session replaces all of its instance, and of its user, that are still
-// there, without getting around the limits.
+// TestSessionsAdd checks that a session replaces all older sessions of its
+// instance and user, within the limits.
 func TestSessionsAdd(t *testing.T) {
 	l := newSessions()
 	add := func(user, instance string) (replaced int, err error) {
-		list, err := l.add(&ipSession{sessionBase: sessionBase{user: User{Name: user}, instance: instance}},
-			limits{3, 2, errTooManySessions, errTooManyOfUser, ""})
+		ss := newIPSession()
+		ss.user, ss.instance = User{Name: user}, instance
+		list, err := l.add(ss, limits{3, 2, errTooManySessions, errTooManyOfUser, ""})
 		return len(list), err
 	}
-	for _, tc := range []struct {
+	for _, tc := range []struct { // in this order
+		name           string
 		user, instance string
 		replaced       int
 		err            error
 	}{
-		{"alice", "a", 0, nil},
-		{"bob", "a", 0, nil}, // another user's
-		{"alice", "a", 1, nil},
-		{"alice", "b", 0, errTooManySessions},
-		{"alice", "a", 2, nil}, // one session more than allowed, while the others end
-		{"alice", "a", 0, errTooManyOfUser},
+		{"first", "alice", "a", 0, nil},
+		{"another user", "bob", "a", 0, nil},
+		{"same instance", "alice", "a", 1, nil},
+		{"another instance", "alice", "b", 0, errTooManySessions},
+		{"one more than allowed, while the others end", "alice", "a", 2, nil},
+		{"two more than allowed", "alice", "a", 0, errTooManyOfUser},
 	} {
-		replaced, err := add(tc.user, tc.instance)
-		if replaced != tc.replaced || !errors.Is(err, tc.err) {
-			t.Errorf("%s, instance %s: replaces %d, %v; want %d, %v", tc.user, tc.instance,
-				replaced, err, tc.replaced, tc.err)
-		}
+		t.Run(tc.name, func(t *testing.T) {
+			replaced, err := add(tc.user, tc.instance)
+			if replaced != tc.replaced || !errors.Is(err, tc.err) {
+				t.Errorf("replaces %d, %v; want %d, %v", replaced, err, tc.replaced, tc.err)
+			}
+		})
 	}
 }
 
-// A token that the proxy would have to keep is short; with another one the
-// request goes on without it.
+// TestTokens checks that the proxy stores only valid tokens of clients, and
+// serves clients without.
 func TestTokens(t *testing.T) {
 	for _, tc := range []struct{ name, token, want string }{
 		{"short", "ABCDEFGH", "ABCDEFGH"},

@@ -38,7 +38,7 @@ const DefaultUDPIdleTimeout = 2 * time.Minute
 // udpTarget is the requested destination of UDP packets.
 type udpTarget struct {
 	name string     // DNS name; empty: addr is valid
-	addr netip.Addr // without a zone
+	addr netip.Addr // has no zone
 	port uint16     // not 0
 }
 

@@ -25,10 +25,12 @@ func TestParseUDPTarget(t *testing.T) {
 		"dns.example/1/":           "dns.example:1",
 		"%64ns.example/%35%33/":    "dns.example:53",
 	} {
-		got, err := parseUDPTarget(udpPath + path)
-		if err != nil || got.String() != want {
-			t.Errorf("%s: got %v, %v, want %s", path, got, err, want)
-		}
+		t.Run(path, func(t *testing.T) {
+			got, err := parseUDPTarget(udpPath + path)
+			if err != nil || got.String() != want {
+				t.Errorf("got %v, %v, want %s", got, err, want)
+			}
+		})
 	}
 	for _, path := range []string{
 		"", "/", "//", "/53/", "a.example//", "a.example/53", "a.example/53//", "a.example/53/x",
@@ -40,20 +42,25 @@ func TestParseUDPTarget(t *testing.T) {
 		"256.1.1.1/53/", "-a.example/53/", "a%00b/53/", "a%0d%0ab/53/", "user@a.example/53/",
 		"%252e/53/", "%zz/53/",
 	} {
-		if got, err := parseUDPTarget(udpPath + path); err == nil || errors.Is(err, errNotServed) {
-			t.Errorf("%s: got %v, %v, want an error about a variable", path, got, err)
-		}
+		t.Run("refused "+path, func(t *testing.T) {
+			got, err := parseUDPTarget(udpPath + path)
+			if err == nil || errors.Is(err, errNotServed) {
+				t.Errorf("got %v, %v, want an error about a variable", got, err)
+			}
+		})
 	}
 	for _, path := range []string{"", "/", "/.well-known/masque/ip/*/*/", "/.well-known/masque/udp",
 		"/x" + udpPath + "a.example/53/"} {
-		if got, err := parseUDPTarget(path); !errors.Is(err, errNotServed) {
-			t.Errorf("%s: got %v, %v, want %v", path, got, err, errNotServed)
-		}
+		t.Run("not served "+path, func(t *testing.T) {
+			if got, err := parseUDPTarget(path); !errors.Is(err, errNotServed) {
+				t.Errorf("got %v, %v, want %v", got, err, errNotServed)
+			}
+		})
 	}
 }
 
-// What is accepted is a target that can be dialed, and is the same when its
-// path is written anew.
+// FuzzParseUDPTarget checks that an accepted target can be dialed, and that its
+// path, written again, has the same target.
 func FuzzParseUDPTarget(f *testing.F) {
 	for _, s := range []string{"192.0.2.7/53/", "2001%3Adb8%3A%3A7/443/", "dns.example/53/", "*/1/",
 		"%2F/0/", "a%0d%0a/53/"} {
@@ -77,8 +84,8 @@ func FuzzParseUDPTarget(f *testing.F) {
 	})
 }
 
-// dialed stands for the network beyond the proxy: it leads the addresses that
-// it has to sockets on loopback.
+// dialed stands for the network beyond the proxy: it maps targets to the
+// addresses of sockets on loopback.
 type dialed map[netip.AddrPort]string
 
 func (d dialed) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
@@ -90,7 +97,7 @@ func (d dialed) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	return new(net.Dialer).DialContext(ctx, "udp", local)
 }
 
-// echo is a UDP server that sends back what it gets.
+// echo starts a UDP server that sends every packet back.
 func echo(t *testing.T) net.PacketConn {
 	t.Helper()
 	c, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -118,8 +125,8 @@ func echo(t *testing.T) net.PacketConn {
 
 var target4 = netip.MustParseAddrPort("192.0.2.7:53")
 
-// withUDP makes change start a proxy with a target at 192.0.2.7 and
-// 2001:db8::7, port 53, and the names of scoped.
+// withUDP returns a change of a Config that turns on UDP proxying, with to as
+// the target at 192.0.2.7 and 2001:db8::7, port 53, followed by change.
 func withUDP(to net.PacketConn, change func(*Config)) func(*Config) {
 	local := to.LocalAddr().String()
 	return func(c *Config) {
@@ -193,17 +200,19 @@ func TestUDPRequests(t *testing.T) {
 	}
 }
 
-// With client_to_client, clients' addresses may be reached, but still not the
-// proxy's.
+// TestUDPToClients checks that client_to_client allows the addresses of clients
+// as targets, but not the proxy's.
 func TestUDPToClients(t *testing.T) {
 	h3 := scoped(t, withUDP(echo(t), func(c *Config) {
 		c.ClientToClient, c.Advertise = true, []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
 	}))
 	for path, want := range map[string]int{"10.77.0.9/53/": 502, "10.77.0.1/53/": 403} {
-		if rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+path,
-			nil); rsp.StatusCode != want {
-			t.Errorf("%s: status %d, want %d", path, rsp.StatusCode, want)
-		}
+		t.Run(path, func(t *testing.T) {
+			if rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+path,
+				nil); rsp.StatusCode != want {
+				t.Errorf("status %d, want %d", rsp.StatusCode, want)
+			}
+		})
 	}
 }
 
@@ -221,65 +230,73 @@ func TestUDPUnauthenticated(t *testing.T) {
 	}))
 	for _, path := range []string{"192.0.2.7/53/", "192.0.2.7/0/", "127.0.0.1/53/",
 		"slow.example/53/"} {
-		rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+path,
-			http.Header{"Authorization": {"Bearer guess"}})
-		if rsp.StatusCode != 401 || rsp.Header.Get("Proxy-Status") != "" {
-			t.Errorf("%s: status %d, header %v", path, rsp.StatusCode, rsp.Header)
-		}
+		t.Run(path, func(t *testing.T) {
+			rsp, _ := request(t, h3, "CONNECT", udpProtocol, udpPath+path,
+				http.Header{"Authorization": {"Bearer guess"}})
+			if rsp.StatusCode != 401 || rsp.Header.Get("Proxy-Status") != "" {
+				t.Errorf("status %d, header %v", rsp.StatusCode, rsp.Header)
+			}
+		})
 	}
 }
 
-// Flows count apart from tunnels, and what is refused leaves no socket open.
-// The client is told which limit it was.
+// TestUDPLimits checks that flows and tunnels have limits of their own, that
+// the client is told which limit was reached, and that a refused flow leaves no
+// socket open.
 func TestUDPLimits(t *testing.T) {
-	for want, change := range map[int]func(*Config){
-		503: func(c *Config) { c.MaxSessions, c.MaxUDPFlows = 1, 1 },
-		429: func(c *Config) {
+	for name, tc := range map[string]struct {
+		change func(*Config)
+		want   int // status of requests above the limit
+	}{
+		"all users": {func(c *Config) { c.MaxSessions, c.MaxUDPFlows = 1, 1 }, 503},
+		"one user": {func(c *Config) {
 			c.Methods, c.Users, c.MaxSessionsPerUser, c.MaxUDPFlowsPerUser = []string{MethodToken},
 				oneUser{}, 1, 1
-		},
+		}, 429},
 	} {
-		var open atomic.Int32
-		h3 := scoped(t, withUDP(echo(t), func(c *Config) {
-			change(c)
-			dial := c.DialUDP
-			c.DialUDP = func(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
-				conn, err := dial(ctx, to)
-				open.Add(1)
-				return counted{conn, &open}, err
+		t.Run(name, func(t *testing.T) {
+			var open atomic.Int32
+			h3 := scoped(t, withUDP(echo(t), func(c *Config) {
+				tc.change(c)
+				dial := c.DialUDP
+				c.DialUDP = func(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+					conn, err := dial(ctx, to)
+					open.Add(1)
+					return counted{conn, &open}, err
+				}
+			}))
+			header := http.Header{"Authorization": {"Bearer secret"}}
+			for _, r := range []struct {
+				protocol, path string
+				status         int
+				counted        string // in the details of the refusal
+			}{
+				{udpProtocol, udpPath + "192.0.2.7/53/", 200, ""},
+				{udpProtocol, udpPath + "192.0.2.7/53/", tc.want, "UDP flows"},
+				{"connect-ip", anyPath, 200, ""},
+				{"connect-ip", anyPath, tc.want, "sessions"},
+			} {
+				rsp, _ := request(t, h3, "CONNECT", r.protocol, r.path, header)
+				if rsp.StatusCode != r.status {
+					t.Errorf("%s: status %d, want %d", r.protocol, rsp.StatusCode, r.status)
+				}
+				if r.counted == "" {
+					continue
+				}
+				kind, _ := proxyStatus(t, rsp)
+				if s := rsp.Header.Get("Proxy-Status"); kind != "connection_limit_reached" ||
+					!strings.Contains(s, `details="too many `+r.counted) {
+					t.Errorf("%s: Proxy-Status says %s", r.protocol, s)
+				}
 			}
-		}))
-		header := http.Header{"Authorization": {"Bearer secret"}}
-		for _, r := range []struct {
-			protocol, path string
-			status         int
-			what           string
-		}{
-			{udpProtocol, udpPath + "192.0.2.7/53/", 200, ""},
-			{udpProtocol, udpPath + "192.0.2.7/53/", want, "UDP flows"},
-			{"connect-ip", anyPath, 200, ""},
-			{"connect-ip", anyPath, want, "sessions"},
-		} {
-			rsp, _ := request(t, h3, "CONNECT", r.protocol, r.path, header)
-			if rsp.StatusCode != r.status {
-				t.Errorf("%s: status %d, want %d", r.protocol, rsp.StatusCode, r.status)
+			if n := open.Load(); n != 1 {
+				t.Errorf("%d sockets are open, want 1", n)
 			}
-			if r.what == "" {
-				continue
-			}
-			kind, _ := proxyStatus(t, rsp)
-			if s := rsp.Header.Get("Proxy-Status"); kind != "connection_limit_reached" ||
-				!strings.Contains(s, `details="too many `+r.what) {
-				t.Errorf("%s: Proxy-Status says %s", r.protocol, s)
-			}
-		}
-		if n := open.Load(); n != 1 {
-			t.Errorf("%d sockets are open, want 1", n)
-		}
+		})
 	}
 }
 
-// counted is a socket among those that are open.
+// counted is a socket that decrements open when it is closed.
 type counted struct {
 	net.Conn
 	open *atomic.Int32
@@ -290,29 +307,31 @@ func (c counted) Close() error {
 	return c.Conn.Close()
 }
 
-// Packets to targets carry DF or are not sent, and do not go to broadcast
-// addresses.
+// TestDialUDP checks that packets to targets are never fragmented, and do not
+// go to broadcast addresses.
 func TestDialUDP(t *testing.T) {
 	for to, option := range map[string][2]int{
 		"127.0.0.1:9": {unix.IPPROTO_IP, unix.IP_MTU_DISCOVER},
 		"[::1]:9":     {unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER},
 	} {
-		c, err := dialUDP(t.Context(), netip.MustParseAddrPort(to))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		raw, err := c.(*net.UDPConn).SyscallConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		var value int
-		controlErr := raw.Control(func(fd uintptr) {
-			value, err = unix.GetsockoptInt(int(fd), option[0], option[1])
+		t.Run(to, func(t *testing.T) {
+			c, err := dialUDP(t.Context(), netip.MustParseAddrPort(to))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			raw, err := c.(*net.UDPConn).SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var value int
+			controlErr := raw.Control(func(fd uintptr) {
+				value, err = unix.GetsockoptInt(int(fd), option[0], option[1])
+			})
+			if err := errors.Join(err, controlErr); err != nil || value != unix.IP_PMTUDISC_DO {
+				t.Errorf("path MTU discovery %d, %v, want %d", value, err, unix.IP_PMTUDISC_DO)
+			}
 		})
-		if err := errors.Join(err, controlErr); err != nil || value != unix.IP_PMTUDISC_DO {
-			t.Errorf("%s: path MTU discovery %d, %v, want %d", to, value, err, unix.IP_PMTUDISC_DO)
-		}
 	}
 	if c, err := dialUDP(t.Context(), netip.MustParseAddrPort("127.255.255.255:9")); !errors.Is(err,
 		os.ErrPermission) {

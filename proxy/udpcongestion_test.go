@@ -16,11 +16,14 @@ import (
 	"masquevpn/internal/congestion"
 )
 
-// A flow of UDP is sent at the pace of the client's acknowledgments, whatever
-// the proxy does for tunnels (RFC 9298 section 6).
+// TestUDPIsCongestionControlled checks that UDP flows are congestion
+// controlled, whatever mode tunnels have (RFC 9298 section 6).
 func TestUDPIsCongestionControlled(t *testing.T) {
-	// of 1000 bytes; the last is the initial congestion window
-	const packets, most, window = 2000, 400, 32
+	const (
+		packets = 2000 // packets of the target, of 1000 bytes
+		most    = 400  // packets that may be sent without an acknowledgment
+		window  = 32   // packets in the initial congestion window
+	)
 	source := &flood{left: packets, on: make(chan struct{}), closed: make(chan struct{})}
 	s := startServer(t, withUDP(echo(t), func(c *Config) {
 		c.Congestion = congestion.Inner
@@ -48,13 +51,13 @@ func TestUDPIsCongestionControlled(t *testing.T) {
 	for s.Sessions()[0].Packets.TX < window {
 		time.Sleep(time.Millisecond)
 	}
-	time.Sleep(400 * time.Millisecond) // in which all could be sent
+	time.Sleep(400 * time.Millisecond) // enough to send all packets
 	if sent := ss.quic.ConnectionStats().BytesSent - before; sent > most*1000 {
 		t.Errorf("%d bytes were sent without an acknowledgment", sent)
 	}
 }
 
-// mutable is a socket that can be kept from sending.
+// mutable is a socket that drops all packets while mute is set.
 type mutable struct {
 	net.PacketConn
 	mute atomic.Bool
@@ -67,12 +70,13 @@ func (m *mutable) WriteTo(b []byte, to net.Addr) (int, error) {
 	return m.PacketConn.WriteTo(b, to)
 }
 
-// flood is a target that sends packets of 1000 bytes, 10,000 a second.
+// flood is a target that sends packets of 1000 bytes, 10,000 in a second.
 type flood struct {
 	net.Conn
-	left       int
-	on, closed chan struct{}
-	once       sync.Once
+	left   int           // packets to send
+	on     chan struct{} // closed to start
+	closed chan struct{} // closed by Close
+	once   sync.Once
 }
 
 func (f *flood) Read(b []byte) (int, error) {

@@ -27,12 +27,13 @@ import (
 	"masquevpn/internal/logtest"
 )
 
-// flow is a flow to target4 by a foreign client.
+// flow is a UDP flow of a client of masque-go.
 type flow struct {
 	*masque.Conn
 	rsp *http.Response
 }
 
+// openFlow opens a flow to target4.
 func openFlow(t *testing.T, h3 *http3.ClientConn, header http.Header) flow {
 	t.Helper()
 	return openFlowTo(t, h3, target4.String(), header)
@@ -56,7 +57,7 @@ func openFlowTo(t *testing.T, h3 *http3.ClientConn, target string, header http.H
 	return flow{c, rsp}
 }
 
-// exchange sends payload and waits for the same to come back.
+// exchange sends payload and waits until it comes back.
 func (f flow) exchange(t *testing.T, payload []byte) {
 	t.Helper()
 	if _, err := f.WriteTo(payload, nil); err != nil {
@@ -106,6 +107,8 @@ func awaitSessions(t *testing.T, s running, n int) []SessionStatus {
 	}
 }
 
+// TestUDPCarries checks that packets pass in both directions and are counted,
+// for each form of the target.
 func TestUDPCarries(t *testing.T) {
 	var log logtest.Buffer
 	s := startServer(t, withUDP(echo(t), func(c *Config) {
@@ -118,35 +121,37 @@ func TestUDPCarries(t *testing.T) {
 		"[2001:db8::7]:53": "[2001:db8::7]:53",
 		"dns.example:53":   "[2001:db8::7]:53",
 	} {
-		before := s.Status() // counts of the sessions that ended
-		f := openFlowTo(t, h3, target, nil)
-		if got := f.RemoteAddr().String(); got != at {
-			t.Errorf("%s: the proxy says that it sends to %s, want %s", target, got, at)
-		}
-		f.exchange(t, []byte("hello"))
-		f.exchange(t, nil)
-		f.exchange(t, bytes.Repeat([]byte{1}, 1200))
-		session := awaitSessions(t, s, 1)[0]
-		if session.Kind != KindUDP || session.Target != target || session.State != "connected" {
-			t.Errorf("session %+v", session)
-		}
-		_ = f.Close()
-		awaitSessions(t, s, 0)
-		after := s.Status()
-		if after.Packets.RX-before.Packets.RX != 3 || after.Packets.TX-before.Packets.TX != 3 ||
-			after.Bytes.RX-before.Bytes.RX != 1205 || after.Bytes.TX-before.Bytes.TX != 1205 {
-			t.Errorf("the proxy counted %+v packets, %+v bytes before, then %+v, %+v",
-				before.Packets, before.Bytes, after.Packets, after.Bytes)
-		}
+		t.Run(target, func(t *testing.T) {
+			before := s.Status()
+			f := openFlowTo(t, h3, target, nil)
+			if got := f.RemoteAddr().String(); got != at {
+				t.Errorf("the proxy sends to %s, want %s", got, at)
+			}
+			f.exchange(t, []byte("hello"))
+			f.exchange(t, nil)
+			f.exchange(t, bytes.Repeat([]byte{1}, 1200))
+			session := awaitSessions(t, s, 1)[0]
+			if session.Kind != KindUDP || session.Target != target || session.State != "connected" {
+				t.Errorf("session %+v", session)
+			}
+			_ = f.Close()
+			awaitSessions(t, s, 0)
+			after := s.Status()
+			if after.Packets.RX-before.Packets.RX != 3 || after.Packets.TX-before.Packets.TX != 3 ||
+				after.Bytes.RX-before.Bytes.RX != 1205 || after.Bytes.TX-before.Bytes.TX != 1205 {
+				t.Errorf("the proxy counted %+v packets, %+v bytes before, then %+v, %+v",
+					before.Packets, before.Bytes, after.Packets, after.Bytes)
+			}
+		})
 	}
-	// What a client does in short order is no matter for the log.
+	// Flows are logged at debug level only.
 	if strings.Contains(log.String(), "session") {
 		t.Errorf("logged:\n%s", log.String())
 	}
 }
 
-// Datagrams of contexts that nobody knows go nowhere, and what is on the stream
-// beside them does no harm (RFC 9298 section 4).
+// TestUDPContexts checks that datagrams with unknown contexts and unknown
+// capsules are ignored (RFC 9298 section 4).
 func TestUDPContexts(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), nil))
 	_, h3 := s.dial(t, nil)
@@ -176,7 +181,8 @@ func TestUDPContexts(t *testing.T) {
 	}
 }
 
-// Flows of one connection do not mix.
+// TestUDPFlowsAreApart checks that packets of the flows on one connection do
+// not mix.
 func TestUDPFlowsAreApart(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), nil))
 	_, h3 := s.dial(t, nil)
@@ -193,9 +199,9 @@ func TestUDPFlowsAreApart(t *testing.T) {
 	wg.Wait()
 }
 
-// A packet that is too large, in either direction, is dropped and counted, and
-// the flow goes on. One that is too large for a datagram alone goes in a
-// capsule, which this client skips.
+// TestUDPTooLarge checks that a packet that is too large is dropped and
+// counted, in either direction, and that the flow goes on. Packets that are too
+// large only for a datagram arrive in a capsule, which this client skips.
 func TestUDPTooLarge(t *testing.T) {
 	target, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
@@ -234,8 +240,8 @@ func TestUDPTooLarge(t *testing.T) {
 	}
 }
 
-// Payloads of all sizes go both ways; in capsules where datagrams do not carry
-// them.
+// TestUDPCapsules checks that payloads of all sizes pass in both directions, in
+// capsules if they are too large for datagrams.
 func TestUDPCapsules(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), nil))
 	_, h3 := s.dial(t, nil)
@@ -266,12 +272,12 @@ func TestUDPCapsules(t *testing.T) {
 			t.Fatalf("%d bytes do not come back", size)
 		}
 	}
-	// What the proxy does not take goes nowhere, and the flow goes on.
+	// The proxy ignores capsules that it cannot use, and the flow goes on.
 	for _, b := range [][]byte{
 		append(quicvarint.Append([]byte{0}, 10001), make([]byte, 10001)...), // too long
-		{0, 2, 2, 'x'},      // another context
-		{0, 0},              // none
-		{0x17, 2, 'x', 'y'}, // another type
+		{0, 2, 2, 'x'},      // unknown context
+		{0, 0},              // no context
+		{0x17, 2, 'x', 'y'}, // unknown type
 		{0, 6, 0, 'k', 'n', 'o', 'w', 'n'},
 	} {
 		if _, err := raw.Write(b); err != nil {
@@ -290,7 +296,8 @@ func TestUDPCapsules(t *testing.T) {
 	awaitSessions(t, s, 0)
 }
 
-// narrow is a socket whose path carries 1000 bytes, and whose routers say so.
+// narrow is a socket whose path carries 1000 bytes and whose routers report
+// larger packets.
 type narrow struct{ net.Conn }
 
 func (n narrow) Write(b []byte) (int, error) {
@@ -300,7 +307,8 @@ func (n narrow) Write(b []byte) (int, error) {
 	return n.Conn.Write(b)
 }
 
-// Whatever ends a flow, the client is told, and nothing of it stays.
+// TestUDPEnds checks that for each cause the client is told the end of its
+// flow, and that the proxy releases the session.
 func TestUDPEnds(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change func(*Config)
@@ -323,9 +331,9 @@ func TestUDPEnds(t *testing.T) {
 		}, end: func(*testing.T, running, net.PacketConn) {}},
 		"target denied": {
 			change: func(c *Config) {
-				var looks atomic.Int32 // also by the server, when an address of the host changes
+				var reads atomic.Int32 // the first is at the start
 				c.LocalNetworks = func() ([]netip.Prefix, error) {
-					if looks.Add(1) == 1 {
+					if reads.Add(1) == 1 {
 						return nil, nil
 					}
 					return []netip.Prefix{netip.PrefixFrom(target4.Addr(), 24)}, nil
@@ -351,7 +359,7 @@ func TestUDPEnds(t *testing.T) {
 	}
 }
 
-// leaver is somebody who is a user until gone.
+// leaver is oneUser until gone is set.
 type leaver struct {
 	oneUser
 	gone atomic.Bool
@@ -362,7 +370,8 @@ func (l *leaver) ByName(name string) (User, bool) {
 	return u, ok && !l.gone.Load()
 }
 
-// A target that refuses packets ends the flow (RFC 9298 section 3.1).
+// TestUDPTargetUnreachable checks that a target that refuses packets ends the
+// flow (RFC 9298 section 3.1).
 func TestUDPTargetUnreachable(t *testing.T) {
 	target, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
@@ -379,7 +388,7 @@ func TestUDPTargetUnreachable(t *testing.T) {
 	awaitSessions(t, s, 0)
 }
 
-// A proxy that stops ends its flows.
+// TestUDPShutdown checks that flows end when the proxy stops.
 func TestUDPShutdown(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), nil))
 	_, h3 := s.dial(t, nil)
@@ -391,8 +400,8 @@ func TestUDPShutdown(t *testing.T) {
 	}
 }
 
-// A client that comes back on a new connection takes the place of the flows
-// that it left behind, and only of those.
+// TestUDPReplaces checks that the flows of a client on a new connection replace
+// its flows on the old one, and no other sessions.
 func TestUDPReplaces(t *testing.T) {
 	s := startServer(t, withUDP(echo(t), func(c *Config) { c.MaxSessions = 3 }))
 	header := http.Header{connectip.InstanceHeader: {"abc"}}
@@ -414,8 +423,9 @@ func TestUDPReplaces(t *testing.T) {
 	}
 }
 
-// A flow lives on while packets pass, in either direction, and afterwards for
-// as long as RFC 9298 section 3.1 recommends.
+// TestUDPIdle checks that a flow goes on while packets pass in either
+// direction, and ends after the idle timeout that RFC 9298 section 3.1
+// recommends.
 func TestUDPIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ss := &udpSession{}
@@ -447,7 +457,8 @@ func TestUDPIdle(t *testing.T) {
 	})
 }
 
-// The packets of a flow count for its user's rates, and come through.
+// TestUDPRate checks that the packets of a flow arrive and count against the
+// rates of its user.
 func TestUDPRate(t *testing.T) {
 	users := &oneChanging{alice: User{Name: "alice", RateUp: 1_000_000, RateDown: 2_000_000}}
 	s := startServer(t, withUDP(echo(t), withUsers(users, nil)))
