@@ -79,9 +79,9 @@ func (b *batch) addChain(table string, family nftables.TableFamily, c chain) {
 	b.add(unix.NFT_MSG_NEWCHAIN, netlink.Create, family, attrs)
 }
 
-func (b *batch) addRule(table string, family nftables.TableFamily, chain string, f chainRule) {
-	exprs := make([]netlink.Attribute, len(f.exprs))
-	for i, e := range f.exprs {
+func (b *batch) addRule(table string, family nftables.TableFamily, chainName string, r chainRule) {
+	exprs := make([]netlink.Attribute, len(r.exprs))
+	for i, e := range r.exprs {
 		data, err := b.expression(family, e)
 		if err != nil && b.err == nil {
 			b.err = err
@@ -89,9 +89,9 @@ func (b *batch) addRule(table string, family nftables.TableFamily, chain string,
 		exprs[i] = netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: data}
 	}
 	b.add(unix.NFT_MSG_NEWRULE, netlink.Create|netlink.Append, family, []netlink.Attribute{
-		text(unix.NFTA_RULE_TABLE, table), text(unix.NFTA_RULE_CHAIN, chain),
+		text(unix.NFTA_RULE_TABLE, table), text(unix.NFTA_RULE_CHAIN, chainName),
 		b.nested(unix.NFTA_RULE_EXPRESSIONS, exprs...),
-		{Type: unix.NFTA_RULE_USERDATA, Data: f.userData()},
+		{Type: unix.NFTA_RULE_USERDATA, Data: r.userData()},
 	})
 }
 

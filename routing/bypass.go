@@ -171,8 +171,8 @@ func (m *Manager) selectiveRules() (list []string, err error) {
 	for _, n := range rules {
 		_, _, own := parseRule(&n)
 		v6 := n.Family == netlink.FAMILY_V6
-		marked := n.Mark != 0 && n.Mark&outside == 0 && !n.Invert && (n.Mask == nil || *n.Mask != 0)
-		if own || !full[v6] || n.Priority > last[v6] || !marked && n.UIDRange == nil ||
+		hasMark := n.Mark != 0 && n.Mark&outside == 0 && !n.Invert && (n.Mask == nil || *n.Mask != 0)
+		if own || !full[v6] || n.Priority > last[v6] || !hasMark && n.UIDRange == nil ||
 			n.IifName != "" || n.Src != nil {
 			continue
 		}

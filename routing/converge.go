@@ -301,11 +301,11 @@ func describeRule(n *netlink.Rule) string {
 	if n.Dst != nil {
 		to = n.Dst.String()
 	}
-	text := fmt.Sprintf("%s %d: to %s lookup %d", target, n.Priority, to, n.Table)
+	description := fmt.Sprintf("%s %d: to %s lookup %d", target, n.Priority, to, n.Table)
 	if n.SuppressPrefixlen >= 0 {
-		text += fmt.Sprintf(" suppress_prefixlength %d", n.SuppressPrefixlen)
+		description += fmt.Sprintf(" suppress_prefixlength %d", n.SuppressPrefixlen)
 	}
-	return text
+	return description
 }
 
 // clean undoes the changes of dead processes: those in old, the journal of this

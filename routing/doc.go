@@ -118,7 +118,7 @@
 // # Limits
 //
 // A State needs at most [MaxRoutes] routes. A blackhole, unreachable or
-// prohibit route in the host's main table of any length takes precedence over
+// prohibit route of any length in the host's main table takes precedence over
 // the tunnel, because the kernel does not apply suppress_prefixlength to it. A
 // rule of another program with a lower priority number takes precedence too;
 // Maintain reports it as a problem. A kernel that lacks an optional nftables

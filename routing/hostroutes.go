@@ -68,17 +68,17 @@ func IsFull(routes []netip.Prefix, ipv6 bool) bool {
 	if err != nil {
 		return false
 	}
-	// covered is the fraction of the addresses within a prefix of length all.
-	all, covered := 0, 0.0
+	// fraction is the part of the addresses within a prefix of length all.
+	all, fraction := 0, 0.0
 	if ipv6 {
 		all = unicast6.Bits()
 	}
 	for _, p := range set.Prefixes() {
 		if !ipv6 || p.Overlaps(unicast6) {
-			covered += 1 / float64(uint64(1)<<min(max(p.Bits()-all, 0), 63))
+			fraction += 1 / float64(uint64(1)<<min(max(p.Bits()-all, 0), 63))
 		}
 	}
-	return covered > 0.5
+	return fraction > 0.5
 }
 
 // hostRules returns the rules by which routes of the host take precedence over

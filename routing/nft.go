@@ -145,13 +145,13 @@ func readChains(c *nftables.Conn, name string, family nftables.TableFamily) (cha
 		if err != nil {
 			return nil, fmt.Errorf("list nftables rules: %w", explain(err))
 		}
-		text := kernelChain{name: ch.Name, hook: ch.Hooknum, priority: ch.Priority,
+		kc := kernelChain{name: ch.Name, hook: ch.Hooknum, priority: ch.Priority,
 			policy: ch.Policy}
 		for _, r := range rules {
-			text.comments = append(text.comments, r.UserData)
-			text.bodies = append(text.bodies, body(r))
+			kc.comments = append(kc.comments, r.UserData)
+			kc.bodies = append(kc.bodies, body(r))
 		}
-		chains = append(chains, text)
+		chains = append(chains, kc)
 	}
 	return chains, nil
 }
@@ -248,15 +248,15 @@ func (k *kernel) writeTable(chains []chain) error {
 			needed[c.needs] = true
 		}
 	}
-	for _, missing := range subsets(slices.Sorted(maps.Keys(needed))) {
+	for _, lost := range subsets(slices.Sorted(maps.Keys(needed))) {
 		remaining := slices.DeleteFunc(slices.Clone(chains), func(c chain) bool {
-			return slices.Contains(missing, c.needs)
+			return slices.Contains(lost, c.needs)
 		})
 		if len(remaining) != 0 && (absent || k.commit(k.tableName(), found, remaining) != nil) {
 			continue
 		}
 		for _, c := range chains {
-			if slices.Contains(missing, c.needs) {
+			if slices.Contains(lost, c.needs) {
 				k.reportMissing(c.needs, c.without, err)
 			}
 		}

@@ -33,11 +33,11 @@ func subscribe(protocol int, groups []uint, filter []unix.SockFilter) (*notifica
 			return nil, fmt.Errorf("filter notifications: %w", err)
 		}
 	}
-	address := &unix.SockaddrNetlink{Family: unix.AF_NETLINK}
+	addr := &unix.SockaddrNetlink{Family: unix.AF_NETLINK}
 	for _, g := range groups {
-		address.Groups |= 1 << (g - 1)
+		addr.Groups |= 1 << (g - 1)
 	}
-	if err := unix.Bind(fd, address); err != nil {
+	if err := unix.Bind(fd, addr); err != nil {
 		_ = unix.Close(fd)
 		return nil, err
 	}

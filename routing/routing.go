@@ -184,18 +184,18 @@ func Clean(c Config) (found bool, err error) {
 	if err := k.init(c, "/proc/sys"); err != nil {
 		return false, fmt.Errorf("routing: %w", err)
 	}
-	_, table, err := readTable(k.tableName())
+	_, hadTable, err := readTable(k.tableName())
 	if err != nil && !noNFTables(err) {
 		return false, fmt.Errorf("routing: %w", err)
 	}
-	journal, err := k.takeOver()
+	hadJournal, err := k.takeOver()
 	if err == nil {
 		err = k.journal.remove()
 	}
 	if err != nil {
 		err = fmt.Errorf("routing: %w", err)
 	}
-	return table || journal, err
+	return hadTable || hadJournal, err
 }
 
 func errInstance(name string) error {

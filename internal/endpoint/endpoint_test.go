@@ -81,21 +81,21 @@ func (e *fakeEndpoint) Close() error {
 	return nil
 }
 
-// bench is a Supervisor that runs in a synctest bubble.
-type bench struct {
+// supervised is a Supervisor that runs in a synctest bubble.
+type supervised struct {
 	machine
 	supervisor Supervisor[*fakeEndpoint]
 	health     routing.Health // last report
 }
 
-func (x *bench) report(h routing.Health) {
+func (x *supervised) report(h routing.Health) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.health = h
 }
 
 // now returns the last report and the number of attempts to open a device.
-func (x *bench) now() (routing.Health, int) {
+func (x *supervised) now() (routing.Health, int) {
 	synctest.Wait()
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -103,9 +103,9 @@ func (x *bench) now() (routing.Health, int) {
 }
 
 // inBubble runs f in a synctest bubble with a running Supervisor.
-func inBubble(t *testing.T, f func(t *testing.T, x *bench)) {
+func inBubble(t *testing.T, f func(t *testing.T, x *supervised)) {
 	synctest.Test(t, func(t *testing.T) {
-		x := &bench{}
+		x := &supervised{}
 		x.supervisor = Supervisor[*fakeEndpoint]{Open: x.open, Report: x.report,
 			Logger: slog.New(slog.DiscardHandler)}
 		if err := x.supervisor.Start(); err != nil {
@@ -133,7 +133,7 @@ func inBubble(t *testing.T, f func(t *testing.T, x *bench)) {
 // TestLostDevice checks that an Endpoint whose device is lost is closed and
 // replaced without delay, and that its repairs still count.
 func TestLostDevice(t *testing.T) {
-	inBubble(t, func(t *testing.T, x *bench) {
+	inBubble(t, func(t *testing.T, x *supervised) {
 		first := x.last()
 		first.health <- routing.Health{Interface: "tun0", Repairs: map[string]uint64{"rule": 2}}
 		first.lost <- routing.ErrInterfaceGone
@@ -155,7 +155,7 @@ func TestLostDevice(t *testing.T) {
 // TestRepeatedlyLostDevice checks that a device that is deleted again and again
 // is opened at increasing intervals, and is a problem until one lasts.
 func TestRepeatedlyLostDevice(t *testing.T) {
-	inBubble(t, func(t *testing.T, x *bench) {
+	inBubble(t, func(t *testing.T, x *supervised) {
 		begin := time.Now()
 		for time.Since(begin) < 5*time.Minute {
 			if e := x.supervisor.Current(); e == x.last() {
@@ -185,7 +185,7 @@ func TestRepeatedlyLostDevice(t *testing.T) {
 // TestDeviceThatCannotBeOpened checks that the Supervisor retries, and reports
 // the error as a problem until it succeeds.
 func TestDeviceThatCannotBeOpened(t *testing.T) {
-	inBubble(t, func(t *testing.T, x *bench) {
+	inBubble(t, func(t *testing.T, x *supervised) {
 		x.setFail(os.ErrPermission)
 		x.last().lost <- routing.ErrInterfaceGone
 		time.Sleep(time.Minute)
@@ -211,7 +211,7 @@ func TestDeviceThatCannotBeOpened(t *testing.T) {
 // TestWithoutNotifications checks that the Endpoint stays in use if the kernel
 // sends no notifications of changes, and that this is a problem.
 func TestWithoutNotifications(t *testing.T) {
-	inBubble(t, func(t *testing.T, x *bench) {
+	inBubble(t, func(t *testing.T, x *supervised) {
 		x.last().lost <- errors.New("no netlink")
 		time.Sleep(time.Hour)
 		synctest.Wait()
