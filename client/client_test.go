@@ -63,7 +63,7 @@ func (u users) ByName(name string) (proxy.User, bool) {
 func (u users) ByToken(token string) (proxy.User, bool) { return u.alice(), token == "secret" }
 func (u users) Reserved(netip.Prefix, string) bool      { return false }
 
-// far is a proxy that runs in the test, with a device instead of a kernel.
+// testProxy is a proxy that runs in the test, with a device in memory.
 type testProxy struct {
 	*proxy.Server
 	addr   string // host:port to dial
@@ -113,7 +113,7 @@ func startProxy(t *testing.T, change func(*proxy.Config)) *testProxy {
 	return f
 }
 
-// near is a client that runs in the test.
+// testClient is a client that runs in the test, with a device in memory.
 type testClient struct {
 	*Client
 	device  *tuntest.Device
@@ -155,8 +155,9 @@ func startClient(t *testing.T, f *testProxy, change func(*Config)) *testClient {
 	return n
 }
 
-// await waits until ok holds of the status.
-func (n *testClient) await(t *testing.T, what string, ok func(Status) bool) {
+// await waits until ok accepts the status. state completes the sentence "the
+// client was not ..." of the failure.
+func (n *testClient) await(t *testing.T, state string, ok func(Status) bool) {
 	t.Helper()
 	timeout := time.After(20 * time.Second)
 	for {
@@ -168,9 +169,9 @@ func (n *testClient) await(t *testing.T, what string, ok func(Status) bool) {
 		select {
 		case <-changed:
 		case <-n.done:
-			t.Fatalf("the client ended with %v before it was %s", n.err, what)
+			t.Fatalf("the client ended with %v before it was %s", n.err, state)
 		case <-timeout:
-			t.Fatalf("the client was not %s in time: %+v", what, s)
+			t.Fatalf("the client was not %s in time: %+v", state, s)
 		}
 	}
 }
@@ -180,17 +181,17 @@ func (n *testClient) awaitConnected(t *testing.T) {
 	n.await(t, "connected", func(s Status) bool { return s.State == StateConnected })
 }
 
-// failure waits for the end of the client and returns why.
+// failure waits until the client ends and returns its error.
 func (n *testClient) failure(t *testing.T) *Error {
 	t.Helper()
 	select {
 	case <-n.done:
 	case <-time.After(30 * time.Second):
-		t.Fatalf("the client goes on: %+v", n.Status())
+		t.Fatalf("the client did not end: %+v", n.Status())
 	}
 	var e *Error
 	if !errors.As(n.err, &e) {
-		t.Fatalf("the client ended with %v, which is no *Error", n.err)
+		t.Fatalf("the client ended with %v, want an *Error", n.err)
 	}
 	return e
 }
@@ -238,8 +239,8 @@ func TestConnects(t *testing.T) {
 	}
 }
 
-// carries sends a packet in each direction between an address of n and one
-// beyond f.
+// carries sends a packet in each direction between the address inside, of n,
+// and the address beyond, which the proxy routes to its device.
 func carries(t *testing.T, n *testClient, f *testProxy, inside, beyond string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -251,7 +252,7 @@ func carries(t *testing.T, n *testClient, f *testProxy, inside, beyond string) {
 	receive(t, ctx, n.device, b, a)
 }
 
-// receive waits for an echo of carries; probes of the client come by as well.
+// receive waits for an echo of carries and skips other packets, such as probes.
 func receive(t *testing.T, ctx context.Context, d *tuntest.Device, src, dst netip.Addr) {
 	t.Helper()
 	for {
@@ -282,7 +283,7 @@ func TestFailures(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change func(*Config)
 		kind   Kind
-		says   string
+		want   string // part of the error
 	}{
 		"wrong token": {func(c *Config) {
 			c.Token = "guess"
@@ -318,10 +319,10 @@ func TestFailures(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := startClient(t, f, tc.change)
 			e := n.failure(t)
-			if e.Kind != tc.kind || !strings.Contains(e.Error(), tc.says) ||
+			if e.Kind != tc.kind || !strings.Contains(e.Error(), tc.want) ||
 				strings.Contains(e.Error(), "\n") {
 				t.Errorf("got kind %d, %q, want kind %d and one line with %q", e.Kind, e, tc.kind,
-					tc.says)
+					tc.want)
 			}
 			if name != "missing device" && !n.network.Closed() {
 				t.Error("the network was not closed")
@@ -333,47 +334,54 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-func TestNewRefuses(t *testing.T) {
-	for key, cfg := range map[string]Config{
-		"proxy":         {},
-		"proxy ":        {Proxy: "https://p/{+target}"},
-		"proxy  ":       {Proxy: "https://p/ip/{target}", IPProto: "17"},
-		"proxy   ":      {Proxy: "https://p/ip", Target: "192.0.2.0/24"},
-		"scope.target":  {Proxy: "p", Target: "192.0.2.1/24"},
-		"scope.ipproto": {Proxy: "p", IPProto: "tcp"},
-		"tun.mtu":       {Proxy: "p", TUN: tun.Config{MTU: 9000}},
-		"addresses.request": {Proxy: "p",
-			Request: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}},
-		"routes.advertise": {Proxy: "p",
-			AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}},
-		"routes.advertise ": {Proxy: "p",
-			AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}},
-		"routes.advertise  ": {Proxy: "p",
-			AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")},
-			Static:          []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")}},
-		"routes.advertise   ": {Proxy: "p",
-			AdvertiseRoutes: []netip.Prefix{netip.MustParsePrefix("fd77::/64")},
-			Request:         []netip.Prefix{netip.MustParsePrefix("fd77::9/128")}},
-		"routes.assign": {Proxy: "p",
-			AssignPeer: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}},
-		"routes.assign ": {Proxy: "p",
-			AssignPeer: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}},
-		"routes.assign  ": {Proxy: "p",
-			AssignPeer: []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")},
-			Static:     []netip.Prefix{netip.MustParsePrefix("10.1.0.9/32")}},
-		"reconnect.max_delay": {Proxy: "p", MaxDelay: -1},
+func TestNewRejects(t *testing.T) {
+	one := func(prefix string) []netip.Prefix {
+		return []netip.Prefix{netip.MustParsePrefix(prefix)}
+	}
+	for _, tc := range []struct {
+		name, key string
+		cfg       Config
+	}{
+		{"no proxy", "proxy", Config{}},
+		{"template without ipproto", "proxy", Config{Proxy: "https://p/{+target}"}},
+		{"protocol for a template without ipproto", "proxy",
+			Config{Proxy: "https://p/ip/{target}", IPProto: "17"}},
+		{"target for a template without variables", "proxy",
+			Config{Proxy: "https://p/ip", Target: "192.0.2.0/24"}},
+		{"target with bits beyond its length", "scope.target",
+			Config{Proxy: "p", Target: "192.0.2.1/24"}},
+		{"protocol by name", "scope.ipproto", Config{Proxy: "p", IPProto: "tcp"}},
+		{"MTU", "tun.mtu", Config{Proxy: "p", TUN: tun.Config{MTU: 9000}}},
+		{"request with bits beyond its length", "addresses.request",
+			Config{Proxy: "p", Request: one("10.0.0.1/8")}},
+		{"network with bits beyond its length", "routes.advertise",
+			Config{Proxy: "p", AdvertiseRoutes: one("10.0.0.1/8")}},
+		{"all addresses as a network", "routes.advertise",
+			Config{Proxy: "p", AdvertiseRoutes: one("0.0.0.0/0")}},
+		{"network with a static address", "routes.advertise",
+			Config{Proxy: "p", AdvertiseRoutes: one("10.1.0.0/24"), Static: one("10.1.0.9/32")}},
+		{"network with a requested address", "routes.advertise",
+			Config{Proxy: "p", AdvertiseRoutes: one("fd77::/64"), Request: one("fd77::9/128")}},
+		{"network for the proxy", "routes.assign",
+			Config{Proxy: "p", AssignPeer: one("10.1.0.0/24")}},
+		{"loopback address for the proxy", "routes.assign",
+			Config{Proxy: "p", AssignPeer: one("127.0.0.1/32")}},
+		{"static address for the proxy", "routes.assign",
+			Config{Proxy: "p", AssignPeer: one("10.1.0.9/32"), Static: one("10.1.0.9/32")}},
+		{"negative delay", "reconnect.max_delay", Config{Proxy: "p", MaxDelay: -1}},
 	} {
-		_, err := New(cfg)
-		var e *Error
-		if !errors.As(err, &e) || e.Kind != KindUsage ||
-			e.Key != strings.TrimSpace(key) {
-			t.Errorf("%s: got %v", key, err)
-		}
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := New(tc.cfg)
+			var e *Error
+			if !errors.As(err, &e) || e.Kind != KindUsage || e.Key != tc.key {
+				t.Errorf("got %v, want a usage error about %s", err, tc.key)
+			}
+		})
 	}
 }
 
-// A client whose session ends comes back with the same addresses, also when
-// another client came in between.
+// A client that reconnects gets the same addresses, even if another client has
+// given up lower ones.
 func TestReconnectsWithTheSameAddresses(t *testing.T) {
 	f := startProxy(t, nil)
 	first, second := startClient(t, f, nil), (*testClient)(nil)
@@ -416,7 +424,7 @@ func TestRevokedUser(t *testing.T) {
 
 func TestPoolExhausted(t *testing.T) {
 	f := startProxy(t, func(c *proxy.Config) {
-		// one address for clients
+		// The pool has one address for clients.
 		c.Pool4, c.Pool6 = netip.MustParsePrefix("10.77.0.0/30"), netip.Prefix{}
 	})
 	first := startClient(t, f, nil)
@@ -437,7 +445,7 @@ func TestSessionLimit(t *testing.T) {
 	}
 }
 
-// Of the advertised ranges, those that are accepted are installed.
+// The client installs only the accepted part of the advertised routes.
 func TestSplitTunnel(t *testing.T) {
 	f := startProxy(t, nil)
 	n := startClient(t, f, func(c *Config) {
@@ -452,8 +460,7 @@ func TestSplitTunnel(t *testing.T) {
 	}
 }
 
-// On a host where IPv6 is turned off, the tunnel carries IPv4, and the status
-// says what becomes of IPv6.
+// On a host without IPv6 the tunnel carries IPv4, and the status has a warning.
 func TestHostWithoutIPv6(t *testing.T) {
 	f := startProxy(t, nil)
 	kernel := new(routingtest.Network)
@@ -472,8 +479,8 @@ func TestHostWithoutIPv6(t *testing.T) {
 		"IPv6 that belongs in the tunnel is refused") {
 		t.Errorf("the warnings are %q", s.Warnings)
 	}
-	// The kernel is told of IPv6 all the same: it is for the kernel's side to
-	// hold.
+	// The state has IPv6 routes all the same: package routing makes them reject
+	// packets.
 	if got := kernel.Last().Routes; !slices.Contains(got, netip.MustParsePrefix("::/0")) {
 		t.Errorf("routes %v, want ::/0 among them", got)
 	}
@@ -502,17 +509,18 @@ func TestIsolation(t *testing.T) {
 		}
 		if q, ok := ippacket.Quoted(pkt, p); ok && q.Dst == to {
 			if pkt[p.HeaderLen] != 3 || pkt[p.HeaderLen+1] != 13 {
-				t.Errorf("answered with type %d code %d", pkt[p.HeaderLen], pkt[p.HeaderLen+1])
+				t.Errorf("got an ICMP error of type %d code %d, want 3 and 13", pkt[p.HeaderLen],
+					pkt[p.HeaderLen+1])
 			}
 			return
 		}
 	}
 }
 
-// As many routes as the kernel is given may be advertised.
+// A proxy can advertise as many routes as package routing accepts.
 func TestManyRoutes(t *testing.T) {
 	var many []netip.Prefix
-	for i := range routing.MaxRoutes - 2 { // and the proxy's own addresses
+	for i := range routing.MaxRoutes - 2 { // room for the two addresses of the proxy
 		many = append(many, netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, 0,
 			byte(i >> 7), byte(i << 1)}), 64))
 	}
@@ -524,8 +532,8 @@ func TestManyRoutes(t *testing.T) {
 	}
 }
 
-// What no proxy would take is refused before it is sent.
-func TestNewRefusesWhatCannotBeSent(t *testing.T) {
+// New rejects a configuration whose request would be too large for a proxy.
+func TestNewRejectsLargeRequests(t *testing.T) {
 	for _, tc := range []struct {
 		name, key string
 		change    func(*Config)

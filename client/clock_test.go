@@ -6,14 +6,14 @@ import (
 	"time"
 )
 
-// Certificates are verified for the time of the host's clock, but for none
-// before the program was made.
+// Certificates are verified for the host's time, but never for a time before
+// the program was built.
 func TestNotBefore(t *testing.T) {
 	built := time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC)
 	for name, tc := range map[string]struct{ now, built, want time.Time }{
-		"right":                  {built.Add(time.Hour), built, built.Add(time.Hour)},
-		"behind":                 {time.Unix(0, 0), built, built},
-		"built at no known time": {time.Unix(0, 0), time.Time{}, time.Unix(0, 0)},
+		"right":              {built.Add(time.Hour), built, built.Add(time.Hour)},
+		"behind":             {time.Unix(0, 0), built, built},
+		"unknown build time": {time.Unix(0, 0), time.Time{}, time.Unix(0, 0)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := notBefore(tc.now, tc.built); !got.Equal(tc.want) {
@@ -23,8 +23,8 @@ func TestNotBefore(t *testing.T) {
 	}
 }
 
-// A clock of the configuration goes before that of the host, and counts as
-// right.
+// A configured clock takes precedence over the host's clock and counts as
+// synchronised.
 func TestConfiguredClock(t *testing.T) {
 	at := time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC)
 	c := newClock(&tls.Config{Time: func() time.Time { return at }})
@@ -32,6 +32,6 @@ func TestConfiguredClock(t *testing.T) {
 		t.Errorf("now %v, synchronised %t", c.now(), c.synchronised())
 	}
 	if now := newClock(nil).now(); now.Before(time.Now().Add(-time.Minute)) {
-		t.Errorf("the host's clock says %v", now)
+		t.Errorf("the clock without a configuration is at %v", now)
 	}
 }

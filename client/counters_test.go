@@ -17,51 +17,56 @@ import (
 func TestLosses(t *testing.T) {
 	to := target{host: "vpn.example.org", port: "443"}
 	for _, tc := range []struct {
-		want string
-		err  error
+		name, want string
+		err        error
 	}{
-		{"refused", &Error{Kind: KindFailure,
+		{"status 429", "refused", &Error{Kind: KindFailure,
 			Reason: "the proxy takes no more sessions now, status 429"}},
-		{"refused", &Error{Kind: KindRefused, Reason: "the proxy assigned no address"}},
-		{"closed", connectip.ErrClosedByPeer},
-		{"closed", &quic.ApplicationError{Remote: true,
+		{"no address", "refused", &Error{Kind: KindRefused,
+			Reason: "the proxy assigned no address"}},
+		{"end of the stream", "closed", connectip.ErrClosedByPeer},
+		{"H3_NO_ERROR", "closed", &quic.ApplicationError{Remote: true,
 			ErrorCode: quic.ApplicationErrorCode(http3.ErrCodeNoError)}},
-		{"closed", &quic.ApplicationError{Remote: true}},
-		{"closed", &quic.TransportError{Remote: true}},
-		{"reset", &quic.TransportError{Remote: true, ErrorCode: quic.ProtocolViolation}},
-		{"reset", &quic.ApplicationError{Remote: true,
+		{"application error 0", "closed", &quic.ApplicationError{Remote: true}},
+		{"NO_ERROR", "closed", &quic.TransportError{Remote: true}},
+		{"PROTOCOL_VIOLATION", "reset", &quic.TransportError{Remote: true,
+			ErrorCode: quic.ProtocolViolation}},
+		{"H3_INTERNAL_ERROR", "reset", &quic.ApplicationError{Remote: true,
 			ErrorCode: quic.ApplicationErrorCode(http3.ErrCodeInternalError)}},
-		{"reset", fmt.Errorf("reading a capsule: %w",
+		{"H3_REQUEST_CANCELLED", "reset", fmt.Errorf("reading a capsule: %w",
 			&http3.Error{Remote: true, ErrorCode: http3.ErrCodeRequestCanceled})},
-		{"reset", &quic.StreamError{Remote: true}},
-		{"reset", &quic.StatelessResetError{}},
-		{"timeout", &quic.IdleTimeoutError{}},
-		{"timeout", &quic.HandshakeTimeoutError{}},
-		{"timeout", context.DeadlineExceeded},
-		{"timeout", &net.DNSError{IsTimeout: true}},
-		{"network", &net.DNSError{IsNotFound: true}},
-		{"network", &net.OpError{Op: "write", Err: errors.New("network is unreachable")}},
-		{"error", capsule.ErrMalformed},
-		{"error", errors.New("applying routes")},
+		{"stream error", "reset", &quic.StreamError{Remote: true}},
+		{"stateless reset", "reset", &quic.StatelessResetError{}},
+		{"idle timeout", "timeout", &quic.IdleTimeoutError{}},
+		{"handshake timeout", "timeout", &quic.HandshakeTimeoutError{}},
+		{"deadline", "timeout", context.DeadlineExceeded},
+		{"DNS timeout", "timeout", &net.DNSError{IsTimeout: true}},
+		{"unknown name", "network", &net.DNSError{IsNotFound: true}},
+		{"network unreachable", "network", &net.OpError{Op: "write",
+			Err: errors.New("network is unreachable")}},
+		{"malformed capsule", "error", capsule.ErrMalformed},
+		{"other error", "error", errors.New("applying routes")},
 	} {
-		e, ok := tc.err.(*Error)
-		if !ok {
-			e = classify(tc.err, nil, to).(*Error)
-		}
-		if got := lossOf(e).String(); got != tc.want {
-			t.Errorf("%v: counted as %s, want %s", tc.err, got, tc.want)
-		}
+		t.Run(tc.name, func(t *testing.T) {
+			e, ok := tc.err.(*Error)
+			if !ok {
+				e = classify(tc.err, nil, to).(*Error)
+			}
+			if got := lossOf(e).String(); got != tc.want {
+				t.Errorf("%v: got %s, want %s", tc.err, got, tc.want)
+			}
+		})
 	}
 }
 
-// Every reconnect has a reason.
+// Each reconnect is counted with a reason.
 func TestReconnectsAreCounted(t *testing.T) {
 	f := startProxy(t, nil)
 	n := startClient(t, f, nil)
 	n.awaitConnected(t)
 	for name, count := range n.Counters().Reconnects {
 		if count != 0 {
-			t.Errorf("%d %s at the start", count, name)
+			t.Errorf("%d reconnects for the reason %s before the first", count, name)
 		}
 	}
 	for _, s := range f.Sessions() {

@@ -12,7 +12,7 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// hosts are the devices and networks that a client opened, one after another.
+// fakeHosts records the devices and networks that a client opens.
 type fakeHosts struct {
 	mu       sync.Mutex
 	devices  []*tuntest.Device
@@ -47,8 +47,8 @@ var healthy = routing.Health{
 		netip.MustParsePrefix("fd77::2/128")},
 }
 
-// A device that another program deletes is opened anew, with the addresses and
-// routes of the one before, and the session goes on.
+// If another program deletes the device, the client opens another one with the
+// same addresses and routes, and the session survives.
 func TestDeletedDevice(t *testing.T) {
 	f := startProxy(t, nil)
 	h, k := &fakeHosts{}, &killSwitch{}
@@ -63,7 +63,7 @@ func TestDeletedDevice(t *testing.T) {
 	n.await(t, "on another device", func(s Status) bool { return s.KernelRepairs["device"] == 1 })
 	device, after := h.last()
 	if after == before || !before.Closed() {
-		t.Fatal("the network before is not closed")
+		t.Fatal("the previous network is not closed")
 	}
 	if got, want := after.States()[0], before.Last(); !slices.Equal(got.Routes, want.Routes) ||
 		!slices.Equal(got.Addresses, want.Addresses) {
@@ -71,7 +71,7 @@ func TestDeletedDevice(t *testing.T) {
 	}
 	k.mu.Lock()
 	if n := len(k.events); n < 3 || k.events[n-1] != `close but for "tuntest"` {
-		t.Errorf("the kill switch does not follow: %q", k.events)
+		t.Errorf("the kill switch does not follow the new device: %q", k.events)
 	}
 	k.mu.Unlock()
 	after.Health <- healthy
@@ -83,8 +83,8 @@ func TestDeletedDevice(t *testing.T) {
 	}
 }
 
-// What the kernel does not keep makes the state degraded, and the status says
-// what the kernel has.
+// The state is degraded while the kernel lacks part of the configuration, and
+// the status has the addresses that remain.
 func TestStatusFollowsTheKernel(t *testing.T) {
 	f := startProxy(t, nil)
 	h := &fakeHosts{}
@@ -106,7 +106,7 @@ func TestStatusFollowsTheKernel(t *testing.T) {
 	})
 }
 
-// IPv6 that is turned off or on later is looked at again.
+// The client reacts when IPv6 is turned off or on during a session.
 func TestIPv6TurnedOffLater(t *testing.T) {
 	f := startProxy(t, nil)
 	h := &fakeHosts{}
@@ -127,9 +127,8 @@ func TestIPv6TurnedOffLater(t *testing.T) {
 	})
 }
 
-// A kill switch that another program has opened makes the state degraded, and
-// the status says that it is open.
-func TestKillSwitchThatIsOpened(t *testing.T) {
+// The state is degraded while another program keeps the kill switch open.
+func TestOpenedKillSwitch(t *testing.T) {
 	f := startProxy(t, nil)
 	k := &killSwitch{health: make(chan routing.KillSwitchHealth)}
 	n := startClient(t, f, func(c *Config) { c.KillSwitch = k })
@@ -150,9 +149,8 @@ func TestKillSwitchThatIsOpened(t *testing.T) {
 	})
 }
 
-// A resolver that has lost what it was told makes the state degraded, and the
-// status says so.
-func TestDNSThatIsLost(t *testing.T) {
+// The state is degraded while the resolver lacks the tunnel's settings.
+func TestLostDNS(t *testing.T) {
 	f := startProxy(t, pushing(corp))
 	r := &fakeResolver{}
 	n := startClient(t, f, r.config)

@@ -23,7 +23,8 @@ import (
 	"masquevpn/proxy"
 )
 
-// Each failure in each situation: whether the client ends or goes on.
+// The table, docs/failures.md and the client agree, and the table follows the
+// two rules of its comment.
 func TestFailureTable(t *testing.T) {
 	sources := map[source]string{byHost: "this host", byAnyone: "anybody on the path",
 		byProxy: "the proxy"}
@@ -36,13 +37,13 @@ func TestFailureTable(t *testing.T) {
 		f := failures[c]
 		t.Run(cmp.Or(f.name, fmt.Sprintf("cause %d", c)), func(t *testing.T) {
 			if f.source == byAnyone && (f.service || f.later) {
-				t.Error("anybody can end a client whose start nobody waits for, or that had a session")
+				t.Error("anybody can end a service, or a client that has had a session")
 			}
 			if f.later && f.source != byProxy {
-				t.Error("after a session, something else than the proxy ends the client")
+				t.Error("after a session, the client ends although the proxy is not the source")
 			}
 			if !f.byHand && (f.service || f.later) {
-				t.Error("a client that was started by hand is more patient than a service")
+				t.Error("the failure is final for a service but not by hand")
 			}
 			for name, mode := range map[string]struct{ service, ran, want bool }{
 				"by hand":        {false, false, f.byHand},
@@ -67,7 +68,7 @@ func TestFailureTable(t *testing.T) {
 	}
 }
 
-// ends reports whether a client ends when c happens again and again.
+// ends reports whether a client ends if all its attempts fail with c.
 func ends(t *testing.T, c cause, service, ran bool) (ended bool) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
@@ -85,7 +86,7 @@ func ends(t *testing.T, c cause, service, ran bool) (ended bool) {
 	return ended
 }
 
-// A reason that stays the same is a warning once.
+// The log has a repeated failure as a warning once.
 func TestSameReasonIsOneWarning(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
@@ -104,7 +105,7 @@ func TestSameReasonIsOneWarning(t *testing.T) {
 	})
 }
 
-// What a far end does, and which failure it is.
+// Each reaction of a peer leads to the expected cause.
 func TestCauses(t *testing.T) {
 	in := newInstallation()
 	other, _, err := pki.NewAuthority("another CA", time.Now())
@@ -130,7 +131,7 @@ func TestCauses(t *testing.T) {
 		c.dialer.target.clock.synchronised = func() bool { return false }
 	}
 	for name, tc := range map[string]struct {
-		far    func(*testing.T) *testProxy
+		peer   func(*testing.T) *testProxy
 		want   cause
 		change func(*Client) // may be nil
 	}{
@@ -167,7 +168,7 @@ func TestCauses(t *testing.T) {
 		"500":                {status(500), causeBusy, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := tc.far(t)
+			f := tc.peer(t)
 			c, err := New(Config{Name: "test", Proxy: f.addr, Token: "secret",
 				TLS: &tls.Config{RootCAs: in.Roots, ServerName: proxyName, Time: time.Now}})
 			if err != nil {
@@ -189,8 +190,8 @@ func TestCauses(t *testing.T) {
 	}
 }
 
-// serve is an HTTP/3 server on address that speaks protocol and has a
-// certificate of its own.
+// serve starts an HTTP/3 server at address with the certificate c. protocol is
+// its ALPN protocol, and extended enables HTTP Datagrams.
 func serve(t *testing.T, address string, c tls.Certificate, protocol string, extended bool,
 	handler http.HandlerFunc) *testProxy {
 	t.Helper()
@@ -219,9 +220,9 @@ func serve(t *testing.T, address string, c tls.Certificate, protocol string, ext
 	return &testProxy{addr: socket.LocalAddr().String()}
 }
 
-// Somebody who answers in the proxy's place ends neither a client that had a
-// session nor a service: routes and kill switch stay, the status says who
-// answers, and when the proxy is back, so is the session.
+// A peer that answers in the proxy's place ends neither a client that has had a
+// session nor a service. Routes and kill switch stay, the status shows the
+// address of the peer, and the client reconnects when the proxy is back.
 func TestImpostor(t *testing.T) {
 	other, _, err := pki.NewAuthority("another CA", time.Now())
 	must(err)
@@ -230,7 +231,7 @@ func TestImpostor(t *testing.T) {
 	certificate := pkitest.KeyPair(p)
 	for name, tc := range map[string]struct {
 		impostor func(t *testing.T, address string) *testProxy
-		says     string
+		want     string // beginning of the reason
 	}{
 		"another certificate": {
 			func(t *testing.T, address string) *testProxy {
@@ -247,22 +248,22 @@ func TestImpostor(t *testing.T) {
 		},
 	} {
 		t.Run(name+" after a session", func(t *testing.T) {
-			meetImpostor(t, tc.impostor, tc.says, false)
+			meetImpostor(t, tc.impostor, tc.want, false)
 		})
 		t.Run(name+" at the start of a service", func(t *testing.T) {
-			meetImpostor(t, tc.impostor, tc.says, true)
+			meetImpostor(t, tc.impostor, tc.want, true)
 		})
 	}
 }
 
-func meetImpostor(t *testing.T, impostor func(*testing.T, string) *testProxy, says string,
+func meetImpostor(t *testing.T, impostor func(*testing.T, string) *testProxy, want string,
 	service bool) {
 	address := freeAddress(t)
 	proxied := func(t *testing.T) *testProxy {
 		return startProxy(t, func(c *proxy.Config) { c.Listen = []string{address} })
 	}
 	var n *testClient
-	start := func(f *testProxy) { // ends with t, while the far ends take turns
+	start := func(f *testProxy) { // the client ends with t, after all peers
 		n = startClient(t, f, func(c *Config) { c.KillSwitch, c.Service = &killSwitch{}, service })
 	}
 	if !service {
@@ -276,15 +277,15 @@ func meetImpostor(t *testing.T, impostor func(*testing.T, string) *testProxy, sa
 		if n == nil {
 			start(f)
 		}
-		said := func(s Status) bool {
-			return strings.HasPrefix(s.Reason, says+address) && len(s.Warnings) == 1 &&
-				strings.HasPrefix(s.Warnings[0], says)
+		refused := func(s Status) bool {
+			return strings.HasPrefix(s.Reason, want+address) && len(s.Warnings) == 1 &&
+				strings.HasPrefix(s.Warnings[0], want)
 		}
-		n.await(t, "refused", said)
+		n.await(t, "refused", refused)
 		<-n.Changed() // the next attempt changes the state
-		n.await(t, "refused again", said)
+		n.await(t, "refused again", refused)
 		if n.network.Closed() || n.Status().KillSwitch != KillSwitchClosed {
-			t.Error("the host is as it was without the tunnel")
+			t.Error("the host was restored")
 		}
 	})
 	t.Run("afterwards", func(t *testing.T) {
@@ -295,7 +296,7 @@ func meetImpostor(t *testing.T, impostor func(*testing.T, string) *testProxy, sa
 	})
 }
 
-// freeAddress is a UDP address of this host that nobody has.
+// freeAddress returns a UDP address of this host that is not in use.
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	socket, err := net.ListenPacket("udp", "127.0.0.1:0")

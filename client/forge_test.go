@@ -12,16 +12,17 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 )
 
-// An answer is what somebody without any key makes of the connection IDs of a
-// client's first packet: original, which the client chose for the proxy, and
-// its own.
+// answer returns a packet that anybody on the path can forge from the
+// connection IDs of the client's first packet: original, the Destination
+// Connection ID, and own, the Source Connection ID.
 type answer func(original, own []byte) []byte
 
+// forging returns a function that starts forge with a on a free port.
 func forging(a answer) func(*testing.T) *testProxy {
 	return func(t *testing.T) *testProxy { return forge(t, "127.0.0.1:0", a) }
 }
 
-// forge answers all that comes to address.
+// forge answers each Initial packet to address with the packet of a.
 func forge(t *testing.T, address string, a answer) *testProxy {
 	t.Helper()
 	socket, err := net.ListenPacket("udp", address)
@@ -37,7 +38,7 @@ func forge(t *testing.T, address string, a answer) *testProxy {
 			if err != nil {
 				return
 			}
-			if n < 1200 || b[0]&0xf0 != 0xc0 { // no Initial packet
+			if n < 1200 || b[0]&0xf0 != 0xc0 { // other than an Initial packet
 				continue
 			}
 			original, rest := b[6:6+b[5]], b[6+b[5]:n]
@@ -51,16 +52,16 @@ func forge(t *testing.T, address string, a answer) *testProxy {
 	return &testProxy{addr: socket.LocalAddr().String()}
 }
 
-// noVersion answers that no version of QUIC is spoken that the client knows
-// (RFC 9000 section 17.2.1).
+// noVersion returns a Version Negotiation packet without a version that the
+// client supports (RFC 9000 section 17.2.1).
 func noVersion(original, own []byte) []byte {
 	b := append(longHeader(0x80, 0, own, original), 0x1a, 0x2a, 0x3a, 0x4a)
 	return b
 }
 
-// closing answers with an Initial packet that closes the connection with an
-// error (RFC 9000 sections 17.2.2 and 19.19). The keys of such packets follow
-// from what the client's own carried in the clear (RFC 9001 section 5).
+// closing returns an answer with an Initial packet that closes the connection
+// with an error code (RFC 9000 sections 17.2.2 and 19.19). Its keys are derived
+// from the client's Destination Connection ID (RFC 9001 section 5.2).
 func closing(code uint64) answer {
 	return func(original, own []byte) []byte {
 		initial, err := hkdf.Extract(sha256.New, original,
@@ -74,7 +75,7 @@ func closing(code uint64) answer {
 		mask, err := aes.NewCipher(expand(secret, "quic hp", 16))
 		must(err)
 
-		// CONNECTION_CLOSE, of no frame, without a reason
+		// CONNECTION_CLOSE with frame type 0 and without a reason phrase.
 		payload := append(quicvarint.Append([]byte{0x1c}, code), 0, 0)
 		payload = append(payload, make([]byte, 32)...)
 		b := longHeader(0xc0, 1, own, original[:4])

@@ -12,8 +12,8 @@ import (
 	"masquevpn/capsule"
 )
 
-// A proxy that changes its mind all the time does not keep the kernel busy, and
-// its last word counts.
+// A flood of ROUTE_ADVERTISEMENTs changes the kernel only a few times, and the
+// last one counts.
 func TestFloodOfAdvertisements(t *testing.T) {
 	const flood = 100
 	last := netip.MustParsePrefix("198.51.100.0/24")
@@ -48,6 +48,6 @@ func TestFloodOfAdvertisements(t *testing.T) {
 		}
 	}
 	if got := len(n.network.States()); got > flood/3 {
-		t.Errorf("%d capsules made the kernel change %d times", flood, got)
+		t.Errorf("%d capsules changed the kernel %d times", flood, got)
 	}
 }

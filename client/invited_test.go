@@ -11,7 +11,7 @@ import (
 	"masquevpn/proxy"
 )
 
-// oneCertificate is users whose certificate is one in particular.
+// oneCertificate is users that accepts the certificate with the hash sum alone.
 type oneCertificate struct {
 	users
 	sum *atomic.Pointer[[32]byte]
@@ -25,8 +25,8 @@ func (u oneCertificate) ByName(name string) (proxy.User, bool) {
 
 func (u oneCertificate) ByToken(string) (proxy.User, bool) { return u.ByName("alice") }
 
-// Of several certificates for the name of a user, all good, one is accepted:
-// that of the last invitation.
+// A proxy accepts only the certificate of the last invitation, although older
+// certificates of the user are still valid.
 func TestInvitedAgain(t *testing.T) {
 	first := newInstallation().user
 	second, err := newInstallation().Authority.Client("alice", time.Now(), time.Hour)
@@ -47,17 +47,17 @@ func TestInvitedAgain(t *testing.T) {
 	old := startClient(t, f, with(first))
 	old.awaitConnected(t)
 	if e := startClient(t, f, with(pkitest.KeyPair(second))).failure(t); e.Kind != KindCredentials {
-		t.Errorf("with a certificate of before: %v", e)
+		t.Errorf("with a certificate that is not current yet: got %v, want KindCredentials", e)
 	}
 	current.Store(sum(pkitest.KeyPair(second)))
 	f.UsersChanged()
 	if e := old.failure(t); e.Kind != KindCredentials {
-		t.Errorf("with the certificate of before: %v", e)
+		t.Errorf("with the old certificate: got %v, want KindCredentials", e)
 	}
 	if e := startClient(t, f, func(c *Config) {
 		c.TLS.Certificates = []tls.Certificate{first}
 	}).failure(t); e.Kind != KindCredentials {
-		t.Errorf("with the certificate of before and a good token: %v", e)
+		t.Errorf("with the old certificate and a valid token: got %v, want KindCredentials", e)
 	}
 	startClient(t, f, with(pkitest.KeyPair(second))).awaitConnected(t)
 }

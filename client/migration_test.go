@@ -25,7 +25,7 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// uplink is a host's network that a test changes.
+// fakeUnderlay is an Underlay that a test changes.
 type fakeUnderlay struct {
 	mu      sync.Mutex
 	nextHop routing.NextHop
@@ -48,7 +48,7 @@ func (u *fakeUnderlay) NextHop(netip.Addr) (routing.NextHop, error) {
 func (u *fakeUnderlay) Changed() <-chan struct{} { return u.changed }
 func (u *fakeUnderlay) Close() error             { return nil }
 
-// set has the host send from another address, or not at all.
+// set changes the source address of the next hop and the error of NextHop.
 func (u *fakeUnderlay) set(source string, err error) {
 	u.mu.Lock()
 	u.nextHop.Source, u.err = netip.MustParseAddr(source), err
@@ -58,13 +58,13 @@ func (u *fakeUnderlay) set(source string, err error) {
 
 func (u *fakeUnderlay) open() (Underlay, error) { return u, nil }
 
-// nat passes packets between a client and a proxy, like a router with address
-// translation.
+// nat is a router with network address translation between a client and a
+// proxy.
 type nat struct {
 	t      *testing.T
 	inside *net.UDPConn
 	proxy  *net.UDPAddr
-	drop   atomic.Bool // everything
+	drop   atomic.Bool // drop all packets
 
 	mu       sync.Mutex
 	bindings map[netip.AddrPort]*net.UDPConn // key: the client's address
@@ -101,7 +101,7 @@ func (n *nat) outbound() {
 	}
 }
 
-// binding returns the socket by which packets of a client's address leave.
+// binding returns the socket that sends the packets of a client's address.
 func (n *nat) binding(from netip.AddrPort) *net.UDPConn {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -126,8 +126,8 @@ func (n *nat) binding(from netip.AddrPort) *net.UDPConn {
 	return c
 }
 
-// rebind forgets all bindings: from now on packets leave from other ports, and
-// what comes to the old ones is lost.
+// rebind removes all bindings: later packets leave from other ports, and
+// packets to the old ports are lost.
 func (n *nat) rebind() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -146,8 +146,8 @@ func onlySession(t *testing.T, f *testProxy) proxy.SessionStatus {
 	return all[0]
 }
 
-// The proxy follows a client whose address changes without its knowledge,
-// however often.
+// The proxy follows a client whose outer address changes repeatedly without the
+// client's knowledge.
 func TestNATRebinding(t *testing.T) {
 	f := startProxy(t, nil)
 	nat := newNAT(t, f)
@@ -166,16 +166,16 @@ func TestNATRebinding(t *testing.T) {
 		})
 	}
 	if after := onlySession(t, f); after.ID != before.ID {
-		t.Error("it is another session")
+		t.Error("the session is another one")
 	}
 	if s := n.Status(); s.Reconnects != 0 || s.Migrations != 0 {
-		t.Errorf("%d reconnects, %d migrations: the client is not to notice", s.Reconnects,
+		t.Errorf("%d reconnects and %d migrations, want none", s.Reconnects,
 			s.Migrations)
 	}
 }
 
-// When this host sends from another address, the session moves to a new path,
-// however often, and stays what it is. Its former sockets are closed.
+// When the next hop to the proxy changes, repeatedly, the session migrates to a
+// new path each time and closes the old sockets.
 func TestNextHopChanges(t *testing.T) {
 	f := startProxy(t, nil)
 	nat := newNAT(t, f)
@@ -196,14 +196,14 @@ func TestNextHopChanges(t *testing.T) {
 		eventually(t, "packets pass", func() bool { return passes(n, f) })
 	}
 	if after := onlySession(t, f); after.ID != before.ID {
-		t.Error("it is another session")
+		t.Error("the session is another one")
 	}
 	if s := n.Status(); s.Reconnects != 0 || s.Migrations != 8 {
 		t.Errorf("%d reconnects and %d migrations, want 0 and 8", s.Reconnects, s.Migrations)
 	}
 	nat.rebind()
 	if now := openFiles(t); now > descriptors+2 {
-		t.Errorf("%d files are open, %d were before", now, descriptors)
+		t.Errorf("%d files are open, want at most 2 more than %d", now, descriptors)
 	}
 }
 
@@ -217,8 +217,8 @@ func openFiles(t *testing.T) int {
 	return len(files)
 }
 
-// A host without a way to the proxy says so, and goes on where it was when it
-// has one again.
+// A session survives while the host has no route to the proxy for a moment, and
+// the status shows it.
 func TestNoRouteToProxy(t *testing.T) {
 	f := startProxy(t, nil)
 	u := newFakeUnderlay()
@@ -226,7 +226,7 @@ func TestNoRouteToProxy(t *testing.T) {
 	n.awaitConnected(t)
 	before := onlySession(t, f)
 	u.set("192.0.2.1", errors.New("no route to the proxy"))
-	n.await(t, "without a way", func(s Status) bool {
+	n.await(t, "without a route", func(s Status) bool {
 		return s.State == StateReconnecting && strings.Contains(s.Reason, "no route to the proxy")
 	})
 	u.set("192.0.2.1", nil)
@@ -235,12 +235,12 @@ func TestNoRouteToProxy(t *testing.T) {
 	})
 	eventually(t, "packets pass", func() bool { return passes(n, f) })
 	if after := onlySession(t, f); after.ID != before.ID {
-		t.Error("it is another session")
+		t.Error("the session is another one")
 	}
 }
 
-// A path on which nothing comes any more is noticed long before QUIC gives it
-// up, and the client is back soon after it works again.
+// The client notices a dead path long before the idle timeout of QUIC, and
+// reconnects soon after the path works again.
 func TestBlackhole(t *testing.T) {
 	f := startProxy(t, nil)
 	nat := newNAT(t, f)
@@ -255,16 +255,16 @@ func TestBlackhole(t *testing.T) {
 			strings.Contains(s.Reason, "nothing has come from the proxy")
 	})
 	if d := time.Since(start); d > idleTimeout/2 {
-		t.Errorf("it took %v", d)
+		t.Errorf("the client noticed after %v, want less than %v", d, idleTimeout/2)
 	}
 	n.await(t, "dialing", func(s Status) bool { return s.Reconnects > 0 })
 	nat.drop.Store(false)
-	u.set("192.0.2.2", nil) // which is a reason to try at once
+	u.set("192.0.2.2", nil) // makes the client retry at once
 	n.awaitConnected(t)
 	eventually(t, "packets pass", func() bool { return passes(n, f) })
 }
 
-// A client that nobody uses is not taken for one whose path is dead.
+// The client does not consider the path of an idle tunnel dead.
 func TestIdleIsNotDead(t *testing.T) {
 	f := startProxy(t, nil)
 	n := startClient(t, f, nil)
@@ -282,12 +282,12 @@ func TestIdleIsNotDead(t *testing.T) {
 	}
 }
 
-// A host that was suspended looks after its path when it wakes up, and does not
-// wait for a session that the proxy has ended.
+// After a suspension the client migrates. If the proxy has ended the session in
+// the meantime, it reconnects at once.
 func TestSuspended(t *testing.T) {
 	for _, tt := range []struct {
 		slept time.Duration
-		same  bool // session
+		same  bool // the session survives
 	}{{5 * time.Second, true}, {2 * idleTimeout, false}} {
 		t.Run(tt.slept.String(), func(t *testing.T) {
 			f := startProxy(t, nil)
@@ -298,7 +298,7 @@ func TestSuspended(t *testing.T) {
 			})
 			n.awaitConnected(t)
 			before := onlySession(t, f)
-			nat.rebind() // as routers do with what is not used
+			nat.rebind() // as routers do with idle bindings
 			slept.Add(int64(tt.slept))
 			n.await(t, "awake", func(s Status) bool {
 				return s.State == StateConnected &&
@@ -314,8 +314,8 @@ func TestSuspended(t *testing.T) {
 	}
 }
 
-// Waiting before the next attempt ends when the way to the proxy changes, and
-// not for whatever else the kernel reports.
+// The wait before the next attempt ends early when the next hop to the proxy
+// changes, but not for other changes that the kernel reports.
 func TestNetworkChangeEndsWait(t *testing.T) {
 	c, err := New(Config{Name: "test", Proxy: "192.0.2.1",
 		OpenNetwork: func(Device) (Network, error) {
@@ -342,18 +342,18 @@ func TestNetworkChangeEndsWait(t *testing.T) {
 		u.set("192.0.2.77", nil)
 		c.host.changed <- struct{}{}
 		if !<-ended {
-			t.Error("the wait ended for want of time")
+			t.Error("the wait did not end early")
 		}
 		go func() { ended <- c.awaitNetworkChange(ctx) }()
 		cancel()
 		if <-ended {
-			t.Error("an end counts as a change")
+			t.Error("the end of the context counts as a change")
 		}
 	})
 }
 
-// The status lists conflicts with the host's routes while there are any, and
-// the log each of them once.
+// The status lists the current conflicts with the host's routes, and the log
+// has each conflict once.
 func TestConflictsAreShown(t *testing.T) {
 	f := startProxy(t, nil)
 	u, kernel, log := newFakeUnderlay(), &routingtest.Network{}, new(logtest.Buffer)
@@ -376,10 +376,9 @@ func TestConflictsAreShown(t *testing.T) {
 	}
 }
 
-// passes reports whether a packet gets through in each direction. It may get
-// lost.
+// passes reports whether one packet gets through in each direction.
 func passes(n *testClient, f *testProxy) bool {
-	for _, way := range []struct {
+	for _, direction := range []struct {
 		from, to *tuntest.Device
 		src, dst netip.Addr
 	}{
@@ -387,27 +386,29 @@ func passes(n *testClient, f *testProxy) bool {
 		{f.device, n.device, netip.MustParseAddr("192.0.2.9"), netip.MustParseAddr("10.77.0.2")},
 	} {
 		ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
-		way.from.Inject(ippacket.AppendEcho(nil, way.src, way.dst, 64, true, 98, 1, nil))
+		direction.from.Inject(ippacket.AppendEcho(nil, direction.src, direction.dst, 64, true, 98,
+			1, nil))
 		for came := false; !came; {
-			pkt, err := way.to.Receive(ctx)
+			pkt, err := direction.to.Receive(ctx)
 			if err != nil {
 				cancel()
 				return false
 			}
 			p, err := ippacket.Parse(pkt)
 			_, id, _, _, ok := ippacket.ParseEcho(pkt, p)
-			came = err == nil && ok && id == 98 && p.Src == way.src
+			came = err == nil && ok && id == 98 && p.Src == direction.src
 		}
 		cancel()
 	}
 	return true
 }
 
-func eventually(t *testing.T, what string, ok func() bool) {
+// eventually waits until ok returns true. event names it in the failure.
+func eventually(t *testing.T, event string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("not in time: %s", what)
+			t.Fatalf("not in time: %s", event)
 		}
 	}
 }

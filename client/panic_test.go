@@ -22,7 +22,8 @@ func (d fragile) Write(bufs [][]byte, offset int) (int, error) {
 	return d.Device.Write(bufs, offset)
 }
 
-// A panic in what serves the session ends that, and the client connects again.
+// A panic in a goroutine of the session ends the session, and the client
+// reconnects.
 func TestPanicEndsSession(t *testing.T) {
 	f := startProxy(t, nil)
 	device, wrote := tuntest.New(1400), atomic.Bool{}

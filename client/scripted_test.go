@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -23,7 +24,7 @@ import (
 	"masquevpn/internal/logtest"
 )
 
-// scripted is a proxy that does what a test wants it to do.
+// scripted starts a proxy that handles requests with handler.
 func scripted(t *testing.T, handler http.HandlerFunc) *testProxy {
 	t.Helper()
 	socket, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -49,7 +50,7 @@ func scripted(t *testing.T, handler http.HandlerFunc) *testProxy {
 	return &testProxy{addr: socket.LocalAddr().String()}
 }
 
-// write sends capsules on str.
+// write sends capsules on str in one write.
 func write(str *http3.Stream, capsules ...capsule.Capsule) {
 	var b []byte
 	for _, c := range capsules {
@@ -58,7 +59,8 @@ func write(str *http3.Stream, capsules ...capsule.Capsule) {
 	_, _ = str.Write(b)
 }
 
-// requested waits for the next addresses that the client asks for.
+// requested waits for the next ADDRESS_REQUEST and returns its addresses. It
+// returns nil at the end of the stream.
 func requested(r *capsule.Reader) []capsule.Address {
 	for {
 		c, err := r.Next()
@@ -71,15 +73,15 @@ func requested(r *capsule.Reader) []capsule.Address {
 	}
 }
 
-// keepSending sends a datagram again and again, until ctx ends.
+// keepSending sends a datagram every 10 ms until ctx is done.
 func keepSending(ctx context.Context, str *http3.Stream, datagram []byte) {
 	for ctx.Err() == nil && str.SendDatagram(datagram) == nil {
 		time.Sleep(10 * time.Millisecond)
 	}
 }
 
-// A proxy that does not grant the addresses of the last session is asked for
-// any the next time.
+// If the proxy refuses the addresses of the previous session, the client
+// requests any address next.
 func TestFormerAddressesAreRefused(t *testing.T) {
 	var sessions atomic.Int32
 	lose := make(chan struct{})
@@ -120,7 +122,7 @@ func TestFormerAddressesAreRefused(t *testing.T) {
 	})
 }
 
-// A proxy that does not answer the request is said to be just that.
+// The error names a proxy that does not answer the request.
 func TestSilentProxy(t *testing.T) {
 	f := scripted(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 	c, err := New(Config{Name: "test", Proxy: f.addr,
@@ -148,8 +150,7 @@ func assignBoth(str *http3.Stream) {
 			"2001:db8::/32"), 0)})
 }
 
-// The addresses of a tunnel are those that the proxy assigns unprompted, and
-// those of the configuration, each once.
+// A tunnel has the unprompted and the static addresses, without duplicates.
 func TestUnpromptedAddresses(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
@@ -186,9 +187,9 @@ func TestUnpromptedAddresses(t *testing.T) {
 	}
 }
 
-// A proxy that ends the tunnel when it is asked for addresses, and assigns some
-// unprompted, is asked once in a run.
-func TestProxyThatCannotBeAsked(t *testing.T) {
+// The client sends one ADDRESS_REQUEST in a run to a proxy that ends the tunnel
+// at such a request and assigns addresses unprompted.
+func TestProxyRejectsAddressRequest(t *testing.T) {
 	var asked, sessions atomic.Int32
 	lose := make(chan struct{})
 	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
@@ -217,25 +218,26 @@ func TestProxyThatCannotBeAsked(t *testing.T) {
 		str.CancelRead(0)
 		<-read
 	})
-	// the status has the reason until the next attempt, which may be at once
+	// The status has the reason until the next attempt, which may start at
+	// once.
 	log := new(logtest.Buffer)
 	n := startClient(t, f, func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(log, nil)) })
 	n.await(t, "connected without asking", func(s Status) bool {
 		return s.State == StateConnected && sessions.Load() == 2
 	})
 	if !strings.Contains(log.String(), "addresses.request = []") {
-		t.Error("the log does not say what to do")
+		t.Error("the log does not name the setting")
 	}
 	close(lose)
 	n.await(t, "connected anew", func(s Status) bool {
 		return s.State == StateConnected && sessions.Load() == 3
 	})
 	if got := asked.Load(); got != 1 {
-		t.Errorf("asked for addresses %d times, want once", got)
+		t.Errorf("the client sent %d requests, want 1", got)
 	}
 }
 
-// A tunnel whose addresses the proxy takes away, all of them, is not connected.
+// The client reconnects when the proxy withdraws all addresses.
 func TestAddressesAreTakenAway(t *testing.T) {
 	take := make(chan struct{})
 	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
@@ -252,13 +254,12 @@ func TestAddressesAreTakenAway(t *testing.T) {
 	n := startClient(t, f, func(c *Config) { c.Request = prefixes() })
 	n.awaitConnected(t)
 	close(take)
-	n.await(t, "told of it", func(s Status) bool {
+	n.await(t, "without a session", func(s Status) bool {
 		return s.State == StateReconnecting && strings.Contains(s.Reason, "assigned no address")
 	})
 }
 
-// A tunnel without routes is connected, and carries nothing: the status says so
-// until there are some.
+// A tunnel without routes is connected, with a warning until it gets routes.
 func TestRoutesAreTakenAway(t *testing.T) {
 	steps := make(chan []string)
 	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
@@ -282,22 +283,22 @@ func TestRoutesAreTakenAway(t *testing.T) {
 		{[]string{"127.0.0.0/8"}, "no route that the proxy advertises"},
 	} {
 		steps <- step.routes
-		n.await(t, "told of "+step.want, func(s Status) bool {
-			said := slices.ContainsFunc(s.Warnings, func(w string) bool {
+		n.await(t, fmt.Sprintf("warned with %q", step.want), func(s Status) bool {
+			warned := slices.ContainsFunc(s.Warnings, func(w string) bool {
 				return strings.HasPrefix(w, "nothing goes through the tunnel: "+step.want)
 			})
-			return said == (step.want != "") && s.State == StateConnected
+			return warned == (step.want != "") && s.State == StateConnected
 		})
 	}
 }
 
-// A proxy that assigns nothing without being asked is asked again, and the user
-// is told.
-func TestNothingComesUnprompted(t *testing.T) {
+// If no unprompted addresses arrive, the next session requests addresses again,
+// or the error names the setting that prevents a request.
+func TestNoUnpromptedAddresses(t *testing.T) {
 	s := &session{c: &Client{skipRequest: true, cfg: Config{Request: prefixes("0.0.0.0/32")}}}
 	var e *Error
 	if err := s.notConfigured(); !errors.As(err, &e) || e.Kind != KindRefused || s.c.skipRequest {
-		t.Errorf("got %v, and the next session does without asking: %t", e, s.c.skipRequest)
+		t.Errorf("got %v, and the next session skips the request: %t", e, s.c.skipRequest)
 	}
 	s = &session{c: &Client{}}
 	if err := s.notConfigured(); !errors.As(err, &e) ||
@@ -306,8 +307,8 @@ func TestNothingComesUnprompted(t *testing.T) {
 	}
 }
 
-// A proxy that acknowledges what is sent into the tunnel and answers none of it
-// is connected, with a warning until something comes.
+// A session is connected, with a warning, if the proxy acknowledges the probes
+// and answers none. The first packet removes the warning.
 func TestProxyAnswersNoEcho(t *testing.T) {
 	answer := make(chan struct{})
 	f := scripted(t, func(w http.ResponseWriter, r *http.Request) {
@@ -336,12 +337,12 @@ func TestProxyAnswersNoEcho(t *testing.T) {
 	}
 }
 
-// Why the last session failed is known while the next one is awaited.
-func TestMalformedCapsuleIsTheReason(t *testing.T) {
+// Failure and Status have the reason of the last failure between two attempts.
+func TestFailureAfterMalformedCapsule(t *testing.T) {
 	f := scripted(t, func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(http.StatusOK)
 		str := w.(http3.HTTPStreamer).HTTPStream()
-		// ADDRESS_ASSIGN of 10.77.0.2/24
+		// An ADDRESS_ASSIGN with host bits: 10.77.0.2/24.
 		_, _ = str.Write([]byte{0x01, 0x07, 0x00, 0x04, 10, 77, 0, 2, 24})
 		_ = requested(capsule.NewReader(str, 1<<16))
 	})

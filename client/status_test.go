@@ -2,8 +2,8 @@ package client
 
 import "testing"
 
-// What the kernel drops because a UDP socket is full is counted, over all
-// sockets that there were, and shown.
+// Client and UDPForwarder count the packets that the kernel dropped because a
+// UDP socket was full, for all their sockets together.
 func TestFullSocketsAreCounted(t *testing.T) {
 	c, err := New(Config{Proxy: "p"})
 	if err != nil {
@@ -12,7 +12,7 @@ func TestFullSocketsAreCounted(t *testing.T) {
 	c.dialer.dropped(2)
 	c.dialer.dropped(3)
 	if got := c.Status().Drops["socket_full"]; got != 5 {
-		t.Errorf("the status has %d of 5 packets", got)
+		t.Errorf("the status has %d dropped packets, want 5", got)
 	}
 	f, err := NewUDPForwarder(UDPConfig{Proxy: "p", Listen: "127.0.0.1:0", Target: "192.0.2.1:53"})
 	if err != nil {
@@ -20,6 +20,6 @@ func TestFullSocketsAreCounted(t *testing.T) {
 	}
 	f.dialer.dropped(4)
 	if got := f.Stats().Receive.Drops()["socket_full"]; got != 4 {
-		t.Errorf("the forwarder has %d of 4 packets", got)
+		t.Errorf("the forwarder has %d dropped packets, want 4", got)
 	}
 }

@@ -17,7 +17,8 @@ import (
 	"masquevpn/routing"
 )
 
-// home is a host with a LAN, containers and an address for others.
+// home returns the networks of a host with a LAN, containers and a public
+// address.
 func home(string) ([]routing.HostNetwork, error) {
 	return []routing.HostNetwork{
 		{Address: netip.MustParsePrefix("127.0.0.1/8"), Interface: "lo"},
@@ -28,8 +29,8 @@ func home(string) ([]routing.HostNetwork, error) {
 	}, nil
 }
 
-// assigning is a proxy that answers requests for addresses with some of its own
-// choice, and advertises routes.
+// assigning starts a proxy that answers each request with addresses, refuses
+// the remaining requests, and advertises routes.
 func assigning(t *testing.T, addresses, routes []netip.Prefix) *testProxy {
 	return scripted(t, func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusOK)
@@ -57,7 +58,7 @@ func assigning(t *testing.T, addresses, routes []netip.Prefix) *testProxy {
 		}
 		write(str, &capsule.AddressAssign{Addresses: assigned},
 			&capsule.RouteAdvertisement{Routes: capsule.Routes(routes, 0)})
-		for _, p := range addresses { // something that comes in
+		for _, p := range addresses { // packets for the client
 			if p.Addr().Is4() && len(routes) > 0 {
 				go keepSending(r.Context(), str,
 					append([]byte{0},
@@ -69,8 +70,8 @@ func assigning(t *testing.T, addresses, routes []netip.Prefix) *testProxy {
 	})
 }
 
-// Addresses that would cut the host off, or let the proxy into its networks,
-// are refused before the kernel hears of them.
+// The client refuses addresses that would cut the host off from its networks or
+// give the proxy access to them, before it changes the kernel.
 func TestAssignedAddressesAreRefused(t *testing.T) {
 	for name, tc := range map[string]struct {
 		assigned []netip.Prefix
@@ -121,13 +122,13 @@ func TestAssignedAddressesAreRefused(t *testing.T) {
 				t.Errorf("got kind %d, %q, want kind %d and %q", e.Kind, e, KindRefused, tc.want)
 			}
 			if states := n.network.States(); len(states) > 0 {
-				t.Errorf("the kernel was told %+v", states)
+				t.Errorf("the kernel has %+v, want no change", states)
 			}
 		})
 	}
 }
 
-// The outer address of the proxy is refused as an address of the tunnel.
+// The client refuses the outer address of the proxy.
 func TestOuterAddressIsRefused(t *testing.T) {
 	s := &session{c: &Client{}, proxyAddrs: []netip.AddrPort{netip.MustParseAddrPort("198.51.100.2:443")}}
 	if got, want := s.whyUnusable(netip.MustParsePrefix("198.51.100.2/32")),
@@ -136,9 +137,8 @@ func TestOuterAddressIsRefused(t *testing.T) {
 	}
 }
 
-// An address of a family that was not asked for is left alone, and what was
-// asked for serves.
-func TestUnaskedFamily(t *testing.T) {
+// The client ignores an address of a family that it did not request.
+func TestUnrequestedFamily(t *testing.T) {
 	f := assigning(t, prefixes("10.77.0.2/32", "fd77::2/128"), prefixes("0.0.0.0/0", "::/0"))
 	n := startClient(t, f, func(c *Config) {
 		c.HostNetworks, c.Request = home, prefixes("0.0.0.0/32")
@@ -149,7 +149,7 @@ func TestUnaskedFamily(t *testing.T) {
 	}
 }
 
-// travelling is a host that comes into other networks.
+// travelling is a host that a test moves to other networks.
 type travelling struct {
 	mu sync.Mutex
 	at []routing.HostNetwork
@@ -167,9 +167,9 @@ func (h *travelling) moveTo(network string) {
 	h.at = []routing.HostNetwork{{Address: netip.MustParsePrefix(network), Interface: "wlan0"}}
 }
 
-// A tunnel goes on when the host comes into a network with the tunnel's
-// addresses, also in its next session, and says so.
-func TestMovesIntoTheTunnelsNetwork(t *testing.T) {
+// A session survives, with a warning, when the host moves to a network with the
+// addresses of the tunnel. The next session has the warning too.
+func TestHostNetworkOverlapsTunnel(t *testing.T) {
 	f := startProxy(t, nil)
 	h := &travelling{}
 	h.moveTo("192.168.1.10/24")
@@ -196,9 +196,9 @@ func TestMovesIntoTheTunnelsNetwork(t *testing.T) {
 	})
 }
 
-// When another network gives the host the tunnel's own address, the host keeps
-// that one, and the routes of the tunnel stay.
-func TestTunnelsAddressIsTaken(t *testing.T) {
+// When another network assigns the tunnel's address to the host, the client
+// removes it from the tunnel and keeps the tunnel's routes.
+func TestHostGetsTunnelAddress(t *testing.T) {
 	f := startProxy(t, nil)
 	h := &travelling{}
 	h.moveTo("192.168.1.10/24")
@@ -221,12 +221,13 @@ func TestTunnelsAddressIsTaken(t *testing.T) {
 	n.await(t, "connected again", func(s Status) bool { return s.State == StateConnected })
 }
 
-// What is advertised counts as far as it is accepted, and is not of this host.
+// The client accepts packets from the advertised ranges that the configuration
+// accepts and that do not belong to this host.
 func TestAcceptable(t *testing.T) {
 	for name, tc := range map[string]struct {
 		advertised, accept, exclude []netip.Prefix
 		lan, install                bool
-		pass, drop                  []string // sources
+		pass, drop                  []string // source addresses
 	}{
 		"split": {
 			prefixes("0.0.0.0/0"), prefixes("10.0.0.0/8"), nil, true, true,
@@ -289,7 +290,7 @@ func covers(routes []capsule.Route, addr string) bool {
 	})
 }
 
-// Each protocol keeps its own routes.
+// The routes of different protocols are kept apart.
 func TestAcceptableByProtocol(t *testing.T) {
 	c, err := New(Config{Proxy: "p", InstallRoutes: true, Accept: prefixes("192.0.2.0/24")})
 	if err != nil {
@@ -303,9 +304,9 @@ func TestAcceptableByProtocol(t *testing.T) {
 	}
 }
 
-// A packet of the proxy that claims to be of the host's LAN, or of what a split
-// tunnel does not lead to, does not come in.
-func TestSourcesOfASplitTunnel(t *testing.T) {
+// The client drops packets of the proxy with a source address in the host's LAN
+// or outside the routes of a split tunnel.
+func TestSplitTunnelSources(t *testing.T) {
 	f := startProxy(t, nil)
 	n := startClient(t, f, func(c *Config) {
 		c.HostNetworks, c.Accept = home, prefixes("192.0.2.0/24", "192.168.0.0/16")
@@ -320,19 +321,19 @@ func TestSourcesOfASplitTunnel(t *testing.T) {
 	carries(t, n, f, "10.77.0.2", "192.0.2.2")
 }
 
-// await2 waits until ok holds.
-func (n *testClient) eventually(t *testing.T, what string, ok func() bool) {
+// eventually waits until ok returns true. It is for changes without an event.
+func (n *testClient) eventually(t *testing.T, state string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("the client was not %s in time: %+v", what, n.Status())
+			t.Fatalf("the client was not %s in time: %+v", state, n.Status())
 		}
 	}
 }
 
-// Routes to addresses of a link alone, and to IPv4 in the form of IPv6, are not
-// installed.
-func TestRoutesToNowhere(t *testing.T) {
+// The client does not install routes to link-local, multicast, loopback and
+// IPv4-mapped addresses.
+func TestReservedRoutes(t *testing.T) {
 	f := assigning(t, prefixes("10.77.0.2/32"),
 		prefixes("192.0.2.0/24", "127.0.0.0/8", "169.254.1.0/24", "224.0.0.0/4",
 			"::ffff:10.0.0.0/104", "fe80::/64", "ff00::/8"))
@@ -343,10 +344,10 @@ func TestRoutesToNowhere(t *testing.T) {
 	}
 }
 
-// The proxy's nameservers are asked about all names in a tunnel for everything,
-// or when the configuration says so; otherwise about the domains that the proxy
-// names.
-func TestNamesOfASplitTunnel(t *testing.T) {
+// The resolver asks the proxy's nameservers about all names in a full tunnel,
+// or if the configuration lists all names. Otherwise it asks them about the
+// proxy's domains.
+func TestSplitTunnelDNS(t *testing.T) {
 	servers := []netip.Addr{netip.MustParseAddr("192.0.2.53")}
 	split := prefixes("192.0.2.0/24")
 	for name, tc := range map[string]struct {
@@ -354,7 +355,7 @@ func TestNamesOfASplitTunnel(t *testing.T) {
 		accept []netip.Prefix
 		dns    DNS
 		want   string
-		reason string // a part of it
+		reason string // part of the status's reason
 	}{
 		"full": {pushed: proxy.DNS{Servers: servers},
 			want: "servers [192.0.2.53:53] search [] domains [.]"},
@@ -384,29 +385,29 @@ func TestNamesOfASplitTunnel(t *testing.T) {
 				r.config(c)
 				c.Accept, c.DNS = tc.accept, tc.dns
 			})
-			n.await(t, "told", func(s Status) bool {
-				said := slices.DeleteFunc(r.all(), func(s string) bool {
+			n.await(t, "configured", func(s Status) bool {
+				calls := slices.DeleteFunc(r.all(), func(s string) bool {
 					return strings.HasSuffix(s, " routes")
 				})
-				return s.State == StateConnected && len(s.DNS.Servers) > 0 && len(said) > 0 &&
-					said[len(said)-1] == tc.want &&
+				return s.State == StateConnected && len(s.DNS.Servers) > 0 && len(calls) > 0 &&
+					calls[len(calls)-1] == tc.want &&
 					s.DNS.Applied == (tc.reason == "") && strings.Contains(s.DNS.Reason, tc.reason)
 			})
 		})
 	}
 }
 
-// A server that is an address of this host is not used.
+// A nameserver with an address of this host is not used.
 func TestOwnAddressAsNameserver(t *testing.T) {
 	f := startProxy(t, pushing(proxy.DNS{Servers: []netip.Addr{netip.MustParseAddr("192.168.1.10"),
 		netip.MustParseAddr("10.77.0.2"), netip.MustParseAddr("192.0.2.53")}}))
 	r := &fakeResolver{}
 	n := startClient(t, f, func(c *Config) { r.config(c); c.HostNetworks = home })
-	n.await(t, "told", func(s Status) bool { return s.DNS.Applied })
-	if said := r.all(); !slices.Contains(said, "servers [192.0.2.53:53] search [] domains [.]") ||
-		slices.ContainsFunc(said, func(s string) bool {
+	n.await(t, "configured", func(s Status) bool { return s.DNS.Applied })
+	if calls := r.all(); !slices.Contains(calls, "servers [192.0.2.53:53] search [] domains [.]") ||
+		slices.ContainsFunc(calls, func(s string) bool {
 			return strings.Contains(s, "192.168.1.10") || strings.Contains(s, "10.77.0.2")
 		}) {
-		t.Errorf("the host was told %q", said)
+		t.Errorf("the resolver got %q, want 192.0.2.53 alone", calls)
 	}
 }
