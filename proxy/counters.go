@@ -10,48 +10,60 @@ import (
 	"masquevpn/internal/rescue"
 )
 
-// Counters are what a Server has counted since it was made, and what it has
-// now. Counts never get less.
+// Counters has the counts of a Server since New, which never decrease, and the
+// present numbers of sessions, connections and addresses.
 type Counters struct {
-	Stats        connectip.Stats // all sessions, and packets that belong to none
-	Sessions     int             // now, tunnels
-	MaxSessions  int
-	UDPFlows     int // now
-	MaxUDPFlows  int
-	Requests     []RequestCount    // one entry for each outcome
-	AuthFailures map[string]uint64 // key: method; "missing": there were no credentials
-	Pool         []PoolUse
-	// KernelRepairs are how often the host was put right, by what it was.
+	// Stats is the sum of all sessions and of packets without a session.
+	Stats connectip.Stats
+
+	Sessions    int // tunnels now
+	MaxSessions int
+	UDPFlows    int // sessions for UDP proxying now
+	MaxUDPFlows int
+
+	Requests []RequestCount // one entry per outcome
+	Pool     []PoolUse      // one entry per family
+
+	// AuthFailures counts failures of authentication by method. Under "missing"
+	// it counts requests without credentials.
+	AuthFailures map[string]uint64
+
+	// KernelRepairs counts the changes of other programs that the proxy
+	// reverted, by kind.
 	KernelRepairs map[string]uint64
-	// PendingConnections are those without an accepted request now, and
-	// ConnectionsEnded how many the proxy ended because no session ran on them,
-	// by reason.
+
+	// PendingConnections is the number of connections without an accepted
+	// request now. ConnectionsEnded counts the connections that the proxy
+	// closed because no session ran on them, by reason.
 	PendingConnections int
 	ConnectionsEnded   map[string]uint64
-	// Oldest are the ages of the oldest packets that wait in the proxy now.
+
+	// Oldest has the ages of the oldest packets in the proxy now.
 	Oldest connectip.Ages
-	Panics uint64 // that ended a session or a request
+
+	// Panics counts sessions and requests that a panic ended.
+	Panics uint64
 }
 
-// RequestCount is how many requests had one outcome.
+// RequestCount is the number of requests with one outcome.
 type RequestCount struct {
 	Status int
-	Reason string // "accepted", or why not: one of a few words
+	Reason string // "accepted" or a word for the refusal
 	Count  uint64
 }
 
-// PoolUse is how the addresses of one family are used. There may be more than
-// an integer can count.
+// PoolUse is the number of leased and free addresses of one family. The numbers
+// may exceed the range of integers.
 type PoolUse struct {
-	Family       string // ipv4 or ipv6
+	Family       string // "ipv4" or "ipv6"
 	Leased, Free float64
 }
 
-// Counters may be called at any time, also before Run and after it.
+// Counters returns the counters. It may be called before and after Run.
 func (s *Server) Counters() *Counters {
 	c := &Counters{
 		MaxSessions: s.cfg().MaxSessions, MaxUDPFlows: s.cfg().MaxUDPFlows,
-		Requests: s.requests.counts(), AuthFailures: s.auth.failed.counts(), Pool: s.poolUse(),
+		Requests: s.requests.list(), AuthFailures: s.auth.failed.counts(), Pool: s.poolUse(),
 	}
 	c.KernelRepairs = s.host.healthNow().Repairs
 	if e := s.host.supervisor.Current(); e != nil {
@@ -75,7 +87,7 @@ func (s *Server) poolUse() []PoolUse {
 	return list
 }
 
-// oldest returns the ages of the oldest packets that wait.
+// oldest returns the ages of the oldest packets in the proxy.
 func (s *Server) oldest() (a connectip.Ages) {
 	a.Note(connectip.StageDeviceRead, s.forwarder.reading.Age())
 	for _, ss := range s.sessions.list() {
@@ -84,17 +96,17 @@ func (s *Server) oldest() (a connectip.Ages) {
 	return a
 }
 
-// Stuck says where packets are stuck for a reason that is this proxy's own, nil
-// for nowhere.
+// Stuck returns an error that names the stage if packets do not move because of
+// a fault of the proxy, and nil otherwise.
 func (s *Server) Stuck() error {
 	a := s.oldest()
 	return a.Stuck()
 }
 
-// accepted is the reason of requests that were.
+// accepted is RequestCount.Reason of accepted requests.
 const accepted = "accepted"
 
-// outcome is what became of a request.
+// outcome is the result of a request: a status code and a reason.
 type outcome struct {
 	status int
 	reason string
@@ -102,15 +114,15 @@ type outcome struct {
 
 // requestCounts counts requests by their outcome.
 type requestCounts struct {
-	mu sync.Mutex
-	by map[outcome]uint64
+	mu     sync.Mutex // guards the field below
+	counts map[outcome]uint64
 }
 
-// newRequestCounts begins with those outcomes at 0 that somebody may want to be
-// alerted of: an alert sees how a number grows, and not how it appears.
+// newRequestCounts starts common outcomes at 0, so that an alert sees the first
+// increase: a counter that appears with 1 has no increase.
 func newRequestCounts() requestCounts {
 	const limit = "connection_limit_reached"
-	return requestCounts{by: map[outcome]uint64{
+	return requestCounts{counts: map[outcome]uint64{
 		{http.StatusOK, accepted}: 0, {http.StatusUnauthorized, "credentials"}: 0,
 		{http.StatusTooManyRequests, limit}: 0, {http.StatusServiceUnavailable, limit}: 0,
 	}}
@@ -119,15 +131,15 @@ func newRequestCounts() requestCounts {
 func (c *requestCounts) count(status int, reason string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.by[outcome{status, reason}]++
+	c.counts[outcome{status, reason}]++
 }
 
-// counts returns all outcomes so far in order.
-func (c *requestCounts) counts() []RequestCount {
+// list returns the outcomes so far, sorted.
+func (c *requestCounts) list() []RequestCount {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	list := make([]RequestCount, 0, len(c.by))
-	for o, n := range c.by {
+	list := make([]RequestCount, 0, len(c.counts))
+	for o, n := range c.counts {
 		list = append(list, RequestCount{o.status, o.reason, n})
 	}
 	slices.SortFunc(list, func(a, b RequestCount) int {

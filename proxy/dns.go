@@ -9,23 +9,32 @@ import (
 	"masquevpn/capsule"
 )
 
-// DNS is what clients are told about name resolution
-// (draft-ietf-masque-connect-ip-dns-06). The zero value tells them nothing.
+// DNS has the DNS settings that are pushed to clients
+// (draft-ietf-masque-connect-ip-dns-06). The zero value pushes none.
 type DNS struct {
-	Servers []netip.Addr   // servers of unencrypted DNS, the preferred one first
-	Domains []string       // what the servers resolve, with all names below; none: all names
-	Search  []string       // search domains
-	NAT64   []netip.Prefix // prefixes of NAT64 (RFC 6052 section 2.2)
+	// Servers are servers for unencrypted DNS, in the order of preference.
+	Servers []netip.Addr
+
+	// Domains are the domains that the servers resolve, each with its
+	// subdomains. If there are none, the servers resolve all names.
+	Domains []string
+
+	// Search has the search domains.
+	Search []string
+
+	// NAT64 has the prefixes of translators (RFC 6052 section 2.2).
+	NAT64 []netip.Prefix
 }
 
-// Limits on DNS. Within them all of it fits in capsules that any peer takes.
+// Limits on DNS. Within them the settings fit in capsules that any peer
+// accepts.
 const (
 	maxServers = 16
-	maxDomains = 32 // domains of each kind
+	maxDomains = 32 // for Domains and for Search
 	maxNAT64   = 16
 )
 
-// check returns what is wrong with d, as an *Error.
+// check returns an *Error if d cannot be pushed.
 func (d DNS) check() error {
 	switch {
 	case len(d.Servers) > maxServers:
@@ -52,8 +61,8 @@ func (d DNS) check() error {
 	return nil
 }
 
-// configurations is d as it goes into a capsule: the servers by falling
-// preference, and all for the same names.
+// configurations returns d for a DNS_ASSIGN capsule. All servers are for the
+// same domains.
 func (d DNS) configurations() []capsule.DNSConfiguration {
 	if len(d.Servers) == 0 {
 		return nil
@@ -69,9 +78,9 @@ func (d DNS) configurations() []capsule.DNSConfiguration {
 	return []capsule.DNSConfiguration{c}
 }
 
-// SetDNS changes what clients are told about name resolution; those that are
-// connected learn of it at once. The error, if any, is an *Error of KindUsage,
-// and all stays as it was.
+// SetDNS changes the DNS settings and pushes them to connected clients. An
+// error because of d is an *Error of KindUsage; the settings stay as they were
+// then.
 func (s *Server) SetDNS(d DNS) error {
 	if err := d.check(); err != nil {
 		return err
@@ -80,7 +89,7 @@ func (s *Server) SetDNS(d DNS) error {
 		return nil
 	}
 	select {
-	case <-s.ready: // what is denied depends on the prefixes of NAT64
+	case <-s.ready: // denied destinations depend on the NAT64 prefixes
 		if err := s.host.refresh(); err != nil {
 			return err
 		}
@@ -93,12 +102,12 @@ func (s *Server) SetDNS(d DNS) error {
 	return nil
 }
 
-// warnOfDNS says what clients are told to ask and cannot reach through the
-// tunnel: their queries would leave outside of it, or be refused.
+// warnOfDNS warns about servers and NAT64 prefixes that clients cannot reach
+// through the tunnel: queries would bypass the tunnel or be refused.
 func (s *Server) warnOfDNS() {
 	routes, err := s.access.routes(nil, nil, 0, s.pool.Serves)
 	if err != nil {
-		return // it is reported where routes are advertised
+		return // reported when routes are advertised
 	}
 	var advertised, denied netipx.IPSetBuilder
 	for _, r := range routes {
@@ -107,7 +116,7 @@ func (s *Server) warnOfDNS() {
 	for _, p := range s.access.deniedNow().clients {
 		denied.AddPrefix(p)
 	}
-	reached, _ := advertised.IPSet() // the error is for invalid addresses
+	reached, _ := advertised.IPSet() // all addresses are valid
 	refused, _ := denied.IPSet()
 	d := s.dns.Load()
 	for _, a := range d.Servers {

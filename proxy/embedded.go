@@ -6,20 +6,24 @@ import (
 	"go4.org/netipx"
 )
 
-// embedding is a prefix of IPv6 addresses that mean IPv4 addresses: whoever
-// translates or wraps their packets sends them on to those.
+// embedding is an IPv6 prefix under which translators or tunnels embed IPv4
+// addresses. A packet to such an IPv6 address is forwarded to the IPv4 address.
 type embedding struct {
 	prefix netip.Prefix
-	nat64  bool // RFC 6052, which leaves out bits 64 to 71
-	one    bool // one of several that begin alike; a translator has one of them
+
+	// nat64 selects the format of RFC 6052, which skips bits 64 to 71.
+	nat64 bool
+
+	// ambiguous means that the embedding is one of several whose prefixes
+	// overlap. A translator uses only one of them.
+	ambiguous bool
 }
 
-// embeddings are those that nobody has to configure. The local NAT64 prefix
-// (RFC 8215) is larger than a translator needs, so there are as many ways to
-// put an address below it as RFC 6052 has lengths; translators with other
-// prefixes of it have to be named in dns.nat64. What is left out: Teredo
-// (RFC 4380) and ISATAP (RFC 5214) have the address at the end of any prefix,
-// and need a program, or a tunnel, of their own on this host.
+// embeddings are the embeddings that need no configuration. The local NAT64
+// prefix (RFC 8215) is larger than a translator needs, so its addresses may
+// have any format of RFC 6052. Other prefixes of translators must be configured
+// in dns.nat64. Teredo (RFC 4380) and ISATAP (RFC 5214) are missing: they embed
+// the address under any prefix, and need a program or a tunnel on this host.
 var embeddings = []embedding{
 	{netip.MustParsePrefix("64:ff9b::/96"), true, false},
 	{netip.MustParsePrefix("64:ff9b:1::/48"), true, true},
@@ -29,13 +33,13 @@ var embeddings = []embedding{
 	{netip.MustParsePrefix("2002::/16"), false, false}, // 6to4, RFC 3056
 }
 
-// thisNetwork is nobody's address. Below one of several prefixes it would take
-// in all of the longer ones.
+// thisNetwork is 0.0.0.0/8 (RFC 1122 section 3.2.1.3), which nobody can reach.
+// Embedded under a short ambiguous prefix, it would contain the longer ones.
 var thisNetwork = netip.MustParsePrefix("0.0.0.0/8")
 
-// of returns the addresses of e that mean addresses of the IPv4 prefix p.
-func (e embedding) of(p netip.Prefix) netip.Prefix {
-	const skipped = 64 / 8 // the byte that is always 0
+// embed returns the IPv6 addresses that embed the IPv4 prefix p.
+func (e embedding) embed(p netip.Prefix) netip.Prefix {
+	const skipped = 64 / 8 // index of the byte that is always 0
 	a, v4 := e.prefix.Masked().Addr().As16(), p.Masked().Addr().As4()
 	at, bits := e.prefix.Bits()/8, e.prefix.Bits()+p.Bits()
 	for i, b := range v4 {
@@ -51,8 +55,8 @@ func (e embedding) of(p netip.Prefix) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom16(a), bits)
 }
 
-// addEmbedded adds to b all addresses of IPv6 that mean IPv4 addresses in it,
-// also those below the prefixes of translators.
+// addEmbedded adds to b all IPv6 addresses that embed an IPv4 address in b.
+// translators are the configured NAT64 prefixes.
 func addEmbedded(b *netipx.IPSetBuilder, translators []netip.Prefix) error {
 	set, err := b.Clone().IPSet()
 	if err != nil {
@@ -67,8 +71,8 @@ func addEmbedded(b *netipx.IPSetBuilder, translators []netip.Prefix) error {
 			continue
 		}
 		for _, e := range all {
-			if !e.one || !thisNetwork.Contains(p.Addr()) || p.Bits() < thisNetwork.Bits() {
-				b.AddPrefix(e.of(p))
+			if !e.ambiguous || !thisNetwork.Contains(p.Addr()) || p.Bits() < thisNetwork.Bits() {
+				b.AddPrefix(e.embed(p))
 			}
 		}
 	}

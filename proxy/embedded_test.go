@@ -24,12 +24,12 @@ func TestEmbedding(t *testing.T) {
 		{"2001:db8:122:344::/64", "0.0.0.0/0", "2001:db8:122:344::/64"},
 	} {
 		e := embedding{netip.MustParsePrefix(tc.below), true, false}
-		if got := e.of(netip.MustParsePrefix(tc.prefix)); got.String() != tc.want {
+		if got := e.embed(netip.MustParsePrefix(tc.prefix)); got.String() != tc.want {
 			t.Errorf("%s below %s is %v, want %s", tc.prefix, tc.below, got, tc.want)
 		}
 	}
 	sixToFour := embedding{netip.MustParsePrefix("2002::/16"), false, false}
-	if got := sixToFour.of(netip.MustParsePrefix("192.0.2.33/32")); got.String() != "2002:c000:221::/48" {
+	if got := sixToFour.embed(netip.MustParsePrefix("192.0.2.33/32")); got.String() != "2002:c000:221::/48" {
 		t.Errorf("6to4 has %v", got)
 	}
 }

@@ -2,17 +2,16 @@ package proxy
 
 import "reflect"
 
-// Reload changes the configuration of a Server, which may be running. Sessions
-// go on, and lose no packet of what is allowed before and after: they are told
-// of their new routes and DNS, and held to what is denied from now on; a flow
-// of UDP proxying that leads where clients may not go any more ends, and so
-// does the session of a user who is, or is no more, a site's, for its client to
-// begin anew. Limits count for new sessions.
+// Reload applies c to a Server, which may be running. Sessions continue and
+// lose no packets that are allowed before and after. Their clients get new
+// routes and DNS settings. A UDP flow ends if its target is denied now, and the
+// session of a user who becomes or ceases to be a site ends, so that its client
+// connects again. Limits apply to new sessions.
 //
-// It returns the keys of the configuration file whose values differ and need a
-// restart; they stay as they were. With an error, which is an *Error of
-// KindUsage, all stays as it was. Of c, it does not look at Sockets, TLS,
-// Users, StatelessResetKey, Journal, Logger, Resolver and the functions.
+// Reload returns the configuration keys whose values in c differ and need a
+// restart. It ignores Sockets, TLS, Users, StatelessResetKey, Journal, Logger,
+// Resolver and the functions. If c is invalid, the error is an *Error of
+// KindUsage, and the configuration stays as it was.
 func (s *Server) Reload(c Config) (restart []string, err error) {
 	if c, err = c.withDefaults(); err != nil {
 		return nil, err
@@ -43,7 +42,7 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	select {
 	case <-s.ready:
 	default:
-		return restart, nil // what follows is done when it starts to serve
+		return restart, nil // Run does the rest
 	}
 	s.host.reinstall()
 	if err := s.host.refresh(); err != nil {
@@ -55,13 +54,13 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	return restart, nil
 }
 
-// needRestart returns the keys of what Reload does not change and next has
-// otherwise.
+// needRestart returns the keys whose values differ in next and that Reload
+// cannot change.
 func (c *Config) needRestart(next Config) []string {
 	var keys []string
 	for _, x := range []struct {
-		key     string
-		is, was any
+		key            string
+		value, current any
 	}{
 		{"name", next.Name, c.Name},
 		{"listen", next.Listen, c.Listen},
@@ -79,7 +78,7 @@ func (c *Config) needRestart(next Config) []string {
 		{"nat.masquerade", next.Masquerade, c.Masquerade},
 		{"forwarding.hop_limit", next.KernelHopLimit, c.KernelHopLimit},
 	} {
-		if !reflect.DeepEqual(x.is, x.was) {
+		if !reflect.DeepEqual(x.value, x.current) {
 			keys = append(keys, x.key)
 		}
 	}
