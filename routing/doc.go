@@ -43,17 +43,17 @@
 // It also deletes routes of other programs from its own tables. It never
 // changes other nftables tables, routes in other tables, rules of other
 // programs, or the host's addresses. A [KillSwitch] has a table of its own,
-// "masquevpn-kill-INSTANCE", which stays until [KillSwitch.Lift].
+// "masquevpn-kill-INSTANCE", which stays until [KillSwitch.Lift] or a restart.
 //
 // # Crash recovery
 //
 // Routes, rules and the table are recognised by their numbers and names, so the
-// next process finds them without records. Settings of the interface cannot be
-// marked, and a sysctl does not have a previous value. These are in the
-// journal: a file that exists while a Manager is open, and lists the changes to
-// undo. It is written before each change. The next Open of the instance, or
-// [Clean], undoes the listed changes. A journal of an earlier boot or of
-// another network namespace is ignored.
+// next process finds them without records. Settings of the interface and
+// sysctls cannot be marked, and the kernel does not keep their previous values.
+// These are in the journal: a file that exists while a Manager is open, and
+// lists the changes to undo. It is written before each of these changes. The
+// next Open of the instance, or [Clean], undoes the listed changes. A journal
+// of an earlier boot or of another network namespace is ignored.
 //
 // The journal is locked while its process lives, so that two processes cannot
 // manage one instance. A sysctl that several instances need is restored by the

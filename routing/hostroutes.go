@@ -82,9 +82,9 @@ func IsFull(routes []netip.Prefix, ipv6 bool) bool {
 }
 
 // hostRules returns the rules by which routes of the host take precedence over
-// routes, the tunnel's. Rules apply to all tunnels of a host,
-// and another tunnel may ignore the host's routes. So each rule is limited to
-// the destinations of the tunnel's routes of its length, if these are few.
+// routes, the tunnel's. Rules apply to all tunnels of a host, and another
+// tunnel may ignore the host's routes. So each rule is limited to the
+// destinations of the tunnel's routes of its length, if these are few.
 func (s State) hostRules(routes []netip.Prefix) (rules []rule) {
 	if s.HostRoutes == HostNone {
 		return nil
