@@ -540,7 +540,7 @@ func TestKillSwitchNames(t *testing.T) {
 		}
 	}
 	if log := p.clientLog("alice"); !strings.Contains(log,
-		"kill_switch.allow lacks what routes.exclude has") ||
+		"kill_switch.allow lacks networks of routes.exclude") ||
 		!strings.Contains(log, "203.0.113.99/32") {
 		t.Errorf("the log does not warn that the kill switch drops packets to excluded networks:\n%s", log)
 	}

@@ -28,7 +28,7 @@ func (o *options) checkCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "check -c FILE", Short: "Check a configuration and this host", Args: cobra.NoArgs,
 		Long: "Check a configuration and this host, without changing anything. Each line is ok, warn or fail; the exit code\n" +
-			"is 2 if anything fails. Nothing is sent to the proxy, unless --connect has it asked too.",
+			"is 2 if anything fails. Nothing is sent to the proxy without --connect.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			var c doctor.Report
 			if err := o.check(cmd.Context(), &c, file, connect); err != nil {
@@ -39,7 +39,7 @@ func (o *options) checkCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVarP(&file, "config", "c", "", "configuration `FILE`")
 	cmd.Flags().BoolVar(&connect, "connect", false,
-		"connect to the proxy too, and have the request accepted; without a tunnel, and without privileges")
+		"also connect to the proxy and send the request; this makes no tunnel and needs no privileges")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON, one object per line")
 	cobra.CheckErr(cmd.MarkFlagRequired("config"))
 	return cmd
@@ -116,7 +116,7 @@ func (l *loaded) checkCredentials(c *doctor.Report, now time.Time) {
 	}
 }
 
-// checkDNS says how the host's resolver would be told of the tunnel's servers.
+// checkDNS checks how the host's resolver would get the tunnel's servers.
 func (l *loaded) checkDNS(c *doctor.Report) {
 	if l.config.DNS.Off {
 		c.OK("DNS: off, the host's resolver stays as it is")
@@ -127,17 +127,17 @@ func (l *loaded) checkDNS(c *doctor.Report) {
 	via, splits := hostdns.Detect(hostdns.Config{})
 	switch {
 	case splits:
-		c.OK("DNS: by way of %s", via)
+		c.OK("DNS: through %s", via)
 	case len(l.config.DNS.Domains) > 0 && !slices.Contains(l.config.DNS.Domains, hostdns.Root):
 		c.Warn(fmt.Sprintf("DNS: %s cannot ask servers about some names only, so dns.domains will not be applied", via),
 			"use systemd-resolved, with /etc/resolv.conf a link to /run/systemd/resolve/stub-resolv.conf")
 	default:
-		c.OK("DNS: by way of %s, for all names or none", via)
+		c.OK("DNS: through %s, for all names or none", via)
 	}
 }
 
-// checkOutside says whom this host asks for names outside a full tunnel, where
-// that may happen.
+// checkOutside lists the servers to which this host may send queries outside a
+// full tunnel.
 func (l *loaded) checkOutside(c *doctor.Report) {
 	d, full := l.config.DNS, routing.IsFull(l.config.Accept, false) ||
 		routing.IsFull(l.config.Accept, true)
@@ -170,17 +170,17 @@ func (l *loaded) checkOutside(c *doctor.Report) {
 	}
 }
 
-// resolveTime bounds the look-up of the proxy's name.
-const resolveTime = 5 * time.Second
+// resolveTimeout limits the lookup of the proxy's name.
+const resolveTimeout = 5 * time.Second
 
-// checkResolves checks that the name of the proxy has addresses. Nothing is
-// sent to the proxy itself.
+// checkResolves checks that the name of the proxy has addresses. It sends
+// nothing to the proxy itself.
 func checkResolves(ctx context.Context, c *doctor.Report, host string) {
 	if _, err := netip.ParseAddr(host); err == nil {
 		c.OK("proxy: %s is an address", host)
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, resolveTime)
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
 	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 	if err != nil {

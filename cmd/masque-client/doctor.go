@@ -16,7 +16,7 @@ import (
 	"masquevpn/routing"
 )
 
-// checkKernel checks what the tunnel needs of the kernel.
+// checkKernel checks that the kernel has the features that the tunnel needs.
 func (l *loaded) checkKernel(c *doctor.Report) {
 	if l.file.InstallRoutes {
 		c.PolicyRouting()
@@ -36,12 +36,12 @@ func (l *loaded) checkKernel(c *doctor.Report) {
 	}
 }
 
-// checkFirewall looks for what keeps this host from the proxy, and packets from
-// the tunnel.
+// checkFirewall checks that the firewall passes packets to the proxy and
+// packets of the tunnel.
 func (l *loaded) checkFirewall(c *doctor.Report, tunnel *client.Client) {
 	device := strings.ReplaceAll(l.file.TUN.Name, "%d", "0")
 	_, text := tunnel.Proxy()
-	port, _ := strconv.ParseUint(text, 10, 16) // that it is one is found out by who dials
+	port, _ := strconv.ParseUint(text, 10, 16) // the dialer reports an invalid port
 	iface := cmp.Or(routing.DefaultInterface(false), routing.DefaultInterface(true))
 	flows := []hostfirewall.Flow{
 		{Name: "UDP " + text + " to the proxy",
@@ -59,7 +59,7 @@ func (l *loaded) checkFirewall(c *doctor.Report, tunnel *client.Client) {
 	c.Firewall(device, flows...)
 }
 
-// checkConnects connects to the proxy, and says how far that went.
+// checkConnects connects to the proxy and reports each step.
 func (l *loaded) checkConnects(ctx context.Context, c *doctor.Report) {
 	l.config.Nameservers = upstreamServers()
 	err := client.CheckProxy(ctx, l.config, func(step string) {
@@ -69,7 +69,7 @@ func (l *loaded) checkConnects(ctx context.Context, c *doctor.Report) {
 		return
 	}
 	if e, ok := errors.AsType[*client.Error](err); ok {
-		c.Fail("connecting: "+e.What(), e.Remedy)
+		c.Fail("connecting: "+e.Summary(), e.Remedy)
 		return
 	}
 	c.Fail("connecting: "+err.Error(), "")

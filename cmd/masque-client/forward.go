@@ -24,10 +24,10 @@ func (o *options) forwardUDPCommand() *cobra.Command {
 		Use:   "forward-udp LISTEN TARGET -c FILE",
 		Short: "Forward a local UDP port through the proxy, without a tunnel",
 		Args:  cobra.ExactArgs(2),
-		Long: "Forward a local UDP port to TARGET, host:port, which the proxy reaches and resolves (RFC 9298), until SIGINT or SIGTERM.\n" +
-			"LISTEN is an address and a port, or a port alone for 127.0.0.1. There is no tunnel: no privileges are needed, and nothing\n" +
-			"on this host changes. Of FILE only the proxy, [tls], [auth] and [reconnect] count.\n\n" +
-			"A line on standard error says when it is ready.",
+		Long: "Forward a local UDP port to TARGET, host:port, until SIGINT or SIGTERM. The proxy resolves the name of the target and\n" +
+			"sends the packets (RFC 9298). LISTEN is an address and a port, or a port alone for 127.0.0.1. There is no tunnel: the\n" +
+			"command needs no privileges and changes nothing on this host. It uses the proxy, [tls], [auth] and [reconnect] of FILE.\n\n" +
+			"A line on standard error tells when it is ready.",
 		Example: "  masque-client forward-udp 5353 192.0.2.53:53 -c alice.toml",
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			return o.forwardUDP(cmd.Context(), cmd.ErrOrStderr(), file, args[0], args[1])
@@ -71,7 +71,7 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 	select {
 	case err = <-ended:
 	case <-f.Ready():
-		fmt.Fprintf(w, "%s: ready: UDP %v leads to %s by way of %s\n", program, f.LocalAddr(),
+		fmt.Fprintf(w, "%s: ready: UDP %v leads to %s through %s\n", program, f.LocalAddr(),
 			target, l.config.Proxy)
 		err = <-ended
 	}

@@ -19,17 +19,17 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// stateDir is where things are kept that outlast a tunnel, unless --state-dir
-// says otherwise.
+// stateDir is the default of --state-dir, the folder of files that outlast a
+// tunnel.
 const stateDir = "/var/lib/masque"
 
-// installationFile holds a random number that stands for this installation of
-// the client.
+// installationFile is the name of the file with the random secret of this
+// installation of the client.
 const installationFile = "installation"
 
-// installation returns the token by which a proxy knows a tunnel of this host
-// again. Tunnels and proxies do not share it, so that proxies cannot tell from
-// it that they have a client in common.
+// installation returns the token by which a proxy recognises a tunnel of this
+// host. It differs for each tunnel and each proxy, so that two proxies cannot
+// find out that they have a client in common.
 func (o *options) installation(name, proxy string) (string, error) {
 	secret, err := readInstallation(o.stateDir)
 	if err != nil {
@@ -39,7 +39,8 @@ func (o *options) installation(name, proxy string) (string, error) {
 	return base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(sum[:16]), nil
 }
 
-// readInstallation returns what is in the file, which is made if there is none.
+// readInstallation returns the secret of this installation. It creates the file
+// if it does not exist.
 func readInstallation(dir string) ([]byte, error) {
 	path := filepath.Join(dir, installationFile)
 	secret, err := readToken(path)
@@ -56,7 +57,7 @@ func readInstallation(dir string) ([]byte, error) {
 	defer os.Remove(f.Name())
 	secret = []byte(rand.Text() + "\n")
 	_, err = f.Write(secret)
-	// The service, which runs as the owner of the folder, reads it too.
+	// A service, which runs as the owner of the folder, reads the file too.
 	if info, statErr := os.Stat(dir); statErr == nil && os.Geteuid() == 0 {
 		if st, ok := info.Sys().(*syscall.Stat_t); ok {
 			err = errors.Join(err, f.Chown(int(st.Uid), int(st.Gid)))
@@ -65,25 +66,26 @@ func readInstallation(dir string) ([]byte, error) {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return nil, err
 	}
-	// Of two that start at once, the first one counts.
+	// If two tunnels start at once, both use the first file.
 	if err := os.Link(f.Name(), path); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
 	return readToken(path)
 }
 
-// instancePath is where a running tunnel keeps its instance token for a next
-// one, in case it is killed.
+// instancePath returns the name of the file in which a running tunnel keeps its
+// instance token for the next run, in case it is killed.
 func (o *options) instancePath(name string) string {
 	return filepath.Join(o.RunDir,
 		name+".instance")
 }
 
-// lastInstance returns the instance token of the tunnel's last run, if that did
-// not end in good order and its session may so be there still, or a new one.
-// The lock of the tunnel sees to it that no two use one; and as the run
-// directory does not outlast the host, nor is part of what is copied to another
-// one, neither do two hosts.
+// lastInstance returns the instance token of the last run if that was killed:
+// the proxy may still have its session. Otherwise it returns a new token.
+//
+// No two processes use one token: the lock of the tunnel excludes it on this
+// host, and run directories neither survive a restart of the host nor are
+// copied to other hosts.
 func (o *options) lastInstance(name string, logger *slog.Logger) string {
 	path := o.instancePath(name)
 	token, err := readToken(path)
@@ -94,16 +96,16 @@ func (o *options) lastInstance(name string, logger *slog.Logger) string {
 	case err == nil:
 		return string(token)
 	case !errors.Is(err, fs.ErrNotExist):
-		logger.Warn("the proxy may hold the addresses of a run that was killed for half a minute more: its token cannot be used, and a new one is made", "error", err)
+		logger.Warn("the token of the last run cannot be used: if it was killed, the proxy holds its addresses for another half minute", "error", err)
 	}
 	return rand.Text()
 }
 
-// minToken is the least number of bytes that nobody guesses.
+// minToken is the minimum length of a token in bytes. Nobody can guess it.
 const minToken = 16
 
-// readToken reads a small file, and neither what a link leads to nor a pipe,
-// for which it would wait.
+// readToken reads a small regular file. It does not follow symbolic links and
+// does not block on a pipe.
 func readToken(path string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -115,7 +117,7 @@ func readToken(path string) ([]byte, error) {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is no file: remove it", path)
+		return nil, fmt.Errorf("%s is not a file: remove it", path)
 	}
 	token, err := io.ReadAll(io.LimitReader(f, 1<<10))
 	if err == nil && len(bytes.TrimSpace(token)) < minToken {
@@ -124,17 +126,18 @@ func readToken(path string) ([]byte, error) {
 	return token, err
 }
 
-// keepInstance writes the token down until forget is called, in good order.
+// keepInstance writes the instance token of this run to its file. forget
+// removes the file at a regular end.
 func (o *options) keepInstance(name, token string, logger *slog.Logger) (forget func()) {
 	path := o.instancePath(name)
-	_ = os.Remove(path) // it may be another user's
+	_ = os.Remove(path) // the file may belong to another user
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err == nil {
 		_, err = f.WriteString(token)
 		err = errors.Join(err, f.Close())
 	}
 	if err != nil {
-		logger.Warn("the proxy will not know this tunnel again if it is killed", "error", err)
+		logger.Warn("the token of this run cannot be stored: if it is killed, the proxy holds its addresses for half a minute", "error", err)
 	}
 	return func() { _ = os.Remove(path) }
 }

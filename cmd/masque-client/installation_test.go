@@ -34,10 +34,12 @@ func TestInstance(t *testing.T) {
 		{"bytes of a disk that was full", write(strings.Repeat("\x00", 26)), false, "is damaged"},
 		{"two lines", write(kept + "\n" + kept), false, "is damaged"},
 		{"a long text", write(strings.Repeat("A", 5000)), false, "is damaged"},
-		{"a folder", func(path string) error { return os.Mkdir(path, 0o700) }, false, "is no file"},
+		{"a folder", func(path string) error {
+			return os.Mkdir(path, 0o700)
+		}, false, "is not a file"},
 		{"a pipe", func(path string) error {
 			return unix.Mkfifo(path, 0o600)
-		}, false, "is no file"},
+		}, false, "is not a file"},
 		{"a link", func(path string) error {
 			return os.Symlink(filepath.Join(filepath.Dir(path), "elsewhere"), path)
 		}, false, "too many levels of symbolic links"},

@@ -19,8 +19,8 @@ import (
 	"masquevpn/routing"
 )
 
-// upstreamFile is where systemd-resolved names the servers that it asks, in the
-// format of resolv.conf(5).
+// upstreamFile is the file with the upstream servers of systemd-resolved, in
+// the format of resolv.conf(5).
 const upstreamFile = "/run/systemd/resolve/resolv.conf"
 
 // killSwitch returns the kill switch of the tunnel.
@@ -37,8 +37,8 @@ func (l *loaded) warnBlocked(logger *slog.Logger) {
 		prefixes []netip.Prefix
 	}{{"routes.exclude", l.file.Exclude}, {"routes.advertise", l.file.AdvertiseRoutes}} {
 		if blocked := outside(list.prefixes, l.file.KillSwitchAllow); len(blocked) > 0 {
-			logger.Warn("kill_switch.allow lacks what "+list.key+
-				" has outside the tunnel: the kill switch stops it", "held", blocked)
+			logger.Warn("kill_switch.allow lacks networks of "+list.key+
+				": the kill switch blocks them", "held", blocked)
 		}
 	}
 }
@@ -52,8 +52,8 @@ func outside(prefixes, allow []netip.Prefix) []netip.Prefix {
 	})
 }
 
-// upstreamServers returns the nameservers that the resolver of this host asks,
-// as host:port; none where it is not known.
+// upstreamServers returns the upstream nameservers of this host's resolver as
+// host:port. It returns none if they are not known.
 func upstreamServers() []string {
 	data, err := os.ReadFile(upstreamFile)
 	if err != nil {
@@ -72,13 +72,13 @@ func upstreamServers() []string {
 	return servers
 }
 
-// staysClosed is the remedy for a tunnel that ended with its kill switch
+// staysClosed returns the remedy for a tunnel that ended with its kill switch
 // closed.
 func staysClosed(name string) string {
 	return fmt.Sprintf("the kill switch stays closed, until: %s down %s", program, name)
 }
 
-// withRemedy is err with one more remedy.
+// withRemedy returns err with an additional remedy.
 func withRemedy(err error, remedy string) *fault.Error {
 	e, ok := errors.AsType[*fault.Error](err)
 	if !ok {
@@ -94,18 +94,18 @@ func withRemedy(err error, remedy string) *fault.Error {
 
 func (o *options) journal(name string) string { return filepath.Join(o.RunDir, name+".journal") }
 
-// closedKillSwitch says whether the kill switch of a tunnel is known to be
-// closed.
+// closedKillSwitch reports whether the kill switch of a tunnel is closed. It
+// returns false if that is not known.
 func closedKillSwitch(name string) bool {
 	closed, err := (&routing.KillSwitch{Instance: name}).Closed()
 	return err == nil && closed
 }
 
-// cleanUp does for a tunnel that does not run what its process would have done
-// at its end, and lifts its kill switch. The error is that of a tunnel that
-// does not run if there was nothing to do.
+// cleanUp restores the host after a tunnel whose process is gone, and lifts its
+// kill switch. If there is nothing to clean up, it returns the error of
+// notRunning.
 func (o *options) cleanUp(name string) error {
-	lock, err := acquire(o.RunDir, name) // keeps it from starting meanwhile
+	lock, err := acquire(o.RunDir, name) // prevents a start during the cleanup
 	if running, _ := control.Running(o.RunDir, name); err != nil && running {
 		return &fault.Error{Kind: fault.Failure, Reason: name + " is starting or stopping",
 			Remedy: "try again"}

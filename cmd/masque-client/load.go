@@ -18,18 +18,21 @@ import (
 	"masquevpn/internal/files"
 )
 
-// loaded is a configuration file with all that it refers to.
+// loaded is a configuration file with the contents of the files that it names.
 type loaded struct {
 	file   *config.Client
 	config client.Config
-	roots  []*x509.Certificate // certificates in tls.ca; empty: the system's
-	chain  []*x509.Certificate // certificates in tls.cert, may be empty
-	pair   *certs.KeyPair      // tls.cert and tls.key, when both are files
-	watch  *certs.Reloader     // set by follow, if there is a pair
+	roots  []*x509.Certificate // certificates of tls.ca; empty: the system's
+	chain  []*x509.Certificate // certificates of tls.cert, leaf first; may be empty
+
+	// pair has tls.cert and tls.key if both are files. reloader reads them
+	// again once follow was called. Both may be nil.
+	pair     *certs.KeyPair
+	reloader *certs.Reloader
 }
 
-// load reads the file of a tunnel and the files that it names. Nothing else is
-// touched.
+// load reads the file of a tunnel and the files that it names. It changes
+// nothing.
 func load(path, name string) (*loaded, error) {
 	data, shared, err := files.Read(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -60,8 +63,8 @@ func load(path, name string) (*loaded, error) {
 	return l, nil
 }
 
-// pem is what a key names, or what the key with _pem holds itself; key tells
-// which of them it was.
+// pem returns the value of the key NAME_pem, or the contents of the file that
+// the key name has. key is the key that the data comes from.
 func (l *loaded) pem(name, path, inline string, secret bool) (key string, data []byte, err error) {
 	if inline != "" {
 		return name + "_pem", []byte(inline), nil
@@ -145,8 +148,7 @@ func (l *loaded) traces() daemon.Traces {
 	return daemon.Traces{KeyLog: l.file.KeyLog, QlogDir: l.file.QlogDir}
 }
 
-// describe returns a logger whose lines say in a few words what the tunnel
-// uses.
+// describe returns a logger whose lines summarise the configuration.
 func (l *loaded) describe(logger *slog.Logger) *slog.Logger {
 	var credentials []string
 	if len(l.chain) > 0 {

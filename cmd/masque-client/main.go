@@ -19,9 +19,9 @@ import (
 
 const (
 	program = "masque-client"
-	// configDir is where `up NAME` finds NAME.toml.
+	// configDir is the default folder of NAME.toml for `up NAME`.
 	configDir = "/etc/masque"
-	// capabilities are what setcap(8) has to give for running without sudo.
+	// capabilities lets the program run without sudo (setcap(8)).
 	capabilities = "cap_net_admin"
 	// proxyName is the name of the proxy's socket in the run directory.
 	proxyName = "proxy"
@@ -39,19 +39,19 @@ type options struct {
 	stateDir  string
 }
 
-// manual is what the manual page says besides.
+// manual completes the manual page.
 var manual = cli.Page{
 	Files: []cli.Entry{
 		{Term: "/etc/masque/NAME.toml",
-			Meaning: "The configuration of the tunnel NAME. With secrets in it, nobody but its owner, and the group masque if that is root, may read it."},
+			Meaning: "The configuration of the tunnel NAME. If it contains secrets, only its owner may read it, and the group masque if the owner is root."},
 		{Term: "/run/masque/NAME.sock",
-			Meaning: "The control socket of a tunnel that runs, for its owner and root."},
+			Meaning: "The control socket of a running tunnel, for its owner and root."},
 		{Term: "/run/masque/NAME.log",
-			Meaning: "The log of a tunnel that was started by up, the newest 2 to 4 MiB of it."},
+			Meaning: "The log of a tunnel started by up, its newest 2 to 4 MiB."},
 		{Term: "/run/masque/NAME.lock, /run/masque/NAME.journal",
-			Meaning: "What shows that a tunnel runs, and what it changed on the host."},
+			Meaning: "The lock of a running tunnel, and a list of its changes to the host."},
 		{Term: "/usr/share/doc/masquevpn",
-			Meaning: "How to set up, run and mend a tunnel, in docs/client.md, and a configuration with all keys, in docs/reference/client.toml."},
+			Meaning: "The manual of the client, docs/client.md, and a configuration with all keys, docs/reference/client.toml."},
 	},
 	SeeAlso: []string{"masque-proxy(1)", "systemctl(1)", "journalctl(1)"},
 }
@@ -63,14 +63,14 @@ func newRoot() *cobra.Command {
 	root.PersistentFlags().StringVar(&o.configDir, "config-dir", configDir,
 		"`folder` of NAME.toml files")
 	root.PersistentFlags().StringVar(&o.stateDir, "state-dir", stateDir,
-		"`folder` of what lasts longer than a tunnel")
+		"`folder` of files that outlast a tunnel")
 	root.AddCommand(o.runCommand(), o.upCommand(), o.downCommand(), o.statusCommand(),
 		o.waitCommand(), o.checkCommand(), o.captureCommand(), o.forwardUDPCommand())
 	return root
 }
 
-// resolve finds the file of NAME or FILE, and the name of its tunnel. What has
-// a slash or ends with .toml is a file.
+// resolve returns the file for NAME or FILE, and the name of its tunnel. An
+// argument with a slash or the suffix .toml is a file.
 func (o *options) resolve(arg string) (name, file string, err error) {
 	file = arg
 	if !isFile(arg) {
@@ -84,7 +84,7 @@ func isFile(arg string) bool {
 	return strings.ContainsRune(arg, '/') || strings.HasSuffix(arg, ".toml")
 }
 
-// tunnelName is the name of the tunnel that NAME or FILE stands for.
+// tunnelName returns the name of the tunnel of NAME or FILE.
 func tunnelName(arg string) (string, error) {
 	name := strings.TrimSuffix(filepath.Base(arg), ".toml")
 	if name == proxyName {
@@ -99,7 +99,7 @@ func tunnelName(arg string) (string, error) {
 	return name, nil
 }
 
-// complete offers the names of running tunnels.
+// completeRunning completes the names of running tunnels.
 func (o *options) completeRunning(*cobra.Command, []string, string) ([]string,
 	cobra.ShellCompDirective) {
 	names, err := tunnels(o.RunDir)
@@ -109,7 +109,7 @@ func (o *options) completeRunning(*cobra.Command, []string, string) ([]string,
 	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
-// completeConfigured offers the names of files in the configuration folder.
+// completeConfigured completes the names of files in the configuration folder.
 func (o *options) completeConfigured(*cobra.Command, []string, string) ([]string,
 	cobra.ShellCompDirective) {
 	files, err := filepath.Glob(filepath.Join(o.configDir, "*.toml"))
@@ -125,7 +125,7 @@ func (o *options) completeConfigured(*cobra.Command, []string, string) ([]string
 	return names, cobra.ShellCompDirectiveDefault
 }
 
-// tunnels lists the running tunnels.
+// tunnels returns the names of the running tunnels.
 func tunnels(runDir string) ([]string, error) {
 	names, err := control.List(runDir)
 	for i, name := range names {

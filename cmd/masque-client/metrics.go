@@ -20,7 +20,8 @@ func (l *loaded) metricsTask(c *client.Client) daemon.Task {
 	})
 }
 
-// readiness returns why the tunnel carries no packets, nil when it does.
+// readiness returns nil if the tunnel carries packets, and the reason
+// otherwise.
 func readiness(s client.Status) error {
 	switch {
 	case s.State == client.StateConnected:
@@ -31,7 +32,7 @@ func readiness(s client.Status) error {
 	return errors.New(s.State + ": " + text.OneLine(s.Reason))
 }
 
-// values are what metrics show.
+// values returns the values of the metrics.
 func (l *loaded) values(c *client.Client) metrics.Values {
 	counters, s := c.Counters(), c.Status()
 	v := metrics.Values{Stats: &counters.Stats, Reconnects: counters.Reconnects,

@@ -19,8 +19,8 @@ import (
 	"masquevpn/internal/systemd"
 )
 
-// startGrace is how long after its start a tunnel that has not failed counts
-// as started: opening the device and setting up the network take milliseconds.
+// startGrace is the time after which a tunnel that has not failed counts as
+// started. Opening the device and setting up the network take milliseconds.
 const startGrace = 500 * time.Millisecond
 
 func (o *options) runCommand() *cobra.Command {
@@ -31,9 +31,9 @@ func (o *options) runCommand() *cobra.Command {
 		Use: "run -c FILE", Short: "Connect in the foreground", Args: cobra.NoArgs,
 		Long: "Connect in the foreground until SIGINT or SIGTERM; a second one forces the end.\n" +
 			"The base name of the file is the name of the tunnel.\n\n" +
-			"Started by hand, it ends when nobody can be dialed who proves to be the proxy, as with a certificate of another\n" +
-			"authority. A service goes on trying: anybody on the way can answer in the proxy's place. Either ends when the\n" +
-			"proxy refuses the user.",
+			"Started by hand, it ends if the peer cannot prove to be the proxy, for example with a certificate of another\n" +
+			"authority. A service keeps trying, because anybody on the path can answer in place of the proxy. Both end when\n" +
+			"the proxy refuses the user.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			notify, err := openNotifier(notifyFD)
 			if err != nil {
@@ -48,8 +48,8 @@ func (o *options) runCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVarP(&file, "config", "c", "", "configuration `FILE`")
 	cmd.Flags().BoolVar(&service, "service", systemd.IsService(),
-		"run as a service: nobody waits for the outcome of the start (default under systemd)")
-	cmd.Flags().IntVar(&notifyFD, "notify-fd", -1, "file descriptor that `up` listens on")
+		"run as a service: nobody waits for the first connection (default under systemd)")
+	cmd.Flags().IntVar(&notifyFD, "notify-fd", -1, "file descriptor that `up` reads from")
 	cobra.CheckErr(cmd.MarkFlagRequired("config"))
 	cobra.CheckErr(cmd.Flags().MarkHidden("notify-fd"))
 	return cmd

@@ -67,13 +67,13 @@ func (o *options) statusCommand() *cobra.Command {
 	return cmd
 }
 
-// answerTime bounds a question to a running process.
-const answerTime = 5 * time.Second
+// answerTimeout limits a request to a running process.
+const answerTimeout = 5 * time.Second
 
-// status shows tunnels once, several as a table if that is wanted.
+// status shows tunnels once, as a table if table is set.
 func (o *options) status(ctx context.Context, w io.Writer, names []string, table bool,
 	show func(io.Writer, json.RawMessage) error) error {
-	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	var all []client.Status
 	var last error
@@ -82,7 +82,7 @@ func (o *options) status(ctx context.Context, w io.Writer, names []string, table
 		err := control.NewClient(o.RunDir, name).Get(ctx, statusPath, &raw)
 		if errors.Is(err, control.ErrNotRunning) {
 			err = notRunning(name)
-			if len(names) > 1 { // it ended between the list and the question
+			if len(names) > 1 { // it has ended since it was listed
 				last = err
 				continue
 			}
@@ -117,7 +117,7 @@ func decode(raw json.RawMessage) (client.Status, error) {
 	if err := json.Unmarshal(raw, &s); err != nil {
 		return s, fmt.Errorf("reading a status: %w", err)
 	}
-	s.Reason = text.OneLine(s.Reason) // some of it may be the proxy's words
+	s.Reason = text.OneLine(s.Reason) // parts may come from the proxy
 	return s, nil
 }
 
@@ -130,8 +130,8 @@ func notConnected(s client.Status) error {
 		Remedy: fmt.Sprintf("wait for it with: %s wait %s --for connected", program, s.Name)}
 }
 
-// watch shows every change of the tunnels until the context ends, which is no
-// error, or the tunnels do.
+// watch shows every change of the tunnels. It returns nil when ctx is done, and
+// an error when all tunnels have ended.
 func (o *options) watch(ctx context.Context, w io.Writer, names []string,
 	show func(io.Writer, json.RawMessage) error) error {
 	var mu sync.Mutex
@@ -169,7 +169,7 @@ func showJSON(w io.Writer, raw json.RawMessage) error {
 	return err
 }
 
-// showLine is one change, for --watch.
+// showLine prints one change, for --watch.
 func showLine(w io.Writer, raw json.RawMessage) error {
 	s, err := decode(raw)
 	if err != nil {
@@ -247,7 +247,7 @@ func addresses(s client.Status) string {
 	return strings.Join(words, ", ")
 }
 
-// routes lists ranges, and what is too much as a number.
+// routes lists the first ranges and the number of the others.
 func routes(s client.Status) string {
 	const limit = 8
 	words := make([]string, 0, limit)
@@ -265,7 +265,7 @@ func routes(s client.Status) string {
 	return strings.Join(words, ", ")
 }
 
-// dns is what the host's resolver is told about the tunnel, and how.
+// dns describes the configuration of the host's resolver for the tunnel.
 func dns(s client.Status) string {
 	if len(s.DNS.Servers) == 0 {
 		return ""
@@ -291,7 +291,7 @@ func traffic(packets, bytes uint64) string {
 	return fmt.Sprintf("%d packets, %s", packets, text.Size(bytes))
 }
 
-// What `wait --for` waits for.
+// The values of `wait --for`.
 const (
 	forConnected    = "connected"
 	forDisconnected = "disconnected"
@@ -303,8 +303,8 @@ func (o *options) waitCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "wait NAME --for connected|disconnected", Short: "Wait for a state of a tunnel",
 		Args: cobra.ExactArgs(1),
-		Long: "Wait until a tunnel is connected, or until it is not. A tunnel that does not run yet is waited for.\n" +
-			"If the time passes, the exit code is 5, or 3 for a tunnel that does not run.",
+		Long: "Wait until a tunnel is connected, or until it is not. The tunnel need not run yet.\n" +
+			"After the timeout, the exit code is 5, or 3 for a tunnel that does not run.",
 		ValidArgsFunction: o.completeRunning,
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			if what != forConnected && what != forDisconnected {
@@ -327,7 +327,7 @@ func (o *options) waitCommand() *cobra.Command {
 	return cmd
 }
 
-// wait follows a tunnel, and looks for it again while it does not run.
+// wait waits for a state of a tunnel that may not run yet.
 func (o *options) wait(ctx context.Context, name, what string) error {
 	const interval = 50 * time.Millisecond
 	c := control.NewClient(o.RunDir, name)
@@ -368,7 +368,7 @@ func (o *options) wait(ctx context.Context, name, what string) error {
 	}
 }
 
-// waited is the error of waiting in vain.
+// waited returns the error for a state that did not come in time.
 func (o *options) waited(ctx context.Context, name, what string, last *client.Status) error {
 	switch {
 	case errors.Is(ctx.Err(), context.Canceled):

@@ -23,19 +23,18 @@ import (
 	"masquevpn/internal/privilege"
 )
 
-// restoreTime is how long a tunnel may take to end and restore the host.
-const restoreTime = 15 * time.Second
+// restoreTimeout limits the time for a tunnel to end and restore the host.
+const restoreTimeout = 15 * time.Second
 
 func (o *options) upCommand() *cobra.Command {
 	var wait bool
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use: "up NAME|FILE", Short: "Connect in the background", Args: cobra.ExactArgs(1),
-		Long: "Connect in the background. NAME stands for NAME.toml in the configuration folder; what has a slash or ends\n" +
-			"with .toml is a file. The log is NAME.log in the run directory,\n" +
-			"the newest 2 to 4 MiB of it.\n\n" +
-			"Without --wait it returns when the tunnel has started; it goes on trying to connect. With --wait it returns when\n" +
-			"packets flow; if that does not happen in time, or it is interrupted, the tunnel is taken down again.",
+		Long: "Connect in the background. NAME stands for NAME.toml in the configuration folder; an argument with a slash or\n" +
+			"with the suffix .toml is a file. The log is NAME.log in the run directory, the newest 2 to 4 MiB of it.\n\n" +
+			"Without --wait, the command returns when the tunnel has started, which then keeps trying to connect. With --wait,\n" +
+			"it returns when packets flow; after the timeout or an interrupt, it takes the tunnel down again.",
 		ValidArgsFunction: o.completeConfigured,
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			return o.up(cmd.Context(), args[0], wait, timeout)
@@ -52,7 +51,7 @@ func timeoutFlag(cmd *cobra.Command, timeout *time.Duration, byDefault time.Dura
 	cmd.Flags().Var((*waitTime)(timeout), "timeout", "how long to wait")
 }
 
-// waitTime is a time span that is not negative.
+// waitTime is a duration that is not negative.
 type waitTime time.Duration
 
 func (w *waitTime) Set(s string) error {
@@ -72,8 +71,8 @@ func (o *options) up(ctx context.Context, arg string, wait bool, timeout time.Du
 	if err != nil {
 		return err
 	}
-	// The process in the background checks all this again; here it can be said
-	// before there is one.
+	// The process in the background checks all this again. Here the errors come
+	// before it is started.
 	l, err := load(file, name)
 	if err != nil {
 		return err
@@ -101,7 +100,7 @@ func (o *options) up(ctx context.Context, arg string, wait bool, timeout time.Du
 	if b.failed {
 		return result
 	}
-	end := syscall.SIGTERM // leaves a kill switch closed
+	end := syscall.SIGTERM // leaves the kill switch closed
 	if b.interrupted {
 		end = syscall.SIGINT
 	} else if l.file.UseKillSwitch {
@@ -113,25 +112,27 @@ func (o *options) up(ctx context.Context, arg string, wait bool, timeout time.Du
 	return result
 }
 
-// background is a tunnel that was started in the background.
+// background is a tunnel in the background that this process started.
 type background struct {
 	options *options
 	name    string
 	process *exec.Cmd
 	events  *os.File // read end of the pipe
-	failed  bool     // the process has said why it ends
+	failed  bool     // the process has ended with an error
 
-	interrupted bool // the user interrupted it
+	interrupted bool // by the user
 
-	lastReason string     // reason of the tunnel's state
-	lastCode   fault.Kind // code of the last failure to connect, 0 for none
+	lastReason string // reason of the tunnel's state
+
+	// lastCode is the kind of the last failure to connect. 0: none.
+	lastCode fault.Kind
 }
 
-// startBackground runs `run` in a session of its own. Its standard error is
-// the log; failures of its start come through a pipe.
+// startBackground runs `run` in a session of its own. Its standard error is the
+// log file; it reports failures through a pipe.
 func (o *options) startBackground(name, file string) (*background, error) {
-	// The lock shows early that the run directory can be used, and that the
-	// tunnel does not run; the process in the background takes it again.
+	// Taking the lock finds an unusable run directory or a running tunnel
+	// early. The process in the background takes it again.
 	lock, err := acquire(o.RunDir, name)
 	if err != nil {
 		return nil, err
@@ -139,7 +140,7 @@ func (o *options) startBackground(name, file string) (*background, error) {
 	if err := lock.Release(); err != nil {
 		return nil, err
 	}
-	// what is in it stays until the tunnel has its lock
+	// The process in the background empties the log when it has the lock.
 	log, err := daemon.OpenLogFile(o.logPath(name))
 	if err != nil {
 		return nil, err
@@ -151,8 +152,8 @@ func (o *options) startBackground(name, file string) (*background, error) {
 	}
 	defer write.Close()
 
-	// From the root folder, no file system is kept busy: names must be
-	// absolute.
+	// The process runs in the root folder, so that it keeps no file system
+	// busy. Names must be absolute.
 	if file, err = filepath.Abs(file); err != nil {
 		return nil, err
 	}
@@ -183,7 +184,7 @@ func (o *options) startBackground(name, file string) (*background, error) {
 func (o *options) logPath(name string) string { return filepath.Join(o.RunDir, name+".log") }
 
 // await reads events until the tunnel has started or, if wait is set, is
-// connected. The error is why that will not happen.
+// connected. It returns an error if that will not happen.
 func (b *background) await(ctx context.Context, wait bool) *fault.Error {
 	defer context.AfterFunc(ctx, func() { _ = b.events.SetReadDeadline(time.Unix(1, 0)) })()
 	decoder := json.NewDecoder(b.events)
@@ -198,7 +199,7 @@ func (b *background) await(ctx context.Context, wait bool) *fault.Error {
 			b.interrupted = true
 			return fault.Errorf(fault.Failure,
 				"interrupted: the tunnel %s is taken down again", b.name)
-		case err != nil: // it died without a word
+		case err != nil: // it ended without an event
 			b.failed = true
 			if werr := b.process.Wait(); werr != nil {
 				err = werr
@@ -224,7 +225,7 @@ func (b *background) await(ctx context.Context, wait bool) *fault.Error {
 	}
 }
 
-// late is the error of a time limit that passed.
+// late returns the error for a timeout.
 func (b *background) late() *fault.Error {
 	reason := fmt.Sprintf("the tunnel %s was not connected in time and is taken down again", b.name)
 	if b.lastReason != "" {
@@ -238,7 +239,7 @@ func (b *background) late() *fault.Error {
 		Remedy: "see " + b.options.logPath(b.name)}
 }
 
-// takeDown ends the process, which restores the host.
+// takeDown ends the process with a signal, and the process restores the host.
 func (b *background) takeDown(end syscall.Signal) error {
 	if err := b.process.Process.Signal(end); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
@@ -248,7 +249,7 @@ func (b *background) takeDown(end syscall.Signal) error {
 	select {
 	case <-ended:
 		return nil
-	case <-time.After(restoreTime):
+	case <-time.After(restoreTimeout):
 		return fmt.Errorf("process %d does not end", b.process.Process.Pid)
 	}
 }
@@ -257,8 +258,8 @@ func (o *options) downCommand() *cobra.Command {
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use: "down NAME", Short: "Disconnect and restore the host", Args: cobra.ExactArgs(1),
-		Long: "Disconnect, wait until the host is as it was before, and lift the kill switch. If the tunnel was killed, or gave up with\n" +
-			"its kill switch closed, what it left is removed.",
+		Long: "Disconnect, wait until the host is restored, and lift the kill switch. If the tunnel was killed, or ended with its\n" +
+			"kill switch closed, the command cleans up after it.",
 		ValidArgsFunction: o.completeRunning,
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			name, err := tunnelName(args[0])
@@ -270,7 +271,7 @@ func (o *options) downCommand() *cobra.Command {
 			return o.down(ctx, name)
 		}),
 	}
-	timeoutFlag(cmd, &timeout, restoreTime)
+	timeoutFlag(cmd, &timeout, restoreTimeout)
 	return cmd
 }
 

@@ -187,7 +187,7 @@ func checkChallenge(ctx context.Context, c *doctor.Report, cfg acme.Config) {
 
 func failError(c *doctor.Report, err error) {
 	if e, ok := errors.AsType[*fault.Error](err); ok {
-		c.Fail("tls.acme: "+e.What(), e.Remedy)
+		c.Fail("tls.acme: "+e.Summary(), e.Remedy)
 		return
 	}
 	c.Fail("tls.acme: "+err.Error(), "")

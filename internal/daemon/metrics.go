@@ -43,7 +43,7 @@ func serveMetrics(program, addr string, named bool, c metrics.Config) (*metrics.
 	}
 	e := fault.ListenError("metrics.listen", "TCP", addr, err)
 	if !named {
-		c.Logger.Warn("metrics are not served", "reason", e.What(), "remedy", e.Remedy)
+		c.Logger.Warn("metrics are not served", "reason", e.Summary(), "remedy", e.Remedy)
 		return nil, nil
 	}
 	return nil, e

@@ -56,7 +56,7 @@ func TestReport(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if last != (Finding{Verdict: "fail", What: "bad\nnews", Remedy: "sudo mend it"}) {
+	if last != (Finding{Verdict: "fail", Text: "bad\nnews", Remedy: "sudo mend it"}) {
 		t.Errorf("the last one is %+v", last)
 	}
 	if _, err := report(t, func(c *Report) { c.Warn("so so", "") }); err != nil {

@@ -13,7 +13,7 @@ import (
 func (c *Report) Listen(key, protocol, addr string) {
 	if err := tryListen(protocol, addr); err != nil {
 		e := fault.ListenError(key, protocol, addr, err)
-		c.Fail(e.What(), e.Remedy)
+		c.Fail(e.Summary(), e.Remedy)
 		return
 	}
 	c.OK("%s: %s %s is free", key, protocol, addr)
@@ -29,7 +29,7 @@ func (c *Report) Metrics(addr string, named bool) {
 	}
 	if err := tryListen("TCP", addr); err != nil && !named {
 		e := fault.ListenError(key, "TCP", addr, err)
-		c.Warn(e.What()+"; metrics will not be served", e.Remedy)
+		c.Warn(e.Summary()+"; metrics will not be served", e.Remedy)
 		return
 	}
 	c.Listen(key, "TCP", addr)

@@ -22,7 +22,7 @@ const (
 // Finding is one line of a report.
 type Finding struct {
 	Verdict string `json:"verdict"` // ok, warn or fail
-	What    string `json:"what"`
+	Text    string `json:"what"`
 	Remedy  string `json:"remedy,omitempty"`
 }
 
@@ -33,17 +33,17 @@ type Report struct {
 
 // OK adds the finding that something is as it should be.
 func (c *Report) OK(format string, args ...any) {
-	c.list = append(c.list, Finding{Verdict: verdictOK, What: fmt.Sprintf(format, args...)})
+	c.list = append(c.list, Finding{Verdict: verdictOK, Text: fmt.Sprintf(format, args...)})
 }
 
 // Warn adds the finding that something works and could be better.
-func (c *Report) Warn(what, remedy string) {
-	c.list = append(c.list, Finding{Verdict: verdictWarn, What: what, Remedy: remedy})
+func (c *Report) Warn(finding, remedy string) {
+	c.list = append(c.list, Finding{Verdict: verdictWarn, Text: finding, Remedy: remedy})
 }
 
 // Fail adds the finding that something keeps the program from running.
-func (c *Report) Fail(what, remedy string) {
-	c.list = append(c.list, Finding{Verdict: verdictFail, What: what, Remedy: remedy})
+func (c *Report) Fail(finding, remedy string) {
+	c.list = append(c.list, Finding{Verdict: verdictFail, Text: finding, Remedy: remedy})
 }
 
 // Running adds the findings of a running program about its host: its warnings,
@@ -67,7 +67,7 @@ func (c *Report) Finish(w io.Writer, asJSON bool) error {
 		if f.Verdict == verdictFail {
 			failed++
 		}
-		line := fmt.Sprintf("%-4s  %s", f.Verdict, f.What)
+		line := fmt.Sprintf("%-4s  %s", f.Verdict, f.Text)
 		if f.Remedy != "" {
 			line += " — " + f.Remedy
 		}
@@ -101,7 +101,7 @@ func (c *Report) Config(file string, err error) bool {
 		list = fault.List{fault.From(err)}
 	}
 	for _, e := range list {
-		c.Fail("configuration: "+e.What(), e.Remedy)
+		c.Fail("configuration: "+e.Summary(), e.Remedy)
 	}
 	return false
 }

@@ -1,5 +1,5 @@
 // Package fault has the errors that end a command or keep a program from
-// running: each says what happened and what to do about it.
+// running. Each has a reason and a remedy for the user.
 //
 // An [Error] carries data instead of text that others take apart: the kind,
 // from which the exit code follows, and the configuration key, from which
@@ -42,10 +42,10 @@ type Error struct {
 	// the error is not about one.
 	Key string
 
-	// Reason says what happened. It does not repeat Key.
+	// Reason describes the failure. It does not repeat Key.
 	Reason string
 
-	// Remedy says what to do, in the imperative. Empty if that is not known.
+	// Remedy is an instruction in the imperative. Empty if none is known.
 	Remedy string
 
 	// Err is the cause. It may be nil.
@@ -68,8 +68,9 @@ func Errorf(kind Kind, format string, args ...any) *Error {
 	return &Error{Kind: kind, Reason: fmt.Sprintf(format, args...)}
 }
 
-// What returns the error without its remedy: FILE:LINE: KEY = VALUE: REASON.
-func (e *Error) What() string {
+// Summary returns the error without its remedy, as FILE:LINE: KEY = VALUE:
+// REASON.
+func (e *Error) Summary() string {
 	var b strings.Builder
 	if e.File != "" {
 		b.WriteString(e.File)
@@ -89,15 +90,15 @@ func (e *Error) What() string {
 	return b.String()
 }
 
-// Error returns What and the remedy.
+// Error returns the summary and the remedy.
 func (e *Error) Error() string {
 	switch {
 	case e.Remedy == "":
-		return e.What()
+		return e.Summary()
 	case e.File != "":
-		return e.What() + "; " + e.Remedy
+		return e.Summary() + "; " + e.Remedy
 	}
-	return e.What() + ": " + e.Remedy
+	return e.Summary() + ": " + e.Remedy
 }
 
 // Unwrap returns the cause.
@@ -123,7 +124,7 @@ func Flatten(err error) error {
 	if !ok {
 		return err
 	}
-	if err != error(e) { // err says more, as when the host could not be restored
+	if err != error(e) { // err has more, such as a failure to restore the host
 		return &Error{Kind: e.Kind, Reason: err.Error()}
 	}
 	if e.Remedy == "" {

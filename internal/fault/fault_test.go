@@ -7,10 +7,10 @@ import (
 
 func TestError(t *testing.T) {
 	for _, tt := range []struct {
-		name string
-		err  *Error
-		what string
-		all  string
+		name    string
+		err     *Error
+		summary string
+		all     string
 	}{
 		{"reason", &Error{Reason: "why"}, "why", "why"},
 		{"remedy", &Error{Reason: "why", Remedy: "do this"}, "why", "why: do this"},
@@ -23,8 +23,8 @@ func TestError(t *testing.T) {
 			"f.toml:3: why"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := tt.err.What(); got != tt.what {
-				t.Errorf("What: got %s, want %s", got, tt.what)
+			if got := tt.err.Summary(); got != tt.summary {
+				t.Errorf("Summary: got %s, want %s", got, tt.summary)
 			}
 			if got := tt.err.Error(); got != tt.all {
 				t.Errorf("Error: got %s, want %s", got, tt.all)
