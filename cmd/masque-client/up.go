@@ -120,7 +120,7 @@ type background struct {
 	events  *os.File // read end of the pipe
 	failed  bool     // the process has ended with an error
 
-	interrupted bool // by the user
+	interrupted bool // the user interrupted it
 
 	lastReason string // reason of the tunnel's state
 

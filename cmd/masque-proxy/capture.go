@@ -13,8 +13,8 @@ func (o *options) captureCommand() *cobra.Command {
 		Use:   "capture [SESSION] -o FILE",
 		Short: "Write the packets of one session or of all into a file",
 		Args:  cobra.MaximumNArgs(1),
-		Long: "Write the packets of one session, until that ends, or of all sessions into a file; `sessions` has the ID. Flows of UDP\n" +
-			"proxying are not there: they have no IP packets.\n\n" + cli.CaptureText,
+		Long: "Write the packets of one session, until it ends, or of all sessions into a file; `sessions` shows the IDs. UDP flows\n" +
+			"have no IP packets, so they are not in the file.\n\n" + cli.CaptureText,
 		Example: "  masque-proxy capture 3 -o - | tcpdump -nr -",
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			session := ""

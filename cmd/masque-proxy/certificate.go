@@ -22,7 +22,8 @@ import (
 	"masquevpn/internal/pki"
 )
 
-// acmeConfig is [tls.acme] with its defaults, and what it refers to.
+// acmeConfig returns [tls.acme] with its defaults and the authority that it
+// names.
 func acmeConfig(f *config.Proxy, logger *slog.Logger) (*acme.Config, error) {
 	challenge := acme.Challenge(f.ACME.Challenge)
 	c := &acme.Config{
@@ -45,16 +46,16 @@ func acmeConfig(f *config.Proxy, logger *slog.Logger) (*acme.Config, error) {
 	return c, nil
 }
 
-// resetKey is the key of stateless resets (RFC 9000 section 10.3), the same
-// after a restart. Files keep their private key when the certificate is
-// renewed, and it comes from that; ACME does not, and a secret is kept beside
-// its account.
+// resetKey returns the key for stateless resets (RFC 9000 section 10.3), which
+// is the same after a restart. It is derived from the private key of the
+// certificate if that is in a file: a renewal keeps the key. ACME does not, so
+// there the key comes from a secret in the folder of the account.
 func (l *loaded) resetKey() (*[32]byte, error) {
 	if l.acme == nil {
 		return pki.ResetKey(certs.Signer(l.pair.Certificate))
 	}
 	path := filepath.Join(l.acme.Storage, "reset.key")
-	storage := func(err error) error {
+	storageError := func(err error) error {
 		kind := fault.Failure
 		if errors.Is(err, fs.ErrPermission) {
 			kind = fault.Privileges
@@ -68,7 +69,7 @@ func (l *loaded) resetKey() (*[32]byte, error) {
 		rand.Read(secret[:]) // never fails
 		text = []byte(hex.EncodeToString(secret[:]) + "\n")
 		if err := os.MkdirAll(l.acme.Storage, 0o700); err != nil {
-			return nil, storage(err)
+			return nil, storageError(err)
 		}
 		err = files.Create(path, text, 0o600)
 	}
@@ -76,17 +77,17 @@ func (l *loaded) resetKey() (*[32]byte, error) {
 		return nil, err
 	}
 	if err != nil {
-		return nil, storage(err)
+		return nil, storageError(err)
 	}
 	key, err := hex.DecodeString(strings.TrimSpace(string(text)))
 	if err != nil || len(key) != 32 {
 		return nil, fault.Errorf(fault.Usage,
-			"%s is not 32 bytes in hexadecimal: remove it, and it is made anew", path)
+			"%s is not 32 bytes in hexadecimal: remove it, and the proxy creates another one", path)
 	}
 	return (*[32]byte)(key), nil
 }
 
-// certificateSource is where the certificate comes from, for people.
+// certificateSource returns the origin of the certificate, for people.
 func (l *loaded) certificateSource() string {
 	if l.acme != nil {
 		return l.acme.Directory
@@ -94,7 +95,7 @@ func (l *loaded) certificateSource() string {
 	return l.file.Cert
 }
 
-// renewal is what to do about a certificate that ends.
+// renewal returns the remedy for a certificate that expires.
 func (l *loaded) renewal() string {
 	if l.acme != nil {
 		return "the log says why it is not renewed; when that is mended: " + program + " reload"
@@ -102,7 +103,8 @@ func (l *loaded) renewal() string {
 	return program + " init --renew DIR, or what made it"
 }
 
-// certificate is what new connections use; nil as long as ACME has got none.
+// certificate returns the certificate for new connections, nil if ACME has not
+// obtained one yet.
 func (d *process) certificate() *tls.Certificate {
 	if d.acme != nil {
 		return d.acme.Certificate()
@@ -110,7 +112,7 @@ func (d *process) certificate() *tls.Certificate {
 	return &d.pair.Pair().Certificate
 }
 
-// starting says that the proxy is not ready yet, and why.
+// starting describes a proxy that is not ready yet.
 func (d *process) starting() string {
 	if why := d.waiting(); why != "" {
 		return "the proxy is still starting: " + why
@@ -118,7 +120,7 @@ func (d *process) starting() string {
 	return "the proxy is still starting"
 }
 
-// waiting says why there is no certificate yet; "" when there is one.
+// waiting returns the reason for a missing certificate, "" if there is one.
 func (d *process) waiting() string {
 	if d.certificate() != nil {
 		return ""
@@ -131,8 +133,8 @@ func (d *process) waiting() string {
 		s.Problem)
 }
 
-// certificateUntil is when the certificate of new connections ends; zero if
-// there is none yet.
+// certificateUntil returns the end of the certificate for new connections, zero
+// if there is none yet.
 func (d *process) certificateUntil() time.Time {
 	if c := d.certificate(); c != nil {
 		return c.Leaf.NotAfter
@@ -140,7 +142,7 @@ func (d *process) certificateUntil() time.Time {
 	return time.Time{}
 }
 
-// until is the end of a certificate for the log.
+// until formats the end of a certificate for the log.
 func until(t time.Time) any {
 	if t.IsZero() {
 		return "none yet"
@@ -148,9 +150,9 @@ func until(t time.Time) any {
 	return t
 }
 
-// lookAtCertificate uses files that have changed, and warns of a certificate
-// that ends.
-func (d *process) lookAtCertificate() {
+// checkCertificate reads changed files, and warns of a certificate that
+// expires.
+func (d *process) checkCertificate() {
 	if d.pair != nil {
 		d.pair.Check()
 	}
@@ -159,15 +161,15 @@ func (d *process) lookAtCertificate() {
 	}
 }
 
-// certificateStatus is the proxy's certificate in its status.
+// certificateStatus describes the certificate in the status of the proxy.
 type certificateStatus struct {
-	Until   time.Time  `json:"until"`             // its NotAfter
+	Until   time.Time  `json:"until"`             // NotAfter
 	From    string     `json:"from"`              // a file, or the directory of an ACME server
-	Problem string     `json:"problem,omitempty"` // why it is not renewed
-	Next    *time.Time `json:"next,omitempty"`    // when that is tried again
+	Problem string     `json:"problem,omitempty"` // reason for a failed renewal
+	Next    *time.Time `json:"next,omitempty"`    // time of the next attempt
 }
 
-// certificateStatus describes the certificate, which is there.
+// certificateStatus returns the status of the certificate, which must exist.
 func (d *process) certificateStatus() certificateStatus {
 	s := certificateStatus{Until: d.certificateUntil(), From: d.loaded.certificateSource()}
 	if d.acme != nil {

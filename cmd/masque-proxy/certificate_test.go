@@ -98,7 +98,7 @@ func TestACMEResetKey(t *testing.T) {
 	}
 	write(t, path, "half")
 	if _, err := l.resetKey(); err == nil ||
-		!strings.Contains(err.Error(), "remove it, and it is made anew") {
+		!strings.Contains(err.Error(), "remove it, and the proxy creates another one") {
 		t.Errorf("of a broken file: %v", err)
 	}
 }
@@ -138,8 +138,8 @@ func TestCertificateFiles(t *testing.T) {
 	d, runDir := start(t, file)
 	first := d.certificate().Leaf
 	do(t, 0, "init", "--renew", dir)
-	d.lookAtCertificate()
-	d.lookAtCertificate()
+	d.checkCertificate()
+	d.checkCertificate()
 	second := d.certificate().Leaf
 	if second.Equal(first) || !d.certificateStatus().Until.Equal(second.NotAfter) ||
 		d.certificateStatus().From != filepath.Join(dir, certFile) {

@@ -32,7 +32,7 @@ func (o *options) checkCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "check -c FILE", Short: "Check a configuration and this host", Args: cobra.NoArgs,
 		Long: "Check a configuration and this host, without changing anything. Each line is ok, warn or fail; the exit code\n" +
-			"is 2 if anything fails. Nothing is sent to others, unless --online has an ACME server asked too.",
+			"is 2 if anything fails. Nothing is sent to other hosts without --online.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			var c doctor.Report
 			o.check(cmd.Context(), &c, file, online)
@@ -41,7 +41,7 @@ func (o *options) checkCommand() *cobra.Command {
 	}
 	configFlag(cmd, &file)
 	cmd.Flags().BoolVar(&online, "online", false,
-		"ask the ACME server for its directory; no certificate is requested")
+		"also get the directory of the ACME server; this requests no certificate")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON, one object per line")
 	return cmd
 }
@@ -94,14 +94,13 @@ func (o *options) check(ctx context.Context, c *doctor.Report, file string, onli
 	c.UDPOffload()
 }
 
-// checkRunning asks the running proxy what it has lost of what it needs on this
-// host.
+// checkRunning reports the warnings of the running proxy about this host.
 func (o *options) checkRunning(ctx context.Context, c *doctor.Report) {
-	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	var s status
 	if err := control.NewClient(o.RunDir, instance).Get(ctx, statusPath, &s); err != nil {
-		c.Warn(fmt.Sprintf("host: the running proxy does not say how it is: %v", err), "")
+		c.Warn(fmt.Sprintf("host: the status of the running proxy is not known: %v", err), "")
 		return
 	}
 	c.Running(s.Warnings, s.KernelRepairs)
@@ -143,7 +142,8 @@ func (l *loaded) checkCredentials(c *doctor.Report, now time.Time) {
 	}
 }
 
-// checkACME checks what is stored, and asks the server if that is wanted.
+// checkACME checks the stored certificate and, if online is set, the ACME
+// server.
 func (l *loaded) checkACME(ctx context.Context, c *doctor.Report, online bool, now time.Time) {
 	switch cert, err := acme.Stored(ctx, *l.acme); {
 	case err == nil && now.After(cert.Leaf.NotAfter):
@@ -174,8 +174,8 @@ func (l *loaded) checkACME(ctx context.Context, c *doctor.Report, online bool, n
 	}
 }
 
-// checkChallenge checks that the address of the challenge can be listened on,
-// by doing it.
+// checkChallenge checks that the address of the challenge is free by listening
+// on it.
 func checkChallenge(ctx context.Context, c *doctor.Report, cfg acme.Config) {
 	if err := acme.CheckListen(ctx, cfg); err != nil {
 		failError(c, err)
@@ -193,8 +193,8 @@ func failError(c *doctor.Report, err error) {
 	c.Fail("tls.acme: "+err.Error(), "")
 }
 
-// checkUsers looks for users who are not let in, or do not reach what their
-// entry says.
+// checkUsers reports users who have expired, or whose routes the proxy does not
+// advertise.
 func (l *loaded) checkUsers(c *doctor.Report, now time.Time) {
 	for _, u := range l.users.last().All() {
 		if !u.Expires.IsZero() && !now.Before(u.Expires) {
@@ -212,8 +212,7 @@ func (l *loaded) checkUsers(c *doctor.Report, now time.Time) {
 	}
 }
 
-// checkPool checks that the addresses for clients are none of those of this
-// host, nor in its networks.
+// checkPool checks that the pools do not overlap the networks of this host.
 func checkPool(c *doctor.Report, addrs []net.Addr, pools ...netip.Prefix) {
 	for _, pool := range pools {
 		if !pool.IsValid() {
@@ -234,7 +233,7 @@ func checkPool(c *doctor.Report, addrs []net.Addr, pools ...netip.Prefix) {
 	}
 }
 
-// checkForwarding checks what the kernel needs to forward and masquerade.
+// checkForwarding checks that the kernel can forward and masquerade.
 func (l *loaded) checkForwarding(c *doctor.Report) {
 	f := l.file
 	if f.Pool4.IsValid() {
@@ -247,7 +246,7 @@ func (l *loaded) checkForwarding(c *doctor.Report) {
 	if f.Masquerade {
 		c.NFTables("nat", "")
 	} else {
-		c.OK("nat: off; hosts behind the proxy need a route to the addresses of [pool] by way of this host")
+		c.OK("nat: off; hosts behind the proxy need a route through this host to the addresses of [pool]")
 	}
 	for _, family := range []struct {
 		pool netip.Prefix
@@ -265,8 +264,8 @@ func (l *loaded) checkForwarding(c *doctor.Report) {
 	}
 }
 
-// checkFirewall looks for what keeps clients from the proxy, and their packets
-// from their destinations.
+// checkFirewall checks that the firewall passes packets to the proxy and
+// packets of clients.
 func (l *loaded) checkFirewall(c *doctor.Report) {
 	var flows []hostfirewall.Flow
 	for _, addr := range l.file.Listen {

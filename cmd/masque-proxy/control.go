@@ -24,7 +24,7 @@ import (
 	"masquevpn/proxy"
 )
 
-// Paths of the control socket.
+// The paths of the control socket.
 const (
 	statusPath   = "/v1/status"
 	sessionsPath = "/v1/sessions"
@@ -33,18 +33,18 @@ const (
 
 func kickPath(id string) string { return sessionsPath + "/" + id + "/kick" }
 
-// reloaded is the answer to a reload.
+// reloaded is the response to a reload.
 type reloaded struct {
 	Restart []string `json:"restart"` // keys that have changed and need a restart
 }
 
-// status is what `status --json` prints.
+// status is the output of `status --json`.
 type status struct {
 	proxy.Status
 	Certificate certificateStatus `json:"certificate"`
 }
 
-// kicked is the answer to a kick.
+// kicked is the response to a kick.
 type kicked struct {
 	ID string `json:"id"`
 }
@@ -94,18 +94,18 @@ func (d *process) handler() http.Handler {
 	return mux
 }
 
-// answerTime bounds a question to the running proxy.
-const answerTime = 10 * time.Second
+// answerTimeout limits a request to the running proxy.
+const answerTimeout = 10 * time.Second
 
-// ask makes a command that talks to the running proxy: call asks, show prints
-// the answer for people.
+// ask completes a command that queries the running proxy. call sends the
+// request, and show prints the response for people.
 func ask[T any](o *options, cmd *cobra.Command,
 	call func(ctx context.Context, c *control.Client, args []string, v any) error,
 	show func(io.Writer, T) error) *cobra.Command {
 	var asJSON bool
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	cmd.RunE = cli.Run(func(cmd *cobra.Command, args []string) error {
-		ctx, cancel := context.WithTimeout(cmd.Context(), answerTime)
+		ctx, cancel := context.WithTimeout(cmd.Context(), answerTimeout)
 		defer cancel()
 		var raw json.RawMessage
 		err := call(ctx, control.NewClient(o.RunDir, instance), args, &raw)
@@ -122,15 +122,15 @@ func ask[T any](o *options, cmd *cobra.Command,
 		}
 		var answer T
 		if err := json.Unmarshal(raw, &answer); err != nil {
-			return fmt.Errorf("reading the answer of the proxy: %w", err)
+			return fmt.Errorf("reading the response of the proxy: %w", err)
 		}
 		return show(cmd.OutOrStdout(), answer)
 	})
 	return cmd
 }
 
-// answerError gives a refusal of the running proxy its exit code, and so to
-// that it does not run.
+// answerError returns an error of a request to the running proxy as a
+// *fault.Error.
 func (o *options) answerError(err error) error {
 	if errors.Is(err, control.ErrNotRunning) {
 		return &fault.Error{Kind: fault.NotConnected,
@@ -153,7 +153,7 @@ func (o *options) answerError(err error) error {
 	return err
 }
 
-// get asks for a path.
+// get returns a call that gets a path.
 func get(path string) func(context.Context, *control.Client, []string, any) error {
 	return func(ctx context.Context, c *control.Client, _ []string, v any) error {
 		return c.Get(ctx, path, v)
@@ -232,7 +232,7 @@ func list(prefixes []netip.Prefix) string {
 func (o *options) kickCommand() *cobra.Command {
 	return ask(o, &cobra.Command{
 		Use: "kick SESSION", Short: "End a session", Args: cobra.ExactArgs(1),
-		Long: "End a session; `sessions` has its ID. The client may connect again: to keep it away, remove its user.",
+		Long: "End a session; `sessions` shows the IDs. The client may connect again: to keep it away, remove its user.",
 	}, func(ctx context.Context, c *control.Client, args []string, v any) error {
 		return c.Post(ctx, kickPath(url.PathEscape(args[0])), v)
 	}, func(w io.Writer, k kicked) error {
@@ -244,9 +244,9 @@ func (o *options) kickCommand() *cobra.Command {
 func (o *options) reloadCommand() *cobra.Command {
 	return ask(o, &cobra.Command{
 		Use: "reload", Short: "Read the configuration again", Args: cobra.NoArgs,
-		Long: "Read the configuration again. Sessions go on, with other routes, denied destinations and DNS if these have changed;\n" +
-			"limits count for new sessions, and the certificate and its key for new connections. What needs a restart is\n" +
-			"listed and stays as it was. The users file needs no reload.",
+		Long: "Read the configuration again. Sessions continue, and get changed routes, denied destinations and DNS. Limits apply to\n" +
+			"new sessions, the certificate and its key to new connections. The command lists changed keys that need a restart;\n" +
+			"they do not take effect before. The users file needs no reload.",
 	}, func(ctx context.Context, c *control.Client, _ []string, v any) error {
 		return c.Post(ctx, reloadPath, v)
 	}, func(w io.Writer, r reloaded) error {
@@ -260,7 +260,7 @@ func (o *options) reloadCommand() *cobra.Command {
 	})
 }
 
-// fingerprints tells one list of certificates from another.
+// fingerprints returns the fingerprints of certificates, for comparison.
 func fingerprints(certs []*x509.Certificate) [][32]byte {
 	var list [][32]byte
 	for _, c := range certs {

@@ -19,7 +19,7 @@ import (
 	"masquevpn/internal/pki"
 )
 
-// Names of the files of an installation.
+// The names of the files of an installation.
 const (
 	caCertFile = "ca.crt"
 	caKeyFile  = "ca.key"
@@ -29,14 +29,14 @@ const (
 	configFile = "proxy.toml"
 )
 
-// installation is what `init` makes.
+// installation has the arguments of `init`.
 type installation struct {
 	name         string
 	listen       []string
 	pool4, pool6 string
 	advertise    []string
-	acme         string // e-mail address of the account; empty: a certificate of its own authority
-	agreed       bool   // the ACME server's terms of service are agreed to
+	acme         string // e-mail address of the account; empty: no ACME
+	agreed       bool   // the user agrees to the ACME server's terms of service
 	directory    string // the ACME server's URL; empty: the default
 }
 
@@ -46,12 +46,12 @@ func initCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "init --name HOST DIR", Short: "Make a folder ready for a new proxy",
 		Args: cobra.ExactArgs(1),
-		Long: "Make a folder ready for a new proxy: an authority of its own, the proxy's certificate, an empty users file and a\n" +
-			"configuration that runs as it is. What is there is never overwritten.\n\n" +
-			"With --acme, the proxy gets its certificate from an ACME server, by default Let's Encrypt, and the authority is for the\n" +
-			"certificates of users alone.\n\n" +
-			"With --renew, the proxy's certificate is made anew with the key that it has, for two more years; `reload` then\n" +
-			"makes the running proxy use it.",
+		Long: "Make a folder ready for a new proxy: a certificate authority, the proxy's certificate, an empty users file and a\n" +
+			"configuration that runs as it is. Existing files are never overwritten.\n\n" +
+			"With --acme, the proxy gets its certificate from an ACME server, by default Let's Encrypt, and the authority is only\n" +
+			"for the certificates of users.\n\n" +
+			"With --renew, the proxy gets a new certificate for its key, valid for two more years; `reload` then makes the\n" +
+			"running proxy use it.",
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			if renew {
 				return renewCertificate(cmd.OutOrStdout(), args[0], in.name, time.Now())
@@ -146,7 +146,7 @@ func (in *installation) make(w io.Writer, dir string, now time.Time) (err error)
 	return err
 }
 
-// exists is the error of a file that would be overwritten.
+// exists returns the error for a file that exists. err is the error of Lstat.
 func exists(path string, err error) error {
 	if err != nil {
 		return err
@@ -155,13 +155,13 @@ func exists(path string, err error) error {
 		Remedy: "name another folder, or remove the old installation"}
 }
 
-// shorten cuts a string for the common name of a certificate, which is 64
-// characters at most.
+// shorten limits the length of a string in a common name, which has at most 64
+// characters.
 func shorten(s string, limit int) string {
 	return s[:min(len(s), limit)]
 }
 
-// renewCertificate makes a new certificate with the key of the old one.
+// renewCertificate issues a new certificate for the existing key.
 func renewCertificate(w io.Writer, dir, name string, now time.Time) error {
 	file := filepath.Join(dir, configFile)
 	f, err := parseFile(file)
@@ -233,7 +233,7 @@ func authorityError(err error) error {
 const usersText = "# Users of the proxy. `masque-proxy invite` adds them, `masque-proxy user remove` takes them out; the running\n" +
 	"# proxy notices both.\n"
 
-// config is proxy.toml. Keys that are not set have their defaults.
+// config returns the text of proxy.toml.
 func (in *installation) config() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, `# Configuration of masque-proxy. Names of files are relative to this file.
@@ -287,7 +287,7 @@ udp_flows_per_user = 256
 	return b.String()
 }
 
-// tls is the table of that name.
+// tls returns the text of the table [tls].
 func (in *installation) tls() string {
 	const clients = "client_ca = \"ca.crt\"                  # of the clients' certificates; leave it out to turn them off\n"
 	if in.acme == "" {

@@ -27,21 +27,21 @@ import (
 	"masquevpn/proxy"
 )
 
-// invitation is what `invite` makes.
+// invitation has the arguments of `invite`.
 type invitation struct {
 	user      string
 	config    string   // name of proxy.toml
-	out       string   // name of the client's file, empty: standard output
-	ca        string   // name of the authority that the proxy is verified with, empty: found
-	caKey     string   // name of the key of the clients' authority, empty: beside its certificate
-	proxy     string   // what the client dials, empty: from proxy.toml
-	valid     string   // validity of the certificate; empty: a year, and as long as the user
-	expires   string   // when the user expires; empty: never
+	out       string   // name of the client's file; empty: standard output
+	ca        string   // file of the proxy's authority; empty: found
+	caKey     string   // file of the key of the clients' authority; empty: beside its certificate
+	proxy     string   // Proxy of the client; empty: from proxy.toml
+	valid     string   // validity of the certificate; empty: a year, or until expires if later
+	expires   string   // end of access; empty: never
 	addresses []string // reserved for the user
-	routes    []string // all that the user may reach, none: all that the proxy advertises
+	routes    []string // permitted destinations; none: all that the proxy advertises
 	rateUp    string   // empty: no limit
-	rateDown  string
-	sessions  int
+	rateDown  string   // empty: no limit
+	sessions  int      // 0: the proxy's default
 }
 
 func inviteCommand() *cobra.Command {
@@ -49,9 +49,8 @@ func inviteCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "invite NAME -c FILE", Short: "Add a user and make the file for the client",
 		Args: cobra.ExactArgs(1),
-		Long: "Add a user and make one file with all that the client needs: the proxy, its authority, and the credentials that\n" +
-			"the proxy's methods ask for. The file is a secret: give it to the user and to nobody else. The running proxy\n" +
-			"knows the user at once.",
+		Long: "Add a user and make one file for the client: the proxy, its authority, and credentials for the proxy's methods.\n" +
+			"The file is a secret: give it to the user and to nobody else. The running proxy accepts the user at once.",
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			in.user = args[0]
 			return in.make(cmd.OutOrStdout(), cmd.ErrOrStderr(), time.Now())
@@ -61,23 +60,23 @@ func inviteCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringVarP(&in.out, "out", "o", "",
 		"`FILE` to write, readable by its owner alone, instead of standard output")
-	f.StringVar(&in.ca, "ca", "", "`FILE` with the authority that the client verifies the proxy with; default: the one here, if it is\n"+
-		"the proxy's, or else the system's of the client")
+	f.StringVar(&in.ca, "ca", "", "`FILE` with the authority of the proxy's certificate; default: the authority of this installation if it\n"+
+		"signed the certificate, otherwise the system's on the client")
 	f.StringVar(&in.caKey, "ca-key", "",
 		"`FILE` with the key of the clients' authority; default: beside its certificate")
 	f.StringVar(&in.proxy, "proxy", "",
-		"what the client dials, if it is not the name and port of the configuration")
+		"name, host:port or URI template for the client; default: from the configuration")
 	f.StringVar(&in.expires, "expires", "",
-		"when the user is not let in any more: after a time span in days (30d) or hours (12h), from a `DATE` on\n"+
-			"(2026-12-31, in UTC) or at a time (2026-12-31T18:00:00Z); default: never")
+		"end of the user's access: a time span in days (30d) or hours (12h), a `DATE` (2026-12-31, in UTC) or a\n"+
+			"time (2026-12-31T18:00:00Z); default: never")
 	f.StringVar(&in.valid, "valid", "",
-		"`SPAN` for which the certificate is good, in days (d) or hours (h); default: 365d, or as long as the user if that is longer")
+		"`SPAN` of the certificate's validity in days (d) or hours (h); default: 365d, or until --expires if later")
 	f.StringSliceVar(&in.addresses, "address", nil, "address of the pool reserved for the user")
 	f.StringSliceVar(&in.routes, "route", nil,
-		"`PREFIX` that the user may reach, of those that the proxy advertises; default: all of them")
+		"`PREFIX` that the user may reach, within the advertised ones; default: all of these")
 	f.StringVar(&in.rateUp, "rate-up", "",
-		"`RATE` of what the user sends, in bits per second, such as 20Mbit; default: no limit")
-	f.StringVar(&in.rateDown, "rate-down", "", "the same for what the user receives (`RATE`)")
+		"limit for packets from the user: a `RATE` in bits per second, such as 20Mbit; default: no limit")
+	f.StringVar(&in.rateDown, "rate-down", "", "limit for packets to the user (`RATE`)")
 	f.IntVar(&in.sessions, "sessions", 0, "sessions at the same time; 0 for the proxy's default")
 	return cmd
 }
@@ -176,15 +175,15 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		return err
 	}
 	if !user.Expires.IsZero() {
-		fmt.Fprintf(notes, "note: %s is let in until %s\n", in.user,
+		fmt.Fprintf(notes, "note: %s has access until %s\n", in.user,
 			user.Expires.UTC().Format(time.RFC3339))
 	}
 	return nil
 }
 
-// finish writes the client's file and the users file, or neither.
+// finish writes both the client's file and the users file, or neither of them.
 func (in *invitation) finish(out io.Writer, client []byte, usersPath string, users []byte) error {
-	if in.out == "" { // what was read cannot be taken back: it comes last
+	if in.out == "" { // output cannot be taken back, so it comes last
 		before, _, err := files.Read(usersPath)
 		if err != nil {
 			return err
@@ -220,8 +219,8 @@ func (in *invitation) write(out io.Writer, client []byte) error {
 	return err
 }
 
-// dial is what the client dials: the name, with the port if it is not 443, or
-// the template if it is not the default one.
+// dial returns the value of the client's key proxy: the name, with the port if
+// it is not 443, or the template if it is not the default one.
 func (in *invitation) dial(f *config.Proxy) string {
 	if in.proxy != "" {
 		return in.proxy
@@ -236,9 +235,9 @@ func (in *invitation) dial(f *config.Proxy) string {
 	return net.JoinHostPort(f.Name, port)
 }
 
-// roots is the authority of the proxy's certificate: the one that was named, or
-// one of the installation's, that of the clients or ca.crt beside the
-// configuration; nil if it is none of those.
+// roots returns the authority of the proxy's certificate: the file of --ca, or
+// the clients' authority or ca.crt beside the configuration, if one of these
+// signed it. Otherwise it returns nil.
 func (in *invitation) roots(f *config.Proxy) ([]byte, error) {
 	if in.ca != "" {
 		data, _, err := files.Read(in.ca)
@@ -289,7 +288,7 @@ func (in *invitation) roots(f *config.Proxy) ([]byte, error) {
 	return nil, nil
 }
 
-// certificate makes the user's certificate.
+// certificate issues the user's certificate.
 func (in *invitation) certificate(f *config.Proxy, now time.Time, valid time.Duration) (pki.Pair,
 	error) {
 	key := in.caKey
@@ -303,7 +302,7 @@ func (in *invitation) certificate(f *config.Proxy, now time.Time, valid time.Dur
 	return authority.Client(in.user, now, valid)
 }
 
-// reserve checks the addresses for the user.
+// reserve parses and checks the addresses for the user.
 func (in *invitation) reserve(f *config.Proxy, users *config.Users) ([]netip.Addr, error) {
 	var list []netip.Addr
 	for _, s := range in.addresses {
@@ -334,7 +333,7 @@ func (in *invitation) reserve(f *config.Proxy, users *config.Users) ([]netip.Add
 	return list, nil
 }
 
-// reach checks the routes for the user.
+// reach parses and checks the routes for the user.
 func (in *invitation) reach(f *config.Proxy) ([]netip.Prefix, error) {
 	var list []netip.Prefix
 	for _, s := range in.routes {
@@ -357,7 +356,7 @@ func (in *invitation) reach(f *config.Proxy) ([]netip.Prefix, error) {
 	return list, nil
 }
 
-// advertised reports whether the proxy advertises all of p, in one prefix.
+// advertised reports whether one of the advertised prefixes contains p.
 func advertised(f *config.Proxy, p netip.Prefix) bool {
 	return slices.ContainsFunc(f.Advertise, func(a netip.Prefix) bool {
 		return a.Bits() <= p.Bits() && a.Contains(p.Addr())
@@ -374,7 +373,7 @@ func pools(f *config.Proxy) string {
 	return strings.Join(words, " or ")
 }
 
-// validity is for how long the certificate is good.
+// validity returns the validity of the certificate.
 func (in *invitation) validity(expires, now time.Time) (time.Duration, error) {
 	if in.valid == "" {
 		return max(defaultValidity, expires.Sub(now)), nil
@@ -389,7 +388,7 @@ func (in *invitation) validity(expires, now time.Time) (time.Duration, error) {
 
 const defaultValidity = 365 * 24 * time.Hour
 
-// parseExpires reads when a user is not let in any more, the zero Time for
+// parseExpires parses the end of a user's access. The zero Time stands for
 // never.
 func parseExpires(s string, now time.Time) (time.Time, error) {
 	if s == "" {
@@ -412,8 +411,8 @@ func parseExpires(s string, now time.Time) (time.Time, error) {
 	return t, nil
 }
 
-// parseSpan reads a number of days, as in 365d, or any duration of Go, of at
-// most ten years.
+// parseSpan parses a number of days, as in 365d, or a time.Duration. It accepts
+// at most ten years.
 func parseSpan(s string) (time.Duration, bool) {
 	d, err := time.ParseDuration(s)
 	if days, ok := strings.CutSuffix(s, "d"); ok {
@@ -421,14 +420,13 @@ func parseSpan(s string) (time.Duration, bool) {
 		n, err = strconv.Atoi(days)
 		d = time.Duration(n) * 24 * time.Hour
 		if n > int(pki.AuthorityValidity/(24*time.Hour)) {
-			// which may be more than a Duration holds
-			return 0, false
+			return 0, false // before it overflows a Duration
 		}
 	}
 	return d, err == nil && d > 0 && d <= pki.AuthorityValidity
 }
 
-// parseRate reads the rate that a flag has, 0 for none.
+// parseRate parses the rate of a flag. "" gives 0, no limit.
 func parseRate(flag, s string) (int64, error) {
 	if s == "" {
 		return 0, nil

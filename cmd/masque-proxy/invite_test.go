@@ -298,7 +298,7 @@ func TestInviteLimits(t *testing.T) {
 	running := mustLoad(t, file)
 	_, note := do(t, 0, "invite", "alice", "-c", file, "--expires", "30d", "--route",
 		"192.0.2.0/25,2001:db8:1::/48", "--rate-up", "20Mbit", "--rate-down", "0.1Gbit")
-	if !strings.Contains(note, "note: alice is let in until ") {
+	if !strings.Contains(note, "note: alice has access until ") {
 		t.Errorf("said %s", note)
 	}
 	got, _ := running.users.ByName("alice")

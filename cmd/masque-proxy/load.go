@@ -17,16 +17,16 @@ import (
 	"masquevpn/proxy"
 )
 
-// loaded is a configuration file with all that it refers to.
+// loaded is a configuration file with the contents of the files that it names.
 type loaded struct {
 	file      *config.Proxy
 	pair      *certs.KeyPair      // tls.cert and tls.key; nil: ACME
 	acme      *acme.Config        // nil: the certificate is in files
-	clientCAs []*x509.Certificate // certificates in tls.client_ca, may be empty
+	clientCAs []*x509.Certificate // certificates of tls.client_ca, may be empty
 	users     *userStore          // nil if no method needs users
 }
 
-// parseFile reads the configuration alone.
+// parseFile reads a configuration without the files that it names.
 func parseFile(path string) (*config.Proxy, error) {
 	data, _, err := files.Read(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -39,8 +39,7 @@ func parseFile(path string) (*config.Proxy, error) {
 	return config.ParseProxy(path, data)
 }
 
-// load reads a configuration and the files that it names. Nothing else is
-// touched.
+// load reads a configuration and the files that it names. It changes nothing.
 func load(path string, logger *slog.Logger) (*loaded, error) {
 	f, err := parseFile(path)
 	if err != nil {

@@ -14,7 +14,7 @@ const (
 	program = "masque-proxy"
 	// instance is the name of the control socket, the lock and the journal.
 	instance = "proxy"
-	// capabilities are what setcap(8) has to give for running without sudo.
+	// capabilities lets the program run without sudo (setcap(8)).
 	capabilities = "cap_net_admin,cap_net_bind_service"
 )
 
@@ -28,20 +28,20 @@ type options struct {
 	*cli.Globals
 }
 
-// manual is what the manual page says besides.
+// manual completes the manual page.
 var manual = cli.Page{
 	Files: []cli.Entry{
 		{Term: "/etc/masque/proxy.toml",
-			Meaning: "The configuration, which names certificates, keys and the users file beside it."},
+			Meaning: "The configuration. Certificates, keys and the users file are beside it."},
 		{Term: "/etc/masque/ca.key",
-			Meaning: "The key that certificates are made with. Only init and invite need it."},
+			Meaning: "The key of the certificate authority. Only init and invite need it."},
 		{Term: "/run/masque/proxy.sock",
-			Meaning: "The control socket of a proxy that runs, for its owner and root."},
+			Meaning: "The control socket of a running proxy, for its owner and root."},
 		{Term: "/run/masque/proxy.lock, /run/masque/proxy.journal",
-			Meaning: "What shows that a proxy runs, and what it changed on the host."},
-		{Term: "/var/lib/masque", Meaning: "What the service may write, such as the certificates of ACME and a key log."},
+			Meaning: "The lock of a running proxy, and a list of its changes to the host."},
+		{Term: "/var/lib/masque", Meaning: "Files that the service writes, such as certificates from ACME and a key log."},
 		{Term: "/usr/share/doc/masquevpn",
-			Meaning: "How to set up, run and mend a proxy, in docs/proxy.md, and a configuration with all keys, in docs/reference/proxy.toml."},
+			Meaning: "The manual of the proxy, docs/proxy.md, and a configuration with all keys, docs/reference/proxy.toml."},
 	},
 	SeeAlso: []string{"masque-client(1)", "systemctl(1)", "journalctl(1)"},
 }

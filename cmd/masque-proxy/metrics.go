@@ -38,7 +38,7 @@ func (d *process) readiness(ctx context.Context) error {
 	}
 }
 
-// values are what metrics show.
+// values returns the values of the metrics.
 func (d *process) values() metrics.Values {
 	c := d.server.Counters()
 	v := metrics.Values{Stats: &c.Stats, Repairs: c.KernelRepairs, Oldest: c.Oldest,

@@ -36,7 +36,7 @@ func (o *options) runCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "run -c FILE", Short: "Serve in the foreground", Args: cobra.NoArgs,
 		Long: "Serve in the foreground until SIGINT or SIGTERM; a second one forces the end. SIGHUP reads the configuration\n" +
-			"again, as `reload` does. The users file is read again by itself when it changes.",
+			"again, like `reload`. The proxy reads the users file again when that changes.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			return o.run(cmd.Context(), file)
 		}),
@@ -151,11 +151,13 @@ type process struct {
 	service *systemd.Service
 	server  *proxy.Server
 	tap     *capture.Tap
-	ended   chan struct{}       // closed when the server has stopped
-	loaded  *loaded             // what it was started with
-	acme    *acme.Manager       // nil: the certificate is in files
-	pair    *certs.Reloader     // nil: with ACME
-	expiry  certs.ExpiryWarning // warns before the certificate expires
+	ended   chan struct{} // closed when the server has stopped
+	loaded  *loaded       // configuration of the start
+	expiry  certs.ExpiryWarning
+
+	// One of these has the certificate; the other one is nil.
+	acme *acme.Manager
+	pair *certs.Reloader
 }
 
 func newProcess(path string, l *loaded, logger *slog.Logger) *process {
@@ -174,16 +176,16 @@ func newProcess(path string, l *loaded, logger *slog.Logger) *process {
 }
 
 const (
-	// watchInterval is how often systemd is told how the proxy is.
+	// watchInterval is the time between two reports to systemd.
 	watchInterval = time.Second
-	// usersInterval is how often the users file is looked at when nobody
-	// connects: a removal holds within a second.
+	// usersInterval is the time between two checks of the users file if nobody
+	// connects. A removal takes effect within a second.
 	usersInterval = 250 * time.Millisecond
 )
 
-// watch reloads on SIGHUP, makes the sessions follow the users file, and tells
-// systemd how the proxy is. The watchdog so ends a proxy that hangs in any of
-// it, or whose sessions do not answer.
+// watch reloads on SIGHUP, applies changes of the users file to the sessions,
+// and reports to systemd. Its watchdog ends a proxy that hangs in one of these,
+// or whose sessions are stuck.
 func (d *process) watch(ctx context.Context) {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
@@ -205,7 +207,7 @@ func (d *process) watch(ctx context.Context) {
 			d.describe()
 		case <-hangup:
 			if _, err := d.reload(); err != nil {
-				d.logger.Error("reload failed; all stays as it was", "error", err)
+				d.logger.Error("reload failed; nothing changes", "error", err)
 			}
 		case <-look.C:
 			if before != nil {
@@ -215,7 +217,7 @@ func (d *process) watch(ctx context.Context) {
 				}
 			}
 		case <-tick.C:
-			d.lookAtCertificate()
+			d.checkCertificate()
 			if ready == nil {
 				d.describe()
 			} else if why := d.waiting(); why != "" {
@@ -229,16 +231,16 @@ func (d *process) watch(ctx context.Context) {
 	}
 }
 
-// describe tells systemd what the proxy, which is ready, does.
+// describe tells systemd the state of the proxy, which is ready.
 func (d *process) describe() {
 	s := d.server.Status()
 	d.service.Status(fmt.Sprintf("%d sessions, listening on %s", s.Sessions,
 		strings.Join(s.Listen, ", ")))
 }
 
-// reload reads the configuration again. The certificate and its key are used
-// from the next handshake on, and the rest at once; the keys that it returns
-// have changed too, but need a restart. With an error, all stays as it was.
+// reload reads the configuration again. The next handshakes use the certificate
+// and its key, and other changes take effect at once, except for the keys that
+// it returns: they need a restart. After an error, nothing has changed.
 func (d *process) reload() (restart []string, err error) {
 	select {
 	case <-d.server.Ready():
@@ -273,8 +275,8 @@ func (d *process) reload() (restart []string, err error) {
 	return restart, nil
 }
 
-// changed lists the keys that differ in two configurations, that the proxy
-// itself does not know, and that are only used at the start.
+// changed returns the keys that differ in two configurations and are used at
+// the start only. It lacks the keys that Server.Reload returns.
 func changed(a, b *loaded) []string {
 	var keys []string
 	compare := func(key string, a, b any) {
@@ -291,11 +293,11 @@ func changed(a, b *loaded) []string {
 	return keys
 }
 
-// socketName is what masque-proxy.socket calls the sockets that it opens.
+// socketName is the FileDescriptorName in masque-proxy.socket.
 const socketName = "quic"
 
-// sockets returns the sockets that systemd opened for the proxy, none if there
-// are none. They count instead of what the configuration says.
+// sockets returns the sockets that systemd opened for the proxy. If there are
+// any, the proxy ignores the key listen.
 func (l *loaded) sockets(logger *slog.Logger) ([]*net.UDPConn, error) {
 	sockets, err := systemd.UDPSockets(socketName)
 	if err != nil {
@@ -307,13 +309,13 @@ func (l *loaded) sockets(logger *slog.Logger) ([]*net.UDPConn, error) {
 		opened = append(opened, c.LocalAddr().String())
 	}
 	if len(opened) > 0 && !slices.Equal(canonical(opened), canonical(l.file.Listen)) {
-		logger.Warn("systemd opened other sockets than the configuration says: listen is ignored",
+		logger.Warn("systemd opened other sockets than listen has: listen is ignored",
 			"sockets", strings.Join(opened, ", "), "listen", strings.Join(l.file.Listen, ", "))
 	}
 	return sockets, nil
 }
 
-// canonical sorts UDP addresses that are written in the same way.
+// canonical returns UDP addresses in sorted and uniform notation.
 func canonical(addrs []string) []string {
 	var list []string
 	for _, s := range addrs {

@@ -243,7 +243,7 @@ func TestCheckFindsPortInUse(t *testing.T) {
 	out, _ = do(t, 2, "check", "-c", file, "--run-dir", t.TempDir(), "--json")
 	for line := range strings.SplitSeq(strings.TrimSpace(out), "\n") {
 		var c doctor.Finding
-		if err := json.Unmarshal([]byte(line), &c); err != nil || c.What == "" {
+		if err := json.Unmarshal([]byte(line), &c); err != nil || c.Text == "" {
 			t.Errorf("line %s: %v", line, err)
 		}
 	}

@@ -34,7 +34,7 @@ func (o *options) userCommand() *cobra.Command {
 	return cmd
 }
 
-// usersOf finds the users file of a configuration.
+// usersOf returns the name of the users file of a configuration.
 func usersOf(file string) (string, error) {
 	f, err := parseFile(file)
 	if err != nil {
@@ -52,7 +52,7 @@ func (o *options) userListCommand() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use: "list -c FILE", Short: "List the users", Args: cobra.NoArgs,
-		Long: "List the users, with what each may, and how many sessions each has now, if the proxy runs.",
+		Long: "List the users with their rights, and with their current sessions if the proxy runs.",
 		RunE: cli.Run(func(cmd *cobra.Command, _ []string) error {
 			path, err := usersOf(file)
 			if err != nil {
@@ -64,7 +64,7 @@ func (o *options) userListCommand() *cobra.Command {
 			}
 			connected, err := o.connected(cmd.Context())
 			if err != nil {
-				fmt.Fprintf(cmd.ErrOrStderr(), "note: who is connected is not known: %v\n", err)
+				fmt.Fprintf(cmd.ErrOrStderr(), "note: the sessions are not known: %v\n", err)
 			}
 			entries := make([]userEntry, 0, len(users.All()))
 			for _, u := range users.All() {
@@ -81,9 +81,10 @@ func (o *options) userListCommand() *cobra.Command {
 	return cmd
 }
 
-// connected returns the number of sessions of each user, nil if no proxy runs.
+// connected returns the number of sessions of each user. It returns an error if
+// no proxy runs.
 func (o *options) connected(ctx context.Context) (map[string]int, error) {
-	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	var sessions []proxy.SessionStatus
 	err := control.NewClient(o.RunDir, instance).Get(ctx, sessionsPath, &sessions)
@@ -103,20 +104,26 @@ func (o *options) connected(ctx context.Context) (map[string]int, error) {
 // userEntry is one user in the output of `user list --json`.
 type userEntry struct {
 	Name  string `json:"name"`
-	Token bool   `json:"token"` // has one
-	// has one of its own; without, any of the authority with the name is good
+	Token bool   `json:"token"`
+
+	// Certificate is set if only one certificate is accepted. Otherwise any
+	// certificate of the authority with the user's name is.
 	Certificate bool     `json:"certificate"`
 	Addresses   []string `json:"addresses"`
-	// allowed at the same time; 0: the proxy's default
+
+	// Sessions and MaxAddresses are limits. 0: the proxy's default.
 	Sessions     int            `json:"sessions"`
-	MaxAddresses int            `json:"max_addresses"` // likewise
-	Routes       []netip.Prefix `json:"routes"`        // null: all that the proxy advertises
-	RateUp       int64          `json:"rate_up_bits_per_second"`
-	RateDown     int64          `json:"rate_down_bits_per_second"` // 0: no limit
-	Created      time.Time      `json:"created"`
-	Expires      *time.Time     `json:"expires"` // null: never
-	Expired      bool           `json:"expired"`
-	Connected    *int           `json:"connected"` // sessions now; null: not known
+	MaxAddresses int            `json:"max_addresses"`
+	Routes       []netip.Prefix `json:"routes"` // null: all advertised routes
+
+	// RateUp and RateDown are limits. 0: no limit.
+	RateUp   int64 `json:"rate_up_bits_per_second"`
+	RateDown int64 `json:"rate_down_bits_per_second"`
+
+	Created   time.Time  `json:"created"`
+	Expires   *time.Time `json:"expires"` // null: never
+	Expired   bool       `json:"expired"`
+	Connected *int       `json:"connected"` // current sessions; null: not known
 }
 
 func entryOf(u config.User, connected map[string]int, now time.Time) userEntry {
@@ -213,8 +220,8 @@ func userRemoveCommand() *cobra.Command {
 	var file string
 	cmd := &cobra.Command{
 		Use: "remove NAME -c FILE", Short: "Remove a user", Args: cobra.ExactArgs(1),
-		Long: "Remove a user. A running proxy ends the user's sessions within a second, and lets nobody in with the user's\n" +
-			"certificate or token any more.",
+		Long: "Remove a user. A running proxy ends the user's sessions within a second, and no longer accepts the user's\n" +
+			"certificate and token.",
 		RunE: cli.Run(func(cmd *cobra.Command, args []string) error {
 			path, err := usersOf(file)
 			if err != nil {

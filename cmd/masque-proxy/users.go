@@ -15,40 +15,44 @@ import (
 	"masquevpn/proxy"
 )
 
-// userStore is the users file of a running proxy. Each look-up of a user first
-// looks whether the file has changed, so that an invitation is good and a
-// removal holds from the next request on. A file that has become unusable is
-// logged, and what was known before stays.
+// userStore is the users file of a running proxy. Each lookup of a user first
+// checks whether the file has changed, so that invitations and removals take
+// effect with the next request. If the file becomes unusable, the store logs
+// that and keeps the users.
 //
-// Editors and scripts that write a file in place truncate it first, and what
-// they have written so far may be a file of fewer users. So a file that was
-// written in place counts once it has not changed for a moment. One that has no
-// users left may be what is left of a full disk: it counts when the operator
-// says so, by a reload. A file that replaced another, as with mv and the
-// commands of this program, is whole and counts at once.
+// Editors and scripts that write a file in place truncate it first, and a
+// half-written file may be valid with fewer users. So the store uses a file
+// that was written in place only when it has not changed for a moment. If such
+// a file has no users, the disk may have been full: the store waits for a
+// reload by the operator. A file that replaced another one, by mv or by the
+// commands of this program, is complete, and the store uses it at once.
 type userStore struct {
 	path   string
 	logger *slog.Logger
 	now    func() time.Time
 
-	mu    sync.Mutex
+	mu    sync.Mutex // guards the fields below
 	users *config.Users
-	seen  files.Version
-	next  *config.Users // in the file, but not to be used yet; nil for none
-	since time.Time     // when next was read
-	wait  time.Duration // until next counts; 0: until a reload
+	seen  files.Version // version of the file at the last check
+
+	// next has the users of a file that is not used yet. It was read at the
+	// time since and is used after wait, or after a reload if wait is 0. nil:
+	// none.
+	next  *config.Users
+	since time.Time
+	wait  time.Duration
 }
 
 const (
-	// inPlaceWait is how long a file that is written in place has to stay as it
-	// is before it counts.
+	// inPlaceWait is the time without changes after which the store uses a file
+	// that was written in place.
 	inPlaceWait = time.Second
-	// emptyWait is that for an empty file in the place of another: it may have
-	// been made to be written.
+	// emptyWait is the time for an empty file that replaced another one: a
+	// program may be about to write it.
 	emptyWait = 200 * time.Millisecond
 )
 
-// openUsers reads the file, which must be usable.
+// openUsers returns a store with the users of a file, which must be valid.
 func openUsers(path string, logger *slog.Logger) (*userStore, error) {
 	s := &userStore{path: path, logger: logger, now: time.Now}
 	var err error
@@ -71,11 +75,11 @@ func readUsers(path string) (*config.Users, error) {
 	return config.ParseUsers(path, data)
 }
 
-// current returns the users after a look at the file.
+// current checks the file and returns the users.
 func (s *userStore) current() *config.Users {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.look()
+	s.check()
 	if s.next != nil && s.wait > 0 && s.now().Sub(s.since) >= s.wait {
 		if len(s.next.All()) == 0 && s.wait == inPlaceWait {
 			s.logger.Error("the users file was emptied; the users known before stay until a reload, or until there are users again", "file", s.path)
@@ -87,24 +91,24 @@ func (s *userStore) current() *config.Users {
 	return s.users
 }
 
-// reload makes what is in the file count, if it can be used.
+// reload uses the users in the file now, if it is valid.
 func (s *userStore) reload() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.look()
+	s.check()
 	if s.next != nil {
 		s.use(s.next)
 	}
 }
 
-// use makes users the ones that count. s.mu is held.
+// use replaces the users. s.mu is held.
 func (s *userStore) use(users *config.Users) {
 	s.users, s.next = users, nil
 	s.logger.Info("users read", "file", s.path, "users", len(users.All()))
 }
 
-// look reads the file if it has changed. s.mu is held.
-func (s *userStore) look() {
+// check reads the file if it has changed. s.mu is held.
+func (s *userStore) check() {
 	v, err := files.VersionOf(s.path)
 	if err == nil && v == s.seen {
 		return
@@ -116,7 +120,7 @@ func (s *userStore) look() {
 	before := s.seen
 	s.seen = v
 	if err != nil {
-		if v != before { // once per state of the file
+		if v != before { // once for each version of the file
 			s.logger.Error("the users file cannot be used; the users known before stay",
 				"error", err)
 		}
@@ -133,7 +137,7 @@ func (s *userStore) look() {
 	}
 }
 
-// last returns the users without a look at the file.
+// last returns the users without checking the file.
 func (s *userStore) last() *config.Users {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -150,8 +154,8 @@ func (s *userStore) ByToken(token string) (proxy.User, bool) {
 	return proxyUser(s.current().ByTokenHash(pki.HashToken(token)))
 }
 
-// Reserved implements proxy.Users. It is asked about many prefixes in a row,
-// right after a user was looked up.
+// Reserved implements proxy.Users. The proxy calls it for many prefixes in a
+// row, right after a lookup of a user.
 func (s *userStore) Reserved(p netip.Prefix, name string) bool {
 	return s.last().Reserved(p, name)
 }
