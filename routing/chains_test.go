@@ -2,6 +2,7 @@ package routing
 
 import (
 	"encoding/json"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -16,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// dropped returns how many packets the rules with a comment have dropped.
+// dropped returns the number of packets counted by rules with the comment.
 func (h *host) dropped(comment string) (packets int) {
 	h.t.Helper()
 	var list struct {
@@ -43,7 +44,7 @@ func (h *host) dropped(comment string) (packets int) {
 	return packets
 }
 
-// waitDropped waits until the rules with a comment have dropped a packet.
+// waitDropped waits until a rule with the comment has counted a packet.
 func (h *host) waitDropped(comment string) {
 	h.t.Helper()
 	for deadline := time.Now().Add(patience); h.dropped(comment) == 0; time.Sleep(10 * time.Millisecond) {
@@ -53,7 +54,7 @@ func (h *host) waitDropped(comment string) {
 	}
 }
 
-// lan makes a host on a network behind h, through an interface of that name.
+// lan creates a host on a network behind h. name is the interface of h.
 func (h *host) lan(name string) *host {
 	h.t.Helper()
 	lan := newHost(h.t)
@@ -72,7 +73,8 @@ func (h *host) lan(name string) *host {
 	lan.waitFor("eth0", netlink.OperUp)
 	h.ip("addr add 10.9.0.1/24 dev " + name)
 	h.ip("addr add fd09::1/64 dev " + name + " nodad")
-	// to look for neighbours of what is forwarded
+	// The kernel needs a link-local address to resolve the neighbours to which
+	// it forwards.
 	h.ip("addr add fe80::9/64 dev " + name + " nodad")
 	lan.ip("addr add 10.9.0.2/24 dev eth0")
 	lan.ip("addr add fd09::2/64 dev eth0 nodad")
@@ -81,7 +83,7 @@ func (h *host) lan(name string) *host {
 	return lan
 }
 
-// proxyState is that of a proxy with translation.
+// proxyState returns the State of a proxy with address translation.
 func proxyState() State {
 	return State{
 		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"),
@@ -90,20 +92,21 @@ func proxyState() State {
 	}
 }
 
-// Turning forwarding on does not make the host a router for its neighbours.
+// A host on which Apply turned forwarding on does not forward for its
+// neighbours.
 func TestNeighboursAreNotForwarded(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		before func(h *host)
-		later  bool // the interface is made after forwarding was turned on
-		passes bool
+		later  bool // lan0 is created after Apply
+		passes bool // packets are forwarded
 	}{
-		{"turned on", func(*host) {}, false, false},
-		{"on before", func(h *host) {
+		{"turned on by Apply", func(*host) {}, false, false},
+		{"turned on before", func(h *host) {
 			h.sysctl("net/ipv4/ip_forward", "1")
 			h.sysctl("net/ipv6/conf/all/forwarding", "1")
 		}, false, true},
-		{"an interface of another program, made later", func(*host) {}, true, true},
+		{"interface of another program, created later", func(*host) {}, true, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h, router := connect(t)
@@ -143,8 +146,8 @@ func TestNeighboursAreNotForwarded(t *testing.T) {
 	}
 }
 
-// With several tunnels on one host, none drops what another forwards, also when
-// its interface is older than the rules.
+// With several tunnels on one host, the rules of one do not drop packets that
+// another forwards, even if its interface existed before the rules.
 func TestTunnelsForwardIndependently(t *testing.T) {
 	h, router := connect(t)
 	dir := t.TempDir()
@@ -156,70 +159,79 @@ func TestTunnelsForwardIndependently(t *testing.T) {
 	}
 	for name, client := range map[string]string{"masque0": "10.77.0.9:4000",
 		"masque1": "10.78.0.9:4000"} {
-		server := router.listen(net.JoinHostPort(proxyAddr4, "0"), 0)
-		packet := udpPacket(t, netip.MustParseAddrPort(client),
-			netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)), "from "+name)
-		if _, err := devices[name].Write(packet); err != nil {
-			t.Fatal(err)
-		}
-		text, from := receive(t, server)
-		if text != "from "+name || from.Addr().String() != hostAddr4 {
-			t.Errorf("received %q from %v", text, from)
-		}
-		send(t, server, "to "+name, from)
-		readTUN(t, devices[name], "to "+name)
+		t.Run(name, func(t *testing.T) {
+			server := router.in(t).listen(net.JoinHostPort(proxyAddr4, "0"), 0)
+			packet := udpPacket(t, netip.MustParseAddrPort(client),
+				netip.AddrPortFrom(netip.MustParseAddr(proxyAddr4), port(server)), "from "+name)
+			if _, err := devices[name].Write(packet); err != nil {
+				t.Fatal(err)
+			}
+			text, from := receive(t, server)
+			if text != "from "+name || from.Addr().String() != hostAddr4 {
+				t.Errorf("received %q from %v", text, from)
+			}
+			send(t, server, "to "+name, from)
+			readTUN(t, devices[name], "to "+name)
+		})
 	}
 }
 
-// Nobody begins a connection to clients behind a translation.
+// Other hosts cannot open connections to clients whose addresses are
+// translated.
 func TestNoConnectionsIntoTheTunnel(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, proxyState())
-	for _, family := range []struct{ from, client, via, pool string }{
-		{routerAddr4, "10.77.0.9", hostAddr4, "10.77.0.0/24"},
-		{routerAddr6, "fd77::9", hostAddr6, "fd77::/64"},
+	for _, tt := range []struct{ name, from, client, via, pool string }{
+		{"IPv4", routerAddr4, "10.77.0.9", hostAddr4, "10.77.0.0/24"},
+		{"IPv6", routerAddr6, "fd77::9", hostAddr6, "fd77::/64"},
 	} {
-		router.ip("route add " + family.client + " via " + family.via)
-		neighbour := router.listen(net.JoinHostPort(family.from, "0"), 0)
-		send(t, neighbour, "unasked", netip.AddrPortFrom(netip.MustParseAddr(family.client), 4000))
-		h.waitDropped("nobody begins a connection to " + family.pool)
+		t.Run(tt.name, func(t *testing.T) {
+			h, router := h.in(t), router.in(t)
+			router.ip("route add " + tt.client + " via " + tt.via)
+			neighbour := router.listen(net.JoinHostPort(tt.from, "0"), 0)
+			send(t, neighbour, "unsolicited",
+				netip.AddrPortFrom(netip.MustParseAddr(tt.client), 4000))
+			h.waitDropped("nobody begins a connection to " + tt.pool)
+		})
 	}
 }
 
-// Ports of users of the tunnel are not those of servers of the host.
+// Translated packets never get a port on which a server of the host listens.
 func TestTranslatedPorts(t *testing.T) {
 	h, router := connect(t)
 	device := h.device("masque0")
 	wireguard := h.listen(":51820", 0)
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, proxyState())
-	for _, family := range []struct {
-		client, server,
-		host string
-	}{{"10.77.0.9", proxyAddr4, hostAddr4}, {"fd77::9", proxyAddr6, hostAddr6}} {
-		server := router.listen(net.JoinHostPort(family.server, "0"), 0)
+	for _, tt := range []struct{ name, client, server, host string }{
+		{"IPv4", "10.77.0.9", proxyAddr4, hostAddr4},
+		{"IPv6", "fd77::9", proxyAddr6, hostAddr6},
+	} {
+		server := router.listen(net.JoinHostPort(tt.server, "0"), 0)
 		for _, from := range []uint16{443, 53, 1024, port(wireguard), 40000, 65535} {
-			src := netip.AddrPortFrom(netip.MustParseAddr(family.client), from)
-			if _, err := device.Write(udpPacket(t, src,
-				netip.AddrPortFrom(netip.MustParseAddr(family.server), port(server)),
-				"x")); err != nil {
-				t.Fatal(err)
-			}
-			_, got := receive(t, server)
-			if got.Addr().String() != family.host || got.Port() < 32768 ||
-				got.Port() >= port(wireguard) {
-				t.Errorf("from %v: translated to %v, want %s and a port from 32768 to %d", src, got,
-					family.host, port(wireguard)-1)
-			}
-			if from == 40000 && got.Port() != from {
-				t.Errorf("from port %d: translated to %d, want the same", from, got.Port())
-			}
+			t.Run(fmt.Sprintf("%s, port %d", tt.name, from), func(t *testing.T) {
+				src := netip.AddrPortFrom(netip.MustParseAddr(tt.client), from)
+				if _, err := device.Write(udpPacket(t, src,
+					netip.AddrPortFrom(netip.MustParseAddr(tt.server), port(server)),
+					"x")); err != nil {
+					t.Fatal(err)
+				}
+				_, got := receive(t, server)
+				if got.Addr().String() != tt.host || got.Port() < 32768 ||
+					got.Port() >= port(wireguard) {
+					t.Errorf("translated to %v, want %s and a port from 32768 to %d", got,
+						tt.host, port(wireguard)-1)
+				}
+				if from == 40000 && got.Port() != from {
+					t.Errorf("translated to port %d, want the same", got.Port())
+				}
+			})
 		}
 	}
-	// What comes to a port of our own is not tracked, and so goes to nobody in
-	// the tunnel.
+	// Packets to a port in State.Listen are not tracked, so no packet is
+	// translated to a client of the tunnel.
 	own := h.listen(":443", 0)
 	asker := router.listen(net.JoinHostPort(proxyAddr4, "0"), 0)
 	send(t, asker, "to the proxy", netip.AddrPortFrom(netip.MustParseAddr(hostAddr4), 443))
@@ -271,7 +283,8 @@ func TestWidest(t *testing.T) {
 	}
 }
 
-// serialize encodes a packet from a client of the tunnel.
+// clientPacket returns a packet from a client of the tunnel to the proxy's
+// network.
 func clientPacket(t *testing.T, ipv6 bool, protocol layers.IPProtocol,
 	rest ...gopacket.SerializableLayer) []byte {
 	t.Helper()
@@ -301,14 +314,16 @@ func clientPacket(t *testing.T, ipv6 bool, protocol layers.IPProtocol,
 	return buf.Bytes()
 }
 
-// What connection tracking makes nothing of leaves with the host's address or
-// not at all.
+// Packets that connection tracking considers invalid leave with the host's
+// address or are dropped.
 func TestNothingLeavesUntranslated(t *testing.T) {
 	h, router := connect(t)
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, proxyState())
-	const seen = "table inet seen { chain in { type filter hook prerouting priority raw; ip saddr 10.77.0.0/24 counter comment \"untranslated\"; ip6 saddr fd77::/64 counter comment \"untranslated\"; }; }"
+	const seen = "table inet seen { chain in { type filter hook prerouting priority raw; " +
+		"ip saddr 10.77.0.0/24 counter comment \"untranslated\"; " +
+		"ip6 saddr fd77::/64 counter comment \"untranslated\"; }; }"
 	router.run("nft", seen)
 	tcp := func(change func(*layers.TCP)) gopacket.SerializableLayer {
 		l := &layers.TCP{SrcPort: 4000, DstPort: 80, Window: 1000}
@@ -354,7 +369,7 @@ func TestNothingLeavesUntranslated(t *testing.T) {
 				tt.rest...)); err != nil {
 				t.Fatal(err)
 			}
-			// A packet that is translated, on the same way behind it.
+			// A translated packet that follows on the same path.
 			to := proxyAddr4
 			from := "10.77.0.9"
 			if tt.ipv6 {
@@ -374,8 +389,8 @@ func TestNothingLeavesUntranslated(t *testing.T) {
 	}
 }
 
-// What comes out of a gateway's tunnel reaches the networks that it advertises,
-// and answers what came from there.
+// Packets from a gateway's tunnel are forwarded to the networks that the
+// gateway advertises, and to hosts that sent packets into the tunnel.
 func TestReach(t *testing.T) {
 	h, router := connect(t)
 	lan := h.lan("lan0")
@@ -402,7 +417,7 @@ func TestReach(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.waitDropped("reaches nothing else")
-	// An answer goes where it was asked for.
+	// Replies pass.
 	lan.ip("addr add 10.9.0.200/24 dev eth0")
 	asker := lan.listen("10.9.0.200:0", 0)
 	send(t, asker, "question", far)
@@ -416,21 +431,26 @@ func TestReach(t *testing.T) {
 	}
 }
 
-// Other programs keep bits of their own in marks, and load their chains later.
+// Other programs use other bits of marks, and may load their chains later.
 func TestForeignMarks(t *testing.T) {
 	for _, tt := range []struct{ name, rules string }{
 		{"none", "add table ip other"},
-		{"a bit for what comes in",
-			"table ip other { chain pre { type filter hook prerouting priority -150; fib daddr type local ct mark set ct mark or 0x80; }; }"},
-		{"a bit for what leaves", "table ip other { chain post { type filter hook postrouting priority -140; ct mark set ct mark or 0x10000; }; }"},
-		{"a reverse path filter, loaded later",
-			"table ip other { chain rpf { type filter hook prerouting priority -150; iif up0 fib saddr . mark . iif oif missing drop; }; }"},
+		{"bit for incoming packets",
+			"table ip other { chain pre { type filter hook prerouting priority -150; " +
+				"fib daddr type local ct mark set ct mark or 0x80; }; }"},
+		{"bit for outgoing packets",
+			"table ip other { chain post { type filter hook postrouting priority -140; " +
+				"ct mark set ct mark or 0x10000; }; }"},
+		{"reverse path filter",
+			"table ip other { chain rpf { type filter hook prerouting priority -150; " +
+				"iif up0 fib saddr . mark . iif oif missing drop; }; }"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h, router := connect(t)
 			h.tun("masque0")
 			h.sysctl("net/ipv4/conf/all/rp_filter", "1")
-			// a strict filter lets no ARP request of the far address in
+			// Resolve the neighbour first, because a strict filter drops ARP
+			// requests from the proxy's address.
 			router.run("ping", "-c1", hostAddr4)
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 			h.apply(m, fullState())
@@ -455,8 +475,8 @@ func TestForeignMarks(t *testing.T) {
 	}
 }
 
-// A neighbour neither gets in by the host's own address, nor learns by ARP of
-// the tunnel's.
+// A neighbour cannot reach the tunnel's address with the host's own source, and
+// the host does not answer ARP requests for it.
 func TestTunnelAddressIsNotOnTheLAN(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
@@ -483,11 +503,16 @@ func TestTunnelAddressIsNotOnTheLAN(t *testing.T) {
 		router.in(t).ip("addr add fd77::99/64 dev down0 nodad")
 		asker := router.in(t).listen("[fd77::99]:0", 0)
 		send(t, asker, "who has", netip.MustParseAddrPort("[fd77::2]:9"))
-		for deadline := time.Now().Add(patience); !strings.Contains(router.in(t).ip("-6 neigh show fd77::2"), "FAILED"); time.Sleep(10 * time.Millisecond) {
-			if now := router.in(t).ip("-6 neigh show fd77::2"); strings.Contains(now, "lladdr") ||
-				time.Now().After(deadline) {
+		deadline := time.Now().Add(patience)
+		for {
+			now := router.in(t).ip("-6 neigh show fd77::2")
+			if strings.Contains(now, "FAILED") {
+				break
+			}
+			if strings.Contains(now, "lladdr") || time.Now().After(deadline) {
 				t.Fatalf("the neighbour is %s, want none", now)
 			}
+			time.Sleep(10 * time.Millisecond)
 		}
 	})
 }

@@ -6,60 +6,60 @@ import (
 	"testing"
 )
 
-// Where the tunnel and the host have the same addresses, both are named, and
-// what becomes of that.
+// FollowHost reports routes of the tunnel and the host that overlap, and which
+// of them takes precedence.
 func TestConflicts(t *testing.T) {
 	h := newHost(t)
 	h.underlay() // 192.168.5.2/24, 2001:db8:5::2/64
 	h.tun("masque0")
-	full := prefixes("0.0.0.0/0", "::/0")
+	all := prefixes("0.0.0.0/0", "::/0")
 	for _, tt := range []struct {
 		name  string
 		route string // the host's route
 		state State
-		says  []string
+		want  []string // beginnings of the reported conflicts
 	}{
 		{"none", "", State{Addresses: prefixes("10.77.0.2/32"),
 			Routes: prefixes("0.0.0.0/0", "10.0.0.0/8", "::/0")}, nil},
-		{"the LAN in a route", "", State{Routes: prefixes("192.168.0.0/16")}, []string{
+		{"tunnel's route contains the LAN", "", State{Routes: prefixes("192.168.0.0/16")}, []string{
 			"the tunnel's route 192.168.0.0/16 holds 192.168.5.0/24, the network of up0, which goes first",
 		}},
-		{"the same network", "", State{Routes: prefixes("2001:db8:5::/64")}, []string{
+		{"same network", "", State{Routes: prefixes("2001:db8:5::/64")}, []string{
 			"the tunnel's route 2001:db8:5::/64 holds 2001:db8:5::/64, the network of up0, which goes first",
 		}},
-		{"the LAN goes into the tunnel", "",
+		{"LAN in the tunnel", "",
 			State{Routes: prefixes("192.168.0.0/16"), HostRoutes: HostNone}, nil},
-		{"a part of the LAN", "", State{Routes: prefixes("192.168.5.128/25")}, []string{
+		{"part of the LAN", "", State{Routes: prefixes("192.168.5.128/25")}, []string{
 			"the tunnel's route 192.168.5.128/25 takes addresses out of 192.168.5.0/24, the network of up0: put them into routes.exclude",
 		}},
-		{"a part that is excluded", "",
+		{"part of the LAN, excluded", "",
 			State{Routes: prefixes("192.168.5.128/25"), Exclude: prefixes("192.168.5.0/24")}, nil},
-		{"a route by DHCP", "0.0.0.0/1 via 192.168.5.1 dev up0", State{Routes: full}, []string{
+		{"route from DHCP", "0.0.0.0/1 via 192.168.5.1 dev up0", State{Routes: all}, []string{
 			"the host's route 0.0.0.0/1 via 192.168.5.1 on up0 leads to public addresses, which stay in the tunnel: put it into routes.exclude",
 		}},
-		{"a route by router advertisement", "2a00::/16 via 2001:db8:5::1 proto ra",
-			State{Routes: full}, []string{
+		{"route from a router advertisement", "2a00::/16 via 2001:db8:5::1 proto ra",
+			State{Routes: all}, []string{
 				"the host's route 2a00::/16 via 2001:db8:5::1 on up0 leads to public addresses, which stay in the tunnel",
 			}},
-		{"a network that claims public addresses", "8.8.8.0/24 dev up0", State{Routes: full},
+		{"network with public addresses", "8.8.8.0/24 dev up0", State{Routes: all},
 			[]string{
 				"the host's route 8.8.8.0/24 on up0 leads to public addresses, which stay in the tunnel",
 			}},
-		{"a route that takes addresses", "0.0.0.0/1 via 192.168.5.1 dev up0",
-			State{Routes: full, HostRoutes: HostAll}, []string{
+		{"with all routes of the host", "0.0.0.0/1 via 192.168.5.1 dev up0",
+			State{Routes: all, HostRoutes: HostAll}, []string{
 				"the host's route 0.0.0.0/1 via 192.168.5.1 on up0 takes public addresses out of the tunnel: delete it",
 			}},
-		{"a route that does not count", "0.0.0.0/1 via 192.168.5.1 dev up0",
-			State{Routes: full, HostRoutes: HostNone}, nil},
-		{"a route that is excluded", "8.8.8.0/24 via 192.168.5.1 dev up0",
-			State{Routes: full, Exclude: prefixes("8.8.0.0/16")}, nil},
-		{"a route to a private network", "10.0.0.0/8 via 192.168.5.1", State{Routes: full}, nil},
-		{"a route to a network behind this host", "8.8.8.0/24 via 192.168.5.1 dev up0",
-			State{Routes: full, Private: prefixes("8.8.8.0/24")}, nil},
-		{"a route beside a split tunnel", "0.0.0.0/1 via 192.168.5.1 dev up0",
+		{"with no routes of the host", "0.0.0.0/1 via 192.168.5.1 dev up0",
+			State{Routes: all, HostRoutes: HostNone}, nil},
+		{"excluded route", "8.8.8.0/24 via 192.168.5.1 dev up0",
+			State{Routes: all, Exclude: prefixes("8.8.0.0/16")}, nil},
+		{"route to a private network", "10.0.0.0/8 via 192.168.5.1", State{Routes: all}, nil},
+		{"route to a network behind this host", "8.8.8.0/24 via 192.168.5.1 dev up0",
+			State{Routes: all, Private: prefixes("8.8.8.0/24")}, nil},
+		{"split tunnel", "0.0.0.0/1 via 192.168.5.1 dev up0",
 			State{Routes: prefixes("10.0.0.0/8", "::/0")}, nil},
-		{"a route with several next hops",
-			"8.8.8.0/24 nexthop via 192.168.5.1 nexthop via 192.168.5.3", State{Routes: full},
+		{"route with several next hops",
+			"8.8.8.0/24 nexthop via 192.168.5.1 nexthop via 192.168.5.3", State{Routes: all},
 			[]string{
 				"the host's route 8.8.8.0/24 via 192.168.5.1 on up0 leads to public addresses, which stay in the tunnel",
 			}},
@@ -76,36 +76,37 @@ func TestConflicts(t *testing.T) {
 				defer h.ip("route del " + tt.route)
 			}
 			got := h.conflicts(m)
-			if !slices.EqualFunc(got, tt.says, strings.HasPrefix) {
-				t.Errorf("got %q, want %q", got, tt.says)
+			if !slices.EqualFunc(got, tt.want, strings.HasPrefix) {
+				t.Errorf("got %q, want %q", got, tt.want)
 			}
 			h.close(m)
 		})
 	}
 	if _, err := h.tryOpen(Config{Instance: "one", Interface: "masque0", Mark: 7}); err == nil ||
 		!strings.Contains(err.Error(), "want two bits") {
-		t.Errorf("a mark of three bits: %v", err)
+		t.Errorf("mark of three bits: %v", err)
 	}
 }
 
-// Rules that take some packets out of a tunnel for everything are named.
+// FollowHost reports policy rules of other programs that exempt some packets
+// from a full tunnel.
 func TestSelectiveRules(t *testing.T) {
 	for _, tt := range []struct {
 		name, rule string
-		want       string // how the warning begins, "": there is none
+		want       string // beginning of the warning; empty: none
 	}{
-		{"a mark", "rule add priority 2001 fwmark 0x100/0x3f00 lookup 77",
+		{"mark", "rule add priority 2001 fwmark 0x100/0x3f00 lookup 77",
 			"the host's rule 2001 takes packets with mark 0x100 out of the tunnel, to up0"},
-		{"a user", "rule add priority 1500 uidrange 0-0 lookup main",
+		{"user", "rule add priority 1500 uidrange 0-0 lookup main",
 			"the host's rule 1500 takes packets of users 0 to 0 out of the tunnel, to up0"},
 		{"IPv6", "-6 rule add priority 2001 fwmark 0x100 lookup main",
 			"the host's rule 2001 takes packets with mark 0x100 out of the tunnel, to up0"},
-		{"a table without a route", "rule add priority 2001 fwmark 0x100 lookup 78", ""},
-		{"after the tunnel's", "rule add priority 20000 fwmark 0x100 lookup main", ""},
-		{"what came in by an interface",
+		{"table without a route", "rule add priority 2001 fwmark 0x100 lookup 78", ""},
+		{"after the tunnel's rules", "rule add priority 20000 fwmark 0x100 lookup main", ""},
+		{"incoming interface",
 			"rule add priority 2001 fwmark 0x100 iif up0 lookup main", ""},
-		{"an address of the host", "rule add priority 2001 from 192.168.5.2 lookup main", ""},
-		{"the mark of what goes outside",
+		{"source address of the host", "rule add priority 2001 from 192.168.5.2 lookup main", ""},
+		{"mark of outer packets",
 			"rule add priority 2001 fwmark 0x80000000/0x80000000 lookup main", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -126,6 +127,7 @@ func TestSelectiveRules(t *testing.T) {
 	}
 }
 
+// conflicts returns the conflicts that FollowHost reports.
 func (h *host) conflicts(m *Manager) (list []string) {
 	h.t.Helper()
 	h.do(func() {

@@ -15,17 +15,18 @@ import (
 	"masquevpn/internal/logtest"
 )
 
-// crashChild is the environment variable that makes the test binary a process
-// to be killed: it holds what crashMain does.
+// crashChild is an environment variable with the crash of crashMain in JSON. It
+// makes the test binary run crashMain.
 const crashChild = "ROUTING_TEST_CRASH"
 
+// crash describes the Manager of a process that is killed.
 type crash struct {
 	Config Config
 	State  State
 }
 
-// crashMain opens a TUN device and a Manager in the namespace it was started
-// in, says so, and waits for the end.
+// crashMain opens a TUN device and a Manager in the current namespace, prints
+// "ready", and waits until it is killed.
 func crashMain() {
 	var c crash
 	fail := func(err error) {
@@ -37,7 +38,7 @@ func crashMain() {
 	fail(json.Unmarshal([]byte(os.Getenv(crashChild)), &c))
 	tun, err := makeTUN(c.Config.Interface)
 	fail(err)
-	defer tun.Close() // keeps it open
+	defer tun.Close() // keeps the device referenced
 	c.Config.Logger = slog.New(slog.DiscardHandler)
 	m, err := Open(c.Config)
 	fail(err)
@@ -46,8 +47,8 @@ func crashMain() {
 	select {}
 }
 
-// startAndKill runs a process with a Manager and kills it with SIGKILL. While
-// it is there, during is called.
+// startAndKill runs a process with a Manager, calls during, and kills the
+// process with SIGKILL.
 func (h *host) startAndKill(c Config, s State, during func()) {
 	h.t.Helper()
 	b, err := json.Marshal(crash{c, s})
@@ -82,16 +83,16 @@ func TestKilled(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		mangle func(t *testing.T, journal string) // between the two processes
-		logged string
-		sysctl string // ip_forward after the second has opened
+		logged string                             // part of the log of the second process
+		sysctl string                             // ip_forward after Open in the second process
 	}{
 		{"journal intact", func(*testing.T, string) {}, "left behind by a dead process", "0"},
-		{"journal gone", func(t *testing.T, journal string) {
+		{"journal deleted", func(t *testing.T, journal string) {
 			if err := os.Remove(journal); err != nil {
 				t.Fatal(err)
 			}
 		}, "left behind by a dead process", "1"},
-		{"journal cut", func(t *testing.T, journal string) {
+		{"journal truncated", func(t *testing.T, journal string) {
 			if err := os.Truncate(journal, 40); err != nil {
 				t.Fatal(err)
 			}
@@ -101,7 +102,7 @@ func TestKilled(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, "journal ignored", "1"},
-		{"journal of something else", func(t *testing.T, journal string) {
+		{"journal without a format", func(t *testing.T, journal string) {
 			if err := os.WriteFile(journal, []byte("{}"), 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -132,13 +133,13 @@ func TestKilled(t *testing.T) {
 					t.Errorf("Open beside a live process: %v, want ErrInUse", err)
 				}
 				if got := h.lookup("203.0.113.1", 0); got != h.index("masque0") {
-					t.Errorf("lookup leads to interface %d, not to the tunnel", got)
+					t.Errorf("203.0.113.1 is routed to interface %d, not to the tunnel", got)
 				}
 			})
 			after := h.snapshot()
-			for _, what := range []string{"rule", "rule6", "ruleset", "route", "route6"} {
-				if after[what] == before[what] {
-					t.Errorf("%s is as before: the crash left nothing there", what)
+			for _, object := range []string{"rule", "rule6", "ruleset", "route", "route6"} {
+				if after[object] == before[object] {
+					t.Errorf("the killed process left nothing in %s", object)
 				}
 			}
 			tt.mangle(t, c.Journal)
@@ -148,14 +149,14 @@ func TestKilled(t *testing.T) {
 			_, closeTUN := h.tun("masque0")
 			m := h.open(c)
 			if !strings.Contains(log.String(), tt.logged) {
-				t.Errorf("log says nothing of %q:\n%s", tt.logged, log.String())
+				t.Errorf("no %q in the log:\n%s", tt.logged, log.String())
 			}
-			for _, thing := range []string{
+			for _, line := range []string{
 				"delete IPv4 rule 9549", "delete IPv6 rule 9741",
 				"delete nftables table inet masque-one", "delete 1 IPv4 routes",
 			} {
-				if !strings.Contains(log.String(), thing) {
-					t.Errorf("log says nothing of %q:\n%s", thing, log.String())
+				if !strings.Contains(log.String(), line) {
+					t.Errorf("no %q in the log:\n%s", line, log.String())
 				}
 			}
 			if got := h.readSysctl("net/ipv4/ip_forward"); got != tt.sysctl {
@@ -164,7 +165,7 @@ func TestKilled(t *testing.T) {
 			h.apply(m, fullState())
 			h.close(m)
 			closeTUN()
-			if tt.sysctl == "1" { // nobody knows any more what it was
+			if tt.sysctl == "1" { // the previous values are lost
 				h.sysctl("net/ipv4/ip_forward", "0")
 				h.sysctl("net/ipv6/conf/all/forwarding", "0")
 				h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
@@ -180,7 +181,8 @@ func TestKilled(t *testing.T) {
 	}
 }
 
-// An interface that outlives the process keeps addresses, MTU and routes.
+// The next process restores an interface that remained after its process was
+// killed.
 func TestKilledWithPersistentInterface(t *testing.T) {
 	for _, withJournal := range []bool{true, false} {
 		t.Run(fmt.Sprintf("journal=%t", withJournal), func(t *testing.T) {
@@ -197,14 +199,14 @@ func TestKilledWithPersistentInterface(t *testing.T) {
 			h.apply(m, fullState())
 			h.abandon(m)
 			if withJournal {
-				c.Interface = "masque1" // the next one may use another
+				c.Interface = "masque1" // the next process may use another interface
 			}
 			m = h.open(c)
 			if withJournal {
 				h.wantSnapshot(before)
 			}
 			if rules := h.ip("rule"); strings.Contains(rules, "9549:") {
-				t.Errorf("rules stayed:\n%s", rules)
+				t.Errorf("rules of the killed process remain:\n%s", rules)
 			}
 			h.apply(m, fullState())
 			h.close(m)
@@ -215,8 +217,8 @@ func TestKilledWithPersistentInterface(t *testing.T) {
 	}
 }
 
-// Rules of an interface that is gone are of no use to anybody: another instance
-// removes them. Those of live ones stay.
+// An instance removes the rules of interfaces that no longer exist, but not the
+// rules of instances that run.
 func TestOtherInstances(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -238,9 +240,9 @@ func TestOtherInstances(t *testing.T) {
 	h.close(third)
 	closeThird()
 	now := h.snapshot()
-	for _, what := range []string{"rule", "rule6", "route", "route6"} {
-		if now[what] != alone[what] {
-			t.Errorf("%s is\n%s\nwant\n%s", what, now[what], alone[what])
+	for _, object := range []string{"rule", "rule6", "route", "route6"} {
+		if now[object] != alone[object] {
+			t.Errorf("%s is\n%s\nwant\n%s", object, now[object], alone[object])
 		}
 	}
 	h.close(live)
