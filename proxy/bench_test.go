@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// BenchmarkTable finds the session of a packet among so many, in turn, as the
-// device's reader does.
+// BenchmarkTable looks up the sessions of all addresses in turn, as dispatch
+// does for each packet.
 func BenchmarkTable(b *testing.B) {
 	for _, n := range []int{1, 100, 10_000} {
 		b.Run(fmt.Sprintf("sessions=%d", n), func(b *testing.B) {
@@ -28,8 +28,8 @@ func BenchmarkTable(b *testing.B) {
 	}
 }
 
-// addr4 is address number i of 10.77.0.0/16, spread so that neighbours in time
-// are none in the table.
+// addr4 returns address i of 10.77.0.0/16. Consecutive numbers are not
+// neighbours in the table.
 func addr4(i int) netip.Addr {
 	var a [4]byte
 	binary.BigEndian.PutUint32(a[:], 10<<24|77<<16|uint32(uint16(i)*40503))

@@ -22,22 +22,22 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// byToken are users whose token is their name.
+// byToken are the names of users whose token is their name.
 type byToken []string
 
 func (u byToken) ByName(name string) (User, bool) {
-	return User{Name: name},
-		slices.Contains(u, name)
+	return User{Name: name}, slices.Contains(u, name)
 }
 func (u byToken) ByToken(token string) (User, bool) { return u.ByName(token) }
 func (byToken) Reserved(netip.Prefix, string) bool  { return false }
 
-// hub is a proxy with two sites, a and b, and a client c that is none.
+// hub is a proxy with two sites, of the users a and b, and a user c without a
+// site.
 type hub struct {
 	running
 	t      *testing.T
 	h3     *http3.ClientConn
-	cfg    Config // configuration to change and give to Reload
+	cfg    Config // the initial configuration
 	device *tuntest.Device
 	kernel *routingtest.Network
 	log    *logtest.Buffer
@@ -46,12 +46,13 @@ type hub struct {
 var (
 	netA, netA6 = netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("2001:db8:a::/64")
 	netB        = netip.MustParsePrefix("10.2.0.0/24")
-	netProxy    = netip.MustParsePrefix("192.0.2.0/24") // that the proxy advertises
+	netProxy    = netip.MustParsePrefix("192.0.2.0/24") // advertised by the proxy
 	hostNetwork = netip.MustParsePrefix("172.16.0.0/24")
 )
 
 func newHub(t *testing.T, change func(*Config)) *hub {
-	h := &hub{t: t, device: tuntest.New(1400), kernel: new(routingtest.Network), log: new(logtest.Buffer)}
+	h := &hub{t: t, device: tuntest.New(1400), kernel: new(routingtest.Network),
+		log: new(logtest.Buffer)}
 	h.running = startServer(t, func(c *Config) {
 		c.Methods, c.Users = []string{MethodToken}, byToken{"a", "b", "c"}
 		c.Pool6 = netip.MustParsePrefix("fd77::/64")
@@ -82,12 +83,12 @@ func newHub(t *testing.T, change func(*Config)) *hub {
 type gateway struct {
 	hub     *hub
 	str     *http3.RequestStream
-	own     []netip.Addr // assigned
+	own     []netip.Addr // assigned addresses
 	routes  chan []capsule.Route
 	packets chan []byte
 }
 
-// connect begins a session of user, asks for an IPv4 address, and advertises
+// connect begins a session of user, requests an IPv4 address, and advertises
 // networks.
 func (h *hub) connect(user, instance string, networks ...netip.Prefix) *gateway {
 	h.t.Helper()
@@ -164,8 +165,8 @@ func (g *gateway) send(src, dst string) {
 	g.write(&capsule.Datagram{Payload: pkt})
 }
 
-// told waits until the proxy advertises want, besides its own address.
-func (g *gateway) told(want ...netip.Prefix) {
+// awaitRoutes waits until the proxy advertises want, besides its own address.
+func (g *gateway) awaitRoutes(want ...netip.Prefix) {
 	g.hub.t.Helper()
 	wanted := capsule.Routes(append(want, netip.MustParsePrefix("10.77.0.1/32")), 0)
 	var got []capsule.Route
@@ -176,13 +177,13 @@ func (g *gateway) told(want ...netip.Prefix) {
 				return
 			}
 		case <-time.After(10 * time.Second):
-			g.hub.t.Fatalf("the proxy advertised %v at last, want %v", got, wanted)
+			g.hub.t.Fatalf("the proxy advertised %v last, want %v", got, wanted)
 		}
 	}
 }
 
-// receives waits for a packet from the tunnel.
-func (g *gateway) receives(src, dst string) {
+// awaitPacket waits for a packet from the tunnel.
+func (g *gateway) awaitPacket(src, dst string) {
 	g.hub.t.Helper()
 	for {
 		select {
@@ -197,9 +198,9 @@ func (g *gateway) receives(src, dst string) {
 	}
 }
 
-// isProhibited waits for the ICMP error about a packet that the proxy does not
-// let pass.
-func (g *gateway) isProhibited(src, dst string) {
+// awaitProhibited waits for the ICMP error about a packet that the proxy did
+// not forward.
+func (g *gateway) awaitProhibited(src, dst string) {
 	g.hub.t.Helper()
 	for {
 		select {
@@ -221,8 +222,8 @@ func (g *gateway) isProhibited(src, dst string) {
 	}
 }
 
-// forwards waits for a packet that comes out of the proxy's device.
-func (h *hub) forwards(src, dst string) {
+// awaitForwarded waits for a packet from the proxy to its device.
+func (h *hub) awaitForwarded(src, dst string) {
 	h.t.Helper()
 	ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
 	defer cancel()
@@ -238,9 +239,9 @@ func (h *hub) forwards(src, dst string) {
 	}
 }
 
-// leadsTo waits until packets from src to dst, which come out of the kernel,
-// are sent to g.
-func (h *hub) leadsTo(g *gateway, src, dst string) {
+// awaitDelivery waits until packets from src to dst, which the kernel routes
+// into the device, are sent to g.
+func (h *hub) awaitDelivery(g *gateway, src, dst string) {
 	h.t.Helper()
 	h.eventually(fmt.Sprintf("packets from %s to %s are sent on", src, dst), func() bool {
 		h.inject(src, dst)
@@ -253,8 +254,9 @@ func (h *hub) leadsTo(g *gateway, src, dst string) {
 	})
 }
 
-// lets waits until packets of g from src to dst come out of the proxy's device.
-func (h *hub) lets(g *gateway, src, dst string) {
+// awaitAllowed waits until packets of g from src to dst are forwarded to the
+// proxy's device.
+func (h *hub) awaitAllowed(g *gateway, src, dst string) {
 	h.t.Helper()
 	h.eventually(fmt.Sprintf("packets from %s to %s come out", src, dst), func() bool {
 		g.send(src, dst)
@@ -273,14 +275,14 @@ func (h *hub) lets(g *gateway, src, dst string) {
 	})
 }
 
-// inject gives the proxy's device a packet of the kernel.
+// inject makes the kernel route a packet into the proxy's device.
 func (h *hub) inject(src, dst string) {
 	h.device.Inject(ippacket.AppendEcho(nil, netip.MustParseAddr(src), netip.MustParseAddr(dst), 64,
 		true, 1, 1, nil))
 }
 
-// installs waits until the kernel has exactly these routes of sites.
-func (h *hub) installs(want ...netip.Prefix) {
+// awaitInstalled waits until the kernel has exactly these routes of sites.
+func (h *hub) awaitInstalled(want ...netip.Prefix) {
 	h.t.Helper()
 	slices.SortFunc(want, netip.Prefix.Compare)
 	h.eventually(fmt.Sprintf("routes %v", want), func() bool {
@@ -289,11 +291,12 @@ func (h *hub) installs(want ...netip.Prefix) {
 	})
 }
 
-func (h *hub) eventually(what string, ok func() bool) {
+// eventually waits until ok returns true. condition describes it.
+func (h *hub) eventually(condition string, ok func() bool) {
 	h.t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			h.t.Fatalf("not in time: %s; the kernel has %+v\n%s", what, h.kernel.Last(),
+			h.t.Fatalf("not in time: %s; the kernel has %+v\n%s", condition, h.kernel.Last(),
 				strings.Join(h.log.Lines(""), "\n"))
 		}
 	}

@@ -121,7 +121,7 @@ func TestUnprompted(t *testing.T) {
 func TestReservedAddressNeedsNoRequest(t *testing.T) {
 	h := newHub(t, withReserved)
 	g := &gateway{hub: h, str: as(t, h.h3, "c").str}
-	h.lets(g, "10.77.0.9", "192.0.2.7")
+	h.awaitAllowed(g, "10.77.0.9", "192.0.2.7")
 }
 
 // withReserved sets the users of a hub. The client c and the gateway b have

@@ -33,8 +33,8 @@ func TestManyTunnelsOfOneConnection(t *testing.T) {
 	atProcs(t, func(t *testing.T) {
 		h := newHub(t, func(c *Config) { c.MaxSessionsPerUser = tunnels })
 		other := h.connect("a", "", netA)
-		h.installs(netA)
-		h.lets(other, "10.1.0.5", "192.0.2.9")
+		h.awaitInstalled(netA)
+		h.awaitAllowed(other, "10.1.0.5", "192.0.2.9")
 
 		attacker := *h
 		_, attacker.h3 = h.dial(t, nil)
@@ -51,7 +51,7 @@ func TestManyTunnelsOfOneConnection(t *testing.T) {
 				}
 			}
 		}
-		h.lets(other, "10.1.0.5", "192.0.2.77")
+		h.awaitAllowed(other, "10.1.0.5", "192.0.2.77")
 	})
 }
 
@@ -108,13 +108,13 @@ func TestPanicEndsOneSession(t *testing.T) {
 			atProcs(t, func(t *testing.T) {
 				h := newTrap(t, func() { panic("on purpose") })
 				other := h.connect("a", "", netA)
-				h.installs(netA)
-				h.lets(other, "10.1.0.5", "192.0.2.9")
+				h.awaitInstalled(netA)
+				h.awaitAllowed(other, "10.1.0.5", "192.0.2.9")
 				before := h.Counters().Panics
 				victim := h.connect("c", "")
 				tc.send(victim)
 				h.eventually("the session has ended", func() bool { return len(h.Sessions()) == 1 })
-				h.lets(other, "10.1.0.5", "192.0.2.77")
+				h.awaitAllowed(other, "10.1.0.5", "192.0.2.77")
 				if got := h.Counters().Panics - before; got != 1 {
 					t.Errorf("%d panics are counted, want 1", got)
 				}
@@ -183,8 +183,8 @@ func TestBatchesUnderGarbage(t *testing.T) {
 	atProcs(t, func(t *testing.T) {
 		h := newHub(t, nil)
 		other := h.connect("a", "", netA)
-		h.installs(netA)
-		h.lets(other, "10.1.0.5", "192.0.2.9")
+		h.awaitInstalled(netA)
+		h.awaitAllowed(other, "10.1.0.5", "192.0.2.9")
 		stop := make(chan struct{})
 		var floods sync.WaitGroup
 		for range 8 { // connections
@@ -208,7 +208,7 @@ func TestBatchesUnderGarbage(t *testing.T) {
 			})
 		}
 		for range 10 {
-			h.lets(other, "10.1.0.5", "192.0.2.77")
+			h.awaitAllowed(other, "10.1.0.5", "192.0.2.77")
 		}
 		close(stop)
 		floods.Wait()

@@ -19,13 +19,13 @@ import (
 	"masquevpn/capsule"
 )
 
-// names is a Resolver that knows a few names, and fails like DNS for all
-// others.
+// names is a Resolver with the addresses of some names. For other names it
+// fails as DNS does.
 type names map[string][]string
 
 func (n names) LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error) {
 	if _, limited := ctx.Deadline(); !limited || network != "ip" {
-		return nil, errors.New("a lookup without a limit in time, or of one family")
+		return nil, errors.New("a lookup without a deadline, or of one family")
 	}
 	switch host {
 	case "slow.example":
@@ -44,8 +44,8 @@ func (n names) LookupNetIP(ctx context.Context, network, host string) ([]netip.A
 	return addrs, nil
 }
 
-// scoped starts a proxy that advertises two networks, and knows names in and
-// outside of them.
+// scoped starts a proxy that advertises two networks, and can resolve names
+// inside and outside of them.
 func scoped(t *testing.T, change func(*Config)) *http3.ClientConn {
 	return start(t, func(c *Config) {
 		c.Pool6 = netip.MustParsePrefix("fd77::/64")
@@ -67,8 +67,8 @@ func scoped(t *testing.T, change func(*Config)) *http3.ClientConn {
 	})
 }
 
-// proxyStatus parses Proxy-Status and returns its error, and its rcode if there
-// is one.
+// proxyStatus returns the error type in Proxy-Status, and the rcode if there is
+// one.
 func proxyStatus(t *testing.T, rsp *http.Response) (kind, rcode string) {
 	t.Helper()
 	list, err := httpsfv.UnmarshalList(rsp.Header["Proxy-Status"])
@@ -77,7 +77,7 @@ func proxyStatus(t *testing.T, rsp *http.Response) (kind, rcode string) {
 	}
 	item := list[0].(httpsfv.Item)
 	if item.Value != "localhost" {
-		t.Errorf("Proxy-Status is of %v", item.Value)
+		t.Errorf("Proxy-Status has the name %v", item.Value)
 	}
 	token, _ := item.Params.Get("error")
 	if code, ok := item.Params.Get("rcode"); ok {
@@ -86,7 +86,7 @@ func proxyStatus(t *testing.T, rsp *http.Response) (kind, rcode string) {
 	return string(token.(httpsfv.Token)), rcode
 }
 
-// nextRoutes reads capsules until routes are advertised.
+// nextRoutes reads capsules until the next ROUTE_ADVERTISEMENT.
 func nextRoutes(t *testing.T, r *capsule.Reader) []capsule.Route {
 	t.Helper()
 	for {
@@ -100,7 +100,7 @@ func nextRoutes(t *testing.T, r *capsule.Reader) []capsule.Route {
 	}
 }
 
-// route makes the range of a prefix or an address.
+// route returns the route to a prefix or an address.
 func route(s string, protocol uint8) capsule.Route {
 	if !strings.Contains(s, "/") {
 		a := netip.MustParseAddr(s)
@@ -109,6 +109,7 @@ func route(s string, protocol uint8) capsule.Route {
 	return capsule.Routes([]netip.Prefix{netip.MustParsePrefix(s)}, protocol)[0]
 }
 
+// TestScopes checks the routes that are advertised for a scope.
 func TestScopes(t *testing.T) {
 	h3 := scoped(t, nil)
 	const base = "/.well-known/masque/ip/"
@@ -169,14 +170,13 @@ func TestScopesRefused(t *testing.T) {
 	}
 }
 
-// A name has as many routes as a capsule and a kernel take with ease, however
-// many addresses DNS has for it.
+// TestManyAddressesOfOneName checks the limit on the routes for one name.
 func TestManyAddressesOfOneName(t *testing.T) {
 	many := names{}
 	a := netip.MustParseAddr("192.0.2.0")
 	for range 120 {
 		many["many.example"] = append(many["many.example"], a.String())
-		a = a.Next().Next() // so that no two make one range
+		a = a.Next().Next() // no two addresses are adjacent
 	}
 	h3 := scoped(t, func(c *Config) { c.Resolver, c.Deny = many, nil })
 	_, str := request(t, h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/many.example/*/", nil)
@@ -185,9 +185,10 @@ func TestManyAddressesOfOneName(t *testing.T) {
 	}
 }
 
-// Routes of a family are withdrawn when the client gets no address of it.
+// TestRoutesFollowAddresses checks that routes are withdrawn if the client gets
+// no address of their family.
 func TestRoutesFollowAddresses(t *testing.T) {
-	// two addresses for clients
+	// The IPv6 pool has two addresses for clients.
 	h3 := scoped(t, func(c *Config) { c.Pool6 = netip.MustParsePrefix("fd77::/126") })
 	ask := func(path string, wants ...string) ([]capsule.Address, *capsule.Reader) {
 		t.Helper()
@@ -220,7 +221,8 @@ func TestRoutesFollowAddresses(t *testing.T) {
 		[]capsule.Route{route("192.0.2.7", 17), route("192.0.2.9", 17)}; !slices.Equal(got, want) {
 		t.Errorf("advertised %v, want %v", got, want)
 	}
-	// And whoever asks for one family only gets the routes of that.
+	// A client that requests addresses of one family gets the routes of that
+	// family.
 	_, r = ask("target.example/*/", "0.0.0.0/32")
 	if got, want := nextRoutes(t, r),
 		[]capsule.Route{route("192.0.2.7", 0), route("192.0.2.9", 0)}; !slices.Equal(got, want) {
@@ -228,14 +230,15 @@ func TestRoutesFollowAddresses(t *testing.T) {
 	}
 }
 
-// resolver asks f.
+// resolver is a function as a Resolver.
 type resolver func(ctx context.Context, host string) ([]netip.Addr, error)
 
 func (f resolver) LookupNetIP(ctx context.Context, _, host string) ([]netip.Addr, error) {
 	return f(ctx, host)
 }
 
-// Nobody is resolved for who is not authenticated.
+// TestResolvesAfterAuthentication checks that no name is resolved for a client
+// without valid credentials.
 func TestResolvesAfterAuthentication(t *testing.T) {
 	h3 := scoped(t, func(c *Config) {
 		c.Methods, c.Users = []string{MethodToken}, noUsers{}
@@ -251,14 +254,14 @@ func TestResolvesAfterAuthentication(t *testing.T) {
 	}
 }
 
-// oneUser is somebody whose token is "secret".
+// oneUser is the user alice with the token "secret".
 type oneUser struct{}
 
 func (oneUser) ByName(name string) (User, bool)    { return User{Name: "alice"}, name == "alice" }
 func (oneUser) ByToken(token string) (User, bool)  { return User{Name: "alice"}, token == "secret" }
 func (oneUser) Reserved(netip.Prefix, string) bool { return false }
 
-// One user does not take up the resolver: the lookups at once are limited.
+// TestLookupsAreLimited checks the limit on concurrent lookups for one user.
 func TestLookupsAreLimited(t *testing.T) {
 	asked, answer := make(chan struct{}, maxLookups), make(chan struct{})
 	h3 := scoped(t, func(c *Config) {
@@ -288,8 +291,8 @@ func TestLookupsAreLimited(t *testing.T) {
 	}
 }
 
-// plainLog takes log records, and wants nothing in them that moves a terminal's
-// cursor.
+// plainLog is a log handler that reports control characters, which could move
+// the cursor of a terminal.
 type plainLog struct {
 	t     *testing.T
 	lines *atomic.Int32
@@ -311,7 +314,8 @@ func (l plainLog) Handle(_ context.Context, r slog.Record) error {
 func (l plainLog) WithAttrs([]slog.Attr) slog.Handler { return l }
 func (l plainLog) WithGroup(string) slog.Handler      { return l }
 
-// What a peer writes into a request does not reach the log unescaped.
+// TestNamesInLogsAreEscaped checks that text from a request is escaped in the
+// log.
 func TestNamesInLogsAreEscaped(t *testing.T) {
 	log := plainLog{t, new(atomic.Int32)}
 	h3 := scoped(t, func(c *Config) { c.Logger = slog.New(log) })

@@ -15,6 +15,7 @@ import (
 	"masquevpn/routing"
 )
 
+// TestSiteConfig checks that the error for a wrong site names its key.
 func TestSiteConfig(t *testing.T) {
 	good := Site{User: "a", Networks: []netip.Prefix{netA}}
 	for key, sites := range map[string][]Site{
@@ -29,22 +30,24 @@ func TestSiteConfig(t *testing.T) {
 			Peer: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/24")}}},
 		"site[0].reach": {{User: "a", Networks: good.Networks, Reach: []netip.Prefix{{}}}},
 	} {
-		_, err := Config{Methods: []string{MethodToken}, Sites: sites}.siteRights()
-		var e *Error
-		if !errors.As(err, &e) || e.Kind != KindUsage ||
-			e.Key != strings.TrimSpace(key) {
-			t.Errorf("%s: got %v", key, err)
-		}
+		t.Run(key, func(t *testing.T) {
+			_, err := Config{Methods: []string{MethodToken}, Sites: sites}.siteRights()
+			var e *Error
+			if !errors.As(err, &e) || e.Kind != KindUsage ||
+				e.Key != strings.TrimSpace(key) {
+				t.Errorf("got %v", err)
+			}
+		})
 	}
 	if _, err := (Config{Methods: []string{MethodNone},
 		Sites: []Site{good}}).siteRights(); err == nil {
-		t.Error("a site is taken without authentication")
+		t.Error("a site without authentication is accepted")
 	}
 }
 
-// Whatever sites say, in whatever order, each has only what it may have and
-// what it said, nobody else has any of it, and it is none of the pool's or the
-// host's.
+// TestSiteProperties checks that for any order of changes each site is granted
+// only networks that it advertised and may have, which are disjoint from the
+// networks of other sites, the pool and the host.
 func TestSiteProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		prefix := rapid.Custom(func(t *rapid.T) netip.Prefix {
@@ -53,7 +56,8 @@ func TestSiteProperties(t *testing.T) {
 				byte(rapid.IntRange(0, 255).Draw(t, "host"))})
 			return netip.PrefixFrom(a, rapid.IntRange(13, 32).Draw(t, "bits")).Masked()
 		})
-		reserved := []reservedNetwork{{prefix.Draw(t, "pool"), "pool"}, {prefix.Draw(t, "host"), "host"}}
+		reserved := []reservedNetwork{{prefix.Draw(t, "pool"), "pool"},
+			{prefix.Draw(t, "host"), "host"}}
 		tab := newTable()
 		s := newSites(tab, map[string]*rights{})
 		var running []*claim
@@ -87,14 +91,14 @@ func TestSiteProperties(t *testing.T) {
 			var union netipx.IPSetBuilder
 			seen := new(netipx.IPSet)
 			for _, c := range running {
-				said := setOfRoutes(c.advertised)
+				advertised := setOfRoutes(c.advertised)
 				for _, p := range c.granted.prefixes {
-					if seen.OverlapsPrefix(p) || !said.ContainsPrefix(p) ||
+					if seen.OverlapsPrefix(p) || !advertised.ContainsPrefix(p) ||
 						reserved[0].prefix.Overlaps(p) || reserved[1].prefix.Overlaps(p) {
-						t.Fatalf("%s has %v, said %v", c.user(), p, c.advertised)
+						t.Fatalf("%s is granted %v, advertised %v", c.user(), p, c.advertised)
 					}
 					if to, ok := tab.lookup(p.Addr()); !ok || to != c.ss {
-						t.Fatalf("%v leads to %v", p, to)
+						t.Fatalf("%v is routed to %v", p, to)
 					}
 				}
 				for _, a := range c.granted.assigned {
@@ -105,7 +109,7 @@ func TestSiteProperties(t *testing.T) {
 				}
 				if !setOf(c.rights.networks).Equal(unionOf(setOf(c.rights.networks),
 					c.granted.networks)) {
-					t.Fatalf("%s may have %v and has %v", c.user(), c.rights.networks,
+					t.Fatalf("%s may have %v, is granted %v", c.user(), c.rights.networks,
 						c.granted.prefixes)
 				}
 				union.AddSet(c.granted.networks)
@@ -127,6 +131,7 @@ func siteSession(user string) *ipSession {
 		log: slog.New(slog.DiscardHandler)}}
 }
 
+// setOfRoutes returns the set of the addresses in routes.
 func setOfRoutes(routes []capsule.Route) *netipx.IPSet {
 	var b netipx.IPSetBuilder
 	for _, r := range routes {
@@ -136,6 +141,7 @@ func setOfRoutes(routes []capsule.Route) *netipx.IPSet {
 	return s
 }
 
+// unionOf returns the set of the addresses in any of sets.
 func unionOf(sets ...*netipx.IPSet) *netipx.IPSet {
 	var b netipx.IPSetBuilder
 	for _, s := range sets {
@@ -145,8 +151,8 @@ func unionOf(sets ...*netipx.IPSet) *netipx.IPSet {
 	return s
 }
 
-// What one site says, however much, makes a bounded number of routes and of
-// words.
+// TestSiteIsBounded checks the limits on the routes and the log lines that one
+// site can cause.
 func TestSiteIsBounded(t *testing.T) {
 	everything := []netip.Prefix{netip.MustParsePrefix("8000::/1")}
 	c := newClaim(siteSession("a"))
@@ -160,16 +166,18 @@ func TestSiteIsBounded(t *testing.T) {
 		End: netip.MustParseAddr("ffff::ffff:ffff:ffff:fffe")}
 	for name, advertised := range map[string][]capsule.Route{"many": c.advertised,
 		"wide": append([]capsule.Route{wide}, c.advertised...)} {
-		c.advertised = advertised
-		g := c.decide(nil, nil, routing.MaxRoutes)
-		if len(g.prefixes) > maxSitePrefixes || len(g.routes) > maxSiteRanges ||
-			len(g.prefixes) < 256 {
-			t.Errorf("%s: %d prefixes of %d ranges", name, len(g.prefixes), len(g.routes))
-		}
-		if len(g.refusals) == 0 || len(g.refusals) > maxRefusals+1 ||
-			len(strings.Join(g.refusals, "; ")) > 1000 {
-			t.Errorf("%s: %d words: %q", name, len(g.refusals), g.refusals)
-		}
+		t.Run(name, func(t *testing.T) {
+			c.advertised = advertised
+			g := c.decide(nil, nil, routing.MaxRoutes)
+			if len(g.prefixes) > maxSitePrefixes || len(g.routes) > maxSiteRanges ||
+				len(g.prefixes) < 256 {
+				t.Errorf("%d prefixes of %d ranges", len(g.prefixes), len(g.routes))
+			}
+			if len(g.refusals) == 0 || len(g.refusals) > maxRefusals+1 ||
+				len(strings.Join(g.refusals, "; ")) > 1000 {
+				t.Errorf("%d refusals: %q", len(g.refusals), g.refusals)
+			}
+		})
 	}
 	same := newClaim(c.ss)
 	same.rights = c.rights

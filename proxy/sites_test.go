@@ -15,53 +15,54 @@ import (
 	"masquevpn/internal/ippacket"
 )
 
-// What a site may advertise is routed to it, and it may send from there; what
-// it may not is refused and said once.
+// TestSite checks that networks within its [[site]] are routed to a gateway,
+// which may send from them, and that others are refused with one log line.
 func TestSite(t *testing.T) {
 	h := newHub(t, nil)
 	a := h.connect("a", "", netA, netA6, netip.MustParsePrefix("10.5.0.0/24"))
-	h.installs(netA, netA6)
-	h.leadsTo(a, "192.0.2.9", "10.1.0.5")
+	h.awaitInstalled(netA, netA6)
+	h.awaitDelivery(a, "192.0.2.9", "10.1.0.5")
 	a.send("10.5.0.5", "192.0.2.9")
-	a.isProhibited("10.5.0.5", "192.0.2.9")
+	a.awaitProhibited("10.5.0.5", "192.0.2.9")
 	a.send("10.1.0.5", "192.0.2.9")
-	h.forwards("10.1.0.5", "192.0.2.9")
+	h.awaitForwarded("10.1.0.5", "192.0.2.9")
 	h.inject("192.0.2.9", "10.1.0.6")
-	a.receives("192.0.2.9", "10.1.0.6")
+	a.awaitPacket("192.0.2.9", "10.1.0.6")
 
 	for range 3 {
 		a.advertise(netA, netA6, netip.MustParsePrefix("10.5.0.0/24"))
 	}
 	a.advertise(netA, netip.MustParsePrefix("10.5.0.0/24"))
-	h.installs(netA)
+	h.awaitInstalled(netA)
 	if lines := h.log.Lines("10.5.0.0/24 is not within"); len(lines) != 1 ||
 		!strings.Contains(lines[0], "user=a") {
 		t.Errorf("the refusal is logged as\n%s", strings.Join(lines, "\n"))
 	}
 	a.advertise()
-	h.installs()
+	h.awaitInstalled()
 	a.send("10.1.0.5", "192.0.2.9")
-	a.isProhibited("10.1.0.5", "192.0.2.9")
+	a.awaitProhibited("10.1.0.5", "192.0.2.9")
 	a.advertise(netA)
-	h.installs(netA)
+	h.awaitInstalled(netA)
 	a.close()
-	h.installs()
+	h.awaitInstalled()
 }
 
-// A client that is no site is refused all, with one line.
+// TestNoSite checks that a client without a site may advertise nothing, and
+// that the refusal is logged once.
 func TestNoSite(t *testing.T) {
 	h := newHub(t, nil)
 	c := h.connect("c", "", netA)
 	c.advertise(netB)
 	c.send("10.1.0.5", "192.0.2.9")
-	c.isProhibited("10.1.0.5", "192.0.2.9")
+	c.awaitProhibited("10.1.0.5", "192.0.2.9")
 	if lines := h.log.Lines("no [[site]] names this user"); len(lines) != 1 {
 		t.Errorf("%d lines are logged", len(lines))
 	}
 	if n := len(h.kernel.States()); n != 1 {
-		t.Errorf("the kernel was told %d times", n)
+		t.Errorf("the kernel was configured %d times", n)
 	}
-	// Nor is one whose request is for something in particular.
+	// A request with a scope is refused too.
 	rsp, str := request(t, h.h3, "CONNECT", "connect-ip", "/.well-known/masque/ip/192.0.2.9/*/",
 		http.Header{"Authorization": {"Bearer a"}})
 	if rsp.StatusCode != 200 {
@@ -76,15 +77,15 @@ func TestNoSite(t *testing.T) {
 	})
 }
 
-// What is in use already is not installed; that is said, and holds until it is
-// free.
+// TestSiteConflicts checks that a network in use is not installed until it is
+// free, and that the refusal is logged.
 func TestSiteConflicts(t *testing.T) {
 	h := newHub(t, func(c *Config) {
 		c.Sites[0].Networks = append(c.Sites[0].Networks, netip.MustParsePrefix("10.77.0.0/16"))
 	})
 	other := netip.MustParsePrefix("172.17.0.0/24")
 	a := h.connect("a", "", netA, hostNetwork, other, netip.MustParsePrefix("10.77.0.0/28"))
-	h.installs(netA, other)
+	h.awaitInstalled(netA, other)
 	for _, want := range []string{
 		`10.77.0.0/28 overlaps 10.77.0.0/24, the pool of addresses for clients`,
 		`172.16.0.0/24 overlaps 172.16.0.0/24, a network of the proxy's host`,
@@ -94,58 +95,59 @@ func TestSiteConflicts(t *testing.T) {
 	b := h.connect("b", "", netB, netip.MustParsePrefix("10.1.0.0/16"))
 	want := `10.1.0.0/16 overlaps the networks of the site \"a\"`
 	h.eventually(want, func() bool { return len(h.log.Lines(want)) == 1 })
-	h.installs(netA, other, netB)
+	h.awaitInstalled(netA, other, netB)
 	b.send("10.1.7.5", "192.0.2.9")
-	b.isProhibited("10.1.7.5", "192.0.2.9")
+	b.awaitProhibited("10.1.7.5", "192.0.2.9")
 	a.close()
-	h.installs(netB, netip.MustParsePrefix("10.1.0.0/16"))
+	h.awaitInstalled(netB, netip.MustParsePrefix("10.1.0.0/16"))
 	h.connect("a", "", netA)
-	h.eventually("a is refused now", func() bool {
+	h.eventually("the refusal of a", func() bool {
 		return len(h.log.Lines(`10.1.0.0/24 overlaps the networks of the site \"b\"`)) == 1
 	})
 }
 
-// Sites reach each other's networks and gateways as long as they are there;
-// other clients do not, and are not reached.
+// TestSitesReachEachOther checks that sites are told of each other's networks
+// and gateways, and reach them, while they are connected.
 func TestSitesReachEachOther(t *testing.T) {
 	h := newHub(t, nil)
 	a := h.connect("a", "", netA)
-	a.told(netProxy)
+	a.awaitRoutes(netProxy)
 	b := h.connect("b", "", netB)
 	aOwn, bOwn := netip.PrefixFrom(a.own[0], 32), netip.PrefixFrom(b.own[0], 32)
-	a.told(netProxy, netB, bOwn)
-	b.told(netProxy, netA, aOwn)
-	h.lets(a, "10.1.0.5", "10.2.0.5")
-	h.lets(a, "10.1.0.5", bOwn.Addr().String())
-	h.leadsTo(b, "10.1.0.5", "10.2.0.5")
+	a.awaitRoutes(netProxy, netB, bOwn)
+	b.awaitRoutes(netProxy, netA, aOwn)
+	h.awaitAllowed(a, "10.1.0.5", "10.2.0.5")
+	h.awaitAllowed(a, "10.1.0.5", bOwn.Addr().String())
+	h.awaitDelivery(b, "10.1.0.5", "10.2.0.5")
 
 	b.advertise()
-	a.told(netProxy, bOwn)
+	a.awaitRoutes(netProxy, bOwn)
 	b.close()
-	a.told(netProxy)
+	a.awaitRoutes(netProxy)
 }
 
-// Clients and sites do not reach each other, even if all that there is is
-// advertised.
+// TestSitesAreNotForClients checks that clients and sites do not reach each
+// other, even if the proxy advertises everything.
 func TestSitesAreNotForClients(t *testing.T) {
 	h := newHub(t, func(c *Config) {
 		c.Advertise = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
 	})
 	a := h.connect("a", "", netA)
-	h.installs(netA)
+	h.awaitInstalled(netA)
 	c := h.connect("c", "")
 	for _, dst := range []string{"10.1.0.5", a.own[0].String()} {
 		c.send(c.own[0].String(), dst)
-		c.isProhibited(c.own[0].String(), dst)
+		c.awaitProhibited(c.own[0].String(), dst)
 	}
 	a.send(a.own[0].String(), c.own[0].String())
-	a.isProhibited(a.own[0].String(), c.own[0].String())
+	a.awaitProhibited(a.own[0].String(), c.own[0].String())
 	a.advertise()
-	h.installs()
-	h.lets(c, c.own[0].String(), "10.1.0.5") // it is no site's any more
+	h.awaitInstalled()
+	h.awaitAllowed(c, c.own[0].String(), "10.1.0.5") // no longer the network of a site
 }
 
-// reach narrows what a site is told, and so what it may send to.
+// TestSiteReach checks that Site.Reach limits the routes that a site is told,
+// and its destinations.
 func TestSiteReach(t *testing.T) {
 	h := newHub(t, func(c *Config) {
 		c.Advertise = append(c.Advertise, netip.MustParsePrefix("198.51.100.0/24"))
@@ -153,9 +155,9 @@ func TestSiteReach(t *testing.T) {
 			netip.MustParsePrefix("10.2.0.0/28")}
 	})
 	a := h.connect("a", "", netA)
-	a.told(netip.MustParsePrefix("192.0.2.0/25"))
+	a.awaitRoutes(netip.MustParsePrefix("192.0.2.0/25"))
 	h.connect("b", "", netB)
-	a.told(netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("10.2.0.0/28"))
+	a.awaitRoutes(netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("10.2.0.0/28"))
 	a.send("10.1.0.5", "10.2.0.200")
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
@@ -169,22 +171,23 @@ func TestSiteReach(t *testing.T) {
 	}
 }
 
-// With client_to_client, clients and sites reach each other.
+// TestSitesAndClients checks that clients and sites reach each other with
+// client_to_client.
 func TestSitesAndClients(t *testing.T) {
 	h := newHub(t, func(c *Config) {
 		c.ClientToClient, c.Advertise = true, append(c.Advertise, netA)
 	})
 	a := h.connect("a", "", netA)
-	h.installs(netA)
+	h.awaitInstalled(netA)
 	c := h.connect("c", "")
 	c.send(c.own[0].String(), "10.1.0.5")
-	h.forwards(c.own[0].String(), "10.1.0.5")
+	h.awaitForwarded(c.own[0].String(), "10.1.0.5")
 	a.advertise()
-	h.installs()
+	h.awaitInstalled()
 }
 
-// Networks of a site are not denied because of what is built in; what the
-// operator denies stays denied.
+// TestSiteNetworksAreNotDenied checks that the built-in denied destinations do
+// not apply to networks of sites, but the configured ones do.
 func TestSiteNetworksAreNotDenied(t *testing.T) {
 	ula := netip.MustParsePrefix("fd00:ec2::/64") // has the address of a metadata service
 	h := newHub(t, func(c *Config) {
@@ -193,61 +196,62 @@ func TestSiteNetworksAreNotDenied(t *testing.T) {
 	})
 	h.connect("a", "", netA, ula)
 	b := h.connect("b", "", netip.MustParsePrefix("10.2.0.0/24"))
-	h.installs(netA, netB, ula)
-	h.lets(b, "10.2.0.5", "10.1.0.5")
+	h.awaitInstalled(netA, netB, ula)
+	h.awaitAllowed(b, "10.2.0.5", "10.1.0.5")
 	b.send("10.2.0.5", "10.1.0.200")
-	b.isProhibited("10.2.0.5", "10.1.0.200")
+	b.awaitProhibited("10.2.0.5", "10.1.0.200")
 	pkt := ippacket.AppendEcho([]byte{0}, netip.MustParseAddr("fd77::2"),
 		netip.MustParseAddr("fd00:ec2::254"), 64, true, 1, 1, nil)
 	b.write(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 2,
 		Prefix: netip.MustParsePrefix("fd77::2/128")}}})
 	b.write(&capsule.Datagram{Payload: pkt})
-	h.forwards("fd77::2", "fd00:ec2::254")
+	h.awaitForwarded("fd77::2", "fd00:ec2::254")
 }
 
-// A client that comes back has its networks at once: the kernel and the other
-// sites notice nothing, and packets come to it.
+// TestSiteTakesOver checks that a client that reconnects has its networks and
+// their packets at once, and that the kernel and other sites do not notice.
 func TestSiteTakesOver(t *testing.T) {
 	for name, tc := range map[string]struct{ first, second string }{
-		"same client":         {"1", "1"},
-		"same user, new run":  {"1", "2"},
-		"no instance at all":  {"", ""},
-		"two gateways of one": {"1", "3"},
+		"same client":                {"1", "1"},
+		"same user, new run":         {"1", "2"},
+		"no instance at all":         {"", ""},
+		"another client of the user": {"1", "3"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHub(t, nil)
 			a := h.connect("a", tc.first, netA)
-			h.installs(netA)
-			b := h.connect("b", "", netip.MustParsePrefix("10.1.0.0/16")) // waits for its chance
-			told := len(h.kernel.States())
+			h.awaitInstalled(netA)
+			// takes over once it is free
+			b := h.connect("b", "", netip.MustParsePrefix("10.1.0.0/16"))
+			applied := len(h.kernel.States())
 			again := h.connect("a", tc.second)
-			if name == "same client" { // it has not said a word
-				h.leadsTo(again, "10.77.0.1", "10.1.0.5")
+			if name == "same client" { // again inherits without advertising
+				h.awaitDelivery(again, "10.77.0.1", "10.1.0.5")
 			}
 			again.advertise(netA)
-			h.leadsTo(again, "10.77.0.1", "10.1.0.5")
-			if n := len(h.kernel.States()); n != told {
-				t.Errorf("the kernel was told %d more times", n-told)
+			h.awaitDelivery(again, "10.77.0.1", "10.1.0.5")
+			if n := len(h.kernel.States()); n != applied {
+				t.Errorf("the kernel was configured %d more times", n-applied)
 			}
 			if name == "same client" {
 				return
 			}
-			// The other session is there when this one ends.
+			// The older session takes over when the newer one ends.
 			again.close()
-			h.leadsTo(a, "10.77.0.1", "10.1.0.5")
+			h.awaitDelivery(a, "10.77.0.1", "10.1.0.5")
 			a.close()
-			h.installs(netip.MustParsePrefix("10.1.0.0/16"))
+			h.awaitInstalled(netip.MustParsePrefix("10.1.0.0/16"))
 			b.close()
 		})
 	}
 }
 
-// The proxy takes the addresses that a site may assign, each with the length of
-// the network that it is in, and no others.
+// TestSiteAssignsAddresses checks that the proxy takes only the addresses that
+// a site may assign, each with the prefix length of its network.
 func TestSiteAssignsAddresses(t *testing.T) {
 	h := newHub(t, nil)
 	a := h.connect("a", "", netA)
-	h.installs(netA)
+	h.awaitInstalled(netA)
 	assign := func(prefixes ...string) {
 		var c capsule.AddressAssign
 		for _, p := range prefixes {
@@ -274,36 +278,38 @@ func TestSiteAssignsAddresses(t *testing.T) {
 		"10.1.0.0/28, which it assigns, is not a single address",
 	} {
 		if len(h.log.Lines(refused)) != 1 {
-			t.Errorf("not said: %s", refused)
+			t.Errorf("not logged once: %s", refused)
 		}
 	}
-	h.lets(a, "10.1.0.5", "10.1.0.200")
-	h.leadsTo(a, "10.1.0.200", "10.1.0.5")
-	// Another site does not reach it: it is the proxy's.
+	h.awaitAllowed(a, "10.1.0.5", "10.1.0.200")
+	h.awaitDelivery(a, "10.1.0.200", "10.1.0.5")
+	// Another site does not reach it, because it is an address of the proxy.
 	b := h.connect("b", "", netB)
-	b.told(netProxy, netA, netip.PrefixFrom(a.own[0], 32))
-	h.lets(b, "10.2.0.5", "10.1.0.7")
+	b.awaitRoutes(netProxy, netA, netip.PrefixFrom(a.own[0], 32))
+	h.awaitAllowed(b, "10.2.0.5", "10.1.0.7")
 	b.send("10.2.0.5", "10.1.0.200")
-	b.isProhibited("10.2.0.5", "10.1.0.200")
+	b.awaitProhibited("10.2.0.5", "10.1.0.200")
 	a.advertise()
 	has("10.1.0.200/32", "10.9.0.7/32")
 	assign()
 	has()
 }
 
-// What the kernel refuses is tried again, and does not end the proxy.
+// TestSiteInstallFails checks that the proxy goes on after the kernel refused
+// routes, and tries again.
 func TestSiteInstallFails(t *testing.T) {
 	h := newHub(t, nil)
 	h.kernel.FailApply(errors.New("no room"))
 	a := h.connect("a", "", netA)
-	h.eventually("it is said", func() bool { return len(h.log.Lines("no room")) > 0 })
+	h.eventually("a log line", func() bool { return len(h.log.Lines("no room")) > 0 })
 	h.kernel.FailApply(nil)
 	a.advertise(netA)
-	h.installs(netA)
+	h.awaitInstalled(netA)
 }
 
-// A site that changes its mind all the time does not keep the kernel and the
-// other clients busy, and has its way in the end.
+// TestSiteChangesArePaced checks that a site that changes its networks all the
+// time does not keep the kernel and other clients busy, and that its last
+// change is applied.
 func TestSiteChangesArePaced(t *testing.T) {
 	h := newHub(t, nil)
 	a := h.connect("a", "")
@@ -320,15 +326,17 @@ func TestSiteChangesArePaced(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 	}
-	told, most := len(h.kernel.States())-1, changeBurst+1+int(time.Since(begin).Seconds()*changeRate)
-	if told > most {
-		t.Errorf("the kernel was told %d times, want at most %d", told, most)
+	applied, most := len(h.kernel.States())-1,
+		changeBurst+1+int(time.Since(begin).Seconds()*changeRate)
+	if applied > most {
+		t.Errorf("the kernel was configured %d times, want at most %d", applied, most)
 	}
-	h.installs(netA, netA6)
+	h.awaitInstalled(netA, netA6)
 }
 
-// A reload changes what sites may have at once, without an end of their
-// sessions; who becomes a site, or is none any more, begins anew.
+// TestSiteReload checks that a reload changes the rights of sites without
+// ending their sessions, and ends sessions of users who become a site or no
+// longer are one.
 func TestSiteReload(t *testing.T) {
 	h := newHub(t, nil)
 	reload := func(sites ...Site) {
@@ -341,21 +349,21 @@ func TestSiteReload(t *testing.T) {
 	sites := h.cfg.Sites
 	a := h.connect("a", "", netA, netA6)
 	h.connect("c", "", netB)
-	h.installs(netA, netA6)
+	h.awaitInstalled(netA, netA6)
 	reload(Site{User: "a", Networks: []netip.Prefix{netA6}}, sites[1])
-	h.installs(netA6)
+	h.awaitInstalled(netA6)
 	a.send("10.1.0.5", "192.0.2.9")
-	a.isProhibited("10.1.0.5", "192.0.2.9")
+	a.awaitProhibited("10.1.0.5", "192.0.2.9")
 	reload(sites...)
-	h.installs(netA, netA6)
-	h.lets(a, "10.1.0.5", "192.0.2.9")
+	h.awaitInstalled(netA, netA6)
+	h.awaitAllowed(a, "10.1.0.5", "192.0.2.9")
 
 	reload(sites[0], Site{User: "c", Networks: []netip.Prefix{netB}})
 	h.eventually("the session of c ends", func() bool { return len(h.Sessions()) == 1 })
 	h.connect("c", "", netB)
-	h.installs(netA, netA6, netB)
+	h.awaitInstalled(netA, netA6, netB)
 	reload(sites[0])
 	h.eventually("the session of c ends again", func() bool { return len(h.Sessions()) == 1 })
-	h.installs(netA, netA6)
-	h.lets(a, "10.1.0.5", "192.0.2.9")
+	h.awaitInstalled(netA, netA6)
+	h.awaitAllowed(a, "10.1.0.5", "192.0.2.9")
 }
