@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// docs/firewall.md explains the chains, one row for each rule.
+// docs/firewall.md explains the chains, one item for each rule.
 
 // Priorities that no other program uses. The order of chains with the same
 // priority would depend on which of them was created first.
