@@ -140,7 +140,7 @@ func (w *walk) rule(r *nftables.Rule) (matches truth, verdict *expr.Verdict) {
 			regs[e.SourceRegister%64], regs[e.DestRegister%64] = value{}, value{}
 		case *expr.Match:
 			holds = w.xtables(e)
-		case *expr.Target: // of iptables; ACCEPT and DROP are verdicts instead
+		case *expr.Target: // an iptables target; ACCEPT and DROP are verdicts
 			if e.Name == "REJECT" {
 				verdict = &expr.Verdict{Kind: expr.VerdictDrop}
 			}
