@@ -332,7 +332,7 @@ func (c Config) withDefaults() (Config, error) {
 	for _, token := range []string{c.Instance, c.Installation} {
 		if token != "" && !connectip.IsToken(token) {
 			return c, fail(causeConfiguration, nil,
-				"a token of the client is not 1 to 64 letters, digits and any of -._~+/=", "")
+				"Instance and Installation must have 1 to 64 letters, digits or any of -._~+/=", "")
 		}
 	}
 	if err := c.checkSite(); err != nil {
@@ -348,7 +348,7 @@ func (c Config) withDefaults() (Config, error) {
 		c.MaxDelay = DefaultMaxDelay
 	}
 	if c.MaxDelay < 0 {
-		return c, usage("reconnect.max_delay", "it cannot be negative")
+		return c, usage("reconnect.max_delay", "a time span cannot be negative")
 	}
 	if c.Mark == 0 {
 		c.Mark = routing.DefaultMark

@@ -194,7 +194,7 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 			"check its spelling in the configuration, and this host's DNS")
 	}
 	d.lastAddrs = interleave(d.translate(ctx, found), uint16(port))
-	d.report("the name %s leads to %v", d.target.host, d.lastAddrs)
+	d.report("the name %s resolves to %v", d.target.host, d.lastAddrs)
 	return d.lastAddrs, nil
 }
 
@@ -228,8 +228,8 @@ func (d *dialer) translate(ctx context.Context, addrs []netip.Addr) []netip.Addr
 		}
 	}
 	if len(out) > len(addrs) {
-		d.logger.Info("this host has no route to the proxy's IPv4 address, trying the network's translator", "prefix", prefixes)
-		d.report("this host has no route to the proxy's IPv4 address; its network has a translator with %v", prefixes)
+		d.logger.Info("this host has no route to the proxy's IPv4 address, trying the network's NAT64", "prefix", prefixes)
+		d.report("this host has no route to the proxy's IPv4 address; its network has a NAT64 with %v", prefixes)
 	}
 	return out
 }
@@ -484,7 +484,7 @@ func readFinalResponse(str *http3.RequestStream) (*http.Response, error) {
 			return rsp, nil
 		}
 	}
-	return nil, fmt.Errorf("the proxy sent more than %d answers and no final one", maxInterim-1)
+	return nil, fmt.Errorf("the proxy sent %d informational responses and no final one", maxInterim)
 }
 
 // checkResponse returns nil for a successful response (RFC 9484 section 4.5)
@@ -496,11 +496,11 @@ func checkResponse(rsp *http.Response) error {
 	switch {
 	case status == http.StatusNoContent || status == http.StatusResetContent ||
 		status == http.StatusPartialContent:
-		return fmt.Errorf("the proxy's answer %d is not one to a request for a tunnel", status)
+		return fmt.Errorf("the proxy answered with status %d, which cannot open a tunnel", status)
 	case status >= 200 && status < 300:
 		for _, field := range []string{"Content-Length", "Content-Type"} {
 			if _, ok := rsp.Header[field]; ok {
-				return fmt.Errorf("the proxy's answer %d has a %s, which a tunnel cannot have",
+				return fmt.Errorf("the proxy's response with status %d has a %s, which a tunnel cannot have",
 					status, field)
 			}
 		}

@@ -75,8 +75,8 @@
 // of the last attempt. These failures are final:
 //
 //   - before the first session: a wrong configuration, a missing privilege, and
-//     answers that will not change by themselves, such as a certificate from an
-//     unknown authority or a request that the proxy does not understand
+//     answers that a retry will not change, such as a certificate from an
+//     unknown authority or status 404
 //   - before the first session of a Service: a wrong configuration, a missing
 //     privilege, and rejected credentials or requests
 //   - after a session: rejected credentials or requests

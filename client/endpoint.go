@@ -172,10 +172,10 @@ func (c *Client) noteKillSwitch(h routing.KillSwitchHealth) {
 // maintainKillSwitch keeps the kill switch closed until ctx is done.
 func (c *Client) maintainKillSwitch(ctx context.Context) {
 	if err := c.cfg.KillSwitch.Maintain(ctx, c.noteKillSwitch); err != nil {
-		c.cfg.Logger.Warn("it is not noticed when another program opens the kill switch",
+		c.cfg.Logger.Warn("cannot watch the kill switch",
 			"error", err)
 		c.degrade(noticeKillSwitch,
-			fmt.Sprintf("it is not noticed when another program opens the kill switch: %v", err))
+			fmt.Sprintf("cannot watch the kill switch, which other programs may open: %v", err))
 	}
 }
 
@@ -227,15 +227,15 @@ func (c *Client) noteDNS(restored string, err error) {
 	c.mu.Unlock()
 	switch {
 	case restored != "":
-		c.cfg.Logger.Warn("another program changed this host's DNS: put right", "restored",
+		c.cfg.Logger.Warn("another program changed this host's DNS: restored", "restored",
 			restored)
 	case lost && !before:
-		c.cfg.Logger.Warn("another program changed this host's DNS, and it cannot be put right",
+		c.cfg.Logger.Warn("another program changed this host's DNS, and it cannot be restored",
 			"error", err)
 	}
 	text := ""
 	if lost {
-		text = "another program changed this host's DNS, and it cannot be put right: " + reason(err)
+		text = "another program changed this host's DNS, and it cannot be restored: " + reason(err)
 	}
 	c.degrade(noticeResolver, text)
 }

@@ -66,13 +66,13 @@ type failure struct {
 var failures = [numCauses]failure{
 	causeConfiguration: {"the configuration is wrong", byHost, KindUsage, true, true, false},
 	causePrivileges:    {"a privilege is missing", byHost, KindPrivileges, true, true, false},
-	causeFailure:       {"something else fails", byHost, KindFailure, false, false, false},
+	causeFailure:       {"any other failure", byHost, KindFailure, false, false, false},
 	causeNetwork: {"packets do not leave this host", byHost, KindUnreachable, false,
 		false, false},
 	causeName: {"the proxy's name cannot be resolved", byAnyone, KindUnreachable, false,
 		false, false},
 	causeSilence:   {"nobody answers", byAnyone, KindUnreachable, false, false, false},
-	causeHandshake: {"the handshake breaks off", byAnyone, KindUnreachable, false, false, false},
+	causeHandshake: {"the handshake fails", byAnyone, KindUnreachable, false, false, false},
 	causeProtocol: {"the peer reports that it does not speak HTTP/3", byAnyone, KindUsage, true,
 		false, false},
 	causeEarlyRefusal: {"the peer refuses the client before it has proved that it is the proxy",
@@ -164,7 +164,7 @@ func impostorText(e *Error) string {
 	}
 	switch a.cause {
 	case causeIdentity:
-		return fmt.Sprintf("somebody other than the proxy answers%s (%s): its operator can tell whether that is so", at, e.Reason)
+		return fmt.Sprintf("somebody other than the proxy answers%s (%s): ask its operator whether that is intended", at, e.Reason)
 	case causeProtocol, causeEarlyRefusal:
 		return fmt.Sprintf("somebody who has not proved to be the proxy refuses the connection%s (%s)", at, e.Reason)
 	}

@@ -137,7 +137,7 @@ func (c *Client) noteConflicts() {
 	defer c.notingMu.Unlock()
 	conflicts, err := c.supervisor.Current().network.FollowHost()
 	if err != nil {
-		c.cfg.Logger.Debug("conflicts with the host's networks are not known", "error", err)
+		c.cfg.Logger.Debug("cannot check the host's networks for conflicts", "error", err)
 		return
 	}
 	c.warnAll(noticeConflict, conflicts)

@@ -271,8 +271,8 @@ func (s *session) run(ctx context.Context, ended chan error) (connected time.Tim
 			// RFC 9484 obliges no peer to answer an echo.
 			unanswered.stop()
 			stopProbes()
-			c.warn(noticeNoAnswer, "the proxy acknowledges packets and answers no echo in the tunnel, so whether it forwards them is not known")
-			c.cfg.Logger.Warn("the proxy answers no echo in the tunnel; it acknowledges packets, so the tunnel counts as connected")
+			c.warn(noticeNoAnswer, "the proxy acknowledges packets but answers no echo in the tunnel: it may not forward packets")
+			c.cfg.Logger.Warn("the proxy answers no echo in the tunnel, but acknowledges packets: the tunnel counts as connected")
 			setConnected()
 		case <-s.wake:
 			if settled == nil {
@@ -348,8 +348,8 @@ func (s *session) explainEnd(err error) error {
 		return err
 	}
 	s.c.skipRequest = true
-	return fail(causeEnded, e, "the proxy ended the tunnel when it was asked for addresses, although it assigns some unasked",
-		"set addresses.request = []; until then each run of the client begins with such a failure")
+	return fail(causeEnded, e, "the proxy assigned addresses unasked, but ended the tunnel at the request for addresses",
+		"set addresses.request = [] to send no request")
 }
 
 // addressesToRequest returns the configured requests, with addresses of the
@@ -567,7 +567,7 @@ func onlyIPv4(prefixes []netip.Prefix) []netip.Prefix {
 // limits describes the packets that the path does not carry, "" for none.
 func (s *session) limits() string {
 	if mtu := s.conn.MTU(); mtu < minMTU {
-		return fmt.Sprintf("the path carries packets of %d bytes; IPv6, which needs %d, is off",
+		return fmt.Sprintf("the path carries packets of %d bytes, but IPv6 needs %d: IPv6 is off",
 			mtu, minMTU)
 	}
 	return ""

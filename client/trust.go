@@ -24,7 +24,7 @@ import (
 func (c *Client) readNetworks() (changed bool) {
 	networks, err := c.cfg.HostNetworks(c.iface())
 	if err != nil {
-		c.cfg.Logger.Warn("the addresses of this host are not known", "error", err)
+		c.cfg.Logger.Warn("cannot read the addresses of this host", "error", err)
 		return false
 	}
 	before := c.networks.Swap(&networks)
@@ -101,7 +101,7 @@ func (s *session) whyUnusable(p netip.Prefix) string {
 	if s.requests && !slices.ContainsFunc(c.cfg.Request, func(w netip.Prefix) bool {
 		return w.Addr().Is4() == p.Addr().Is4() && p.Bits() >= w.Bits()
 	}) {
-		return "is larger than what addresses.request asks for"
+		return "is larger than addresses.request allows"
 	}
 	s.mu.Lock()
 	held := s.installed
@@ -188,7 +188,7 @@ func (c *Client) removeTakenAddresses() {
 		return
 	}
 	if err := c.supervisor.Current().network.Apply(state); err != nil {
-		c.cfg.Logger.Warn("an address of the tunnel that is this host's otherwise cannot be taken from the interface", "error", err)
+		c.cfg.Logger.Warn("cannot remove an address of the tunnel that another network has assigned to this host", "error", err)
 		return
 	}
 	c.installed = nil
@@ -204,7 +204,7 @@ func (c *Client) noteOverlap(addrs []netip.Prefix) {
 	text := ""
 	for _, p := range addrs {
 		if n, overlaps := c.overlap(p); overlaps && !slices.Contains(c.cfg.Static, p) {
-			text = fmt.Sprintf("the tunnel's address %v lies in %v, the network of %s: hosts there may not be reached; have one of the two renumbered",
+			text = fmt.Sprintf("the tunnel's address %v lies in %v, the network of %s: hosts there may be unreachable; renumber one of the two",
 				p.Addr(), n.Address.Masked(), n.Interface)
 			break
 		}
