@@ -10,10 +10,12 @@ import (
 	"time"
 )
 
-// tracker makes the kernel track connections.
-const tracker = "add table inet fw; add chain inet fw in { type filter hook input priority 0; }; add rule inet fw in ct state established accept"
+// tracker is an nftables ruleset that makes the kernel track connections.
+const tracker = "add table inet fw; " +
+	"add chain inet fw in { type filter hook input priority 0; }; " +
+	"add rule inet fw in ct state established accept"
 
-// echoServer listens on the host, sends back what it receives, and returns the port.
+// echoServer runs a TCP echo server on the host and returns its port.
 func (h *host) echoServer(addr string) (port uint16) {
 	h.t.Helper()
 	var ln net.Listener
@@ -39,11 +41,12 @@ func (h *host) echoServer(addr string) (port uint16) {
 	return ln.Addr().(*net.TCPAddr).AddrPort().Port()
 }
 
-// connectTo opens a TCP connection.
+// connectTo opens a TCP connection from the address from.
 func (h *host) connectTo(from, to string, port uint16) (c net.Conn) {
 	h.t.Helper()
 	h.do(func() {
-		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), 0)), Timeout: patience}
+		local := netip.AddrPortFrom(netip.MustParseAddr(from), 0)
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(local), Timeout: patience}
 		var err error
 		if c, err = d.DialContext(context.Background(), "tcp",
 			netip.AddrPortFrom(netip.MustParseAddr(to), port).String()); err != nil {
@@ -54,7 +57,7 @@ func (h *host) connectTo(from, to string, port uint16) (c net.Conn) {
 	return c
 }
 
-// checkEcho checks that a connection carries text there and back within a time.
+// checkEcho sends text to an echo server and waits for it to come back.
 func checkEcho(c net.Conn, text string, within time.Duration) error {
 	c.SetDeadline(time.Now().Add(within))
 	if _, err := io.WriteString(c, text); err != nil {
@@ -65,19 +68,19 @@ func checkEcho(c net.Conn, text string, within time.Duration) error {
 		return err
 	}
 	if string(b) != text {
-		return fmt.Errorf("%q came back", b)
+		return fmt.Errorf("received %q, want %q", b, text)
 	}
 	return nil
 }
 
-// Connections that come in from outside the tunnel go on and come about under a
-// full tunnel, from wherever, tracked before or not, with strict reverse path
-// filters.
+// Connections to this host from outside a full tunnel keep working, and new
+// ones can be opened, from any address, whether or not the kernel tracked them
+// before, and with strict reverse path filters.
 func TestInboundConnectionsSurvive(t *testing.T) {
 	for _, tracked := range []bool{false, true} {
 		t.Run(fmt.Sprintf("tracked=%t", tracked), func(t *testing.T) {
 			h, router := connect(t)
-			router.ip("addr add fe80::1/64 dev down0 nodad") // the router looks for its neighbours
+			router.ip("addr add fe80::1/64 dev down0 nodad") // for neighbour discovery
 			h.tun("masque0")
 			h.sysctl("net/ipv4/conf/all/rp_filter", "1")
 			if tracked {
@@ -99,22 +102,24 @@ func TestInboundConnectionsSurvive(t *testing.T) {
 					}
 				}
 				h.apply(m, fullState())
-				for what, c := range map[string]net.Conn{
-					"from before": old, "from the LAN": lan, "silent so far": silent,
-					"after":               router.connectTo(family.far, family.host, ssh),
-					"from the LAN, after": router.connectTo(family.near, family.host, ssh),
-					"to a high port":      router.connectTo(family.far, family.host, high),
+				for name, c := range map[string]net.Conn{
+					"existing": old, "existing, from the LAN": lan, "existing, unused": silent,
+					"new":                 router.connectTo(family.far, family.host, ssh),
+					"new, from the LAN":   router.connectTo(family.near, family.host, ssh),
+					"new, to a high port": router.connectTo(family.far, family.host, high),
 				} {
-					for range 3 {
-						if err := checkEcho(c, "after", patience); err != nil {
-							t.Errorf("%s: a connection %s: %v", family.host, what, err)
+					t.Run(family.host+", "+name, func(t *testing.T) {
+						for range 3 {
+							if err := checkEcho(c, "after", patience); err != nil {
+								t.Error(err)
+							}
 						}
-					}
+					})
 				}
 				far := router.listen(net.JoinHostPort(family.far, "0"), 0)
 				send(t, far, "question",
 					netip.AddrPortFrom(netip.MustParseAddr(family.host), port(wireguard)))
-				receive(t, wireguard) // and is not dropped for the way back to its source
+				receive(t, wireguard) // although its source is routed into the tunnel
 				dns := h.listen(net.JoinHostPort(family.host, "53"), 0)
 				send(t, far, "question",
 					netip.AddrPortFrom(netip.MustParseAddr(family.host), port(dns)))
@@ -131,33 +136,36 @@ func TestInboundConnectionsSurvive(t *testing.T) {
 	}
 }
 
-// Connections that the host itself has opened do not stay outside.
+// Connections that this host opened before a full tunnel do not continue
+// outside it.
 func TestOutboundConnectionsDoNotStayOutside(t *testing.T) {
 	for _, tracked := range []bool{false, true} {
-		h, router := connect(t)
-		h.tun("masque0")
-		if tracked {
-			h.run("nft", tracker)
-		}
-		m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-		for _, family := range []struct{ host, far string }{{hostAddr4, proxyAddr4},
-			{hostAddr6, proxyAddr6}} {
-			far := router.echoServer(net.JoinHostPort(family.far, "0"))
-			c := h.connectTo(family.host, family.far, far)
-			if err := checkEcho(c, "before", patience); err != nil {
-				t.Fatal(err)
+		t.Run(fmt.Sprintf("tracked=%t", tracked), func(t *testing.T) {
+			h, router := connect(t)
+			h.tun("masque0")
+			if tracked {
+				h.run("nft", tracker)
 			}
-			h.apply(m, fullState())
-			if err := checkEcho(c, "after", time.Second); err == nil {
-				t.Errorf("tracked %t: the connection to %s goes on outside", tracked, family.far)
+			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
+			for _, family := range []struct{ host, far string }{{hostAddr4, proxyAddr4},
+				{hostAddr6, proxyAddr6}} {
+				far := router.echoServer(net.JoinHostPort(family.far, "0"))
+				c := h.connectTo(family.host, family.far, far)
+				if err := checkEcho(c, "before", patience); err != nil {
+					t.Fatal(err)
+				}
+				h.apply(m, fullState())
+				if err := checkEcho(c, "after", time.Second); err == nil {
+					t.Errorf("the connection to %s continues outside", family.far)
+				}
+				h.apply(m, State{})
 			}
-			h.apply(m, State{})
-		}
+		})
 	}
 }
 
-// The tunnel's routes win over those of the host where that is wanted, and
-// connections from the LAN are answered there.
+// With HostNone the tunnel's routes take precedence over all routes of the
+// host, and connections from the LAN are still answered there.
 func TestHostNone(t *testing.T) {
 	h, router := connect(t)
 	up := h.index("up0")
@@ -175,14 +183,18 @@ func TestHostNone(t *testing.T) {
 		routerAddr4: tunnel, routerAddr6: tunnel, "10.1.2.3": tunnel, "8.8.8.8": tunnel,
 		"203.0.113.1": up, "127.0.0.1": 1, hostAddr4: 1,
 	} {
-		if got := h.lookup(dst, 0); got != want {
-			t.Errorf("%s leads to interface %d, want %d", dst, got, want)
-		}
-		for _, mark := range []uint32{DefaultMark, outsideMark(DefaultMark), DefaultMark | 0x4080} {
-			if got := h.lookup(dst, mark); want == tunnel && got != up {
-				t.Errorf("%s with mark %d leads to interface %d, want %d", dst, mark, got, up)
+		t.Run(dst, func(t *testing.T) {
+			h := h.in(t)
+			if got := h.lookup(dst, 0); got != want {
+				t.Errorf("routed to interface %d, want %d", got, want)
 			}
-		}
+			for _, mark := range []uint32{DefaultMark, outsideMark(DefaultMark),
+				DefaultMark | 0x4080} {
+				if got := h.lookup(dst, mark); want == tunnel && got != up {
+					t.Errorf("routed to interface %d with mark %d, want %d", got, mark, up)
+				}
+			}
+		})
 	}
 	ssh := h.echoServer(":22")
 	for _, family := range []struct{ near, host string }{{routerAddr4, hostAddr4},
@@ -194,26 +206,22 @@ func TestHostNone(t *testing.T) {
 	}
 	s.HostRoutes = HostPrivate
 	h.apply(m, s)
-	for dst, want := range map[string]int{routerAddr4: up, "10.1.2.3": up, "10.1.3.3": tunnel} {
-		if got := h.lookup(dst, 0); got != want {
-			t.Errorf("not overridden, %s leads to interface %d, want %d", dst, got, want)
-		}
-	}
+	h.wantInterfaces(map[string]int{routerAddr4: up, "10.1.2.3": up, "10.1.3.3": tunnel})
 	h.close(m)
 	h.wantSnapshot(before)
 }
 
-// A host whose own network is in the tunnel still answers ARP there under a
-// strict reverse path filter, so its gateway finds it.
+// A host whose own network is routed into the tunnel still answers ARP requests
+// with a strict reverse path filter, so that its gateway can reach it.
 func TestStrictFilterOnOwnNetwork(t *testing.T) {
 	for _, tt := range []struct {
 		name, sysctl string
 		host         HostRoutes
 		to           string
 	}{
-		{"a public network", "up0", HostPrivate, "198.51.100.2"},
-		{"a public network, strict everywhere", "all", HostPrivate, "198.51.100.2"},
-		{"a private network in the tunnel", "up0", HostNone, hostAddr4},
+		{"public network", "up0", HostPrivate, "198.51.100.2"},
+		{"public network, strict for all interfaces", "all", HostPrivate, "198.51.100.2"},
+		{"private network in the tunnel", "up0", HostNone, hostAddr4},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h, router := connect(t)
@@ -225,7 +233,7 @@ func TestStrictFilterOnOwnNetwork(t *testing.T) {
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 			s := State{Addresses: prefixes("10.77.0.2/32"), Routes: prefixes("0.0.0.0/0"),
 				HostRoutes: tt.host}
-			for range 2 { // the second time changes nothing
+			for range 2 { // the second Apply must not change it
 				h.apply(m, s)
 				if got := h.readSysctl("net/ipv4/conf/up0/rp_filter"); got != "2" {
 					t.Errorf("rp_filter of up0 is %s, want 2", got)
@@ -236,7 +244,7 @@ func TestStrictFilterOnOwnNetwork(t *testing.T) {
 			s.HostRoutes = HostAll
 			h.apply(m, s)
 			if now := h.readSysctl("net/ipv4/conf/up0/rp_filter"); now == "2" {
-				t.Error("the filter stays loose with the network outside")
+				t.Error("rp_filter is still 2 with the network outside the tunnel")
 			}
 			h.close(m)
 			h.wantSnapshot(before)
@@ -244,7 +252,7 @@ func TestStrictFilterOnOwnNetwork(t *testing.T) {
 	}
 }
 
-// A filter follows the networks that the host comes into and leaves.
+// FollowHost adapts rp_filter to changed addresses of the host.
 func TestStrictFilterFollowsNetworks(t *testing.T) {
 	h, _ := connect(t)
 	h.tun("masque0")
@@ -258,10 +266,13 @@ func TestStrictFilterFollowsNetworks(t *testing.T) {
 		{"addr del 198.51.100.2/24 dev up0", "2"},
 		{"addr del 198.18.0.2/24 dev up0", "1"},
 	} {
-		h.ip(tt.change)
-		h.conflicts(m)
-		if got := h.readSysctl("net/ipv4/conf/up0/rp_filter"); got != tt.want {
-			t.Errorf("after ip %s: rp_filter is %s, want %s", tt.change, got, tt.want)
-		}
+		t.Run(tt.change, func(t *testing.T) {
+			h := h.in(t)
+			h.ip(tt.change)
+			h.conflicts(m)
+			if got := h.readSysctl("net/ipv4/conf/up0/rp_filter"); got != tt.want {
+				t.Errorf("rp_filter is %s, want %s", got, tt.want)
+			}
+		})
 	}
 }

@@ -14,12 +14,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/gopacket/gopacket"
 	"github.com/gopacket/gopacket/layers"
 	"golang.org/x/sys/unix"
 )
 
-// closeKillSwitch closes a kill switch of the host but for an interface.
+// closeKillSwitch closes a kill switch of the host except for iface.
 func (h *host) closeKillSwitch(k *KillSwitch, iface string) {
 	h.t.Helper()
 	h.do(func() {
@@ -29,6 +28,7 @@ func (h *host) closeKillSwitch(k *KillSwitch, iface string) {
 	})
 }
 
+// liftKillSwitch opens a kill switch and reports whether it was closed.
 func (h *host) liftKillSwitch(k *KillSwitch) (found bool) {
 	h.t.Helper()
 	h.do(func() {
@@ -40,8 +40,8 @@ func (h *host) liftKillSwitch(k *KillSwitch) (found bool) {
 	return found
 }
 
-// sends says whether the kernel lets a UDP packet leave. It refuses at once, or
-// sends.
+// canSend reports whether the kernel lets a UDP packet leave. Otherwise the
+// write must fail with EPERM.
 func (h *host) canSend(from, to string, mark uint32) (passed bool) {
 	h.t.Helper()
 	h.do(func() {
@@ -54,7 +54,7 @@ func (h *host) canSend(from, to string, mark uint32) (passed bool) {
 		defer c.Close()
 		_, err = c.Write([]byte("out"))
 		if passed = err == nil; !passed && !errors.Is(err, syscall.EPERM) {
-			h.t.Errorf("from %s to %s: %v, want that it is not permitted", from, to, err)
+			h.t.Errorf("from %s to %s: %v, want operation not permitted", from, to, err)
 		}
 	})
 	return passed
@@ -69,14 +69,15 @@ func TestKillSwitch(t *testing.T) {
 	before := h.snapshot()
 	k := &KillSwitch{Instance: "one", Mark: DefaultMark,
 		Allow: prefixes("198.51.100.0/24", "2001:db8:aa::/48")}
-	// Go remembers the index of a name, perhaps of the one on another host
+	// Use the index as zone, because package net caches the indexes of names,
+	// perhaps from another namespace.
 	lan := strconv.Itoa(h.index("up0"))
 	check := func(state string, closed bool, tunnel bool) {
 		t.Helper()
 		for _, tt := range []struct {
-			what, from, to string
+			name, from, to string
 			mark           uint32
-			want           bool
+			want           bool // the packet leaves
 		}{
 			{"IPv4", "0.0.0.0:0", proxyAddr4 + ":443", 0, !closed},
 			{"IPv6", "[::]:0", "[" + proxyAddr6 + "]:443", 0, !closed},
@@ -87,26 +88,28 @@ func TestKillSwitch(t *testing.T) {
 			{"multicast, IPv6", "[::]:0", "[ff02::fb%" + lan + "]:5353", 0, !closed},
 			{"one bit of the mark", "0.0.0.0:0", proxyAddr4 + ":443", outsideMark(DefaultMark),
 				!closed},
-			{"bits of others", "0.0.0.0:0", proxyAddr4 + ":443", 0x4080, !closed},
-			{"marked, with bits of others", "0.0.0.0:0", proxyAddr4 + ":443",
+			{"other bits", "0.0.0.0:0", proxyAddr4 + ":443", 0x4080, !closed},
+			{"marked, with other bits", "0.0.0.0:0", proxyAddr4 + ":443",
 				DefaultMark | 0x4080, true},
 			{"marked", "0.0.0.0:0", proxyAddr4 + ":443", DefaultMark, true},
 			{"marked, IPv6", "[::]:0", "[" + proxyAddr6 + "]:443", DefaultMark, true},
 			{"loopback", "127.0.0.1:0", "127.0.0.1:53", 0, true},
 			{"loopback, IPv6", "[::1]:0", "[::1]:53", 0, true},
-			{"its own address", "0.0.0.0:0", hostAddr4 + ":53", 0, true},
+			{"address of the host", "0.0.0.0:0", hostAddr4 + ":53", 0, true},
 			{"allowed", "0.0.0.0:0", "198.51.100.7:53", 0, true},
 			{"allowed, IPv6", "[::]:0", "[2001:db8:aa::7]:53", 0, true},
-			{"next to what is allowed", "0.0.0.0:0", "198.51.101.7:53", 0, !closed},
+			{"next to the allowed prefix", "0.0.0.0:0", "198.51.101.7:53", 0, !closed},
 			{"DHCP", "0.0.0.0:68", routerAddr4 + ":67", 0, true},
-			{"to the port of DHCP", "0.0.0.0:0", routerAddr4 + ":67", 0, !closed},
+			{"DHCP from another port", "0.0.0.0:0", routerAddr4 + ":67", 0, !closed},
 			{"DHCPv6", "[::]:546", "[ff02::1:2%" + lan + "]:547", 0, true},
 			{"the tunnel", "0.0.0.0:0", "10.77.0.1:53", 0, !closed || tunnel},
 			{"the tunnel, IPv6", "[::]:0", "[fd77::1]:53", 0, !closed || tunnel},
 		} {
-			if got := h.canSend(tt.from, tt.to, tt.mark); got != tt.want {
-				t.Errorf("%s, %s: passed %t, want %t", state, tt.what, got, tt.want)
-			}
+			t.Run(state+", "+tt.name, func(t *testing.T) {
+				if got := h.in(t).canSend(tt.from, tt.to, tt.mark); got != tt.want {
+					t.Errorf("got %t, want %t", got, tt.want)
+				}
+			})
 		}
 	}
 	check("before", false, false)
@@ -119,14 +122,14 @@ func TestKillSwitch(t *testing.T) {
 			t.Error(err)
 		}
 	}); n != 0 {
-		t.Errorf("closed again: %d notifications, want none", n)
+		t.Errorf("second Close: %d notifications, want none", n)
 	}
-	// of another process
+	// As in another process.
 	other := &KillSwitch{Instance: "one", Mark: DefaultMark, Allow: slices.Clone(k.Allow)}
 	h.closeKillSwitch(other, "masque0")
 	check("with an interface", true, true)
 
-	// The marked packets arrived, so ARP and neighbour discovery work.
+	// Marked packets arrive, so ARP and neighbour discovery work.
 	for _, to := range []string{proxyAddr4, proxyAddr6} {
 		server := router.listen(net.JoinHostPort(to, "0"), 0)
 		outer := h.listen(":0", DefaultMark)
@@ -141,19 +144,19 @@ func TestKillSwitch(t *testing.T) {
 		}
 	})
 	if !h.liftKillSwitch(k) {
-		t.Error("there was nothing to lift")
+		t.Error("Lift found no kill switch")
 	}
 	check("lifted", false, false)
 	h.wantSnapshot(before)
 	if h.liftKillSwitch(k) {
-		t.Error("lifted a second time")
+		t.Error("the second Lift found a kill switch")
 	}
 }
 
-// What the host forwards is held too, and refused with a reason.
+// Forwarded packets are rejected with an ICMP error.
 func TestKillSwitchForward(t *testing.T) {
 	h, router := connect(t)
-	h.ip("addr add fe80::5/64 dev up0 nodad") // a router asks for its neighbours from this address
+	h.ip("addr add fe80::5/64 dev up0 nodad") // for neighbour discovery while forwarding
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, State{
@@ -164,37 +167,39 @@ func TestKillSwitchForward(t *testing.T) {
 		Allow: prefixes(routerAddr4+"/32", routerAddr6+"/128")}
 	h.closeKillSwitch(k, "masque0")
 	for _, tt := range []struct {
-		from, to, allowed string
-		prohibited        gopacket.LayerType
+		name, from, to, allowed string
 	}{
-		{"10.77.0.9", proxyAddr4, routerAddr4, layers.LayerTypeICMPv4},
-		{"fd77::9", proxyAddr6, routerAddr6, layers.LayerTypeICMPv6},
+		{"IPv4", "10.77.0.9", proxyAddr4, routerAddr4},
+		{"IPv6", "fd77::9", proxyAddr6, routerAddr6},
 	} {
-		held := router.listen(net.JoinHostPort(tt.to, "4000"), 0)
-		open := router.listen(net.JoinHostPort(tt.allowed, "4000"), 0)
-		// DHCP's port is for the host itself
-		from := netip.AddrPortFrom(netip.MustParseAddr(tt.from), 68)
-		for _, to := range []string{tt.to, tt.allowed} {
-			if _, err := device.Write(udpPacket(t, from,
-				netip.AddrPortFrom(netip.MustParseAddr(to), 4000), "to "+to)); err != nil {
-				t.Fatal(err)
+		t.Run(tt.name, func(t *testing.T) {
+			router := router.in(t)
+			blocked := router.listen(net.JoinHostPort(tt.to, "4000"), 0)
+			open := router.listen(net.JoinHostPort(tt.allowed, "4000"), 0)
+			// The exception for the port of DHCP is only for the host itself.
+			from := netip.AddrPortFrom(netip.MustParseAddr(tt.from), 68)
+			for _, to := range []string{tt.to, tt.allowed} {
+				if _, err := device.Write(udpPacket(t, from,
+					netip.AddrPortFrom(netip.MustParseAddr(to), 4000), "to "+to)); err != nil {
+					t.Fatal(err)
+				}
 			}
-		}
-		if text, _ := receive(t, open); text != "to "+tt.allowed {
-			t.Errorf("received %q", text)
-		}
-		held.SetReadDeadline(time.Now())
-		if n, err := held.Read(make([]byte, 100)); err == nil {
-			t.Errorf("%d bytes were forwarded to %s", n, tt.to)
-		}
-		if got := readTUN(t, device, "to "+tt.to); !isProhibited(got, tt.to) {
-			t.Errorf("the sender got %x, want Administratively Prohibited", got)
-		}
+			if text, _ := receive(t, open); text != "to "+tt.allowed {
+				t.Errorf("received %q", text)
+			}
+			blocked.SetReadDeadline(time.Now())
+			if n, err := blocked.Read(make([]byte, 100)); err == nil {
+				t.Errorf("%d bytes were forwarded to %s", n, tt.to)
+			}
+			if got := readTUN(t, device, "to "+tt.to); !isProhibited(got, tt.to) {
+				t.Errorf("the sender got %x, want Administratively Prohibited", got)
+			}
+		})
 	}
 }
 
-// isProhibited says whether packet is the ICMP error by which a filter refuses one
-// to an address.
+// isProhibited reports whether packet is an ICMP error, Administratively
+// Prohibited, about a packet to the address to.
 func isProhibited(packet []byte, to string) bool {
 	icmp := packet[20:]
 	want := []byte{layers.ICMPv4TypeDestinationUnreachable, layers.ICMPv4CodeCommAdminProhibited}
@@ -206,8 +211,8 @@ func isProhibited(packet []byte, to string) bool {
 		strings.Contains(string(icmp), string(netip.MustParseAddr(to).AsSlice()))
 }
 
-// Another program may turn packets around after the output hook has seen that
-// they go into the tunnel.
+// The kill switch drops packets that another program reroutes outside the
+// tunnel after the output hook.
 func TestKillSwitchChecksFinalRoute(t *testing.T) {
 	h, _ := connect(t)
 	h.tun("masque0")
@@ -216,23 +221,25 @@ func TestKillSwitchChecksFinalRoute(t *testing.T) {
 	h.ip("route add " + proxyAddr4 + " dev masque0")
 	h.ip("route add default via " + routerAddr4 + " table 100")
 	h.ip("rule add fwmark 7 lookup 100")
-	h.run("nft", "add table ip other; add chain ip other out { type route hook output priority mangle; }; add rule ip other out udp dport 9 meta mark set 7")
+	h.run("nft", "add table ip other; "+
+		"add chain ip other out { type route hook output priority mangle; }; "+
+		"add rule ip other out udp dport 9 meta mark set 7")
 	k := &KillSwitch{Instance: "one", Mark: DefaultMark}
 	h.closeKillSwitch(k, "masque0")
 	if !h.canSend("0.0.0.0:0", proxyAddr4+":10", 0) {
-		t.Error("a packet into the tunnel was held")
+		t.Error("a packet into the tunnel was dropped")
 	}
 	if h.canSend("0.0.0.0:0", proxyAddr4+":9", 0) {
-		t.Error("a packet that leaves elsewhere after all has passed")
+		t.Error("a packet left outside the tunnel")
 	}
 	h.liftKillSwitch(k)
 	if !h.canSend("0.0.0.0:0", proxyAddr4+":9", 0) {
-		t.Error("the packet is held by something else: the test tests nothing")
+		t.Error("the packet does not leave without the kill switch either: the test is void")
 	}
 }
 
-// A socket for raw packets of the host is held like any other above IP.
-func TestKillSwitchHoldsRawSockets(t *testing.T) {
+// The kill switch also drops packets of raw sockets.
+func TestKillSwitchDropsRawPackets(t *testing.T) {
 	h, _ := connect(t)
 	k := &KillSwitch{Instance: "one", Mark: DefaultMark}
 	ping := func() (err error) {
@@ -254,12 +261,11 @@ func TestKillSwitchHoldsRawSockets(t *testing.T) {
 	}
 	h.closeKillSwitch(k, "")
 	if err := ping(); !errors.Is(err, unix.EPERM) {
-		t.Errorf("a ping: %v, want that it is not permitted", err)
+		t.Errorf("ping: %v, want operation not permitted", err)
 	}
 }
 
-// nft prints what we write, so that an operator can read it and nft can load it
-// again.
+// An operator can read the table, and nft can load its output again.
 func TestKillSwitchAsText(t *testing.T) {
 	h := newHost(t)
 	h.tun("masque0")
@@ -286,16 +292,16 @@ func TestKillSwitchAsText(t *testing.T) {
 		}
 	}
 	if err := k.Close("none0"); err == nil || !strings.Contains(err.Error(), `interface "none0"`) {
-		t.Errorf("an interface that does not exist: %v", err)
+		t.Errorf("missing interface: %v", err)
 	}
 	if err := (&KillSwitch{Instance: "a/b"}).Close(""); err == nil ||
 		!strings.Contains(err.Error(), `instance name "a/b"`) {
-		t.Errorf("a bad name: %v", err)
+		t.Errorf("invalid name: %v", err)
 	}
 }
 
-// Clean does without an interface what Open would do, and says whether it did
-// anything.
+// Clean restores the host like Open, without an interface, and reports whether
+// there was anything to restore.
 func TestClean(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -314,7 +320,7 @@ func TestClean(t *testing.T) {
 			t.Errorf("beside a live process: %v, want ErrInUse", err)
 		}
 	})
-	for _, want := range []bool{true, false} {
+	for _, want := range []bool{true, false} { // the second call finds nothing
 		if found, err := clean(); found != want || err != nil {
 			t.Errorf("found %t, %v, want %t", found, err, want)
 		}
