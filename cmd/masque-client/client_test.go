@@ -47,17 +47,21 @@ func TestNames(t *testing.T) {
 		{"/a/b", "b", "/a/b"},
 		{"alice@example.org", "alice@example.org", "/etc/masque/alice@example.org.toml"},
 	} {
-		name, file, err := o.resolve(test.arg)
-		if err != nil || name != test.name || file != test.file {
-			t.Errorf("%s: %q, %q, %v", test.arg, name, file, err)
-		}
+		t.Run(test.arg, func(t *testing.T) {
+			name, file, err := o.resolve(test.arg)
+			if err != nil || name != test.name || file != test.file {
+				t.Errorf("%s: %q, %q, %v", test.arg, name, file, err)
+			}
+		})
 	}
 	for _, arg := range []string{"proxy", "/etc/masque/proxy.toml", "", "..", "a b", ".toml", "/"} {
-		if name, _, err := o.resolve(arg); err == nil {
-			t.Errorf("%q names %q", arg, name)
-		} else if e, ok := errors.AsType[*fault.Error](err); !ok || e.Kind != fault.Usage {
-			t.Errorf("%q: %v", arg, err)
-		}
+		t.Run("not "+arg, func(t *testing.T) {
+			if name, _, err := o.resolve(arg); err == nil {
+				t.Errorf("%q names %q", arg, name)
+			} else if e, ok := errors.AsType[*fault.Error](err); !ok || e.Kind != fault.Usage {
+				t.Errorf("%q: %v", arg, err)
+			}
+		})
 	}
 }
 
@@ -161,17 +165,20 @@ func TestBadProxy(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "home.toml")
 	for _, proxy := range []string{"http://a.example/{target}/{ipproto}",
 		"https://a.example/{+target}", "https://a@b.example/x"} {
-		if err := os.WriteFile(file, []byte("# mine\nproxy = \""+proxy+"\"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if _, last := do(t, 2, "forward-udp", "5300", "a.example:53", "-c",
-			file); !strings.Contains(last, file+":2: proxy = \""+proxy+"\": ") {
-			t.Errorf("%s: forward-udp says %s", proxy, last)
-		}
-		if _, last := do(t, 2, "run", "-c", file); !strings.Contains(last,
-			file+":2: proxy = \""+proxy+"\": ") {
-			t.Errorf("said %s", last)
-		}
+		t.Run(proxy, func(t *testing.T) {
+			if err := os.WriteFile(file, []byte("# mine\nproxy = \""+proxy+"\"\n"),
+				0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, last := do(t, 2, "forward-udp", "5300", "a.example:53", "-c",
+				file); !strings.Contains(last, file+":2: proxy = \""+proxy+"\": ") {
+				t.Errorf("%s: forward-udp says %s", proxy, last)
+			}
+			if _, last := do(t, 2, "run", "-c", file); !strings.Contains(last,
+				file+":2: proxy = \""+proxy+"\": ") {
+				t.Errorf("said %s", last)
+			}
+		})
 	}
 }
 
@@ -203,9 +210,11 @@ func TestUsage(t *testing.T) {
 		{[]string{"run", "-c", "/none/home.toml", "--notify-fd", "0"},
 			"--notify-fd 0 is not a pipe"},
 	} {
-		if _, last := do(t, 2, test.args...); !strings.Contains(last, test.want) {
-			t.Errorf("%v: said %s, want %s", test.args, last, test.want)
-		}
+		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
+			if _, last := do(t, 2, test.args...); !strings.Contains(last, test.want) {
+				t.Errorf("%v: said %s, want %s", test.args, last, test.want)
+			}
+		})
 	}
 }
 

@@ -45,10 +45,12 @@ func TestInitACME(t *testing.T) {
 		"add --acme":      {"--agree-tos"},
 		"not an e-mail":   {"--acme", "admin", "--agree-tos"},
 	} {
-		if _, last := do(t, 2, append([]string{"init", "--name", "vpn.example.org",
-			filepath.Join(t.TempDir(), "m")}, args...)...); !strings.Contains(last, want) {
-			t.Errorf("%v: said %s, want %s", args, last, want)
-		}
+		t.Run(want, func(t *testing.T) {
+			if _, last := do(t, 2, append([]string{"init", "--name", "vpn.example.org",
+				filepath.Join(t.TempDir(), "m")}, args...)...); !strings.Contains(last, want) {
+				t.Errorf("%v: said %s, want %s", args, last, want)
+			}
+		})
 	}
 	// What is written for Let's Encrypt is good as it is.
 	_, file = install(t, "--acme", "admin@example.org", "--agree-tos")

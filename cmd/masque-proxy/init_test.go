@@ -152,16 +152,18 @@ func TestInitForAddress(t *testing.T) {
 
 func TestInitOverwritesNothing(t *testing.T) {
 	for _, name := range []string{caCertFile, caKeyFile, certFile, keyFile, usersFile, configFile} {
-		dir := t.TempDir()
-		path := filepath.Join(dir, name)
-		write(t, path, "precious")
-		if _, last := do(t, 2, "init", "--name", "a.example", dir); !strings.Contains(last,
-			path+" exists already") {
-			t.Errorf("%s: said %s", name, last)
-		}
-		if read(t, path) != "precious" || len(modes(t, dir)) != 1 {
-			t.Errorf("%s: the folder has changed: %v", name, modes(t, dir))
-		}
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, name)
+			write(t, path, "precious")
+			if _, last := do(t, 2, "init", "--name", "a.example", dir); !strings.Contains(last,
+				path+" exists already") {
+				t.Errorf("%s: said %s", name, last)
+			}
+			if read(t, path) != "precious" || len(modes(t, dir)) != 1 {
+				t.Errorf("%s: the folder has changed: %v", name, modes(t, dir))
+			}
+		})
 	}
 }
 
@@ -178,14 +180,16 @@ func TestInitErrors(t *testing.T) {
 		{[]string{"--name", "a.example", "--ipv4", "", "--ipv6", ""}, "empty"},
 		{[]string{"--name", "a.example", "--route", "all"}, "not an address prefix"},
 	} {
-		dir := filepath.Join(t.TempDir(), "masque")
-		if _, last := do(t, 2, append([]string{"init", dir},
-			test.args...)...); !strings.Contains(last, test.want) {
-			t.Errorf("%v: said %s, want %s", test.args, last, test.want)
-		}
-		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("%v: the folder was made: %v", test.args, err)
-		}
+		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "masque")
+			if _, last := do(t, 2, append([]string{"init", dir},
+				test.args...)...); !strings.Contains(last, test.want) {
+				t.Errorf("%v: said %s, want %s", test.args, last, test.want)
+			}
+			if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("%v: the folder was made: %v", test.args, err)
+			}
+		})
 	}
 }
 

@@ -142,18 +142,20 @@ func TestInviteFollowsMethods(t *testing.T) {
 		{`["token"]`, false, true, true},
 		{`["none"]`, false, false, false},
 	} {
-		dir, file := install(t)
-		replace(t, file, `["mtls", "token"]`, test.methods)
-		out, _ := do(t, 0, "invite", "alice", "-c", file)
-		client, err := config.ParseClient("alice.toml", []byte(out))
-		if err != nil {
-			t.Fatal(err)
-		}
-		user := strings.Contains(read(t, filepath.Join(dir, usersFile)), `name = "alice"`)
-		if (client.CertPEM != "") != test.cert || (client.KeyPEM != "") != test.cert ||
-			(client.Token != "") != test.token || user != test.user || client.CAPEM == "" {
-			t.Errorf("%s: user %v, file\n%s", test.methods, user, out)
-		}
+		t.Run(test.methods, func(t *testing.T) {
+			dir, file := install(t)
+			replace(t, file, `["mtls", "token"]`, test.methods)
+			out, _ := do(t, 0, "invite", "alice", "-c", file)
+			client, err := config.ParseClient("alice.toml", []byte(out))
+			if err != nil {
+				t.Fatal(err)
+			}
+			user := strings.Contains(read(t, filepath.Join(dir, usersFile)), `name = "alice"`)
+			if (client.CertPEM != "") != test.cert || (client.KeyPEM != "") != test.cert ||
+				(client.Token != "") != test.token || user != test.user || client.CAPEM == "" {
+				t.Errorf("%s: user %v, file\n%s", test.methods, user, out)
+			}
+		})
 	}
 }
 
@@ -165,13 +167,15 @@ func TestInviteDials(t *testing.T) {
 			"https://vpn.example.org/t/{target}/{ipproto}/"},
 		{"", "", "other.example.org:1", "other.example.org:1"},
 	} {
-		_, file := install(t)
-		replace(t, file, test.old, test.new)
-		out, _ := do(t, 0, "invite", "alice", "-c", file, "--proxy", test.flag)
-		client, err := config.ParseClient("alice.toml", []byte(out))
-		if err != nil || client.Proxy != test.want {
-			t.Errorf("%q for %q: %v, %v", test.new, test.want, client, err)
-		}
+		t.Run(test.want, func(t *testing.T) {
+			_, file := install(t)
+			replace(t, file, test.old, test.new)
+			out, _ := do(t, 0, "invite", "alice", "-c", file, "--proxy", test.flag)
+			client, err := config.ParseClient("alice.toml", []byte(out))
+			if err != nil || client.Proxy != test.want {
+				t.Errorf("%q for %q: %v, %v", test.new, test.want, client, err)
+			}
+		})
 	}
 }
 
@@ -230,10 +234,12 @@ func TestInviteErrors(t *testing.T) {
 			"the key does not belong to the certificate"},
 		{nil, "accepts 1 arg(s), received 0"},
 	} {
-		if _, last := do(t, 2, append([]string{"invite", "-c", file},
-			test.args...)...); !strings.Contains(last, test.want) {
-			t.Errorf("%v: said %s, want %s", test.args, last, test.want)
-		}
+		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
+			if _, last := do(t, 2, append([]string{"invite", "-c", file},
+				test.args...)...); !strings.Contains(last, test.want) {
+				t.Errorf("%v: said %s, want %s", test.args, last, test.want)
+			}
+		})
 	}
 	if after := read(t, filepath.Join(dir, usersFile)); after != before {
 		t.Errorf("the users file has changed:\n%s", after)
@@ -327,19 +333,21 @@ func TestInviteLimits(t *testing.T) {
 		{[]string{"--expires", "1000d", "--valid", "10d"}, 10 * 24 * time.Hour},
 		{nil, 365 * 24 * time.Hour},
 	} {
-		out, _ := do(t, 0, append([]string{"invite", fmt.Sprint("user", i), "-c", file},
-			test.args...)...)
-		client, err := config.ParseClient("c.toml", []byte(out))
-		if err != nil {
-			t.Fatal(err)
-		}
-		certs, err := pki.ParseCertificates([]byte(client.CertPEM))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if d := time.Until(certs[0].NotAfter) - test.want; d.Abs() > time.Hour {
-			t.Errorf("%v: the certificate is good until %v", test.args, certs[0].NotAfter)
-		}
+		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
+			out, _ := do(t, 0, append([]string{"invite", fmt.Sprint("user", i), "-c", file},
+				test.args...)...)
+			client, err := config.ParseClient("c.toml", []byte(out))
+			if err != nil {
+				t.Fatal(err)
+			}
+			certs, err := pki.ParseCertificates([]byte(client.CertPEM))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d := time.Until(certs[0].NotAfter) - test.want; d.Abs() > time.Hour {
+				t.Errorf("%v: the certificate is good until %v", test.args, certs[0].NotAfter)
+			}
+		})
 	}
 
 	// A user whose time is over, or who may reach what the proxy does not have,
@@ -376,14 +384,16 @@ func TestParseExpires(t *testing.T) {
 		"2026-06-01": "is over", "0d": "neither", "-1d": "neither", "9999-01-01": "neither",
 		"99999999999d": "neither", "soon": "neither", "2026-13-01": "neither",
 	} {
-		got, err := parseExpires(s, now)
-		text := got.UTC().Format(time.RFC3339)
-		if err != nil {
-			text = err.Error()
-		}
-		if !strings.Contains(text, want) {
-			t.Errorf("%q: %s, want %s", s, text, want)
-		}
+		t.Run(s, func(t *testing.T) {
+			got, err := parseExpires(s, now)
+			text := got.UTC().Format(time.RFC3339)
+			if err != nil {
+				text = err.Error()
+			}
+			if !strings.Contains(text, want) {
+				t.Errorf("%q: %s, want %s", s, text, want)
+			}
+		})
 	}
 }
 
@@ -470,20 +480,22 @@ func TestUserStoreKeepsWhatItKnew(t *testing.T) {
 		"exposed": func() { write(t, path, good); _ = os.Chmod(path, 0o644) },
 		"gone":    func() { _ = os.Remove(path) },
 	} {
-		log.Reset()
-		spoil()
-		for range 3 {
-			if _, ok := s.ByName("alice"); !ok {
-				t.Errorf("%s: the user is not known any more", name)
+		t.Run(name, func(t *testing.T) {
+			log.Reset()
+			spoil()
+			for range 3 {
+				if _, ok := s.ByName("alice"); !ok {
+					t.Errorf("%s: the user is not known any more", name)
+				}
 			}
-		}
-		if n := strings.Count(log.String(), "level=ERROR"); n != 1 {
-			t.Errorf("%s: logged %d times:\n%s", name, n, &log)
-		}
-		_ = os.Remove(path)
-		write(t, path, good)
-		if _, ok := s.ByName("alice"); !ok {
-			t.Errorf("%s: the file is not read again", name)
-		}
+			if n := strings.Count(log.String(), "level=ERROR"); n != 1 {
+				t.Errorf("%s: logged %d times:\n%s", name, n, &log)
+			}
+			_ = os.Remove(path)
+			write(t, path, good)
+			if _, ok := s.ByName("alice"); !ok {
+				t.Errorf("%s: the file is not read again", name)
+			}
+		})
 	}
 }

@@ -206,25 +206,30 @@ func TestCheckMetrics(t *testing.T) {
 		{"192.0.2.1:9484", "fail  metrics.listen: TCP 192.0.2.1:9484 is not an address of this host — change metrics.listen"},
 		{":39484", "warn  metrics.listen: not only this host reaches TCP :39484 — everybody who does can read"},
 	} {
-		_, file := install(t)
-		write(t, file, read(t, file)+"\n[metrics]\nlisten = \""+test.listen+"\"\n")
-		var c doctor.Report
-		(&options{Globals: &cli.Globals{RunDir: t.TempDir()}}).check(t.Context(), &c, file, false)
-		var out strings.Builder
-		_ = c.Finish(&out, false)
-		if !strings.Contains(out.String(), test.want) {
-			t.Errorf("%s: check said\n%s", test.listen, out.String())
-		}
+		t.Run(test.listen, func(t *testing.T) {
+			_, file := install(t)
+			write(t, file, read(t, file)+"\n[metrics]\nlisten = \""+test.listen+"\"\n")
+			var c doctor.Report
+			(&options{Globals: &cli.Globals{RunDir: t.TempDir()}}).check(t.Context(), &c,
+				file, false)
+			var out strings.Builder
+			_ = c.Finish(&out, false)
+			if !strings.Contains(out.String(), test.want) {
+				t.Errorf("%s: check said\n%s", test.listen, out.String())
+			}
+		})
 	}
 }
 
 func TestNoProxyRuns(t *testing.T) {
 	runDir := t.TempDir()
 	for _, args := range [][]string{{"status"}, {"sessions"}, {"kick", "1"}, {"reload"}} {
-		if _, last := do(t, 3, append(args, "--run-dir", runDir)...); !strings.Contains(last,
-			"no proxy is running") {
-			t.Errorf("%v: said %s", args, last)
-		}
+		t.Run(args[0], func(t *testing.T) {
+			if _, last := do(t, 3, append(args, "--run-dir", runDir)...); !strings.Contains(last,
+				"no proxy is running") {
+				t.Errorf("%v: said %s", args, last)
+			}
+		})
 	}
 }
 
@@ -299,8 +304,10 @@ func TestSameSockets(t *testing.T) {
 			[]string{"[2001:DB8:0::1]:443", "192.0.2.1:443"}, true},
 		{[]string{"192.0.2.1:443"}, []string{"192.0.2.1:443", "192.0.2.2:443"}, false},
 	} {
-		if same := slices.Equal(canonical(test.a), canonical(test.b)); same != test.same {
-			t.Errorf("%v and %v: %v", test.a, test.b, same)
-		}
+		t.Run(strings.Join(test.b, " "), func(t *testing.T) {
+			if same := slices.Equal(canonical(test.a), canonical(test.b)); same != test.same {
+				t.Errorf("%v and %v: %v", test.a, test.b, same)
+			}
+		})
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -122,12 +123,14 @@ func TestReloader(t *testing.T) {
 
 func TestExpiryWarning(t *testing.T) {
 	for _, test := range []struct{ life, left time.Duration }{{2 * 365, 30}, {90, 22}, {6, 1}} {
-		// days
-		leaf := &x509.Certificate{NotBefore: now, NotAfter: now.Add(test.life * 24 * time.Hour)}
-		end := leaf.NotAfter.Add(-test.left * 24 * time.Hour)
-		if ExpiresSoon(leaf, end.Add(-24*time.Hour)) || !ExpiresSoon(leaf, end.Add(time.Hour)) {
-			t.Errorf("of %d days, it does not end soon in the last %d", test.life, test.left)
-		}
+		t.Run(fmt.Sprintf("%d days", test.life), func(t *testing.T) {
+			// days
+			leaf := &x509.Certificate{NotBefore: now, NotAfter: now.Add(test.life * 24 * time.Hour)}
+			end := leaf.NotAfter.Add(-test.left * 24 * time.Hour)
+			if ExpiresSoon(leaf, end.Add(-24*time.Hour)) || !ExpiresSoon(leaf, end.Add(time.Hour)) {
+				t.Errorf("of %d days, it does not end soon in the last %d", test.life, test.left)
+			}
+		})
 	}
 	var log bytes.Buffer
 	w := ExpiryWarning{Name: "a.crt", Renewal: "renew it",

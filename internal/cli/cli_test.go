@@ -94,36 +94,41 @@ func TestExitCodes(t *testing.T) {
 
 func TestVersionCommand(t *testing.T) {
 	for _, args := range [][]string{{"version"}, {"version", "--json"}} {
-		root, _ := NewRoot("prog", "a program", Page{})
-		var out bytes.Buffer
-		root.SetOut(&out)
-		root.SetArgs(args)
-		if code := Main(root); code != 0 {
-			t.Fatalf("%v: exit code %d", args, code)
-		}
-		if len(args) == 1 {
-			if !strings.HasPrefix(out.String(), "prog ") || strings.Count(out.String(), "\n") != 1 {
-				t.Errorf("%v: %q", args, out.String())
+		t.Run(strings.Join(args, " "), func(t *testing.T) {
+			root, _ := NewRoot("prog", "a program", Page{})
+			var out bytes.Buffer
+			root.SetOut(&out)
+			root.SetArgs(args)
+			if code := Main(root); code != 0 {
+				t.Fatalf("%v: exit code %d", args, code)
 			}
-			continue
-		}
-		var v buildinfo.Info
-		if err := json.Unmarshal(out.Bytes(), &v); err != nil || v.Program != "prog" ||
-			v.Version == "" || v.Go == "" {
-			t.Errorf("%v: %+v, %v", args, v, err)
-		}
+			if len(args) == 1 {
+				if !strings.HasPrefix(out.String(), "prog ") ||
+					strings.Count(out.String(), "\n") != 1 {
+					t.Errorf("%v: %q", args, out.String())
+				}
+				return
+			}
+			var v buildinfo.Info
+			if err := json.Unmarshal(out.Bytes(), &v); err != nil || v.Program != "prog" ||
+				v.Version == "" || v.Go == "" {
+				t.Errorf("%v: %+v, %v", args, v, err)
+			}
+		})
 	}
 }
 
 func TestCompletion(t *testing.T) {
 	for _, shell := range []string{"bash", "zsh", "fish", "powershell"} {
-		root, _ := NewRoot("prog", "a program", Page{})
-		var out bytes.Buffer
-		root.SetOut(&out)
-		root.SetArgs([]string{"completion", shell})
-		if code := Main(root); code != 0 || !strings.Contains(out.String(), "prog") {
-			t.Errorf("%s: exit code %d, %d bytes", shell, code, out.Len())
-		}
+		t.Run(shell, func(t *testing.T) {
+			root, _ := NewRoot("prog", "a program", Page{})
+			var out bytes.Buffer
+			root.SetOut(&out)
+			root.SetArgs([]string{"completion", shell})
+			if code := Main(root); code != 0 || !strings.Contains(out.String(), "prog") {
+				t.Errorf("%s: exit code %d, %d bytes", shell, code, out.Len())
+			}
+		})
 	}
 }
 
@@ -148,15 +153,17 @@ func TestManual(t *testing.T) {
 		"prog-do.1": {".TH \"PROG-DO\"", "\\fBprog do IT [flags]\\fP", ".SH EXIT STATUS\n",
 			".SH SEE ALSO\n\\fBprog(1)\\fP\n"},
 	} {
-		page, err := os.ReadFile(filepath.Join(dir, name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, s := range want {
-			if !strings.Contains(string(page), s) {
-				t.Errorf("no %q in %s:\n%s", s, name, page)
+		t.Run(name, func(t *testing.T) {
+			page, err := os.ReadFile(filepath.Join(dir, name))
+			if err != nil {
+				t.Fatal(err)
 			}
-		}
+			for _, s := range want {
+				if !strings.Contains(string(page), s) {
+					t.Errorf("no %q in %s:\n%s", s, name, page)
+				}
+			}
+		})
 	}
 	if _, err := os.Stat(filepath.Join(dir, "prog-man.1")); err == nil {
 		t.Error("a page of a hidden command")
@@ -185,19 +192,21 @@ func TestLogFormats(t *testing.T) {
 		{FormatText, here, false},
 		{FormatJSON, "", true},
 	} {
-		t.Setenv("JOURNAL_STREAM", test.journal)
-		o, err := ParseLogOptions("warn", test.format)
-		if err != nil {
-			t.Fatal(err)
-		}
-		handler := o.Logger(file).Handler()
-		if _, isJSON := handler.(*slog.JSONHandler); isJSON != test.json {
-			t.Errorf("format %s, JOURNAL_STREAM %q: %T", test.format, test.journal, handler)
-		}
-		if handler.Enabled(t.Context(), slog.LevelInfo) ||
-			!handler.Enabled(t.Context(), slog.LevelWarn) {
-			t.Errorf("the level is not warn")
-		}
+		t.Run(test.format+" "+test.journal, func(t *testing.T) {
+			t.Setenv("JOURNAL_STREAM", test.journal)
+			o, err := ParseLogOptions("warn", test.format)
+			if err != nil {
+				t.Fatal(err)
+			}
+			handler := o.Logger(file).Handler()
+			if _, isJSON := handler.(*slog.JSONHandler); isJSON != test.json {
+				t.Errorf("format %s, JOURNAL_STREAM %q: %T", test.format, test.journal, handler)
+			}
+			if handler.Enabled(t.Context(), slog.LevelInfo) ||
+				!handler.Enabled(t.Context(), slog.LevelWarn) {
+				t.Errorf("the level is not warn")
+			}
+		})
 	}
 	o, err := ParseLogOptions("DEBUG", FormatJSON)
 	if err != nil {

@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"slices"
@@ -789,12 +790,14 @@ func TestByteOrderMarks(t *testing.T) {
 		"\xff\xfe":     "save the file as UTF-8, not UTF-16",
 		"\xfe\xff":     "save the file as UTF-8, not UTF-16",
 	} {
-		want := "f.toml:1: starts with a byte order mark; " + remedy
-		for _, text := range []string{"", `proxy = "p"`} {
-			if _, err := ParseClient("f.toml", []byte(mark+text)); err == nil ||
-				err.Error() != want {
-				t.Errorf("%q: %v, want %s", mark+text, err, want)
+		t.Run(fmt.Sprintf("%x", mark), func(t *testing.T) {
+			want := "f.toml:1: starts with a byte order mark; " + remedy
+			for _, text := range []string{"", `proxy = "p"`} {
+				if _, err := ParseClient("f.toml", []byte(mark+text)); err == nil ||
+					err.Error() != want {
+					t.Errorf("%q: %v, want %s", mark+text, err, want)
+				}
 			}
-		}
+		})
 	}
 }

@@ -43,39 +43,42 @@ func TestSignals(t *testing.T) {
 		{"end", syscall.SIGINT, 0},
 		{"hang", syscall.SIGTERM, fault.Failure},
 	} {
-		cmd := exec.Command(os.Args[0])
-		cmd.Env = append(os.Environ(), signalVar+"="+test.kind)
-		if _, err := cmd.StdinPipe(); err != nil {
-			t.Fatal(err)
-		}
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		lines := bufio.NewScanner(out)
-		expect := func(want string) {
-			t.Helper()
-			if !lines.Scan() || lines.Text() != want {
-				t.Fatalf("%s: said %q, want %q", test.kind, lines.Text(), want)
-			}
-		}
-		expect("ready")
-		if err := cmd.Process.Signal(test.first); err != nil {
-			t.Fatal(err)
-		}
-		expect("stopping")
-		if test.kind == "hang" {
-			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Run(fmt.Sprintf("%s after %v", test.kind, test.first), func(t *testing.T) {
+			cmd := exec.Command(os.Args[0])
+			cmd.Env = append(os.Environ(), signalVar+"="+test.kind)
+			if _, err := cmd.StdinPipe(); err != nil {
 				t.Fatal(err)
 			}
-		}
-		_ = cmd.Wait() // the exit code says it
-		if got := cmd.ProcessState.ExitCode(); got != int(test.want) {
-			t.Errorf("%s after %v: exit code %d, want %d", test.kind, test.first, got, test.want)
-		}
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			lines := bufio.NewScanner(out)
+			expect := func(want string) {
+				t.Helper()
+				if !lines.Scan() || lines.Text() != want {
+					t.Fatalf("%s: said %q, want %q", test.kind, lines.Text(), want)
+				}
+			}
+			expect("ready")
+			if err := cmd.Process.Signal(test.first); err != nil {
+				t.Fatal(err)
+			}
+			expect("stopping")
+			if test.kind == "hang" {
+				if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+					t.Fatal(err)
+				}
+			}
+			_ = cmd.Wait() // the exit code says it
+			if got := cmd.ProcessState.ExitCode(); got != int(test.want) {
+				t.Errorf("%s after %v: exit code %d, want %d", test.kind, test.first, got,
+					test.want)
+			}
+		})
 	}
 }
 

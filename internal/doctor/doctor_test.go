@@ -117,11 +117,13 @@ func TestCertificateChecks(t *testing.T) {
 		{good, now.Add(pki.ServerValidity - 24*time.Hour),
 			"warn  tls.cert: ends on 2028-01-02 — renew it"},
 	} {
-		// its verdict is in the line
-		lines, _ := report(t, func(c *Report) { c.Certificate(test.cred, test.at) })
-		if len(lines) != 1 || !strings.HasPrefix(lines[0], test.want) {
-			t.Errorf("got %q, want %q", lines, test.want)
-		}
+		t.Run(test.want, func(t *testing.T) {
+			// its verdict is in the line
+			lines, _ := report(t, func(c *Report) { c.Certificate(test.cred, test.at) })
+			if len(lines) != 1 || !strings.HasPrefix(lines[0], test.want) {
+				t.Errorf("got %q, want %q", lines, test.want)
+			}
+		})
 	}
 }
 
@@ -138,11 +140,13 @@ func TestConfigChecks(t *testing.T) {
 		{two, "fail  configuration: f:1: a: bad — mend it|fail  configuration: f:2: b: worse"},
 		{files.Exposed("f"), "fail  configuration: f holds a secret and can be read by others: chmod 600 f"},
 	} {
-		good := false
-		lines, _ := report(t, func(c *Report) { good = c.Config("f", test.err) })
-		if got := strings.Join(lines, "|"); got != test.want || good != (test.err == nil) {
-			t.Errorf("%v: %v, %s", test.err, good, got)
-		}
+		t.Run(test.want, func(t *testing.T) {
+			good := false
+			lines, _ := report(t, func(c *Report) { good = c.Config("f", test.err) })
+			if got := strings.Join(lines, "|"); got != test.want || good != (test.err == nil) {
+				t.Errorf("%v: %v, %s", test.err, good, got)
+			}
+		})
 	}
 }
 
@@ -163,10 +167,12 @@ func TestHostChecks(t *testing.T) {
 		{func(c *Report) { c.RunDir(filepath.Join(dir, "a", "b")) }, "ok    run directory: "},
 		{func(c *Report) { c.RunDir(filepath.Join(file, "a")) }, "fail  run directory: "},
 	} {
-		lines, _ := report(t, test.check)
-		if !strings.HasPrefix(lines[0], test.want) {
-			t.Errorf("got %q, want %q", lines, test.want)
-		}
+		t.Run(test.want, func(t *testing.T) {
+			lines, _ := report(t, test.check)
+			if !strings.HasPrefix(lines[0], test.want) {
+				t.Errorf("got %q, want %q", lines, test.want)
+			}
+		})
 	}
 	// What these find depends on the machine; they find one thing each.
 	for _, check := range []func(*Report){
@@ -286,9 +292,11 @@ func TestFindings(t *testing.T) {
 			c.LogFiles("", "", filepath.Join(dir, "none", "pcap"))
 		}, "fail  log.pcap: "},
 	} {
-		lines, _ := report(t, test.check) // its verdict is in the line
-		if len(lines) != 1 || !strings.HasPrefix(lines[0], test.want) {
-			t.Errorf("got %q, want %q", lines, test.want)
-		}
+		t.Run(test.want, func(t *testing.T) {
+			lines, _ := report(t, test.check) // its verdict is in the line
+			if len(lines) != 1 || !strings.HasPrefix(lines[0], test.want) {
+				t.Errorf("got %q, want %q", lines, test.want)
+			}
+		})
 	}
 }

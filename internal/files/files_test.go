@@ -48,15 +48,17 @@ func TestSecretsOfServices(t *testing.T) {
 		{0o700, 0o600}, {0o750, 0o600}, {0o750 | fs.ModeSetgid, 0o640},
 		{0o755 | fs.ModeSetgid, 0o600}, {0o700 | fs.ModeSetgid, 0o600},
 	} {
-		if err := os.Chmod(dir, test.mode); err != nil {
-			t.Fatal(err)
-		}
-		if !root {
-			test.want = 0o600
-		}
-		if got := SecretMode(filepath.Join(dir, "f")); got != test.want {
-			t.Errorf("in a folder with mode %v: %o, want %o", test.mode, got, test.want)
-		}
+		t.Run(test.mode.String(), func(t *testing.T) {
+			if err := os.Chmod(dir, test.mode); err != nil {
+				t.Fatal(err)
+			}
+			if !root {
+				test.want = 0o600
+			}
+			if got := SecretMode(filepath.Join(dir, "f")); got != test.want {
+				t.Errorf("in a folder with mode %v: %o, want %o", test.mode, got, test.want)
+			}
+		})
 	}
 	if got := SecretMode(filepath.Join(dir, "none", "f")); got != 0o600 {
 		t.Errorf("in no folder: %o", got)
