@@ -17,8 +17,7 @@ import (
 	"github.com/quic-go/quic-go/quicvarint"
 )
 
-// With these flags, TestAttackByHand attacks a proxy that runs elsewhere on
-// this host:
+// With these flags, TestAttackByHand attacks another proxy on this host:
 //
 //	go test ./proxy -run TestAttackByHand -attack 127.0.0.1:443 -attack-connections 5000
 var (
@@ -31,10 +30,8 @@ var (
 	attackTime = flag.Duration("attack-time", 20*time.Second, "for how long")
 )
 
-// halfRequests makes a connection without credentials from local, opens as
-// many requests as the proxy lets it, sends a part of each, and datagrams for
-// all of them, until it has sent so many bytes or the connection ends. The
-// connection is not closed.
+// halfRequests opens a connection without credentials from local and calls
+// sendHalfRequests. It does not close the connection.
 func halfRequests(ctx context.Context, local net.IP, proxy string, bytes int) (*quic.Conn, func(),
 	error) {
 	to, err := net.ResolveUDPAddr("udp", proxy)
@@ -65,9 +62,9 @@ func halfRequests(ctx context.Context, local net.IP, proxy string, bytes int) (*
 	return conn, free, nil
 }
 
-// sendHalfRequests opens as many requests on conn as the proxy lets it, sends a
-// part of each, and datagrams for all of them, until it has sent so many bytes
-// or the connection ends.
+// sendHalfRequests opens as many requests on conn as the proxy allows, sends a
+// part of each, and then datagrams for them, until it has sent the given number
+// of bytes or the connection ends.
 func sendHalfRequests(conn *quic.Conn, bytes int) {
 	var streams []uint64
 	for {
@@ -75,7 +72,7 @@ func sendHalfRequests(conn *quic.Conn, bytes int) {
 		if err != nil {
 			break
 		}
-		// A HEADERS frame of which the end does not come.
+		// A HEADERS frame without its end.
 		_ = str.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
 		_, _ = str.Write(append(quicvarint.Append([]byte{1}, maxHeaderBytes),
 			make([]byte, *attackHeader)...))
@@ -90,8 +87,8 @@ func sendHalfRequests(conn *quic.Conn, bytes int) {
 	}
 }
 
-// Who has not said who he is has the proxy keep little, and no other client
-// notices.
+// TestHalfRequests checks that clients without credentials use little memory of
+// the proxy and do not affect other clients.
 func TestHalfRequests(t *testing.T) {
 	const (
 		perAddress = 4
@@ -114,10 +111,10 @@ func TestHalfRequests(t *testing.T) {
 	}
 	attack.Wait()
 	if grown := int64(heap()) - int64(before); grown > most {
-		t.Errorf("%d bytes are kept, more than %d", grown, most)
+		t.Errorf("the proxy keeps %d bytes, want %d at most", grown, most)
 	}
 	if n := s.Counters().PendingConnections; n > perAddress {
-		t.Errorf("%d connections are pending, more than %d", n, perAddress)
+		t.Errorf("%d connections are pending, want %d at most", n, perAddress)
 	}
 	p.lives(t)
 	if got, want := s.Counters().Sessions, 1; got != want {
@@ -125,8 +122,8 @@ func TestHalfRequests(t *testing.T) {
 	}
 }
 
-// A user whose request was accepted may open many more streams. Datagrams for
-// those that nobody receives from are not kept by the thousand.
+// TestUnreadDatagrams checks that the proxy bounds the datagrams of streams
+// that nobody reads, which a user with an accepted request may open.
 func TestUnreadDatagrams(t *testing.T) {
 	const (
 		sent = 64 << 20 // bytes
@@ -137,13 +134,13 @@ func TestUnreadDatagrams(t *testing.T) {
 	before := heap()
 	sendHalfRequests(attacker.conn, sent)
 	if grown := int64(heap()) - int64(before); grown > most {
-		t.Errorf("%d bytes are kept, more than %d", grown, most)
+		t.Errorf("the proxy keeps %d bytes, want %d at most", grown, most)
 	}
 	other.lives(t)
 }
 
-// Requests that are refused do not make a connection last, nor do those of
-// which half came.
+// TestRefusedRequestsAreNone checks that a connection stays pending after a
+// refused request, and not after an accepted one.
 func TestRefusedRequestsAreNone(t *testing.T) {
 	s, _ := hostile(t, nil)
 	conn, h3 := s.dial(t, nil)
@@ -151,21 +148,22 @@ func TestRefusedRequestsAreNone(t *testing.T) {
 		t.Fatalf("status %d", rsp.StatusCode)
 	}
 	if n := s.Counters().PendingConnections; n != 1 {
-		t.Errorf("%d connections are pending after a request that was refused", n)
+		t.Errorf("%d connections are pending after a refused request, want 1", n)
 	}
 	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath,
 		nil); rsp.StatusCode != http.StatusOK {
 		t.Fatalf("status %d", rsp.StatusCode)
 	}
 	if n := s.Counters().PendingConnections; n != 0 {
-		t.Errorf("%d connections are pending after one that was accepted", n)
+		t.Errorf("%d connections are pending after an accepted request, want 0", n)
 	}
 	if conn.Context().Err() != nil {
 		t.Error("the connection has ended")
 	}
 }
 
-// After an accepted request a connection has all the streams that it ever has.
+// TestStreamsAfterAcceptance checks that a connection has its full number of
+// streams after an accepted request.
 func TestStreamsAfterAcceptance(t *testing.T) {
 	s, _ := hostile(t, nil)
 	conn, h3 := s.dial(t, nil)
@@ -180,9 +178,10 @@ func TestStreamsAfterAcceptance(t *testing.T) {
 	}
 }
 
+// TestAttackByHand attacks the proxy that the flags name.
 func TestAttackByHand(t *testing.T) {
 	if *attackProxy == "" {
-		t.Skip("without -attack there is nothing to attack")
+		t.Skip("needs -attack")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), *attackTime)
 	defer cancel()
@@ -192,7 +191,7 @@ func TestAttackByHand(t *testing.T) {
 	for range min(*attackConnections, 64) {
 		running.Go(func() {
 			for i := range next {
-				// From a thousand addresses.
+				// The connections come from a thousand addresses.
 				local := net.IPv4(127, 1, byte(i%1000>>8), byte(1+i%250))
 				_, free, err := halfRequests(ctx, local, *attackProxy, *attackBytes)
 				if err != nil {

@@ -13,9 +13,9 @@ import (
 	"masquevpn/proxy/internal/auththrottle"
 )
 
-// Who guesses waits for the answer, and for the next guess on the same
-// connection. Who has good credentials does not, behind the same address. The
-// log has all that an operator needs and no secret.
+// TestGuessing checks that a guesser waits for each answer, one guess per
+// connection, and that a client with valid credentials from the same address
+// does not wait. The log has the failure without the secret.
 func TestGuessing(t *testing.T) {
 	var out logtest.Buffer
 	users := &oneChanging{alice: User{Name: "alice"}}
@@ -48,18 +48,18 @@ func TestGuessing(t *testing.T) {
 	_, other := s.dial(t, nil)
 	if rsp, _ := request(t, other, "CONNECT", "connect-ip", anyPath,
 		asAlice); rsp.StatusCode != 200 {
-		t.Errorf("with good credentials: status %d", rsp.StatusCode)
+		t.Errorf("with valid credentials: status %d, want 200", rsp.StatusCode)
 	}
 	select {
 	case status := <-slow:
-		t.Errorf("a guess was answered with %d before that", status)
+		t.Errorf("a guess was answered before that, with status %d", status)
 	default:
 	}
 	if n := s.Status().AuthFailures["token"]; n != 1 {
-		t.Errorf("%d guesses were looked at, want 1 of those on one connection", n)
+		t.Errorf("%d guesses of one connection were checked, want 1", n)
 	}
 	if got := <-slow; got != 401 {
-		t.Errorf("the guess was answered with %d", got)
+		t.Errorf("the guess was answered with status %d, want 401", got)
 	}
 	var line struct{ Level, Msg, Remote, Method, Class, User, Reason string }
 	for l := range bytes.Lines([]byte(out.String())) {

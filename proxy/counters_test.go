@@ -39,8 +39,8 @@ func awaitCounters(t *testing.T, s *Server, what string, ok func(*Counters) bool
 	}
 }
 
-// What happens is counted, stays counted when its session is gone, and the
-// status says the same.
+// TestCounters checks the counters, also after their session has ended, and
+// compares them with the status.
 func TestCounters(t *testing.T) {
 	s, device := hostile(t, nil)
 	if c := s.Counters(); c.Sessions != 0 || c.MaxSessions != DefaultSessions ||
@@ -75,7 +75,7 @@ func TestCounters(t *testing.T) {
 		t.Errorf("requests %v, want %v", c.Requests, want)
 	}
 	if n := maps.Collect(c.Stats.Receive.EachCapsule())["address_request"]; n != 1 {
-		t.Errorf("%d capsules ADDRESS_REQUEST", n)
+		t.Errorf("%d ADDRESS_REQUEST capsules, want 1", n)
 	}
 	before := c.Stats.Receive.Bytes.Load()
 	if err := p.conn.CloseWithError(0, ""); err != nil {
@@ -93,7 +93,7 @@ func TestCounters(t *testing.T) {
 
 	st := s.Status()
 	drops := c.Stats.Receive.Drops()
-	drops["too_big"] += 0 // always there
+	drops["too_big"] += 0 // always present
 	for reason, n := range c.Stats.Send.Drops() {
 		drops[reason] += n
 	}
@@ -111,8 +111,8 @@ func TestCounters(t *testing.T) {
 	}
 }
 
-// While sessions come and go, no sum is ever without what one of them carried:
-// that would look like a restart.
+// TestSumsNeverGetLess checks that the sums never decrease while sessions begin
+// and end: a decrease would look like a restart.
 func TestSumsNeverGetLess(t *testing.T) {
 	l := newSessions()
 	const writers, rounds = 16, 5000
@@ -142,7 +142,7 @@ func TestSumsNeverGetLess(t *testing.T) {
 	wg.Wait()
 }
 
-// Credentials that are refused are counted by what was wrong with them.
+// TestAuthFailures checks that refused credentials are counted by method.
 func TestAuthFailures(t *testing.T) {
 	ca, pair, err := pki.NewAuthority("users", time.Now())
 	if err != nil {
@@ -183,7 +183,7 @@ func TestAuthFailures(t *testing.T) {
 		conn, err := quic.DialAddr(t.Context(), s.Addrs()[0].String(), conf,
 			&quic.Config{EnableDatagrams: true})
 		if err != nil {
-			return // the proxy may have been quicker than the handshake's end here
+			return // the proxy may refuse before the handshake is complete here
 		}
 		defer conn.CloseWithError(0, "")
 		h3 := (&http3.Transport{EnableDatagrams: true}).NewClientConn(conn)

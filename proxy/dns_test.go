@@ -26,12 +26,12 @@ var corp = DNS{
 	NAT64:  []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96")},
 }
 
-// dualStack gives the proxy both families and corp to tell.
+// dualStack configures both families and corp.
 func dualStack(c *Config) {
 	c.Pool6, c.DNS = netip.MustParsePrefix("fd77::/64"), corp
 }
 
-// configuration is what clients hear of servers.
+// configuration returns the DNS_ASSIGN capsule for servers.
 func configuration(domains, search []string, servers ...string) *capsule.DNSAssign {
 	c := capsule.DNSConfiguration{InternalDomains: domains, SearchDomains: search}
 	for i, s := range servers {
@@ -42,7 +42,7 @@ func configuration(domains, search []string, servers ...string) *capsule.DNSAssi
 	return &capsule.DNSAssign{Configurations: []capsule.DNSConfiguration{c}}
 }
 
-// reader reads the capsules on str, and does not wait for them forever.
+// reader returns a Reader of the capsules on str, with a deadline.
 func reader(t *testing.T, str *http3.RequestStream) *capsule.Reader {
 	t.Helper()
 	if err := str.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
@@ -51,7 +51,7 @@ func reader(t *testing.T, str *http3.RequestStream) *capsule.Reader {
 	return capsule.NewReader(str, 1<<16)
 }
 
-// wantCapsules reads as many capsules and compares them.
+// wantCapsules reads capsules and compares them with want.
 func wantCapsules(t *testing.T, r *capsule.Reader, want ...capsule.Capsule) {
 	t.Helper()
 	for _, w := range want {
@@ -66,7 +66,8 @@ func wantCapsules(t *testing.T, r *capsule.Reader, want ...capsule.Capsule) {
 	}
 }
 
-// Clients hear of DNS and NAT64 after the routes, and of each change.
+// TestDNSIsPushed checks that clients get DNS and NAT64 settings after the
+// routes, and again after each change.
 func TestDNSIsPushed(t *testing.T) {
 	s := startServer(t, dualStack)
 	_, h3 := s.dial(t, nil)
@@ -99,7 +100,7 @@ func TestDNSIsPushed(t *testing.T) {
 		wantCapsules(t, r, step.want...)
 	}
 	if err := s.SetDNS(DNS{Search: []string{"corp.example"}}); err == nil {
-		t.Error("domains without servers were taken")
+		t.Error("domains without servers were accepted")
 	}
 	if err := s.SetDNS(DNS{}); err != nil {
 		t.Fatal(err)
@@ -107,7 +108,8 @@ func TestDNSIsPushed(t *testing.T) {
 	wantCapsules(t, r, &capsule.DNSAssign{})
 }
 
-// A client hears of no server that its request, or its addresses, cannot reach.
+// TestDNSFollowsScopeAndAddresses checks that a client gets no server outside
+// the scope of its request or of a family without an address.
 func TestDNSFollowsScopeAndAddresses(t *testing.T) {
 	s := startServer(t, dualStack)
 	_, h3 := s.dial(t, nil)
@@ -132,8 +134,7 @@ func TestDNSFollowsScopeAndAddresses(t *testing.T) {
 			r := reader(t, str)
 			nextRoutes(t, r)
 			wantCapsules(t, r, tc.want...)
-			// What follows next is the answer to this, and nothing else about
-			// DNS.
+			// The next capsule is the answer to this request, not DNS.
 			ask := &capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1,
 				Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}
 			if _, err := str.Write(ask.Append(nil)); err != nil {
@@ -162,7 +163,8 @@ func TestDNSFollowsScopeAndAddresses(t *testing.T) {
 	})
 }
 
-// Servers that clients cannot reach are said to be so, once.
+// TestWarnsOfUnreachableDNS checks that the log has one warning about each
+// server that clients cannot reach.
 func TestWarnsOfUnreachableDNS(t *testing.T) {
 	var log bytes.Buffer
 	startServer(t, func(c *Config) {
@@ -182,17 +184,19 @@ func TestWarnsOfUnreachableDNS(t *testing.T) {
 		"fd77::53": "do not reach", "203.0.113.1": "do not reach", "64:ff9b::/96": "do not reach",
 		"192.0.2.53": "may not reach", "198.51.100.129": "may not reach",
 	}
-	for what, why := range want {
-		var lines []string
-		for line := range strings.Lines(log.String()) {
-			if strings.Contains(line, "="+what+"\n") {
-				lines = append(lines, line)
+	for server, reason := range want {
+		t.Run(server, func(t *testing.T) {
+			var lines []string
+			for line := range strings.Lines(log.String()) {
+				if strings.Contains(line, "="+server+"\n") {
+					lines = append(lines, line)
+				}
 			}
-		}
-		if why == "" && len(lines) > 0 ||
-			why != "" && (len(lines) != 1 || !strings.Contains(lines[0], why)) {
-			t.Errorf("%s: %q, want that clients %s it", what, lines, why)
-		}
+			if reason == "" && len(lines) > 0 ||
+				reason != "" && (len(lines) != 1 || !strings.Contains(lines[0], reason)) {
+				t.Errorf("got %q, want a warning with %q", lines, reason)
+			}
+		})
 	}
 }
 
@@ -211,31 +215,35 @@ func TestDNSCheck(t *testing.T) {
 	servers, domains, nat64 := many(maxDomains + 1)
 	one := servers[:1]
 	for _, tc := range []struct {
-		key string
-		dns DNS
+		name string
+		key  string // key in the error
+		dns  DNS
 	}{
-		{"dns.servers", DNS{Servers: servers}},
-		{"dns.search", DNS{Servers: one, Search: domains}},
-		{"dns.domains", DNS{Servers: one, Domains: domains}},
-		{"dns.nat64", DNS{NAT64: nat64}},
-		{"dns.servers", DNS{Domains: domains[:1]}},
-		{"dns", DNS{Servers: []netip.Addr{{}}}},
-		{"dns", DNS{Servers: one, Search: []string{"a b"}}},
-		{"dns.nat64", DNS{NAT64: []netip.Prefix{netip.MustParsePrefix("64:ff9b::/95")}}},
+		{"too many servers", "dns.servers", DNS{Servers: servers}},
+		{"too many search domains", "dns.search", DNS{Servers: one, Search: domains}},
+		{"too many domains", "dns.domains", DNS{Servers: one, Domains: domains}},
+		{"too many NAT64 prefixes", "dns.nat64", DNS{NAT64: nat64}},
+		{"domains without servers", "dns.servers", DNS{Domains: domains[:1]}},
+		{"invalid server", "dns", DNS{Servers: []netip.Addr{{}}}},
+		{"invalid search domain", "dns", DNS{Servers: one, Search: []string{"a b"}}},
+		{"invalid NAT64 prefix", "dns.nat64",
+			DNS{NAT64: []netip.Prefix{netip.MustParsePrefix("64:ff9b::/95")}}},
 	} {
-		var e *Error
-		if err := tc.dns.check(); !errors.As(err, &e) || e.Kind != KindUsage ||
-			e.Key != tc.key {
-			t.Errorf("%+v: got %v, want an error about %s", tc.dns, err, tc.key)
-		}
+		t.Run(tc.name, func(t *testing.T) {
+			var e *Error
+			if err := tc.dns.check(); !errors.As(err, &e) || e.Kind != KindUsage ||
+				e.Key != tc.key {
+				t.Errorf("got %v, want an error about %s", err, tc.key)
+			}
+		})
 	}
 	most := DNS{Servers: servers[:maxServers], Domains: domains[:maxDomains],
 		Search: domains[:maxDomains], NAT64: nat64[:maxNAT64]}
 	if err := most.check(); err != nil {
 		t.Error(err)
 	}
-	// connect-ip-go takes no more than this.
+	// connect-ip-go accepts capsules of this length.
 	if n := len((&capsule.DNSAssign{Configurations: most.configurations()}).Append(nil)); n > 32<<10 {
-		t.Errorf("a capsule of %d bytes", n)
+		t.Errorf("the capsule has %d bytes", n)
 	}
 }

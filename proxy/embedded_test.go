@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// The examples of RFC 6052 section 2.4, and prefixes that end before, in and
-// after the byte that is left out.
+// TestEmbedding has the examples of RFC 6052 section 2.4, and prefixes that end
+// before, in and after the skipped byte.
 func TestEmbedding(t *testing.T) {
 	for _, tc := range []struct{ below, prefix, want string }{
 		{"2001:db8::/32", "192.0.2.33/32", "2001:db8:c000:221::/64"},
@@ -23,19 +23,21 @@ func TestEmbedding(t *testing.T) {
 		{"2001:db8:122:344::/64", "10.0.0.0/8", "2001:db8:122:344:a::/80"},
 		{"2001:db8:122:344::/64", "0.0.0.0/0", "2001:db8:122:344::/64"},
 	} {
-		e := embedding{netip.MustParsePrefix(tc.below), true, false}
-		if got := e.embed(netip.MustParsePrefix(tc.prefix)); got.String() != tc.want {
-			t.Errorf("%s below %s is %v, want %s", tc.prefix, tc.below, got, tc.want)
-		}
+		t.Run(tc.prefix+" under "+tc.below, func(t *testing.T) {
+			e := embedding{netip.MustParsePrefix(tc.below), true, false}
+			if got := e.embed(netip.MustParsePrefix(tc.prefix)); got.String() != tc.want {
+				t.Errorf("got %v, want %s", got, tc.want)
+			}
+		})
 	}
 	sixToFour := embedding{netip.MustParsePrefix("2002::/16"), false, false}
 	if got := sixToFour.embed(netip.MustParsePrefix("192.0.2.33/32")); got.String() != "2002:c000:221::/48" {
-		t.Errorf("6to4 has %v", got)
+		t.Errorf("6to4: got %v, want 2002:c000:221::/48", got)
 	}
 }
 
-// What clients do not reach by its IPv4 address, they do not reach by an IPv6
-// address that means it.
+// TestDeniedByOtherNames checks that IPv6 addresses that embed a denied IPv4
+// address are denied.
 func TestDeniedByOtherNames(t *testing.T) {
 	h := newHub(t, func(c *Config) {
 		c.Deny = []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24")}
@@ -46,7 +48,7 @@ func TestDeniedByOtherNames(t *testing.T) {
 		addr   string
 		denied bool
 	}{
-		{"203.0.113.7", true}, {"8.8.8.8", false}, // as they are
+		{"203.0.113.7", true}, {"8.8.8.8", false},
 		{"64:ff9b::203.0.113.7", true}, {"64:ff9b::a9fe:a9fe", true}, {"64:ff9b::192.0.2.1", true},
 		{"64:ff9b::8.8.8.8", false},
 		{"64:ff9b:1:cb00:71:700::", true}, {"64:ff9b:1:cb:0:7107::", true},
@@ -56,15 +58,17 @@ func TestDeniedByOtherNames(t *testing.T) {
 		{"::ffff:203.0.113.7", true}, {"::203.0.113.7", true}, {"::1", true},
 		{"2002:cb00:7107::1", true}, {"2002:7f00:1::1", true}, {"2002:808:808::1", false},
 	} {
-		a := netip.MustParseAddr(tc.addr)
-		denied := h.access.deniedNow()
-		for kind, list := range map[string][]netip.Prefix{"clients": denied.clients,
-			"sites": denied.sites} {
-			if got := slices.ContainsFunc(list, func(p netip.Prefix) bool {
-				return p.Contains(a)
-			}); got != tc.denied {
-				t.Errorf("%s is denied to %s: %v, want %v", tc.addr, kind, got, tc.denied)
+		t.Run(tc.addr, func(t *testing.T) {
+			a := netip.MustParseAddr(tc.addr)
+			denied := h.access.deniedNow()
+			for kind, list := range map[string][]netip.Prefix{"clients": denied.clients,
+				"sites": denied.sites} {
+				if got := slices.ContainsFunc(list, func(p netip.Prefix) bool {
+					return p.Contains(a)
+				}); got != tc.denied {
+					t.Errorf("denied to %s: got %v, want %v", kind, got, tc.denied)
+				}
 			}
-		}
+		})
 	}
 }

@@ -12,8 +12,8 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// A device that another program deletes is opened anew, with what the kernel
-// was told before, and the sessions go on.
+// TestDeletedDevice checks that a device that another program deletes is opened
+// again with the same configuration, and that sessions continue.
 func TestDeletedDevice(t *testing.T) {
 	var mu sync.Mutex
 	var devices []*tuntest.Device
@@ -40,13 +40,13 @@ func TestDeletedDevice(t *testing.T) {
 	kernels[0].Lost <- routing.ErrInterfaceGone
 	for deadline := time.Now().Add(10 * time.Second); x.Status().KernelRepairs["device"] == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("no other device: %+v", x.Status())
+			t.Fatalf("the device was not replaced: %+v", x.Status())
 		}
 	}
 	mu.Lock()
 	defer mu.Unlock()
 	if got := kernels[1].States()[0]; !reflect.DeepEqual(got, before) {
-		t.Errorf("the kernel was told %+v, want %+v", got, before)
+		t.Errorf("applied %+v, want %+v", got, before)
 	}
 	x.device = devices[1]
 	x.passes("192.0.2.1", 2)
@@ -55,8 +55,8 @@ func TestDeletedDevice(t *testing.T) {
 	}
 }
 
-// What the kernel does not keep is in the status, and Reload tells the kernel
-// again, even if it was told the same before.
+// TestLostKernelSide checks that problems of the configuration in the kernel
+// are in the status, and that Reload applies an unchanged configuration again.
 func TestLostKernelSide(t *testing.T) {
 	k := &routingtest.Network{Health: make(chan routing.Health)}
 	x := newReloadable(t, func(c *Config) {
@@ -65,7 +65,7 @@ func TestLostKernelSide(t *testing.T) {
 	if s := x.Status(); s.State != StateRunning || len(s.Warnings) != 0 {
 		t.Errorf("at the start: %+v", s)
 	}
-	for range 2 { // the second is taken when the first has its effect
+	for range 2 { // the second is received after the first took effect
 		k.Health <- routing.Health{Problem: "another program turns forwarding off",
 			Repairs: map[string]uint64{"sysctl": 7}}
 	}
@@ -74,15 +74,15 @@ func TestLostKernelSide(t *testing.T) {
 		s.KernelRepairs["sysctl"] != 7 {
 		t.Errorf("with a problem: %+v", s)
 	}
-	told := len(k.States())
+	applied := len(k.States())
 	x.reload()
-	if n := len(k.States()); n != told+1 {
-		t.Errorf("Reload told the kernel %d times", n-told)
+	if n := len(k.States()); n != applied+1 {
+		t.Errorf("Reload applied the configuration %d times, want once", n-applied)
 	}
 	for range 2 {
 		k.Health <- routing.Health{}
 	}
 	if s := x.Status(); s.State != StateRunning || len(s.Warnings) != 0 {
-		t.Errorf("without: %+v", s)
+		t.Errorf("without a problem: %+v", s)
 	}
 }

@@ -25,7 +25,7 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// peer is one tunnel of a client that the test plays.
+// peer is a client with one tunnel, operated by the test.
 type peer struct {
 	*http3.RequestStream
 	conn   *quic.Conn
@@ -35,7 +35,7 @@ type peer struct {
 	addr   netip.Addr
 }
 
-// hostile runs a proxy with a device.
+// hostile starts a proxy and returns its device.
 func hostile(t *testing.T, change func(*Config)) (running, *tuntest.Device) {
 	t.Helper()
 	device := tuntest.New(1400)
@@ -69,7 +69,7 @@ func tunnel(t *testing.T, s running, device *tuntest.Device, change func(*quic.C
 	return p
 }
 
-// asking is a request for any address.
+// asking returns an ADDRESS_REQUEST for any IPv4 address.
 func asking(id uint64) []byte {
 	return (&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: id,
 		Prefix: netip.MustParsePrefix("0.0.0.0/32")}}}).Append(nil)
@@ -77,8 +77,8 @@ func asking(id uint64) []byte {
 
 var lastEcho atomic.Uint32
 
-// lives checks that packets pass in both directions. They may get lost, so they
-// are sent until one arrives.
+// lives checks that packets pass in both directions. Packets may get lost, so
+// it sends until one arrives.
 func (p *peer) lives(t *testing.T) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
@@ -97,7 +97,7 @@ func (p *peer) lives(t *testing.T) {
 	}, down)
 }
 
-// untilArrived sends until an echo with the given ID is received.
+// untilArrived sends until it receives an echo with the given ID.
 func untilArrived(t *testing.T, ctx context.Context, send func() error,
 	receive func(context.Context) ([]byte, error), id uint16) {
 	t.Helper()
@@ -125,7 +125,8 @@ func untilArrived(t *testing.T, ctx context.Context, send func() error,
 	t.Fatal("no packet passes")
 }
 
-// manyRoutes is the largest advertisement of IPv4 routes that fits.
+// manyRoutes returns the longest advertisement of IPv4 routes that the proxy
+// accepts.
 func manyRoutes() []byte {
 	var c capsule.RouteAdvertisement
 	a := netip.MustParseAddr("10.0.0.0")
@@ -136,8 +137,8 @@ func manyRoutes() []byte {
 	return c.Append(nil)
 }
 
-// Whatever a client sends, and however long: every other session keeps passing
-// traffic, and memory is bounded.
+// TestHostileClients checks that no attack of a client stops the traffic of
+// other sessions or uses much memory.
 func TestHostileClients(t *testing.T) {
 	repeat := func(b []byte) func(*peer) error {
 		b = bytes.Repeat(b, max(1, (32<<10)/len(b)))
@@ -146,7 +147,8 @@ func TestHostileClients(t *testing.T) {
 			return err
 		}
 	}
-	// again opens a new request for each volley, and counts on being reset.
+	// again opens a new request for each volley, because the proxy resets the
+	// stream.
 	again := func(b []byte) func(*peer) error {
 		return func(p *peer) error {
 			str, err := p.h3.OpenRequestStream(p.conn.Context())
@@ -181,7 +183,10 @@ func TestHostileClients(t *testing.T) {
 	for name, attack := range map[string]struct {
 		first  []byte
 		volley func(*peer) error
-		paced  bool // it is held up, because handling it costs more than sending it
+
+		// paced means that the proxy slows the attack down, because handling it
+		// costs more than sending it.
+		paced bool
 	}{
 		"unknown capsule without end": {quicvarint.Append([]byte{0x2b}, quicvarint.Max),
 			repeat([]byte{0}), false},
@@ -234,18 +239,18 @@ func TestHostileClients(t *testing.T) {
 					volleys.Add(1)
 				}
 			})
-			// Some attacks are held up after the first volleys, and so have a
-			// while to go on.
+			// The proxy slows some attacks down after the first volleys, so
+			// they get some time.
 			const enough = 300
 			for i := 0; i < 50 && volleys.Load() < enough; i++ {
 				other.lives(t)
 				time.Sleep(10 * time.Millisecond)
 			}
 			if n := volleys.Load(); attack.paced && n >= enough {
-				t.Errorf("%d volleys were taken in a moment", n)
+				t.Errorf("the proxy accepted %d volleys in half a second", n)
 			}
 			if after := heap(); after > before+32<<20 {
-				t.Errorf("%d bytes are in use during the attack, %d before", after, before)
+				t.Errorf("%d bytes are in use during the attack, %d before it", after, before)
 			}
 			cancel()
 			evil.CancelWrite(0)
@@ -256,7 +261,7 @@ func TestHostileClients(t *testing.T) {
 	}
 }
 
-// heap returns the bytes that are in use.
+// heap returns the number of bytes in use.
 func heap() uint64 {
 	runtime.GC()
 	var m runtime.MemStats
@@ -264,8 +269,9 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-// A client that does not read what it is told holds up nothing but itself, and
-// can be got rid of.
+// TestClientThatDoesNotRead checks that a client that does not read capsules
+// delays nothing but its own session, and that the operator can end the
+// session.
 func TestClientThatDoesNotRead(t *testing.T) {
 	s, device := hostile(t, nil)
 	other := tunnel(t, s, device, nil)
@@ -279,7 +285,7 @@ func TestClientThatDoesNotRead(t *testing.T) {
 	if _, err := evil.Write(asked); err != nil {
 		t.Fatal(err)
 	}
-	// The proxy's answers are more than the window holds: it is writing one of
+	// The answers exceed the window, so the proxy is blocked writing one of
 	// them from now on.
 	for i := range 3 {
 		servers := []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})}
@@ -308,12 +314,13 @@ func TestClientThatDoesNotRead(t *testing.T) {
 		t.Fatalf("%d sessions", len(sessions))
 	}
 	if !s.Kick(sessions[1].ID) {
-		t.Error("the session was not there to end")
+		t.Error("Kick found no session")
 	}
 	other.lives(t)
 }
 
-// What a client wrote into its request is cut to a line of bounded length.
+// TestRefusedRequestsInLog checks that the log line about a refused request has
+// a bounded length.
 func TestRefusedRequestsInLog(t *testing.T) {
 	var out logtest.Buffer
 	s := startServer(t, func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(&out, nil)) })

@@ -21,12 +21,13 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// reloadable is a proxy with one client, whose packets the test sends and sees.
+// reloadable is a proxy with one client. The test sends and receives its
+// packets.
 type reloadable struct {
 	running
 	t      *testing.T
 	h3     *http3.ClientConn
-	cfg    Config // configuration to change and give to Reload
+	cfg    Config // next argument of Reload
 	device *tuntest.Device
 	str    *http3.RequestStream
 	r      *capsule.Reader
@@ -65,7 +66,7 @@ func newReloadable(t *testing.T, change func(*Config)) *reloadable {
 	return x
 }
 
-// reload gives the proxy x.cfg.
+// reload applies x.cfg. restart has the keys that need a restart.
 func (x *reloadable) reload(restart ...string) {
 	x.t.Helper()
 	got, err := x.Reload(x.cfg)
@@ -83,7 +84,7 @@ func (x *reloadable) send(dst string, seq uint16) {
 	}
 }
 
-// passes checks that a packet of the client goes out.
+// passes checks that the proxy forwards a packet of the client.
 func (x *reloadable) passes(dst string, seq uint16) {
 	x.t.Helper()
 	x.send(dst, seq)
@@ -122,12 +123,13 @@ func (x *reloadable) answered(dst string, code uint8) {
 	}
 }
 
-// A reload changes what running sessions may do, and tells them.
+// TestReload checks that a reload changes the permissions of a running session
+// and informs its client.
 func TestReload(t *testing.T) {
 	x := newReloadable(t, nil)
 	x.passes("192.0.2.1", 1)
 	x.answered("198.51.100.1", 0)
-	// clients do not know of each other where their network is not advertised
+	// The network of the clients is not advertised.
 	x.answered("10.77.0.3", 0)
 
 	x.cfg.Advertise = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"),
@@ -164,15 +166,15 @@ func TestReload(t *testing.T) {
 	}
 }
 
-// Of what is allowed before and after, no packet is lost, however often the
-// configuration changes meanwhile.
+// TestReloadLosesNothing checks that frequent reloads lose no packet that is
+// allowed before and after each.
 func TestReloadLosesNothing(t *testing.T) {
 	x := newReloadable(t, nil)
-	both := [2][]netip.Prefix{
+	advertise := [2][]netip.Prefix{
 		{netip.MustParsePrefix("192.0.2.0/24")},
 		{netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("198.51.100.0/24")},
 	}
-	elsewhere := [2][]netip.Prefix{nil, {netip.MustParsePrefix("192.0.2.128/25")}}
+	deny := [2][]netip.Prefix{nil, {netip.MustParsePrefix("192.0.2.128/25")}}
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	cfg := x.cfg
 	go func() {
@@ -183,7 +185,7 @@ func TestReloadLosesNothing(t *testing.T) {
 				return
 			default:
 			}
-			cfg.Advertise, cfg.Deny, cfg.ClientToClient = both[i%2], elsewhere[i%2], i%2 == 0
+			cfg.Advertise, cfg.Deny, cfg.ClientToClient = advertise[i%2], deny[i%2], i%2 == 0
 			if _, err := x.Reload(cfg); err != nil {
 				t.Error(err)
 			}
@@ -196,8 +198,8 @@ func TestReloadLosesNothing(t *testing.T) {
 	<-stopped
 }
 
-// What needs a restart is named, and stays as it was; what is wrong changes
-// nothing.
+// TestReloadRefuses checks that a reload returns the keys that need a restart
+// and keeps their values, and that an invalid configuration changes nothing.
 func TestReloadRefuses(t *testing.T) {
 	network := new(routingtest.Network)
 	x := newReloadable(t, func(c *Config) {
@@ -224,7 +226,7 @@ func TestReloadRefuses(t *testing.T) {
 	}) {
 		t.Error("masquerading is on")
 	}
-	// still without authentication
+	// Authentication is still off.
 	rsp, str := request(t, x.h3, "CONNECT", "connect-ip", anyPath, nil)
 	if rsp.StatusCode != 200 {
 		t.Errorf("status %d", rsp.StatusCode)
@@ -239,19 +241,21 @@ func TestReloadRefuses(t *testing.T) {
 		"dns.servers":  func(c *Config) { c.DNS = DNS{Search: []string{"corp.example"}} },
 		"site[0].user": func(c *Config) { c.Sites = []Site{{}} },
 	} {
-		x.cfg = good
-		x.cfg.Advertise, x.cfg.Deny = nil, []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
-		change(&x.cfg)
-		_, err := x.Reload(x.cfg)
-		var e *Error
-		if !errors.As(err, &e) || e.Kind != KindUsage {
-			t.Errorf("%s: got %v", key, err)
-		}
-		x.passes("192.0.2.1", 9)
+		t.Run(key, func(t *testing.T) {
+			x.cfg = good
+			x.cfg.Advertise, x.cfg.Deny = nil, []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
+			change(&x.cfg)
+			_, err := x.Reload(x.cfg)
+			var e *Error
+			if !errors.As(err, &e) || e.Kind != KindUsage {
+				t.Errorf("got %v, want an error of KindUsage", err)
+			}
+			x.passes("192.0.2.1", 9)
+		})
 	}
 }
 
-// Limits count for those who come, not for those who are there.
+// TestReloadLimits checks that new limits apply to new sessions only.
 func TestReloadLimits(t *testing.T) {
 	x := newReloadable(t, func(c *Config) {
 		withUDP(echo(t), nil)(c)
@@ -260,21 +264,22 @@ func TestReloadLimits(t *testing.T) {
 	x.cfg.MaxSessions = 1
 	x.reload()
 	if rsp, _ := request(t, x.h3, "CONNECT", "connect-ip", anyPath, nil); rsp.StatusCode != 503 {
-		t.Errorf("status %d above the new limit", rsp.StatusCode)
+		t.Errorf("status %d above the new limit, want 503", rsp.StatusCode)
 	}
 	x.passes("192.0.2.1", 1)
 	x.cfg.MaxSessions, x.cfg.ConnectUDP = 3, true
 	x.reload()
 	if rsp, _ := request(t, x.h3, "CONNECT", "connect-ip", anyPath, nil); rsp.StatusCode != 200 {
-		t.Errorf("status %d below the new limit", rsp.StatusCode)
+		t.Errorf("status %d below the new limit, want 200", rsp.StatusCode)
 	}
 	if rsp, _ := request(t, x.h3, "CONNECT", "connect-udp", udpPath+"192.0.2.7/53/",
 		nil); rsp.StatusCode != 200 {
-		t.Errorf("status %d for UDP proxying, which is on now", rsp.StatusCode)
+		t.Errorf("status %d for UDP proxying, want 200", rsp.StatusCode)
 	}
 }
 
-// A flow of UDP proxying to where clients may not go any more ends.
+// TestReloadEndsFlows checks that a UDP flow ends if clients may not reach its
+// target any more.
 func TestReloadEndsFlows(t *testing.T) {
 	for name, change := range map[string]func(*Config){
 		"denied": func(c *Config) {
@@ -303,7 +308,7 @@ func TestReloadEndsFlows(t *testing.T) {
 	}
 }
 
-// A proxy that does not run yet may be given another configuration.
+// TestReloadBeforeRun checks that Reload works before Run.
 func TestReloadBeforeRun(t *testing.T) {
 	var cfg Config
 	startServer(t, func(c *Config) { cfg = *c })
@@ -320,8 +325,7 @@ func TestReloadBeforeRun(t *testing.T) {
 	}
 }
 
-// oneChanging is users of whom there is one, who may change. The token is the
-// name.
+// oneChanging has one user, alice, whose token is her name. Tests change her.
 type oneChanging struct {
 	mu    sync.Mutex
 	alice User
@@ -343,11 +347,12 @@ func (o *oneChanging) change(f func(*oneChanging)) {
 	f(o)
 }
 
-// Sessions of users with other credentials end, those of all others go on.
+// TestUsersChanged checks that sessions end if their user is removed or has new
+// credentials, and continue otherwise.
 func TestUsersChanged(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change func(*oneChanging)
-		ends   error
+		want   error // reason of the end; nil: the session continues
 	}{
 		"gone":        {func(o *oneChanging) { o.gone = true }, errRevoked},
 		"token":       {func(o *oneChanging) { o.alice.TokenHash = [32]byte{9} }, errRenewed},
@@ -365,21 +370,22 @@ func TestUsersChanged(t *testing.T) {
 			ss := s.sessions.list()[0].base()
 			users.change(tc.change)
 			s.UsersChanged()
-			if tc.ends == nil {
+			if tc.want == nil {
 				if ss.ctx.Err() != nil {
-					t.Errorf("the session ended: %v", context.Cause(ss.ctx))
+					t.Errorf("the session ended with %v", context.Cause(ss.ctx))
 				}
 				return
 			}
 			<-ss.done
-			if got := context.Cause(ss.ctx); got != tc.ends {
-				t.Errorf("the session ended: %v, want %v", got, tc.ends)
+			if got := context.Cause(ss.ctx); got != tc.want {
+				t.Errorf("the session ended with %v, want %v", got, tc.want)
 			}
 		})
 	}
 }
 
-// Who is removed while the proxy resolves a name does not come in.
+// TestUserChangesMeanwhile checks that a user who is removed while the proxy
+// resolves the name in the request gets no session.
 func TestUserChangesMeanwhile(t *testing.T) {
 	users := &oneChanging{alice: User{Name: "alice"}}
 	s := startServer(t, func(c *Config) {
@@ -397,7 +403,7 @@ func TestUserChangesMeanwhile(t *testing.T) {
 	}
 }
 
-// disjoint returns n IPv4 networks that no two of which can be joined.
+// disjoint returns n IPv4 networks, none of which are adjacent.
 func disjoint(n int) []netip.Prefix {
 	var out []netip.Prefix
 	for i := range n {
@@ -407,25 +413,25 @@ func disjoint(n int) []netip.Prefix {
 	return out
 }
 
-// More routes than clients take are refused at the start and by Reload, and
-// what can be joined is.
+// TestAdvertisedRoutes checks that New and Reload refuse more routes than
+// clients accept, and count adjacent networks as one route.
 func TestAdvertisedRoutes(t *testing.T) {
-	const most = routing.MaxRoutes - 1 // the proxy's own address counts too
+	const most = routing.MaxRoutes - 1 // the proxy's own address is another route
 	for _, tc := range []struct {
 		name      string
 		advertise []netip.Prefix
-		sent      int // 0: it is refused
+		sent      int // advertised routes; 0: refused
 	}{
-		{"as many as clients take", disjoint(most), routing.MaxRoutes},
-		{"one more", disjoint(most + 1), 0},
-		{"many that touch", slices.Collect(func(yield func(netip.Prefix) bool) {
+		{"maximum", disjoint(most), routing.MaxRoutes},
+		{"one more than the maximum", disjoint(most + 1), 0},
+		{"adjacent networks", slices.Collect(func(yield func(netip.Prefix) bool) {
 			for a, i := netip.MustParseAddr("192.0.0.0"), 0; i < 1<<15; a, i = a.Next(), i+1 {
 				if !yield(netip.PrefixFrom(a, 32)) {
 					return
 				}
 			}
 		}), 2},
-		{"ranges that many routes make",
+		{"a range of many prefixes",
 			append(disjoint(most-10), slices.Collect(func(yield func(netip.Prefix) bool) {
 				for b := 9; b <= 32 &&
 					yield(netip.PrefixFrom(netip.AddrFrom4([4]byte{12}), b).Masked()); b++ {
@@ -446,7 +452,7 @@ func TestAdvertisedRoutes(t *testing.T) {
 				if _, err := New(x.cfg); !errors.As(err, &e) {
 					t.Errorf("New: got %v", err)
 				}
-				x.passes("192.0.2.1", 9) // as before
+				x.passes("192.0.2.1", 9) // the routes are unchanged
 				return
 			}
 			if err != nil {

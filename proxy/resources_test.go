@@ -15,8 +15,8 @@ import (
 	"masquevpn/tun/tuntest"
 )
 
-// atProcs runs f with one, two and many processors: what is shared by
-// goroutines of several peers often has a size that follows from their number.
+// atProcs runs f with one, two and many processors, because shared resources
+// often have a size that depends on their number.
 func atProcs(t *testing.T, f func(t *testing.T)) {
 	for _, n := range []int{1, 2, 16} {
 		t.Run(fmt.Sprintf("processors=%d", n), func(t *testing.T) {
@@ -26,8 +26,8 @@ func atProcs(t *testing.T, f func(t *testing.T)) {
 	}
 }
 
-// One client that sends into many tunnels of one connection in turn holds up
-// nobody else.
+// TestManyTunnelsOfOneConnection checks that a client that sends into many
+// tunnels of one connection in turn does not delay others.
 func TestManyTunnelsOfOneConnection(t *testing.T) {
 	const tunnels, rounds = 40, 100
 	atProcs(t, func(t *testing.T) {
@@ -55,7 +55,7 @@ func TestManyTunnelsOfOneConnection(t *testing.T) {
 	})
 }
 
-// trap is a device that does something else with packets to one address.
+// trap is a device that calls then for each packet to one address.
 type trap struct {
 	*tuntest.Device
 	to   netip.Addr
@@ -71,7 +71,7 @@ func (d trap) Write(bufs [][]byte, offset int) (int, error) {
 	return d.Device.Write(bufs, offset)
 }
 
-// newTrap makes a hub whose device calls then with each packet to 192.0.2.66.
+// newTrap makes a hub whose device calls then for each packet to 192.0.2.66.
 func newTrap(t *testing.T, then func()) *hub {
 	device := tuntest.New(1400)
 	h := newHub(t, func(c *Config) {
@@ -92,8 +92,8 @@ func (g *gateway) sendDatagram(dst string) {
 	}
 }
 
-// A panic in what serves one client ends that client's session, says where it
-// was, and holds up nobody else.
+// TestPanicEndsOneSession checks that a panic in a goroutine of one session
+// ends that session, is logged with its stack, and does not affect others.
 func TestPanicEndsOneSession(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -116,18 +116,18 @@ func TestPanicEndsOneSession(t *testing.T) {
 				h.eventually("the session has ended", func() bool { return len(h.Sessions()) == 1 })
 				h.awaitAllowed(other, "10.1.0.5", "192.0.2.77")
 				if got := h.Counters().Panics - before; got != 1 {
-					t.Errorf("%d panics are counted, want 1", got)
+					t.Errorf("%d panics were counted, want 1", got)
 				}
 				if lines := h.log.Lines("a fault of this program ended a session"); len(lines) != 1 || !strings.Contains(lines[0], "trap.Write") {
-					t.Errorf("the log says %q, want one line with the stack", lines)
+					t.Errorf("the log has %q, want one line with the stack", lines)
 				}
-				h.connect("c", "").sendDatagram("192.0.2.78") // the user may come back
+				h.connect("c", "").sendDatagram("192.0.2.78") // the user may connect again
 			})
 		})
 	}
 }
 
-// A write that does not return is seen in the ages of packets.
+// TestStuckWrite checks that a write that blocks shows in the ages of packets.
 func TestStuckWrite(t *testing.T) {
 	release := make(chan struct{})
 	h := newTrap(t, func() { <-release })
@@ -143,7 +143,8 @@ func TestStuckWrite(t *testing.T) {
 	h.eventually("no packet waits", func() bool { return h.Counters().Oldest == connectip.Ages{} })
 }
 
-// vanishing are users who are no more once their session has been taken in.
+// vanishing has users who are removed as soon as their session is added to the
+// running ones.
 type vanishing struct {
 	byToken
 	gone func()
@@ -154,8 +155,8 @@ func (u vanishing) ByName(string) (User, bool) {
 	return User{}, false
 }
 
-// A session that is refused after it was taken in has ended for those who wait
-// for it, as a newer session of the same client does.
+// TestRefusedSessionIsDone checks that a session that is refused after it was
+// added is done, because a newer session of the same client may wait for it.
 func TestRefusedSessionIsDone(t *testing.T) {
 	var server atomic.Pointer[Server]
 	refused := make(chan session, 1)
@@ -177,8 +178,8 @@ func TestRefusedSessionIsDone(t *testing.T) {
 	}
 }
 
-// A client that holds a batch with a packet, and then sends what is no packet
-// without end, gives it back.
+// TestBatchesUnderGarbage checks that a client that sends one packet, which
+// takes a batch, and then endless garbage does not keep the batch.
 func TestBatchesUnderGarbage(t *testing.T) {
 	atProcs(t, func(t *testing.T) {
 		h := newHub(t, nil)
@@ -187,7 +188,7 @@ func TestBatchesUnderGarbage(t *testing.T) {
 		h.awaitAllowed(other, "10.1.0.5", "192.0.2.9")
 		stop := make(chan struct{})
 		var floods sync.WaitGroup
-		for range 8 { // connections
+		for range 8 { // attacking connections
 			attacker := *h
 			_, attacker.h3 = h.dial(t, nil)
 			g := attacker.connect("c", "")
@@ -203,7 +204,7 @@ func TestBatchesUnderGarbage(t *testing.T) {
 					if n%100 == 0 {
 						_ = g.str.SendDatagram(pkt)
 					}
-					_ = g.str.SendDatagram([]byte{1}) // a context that nobody knows
+					_ = g.str.SendDatagram([]byte{1}) // unknown context ID
 				}
 			})
 		}
@@ -215,8 +216,8 @@ func TestBatchesUnderGarbage(t *testing.T) {
 	})
 }
 
-// A panic while a request is answered ends that request alone, and leaves no
-// session and no lock behind.
+// TestPanicEndsOneRequest checks that a panic in the handler of a request ends
+// that request only, and leaves no session and no lock behind.
 func TestPanicEndsOneRequest(t *testing.T) {
 	var panics atomic.Bool
 	panics.Store(true)
@@ -235,7 +236,7 @@ func TestPanicEndsOneRequest(t *testing.T) {
 		t.Errorf("the request is answered with status %d, want a reset", rsp.StatusCode)
 	}
 	if n := len(x.Sessions()); n != 0 {
-		t.Errorf("%d sessions are left, want none", n)
+		t.Errorf("%d sessions remain, want none", n)
 	}
 	// The same user, on the same connection.
 	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath,

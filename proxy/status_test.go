@@ -10,14 +10,14 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// What the kernel drops because a UDP socket is full is counted, over all
-// sockets, and shown.
+// TestFullSocketsAreCounted checks that the status has the packets that the
+// kernel drops because a UDP socket is full, for all sockets.
 func TestFullSocketsAreCounted(t *testing.T) {
 	s := startServer(t, func(c *Config) { c.Listen = []string{"127.0.0.1:0", "[::1]:0"} })
 	if n, ok := s.Status().Drops["socket_full"]; ok {
 		t.Fatalf("%d packets dropped at the start", n)
 	}
-	sockets, err := s.listen(t.Context()) // more of them, that QUIC does not read from
+	sockets, err := s.listen(t.Context()) // further sockets, which QUIC does not read
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -25,7 +25,7 @@ func TestFullSocketsAreCounted(t *testing.T) {
 	for _, c := range sockets {
 		defer c.Close()
 		_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
-		if err := c.SetReadBuffer(1); err != nil { // the least that there is
+		if err := c.SetReadBuffer(1); err != nil { // the kernel uses its minimum
 			t.Fatal(err)
 		}
 		from, err := net.Dial("udp", c.LocalAddr().String())

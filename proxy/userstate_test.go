@@ -25,9 +25,9 @@ func withUsers(users Users, more func(*Config)) func(*Config) {
 	}
 }
 
-// A user with routes is told of these alone, is told by policy that the rest is
-// prohibited, and no name of what is elsewhere is resolved. All of it follows
-// the users.
+// TestUserRoutes checks that a user with Routes gets only these advertised,
+// that other destinations are prohibited, also if a name resolves to them, and
+// that all of this follows changes of the user.
 func TestUserRoutes(t *testing.T) {
 	one, other := netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.51.100.0/24")
 	gateway := netip.MustParsePrefix("10.77.0.1/32")
@@ -57,7 +57,7 @@ func TestUserRoutes(t *testing.T) {
 					got = append(got, n.Addresses[0].String())
 				}
 				if !slices.Equal(got, list) {
-					t.Errorf("told of servers %v, want %v", got, list)
+					t.Errorf("pushed servers %v, want %v", got, list)
 				}
 				return
 			}
@@ -107,7 +107,7 @@ func TestUserRoutes(t *testing.T) {
 
 	users.change(func(o *oneChanging) { o.alice.Routes = []netip.Prefix{other} })
 	x.UsersChanged()
-	x.answered("192.0.2.1", 13) // whether or not the client has been told
+	x.answered("192.0.2.1", 13) // even before the client gets the new routes
 	if got, want := nextRoutes(t, x.r),
 		[]capsule.Route{route("10.77.0.1", 0),
 			route("198.51.100.0/24", 0)}; !slices.Equal(got, want) {
@@ -115,12 +115,12 @@ func TestUserRoutes(t *testing.T) {
 	}
 	x.passes("198.51.100.1", 4)
 
-	// What is advertised to others later is withheld as well.
+	// A network that is advertised to others later is withheld as well.
 	x.cfg.Advertise = append(x.cfg.Advertise, netip.MustParsePrefix("203.0.113.0/24"))
 	x.reload()
 	x.answered("203.0.113.1", 13)
 
-	// A flow that runs ends when it leads where the user may not go any more.
+	// A running flow ends if the user may not reach its target any more.
 	rsp, _ := request(t, x.h3, "CONNECT", udpProtocol, udpPath+"198.51.100.7/53/", asAlice)
 	if rsp.StatusCode != 200 {
 		t.Fatalf("status %d", rsp.StatusCode)
@@ -133,12 +133,13 @@ func TestUserRoutes(t *testing.T) {
 	x.UsersChanged()
 	<-flow.done
 	if err := context.Cause(flow.ctx); err != errProhibited {
-		t.Errorf("the flow ended: %v", err)
+		t.Errorf("the flow ended with %v", err)
 	}
 	x.answered("198.51.100.1", 13)
 }
 
-// A user whose time is over is not let in, and the sessions end when it is.
+// TestUserExpires checks that sessions end when the access of their user ends,
+// and that the user cannot connect after that.
 func TestUserExpires(t *testing.T) {
 	users := &oneChanging{alice: User{Name: "alice", Expires: time.Now().Add(time.Second)}}
 	s := startServer(t, withUsers(users, nil))
@@ -152,7 +153,7 @@ func TestUserExpires(t *testing.T) {
 			ss := session.base()
 			<-ss.done
 			if got := context.Cause(ss.ctx); got != errExpired {
-				t.Errorf("the session ended: %v, want %v", got, errExpired)
+				t.Errorf("the session ended with %v, want %v", got, errExpired)
 			}
 		}
 		if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath,
@@ -160,9 +161,9 @@ func TestUserExpires(t *testing.T) {
 			t.Errorf("status %d after that, want 401", rsp.StatusCode)
 		}
 	}
-	ended() // nobody has to say so
+	ended() // UsersChanged was not called
 
-	// It may be given more time, and less.
+	// The operator may extend the access and shorten it.
 	users.change(func(o *oneChanging) { o.alice.Expires = time.Now().Add(time.Hour) })
 	if rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, asAlice); rsp.StatusCode != 200 {
 		t.Fatalf("status %d", rsp.StatusCode)
@@ -170,15 +171,15 @@ func TestUserExpires(t *testing.T) {
 	users.change(func(o *oneChanging) { o.alice.Expires = time.Time{} })
 	s.UsersChanged()
 	if ss := s.sessions.list()[0].base(); ss.userState.expired(time.Now().Add(2 * time.Hour)) {
-		t.Error("the session still has the time that the user had")
+		t.Error("the session still has the previous expiry")
 	}
 	users.change(func(o *oneChanging) { o.alice.Expires = time.Now().Add(-time.Hour) })
 	s.UsersChanged()
 	ended()
 }
 
-// The sessions of a user share a userState, which is gone with the last of
-// them.
+// TestUserStates checks that the sessions of a user share a userState, which is
+// removed with the last session.
 func TestUserStates(t *testing.T) {
 	users := &oneChanging{alice: User{Name: "alice", RateUp: 64_000}}
 	s := startServer(t, withUsers(users, nil))
@@ -206,6 +207,6 @@ func TestUserStates(t *testing.T) {
 	s.sessions.mu.Lock()
 	defer s.sessions.mu.Unlock()
 	if n := len(s.sessions.userStates) - len(s.sessions.byID); n != 0 {
-		t.Errorf("user states %v are left", cmp.Diff(nil, s.sessions.userStates))
+		t.Errorf("user states %v remain", cmp.Diff(nil, s.sessions.userStates))
 	}
 }
