@@ -59,7 +59,7 @@ func TestProxyResolvesNames(t *testing.T) {
 	if s := p.status(p.Client, "alice"); len(s.Routes) != 2 ||
 		s.Routes[0].Start != lab.TargetIPv4 || s.Routes[1].Start != lab.TargetIPv6 {
 		// The target's third address is denied.
-		t.Errorf("routes %v, want those of the target's two addresses", s.Routes)
+		t.Errorf("routes %v, want routes to the target's two addresses", s.Routes)
 	}
 	p.ping(p.Client, lab.TargetIPv4, lab.TargetIPv6)
 }

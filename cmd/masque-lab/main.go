@@ -68,7 +68,8 @@ It does not change the machine itself.`,
 	flags := root.PersistentFlags()
 	flags.StringVar(&o.logLevel, "log-level", "info",
 		"level of all programs: debug, info, warn or error")
-	flags.StringVar(&o.logFormat, "log-format", cli.FormatAuto, "format of all logs: auto, text or json")
+	flags.StringVar(&o.logFormat, "log-format", cli.FormatAuto,
+		"format of all logs: auto, text or json")
 
 	demo := &cobra.Command{
 		Use:   "demo",

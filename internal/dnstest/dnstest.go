@@ -20,7 +20,7 @@ var (
 )
 
 // Lookup returns the addresses of a name, which has no final dot. The server
-// answers with those of the family that the query asks for. The error is
+// answers with the addresses of the queried family. The error is
 // ErrNotFound or ErrSilent.
 type Lookup func(name string) ([]netip.Addr, error)
 

@@ -22,7 +22,8 @@ func TestPatchesApply(t *testing.T) {
 	if out, err := apply(t, folder); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, file := range []string{"go.mod", "go.sum", "quic-go/datagram_handlers.go", "quic-go/internal/congestion/optional.go"} {
+	for _, file := range []string{"go.mod", "go.sum", "quic-go/datagram_handlers.go",
+		"quic-go/internal/congestion/optional.go"} {
 		if _, err := os.Stat(filepath.Join(folder, file)); err != nil {
 			t.Error(err)
 		}
@@ -38,7 +39,8 @@ func TestPatchesApply(t *testing.T) {
 func TestPatchThatDoesNotApply(t *testing.T) {
 	patches := t.TempDir()
 	const patch = "--- a/config.go\n+++ b/config.go\n@@ -1,2 +1,2 @@\n-no such line\n+another line\n nor this one\n"
-	if err := os.WriteFile(filepath.Join(patches, "0001-wrong.patch"), []byte(patch), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(patches, "0001-wrong.patch"), []byte(patch),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	folder := filepath.Join(t.TempDir(), "build")

@@ -5,6 +5,6 @@
 // how to move to another version of quic-go.
 //
 // Code that uses the changes has the build tag quicpatch. Only make sets the
-// tag, together with -modfile=.build/go.mod. Plain go commands always build with
-// the stock quic-go.
+// tag, together with -modfile=.build/go.mod. Plain go commands always build
+// with the stock quic-go.
 package quicpatch

@@ -57,8 +57,9 @@ func main() {
 		}
 	}
 	if float64(long) > maxLongLines*float64(lines) {
-		problems = append(problems, fmt.Sprintf("%d of %d lines are longer than %d columns, more than %v %%; break some of them",
-			long, lines, codeWidth, 100*maxLongLines))
+		problems = append(problems,
+			fmt.Sprintf("%d of %d lines are longer than %d columns, more than %v %%; break some of them",
+				long, lines, codeWidth, 100*maxLongLines))
 	}
 	for _, p := range problems {
 		fmt.Fprintln(os.Stderr, p)
@@ -90,7 +91,8 @@ func check(name string, src []byte) (problems []string, err error) {
 					fmt.Sprintf("%v: comment beyond column %d; wrap it", at, commentWidth))
 			case !alone && slices.Contains(prepositions, first):
 				problems = append(problems,
-					fmt.Sprintf("%v: trailing comment begins with %q; name the thing instead", at, first))
+					fmt.Sprintf("%v: trailing comment begins with %q; name the thing instead",
+						at, first))
 			}
 		}
 	}

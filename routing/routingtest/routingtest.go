@@ -21,8 +21,8 @@ type Network struct {
 	// none. It is set before the Network is used.
 	Health chan routing.Health
 
-	// Lost ends Maintain with the error that is sent; nil means never. It is set
-	// before the Network is used.
+	// Lost ends Maintain with the error that is sent; nil means never. It is
+	// set before the Network is used.
 	Lost chan error
 
 	mu        sync.Mutex // guards the fields below
@@ -49,8 +49,8 @@ func (n *Network) Apply(s routing.State) error {
 	return nil
 }
 
-// Maintain reports what is sent to Health, until ctx ends or an error is sent to
-// Lost.
+// Maintain reports the values of Health until ctx ends or an error is sent
+// to Lost.
 func (n *Network) Maintain(ctx context.Context, report func(routing.Health)) error {
 	for {
 		select {
