@@ -35,11 +35,11 @@ type retry struct {
 	awaitReason func(ctx context.Context) bool
 }
 
-// run calls session repeatedly until ctx is done or a failure is final. It
-// returns nil if ctx is done, and otherwise that failure. session returns its
-// failure and how long it was connected.
+// run calls runSession repeatedly until ctx is done or a failure is final. It
+// returns nil if ctx is done, and otherwise that failure. runSession returns
+// its failure and how long it was connected.
 func (r retry) run(ctx context.Context,
-	session func(context.Context) (connected time.Duration, err error)) error {
+	runSession func(context.Context) (connected time.Duration, err error)) error {
 	wait := &backoff.ExponentialBackOff{
 		InitialInterval: firstDelay, RandomizationFactor: backoff.DefaultRandomizationFactor,
 		Multiplier: 2, MaxInterval: r.maxDelay,
@@ -47,7 +47,7 @@ func (r retry) run(ctx context.Context,
 	wait.Reset()
 	everConnected, logged := false, ""
 	for {
-		connected, err := session(ctx)
+		connected, err := runSession(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}

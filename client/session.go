@@ -119,10 +119,11 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 	// The resolver keeps the previous session's configuration (lastDNS) until
 	// the proxy has had time to send one.
 	s := &session{
-		requests: !c.skipRequest &&
-			len(c.cfg.Request) > 0, proxyAddrs: c.dialer.lastAddrs, installed: c.installed,
-		c: c, quic: d.conn, wake: make(chan struct{}, 1), failed: make(chan error, 1),
-		pathChanged: make(chan struct{}, 1), dns: c.lastDNS,
+		c: c, quic: d.conn,
+		wake: make(chan struct{}, 1), pathChanged: make(chan struct{}, 1),
+		failed:     make(chan error, 1),
+		requests:   !c.skipRequest && len(c.cfg.Request) > 0,
+		proxyAddrs: c.dialer.lastAddrs, installed: c.installed, dns: c.lastDNS,
 	}
 	s.conn = connectip.New(str, d.conn, connectip.Config{
 		Device: c.supervisor.Device(),
@@ -175,11 +176,12 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 			// error code too (RFC 9114 section 8).
 			code = connectip.ErrorCode(reason)
 		}
-		err = s.explainEnd(explainEnd(reason, s.quic, c.target))
+		err = s.explainAddressRequest(explainEnd(reason, s.quic, c.target))
 	} else {
 		cancel()
 		if errors.As(err, new(*lostError)) {
-			// Ends the connection at once: the dead path delivers nothing.
+			// A dead path cannot deliver the end of the stream, so do not wait
+			// for it.
 			_ = d.conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
 		}
 		<-ended
@@ -251,7 +253,7 @@ func (s *session) run(ctx context.Context, ended chan error) (connected time.Tim
 				s.showPath(limits)
 			}
 		case err := <-ended:
-			ended <- err
+			ended <- err // runSession receives it again
 			return connected, errStreamEnded
 		case <-configured.C:
 			return connected, s.notConfigured()
@@ -330,11 +332,11 @@ func (s *session) request() error {
 // skipsRequest reports whether the session waits for unprompted addresses.
 func (s *session) skipsRequest() bool { return s.c.skipRequest || len(s.c.cfg.Request) == 0 }
 
-// explainEnd returns the error for a session that the proxy ended with err.
-// Some proxies assign addresses unprompted and end the stream at an
+// explainAddressRequest returns the error for a session that the proxy ended
+// with err. Some proxies assign addresses unprompted and end the stream at an
 // ADDRESS_REQUEST, although RFC 9484 section 4.7.2 requires an answer. For
 // these the next session skips the request, and the error names the setting.
-func (s *session) explainEnd(err error) error {
+func (s *session) explainAddressRequest(err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	granted := slices.ContainsFunc(s.assigned, func(a capsule.Address) bool { return !a.Refused() })

@@ -217,10 +217,11 @@ func (c *Client) noteOverlap(addrs []netip.Prefix) {
 	c.warn(noticeOverlap, text)
 }
 
-// acceptableRoutes returns the parts of the advertised routes that the tunnel
-// carries packets to and from: the accepted ranges, without the excluded ones,
-// the networks behind this host, the addresses of this host, and its networks.
-// From these networks, more specific routes of the tunnel are carried too.
+// acceptableRoutes returns the advertised addresses that packets in the tunnel
+// may come from and go to. It leaves out addresses that the configuration does
+// not accept or excludes, addresses behind this host, and the addresses and
+// networks of this host. A route of the tunnel that is more specific than a
+// network of this host stays.
 func (c *Client) acceptableRoutes(routes []capsule.Route) []capsule.Route {
 	byProtocol := make(map[uint8]*netipx.IPSetBuilder)
 	for _, r := range routes {
