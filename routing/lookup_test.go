@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// Which way a packet goes, asked of the kernel.
+// Routes of the tunnel and the host compete by longest prefix match.
 func TestLongestPrefixMatch(t *testing.T) {
 	h := newHost(t)
 	up := h.underlay()
@@ -29,26 +29,26 @@ func TestLongestPrefixMatch(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		state State
-		want  map[string]int // destination: interface
+		want  map[string]int // interface by destination
 	}{
 		{
 			"split", State{Addresses: addresses, Routes: split, Exclude: exclude},
 			map[string]int{
-				"10.2.3.4":               tunnel, // in a route of the tunnel
-				"10.20.1.1":              up,     // the host's is longer
-				"10.20.30.1":             tunnel, // the tunnel's is longer still
-				"10.20.30.65":            up,     // but this part is excluded: the host's /16
+				"10.2.3.4":               tunnel, // route of the tunnel
+				"10.20.1.1":              up,     // longer route of the host
+				"10.20.30.1":             tunnel, // still longer route of the tunnel
+				"10.20.30.65":            up,     // excluded, /16 of the host
 				"10.1.2.3":               up,
-				"10.9.1.1":               up, // excluded, the host has a route
-				"10.9.2.1":               up, // excluded, the host's default route
-				"172.16.5.5":             up, // a tie
+				"10.9.1.1":               up, // excluded, route of the host
+				"10.9.2.1":               up, // excluded, default route of the host
+				"172.16.5.5":             up, // same length
 				"192.168.5.77":           up, // the LAN
 				"192.168.6.1":            tunnel,
 				"198.51.100.1":           tunnel,
 				"198.51.100.200":         up, // not in the tunnel
 				"203.0.113.1":            up,
 				"127.0.0.1":              1,
-				"10.77.0.2":              1, // the host's own address
+				"10.77.0.2":              1, // address of the host
 				"2001:db8:2::1":          tunnel,
 				"2001:db8:20:1::1":       up,
 				"2001:db8:20:30::1":      tunnel,
@@ -56,8 +56,8 @@ func TestLongestPrefixMatch(t *testing.T) {
 				"2001:db8:1:2::3":        up,
 				"2001:db8:9:1::1":        up,
 				"2001:db8:9:2::1":        up,
-				"2001:db8:14::5":         up, // a tie
-				// the tunnel has half of the LAN, with a longer prefix
+				"2001:db8:14::5":         up, // same length
+				// One half of the LAN is in the tunnel, with a longer prefix.
 				"2001:db8:5::77":        tunnel,
 				"2001:db8:5:0:8000::77": up,
 				"2a00::1":               up,
@@ -71,7 +71,7 @@ func TestLongestPrefixMatch(t *testing.T) {
 				Routes: slices.Concat(split, prefixes("0.0.0.0/0", "::/0")),
 			},
 			map[string]int{
-				"203.0.113.1":           tunnel, // the tunnel's default route beats the host's
+				"203.0.113.1":           tunnel, // default route of the tunnel
 				"198.51.100.200":        tunnel,
 				"192.168.5.77":          up, // the LAN
 				"10.20.1.1":             up,
@@ -95,18 +95,19 @@ func TestLongestPrefixMatch(t *testing.T) {
 			map[string]int{
 				"203.0.113.1":  tunnel,
 				"192.168.5.77": up,     // the LAN
-				"169.254.1.1":  tunnel, // nothing but a default route
-				"10.20.1.1":    up,     // the host's is longer, and private
+				"169.254.1.1":  tunnel, // no route except default routes
+				"10.20.1.1":    up,     // longer route of the host, private
 				"10.20.30.1":   tunnel,
 				"10.9.2.1":     up, // excluded
 				"192.0.2.1":    up,
 				"172.16.5.5":   up,
-				// multicast and limited broadcast, by the default route
+				// Multicast and limited broadcast use the default route of the
+				// host.
 				"224.0.0.251":           up,
 				"239.255.255.250":       up,
 				"255.255.255.255":       up,
 				"2a00::1":               tunnel,
-				"2001:db8:20:1::1":      tunnel, // the host's is longer, and public
+				"2001:db8:20:1::1":      tunnel, // longer route of the host, public
 				"2001:db8:5:0:8000::77": tunnel,
 				"3fff::1":               up,
 			},
@@ -121,7 +122,7 @@ func TestLongestPrefixMatch(t *testing.T) {
 			},
 		},
 		{
-			"everything but", State{Addresses: addresses, Routes: slices.Concat(
+			"everything except one address", State{Addresses: addresses, Routes: slices.Concat(
 				Prefixes(netip.MustParseAddr("0.0.0.0"), netip.MustParseAddr("203.0.113.6")),
 				Prefixes(netip.MustParseAddr("203.0.113.8"),
 					netip.MustParseAddr("255.255.255.255")),
@@ -132,7 +133,7 @@ func TestLongestPrefixMatch(t *testing.T) {
 			},
 		},
 		{
-			"excluded altogether", State{
+			"everything excluded", State{
 				Addresses: addresses,
 				Routes:    prefixes("10.0.0.0/8", "10.20.30.0/24", "2001:db8::/32"),
 				Exclude:   prefixes("10.0.0.0/7", "2001:db8::/32"),
@@ -147,30 +148,28 @@ func TestLongestPrefixMatch(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			h := h.in(t)
 			h.apply(m, tt.state)
+			h.wantInterfaces(tt.want)
 			for dst, want := range tt.want {
-				if got := h.lookup(dst, 0); got != want {
-					t.Errorf("%s leads to interface %d, want %d", dst, got, want)
-				}
 				if want == tunnel {
-					want = up // never through itself
+					want = up // outer packets never enter the tunnel
 				}
 				if got := h.lookup(dst, DefaultMark); got != want {
-					t.Errorf("%s with the mark leads to interface %d, want %d", dst, got, want)
+					t.Errorf("%s with the mark is routed to interface %d, want %d", dst, got, want)
 				}
 			}
 		})
 	}
 }
 
-// Routes that the network hands to the host take nothing out of a full tunnel:
-// by DHCP, by router advertisement, or as a network that claims public
+// Routes that the host's network hands out do not divert packets from a full
+// tunnel: by DHCP, by router advertisement, or as a network with public
 // addresses.
 func TestNetworkRoutesStayInTunnel(t *testing.T) {
 	h := newHost(t)
 	up := h.underlay()
 	tunnel, _ := h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	addresses, full := prefixes("10.77.0.2/32", "fd77::2/128"), prefixes("0.0.0.0/0", "::/0")
+	addresses, all := prefixes("10.77.0.2/32", "fd77::2/128"), prefixes("0.0.0.0/0", "::/0")
 	allAddresses := func(v6 bool) (list []netip.Prefix) {
 		if v6 {
 			return Prefixes(netip.MustParseAddr("::1"),
@@ -181,48 +180,52 @@ func TestNetworkRoutesStayInTunnel(t *testing.T) {
 	for _, tt := range []struct {
 		name, route string
 		to          string
-		leaves      bool // a second tunnel leaves the host's routes as they are
+		leaves      bool // with HostAll, the packet leaves outside the tunnel
 	}{
 		{"half of everything", "0.0.0.0/1 via 192.168.5.1 dev up0", "8.8.8.8", true},
-		{"half of everything, to the private inside", "0.0.0.0/1 via 192.168.5.1 dev up0",
+		{"half of everything, to a private address", "0.0.0.0/1 via 192.168.5.1 dev up0",
 			"10.1.2.3", true},
 		{"one address", "8.8.8.8/32 via 192.168.5.1 dev up0", "8.8.8.8", true},
-		{"a network on the link", "8.8.8.0/24 dev up0", "8.8.8.8", true},
-		{"a network for documentation", "192.0.2.0/24 dev up0", "192.0.2.1", true},
-		{"an error", "unreachable 8.8.8.0/24", "8.8.8.8", true},
-		{"IPv6, by router advertisement", "2a00::/16 via 2001:db8:5::1 proto ra", "2a00::1", true},
-		{"IPv6, half of everything", "::/1 via 2001:db8:5::1", "fd01::1", false},
-		{"IPv6, half of everything to the internet", "::/1 via 2001:db8:5::1", "2a00::1", true},
+		{"network on the link", "8.8.8.0/24 dev up0", "8.8.8.8", true},
+		{"network for documentation", "192.0.2.0/24 dev up0", "192.0.2.1", true},
+		{"error route", "unreachable 8.8.8.0/24", "8.8.8.8", true},
+		{"IPv6, from a router advertisement", "2a00::/16 via 2001:db8:5::1 proto ra",
+			"2a00::1", true},
+		{"IPv6, half of everything, to a private address", "::/1 via 2001:db8:5::1",
+			"fd01::1", false},
+		{"IPv6, half of everything, to a public address", "::/1 via 2001:db8:5::1",
+			"2a00::1", true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := h.in(t)
 			h.ip("route add " + tt.route)
 			defer h.ip("route del " + tt.route)
 			for _, s := range []State{
-				{Addresses: addresses, Routes: full},
-				{Addresses: addresses, Routes: slices.Concat(allAddresses(false), allAddresses(true))},
-				{Addresses: addresses, Routes: full, HostRoutes: HostNone},
+				{Addresses: addresses, Routes: all},
+				{Addresses: addresses,
+					Routes: slices.Concat(allAddresses(false), allAddresses(true))},
+				{Addresses: addresses, Routes: all, HostRoutes: HostNone},
 			} {
 				h.apply(m, s)
 				h.wantInterfaces(map[string]int{tt.to: tunnel,
 					"192.168.5.77": map[bool]int{false: up,
 						true: tunnel}[s.HostRoutes == HostNone]})
 			}
-			h.apply(m, State{Addresses: addresses, Routes: full, HostRoutes: HostAll})
+			h.apply(m, State{Addresses: addresses, Routes: all, HostRoutes: HostAll})
 			if leaves := h.lookup(tt.to, 0) != tunnel; leaves != tt.leaves {
-				t.Errorf("with all routes of the host, it leaves beside the tunnel: %t, want %t",
+				t.Errorf("with HostAll, the packet leaves outside the tunnel: %t, want %t",
 					leaves, tt.leaves)
 			}
-			h.apply(m, State{Addresses: addresses, Routes: full, Private: prefixes("8.8.8.0/24")})
+			h.apply(m, State{Addresses: addresses, Routes: all, Private: prefixes("8.8.8.0/24")})
 			if leaves, want := h.lookup(tt.to, 0) != tunnel, tt.to == "8.8.8.8"; leaves != want {
-				t.Errorf("with 8.8.8.0/24 behind the host, it leaves: %t, want %t", leaves, want)
+				t.Errorf("with Private 8.8.8.0/24, the packet leaves: %t, want %t", leaves, want)
 			}
 		})
 	}
 }
 
-// The routes of the host that a split tunnel lets go first do not go before a
-// full tunnel on the same host.
+// Routes of the host that take precedence over a split tunnel do not take
+// precedence over a full tunnel on the same host.
 func TestSplitBesideFullTunnel(t *testing.T) {
 	h := newHost(t)
 	up := h.underlay()
@@ -245,7 +248,7 @@ func TestSplitBesideFullTunnel(t *testing.T) {
 	})
 }
 
-// The host's routes may change while the tunnel is up.
+// Changed routes of the host take effect immediately.
 func TestHostChanges(t *testing.T) {
 	h := newHost(t)
 	up := h.underlay()
@@ -256,28 +259,29 @@ func TestHostChanges(t *testing.T) {
 	for _, tt := range []struct {
 		change    string
 		dst       string
-		want      int
-		wantOuter int
+		want      int // interface; 0: unreachable
+		wantOuter int // with the mark
 	}{
-		{"addr add 10.5.0.2/16 dev up0", "10.5.1.1", up, up}, // a LAN that appears
+		{"addr add 10.5.0.2/16 dev up0", "10.5.1.1", up, up}, // new LAN
 		{"addr del 10.5.0.2/16 dev up0", "10.5.1.1", tunnel, up},
 		{"route del default", "203.0.113.1", tunnel, 0},
 		{"route add default dev up0", "203.0.113.1", tunnel, up},
 		{"-6 route del default", "2a00::1", tunnel, 0},
 	} {
-		h.ip(tt.change)
-		if got := h.lookup(tt.dst, 0); got != tt.want {
-			t.Errorf("after ip %s: %s leads to interface %d, want %d", tt.change, tt.dst, got,
-				tt.want)
-		}
-		if got := h.lookup(tt.dst, DefaultMark); got != tt.wantOuter {
-			t.Errorf("after ip %s: %s with the mark leads to interface %d, want %d", tt.change,
-				tt.dst, got, tt.wantOuter)
-		}
+		t.Run(tt.change, func(t *testing.T) {
+			h := h.in(t)
+			h.ip(tt.change)
+			h.wantInterfaces(map[string]int{tt.dst: tt.want})
+			if got := h.lookup(tt.dst, DefaultMark); got != tt.wantOuter {
+				t.Errorf("%s with the mark is routed to interface %d, want %d", tt.dst, got,
+					tt.wantOuter)
+			}
+		})
 	}
 }
 
-// The documented limit: the kernel follows error routes of the host at once.
+// Error routes of the host take precedence over longer routes of the tunnel, as
+// the package documentation states.
 func TestHostErrorRoutes(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -286,32 +290,24 @@ func TestHostErrorRoutes(t *testing.T) {
 	h.ip("-6 route add unreachable fd01::/16")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, State{Routes: prefixes("0.0.0.0/0", "10.1.0.0/16", "::/0", "fd01:1::/32")})
-	for dst, want := range map[string]int{"10.1.0.1": 0, "10.2.0.1": 0, "fd01:1::1": 0,
-		"203.0.113.1": tunnel, "2a00::1": tunnel} {
-		if got := h.lookup(dst, 0); got != want {
-			t.Errorf("%s leads to interface %d, want %d", dst, got, want)
-		}
-	}
+	h.wantInterfaces(map[string]int{"10.1.0.1": 0, "10.2.0.1": 0, "fd01:1::1": 0,
+		"203.0.113.1": tunnel, "2a00::1": tunnel})
 }
 
-// What is excluded does not fall back into the tunnel where the host has no
-// route.
+// Excluded destinations are unreachable if the host has no route to them. They
+// do not enter the tunnel.
 func TestExcludedWithoutRoute(t *testing.T) {
 	h := newHost(t)
 	tunnel, _ := h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, State{Routes: prefixes("0.0.0.0/0", "::/0"),
 		Exclude: prefixes("192.0.2.0/24", "3fff::/20")})
-	for dst, want := range map[string]int{"192.0.2.1": 0, "3fff::1": 0, "192.0.3.1": tunnel,
-		"3fff:f000::1": tunnel} {
-		if got := h.lookup(dst, 0); got != want {
-			t.Errorf("%s leads to interface %d, want %d", dst, got, want)
-		}
-	}
+	h.wantInterfaces(map[string]int{"192.0.2.1": 0, "3fff::1": 0, "192.0.3.1": tunnel,
+		"3fff:f000::1": tunnel})
 }
 
-// Several tunnels on a host: the longest prefix of all of them wins, and the
-// first where they tie.
+// With several tunnels on a host, the longest prefix of all tunnels takes
+// precedence, and the first tunnel among prefixes of the same length.
 func TestSeveralInstances(t *testing.T) {
 	h := newHost(t)
 	up := h.underlay()
@@ -333,12 +329,10 @@ func TestSeveralInstances(t *testing.T) {
 		Routes: prefixes("10.1.2.128/25", "10.0.0.0/8", "fd01::/16")})
 	check := func(want map[string]int) {
 		t.Helper()
-		for dst, want := range want {
-			if got := h.lookup(dst, 0); got != want {
-				t.Errorf("%s leads to interface %d, want %d", dst, got, want)
-			}
+		h.wantInterfaces(want)
+		for dst := range want {
 			if got := h.lookup(dst, DefaultMark); got != up {
-				t.Errorf("%s with the mark leads to interface %d, want %d", dst, got, up)
+				t.Errorf("%s with the mark is routed to interface %d, want %d", dst, got, up)
 			}
 		}
 	}

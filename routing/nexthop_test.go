@@ -14,7 +14,7 @@ func TestDefaultInterface(t *testing.T) {
 		return names
 	}
 	if got := both(); got != `"" ""` {
-		t.Errorf("without routes: %s", got)
+		t.Errorf("got %s without routes", got)
 	}
 	h.underlay()
 	if got := both(); got != `"up0" "up0"` {

@@ -12,26 +12,28 @@ import (
 	"masquevpn/internal/logtest"
 )
 
+// allChains contains the chains of a client with every feature of State.
 var allChains = []string{
 	"untracked", "untracked-output", "outer", "guard", "save", "restore", "inbound", "reply",
 	"forward", "translate", "nat", "leave", "arp",
 }
 
+// without returns allChains without names.
 func without(names ...string) []string {
 	return slices.DeleteFunc(slices.Clone(allChains), func(name string) bool {
 		return slices.Contains(names, name)
 	})
 }
 
-// Kernels that lack an expression refuse the table. What can be done without is
-// done without, and said once.
+// A kernel that lacks an expression refuses the table. Apply then omits
+// optional chains and logs each omission once.
 func TestKernelLacksFeatures(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
-		lacks   []string
-		chains  []string // in the table that is written
-		logged  int
-		failure bool // the state with NAT fails
+		lacks   []string // chains that the kernel refuses
+		chains  []string // chains in the table
+		logged  int      // warnings
+		failure bool     // Apply fails
 	}{
 		{"nothing", nil, allChains, 0, false},
 		{"rerouting", []string{"reply"}, without("outer", "inbound", "reply"), 1, false},
@@ -45,7 +47,7 @@ func TestKernelLacksFeatures(t *testing.T) {
 				"reply"), 3, false},
 		{"ARP", []string{"arp"}, without("arp"), 1, false},
 		{"conntrack state", []string{"forward"}, without("forward"), 1, false},
-		{"all that is optional", without("translate", "nat", "leave"),
+		{"all optional chains", without("translate", "nat", "leave"),
 			[]string{"translate", "nat", "leave"}, 5, false},
 		{"NAT", []string{"nat"}, nil, 0, true},
 	} {
@@ -69,7 +71,7 @@ func TestKernelLacksFeatures(t *testing.T) {
 			s.Masquerade, s.Listen = prefixes("10.77.0.0/24"), []uint16{443}
 			for range 2 {
 				if err := h.tryApply(m, s); (err != nil) != tt.failure {
-					t.Errorf("Apply: %v, want failure %t", err, tt.failure)
+					t.Errorf("Apply: %v, want an error: %t", err, tt.failure)
 				}
 			}
 			if tt.failure {
@@ -79,7 +81,7 @@ func TestKernelLacksFeatures(t *testing.T) {
 			ruleset := h.run("nft", "list", "ruleset")
 			if got, want := h.readSysctl("net/ipv4/conf/masque0/accept_local"),
 				slices.Contains(tt.chains, "guard"); (got == "1") != want {
-				t.Errorf("accept_local is %s, with a guard: %t", got, want)
+				t.Errorf("accept_local is %s, guard in the table: %t", got, want)
 			}
 			for _, name := range allChains {
 				if got, want := strings.Contains(ruleset, "chain "+name+" "),
@@ -96,8 +98,7 @@ func TestKernelLacksFeatures(t *testing.T) {
 	}
 }
 
-// nft prints what we write, so that an operator can read it and nft can load it
-// again.
+// An operator can read the table, and nft can load its output again.
 func TestTableAsText(t *testing.T) {
 	h := newHost(t)
 	h.tun("masque0")
@@ -137,7 +138,7 @@ func TestTableAsText(t *testing.T) {
 	}
 }
 
-// A table with many rules is written at once: a proxy may assign 64 addresses.
+// Tables with many addresses are written as well. A proxy may assign 64.
 func TestManyAddresses(t *testing.T) {
 	for _, n := range []int{64, 2000} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {

@@ -26,10 +26,11 @@ import (
 	"masquevpn/internal/logtest"
 )
 
-// Tests run in a process of their own with new user, mount and network
-// namespaces: root is not needed, and nothing reaches the machine. Each host
-// that a test needs is one more network namespace with a thread in it.
+// Tests run in a process with user, mount and network namespaces of its own, so
+// they need no privileges and do not change the machine. Each host of a test is
+// another network namespace.
 
+// inNamespaces is an environment variable that marks this process.
 const inNamespaces = "ROUTING_TEST_IN_NAMESPACES"
 
 func TestMain(m *testing.M) {
@@ -39,7 +40,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv(inNamespaces) != "" {
 		os.Exit(m.Run())
 	}
-	runtime.LockOSThread() // Pdeathsig is about the thread
+	runtime.LockOSThread() // Pdeathsig applies to the thread
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), inNamespaces+"=1")
@@ -64,9 +65,10 @@ func TestMain(m *testing.M) {
 type host struct {
 	t   *testing.T
 	ns  netns.NsHandle
-	log *logtest.Buffer // nil unless the test looks at it
+	log *logtest.Buffer // nil unless the test needs it
 }
 
+// newHost creates a host with the loopback interface up.
 func newHost(t *testing.T) *host {
 	t.Helper()
 	h := &host{t: t, ns: netns.None()}
@@ -81,18 +83,18 @@ func newHost(t *testing.T) *host {
 	return h
 }
 
-// in returns the host as a subtest uses it.
+// in returns the host for use in a subtest.
 func (h *host) in(t *testing.T) *host {
 	return &host{t: t, ns: h.ns}
 }
 
-// do runs f on the host. A t.Fatal within ends the test.
+// do runs f in the namespace of the host. f may call t.Fatal.
 func (h *host) do(f func()) {
 	h.t.Helper()
 	finished := false
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		runtime.LockOSThread() // never unlocked, so the thread ends with the goroutine
 		if h.ns.IsOpen() {
 			if err := netns.Set(h.ns); err != nil {
 				h.t.Errorf("enter the network namespace: %v", err)
@@ -108,7 +110,7 @@ func (h *host) do(f func()) {
 	}
 }
 
-// run runs a program on the host and returns what it prints.
+// run runs a program on the host and returns its output.
 func (h *host) run(name string, args ...string) string {
 	h.t.Helper()
 	var out []byte
@@ -121,7 +123,7 @@ func (h *host) run(name string, args ...string) string {
 	return string(out)
 }
 
-// ip runs ip(8).
+// ip runs ip(8) and returns its output.
 func (h *host) ip(args string) string {
 	h.t.Helper()
 	return h.run("ip", strings.Fields(args)...)
@@ -149,7 +151,7 @@ func (h *host) readSysctl(name string) (value string) {
 	return value
 }
 
-// device makes a TUN device that lives until the test ends or closes it.
+// device creates a TUN device, which exists until the file is closed.
 func (h *host) device(name string) (f *os.File) {
 	h.t.Helper()
 	h.do(func() {
@@ -173,14 +175,14 @@ func makeTUN(name string) (*os.File, error) {
 	return t.Fds[0], nil
 }
 
-// tun makes a TUN device of which nobody reads or writes packets.
+// tun creates a TUN device for a test that neither reads nor writes packets.
 func (h *host) tun(name string) (index int, closeTUN func()) {
 	h.t.Helper()
 	f := h.device(name)
 	return h.index(name), func() { f.Close() }
 }
 
-// underlay gives the host a network card with a LAN and default routes, and
+// underlay adds the interface up0 with a LAN and default routes to the host and
 // returns its index.
 func (h *host) underlay() int {
 	h.t.Helper()
@@ -209,7 +211,7 @@ func (h *host) index(name string) (index int) {
 	return index
 }
 
-// waitFor waits until the kernel has noticed that an interface has a carrier.
+// waitFor waits for the operational state of an interface.
 func (h *host) waitFor(name string, state netlink.LinkOperState) {
 	h.t.Helper()
 	h.do(func() {
@@ -226,7 +228,7 @@ func (h *host) waitFor(name string, state netlink.LinkOperState) {
 	})
 }
 
-// open opens a Manager on the host, closed at the end of the test.
+// open opens a Manager on the host and closes it at the end of the test.
 func (h *host) open(c Config) *Manager {
 	h.t.Helper()
 	m, err := h.tryOpen(c)
@@ -248,8 +250,8 @@ func (h *host) tryOpen(c Config) (m *Manager, err error) {
 	return m, err
 }
 
-// apply applies s, and waits until the kernel takes packets to its addresses:
-// for IPv6 it finishes that in the background.
+// apply applies s and waits until the kernel accepts packets to its addresses.
+// For IPv6 the kernel does that in the background.
 func (h *host) apply(m *Manager, s State) {
 	h.t.Helper()
 	if err := h.tryApply(m, s); err != nil {
@@ -257,18 +259,18 @@ func (h *host) apply(m *Manager, s State) {
 	}
 	h.do(func() {
 		for _, p := range s.Addresses {
-			for deadline := time.Now().Add(patience); !isTaken(p.Addr()); time.Sleep(time.Millisecond) {
+			for deadline := time.Now().Add(patience); !isAccepted(p.Addr()); time.Sleep(time.Millisecond) {
 				if time.Now().After(deadline) {
-					h.t.Fatalf("packets to %v are not taken", p.Addr())
+					h.t.Fatalf("packets to %v are not accepted", p.Addr())
 				}
 			}
 		}
 	})
 }
 
-// isTaken reports whether the kernel takes packets to a itself, or does not
-// have that address.
-func isTaken(a netip.Addr) bool {
+// isAccepted reports whether the kernel accepts packets to a, or does not have
+// that address.
+func isAccepted(a netip.Addr) bool {
 	if !hasAddr(a) {
 		return true
 	}
@@ -299,7 +301,7 @@ func (h *host) close(m *Manager) {
 	})
 }
 
-// abandon drops a Manager as the death of its process would.
+// abandon releases a Manager as the end of its process would.
 func (h *host) abandon(m *Manager) {
 	h.t.Helper()
 	m.mu.Lock()
@@ -308,12 +310,12 @@ func (h *host) abandon(m *Manager) {
 	m.release()
 }
 
-// Changes when an interface has been up: the default queueing discipline is
-// attached.
+// volatile matches the queueing discipline, which the kernel attaches when an
+// interface is set up for the first time.
 var volatile = regexp.MustCompile(` qdisc \S+`)
 
-// settle waits until the kernel, which does that later, has put IPv6 addresses
-// into service and into the local table.
+// settle waits until the kernel has finished adding IPv6 addresses, which it
+// does in the background.
 func (h *host) settle() {
 	h.t.Helper()
 	h.do(func() {
@@ -339,7 +341,8 @@ func (h *host) settle() {
 	})
 }
 
-// snapshot is all that routing may change on a host, as text.
+// snapshot returns the configuration of the host that package routing may
+// change, as text by object.
 func (h *host) snapshot() map[string]string {
 	h.t.Helper()
 	h.settle()
@@ -347,7 +350,7 @@ func (h *host) snapshot() map[string]string {
 		"addr":   volatile.ReplaceAllString(h.ip("-d addr"), ""),
 		"route":  h.ip("-d route show table all"),
 		"route6": h.ip("-6 -d route show table all"),
-		// the order of those with one priority does not matter
+		// The order of rules with the same priority does not matter.
 		"rule":    sortedLines(h.ip("-d rule")),
 		"rule6":   sortedLines(h.ip("-6 -d rule")),
 		"ruleset": h.run("nft", "list", "ruleset"),
@@ -370,21 +373,23 @@ func sortedLines(text string) string {
 	return strings.Join(slices.Sorted(strings.Lines(text)), "")
 }
 
+// wantSnapshot checks that the snapshot of the host is want. It ignores sysctls
+// that are not in want.
 func (h *host) wantSnapshot(want map[string]string) {
 	h.t.Helper()
 	got := h.snapshot()
-	for what := range got {
-		if _, ok := want[what]; !ok && strings.HasPrefix(what, "/proc") {
-			delete(got, what)
+	for object := range got {
+		if _, ok := want[object]; !ok && strings.HasPrefix(object, "/proc") {
+			delete(got, object)
 		}
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
-		h.t.Errorf("the host is not as before (-before +after):\n%s", diff)
+		h.t.Errorf("the host differs (-want +got):\n%s", diff)
 	}
 }
 
-// lookup asks the kernel where a packet goes and returns the interface's index,
-// 0 when the kernel says it goes nowhere.
+// lookup returns the index of the interface to which the kernel routes a
+// packet, or 0 if the destination is unreachable.
 func (h *host) lookup(dst string, mark uint32) (index int) {
 	h.t.Helper()
 	h.do(func() {
@@ -401,13 +406,13 @@ func (h *host) lookup(dst string, mark uint32) (index int) {
 	return index
 }
 
-// leads checks where packets without a mark go: destinations and interfaces, 0
-// for nowhere.
+// wantInterfaces checks lookup without a mark. want contains interface indexes
+// by destination.
 func (h *host) wantInterfaces(want map[string]int) {
 	h.t.Helper()
 	for dst, want := range want {
 		if got := h.lookup(dst, 0); got != want {
-			h.t.Errorf("%s leads to interface %d, want %d", dst, got, want)
+			h.t.Errorf("%s is routed to interface %d, want %d", dst, got, want)
 		}
 	}
 }

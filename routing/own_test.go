@@ -7,18 +7,17 @@ import (
 	"testing"
 )
 
-// The ways to name the host behind a proxy's tunnel, besides the tunnel's own
-// addresses. The last ones come after the kernel was set up.
+// otherNames contains the addresses of a proxy's host, except the tunnel's
+// addresses. The tests add the new addresses after Apply.
 var otherNames = []struct{ name, addr string }{
-	{"its address", hostAddr4}, {"its IPv6 address", hostAddr6},
+	{"address", hostAddr4}, {"IPv6 address", hostAddr6},
 	{"directed broadcast", "192.168.5.255"}, {"limited broadcast", "255.255.255.255"},
 	{"multicast", "224.0.0.1"}, {"all nodes", "ff02::1"}, {"all routers of the site", "ff05::2"},
 	{"subnet-router anycast", "2001:db8:5::"},
-	{"a new address", "192.168.5.77"}, {"a new IPv6 address", "2001:db8:5::77"},
+	{"new address", "192.168.5.77"}, {"new IPv6 address", "2001:db8:5::77"},
 }
 
-// Whoever is behind a proxy's tunnel reaches the proxy's host by the addresses
-// of the tunnel, and by no others.
+// Clients reach the proxy's host by the tunnel's addresses only.
 func TestClientsReachOnlyTunnelAddresses(t *testing.T) {
 	h, _ := connect(t)
 	device := h.device("masque0")
@@ -55,14 +54,13 @@ func TestClientsReachOnlyTunnelAddresses(t *testing.T) {
 	}
 }
 
-// A socket to an address leaves the host only where the kernel knows one other
-// host by it.
+// LeavesHost accepts addresses only if the kernel routes them to another host.
 func TestLeavesHost(t *testing.T) {
 	h, _ := connect(t)
 	h.ip("addr add 192.168.5.77/24 dev up0")
 	h.ip("addr add 2001:db8:5::77/64 dev up0 nodad")
 	h.settle()
-	h.sysctl("net/ipv6/conf/all/forwarding", "1") // which makes it a router, with anycast addresses
+	h.sysctl("net/ipv6/conf/all/forwarding", "1") // adds the anycast addresses of routers
 	h.ip("route add prohibit 198.51.100.0/24")
 	leaves := func(addr string) (err error) {
 		h.do(func() { err = LeavesHost(netip.MustParseAddr(addr)) })

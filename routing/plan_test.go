@@ -12,14 +12,14 @@ import (
 	"pgregory.net/rapid"
 )
 
-// The plan, followed by hand as the kernel does, against what is meant: the
-// longest prefix of the tunnel's routes and of those of the host that count, a
-// tie to the host unless it is between default routes, and what is excluded to
-// the host.
+// The rules and routes of a plan have the documented effect: the longest prefix
+// among the tunnel's routes and the accepted routes of the host takes
+// precedence. The host wins a tie, except between default routes, and excluded
+// prefixes are routed by the host.
 func TestPlanProperty(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		v6 := rapid.Bool().Draw(t, "v6")
-		// Few different bits make overlaps likely.
+		// Addresses with few different bits make overlaps likely.
 		addr := rapid.Custom(func(t *rapid.T) netip.Addr {
 			size, head := 4, rapid.SampledFrom([][]byte{{10, 0}, {8, 0}, {239, 0},
 				{255, 255}}).Draw(t, "head")
@@ -45,7 +45,7 @@ func TestPlanProperty(t *testing.T) {
 		most := s.HostRoutes == HostPrivate && IsFull(s.Routes, v6)
 		k := &kernel{index: rapid.IntRange(1, 1<<23).Draw(t, "index"), ipv6: true}
 		k.Mark = DefaultMark
-		w, err := newPlan(s, k)
+		p, err := newPlan(s, k)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -65,14 +65,14 @@ func TestPlanProperty(t *testing.T) {
 				}
 				want = tunnel >= 0 && !counts
 			}
-			if got := w.leadsToTunnel(k, host, dst); got != want {
-				t.Fatalf("%v leads to the tunnel: %t, want %t", dst, got, want)
+			if got := p.entersTunnel(k, host, dst); got != want {
+				t.Fatalf("%v enters the tunnel: %t, want %t", dst, got, want)
 			}
 		}
 	})
 }
 
-// longest returns the length of the longest prefix with the address, -1 if
+// longest returns the length of the longest prefix that contains a, or -1 if
 // there is none.
 func longest(list []netip.Prefix, a netip.Addr) int {
 	bits := -1
@@ -84,10 +84,10 @@ func longest(list []netip.Prefix, a netip.Addr) int {
 	return bits
 }
 
-// leadsToTunnel does what the kernel does with the rules and routes of a plan
-// and those of the host.
-func (w plan) leadsToTunnel(k *kernel, host []netip.Prefix, dst netip.Addr) bool {
-	rules := slices.SortedFunc(maps.Keys(w.rules), func(a, b rule) int {
+// entersTunnel reports whether the kernel routes dst into the tunnel, with the
+// rules and routes of p and the routes of the host.
+func (p plan) entersTunnel(k *kernel, host []netip.Prefix, dst netip.Addr) bool {
+	rules := slices.SortedFunc(maps.Keys(p.rules), func(a, b rule) int {
 		return cmp.Compare(a.netlink(k).Priority, b.netlink(k).Priority)
 	})
 	for _, r := range rules {
@@ -106,7 +106,7 @@ func (w plan) leadsToTunnel(k *kernel, host []netip.Prefix, dst netip.Addr) bool
 		}
 		best := route{prefix: netip.Prefix{}}
 		found := false
-		for r := range w.routes {
+		for r := range p.routes {
 			if r.table == n.Table && r.prefix.Contains(dst) &&
 				(!found || r.prefix.Bits() > best.prefix.Bits()) {
 				best, found = r, true
@@ -144,7 +144,7 @@ func TestTableNumbers(t *testing.T) {
 	for _, id := range []int{0, unix.RT_TABLE_MAIN, unix.RT_TABLE_LOCAL, 51820, 1<<31 - 1,
 		1<<30 - 1} {
 		if _, _, ok := tableOwner(id); ok {
-			t.Errorf("table %d is taken for one of ours", id)
+			t.Errorf("table %d is considered a table of a Manager", id)
 		}
 	}
 }
@@ -169,16 +169,16 @@ func TestIsFull(t *testing.T) {
 	}{
 		{"nothing", nil, false, false},
 		{"everything", prefixes("0.0.0.0/0", "::/0"), true, true},
-		{"everything of IPv4", prefixes("0.0.0.0/0"), true, false},
+		{"all of IPv4", prefixes("0.0.0.0/0"), true, false},
 		{"everything in halves", prefixes("0.0.0.0/1", "128.0.0.0/1", "::/1", "8000::/1"),
 			true, true},
-		{"the internet of IPv6", prefixes("2000::/3"), false, true},
+		{"global unicast IPv6", prefixes("2000::/3"), false, true},
 		{"half", prefixes("0.0.0.0/1", "2000::/4"), false, false},
 		{"half, twice", prefixes("0.0.0.0/1", "0.0.0.0/2", "10.0.0.0/8"), false, false},
-		{"everything but private networks",
+		{"everything except private networks",
 			minus("0.0.0.0/0", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "224.0.0.0/3"),
 			true, false},
-		{"everything but one address", minus("::/0", "2001:db8::1/128"), false, true},
+		{"everything except one address", minus("::/0", "2001:db8::1/128"), false, true},
 		{"private networks", prefixes("10.0.0.0/8", "192.168.0.0/16", "fc00::/7"), false, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -190,14 +190,14 @@ func TestIsFull(t *testing.T) {
 	}
 }
 
-// The rules are the kernel's to others, and ours by what they are; rules of the
-// kernel and of others are not ours.
+// Rules have the protocol of the kernel, so that other programs do not delete
+// them. parseRule recognizes them by table and protocol.
 func TestRuleOwner(t *testing.T) {
 	k := &kernel{index: 7, ipv6: true}
 	k.Mark = DefaultMark
 	own := rule{bits: 0, tunnel: true}.netlink(k)
 	if own.Protocol != unix.RTPROT_KERNEL {
-		t.Errorf("protocol %d, want %d: others delete the rule", own.Protocol, unix.RTPROT_KERNEL)
+		t.Errorf("protocol %d, want %d", own.Protocol, unix.RTPROT_KERNEL)
 	}
 	for _, tc := range []struct {
 		name     string
@@ -205,10 +205,10 @@ func TestRuleOwner(t *testing.T) {
 		table    int
 		want     bool
 	}{
-		{"ours", unix.RTPROT_KERNEL, own.Table, true},
-		{"of an earlier version", protocol, own.Table, true},
-		{"another's with our table", unix.RTPROT_STATIC, own.Table, false},
-		{"the kernel's", unix.RTPROT_KERNEL, unix.RT_TABLE_MAIN, false},
+		{"own rule", unix.RTPROT_KERNEL, own.Table, true},
+		{"rule of an earlier version", protocol, own.Table, true},
+		{"rule of another program for the same table", unix.RTPROT_STATIC, own.Table, false},
+		{"rule of the kernel", unix.RTPROT_KERNEL, unix.RT_TABLE_MAIN, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := *own

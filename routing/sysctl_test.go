@@ -12,6 +12,7 @@ import (
 	"masquevpn/internal/logtest"
 )
 
+// forwardState returns the State of a proxy without address translation.
 func forwardState() State {
 	return State{
 		Addresses: prefixes("10.77.0.1/32", "fd77::1/128"),
@@ -20,8 +21,8 @@ func forwardState() State {
 	}
 }
 
-// Forwarding is a switch of all and of each interface, and setting the one
-// sets the others.
+// Close restores the sysctls of each interface, because turning forwarding on
+// for all interfaces changes them.
 func TestForwardRestoresEachInterface(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -50,10 +51,11 @@ func TestForwardRestoresEachInterface(t *testing.T) {
 	m := h.open(Config{Instance: "one", Interface: "masque0"})
 	h.apply(m, forwardState())
 	for name, want := range map[string]string{
-		"net/ipv4/ip_forward":             "1",
-		"net/ipv6/conf/all/forwarding":    "1",
-		"net/ipv6/conf/up0/accept_ra":     "2", // still takes its default route from there
-		"net/ipv6/conf/up1/accept_ra":     "1", // was a router there before, and took none
+		"net/ipv4/ip_forward":          "1",
+		"net/ipv6/conf/all/forwarding": "1",
+		// keeps its default route from router advertisements
+		"net/ipv6/conf/up0/accept_ra":     "2",
+		"net/ipv6/conf/up1/accept_ra":     "1", // forwarded before, so it had no such route
 		"net/ipv6/conf/default/accept_ra": "2",
 		"net/ipv6/conf/masque0/accept_ra": "1",
 	} {
@@ -85,7 +87,7 @@ func TestForwardFollowsState(t *testing.T) {
 	h.apply(m, State{})
 	check("0", "0")
 
-	// What was on stays on, and what others set stays as they set it.
+	// Close restores the previous value, but not if another program changed it.
 	h.sysctl("net/ipv4/ip_forward", "1")
 	h.apply(m, forwardState())
 	check("1", "1")
@@ -94,15 +96,15 @@ func TestForwardFollowsState(t *testing.T) {
 	check("1", "0")
 }
 
-// The last instance that runs puts a sysctl back.
+// The last instance restores a shared sysctl.
 func TestSharedSysctls(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		end  func(h *host, first *Manager, c Config) // ends the first instance
 	}{
 		{"closed", func(h *host, first *Manager, _ Config) { h.close(first) }},
-		{"dead", func(h *host, first *Manager, _ Config) { h.abandon(first) }},
-		{"dead and cleaned", func(h *host, first *Manager, c Config) {
+		{"killed", func(h *host, first *Manager, _ Config) { h.abandon(first) }},
+		{"killed and opened again", func(h *host, first *Manager, c Config) {
 			h.abandon(first)
 			h.close(h.open(c))
 		}},
@@ -141,7 +143,7 @@ func TestSharedSysctls(t *testing.T) {
 	}
 }
 
-// onReadOnlySysctls runs f where /proc/sys is read-only, as in a container.
+// onReadOnlySysctls calls f with a read-only /proc/sys, as in a container.
 func (h *host) onReadOnlySysctls(f func()) {
 	h.t.Helper()
 	h.do(func() {
@@ -174,12 +176,12 @@ func TestReadOnlySysctls(t *testing.T) {
 		err = m.Apply(forwardState())
 		if !errors.Is(err, unix.EROFS) ||
 			!strings.Contains(err.Error(), "sysctl -w net.ipv4.ip_forward=1") {
-			t.Errorf("Apply: %v; want a read-only file system and the command", err)
+			t.Errorf("Apply: %v, want read-only file system, with the command", err)
 		}
 	})
 	h.wantSnapshot(before)
 
-	// Done by hand: nothing is to be written.
+	// The administrator set the sysctls, so Apply need not write them.
 	h.sysctl("net/ipv4/ip_forward", "1")
 	h.sysctl("net/ipv6/conf/all/forwarding", "1")
 	h.onReadOnlySysctls(func() {
@@ -193,7 +195,7 @@ func TestReadOnlySysctls(t *testing.T) {
 		}
 	})
 
-	// What a client needs it can do without.
+	// The sysctls of a client are optional.
 	var log logtest.Buffer
 	h.onReadOnlySysctls(func() {
 		m, err := Open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark,
@@ -225,7 +227,7 @@ func TestJournalCannotBeWritten(t *testing.T) {
 	dir := t.TempDir()
 	m := h.open(Config{Instance: "one", Interface: "masque0",
 		Journal: filepath.Join(dir, "j", "one.json")})
-	// Gone, as if the disk had been.
+	// As if the disk had failed.
 	if err := os.RemoveAll(filepath.Join(dir, "j")); err != nil {
 		t.Fatal(err)
 	}

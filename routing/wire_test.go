@@ -19,17 +19,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Tests with packets: a host with an uplink to a router, behind which is the
+// These tests send packets between a host and a router, which also has the
 // proxy's address.
-
 const (
 	hostAddr4, hostAddr6     = "192.168.5.2", "2001:db8:5::2"
 	routerAddr4, routerAddr6 = "192.168.5.1", "2001:db8:5::1"
 	proxyAddr4, proxyAddr6   = "203.0.113.1", "2a00::1"
-	patience                 = 20 * time.Second // for packets that must come
+
+	// patience limits the time to wait for an expected packet.
+	patience = 20 * time.Second
 )
 
-// connect makes a host with uplink up0 and the router at the other end.
+// connect creates a host with the interface up0 and the router at the other end
+// of the link.
 func connect(t *testing.T) (h, router *host) {
 	t.Helper()
 	h, router = newHost(t), newHost(t)
@@ -57,7 +59,7 @@ func connect(t *testing.T) (h, router *host) {
 	return h, router
 }
 
-// listen opens a UDP socket on the host. It fails reads after a while.
+// listen opens a UDP socket on the host. Reads fail after patience.
 func (h *host) listen(addr string, mark uint32) *net.UDPConn {
 	h.t.Helper()
 	var c net.PacketConn
@@ -92,7 +94,8 @@ func receive(t *testing.T, c *net.UDPConn) (text string, from netip.AddrPort) {
 	return string(buf[:n]), netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 }
 
-// reverseFiltered is how many packets the reverse path filter has dropped.
+// reverseFiltered returns the number of packets dropped by the reverse path
+// filter.
 func (h *host) reverseFiltered() (n int) {
 	h.t.Helper()
 	h.do(func() {
@@ -123,8 +126,8 @@ func (h *host) reverseFiltered() (n int) {
 	return n
 }
 
-// A full tunnel and strict reverse path filters: the outer socket gets its
-// replies and the ICMP errors, which come in where its packets went out.
+// With a full tunnel and strict reverse path filters, outer sockets receive
+// replies and ICMP errors.
 func TestStrictReversePathFilter(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
@@ -147,7 +150,7 @@ func TestStrictReversePathFilter(t *testing.T) {
 				t.Errorf("the outer socket received %q", text)
 			}
 		}
-		// Nobody listens there any more: ICMP port unreachable.
+		// A closed port is answered with ICMP port unreachable.
 		to := netip.AddrPortFrom(netip.MustParseAddr(proxy), port(server))
 		server.Close()
 		var c net.Conn
@@ -172,8 +175,7 @@ func TestStrictReversePathFilter(t *testing.T) {
 		t.Errorf("%d packets were dropped by the reverse path filter", n)
 	}
 
-	// Without what Apply did for it, the filter drops the reply: so it was
-	// that.
+	// Without the chains of Apply, the filter drops the reply.
 	h.run("nft", "flush chain inet masque-one restore; flush chain inet masque-one outer")
 	server := router.listen(net.JoinHostPort(proxyAddr4, "0"), 0)
 	outer := h.listen(":0", DefaultMark)
@@ -182,13 +184,13 @@ func TestStrictReversePathFilter(t *testing.T) {
 	send(t, server, "reply", from)
 	for deadline := time.Now().Add(patience); h.reverseFiltered() == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatal("the filter drops nothing: the test tests nothing")
+			t.Fatal("the filter drops nothing without the chains either: the test is void")
 		}
 	}
 }
 
-// Packets to a tunnel address are taken from the tunnel and from the host
-// itself, not from the LAN.
+// Packets to a tunnel address are accepted from the tunnel and the host itself,
+// but not from the LAN.
 func TestTunnelAddressIsGuarded(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
@@ -217,9 +219,8 @@ func TestTunnelAddressIsGuarded(t *testing.T) {
 	}
 }
 
-// Packets from the tunnel have the host's own addresses as their source only
-// where they are ICMP errors of the tunnel's own end: it has the tunnel's
-// address, and no other.
+// A packet from the tunnel must not have a source address of this host, except
+// the tunnel's address, which ICMP errors of the tunnel's end have.
 func TestTunnelDoesNotSpoofTheHost(t *testing.T) {
 	h, _ := connect(t)
 	device := h.device("masque0")
@@ -241,8 +242,8 @@ func TestTunnelDoesNotSpoofTheHost(t *testing.T) {
 	}
 }
 
-// A proxy forwards from the tunnel to its network and back, and lends its
-// address.
+// A proxy forwards packets between the tunnel and its network, and translates
+// the addresses of clients to its own.
 func TestForwardAndMasquerade(t *testing.T) {
 	h, router := connect(t)
 	device := h.device("masque0")
@@ -272,7 +273,7 @@ func TestForwardAndMasquerade(t *testing.T) {
 			t.Errorf("reply in the tunnel: %x, want it to %v", got, src)
 		}
 	}
-	// Between hosts of the tunnel nothing is rewritten.
+	// Addresses are not translated between clients.
 	if _, err := device.Write(udpPacket(t, netip.MustParseAddrPort("10.77.0.9:1"),
 		netip.MustParseAddrPort("10.77.0.8:2"), "hello")); err != nil {
 		t.Fatal(err)
@@ -283,6 +284,7 @@ func TestForwardAndMasquerade(t *testing.T) {
 	}
 }
 
+// udpPacket returns an IP packet with a UDP datagram.
 func udpPacket(t *testing.T, src, dst netip.AddrPort, text string) []byte {
 	t.Helper()
 	udp := &layers.UDP{SrcPort: layers.UDPPort(src.Port()), DstPort: layers.UDPPort(dst.Port())}
@@ -354,9 +356,8 @@ func TestMarkSocket(t *testing.T) {
 	}
 }
 
-// Queries for names that would leave outside the tunnel are refused at once,
-// those of the socket that looks for the proxy and those to other ports are
-// not.
+// With HoldDNS, DNS queries outside the tunnel fail immediately, except those
+// with the mark. Packets to other ports pass.
 func TestHoldDNS(t *testing.T) {
 	h, router := connect(t)
 	h.tun("masque0")
