@@ -49,10 +49,10 @@ type access struct {
 // gateway of a site, and other clients.
 type denied struct{ clients, sites []netip.Prefix }
 
-// of returns the destinations that the client of ss may not reach, whoever its
-// user is.
-func (d denied) of(ss session) []netip.Prefix {
-	if ss.isSite() {
+// of returns the destinations that a client may not reach, whoever its user is.
+// site reports whether the client is the gateway of a site.
+func (d denied) of(site bool) []netip.Prefix {
+	if site {
 		return d.sites
 	}
 	return d.clients

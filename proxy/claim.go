@@ -27,8 +27,8 @@ const (
 	maxRefusals = 5
 )
 
-// claim is what one session of a site asks for, and what it is granted. The
-// fields below ss are guarded by sites.mu.
+// claim holds the networks and addresses that one session of a site asks for,
+// and the granted part of them. The fields below ss are guarded by sites.mu.
 type claim struct {
 	ss *ipSession
 
@@ -85,7 +85,7 @@ type grant struct {
 	refusals []string       // the parts that are not granted, with reasons
 }
 
-// decide returns what c is granted, after the claims with higher precedence
+// decide returns the grant for c, after the claims with higher precedence
 // (earlier) and the networks already in use (reserved). room is the number of
 // prefixes that the routes of all clients have left.
 func (c *claim) decide(reserved []reservedNetwork, earlier []*claim, room int) grant {

@@ -174,7 +174,7 @@ func (h *host) updateAccess(l layout) error {
 		return err
 	}
 	for _, ss := range h.sessions.list() {
-		if d := now.of(ss); !slices.Equal(d, before.of(ss)) {
+		if d := now.of(ss.isSite()); !slices.Equal(d, before.of(ss.isSite())) {
 			if err := ss.updateDenied(); err != nil {
 				ss.base().stop(err) // the other sessions go on
 			}

@@ -22,8 +22,8 @@ import (
 
 // ipSession is a session of IP proxying (RFC 9484), a tunnel.
 //
-// Its methods are in files by subject: the tunnel itself here, its addresses
-// in ipsession_addresses.go, what the client is told about routes and DNS in
+// Its methods are in files by subject: the tunnel itself here, its addresses in
+// ipsession_addresses.go, routes and DNS for the client in
 // ipsession_announce.go, and the networks behind the client in
 // ipsession_site.go.
 type ipSession struct {
@@ -98,8 +98,9 @@ func (ss *ipSession) prepare(ctx context.Context, path string) *refusal {
 }
 
 // resolve returns the addresses in scope, with its name resolved (RFC 9484
-// section 4.6); nil: all. A name stands for those of its addresses that clients
-// may reach. A scope without an address that the client may reach is refused.
+// section 4.6); nil: all. A name stands for the part of its addresses that
+// clients may reach. A scope without an address that the client may reach is
+// refused.
 func (ss *ipSession) resolve(ctx context.Context, scope connectip.Scope) (*netipx.IPSet,
 	*refusal) {
 	access := ss.shared.access
@@ -195,7 +196,7 @@ func (ss *ipSession) run(str *http3.Stream) (err error) {
 
 // open creates ss.conn on the stream of the session.
 func (ss *ipSession) open(str *http3.Stream) *connectip.Conn {
-	ss.device.Device, ss.device.ss = ss.shared.host.supervisor.Device(), &ss.sessionBase
+	ss.device.Device, ss.device.ss = ss.shared.device, &ss.sessionBase
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	ss.conn = connectip.New(str, ss.quic, connectip.Config{
@@ -205,7 +206,7 @@ func (ss *ipSession) open(str *http3.Stream) *connectip.Conn {
 			Assigned: ss.addressesAssigned, Routes: ss.routesAdvertised},
 		Self:           ss.shared.pool.Gateways(),
 		Granted:        ss.leaseReserved(),
-		Denied:         ss.shared.access.deniedNow().of(ss),
+		Denied:         ss.shared.access.deniedNow().of(ss.isSite()),
 		Withheld:       ss.withheld(),
 		PeerIsHost:     ss.claim == nil,
 		KernelHopLimit: ss.shared.cfg().KernelHopLimit,
@@ -277,7 +278,7 @@ func (ss *ipSession) updateDenied() error {
 	if ss.conn == nil {
 		return nil // open reads them later
 	}
-	return ss.conn.SetDenied(ss.shared.access.deniedNow().of(ss), ss.withheld())
+	return ss.conn.SetDenied(ss.shared.access.deniedNow().of(ss.isSite()), ss.withheld())
 }
 
 // withheld returns the advertised destinations that the user may not reach.
@@ -301,7 +302,7 @@ func (ss *ipSession) configChanged(site bool) {
 
 func (ss *ipSession) status() SessionStatus {
 	s := ss.baseStatus(KindIP)
-	s.Interface = ss.shared.host.name()
+	s.Interface = ss.shared.deviceName()
 	ss.mu.Lock()
 	if ss.conn != nil {
 		s.MTU = ss.conn.MTU()

@@ -18,6 +18,7 @@ type Server struct {
 	shared
 
 	sessions  *sessions
+	host      *host
 	forwarder *forwarder
 
 	connLimiter *connlimit.Limiter
@@ -76,7 +77,8 @@ func New(cfg Config) (*Server, error) {
 	s.names.cfg = s.cfg
 	s.auth.cfg, s.auth.log = s.cfg, s.peerLog
 	s.host = newHost(s.cfg, cfg.Logger, s.pool, s.sites, s.sessions, s.access)
-	s.forwarder = newForwarder(s.table, s.pool, s.host.supervisor.Device())
+	s.device, s.deviceName = s.host.supervisor.Device(), s.host.name
+	s.forwarder = newForwarder(s.table, s.pool, s.device)
 	s.host.dispatch = s.forwarder.dispatch
 	s.connLimiter = connlimit.New(s.peerLog, cfg.MaxPending, cfg.MaxPendingPerAddress)
 	return s, nil

@@ -27,12 +27,13 @@ type session interface {
 	// kind returns KindIP or KindUDP.
 	kind() string
 
-	// prepare acquires what the raw request path asks for, before the session
-	// is put into the table. discard must be called if the session does not
-	// start.
+	// prepare parses the target in the raw request path and acquires its
+	// resources, before the session is put into the table. discard must be
+	// called if the session does not start.
 	prepare(ctx context.Context, path string) *refusal
 
-	// discard releases what prepare acquired, and ends ctx.
+	// discard releases the resources of a session that does not start, and
+	// ends its context.
 	discard()
 
 	// limits returns the limits that the session counts against.

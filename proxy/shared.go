@@ -3,6 +3,7 @@ package proxy
 import (
 	"sync/atomic"
 
+	"masquevpn/internal/connectip"
 	"masquevpn/proxy/internal/addrpool"
 )
 
@@ -17,7 +18,10 @@ type shared struct {
 	sites     *sites
 	access    *access
 	names     nameResolver
-	host      *host
+
+	// device writes to the current device. deviceName returns its name.
+	device     connectip.Device
+	deviceName func() string
 }
 
 // cfg returns the present configuration, which callers must not change.
