@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"strings"
@@ -28,9 +29,19 @@ const (
 )
 
 // claim holds the networks and addresses that one session of a site asks for,
-// and the granted part of them. The fields below ss are guarded by sites.mu.
+// and the granted part of them.
 type claim struct {
-	ss *ipSession
+	user string // name of the site's user
+
+	// route makes a network lead to the session in the forwarding table.
+	route func(netip.Prefix)
+
+	// session and log are the ID and the log of the session. They are set
+	// before the claim is added to the sites.
+	session string
+	log     *slog.Logger
+
+	// The fields below are guarded by sites.mu.
 
 	// rights are the rights of the user; nil after they were taken away.
 	rights *rights
@@ -53,22 +64,19 @@ type claim struct {
 	leased     []netip.Prefix  // addresses of the session itself
 	granted    grant
 
-	log *rate.Limiter // limits the lines about the claim
+	logLimit *rate.Limiter // limits the log lines about the claim
 
 	// loggedGrant and loggedRefusals are the texts that were logged last.
 	loggedGrant, loggedRefusals string
 }
 
-// newClaim returns the claim of ss, which asks for nothing yet.
-func newClaim(ss *ipSession) *claim {
+// newClaim returns the claim of a session of user, which asks for nothing yet.
+func newClaim(user string, route func(netip.Prefix)) *claim {
 	return &claim{
-		ss: ss, granted: grant{networks: new(netipx.IPSet)},
-		log: rate.NewLimiter(rate.Every(time.Minute), 10),
+		user: user, route: route, granted: grant{networks: new(netipx.IPSet)},
+		logLimit: rate.NewLimiter(rate.Every(time.Minute), 10),
 	}
 }
-
-// user returns the name of the site's user.
-func (c *claim) user() string { return c.ss.user.Name }
 
 // reservedNetwork is a network that no site can have.
 type reservedNetwork struct {
@@ -95,7 +103,7 @@ func (c *claim) decide(reserved []reservedNetwork, earlier []*claim, room int) g
 	}
 	siteRoom := maxSitePrefixes
 	for _, e := range earlier {
-		if e.user() == c.user() {
+		if e.user == c.user {
 			siteRoom -= len(e.granted.prefixes)
 		}
 	}
@@ -182,10 +190,10 @@ func (c *claim) conflict(r netipx.IPRange, reserved []reservedNetwork, earlier [
 			})
 		switch {
 		case !overlaps:
-		case e.user() == c.user():
-			return "a network of the newer session " + e.ss.id + " of the same user"
+		case e.user == c.user:
+			return "a network of the newer session " + e.session + " of the same user"
 		default:
-			return fmt.Sprintf("the networks of the site %q", e.user())
+			return fmt.Sprintf("the networks of the site %q", e.user)
 		}
 	}
 	return ""
@@ -206,18 +214,17 @@ func (c *claim) onLink(a netip.Prefix) netip.Prefix {
 // report returns functions that log a changed decision. It limits the lines
 // that a client can cause.
 func (c *claim) report() (logs []func()) {
-	log := c.ss.log
 	accepted := prefixText(slices.Concat(c.granted.prefixes, c.granted.assigned))
-	if accepted != c.loggedGrant && c.log.Allow() {
+	if accepted != c.loggedGrant && c.logLimit.Allow() {
 		c.loggedGrant = accepted
-		logs = append(logs, func() { log.Info("networks of the site", "accepted", accepted) })
+		logs = append(logs, func() { c.log.Info("networks of the site", "accepted", accepted) })
 	}
 	refused := strings.Join(c.granted.refusals, "; ")
-	if refused != c.loggedRefusals && c.log.Allow() {
+	if refused != c.loggedRefusals && c.logLimit.Allow() {
 		c.loggedRefusals = refused
 		if refused != "" {
 			logs = append(logs, func() {
-				log.Warn("networks of the site are refused", "refused", refused)
+				c.log.Warn("networks of the site are refused", "refused", refused)
 			})
 		}
 	}

@@ -92,7 +92,7 @@ func (ss *ipSession) prepare(ctx context.Context, path string) *refusal {
 	reach, refused := ss.resolve(ctx, scope)
 	ss.scope, ss.reach = scope, reach
 	if scope.IsZero() && ss.shared.sites.rightsOf(ss.user.Name) != nil {
-		ss.claim = newClaim(ss)
+		ss.claim = newClaim(ss.user.Name, func(p netip.Prefix) { ss.shared.table.insert(p, ss) })
 	}
 	return refused
 }

@@ -14,6 +14,7 @@ func (ss *ipSession) added(replaced []session) {
 	if ss.claim == nil {
 		return
 	}
+	ss.claim.session, ss.claim.log = ss.id, ss.log
 	var old []*claim
 	for _, r := range replaced {
 		if tunnel, ok := r.(*ipSession); ok && tunnel.claim != nil {

@@ -72,7 +72,7 @@ func New(cfg Config) (*Server, error) {
 		Reserved:   reserved,
 	})
 	s.table = newTable()
-	s.sites = newSites(s.table, rights)
+	s.sites = newSites(s.table.remove, rights)
 	s.access = &access{cfg: s.cfg, dns: s.dns.Load, pool: s.pool}
 	s.names.cfg = s.cfg
 	s.auth.cfg, s.auth.log = s.cfg, s.peerLog

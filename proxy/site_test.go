@@ -59,17 +59,20 @@ func TestSiteProperties(t *testing.T) {
 		reserved := []reservedNetwork{{prefix.Draw(t, "pool"), "pool"},
 			{prefix.Draw(t, "host"), "host"}}
 		tab := newTable()
-		s := newSites(tab, map[string]*rights{})
+		s := newSites(tab.remove, map[string]*rights{})
 		var running []*claim
+		session := make(map[*claim]*ipSession)
 		for range rapid.IntRange(1, 20).Draw(t, "steps") {
 			switch n := rapid.IntRange(0, 5).Draw(t, "step"); {
 			case n == 0 || len(running) == 0:
 				user := rapid.SampledFrom([]string{"a", "b", "c"}).Draw(t, "user")
 				networks := rapid.SliceOfN(prefix, 1, 4).Draw(t, "networks")
-				c := newClaim(siteSession(user))
+				ss := new(ipSession)
+				c := quietClaim(user, func(p netip.Prefix) { tab.insert(p, ss) })
+				session[c] = ss
 				var replaced []*claim
 				for _, old := range running {
-					if old.user() == user && rapid.Bool().Draw(t, "replaces") {
+					if old.user == user && rapid.Bool().Draw(t, "replaces") {
 						replaced = append(replaced, old)
 					}
 				}
@@ -95,21 +98,21 @@ func TestSiteProperties(t *testing.T) {
 				for _, p := range c.granted.prefixes {
 					if seen.OverlapsPrefix(p) || !advertised.ContainsPrefix(p) ||
 						reserved[0].prefix.Overlaps(p) || reserved[1].prefix.Overlaps(p) {
-						t.Fatalf("%s is granted %v, advertised %v", c.user(), p, c.advertised)
+						t.Fatalf("%s is granted %v, advertised %v", c.user, p, c.advertised)
 					}
-					if to, ok := tab.lookup(p.Addr()); !ok || to != c.ss {
+					if to, ok := tab.lookup(p.Addr()); !ok || to != session[c] {
 						t.Fatalf("%v is routed to %v", p, to)
 					}
 				}
 				for _, a := range c.granted.assigned {
 					if !a.IsSingleIP() || !c.rights.assign.ContainsPrefix(a) ||
 						reserved[0].prefix.Overlaps(a) || reserved[1].prefix.Overlaps(a) {
-						t.Fatalf("%s assigned %v", c.user(), a)
+						t.Fatalf("%s assigned %v", c.user, a)
 					}
 				}
 				if !setOf(c.rights.networks).Equal(unionOf(setOf(c.rights.networks),
 					c.granted.networks)) {
-					t.Fatalf("%s may have %v, is granted %v", c.user(), c.rights.networks,
+					t.Fatalf("%s may have %v, is granted %v", c.user, c.rights.networks,
 						c.granted.prefixes)
 				}
 				union.AddSet(c.granted.networks)
@@ -125,10 +128,11 @@ func TestSiteProperties(t *testing.T) {
 	})
 }
 
-// siteSession returns a session of user that logs nothing.
-func siteSession(user string) *ipSession {
-	return &ipSession{sessionBase: sessionBase{user: User{Name: user},
-		log: slog.New(slog.DiscardHandler)}}
+// quietClaim returns a claim of a session of user that logs nothing.
+func quietClaim(user string, route func(netip.Prefix)) *claim {
+	c := newClaim(user, route)
+	c.log = slog.New(slog.DiscardHandler)
+	return c
 }
 
 // setOfRoutes returns the set of the addresses in routes.
@@ -155,7 +159,7 @@ func unionOf(sets ...*netipx.IPSet) *netipx.IPSet {
 // site can cause.
 func TestSiteIsBounded(t *testing.T) {
 	everything := []netip.Prefix{netip.MustParsePrefix("8000::/1")}
-	c := newClaim(siteSession("a"))
+	c := quietClaim("a", nil)
 	c.rights = &rights{networks: everything, assign: setOf(everything)}
 	a := netip.MustParseAddr("8000::1")
 	for range 3000 {
@@ -179,7 +183,7 @@ func TestSiteIsBounded(t *testing.T) {
 			}
 		})
 	}
-	same := newClaim(c.ss)
+	same := quietClaim("a", nil)
 	same.rights = c.rights
 	same.advertised = c.advertised[1000:1200]
 	c.granted = c.decide(nil, nil, routing.MaxRoutes)

@@ -17,7 +17,8 @@ import (
 // ready for the result, which all sessions then follow. So a client that
 // changes its claim often costs the others nothing.
 type sites struct {
-	table *table
+	// unroute removes a network from the forwarding table.
+	unroute func(netip.Prefix)
 
 	// changed receives a value after changes that the next decision has to
 	// consider.
@@ -33,15 +34,15 @@ type sites struct {
 	lastNumber uint64   // the highest rank or number of a claim
 	claims     []*claim // the first takes precedence
 
-	// routed are the entries of the forwarding table for networks of sites.
-	routed map[netip.Prefix]*ipSession
+	// routed are the networks of sites in the forwarding table.
+	routed map[netip.Prefix]*claim
 
 	all *netipx.IPSet // networks and leased addresses of all sites
 }
 
-func newSites(t *table, r map[string]*rights) *sites {
-	return &sites{table: t, rights: r, changed: make(chan struct{}, 1),
-		routed: make(map[netip.Prefix]*ipSession), all: new(netipx.IPSet)}
+func newSites(unroute func(netip.Prefix), r map[string]*rights) *sites {
+	return &sites{unroute: unroute, rights: r, changed: make(chan struct{}, 1),
+		routed: make(map[netip.Prefix]*claim), all: new(netipx.IPSet)}
 }
 
 // rightsOf returns the rights of a user, nil for a user without a site.
@@ -57,7 +58,7 @@ func (t *sites) setRights(all map[string]*rights) {
 	defer t.mu.Unlock()
 	t.rights = all
 	for _, c := range t.claims {
-		c.rights = all[c.user()]
+		c.rights = all[c.user]
 	}
 	t.schedule()
 }
@@ -76,11 +77,11 @@ func (t *sites) setCommonRoutes(n int) {
 func (t *sites) add(c *claim, replaced []*claim) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	c.rights = t.rights[c.user()]
+	c.rights = t.rights[c.user]
 	t.lastNumber++
 	c.rank, c.number = t.lastNumber, t.lastNumber
 	for _, other := range t.claims {
-		if other.user() == c.user() {
+		if other.user == c.user {
 			c.rank = other.rank
 		}
 	}
@@ -105,15 +106,15 @@ func (t *sites) remove(c *claim) {
 	if heir != nil && (heir.updated || !slices.Contains(t.claims, heir)) {
 		heir = nil
 	}
-	for p, ss := range t.routed {
+	for p, holder := range t.routed {
 		switch {
-		case ss != c.ss:
+		case holder != c:
 		case heir != nil:
-			t.routed[p] = heir.ss
-			t.table.insert(p, heir.ss)
+			t.routed[p] = heir
+			heir.route(p)
 		default:
 			delete(t.routed, p)
-			t.table.remove(p)
+			t.unroute(p)
 		}
 	}
 	if heir != nil {
@@ -202,7 +203,7 @@ func (t *sites) decide(reserved []reservedNetwork) layout {
 	t.mu.Lock()
 	var l layout
 	var b netipx.IPSetBuilder
-	routed := make(map[netip.Prefix]*ipSession)
+	routed := make(map[netip.Prefix]*claim)
 	var logs []func()
 	room := routing.MaxRoutes - t.commonRoutes
 	for i, c := range t.claims {
@@ -210,7 +211,7 @@ func (t *sites) decide(reserved []reservedNetwork) layout {
 		room -= len(c.granted.prefixes)
 		logs = append(logs, c.report()...)
 		for _, p := range c.granted.prefixes {
-			routed[p] = c.ss
+			routed[p] = c
 			l.networks = append(l.networks, p)
 		}
 		for _, a := range c.granted.assigned {
@@ -223,14 +224,14 @@ func (t *sites) decide(reserved []reservedNetwork) layout {
 		b.AddSet(c.granted.networks)
 	}
 	t.all, _ = b.IPSet() // the prefixes are valid
-	for p, ss := range routed {
-		if t.routed[p] != ss {
-			t.table.insert(p, ss)
+	for p, c := range routed {
+		if t.routed[p] != c {
+			c.route(p)
 		}
 	}
 	for p := range t.routed {
 		if routed[p] == nil {
-			t.table.remove(p)
+			t.unroute(p)
 		}
 	}
 	t.routed = routed
@@ -252,7 +253,7 @@ func (t *sites) routesTo(c *claim, common []capsule.Route, allowed *netipx.IPSet
 	var b netipx.IPSetBuilder
 	b.AddSet(t.all)
 	for _, other := range t.claims {
-		if other.user() == c.user() {
+		if other.user == c.user {
 			b.RemoveSet(other.granted.networks)
 			for _, a := range other.leased {
 				b.RemovePrefix(a)
