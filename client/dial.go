@@ -354,7 +354,7 @@ func (d *dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (*dialed, er
 		}
 		return nil, withAddress(classify(err, nil, d.target), addr)
 	}
-	udp.LoseUnsent()
+	udp.IgnoreSendErrors()
 	return &dialed{transport: t, socket: udp, closePrevious: func() {}, conn: conn,
 		remote: addr}, nil
 }

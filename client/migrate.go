@@ -13,7 +13,7 @@ func (d *dialed) migrate(ctx context.Context, dialer *dialer) error {
 	if err != nil {
 		return err
 	}
-	socket.LoseUnsent()
+	socket.IgnoreSendErrors()
 	path, err := d.conn.AddPath(t)
 	if err == nil {
 		if err = path.Probe(ctx); err == nil {

@@ -70,7 +70,7 @@ func (s *Server) listen(ctx context.Context) ([]*udpconn.Conn, error) {
 			return nil, &Error{Kind: KindFailure,
 				Reason: fmt.Sprintf("listening on UDP %v: %v", c.LocalAddr(), err), Err: err}
 		}
-		conn.LoseUnsent()
+		conn.IgnoreSendErrors()
 		conns = append(conns, conn)
 	}
 	return conns, nil

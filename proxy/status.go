@@ -85,8 +85,8 @@ func (s *Server) Status() Status {
 	return status
 }
 
-// Problem says which state of this host is not as clients need it, and what to
-// do about it. It returns "" if there is no problem.
+// Problem returns a sentence about the part of the host's configuration that is
+// not as clients need it, with a remedy. It returns "" if there is none.
 func (s *Server) Problem() string { return s.host.healthNow().Problem }
 
 // listening returns the addresses for Status.Listen: the configured ones, or

@@ -6,8 +6,8 @@
 // GSO). The kernel returns EIO if a network path does not support that; Conn
 // logs it once, and quic-go then sends packets one by one.
 //
-// A client that changes networks calls [Conn.LoseUnsent], so that QUIC survives
-// the time without a route.
+// A client that changes networks calls [Conn.IgnoreSendErrors], so that QUIC
+// survives the time without a route.
 package udpconn
 
 import (
@@ -57,8 +57,8 @@ type Conn struct {
 	// offloadDisabled is set by DisableOffload, before the Conn is used.
 	offloadDisabled bool
 
-	// loseUnsent is set by LoseUnsent.
-	loseUnsent atomic.Bool
+	// ignoreSendErrors is set by IgnoreSendErrors.
+	ignoreSendErrors atomic.Bool
 
 	// unsentErrno is the unix.Errno for which the last packet did not leave
 	// this host, or 0 if it left.
@@ -230,11 +230,12 @@ func (c *Conn) parse(oob []byte) {
 	}
 }
 
-// LoseUnsent makes WriteMsgUDP lose packets silently if they cannot leave this
-// host because it has no route, address or interface, or because its firewall
-// refuses them. QUIC would close the connection on the first such error,
-// although a host that changes networks soon has a route again.
-func (c *Conn) LoseUnsent() { c.loseUnsent.Store(true) }
+// IgnoreSendErrors makes later calls of WriteMsgUDP drop a packet, instead of
+// failing, if it cannot leave this host because there is no route, address or
+// interface, or because the host's firewall refuses it. QUIC would close the
+// connection on the first such error, although a host that changes networks
+// soon has a route again.
+func (c *Conn) IgnoreSendErrors() { c.ignoreSendErrors.Store(true) }
 
 // Unsent returns the unix.Errno for which the last packet did not leave this
 // host, or nil if it left.
@@ -280,7 +281,7 @@ func (c *Conn) WriteMsgUDP(b, oob []byte, addr *net.UDPAddr) (n, oobn int, err e
 	c.noteError(err, addr)
 	if e := unsent(err); e != 0 {
 		c.unsentErrno.Store(uint32(e))
-		if c.loseUnsent.Load() {
+		if c.ignoreSendErrors.Load() {
 			return len(b), len(oob), nil
 		}
 	}

@@ -475,7 +475,7 @@ func TestWriteErrors(t *testing.T) {
 }
 
 // TestUnsent checks that packets which cannot leave the host are an error
-// before LoseUnsent and lost after it, and that Unsent returns the reason.
+// before IgnoreSendErrors and lost after it, and that Unsent returns the reason.
 func TestUnsent(t *testing.T) {
 	// The kernel refuses broadcasts with one of the errors of its firewall.
 	const refused = unix.EACCES
@@ -489,7 +489,7 @@ func TestUnsent(t *testing.T) {
 	if err := write(to); !errors.Is(err, refused) || !errors.Is(c.Unsent(), refused) {
 		t.Fatalf("%v, %v", err, c.Unsent())
 	}
-	c.LoseUnsent()
+	c.IgnoreSendErrors()
 	if err := write(to); err != nil || !errors.Is(c.Unsent(), refused) {
 		t.Errorf("%v, %v", err, c.Unsent())
 	}
