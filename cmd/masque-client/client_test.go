@@ -22,7 +22,7 @@ import (
 )
 
 // do runs a command line in this process and checks its exit code. It returns
-// what was written to standard output and the last line of standard error.
+// the standard output and the last line of standard error.
 func do(t *testing.T, want int, args ...string) (out, last string) {
 	t.Helper()
 	var stdout, stderr bytes.Buffer
@@ -65,8 +65,9 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// TestLoadErrors has one row per error of a file and of what it names; all
-// commands that take the file refuse it with code 2, before anything else.
+// TestLoadErrors has one row per error in a configuration or in a file that it
+// names. All commands refuse the configuration with exit code 2 before they do
+// anything else.
 func TestLoadErrors(t *testing.T) {
 	ca, caPair, err := pki.NewAuthority("CA", time.Now())
 	if err != nil {
@@ -87,7 +88,7 @@ func TestLoadErrors(t *testing.T) {
 		name string
 		text string // contents of home.toml, below the proxy
 		mode os.FileMode
-		want string // in the last line, %s is the folder
+		want string // part of the last line; %s is the folder
 	}{
 		{"unknown key", "nonsense = 1\n", 0o600,
 			"%s/home.toml:2: nonsense: unknown key; remove it"},
@@ -140,18 +141,18 @@ func TestLoadErrors(t *testing.T) {
 			file := filepath.Join(dir, "home.toml")
 			runDir := filepath.Join(t.TempDir(), "run")
 			want := strings.ReplaceAll(test.want, "%s", dir)
-			// The message quotes names as the file has them.
+			// The message quotes names as they are in the file.
 			for _, args := range [][]string{{"run", "-c", file}, {"up", file},
 				{"up", "home", "--config-dir", dir}} {
 				if _, last := do(t, 2,
 					append(args, "--run-dir", runDir)...); !strings.Contains(last, want) {
-					t.Errorf("%v said\n%s\nwant\n%s", args, last, want)
+					t.Errorf("%v printed\n%s\nwant\n%s", args, last, want)
 				}
 			}
 			if out, last := do(t, 2, "check", "-c", file, "--run-dir",
 				runDir); !strings.Contains(out, "fail  configuration: ") ||
 				!strings.Contains(last, "checks failed") {
-				t.Errorf("check said\n%s%s", out, last)
+				t.Errorf("check printed\n%s%s", out, last)
 			}
 			if _, err := os.Stat(runDir); !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("the run directory was made: %v", err)
@@ -160,7 +161,7 @@ func TestLoadErrors(t *testing.T) {
 	}
 }
 
-// TestBadProxy: what only the client package finds has its line too.
+// Errors of package client have the line of the file too.
 func TestBadProxy(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "home.toml")
 	for _, proxy := range []string{"http://a.example/{target}/{ipproto}",
@@ -172,11 +173,11 @@ func TestBadProxy(t *testing.T) {
 			}
 			if _, last := do(t, 2, "forward-udp", "5300", "a.example:53", "-c",
 				file); !strings.Contains(last, file+":2: proxy = \""+proxy+"\": ") {
-				t.Errorf("%s: forward-udp says %s", proxy, last)
+				t.Errorf("%s: forward-udp printed %s", proxy, last)
 			}
 			if _, last := do(t, 2, "run", "-c", file); !strings.Contains(last,
 				file+":2: proxy = \""+proxy+"\": ") {
-				t.Errorf("said %s", last)
+				t.Errorf("got %s", last)
 			}
 		})
 	}
@@ -212,7 +213,7 @@ func TestUsage(t *testing.T) {
 	} {
 		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
 			if _, last := do(t, 2, test.args...); !strings.Contains(last, test.want) {
-				t.Errorf("%v: said %s, want %s", test.args, last, test.want)
+				t.Errorf("%v: got %s, want %s", test.args, last, test.want)
 			}
 		})
 	}
@@ -267,7 +268,7 @@ func startFake(t *testing.T, runDir, name, state string) *fake {
 		t.Fatal(err)
 	}
 	release := sync.OnceValue(lock.Release)
-	go func() { // a tunnel that is told to stop ends
+	go func() { // ends after a request to stop
 		select {
 		case <-f.posted:
 			_ = release()
@@ -313,7 +314,7 @@ func TestStatus(t *testing.T) {
 	}
 
 	startFake(t, runDir, "work", client.StateConnected)
-	startFake(t, runDir, "proxy", client.StateConnected) // a proxy on this host is no tunnel
+	startFake(t, runDir, "proxy", client.StateConnected) // the proxy on this host is not a tunnel
 	out, _ = do(t, 0, "status", "--run-dir", runDir)
 	if lines := strings.Split(strings.TrimSpace(out), "\n"); len(lines) != 3 ||
 		!strings.HasPrefix(lines[1], "home") || !strings.HasPrefix(lines[2], "work") {
@@ -323,7 +324,7 @@ func TestStatus(t *testing.T) {
 	for _, args := range [][]string{{"status"}, {"status", "home"}, {"status", "home", "--json"}} {
 		out, last := do(t, 3, append(args, "--run-dir", runDir)...)
 		if !strings.Contains(last, "home: reconnecting (the [2J proxy does not answer): wait for it with") || strings.ContainsRune(out, '\x1b') {
-			t.Errorf("%v: said %s\n%s", args, last, out)
+			t.Errorf("%v: printed %s\n%s", args, last, out)
 		}
 	}
 	if _, last := do(t, 3, "status", "none", "--run-dir", runDir); !strings.Contains(last,
@@ -332,7 +333,7 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// lineWriter gives each line that is written to it to a channel.
+// lineWriter sends each written line to a channel.
 type lineWriter chan string
 
 func (w lineWriter) Write(b []byte) (int, error) {
@@ -412,16 +413,15 @@ func TestDownReportsFailures(t *testing.T) {
 	startFake(t, runDir, "home", client.StateConnected)
 	if _, last := do(t, 1, "down", "home", "--run-dir", runDir); !strings.Contains(last,
 		"home stopped with an error (the route stayed)") {
-		t.Errorf("said %s", last)
+		t.Errorf("got %s", last)
 	}
 	if _, last := do(t, 3, "down", "work", "--run-dir", runDir); !strings.Contains(last,
 		"work: not running") {
-		t.Errorf("said %s", last)
+		t.Errorf("got %s", last)
 	}
 }
 
-// TestUpLate: a time limit that passes has the exit code of what failed
-// meanwhile.
+// After a timeout, the exit code of `up` is the one of the last failure.
 func TestUpLate(t *testing.T) {
 	for _, test := range []struct {
 		name   string

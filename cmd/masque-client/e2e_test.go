@@ -70,7 +70,7 @@ func withoutNetAdmin(args []string) error {
 	}))
 }
 
-// patience bounds waits for things that take milliseconds to seconds.
+// patience limits waits for events that take milliseconds to seconds.
 const patience = 60 * time.Second
 
 // vpn is a proxy with a client host, and an installation for both.
@@ -78,7 +78,7 @@ type vpn struct {
 	*testing.T
 	*lab.Topology
 	ctx                context.Context
-	dir                string // the installation's folder
+	dir                string // folder of the installation
 	config             string // proxy.toml
 	clientRun, proxRun string // run directories
 	proxy              *lab.Cmd
@@ -114,7 +114,7 @@ func newVPN(t *testing.T) *vpn {
 	return v
 }
 
-// result is how a command ended.
+// result is the result of a command.
 type result struct {
 	code        int
 	out, errOut string
@@ -225,7 +225,7 @@ func (v *vpn) snapshot(h *lab.Host) string {
 	return s
 }
 
-// sameAs checks that a host is as it was.
+// sameAs checks that a host is in the same state as before.
 func (v *vpn) sameAs(h *lab.Host, before string) {
 	v.Helper()
 	if diff := lab.Diff(before, v.snapshot(h)); diff != "" {
@@ -233,7 +233,7 @@ func (v *vpn) sameAs(h *lab.Host, before string) {
 	}
 }
 
-// leftInRunDir lists the client's run directory without the files that stay:
+// leftInRunDir lists the client's run directory without the files that remain:
 // logs, and the lock of the host's network that all tunnels share.
 func (v *vpn) leftInRunDir() []string {
 	v.Helper()
@@ -284,7 +284,7 @@ func TestUpAndDown(t *testing.T) {
 	if out := v.clientDo(0, "check", "-c",
 		filepath.Join(v.dir, "alice.toml")).out; !strings.Contains(out,
 		"ok    proxy: "+lab.ProxyName+" is [203.0.113.5 2001:db8:2::5]\n") {
-		t.Errorf("check says\n%s", out)
+		t.Errorf("check printed\n%s", out)
 	}
 	if r := v.clientDo(5, "wait", "alice", "--for", "disconnected", "--timeout",
 		"1s"); !strings.Contains(r.last, "not disconnected in time") {
@@ -357,7 +357,7 @@ func TestRemovedUser(t *testing.T) {
 	v.until("the tunnel has ended", func() bool { return len(v.leftInRunDir()) == 0 })
 	v.sameAs(v.Client, before)
 
-	// Invited again under the same name, the file from before stays useless.
+	// The old file stays useless after a second invitation of the same name.
 	v.proxyDo(0, "invite", "alice", "-c", v.config, "-o", filepath.Join(v.dir, "again.toml"))
 	v.clientDo(4, "up", "alice", "--wait")
 	v.clientDo(0, "up", "again", "--wait")
@@ -377,8 +377,8 @@ func TestUnreachable(t *testing.T) {
 		t.Errorf("left in the run directory: %v", left)
 	}
 
-	// Without --wait it goes on trying, and comes through when the proxy is
-	// there.
+	// Without --wait, the tunnel keeps trying and connects when the proxy
+	// starts.
 	v.clientDo(0, "up", "alice")
 	v.clientDo(3, "status", "alice")
 	v.clientDo(5, "wait", "alice", "--for", "connected", "--timeout", "1s")
@@ -475,7 +475,7 @@ func TestWithoutPrivileges(t *testing.T) {
 		c := v.Client.Command(v.ctx, "/proc/self/exe",
 			append([]string{filepath.Join(bin, program)}, args...)...)
 		c.Env = append(os.Environ(), dropVar+"=1")
-		out, _ := c.CombinedOutput() // the exit code says it
+		out, _ := c.CombinedOutput() // checked by the exit code
 		if c.ExitCode() != want {
 			t.Fatalf("%s %v: exit code %d, want %d\n%s", program, args, c.ExitCode(), want, out)
 		}
@@ -488,12 +488,12 @@ func TestWithoutPrivileges(t *testing.T) {
 	} {
 		if !strings.Contains(out, "CAP_NET_ADMIN is missing") ||
 			!strings.Contains(out, "sudo setcap cap_net_admin") {
-			t.Errorf("said:\n%s", out)
+			t.Errorf("got\n%s", out)
 		}
 	}
 	if out := drop(2, "masque-client", "check", "-c", file, "--run-dir",
 		v.clientRun); !strings.Contains(out, "fail  privileges: CAP_NET_ADMIN is missing — ") {
-		t.Errorf("check said:\n%s", out)
+		t.Errorf("check printed:\n%s", out)
 	}
 }
 
@@ -508,7 +508,7 @@ func TestProxyReload(t *testing.T) {
 	old := v.servedCertificate()
 	v.proxyDo(0, "init", "--renew", v.dir)
 	if out := v.proxyDo(0, "reload").out; out != "reloaded\n" {
-		t.Errorf("reload says %q", out)
+		t.Errorf("reload printed %q", out)
 	}
 	if v.servedCertificate() == old {
 		t.Error("the old certificate is still in use")
@@ -529,7 +529,7 @@ func TestProxyReload(t *testing.T) {
 		}
 		if out := v.proxyDo(0, "reload").out; strings.Contains(out,
 			"restart") != (change.restart != "") || !strings.Contains(out, change.restart) {
-			t.Errorf("%s: reload says %q", change.to, out)
+			t.Errorf("%s: reload printed %q", change.to, out)
 		}
 	}
 	if err := os.WriteFile(v.config, []byte("nonsense = 1\n"), 0o644); err != nil {
@@ -548,7 +548,7 @@ func TestProxyReload(t *testing.T) {
 	v.clientDo(0, "down", "alice")
 }
 
-// servedCertificate is the certificate that the proxy shows.
+// servedCertificate returns the certificate that the proxy presents.
 func (v *vpn) servedCertificate() [32]byte {
 	v.Helper()
 	socket, err := v.Client.ListenPacket("udp", "198.51.100.2:0")

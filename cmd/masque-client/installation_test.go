@@ -14,8 +14,8 @@ import (
 	"masquevpn/internal/connectip"
 )
 
-// A run takes over the token of one that was killed, and makes a new one where
-// that cannot be used, whatever is in its place.
+// A run takes over the token of a run that was killed. If the file cannot be
+// used, it makes a new token.
 func TestInstance(t *testing.T) {
 	const kept = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 	write := func(text string) func(string) error {

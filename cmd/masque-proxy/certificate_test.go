@@ -13,8 +13,8 @@ import (
 	"masquevpn/internal/config"
 )
 
-// installACME makes an installation whose certificate comes by ACME, from a
-// server that is not there, with its storage in a folder of its own.
+// installACME makes an installation that uses ACME. Its server does not exist,
+// and its storage is a folder of the test.
 func installACME(t *testing.T) (dir, file string) {
 	t.Helper()
 	dir, file = install(t, "--acme", "admin@example.org", "--agree-tos", "--acme-directory",
@@ -38,7 +38,7 @@ func TestInitACME(t *testing.T) {
 	}
 	if _, last := do(t, 2, "init", "--renew", dir); !strings.Contains(last,
 		"the running proxy renews the certificate by itself") {
-		t.Errorf("init --renew said %s", last)
+		t.Errorf("init --renew printed %s", last)
 	}
 	for want, args := range map[string][]string{
 		"add --agree-tos": {"--acme", "admin@example.org"},
@@ -48,19 +48,19 @@ func TestInitACME(t *testing.T) {
 		t.Run(want, func(t *testing.T) {
 			if _, last := do(t, 2, append([]string{"init", "--name", "vpn.example.org",
 				filepath.Join(t.TempDir(), "m")}, args...)...); !strings.Contains(last, want) {
-				t.Errorf("%v: said %s, want %s", args, last, want)
+				t.Errorf("%v: got %s, want %s", args, last, want)
 			}
 		})
 	}
-	// What is written for Let's Encrypt is good as it is.
+	// The configuration for Let's Encrypt is valid as it is.
 	_, file = install(t, "--acme", "admin@example.org", "--agree-tos")
 	if l := mustLoad(t, file); !strings.Contains(l.acme.Directory, "letsencrypt.org") {
 		t.Errorf("the directory is %s", l.acme.Directory)
 	}
 }
 
-// TestInviteACME: clients verify the proxy with their system's authorities, and
-// are known by the installation's own.
+// With ACME, clients verify the proxy with their system's authorities, and the
+// proxy verifies them with its own.
 func TestInviteACME(t *testing.T) {
 	dir, file := installACME(t)
 	out, note := do(t, 0, "invite", "alice", "-c", file)
@@ -77,12 +77,12 @@ func TestInviteACME(t *testing.T) {
 	}
 	if _, last := do(t, 2, "invite", "carol", "-c", file, "--ca", file); !strings.Contains(last,
 		"name a file with certificates in PEM form") {
-		t.Errorf("invite said %s", last)
+		t.Errorf("invite printed %s", last)
 	}
 }
 
-// TestACMEResetKey: what resets sessions is kept beside the account, as
-// certificates and their keys come and go.
+// With ACME, the key for stateless resets stays the same although the
+// certificate's key changes.
 func TestACMEResetKey(t *testing.T) {
 	_, file := installACME(t)
 	l := mustLoad(t, file)
@@ -129,12 +129,12 @@ func TestCheckACME(t *testing.T) {
 	}
 	out, _ = do(t, 2, "check", "-c", file, "--run-dir", t.TempDir(), "--online")
 	if !strings.Contains(out, "fail  tls.acme: the ACME server https://127.0.0.1:1/dir cannot be asked: ") {
-		t.Errorf("check --online said\n%s", out)
+		t.Errorf("check --online printed\n%s", out)
 	}
 }
 
-// TestCertificateFiles: what is renewed on disk is used without a reload, and a
-// reload goes on from there.
+// The proxy uses renewed certificate files without a reload, and still after a
+// reload.
 func TestCertificateFiles(t *testing.T) {
 	dir, file := install(t)
 	d, runDir := start(t, file)
@@ -159,18 +159,17 @@ func TestCertificateFiles(t *testing.T) {
 	}
 }
 
-// TestWaitingForCertificate: a proxy without a certificate says what it waits
-// for.
+// A proxy without a certificate reports that it waits for one.
 func TestWaitingForCertificate(t *testing.T) {
 	_, file := installACME(t)
 	_, runDir := start(t, file)
 	if _, last := do(t, 3, "status", "--run-dir", runDir); !strings.Contains(last,
 		"still starting: the first certificate is being obtained") {
-		t.Errorf("status said %s", last)
+		t.Errorf("status printed %s", last)
 	}
 	replace(t, file, `email = "admin@example.org"`, `email = "other@example.org"`)
 	if out, _ := do(t, 0, "reload", "--run-dir",
 		runDir); out != "reloaded; restart the proxy for: tls.acme\n" {
-		t.Errorf("reload said %s", out)
+		t.Errorf("reload printed %s", out)
 	}
 }

@@ -20,8 +20,8 @@ import (
 	"masquevpn/proxy"
 )
 
-// do runs a command line and checks its exit code. It returns what was written
-// to standard output and the last line of standard error.
+// do runs a command line and checks its exit code. It returns the standard
+// output and the last line of standard error.
 func do(t *testing.T, want int, args ...string) (out, last string) {
 	t.Helper()
 	var stdout, stderr bytes.Buffer
@@ -37,7 +37,7 @@ func do(t *testing.T, want int, args ...string) (out, last string) {
 	return stdout.String(), lines[len(lines)-1]
 }
 
-// install makes an installation and returns its folder and proxy.toml.
+// install makes an installation and returns its folder and its proxy.toml.
 func install(t *testing.T, args ...string) (dir, file string) {
 	t.Helper()
 	dir = filepath.Join(t.TempDir(), "masque")
@@ -61,7 +61,7 @@ func write(t *testing.T, path, text string) {
 	}
 }
 
-// replace edits a file.
+// replace replaces a text in a file.
 func replace(t *testing.T, path, old, new string) {
 	t.Helper()
 	text := read(t, path)
@@ -71,7 +71,7 @@ func replace(t *testing.T, path, old, new string) {
 	write(t, path, strings.Replace(text, old, new, 1))
 }
 
-// modes lists the files of a folder with their modes.
+// modes returns the modes of the files in a folder.
 func modes(t *testing.T, dir string) map[string]fs.FileMode {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -100,7 +100,7 @@ func mustLoad(t *testing.T, file string) *loaded {
 	return l
 }
 
-// newServer makes the proxy that `run` would.
+// newServer creates the proxy as `run` does.
 func newServer(t *testing.T, l *loaded) *proxy.Server {
 	t.Helper()
 	s, err := l.newServer(l.config(nil))
@@ -158,7 +158,7 @@ func TestInitOverwritesNothing(t *testing.T) {
 			write(t, path, "precious")
 			if _, last := do(t, 2, "init", "--name", "a.example", dir); !strings.Contains(last,
 				path+" exists already") {
-				t.Errorf("%s: said %s", name, last)
+				t.Errorf("%s: printed %s", name, last)
 			}
 			if read(t, path) != "precious" || len(modes(t, dir)) != 1 {
 				t.Errorf("%s: the folder has changed: %v", name, modes(t, dir))
@@ -184,7 +184,7 @@ func TestInitErrors(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "masque")
 			if _, last := do(t, 2, append([]string{"init", dir},
 				test.args...)...); !strings.Contains(last, test.want) {
-				t.Errorf("%v: said %s, want %s", test.args, last, test.want)
+				t.Errorf("%v: got %s, want %s", test.args, last, test.want)
 			}
 			if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("%v: the folder was made: %v", test.args, err)
@@ -219,8 +219,8 @@ func TestRenew(t *testing.T) {
 	}
 }
 
-// TestServiceFolder: what root puts into a folder for a service, the service
-// can read, but for what it does not need.
+// A service can read the files that root creates in its folder, except for the
+// authority's key, which it does not need.
 func TestServiceFolder(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Chmod(dir, 0o750|fs.ModeSetgid); err != nil {

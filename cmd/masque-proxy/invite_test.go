@@ -33,7 +33,7 @@ import (
 func TestInvite(t *testing.T) {
 	dir, file := install(t, "--listen", "[::]:4433")
 	out := filepath.Join(dir, "alice.toml")
-	running := mustLoad(t, file) // a proxy that was started before
+	running := mustLoad(t, file) // a proxy that runs already
 	do(t, 0, "invite", "alice", "-c", file, "-o", out, "--address", "10.77.0.9,fd77::9",
 		"--sessions", "3", "--valid", "30d")
 
@@ -81,7 +81,7 @@ func TestInvite(t *testing.T) {
 		t.Error("the token itself is in the users file")
 	}
 
-	// The same name again changes nothing.
+	// A second invitation of the same name changes nothing.
 	before := read(t, filepath.Join(dir, usersFile))
 	if _, last := do(t, 2, "invite", "alice", "-c", file); !strings.Contains(last,
 		"user remove alice") {
@@ -92,8 +92,8 @@ func TestInvite(t *testing.T) {
 	}
 }
 
-// TestInviteAgain: who was removed does not come in again with the credentials
-// from before, not even when the name was invited a second time.
+// The credentials of a removed user are useless, even if the name is invited
+// again.
 func TestInviteAgain(t *testing.T) {
 	_, file := install(t)
 	running := mustLoad(t, file)
@@ -179,8 +179,7 @@ func TestInviteDials(t *testing.T) {
 	}
 }
 
-// TestInviteForeignCertificate: a certificate from elsewhere is verified with
-// the client's own roots.
+// A certificate of another authority is verified with the client's own roots.
 func TestInviteForeignCertificate(t *testing.T) {
 	dir, file := install(t)
 	other, _ := install(t)
@@ -237,7 +236,7 @@ func TestInviteErrors(t *testing.T) {
 		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
 			if _, last := do(t, 2, append([]string{"invite", "-c", file},
 				test.args...)...); !strings.Contains(last, test.want) {
-				t.Errorf("%v: said %s, want %s", test.args, last, test.want)
+				t.Errorf("%v: got %s, want %s", test.args, last, test.want)
 			}
 		})
 	}
@@ -251,12 +250,12 @@ func TestInviteErrors(t *testing.T) {
 	}
 }
 
-// full is an output that takes nothing.
+// full is an output that accepts no data.
 type full struct{}
 
 func (full) Write([]byte) (int, error) { return 0, unix.ENOSPC }
 
-// A user whose file nobody has is not there.
+// If the client's file cannot be written, the user is not added.
 func TestInviteIsNotRead(t *testing.T) {
 	dir, file := install(t)
 	before := read(t, filepath.Join(dir, usersFile))
@@ -267,7 +266,7 @@ func TestInviteIsNotRead(t *testing.T) {
 	root.SetArgs([]string{"invite", "alice", "-c", file})
 	if code := cli.Main(root); code != int(fault.Failure) ||
 		!strings.Contains(stderr.String(), "no space left on device: make room") {
-		t.Errorf("exit code %d, said %s", code, &stderr)
+		t.Errorf("exit code %d, printed %s", code, &stderr)
 	}
 	if after := read(t, filepath.Join(dir, usersFile)); after != before {
 		t.Errorf("the users file has changed:\n%s", after)
@@ -283,7 +282,7 @@ func TestExposedSecrets(t *testing.T) {
 		for _, command := range []string{"run", "check"} {
 			out, last := do(t, 2, command, "-c", file, "--run-dir", t.TempDir())
 			if !strings.Contains(out+last, "chmod 600 "+filepath.Join(dir, name)) {
-				t.Errorf("%s with an exposed %s: said %s%s", command, name, out, last)
+				t.Errorf("%s with an exposed %s: printed %s%s", command, name, out, last)
 			}
 		}
 	}
@@ -296,7 +295,7 @@ func TestExposedSecrets(t *testing.T) {
 	}
 }
 
-// What a user may is in the users file, and in the list.
+// The rights of a user are in the users file and in the list.
 func TestInviteLimits(t *testing.T) {
 	_, file := install(t)
 	replace(t, file, `advertise = ["0.0.0.0/0", "::/0"]`,
@@ -305,7 +304,7 @@ func TestInviteLimits(t *testing.T) {
 	_, note := do(t, 0, "invite", "alice", "-c", file, "--expires", "30d", "--route",
 		"192.0.2.0/25,2001:db8:1::/48", "--rate-up", "20Mbit", "--rate-down", "0.1Gbit")
 	if !strings.Contains(note, "note: alice has access until ") {
-		t.Errorf("said %s", note)
+		t.Errorf("got %s", note)
 	}
 	got, _ := running.users.ByName("alice")
 	routes := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/25"),
@@ -323,7 +322,7 @@ func TestInviteLimits(t *testing.T) {
 		}
 	}
 
-	// The certificate is good as long as the user, at least.
+	// The certificate is valid at least until the user expires.
 	for i, test := range []struct {
 		args []string
 		want time.Duration
@@ -350,8 +349,8 @@ func TestInviteLimits(t *testing.T) {
 		})
 	}
 
-	// A user whose time is over, or who may reach what the proxy does not have,
-	// is found by check.
+	// check reports users that have expired, and routes that the proxy does not
+	// advertise.
 	users := filepath.Join(filepath.Dir(file), usersFile)
 	write(t, users, strings.Replace(read(t, users), "expires = ", "expires = 2026-01-02 # ", 1))
 	replace(t, file, `"2001:db8::/32"`, `"fd00::/8"`)
@@ -397,8 +396,8 @@ func TestParseExpires(t *testing.T) {
 	}
 }
 
-// Invitations at the same time lose none, and the users file stays whose it
-// was.
+// Simultaneous invitations all succeed, and the owner of the users file stays
+// the same.
 func TestInvitesTogether(t *testing.T) {
 	dir, file := install(t)
 	users := filepath.Join(dir, usersFile)
@@ -452,7 +451,7 @@ func TestUserList(t *testing.T) {
 
 	if _, last := do(t, 2, "user", "remove", "carol", "-c", file); !strings.Contains(last,
 		`there is no user "carol"`) {
-		t.Errorf("said %s", last)
+		t.Errorf("got %s", last)
 	}
 	do(t, 0, "user", "remove", "alice", "-c", file)
 	text := read(t, filepath.Join(dir, usersFile))

@@ -78,19 +78,19 @@ func TestLoadErrors(t *testing.T) {
 			test.do(dir, file)
 			if _, last := do(t, 2, "run", "-c", file, "--run-dir",
 				t.TempDir()); !strings.Contains(last, test.want) {
-				t.Errorf("run said %s, want %s", last, test.want)
+				t.Errorf("run got %s, want %s", last, test.want)
 			}
 			out, last := do(t, 2, "check", "-c", file, "--run-dir", t.TempDir())
 			if !strings.Contains(out, "fail  configuration: ") ||
 				!strings.Contains(last, "checks failed") {
-				t.Errorf("check said %s%s", out, last)
+				t.Errorf("check printed %s%s", out, last)
 			}
 		})
 	}
 }
 
-// start makes a daemon whose control socket answers; the proxy itself does not
-// run.
+// start creates a process whose control socket answers. The proxy itself does
+// not run.
 func start(t *testing.T, file string) (d *process, runDir string) {
 	t.Helper()
 	l := mustLoad(t, file)
@@ -123,17 +123,17 @@ func TestControl(t *testing.T) {
 	do(t, 0, "sessions", "--run-dir", runDir)
 	if _, last := do(t, 3, "kick", "a/b", "--run-dir", runDir); !strings.Contains(last,
 		`"a/b": there is no such session: list them with`) {
-		t.Errorf("kick said %s", last)
+		t.Errorf("kick printed %s", last)
 	}
 	if _, last := do(t, 3, "status", "--run-dir", runDir); !strings.Contains(last,
 		"still starting: try again") {
-		t.Errorf("status said %s", last)
+		t.Errorf("status printed %s", last)
 	}
 
 	old := d.certificate()
 	do(t, 0, "init", "--renew", dir)
 	if out, _ := do(t, 0, "reload", "--run-dir", runDir); out != "reloaded\n" {
-		t.Errorf("reload said %s", out)
+		t.Errorf("reload printed %s", out)
 	}
 	renewed := d.certificate()
 	if bytes.Equal(renewed.Certificate[0], old.Certificate[0]) {
@@ -144,23 +144,23 @@ func TestControl(t *testing.T) {
 	write(t, file, read(t, file)+"\n[log]\nqlog_dir = \"qlog\"\nkey_log = \"keys\"\n")
 	if out, _ := do(t, 0, "reload", "--run-dir",
 		runDir); out != "reloaded; restart the proxy for: listen, log.qlog_dir, log.key_log\n" {
-		t.Errorf("reload said %s", out)
+		t.Errorf("reload printed %s", out)
 	}
 	if out, _ := do(t, 0, "reload", "--run-dir", runDir,
 		"--json"); strings.TrimSpace(out) != `{"restart":["listen","log.qlog_dir","log.key_log"]}` {
-		t.Errorf("reload said %s", out)
+		t.Errorf("reload printed %s", out)
 	}
 	write(t, filepath.Join(dir, certFile), "x")
 	if _, last := do(t, 2, "reload", "--run-dir", runDir); !strings.Contains(last, "tls.cert") {
-		t.Errorf("reload of a broken certificate said %s", last)
+		t.Errorf("reload of a broken certificate printed %s", last)
 	}
 	if !bytes.Equal(d.certificate().Certificate[0], renewed.Certificate[0]) {
 		t.Error("a failed reload changed the certificate")
 	}
 }
 
-// Metrics and readiness can be had before the proxy serves and when it stops,
-// and follow the certificate.
+// Metrics and readiness are served before the proxy is ready and while it
+// stops. They follow the certificate.
 func TestMonitoring(t *testing.T) {
 	dir, file := install(t)
 	d, runDir := start(t, file)
@@ -215,7 +215,7 @@ func TestCheckMetrics(t *testing.T) {
 			var out strings.Builder
 			_ = c.Finish(&out, false)
 			if !strings.Contains(out.String(), test.want) {
-				t.Errorf("%s: check said\n%s", test.listen, out.String())
+				t.Errorf("%s: check printed\n%s", test.listen, out.String())
 			}
 		})
 	}
@@ -227,7 +227,7 @@ func TestNoProxyRuns(t *testing.T) {
 		t.Run(args[0], func(t *testing.T) {
 			if _, last := do(t, 3, append(args, "--run-dir", runDir)...); !strings.Contains(last,
 				"no proxy is running") {
-				t.Errorf("%v: said %s", args, last)
+				t.Errorf("%v: printed %s", args, last)
 			}
 		})
 	}
@@ -243,7 +243,7 @@ func TestCheckFindsPortInUse(t *testing.T) {
 	_, file := install(t, "--listen", addr)
 	out, _ := do(t, 2, "check", "-c", file, "--run-dir", t.TempDir())
 	if !strings.Contains(out, "fail  listen: UDP "+addr+" is in use — ") {
-		t.Errorf("check said\n%s", out)
+		t.Errorf("check printed\n%s", out)
 	}
 	out, _ = do(t, 2, "check", "-c", file, "--run-dir", t.TempDir(), "--json")
 	for line := range strings.SplitSeq(strings.TrimSpace(out), "\n") {
@@ -261,16 +261,16 @@ func TestCheckFindsSitesWithoutUser(t *testing.T) {
 		var c doctor.Report
 		mustLoad(t, file).checkCredentials(&c, time.Now())
 		var out bytes.Buffer
-		_ = c.Finish(&out, false) // what it warns of is no error
+		_ = c.Finish(&out, false) // warnings are no errors
 		return out.String()
 	}
 	if out := said(); !strings.Contains(out,
 		"warn  site: there is no user branch — masque-proxy invite branch -c FILE\n") {
-		t.Errorf("said\n%s", out)
+		t.Errorf("got\n%s", out)
 	}
 	do(t, 0, "invite", "branch", "-c", file, "-o", filepath.Join(t.TempDir(), "branch.toml"))
 	if out := said(); strings.Contains(out, "site:") {
-		t.Errorf("said\n%s", out)
+		t.Errorf("got\n%s", out)
 	}
 }
 

@@ -10,8 +10,7 @@ import (
 	"time"
 )
 
-// A users file that is being written takes nobody's access away, and one that
-// is whole counts.
+// A half-written users file removes no user, and a complete one is used.
 func TestUsersFileIsWritten(t *testing.T) {
 	const alice, bob = "[[user]]\nname = \"alice\"\n", "[[user]]\nname = \"bob\"\n"
 	move := func(t *testing.T, path, text string) {
@@ -21,13 +20,13 @@ func TestUsersFileIsWritten(t *testing.T) {
 		}
 	}
 	for _, tc := range []struct {
-		name       string
-		change     func(t *testing.T, path string)
-		atOnce     string // who is known, right after the change
-		soon       string // after emptyWait
-		later      string // after inPlaceWait
-		reloaded   string // after a reload
-		errorsSaid int
+		name     string
+		change   func(t *testing.T, path string)
+		atOnce   string // users right after the change
+		soon     string // users after emptyWait
+		later    string // users after inPlaceWait
+		reloaded string // users after a reload
+		errors   int
 	}{
 		{"truncated", func(t *testing.T, path string) {
 			write(t, path, "")
@@ -85,15 +84,14 @@ func TestUsersFileIsWritten(t *testing.T) {
 			known("later", tc.later)
 			s.reload()
 			known("after a reload", tc.reloaded)
-			if n := strings.Count(log.String(), "level=ERROR"); n != tc.errorsSaid {
-				t.Errorf("%d errors were logged, want %d:\n%s", n, tc.errorsSaid, &log)
+			if n := strings.Count(log.String(), "level=ERROR"); n != tc.errors {
+				t.Errorf("%d errors were logged, want %d:\n%s", n, tc.errors, &log)
 			}
 		})
 	}
 }
 
-// The wait begins anew with each change, and what was there before is back at
-// once.
+// Each change restarts the wait. A restored file is used at once.
 func TestUsersFileIsWrittenSlowly(t *testing.T) {
 	const alice, bob = "[[user]]\nname = \"alice\"\n", "[[user]]\nname = \"bob\"\n"
 	path := filepath.Join(t.TempDir(), "users.toml")

@@ -80,9 +80,9 @@ func TestReloader(t *testing.T) {
 	look()
 	serves(first)
 
-	// Half of the pair.
+	// Only one file of the pair is new.
 	put(certFile, second.Cert)
-	w.Check() // it may be half way through
+	w.Check() // the other file may follow
 	if log.Len() > 0 {
 		t.Errorf("judges files that were just changed:\n%s", &log)
 	}
@@ -90,13 +90,13 @@ func TestReloader(t *testing.T) {
 	serves(first)
 	if n := strings.Count(log.String(),
 		"not the key of the certificate; put certificate and key of one pair together"); n != 1 {
-		t.Errorf("says %d times what is wrong:\n%s", n, &log)
+		t.Errorf("logged the error %d times:\n%s", n, &log)
 	}
 	put(keyFile, second.Key)
 	look()
 	serves(second)
 
-	// Without the wait, as for a handshake.
+	// Without the wait.
 	third := issue()
 	put(keyFile, third.Key)
 	put(certFile, third.Cert)
@@ -109,7 +109,7 @@ func TestReloader(t *testing.T) {
 	look()
 	serves(third)
 	if n := strings.Count(log.String(), "cannot be used"); n != 2 {
-		t.Errorf("says %d times that files cannot be used:\n%s", n, &log)
+		t.Errorf("logged %d times that files cannot be used:\n%s", n, &log)
 	}
 
 	put(keyFile, first.Key)
@@ -124,7 +124,6 @@ func TestReloader(t *testing.T) {
 func TestExpiryWarning(t *testing.T) {
 	for _, test := range []struct{ life, left time.Duration }{{2 * 365, 30}, {90, 22}, {6, 1}} {
 		t.Run(fmt.Sprintf("%d days", test.life), func(t *testing.T) {
-			// days
 			leaf := &x509.Certificate{NotBefore: now, NotAfter: now.Add(test.life * 24 * time.Hour)}
 			end := leaf.NotAfter.Add(-test.left * 24 * time.Hour)
 			if ExpiresSoon(leaf, end.Add(-24*time.Hour)) || !ExpiresSoon(leaf, end.Add(time.Hour)) {
@@ -141,7 +140,7 @@ func TestExpiryWarning(t *testing.T) {
 		log.Reset()
 		w.Check(leaf, now.Add(at))
 		if got := log.String(); (want == "") != (got == "") || !strings.Contains(got, want) {
-			t.Errorf("after %v says %q, want %q", at, got, want)
+			t.Errorf("after %v: got %q, want %q", at, got, want)
 		}
 	}
 	const day = 24 * time.Hour

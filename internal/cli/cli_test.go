@@ -85,7 +85,7 @@ func TestExitCodes(t *testing.T) {
 			root.SetErr(&stderr)
 			root.SetArgs(append([]string{}, test.args...))
 			if got := Main(root); got != int(test.want) || stderr.String() != test.out {
-				t.Errorf("exit code %d, want %d; said %q, want %q", got, test.want, stderr.String(),
+				t.Errorf("exit code %d, want %d; got %q, want %q", got, test.want, stderr.String(),
 					test.out)
 			}
 		})
@@ -187,7 +187,7 @@ func TestLogFormats(t *testing.T) {
 	}{
 		{FormatAuto, "", false},
 		{FormatAuto, here, true},
-		{FormatAuto, "1:1", false}, // inherited; the output went elsewhere
+		{FormatAuto, "1:1", false}, // inherited, but the output is redirected
 		{FormatAuto, "nonsense", false},
 		{FormatText, here, false},
 		{FormatJSON, "", true},

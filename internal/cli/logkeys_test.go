@@ -14,16 +14,16 @@ import (
 	"golang.org/x/tools/go/types/typeutil"
 )
 
-// firstKey is where the keys begin in the arguments of what writes to the log,
-// or makes loggers.
+// firstKey is the index of the first key in the arguments of the functions of
+// slog.
 var firstKey = map[string]int{
 	"Debug": 1, "Info": 1, "Warn": 1, "Error": 1, "DebugContext": 2, "InfoContext": 2,
 	"WarnContext": 2, "ErrorContext": 2,
 	"Log": 3, "With": 0, "Group": 1,
 }
 
-// The keys of log lines are those that docs/monitoring.md lists, and no others:
-// operators search for them.
+// docs/monitoring.md lists exactly the keys that log lines have: operators
+// search for them.
 func TestLogKeys(t *testing.T) {
 	const doc = "../../docs/monitoring.md"
 	listed := documentedKeys(t, doc)
@@ -75,7 +75,7 @@ func TestLogKeys(t *testing.T) {
 						t.Errorf("%v: keys in a list are not checked: use Logger.With",
 							pkg.Fset.Position(call.Pos()))
 					case pkg.TypesInfo.Types[call.Args[i]].Type.String() == "log/slog.Attr":
-						// checked where it is made
+						// checked at its creation
 					default:
 						check(pkg, call, call.Args[i])
 						i++
@@ -100,8 +100,7 @@ func resultIsAttr(f *types.Func) bool {
 	return results.Len() == 1 && results.At(0).Type().String() == "log/slog.Attr"
 }
 
-// programPackages returns the packages of ours that the two programs are made
-// of.
+// programPackages returns the packages of this module in the two programs.
 func programPackages(t *testing.T) []*packages.Package {
 	t.Helper()
 	all, err := packages.Load(&packages.Config{
@@ -139,8 +138,8 @@ func programPackages(t *testing.T) []*packages.Package {
 	return list
 }
 
-// documentedKeys returns what the first column of the table under the heading
-// "Log keys" names.
+// documentedKeys returns the names in the first column of the table under the
+// heading "Log keys".
 func documentedKeys(t *testing.T, doc string) (keys []string) {
 	t.Helper()
 	text, err := os.ReadFile(doc)

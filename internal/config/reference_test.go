@@ -11,13 +11,13 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
-// The reference of a configuration has every key that its parser asks for, and
-// no other, with the default that the parser has.
+// The reference of a configuration has exactly the keys that its parser reads,
+// with the same defaults.
 func TestReference(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
-		minimal string // a file with what has to be there
-		more    string // tables that the reference shows as comments
+		minimal string // a file with the required keys only
+		more    string // tables that are comments in the reference
 		parse   func(file string, data []byte) (any, *document, error)
 	}{
 		{"client.toml", `proxy = "vpn.example.org"`, "",
@@ -35,7 +35,7 @@ func TestReference(t *testing.T) {
 				if err != nil {
 					return nil, nil, err
 				}
-				p.MetricsNamed = false // whether the file says so, and no setting
+				p.MetricsNamed = false // set by the presence of the key
 				return p, p.doc, nil
 			}},
 	} {
@@ -87,8 +87,8 @@ var (
 	keyRow   = regexp.MustCompile(`^#?([a-z0-9_]+) = `)
 )
 
-// compareKeys compares the keys that a parser asked for with those in the text
-// of a reference, which are behind a '#' where they have no default.
+// compareKeys compares the keys that a parser read with the keys in the text of
+// a reference. Keys without a default are behind a '#' there.
 func compareKeys(t *testing.T, d *document, text []byte) {
 	t.Helper()
 	asked := make(map[string]bool)
@@ -97,7 +97,7 @@ func compareKeys(t *testing.T, d *document, text []byte) {
 			asked[join(index.ReplaceAllString(table.path, ""), key)] = true
 		}
 	}
-	// A table is asked for like a key.
+	// Tables are read like keys.
 	for _, table := range d.tables {
 		delete(asked, index.ReplaceAllString(table.path, ""))
 	}

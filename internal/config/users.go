@@ -149,7 +149,7 @@ func (u *Users) ByName(name string) (User, bool) {
 	return u.list[i], true
 }
 
-// Holder returns the name of the user for whom an address is reserved, "" if
+// Holder returns the name of the user with the reserved address, "" if there is
 // none.
 func (u *Users) Holder(a netip.Addr) string { return u.holders[a] }
 

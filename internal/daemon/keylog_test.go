@@ -38,7 +38,7 @@ func TestKeyLog(t *testing.T) {
 		t.Errorf("no warning is logged: %s", &log)
 	}
 
-	// Others could read what was there already.
+	// An existing file may be readable by others.
 	if err := os.Chmod(filepath.Join(dir, "keys"), 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -9,8 +9,7 @@ import (
 	"testing/synctest"
 )
 
-// Lines of libraries do not fill the log, and are not there at all unless asked
-// for.
+// Lines of libraries are limited at debug level and absent at other levels.
 func TestStandardLog(t *testing.T) {
 	defer log.SetFlags(log.Flags())
 	defer log.SetOutput(log.Writer())

@@ -36,7 +36,7 @@ func TestLogFile(t *testing.T) {
 			t.Errorf("begins with %q", text)
 		}
 	}
-	// All that is left is whole lines, the newest ones in order.
+	// Only complete lines remain, the newest ones in order.
 	text, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -48,7 +48,7 @@ func TestLogFile(t *testing.T) {
 		}
 	}
 
-	// Another program wrote much, even one line without an end.
+	// Another program wrote a long line without an end.
 	if _, err := f.Write(bytes.Repeat([]byte("x"), 5*limit)); err != nil {
 		t.Fatal(err)
 	}

@@ -14,8 +14,8 @@ import (
 	"masquevpn/internal/fault"
 )
 
-// signalVar makes the test binary a program that waits for signals; its value
-// says whether it ends with the first one.
+// signalVar makes the test binary a program that waits for signals. With the
+// value "hang", it does not end with the first one.
 const signalVar = "DAEMON_TEST_SIGNAL"
 
 func TestMain(m *testing.M) {
@@ -60,7 +60,7 @@ func TestSignals(t *testing.T) {
 			expect := func(want string) {
 				t.Helper()
 				if !lines.Scan() || lines.Text() != want {
-					t.Fatalf("%s: said %q, want %q", test.kind, lines.Text(), want)
+					t.Fatalf("%s: got %q, want %q", test.kind, lines.Text(), want)
 				}
 			}
 			expect("ready")
@@ -73,7 +73,7 @@ func TestSignals(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			_ = cmd.Wait() // the exit code says it
+			_ = cmd.Wait() // checked by the exit code
 			if got := cmd.ProcessState.ExitCode(); got != int(test.want) {
 				t.Errorf("%s after %v: exit code %d, want %d", test.kind, test.first, got,
 					test.want)
@@ -86,5 +86,5 @@ func TestSignalContextIsStopped(t *testing.T) {
 	ctx, stop := SignalContext(t.Context(), slog.New(slog.DiscardHandler))
 	stop()
 	<-ctx.Done()
-	stop() // a client that is told to stop does so twice
+	stop() // masque-client calls it twice
 }

@@ -118,7 +118,7 @@ func TestCertificateChecks(t *testing.T) {
 			"warn  tls.cert: ends on 2028-01-02 — renew it"},
 	} {
 		t.Run(test.want, func(t *testing.T) {
-			// its verdict is in the line
+			// the verdict is part of the line
 			lines, _ := report(t, func(c *Report) { c.Certificate(test.cred, test.at) })
 			if len(lines) != 1 || !strings.HasPrefix(lines[0], test.want) {
 				t.Errorf("got %q, want %q", lines, test.want)
@@ -174,7 +174,7 @@ func TestHostChecks(t *testing.T) {
 			}
 		})
 	}
-	// What these find depends on the machine; they find one thing each.
+	// These depend on the machine. Each has one finding.
 	for _, check := range []func(*Report){
 		func(c *Report) { c.NetAdmin("cap_net_admin") }, func(c *Report) {
 			c.TUN(true)
@@ -193,7 +193,7 @@ func TestHostChecks(t *testing.T) {
 	}
 }
 
-// tree makes the files of a folder.
+// tree creates files in a new folder.
 func tree(t *testing.T, files map[string]string) string {
 	t.Helper()
 	root := t.TempDir()
@@ -293,7 +293,7 @@ func TestFindings(t *testing.T) {
 		}, "fail  log.pcap: "},
 	} {
 		t.Run(test.want, func(t *testing.T) {
-			lines, _ := report(t, test.check) // its verdict is in the line
+			lines, _ := report(t, test.check) // the verdict is part of the line
 			if len(lines) != 1 || !strings.HasPrefix(lines[0], test.want) {
 				t.Errorf("got %q, want %q", lines, test.want)
 			}

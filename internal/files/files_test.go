@@ -18,7 +18,7 @@ func TestSecretFiles(t *testing.T) {
 	if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	root := os.Geteuid() == 0 // whose group may read
+	root := os.Geteuid() == 0 // the group may read files of root
 	for mode, good := range map[fs.FileMode]bool{0o600: true, 0o400: true, 0o640: root,
 		0o604: false, 0o660: false, 0o644: false, 0o620: false} {
 		if err := os.Chmod(path, mode); err != nil {

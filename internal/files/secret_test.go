@@ -14,7 +14,7 @@ func TestOpenSecret(t *testing.T) {
 		name   string
 		before func(path string) error
 		flags  int
-		want   string // what is in the file with "new" written; "" where it is refused
+		want   string // contents after writing "new"; "": refused
 	}{
 		{"new", func(string) error { return nil }, os.O_APPEND, "new"},
 		{"appended to", mode(0o600), os.O_APPEND, "oldnew"},
@@ -68,7 +68,7 @@ func TestOpenSecret(t *testing.T) {
 	}
 }
 
-// mode returns a function that makes a file with a mode.
+// mode returns a function that creates a file with a mode.
 func mode(m fs.FileMode) func(path string) error {
 	return func(path string) error {
 		if err := os.WriteFile(path, []byte("old"), 0o600); err != nil {

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A file that replaced another one is another file, although it has the number
-// of one that was replaced before.
+// A file that replaced another one is another file, even if it has the inode
+// number of a deleted one.
 func TestSameFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")
 	write := func() Version {
@@ -32,7 +32,7 @@ func TestSameFile(t *testing.T) {
 		t.Skip("this file system does not keep the time of birth")
 	}
 	again := first
-	for range 100 { // until the number comes again, as it does at once on ext4
+	for range 100 { // until the number is used again, at once on ext4
 		if again = write(); again.id.inode == first.id.inode && again.id.born != first.id.born {
 			break
 		}

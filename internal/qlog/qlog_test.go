@@ -70,7 +70,7 @@ func TestQlog(t *testing.T) {
 	r.RecordEvent(quicqlog.MTUUpdated{Value: 1400})
 	names := fileNames(t, dir)
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		// it can be read meanwhile
+		// the file is readable while it grows
 		if text, err := os.ReadFile(names[0]); err != nil || time.Now().After(deadline) {
 			t.Fatalf("%v: %s", err, text)
 		} else if strings.Contains(string(text), "mtu_updated") {
