@@ -56,62 +56,63 @@ type failure struct {
 	source source
 	kind   Kind
 
-	// byHand and service mean that the failure is final before the first
-	// session, in a client that was started by hand and in a service. later
-	// means that it is final after a session.
-	byHand, service, later bool
+	final finality
 }
+
+// finality tells when a failure is final. Each value includes the one before.
+type finality int
+
+const (
+	never         finality = iota
+	byHand                 // before the first session, if started by hand
+	beforeSession          // before the first session, also of a service
+	always                 // also after a session
+)
 
 // failures is the table of docs/failures.md.
 var failures = [numCauses]failure{
-	causeConfiguration: {"the configuration is wrong", byHost, KindUsage, true, true, false},
-	causePrivileges:    {"a privilege is missing", byHost, KindPrivileges, true, true, false},
-	causeFailure:       {"any other failure", byHost, KindFailure, false, false, false},
-	causeNetwork: {"packets do not leave this host", byHost, KindUnreachable, false,
-		false, false},
-	causeName: {"the proxy's name cannot be resolved", byAnyone, KindUnreachable, false,
-		false, false},
-	causeSilence:   {"nobody answers", byAnyone, KindUnreachable, false, false, false},
-	causeHandshake: {"the handshake fails", byAnyone, KindUnreachable, false, false, false},
-	causeProtocol: {"the peer reports that it does not speak HTTP/3", byAnyone, KindUsage, true,
-		false, false},
+	causeConfiguration: {"the configuration is wrong", byHost, KindUsage, beforeSession},
+	causePrivileges:    {"a privilege is missing", byHost, KindPrivileges, beforeSession},
+	causeFailure:       {"any other failure", byHost, KindFailure, never},
+	causeNetwork:       {"packets do not leave this host", byHost, KindUnreachable, never},
+	causeName:          {"the proxy's name cannot be resolved", byAnyone, KindUnreachable, never},
+	causeSilence:       {"nobody answers", byAnyone, KindUnreachable, never},
+	causeHandshake:     {"the handshake fails", byAnyone, KindUnreachable, never},
+	causeProtocol: {"the peer reports that it does not speak HTTP/3",
+		byAnyone, KindUsage, byHand},
 	causeEarlyRefusal: {"the peer refuses the client before it has proved that it is the proxy",
-		byAnyone,
-		KindCredentials, true, false, false},
-	causeIdentity: {"the certificate is from another authority or for another name", byAnyone,
-		KindIdentity, true, false, false},
-	causeExpired: {"the certificate has expired", byAnyone, KindIdentity, true, false, false},
-	causeClock:   {"the certificate is not valid yet, or has expired by a clock that is not synchronised", byAnyone, KindIdentity, false, false, false},
-	causeNoProxy: {"the peer offers no Extended CONNECT or no HTTP Datagrams", byProxy,
-		KindUsage, true, false, false},
-	causeCredentials: {"the proxy refuses the credentials: 401, 407, or an alert about the client's certificate", byProxy, KindCredentials, true, true, true},
-	causeForbidden: {"the proxy does not allow the request: 403", byProxy, KindRefused, true,
-		true, true},
-	causeAnswer: {"the proxy answers with another status: 3xx, 4xx", byProxy,
-		KindUsage, true, false, false},
-	causeTarget: {"the proxy finds no address of the target's name", byProxy, KindRefused, true,
-		false, false},
-	causeBusy: {"the proxy is busy or fails: 408, 429, 5xx", byProxy, KindFailure, false,
-		false, false},
-	causeAddresses: {"addresses or routes are not granted, or cannot be used here", byProxy,
-		KindRefused, true, false, false},
-	causeEnded: {"the proxy ends the session", byProxy, KindFailure, false, false, false},
-	causeLost: {"no packets arrive from the proxy", byAnyone, KindUnreachable, false,
-		false, false},
+		byAnyone, KindCredentials, byHand},
+	causeIdentity: {"the certificate is from another authority or for another name",
+		byAnyone, KindIdentity, byHand},
+	causeExpired: {"the certificate has expired", byAnyone, KindIdentity, byHand},
+	causeClock: {"the certificate is not valid yet, or has expired by a clock that is not synchronised",
+		byAnyone, KindIdentity, never},
+	causeNoProxy: {"the peer offers no Extended CONNECT or no HTTP Datagrams",
+		byProxy, KindUsage, byHand},
+	causeCredentials: {"the proxy refuses the credentials: 401, 407, or an alert about the client's certificate",
+		byProxy, KindCredentials, always},
+	causeForbidden: {"the proxy does not allow the request: 403", byProxy, KindRefused, always},
+	causeAnswer:    {"the proxy answers with another status: 3xx, 4xx", byProxy, KindUsage, byHand},
+	causeTarget: {"the proxy finds no address of the target's name",
+		byProxy, KindRefused, byHand},
+	causeBusy: {"the proxy is busy or fails: 408, 429, 5xx", byProxy, KindFailure, never},
+	causeAddresses: {"addresses or routes are not granted, or cannot be used here",
+		byProxy, KindRefused, byHand},
+	causeEnded: {"the proxy ends the session", byProxy, KindFailure, never},
+	causeLost:  {"no packets arrive from the proxy", byAnyone, KindUnreachable, never},
 }
 
 // final reports whether Run returns because of c. service is Config.Service,
 // and later means that there was a session.
 func (c cause) final(service, later bool) bool {
-	f := failures[c]
+	now := byHand
 	switch {
 	case later:
-		return f.later
+		now = always
 	case service:
-		return f.service
-	default:
-		return f.byHand
+		now = beforeSession
 	}
+	return failures[c].final >= now
 }
 
 // fail returns an Error with the kind of c.
