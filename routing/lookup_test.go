@@ -180,7 +180,7 @@ func TestNetworkRoutesStayInTunnel(t *testing.T) {
 	for _, tt := range []struct {
 		name, route string
 		to          string
-		leaves      bool // with HostAll, the packet leaves outside the tunnel
+		leaves      bool // HostAll lets the packet leave outside the tunnel
 	}{
 		{"half of everything", "0.0.0.0/1 via 192.168.5.1 dev up0", "8.8.8.8", true},
 		{"half of everything, to a private address", "0.0.0.0/1 via 192.168.5.1 dev up0",
@@ -260,7 +260,7 @@ func TestHostChanges(t *testing.T) {
 		change    string
 		dst       string
 		want      int // interface; 0: unreachable
-		wantOuter int // with the mark
+		wantOuter int // interface of outer packets
 	}{
 		{"addr add 10.5.0.2/16 dev up0", "10.5.1.1", up, up}, // new LAN
 		{"addr del 10.5.0.2/16 dev up0", "10.5.1.1", tunnel, up},

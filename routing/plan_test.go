@@ -32,17 +32,17 @@ func TestPlanProperty(t *testing.T) {
 			a, _ := netip.AddrFromSlice(slices.Concat(head, tail))
 			return a
 		})
-		list := func(label string, most int) []netip.Prefix {
+		list := func(label string, maxLen int) []netip.Prefix {
 			return rapid.SliceOfN(rapid.Custom(func(t *rapid.T) netip.Prefix {
 				a := addr.Draw(t, "address")
 				return netip.PrefixFrom(a, rapid.IntRange(0, a.BitLen()).Draw(t, "bits")).Masked()
-			}), 0, most).Draw(t, label)
+			}), 0, maxLen).Draw(t, label)
 		}
 		host, s := list("host", 6), State{
 			Routes: list("routes", 8), Exclude: list("exclude", 4),
 			HostRoutes: HostRoutes(rapid.IntRange(0, 2).Draw(t, "host routes")),
 		}
-		most := s.HostRoutes == HostPrivate && IsFull(s.Routes, v6)
+		full := s.HostRoutes == HostPrivate && IsFull(s.Routes, v6)
 		k := &kernel{index: rapid.IntRange(1, 1<<23).Draw(t, "index"), ipv6: true}
 		k.Mark = DefaultMark
 		p, err := newPlan(s, k)
@@ -54,16 +54,16 @@ func TestPlanProperty(t *testing.T) {
 			if longest(s.Exclude, dst) < 0 {
 				tunnel, host := longest(s.Routes, dst), longest(host, dst)
 				private, shared := longest(privateNetworks, dst), longest(multicastNetworks, dst)
-				counts := host > 0 && host >= tunnel
+				hostWins := host > 0 && host >= tunnel
 				switch {
 				case s.HostRoutes == HostNone:
-					counts = false
-				case shared >= 0 && (most || tunnel < shared):
-					counts = host >= 0
-				case most:
-					counts = counts && private >= 0 && host >= private
+					hostWins = false
+				case shared >= 0 && (full || tunnel < shared):
+					hostWins = host >= 0
+				case full:
+					hostWins = hostWins && private >= 0 && host >= private
 				}
-				want = tunnel >= 0 && !counts
+				want = tunnel >= 0 && !hostWins
 			}
 			if got := p.entersTunnel(k, host, dst); got != want {
 				t.Fatalf("%v enters the tunnel: %t, want %t", dst, got, want)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -137,39 +138,42 @@ func TestStrictReversePathFilter(t *testing.T) {
 	h.apply(m, fullState())
 
 	for _, proxy := range []string{proxyAddr4, proxyAddr6} {
-		server := router.listen(net.JoinHostPort(proxy, "0"), 0)
-		outer := h.listen(":0", DefaultMark)
-		for range 3 {
-			send(t, outer, "request", netip.AddrPortFrom(netip.MustParseAddr(proxy), port(server)))
-			text, from := receive(t, server)
-			if text != "request" {
-				t.Errorf("the proxy received %q", text)
+		t.Run(proxy, func(t *testing.T) {
+			h, router := h.in(t), router.in(t)
+			server := router.listen(net.JoinHostPort(proxy, "0"), 0)
+			outer := h.listen(":0", DefaultMark)
+			for range 3 {
+				send(t, outer, "request",
+					netip.AddrPortFrom(netip.MustParseAddr(proxy), port(server)))
+				text, from := receive(t, server)
+				if text != "request" {
+					t.Errorf("the proxy received %q", text)
+				}
+				send(t, server, "reply", from)
+				if text, _ := receive(t, outer); text != "reply" {
+					t.Errorf("the outer socket received %q", text)
+				}
 			}
-			send(t, server, "reply", from)
-			if text, _ := receive(t, outer); text != "reply" {
-				t.Errorf("the outer socket received %q", text)
-			}
-		}
-		// A closed port is answered with ICMP port unreachable.
-		to := netip.AddrPortFrom(netip.MustParseAddr(proxy), port(server))
-		server.Close()
-		var c net.Conn
-		h.do(func() {
-			d := net.Dialer{Control: MarkSocket(DefaultMark)}
-			var err error
-			if c, err = d.Dial("udp", to.String()); err != nil {
+			// A closed port is answered with ICMP port unreachable.
+			to := netip.AddrPortFrom(netip.MustParseAddr(proxy), port(server))
+			server.Close()
+			var c net.Conn
+			h.do(func() {
+				d := net.Dialer{Control: MarkSocket(DefaultMark)}
+				var err error
+				if c, err = d.Dial("udp", to.String()); err != nil {
+					t.Fatal(err)
+				}
+			})
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(patience))
+			if _, err := c.Write([]byte("anyone?")); err != nil {
 				t.Fatal(err)
 			}
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("read from a socket to a closed port: %v, want connection refused", err)
+			}
 		})
-		defer c.Close()
-		c.SetDeadline(time.Now().Add(patience))
-		if _, err := c.Write([]byte("anyone?")); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNREFUSED) {
-			t.Errorf("%s: read from a socket to a closed port: %v, want connection refused",
-				proxy, err)
-		}
 	}
 	if n := h.reverseFiltered(); n != 0 {
 		t.Errorf("%d packets were dropped by the reverse path filter", n)
@@ -196,26 +200,29 @@ func TestTunnelAddressIsGuarded(t *testing.T) {
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, fullState())
-	for _, tt := range []struct{ tunnel, lan, via, from string }{
-		{"10.77.0.2", hostAddr4, hostAddr4, routerAddr4},
-		{"fd77::2", hostAddr6, hostAddr6, routerAddr6},
+	for _, tt := range []struct{ name, tunnel, lan, via, from string }{
+		{"IPv4", "10.77.0.2", hostAddr4, hostAddr4, routerAddr4},
+		{"IPv6", "fd77::2", hostAddr6, hostAddr6, routerAddr6},
 	} {
-		router.ip("route add " + tt.tunnel + " via " + tt.via)
-		service := h.listen(":0", 0)
-		attacker := router.listen(net.JoinHostPort(tt.from, "0"), 0)
-		send(t, attacker, "to the tunnel",
-			netip.AddrPortFrom(netip.MustParseAddr(tt.tunnel), port(service)))
-		send(t, attacker, "to the LAN",
-			netip.AddrPortFrom(netip.MustParseAddr(tt.lan), port(service)))
-		if text, _ := receive(t, service); text != "to the LAN" {
-			t.Errorf("received %q from the LAN at %s", text, tt.tunnel)
-		}
-		local := h.listen(net.JoinHostPort(tt.tunnel, "0"), 0)
-		send(t, local, "from the host",
-			netip.AddrPortFrom(netip.MustParseAddr(tt.tunnel), port(service)))
-		if text, _ := receive(t, service); text != "from the host" {
-			t.Errorf("received %q from the host itself at %s", text, tt.tunnel)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			h, router := h.in(t), router.in(t)
+			router.ip("route add " + tt.tunnel + " via " + tt.via)
+			service := h.listen(":0", 0)
+			attacker := router.listen(net.JoinHostPort(tt.from, "0"), 0)
+			send(t, attacker, "to the tunnel",
+				netip.AddrPortFrom(netip.MustParseAddr(tt.tunnel), port(service)))
+			send(t, attacker, "to the LAN",
+				netip.AddrPortFrom(netip.MustParseAddr(tt.lan), port(service)))
+			if text, _ := receive(t, service); text != "to the LAN" {
+				t.Errorf("received %q from the LAN at %s", text, tt.tunnel)
+			}
+			local := h.listen(net.JoinHostPort(tt.tunnel, "0"), 0)
+			send(t, local, "from the host",
+				netip.AddrPortFrom(netip.MustParseAddr(tt.tunnel), port(service)))
+			if text, _ := receive(t, service); text != "from the host" {
+				t.Errorf("received %q from the host itself at %s", text, tt.tunnel)
+			}
+		})
 	}
 }
 
@@ -226,19 +233,25 @@ func TestTunnelDoesNotSpoofTheHost(t *testing.T) {
 	device := h.device("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
 	h.apply(m, fullState())
-	for _, tt := range []struct{ own, lan string }{{"10.77.0.2", hostAddr4},
-		{"fd77::2", hostAddr6}} {
-		service := h.listen(":0", 0)
-		dst := netip.AddrPortFrom(netip.MustParseAddr(tt.own), port(service))
-		for _, src := range []string{tt.lan, tt.own} {
-			if _, err := device.Write(udpPacket(t, netip.AddrPortFrom(netip.MustParseAddr(src), 9),
-				dst, "from "+src)); err != nil {
-				t.Fatal(err)
+	for _, tt := range []struct{ name, own, lan string }{
+		{"IPv4", "10.77.0.2", hostAddr4},
+		{"IPv6", "fd77::2", hostAddr6},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := h.in(t)
+			service := h.listen(":0", 0)
+			dst := netip.AddrPortFrom(netip.MustParseAddr(tt.own), port(service))
+			for _, src := range []string{tt.lan, tt.own} {
+				if _, err := device.Write(udpPacket(t,
+					netip.AddrPortFrom(netip.MustParseAddr(src), 9),
+					dst, "from "+src)); err != nil {
+					t.Fatal(err)
+				}
 			}
-		}
-		if text, _ := receive(t, service); text != "from "+tt.own {
-			t.Errorf("received %q out of the tunnel", text)
-		}
+			if text, _ := receive(t, service); text != "from "+tt.own {
+				t.Errorf("received %q from the tunnel", text)
+			}
+		})
 	}
 }
 
@@ -253,25 +266,29 @@ func TestForwardAndMasquerade(t *testing.T) {
 		Routes:    prefixes("10.77.0.0/24", "fd77::/64"),
 		Forward:   true, Masquerade: prefixes("10.77.0.0/24", "fd77::/64"),
 	})
-	for _, tt := range []struct{ client, server, proxy string }{
-		{"10.77.0.9", proxyAddr4, hostAddr4},
-		{"fd77::9", proxyAddr6, hostAddr6},
+	for _, tt := range []struct{ name, client, server, proxy string }{
+		{"IPv4", "10.77.0.9", proxyAddr4, hostAddr4},
+		{"IPv6", "fd77::9", proxyAddr6, hostAddr6},
 	} {
-		server := router.listen(net.JoinHostPort(tt.server, "0"), 0)
-		src := netip.AddrPortFrom(netip.MustParseAddr(tt.client), 4000)
-		dst := netip.AddrPortFrom(netip.MustParseAddr(tt.server), port(server))
-		if _, err := device.Write(udpPacket(t, src, dst, "request")); err != nil {
-			t.Fatal(err)
-		}
-		text, from := receive(t, server)
-		if text != "request" || from.Addr().String() != tt.proxy {
-			t.Errorf("the server received %q from %v, want it from %s", text, from, tt.proxy)
-		}
-		send(t, server, "reply", from)
-		if got := readTUN(t, device, "reply"); !bytes.Equal(got[len(got)-5:], []byte("reply")) ||
-			!bytes.Contains(got, src.Addr().AsSlice()) {
-			t.Errorf("reply in the tunnel: %x, want it to %v", got, src)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			router := router.in(t)
+			server := router.listen(net.JoinHostPort(tt.server, "0"), 0)
+			src := netip.AddrPortFrom(netip.MustParseAddr(tt.client), 4000)
+			dst := netip.AddrPortFrom(netip.MustParseAddr(tt.server), port(server))
+			if _, err := device.Write(udpPacket(t, src, dst, "request")); err != nil {
+				t.Fatal(err)
+			}
+			text, from := receive(t, server)
+			if text != "request" || from.Addr().String() != tt.proxy {
+				t.Errorf("the server received %q from %v, want it from %s", text, from, tt.proxy)
+			}
+			send(t, server, "reply", from)
+			if got := readTUN(t, device, "reply"); !bytes.Equal(got[len(got)-5:],
+				[]byte("reply")) ||
+				!bytes.Contains(got, src.Addr().AsSlice()) {
+				t.Errorf("reply in the tunnel: %x, want it to %v", got, src)
+			}
+		})
 	}
 	// Addresses are not translated between clients.
 	if _, err := device.Write(udpPacket(t, netip.MustParseAddrPort("10.77.0.9:1"),
@@ -339,20 +356,22 @@ func readTUN(t *testing.T, device *os.File, text string) []byte {
 func TestMarkSocket(t *testing.T) {
 	h := newHost(t)
 	for _, mark := range []uint32{0, DefaultMark, 1 << 31} {
-		c := h.listen("127.0.0.1:0", mark)
-		raw, err := c.SyscallConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		var got int
-		if cerr := raw.Control(func(fd uintptr) {
-			got, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK)
-		}); cerr != nil || err != nil {
-			t.Fatal(cerr, err)
-		}
-		if uint32(got) != mark {
-			t.Errorf("mark of the socket is %#x, want %#x", got, mark)
-		}
+		t.Run(fmt.Sprintf("%#x", mark), func(t *testing.T) {
+			c := h.in(t).listen("127.0.0.1:0", mark)
+			raw, err := c.SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got int
+			if cerr := raw.Control(func(fd uintptr) {
+				got, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK)
+			}); cerr != nil || err != nil {
+				t.Fatal(cerr, err)
+			}
+			if uint32(got) != mark {
+				t.Errorf("mark of the socket is %#x, want %#x", got, mark)
+			}
+		})
 	}
 }
 
@@ -366,39 +385,42 @@ func TestHoldDNS(t *testing.T) {
 	state := State{Addresses: prefixes("10.77.0.2/32", "fd77::2/128"),
 		Routes: prefixes("0.0.0.0/0", "::/0"), HostRoutes: HostAll, HoldDNS: true}
 	h.apply(m, state)
-	for _, at := range []struct{ host, router string }{{hostAddr4, routerAddr4},
-		{hostAddr6, routerAddr6}} {
+	for _, addr := range []string{routerAddr4, routerAddr6} {
 		for _, port := range []uint16{53, 853, 54} {
-			to := netip.AddrPortFrom(netip.MustParseAddr(at.router), port)
-			server := router.listen(to.String(), 0)
-			for _, mark := range []uint32{DefaultMark, 0} {
-				var err error
-				h.do(func() {
-					d := net.Dialer{Control: MarkSocket(mark)}
-					var c net.Conn
-					if c, err = d.Dial("udp", to.String()); err != nil {
-						return
-					}
-					defer c.Close()
-					if _, err = c.Write([]byte("query")); err == nil {
-						if text, _ := receive(t, server); text != "query" {
-							t.Errorf("%v got %q", to, text)
+			t.Run(fmt.Sprintf("%s, port %d", addr, port), func(t *testing.T) {
+				h, router := h.in(t), router.in(t)
+				to := netip.AddrPortFrom(netip.MustParseAddr(addr), port)
+				server := router.listen(to.String(), 0)
+				for _, mark := range []uint32{DefaultMark, 0} {
+					var err error
+					h.do(func() {
+						d := net.Dialer{Control: MarkSocket(mark)}
+						var c net.Conn
+						if c, err = d.Dial("udp", to.String()); err != nil {
+							return
 						}
+						defer c.Close()
+						if _, err = c.Write([]byte("query")); err == nil {
+							if text, _ := receive(t, server); text != "query" {
+								t.Errorf("%v got %q", to, text)
+							}
+						}
+					})
+					if failed := err != nil; failed != (port != 54 && mark == 0) {
+						t.Errorf("with mark %d: %v", mark, err)
+					}
+				}
+				h.do(func() {
+					c, err := net.DialTimeout("tcp", to.String(), patience)
+					if err == nil {
+						c.Close()
+					}
+					// The router refuses the connection, because it has no
+					// server.
+					if refused := errors.Is(err, syscall.ECONNREFUSED); refused != (port == 54) {
+						t.Errorf("TCP: %v", err)
 					}
 				})
-				if held := err != nil; held != (port != 54 && mark == 0) {
-					t.Errorf("to %v with mark %d: %v", to, mark, err)
-				}
-			}
-			h.do(func() {
-				c, err := net.DialTimeout("tcp", to.String(), patience)
-				if err == nil {
-					c.Close()
-				}
-				if refused := errors.Is(err, syscall.ECONNREFUSED); refused != (port == 54) {
-					// by the router, which has no such server
-					t.Errorf("TCP to %v: %v", to, err)
-				}
 			})
 		}
 	}
