@@ -6,9 +6,9 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// answerWatch finds out whether the proxy acknowledges the probes that the
-// client sends into a new tunnel and that nothing answers. Its C fires when
-// check is due. The zero value never fires.
+// answerWatch watches a new tunnel while the client's probes are unanswered: it
+// finds out whether the proxy at least acknowledges them. C fires when check is
+// due. The zero value never fires.
 type answerWatch struct {
 	C      <-chan time.Time
 	tick   *time.Ticker

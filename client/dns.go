@@ -26,7 +26,7 @@ type DNS struct {
 	// Hold refuses DNS queries that would leave outside a full tunnel.
 	Hold bool
 
-	// Servers are asked at port 53.
+	// Servers are nameservers that listen on port 53.
 	Servers []netip.Addr
 
 	// Search lists the domains that the resolver appends to short names.
@@ -134,6 +134,12 @@ func (s *session) applyDNS(pushed []capsule.DNSConfiguration, nat64 []netip.Pref
 			"servers", skipped)
 	}
 	s.skippedServers = skipped
+	c.logDNS(before, *now, narrowed)
+}
+
+// logDNS logs that the DNS status has changed from before to now. narrowed
+// reports whether narrow limited the names of the proxy's nameservers.
+func (c *Client) logDNS(before, now connectip.DNSStatus, narrowed bool) {
 	switch {
 	case now.Applied && !(before.Applied && slices.Equal(before.Servers, now.Servers) &&
 		slices.Equal(before.Search, now.Search) && slices.Equal(before.Domains, now.Domains)):

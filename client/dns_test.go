@@ -331,22 +331,35 @@ func TestDNSAcrossSessions(t *testing.T) {
 }
 
 // serveNames starts a nameserver that counts queries and answers those for A
-// records with answer. Without answer it answers nothing.
+// records with answer. Without answer it answers nothing until the test ends.
 func serveNames(t *testing.T, answer ...netip.Addr) (netip.AddrPort, *atomic.Int32) {
 	t.Helper()
 	c, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
+	server := c.LocalAddr().(*net.UDPAddr).AddrPort()
 	var queries atomic.Int32
+	testEnds := make(chan struct{})
 	dnstest.Serve(t, c, func(string) ([]netip.Addr, error) {
 		queries.Add(1)
 		if len(answer) == 0 {
-			return nil, dnstest.ErrSilent
+			<-testEnds
+			return nil, dnstest.ErrNotFound
 		}
 		return answer, nil
 	})
-	return c.LocalAddr().(*net.UDPAddr).AddrPort(), &queries
+	t.Cleanup(func() {
+		close(testEnds)
+		// Queries are answered in order. With an answer to this one, no lookup
+		// of the test waits any longer.
+		resolver := net.Resolver{PreferGo: true,
+			Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, "udp", server.String())
+			}}
+		_, _ = resolver.LookupNetIP(context.Background(), "ip4", "end.example")
+	})
+	return server, &queries
 }
 
 // While the host's resolver asks the tunnel's servers, the client asks the

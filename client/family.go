@@ -22,11 +22,11 @@ const (
 	noticeNoRoutes      = "no_routes"
 )
 
-// holdMissingFamily returns routes, and in a full tunnel the accepted routes of
-// the family of which addrs has no address. A proxy with addresses of one
-// family advertises routes of that family only (RFC 9484 section 4.6), and the
-// other family's traffic would leave outside the tunnel. With the added routes
-// the tunnel answers it with No Route, at once.
+// holdMissingFamily returns routes. In a full tunnel it adds the accepted
+// routes of the family without an address in addrs: a proxy with addresses of
+// one family advertises routes of that family only (RFC 9484 section 4.6), and
+// the other family's traffic would leave outside the tunnel. With the added
+// routes the tunnel answers it with No Route, at once.
 //
 // A tunnel is full if routes cover most of one family and the configuration
 // accepts most of the other. A gateway gets no added routes, because they would
