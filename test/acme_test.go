@@ -221,7 +221,7 @@ func TestACME(t *testing.T) {
 	check(t, p.Client.Do(func() error {
 		text, err := os.ReadFile("/run/masque/alice.log")
 		if err == nil && !strings.Contains(string(text), "the proxy was restarted") {
-			t.Errorf("the client was not told of the restart:\n%s", text)
+			t.Errorf("the log does not mention the restart:\n%s", text)
 		}
 		return err
 	}))

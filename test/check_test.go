@@ -114,7 +114,7 @@ func TestCheckConnect(t *testing.T) {
 		"ok    connecting: it is a MASQUE proxy: ", "ok    connecting: the request for "}
 	p.wantLines(p.check(p.Client, 0, "masque-client", "-c", file, "--connect"), good...)
 	p.wantUnchanged(p.Client, before)
-	p.eventually("the session is gone", func() bool {
+	p.eventually("the session has ended", func() bool {
 		return strings.TrimSpace(p.must(p.Proxy, "masque-proxy", "sessions", "--json")) == "[]"
 	})
 

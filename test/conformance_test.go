@@ -656,7 +656,7 @@ func (c *wireClient) failure() *client.Error {
 	select {
 	case <-c.done:
 	case <-time.After(patience):
-		c.t.Fatalf("the client goes on: %+v", c.Status())
+		c.t.Fatalf("the client is still running: %+v", c.Status())
 	}
 	var e *client.Error
 	if !errors.As(c.err, &e) {

@@ -150,7 +150,7 @@ func (r *resolver) wantOnlyProxyQueries() {
 	r.t.Helper()
 	for _, q := range r.queriesOutside() {
 		if q != lab.ProxyName+". at 198.51.100.1" {
-			r.t.Errorf("asked outside the tunnel: %s", q)
+			r.t.Errorf("query outside the tunnel: %s", q)
 		}
 	}
 }
@@ -181,10 +181,10 @@ func TestDNSApplied(t *testing.T) {
 	r.resolve("outside.example.org")
 	if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text,
 		"192.0.2.2, search example (/etc/resolv.conf)") {
-		t.Errorf("the status says\n%s", text)
+		t.Errorf("the status is\n%s", text)
 	}
 	if n := len(r.queriesOutside()); n != connected {
-		t.Errorf("asked outside the tunnel: %v", r.queriesOutside()[connected:])
+		t.Errorf("queries outside the tunnel: %v", r.queriesOutside()[connected:])
 	}
 
 	r.killProxy()
@@ -278,13 +278,13 @@ func TestDNSNotApplied(t *testing.T) {
 			r := newResolver(t, test.o)
 			before := r.files()
 			r.up(r.Client, r.file)
-			r.eventually("it says why", func() bool {
+			r.eventually("the status has the reason", func() bool {
 				s := r.status(r.Client, "alice").DNS
 				return !s.Applied && strings.Contains(s.Reason, test.reason)
 			})
 			if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text,
 				"(not applied: ") {
-				t.Errorf("the status says\n%s", text)
+				t.Errorf("the status is\n%s", text)
 			}
 			r.wantFiles(before)
 			r.down(r.Client, "alice")
@@ -328,14 +328,14 @@ func TestDNSOutsideTunnel(t *testing.T) {
 			}
 			check(t, r.outside.Close())
 			if asked := r.queriesOutside(); (len(asked) > 0) != tc.leaves {
-				t.Errorf("asked outside: %q", asked)
+				t.Errorf("queries outside the tunnel: %q", asked)
 			}
 			if text := r.must(r.Client, "masque-client", "status", "alice"); !strings.Contains(text,
 				tc.want) {
-				t.Errorf("the status does not say %q:\n%s", tc.want, text)
+				t.Errorf("the status does not contain %q:\n%s", tc.want, text)
 			}
 			if log := r.clientLog("alice"); !strings.Contains(log, tc.want) {
-				t.Errorf("the log does not say %q:\n%s", tc.want, log)
+				t.Errorf("the log does not contain %q:\n%s", tc.want, log)
 			}
 			r.down(r.Client, "alice")
 			r.resolve("after.example")
@@ -369,7 +369,7 @@ search = ["corp.example", "example"]
 	})
 	text := p.must(p.Client, "masque-client", "status", "alice")
 	if want := "10.77.0.1, fd77::1, search corp.example example (/etc/resolv.conf)"; !strings.Contains(text, want) {
-		t.Errorf("the status does not say %q:\n%s", want, text)
+		t.Errorf("the status does not contain %q:\n%s", want, text)
 	}
 	p.editProxyConfig(`servers = ["10.77.0.1", "fd77::1"]`, `servers = ["192.0.2.53"]`)
 	if out := p.must(p.Proxy, "masque-proxy", "reload"); strings.Contains(out, "restart") {

@@ -343,7 +343,7 @@ func TestKillSwitch(t *testing.T) {
 	wantNoLeaks("connected")
 
 	p.killProxy()
-	wantNoLeaks("the proxy is gone")
+	wantNoLeaks("the proxy is dead")
 	p.startProxy()
 	p.awaitReconnected(0)
 	wantNoLeaks("reconnected")

@@ -40,7 +40,7 @@ func TestReload(t *testing.T) {
 	p.editProxyConfig(`advertise = ["192.0.2.0/24"]`,
 		`advertise = ["192.0.2.0/24", "198.18.0.0/24"]`)
 	reload("reloaded")
-	p.eventually("the new route is there", func() bool {
+	p.eventually("the client has the new route", func() bool {
 		return len(p.status(p.Client, "alice").Routes) == len(before.Routes)+1
 	})
 	p.wantRoute(other, "masque0")
@@ -55,7 +55,7 @@ func TestReload(t *testing.T) {
 		`advertise = ["192.0.2.0/24"]`)
 	p.editProxyConfig("masquerade = false", "masquerade = true")
 	reload("reloaded; restart the proxy for: nat.masquerade")
-	p.eventually("the route is gone", func() bool {
+	p.eventually("the client has removed the route", func() bool {
 		return len(p.status(p.Client, "alice").Routes) == len(before.Routes)
 	})
 	p.wantRoute(other, "eth0")

@@ -74,11 +74,11 @@ func newResolved(t *testing.T, o options) *resolver {
 	}))
 	bus := r.Client.Command(r.ctx, "dbus-daemon", "--nofork", "--config-file=/run/dbus.conf")
 	check(t, bus.Start())
-	r.eventually("the bus is there", func() bool { return r.bus("list") == nil })
+	r.eventually("the bus answers", func() bool { return r.bus("list") == nil })
 	daemon := r.Client.Command(r.ctx, program)
 	daemon.Env = append(os.Environ(), "SYSTEMD_LOG_TARGET=console")
 	check(t, daemon.Start())
-	r.eventually("systemd-resolved is there", func() bool {
+	r.eventually("systemd-resolved answers", func() bool {
 		select {
 		case <-daemon.Done():
 			t.Fatalf("systemd-resolved ended:\n%s", r.log(daemon))
@@ -226,7 +226,7 @@ func TestResolved(t *testing.T) {
 			}
 			text := r.must(r.Client, "masque-client", "status", "alice")
 			if want := "(systemd-resolved)"; !strings.Contains(text, want) {
-				t.Errorf("the status does not say %s:\n%s", want, text)
+				t.Errorf("the status does not contain %s:\n%s", want, text)
 			}
 
 			// The proxy's name is resolved outside the tunnel, because the

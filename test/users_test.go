@@ -123,7 +123,7 @@ func TestUserRoutes(t *testing.T) {
 	})
 	p.ping(p.Client, other)
 	p.editUser(`routes = ["192.0.2.0/24", "198.18.0.0/24"]`, `routes = ["198.18.0.0/24"]`)
-	p.eventually("the other route is gone", func() bool {
+	p.eventually("the client has removed the other route", func() bool {
 		return len(p.status(p.Client, "alice").Routes) == len(before.Routes)
 	})
 	p.wantRoute(lab.TargetIPv4, "eth0")
@@ -183,5 +183,5 @@ func TestUserRates(t *testing.T) {
 		})
 	}
 	p.editUser(`rate_up = "10Mbit"`, "")
-	p.eventually("the rate is gone", func() bool { return measure() > 2*up })
+	p.eventually("the rate limit is removed", func() bool { return measure() > 2*up })
 }
