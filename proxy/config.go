@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -271,41 +272,96 @@ const (
 // Config is wrong, Key is its configuration key.
 type Error = fault.Error
 
+// usage returns an *Error of KindUsage about a configuration key.
 func usage(key, format string, args ...any) error {
 	return &Error{Kind: KindUsage, Key: key, Reason: fmt.Sprintf(format, args...)}
 }
 
 // withDefaults returns c with defaults for empty fields, and checks it.
 func (c Config) withDefaults() (Config, error) {
-	if c.Name == "" {
-		return c, usage("name", "the name that clients dial is missing")
-	}
 	if len(c.Listen) == 0 {
 		c.Listen = []string{"[::]:443"}
 	}
+	c.Hold = cmp.Or(c.Hold, DefaultHold)
+	c.UDPIdleTimeout = cmp.Or(c.UDPIdleTimeout, DefaultUDPIdleTimeout)
+	c.MaxSessions = cmp.Or(c.MaxSessions, DefaultSessions)
+	c.MaxSessionsPerUser = cmp.Or(c.MaxSessionsPerUser, DefaultSessionsPerUser)
+	c.MaxUDPFlows = cmp.Or(c.MaxUDPFlows, DefaultUDPFlows)
+	c.MaxUDPFlowsPerUser = cmp.Or(c.MaxUDPFlowsPerUser, DefaultUDPFlowsPerUser)
+	c.MaxPending = cmp.Or(c.MaxPending, DefaultPendingConnections)
+	c.MaxPendingPerAddress = cmp.Or(c.MaxPendingPerAddress, DefaultPendingConnectionsPerAddress)
+	if c.Resolver == nil {
+		c.Resolver = net.DefaultResolver
+	}
+	if c.DialUDP == nil {
+		c.DialUDP = dialOther
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if err := c.check(); err != nil {
+		return c, err
+	}
+	var err error
+	if c.Congestion, err = c.Congestion.Check(); err != nil {
+		return c, usage("tunnel.congestion", "%v", err)
+	}
+	return c, nil
+}
+
+// check returns an *Error if c is invalid. The defaults are set.
+func (c Config) check() error {
+	if c.Name == "" {
+		return usage("name", "the name that clients dial is missing")
+	}
 	for _, l := range c.Listen {
 		if _, err := net.ResolveUDPAddr("udp", l); err != nil {
-			return c, usage("listen", "%q is not an address and a UDP port, such as [::]:443", l)
+			return usage("listen", "%q is not an address and a UDP port, such as [::]:443", l)
 		}
 	}
 	if c.TLS == nil || len(c.TLS.Certificates) == 0 && c.TLS.GetCertificate == nil {
-		return c, usage("tls.cert", "a certificate is needed")
+		return usage("tls.cert", "a certificate is needed")
 	}
-	if err := c.checkMethods(); err != nil {
-		return c, err
+	if err := cmp.Or(c.checkMethods(), c.checkPools()); err != nil {
+		return err
 	}
+	if c.TUN.MTU != 0 && (c.TUN.MTU < minMTU || c.TUN.MTU > maxMTU) {
+		return usage("tun.mtu", "%d is not between %d and %d bytes", c.TUN.MTU, minMTU, maxMTU)
+	}
+	if err := c.DNS.check(); err != nil {
+		return err
+	}
+	if min(c.MaxSessions, c.MaxSessionsPerUser, c.MaxAddressesPerUser, c.MaxUDPFlows,
+		c.MaxUDPFlowsPerUser, c.MaxPending, c.MaxPendingPerAddress) < 0 {
+		return usage("limits", "a limit cannot be negative")
+	}
+	if n := c.advertised(); n > routing.MaxRoutes {
+		return usage("routes.advertise", "%d networks remain after joining adjacent ones, and "+
+			"clients accept %d: advertise fewer and larger networks", n, routing.MaxRoutes)
+	}
+	if c.UDPIdleTimeout < 0 {
+		return usage("connect_udp", "a time span cannot be negative")
+	}
+	if c.Hold < 0 {
+		return usage("pool.hold", "a time span cannot be negative")
+	}
+	return nil
+}
+
+// checkPools checks Pool4, Pool6, Delegate4 and Delegate6.
+func (c Config) checkPools() error {
 	if !c.Pool4.IsValid() && !c.Pool6.IsValid() {
-		return c, usage("pool", "at least one of ipv4 and ipv6 is needed")
+		return usage("pool", "at least one of ipv4 and ipv6 is needed")
 	}
 	if c.Pool4.IsValid() && (!c.Pool4.Addr().Is4() || c.Pool4.Bits() > 30) {
-		return c, usage("pool.ipv4", "%v is not an IPv4 prefix of at most 30 bits", c.Pool4)
+		return usage("pool.ipv4", "%v is not an IPv4 prefix of at most 30 bits", c.Pool4)
 	}
 	if c.Pool6.IsValid() && (!c.Pool6.Addr().Is6() || c.Pool6.Bits() > 126) {
-		return c, usage("pool.ipv6", "%v is not an IPv6 prefix of at most 126 bits", c.Pool6)
+		return usage("pool.ipv6", "%v is not an IPv6 prefix of at most 126 bits", c.Pool6)
 	}
 	for _, p := range []netip.Prefix{c.Pool4, c.Pool6} {
 		if p.IsValid() && p != p.Masked() {
-			return c, usage("pool", "%v has bits set beyond its prefix length; %v is meant", p,
+			return usage("pool", "%v has bits set beyond its prefix length; %v is meant", p,
 				p.Masked())
 		}
 	}
@@ -317,70 +373,13 @@ func (c Config) withDefaults() (Config, error) {
 		switch {
 		case d.bits == 0:
 		case !d.pool.IsValid():
-			return c, usage(d.key, "there is no pool of this family to take prefixes from")
+			return usage(d.key, "there is no pool of this family to take prefixes from")
 		case d.bits <= d.pool.Bits() || d.bits > d.pool.Addr().BitLen():
-			return c, usage(d.key, "%d is not a length from %d to %d, as prefixes within %v have",
+			return usage(d.key, "%d is not a length from %d to %d, as prefixes within %v have",
 				d.bits, d.pool.Bits()+1, d.pool.Addr().BitLen(), d.pool)
 		}
 	}
-	if c.TUN.MTU != 0 && (c.TUN.MTU < minMTU || c.TUN.MTU > maxMTU) {
-		return c, usage("tun.mtu", "%d is not between %d and %d bytes", c.TUN.MTU, minMTU, maxMTU)
-	}
-	if err := c.DNS.check(); err != nil {
-		return c, err
-	}
-	if min(c.MaxSessions, c.MaxSessionsPerUser, c.MaxAddressesPerUser, c.MaxUDPFlows,
-		c.MaxUDPFlowsPerUser, c.MaxPending, c.MaxPendingPerAddress) < 0 {
-		return c, usage("limits", "a limit cannot be negative")
-	}
-	if c.MaxSessions == 0 {
-		c.MaxSessions = DefaultSessions
-	}
-	if c.MaxSessionsPerUser == 0 {
-		c.MaxSessionsPerUser = DefaultSessionsPerUser
-	}
-	if c.MaxUDPFlows == 0 {
-		c.MaxUDPFlows = DefaultUDPFlows
-	}
-	if c.MaxUDPFlowsPerUser == 0 {
-		c.MaxUDPFlowsPerUser = DefaultUDPFlowsPerUser
-	}
-	if c.MaxPending == 0 {
-		c.MaxPending = DefaultPendingConnections
-	}
-	if c.MaxPendingPerAddress == 0 {
-		c.MaxPendingPerAddress = DefaultPendingConnectionsPerAddress
-	}
-	if n := c.advertised(); n > routing.MaxRoutes {
-		return c, usage("routes.advertise",
-			"%d networks are left when those that touch are joined, and clients take %d: advertise fewer and larger ones", n, routing.MaxRoutes)
-	}
-	if c.Resolver == nil {
-		c.Resolver = net.DefaultResolver
-	}
-	if c.UDPIdleTimeout < 0 {
-		return c, usage("connect_udp", "a time span cannot be negative")
-	}
-	if c.Hold < 0 {
-		return c, usage("pool.hold", "a time span cannot be negative")
-	}
-	if c.Hold == 0 {
-		c.Hold = DefaultHold
-	}
-	if c.UDPIdleTimeout == 0 {
-		c.UDPIdleTimeout = DefaultUDPIdleTimeout
-	}
-	if c.DialUDP == nil {
-		c.DialUDP = dialOther
-	}
-	var err error
-	if c.Congestion, err = c.Congestion.Check(); err != nil {
-		return c, usage("tunnel.congestion", "%v", err)
-	}
-	if c.Logger == nil {
-		c.Logger = slog.New(slog.DiscardHandler)
-	}
-	return c, nil
+	return nil
 }
 
 // advertised returns the number of routes that are advertised to every client:
@@ -395,6 +394,7 @@ func (c Config) advertised() int {
 	return len(setOf(all).Prefixes())
 }
 
+// checkMethods checks Methods and the fields that they need.
 func (c Config) checkMethods() error {
 	if len(c.Methods) == 0 {
 		return usage("auth.methods", "at least one of %q, %q and %q is needed", MethodMTLS,

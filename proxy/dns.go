@@ -122,14 +122,18 @@ func (s *Server) warnOfDNS() {
 	for _, a := range d.Servers {
 		switch {
 		case !reached.Contains(a):
-			s.cfg().Logger.Warn("clients do not reach this DNS server through the tunnel: add it to routes.advertise, and its family to the pool", "server", a)
+			s.cfg().Logger.Warn("clients do not reach this DNS server through the tunnel: "+
+				"add it to routes.advertise, and its family to the pool", "server", a)
 		case refused.Contains(a):
-			s.cfg().Logger.Warn("clients may not reach this DNS server, it is an address of this host or denied: use the proxy's own address in the pool, or change routes.deny", "server", a)
+			s.cfg().Logger.Warn("clients may not reach this DNS server, it is an address of "+
+				"this host or denied: use the proxy's own address in the pool, or change "+
+				"routes.deny", "server", a)
 		}
 	}
 	for _, p := range d.NAT64 {
 		if !reached.ContainsPrefix(p) {
-			s.cfg().Logger.Warn("clients do not reach this NAT64 prefix through the tunnel: add it to routes.advertise, and IPv6 to the pool", "prefix", p)
+			s.cfg().Logger.Warn("clients do not reach this NAT64 prefix through the tunnel: "+
+				"add it to routes.advertise, and IPv6 to the pool", "prefix", p)
 		}
 	}
 }

@@ -73,7 +73,8 @@ func TestDNSIsPushed(t *testing.T) {
 	_, h3 := s.dial(t, nil)
 	_, str := request(t, h3, "CONNECT", "connect-ip", anyPath, nil)
 	r := reader(t, str)
-	everything := &capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}, 0)}
+	everything := &capsule.RouteAdvertisement{Routes: capsule.Routes([]netip.Prefix{
+		netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}, 0)}
 	wantCapsules(t, r, everything, configuration([]string{""}, corp.Search, "10.77.0.1", "fd77::53",
 		"192.0.2.53"), &capsule.PREF64{Prefixes: corp.NAT64})
 	if got := s.Sessions()[0].DNS; len(got.Servers) != 3 ||
@@ -243,7 +244,8 @@ func TestDNSCheck(t *testing.T) {
 		t.Error(err)
 	}
 	// connect-ip-go accepts capsules of this length.
-	if n := len((&capsule.DNSAssign{Configurations: most.configurations()}).Append(nil)); n > 32<<10 {
+	longest := &capsule.DNSAssign{Configurations: most.configurations()}
+	if n := len(longest.Append(nil)); n > 32<<10 {
 		t.Errorf("the capsule has %d bytes", n)
 	}
 }

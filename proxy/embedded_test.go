@@ -31,7 +31,8 @@ func TestEmbedding(t *testing.T) {
 		})
 	}
 	sixToFour := embedding{netip.MustParsePrefix("2002::/16"), false, false}
-	if got := sixToFour.embed(netip.MustParsePrefix("192.0.2.33/32")); got.String() != "2002:c000:221::/48" {
+	got := sixToFour.embed(netip.MustParsePrefix("192.0.2.33/32"))
+	if got.String() != "2002:c000:221::/48" {
 		t.Errorf("6to4: got %v, want 2002:c000:221::/48", got)
 	}
 }

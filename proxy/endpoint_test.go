@@ -38,7 +38,8 @@ func TestDeletedDevice(t *testing.T) {
 	x.passes("192.0.2.1", 1)
 	before := kernels[0].Last()
 	kernels[0].Lost <- routing.ErrInterfaceGone
-	for deadline := time.Now().Add(10 * time.Second); x.Status().KernelRepairs["device"] == 0; time.Sleep(time.Millisecond) {
+	deadline := time.Now().Add(10 * time.Second)
+	for ; x.Status().KernelRepairs["device"] == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("the device was not replaced: %+v", x.Status())
 		}

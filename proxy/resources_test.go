@@ -118,7 +118,8 @@ func TestPanicEndsOneSession(t *testing.T) {
 				if got := h.Counters().Panics - before; got != 1 {
 					t.Errorf("%d panics were counted, want 1", got)
 				}
-				if lines := h.log.Lines("a fault of this program ended a session"); len(lines) != 1 || !strings.Contains(lines[0], "trap.Write") {
+				lines := h.log.Lines("a fault of this program ended a session")
+				if len(lines) != 1 || !strings.Contains(lines[0], "trap.Write") {
 					t.Errorf("the log has %q, want one line with the stack", lines)
 				}
 				h.connect("c", "").sendDatagram("192.0.2.78") // the user may connect again

@@ -86,8 +86,9 @@ func listenUDP(ctx context.Context, addrs []string) ([]*net.UDPConn, error) {
 			e := &Error{Kind: KindFailure,
 				Reason: fmt.Sprintf("listening on UDP %s: %v", addr, err), Err: err}
 			if errors.Is(err, os.ErrPermission) {
-				e.Kind, e.Remedy = KindPrivileges,
-					"run as root or with the capability CAP_NET_BIND_SERVICE, or choose a port above 1023"
+				e.Kind = KindPrivileges
+				e.Remedy = "run as root or with the capability CAP_NET_BIND_SERVICE, " +
+					"or choose a port above 1023"
 			}
 			return nil, e
 		}

@@ -33,7 +33,7 @@ func TestFullSocketsAreCounted(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer from.Close()
-		for before := dropped; dropped == before; dropped = s.Status().Drops[connectip.DropSocketFull.String()] {
+		for before := dropped; dropped == before; {
 			for range 100 {
 				if _, err := from.Write(make([]byte, 500)); err != nil {
 					t.Fatal(err)
@@ -43,6 +43,7 @@ func TestFullSocketsAreCounted(t *testing.T) {
 				0); err != nil {
 				t.Fatal(err)
 			}
+			dropped = s.Status().Drops[connectip.DropSocketFull.String()]
 		}
 	}
 }
