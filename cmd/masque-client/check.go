@@ -163,10 +163,10 @@ func (l *loaded) checkOutside(c *doctor.Report) {
 	case d.Hold:
 		c.OK("DNS: under a full tunnel, queries to %s are refused (dns.outside = false)", servers)
 	case d.Off:
-		c.Warn(fmt.Sprintf("DNS: names are asked of %s, outside a full tunnel", servers),
+		c.Warn(fmt.Sprintf("DNS: queries go to %s, outside a full tunnel", servers),
 			`set dns.mode = "auto", or dns.outside = false to have such queries refused`)
 	default:
-		c.OK("DNS: if the proxy hands out no nameservers, names are asked of %s, outside a full tunnel; dns.servers or dns.outside = false change that", servers)
+		c.OK("DNS: if the proxy hands out no nameservers, queries go to %s, outside a full tunnel; dns.servers or dns.outside = false change that", servers)
 	}
 }
 

@@ -89,7 +89,7 @@ func tunnelName(arg string) (string, error) {
 	name := strings.TrimSuffix(filepath.Base(arg), ".toml")
 	if name == proxyName {
 		return "", &fault.Error{Kind: fault.Usage,
-			Reason: fmt.Sprintf("a tunnel cannot be named %q: its socket would be that of the proxy", name), Remedy: "rename " + arg}
+			Reason: fmt.Sprintf("a tunnel cannot be named %q: its socket would have the name of the proxy's", name), Remedy: "rename " + arg}
 	}
 	if !config.IsName(name) {
 		return "", &fault.Error{Kind: fault.Usage,

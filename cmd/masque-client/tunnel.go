@@ -55,7 +55,7 @@ func (t *tunnel) run(ctx, signals context.Context) error {
 	if t.loaded.file.UseKillSwitch {
 		t.loaded.warnBlocked(t.logger)
 	} else if _, err := kill.Lift(); err != nil { // an earlier run may have closed it
-		t.logger.Warn("a kill switch that may be closed from before cannot be lifted",
+		t.logger.Warn("the kill switch of an earlier run cannot be lifted",
 			"error", err)
 	}
 	t.err = fault.Flatten(t.client.Run(ctx))

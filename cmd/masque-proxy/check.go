@@ -198,7 +198,7 @@ func failError(c *doctor.Report, err error) {
 func (l *loaded) checkUsers(c *doctor.Report, now time.Time) {
 	for _, u := range l.users.last().All() {
 		if !u.Expires.IsZero() && !now.Before(u.Expires) {
-			c.Warn(fmt.Sprintf("users: the time of %s was over at %s", u.Name,
+			c.Warn(fmt.Sprintf("users: %s expired at %s", u.Name,
 				u.Expires.UTC().Format(time.RFC3339)),
 				"change expires in "+l.file.UsersFile+", or "+program+" user remove "+u.Name+
 					" -c FILE")
@@ -257,8 +257,8 @@ func (l *loaded) checkForwarding(c *doctor.Report) {
 			return p.Bits() == 0 && p.Addr().Is6() == family.ipv6
 		})
 		if family.pool.IsValid() && everything && routing.DefaultInterface(family.ipv6) == "" {
-			c.Warn("uplink: clients get "+family.name+
-				" addresses and routes to everywhere, and this host has no such route itself",
+			c.Warn("default route: clients get "+family.name+
+				" addresses and routes to everywhere, but this host has no default route for it",
 				"give this host "+family.name+", or take it out of [pool]")
 		}
 	}

@@ -184,7 +184,7 @@ func showStatus(w io.Writer, s status) error {
 	fmt.Fprintf(t, "interface\t%s\n", s.Interface)
 	fmt.Fprintf(t, "sessions\t%d\n", s.Sessions)
 	if s.UDPFlows > 0 {
-		fmt.Fprintf(t, "flows of UDP\t%d\n", s.UDPFlows)
+		fmt.Fprintf(t, "UDP flows\t%d\n", s.UDPFlows)
 	}
 	fmt.Fprintf(t, "leased addresses\t%d IPv4, %d IPv6\n", s.Leased["ipv4"], s.Leased["ipv6"])
 	fmt.Fprintf(t, "received\t%d packets, %s\n", s.Packets.RX, text.Size(s.Bytes.RX))

@@ -224,7 +224,7 @@ func readAuthority(cert, key string) (*pki.Authority, error) {
 func authorityError(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return &fault.Error{Kind: fault.Usage,
-			Reason: "the authority is not here (" + err.Error() + ")",
+			Reason: "the certificate authority is missing (" + err.Error() + ")",
 			Remedy: "run this where its key is kept, or name it with --ca-key"}
 	}
 	return err

@@ -137,7 +137,7 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 		return err
 	}
 	if _, known := users.ByName(in.user); known {
-		return &fault.Error{Kind: fault.Usage, Reason: "there is a user " + in.user + " already",
+		return &fault.Error{Kind: fault.Usage, Reason: "the user " + in.user + " exists already",
 			Remedy: fmt.Sprintf("choose another name, or first: %s user remove %s -c %s", program,
 				in.user, in.config)}
 	}
@@ -406,7 +406,7 @@ func parseExpires(s string, now time.Time) (time.Time, error) {
 		return t, fault.Errorf(fault.Usage,
 			"--expires %q is neither a time span nor a date within ten years: write for example 30d or %s", s, now.AddDate(0, 1, 0).UTC().Format(time.DateOnly))
 	case !t.After(now):
-		return t, fault.Errorf(fault.Usage, "--expires %s is over: write a time to come", s)
+		return t, fault.Errorf(fault.Usage, "--expires %s is in the past: write a later time", s)
 	}
 	return t, nil
 }

@@ -211,7 +211,7 @@ func TestInviteErrors(t *testing.T) {
 		{[]string{"alice", "--valid", "forever"}, `--valid "forever" is not a time span`},
 		{[]string{"alice", "--expires", "soon"},
 			`--expires "soon" is neither a time span nor a date`},
-		{[]string{"alice", "--expires", "2001-01-01"}, "--expires 2001-01-01 is over"},
+		{[]string{"alice", "--expires", "2001-01-01"}, "--expires 2001-01-01 is in the past"},
 		{[]string{"alice", "--rate-up", "20"},
 			`--rate-up "20" is not a number of kbit, Mbit or Gbit per second: write for example 20Mbit`},
 		{[]string{"alice", "--rate-down", "1kbit"}, `--rate-down "1kbit" is less than 64kbit`},
@@ -359,7 +359,7 @@ func TestInviteLimits(t *testing.T) {
 	var said bytes.Buffer
 	_ = c.Finish(&said, false)
 	for _, want := range []string{
-		"warn  users: the time of alice was over at 2026-01-02T00:00:00Z — change expires in " + users,
+		"warn  users: alice expired at 2026-01-02T00:00:00Z — change expires in " + users,
 		"warn  users: alice may reach 2001:db8:1::/48, which routes.advertise does not have — ",
 	} {
 		if !strings.Contains(said.String(), want) {
@@ -380,7 +380,7 @@ func TestParseExpires(t *testing.T) {
 	for s, want := range map[string]string{
 		"30d": "2026-07-01T12:00:00Z", "36h": "2026-06-03T00:00:00Z",
 		"2026-12-31": "2026-12-31T00:00:00Z", "2026-12-31T18:00:00+01:00": "2026-12-31T17:00:00Z",
-		"2026-06-01": "is over", "0d": "neither", "-1d": "neither", "9999-01-01": "neither",
+		"2026-06-01": "is in the past", "0d": "neither", "-1d": "neither", "9999-01-01": "neither",
 		"99999999999d": "neither", "soon": "neither", "2026-13-01": "neither",
 	} {
 		t.Run(s, func(t *testing.T) {
@@ -484,7 +484,7 @@ func TestUserStoreKeepsWhatItKnew(t *testing.T) {
 			spoil()
 			for range 3 {
 				if _, ok := s.ByName("alice"); !ok {
-					t.Errorf("%s: the user is not known any more", name)
+					t.Errorf("%s: the user is unknown", name)
 				}
 			}
 			if n := strings.Count(log.String(), "level=ERROR"); n != 1 {

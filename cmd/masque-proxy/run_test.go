@@ -204,7 +204,7 @@ func TestCheckMetrics(t *testing.T) {
 		{ln.Addr().String(), "fail  metrics.listen: TCP " + ln.Addr().String() +
 			" is in use — stop what uses it (ss -tlpn), or change metrics.listen"},
 		{"192.0.2.1:9484", "fail  metrics.listen: TCP 192.0.2.1:9484 is not an address of this host — change metrics.listen"},
-		{":39484", "warn  metrics.listen: not only this host reaches TCP :39484 — everybody who does can read"},
+		{":39484", "warn  metrics.listen: other hosts can reach TCP :39484 — everybody who can reach it can read"},
 	} {
 		t.Run(test.listen, func(t *testing.T) {
 			_, file := install(t)

@@ -199,7 +199,7 @@ func (e *userEntry) expires() string {
 	case e.Expires == nil:
 		return "never"
 	case e.Expired:
-		return "over since " + e.Expires.UTC().Format(time.RFC3339)
+		return "expired at " + e.Expires.UTC().Format(time.RFC3339)
 	}
 	return e.Expires.UTC().Format(time.RFC3339)
 }

@@ -82,7 +82,7 @@ func (s *userStore) current() *config.Users {
 	s.check()
 	if s.next != nil && s.wait > 0 && s.now().Sub(s.since) >= s.wait {
 		if len(s.next.All()) == 0 && s.wait == inPlaceWait {
-			s.logger.Error("the users file was emptied; the users known before stay until a reload, or until there are users again", "file", s.path)
+			s.logger.Error("the users file became empty; the previous users stay until a reload, or until the file has users", "file", s.path)
 			s.wait = 0
 		} else {
 			s.use(s.next)
@@ -121,7 +121,7 @@ func (s *userStore) check() {
 	s.seen = v
 	if err != nil {
 		if v != before { // once for each version of the file
-			s.logger.Error("the users file cannot be used; the users known before stay",
+			s.logger.Error("the users file cannot be used; the previous users stay",
 				"error", err)
 		}
 		s.next = nil

@@ -64,7 +64,7 @@ func (r *Reloader) check(settle bool) {
 	r.read = v
 	renewed, err := ReadKeyPair(p.config, p.certFile, p.keyFile)
 	if err != nil {
-		r.logger.Error("the certificate has changed and cannot be used; the one before stays",
+		r.logger.Error("the certificate has changed and cannot be used; the previous one stays",
 			"error", err)
 		return
 	}

@@ -26,12 +26,12 @@ func PCAP(path string, tap *capture.Tap, logger *slog.Logger) Task {
 			return &fault.Error{Kind: fault.Usage, Key: "log.pcap", Reason: err.Error(),
 				Remedy: "name a file that can be written", Err: err}
 		}
-		logger.Warn("packets inside the tunnel are written to a file: whoever reads it reads what was sent", "file", path)
+		logger.Warn("packets inside the tunnel are written to a file: whoever reads it can read the traffic", "file", path)
 		running := tap.Start(capture.Options{})
 		ready()
 		err = running.Write(ctx, f)
 		if err = errors.Join(err, f.Close()); err != nil {
-			logger.Error("packets are not written any more", "file", path, "error", err)
+			logger.Error("packets can no longer be written to the file", "file", path, "error", err)
 		}
 		<-ctx.Done() // a full disk does not end the tunnel
 		captured, dropped := running.Counts()

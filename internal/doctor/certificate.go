@@ -27,7 +27,7 @@ func (c *Report) Certificate(cred Credential, now time.Time) {
 	const clock = "check this host's clock (timedatectl)"
 	switch {
 	case cred.Key != nil && !pki.Matches(leaf, cred.Key):
-		c.Fail(cred.Label+": its key is another one's",
+		c.Fail(cred.Label+": the key belongs to another certificate",
 			"put certificate and key of one pair together")
 		return
 	case now.Before(leaf.NotBefore):
@@ -44,7 +44,7 @@ func (c *Report) Certificate(cred Credential, now time.Time) {
 			"correct the name, or get a certificate for it")
 		return
 	case !allows(leaf, cred.Usage):
-		c.Fail(cred.Label+": not made for this use",
+		c.Fail(cred.Label+": not valid for this use",
 			"get a certificate with the right extended key usage")
 		return
 	case certs.ExpiresSoon(leaf, now):

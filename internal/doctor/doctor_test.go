@@ -103,13 +103,13 @@ func TestCertificateChecks(t *testing.T) {
 		}), now, "ok    tls.cert: "},
 		{change(func(c *Credential) {
 			c.Key = other
-		}), now, "fail  tls.cert: its key is another one's — "},
+		}), now, "fail  tls.cert: the key belongs to another certificate — "},
 		{change(func(c *Credential) {
 			c.Name = "b.example"
 		}), now, "fail  tls.cert: not for the name b.example — "},
 		{change(func(c *Credential) {
 			c.Usage = x509.ExtKeyUsageClientAuth
-		}), now, "fail  tls.cert: not made for this use — "},
+		}), now, "fail  tls.cert: not valid for this use — "},
 		{good, now.Add(-24 * time.Hour),
 			"fail  tls.cert: valid only from 2026-01-02T14:04:05Z, and it is 2026-01-01T15:04:05Z here — check this host's clock"},
 		{good, now.Add(pki.ServerValidity + time.Hour),
@@ -228,10 +228,10 @@ func TestFindings(t *testing.T) {
 		{func(c *Report) { c.clock(now, 0, nil) }, "ok    clock: synchronised"},
 		{func(c *Report) {
 			c.clock(now, 0x40, nil)
-		}, "warn  clock: nothing on this host says that it is synchronised; it is 2026-01-02 15:04:05 UTC here — certificates fail when it is wrong: sudo timedatectl"},
+		}, "warn  clock: not known to be synchronised; it is 2026-01-02 15:04:05 UTC here — certificates fail when it is wrong: sudo timedatectl"},
 		{func(c *Report) {
 			c.clock(now, 0, no)
-		}, "warn  clock: whether it is synchronised is not known: no such thing"},
+		}, "warn  clock: synchronisation is not known: no such thing"},
 		{func(c *Report) {
 			c.clock(time.Unix(0, 0), 0, nil)
 		}, "fail  clock: it is 1970-01-01 00:00:00 UTC here, and no certificate is valid then — set it: sudo timedatectl"},

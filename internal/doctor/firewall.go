@@ -17,10 +17,10 @@ func (c *Report) Firewall(device string, flows ...hostfirewall.Flow) {
 		obstacles, err := hostfirewall.Obstacles(f, routing.TablePrefix)
 		switch {
 		case errors.Is(err, os.ErrPermission):
-			c.Warn("firewall: without CAP_NET_ADMIN it cannot be looked at", "run this with sudo")
+			c.Warn("firewall: not checked without CAP_NET_ADMIN", "run this with sudo")
 			return
 		case err != nil:
-			c.Warn(fmt.Sprintf("firewall: not known: %v", err), "look at it: sudo nft list ruleset")
+			c.Warn(fmt.Sprintf("firewall: not known: %v", err), "list it: sudo nft list ruleset")
 			return
 		}
 		if len(obstacles) == 0 {
@@ -28,7 +28,8 @@ func (c *Report) Firewall(device string, flows ...hostfirewall.Flow) {
 		}
 		for _, o := range obstacles {
 			if o.Maybe {
-				c.OK("firewall: %v passes %s on conditions that are not looked at here", o, f.Name)
+				c.OK("firewall: %v passes %s on conditions that this check does not evaluate",
+					o, f.Name)
 			} else {
 				c.Warn(fmt.Sprintf("firewall: %v drops %s", o, f.Name),
 					"sudo "+o.Allow(f, device)+", and the same where the rules are kept")
@@ -39,8 +40,8 @@ func (c *Report) Firewall(device string, flows ...hostfirewall.Flow) {
 		"ip6_tables_names": "ip6tables-legacy"} {
 		if tables, err := os.ReadFile(filepath.Join("/proc/net", file)); err == nil &&
 			len(tables) > 0 {
-			c.Warn("firewall: there are tables of "+program+", which are not looked at here",
-				"look at them: sudo "+program+" -S")
+			c.Warn("firewall: there are tables of "+program+", which this check does not read",
+				"list them: sudo "+program+" -S")
 		}
 	}
 }

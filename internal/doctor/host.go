@@ -43,7 +43,7 @@ func (c *Report) TUN(offload bool) {
 		}
 		c.OK("TUN: %s opens", path)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV):
-		c.Fail("TUN: "+path+" is not there",
+		c.Fail("TUN: "+path+" does not exist",
 			"sudo modprobe tun; in a container, pass the device in")
 	default:
 		c.Fail("TUN: "+err.Error(), "give this user access to "+path)

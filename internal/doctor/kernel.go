@@ -31,9 +31,9 @@ func (c *Report) clock(now time.Time, status int32, err error) {
 		c.Fail("clock: it is "+now.UTC().Format(time.DateTime)+
 			" UTC here, and no certificate is valid then", "set it: "+remedy)
 	case err != nil:
-		c.Warn(fmt.Sprintf("clock: whether it is synchronised is not known: %v", err), "")
+		c.Warn(fmt.Sprintf("clock: synchronisation is not known: %v", err), "")
 	case status&unix.STA_UNSYNC != 0:
-		c.Warn("clock: nothing on this host says that it is synchronised; it is "+
+		c.Warn("clock: not known to be synchronised; it is "+
 			now.UTC().Format(time.DateTime)+" UTC here",
 			"certificates fail when it is wrong: "+remedy+
 				"; in a container or a virtual machine, look at the host")
@@ -155,7 +155,7 @@ func (c *Report) UDPOffload() {
 
 func (c *Report) udpOffload(gso, gro bool) {
 	if gso && gro {
-		c.OK("UDP offload: the kernel takes and gives many packets at a time")
+		c.OK("UDP offload: one system call sends or receives many packets")
 		return
 	}
 	c.Warn(fmt.Sprintf("UDP offload: the kernel has GSO: %t, GRO: %t", gso, gro),

@@ -34,8 +34,8 @@ func (c *Report) Metrics(addr string, named bool) {
 	}
 	c.Listen(key, "TCP", addr)
 	if a, err := netip.ParseAddrPort(addr); err != nil || !a.Addr().Unmap().IsLoopback() {
-		c.Warn(key+": not only this host reaches TCP "+addr,
-			"everybody who does can read the metrics: let a firewall keep others away, or listen on 127.0.0.1")
+		c.Warn(key+": other hosts can reach TCP "+addr,
+			"everybody who can reach it can read the metrics: let a firewall keep others away, or listen on 127.0.0.1")
 	}
 }
 
