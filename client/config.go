@@ -363,6 +363,12 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
+	c.setHost()
+	return c, nil
+}
+
+// setHost sets the functions that c leaves out to those of this host.
+func (c *Config) setHost() {
 	if c.OpenDevice == nil {
 		c.OpenDevice = func() (Device, error) {
 			t := c.TUN
@@ -399,7 +405,6 @@ func (c Config) withDefaults() (Config, error) {
 			})
 		}
 	}
-	return c, nil
 }
 
 // resolver returns a resolver that works outside the tunnel, so that a client

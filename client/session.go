@@ -83,9 +83,13 @@ type session struct {
 
 	// The fields below are used by run alone.
 
-	configured bool // the kernel has the proxy's configuration
-	full       bool // the tunnel carries all traffic of a family
-	onlyIPv4   bool // the interface cannot have IPv6
+	// connected is the time at which the session was connected, zero before.
+	connected time.Time
+
+	limits     string // last shown text of pathLimits
+	configured bool   // the kernel has the proxy's configuration
+	full       bool   // the tunnel carries all traffic of a family
+	onlyIPv4   bool   // the interface cannot have IPv6
 
 	// The last logged or announced values, so that each is logged or announced
 	// once. Empty means none.
@@ -116,29 +120,7 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 	code := http3.ErrCodeNoError
 	defer func() { d.closeWith(code) }()
 	c.readNetworks()
-	// The resolver keeps the previous session's configuration (lastDNS) until
-	// the proxy has had time to send one.
-	s := &session{
-		c: c, quic: d.conn,
-		wake: make(chan struct{}, 1), pathChanged: make(chan struct{}, 1),
-		failed:     make(chan error, 1),
-		requests:   !c.skipRequest && len(c.cfg.Request) > 0,
-		proxyAddrs: c.dialer.lastAddrs, installed: c.installed, dns: c.lastDNS,
-	}
-	s.conn = connectip.New(str, d.conn, connectip.Config{
-		Device: c.supervisor.Device(),
-		Filter: connectip.Filter{Assigned: s.acceptableAddresses, Routes: c.acceptableRoutes},
-		Handler: connectip.Handler{
-			Assigned: s.handleAssigned, Requested: s.handleAddressRequest, Routes: s.handleRoutes,
-			DNS: s.handleDNS, PREF64: s.handlePREF64, MTU: func(int) { s.changed() },
-		},
-		Static: c.cfg.Static,
-		// A capsule has room for as many routes as the kernel accepts.
-		MaxCapsule: routing.MaxRoutes * capsule.MaxRouteLen,
-		Stats:      &c.stats,
-		Panicked:   c.logPanic,
-		Tap:        c.cfg.Tap.At(""),
-	})
+	s := c.newSession(d, str)
 	c.mu.Lock()
 	c.quicConn, c.currentSession = d.conn, s
 	c.status.Proxy.Endpoint = d.remote.String()
@@ -168,7 +150,7 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 		c.activeConn.CompareAndSwap(s.conn, nil)
 	}()
 
-	since, err := s.run(ctx, ended)
+	err = s.run(ctx, ended)
 	if errors.Is(err, errStreamEnded) {
 		reason := <-ended
 		if errors.Is(reason, capsule.ErrMalformed) || errors.Is(reason, capsule.ErrTooLarge) {
@@ -186,10 +168,39 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 		}
 		<-ended
 	}
-	if !since.IsZero() {
-		connected = time.Since(since)
+	if !s.connected.IsZero() {
+		connected = time.Since(s.connected)
 	}
 	return connected, err
+}
+
+// newSession returns the session of an accepted request, before its first
+// capsule.
+func (c *Client) newSession(d *dialed, str *http3.RequestStream) *session {
+	// The resolver keeps the previous session's configuration (lastDNS) until
+	// the proxy has had time to send one.
+	s := &session{
+		c: c, quic: d.conn,
+		wake: make(chan struct{}, 1), pathChanged: make(chan struct{}, 1),
+		failed:     make(chan error, 1),
+		requests:   !c.skipRequest && len(c.cfg.Request) > 0,
+		proxyAddrs: c.dialer.lastAddrs, installed: c.installed, dns: c.lastDNS,
+	}
+	s.conn = connectip.New(str, d.conn, connectip.Config{
+		Device: c.supervisor.Device(),
+		Filter: connectip.Filter{Assigned: s.acceptableAddresses, Routes: c.acceptableRoutes},
+		Handler: connectip.Handler{
+			Assigned: s.handleAssigned, Requested: s.handleAddressRequest, Routes: s.handleRoutes,
+			DNS: s.handleDNS, PREF64: s.handlePREF64, MTU: func(int) { s.changed() },
+		},
+		Static: c.cfg.Static,
+		// A capsule has room for as many routes as the kernel accepts.
+		MaxCapsule: routing.MaxRoutes * capsule.MaxRouteLen,
+		Stats:      &c.stats,
+		Panicked:   c.logPanic,
+		Tap:        c.cfg.Tap.At(""),
+	})
+	return s
 }
 
 // fail ends the session with err, unless it already has another error.
@@ -213,12 +224,11 @@ func (s *session) guard(f func()) {
 var errStreamEnded = errors.New("the session ended")
 
 // run requests addresses and applies the proxy's configuration until ctx is
-// done or the session ends. It returns the time at which the session was
-// connected, zero if it never was.
-func (s *session) run(ctx context.Context, ended chan error) (connected time.Time, err error) {
+// done or the session ends.
+func (s *session) run(ctx context.Context, ended chan error) error {
 	c := s.c
 	if err := s.request(); err != nil {
-		return connected, explainEnd(err, s.quic, c.target)
+		return explainEnd(err, s.quic, c.target)
 	}
 	alive, stopKeepAlive := context.WithCancel(ctx)
 	defer stopKeepAlive()
@@ -232,37 +242,29 @@ func (s *session) run(ctx context.Context, ended chan error) (connected time.Tim
 	var earliest, latest time.Time  // bounds of the time of the next apply
 	applies := rate.NewLimiter(applyRate, applyBurst)
 	probing := false
-	limits := ""
 	var unanswered answerWatch
 	defer unanswered.stop()
-	setConnected := func() {
-		connected = time.Now()
-		limits = s.limits()
-		s.showPath(limits)
-		c.cfg.Logger.Info("connected", "addresses", c.Status().Addresses, "mtu", s.conn.MTU())
-		s.forgetDNS()
-	}
 	for {
 		select {
 		case <-ctx.Done():
-			return connected, nil
+			return nil
 		case err := <-s.failed:
-			return connected, err
+			return err
 		case <-s.pathChanged:
-			if !connected.IsZero() {
-				s.showPath(limits)
+			if !s.connected.IsZero() {
+				s.showPath(s.limits)
 			}
 		case err := <-ended:
 			ended <- err // runSession receives it again
-			return connected, errStreamEnded
+			return errStreamEnded
 		case <-configured.C:
-			return connected, s.notConfigured()
+			return s.notConfigured()
 		case <-firstPacket:
 			firstPacket = nil
 			unanswered.stop()
 			c.warn(noticeNoAnswer, "")
-			if connected.IsZero() {
-				setConnected()
+			if s.connected.IsZero() {
+				s.setConnected()
 			}
 		case <-unanswered.C:
 			acknowledged, why := unanswered.check(s.quic.ConnectionStats())
@@ -275,7 +277,7 @@ func (s *session) run(ctx context.Context, ended chan error) (connected time.Tim
 			stopProbes()
 			c.warn(noticeNoAnswer, "the proxy acknowledges packets but answers no echo in the tunnel: it may not forward packets")
 			c.cfg.Logger.Warn("the proxy answers no echo in the tunnel, but acknowledges packets: the tunnel counts as connected")
-			setConnected()
+			s.setConnected()
 		case <-s.wake:
 			if settled == nil {
 				pace := applies.Reserve().Delay()
@@ -286,16 +288,12 @@ func (s *session) run(ctx context.Context, ended chan error) (connected time.Tim
 			settled = nil
 			complete, err := s.apply()
 			if err != nil {
-				return connected, err
+				return err
 			}
-			if now := s.limits(); !connected.IsZero() && now != limits {
-				limits = now
-				s.showPath(limits)
-				c.cfg.Logger.Warn("the path has changed", "mtu", s.conn.MTU(), "limits", limits)
-			}
+			s.showLimits()
 			if complete {
 				if err := s.announceSite(); err != nil {
-					return connected, explainEnd(err, s.quic, c.target)
+					return explainEnd(err, s.quic, c.target)
 				}
 			}
 			if complete && !probing {
@@ -308,6 +306,27 @@ func (s *session) run(ctx context.Context, ended chan error) (connected time.Tim
 			}
 		}
 	}
+}
+
+// setConnected shows the session as connected.
+func (s *session) setConnected() {
+	s.connected = time.Now()
+	s.limits = s.pathLimits()
+	s.showPath(s.limits)
+	s.c.cfg.Logger.Info("connected", "addresses", s.c.Status().Addresses, "mtu", s.conn.MTU())
+	s.forgetDNS()
+}
+
+// showLimits shows the limits of the path if they have changed since the
+// session was connected.
+func (s *session) showLimits() {
+	limits := s.pathLimits()
+	if s.connected.IsZero() || limits == s.limits {
+		return
+	}
+	s.limits = limits
+	s.showPath(limits)
+	s.c.cfg.Logger.Warn("the path has changed", "mtu", s.conn.MTU(), "limits", limits)
 }
 
 // request sends the ADDRESS_REQUEST, unless the session uses static or
@@ -487,18 +506,9 @@ func (s *session) apply() (complete bool, err error) {
 	if err := c.cfg.checkAssigned(addrs); err != nil {
 		return false, err
 	}
-	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude,
-		HostRoutes: c.cfg.HostRoutes, Private: c.cfg.AdvertiseRoutes,
-		Forward: len(c.cfg.AdvertiseRoutes) > 0, Reach: c.cfg.ownNetworks(addrs)}
-	inside, err := acceptedPrefixes(routes, c.cfg.Accept)
+	state, err := s.desiredState(addrs, routes)
 	if err != nil {
 		return false, err
-	}
-	s.full = routing.IsFull(inside, false) || routing.IsFull(inside, true)
-	if c.cfg.InstallRoutes {
-		state.HoldDNS = c.cfg.DNS.Hold && s.full
-		state.Routes = append(s.holdMissingFamily(s.excludeOwn(inside), addrs), c.cfg.AssignPeer...)
-		s.noteNoRoutes(routes, state.Routes)
 	}
 	c.lastAddrs = addrs
 	c.activeConn.Store(s.conn) // before the kernel sends packets here
@@ -548,6 +558,27 @@ func (s *session) apply() (complete bool, err error) {
 	return true, nil
 }
 
+// desiredState returns the state for the kernel, with the assigned addresses
+// and the accepted parts of the advertised routes. It updates s.full.
+func (s *session) desiredState(addrs []netip.Prefix, routes []capsule.Route) (routing.State,
+	error) {
+	c := s.c
+	state := routing.State{MTU: s.mtu(), Addresses: s.hostAddresses(addrs), Exclude: c.cfg.Exclude,
+		HostRoutes: c.cfg.HostRoutes, Private: c.cfg.AdvertiseRoutes,
+		Forward: len(c.cfg.AdvertiseRoutes) > 0, Reach: c.cfg.ownNetworks(addrs)}
+	inside, err := acceptedPrefixes(routes, c.cfg.Accept)
+	if err != nil {
+		return state, err
+	}
+	s.full = routing.IsFull(inside, false) || routing.IsFull(inside, true)
+	if c.cfg.InstallRoutes {
+		state.HoldDNS = c.cfg.DNS.Hold && s.full
+		state.Routes = append(s.holdMissingFamily(s.excludeOwn(inside), addrs), c.cfg.AssignPeer...)
+		s.noteNoRoutes(routes, state.Routes)
+	}
+	return state, nil
+}
+
 // mtu returns the MTU for the device, in bytes. It is never below the minimum
 // of IPv6, because the kernel would remove IPv6 from the device, and its
 // packets would leave outside the tunnel. For a smaller path, connectip answers
@@ -566,8 +597,8 @@ func onlyIPv4(prefixes []netip.Prefix) []netip.Prefix {
 	})
 }
 
-// limits describes the packets that the path does not carry, "" for none.
-func (s *session) limits() string {
+// pathLimits describes the packets that the path does not carry, "" for none.
+func (s *session) pathLimits() string {
 	if mtu := s.conn.MTU(); mtu < minMTU {
 		return fmt.Sprintf("the path carries packets of %d bytes, but IPv6 needs %d: IPv6 is off",
 			mtu, minMTU)
