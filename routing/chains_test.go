@@ -47,10 +47,11 @@ func (h *host) dropped(comment string) (packets int) {
 // waitDropped waits until a rule with the comment has counted a packet.
 func (h *host) waitDropped(comment string) {
 	h.t.Helper()
-	for deadline := time.Now().Add(patience); h.dropped(comment) == 0; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); h.dropped(comment) == 0; {
 		if time.Now().After(deadline) {
 			h.t.Fatalf("no packet was dropped by %q:\n%s", comment, h.run("nft", "list", "ruleset"))
 		}
+		time.Sleep(10 * time.Millisecond)
 	}
 }
 

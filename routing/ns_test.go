@@ -259,10 +259,11 @@ func (h *host) apply(m *Manager, s State) {
 	}
 	h.do(func() {
 		for _, p := range s.Addresses {
-			for deadline := time.Now().Add(patience); !isAccepted(p.Addr()); time.Sleep(time.Millisecond) {
+			for deadline := time.Now().Add(patience); !isAccepted(p.Addr()); {
 				if time.Now().After(deadline) {
 					h.t.Fatalf("packets to %v are not accepted", p.Addr())
 				}
+				time.Sleep(time.Millisecond)
 			}
 		}
 	})

@@ -25,11 +25,12 @@ import (
 // maintained is a Manager with a running Maintain.
 type maintained struct {
 	h       *host
-	mu      sync.Mutex
-	health  Health
+	changed chan struct{} // receives a value after each report
+	done    chan error    // receives the result of Maintain
+
+	mu      sync.Mutex // guards the fields below
+	health  Health     // last report
 	reports int
-	changed chan struct{}
-	done    chan error
 }
 
 // maintain runs m.Maintain until the test ends.
@@ -67,8 +68,8 @@ func (k *maintained) now() (Health, int) {
 	return k.health, k.reports
 }
 
-// await waits for a Health that is as it shall be.
-func (k *maintained) await(what string, ok func(Health) bool) Health {
+// await waits for a Health for which ok returns true. name describes it.
+func (k *maintained) await(name string, ok func(Health) bool) Health {
 	k.h.t.Helper()
 	timeout := time.After(patience)
 	for {
@@ -79,13 +80,13 @@ func (k *maintained) await(what string, ok func(Health) bool) Health {
 		case <-k.changed:
 		case <-timeout:
 			h, _ := k.now()
-			k.h.t.Fatalf("%s: the health is still %+v", what, h)
+			k.h.t.Fatalf("waiting for %s: the last Health is %+v", name, h)
 		}
 	}
 }
 
-// What another program takes away of a tunnel comes back, is counted, and is
-// logged once, with its name.
+// Maintain restores changes of other programs, counts the repairs by kind, and
+// logs each kind once.
 func TestMaintain(t *testing.T) {
 	client := func(h *host) (*Manager, State) {
 		h.sysctl("net/ipv4/conf/all/src_valid_mark", "0")
@@ -103,72 +104,73 @@ func TestMaintain(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		open   func(*host) (*Manager, State)
-		damage string
-		kinds  string // that are counted
-		named  string // in the log
+		damage string // command of the other program
+		kinds  string // kinds of the counted repairs
+		logged string // part of the log
 	}{
 		{"one IPv4 rule", client, "ip rule del priority 9549", "rule",
 			"add IPv4 rule 9549: not fwmark 0x80000000 lookup "},
 		{"one IPv6 rule", client, "ip -6 rule del priority 9741", "rule", "add IPv6 rule 9741: "},
-		{"an address", client, "ip addr del 10.77.0.2/32 dev masque0", "address route",
+		{"address", client, "ip addr del 10.77.0.2/32 dev masque0", "address route",
 			"add address 10.77.0.2/32 to masque0"},
 		{"all addresses", client, "ip addr flush dev masque0", "address route",
 			"add address fd77::2/128 to masque0"},
-		{"an IPv4 address is to go away", client,
+		{"IPv4 address expires", client,
 			"ip addr change 10.77.0.2/32 dev masque0 valid_lft 1000 preferred_lft 0",
 			"address route", "delete address 10.77.0.2/32 of masque0"},
-		{"an IPv6 address is not to be used", client,
+		{"IPv6 address is deprecated", client,
 			"ip addr change fd77::2/128 dev masque0 preferred_lft 0", "address",
 			"add address fd77::2/128 to masque0"},
-		{"the link is set down", client, "ip link set masque0 down", "address link route",
+		{"link set down", client, "ip link set masque0 down", "address link route",
 			"set masque0 up"},
-		{"a smaller MTU", client, "ip link set masque0 mtu 1290", "mtu",
+		{"smaller MTU", client, "ip link set masque0 mtu 1290", "mtu",
 			"set the MTU of masque0 from 1290 to 1400"},
-		{"an MTU too small for IPv6", client, "ip link set masque0 mtu 1000",
+		{"MTU too small for IPv6", client, "ip link set masque0 mtu 1000",
 			"address link mtu route", "set the MTU of masque0 from 1000 to 1400"},
-		{"a routing table", client, "ip route flush table TABLE", "route",
+		{"routing table", client, "ip route flush table TABLE", "route",
 			"add 2 IPv4 routes of table TABLE"},
 		{"all routes of the interface", client, "ip route flush dev masque0 table all proto 94",
 			"route", " IPv4 routes of table "},
-		{"all IPv6 routes of ours", client, "ip -6 route flush table all proto 94", "route",
+		{"all IPv6 routes with protocol 94", client, "ip -6 route flush table all proto 94",
+			"route",
 			" IPv6 routes of table "},
-		{"a route beside ours", client, "ip route add 128.0.0.0/1 dev up0 table TABLE", "route",
+		{"additional route", client, "ip route add 128.0.0.0/1 dev up0 table TABLE", "route",
 			"delete a route of another program: 128.0.0.0/1 in table TABLE"},
-		{"an IPv6 route before ours", client,
+		{"IPv6 route with a lower metric", client,
 			"ip -6 route add default dev up0 metric 1 table TABLE", "route",
 			"delete a route of another program: ::/0 in table TABLE"},
-		{"a route in place of ours", client,
+		{"replaced route", client,
 			"ip route replace default dev up0 metric 9484 table TABLE", "route",
 			"add 1 IPv4 routes of table TABLE"},
-		{"a route of ours that leads elsewhere", client,
+		{"replaced route with protocol 94", client,
 			"ip route replace default dev up0 metric 9484 proto 94 table TABLE", "route",
 			"add 1 IPv4 routes of table TABLE"},
-		{"all of nftables", client, "nft flush ruleset", "table",
+		{"nftables ruleset", client, "nft flush ruleset", "table",
 			"write nftables table inet masque-one"},
-		{"our nftables table", client, "nft delete table inet masque-one", "table", "masque-one"},
-		{"our table for ARP alone", client, "nft delete table arp masque-one", "table",
+		{"nftables table", client, "nft delete table inet masque-one", "table", "masque-one"},
+		{"ARP table", client, "nft delete table arp masque-one", "table",
 			"masque-one"},
-		{"the rules of a chain", client, "nft flush chain inet masque-one restore", "table",
+		{"rules of a chain", client, "nft flush chain inet masque-one restore", "table",
 			"masque-one"},
-		{"a chain", client, "nft delete chain inet masque-one guard", "table", "masque-one"},
-		{"our nftables table goes dormant", client,
+		{"chain", client, "nft delete chain inet masque-one guard", "table", "masque-one"},
+		{"dormant nftables table", client,
 			"nft add table inet masque-one { flags dormant ; }", "table", "masque-one"},
-		{"a chain gets another policy", client,
+		{"policy of a chain", client,
 			"nft add chain inet masque-one restore { policy drop ; }", "table", "masque-one"},
-		{"a rule before ours", client, "nft insert rule inet masque-one restore accept", "table",
+		{"additional rule", client, "nft insert rule inet masque-one restore accept", "table",
 			"masque-one"},
-		{"a sysctl", client, "sysctl net.ipv4.conf.all.src_valid_mark 0", "sysctl",
+		{"sysctl", client, "sysctl net.ipv4.conf.all.src_valid_mark 0", "sysctl",
 			"set net.ipv4.conf.all.src_valid_mark from 0 to 1"},
-		{"forwarding of IPv4", proxy, "sysctl net.ipv4.ip_forward 0", "sysctl",
+		{"IPv4 forwarding", proxy, "sysctl net.ipv4.ip_forward 0", "sysctl",
 			"set net.ipv4.ip_forward from 0 to 1"},
-		{"forwarding of IPv6", proxy, "sysctl net.ipv6.conf.all.forwarding 0", "sysctl",
+		{"IPv6 forwarding", proxy, "sysctl net.ipv6.conf.all.forwarding 0", "sysctl",
 			"set net.ipv6.conf.all.forwarding from 0 to 1"},
 		{"address translation", proxy, "nft flush ruleset", "table", "masque-one"},
-		{"the proxy's address", proxy, "ip addr flush dev masque0", "address route",
+		{"address of a proxy", proxy, "ip addr flush dev masque0", "address route",
 			"add address 10.77.0.1/24 to masque0"},
-		{"the route to a site", proxy, "ip route del 192.0.2.0/24", "route",
+		{"route to a site", proxy, "ip route del 192.0.2.0/24", "route",
 			"add 1 IPv4 routes of table 254"},
-		{"the proxy's link is set down", proxy, "ip link set masque0 down", "address link route",
+		{"link of a proxy set down", proxy, "ip link set masque0 down", "address link route",
 			"set masque0 up"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -193,23 +195,23 @@ func TestMaintain(t *testing.T) {
 				return slices.Equal(slices.Sorted(maps.Keys(now.Repairs)), want) &&
 					now.Problem == "" && len(now.Addresses) == 2
 			})
-			for what, now := range h.snapshot() {
-				if now != good[what] && what != stableSecret {
-					t.Errorf("%s is\n%s\nwant\n%s", what, now, good[what])
+			for object, now := range h.snapshot() {
+				if now != good[object] && object != stableSecret {
+					t.Errorf("%s is\n%s\nwant\n%s", object, now, good[object])
 				}
 			}
-			named := strings.ReplaceAll(tt.named, "TABLE", table)
+			logged := strings.ReplaceAll(tt.logged, "TABLE", table)
 			if n := strings.Count(h.log.String(), "put right"); n != len(want) ||
-				!strings.Contains(h.log.String(), named) {
-				t.Errorf("%d lines of the log are about repairs, want %d, with %q:\n%s", n,
-					len(want), named, h.log)
+				!strings.Contains(h.log.String(), logged) {
+				t.Errorf("%d repairs in the log, want %d, with %q:\n%s", n, len(want), logged,
+					h.log)
 			}
 		})
 	}
 }
 
-// An IPv6 address is on an interface once: one with another prefix length is in
-// the way.
+// Maintain replaces an IPv6 address with another prefix length. An interface
+// cannot have both.
 func TestMaintainAddressLength(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -226,7 +228,8 @@ func TestMaintainAddressLength(t *testing.T) {
 	}
 }
 
-// An address for this host alone is no source of packets that leave it.
+// Maintain and Apply replace an address with another scope. The kernel does not
+// use such an address as source of packets that leave the host.
 func TestMaintainAddressScope(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -240,39 +243,39 @@ func TestMaintainAddressScope(t *testing.T) {
 		return now.Repairs["address"] == 2 && len(now.Addresses) == 2
 	})
 	h.apply(m, State{})
-	h.ip("addr add 10.77.0.2/32 dev masque0 scope link") // before the tunnel has it
+	h.ip("addr add 10.77.0.2/32 dev masque0 scope link") // before Apply
 	h.apply(m, fullState())
 	if text := h.snapshot()["addr"]; strings.Contains(text, "10.77.0.2/32 scope link") {
-		t.Errorf("the scope is still that of the link:\n%s", text)
+		t.Errorf("the address still has scope link:\n%s", text)
 	}
 	if text := h.snapshot()["addr"]; strings.Contains(text, "10.77.0.2/32 scope host") {
-		t.Errorf("the scope is still that of the host:\n%s", text)
+		t.Errorf("the address still has scope host:\n%s", text)
 	}
 }
 
-// What other programs put before the tunnel's rules is not ours to take away,
-// but whoever relies on the tunnel learns of it.
+// Maintain reports rules and routes of other programs that take precedence over
+// the tunnel, but does not delete them.
 func TestMaintainReportsBypass(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
 		do, undo []string // arguments of ip(8)
-		named    string
-		routes   string // the tunnel's routes, "": full
+		problem  string   // part of the problem
+		routes   string   // the tunnel's routes; empty: full tunnel
 	}{
-		{"the host's routes first", []string{"rule add priority 100 lookup main"},
+		{"routes of the host first", []string{"rule add priority 100 lookup main"},
 			[]string{"rule del priority 100"}, "rule 100", ""},
-		{"for IPv6", []string{"-6 rule add priority 100 lookup main"},
+		{"IPv6", []string{"-6 rule add priority 100 lookup main"},
 			[]string{"-6 rule del priority 100"}, "rule 100", ""},
 		{
-			"a table that is filled later",
+			"table that gets a route later",
 			[]string{"rule add priority 5210 not fwmark 0x51 lookup 77",
 				"route add default dev up0 table 77"},
 			[]string{"route flush table 77"}, "rule 5210", "",
 		},
-		{"a route in the table local", []string{"route add 0.0.0.0/1 dev up0 table local"},
+		{"route in the local table", []string{"route add 0.0.0.0/1 dev up0 table local"},
 			[]string{"route del 0.0.0.0/1 dev up0 table local"}, "ip route get 9.9.9.9", ""},
 		{
-			"a split tunnel", []string{"rule add priority 100 lookup 77",
+			"split tunnel", []string{"rule add priority 100 lookup 77",
 				"route add 198.18.0.0/15 dev up0 table 77"},
 			[]string{"rule del priority 100"}, "packets to 198.18.5.1 leave by up0",
 			"198.18.5.0/24",
@@ -297,7 +300,7 @@ func TestMaintainReportsBypass(t *testing.T) {
 				h.ip(change)
 			}
 			k.await("the problem", func(now Health) bool {
-				return strings.Contains(now.Problem, tt.named)
+				return strings.Contains(now.Problem, tt.problem)
 			})
 			for _, change := range tt.undo {
 				h.ip(change)
@@ -311,7 +314,8 @@ func TestMaintainReportsBypass(t *testing.T) {
 	}
 }
 
-// Routes of the host that go first, and those of other tunnels, are no bypass.
+// Routes of the host that take precedence, and routes of other tunnels, are not
+// reported as a problem.
 func TestMaintainAcceptsHostRoutes(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -327,20 +331,20 @@ func TestMaintainAcceptsHostRoutes(t *testing.T) {
 	h.apply(h.open(Config{Instance: "two", Interface: "masque1", Mark: DefaultMark}), other)
 	h.ip("route add 198.18.0.0/28 dev up0")
 	h.ip("link set masque0 mtu 1300")
-	if now := k.await("another look", func(now Health) bool {
+	if now := k.await("a repair", func(now Health) bool {
 		return now.Repairs[kindMTU] == 1
 	}); now.Problem != "" {
 		t.Errorf("the problem is %q, want none", now.Problem)
 	}
 }
 
-// A Manager does not take its own changes for those of others.
+// Maintain does not count changes of Apply as repairs.
 func TestMaintainIgnoresApply(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
 	h.tun("masque0")
 	m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-	k := h.maintain(m) // before anything was applied
+	k := h.maintain(m) // before the first Apply
 	other := fullState()
 	other.Addresses, other.MTU = prefixes("10.77.0.3/32", "fd77::3/128"), 1380
 	for range 10 {
@@ -359,7 +363,7 @@ func TestMaintainIgnoresApply(t *testing.T) {
 	}
 }
 
-// Whoever made the interface learns that it is gone.
+// Maintain and Apply return ErrInterfaceGone if the interface was deleted.
 func TestMaintainLostInterface(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -376,8 +380,8 @@ func TestMaintainLostInterface(t *testing.T) {
 	}
 }
 
-// Where somebody turned IPv6 off on the interface, nothing of IPv6 leaves
-// beside the tunnel, until IPv6 is back.
+// While another program has disabled IPv6 on the interface, IPv6 packets for
+// the tunnel are unreachable instead of leaving outside it.
 func TestMaintainHoldsIPv6(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -386,26 +390,20 @@ func TestMaintainHoldsIPv6(t *testing.T) {
 	h.apply(m, fullState())
 	k := h.maintain(m)
 	h.sysctl("net/ipv6/conf/masque0/disable_ipv6", "1")
-	k.await("held", func(now Health) bool {
+	k.await("IPv6 to be unreachable", func(now Health) bool {
 		return now.IPv6Held && strings.Contains(now.Problem,
 			"net.ipv6.conf.masque0.disable_ipv6") && len(now.Addresses) == 1
 	})
-	for _, dst := range []string{"2a00::1", "2001:db8:1::1"} {
-		if got := h.lookup(dst, 0); got != 0 {
-			t.Errorf("%s leads to interface %d, want nowhere", dst, got)
-		}
-	}
+	h.wantInterfaces(map[string]int{"2a00::1": 0, "2001:db8:1::1": 0})
 	h.sysctl("net/ipv6/conf/masque0/disable_ipv6", "0")
-	k.await("back", func(now Health) bool {
+	k.await("IPv6 in the tunnel", func(now Health) bool {
 		return !now.IPv6Held && now.Problem == "" && len(now.Addresses) == 2
 	})
-	if got := h.lookup("2a00::1", 0); got != tunnel {
-		t.Errorf("2a00::1 leads to interface %d, want %d", got, tunnel)
-	}
+	h.wantInterfaces(map[string]int{"2a00::1": tunnel})
 }
 
-// A rule of ours that another program replaces by one with the same comment is
-// not taken for ours.
+// Maintain notices that another program replaced a rule by one with the same
+// comment.
 func TestMaintainDetectsReplacedRule(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -441,8 +439,7 @@ func TestMaintainDetectsReplacedRule(t *testing.T) {
 	}
 }
 
-// What cannot be put back is a problem that is named, and goes away when it
-// can.
+// Maintain reports a failed repair as a problem until the repair succeeds.
 func TestMaintainFailures(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -474,8 +471,8 @@ func TestMaintainFailures(t *testing.T) {
 	})
 }
 
-// A program that takes the same thing away each time it comes back is named in
-// the health, and does not keep this one busy.
+// If another program undoes every repair, Maintain repairs less often and
+// reports a problem.
 func TestMaintainContested(t *testing.T) {
 	h := newHost(t)
 	h.log = new(logtest.Buffer)
@@ -493,26 +490,27 @@ func TestMaintainContested(t *testing.T) {
 		return strings.Contains(now.Problem, "set the MTU of masque0")
 	})
 	h.ip("link set masque0 mtu 1300")
-	h.ip("rule del priority 9549") // something else is put right at once all the same
+	h.ip("rule del priority 9549") // other objects are still repaired immediately
 	now := k.await("the rule", func(now Health) bool { return now.Repairs["rule"] == 1 })
 	if now.Repairs["mtu"] != immediateRepairs+1 {
-		t.Errorf("the MTU was put back %d times", now.Repairs["mtu"])
+		t.Errorf("the MTU was repaired %d times, want %d", now.Repairs["mtu"],
+			immediateRepairs+1)
 	}
-	k.await("the MTU, later", func(now Health) bool {
+	k.await("a later repair of the MTU", func(now Health) bool {
 		return now.Repairs["mtu"] == immediateRepairs+2
 	})
 	if n := strings.Count(h.log.String(), "again and again: stop it"); n != 1 {
-		t.Errorf("the log says it %d times", n)
+		t.Errorf("logged %d times, want once", n)
 	}
 }
 
-// However often something changes, and however long it takes to look at
-// everything, looking takes a fifth of the time.
+// reconcileLoop spends at most a fifth of the time reconciling, however often
+// the kernel's state changes and however long one run takes.
 func TestReconcileLoopPauses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		changed := make(chan struct{}) // there is always one
+		changed := make(chan struct{}) // always ready
 		go func() {
 			for {
 				select {
@@ -522,22 +520,23 @@ func TestReconcileLoopPauses(t *testing.T) {
 				}
 			}
 		}()
-		const takes = 100 * time.Millisecond
-		looks := 0
+		const duration = 100 * time.Millisecond
+		runs := 0
 		err := reconcileLoop(ctx, changed, func(bool) (time.Duration, error) {
-			looks++
-			time.Sleep(takes)
+			runs++
+			time.Sleep(duration)
 			return 0, nil
 		})
-		if most := int(time.Minute/(takes*(1+pauseFactor))) + 1; err != nil || looks < most-2 ||
-			looks > most {
-			t.Errorf("%d looks, %v, want about %d", looks, err, most)
+		limit := int(time.Minute/(duration*(1+pauseFactor))) + 1
+		if err != nil || runs < limit-2 || runs > limit {
+			t.Errorf("%d runs, %v, want about %d", runs, err, limit)
 		}
 	})
 }
 
-// Changes that are none of ours do not reach this process: a host may change
-// other routes thousands of times a second.
+// The kernel does not notify this process of changes to objects of other
+// programs, because a host may change other routes thousands of times per
+// second.
 func TestNotificationsAreFiltered(t *testing.T) {
 	h := newHost(t)
 	h.underlay()
@@ -554,14 +553,16 @@ func TestNotificationsAreFiltered(t *testing.T) {
 	})
 	defer n.file.Close()
 	own := fmt.Sprintf("192.0.2.0/24 dev up0 proto static table %d", tableID(index, 24))
-	foreign := "route add 192.0.2.0/24 dev up0 proto static\nroute del 192.0.2.0/24 dev up0 proto static\n" +
-		"route add 2001:db8:9::/48 dev up0 proto static\nroute del 2001:db8:9::/48 dev up0 proto static\n"
+	foreign := "route add 192.0.2.0/24 dev up0 proto static\n" +
+		"route del 192.0.2.0/24 dev up0 proto static\n" +
+		"route add 2001:db8:9::/48 dev up0 proto static\n" +
+		"route del 2001:db8:9::/48 dev up0 proto static\n"
 	h.batch(strings.Repeat(foreign, 1000))
 	h.ip("addr add 192.168.5.3/24 dev up0")
 	h.ip("link add other type veth peer name another")
 	for _, tt := range []struct {
-		change string
-		want   uint16
+		change string // arguments of ip(8)
+		want   uint16 // type of the next message; 0: not checked
 	}{
 		{"rule add fwmark 7 lookup 7", unix.RTM_NEWRULE},
 		{"rule del fwmark 7 lookup 7", unix.RTM_DELRULE},
@@ -576,31 +577,33 @@ func TestNotificationsAreFiltered(t *testing.T) {
 			unix.RTM_NEWROUTE},
 		{"link set masque0 mtu 1300", unix.RTM_NEWLINK},
 	} {
-		h.ip(tt.change)
-		if tt.want == 0 {
-			continue
-		}
-		message := make([]byte, 1<<14)
-		for {
-			if _, err := n.file.Read(message); err != nil {
-				t.Fatal(err)
+		t.Run(tt.change, func(t *testing.T) {
+			h.in(t).ip(tt.change)
+			if tt.want == 0 {
+				return
 			}
-			got := binary.NativeEndian.Uint16(message[messageType:])
-			if got == tt.want {
-				break
+			message := make([]byte, 1<<14)
+			for {
+				if _, err := n.file.Read(message); err != nil {
+					t.Fatal(err)
+				}
+				got := binary.NativeEndian.Uint16(message[messageType:])
+				if got == tt.want {
+					break
+				}
+				// The kernel sends some messages about the interface with a
+				// delay, such as about its carrier and link-local address.
+				about := int(binary.NativeEndian.Uint32(message[interfaceIndex:]))
+				if got != unix.RTM_NEWLINK && got != unix.RTM_NEWADDR && got != unix.RTM_DELADDR ||
+					about != index {
+					t.Fatalf("got a message of type %d, want %d", got, tt.want)
+				}
 			}
-			// The kernel tells of the interface in its own time, such as of its
-			// carrier and link-local address.
-			about := int(binary.NativeEndian.Uint32(message[interfaceIndex:]))
-			if got != unix.RTM_NEWLINK && got != unix.RTM_NEWADDR && got != unix.RTM_DELADDR ||
-				about != index {
-				t.Fatalf("after %q there is a message of type %d, want %d", tt.change, got, tt.want)
-			}
-		}
+		})
 	}
 }
 
-// batch runs lines of ip(8).
+// batch runs ip(8) with one command per line.
 func (h *host) batch(lines string) {
 	h.t.Helper()
 	file := filepath.Join(h.t.TempDir(), "batch")
@@ -629,13 +632,13 @@ func (h *host) maintainKillSwitch(k *KillSwitch) <-chan KillSwitchHealth {
 		<-done
 	})
 	if now := <-health; !now.Closed || now.Problem != "" {
-		h.t.Fatalf("at the start: %+v", now)
+		h.t.Fatalf("the first KillSwitchHealth is %+v", now)
 	}
 	return health
 }
 
-// A kill switch that another program opens is closed again, for the same
-// interface; each time, but not at any rate.
+// KillSwitch.Maintain closes a kill switch that another program opened, for the
+// same interface and at a limited rate.
 func TestKillSwitchMaintain(t *testing.T) {
 	h, _ := connect(t)
 	h.log = new(logtest.Buffer)
@@ -652,34 +655,37 @@ func TestKillSwitchMaintain(t *testing.T) {
 		"nft flush table inet masquevpn-kill-one",
 		"nft add table inet masquevpn-kill-one { flags dormant ; }",
 	} {
-		args := strings.Fields(damage)
-		h.run(args[0], args[1:]...)
-		repairs++
-		if now := <-health; now != (KillSwitchHealth{Closed: true, Repairs: repairs}) {
-			t.Errorf("after %q: %+v", damage, now)
-		}
-		if h.canSend("0.0.0.0:0", proxyAddr4+":443", 0) {
-			t.Errorf("after %q, packets leave", damage)
-		}
-		if got := h.run("nft", "--stateless", "list", "ruleset"); got != ruleset {
-			t.Errorf("after %q:\n%s\nwant\n%s", damage, got, ruleset)
-		}
+		t.Run(damage, func(t *testing.T) {
+			h := h.in(t)
+			args := strings.Fields(damage)
+			h.run(args[0], args[1:]...)
+			repairs++
+			if now := <-health; now != (KillSwitchHealth{Closed: true, Repairs: repairs}) {
+				t.Errorf("got %+v, want closed with %d repairs", now, repairs)
+			}
+			if h.canSend("0.0.0.0:0", proxyAddr4+":443", 0) {
+				t.Error("packets leave")
+			}
+			if got := h.run("nft", "--stateless", "list", "ruleset"); got != ruleset {
+				t.Errorf("got\n%s\nwant\n%s", got, ruleset)
+			}
+		})
 	}
 	if n := strings.Count(h.log.String(), "closed again"); n != int(repairs) {
-		t.Errorf("the log says it %d times:\n%s", n, h.log)
+		t.Errorf("logged %d times, want %d:\n%s", n, repairs, h.log)
 	}
-	h.closeKillSwitch(k, "") // this process itself closes it
+	h.closeKillSwitch(k, "") // this process makes this change
 	h.closeKillSwitch(k, "masque0")
 	h.run("nft", "flush", "ruleset")
 	repairs++
 	if now := <-health; !now.Closed || now.Problem == "" || now.Repairs != repairs {
-		t.Errorf("after another time: %+v, want a problem", now)
+		t.Errorf("after the last immediate repair: %+v, want a problem", now)
 	}
 	h.run("nft", "flush", "ruleset")
 	if now := <-health; now.Closed || now.Problem == "" {
-		t.Errorf("and then: %+v, want open", now)
+		t.Errorf("after the next flush: %+v, want open", now)
 	}
 	if now := <-health; !now.Closed || now.Repairs != repairs+1 {
-		t.Errorf("a second later: %+v, want closed", now)
+		t.Errorf("after the delayed repair: %+v, want closed", now)
 	}
 }

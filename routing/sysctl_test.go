@@ -210,7 +210,7 @@ func TestReadOnlySysctls(t *testing.T) {
 			}
 		}
 		if got := h.lookup("203.0.113.1", 0); got != tunnel {
-			t.Errorf("lookup leads to interface %d, want %d", got, tunnel)
+			t.Errorf("203.0.113.1 is routed to interface %d, want %d", got, tunnel)
 		}
 	})
 	for _, name := range []string{"all/src_valid_mark", "masque0/accept_local"} {
