@@ -43,8 +43,9 @@
 //
 // # Changing the configuration
 //
-// [Server.Reload] applies another Config while the proxy runs, without ending
-// sessions, and returns the configuration keys that need a restart.
+// [Server.Reload] applies another Config while the proxy runs, and returns the
+// configuration keys that need a restart. Sessions continue unless the new
+// Config forbids them.
 // [Server.SetDNS] changes the DNS settings alone.
 //
 // # Status and health
