@@ -94,7 +94,7 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 	l.describe(logger).Info("starting", "program", program, "version", v.Version, "go", v.Go,
 		"name", name, "config", file)
 	t := newTunnel(l, c, name, stop)
-	err = daemon.Run(ctx,
+	err = daemon.Run(ctx, logger,
 		daemon.PCAP(l.file.PCAP, t.tap, logger),
 		l.metricsTask(c),
 		daemon.Control(o.RunDir, name, t.handler(), logger),

@@ -105,27 +105,27 @@ func (l *loaded) renewal() string {
 
 // certificate returns the certificate for new connections, nil if ACME has not
 // obtained one yet.
-func (d *process) certificate() *tls.Certificate {
-	if d.acme != nil {
-		return d.acme.Certificate()
+func (p *process) certificate() *tls.Certificate {
+	if p.acme != nil {
+		return p.acme.Certificate()
 	}
-	return &d.pair.Pair().Certificate
+	return &p.pair.Pair().Certificate
 }
 
 // starting describes a proxy that is not ready yet.
-func (d *process) starting() string {
-	if why := d.waiting(); why != "" {
+func (p *process) starting() string {
+	if why := p.waiting(); why != "" {
 		return "the proxy is still starting: " + why
 	}
 	return "the proxy is still starting"
 }
 
 // waiting returns the reason for a missing certificate, "" if there is one.
-func (d *process) waiting() string {
-	if d.certificate() != nil {
+func (p *process) waiting() string {
+	if p.certificate() != nil {
 		return ""
 	}
-	s := d.acme.Status()
+	s := p.acme.Status()
 	if s.Problem == nil {
 		return "the first certificate is being obtained"
 	}
@@ -135,8 +135,8 @@ func (d *process) waiting() string {
 
 // certificateUntil returns the end of the certificate for new connections, zero
 // if there is none yet.
-func (d *process) certificateUntil() time.Time {
-	if c := d.certificate(); c != nil {
+func (p *process) certificateUntil() time.Time {
+	if c := p.certificate(); c != nil {
 		return c.Leaf.NotAfter
 	}
 	return time.Time{}
@@ -152,12 +152,12 @@ func until(t time.Time) any {
 
 // checkCertificate reads changed files, and warns of a certificate that
 // expires.
-func (d *process) checkCertificate() {
-	if d.pair != nil {
-		d.pair.Check()
+func (p *process) checkCertificate() {
+	if p.pair != nil {
+		p.pair.Check()
 	}
-	if c := d.certificate(); c != nil {
-		d.expiry.Check(c.Leaf, time.Now())
+	if c := p.certificate(); c != nil {
+		p.expiry.Check(c.Leaf, time.Now())
 	}
 }
 
@@ -170,10 +170,10 @@ type certificateStatus struct {
 }
 
 // certificateStatus returns the status of the certificate, which must exist.
-func (d *process) certificateStatus() certificateStatus {
-	s := certificateStatus{Until: d.certificateUntil(), From: d.loaded.certificateSource()}
-	if d.acme != nil {
-		if a := d.acme.Status(); a.Problem != nil {
+func (p *process) certificateStatus() certificateStatus {
+	s := certificateStatus{Until: p.certificateUntil(), From: p.loaded.certificateSource()}
+	if p.acme != nil {
+		if a := p.acme.Status(); a.Problem != nil {
 			s.Problem, s.Next = a.Problem.Error(), &a.Next
 		}
 	}

@@ -51,24 +51,24 @@ type kicked struct {
 
 var errNoSession = errors.New("there is no such session")
 
-func (d *process) handler() http.Handler {
+func (p *process) handler() http.Handler {
 	mux := http.NewServeMux()
-	control.HandleCaptures(mux, d.tap, func(id string) (<-chan struct{}, error) {
-		if ends, ok := d.server.SessionEnds(id); ok {
+	control.HandleCaptures(mux, p.tap, func(id string) (<-chan struct{}, error) {
+		if ends, ok := p.server.SessionEnds(id); ok {
 			return ends, nil
 		}
 		return nil, fmt.Errorf("%q: %w", id, errNoSession)
-	}, d.ended, d.logger)
+	}, p.ended, p.logger)
 	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, _ *http.Request) {
 		select {
-		case <-d.server.Ready():
-			control.Reply(w, status{d.server.Status(), d.certificateStatus()})
+		case <-p.server.Ready():
+			control.Reply(w, status{p.server.Status(), p.certificateStatus()})
 		default:
-			control.Fail(w, http.StatusServiceUnavailable, errors.New(d.starting()))
+			control.Fail(w, http.StatusServiceUnavailable, errors.New(p.starting()))
 		}
 	})
 	mux.HandleFunc("GET "+sessionsPath, func(w http.ResponseWriter, _ *http.Request) {
-		list := d.server.Sessions()
+		list := p.server.Sessions()
 		if list == nil {
 			list = []proxy.SessionStatus{}
 		}
@@ -76,15 +76,15 @@ func (d *process) handler() http.Handler {
 	})
 	mux.HandleFunc("POST "+kickPath("{id}"), func(w http.ResponseWriter, r *http.Request) {
 		id := r.PathValue("id")
-		if !d.server.Kick(id) {
+		if !p.server.Kick(id) {
 			control.Fail(w, http.StatusNotFound, fmt.Errorf("%q: %w", id, errNoSession))
 			return
 		}
-		d.logger.Info("session ended by the operator", "session", id)
+		p.logger.Info("session ended by the operator", "session", id)
 		control.Reply(w, kicked{ID: id})
 	})
 	mux.HandleFunc("POST "+reloadPath, func(w http.ResponseWriter, _ *http.Request) {
-		restart, err := d.reload()
+		restart, err := p.reload()
 		if err != nil {
 			control.Fail(w, http.StatusUnprocessableEntity, err)
 			return

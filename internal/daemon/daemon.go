@@ -10,6 +10,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"sync"
 )
@@ -31,8 +32,9 @@ type Task interface {
 // each when the ones after it have ended; only the context of a [Reporter] is
 // done as soon as ctx is. It returns the errors of all tasks, the last task's
 // first.
-func Run(ctx context.Context, tasks ...Task) error {
+func Run(ctx context.Context, logger *slog.Logger, tasks ...Task) error {
 	type running struct {
+		task  Task
 		stop  context.CancelFunc
 		ended chan struct{}
 		err   error // valid when ended is closed
@@ -47,7 +49,7 @@ func Run(ctx context.Context, tasks ...Task) error {
 			parent = ctx
 		}
 		taskCtx, stop := context.WithCancel(parent)
-		r := &running{stop: stop, ended: make(chan struct{})}
+		r := &running{task: t, stop: stop, ended: make(chan struct{})}
 		started = append(started, r)
 		go func() {
 			defer closeFirst()
@@ -77,6 +79,7 @@ func Run(ctx context.Context, tasks ...Task) error {
 	}
 	var errs []error
 	for _, r := range slices.Backward(started) {
+		logger.Debug("stopping a task", "name", r.task.String())
 		r.stop()
 		<-r.ended
 		errs = append(errs, r.err)

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"strings"
 	"sync"
 	"testing"
@@ -90,7 +91,8 @@ func TestRun(t *testing.T) {
 			ctx, stop := context.WithCancel(t.Context())
 			defer stop()
 			var e events
-			if err := Run(ctx, tt.tasks(&e, stop)...); !errors.Is(err, tt.err) {
+			if err := Run(ctx, slog.New(slog.DiscardHandler),
+				tt.tasks(&e, stop)...); !errors.Is(err, tt.err) {
 				t.Errorf("got %v, want %v", err, tt.err)
 			}
 			if got := e.String(); got != tt.want {
