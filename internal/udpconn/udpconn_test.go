@@ -475,7 +475,8 @@ func TestWriteErrors(t *testing.T) {
 }
 
 // TestUnsent checks that packets which cannot leave the host are an error
-// before IgnoreSendErrors and lost after it, and that Unsent returns the reason.
+// before IgnoreSendErrors and lost after it, and that Unsent returns the
+// reason.
 func TestUnsent(t *testing.T) {
 	// The kernel refuses broadcasts with one of the errors of its firewall.
 	const refused = unix.EACCES
