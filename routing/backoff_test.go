@@ -69,8 +69,7 @@ func TestBackoffAfterFailures(t *testing.T) {
 	b.resolved()
 	if b.problem(now) != "" || b.due(now).After(now) {
 		t.Errorf("after another program made the repair: problem %q, next repair at %v",
-			b.problem(now),
-			b.due(now))
+			b.problem(now), b.due(now))
 	}
 	b.record(now, "", errors.New("no memory"))
 	if b.record(now, "add it", nil); b.problem(now) != "" {

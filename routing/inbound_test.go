@@ -147,18 +147,23 @@ func TestOutboundConnectionsDoNotStayOutside(t *testing.T) {
 				h.run("nft", tracker)
 			}
 			m := h.open(Config{Instance: "one", Interface: "masque0", Mark: DefaultMark})
-			for _, family := range []struct{ host, far string }{{hostAddr4, proxyAddr4},
-				{hostAddr6, proxyAddr6}} {
-				far := router.echoServer(net.JoinHostPort(family.far, "0"))
-				c := h.connectTo(family.host, family.far, far)
-				if err := checkEcho(c, "before", patience); err != nil {
-					t.Fatal(err)
-				}
-				h.apply(m, fullState())
-				if err := checkEcho(c, "after", time.Second); err == nil {
-					t.Errorf("the connection to %s continues outside", family.far)
-				}
-				h.apply(m, State{})
+			for _, tt := range []struct{ name, host, far string }{
+				{"IPv4", hostAddr4, proxyAddr4},
+				{"IPv6", hostAddr6, proxyAddr6},
+			} {
+				t.Run(tt.name, func(t *testing.T) {
+					h, router := h.in(t), router.in(t)
+					far := router.echoServer(net.JoinHostPort(tt.far, "0"))
+					c := h.connectTo(tt.host, tt.far, far)
+					if err := checkEcho(c, "before", patience); err != nil {
+						t.Fatal(err)
+					}
+					h.apply(m, fullState())
+					if err := checkEcho(c, "after", time.Second); err == nil {
+						t.Errorf("the connection to %s continues outside", tt.far)
+					}
+					h.apply(m, State{})
+				})
 			}
 		})
 	}
@@ -197,12 +202,16 @@ func TestHostNone(t *testing.T) {
 		})
 	}
 	ssh := h.echoServer(":22")
-	for _, family := range []struct{ near, host string }{{routerAddr4, hostAddr4},
-		{routerAddr6, hostAddr6}} {
-		c := router.connectTo(family.near, family.host, ssh)
-		if err := checkEcho(c, "from the LAN", patience); err != nil {
-			t.Error(err)
-		}
+	for _, tt := range []struct{ name, near, host string }{
+		{"from the LAN, IPv4", routerAddr4, hostAddr4},
+		{"from the LAN, IPv6", routerAddr6, hostAddr6},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := router.in(t).connectTo(tt.near, tt.host, ssh)
+			if err := checkEcho(c, tt.name, patience); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 	s.HostRoutes = HostPrivate
 	h.apply(m, s)

@@ -59,9 +59,11 @@ func TestForwardRestoresEachInterface(t *testing.T) {
 		"net/ipv6/conf/default/accept_ra": "2",
 		"net/ipv6/conf/masque0/accept_ra": "1",
 	} {
-		if got := h.readSysctl(name); got != want {
-			t.Errorf("%s while forwarding: %s, want %s", name, got, want)
-		}
+		t.Run(name, func(t *testing.T) {
+			if got := h.in(t).readSysctl(name); got != want {
+				t.Errorf("got %s while forwarding, want %s", got, want)
+			}
+		})
 	}
 	h.close(m)
 	h.wantSnapshot(before)

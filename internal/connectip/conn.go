@@ -68,9 +68,9 @@ type Stream interface {
 //	 v
 //	ended    Run waited for all goroutines and returned
 type Conn struct {
-	// The fields up to the next comment do not change after New. The values
-	// behind them are safe for concurrent use, except str, whose writes are
-	// guarded by writeMu.
+	// New sets the following fields, up to answerSender. They do not change
+	// afterwards, and their values are safe for concurrent use, except that
+	// writeMu guards writes to str.
 	cfg        Config
 	str        Stream
 	datagrams  datagrams
@@ -92,8 +92,7 @@ type Conn struct {
 	answerQueue  chan []byte
 	answerSender *worker.Worker
 
-	// The following fields are read and written without a lock, because packets
-	// need them.
+	// The following fields are atomic, because no packet may wait for a lock.
 	policy    atomic.Pointer[policy]
 	maxPacket atomic.Int32 // MTU in bytes: the lesser of quicMTU and mtuCap
 	quicMTU   atomic.Int32 // bytes that fit a datagram

@@ -21,9 +21,9 @@
 //
 // # Capsules
 //
-// [Conn.Assign], [Conn.Advertise], [Conn.Request], [Conn.AssignDNS] and
-// [Conn.SendPREF64] each send one capsule. Each list is complete: it replaces
-// the list of the previous capsule of its type. Handler receives the peer's
+// [Conn.Request] requests addresses. [Conn.Assign], [Conn.Advertise],
+// [Conn.AssignDNS] and [Conn.SendPREF64] each send a complete list, which
+// replaces the previous list of the same kind. Handler receives the peer's
 // capsules, and [Filter] limits their effect. A Conn handles 10 capsules per
 // second with bursts of 50, because each may change the policy and the kernel.
 //
