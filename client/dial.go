@@ -194,7 +194,7 @@ func (d *dialer) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 			"check its spelling in the configuration, and this host's DNS")
 	}
 	d.lastAddrs = interleave(d.translate(ctx, found), uint16(port))
-	d.report("the name %s resolves to %v", d.target.host, d.lastAddrs)
+	d.report("the name %s leads to %v", d.target.host, d.lastAddrs)
 	return d.lastAddrs, nil
 }
 
