@@ -124,7 +124,8 @@ func (ss *ipSession) lease(r capsule.Address) (capsule.Address, error) {
 	}
 	if n := ss.userState.leases.Add(1); n > ss.maxLeases() {
 		ss.userState.leases.Add(-1)
-		return r, fmt.Errorf("the user has as many addresses as allowed, %d (limits.addresses_per_user)", n-1)
+		return r, fmt.Errorf("the user has as many addresses as allowed, %d "+
+			"(limits.addresses_per_user)", n-1)
 	}
 	p, err := ss.shared.pool.Lease(ss.holder(), want)
 	if err != nil {

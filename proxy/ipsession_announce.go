@@ -57,7 +57,8 @@ func (ss *ipSession) newRoutes() (routes []capsule.Route, changed bool, err erro
 			ss.shared.pool.Gateways())
 	}
 	if err == nil && len(routes) > routing.MaxRoutes {
-		err = fmt.Errorf("%d ranges are too many to be advertised, clients take %d: shorten the lists of the user, or of the sites", len(routes), routing.MaxRoutes)
+		err = fmt.Errorf("%d ranges are too many to advertise, clients accept %d; "+
+			"shorten the lists of the user or of the sites", len(routes), routing.MaxRoutes)
 	}
 	changed = ss.announcedRoutes == nil || !slices.Equal(routes, ss.announcedRoutes)
 	if err == nil {

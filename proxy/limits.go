@@ -7,10 +7,12 @@ import (
 
 // The errors of the limits on sessions.
 var (
-	errTooManySessions    = errors.New("the proxy has as many sessions as it is configured for")
-	errTooManyOfUser      = errors.New("the user has as many sessions as allowed")
-	errTooManyFlows       = errors.New("the proxy has as many flows of UDP as it is configured for (limits.udp_flows)")
-	errTooManyFlowsOfUser = errors.New("the user has as many flows of UDP as allowed (limits.udp_flows_per_user)")
+	errTooManySessions = errors.New("the proxy has as many sessions as allowed (limits.sessions)")
+	errTooManyOfUser   = errors.New("the user has as many sessions as allowed")
+	errTooManyFlows    = errors.New("the proxy has as many UDP flows as allowed " +
+		"(limits.udp_flows)")
+	errTooManyFlowsOfUser = errors.New("the user has as many UDP flows as allowed " +
+		"(limits.udp_flows_per_user)")
 )
 
 // addressesPerSession is the number of leases that a user may have by default

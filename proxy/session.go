@@ -64,10 +64,11 @@ type session interface {
 	// whether it has a site of the session's user.
 	configChanged(site bool)
 
-	// notify schedules telling the client about changed routes and DNS. It
-	// never blocks.
+	// notify schedules an update of the client's routes and DNS configuration,
+	// if they changed. It never blocks.
 	notify()
 
+	// status describes the session for Server.Sessions.
 	status() SessionStatus
 
 	// addAges notes in a how long packets have waited in the session.
@@ -115,9 +116,9 @@ type sessionBase struct {
 
 	stats connectip.Stats // atomic counters
 
-	// follows is the value of userState.allowed that the session applied last.
+	// allowed is the value of userState.allowed that the session applied last.
 	// Guarded by userState.following.
-	follows *netipx.IPSet
+	allowed *netipx.IPSet
 }
 
 func (b *sessionBase) base() *sessionBase { return b }
@@ -125,10 +126,10 @@ func (b *sessionBase) base() *sessionBase { return b }
 // The causes for which the proxy ends a session.
 var (
 	errKicked     = errors.New("ended by the operator")
-	errProhibited = errors.New("clients may not reach its target any more")
+	errProhibited = errors.New("the user may no longer reach its target")
 	errRenewed    = errors.New("the user has other credentials now")
 	errReplaced   = errors.New("replaced by a newer session of the same client")
-	errSite       = errors.New("its user has become a site's, or is no more")
+	errSite       = errors.New("the [[site]] of its user was added or removed")
 	errRevoked    = errors.New("the user was removed")
 	errShutdown   = errors.New("the proxy is stopping")
 )
@@ -136,7 +137,8 @@ var (
 // panicked ends the session because one of its goroutines panicked. It is
 // called with no lock held.
 func (b *sessionBase) panicked(e *rescue.Error) {
-	b.shared.cfg().Logger.Error("a fault of this program ended a session; please report it with this line",
+	b.shared.cfg().Logger.Error("a fault of this program ended a session; "+
+		"please report it with this line",
 		"session", b.id, "user", b.user.Name, "panic", fmt.Sprint(e.Value), "stack",
 		string(e.Stack))
 	b.stop(e)

@@ -62,7 +62,7 @@ func (l *sessions) add(ss session, limit limits) (replaced []session, err error)
 		l.userStates = make(userStates)
 	}
 	b.userState = l.userStates.open(b.user)
-	b.follows = b.userState.allowed.Load()
+	b.allowed = b.userState.allowed.Load()
 	return replaced, nil
 }
 

@@ -59,7 +59,8 @@ func parseUDPTarget(path string) (udpTarget, error) {
 	}
 	values := strings.Split(rest, "/")
 	if len(values) != 3 || values[2] != "" {
-		return udpTarget{}, fmt.Errorf("request path does not match the template %s{target_host}/{target_port}/", udpPath)
+		return udpTarget{}, fmt.Errorf("request path does not match the template "+
+			"%s{target_host}/{target_port}/", udpPath)
 	}
 	if strings.Contains(rest, ":") {
 		return udpTarget{}, errors.New("target_host: colons must be percent-encoded")

@@ -247,7 +247,7 @@ func (ss *udpSession) sendToTarget(payload []byte) {
 	}
 }
 
-var errIdle = errors.New("no packet passed for long")
+var errIdle = errors.New("no packet passed within the idle timeout")
 
 // awaitIdle returns when ss.ctx ends. It ends ss.ctx when no packet has passed
 // for limit, or up to a quarter of limit later.

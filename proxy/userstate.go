@@ -128,10 +128,10 @@ func followUser(ss session, users Users) error {
 		return errExpired
 	}
 	b.userState.set(now)
-	if b.follows == b.userState.allowed.Load() {
+	if b.allowed == b.userState.allowed.Load() {
 		return nil
 	}
-	b.follows = b.userState.allowed.Load()
+	b.allowed = b.userState.allowed.Load()
 	if err := ss.updateDenied(); err != nil {
 		return err
 	}
