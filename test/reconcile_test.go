@@ -88,7 +88,7 @@ func TestProxyHostRepaired(t *testing.T) {
 	if s := p.status(p.Client, "alice"); s.Reconnects != 0 {
 		t.Errorf("%d reconnects, want none", s.Reconnects)
 	}
-	const want = "warn  host: another program changed what the running program needs; it was put right, since the start: "
+	const want = "warn  host: another program changed what the running program needs; repairs since the start: "
 	if out, _ := p.Proxy.Command(p.ctx, program("masque-proxy"), "check", "-c",
 		p.config()).Output(); !strings.Contains(string(out), want) {
 		t.Errorf("check prints\n%s", out)

@@ -223,7 +223,7 @@ func showText(w io.Writer, raw json.RawMessage) error {
 	row("received", traffic(s.Packets.RX, s.Bytes.RX))
 	row("sent", traffic(s.Packets.TX, s.Bytes.TX))
 	row("dropped", text.Counts(s.Drops))
-	row("put right", text.Counts(s.KernelRepairs))
+	row("repaired", text.Counts(s.KernelRepairs))
 	row("reconnects", fmt.Sprint(s.Reconnects))
 	return t.Flush()
 }

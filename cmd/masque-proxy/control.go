@@ -196,7 +196,7 @@ func showStatus(w io.Writer, s status) error {
 		fmt.Fprintf(t, "requests\t%s\n", list)
 	}
 	if list := text.Counts(s.KernelRepairs); list != "" {
-		fmt.Fprintf(t, "put right\t%s\n", list)
+		fmt.Fprintf(t, "repaired\t%s\n", list)
 	}
 	return t.Flush()
 }

@@ -53,7 +53,7 @@ func (c *Report) Running(warnings []string, repairs map[string]uint64) {
 		c.Fail("host: "+text.OneLine(w), "")
 	}
 	if list := text.Counts(repairs); list != "" {
-		c.Warn("host: another program changed what the running program needs; it was put right, since the start: "+list, "look for that program: the log has the times")
+		c.Warn("host: another program changed what the running program needs; repairs since the start: "+list, "look for that program: the log has the times")
 	} else if len(warnings) == 0 {
 		c.OK("host: the running program misses nothing in the kernel")
 	}
