@@ -162,7 +162,7 @@ func (c *Conn) Run(ctx context.Context) error {
 		case IsNoError(uint64(stop.ErrorCode)):
 			c.stop(ErrClosedByPeer)
 		default:
-			c.stop(fmt.Errorf("the peer takes no more capsules: %w", cause))
+			c.stop(fmt.Errorf("the peer accepts no more capsules: %w", cause))
 		}
 	})()
 	ended := make(chan struct{})

@@ -36,10 +36,10 @@ func Explain(err error) string {
 		return "the peer closed the connection"
 	}
 	if _, ok := errors.AsType[*quic.IdleTimeoutError](err); ok {
-		return "the connection timed out, because nothing came from the peer"
+		return "the connection timed out, because nothing was received from the peer"
 	}
 	if _, ok := errors.AsType[*quic.StatelessResetError](err); ok {
-		return "the peer does not know the connection any more, as after a restart"
+		return "the peer no longer knows the connection, as after a restart"
 	}
 	if e, ok := errors.AsType[*quic.TransportError](err); ok && e.Remote {
 		return withMessage(fmt.Sprintf("the peer closed the connection with the error %v",

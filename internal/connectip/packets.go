@@ -25,8 +25,7 @@ func (c *Conn) Send(buf []byte, off int) Drop { return c.sendWith((*datagrams).s
 // TrySend is like Send, but drops the packet instead of blocking. Goroutines
 // that serve several peers use it.
 func (c *Conn) TrySend(buf []byte, off int) Drop {
-	return c.sendWith((*datagrams).trySend,
-		buf, off)
+	return c.sendWith((*datagrams).trySend, buf, off)
 }
 
 // sendFunc is the type of datagrams.send and datagrams.trySend.

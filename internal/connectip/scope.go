@@ -40,7 +40,7 @@ func ParseScope(target, ipproto string) (Scope, error) {
 			return s, fmt.Errorf("target %q is not an address prefix", target)
 		}
 		if p.Masked() != p {
-			return s, fmt.Errorf("target %q has bits set beyond its prefix length; %s is meant",
+			return s, fmt.Errorf("target %q has bits set beyond its prefix length; use %s",
 				target, p.Masked())
 		}
 		if p.Addr().Is4In6() {

@@ -70,7 +70,7 @@ func (a *Ages) Milliseconds() map[string]int64 {
 func (a *Ages) Stuck() error {
 	for _, s := range localStages {
 		if a[s] > StuckAfter {
-			return fmt.Errorf("packets are stuck: the oldest in the stage %s waits for %v", s,
+			return fmt.Errorf("packets are stuck: the oldest one in stage %s has waited for %v", s,
 				a[s].Round(time.Second))
 		}
 	}

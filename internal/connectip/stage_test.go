@@ -21,7 +21,7 @@ func TestStuck(t *testing.T) {
 		{"short wait", []Stage{StageDeviceWrite, StageInbox}, StuckAfter, ""},
 		{"peer accepts nothing", []Stage{StageFlowQueue, StageSender}, time.Hour, ""},
 		{"device", []Stage{StageDeviceWrite, StageInbox, StageQUICReceive}, time.Minute,
-			"device_write waits for 1m0s"},
+			"device_write has waited for 1m0s"},
 		{"inbox", []Stage{StageInbox, StageQUICReceive}, time.Minute, "inbox"},
 		{"QUIC", []Stage{StageQUICReceive}, time.Minute, "quic_receive"},
 		{"device reader", []Stage{StageDeviceRead, StageFlowQueue}, time.Minute,

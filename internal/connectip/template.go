@@ -46,7 +46,7 @@ func ParseTemplate(raw string) (*Template, error) {
 		return nil, fmt.Errorf("URI template %q: %s", raw, fmt.Sprintf(format, args...))
 	}
 	if len(raw) > maxTemplate {
-		return nil, fmt.Errorf("a URI template of %d bytes is too long, at most %d are possible",
+		return nil, fmt.Errorf("a URI template of %d bytes is too long; at most %d are allowed",
 			len(raw), maxTemplate)
 	}
 	for i := range len(raw) {
