@@ -31,9 +31,9 @@ type ipSession struct {
 
 	// The fields of this group are set before the session starts.
 
-	scope connectip.Scope // the requested scope
-	reach *netipx.IPSet   // addresses in scope; nil: all
-	claim *claim          // nil: the client is not the gateway of a site
+	scope    connectip.Scope // the requested scope
+	scopeSet *netipx.IPSet   // addresses in scope; nil: all
+	claim    *claim          // nil: the client is not the gateway of a site
 
 	// queue holds packets for the client, from the device. sender is busy while
 	// packets taken from it are sent.
@@ -89,8 +89,8 @@ func (ss *ipSession) prepare(ctx context.Context, path string) *refusal {
 	if err != nil {
 		return refuse(http.StatusBadRequest, "http_request_error", "%v", err)
 	}
-	reach, refused := ss.resolve(ctx, scope)
-	ss.scope, ss.reach = scope, reach
+	set, refused := ss.resolve(ctx, scope)
+	ss.scope, ss.scopeSet = scope, set
 	if scope.IsZero() && ss.shared.sites.rightsOf(ss.user.Name) != nil {
 		ss.claim = newClaim(ss.user.Name, func(p netip.Prefix) { ss.shared.table.insert(p, ss) })
 	}
@@ -130,7 +130,7 @@ func (ss *ipSession) resolve(ctx context.Context, scope connectip.Scope) (*netip
 	routes, err := access.routes(set, ss.user.allowed(), scope.Protocol, ss.shared.pool.Serves)
 	if err != nil || !access.reachesAny(routes) {
 		return nil, refuse(http.StatusForbidden, "destination_ip_prohibited",
-			"%v: the client may reach nothing of it", scope)
+			"%v: the client may reach no address in it", scope)
 	}
 	return set, nil
 }

@@ -51,7 +51,7 @@ func (ss *ipSession) newRoutes() (routes []capsule.Route, changed bool, err erro
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	allowed := ss.userState.allowed.Load()
-	routes, err = ss.shared.access.routes(ss.reach, allowed, ss.scope.Protocol, ss.uses)
+	routes, err = ss.shared.access.routes(ss.scopeSet, allowed, ss.scope.Protocol, ss.uses)
 	if err == nil && ss.claim != nil {
 		routes, err = ss.shared.sites.routesTo(ss.claim, routes, allowed,
 			ss.shared.pool.Gateways())
@@ -90,7 +90,7 @@ func (ss *ipSession) dns() DNS {
 		return DNS{}
 	}
 	d.Servers = slices.DeleteFunc(slices.Clone(d.Servers), func(a netip.Addr) bool {
-		return ss.reach != nil && !ss.reach.Contains(a) || !ss.uses(a) ||
+		return ss.scopeSet != nil && !ss.scopeSet.Contains(a) || !ss.uses(a) ||
 			allowed != nil && !allowed.Contains(a) &&
 				!slices.Contains(ss.shared.pool.Gateways(), a)
 	})
@@ -98,7 +98,7 @@ func (ss *ipSession) dns() DNS {
 		d.Domains, d.Search = nil, nil
 	}
 	d.NAT64 = slices.DeleteFunc(slices.Clone(d.NAT64), func(p netip.Prefix) bool {
-		return ss.reach != nil && !ss.reach.ContainsPrefix(p) || !ss.uses(p.Addr()) ||
+		return ss.scopeSet != nil && !ss.scopeSet.ContainsPrefix(p) || !ss.uses(p.Addr()) ||
 			allowed != nil && !allowed.ContainsPrefix(p)
 	})
 	return d
