@@ -22,7 +22,7 @@ var developerDocs = []string{"architecture", "failures", "firewall", "glossary",
 
 var (
 	codeSpan = regexp.MustCompile("`([^`\n]+)`")
-	testName = regexp.MustCompile(`^(?:[a-z0-9-]+\.)?((?:Test|Fuzz)[A-Z]\w*)$`)
+	testName = regexp.MustCompile(`^(?:([a-z0-9-]+)\.)?((?:Test|Fuzz)[A-Z]\w*)$`)
 	goName   = regexp.MustCompile(`^(?:([a-z]+)\.)?([A-Za-z]\w*)\.([A-Za-z]\w*)$`)
 	goFile   = regexp.MustCompile(`^[\w/-]+\.go$`)
 	folder   = regexp.MustCompile(`^(?:internal|proxy|cmd|routing|tun)/[\w/-]+$`)
@@ -150,8 +150,9 @@ func TestDocsNameTests(t *testing.T) {
 	for _, doc := range docs {
 		t.Run(filepath.Base(doc), func(t *testing.T) {
 			for _, span := range codeSpans(t, doc) {
-				if m := testName.FindStringSubmatch(span); m != nil && !s.tests[m[1]] {
-					t.Errorf("there is no test %s", m[1])
+				m := testName.FindStringSubmatch(span)
+				if m != nil && (!s.tests[m[2]] || m[1] != "" && !s.packages[m[1]][m[2]]) {
+					t.Errorf("there is no test %s", span)
 				}
 			}
 		})
