@@ -17,7 +17,7 @@ type discard struct{}
 
 func (discard) SendDatagram([]byte) error                              { return nil }
 func (discard) CloseWithError(quic.ApplicationErrorCode, string) error { return nil }
-func (discard) ConnectionStats() quic.ConnectionStats                  { return quic.ConnectionStats{} }
+func (discard) ConnectionStats() (s quic.ConnectionStats)              { return s }
 
 // discardDevice is a device that discards all packets.
 type discardDevice struct{}

@@ -50,13 +50,15 @@ func ParseScope(target, ipproto string) (Scope, error) {
 	default:
 		if a, err := netip.ParseAddr(target); err == nil {
 			if a.Zone() != "" || a.Is4In6() {
-				return s, fmt.Errorf("target %q has a zone, or is an IPv4 address in IPv6 form", target)
+				return s, fmt.Errorf("target %q has a zone, or is an IPv4 address in IPv6 form",
+					target)
 			}
 			s.Prefix = netip.PrefixFrom(a, a.BitLen())
 			return s, nil
 		}
 		if !validName(target) {
-			return s, fmt.Errorf("target %q is neither an address, nor a prefix, nor a DNS name", target)
+			return s, fmt.Errorf("target %q is neither an address, nor a prefix, nor a DNS name",
+				target)
 		}
 		s.Name = target
 	}

@@ -119,7 +119,8 @@ func (t *Template) compile(expr string) (string, error) {
 	var parts []string
 	for name := range strings.SplitSeq(expr, ",") {
 		if strings.ContainsAny(name, ":*") {
-			return "", fmt.Errorf("{%s} uses a modifier; templates above level 3 are not allowed", name)
+			return "", fmt.Errorf("{%s} uses a modifier; templates above level 3 are not allowed",
+				name)
 		}
 		if name != varTarget && name != varIPProto {
 			continue // undefined variables expand to nothing

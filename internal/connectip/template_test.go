@@ -77,7 +77,8 @@ func scopes() *rapid.Generator[Scope] {
 		s := Scope{Protocol: rapid.Uint8().Draw(t, "protocol")}
 		switch rapid.IntRange(0, 3).Draw(t, "kind") {
 		case 0:
-			s.Name = rapid.StringMatching(`[a-z0-9]{1,8}(-[a-z0-9]{1,8})?\.[a-z]{2,5}`).Draw(t, "name")
+			s.Name = rapid.StringMatching(`[a-z0-9]{1,8}(-[a-z0-9]{1,8})?\.[a-z]{2,5}`).
+				Draw(t, "name")
 		case 1:
 			a := netip.AddrFrom4([4]byte(rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(t, "v4")))
 			s.Prefix = netip.PrefixFrom(a, rapid.IntRange(0, 32).Draw(t, "bits")).Masked()
