@@ -81,7 +81,7 @@ func (o *options) forwardUDP(ctx context.Context, w io.Writer, file, listen, tar
 	return fault.Flatten(err)
 }
 
-// usageError adds its place to an error of NewUDPForwarder: the argument of the
+// usageError adds the place to an error of NewUDPForwarder: the argument of the
 // command line, or the line of the file.
 func (l *loaded) usageError(err error) error {
 	e, ok := errors.AsType[*client.Error](err)

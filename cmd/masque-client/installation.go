@@ -101,7 +101,7 @@ func (o *options) lastInstance(name string, logger *slog.Logger) string {
 	return rand.Text()
 }
 
-// minToken is the minimum length of a token in bytes. Nobody can guess it.
+// minToken is the minimum length of a token in bytes, too long to guess.
 const minToken = 16
 
 // readToken reads a small regular file. It does not follow symbolic links and

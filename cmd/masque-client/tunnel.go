@@ -48,7 +48,7 @@ func newTunnel(l *loaded, c *client.Client, name string, stop context.CancelFunc
 }
 
 // run runs the client until ctx is done, and decides about the kill switch. The
-// cause of signals is the reason for the end of the program.
+// cause of signals is daemon.ErrInterrupted if the user stopped the program.
 func (t *tunnel) run(ctx, signals context.Context) error {
 	defer close(t.done)
 	kill := t.loaded.killSwitch(t.name)
@@ -82,7 +82,7 @@ func (t *tunnel) status() client.Status {
 	return s
 }
 
-// reportInterval is the time between two reports to systemd's watchdog.
+// reportInterval is the time between two keep-alives for systemd's watchdog.
 const reportInterval = 5 * time.Second
 
 // report tells systemd the state of the tunnel until ctx is done or the tunnel

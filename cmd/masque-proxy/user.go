@@ -106,8 +106,8 @@ type userEntry struct {
 	Name  string `json:"name"`
 	Token bool   `json:"token"`
 
-	// Certificate is set if only one certificate is accepted. Otherwise any
-	// certificate of the authority with the user's name is.
+	// Certificate is set if the user must present one particular certificate.
+	// Otherwise any certificate with the user's name suffices.
 	Certificate bool     `json:"certificate"`
 	Addresses   []string `json:"addresses"`
 
