@@ -367,7 +367,7 @@ func (c Config) withDefaults() (Config, error) {
 	return c, nil
 }
 
-// setHost sets the functions that c leaves out to those of this host.
+// setHost sets the nil functions of c to the functions of this host.
 func (c *Config) setHost() {
 	if c.OpenDevice == nil {
 		c.OpenDevice = func() (Device, error) {

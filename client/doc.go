@@ -16,7 +16,7 @@
 // thread. [CheckProxy] connects, makes the request and disconnects, without
 // privileges and without changes to the host.
 //
-// # What to configure
+// # Configuration
 //
 // Only Config.Proxy is required. Most programs also set these fields:
 //
@@ -86,8 +86,8 @@
 //
 // # Changes to the host
 //
-// When Run starts, it closes the kill switch, removes what a killed client with
-// the same Name left behind, and opens the device. When the proxy has assigned
+// When Run starts, it closes the kill switch, cleans up after a killed client
+// with the same Name, and opens the device. When the proxy has assigned
 // addresses and advertised routes, Run configures the device, the routes and
 // the host's resolver. It restores changes that other programs make to them,
 // opens another device if the device is deleted, and applies later changes of

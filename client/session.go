@@ -590,7 +590,7 @@ func (s *session) mtu() int {
 	return max(minMTU, min(s.conn.MTU(), maxMTU))
 }
 
-// onlyIPv4 returns prefixes without those of IPv6.
+// onlyIPv4 returns the IPv4 prefixes.
 func onlyIPv4(prefixes []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool {
 		return p.Addr().Is6()
