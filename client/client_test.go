@@ -70,6 +70,8 @@ type testProxy struct {
 	device *tuntest.Device
 }
 
+// startProxy starts a proxy that ends with the test. change changes its
+// configuration; nil means no change.
 func startProxy(t *testing.T, change func(*proxy.Config)) *testProxy {
 	t.Helper()
 	in := newInstallation()
@@ -123,6 +125,8 @@ type testClient struct {
 	stop    context.CancelFunc
 }
 
+// startClient starts a client of f that ends with the test. change changes its
+// configuration; nil means no change.
 func startClient(t *testing.T, f *testProxy, change func(*Config)) *testClient {
 	t.Helper()
 	n := &testClient{device: tuntest.New(1400), network: &routingtest.Network{},

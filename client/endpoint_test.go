@@ -36,12 +36,14 @@ func (h *fakeHosts) config(c *Config) {
 	}
 }
 
+// last returns the device and the network that were opened last.
 func (h *fakeHosts) last() (*tuntest.Device, *routingtest.Network) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.devices[len(h.devices)-1], h.networks[len(h.networks)-1]
 }
 
+// healthy is the health of a kernel that has the whole configuration.
 var healthy = routing.Health{
 	Interface: "tuntest", Addresses: []netip.Prefix{netip.MustParsePrefix("10.77.0.2/32"),
 		netip.MustParsePrefix("fd77::2/128")},
