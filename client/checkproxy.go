@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/quic-go/quic-go"
+	"masquevpn/internal/discovery"
 )
 
 // CheckProxy connects to the proxy like Run, sends the request for the tunnel,
@@ -20,7 +20,7 @@ func CheckProxy(ctx context.Context, cfg Config, step func(string)) error {
 	}
 	// With the mark, packets bypass a tunnel that is already up.
 	control := markIfAllowed(c.cfg.Mark)
-	c.dialer.control, c.dialer.resolver = control, resolver(control, cfg.Nameservers)
+	c.dialer.setControl(control, c.cfg.resolverConfig())
 	c.dialer.progress = step
 	d, _, err := c.dial(ctx)
 	if err != nil {
@@ -29,6 +29,19 @@ func CheckProxy(ctx context.Context, cfg Config, step func(string)) error {
 	d.close()
 	c.dialer.report("the request for %v is accepted", c.target.scope)
 	return nil
+}
+
+// ResolveProxy returns how the proxy of cfg is reached. It asks DNS and, if the
+// proxy is that of a domain, the domain's web server, and sends nothing to the
+// proxy. Its errors are of type *Error.
+func ResolveProxy(ctx context.Context, cfg Config) (*discovery.Result, error) {
+	c, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	c.dialer.setControl(markIfAllowed(c.cfg.Mark), c.cfg.resolverConfig())
+	r, err := c.dialer.resolver.Resolve(ctx, c.target.query)
+	return c.dialer.resolved(resolution{r, err})
 }
 
 // Proxy returns the configured host and port of the proxy.
@@ -43,14 +56,14 @@ func (d *dialer) report(format string, args ...any) {
 
 // reportConn reports the round-trip time and the certificate of a new
 // connection.
-func (d *dialer) reportConn(conn *quic.Conn) {
+func (d *dialer) reportConn(c *dialed) {
 	if d.progress == nil {
 		return
 	}
-	d.report("%v answers on UDP, round trip %v", conn.RemoteAddr(),
-		conn.ConnectionStats().SmoothedRTT.Round(10*time.Microsecond))
-	if chain := conn.ConnectionState().TLS.PeerCertificates; len(chain) > 0 {
-		d.report("its certificate is for %s, from %q, and ends on %s", d.target.verify,
+	d.report("%v answers on UDP, round trip %v", c.remote,
+		c.conn.ConnectionStats().SmoothedRTT.Round(10*time.Microsecond))
+	if chain := c.conn.ConnectionState().TLS.PeerCertificates; len(chain) > 0 {
+		d.report("its certificate is for %s, from %q, and ends on %s", c.name,
 			chain[0].Issuer.CommonName, chain[0].NotAfter.Format(time.DateOnly))
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -14,18 +13,8 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"masquevpn/internal/connectip"
-)
-
-// TLS alerts by which a server refuses the client (RFC 8446 section 6.2); QUIC
-// carries them as CRYPTO_ERROR (RFC 9001 section 4.8).
-const (
-	cryptoError         = 0x100
-	alertBadCertificate = 42
-	alertUnknownCert    = 46
-	alertUnknownCA      = 48
-	alertAccessDenied   = 49
-	alertNoProtocol     = 120
-	alertCertRequired   = 116
+	"masquevpn/internal/dial"
+	"masquevpn/internal/discovery"
 )
 
 // classify returns an Error for a failure before the request was accepted. conn
@@ -35,66 +24,97 @@ func classify(err error, conn *quic.Conn, to target) error {
 	if errors.As(err, &e) {
 		return e
 	}
-	if conn != nil && conn.Context().Err() != nil {
-		// The error of the connection is better than its consequence.
-		if cause := context.Cause(conn.Context()); !isLocalClose(cause) {
-			err = cause
+	var d *dial.Error
+	if errors.As(err, &d) {
+		return to.explain(d.Failure, d.Alert, d)
+	}
+	failure, alert := dial.Classify(err, conn)
+	return to.explain(failure, alert, err)
+}
+
+// explain returns the Error for a failure of a connection.
+func (to target) explain(failure dial.Failure, alert tls.AlertError, err error) *Error {
+	switch failure {
+	case dial.Unsent:
+		return fail(causeNetwork, err,
+			unsentText(unwrapDial(err)),
+			"check this host's network and firewall")
+	case dial.Identity:
+		if e := identityError(err, to); e != nil {
+			return e
 		}
-	}
-	if e := identityError(err, to); e != nil {
-		return e
-	}
-	var t *quic.TransportError
-	if errors.As(err, &t) && t.ErrorCode.IsCryptoError() {
-		alert := int(t.ErrorCode) - cryptoError
-		switch {
-		case t.Remote && (alert >= alertBadCertificate && alert <= alertUnknownCert ||
-			alert == alertUnknownCA ||
-			alert == alertAccessDenied || alert == alertCertRequired):
-			cause := causeEarlyRefusal
-			if authenticated(conn) {
-				cause = causeCredentials
-			}
-			return fail(cause, err,
-				fmt.Sprintf("the proxy does not accept the client certificate (%s)",
-					tls.AlertError(alert)),
-				"ask its operator for a new invitation")
-		case alert == alertNoProtocol && !authenticated(conn):
-			return fail(causeProtocol, err, to.host+" does not speak HTTP/3",
-				"check the name and the port of the proxy")
+		return fail(to.identityCause(), err,
+			fmt.Sprintf("%s does not have the name %s", to.server, to.nameList()),
+			to.identityRemedy())
+	case dial.Credentials, dial.EarlyRefusal:
+		cause := causeEarlyRefusal
+		if failure == dial.Credentials {
+			cause = causeCredentials
 		}
-	}
-	var handshake *quic.HandshakeTimeoutError
-	var idle *quic.IdleTimeoutError
-	switch {
-	case errors.As(err, &handshake), errors.As(err, &idle),
-		errors.Is(err, context.DeadlineExceeded):
+		return fail(cause, err,
+			fmt.Sprintf("the proxy does not accept the client certificate (%s)", alert),
+			"ask its operator for a new invitation")
+	case dial.Protocol:
+		return fail(causeProtocol, err, to.server+" does not speak HTTP/3",
+			"check the name and the port of the proxy")
+	case dial.NoMASQUE:
+		cause, missing := causeNoProxy, "HTTP Datagrams"
+		if to.mayChange {
+			cause = causeNoProxyFound
+		}
+		var d *dial.Error
+		if errors.As(err, &d) && d.NoConnect() {
+			missing = "Extended CONNECT"
+		}
+		return fail(cause, nil,
+			fmt.Sprintf("%s does not offer %s, so it is no MASQUE proxy", to.server, missing),
+			"check the name and the port of the proxy")
+	case dial.Silence:
 		return fail(causeSilence, err,
-			fmt.Sprintf("the proxy %s does not answer on UDP port %s", to.host, to.port),
+			fmt.Sprintf("the proxy %s does not answer on UDP port %s", to.server, to.port),
 			"check that it runs, and that no firewall on the way blocks UDP")
-	case errors.Is(err, os.ErrPermission):
-		return fail(causePrivileges, err, err.Error(),
+	case dial.Privileges:
+		return fail(causePrivileges, err, unwrapDial(err).Error(),
 			"run as root or with the capability CAP_NET_ADMIN")
 	}
 	return fail(causeHandshake, err,
-		fmt.Sprintf("connecting to %s port %s failed (%v)", to.host, to.port,
-			connectip.Explain(err)), "")
+		fmt.Sprintf("connecting to %s port %s failed (%v)", to.server, to.port,
+			connectip.Explain(unwrapDial(err))), "")
 }
 
-// authenticated reports whether the peer of conn has proved that it is the
-// proxy. Until then, anybody on the path can close the connection with any
-// error: the keys of Initial packets are public (RFC 9001 section 5.2), and a
-// peer that answers in the proxy's place has the keys of Handshake packets.
-func authenticated(conn *quic.Conn) bool {
-	if conn == nil {
-		return false
+// unsentText returns the text for packets that the kernel does not send.
+func unsentText(why error) string {
+	return fmt.Sprintf("packets to the proxy do not leave this host (%v)", why)
+}
+
+// unwrapDial returns the error of the connection in a *dial.Error.
+func unwrapDial(err error) error {
+	var d *dial.Error
+	if errors.As(err, &d) {
+		return d.Err
 	}
-	select {
-	case <-conn.HandshakeComplete():
-		return true
-	default:
-		return false
+	return err
+}
+
+// nameList returns the names that the certificate may have.
+func (to target) nameList() string { return strings.Join(to.names, " or ") }
+
+// identityCause returns the cause of a certificate for another name or of
+// another authority.
+func (to target) identityCause() cause {
+	if to.mayChange {
+		return causeIdentityFound
 	}
+	return causeIdentity
+}
+
+// identityRemedy returns the remedy for a certificate with another name.
+func (to target) identityRemedy() string {
+	if to.mayChange && to.query.ServerName == "" {
+		return fmt.Sprintf("the operator of %s has to give the proxy a certificate for %s, publish %s, or sign the zone",
+			to.host, to.nameList(), discovery.FilePath)
+	}
+	return "correct proxy or tls.server_name"
 }
 
 // explainEnd returns an Error for the end of a stream on conn. If the
@@ -120,19 +140,13 @@ func explainEnd(err error, conn *quic.Conn, to target) error {
 		return fail(causeEnded, cause, "the proxy was restarted", "")
 	case errors.As(cause, &idle):
 		return fail(causeLost, cause,
-			fmt.Sprintf("nothing came from the proxy for %v", idleTimeout), "")
+			fmt.Sprintf("nothing came from the proxy for %v", dial.IdleTimeout), "")
 	}
 	if conn.Context().Err() == nil {
 		return fail(causeEnded, err,
 			fmt.Sprintf("the session ended (%v)", connectip.Explain(err)), "")
 	}
 	return classify(cause, conn, to)
-}
-
-// isLocalClose reports whether err means that this side closed the connection.
-func isLocalClose(err error) bool {
-	var app *quic.ApplicationError
-	return errors.As(err, &app) && !app.Remote || errors.Is(err, quic.ErrTransportClosed)
 }
 
 // maxSubjects limits the listed names of a certificate.
@@ -165,14 +179,13 @@ func identityError(err error, to target) *Error {
 	var invalid x509.CertificateInvalidError
 	switch {
 	case errors.As(err, &unknown):
-		return fail(causeIdentity, err,
-			fmt.Sprintf("the certificate of %s is from an unknown authority", to.host),
+		return fail(to.identityCause(), err,
+			fmt.Sprintf("the certificate of %s is from an unknown authority", to.server),
 			"set tls.ca to the authority of the proxy; if it is set, do not connect, and ask the operator")
 	case errors.As(err, &host):
-		return fail(causeIdentity, err,
-			fmt.Sprintf("the certificate of %s is not for the name %s, but for %s", to.host,
-				to.verify, subjects(host.Certificate)),
-			"correct proxy or tls.server_name")
+		return fail(to.identityCause(), err,
+			fmt.Sprintf("the certificate of %s is not for the name %s, but for %s", to.server,
+				to.nameList(), subjects(host.Certificate)), to.identityRemedy())
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		// crypto/x509 checks the dates first, but a wrong name or authority is
 		// the better explanation.
@@ -185,19 +198,18 @@ func identityError(err error, to target) *Error {
 		}
 		return outOfTime(err, invalid.Cert, to)
 	}
-	return fail(causeIdentity, err,
-		fmt.Sprintf("the certificate of %s could not be verified (%v)", to.host, verify.Err),
+	return fail(to.identityCause(), err,
+		fmt.Sprintf("the certificate of %s could not be verified (%v)", to.server, verify.Err),
 		"do not connect, and ask its operator")
 }
 
 // verifyAt verifies a chain like the handshake, but at another time.
 func (to target) verifyAt(chain []*x509.Certificate, at time.Time) error {
-	opts := x509.VerifyOptions{Roots: to.roots, DNSName: to.verify, CurrentTime: at,
-		Intermediates: x509.NewCertPool()}
-	for _, c := range chain[1:] {
-		opts.Intermediates.AddCert(c)
+	_, err := dial.VerifyServer(chain, to.names, to.roots, at)
+	var e *tls.CertificateVerificationError
+	if errors.As(err, &e) {
+		return e.Err
 	}
-	_, err := chain[0].Verify(opts)
 	return err
 }
 
@@ -217,10 +229,10 @@ func outOfTime(err error, cert *x509.Certificate, to target) *Error {
 	if now.Before(cert.NotBefore) {
 		return fail(causeClock, err,
 			fmt.Sprintf("the certificate of %s has expired or is not valid yet: it is valid from %s, and it is %s here",
-				to.host, date(cert.NotBefore), date(now)),
+				to.server, date(cert.NotBefore), date(now)),
 			"set this host's clock; a kill switch keeps time servers out unless kill_switch.allow names them")
 	}
-	reason := fmt.Sprintf("the certificate of %s has expired or is not valid yet: it ended on %s, and it is %s here", to.host, date(cert.NotAfter), date(now))
+	reason := fmt.Sprintf("the certificate of %s has expired or is not valid yet: it ended on %s, and it is %s here", to.server, date(cert.NotAfter), date(now))
 	if !to.clock.synchronised() {
 		return fail(causeClock, err, reason, remedy)
 	}

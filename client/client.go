@@ -170,10 +170,12 @@ func New(cfg Config) (*Client, error) {
 	c.host = newHost(cfg.Suspended)
 	c.earlyRetries = rate.NewLimiter(rate.Every(earlyRetryInterval), earlyRetryBurst)
 	c.dialer = newDialer(to, cfg.TLS, cfg.Token, control, cfg.Logger)
-	c.dialer.congestion, c.dialer.upstream = cfg.Congestion, c.upstream
-	c.dialer.resolver = resolver(control, cfg.Nameservers)
-	c.dialer.tracer = cfg.Tracer
-	c.dialer.dropped = func(packets int) {
+	c.dialer.dial.Congestion, c.dialer.upstream = cfg.Congestion, c.upstream
+	c.dialer.trusted, c.dialer.nameservers = cfg.Discovery.Nameservers, cfg.Nameservers
+	c.dialer.resolver = c.dialer.newResolver(cfg.resolverConfig())
+	c.dialer.found = c.noteDiscovery
+	c.dialer.dial.Tracer = cfg.Tracer
+	c.dialer.dial.Dropped = func(packets int) {
 		c.stats.Receive.DropMany(connectip.DropSocketFull, packets)
 	}
 	c.status = connectip.Status{

@@ -308,8 +308,9 @@ func TestFailures(t *testing.T) {
 			c.TLS.Time = func() time.Time { return time.Now().Add(100 * 365 * 24 * time.Hour) }
 		}, KindIdentity, "expired"},
 		"no such host": {func(c *Config) {
-			c.Proxy, c.Reconnect = "no-such-host.invalid", false
-		}, KindUnreachable, "cannot be resolved"},
+			c.Proxy, c.Reconnect = "no-such-host.example:443", false
+			c.Discovery.Nameservers = []netip.AddrPort{nameserver(t, nil)}
+		}, KindUnreachable, "the name no-such-host.example has no address"},
 		"closed port": {func(c *Config) {
 			c.Proxy, c.Reconnect = "127.0.0.1:9", false
 		}, KindUnreachable, "does not answer on UDP port 9"},

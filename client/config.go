@@ -5,12 +5,13 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -19,8 +20,10 @@ import (
 	"masquevpn/internal/capture"
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/discovery"
 	"masquevpn/internal/fault"
 	"masquevpn/internal/hostdns"
+	"masquevpn/internal/resolver"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -36,7 +39,8 @@ type Config struct {
 	// it identifies the client's rules and tables in the kernel.
 	Name string
 
-	// Proxy is a name, a host:port, or a URI template (RFC 9484 section 3).
+	// Proxy is the name of a domain, a host:port, an address, or a URI template
+	// (RFC 9484 section 3). The proxy of a domain is discovered.
 	Proxy string
 
 	// TLS has the RootCAs that sign the proxy's certificate (nil: the host's),
@@ -99,10 +103,13 @@ type Config struct {
 	// when Run returns: the caller opens it. nil means that there is none.
 	KillSwitch KillSwitch
 
-	// Nameservers (host:port) resolve the name of the proxy in place of a
-	// resolver on this host, whose own queries a kill switch would drop. Empty
-	// means the host's nameservers.
-	Nameservers []string
+	// Nameservers resolve the name of the proxy in place of a resolver on this
+	// host, whose own queries a kill switch would drop. Empty means the host's
+	// nameservers.
+	Nameservers []netip.AddrPort
+
+	// Discovery says which sources lead from a domain to its proxy.
+	Discovery Discovery
 
 	// AdvertiseRoutes lists the networks behind this host that the proxy may
 	// send to. They make this host a gateway that forwards packets (RFC 9484
@@ -213,6 +220,22 @@ type KillSwitch interface {
 	Maintain(ctx context.Context, report func(routing.KillSwitchHealth)) error
 }
 
+// Discovery configures how the proxy of a domain is found; see package
+// internal/discovery. The zero value asks for everything that the domain's
+// owner may publish, and believes no signature.
+type Discovery struct {
+	Method discovery.Method
+	DNSSEC discovery.DNSSEC
+
+	// Nameservers are asked in place of all others, and trusted to validate
+	// signatures. Empty means those of Config.Nameservers or of the host.
+	Nameservers []netip.AddrPort
+
+	// CA holds the authorities of the domain's web server. nil means those of
+	// the host.
+	CA *x509.CertPool
+}
+
 // Kind classifies an Error. Its values are the exit codes of masque-client.
 type Kind = fault.Kind
 
@@ -241,13 +264,20 @@ func usage(key, format string, args ...any) error {
 
 // target is the proxy that a Config names, and the request for it.
 type target struct {
-	template *connectip.Template
+	query    discovery.Query
+	template *connectip.Template // nil: the default one, where discovery leads
 	scope    connectip.Scope
-	host     string // name or address to dial
-	port     string
-	verify   string         // name that the certificate must have
+	host     string         // name or address, as configured
+	port     string         // "443" if none is configured
 	roots    *x509.CertPool // authorities of the certificate; nil: the host's
 	clock    clock          // verifies certificates
+
+	// names are the names that the certificate may have. server is the text for
+	// the far end in messages, and mayChange is set if records of a domain
+	// lead there, which its owner may change.
+	names     []string
+	server    string
+	mayChange bool
 }
 
 // parseProxy parses raw, a Config.Proxy. A ServerName in config takes
@@ -256,28 +286,76 @@ func parseProxy(raw string, config *tls.Config) (target, error) {
 	if raw == "" {
 		return target{}, usage("proxy", "the name of the proxy is missing")
 	}
-	if !strings.Contains(raw, "/") {
-		host := raw
-		if a, err := netip.ParseAddr(raw); err == nil && a.Is6() {
-			host = "[" + raw + "]"
+	to := target{port: "443", clock: newClock(config)}
+	name := raw
+	if strings.Contains(raw, "/") {
+		t, err := connectip.ParseTemplate(raw)
+		if err != nil {
+			return target{}, usage("proxy", "%v", err)
 		}
-		raw = "https://" + host + connectip.DefaultPath
+		to.template, name = t, t.Host()
+		if _, _, err := net.SplitHostPort(name); err != nil {
+			name = net.JoinHostPort(strings.Trim(name, "[]"), to.port) // is never discovered
+		}
 	}
-	t, err := connectip.ParseTemplate(raw)
+	n, err := discovery.ParseInput(name)
 	if err != nil {
-		return target{}, usage("proxy", "%v", err)
+		return target{}, usageOf("proxy", err)
 	}
-	to := target{template: t, host: t.Host(), port: "443", clock: newClock(config)}
-	if host, port, err := net.SplitHostPort(t.Host()); err == nil {
-		to.host, to.port = host, port
+	to.host = n.Host()
+	if n.Addr().IsValid() {
+		to.host = n.Addr().String()
 	}
-	to.host = strings.Trim(to.host, "[]")
-	to.verify = to.host
+	if n.Port() != 0 {
+		to.port = strconv.Itoa(int(n.Port()))
+	}
+	to.query = discovery.Query{Name: n, Transports: []discovery.Transport{discovery.H3},
+		Private: true}
 	if config != nil {
-		to.verify, to.roots = cmp.Or(config.ServerName, to.host), config.RootCAs
+		to.query.ServerName, to.roots = config.ServerName, config.RootCAs
 	}
+	to.names, to.server = []string{cmp.Or(to.query.ServerName, to.host)}, to.host
 	return to, nil
 }
+
+// usageOf returns an Error about the configuration key for a name that cannot
+// be parsed.
+func usageOf(key string, err error) error {
+	var e *discovery.Error
+	if !errors.As(err, &e) {
+		return usage(key, "%v", err)
+	}
+	failure := fail(causeConfiguration, nil, e.Reason, e.Remedy)
+	failure.Key = key
+	return failure
+}
+
+// at returns to as a record of r found it.
+func (to target) at(r *discovery.Result, record *discovery.Record) target {
+	to.names, to.server, to.port = record.Verify, to.host, strconv.Itoa(int(record.Port))
+	_, step, delegated := strings.Cut(r.Step, "/")
+	if !delegated {
+		step = r.Step
+	}
+	switch step {
+	case "srv", "srv-fed", "https":
+		kind := "SRV"
+		if step == "https" {
+			kind = "HTTPS"
+		}
+		to.server = fmt.Sprintf("%s (from %s of %s)", record.Target, kind, r.Authority)
+		to.mayChange = true
+	default:
+		if delegated {
+			to.server = fmt.Sprintf("%s (from the delegation file of %s)", record.Target, to.host)
+		}
+		to.mayChange = delegated || r.Degraded
+	}
+	return to
+}
+
+// resolverConfig returns the configuration of the resolver.
+func (c *Config) resolverConfig() resolver.Config { return resolver.Config{CA: c.Discovery.CA} }
 
 // resolveTarget returns the target of c, with its scope.
 func (c *Config) resolveTarget() (target, error) {
@@ -285,6 +363,7 @@ func (c *Config) resolveTarget() (target, error) {
 	if err != nil {
 		return target{}, err
 	}
+	to.query.Method, to.query.DNSSEC = c.Discovery.Method, c.Discovery.DNSSEC
 	orAny := func(s string) string {
 		if s == "" {
 			return "*"
@@ -297,8 +376,10 @@ func (c *Config) resolveTarget() (target, error) {
 	if to.scope, err = connectip.ParseScope(orAny(c.Target), orAny(c.IPProto)); err != nil {
 		return target{}, usage("scope.ipproto", "%v", err)
 	}
-	if _, err := to.template.Expand(to.scope); err != nil {
-		return target{}, usage("proxy", "%v", err)
+	if to.template != nil {
+		if _, err := to.template.Expand(to.scope); err != nil {
+			return target{}, usage("proxy", "%v", err)
+		}
 	}
 	return to, nil
 }
@@ -405,20 +486,4 @@ func (c *Config) setHost() {
 			})
 		}
 	}
-}
-
-// resolver returns a resolver that works outside the tunnel, so that a client
-// with a dead tunnel can resolve the proxy. If nameservers is not empty, it
-// replaces a nameserver on this host: the resolver queries them in turn.
-func resolver(control controlFunc, nameservers []string) *net.Resolver {
-	d := &net.Dialer{Control: control}
-	var asked atomic.Uint32
-	return &net.Resolver{PreferGo: true,
-		Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
-			if a, err := netip.ParseAddrPort(address); err == nil && a.Addr().IsLoopback() &&
-				len(nameservers) > 0 {
-				address = nameservers[int(asked.Add(1)-1)%len(nameservers)]
-			}
-			return d.DialContext(ctx, network, address)
-		}}
 }

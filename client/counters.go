@@ -8,6 +8,8 @@ import (
 	"github.com/quic-go/quic-go/http3"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/dial"
+	"masquevpn/internal/discovery"
 	"masquevpn/internal/rescue"
 )
 
@@ -96,6 +98,7 @@ func lossOf(e *Error) lossReason {
 	var network net.Error
 	var path *lostError
 	var transport *quic.TransportError
+	var dialing *dial.Error
 	switch err := attemptOf(e).err; {
 	case err == nil: // the proxy answered, or granted too little
 		return lossRefused
@@ -109,9 +112,9 @@ func lossOf(e *Error) lossReason {
 		return lossReset
 	case errors.As(err, &path) && !path.local, errors.As(err, &network) && network.Timeout():
 		return lossTimeout
-	case errors.As(err, &path), errors.As(err, new(*unsentError)):
+	case errors.As(err, &path), errors.As(err, &dialing) && dialing.Failure == dial.Unsent:
 		return lossNetwork
-	case errors.As(err, new(*net.OpError)), errors.As(err, new(*net.DNSError)):
+	case errors.As(err, new(*net.OpError)), errors.As(err, new(*discovery.Error)):
 		return lossNetwork
 	case errors.As(err, &transport):
 		if transport.Remote && transport.ErrorCode == quic.NoError {

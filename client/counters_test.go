@@ -12,6 +12,8 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/dial"
+	"masquevpn/internal/discovery"
 )
 
 func TestLosses(t *testing.T) {
@@ -40,8 +42,9 @@ func TestLosses(t *testing.T) {
 		{"idle timeout", "timeout", &quic.IdleTimeoutError{}},
 		{"handshake timeout", "timeout", &quic.HandshakeTimeoutError{}},
 		{"deadline", "timeout", context.DeadlineExceeded},
-		{"DNS timeout", "timeout", &net.DNSError{IsTimeout: true}},
-		{"unknown name", "network", &net.DNSError{IsNotFound: true}},
+		{"DNS failure", "network", &discovery.Error{Code: discovery.DNSFailure}},
+		{"unsent packets", "network", &dial.Error{Failure: dial.Unsent,
+			Err: errors.New("network is unreachable")}},
 		{"network unreachable", "network", &net.OpError{Op: "write",
 			Err: errors.New("network is unreachable")}},
 		{"malformed capsule", "error", capsule.ErrMalformed},

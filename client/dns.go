@@ -1,14 +1,11 @@
 package client
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
-	"time"
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
@@ -300,39 +297,4 @@ func (c *Client) upstream() (servers []netip.AddrPort, applied bool) {
 		return nil, false
 	}
 	return r.Upstream()
-}
-
-// maxUpstream limits how many nameservers are asked for the proxy's name.
-const maxUpstream = 3
-
-// lookup resolves name without the tunnel, so that a dead tunnel can be dialed
-// again. network is "ip", "ip4" or "ip6". While the host's resolver asks the
-// tunnel's servers, lookup asks the upstream servers one after the other.
-func (d *dialer) lookup(ctx context.Context, network, name string) ([]netip.Addr, error) {
-	var servers []netip.AddrPort
-	applied := false
-	if d.upstream != nil {
-		servers, applied = d.upstream()
-	}
-	if !applied {
-		return d.resolver.LookupNetIP(ctx, network, name)
-	}
-	err := errors.New("this host has no nameservers besides those of the tunnel")
-	servers = servers[:min(len(servers), maxUpstream)]
-	deadline, _ := ctx.Deadline()
-	for i, server := range servers {
-		attempt, cancel := context.WithTimeout(ctx,
-			time.Until(deadline)/time.Duration(len(servers)-i))
-		var found []netip.Addr
-		dial := func(ctx context.Context, transport, _ string) (net.Conn, error) {
-			return (&net.Dialer{Control: d.control}).DialContext(ctx, transport, server.String())
-		}
-		found, err = (&net.Resolver{PreferGo: true, Dial: dial}).LookupNetIP(attempt, network, name)
-		cancel()
-		var answer *net.DNSError
-		if err == nil || errors.As(err, &answer) && answer.IsNotFound {
-			return found, err
-		}
-	}
-	return nil, err
 }

@@ -1,7 +1,6 @@
 package client
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -19,6 +18,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/discovery"
 	"masquevpn/internal/dnstest"
 	"masquevpn/internal/hostdns"
 	"masquevpn/internal/ippacket"
@@ -373,23 +373,27 @@ func TestLookupOutsideTunnel(t *testing.T) {
 	knows, _ := serveNames(t, netip.MustParseAddr("192.0.2.5"))
 	var upstream []netip.AddrPort
 	d := newDialer(to, nil, "", nil, slog.New(slog.DiscardHandler))
+	d.target.query.Method = discovery.Addresses
 	d.upstream = func() ([]netip.AddrPort, bool) { return upstream, true }
+	resolve := func() ([]netip.AddrPort, error) {
+		r, err := d.resolver.Resolve(t.Context(), d.target.query)
+		if r, err = d.resolved(resolution{r, err}); err != nil {
+			return nil, err
+		}
+		return r.Addrs(), nil
+	}
 	want := []netip.AddrPort{netip.MustParseAddrPort("192.0.2.5:443")}
 
-	if _, err := d.resolve(t.Context()); err == nil ||
-		!strings.Contains(err.Error(), "no nameservers besides those of the tunnel") {
+	if _, err := resolve(); err == nil || !strings.Contains(err.Error(), "no nameserver to ask") {
 		t.Errorf("without servers: %v", err)
 	}
 	upstream = []netip.AddrPort{silent, knows}
-	if got, err := d.resolve(t.Context()); err != nil || !slices.Equal(got, want) ||
-		asked.Load() == 0 {
+	if got, err := resolve(); err != nil || !slices.Equal(got, want) || asked.Load() == 0 {
 		t.Errorf("got %v, %v", got, err)
 	}
 	// If no server answers, the last addresses are used.
-	ctx, cancel := context.WithTimeout(t.Context(), resolveTimeout/20)
-	defer cancel()
 	upstream = []netip.AddrPort{silent}
-	if got, err := d.resolve(ctx); err != nil || !slices.Equal(got, want) {
+	if got, err := resolve(); err != nil || !slices.Equal(got, want) {
 		t.Errorf("got %v, %v", got, err)
 	}
 }

@@ -20,9 +20,11 @@ const (
 	causeProtocol
 	causeEarlyRefusal
 	causeIdentity
+	causeIdentityFound
 	causeExpired
 	causeClock
 	causeNoProxy
+	causeNoProxyFound
 	causeCredentials
 	causeForbidden
 	causeAnswer
@@ -84,11 +86,15 @@ var failures = [numCauses]failure{
 		byAnyone, KindCredentials, byHand},
 	causeIdentity: {"the certificate is from another authority or for another name",
 		byAnyone, KindIdentity, byHand},
+	causeIdentityFound: {"a server that the records of a domain lead to has a certificate from another authority or for another name",
+		byAnyone, KindIdentity, never},
 	causeExpired: {"the certificate has expired", byAnyone, KindIdentity, byHand},
 	causeClock: {"the certificate is not valid yet, or has expired by a clock that is not synchronised",
 		byAnyone, KindIdentity, never},
 	causeNoProxy: {"the peer offers no Extended CONNECT or no HTTP Datagrams",
 		byProxy, KindUsage, byHand},
+	causeNoProxyFound: {"a server that the records of a domain lead to offers no Extended CONNECT or no HTTP Datagrams",
+		byProxy, KindUnreachable, never},
 	causeCredentials: {"the proxy refuses the credentials: 401, 407, or an alert about the client's certificate",
 		byProxy, KindCredentials, always},
 	causeForbidden: {"the proxy does not allow the request: 403", byProxy, KindRefused, always},
@@ -164,7 +170,7 @@ func impostorText(e *Error) string {
 		at = fmt.Sprintf(" at %v", a.from)
 	}
 	switch a.cause {
-	case causeIdentity:
+	case causeIdentity, causeIdentityFound:
 		return fmt.Sprintf("somebody other than the proxy answers%s (%s): ask its operator whether that is intended", at, e.Reason)
 	case causeProtocol, causeEarlyRefusal:
 		return fmt.Sprintf("somebody who has not proved to be the proxy refuses the connection%s (%s)", at, e.Reason)

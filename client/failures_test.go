@@ -149,11 +149,11 @@ func TestCauses(t *testing.T) {
 		"another protocol": {with(in.Proxy, "h2", true), causeProtocol, nil},
 		"no Extended CONNECT": {with(in.Proxy, http3.NextProtoH3, false),
 			causeNoProxy, nil},
-		"forged: no protocol": {forging(closing(0x100 + alertNoProtocol)),
+		"forged: no protocol": {forging(closing(0x100 + 120 /* no_application_protocol */)),
 			causeProtocol, nil},
-		"forged: bad certificate": {forging(closing(0x100 + alertBadCertificate)),
+		"forged: bad certificate": {forging(closing(0x100 + 42 /* bad_certificate */)),
 			causeEarlyRefusal, nil},
-		"forged: certificate missing": {forging(closing(0x100 + alertCertRequired)),
+		"forged: certificate missing": {forging(closing(0x100 + 116 /* certificate_required */)),
 			causeEarlyRefusal, nil},
 		"forged: refused": {forging(closing(uint64(quic.ConnectionRefused))),
 			causeHandshake, nil},
@@ -173,7 +173,7 @@ func TestCauses(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c.dialer.control = nil
+			c.dialer.setControl(nil, c.cfg.resolverConfig())
 			if tc.change != nil {
 				tc.change(c)
 			}
@@ -198,7 +198,7 @@ func serve(t *testing.T, address string, c tls.Certificate, protocol string, ext
 	if err != nil {
 		t.Fatal(err)
 	}
-	config := &quic.Config{EnableDatagrams: true, InitialPacketSize: initialPacketSize}
+	config := &quic.Config{EnableDatagrams: true, InitialPacketSize: 1350}
 	l, err := quic.Listen(socket, &tls.Config{Certificates: []tls.Certificate{c},
 		NextProtos: []string{protocol}}, config)
 	if err != nil {
@@ -241,7 +241,7 @@ func TestImpostor(t *testing.T) {
 		"a forged alert": {
 			func(t *testing.T, address string) *testProxy {
 				return forge(t, address,
-					closing(0x100+alertNoProtocol))
+					closing(0x100+120 /* no_application_protocol */))
 			},
 			"somebody who has not proved to be the proxy refuses the connection at ",
 		},

@@ -9,7 +9,7 @@ import "context"
 // closePrevious is called. The new socket is not bound to an address, so the
 // kernel chooses its source address and interface by the current routes.
 func (d *dialed) migrate(ctx context.Context, dialer *dialer) error {
-	t, socket, err := dialer.open(ctx, d.remote)
+	t, socket, err := dialer.dial.Open(ctx, d.remote)
 	if err != nil {
 		return err
 	}

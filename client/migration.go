@@ -11,6 +11,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/dial"
 	"masquevpn/routing"
 )
 
@@ -149,7 +150,7 @@ func (m *migrator) hostChanged(ctx context.Context) error {
 	host := m.s.c.host
 	suspended := (host.suspendedTotal() - m.suspended).Round(time.Second)
 	m.suspended = host.suspendedTotal()
-	if suspended >= idleTimeout {
+	if suspended >= dial.IdleTimeout {
 		return lostPath(pathState{reason: fmt.Sprintf("this host was suspended for %v", suspended)})
 	}
 	hop, err := host.nextHop(m.d.remote.Addr())
@@ -204,7 +205,7 @@ func (m *migrator) checkLiveness(ctx context.Context) error {
 		why := pathState{reason: fmt.Sprintf("nothing has come from the proxy for %v",
 			now.Sub(m.receivedAt).Round(time.Second)), down: true}
 		if unsent != nil {
-			why.reason, why.local = (&unsentError{unsent}).Error(), true
+			why.reason, why.local = unsentText(unsent), true
 		}
 		return m.migrate(ctx, why)
 	}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"masquevpn/internal/congestion"
+	"masquevpn/internal/dial"
 	"masquevpn/internal/ippacket"
 	"masquevpn/internal/logtest"
 	"masquevpn/proxy"
@@ -254,8 +255,8 @@ func TestBlackhole(t *testing.T) {
 		return s.State == StateReconnecting &&
 			strings.Contains(s.Reason, "nothing has come from the proxy")
 	})
-	if d := time.Since(start); d > idleTimeout/2 {
-		t.Errorf("the client noticed after %v, want less than %v", d, idleTimeout/2)
+	if d := time.Since(start); d > dial.IdleTimeout/2 {
+		t.Errorf("the client noticed after %v, want less than %v", d, dial.IdleTimeout/2)
 	}
 	n.await(t, "dialing", func(s Status) bool { return s.Reconnects > 0 })
 	nat.drop.Store(false)
@@ -269,7 +270,7 @@ func TestIdleIsNotDead(t *testing.T) {
 	f := startProxy(t, nil)
 	n := startClient(t, f, nil)
 	n.awaitConnected(t)
-	for end := time.After(keepAlive + 4*maxSilence); ; {
+	for end := time.After(dial.KeepAlive + 4*maxSilence); ; {
 		changed := n.Changed()
 		if s := n.Status(); s.State != StateConnected || s.Reason != "" || s.Migrations != 0 {
 			t.Fatalf("%s: %s, after %d migrations", s.State, s.Reason, s.Migrations)
@@ -288,7 +289,7 @@ func TestSuspended(t *testing.T) {
 	for _, tt := range []struct {
 		slept time.Duration
 		same  bool // the session survives
-	}{{5 * time.Second, true}, {2 * idleTimeout, false}} {
+	}{{5 * time.Second, true}, {2 * dial.IdleTimeout, false}} {
 		t.Run(tt.slept.String(), func(t *testing.T) {
 			f := startProxy(t, nil)
 			nat := newNAT(t, f)

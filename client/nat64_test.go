@@ -1,19 +1,19 @@
 package client
 
 import (
-	"context"
 	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
 	"testing"
 
+	"masquevpn/internal/discovery"
 	"masquevpn/internal/dnstest"
 )
 
 // nameserver starts a nameserver with the addresses in records, by name, and
-// returns a resolver that asks it.
-func nameserver(t *testing.T, records map[string][]string) *net.Resolver {
+// returns its address.
+func nameserver(t *testing.T, records map[string][]string) netip.AddrPort {
 	t.Helper()
 	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
@@ -28,10 +28,7 @@ func nameserver(t *testing.T, records map[string][]string) *net.Resolver {
 		}
 		return addrs, err
 	})
-	return &net.Resolver{PreferGo: true,
-		Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "udp", socket.LocalAddr().String())
-		}}
+	return socket.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
 // On a network with NAT64 and without IPv4, the client tries the proxy's IPv4
@@ -76,12 +73,15 @@ func TestNAT64(t *testing.T) {
 				t.Fatal(err)
 			}
 			d := newDialer(to, nil, "", nil, slog.New(slog.DiscardHandler))
-			d.resolver = nameserver(t, tc.records)
+			d.trusted = []netip.AddrPort{nameserver(t, tc.records)}
+			d.target.query.Method = discovery.Addresses
 			d.hasRoute = func(a netip.Addr) bool { return a.Is4() && tc.ipv4 || a.Is6() && tc.ipv6 }
-			got, err := d.resolve(t.Context())
+			r, err := d.resolver.Resolve(t.Context(), d.target.query)
 			if err != nil {
 				t.Fatal(err)
 			}
+			d.translated(t.Context(), r)
+			got := d.lastAddrs
 			var want []netip.AddrPort
 			for _, a := range tc.want {
 				want = append(want, netip.MustParseAddrPort(a))

@@ -33,7 +33,7 @@ func scripted(t *testing.T, handler http.HandlerFunc) *testProxy {
 	}
 	server := &http3.Server{
 		EnableDatagrams: true, QUICConfig: &quic.Config{EnableDatagrams: true,
-			InitialPacketSize: initialPacketSize},
+			InitialPacketSize: 1350},
 		TLSConfig: http3.ConfigureTLSConfig(&tls.Config{Certificates: []tls.Certificate{newInstallation().Proxy}}),
 		Handler:   handler,
 	}
@@ -130,7 +130,7 @@ func TestSilentProxy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.dialer.control = nil
+	c.dialer.setControl(nil, c.cfg.resolverConfig())
 	ctx, cancel := context.WithTimeout(t.Context(), answerTimeout/20)
 	defer cancel()
 	_, _, err = c.dial(ctx)

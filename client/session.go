@@ -17,6 +17,7 @@ import (
 
 	"masquevpn/capsule"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/dial"
 	"masquevpn/internal/rescue"
 	"masquevpn/routing"
 )
@@ -124,7 +125,7 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 	c.mu.Lock()
 	c.quicConn, c.currentSession = d.conn, s
 	c.status.Proxy.Endpoint = d.remote.String()
-	c.status.Proxy.AuthenticatedAs = c.target.verify
+	c.status.Proxy.AuthenticatedAs = d.name
 	c.mu.Unlock()
 	c.cfg.Logger.Info("session started", "proxy", c.target.host, "remote", d.remote.String())
 
@@ -302,7 +303,7 @@ func (s *session) run(ctx context.Context, ended chan error) error {
 				firstPacket = s.conn.FirstPacket()
 				unanswered = newAnswerWatch()
 				go s.guard(func() { s.conn.Probe(probes) })
-				go s.guard(func() { s.conn.KeepAlive(alive, keepAlive) })
+				go s.guard(func() { s.conn.KeepAlive(alive, dial.KeepAlive) })
 			}
 		}
 	}

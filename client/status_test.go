@@ -9,8 +9,8 @@ func TestFullSocketsAreCounted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.dialer.dropped(2)
-	c.dialer.dropped(3)
+	c.dialer.dial.Dropped(2)
+	c.dialer.dial.Dropped(3)
 	if got := c.Status().Drops["socket_full"]; got != 5 {
 		t.Errorf("the status has %d dropped packets, want 5", got)
 	}
@@ -18,7 +18,7 @@ func TestFullSocketsAreCounted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.dialer.dropped(4)
+	f.dialer.dial.Dropped(4)
 	if got := f.Stats().Receive.Drops()["socket_full"]; got != 4 {
 		t.Errorf("the forwarder has %d dropped packets, want 4", got)
 	}

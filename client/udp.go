@@ -27,6 +27,8 @@ import (
 
 	"masquevpn/internal/congestion"
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/dial"
+	"masquevpn/internal/resolver"
 	"masquevpn/routing"
 )
 
@@ -73,6 +75,9 @@ type UDPConfig struct {
 	// Mark is like Config.Mark. 0 means routing.DefaultMark.
 	Mark uint32
 
+	// Discovery is like Config.Discovery.
+	Discovery Discovery
+
 	// IdleTimeout ends the flow of a local peer after this time without
 	// packets. 0 means DefaultUDPIdleTimeout.
 	IdleTimeout time.Duration
@@ -98,7 +103,6 @@ type UDPConfig struct {
 type UDPForwarder struct {
 	cfg      UDPConfig
 	dialer   *dialer
-	template *uritemplate.Template
 	instance string // distinguishes this run from others of the same user
 	started  time.Time
 	ready    chan struct{}
@@ -136,10 +140,7 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 	if err != nil {
 		return nil, err
 	}
-	template, err := uritemplate.New("https://" + to.template.Host() + udpPath)
-	if err != nil {
-		return nil, usage("proxy", "%v", err)
-	}
+	to.query.Method, to.query.DNSSEC = cfg.Discovery.Method, cfg.Discovery.DNSSEC
 	if _, port, err := net.SplitHostPort(cfg.Listen); err != nil || !isPort(port, 0) {
 		return nil, usage("listen", "%q is not an address and a UDP port, such as 127.0.0.1:5353",
 			cfg.Listen)
@@ -170,18 +171,20 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	f := &UDPForwarder{
-		cfg: cfg, template: template, instance: rand.Text(), started: time.Now(),
+		cfg: cfg, instance: rand.Text(), started: time.Now(),
 		answerTimeout: answerTimeout, useInterval: useInterval, ready: make(chan struct{}),
 		flowWarnings: rate.NewLimiter(rate.Every(10*time.Second), 3),
 		flows:        make(map[*udpFlow]struct{}),
 	}
 	f.dialer = newDialer(to, cfg.TLS, cfg.Token,
 		markIfAllowed(cmp.Or(cfg.Mark, routing.DefaultMark)), cfg.Logger)
-	f.dialer.tracer = cfg.Tracer
+	f.dialer.trusted = cfg.Discovery.Nameservers
+	f.dialer.resolver = f.dialer.newResolver(resolver.Config{CA: cfg.Discovery.CA})
+	f.dialer.dial.Tracer = cfg.Tracer
 	// The forwarded protocol may have no congestion control of its own (RFC
 	// 9298 section 6).
-	f.dialer.congestion = congestion.Outer
-	f.dialer.dropped = func(packets int) {
+	f.dialer.dial.Congestion = congestion.Outer
+	f.dialer.dial.Dropped = func(packets int) {
 		f.stats.Receive.DropMany(connectip.DropSocketFull, packets)
 	}
 	return f, nil
@@ -258,16 +261,17 @@ func (f *UDPForwarder) Run(ctx context.Context) error {
 // returns how long it was connected and why it ended.
 func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, err error) {
 	link := &udpLink{}
-	d, err := f.dialer.dial(ctx, func(ctx context.Context, h3 *http3.ClientConn) error {
-		link.h3 = h3
-		// One flow checks that the proxy accepts the credentials and the
-		// target.
-		str, err := f.request(ctx, link)
-		if err == nil {
-			connectip.NewUDPStream(str).Close()
-		}
-		return err
-	})
+	d, err := f.dialer.connectAndRequest(ctx,
+		func(ctx context.Context, h3 *http3.ClientConn) error {
+			link.h3 = h3
+			// One flow checks that the proxy accepts the credentials and the
+			// target.
+			str, err := f.request(ctx, link)
+			if err == nil {
+				connectip.NewUDPStream(str).Close()
+			}
+			return err
+		})
 	if err != nil {
 		return 0, err
 	}
@@ -303,7 +307,7 @@ func (f *UDPForwarder) session(ctx context.Context) (connected time.Duration, er
 var keepAliveDatagram = append([]byte{0, 2}, make([]byte, 62)...)
 
 // sendKeepAlives sends keepAliveDatagrams until ctx ends, so that conn learns
-// of a restart of the proxy: one every keepAlive, and one a second while
+// of a restart of the proxy: one every dial.KeepAlive, and one a second while
 // packets go unanswered.
 func sendKeepAlives(ctx context.Context, conn *quic.Conn) {
 	const interval = time.Second
@@ -319,7 +323,7 @@ func sendKeepAlives(ctx context.Context, conn *quic.Conn) {
 		now := conn.ConnectionStats()
 		unanswered := now.PacketsSent > last.PacketsSent &&
 			now.PacketsReceived == last.PacketsReceived
-		if idle += interval; unanswered || idle >= keepAlive {
+		if idle += interval; unanswered || idle >= dial.KeepAlive {
 			_ = conn.SendDatagram(keepAliveDatagram)
 			idle = 0
 		}
@@ -384,7 +388,11 @@ func (f *UDPForwarder) newRequest(ctx context.Context) (*http.Request, error) {
 	if err != nil {
 		return nil, usage("target", "%v", err)
 	}
-	uri, err := f.template.Expand(uritemplate.Values{"target_host": uritemplate.String(host),
+	template, err := uritemplate.New("https://" + f.dialer.authority() + udpPath)
+	if err != nil {
+		return nil, usage("proxy", "%v", err)
+	}
+	uri, err := template.Expand(uritemplate.Values{"target_host": uritemplate.String(host),
 		"target_port": uritemplate.String(port)})
 	if err != nil {
 		return nil, usage("target", "%v", err)

@@ -5,7 +5,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -16,6 +15,7 @@ import (
 	"masquevpn/client"
 	"masquevpn/internal/cli"
 	"masquevpn/internal/control"
+	"masquevpn/internal/discovery"
 	"masquevpn/internal/doctor"
 	"masquevpn/internal/hostdns"
 	"masquevpn/internal/text"
@@ -57,7 +57,7 @@ func (o *options) check(ctx context.Context, c *doctor.Report, file string, conn
 	}
 	if c.Config(file, err) {
 		l.checkCredentials(c, time.Now())
-		checkResolves(ctx, c, tunnel.Status().Proxy.Name)
+		l.checkResolves(ctx, c)
 	}
 	if l != nil {
 		l.checkDNS(c)
@@ -170,29 +170,68 @@ func (l *loaded) checkOutside(c *doctor.Report) {
 	}
 }
 
-// resolveTimeout limits the lookup of the proxy's name.
-const resolveTimeout = 5 * time.Second
-
-// checkResolves checks that the name of the proxy has addresses. It sends
-// nothing to the proxy itself.
-func checkResolves(ctx context.Context, c *doctor.Report, host string) {
-	if _, err := netip.ParseAddr(host); err == nil {
-		c.OK("proxy: %s is an address", host)
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
-	defer cancel()
-	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+// checkResolves checks that the proxy can be found. It sends nothing to the
+// proxy itself.
+func (l *loaded) checkResolves(ctx context.Context, c *doctor.Report) {
+	r, err := client.ResolveProxy(ctx, l.config)
 	if err != nil {
-		if d, ok := errors.AsType[*net.DNSError](err); ok {
-			err = errors.New(d.Err)
+		if e, ok := errors.AsType[*client.Error](err); ok {
+			c.Warn("proxy: "+text.OneLine(e.Summary()), e.Remedy)
+			return
 		}
-		c.Warn(fmt.Sprintf("proxy: %s cannot be resolved (%v)", host, err),
-			"check the name and this host's DNS")
+		c.Warn("proxy: "+text.OneLine(err.Error()), "")
 		return
 	}
-	for i := range addrs {
-		addrs[i] = addrs[i].Unmap()
+	if r.Step == "literal" {
+		c.OK("proxy: %s is an address", r.Authority)
+		return
 	}
-	c.OK("proxy: %s is %v", host, addrs)
+	c.OK("proxy: %s is %v, found by %s; it has to prove %s", l.config.Proxy, serverAddresses(r), stepText(r.Step),
+		strings.Join(r.Groups[0].Records[0].Verify, " or "))
+	if status, ok := strings.CutPrefix(r.WellKnown, "error: "); ok &&
+		!strings.HasPrefix(status, "status 4") &&
+		status != "unreachable" {
+		c.Warn(fmt.Sprintf("proxy: the delegation file of %s is not used (%s)", l.config.Proxy,
+			status),
+			"tell the operator of the domain")
+	}
+	if r.Degraded {
+		c.Warn("proxy: SRV records could not be looked up, so the addresses of the name are used",
+			"check this host's DNS")
+	}
+	if len(l.roots) > 0 && r.Delegated.Host() != "" {
+		c.Warn(fmt.Sprintf("proxy: %s delegates to %s, which needs a certificate of tls.ca",
+			l.config.Proxy,
+			r.Delegated), "ask the operator whether it has one, or remove tls.ca")
+	}
+}
+
+// serverAddresses returns the addresses of all servers of r, without ports.
+func serverAddresses(r *discovery.Result) []netip.Addr {
+	var list []netip.Addr
+	for _, a := range r.Addrs() {
+		if !slices.Contains(list, a.Addr()) {
+			list = append(list, a.Addr())
+		}
+	}
+	return list
+}
+
+// stepText returns the text for a step of discovery.
+func stepText(step string) string {
+	prefix := ""
+	if rest, ok := strings.CutPrefix(step, "well-known/"); ok {
+		prefix, step = "the delegation file and ", rest
+	}
+	switch step {
+	case "literal":
+		return prefix + "an address"
+	case "srv":
+		return prefix + "SRV records"
+	case "https":
+		return prefix + "HTTPS records"
+	case "hosts":
+		return prefix + "/etc/hosts"
+	}
+	return prefix + "the addresses of the name"
 }

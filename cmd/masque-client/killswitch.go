@@ -1,19 +1,16 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"masquevpn/internal/control"
+	"masquevpn/internal/dnsclient"
 	"masquevpn/internal/fault"
 	"masquevpn/internal/hostdns"
 	"masquevpn/routing"
@@ -52,24 +49,13 @@ func outside(prefixes, allow []netip.Prefix) []netip.Prefix {
 	})
 }
 
-// upstreamServers returns the upstream nameservers of this host's resolver as
-// host:port. It returns none if they are not known.
-func upstreamServers() []string {
-	data, err := os.ReadFile(upstreamFile)
-	if err != nil {
-		return nil
-	}
-	var servers []string
-	for lines := bufio.NewScanner(bytes.NewReader(data)); lines.Scan(); {
-		f := strings.Fields(lines.Text())
-		if len(f) < 2 || f[0] != "nameserver" {
-			continue
-		}
-		if a, err := netip.ParseAddr(f[1]); err == nil && !a.IsLoopback() {
-			servers = append(servers, net.JoinHostPort(a.String(), "53"))
-		}
-	}
-	return servers
+// upstreamServers returns the nameservers that the resolver of this host asks.
+// It returns none where they are not known.
+func upstreamServers() []netip.AddrPort {
+	return slices.DeleteFunc(dnsclient.ReadConfig(upstreamFile).Servers,
+		func(a netip.AddrPort) bool {
+			return a.Addr().IsLoopback()
+		})
 }
 
 // staysClosed returns the remedy for a tunnel that ended with its kill switch

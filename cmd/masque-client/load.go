@@ -14,8 +14,10 @@ import (
 	"masquevpn/internal/certs"
 	"masquevpn/internal/config"
 	"masquevpn/internal/daemon"
+	"masquevpn/internal/discovery"
 	"masquevpn/internal/fault"
 	"masquevpn/internal/files"
+	"masquevpn/internal/resolver"
 )
 
 // loaded is a configuration file with the contents of the files that it names.
@@ -50,6 +52,9 @@ func load(path, name string) (*loaded, error) {
 		return nil, files.Exposed(path)
 	}
 	l := &loaded{file: f}
+	if err := l.loadDiscovery(); err != nil {
+		return nil, f.Locate(err)
+	}
 	tlsConfig, err := l.tls()
 	if err != nil {
 		return nil, f.Locate(err)
@@ -63,9 +68,31 @@ func load(path, name string) (*loaded, error) {
 	return l, nil
 }
 
-// pem returns the value inline of the key NAME_pem if it is not empty, and
-// otherwise the contents of the file path, the value of the key NAME. key is
-// the one of the two keys that has the data. Without either, data is nil.
+// loadDiscovery reads discovery.ca, and checks that somebody is trusted to
+// validate signatures if they are wanted.
+func (l *loaded) loadDiscovery() error {
+	d := &l.file.Discovery
+	if l.file.WebCA != "" {
+		data, err := files.ReadNamed("discovery.ca", l.file.WebCA, false)
+		if err != nil {
+			return err
+		}
+		roots, err := certs.Parse("discovery.ca", data)
+		if err != nil {
+			return err
+		}
+		d.CA = certs.Pool(roots)
+	}
+	if d.DNSSEC != discovery.DNSSECOff && len(d.Nameservers) == 0 && !resolver.TrustsHost() {
+		return &fault.Error{Kind: fault.Usage, Key: "discovery.dnssec",
+			Reason: "no DNS server is trusted to validate signatures",
+			Remedy: `name a validating one in discovery.nameservers, or write "options trust-ad" into /etc/resolv.conf if its servers validate`}
+	}
+	return nil
+}
+
+// pem returns the value of the key NAME_pem, or the contents of the file that
+// the key name has. key is the key that the data comes from.
 func (l *loaded) pem(name, path, inline string, secret bool) (key string, data []byte, err error) {
 	if inline != "" {
 		return name + "_pem", []byte(inline), nil

@@ -65,7 +65,8 @@ func newRoot() *cobra.Command {
 	root.PersistentFlags().StringVar(&o.stateDir, "state-dir", stateDir,
 		"`folder` of files that outlast a tunnel")
 	root.AddCommand(o.runCommand(), o.upCommand(), o.downCommand(), o.statusCommand(),
-		o.waitCommand(), o.checkCommand(), o.captureCommand(), o.forwardUDPCommand())
+		o.waitCommand(), o.checkCommand(),
+		cli.ResolveCommand(program, resolveOptions), o.captureCommand(), o.forwardUDPCommand())
 	return root
 }
 

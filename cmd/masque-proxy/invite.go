@@ -87,7 +87,7 @@ func (in *invitation) make(out, notes io.Writer, now time.Time) (err error) {
 			Reason: fmt.Sprintf("%q cannot name a user", in.user),
 			Remedy: `write 1 to 64 letters, digits and any of ".-_@", a letter or digit first`}
 	}
-	if in.proxy != "" && !config.IsProxy(in.proxy) {
+	if in.proxy != "" && config.CheckProxy(in.proxy) != nil {
 		return &fault.Error{Kind: fault.Usage,
 			Reason: fmt.Sprintf("--proxy %q is not a name, host:port or URI template", in.proxy),
 			Remedy: "write for example vpn.example.org"}

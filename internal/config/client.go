@@ -1,12 +1,14 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
 	"time"
 
 	"masquevpn/client"
+	"masquevpn/internal/discovery"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -19,6 +21,7 @@ type Client struct {
 	client.Config
 
 	CA, Cert, Key          string // names of PEM files
+	WebCA                  string // name of the PEM file of Config.Discovery.CA
 	CAPEM, CertPEM, KeyPEM string // PEM in the file itself
 	ServerName             string // empty: taken from Proxy
 
@@ -51,10 +54,12 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	switch {
 	case !root.has("proxy"):
 		d.add("proxy", "is missing", `write for example proxy = "vpn.example.org"`)
-	case !IsProxy(c.Proxy):
-		root.add("proxy", "not a name, host:port or URI template",
-			`write for example "vpn.example.org" or "[2001:db8::1]:443"`)
+	default:
+		if err := CheckProxy(c.Proxy); err != nil {
+			root.add("proxy", err.Reason, err.Remedy)
+		}
 	}
+	c.parseDiscovery(root.table("discovery"))
 
 	c.parseTLS(root.table("tls"))
 
@@ -133,10 +138,45 @@ func ParseClient(file string, data []byte) (*Client, error) {
 	return c, nil
 }
 
-// IsProxy reports whether s can be the proxy of a client: a name, HOST:PORT, or
-// a URI template, which package client validates.
-func IsProxy(s string) bool {
-	return strings.Contains(s, "://") || IsHost(s) || isHostPort(s) && IsHost(hostOf(s))
+// CheckProxy returns an error if s cannot be the proxy of a client: a name,
+// HOST:PORT, or a URI template, which package client validates.
+func CheckProxy(s string) *discovery.Error {
+	if strings.Contains(s, "://") {
+		return nil
+	}
+	_, err := discovery.ParseInput(s)
+	e, _ := errors.AsType[*discovery.Error](err)
+	return e
+}
+
+// parseDiscovery reads [discovery]. It is of no use if the proxy is no domain.
+func (c *Client) parseDiscovery(t *table) {
+	n, err := discovery.ParseInput(c.Proxy)
+	for key := range t.values {
+		if err == nil && !n.Discovers() || strings.Contains(c.Proxy, "://") {
+			t.add(key, "unused: "+whyNotDiscovered(c.Proxy, n),
+				"remove it, or write the name of a domain in proxy")
+		}
+	}
+	c.Discovery.Method = map[string]discovery.Method{"auto": discovery.Auto,
+		"dns": discovery.DNSOnly,
+		"off": discovery.Addresses}[t.oneOf("mode", "auto", "dns", "off")]
+	c.Discovery.DNSSEC = t.dnssec("dnssec")
+	c.Discovery.Nameservers = t.nameservers("nameservers")
+	c.WebCA = t.file("ca", "")
+}
+
+// whyNotDiscovered returns why discovery does not apply to a proxy.
+func whyNotDiscovered(proxy string, n discovery.Name) string {
+	switch {
+	case strings.Contains(proxy, "://"):
+		return "proxy is a URI template"
+	case n.Port() != 0:
+		return "proxy has a port"
+	case n.Addr().IsValid():
+		return "proxy is an address"
+	}
+	return "proxy is a name of the local network"
 }
 
 func (c *Client) parseDNS(dns *table) {

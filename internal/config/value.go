@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"masquevpn/internal/congestion"
+	"masquevpn/internal/discovery"
 	"masquevpn/routing"
 
 	"github.com/pelletier/go-toml/v2"
@@ -298,4 +299,35 @@ func IsName(s string) bool {
 		}
 	}
 	return true
+}
+
+// dnssec returns a mode of DNSSEC.
+func (t *table) dnssec(key string) discovery.DNSSEC {
+	return map[string]discovery.DNSSEC{"off": discovery.DNSSECOff, "use": discovery.DNSSECUse,
+		"require": discovery.DNSSECRequire}[t.oneOf(key, "off", "use", "require")]
+}
+
+// nameservers returns a list of distinct addresses of DNS servers, with their
+// ports.
+func (t *table) nameservers(key string) []netip.AddrPort {
+	const dnsPort = 53
+	var list []netip.AddrPort
+	for i, s := range t.strings(key, nil) {
+		server, err := netip.ParseAddrPort(s)
+		if err != nil {
+			var a netip.Addr
+			a, err = netip.ParseAddr(s)
+			server = netip.AddrPortFrom(a, dnsPort)
+		}
+		switch {
+		case err != nil || server.Addr().IsUnspecified() || server.Port() == 0:
+			t.add(element(key, i), "not the address of a server",
+				`write for example "127.0.0.1" or "[::1]:5353"`)
+		case slices.Contains(list, server):
+			t.add(element(key, i), "given twice", "remove one")
+		default:
+			list = append(list, server)
+		}
+	}
+	return list
 }

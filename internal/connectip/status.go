@@ -27,7 +27,12 @@ type Status struct {
 	// Warnings contains sentences for the user of a client.
 	Warnings []string `json:"warnings,omitempty"`
 
-	Proxy     ProxyStatus    `json:"proxy"`
+	Proxy ProxyStatus `json:"proxy"`
+
+	// Discovery describes how a client found the proxy. nil means that it did
+	// not have to.
+	Discovery *DiscoveryStatus `json:"discovery,omitempty"`
+
 	Interface string         `json:"interface"`
 	MTU       int            `json:"mtu"` // bytes
 	Addresses []netip.Prefix `json:"addresses"`
@@ -61,6 +66,21 @@ type Status struct {
 	// CertificateUntil is the time when the client's certificate expires. nil
 	// means that it has none.
 	CertificateUntil *time.Time `json:"certificate_until,omitempty"`
+}
+
+// DiscoveryStatus describes how a client found the proxy of a domain.
+type DiscoveryStatus struct {
+	Input     string `json:"input"`     // as configured
+	Step      string `json:"step"`      // the source that decided, such as "srv"
+	Authority string `json:"authority"` // the :authority of requests
+	Records   int    `json:"records"`   // number of servers
+	WellKnown string `json:"well_known"`
+	Secure    bool   `json:"secure,omitempty"`
+	Degraded  bool   `json:"degraded,omitempty"`
+	Stale     bool   `json:"stale,omitempty"`
+
+	// Until is the end of the result's lifetime. nil means none.
+	Until *time.Time `json:"until,omitempty"`
 }
 
 // Underlay describes how packets to the proxy leave a client's host.
