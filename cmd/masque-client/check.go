@@ -186,7 +186,8 @@ func (l *loaded) checkResolves(ctx context.Context, c *doctor.Report) {
 		c.OK("proxy: %s is an address", r.Authority)
 		return
 	}
-	c.OK("proxy: %s is %v, found by %s; it has to prove %s", l.config.Proxy, serverAddresses(r), stepText(r.Step),
+	c.OK("proxy: %s is %v, found by %s; it has to prove %s", l.config.Proxy, serverAddresses(r),
+		stepText(r.Step),
 		strings.Join(r.Groups[0].Records[0].Verify, " or "))
 	if status, ok := strings.CutPrefix(r.WellKnown, "error: "); ok &&
 		!strings.HasPrefix(status, "status 4") &&
