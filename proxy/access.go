@@ -8,28 +8,9 @@ import (
 	"go4.org/netipx"
 
 	"masquevpn/capsule"
+	"masquevpn/internal/special"
 	"masquevpn/proxy/internal/addrpool"
 )
-
-// builtinDenied are the destinations that no client reaches through a proxy:
-// the proxy itself, its links, and cloud metadata services, which trust every
-// sender with the proxy's address.
-var builtinDenied = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/8"),
-	netip.MustParsePrefix("127.0.0.0/8"),
-	netip.MustParsePrefix("169.254.0.0/16"),
-	netip.MustParsePrefix("255.255.255.255/32"),
-	netip.MustParsePrefix("fe80::/10"),
-	netip.MustParsePrefix("100.100.100.200/32"),
-	netip.MustParsePrefix("168.63.129.16/32"),
-	netip.MustParsePrefix("192.0.0.192/32"),
-	netip.MustParsePrefix("fd00:ec2::254/128"),
-	netip.MustParsePrefix("fd20:ce::254/128"),
-	// IPv6 forms of IPv4 addresses (RFC 4291 section 2.5.5), which sockets and
-	// tunnels of the host treat as IPv4. Other forms are in embeddings.
-	netip.MustParsePrefix("::/96"),
-	netip.MustParsePrefix("::ffff:0:0/96"),
-}
 
 // access decides which destinations clients may reach and which routes they are
 // told. Its methods may be called concurrently.
@@ -73,7 +54,7 @@ func (a *access) deniedNow() denied {
 // Config.ClientToClient is set. Sites reach each other in any case.
 func (a *access) update(local []netip.Prefix, l layout) (before, now denied, err error) {
 	var b netipx.IPSetBuilder
-	for _, p := range builtinDenied {
+	for _, p := range special.Local() {
 		b.AddPrefix(p)
 	}
 	for _, p := range l.networks {

@@ -11,10 +11,10 @@ import (
 	"go4.org/netipx"
 )
 
-// Local returns the prefixes of addresses that are the host itself, its links,
-// or a metadata service, with the IPv6 forms of IPv4 addresses that sockets and
-// tunnels of the host take for IPv4 (RFC 4291 section 2.5.5). The caller owns
-// the slice.
+// Local returns the prefixes that no client reaches through a proxy: addresses
+// of the host itself and of its links, and of metadata services, with the IPv6
+// forms of IPv4 addresses that sockets and tunnels of the host take for IPv4
+// (RFC 4291 section 2.5.5). The caller owns the slice.
 func Local() []netip.Prefix { return slices.Clone(local) }
 
 var local = prefixes(
