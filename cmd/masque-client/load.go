@@ -91,8 +91,9 @@ func (l *loaded) loadDiscovery() error {
 	return nil
 }
 
-// pem returns the value of the key NAME_pem, or the contents of the file that
-// the key name has. key is the key that the data comes from.
+// pem returns the value inline of the key NAME_pem if it is not empty, and
+// otherwise the contents of the file path, the value of the key NAME. key is
+// the one of the two keys that has the data. Without either, data is nil.
 func (l *loaded) pem(name, path, inline string, secret bool) (key string, data []byte, err error) {
 	if inline != "" {
 		return name + "_pem", []byte(inline), nil
