@@ -74,7 +74,7 @@ test: lint race e2e e2e-few $(if $(filter 0,$(shell id -u)),e2e-packages) ## eve
 endif
 
 check: lint ## lint and unit tests in two minutes, without root or installing anything
-	$(GO) test $(UNITS)
+	$(GO) test -p 6 $(UNITS)
 
 race: $(QUICGO) tools ## unit tests and the seeds of fuzz targets with the race detector
 	$(GO) test -race $(UNITS)
