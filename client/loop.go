@@ -18,8 +18,9 @@ import (
 const (
 	protocolUDP = 17 // IANA protocol number
 
-	// maxOuter limits how many of the newest outer sockets are remembered.
-	maxOuter = 8
+	// maxOuter limits how many of the newest outer sockets are remembered. A
+	// dial of several servers opens many.
+	maxOuter = 32
 
 	// loopNoticeTime is how long the status shows the notice of a loop after
 	// the last packet that came back.

@@ -159,7 +159,7 @@ type Result struct {
 	// TTL is the smallest lifetime of the DNS records used, between 30 s and
 	// 1 h; 0 when the result must not be kept, -1 without DNS records.
 	TTL time.Duration
-	// Until is the end of the result's lifetime; the zero Time for none.
+	// Until is the end of the result's lifetime; the zero Time for an address.
 	Until     time.Time
 	Secure    bool // all records were found by signed SRV records
 	Degraded  bool // SRV records could not be asked for

@@ -615,3 +615,39 @@ func FuzzFreshness(f *testing.F) {
 		}
 	})
 }
+
+// TestUntil checks the lifetime of results without DNS records.
+func TestUntil(t *testing.T) {
+	hosts := map[string][]netip.Addr{"vpn.example.net": {netip.MustParseAddr("192.0.2.1")}}
+	for _, tt := range []struct {
+		name, input, file string
+		hosts             map[string][]netip.Addr
+		want              time.Duration // 0: none
+	}{
+		{"an address", "192.0.2.1", "", nil, 0},
+		{"a name in the host's table", "vpn.example.net", "", hosts, 30 * time.Second},
+		{"a file that names an address", "example.org", "192.0.2.1", nil, time.Hour},
+		{"a file that names a name in the host's table", "example.org", "vpn.example.net:443",
+			hosts, time.Hour},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := delegating()
+			w.Hosts = tt.hosts
+			w.HTTPS["https://example.org"+discovery.FilePath] = discoverytest.Page{Status: 200,
+				Headers: map[string]string{"cache-control": "max-age=3600"},
+				Body:    fmt.Sprintf(`{"masque.server": %q}`, tt.file)}
+			res, err := w.Resolver().Resolve(t.Context(), query(tt.input))
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := time.Time{}
+			if tt.want != 0 {
+				want = discoverytest.Epoch.Add(tt.want)
+			}
+			if !res.Until.Equal(want) || res.TTL >= 0 {
+				t.Errorf("got a lifetime until %v and the TTL %v, want until %v and none",
+					res.Until, res.TTL, want)
+			}
+		})
+	}
+}

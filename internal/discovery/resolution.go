@@ -111,7 +111,7 @@ type finding struct {
 	degraded  bool
 	stale     bool
 	ttl       lifetime
-	until     time.Time // end of the delegation file's lifetime, without DNS records
+	until     time.Time // end of the lifetime, without DNS records
 }
 
 // A lifetime is the smallest of several; the zero value is of none.
@@ -200,7 +200,6 @@ func (x *resolution) follow(ctx context.Context, file fileResult) (f *finding, e
 			return nil, forbiddenAddress(x.input, n.addr)
 		}
 		f = x.literal("literal", n)
-		f.until = file.until
 	case n.port != 0:
 		f, err = x.address(ctx, "port", n)
 	default:
@@ -208,6 +207,9 @@ func (x *resolution) follow(ctx context.Context, file fileResult) (f *finding, e
 	}
 	if err == nil {
 		f.step = "well-known/" + f.step
+		if !f.ttl.set {
+			f.until = file.until
+		}
 	}
 	return f, err
 }
@@ -264,7 +266,11 @@ func (x *resolution) address(ctx context.Context, step string, n Name) (*finding
 	}
 	r := Record{Target: n.host, Port: n.portOr(defaultPort), Addresses: a.list, SNI: n.host,
 		Verify: []string{n.host}}
-	return &finding{step: step, authority: n.String(), groups: x.eachTransport(r), ttl: a.ttl}, nil
+	f := &finding{step: step, authority: n.String(), groups: x.eachTransport(r), ttl: a.ttl}
+	if !a.ttl.set {
+		f.until = x.Now().Add(minTTL) // the host's table may change
+	}
+	return f, nil
 }
 
 func (n Name) portOr(other uint16) uint16 {
