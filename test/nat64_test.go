@@ -36,7 +36,7 @@ func TestProxyBehindTranslator(t *testing.T) {
 	file := p.invite("alice")
 	text, err := os.ReadFile(file)
 	check(t, err)
-	byAddress := strings.Replace(string(text), "proxy = \""+lab.ProxyName+"\"",
+	byAddress := strings.Replace(string(text), "proxy = \""+lab.ProxyName+":443\"",
 		"proxy = \"203.0.113.5\"", 1)
 	byAddress = strings.Replace(byAddress, "[tls]", "[tls]\nserver_name = \""+lab.ProxyName+"\"", 1)
 	if !strings.Contains(byAddress, "203.0.113.5") {

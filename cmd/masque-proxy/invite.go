@@ -65,7 +65,8 @@ func inviteCommand() *cobra.Command {
 	f.StringVar(&in.caKey, "ca-key", "",
 		"`FILE` with the key of the clients' authority; default: beside its certificate")
 	f.StringVar(&in.proxy, "proxy", "",
-		"name, host:port or URI template for the client; default: from the configuration")
+		"domain, host:port or URI template for the client; default: the proxy's name and port. A domain, such as\n"+
+			"example.org, leads here by what `publish` shows")
 	f.StringVar(&in.expires, "expires", "",
 		"end of the user's access: a time span in days (30d) or hours (12h), a `DATE` (2026-12-31, in UTC) or a\n"+
 			"time (2026-12-31T18:00:00Z); default: never")
@@ -219,8 +220,9 @@ func (in *invitation) write(out io.Writer, client []byte) error {
 	return err
 }
 
-// dial returns the value of the client's key proxy: the name, with the port if
-// it is not 443, or the template if it is not the default one.
+// dial returns the value of the client's key proxy: the name with its port, so
+// that the client looks up addresses alone, or the template if it is not the
+// default one.
 func (in *invitation) dial(f *config.Proxy) string {
 	if in.proxy != "" {
 		return in.proxy
@@ -229,8 +231,8 @@ func (in *invitation) dial(f *config.Proxy) string {
 		return f.Template
 	}
 	_, port, err := net.SplitHostPort(f.Listen[0])
-	if err != nil || port == "443" {
-		return f.Name
+	if err != nil {
+		port = "443"
 	}
 	return net.JoinHostPort(f.Name, port)
 }

@@ -161,7 +161,9 @@ func TestInviteFollowsMethods(t *testing.T) {
 
 func TestInviteDials(t *testing.T) {
 	for _, test := range []struct{ old, new, flag, want string }{
-		{"", "", "", "vpn.example.org"},
+		{"", "", "", "vpn.example.org:443"},
+		{`"vpn.example.org"`, `"2001:db8::1"`, "", "[2001:db8::1]:443"},
+		{"", "", "example.org", "example.org"},
 		{`["[::]:443"]`, `["[::]:8443"]`, "", "vpn.example.org:8443"},
 		{`listen =`, "template = \"https://vpn.example.org/t/{target}/{ipproto}/\"\nlisten =", "",
 			"https://vpn.example.org/t/{target}/{ipproto}/"},
