@@ -94,8 +94,10 @@ func TestBadInput(t *testing.T) {
 			want: []string{"unknown authority"}},
 		{name: "wrong name", edit: replace(`\[tls\]`, "[tls]\nserver_name = \"other.example\""),
 			exit: 6, want: []string{"other.example"}},
-		{name: "no such host", edit: replace(`(?m)^proxy = .*$`, `proxy = "no-such-host.invalid"`),
-			exit: 5, want: []string{"no-such-host.invalid"}},
+		{name: "no name", edit: replace(`(?m)^proxy = .*$`, `proxy = "no-such-host.invalid"`),
+			exit: 2, want: []string{"NAME.toml", "no-such-host.invalid", "is not in DNS"}},
+		{name: "no such host", edit: replace(`(?m)^proxy = .*$`, `proxy = "no-such-host.example"`),
+			exit: 5, want: []string{"no-such-host.example"}},
 		{name: "closed port", edit: replace(`(?m)^proxy = .*$`, `proxy = "`+lab.ProxyName+`:9"`),
 			exit: 5, want: []string{"9", "UDP"}},
 		{

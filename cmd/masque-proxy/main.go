@@ -53,7 +53,7 @@ func newRoot() *cobra.Command {
 	root.AddCommand(o.runCommand(), initCommand(), inviteCommand(), o.userCommand(),
 		o.checkCommand(),
 		o.statusCommand(), o.sessionsCommand(), o.kickCommand(), o.reloadCommand(),
-		o.captureCommand(), cli.ResolveCommand(program, resolveOptions))
+		o.captureCommand(), publishCommand(), cli.ResolveCommand(program, resolveOptions))
 	return root
 }
 

@@ -41,13 +41,38 @@ type ResolveOptions struct {
 	Private     bool           // peers may be in private networks
 }
 
+// Resolver returns a resolver with the settings of o. program is its name
+// towards web servers.
+func (o *ResolveOptions) Resolver(program string) *discovery.Resolver {
+	config := resolver.Config{CA: o.WebCA, UserAgent: program}
+	if len(o.Nameservers) > 0 {
+		config.Servers = resolver.Trusted(o.Nameservers)
+	}
+	return resolver.New(config)
+}
+
+// DiscoveryFlags are the flags of a command that resolves a domain.
+type DiscoveryFlags struct {
+	dnssec, ca  string
+	nameservers []string
+}
+
+// Add adds the flags to a command.
+func (f *DiscoveryFlags) Add(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.StringVar(&f.dnssec, "dnssec", "", "`MODE` of signatures: off, use or require")
+	flags.StringSliceVar(&f.nameservers, "nameserver", nil,
+		"DNS server to ask, an `ADDRESS` with an optional port, trusted to validate signatures")
+	flags.StringVar(&f.ca, "ca", "", "`FILE` with the authorities of the domain's web server")
+}
+
 // resolve is the command `resolve` with its flags.
 type resolve struct {
 	ResolveOptions
 	program               string
 	load                  func(file string) (ResolveOptions, error)
-	file, dnssec, ca      string
-	nameservers           []string
+	file                  string
+	discovery             DiscoveryFlags
 	peer, connect, asJSON bool
 }
 
@@ -66,10 +91,7 @@ func ResolveCommand(program string, load func(file string) (ResolveOptions, erro
 	}
 	flags := cmd.Flags()
 	flags.StringVarP(&r.file, "config", "c", "", "take settings from the configuration `FILE`")
-	flags.StringVar(&r.dnssec, "dnssec", "", "`MODE` of signatures: off, use or require")
-	flags.StringSliceVar(&r.nameservers, "nameserver", nil,
-		"DNS server to ask, an `ADDRESS` with an optional port, trusted to validate signatures")
-	flags.StringVar(&r.ca, "ca", "", "`FILE` with the authorities of the domain's web server")
+	r.discovery.Add(cmd)
 	flags.BoolVar(&r.peer, "peer", false, "resolve as a proxy that looks for a peer")
 	flags.BoolVar(&r.connect, "connect", false,
 		"connect to each address too, without credentials, and verify its certificate")
@@ -86,20 +108,25 @@ func (r *resolve) apply() error {
 		}
 		r.ResolveOptions = o
 	}
-	switch r.dnssec {
+	return r.discovery.Apply(&r.ResolveOptions)
+}
+
+// Apply completes o by the flags.
+func (f *DiscoveryFlags) Apply(o *ResolveOptions) error {
+	switch f.dnssec {
 	case "":
 	case "off":
-		r.DNSSEC = discovery.DNSSECOff
+		o.DNSSEC = discovery.DNSSECOff
 	case "use":
-		r.DNSSEC = discovery.DNSSECUse
+		o.DNSSEC = discovery.DNSSECUse
 	case "require":
-		r.DNSSEC = discovery.DNSSECRequire
+		o.DNSSEC = discovery.DNSSECRequire
 	default:
 		return &fault.Error{Kind: fault.Usage,
-			Reason: fmt.Sprintf("--dnssec %q is not known", r.dnssec),
+			Reason: fmt.Sprintf("--dnssec %q is not known", f.dnssec),
 			Remedy: "write off, use or require"}
 	}
-	for _, s := range r.nameservers {
+	for _, s := range f.nameservers {
 		server, err := netip.ParseAddrPort(s)
 		if err != nil {
 			var a netip.Addr
@@ -110,10 +137,10 @@ func (r *resolve) apply() error {
 			}
 			server = netip.AddrPortFrom(a, 53)
 		}
-		r.Nameservers = append(r.Nameservers, server)
+		o.Nameservers = append(o.Nameservers, server)
 	}
-	if r.ca != "" {
-		data, err := files.ReadNamed("--ca", r.ca, false)
+	if f.ca != "" {
+		data, err := files.ReadNamed("--ca", f.ca, false)
 		if err != nil {
 			return err
 		}
@@ -121,9 +148,9 @@ func (r *resolve) apply() error {
 		if err != nil {
 			return err
 		}
-		r.WebCA = certs.Pool(roots)
+		o.WebCA = certs.Pool(roots)
 	}
-	if r.DNSSEC != discovery.DNSSECOff && len(r.Nameservers) == 0 && !resolver.TrustsHost() {
+	if o.DNSSEC != discovery.DNSSECOff && len(o.Nameservers) == 0 && !resolver.TrustsHost() {
 		return &fault.Error{Kind: fault.Usage,
 			Reason: "no DNS server is trusted to validate signatures",
 			Remedy: `name a validating one with --nameserver, or write "options trust-ad" into /etc/resolv.conf if its servers validate`}
@@ -155,11 +182,7 @@ func (r *resolve) run(ctx context.Context, w io.Writer, args []string) error {
 	}
 	var err error
 	if query.Name, err = discovery.ParseInput(input); err == nil {
-		config := resolver.Config{CA: r.WebCA, UserAgent: r.program}
-		if len(r.Nameservers) > 0 {
-			config.Servers = resolver.Trusted(r.Nameservers)
-		}
-		out.result, err = resolver.New(config).Resolve(ctx, query)
+		out.result, err = r.Resolver(r.program).Resolve(ctx, query)
 	}
 	if r.connect && err == nil {
 		out.probe(ctx, r.TLS)
