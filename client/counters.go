@@ -22,6 +22,10 @@ type Counters struct {
 	// of the attempt before.
 	Reconnects map[string]uint64
 
+	// Discovery counts the resolutions of the proxy's domain, and the requests
+	// for its delegation file.
+	Discovery discovery.Counts
+
 	// Oldest has the ages of the oldest packets that wait in the client now.
 	Oldest connectip.Ages
 
@@ -35,6 +39,7 @@ func (c *Client) Counters() *Counters {
 	c.countOverflow()
 	out.Oldest, out.Panics = c.oldest(), rescue.Caught()
 	c.stats.AddTo(&out.Stats)
+	out.Discovery = c.dialer.resolver.Counts()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for l, n := range c.reconnects {

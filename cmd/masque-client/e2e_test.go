@@ -284,7 +284,7 @@ func TestUpAndDown(t *testing.T) {
 	if out := v.clientDo(0, "check", "-c",
 		filepath.Join(v.dir, "alice.toml")).out; !strings.Contains(out,
 		"ok    proxy: "+lab.ProxyName+
-			" is [2001:db8:2::5 203.0.113.5], found by /etc/hosts; it has to prove "+
+			":443 is [2001:db8:2::5 203.0.113.5], found by the addresses of the name; it has to prove "+
 			lab.ProxyName+"\n") {
 		t.Errorf("check printed\n%s", out)
 	}

@@ -37,6 +37,11 @@ func (l *loaded) values(c *client.Client) metrics.Values {
 	counters, s := c.Counters(), c.Status()
 	v := metrics.Values{Stats: &counters.Stats, Reconnects: counters.Reconnects,
 		Repairs: s.KernelRepairs, Oldest: counters.Oldest, Panics: counters.Panics}
+	v.WellKnownRequests = counters.Discovery.FileRequests
+	for o, n := range counters.Discovery.Discoveries {
+		v.Discoveries = append(v.Discoveries,
+			metrics.Discovery{Step: o.Step, Result: o.Result, Count: n})
+	}
 	if client.HasSession(s) {
 		v.Sessions, v.RTT, v.MTU = 1, time.Duration(s.RTT)*time.Microsecond, s.MTU
 	}

@@ -2,6 +2,8 @@ package discovery
 
 import (
 	"context"
+	"log/slog"
+	"slices"
 	"strings"
 	"time"
 )
@@ -31,6 +33,7 @@ type file struct {
 	failure   string    // why there is no answer, or no newer one
 	failures  int       // temporary ones, in a row
 	notBefore time.Time // the file is not asked for again before
+	warned    []string  // failures that the log has
 }
 
 // A fileResult is the outcome of asking for a delegation file.
@@ -63,6 +66,7 @@ func (x *resolution) delegation(ctx context.Context) fileResult {
 	name, lifetime, ferr := x.fetchFile(ctx, x.input)
 	switch {
 	case ferr == nil:
+		x.countFile("valid")
 		now = x.Now()
 		f.name, f.since, f.until = name, now, now.Add(lifetime)
 		f.failure, f.failures, f.notBefore = "", 0, time.Time{}
@@ -83,15 +87,14 @@ func (f *file) refreshAt() time.Time {
 
 // note notes a failure. A definite one ends a former answer.
 func (f *file) note(x *resolution, err *fileError) {
+	f.log(x, err)
 	if !err.temporary {
+		x.countFile("definite")
 		f.name, f.failures = Name{}, 0
 		f.notBefore = x.Now().Add(x.jittered(errorLifetime))
-		if !strings.HasPrefix(err.reason, "status ") {
-			x.logger().Warn("the delegation file is not used", "domain", x.input, "reason",
-				err.reason)
-		}
 		return
 	}
+	x.countFile("temporary")
 	wait := min(minBackoff<<min(f.failures, 6), maxBackoff)
 	f.failures++
 	wait = x.jittered(wait)
@@ -99,6 +102,20 @@ func (f *file) note(x *resolution, err *fileError) {
 		wait = err.after
 	}
 	f.notBefore = x.Now().Add(wait)
+}
+
+// log writes a line about a failure: a warning for each reason why a file that
+// is there is not used. Most domains have none.
+func (f *file) log(x *resolution, err *fileError) {
+	level := slog.LevelDebug
+	missing := err.temporary || strings.HasPrefix(err.reason, "status ")
+	if !missing && !slices.Contains(f.warned, err.reason) {
+		f.warned = append(f.warned, err.reason)
+		level = slog.LevelWarn
+	}
+	x.logger().Log(context.Background(), level, "the delegation file is not used", "domain",
+		x.input,
+		"reason", err.reason)
 }
 
 // failed returns the former answer if there is one, else the failure.

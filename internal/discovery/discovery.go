@@ -227,9 +227,11 @@ type Resolver struct {
 	NoJitter bool
 	Logger   *slog.Logger // nil for none
 
-	mu     sync.Mutex
-	files  map[fileKey]*file
-	former map[srvKey]*formerSRV
+	mu           sync.Mutex // guards the following
+	files        map[fileKey]*file
+	former       map[srvKey]*formerSRV
+	discoveries  map[Outcome]uint64
+	fileRequests map[string]uint64
 }
 
 // Resolve resolves q. Its error is an *Error, or the cause of the end of ctx.
@@ -243,10 +245,20 @@ func (r *Resolver) Resolve(ctx context.Context, q Query) (*Result, error) {
 	if parent.Err() != nil {
 		return nil, context.Cause(parent)
 	}
+	var result *Result
+	var failure *Error
 	if err != nil {
-		return nil, x.failure(err)
+		failure = x.failure(err)
+	} else {
+		result = x.result(f)
 	}
-	return x.result(f), nil
+	if q.Name.Discovers() {
+		r.count(result, failure)
+	}
+	if failure != nil {
+		return nil, failure
+	}
+	return result, nil
 }
 
 // Forget drops everything that earlier resolutions found.

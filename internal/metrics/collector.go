@@ -34,6 +34,10 @@ type Values struct {
 	Pool               []Pool
 
 	Reconnects map[string]uint64 // keyed by reason
+	// Discoveries counts resolutions of the proxy's domain by their outcome,
+	// and WellKnownRequests requests for delegation files by their result.
+	Discoveries       []Discovery
+	WellKnownRequests map[string]uint64
 	// Repairs counts repairs on this host, keyed by object. Both programs.
 	Repairs map[string]uint64
 	// Queues counts waiting packets. Both programs; zero is a value.
@@ -52,6 +56,12 @@ type Request struct {
 	Status int
 	Reason string
 	Count  uint64
+}
+
+// Discovery counts the resolutions with one outcome.
+type Discovery struct {
+	Step, Result string
+	Count        uint64
 }
 
 // Pool is the usage of one address family.
@@ -118,6 +128,11 @@ var (
 		"state")
 	reconnect = counter("masque_reconnects_total",
 		"Attempts to connect again, by what was wrong before.", "reason")
+	discoveries = counter("masque_discoveries_total",
+		"Resolutions of the proxy's domain, by the source that decided and the outcome.", "step",
+		"result")
+	wellKnown = counter("masque_well_known_requests_total",
+		"Requests for the delegation file of the proxy's domain.", "result")
 	rtt     = gauge("masque_rtt_seconds", "Smoothed round-trip time to the proxy, while connected.")
 	mtu     = gauge("masque_mtu_bytes", "Largest packet that the tunnel carries, while connected.")
 	repairs = counter("masque_kernel_repairs_total",
@@ -133,7 +148,8 @@ var (
 // all lists the metrics of both programs.
 var all = []metric{
 	buildInfo, sessions, limit, flows, flowLimit, requests, auth, pending, ended, packets, bytes,
-	dropped, icmp, noICMP, capsules, pool, reconnect, rtt, mtu, repairs, oldest, panics, expiry,
+	dropped, icmp, noICMP, capsules, pool, reconnect, discoveries, wellKnown, rtt, mtu, repairs,
+	oldest, panics, expiry,
 }
 
 // collector reads the values for each request of Prometheus.
@@ -197,6 +213,12 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for reason, n := range v.Reconnects {
 		send(reconnect, float64(n), reason)
+	}
+	for _, d := range v.Discoveries {
+		send(discoveries, float64(d.Count), d.Step, d.Result)
+	}
+	for result, n := range v.WellKnownRequests {
+		send(wellKnown, float64(n), result)
 	}
 	for what, n := range v.Repairs {
 		send(repairs, float64(n), what)

@@ -38,8 +38,12 @@ func full() Values {
 
 		Pool:       []Pool{{"ipv4", 2, 250}},
 		Reconnects: map[string]uint64{"timeout": 4},
-		Repairs:    map[string]uint64{"rule": 2},
-		RTT:        1500 * time.Microsecond, MTU: 1400,
+
+		Discoveries:       []Discovery{{"well-known/srv", "ok", 3}, {"none", "dns_failure", 1}},
+		WellKnownRequests: map[string]uint64{"valid": 5},
+
+		Repairs: map[string]uint64{"rule": 2},
+		RTT:     1500 * time.Microsecond, MTU: 1400,
 		CertificateExpiry: time.Unix(1700000000, 0),
 	}
 	v.Panics = 6
@@ -103,6 +107,9 @@ func TestMetrics(t *testing.T) {
 		"masque_kernel_repairs_total what=rule 2s",
 		"masque_oldest_packet_seconds stage=inbox 3s",
 		"masque_oldest_packet_seconds stage=sender 0s", "masque_panics_total 6s",
+		"masque_discoveries_total result=ok step=well-known/srv 3s",
+		"masque_discoveries_total result=dns_failure step=none 1s",
+		"masque_well_known_requests_total result=valid 5s",
 		"masque_reconnects_total reason=timeout 4s", "masque_rtt_seconds 1.5ms",
 		"masque_mtu_bytes 23m20s",
 		"masque_certificate_expiry_timestamp_seconds 472222h13m20s",
