@@ -82,6 +82,7 @@ type Client struct {
 
 	mu sync.Mutex // guards the fields below, up to notingMu
 
+	delegated  []netip.Prefix // prefixes that were assigned, the newest ones
 	status     connectip.Status
 	reconnects [numLosses]uint64 // status.Reconnects, split by reason
 	changed    chan struct{}     // closed and replaced by notify

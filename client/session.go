@@ -539,6 +539,7 @@ func (s *session) apply() (complete bool, err error) {
 		return false, e
 	}
 	c.everApplied, c.installed, c.lastDNS, s.configured = true, addrs, dns, true
+	c.noteDelegated(addrs)
 	s.mu.Lock()
 	s.installed = addrs
 	s.mu.Unlock()

@@ -112,7 +112,7 @@ func (s *session) whyUnusable(p netip.Prefix) string {
 		}
 	}
 	for _, n := range c.hostNetworks() {
-		if p.Contains(n.Address.Addr()) {
+		if p.Contains(n.Address.Addr()) && !c.isMadeOf(n, p) {
 			return fmt.Sprintf("holds %v, an address of %s", n.Address.Addr(), n.Interface)
 		}
 	}
@@ -122,11 +122,42 @@ func (s *session) whyUnusable(p netip.Prefix) string {
 	return ""
 }
 
+// isMadeOf reports whether n is a network that this host made of the prefix p,
+// which the proxy delegated to it (RFC 9484 section 4.7.1): n is within p and
+// does not lead to the proxy, and p is known: the client held it before, or it
+// is requested by name. Any other prefix may be a trap of the proxy for a
+// network that the host had before.
+func (c *Client) isMadeOf(n routing.HostNetwork, p netip.Prefix) bool {
+	network := n.Address.Masked()
+	if p.IsSingleIP() || network.Bits() < p.Bits() || !p.Contains(network.Addr()) {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if u := c.status.Underlay; u != nil && u.Interface == n.Interface {
+		return false
+	}
+	return slices.Contains(c.delegated, p) || slices.Contains(c.cfg.Request, p)
+}
+
+// noteDelegated records the prefixes among the addresses that the kernel has.
+func (c *Client) noteDelegated(addrs []netip.Prefix) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, p := range addrs {
+		if !p.IsSingleIP() && !slices.Contains(c.delegated, p) {
+			c.delegated = append(c.delegated, p)
+		}
+	}
+	c.delegated = c.delegated[max(0, len(c.delegated)-connectip.MaxAssigned):]
+}
+
 // overlap returns a network of this host that overlaps p, if there is one.
+// Networks made of p count as p itself.
 func (c *Client) overlap(p netip.Prefix) (routing.HostNetwork, bool) {
 	networks := c.hostNetworks()
 	i := slices.IndexFunc(networks, func(n routing.HostNetwork) bool {
-		return n.Address.Masked().Overlaps(p)
+		return n.Address.Masked().Overlaps(p) && !c.isMadeOf(n, p)
 	})
 	if i < 0 {
 		return routing.HostNetwork{}, false

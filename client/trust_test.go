@@ -12,6 +12,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 
 	"masquevpn/capsule"
+	"masquevpn/internal/connectip"
 	"masquevpn/internal/ippacket"
 	"masquevpn/proxy"
 	"masquevpn/routing"
@@ -409,5 +410,56 @@ func TestOwnAddressAsNameserver(t *testing.T) {
 			return strings.Contains(s, "192.168.1.10") || strings.Contains(s, "10.77.0.2")
 		}) {
 		t.Errorf("the resolver got %q, want 192.0.2.53 alone", calls)
+	}
+}
+
+// A prefix that the proxy delegates stays acceptable when this host makes
+// networks of it, in the same session and in the next one. A network that the
+// host had before, or that leads to the proxy, is no such network.
+func TestNetworksOfDelegatedPrefix(t *testing.T) {
+	delegated := netip.MustParsePrefix("10.77.0.224/28")
+	network := func(address, iface string) routing.HostNetwork {
+		return routing.HostNetwork{Address: netip.MustParsePrefix(address), Interface: iface}
+	}
+	for name, tc := range map[string]struct {
+		request  string
+		networks []routing.HostNetwork
+		held     bool // the client had the prefix in an earlier session
+		want     string
+	}{
+		"an address on lo": {"0.0.0.0/28", []routing.HostNetwork{network("10.77.0.238/32", "lo")},
+			true, ""},
+		"a network on another interface": {"0.0.0.0/28",
+			[]routing.HostNetwork{network("10.77.0.233/29", "eth1")}, true, ""},
+		"all of it on another interface": {"0.0.0.0/28",
+			[]routing.HostNetwork{network("10.77.0.225/28", "eth1")}, true, ""},
+		"requested by name, after a restart": {"10.77.0.224/28",
+			[]routing.HostNetwork{network("10.77.0.225/28", "eth1")}, false, ""},
+		"not held before": {"0.0.0.0/28",
+			[]routing.HostNetwork{network("10.77.0.225/28", "eth1")}, false,
+			"holds 10.77.0.225, an address of eth1"},
+		"the network that leads to the proxy": {"10.77.0.224/28",
+			[]routing.HostNetwork{network("10.77.0.225/28", "eth0")}, true,
+			"holds 10.77.0.225, an address of eth0"},
+		"a larger network": {"0.0.0.0/28",
+			[]routing.HostNetwork{network("10.77.0.225/24", "eth1")}, true,
+			"holds 10.77.0.225, an address of eth1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, err := New(Config{Name: "test", Proxy: "192.0.2.1",
+				Request: []netip.Prefix{netip.MustParsePrefix(tc.request)}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.status.Underlay = &connectip.Underlay{Interface: "eth0"}
+			if tc.held {
+				c.noteDelegated([]netip.Prefix{delegated})
+			}
+			c.networks.Store(&tc.networks)
+			s := &session{c: c, requests: true}
+			if got := s.whyUnusable(delegated); got != tc.want {
+				t.Errorf("got %q, want %q", got, tc.want)
+			}
+		})
 	}
 }
