@@ -31,6 +31,7 @@ type file struct {
 	since     time.Time
 	until     time.Time // end of the lifetime of name
 	failure   string    // why there is no answer, or no newer one
+	temporary bool      // failure is
 	failures  int       // temporary ones, in a row
 	notBefore time.Time // the file is not asked for again before
 	warned    []string  // failures that the log has
@@ -38,9 +39,10 @@ type file struct {
 
 // A fileResult is the outcome of asking for a delegation file.
 type fileResult struct {
-	name   Name // the zero Name without a valid file
-	until  time.Time
-	status string // as Result.WellKnown
+	name    Name // the zero Name without a valid file
+	until   time.Time
+	status  string // as Result.WellKnown
+	unknown bool   // as Result.FileUnknown
 }
 
 // delegation returns what the delegation file of the resolution's domain says:
@@ -51,7 +53,7 @@ func (x *resolution) delegation(ctx context.Context) fileResult {
 	case f.turn <- struct{}{}:
 		defer func() { <-f.turn }()
 	case <-ctx.Done():
-		return fileResult{status: "error: timeout"}
+		return fileResult{status: "error: timeout", unknown: true}
 	}
 	now := x.Now()
 	if f.name != (Name{}) && now.After(f.until.Add(staleness)) {
@@ -72,8 +74,8 @@ func (x *resolution) delegation(ctx context.Context) fileResult {
 		f.failure, f.failures, f.notBefore = "", 0, time.Time{}
 		return f.result("valid")
 	case ctx.Err() != nil:
-		// The resolution ended, which says nothing of the file.
-		return f.failed("error: " + ferr.reason)
+		// The resolution ended, which tells nothing about the file.
+		return fileResult{status: "error: " + ferr.reason, unknown: true}
 	}
 	f.note(x, ferr)
 	return f.failed("error: " + ferr.reason)
@@ -123,7 +125,7 @@ func (f *file) failed(status string) fileResult {
 	if f.name != (Name{}) {
 		return f.result("stale")
 	}
-	return fileResult{status: status}
+	return fileResult{status: status, unknown: f.temporary}
 }
 
 func (f *file) result(status string) fileResult {

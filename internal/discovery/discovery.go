@@ -170,6 +170,9 @@ type Result struct {
 	// without one, and FileUntil the end of the file's lifetime.
 	Delegated Name
 	FileUntil time.Time
+	// FileUnknown is set if a temporary failure kept the delegation file from
+	// being read, so that there may be one.
+	FileUnknown bool
 }
 
 // MarshalJSON returns the form that docs/reference describes.

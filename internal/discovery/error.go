@@ -23,11 +23,13 @@ const (
 
 // An Error is the reason why a resolution found nothing.
 type Error struct {
-	Code      Code
-	Reason    string
-	Remedy    string    // in the imperative
-	WellKnown string    // as in Result
-	Skipped   []Skipped // as in Result
+	Code        Code
+	Reason      string
+	Remedy      string    // in the imperative
+	WellKnown   string    // as in Result
+	Skipped     []Skipped // as in Result
+	Delegated   Name      // as in Result
+	FileUnknown bool      // as in Result
 }
 
 // Error returns the reason and the remedy.

@@ -25,10 +25,11 @@ type resolution struct {
 	mu    sync.Mutex // guards the following
 	asked map[question]*pending
 
-	wellKnown string // how the delegation file went, set before the result is made
-	delegated Name
-	fileUntil time.Time
-	asking    sync.Mutex // held while Query.Asked runs
+	wellKnown   string // how the delegation file went, set before the result is made
+	delegated   Name
+	fileUntil   time.Time
+	fileUnknown bool
+	asking      sync.Mutex // held while Query.Asked runs
 }
 
 type question struct {
@@ -182,7 +183,7 @@ func (x *resolution) discover(ctx context.Context) (*finding, error) {
 		own <- o
 		file = <-files
 	}
-	x.wellKnown = file.status
+	x.wellKnown, x.fileUnknown = file.status, file.unknown
 	if file.name != (Name{}) {
 		x.delegated, x.fileUntil = file.name, file.until
 		return x.follow(ctx, file)
@@ -294,8 +295,8 @@ func (x *resolution) eachTransport(r Record) []Group {
 func (x *resolution) result(f *finding) *Result {
 	r := &Result{Step: f.step, Authority: f.authority, Skipped: f.skipped, Secure: f.secure,
 		Degraded: f.degraded, Stale: f.stale, WellKnown: x.wellKnown, Delegated: x.delegated,
-		FileUntil: x.fileUntil,
-		TTL:       -1, Until: f.until}
+		FileUntil: x.fileUntil, FileUnknown: x.fileUnknown,
+		TTL: -1, Until: f.until}
 	for _, g := range f.groups {
 		g.Records = slices.Clone(g.Records)
 		for i := range g.Records {
@@ -323,6 +324,6 @@ func (x *resolution) failure(err error) *Error {
 	if !errors.As(err, &e) {
 		e = dnsFailure(x.query.Name.String(), err)
 	}
-	e.WellKnown = x.wellKnown
+	e.WellKnown, e.Delegated, e.FileUnknown = x.wellKnown, x.delegated, x.fileUnknown
 	return e
 }
