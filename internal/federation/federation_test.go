@@ -50,13 +50,14 @@ func TestIdentify(t *testing.T) {
 		name       string
 		chain      []*x509.Certificate
 		pin        *x509.Certificate // nil for none
+		server     string            // the host that the owner named
 		delegation [2]bool           // well-known, dnssec
 		file, dns  *discovery.Result
 		findErr    error
 		want       Identity
 		class      string // "" for an identity
 		temporary  bool
-		until      time.Duration // from now; 0: not compared
+		until      time.Duration // after now; 0: not compared
 	}{
 		{name: "names the domain", chain: issue(t, in.Authority, "b.example", now),
 			want: Certificate},
@@ -107,7 +108,7 @@ func TestIdentify(t *testing.T) {
 			want:       WellKnown},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			trust := Trust{Domain: "b.example", Server: "gw.b.example", Roots: in.Roots,
+			trust := Trust{Domain: "b.example", Server: tt.server, Roots: in.Roots,
 				WellKnown: tt.delegation[0], DNSSEC: tt.delegation[1]}
 			if tt.pin != nil {
 				trust.Pins = [][sha256.Size]byte{Fingerprint(tt.pin)}
