@@ -173,6 +173,10 @@ func (l *loaded) checkOutside(c *doctor.Report) {
 // checkResolves checks that the proxy can be found. It sends nothing to the
 // proxy itself.
 func (l *loaded) checkResolves(ctx context.Context, c *doctor.Report) {
+	if list := l.unprotected(); len(list) > 0 {
+		c.Warn(fmt.Sprintf("discovery.nameservers: answers of %v can be forged on the way", list),
+			"name a validating resolver on this host, such as 127.0.0.1")
+	}
 	r, err := client.ResolveProxy(ctx, l.config)
 	if err != nil {
 		if e, ok := errors.AsType[*client.Error](err); ok {

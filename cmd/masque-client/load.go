@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"strings"
 
 	"masquevpn/client"
@@ -89,6 +90,15 @@ func (l *loaded) loadDiscovery() error {
 			Remedy: `name a validating one in discovery.nameservers, or write "options trust-ad" into /etc/resolv.conf if its servers validate`}
 	}
 	return nil
+}
+
+// unprotected returns the DNS servers that are trusted to validate signatures
+// although answers of theirs can be forged.
+func (l *loaded) unprotected() []netip.AddrPort {
+	if l.file.Discovery.DNSSEC == discovery.DNSSECOff {
+		return nil
+	}
+	return resolver.Unprotected(l.file.Discovery.Nameservers)
 }
 
 // pem returns the value inline of the key NAME_pem if it is not empty, and

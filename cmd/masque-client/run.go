@@ -93,6 +93,10 @@ func (o *options) run(ctx context.Context, file string, service bool, notify *no
 	v := buildinfo.Of(program)
 	l.describe(logger).Info("starting", "program", program, "version", v.Version, "go", v.Go,
 		"name", name, "config", file)
+	if list := l.unprotected(); len(list) > 0 {
+		logger.Warn("answers of DNS servers that are trusted to validate signatures can be forged on the way",
+			"servers", list)
+	}
 	t := newTunnel(l, c, name, stop)
 	err = daemon.Run(ctx, logger,
 		daemon.PCAP(l.file.PCAP, t.tap, logger),

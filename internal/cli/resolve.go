@@ -194,20 +194,20 @@ func (r *resolve) run(ctx context.Context, w io.Writer, args []string) error {
 	} else if writeErr := out.write(w, err); writeErr != nil {
 		return writeErr
 	}
-	return resolveError(err)
+	return resolveError(input, err)
 }
 
 // resolveError returns an error of a resolution with its exit code.
-func resolveError(err error) error {
+func resolveError(input string, err error) error {
 	e, ok := errors.AsType[*discovery.Error](err)
 	if !ok {
 		return err
 	}
-	kind := fault.Unreachable
 	if e.Code == discovery.InvalidName {
-		kind = fault.Usage
+		return &fault.Error{Kind: fault.Usage, Reason: fmt.Sprintf("%q: %s", input, e.Reason),
+			Remedy: e.Remedy}
 	}
-	return &fault.Error{Kind: kind, Reason: e.Reason, Remedy: e.Remedy}
+	return &fault.Error{Kind: fault.Unreachable, Reason: e.Reason, Remedy: e.Remedy}
 }
 
 // resolution is the output of `resolve`.

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"syscall"
 	"time"
 
@@ -82,6 +83,15 @@ func HostServers() []dnsclient.Server {
 // TrustsHost reports whether the host's DNS servers are trusted to validate
 // signatures ("options trust-ad" in resolv.conf(5)).
 func TrustsHost() bool { return dnsclient.ReadConfig(resolvConf).TrustAD }
+
+// Unprotected returns the servers among addrs to which the path is not
+// protected, because they are not on this host: answers of theirs can be
+// forged, with the sign that they were validated.
+func Unprotected(addrs []netip.AddrPort) []netip.AddrPort {
+	return slices.DeleteFunc(slices.Clone(addrs), func(a netip.AddrPort) bool {
+		return a.Addr().IsLoopback()
+	})
+}
 
 // Trusted returns a function for Config.Servers that returns servers which the
 // operator named, and which are trusted to validate signatures.
