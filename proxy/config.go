@@ -103,6 +103,10 @@ type Config struct {
 	// Sites are the users whose clients are gateways to networks.
 	Sites []Site
 
+	// Federation and Peers link networks with the proxies of other owners.
+	Federation Federation
+	Peers      []Peer
+
 	// Masquerade replaces the source of forwarded packets by an address of the
 	// proxy's host.
 	Masquerade bool
@@ -300,6 +304,9 @@ func (c Config) withDefaults() (Config, error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	if err := c.check(); err != nil {
+		return c, err
+	}
+	if err := c.checkFederation(); err != nil {
 		return c, err
 	}
 	var err error
