@@ -71,6 +71,9 @@ func (l *loaded) readFiles(logger *slog.Logger) (err error) {
 			return err
 		}
 	}
+	if err := l.loadFederation(logger); err != nil {
+		return err
+	}
 	if f.UsersFile != "" {
 		l.users, err = openUsers(f.UsersFile, logger)
 	}

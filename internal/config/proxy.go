@@ -31,6 +31,13 @@ type Proxy struct {
 	// UsersFile is the name of the users file. Empty if no method needs it.
 	UsersFile string
 
+	// FederationCA and PeerCAs, with an element for each of Peers, are names of
+	// PEM files. Empty: the default.
+	FederationCA string
+	PeerCAs      []string
+	// Nameservers are asked about the domains of peers instead of the host's.
+	Nameservers []netip.AddrPort
+
 	Metrics      string // HOST:PORT, TCP; empty: no metrics
 	MetricsNamed bool   // set if the file has the key
 
@@ -127,6 +134,7 @@ func ParseProxy(file string, data []byte) (*Proxy, error) {
 	for _, site := range root.tablesOf("site") {
 		p.Sites = append(p.Sites, parseSite(site))
 	}
+	p.parseFederation(root)
 
 	if err := d.finish(); err != nil {
 		return nil, err

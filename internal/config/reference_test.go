@@ -29,7 +29,8 @@ func TestReference(t *testing.T) {
 				return c, c.doc, nil
 			}},
 		{"proxy.toml", `name = "vpn.example.org"`,
-			"\n[[site]]\nuser = \"branch\"\nnetworks = [\"192.0.2.0/24\"]\n",
+			"\n[[site]]\nuser = \"branch\"\nnetworks = [\"192.0.2.0/24\"]\n" +
+				"[[peer]]\ndomain = \"b.example\"\nnetworks = [\"203.0.113.0/24\"]\nreach = []\n",
 			func(file string, data []byte) (any, *document, error) {
 				p, err := ParseProxy(file, data)
 				if err != nil {
