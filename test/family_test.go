@@ -45,7 +45,7 @@ func TestOneFamily(t *testing.T) {
 			p.connect(p.Client, "alice")
 			p.ping(p.Client, tc.inside)
 			logged := strings.Contains(p.clientLog("alice"),
-				"there is no address of this family in it: the family is unreachable")
+				"it has no address of this family, which is therefore unreachable")
 			if want := !strings.Contains(tc.routes, "accept"); logged != want {
 				t.Errorf("the log has the unreachable family: %t, want %t", logged, want)
 			}
