@@ -58,7 +58,8 @@ func publishCommand() *cobra.Command {
 	}
 	configFlag(cmd, &p.file)
 	cmd.Flags().StringVar(&p.domain, "domain", "",
-		"`DOMAIN` that clients have in their file; default: the proxy's name")
+		"`DOMAIN` that clients have in their file; default: the first of federation.domains, or the proxy's\n"+
+			"name")
 	cmd.Flags().BoolVar(&p.check, "check", false, "resolve the domain and compare")
 	p.discovery.Add(cmd)
 	return cmd
@@ -66,12 +67,12 @@ func publishCommand() *cobra.Command {
 
 // run writes the publication, or compares it with DNS and the web.
 func (c *publish) run(ctx context.Context, w io.Writer) error {
-	var options cli.ResolveOptions
-	if err := c.discovery.Apply(&options); err != nil {
-		return err
-	}
 	f, err := parseFile(c.file)
 	if err != nil {
+		return err
+	}
+	options := cli.ResolveOptions{Nameservers: f.Nameservers}
+	if err := c.discovery.Apply(&options); err != nil {
 		return err
 	}
 	local, err := localAddresses()
@@ -91,7 +92,9 @@ func (c *publish) run(ctx context.Context, w io.Writer) error {
 		return err
 	}
 	var report doctor.Report
-	check := &publishedCheck{publication: p, report: &report, local: local, now: time.Now()}
+	check := &publishedCheck{publication: p, report: &report, local: local, now: time.Now(),
+		hasPeers: len(f.Peers) > 0, peers: discovery.Query{Private: f.Federation.Private,
+			DNSSEC: max(options.DNSSEC, f.Federation.DNSSEC)}}
 	check.keyOf = check.connect
 	check.run(ctx, options.Resolver(program), options.DNSSEC)
 	return report.Finish(w, false)
@@ -127,7 +130,11 @@ func newPublication(f *config.Proxy, domain string, local []netip.Addr) (*public
 			Remedy: "write a name that is in DNS"})
 	}
 	if domain == "" {
-		if domain = p.name.Host(); domain == "" {
+		domain = p.name.Host()
+		if len(f.Federation.Domains) > 0 {
+			domain = f.Federation.Domains[0]
+		}
+		if domain == "" {
 			return nil, &fault.Error{Kind: fault.Usage,
 				Reason: "the proxy's name is an address, which needs no publication",
 				Remedy: "name a domain with --domain"}

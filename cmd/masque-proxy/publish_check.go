@@ -25,6 +25,10 @@ type publishedCheck struct {
 	report *doctor.Report
 	local  []netip.Addr // this host's
 	now    time.Time
+	// peers has the settings by which peers resolve the domain. If hasPeers is
+	// set, the domain has to lead them here too.
+	peers    discovery.Query
+	hasPeers bool
 	// keyOf connects to an address of a record, and returns the pin of the
 	// server's certificate.
 	keyOf func(ctx context.Context, r discovery.Record) (pin string, err error)
@@ -49,15 +53,18 @@ func (c *publishedCheck) run(ctx context.Context, r *discovery.Resolver, dnssec 
 		Transports: []discovery.Transport{discovery.H3}}
 	clients, err := r.Resolve(ctx, query)
 	c.compare(ctx, "clients", clients, err, c.report.Fail)
-	// This proxy has no peers, so their differences are no failure.
-	query.Purpose, query.Private = discovery.Peer, false
+	query.Purpose, query.Private, query.DNSSEC = discovery.Peer, c.peers.Private, c.peers.DNSSEC
 	peers, err := r.Resolve(ctx, query)
 	if err == nil && clients != nil && peers.Step == clients.Step &&
 		reflect.DeepEqual(peers.Groups, clients.Groups) {
 		c.report.OK("peers: as clients")
 		return
 	}
-	c.compare(ctx, "peers", peers, err, c.report.Warn)
+	fail := c.report.Warn
+	if c.hasPeers {
+		fail = c.report.Fail
+	}
+	c.compare(ctx, "peers", peers, err, fail)
 }
 
 // compare reports how a result differs from a proxy that is this one. Findings

@@ -295,6 +295,7 @@ func TestPublishedCheck(t *testing.T) {
 		certificate string // the name of the proxy's; default: vpn.example.net
 		dnssec      discovery.DNSSEC
 		keys        map[string]error // addresses of servers that answer
+		hasPeers    bool
 		fails       bool
 		want        []string // beginnings of lines
 	}{
@@ -369,6 +370,11 @@ func TestPublishedCheck(t *testing.T) {
 				"_masque-fed._udp.vpn.example.net": record("0 0 0 .")}}, want: []string{
 			"ok    clients: the certificate is for vpn.example.net",
 			"warn  peers: vpn.example.net says in its DNS that it has no MASQUE proxy"}},
+		{name: "none for peers, and the proxy has some", hasPeers: true, fails: true,
+			world: &discoverytest.World{HTTPS: delegated, DNS: map[string]discoverytest.Node{
+				"example.org": web, "vpn.example.net": proxyHost,
+				"_masque-fed._udp.vpn.example.net": record("0 0 0 .")}}, want: []string{
+				"fail  peers: vpn.example.net says in its DNS that it has no MASQUE proxy"}},
 		{name: "DNS fails", world: &discoverytest.World{DNS: map[string]discoverytest.Node{
 			"example.org": {Fail: map[string]string{"*": "SERVFAIL"}},
 			srv:           {Fail: map[string]string{"*": "SERVFAIL"}}}}, fails: true,
@@ -384,7 +390,7 @@ func TestPublishedCheck(t *testing.T) {
 			test.world.Now = discoverytest.Epoch
 			var report doctor.Report
 			c := &publishedCheck{publication: p, report: &report, local: hostAddresses,
-				now: time.Now(),
+				now: time.Now(), hasPeers: test.hasPeers,
 				keyOf: func(_ context.Context, r discovery.Record) (string, error) {
 					err, ok := test.keys[r.Addresses[0].String()]
 					switch {
@@ -408,6 +414,24 @@ func TestPublishedCheck(t *testing.T) {
 			}
 			if t.Failed() {
 				t.Log("\n" + out.String())
+			}
+		})
+	}
+}
+
+// The domain is the first of federation.domains, or the proxy's name.
+func TestPublishDomain(t *testing.T) {
+	for _, test := range []struct{ federation, flag, want string }{
+		{"", "", "vpn.example.org"},
+		{`domains = ["a.example", "b.example"]`, "", "a.example"},
+		{`domains = ["a.example"]`, "Example.ORG.", "example.org"},
+	} {
+		t.Run(test.want, func(t *testing.T) {
+			_, file := install(t)
+			write(t, file, read(t, file)+"\n[federation]\n"+test.federation+"\n")
+			if out, _ := do(t, 0, "publish", "-c", file, "--domain", test.flag); !strings.HasPrefix(
+				out, "domain       "+test.want+"\n") {
+				t.Error(out)
 			}
 		})
 	}
