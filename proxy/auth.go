@@ -33,8 +33,8 @@ const (
 	// classOldCertificate is a certificate other than the user's current one.
 	classOldCertificate = "old_certificate"
 
-	// TLS refuses the certificates of these classes. A bad one is signed by
-	// another authority or not valid for this use.
+	// TLS refuses the certificates of these classes, unless there are peers. A
+	// bad one is signed by another authority or not valid for this use.
 	classExpiredCertificate = "expired_certificate"
 	classBadCertificate     = "bad_certificate"
 
@@ -91,22 +91,39 @@ type authTurnKey struct{}
 // credentials do not wait, even if they share an address with a guesser.
 func (h handler) identify(r *http.Request) (user User, method string, refused *refusal) {
 	conn := r.Context().Value(connKey{}).(*quic.Conn)
-	turn := r.Context().Value(authTurnKey{}).(chan struct{})
-	select {
-	case turn <- struct{}{}:
-		defer func() { <-turn }()
-	case <-r.Context().Done():
-		return user, "", refuse(http.StatusUnauthorized, "", "the client went away")
+	done, refused := h.takeAuthTurn(r)
+	if refused != nil {
+		return user, "", refused
 	}
+	defer done()
 	user, method, failure := h.s.auth.authenticate(r)
 	if failure == nil {
 		return user, method, nil
 	}
 	h.s.auth.noteFailure(conn.RemoteAddr(), failure)
-	delay, ok := h.s.auth.throttle.Begin(source.Key(conn.RemoteAddr()), failure.user)
+	return User{}, "", h.refuseLate(conn, failure.user, failure)
+}
+
+// takeAuthTurn waits until no other request of the connection is being
+// authenticated. The caller calls done at the end.
+func (h handler) takeAuthTurn(r *http.Request) (done func(), refused *refusal) {
+	turn := r.Context().Value(authTurnKey{}).(chan struct{})
+	select {
+	case turn <- struct{}{}:
+		return func() { <-turn }, nil
+	case <-r.Context().Done():
+		return nil, refuse(http.StatusUnauthorized, "", "the client went away")
+	}
+}
+
+// refuseLate returns the refusal of a client that failed to authenticate, after
+// the delay of the throttle for the client's address and for name.
+func (h handler) refuseLate(conn *quic.Conn, name string, reason error) *refusal {
+	refused := &refusal{status: http.StatusUnauthorized, reason: reason}
+	delay, ok := h.s.auth.throttle.Begin(source.Key(conn.RemoteAddr()), name)
 	if !ok {
 		_ = conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad), "")
-		return User{}, "", &refusal{status: http.StatusUnauthorized, reason: failure}
+		return refused
 	}
 	defer h.s.auth.throttle.End()
 	wait := time.NewTimer(delay)
@@ -115,7 +132,7 @@ func (h handler) identify(r *http.Request) (user User, method string, refused *r
 	case <-wait.C:
 	case <-conn.Context().Done():
 	}
-	return User{}, "", &refusal{status: http.StatusUnauthorized, reason: failure}
+	return refused
 }
 
 // authenticator authenticates requests, and counts, logs and delays failures.
@@ -147,10 +164,13 @@ func (a *authenticator) authenticate(r *http.Request) (user User, method string,
 	fail := func(class, user, format string, args ...any) (User, string, *authFailure) {
 		return User{}, method, &authFailure{method, class, user, fmt.Sprintf(format, args...)}
 	}
-	if slices.Contains(a.cfg().Methods, MethodMTLS) && r.TLS != nil &&
-		len(r.TLS.VerifiedChains) > 0 {
+	leaf, err := a.userCertificate(r.TLS)
+	if err != nil {
+		f := certificateFailure(err)
+		return user, f.method, f
+	}
+	if leaf != nil {
 		method = MethodMTLS
-		leaf := r.TLS.VerifiedChains[0][0]
 		name := leaf.Subject.CommonName
 		u, ok := a.cfg().Users.ByName(name)
 		if !ok {
@@ -185,6 +205,32 @@ func (a *authenticator) authenticate(r *http.Request) (user User, method string,
 			user.Name, user.Expires.UTC().Format(time.RFC3339))
 	}
 	return user, method, nil
+}
+
+// userCertificate returns the certificate of a user, nil without one. TLS
+// verified it, unless there are peers, whose certificates TLS does not judge.
+// The error is a *tls.CertificateVerificationError.
+func (a *authenticator) userCertificate(state *tls.ConnectionState) (*x509.Certificate, error) {
+	switch {
+	case !slices.Contains(a.cfg().Methods, MethodMTLS) || state == nil ||
+		len(state.PeerCertificates) == 0:
+		return nil, nil
+	case len(state.VerifiedChains) > 0:
+		return state.VerifiedChains[0][0], nil
+	}
+	chain, t := state.PeerCertificates, a.cfg().TLS
+	opts := x509.VerifyOptions{Roots: t.ClientCAs, Intermediates: x509.NewCertPool(),
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+	if t.Time != nil {
+		opts.CurrentTime = t.Time()
+	}
+	for _, c := range chain[1:] {
+		opts.Intermediates.AddCert(c)
+	}
+	if _, err := chain[0].Verify(opts); err != nil {
+		return nil, &tls.CertificateVerificationError{UnverifiedCertificates: chain, Err: err}
+	}
+	return chain[0], nil
 }
 
 // watchHandshake notes the failure if TLS refuses the certificate of the client
@@ -225,7 +271,17 @@ func handshakeFailure(err error) *authFailure {
 	case !slices.Contains(certificateAlerts, alert):
 		return nil
 	}
-	f := &authFailure{method: MethodMTLS, class: classBadCertificate, reason: transport.Error()}
+	f := certificateFailure(err)
+	if f.reason == "" {
+		f.reason = transport.Error()
+	}
+	return f
+}
+
+// certificateFailure returns the failure to authenticate by a certificate that
+// does not verify, because of err. Its reason may be empty.
+func certificateFailure(err error) *authFailure {
+	f := &authFailure{method: MethodMTLS, class: classBadCertificate}
 	if unverified, ok := errors.AsType[*tls.CertificateVerificationError](err); ok &&
 		len(unverified.UnverifiedCertificates) > 0 {
 		f.reason = fmt.Sprintf("the certificate is for %q: %s",

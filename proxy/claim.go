@@ -31,7 +31,7 @@ const (
 // claim holds the networks and addresses that one session of a site asks for,
 // and the granted part of them.
 type claim struct {
-	user string // name of the site's user
+	owner owner
 
 	// route makes a network lead to the session in the forwarding table.
 	route func(netip.Prefix)
@@ -43,11 +43,11 @@ type claim struct {
 
 	// The fields below are guarded by sites.mu.
 
-	// rights are the rights of the user; nil after they were taken away.
+	// rights are the rights of the owner; nil after they were taken away.
 	rights *rights
 
-	// Claims with lower ranks take precedence. All sessions of a user have the
-	// same rank, so a user keeps its networks while any of its sessions runs.
+	// Claims with lower ranks take precedence. All sessions of an owner have
+	// the same rank, so it keeps its networks while any of its sessions runs.
 	// Among them the claim with the higher number, the newer one, takes
 	// precedence.
 	rank, number uint64
@@ -70,12 +70,23 @@ type claim struct {
 	loggedGrant, loggedRefusals string
 }
 
-// newClaim returns the claim of a session of user, which asks for nothing yet.
-func newClaim(user string, route func(netip.Prefix)) *claim {
+// newClaim returns the claim of a session of o, which asks for nothing yet.
+func newClaim(o owner, route func(netip.Prefix)) *claim {
 	return &claim{
-		user: user, route: route, granted: grant{networks: new(netipx.IPSet)},
+		owner: o, route: route, granted: grant{networks: new(netipx.IPSet)},
 		logLimit: rate.NewLimiter(rate.Every(time.Minute), 10),
 	}
+}
+
+// isPair reports whether c is the claim of a peer.
+func (c *claim) isPair() bool { return c.owner.isPair() }
+
+// place returns the word for the place of the networks, for the log.
+func (c *claim) place() string {
+	if c.isPair() {
+		return "peer"
+	}
+	return "site"
 }
 
 // reservedNetwork is a network that no site can have.
@@ -103,7 +114,7 @@ func (c *claim) decide(reserved []reservedNetwork, earlier []*claim, room int) g
 	}
 	siteRoom := maxSitePrefixes
 	for _, e := range earlier {
-		if e.user == c.user {
+		if e.owner == c.owner {
 			siteRoom -= len(e.granted.prefixes)
 		}
 	}
@@ -142,19 +153,22 @@ func (c *claim) decide(reserved []reservedNetwork, earlier []*claim, room int) g
 			networks.AddRange(part)
 		}
 		if s, err := outside.IPSet(); err != nil || len(s.Ranges()) > 0 {
-			g.refuse("%s is not within the networks of its [[site]]", rangeText(advertised))
+			g.refuse("%s is not within the networks of its %s", rangeText(advertised),
+				c.owner.table())
 		}
 	}
 	g.networks, _ = networks.IPSet() // the ranges are valid
 	g.prefixes = g.networks.Prefixes()
 	for i, a := range c.assigned {
 		switch reason := c.conflict(netipx.RangeOfPrefix(a), reserved, earlier); {
+		case c.isPair():
+			g.refuse("address %v: a peer assigns none", a)
 		case i >= maxAddresses:
 			g.refuse("address %v: a site may assign %d", a, maxAddresses)
 		case !a.IsSingleIP():
 			g.refuse("%v, which it assigns, is not a single address", a)
 		case !c.rights.assign.ContainsPrefix(a):
-			g.refuse("address %v is not within the networks of its [[site]]", a.Addr())
+			g.refuse("address %v is not within the networks of its %s", a.Addr(), c.owner.table())
 		case reason != "":
 			g.refuse("address %v is within %s", a.Addr(), reason)
 		default:
@@ -190,10 +204,10 @@ func (c *claim) conflict(r netipx.IPRange, reserved []reservedNetwork, earlier [
 			})
 		switch {
 		case !overlaps:
-		case e.user == c.user:
-			return "a network of the newer session " + e.session + " of the same user"
+		case e.owner == c.owner:
+			return "a network of the newer session " + e.session + " of the same " + e.owner.noun()
 		default:
-			return fmt.Sprintf("the networks of the site %q", e.user)
+			return "the networks of " + e.owner.String()
 		}
 	}
 	return ""
@@ -217,14 +231,16 @@ func (c *claim) report() (logs []func()) {
 	accepted := prefixText(slices.Concat(c.granted.prefixes, c.granted.assigned))
 	if accepted != c.loggedGrant && c.logLimit.Allow() {
 		c.loggedGrant = accepted
-		logs = append(logs, func() { c.log.Info("networks of the site", "accepted", accepted) })
+		logs = append(logs, func() {
+			c.log.Info("networks of the "+c.place(), "accepted", accepted)
+		})
 	}
 	refused := strings.Join(c.granted.refusals, "; ")
 	if refused != c.loggedRefusals && c.logLimit.Allow() {
 		c.loggedRefusals = refused
 		if refused != "" {
 			logs = append(logs, func() {
-				c.log.Warn("networks of the site are refused", "refused", refused)
+				c.log.Warn("networks of the "+c.place()+" are refused", "refused", refused)
 			})
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 
 	"masquevpn/internal/connectip"
+	"masquevpn/internal/federation"
 	"masquevpn/internal/rescue"
 	"masquevpn/proxy/internal/connlimit"
 )
@@ -68,6 +69,9 @@ func (h handler) accept(w http.ResponseWriter, r *http.Request) (session, *refus
 			r.RequestURI)
 	case r.Proto != connectip.Protocol && (r.Proto != udpProtocol || !h.s.cfg().ConnectUDP):
 		return nil, refuse(http.StatusNotImplemented, "", ":protocol %q is not known", r.Proto)
+	}
+	if federation.IsPair(r.Header) {
+		return h.acceptPair(w, r)
 	}
 	// A client without valid credentials learns nothing more than that.
 	user, method, refused := h.identify(r)
@@ -141,15 +145,20 @@ func (h handler) admit(ss session) *refusal {
 			close(b.done)
 		}
 	}()
-	// UsersChanged does not see a session that is not in the table. Resolving a
-	// name takes a while, so the user may have been removed since.
-	if err := followUser(ss, h.s.cfg().Users); err != nil {
+	b.log = h.s.peerLog.With("session", b.id, "user", b.user.Name)
+	// UsersChanged and Reload do not see a session that is not in the table.
+	// Resolving a name takes a while, so the user may have been removed since.
+	if tunnel, ok := ss.(*ipSession); ok && b.link != nil {
+		h.s.peers.bindings.add(tunnel)
+		if why := h.s.peers.follow(tunnel); why != nil {
+			return refuse(http.StatusForbidden, "http_request_denied", "%w", why)
+		}
+	} else if err := followUser(ss, h.s.cfg().Users); err != nil {
 		failure := &authFailure{method: b.method, class: classRevoked, user: b.user.Name,
 			reason: err.Error()}
 		h.s.auth.noteFailure(b.quic.RemoteAddr(), failure)
 		return &refusal{status: http.StatusUnauthorized, reason: failure}
 	}
-	b.log = h.s.peerLog.With("session", b.id, "user", b.user.Name)
 	ss.added(replaced)
 	for _, old := range replaced {
 		old.base().stop(errReplaced)
@@ -183,7 +192,10 @@ func (h handler) ended(ss session, level slog.Level, err error) {
 		b.stats.Receive.Bytes.Load(), "tx_bytes", b.stats.Send.Bytes.Load())
 	b.stop(nil)
 	h.s.sessions.remove(ss)
-	h.s.connLimiter.SessionEnds(b.limitedConn, b.user.Name, ss.limits().maxOfUser)
+	if tunnel, ok := ss.(*ipSession); ok && b.link != nil {
+		h.s.peers.ended(tunnel)
+	}
+	h.s.connLimiter.SessionEnds(b.limitedConn, b.owner().key(), ss.limits().maxOfUser)
 	close(b.done)
 }
 

@@ -81,11 +81,13 @@ func newHub(t *testing.T, change func(*Config)) *hub {
 
 // gateway is a client of a hub.
 type gateway struct {
-	hub     *hub
-	str     *http3.RequestStream
-	own     []netip.Addr // assigned addresses
-	routes  chan []capsule.Route
-	packets chan []byte
+	hub      *hub
+	str      *http3.RequestStream
+	own      []netip.Addr // assigned addresses
+	routes   chan []capsule.Route
+	packets  chan []byte
+	ended    chan error // receives the error of the stream
+	assigned chan []capsule.Address
 }
 
 // connect begins a session of user, requests an IPv4 address, and advertises
@@ -100,19 +102,34 @@ func (h *hub) connect(user, instance string, networks ...netip.Prefix) *gateway 
 	if rsp.StatusCode != 200 {
 		h.t.Fatalf("status %d", rsp.StatusCode)
 	}
+	g := h.gateway(str)
+	g.write(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1,
+		Prefix: netip.MustParsePrefix("0.0.0.0/32")}}})
+	for _, a := range <-g.assigned {
+		g.own = append(g.own, a.Prefix.Addr())
+	}
+	if len(networks) > 0 {
+		g.advertise(networks...)
+	}
+	return g
+}
+
+// gateway returns the client of a session on str.
+func (h *hub) gateway(str *http3.RequestStream) *gateway {
 	g := &gateway{hub: h, str: str, routes: make(chan []capsule.Route, 100),
-		packets: make(chan []byte, 100)}
-	assigned := make(chan []capsule.Address, 1)
+		packets: make(chan []byte, 100), ended: make(chan error, 1),
+		assigned: make(chan []capsule.Address, 1)}
 	go func() {
 		r := capsule.NewReader(str, 1<<16)
 		for {
 			c, err := r.Next()
 			if err != nil {
+				g.ended <- err
 				return
 			}
 			switch c := c.(type) {
 			case *capsule.AddressAssign:
-				assigned <- c.Addresses
+				g.assigned <- c.Addresses
 			case *capsule.RouteAdvertisement:
 				g.routes <- c.Routes
 			}
@@ -127,14 +144,6 @@ func (h *hub) connect(user, instance string, networks ...netip.Prefix) *gateway 
 			g.packets <- b[1:]
 		}
 	}()
-	g.write(&capsule.AddressRequest{Addresses: []capsule.Address{{RequestID: 1,
-		Prefix: netip.MustParsePrefix("0.0.0.0/32")}}})
-	for _, a := range <-assigned {
-		g.own = append(g.own, a.Prefix.Addr())
-	}
-	if len(networks) > 0 {
-		g.advertise(networks...)
-	}
 	return g
 }
 

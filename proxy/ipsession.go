@@ -91,8 +91,8 @@ func (ss *ipSession) prepare(ctx context.Context, path string) *refusal {
 	}
 	set, refused := ss.resolve(ctx, scope)
 	ss.scope, ss.scopeSet = scope, set
-	if scope.IsZero() && ss.shared.sites.rightsOf(ss.user.Name) != nil {
-		ss.claim = newClaim(ss.user.Name, func(p netip.Prefix) { ss.shared.table.insert(p, ss) })
+	if scope.IsZero() && ss.shared.sites.rightsOf(ss.owner()) != nil {
+		ss.claim = newClaim(ss.owner(), func(p netip.Prefix) { ss.shared.table.insert(p, ss) })
 	}
 	return refused
 }
@@ -168,7 +168,11 @@ func (ss *ipSession) setHeader(http.Header) {}
 // serve runs the session in a goroutine of its own, so that the memory of the
 // request is freed.
 func (ss *ipSession) serve(w http.ResponseWriter, remote string, ended endFunc) {
-	ss.log.Info("session started", "remote", remote, "scope", ss.scope.String())
+	if ss.link != nil {
+		ss.logPeer(remote)
+	} else {
+		ss.log.Info("session started", "remote", remote, "scope", ss.scope.String())
+	}
 	str := w.(http3.HTTPStreamer).HTTPStream()
 	go func() { ended(slog.LevelInfo, ss.run(str)) }()
 }
@@ -281,13 +285,19 @@ func (ss *ipSession) updateDenied() error {
 	return ss.conn.SetDenied(ss.shared.access.deniedNow().of(ss.isSite()), ss.withheld())
 }
 
-// withheld returns the advertised destinations that the user may not reach.
+// withheld returns the advertised destinations that the user may not reach. For
+// a peer they are all destinations that it may not reach.
 func (ss *ipSession) withheld() []netip.Prefix {
+	if ss.link != nil {
+		if r := ss.shared.sites.rightsOf(ss.owner()); r != nil {
+			return r.beyond
+		}
+	}
 	return ss.shared.access.withheld(ss.userState.allowed.Load())
 }
 
 func (ss *ipSession) configChanged(site bool) {
-	if ss.userState.allowed.Load() != nil {
+	if ss.userState.allowed.Load() != nil || ss.link != nil {
 		// The destinations withheld from the user depend on the advertised
 		// ones.
 		if err := ss.updateDenied(); err != nil {
@@ -302,6 +312,9 @@ func (ss *ipSession) configChanged(site bool) {
 
 func (ss *ipSession) status() SessionStatus {
 	s := ss.baseStatus(KindIP)
+	if ss.link != nil {
+		s.Kind = KindPeer
+	}
 	s.Interface = ss.shared.deviceName()
 	ss.mu.Lock()
 	if ss.conn != nil {

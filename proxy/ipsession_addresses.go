@@ -100,7 +100,7 @@ func (ss *ipSession) answerHeld(requested []capsule.Address) (others []capsule.A
 			return false
 		}
 		ss.shared.table.remove(held.Prefix)
-		ss.shared.pool.Release(held.Prefix, ss.owner())
+		ss.shared.pool.Release(held.Prefix, ss.holderKey())
 		ss.userState.leases.Add(-1)
 		return true
 	})
@@ -138,18 +138,19 @@ func (ss *ipSession) lease(r capsule.Address) (capsule.Address, error) {
 
 // holder returns the session as the pool knows it.
 func (ss *ipSession) holder() addrpool.Holder {
-	return addrpool.Holder{Owner: ss.owner(), User: ss.user.Name, Reserved: ss.user.Addresses}
+	return addrpool.Holder{Owner: ss.holderKey(), User: ss.owner().key(),
+		Reserved: ss.user.Addresses}
 }
 
-// owner returns the identity that leases are held for after their release: the
-// user on this installation. Without authentication it is the installation, or
-// the instance if the client sent no installation. A client cannot get the
+// holderKey returns the identity that leases are held for after their release:
+// the user on this installation. Without authentication it is the installation,
+// or the instance if the client sent no installation. A client cannot get the
 // identity of another user.
-func (ss *ipSession) owner() string {
+func (ss *ipSession) holderKey() string {
 	if ss.user.Name == "" {
 		return cmp.Or(ss.installation, ss.instance)
 	}
-	return ss.user.Name + "\n" + ss.installation
+	return ss.owner().key() + "\n" + ss.installation
 }
 
 // maxLeases returns how many addresses and blocks all sessions of the user may
@@ -276,7 +277,7 @@ func (ss *ipSession) release() {
 		ss.shared.table.remove(a.Prefix)
 	}
 	for _, a := range ss.addresses {
-		ss.shared.pool.Release(a.Prefix, ss.owner())
+		ss.shared.pool.Release(a.Prefix, ss.holderKey())
 		ss.userState.leases.Add(-1)
 	}
 	ss.addresses, ss.assigned = nil, true

@@ -50,11 +50,14 @@ func (ss *ipSession) advertise() error {
 func (ss *ipSession) newRoutes() (routes []capsule.Route, changed bool, err error) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	allowed := ss.userState.allowed.Load()
-	routes, err = ss.shared.access.routes(ss.scopeSet, allowed, ss.scope.Protocol, ss.uses)
+	allowed, own := ss.userState.allowed.Load(), ss.shared.pool.Gateways()
+	if ss.link != nil { // a peer reaches networks only
+		routes, own = capsule.Routes(setOf(ss.shared.cfg().Advertise).Prefixes(), 0), nil
+	} else {
+		routes, err = ss.shared.access.routes(ss.scopeSet, allowed, ss.scope.Protocol, ss.uses)
+	}
 	if err == nil && ss.claim != nil {
-		routes, err = ss.shared.sites.routesTo(ss.claim, routes, allowed,
-			ss.shared.pool.Gateways())
+		routes, err = ss.shared.sites.routesTo(ss.claim, routes, allowed, own)
 	}
 	if err == nil && len(routes) > routing.MaxRoutes {
 		err = fmt.Errorf("%d ranges are too many to advertise, clients accept %d; "+
@@ -86,6 +89,9 @@ func (ss *ipSession) uses(a netip.Addr) bool {
 func (ss *ipSession) dns() DNS {
 	d, allowed := *ss.shared.dns.Load(), ss.userState.allowed.Load()
 	const udp = 17
+	if ss.link != nil {
+		return DNS{} // the names of a peer's hosts are its own
+	}
 	if ss.scope.Protocol != 0 && ss.scope.Protocol != udp {
 		return DNS{}
 	}

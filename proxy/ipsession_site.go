@@ -4,6 +4,7 @@ import (
 	"net/netip"
 
 	"masquevpn/capsule"
+	"masquevpn/internal/federation"
 )
 
 func (ss *ipSession) isSite() bool { return ss.claim != nil }
@@ -96,4 +97,16 @@ func (ss *ipSession) followSites() error {
 	}
 	ss.notify()
 	return nil
+}
+
+// logPeer logs that the session carries a pair now.
+func (ss *ipSession) logPeer(remote string) {
+	known, _ := ss.shared.peers.connections.proof(ss.link.conn, ss.link.pair)
+	policy := federation.Trusted
+	if p := ss.shared.peers.of(ss.link.pair); p != nil {
+		policy = p.Policy
+	}
+	ss.log.Info("peer connected", "remote", remote, "domain", ss.link.pair.domain, "local",
+		ss.link.pair.local, "identity", known.Identity.String(), "policy", policy.String(),
+		"connection", ss.link.conn.id)
 }

@@ -8,13 +8,17 @@ import (
 	"slices"
 	"time"
 
+	"github.com/gaissmai/bart"
+	"go4.org/netipx"
+
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/discovery"
 	"masquevpn/internal/federation"
 )
 
 const (
-	// maxPeers and maxOwnDomains limit Config.Peers and Federation.Domains.
+	// maxPeers and maxOwnDomains limit the domains in Config.Peers and in
+	// Federation.Domains.
 	maxPeers, maxOwnDomains = 256, 16
 )
 
@@ -92,6 +96,48 @@ type Peer struct {
 // wall clock counts, because Expires has no monotonic clock.
 func (p *Peer) expired(now time.Time) bool { return !p.Expires.IsZero() && !now.Before(p.Expires) }
 
+// pair returns the pair that p links.
+func (p *Peer) pair() pairKey { return pairKey{p.Domain, p.Local} }
+
+// user returns the user that stands for p in its sessions.
+func (p *Peer) user() User {
+	return User{Name: p.Domain, RateUp: p.RateUp, RateDown: p.RateDown, Expires: p.Expires}
+}
+
+// addPeerRights adds the rights of the peers to all. A peer reaches no network
+// of a peer.
+func (c *Config) addPeerRights(all map[owner]*rights) {
+	var networks []netip.Prefix
+	for i := range c.Peers {
+		networks = append(networks, c.Peers[i].Networks...)
+	}
+	withheld := setOf(networks)
+	for i := range c.Peers {
+		p := &c.Peers[i]
+		all[owner{pair: p.pair()}] = &rights{networks: p.Networks, assign: new(netipx.IPSet),
+			reach: setOf(p.Reach), withheld: withheld, beyond: p.beyond(withheld)}
+	}
+}
+
+// beyond returns all addresses except those in p.Reach, and those in withheld.
+func (p *Peer) beyond(withheld *netipx.IPSet) []netip.Prefix {
+	var b netipx.IPSetBuilder
+	b.AddPrefix(netip.PrefixFrom(netip.IPv4Unspecified(), 0))
+	b.AddPrefix(netip.PrefixFrom(netip.IPv6Unspecified(), 0))
+	for _, n := range p.Reach {
+		b.RemovePrefix(n)
+	}
+	for _, n := range p.Reach {
+		for _, x := range withheld.Ranges() {
+			if part, ok := intersection(netipx.RangeOfPrefix(n), x); ok {
+				b.AddRange(part)
+			}
+		}
+	}
+	set, _ := b.IPSet() // the prefixes are valid
+	return set.Prefixes()
+}
+
 // proofs returns the proofs of the peer's domain that count.
 func (p *Peer) proofs(f *Federation) *federation.Peer {
 	proofs := &federation.Peer{Domain: p.Domain, Server: p.Server, Roots: p.CA, Pins: p.Pins,
@@ -119,11 +165,26 @@ func (c *Config) checkFederation() error {
 			return usage(fmt.Sprintf("federation.domains[%d]", i), "%q is not a domain name", d)
 		}
 	}
-	if len(c.Peers) > maxPeers {
-		return usage("peer", "%d peers, and %d are possible", len(c.Peers), maxPeers)
+	domains := make(map[string]bool)
+	for _, p := range c.Peers {
+		domains[p.Domain] = true
+	}
+	if n := len(domains); n > maxPeers {
+		return usage("peer", "%d peers, and %d are possible", n, maxPeers)
 	}
 	c.Peers = slices.Clone(c.Peers)
 	seen := make(map[pairKey]bool)
+	var taken bart.Table[string]
+	for _, p := range []netip.Prefix{c.Pool4, c.Pool6} {
+		if p.IsValid() {
+			taken.Insert(p, "the pool")
+		}
+	}
+	for _, s := range c.Sites {
+		for _, n := range s.Networks {
+			taken.Insert(n, fmt.Sprintf("a network of the site %q", s.User))
+		}
+	}
 	for i := range c.Peers {
 		p := &c.Peers[i]
 		if p.Local == "" && len(c.Federation.Domains) > 0 {
@@ -132,18 +193,35 @@ func (c *Config) checkFederation() error {
 		if err := c.checkPeer(p, peerKey(i)); err != nil {
 			return err
 		}
-		if k := (pairKey{p.Domain, p.Local}); seen[k] {
+		if seen[p.pair()] {
 			return usage(peerKey(i)("domain"),
 				"%q has a [[peer]] with %q already: write all of its networks there", p.Domain,
 				p.Local)
-		} else {
-			seen[k] = true
 		}
-		if err := c.checkOverlap(i); err != nil {
-			return err
+		seen[p.pair()] = true
+		for _, n := range p.Networks {
+			if other, owner, overlaps := overlapping(&taken, n); overlaps {
+				return usage(peerKey(i)("networks"), "%v overlaps %v, %s", n, other, owner)
+			}
+		}
+		for _, n := range p.Networks {
+			taken.Insert(n, fmt.Sprintf("a network of the peer %q", p.Domain))
 		}
 	}
 	return nil
+}
+
+// overlapping returns a prefix of taken that overlaps n and its value, and
+// reports whether there is one.
+func overlapping(taken *bart.Table[string], n netip.Prefix) (netip.Prefix, string, bool) {
+	if taken.OverlapsPrefix(n) {
+		for other, owner := range taken.All() {
+			if other.Overlaps(n) {
+				return other, owner, true
+			}
+		}
+	}
+	return netip.Prefix{}, "", false
 }
 
 // peerKey returns the function for the keys of the peer with index i.
@@ -189,40 +267,6 @@ func (c *Config) checkPeer(p *Peer, key func(string) string) error {
 				return usage(key(name), "%v overlaps %v, which is never behind a gateway", n,
 					reserved)
 			}
-		}
-	}
-	return nil
-}
-
-// checkOverlap checks that the networks of the peer with index i belong to
-// nobody else.
-func (c *Config) checkOverlap(i int) error {
-	p := &c.Peers[i]
-	taken := func(others []netip.Prefix, owner string) error {
-		for _, n := range p.Networks {
-			for _, other := range others {
-				if n.Overlaps(other) {
-					return usage(peerKey(i)("networks"), "%v overlaps %v, %s", n, other, owner)
-				}
-			}
-		}
-		return nil
-	}
-	for _, pool := range []netip.Prefix{c.Pool4, c.Pool6} {
-		if err := taken([]netip.Prefix{pool}, "the pool"); pool.IsValid() && err != nil {
-			return err
-		}
-	}
-	for _, s := range c.Sites {
-		if err := taken(s.Networks, fmt.Sprintf("a network of the site %q", s.User)); err != nil {
-			return err
-		}
-	}
-	for j := range c.Peers[:i] {
-		other := &c.Peers[j]
-		owner := fmt.Sprintf("a network of the peer %q", other.Domain)
-		if err := taken(other.Networks, owner); err != nil {
-			return err
 		}
 	}
 	return nil

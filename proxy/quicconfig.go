@@ -86,7 +86,8 @@ func (s *Server) quicConfig() *quic.Config {
 }
 
 // tlsConfig returns Config.TLS with the client authentication that the methods
-// need.
+// need. While there are peers, TLS asks for a certificate and judges none: the
+// requests say which authorities count.
 func (s *Server) tlsConfig() *tls.Config {
 	c := s.cfg().TLS.Clone()
 	c.MinVersion = tls.VersionTLS13
@@ -97,6 +98,14 @@ func (s *Server) tlsConfig() *tls.Config {
 		c.ClientAuth = tls.VerifyClientCertIfGiven
 	default:
 		c.ClientAuth = tls.RequireAndVerifyClientCert
+	}
+	forPeers := c.Clone()
+	forPeers.ClientAuth = tls.RequestClientCert
+	c.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		if len(s.cfg().Peers) > 0 {
+			return forPeers, nil
+		}
+		return nil, nil
 	}
 	return c
 }

@@ -6,7 +6,8 @@ import "reflect"
 // lose no packets that are allowed before and after. Their clients get new
 // routes and DNS settings. A UDP flow ends if its target is denied now, and the
 // session of a user who becomes or ceases to be a site ends, so that its client
-// connects again. Limits apply to new sessions.
+// connects again. The session of a peer ends if its [[peer]] is gone or asks for
+// another identity. Limits apply to new sessions.
 //
 // Reload returns the configuration keys whose values in c differ and need a
 // restart. It ignores Sockets, TLS, Users, StatelessResetKey, Journal, Logger,
@@ -19,7 +20,7 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	if _, err := c.templates(); err != nil {
 		return nil, err
 	}
-	rights, err := c.siteRights()
+	rights, err := c.rights()
 	if err != nil {
 		return nil, err
 	}
@@ -33,7 +34,10 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	next.MaxPending, next.MaxPendingPerAddress = c.MaxPending, c.MaxPendingPerAddress
 	next.MaxUDPFlows, next.MaxUDPFlowsPerUser = c.MaxUDPFlows, c.MaxUDPFlowsPerUser
 	next.ConnectUDP, next.Sites = c.ConnectUDP, c.Sites
+	next.Federation, next.Peers = c.Federation, c.Peers
+	former := s.peers.formerly()
 	s.config.Store(&next)
+	s.peers.set(&next)
 	s.connLimiter.SetLimits(next.MaxPending, next.MaxPendingPerAddress)
 	s.sites.setRights(rights)
 	if err := s.SetDNS(c.DNS); err != nil {
@@ -48,8 +52,9 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 	if err := s.host.refresh(); err != nil {
 		s.cfg().Logger.Warn("cannot read the host's own addresses", "error", err)
 	}
+	s.peers.reloaded(former)
 	for _, ss := range s.sessions.list() {
-		ss.configChanged(rights[ss.base().user.Name] != nil)
+		ss.configChanged(rights[ss.base().owner()] != nil)
 	}
 	return restart, nil
 }

@@ -26,6 +26,12 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		s.cfg().Logger.Warn("authentication is off: everybody who reaches this proxy can use it",
 			"methods", MethodNone)
 	}
+	for _, p := range s.cfg().Peers {
+		if p.Dialback {
+			s.cfg().Logger.Warn("weak identity: whoever controls the DNS of "+p.Domain+" can be "+
+				p.Domain, "domain", p.Domain)
+		}
+	}
 	sockets, err := s.listen(ctx)
 	if err != nil {
 		return err
@@ -137,6 +143,7 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 	})
 	g.Go(func() error { return s.host.maintain(gctx) })
 	g.Go(func() error { return s.endExpired(gctx) })
+	g.Go(func() error { return s.peers.recheck(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
 		// The sessions end before their connections, so that clients learn the

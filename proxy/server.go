@@ -48,7 +48,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	rights, err := cfg.siteRights()
+	rights, err := cfg.rights()
 	if err != nil {
 		return nil, err
 	}
@@ -75,6 +75,8 @@ func New(cfg Config) (*Server, error) {
 	s.sites = newSites(s.table.remove, rights)
 	s.access = &access{cfg: s.cfg, dns: s.dns.Load, pool: s.pool}
 	s.names.cfg = s.cfg
+	s.peers = &peers{cfg: s.cfg, log: s.peerLog}
+	s.peers.set(&cfg)
 	s.auth.cfg, s.auth.log = s.cfg, s.peerLog
 	s.host = newHost(s.cfg, cfg.Logger, s.pool, s.sites, s.sessions, s.access)
 	s.device, s.deviceName = s.host.supervisor.Device(), s.host.name
@@ -107,7 +109,11 @@ func (s *Server) Kick(id string) bool {
 	if ss == nil {
 		return false
 	}
-	ss.base().stop(errKicked)
+	if tunnel, ok := ss.(*ipSession); ok && tunnel.link != nil {
+		s.peers.revoke(tunnel, errPeerKicked)
+	} else {
+		ss.base().stop(errKicked)
+	}
 	<-ss.base().done
 	return true
 }

@@ -103,7 +103,11 @@ type sessionBase struct {
 	quic        *quic.Conn
 	limitedConn *connlimit.Conn // quic in Server.connLimiter
 
-	// userState is shared by all sessions of the user.
+	// link is the pair that the session carries; nil for a session of a user,
+	// or of a client without authentication.
+	link *link
+
+	// userState is shared by all sessions of the user or of the pair.
 	userState *userState
 
 	// ctx ends when stop is called, with its argument as the cause.
@@ -122,6 +126,14 @@ type sessionBase struct {
 }
 
 func (b *sessionBase) base() *sessionBase { return b }
+
+// owner returns the user or the pair.
+func (b *sessionBase) owner() owner {
+	if b.link != nil {
+		return owner{pair: b.link.pair}
+	}
+	return owner{user: b.user.Name}
+}
 
 // The causes for which the proxy ends a session.
 var (
@@ -159,7 +171,7 @@ type SessionStatus struct {
 	ID     string `json:"id"`
 	User   string `json:"user"`
 	Remote string `json:"remote"` // address and UDP port
-	Kind   string `json:"kind"`   // :protocol of the request, KindIP or KindUDP
+	Kind   string `json:"kind"`   // :protocol of the request, KindIP or KindUDP; KindPeer
 
 	// Target is the host:port that the client requested. Empty for KindIP.
 	Target string `json:"target,omitempty"`
@@ -173,6 +185,9 @@ type SessionStatus struct {
 const (
 	KindIP  = connectip.Protocol
 	KindUDP = udpProtocol
+
+	// KindPeer is a tunnel that carries a pair. User is the peer's domain.
+	KindPeer = "peer"
 )
 
 // baseStatus returns the part of the status that both kinds share. Lists are

@@ -38,7 +38,7 @@ func (l *sessions) add(ss session, limit limits) (replaced []session, err error)
 			continue
 		}
 		all++
-		if other.base().user.Name != b.user.Name {
+		if other.base().owner() != b.owner() {
 			continue
 		}
 		ofUser++
@@ -61,7 +61,7 @@ func (l *sessions) add(ss session, limit limits) (replaced []session, err error)
 	if l.userStates == nil {
 		l.userStates = make(userStates)
 	}
-	b.userState = l.userStates.open(b.user)
+	b.userState = l.userStates.open(b.owner(), b.user)
 	b.allowed = b.userState.allowed.Load()
 	return replaced, nil
 }
@@ -72,7 +72,7 @@ func (l *sessions) remove(ss session) {
 	defer l.mu.Unlock()
 	b := ss.base()
 	delete(l.byID, b.id)
-	l.userStates.close(b.user.Name)
+	l.userStates.close(b.owner())
 	b.stats.AddTo(&l.ended)
 }
 

@@ -17,6 +17,7 @@ type shared struct {
 	table     *table
 	sites     *sites
 	access    *access
+	peers     *peers
 	names     nameResolver
 
 	// device writes to the current device. deviceName returns its name.

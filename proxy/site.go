@@ -28,16 +28,62 @@ type Site struct {
 	Reach []netip.Prefix
 }
 
-// rights are the rights of a site's user, besides the rights of every client.
-type rights struct {
-	networks []netip.Prefix // the user may advertise parts of them
-	assign   *netipx.IPSet  // addresses that the user may assign to the proxy
-	reach    *netipx.IPSet  // addresses that the user may reach; nil: no limit
+// owner is who holds networks: the user of a site, or a peer with one of the
+// proxy's domains. A user may have the name of a domain.
+type owner struct {
+	user string  // empty for a pair
+	pair pairKey // zero for a user
 }
 
-// siteRights checks c.Sites and returns the rights by user.
-func (c Config) siteRights() (map[string]*rights, error) {
-	all := make(map[string]*rights)
+func (o owner) isPair() bool { return o.pair != pairKey{} }
+
+// String describes o for messages.
+func (o owner) String() string {
+	if o.isPair() {
+		return fmt.Sprintf("the peer %q", o.pair.domain)
+	}
+	return fmt.Sprintf("the site %q", o.user)
+}
+
+// noun returns the kind of o, for messages.
+func (o owner) noun() string {
+	if o.isPair() {
+		return "peer"
+	}
+	return "user"
+}
+
+// table returns the table of the configuration that o has.
+func (o owner) table() string {
+	if o.isPair() {
+		return "[[peer]]"
+	}
+	return "[[site]]"
+}
+
+// key returns o as text that no other owner has. It is the name of a user.
+func (o owner) key() string {
+	if o.isPair() {
+		return "\n" + o.pair.domain + "\n" + o.pair.local
+	}
+	return o.user
+}
+
+// rights are the rights of an owner of networks, besides those of every client.
+type rights struct {
+	networks []netip.Prefix // it may advertise parts of them
+	assign   *netipx.IPSet  // addresses that it may assign to the proxy
+	reach    *netipx.IPSet  // addresses that it may reach; nil: no limit
+
+	// withheld are addresses that it may not reach; nil: none. beyond are all
+	// addresses outside reach, and those.
+	withheld *netipx.IPSet
+	beyond   []netip.Prefix
+}
+
+// rights checks c.Sites and returns the rights of their users and of peers.
+func (c Config) rights() (map[owner]*rights, error) {
+	all := make(map[owner]*rights)
 	for i, site := range c.Sites {
 		key := func(name string) string { return fmt.Sprintf("site[%d].%s", i, name) }
 		switch {
@@ -46,7 +92,7 @@ func (c Config) siteRights() (map[string]*rights, error) {
 		case slices.Contains(c.Methods, MethodNone):
 			return nil, usage(key("user"), "nobody is known to be %q when auth.methods is %q",
 				site.User, MethodNone)
-		case all[site.User] != nil:
+		case all[owner{user: site.User}] != nil:
 			return nil, usage(key("user"),
 				"%q has a [[site]] already: write all of its networks there", site.User)
 		case len(site.Networks) == 0:
@@ -74,8 +120,9 @@ func (c Config) siteRights() (map[string]*rights, error) {
 		if site.Reach != nil {
 			r.reach = setOf(site.Reach)
 		}
-		all[site.User] = r
+		all[owner{user: site.User}] = r
 	}
+	c.addPeerRights(all)
 	return all, nil
 }
 

@@ -31,7 +31,7 @@ func TestSiteConfig(t *testing.T) {
 		"site[0].reach": {{User: "a", Networks: good.Networks, Reach: []netip.Prefix{{}}}},
 	} {
 		t.Run(key, func(t *testing.T) {
-			_, err := Config{Methods: []string{MethodToken}, Sites: sites}.siteRights()
+			_, err := Config{Methods: []string{MethodToken}, Sites: sites}.rights()
 			var e *Error
 			if !errors.As(err, &e) || e.Kind != KindUsage ||
 				e.Key != strings.TrimSpace(key) {
@@ -40,7 +40,7 @@ func TestSiteConfig(t *testing.T) {
 		})
 	}
 	if _, err := (Config{Methods: []string{MethodNone},
-		Sites: []Site{good}}).siteRights(); err == nil {
+		Sites: []Site{good}}).rights(); err == nil {
 		t.Error("a site without authentication is accepted")
 	}
 }
@@ -59,7 +59,7 @@ func TestSiteProperties(t *testing.T) {
 		reserved := []reservedNetwork{{prefix.Draw(t, "pool"), "pool"},
 			{prefix.Draw(t, "host"), "host"}}
 		tab := newTable()
-		s := newSites(tab.remove, map[string]*rights{})
+		s := newSites(tab.remove, map[owner]*rights{})
 		var running []*claim
 		session := make(map[*claim]*ipSession)
 		for range rapid.IntRange(1, 20).Draw(t, "steps") {
@@ -72,7 +72,7 @@ func TestSiteProperties(t *testing.T) {
 				session[c] = ss
 				var replaced []*claim
 				for _, old := range running {
-					if old.user == user && rapid.Bool().Draw(t, "replaces") {
+					if old.owner.user == user && rapid.Bool().Draw(t, "replaces") {
 						replaced = append(replaced, old)
 					}
 				}
@@ -98,7 +98,7 @@ func TestSiteProperties(t *testing.T) {
 				for _, p := range c.granted.prefixes {
 					if seen.OverlapsPrefix(p) || !advertised.ContainsPrefix(p) ||
 						reserved[0].prefix.Overlaps(p) || reserved[1].prefix.Overlaps(p) {
-						t.Fatalf("%s is granted %v, advertised %v", c.user, p, c.advertised)
+						t.Fatalf("%s is granted %v, advertised %v", c.owner, p, c.advertised)
 					}
 					if to, ok := tab.lookup(p.Addr()); !ok || to != session[c] {
 						t.Fatalf("%v is routed to %v", p, to)
@@ -107,12 +107,12 @@ func TestSiteProperties(t *testing.T) {
 				for _, a := range c.granted.assigned {
 					if !a.IsSingleIP() || !c.rights.assign.ContainsPrefix(a) ||
 						reserved[0].prefix.Overlaps(a) || reserved[1].prefix.Overlaps(a) {
-						t.Fatalf("%s assigned %v", c.user, a)
+						t.Fatalf("%s assigned %v", c.owner, a)
 					}
 				}
 				if !setOf(c.rights.networks).Equal(unionOf(setOf(c.rights.networks),
 					c.granted.networks)) {
-					t.Fatalf("%s may have %v, is granted %v", c.user, c.rights.networks,
+					t.Fatalf("%s may have %v, is granted %v", c.owner, c.rights.networks,
 						c.granted.prefixes)
 				}
 				union.AddSet(c.granted.networks)
@@ -130,7 +130,7 @@ func TestSiteProperties(t *testing.T) {
 
 // quietClaim returns a claim of a session of user that logs nothing.
 func quietClaim(user string, route func(netip.Prefix)) *claim {
-	c := newClaim(user, route)
+	c := newClaim(owner{user: user}, route)
 	c.log = slog.New(slog.DiscardHandler)
 	return c
 }

@@ -26,7 +26,7 @@ type sites struct {
 
 	mu sync.Mutex // guards the fields below and all claims
 
-	rights map[string]*rights // key: user
+	rights map[owner]*rights
 
 	// commonRoutes is the number of routes that are advertised to all clients.
 	commonRoutes int
@@ -37,28 +37,30 @@ type sites struct {
 	// routed are the networks of sites in the forwarding table.
 	routed map[netip.Prefix]*claim
 
-	all *netipx.IPSet // networks and leased addresses of all sites
+	// all has the networks and leased addresses of all sites and peers, and
+	// ours the networks of sites alone.
+	all, ours *netipx.IPSet
 }
 
-func newSites(unroute func(netip.Prefix), r map[string]*rights) *sites {
+func newSites(unroute func(netip.Prefix), r map[owner]*rights) *sites {
 	return &sites{unroute: unroute, rights: r, changed: make(chan struct{}, 1),
-		routed: make(map[netip.Prefix]*claim), all: new(netipx.IPSet)}
+		routed: make(map[netip.Prefix]*claim), all: new(netipx.IPSet), ours: new(netipx.IPSet)}
 }
 
-// rightsOf returns the rights of a user, nil for a user without a site.
-func (t *sites) rightsOf(user string) *rights {
+// rightsOf returns the rights of an owner, nil for a user without a site.
+func (t *sites) rightsOf(o owner) *rights {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.rights[user]
+	return t.rights[o]
 }
 
-// setRights replaces the rights of all users, also of users with sessions.
-func (t *sites) setRights(all map[string]*rights) {
+// setRights replaces the rights of all owners, also of those with sessions.
+func (t *sites) setRights(all map[owner]*rights) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.rights = all
 	for _, c := range t.claims {
-		c.rights = all[c.user]
+		c.rights = all[c.owner]
 	}
 	t.schedule()
 }
@@ -77,11 +79,11 @@ func (t *sites) setCommonRoutes(n int) {
 func (t *sites) add(c *claim, replaced []*claim) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	c.rights = t.rights[c.user]
+	c.rights = t.rights[c.owner]
 	t.lastNumber++
 	c.rank, c.number = t.lastNumber, t.lastNumber
 	for _, other := range t.claims {
-		if other.user == c.user {
+		if other.owner == c.owner {
 			c.rank = other.rank
 		}
 	}
@@ -202,7 +204,7 @@ type layout struct {
 func (t *sites) decide(reserved []reservedNetwork) layout {
 	t.mu.Lock()
 	var l layout
-	var b netipx.IPSetBuilder
+	var all, ours netipx.IPSetBuilder
 	routed := make(map[netip.Prefix]*claim)
 	var logs []func()
 	room := routing.MaxRoutes - t.commonRoutes
@@ -219,11 +221,15 @@ func (t *sites) decide(reserved []reservedNetwork) layout {
 		}
 		for _, a := range c.leased {
 			l.leased = append(l.leased, a)
-			b.AddPrefix(a)
+			all.AddPrefix(a)
 		}
-		b.AddSet(c.granted.networks)
+		all.AddSet(c.granted.networks)
+		if !c.isPair() {
+			ours.AddSet(c.granted.networks)
+		}
 	}
-	t.all, _ = b.IPSet() // the prefixes are valid
+	t.all, _ = all.IPSet() // the prefixes are valid
+	t.ours, _ = ours.IPSet()
 	for p, c := range routed {
 		if t.routed[p] != c {
 			c.route(p)
@@ -246,14 +252,20 @@ func (t *sites) decide(reserved []reservedNetwork) layout {
 // are advertised to every client, plus the networks and leased addresses of the
 // other sites, limited to the reach of its site and to allowed (nil: no limit).
 // Addresses in own, the proxy's, that are in common are advertised in any case.
+// A peer is told networks of sites, but neither leased addresses nor networks
+// of peers.
 func (t *sites) routesTo(c *claim, common []capsule.Route, allowed *netipx.IPSet,
 	own []netip.Addr) ([]capsule.Route, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var b netipx.IPSetBuilder
-	b.AddSet(t.all)
+	if c.isPair() {
+		b.AddSet(t.ours)
+	} else {
+		b.AddSet(t.all)
+	}
 	for _, other := range t.claims {
-		if other.user == c.user {
+		if other.owner == c.owner && !c.isPair() {
 			b.RemoveSet(other.granted.networks)
 			for _, a := range other.leased {
 				b.RemovePrefix(a)
@@ -272,6 +284,9 @@ func (t *sites) routesTo(c *claim, common []capsule.Route, allowed *netipx.IPSet
 	}
 	if c.rights != nil && c.rights.reach != nil {
 		b.Intersect(c.rights.reach)
+	}
+	if c.rights != nil && c.rights.withheld != nil {
+		b.RemoveSet(c.rights.withheld)
 	}
 	if allowed != nil {
 		b.Intersect(allowed)

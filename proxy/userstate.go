@@ -40,27 +40,27 @@ type userState struct {
 	sessions int
 }
 
-// userStates contains the state of each user with sessions, by name. It is used
-// with sessions.mu held.
-type userStates map[string]*userState
+// userStates contains the state of each user, and of each pair, with sessions.
+// It is used with sessions.mu held.
+type userStates map[owner]*userState
 
-// open returns the state of u for a new session.
-func (m userStates) open(u User) *userState {
-	state := m[u.Name]
+// open returns the state of o for a new session of u.
+func (m userStates) open(o owner, u User) *userState {
+	state := m[o]
 	if state == nil {
 		state = new(userState)
 		state.set(u)
-		m[u.Name] = state
+		m[o] = state
 	}
 	state.sessions++
 	return state
 }
 
 // close undoes one call of open when the session ends.
-func (m userStates) close(name string) {
-	state := m[name]
+func (m userStates) close(o owner) {
+	state := m[o]
 	if state.sessions--; state.sessions == 0 {
-		delete(m, name)
+		delete(m, o)
 	}
 }
 
@@ -113,7 +113,7 @@ func (s *Server) UsersChanged() {
 // reason why ss must end.
 func followUser(ss session, users Users) error {
 	b := ss.base()
-	if b.user.Name == "" { // there is no authentication
+	if b.user.Name == "" || b.link != nil { // nobody, or a peer, who is no user
 		return nil
 	}
 	b.userState.following.Lock()
@@ -151,6 +151,10 @@ func (s *Server) endExpired(ctx context.Context) error {
 		case now := <-tick.C:
 			wall := now.Round(0) // removes the monotonic clock
 			for _, ss := range s.sessions.expired(wall) {
+				if tunnel, ok := ss.(*ipSession); ok && tunnel.link != nil {
+					s.peers.revoke(tunnel, errPeerExpired)
+					continue
+				}
 				ss.base().stop(errExpired)
 			}
 		}

@@ -154,7 +154,7 @@ func New(str Stream, conn *quic.Conn, cfg Config) *Conn {
 // if ctx ended, ErrClosedByPeer if the peer ended the stream without an error,
 // and otherwise the error that ended the stream.
 func (c *Conn) Run(ctx context.Context) error {
-	defer context.AfterFunc(ctx, func() { c.stop(nil) })()
+	defer context.AfterFunc(ctx, func() { c.stop(revocation(ctx)) })()
 	defer context.AfterFunc(c.str.Context(), func() {
 		var stop *quic.StreamError // STOP_SENDING
 		switch cause := context.Cause(c.str.Context()); {
@@ -188,6 +188,20 @@ func (c *Conn) Run(ctx context.Context) error {
 		in.close()
 	})
 	return c.cause()
+}
+
+// ErrRevoked is the error of a tunnel whose permission was taken back. If the
+// cause of the end of Run's context wraps it, Run resets the stream with
+// H3_REQUEST_CANCELLED instead of closing it.
+var ErrRevoked = errors.New("revoked")
+
+// revocation returns the cause of the end of ctx if it wraps ErrRevoked, and
+// nil otherwise.
+func revocation(ctx context.Context) error {
+	if cause := context.Cause(ctx); errors.Is(cause, ErrRevoked) {
+		return cause
+	}
+	return nil
 }
 
 // panicked ends c after a panic. It is called without any lock of c held.

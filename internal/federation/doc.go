@@ -15,7 +15,7 @@
 // Each of these is strong. [Dialback] is weak: whoever controls the domain's
 // DNS can have it.
 //
-// A client has to look up and fetch what its peer's certificate does not prove,
-// so [Peer.Direct], which asks for nothing, comes before [Verifier.Delegated]
-// and [Peer.ByResult].
+// An acceptor has to look up and fetch what its peer's certificate does not
+// prove, so [Peer.Direct], which asks for nothing, comes before [Verifier.Ask].
+// Who dials has asked already, and uses [Peer.ByResult].
 package federation

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"masquevpn/internal/discovery"
@@ -220,51 +221,80 @@ type Verifier struct {
 	Private  bool // names from the network may lead into private networks
 }
 
-// Delegated returns the identity that a delegation by the owner of the peer's
-// domain gives to chain, after Direct failed with failure. It asks for the
-// delegation file and SRV records, as far as p allows them.
-func (v *Verifier) Delegated(ctx context.Context, p *Peer, chain []*x509.Certificate,
-	failure *Failure) (Proof, *Failure) {
-	if !failure.ChainGood || !p.WellKnown && !p.DNSSEC {
-		return Proof{}, failure
-	}
+// An Answer is what the owner of a domain says of the servers that may stand
+// for it: by its delegation file, and by signed SRV records. Only the ways that
+// count for the peer were asked.
+type Answer struct{ File, SRV discovery.Delegation }
+
+// Ask asks the owner of the peer's domain, as far as p allows delegations.
+func (v *Verifier) Ask(ctx context.Context, p *Peer) Answer {
+	var a Answer
 	name, err := discovery.ParseName(p.Domain)
 	if err != nil {
+		return a
+	}
+	q := discovery.Query{Name: name, Purpose: discovery.Peer, Private: v.Private,
+		Transports: []discovery.Transport{discovery.H3}, DNSSEC: discovery.DNSSECUse}
+	var asking sync.WaitGroup
+	if p.WellKnown {
+		asking.Go(func() { a.File = v.Resolver.DelegatedByFile(ctx, q) })
+	}
+	if p.DNSSEC {
+		asking.Go(func() { a.SRV = v.Resolver.DelegatedBySRV(ctx, q) })
+	}
+	asking.Wait()
+	return a
+}
+
+// ByAnswer returns the identity that a delegation gives to chain, after Direct
+// failed with failure.
+func (p *Peer) ByAnswer(chain []*x509.Certificate, a Answer, failure *Failure,
+	now time.Time) (Proof,
+	*Failure) {
+	if !failure.ChainGood {
 		return Proof{}, failure
 	}
 	failed := &Failure{Class: failure.Class, ChainGood: true, Err: failure.Err}
-	q := discovery.Query{Name: name, Purpose: discovery.Peer, Private: v.Private,
-		Transports: []discovery.Transport{discovery.H3}, DNSSEC: discovery.DNSSECUse}
 	for _, way := range []struct {
 		allowed  bool
 		identity Identity
-		what     string
-		ask      func(context.Context, discovery.Query) discovery.Delegation
+		name     string
+		said     discovery.Delegation
 	}{
-		{p.WellKnown, WellKnown, "delegation file", v.Resolver.DelegatedByFile},
-		{p.DNSSEC, DNSSEC, "signed SRV records", v.Resolver.DelegatedBySRV},
+		{p.WellKnown, WellKnown, "delegation file", a.File},
+		{p.DNSSEC, DNSSEC, "signed SRV records", a.SRV},
 	} {
 		if !way.allowed {
 			continue
 		}
-		d := way.ask(ctx, q)
-		if name, ok := firstName(chain[0], d.Names...); ok {
-			return Proof{Identity: way.identity, Name: name, Stale: d.Temporary,
-				Until: until(v.Resolver.Now(), chain[0], d.Until)}, nil
+		if name, ok := firstName(chain[0], way.said.Names...); ok {
+			return Proof{Identity: way.identity, Name: name, Stale: way.said.Temporary,
+				Until: until(now, chain[0], way.said.Until)}, nil
 		}
-		failed.Temporary = failed.Temporary || d.Temporary || ctx.Err() != nil
-		failed.Err = fmt.Errorf("%w (%s: %s)", failed.Err, way.what, d.Status)
+		failed.Temporary = failed.Temporary || way.said.Temporary
+		failed.Err = fmt.Errorf("%w (%s: %s)", failed.Err, way.name, way.said.Status)
 	}
 	return Proof{}, failed
 }
+
+// Delegable reports whether the owner of the peer's domain could still give
+// chain an identity, after Direct failed with f.
+func (p *Peer) Delegable(f *Failure) bool { return f.ChainGood && (p.WellKnown || p.DNSSEC) }
 
 // Identify returns the identity that chain proves for p: by itself, or by
 // delegation.
 func (v *Verifier) Identify(ctx context.Context, p *Peer, chain []*x509.Certificate) (Proof,
 	*Failure) {
 	proof, failure := p.Direct(chain, v.Resolver.Now())
-	if failure == nil {
-		return proof, nil
+	if failure == nil || !p.Delegable(failure) {
+		return proof, failure
 	}
-	return v.Delegated(ctx, p, chain, failure)
+	return p.ByAnswer(chain, v.Ask(ctx, p), failure, v.Resolver.Now())
+}
+
+// Equal reports whether the same proofs count for p and o.
+func (p *Peer) Equal(o *Peer) bool {
+	sameRoots := p.Roots == o.Roots || p.Roots != nil && o.Roots != nil && p.Roots.Equal(o.Roots)
+	return sameRoots && p.Domain == o.Domain && p.Server == o.Server &&
+		p.WellKnown == o.WellKnown && p.DNSSEC == o.DNSSEC && slices.Equal(p.Pins, o.Pins)
 }
