@@ -13,7 +13,7 @@ STOCK   := GOFLAGS='$(USERFLAGS) -mod=readonly'
 # Duration of each fuzz target in `make fuzz`.
 FUZZTIME ?= 60s
 # Debian packages whose programs the tests use.
-TOOLS := dbus-daemon iproute2 iputils-ping iperf3 nftables pebble polkitd rpm systemd tcpdump traceroute
+TOOLS := bind9-dnsutils dbus-daemon iproute2 iputils-ping iperf3 knot nftables nginx-light pebble polkitd rpm systemd tcpdump traceroute unbound
 
 # Packages that change the network of a host. They are installed on the machines of e2e-coexist only, because they would take over
 # the network of this host.

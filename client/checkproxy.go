@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"masquevpn/internal/discovery"
+	"masquevpn/routing"
 )
 
 // CheckProxy connects to the proxy like Run, sends the request for the tunnel,
@@ -19,7 +20,7 @@ func CheckProxy(ctx context.Context, cfg Config, step func(string)) error {
 		return err
 	}
 	// With the mark, packets bypass a tunnel that is already up.
-	control := markIfAllowed(c.cfg.Mark)
+	control := routing.MarkSocketIfAllowed(c.cfg.Mark)
 	c.dialer.setControl(control, c.cfg.resolverConfig())
 	c.dialer.progress = step
 	d, _, err := c.dial(ctx)
@@ -39,7 +40,7 @@ func ResolveProxy(ctx context.Context, cfg Config) (*discovery.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.dialer.setControl(markIfAllowed(c.cfg.Mark), c.cfg.resolverConfig())
+	c.dialer.setControl(routing.MarkSocketIfAllowed(c.cfg.Mark), c.cfg.resolverConfig())
 	r, err := c.dialer.resolver.Resolve(ctx, c.target.query)
 	return c.dialer.resolved(resolution{r, err})
 }

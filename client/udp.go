@@ -16,7 +16,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -177,7 +176,7 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 		flows:        make(map[*udpFlow]struct{}),
 	}
 	f.dialer = newDialer(to, cfg.TLS, cfg.Token,
-		markIfAllowed(cmp.Or(cfg.Mark, routing.DefaultMark)), cfg.Logger)
+		routing.MarkSocketIfAllowed(cmp.Or(cfg.Mark, routing.DefaultMark)), cfg.Logger)
 	f.dialer.trusted = cfg.Discovery.Nameservers
 	f.dialer.resolver = f.dialer.newResolver(resolver.Config{CA: cfg.Discovery.CA})
 	f.dialer.dial.Tracer = cfg.Tracer
@@ -194,20 +193,6 @@ func NewUDPForwarder(cfg UDPConfig) (*UDPForwarder, error) {
 func isPort(s string, lowest uint64) bool {
 	n, err := strconv.ParseUint(s, 10, 16)
 	return err == nil && n >= lowest
-}
-
-// markIfAllowed returns a function that marks a socket if this process has the
-// privilege. The mark keeps the connection to the proxy out of a tunnel of this
-// host; it would not work inside a tunnel to the same proxy.
-func markIfAllowed(mark uint32) controlFunc {
-	set := routing.MarkSocket(mark)
-	return func(network, address string, c syscall.RawConn) error {
-		err := set(network, address, c)
-		if errors.Is(err, os.ErrPermission) {
-			return nil
-		}
-		return err
-	}
 }
 
 // Ready returns a channel that is closed when the proxy accepts the target for

@@ -1,8 +1,10 @@
 package routing
 
 import (
+	"errors"
 	"fmt"
 	"math/bits"
+	"os"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -43,5 +45,19 @@ func MarkSocket(mark uint32) func(network, address string, c syscall.RawConn) er
 			return fmt.Errorf("routing: set mark %#x on the outer socket: %w", mark, explain(err))
 		}
 		return nil
+	}
+}
+
+// MarkSocketIfAllowed is MarkSocket without an error if this process lacks the
+// privilege. It keeps packets out of a tunnel that is up, where they may reach
+// nothing.
+func MarkSocketIfAllowed(mark uint32) func(network, address string, c syscall.RawConn) error {
+	set := MarkSocket(mark)
+	return func(network, address string, c syscall.RawConn) error {
+		err := set(network, address, c)
+		if errors.Is(err, os.ErrPermission) {
+			return nil
+		}
+		return err
 	}
 }

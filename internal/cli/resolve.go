@@ -23,6 +23,7 @@ import (
 	"masquevpn/internal/fault"
 	"masquevpn/internal/files"
 	"masquevpn/internal/resolver"
+	"masquevpn/routing"
 )
 
 // ResolveSchema is the version of the JSON form of `resolve`. It does not
@@ -44,7 +45,8 @@ type ResolveOptions struct {
 // Resolver returns a resolver with the settings of o. program is its name
 // towards web servers.
 func (o *ResolveOptions) Resolver(program string) *discovery.Resolver {
-	config := resolver.Config{CA: o.WebCA, UserAgent: program}
+	config := resolver.Config{CA: o.WebCA, UserAgent: program,
+		Control: routing.MarkSocketIfAllowed(routing.DefaultMark)}
 	if len(o.Nameservers) > 0 {
 		config.Servers = resolver.Trusted(o.Nameservers)
 	}
@@ -223,7 +225,8 @@ func (o *resolution) note(q discovery.Question) { o.questions = append(o.questio
 
 // probe connects to each address of the result.
 func (o *resolution) probe(ctx context.Context, config *tls.Config) {
-	d := &dial.Dialer{TLS: &tls.Config{}, Logger: slog.New(slog.DiscardHandler)}
+	d := &dial.Dialer{TLS: &tls.Config{}, Logger: slog.New(slog.DiscardHandler),
+		Control: routing.MarkSocketIfAllowed(routing.DefaultMark)}
 	if config != nil {
 		d.TLS.RootCAs = config.RootCAs
 	}
