@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -22,6 +23,7 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/discovery"
 	"masquevpn/internal/fault"
+	"masquevpn/internal/federation"
 	"masquevpn/internal/hostdns"
 	"masquevpn/internal/resolver"
 	"masquevpn/routing"
@@ -110,6 +112,10 @@ type Config struct {
 
 	// Discovery says which sources lead from a domain to its proxy.
 	Discovery Discovery
+
+	// Federation makes the client a gateway that links a domain with the domain
+	// of another owner.
+	Federation Federation
 
 	// AdvertiseRoutes lists the networks behind this host that the proxy may
 	// send to. They make this host a gateway that forwards packets (RFC 9484
@@ -220,6 +226,17 @@ type KillSwitch interface {
 	Maintain(ctx context.Context, report func(routing.KillSwitchHealth)) error
 }
 
+// Federation configures a gateway that stands for a domain instead of a user.
+// The zero value is a client of a user.
+type Federation struct {
+	// Domain is the gateway's own domain, which its certificate proves. Empty
+	// means that the client stands for a user.
+	Domain string
+
+	// Peer is the domain of the other owner. Empty means the name in Proxy.
+	Peer string
+}
+
 // Discovery configures how the proxy of a domain is found; see package
 // internal/discovery. The zero value asks for everything that the domain's
 // owner may publish, and believes no signature.
@@ -271,6 +288,9 @@ type target struct {
 	port     string         // "443" if none is configured
 	roots    *x509.CertPool // authorities of the certificate; nil: the host's
 	clock    clock          // verifies certificates
+
+	// pair are the domains that the request links; the zero Pair for a user.
+	pair federation.Pair
 
 	// names are the names that the certificate may have. server is the text for
 	// the far end in messages, and mayChange is set if records of a domain
@@ -357,6 +377,43 @@ func (to target) at(r *discovery.Result, record *discovery.Record) target {
 // resolverConfig returns the configuration of the resolver.
 func (c *Config) resolverConfig() resolver.Config { return resolver.Config{CA: c.Discovery.CA} }
 
+// isPeer reports whether the target is the server of a peer.
+func (to *target) isPeer() bool { return to.pair != federation.Pair{} }
+
+// pair returns the pair that c links. host is the name in c.Proxy.
+func (c *Config) pair(host string) (p federation.Pair, err error) {
+	if c.Federation.Domain == "" {
+		if c.Federation.Peer != "" {
+			return p, usage("federation.domain", "it is missing")
+		}
+		return p, nil
+	}
+	var ok bool
+	if p.From, ok = federation.ParseDomain(c.Federation.Domain); !ok {
+		return p, usage("federation.domain", "%q is not the name of a domain", c.Federation.Domain)
+	}
+	if p.To, ok = federation.ParseDomain(cmp.Or(c.Federation.Peer, host)); !ok {
+		return p, usage("federation.peer", "%q is not the name of a domain",
+			cmp.Or(c.Federation.Peer, host))
+	}
+	switch {
+	case c.TLS == nil || len(c.TLS.Certificates) == 0 && c.TLS.GetClientCertificate == nil:
+		return p, usage("federation.domain",
+			"a domain is proved by tls.cert and tls.key, which are missing")
+	case c.Token != "":
+		return p, usage("auth.token", "a peer has no token")
+	case len(c.AdvertiseRoutes) == 0:
+		return p, usage("routes.advertise",
+			"a gateway needs it: it names the networks that the peer may reach")
+	case c.Accept == nil || slices.ContainsFunc(c.Accept, func(p netip.Prefix) bool {
+		return p.Bits() == 0
+	}):
+		return p, usage("routes.accept",
+			"routes of another owner are not taken unseen: name the peer's networks")
+	}
+	return p, nil
+}
+
 // resolveTarget returns the target of c, with its scope.
 func (c *Config) resolveTarget() (target, error) {
 	to, err := parseProxy(c.Proxy, c.TLS)
@@ -364,6 +421,12 @@ func (c *Config) resolveTarget() (target, error) {
 		return target{}, err
 	}
 	to.query.Method, to.query.DNSSEC = c.Discovery.Method, c.Discovery.DNSSEC
+	if to.pair, err = c.pair(to.host); err != nil {
+		return target{}, err
+	}
+	if to.isPeer() {
+		to.query.Purpose, to.query.Private = discovery.Peer, false
+	}
 	orAny := func(s string) string {
 		if s == "" {
 			return "*"

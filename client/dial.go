@@ -102,7 +102,8 @@ type dialed struct {
 	conn   *quic.Conn
 	remote netip.AddrPort
 
-	name string // the name that the proxy's certificate proves
+	name   string           // the name that the proxy's certificate proves
+	record discovery.Record // the record that led to the proxy
 }
 
 // close closes the connection and its sockets.
@@ -126,7 +127,8 @@ func (d *dialer) connectAndRequest(ctx context.Context,
 		return nil, d.explain(err)
 	}
 	c := &dialed{transport: conn.Transport, socket: conn.Socket, closePrevious: func() {},
-		conn: conn.QUIC, remote: conn.Remote, name: conn.Name}
+		conn: conn.QUIC, remote: conn.Remote, name: conn.Name,
+		record: conn.Record}
 	d.reportConn(c)
 	d.report("it is a MASQUE proxy: it offers Extended CONNECT and HTTP Datagrams")
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)

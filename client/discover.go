@@ -13,6 +13,7 @@ import (
 	"masquevpn/internal/dial"
 	"masquevpn/internal/discovery"
 	"masquevpn/internal/dnsclient"
+	"masquevpn/internal/federation"
 	"masquevpn/internal/nat64"
 	"masquevpn/internal/resolver"
 )
@@ -60,7 +61,7 @@ func (d *dialer) connect(ctx context.Context) (*dial.Conn, error) {
 	resolved := make(chan resolution, 1)
 	own := make(chan *discovery.Result, 1)
 	query := d.target.query
-	if query.DNSSEC != discovery.DNSSECRequire {
+	if query.DNSSEC != discovery.DNSSECRequire && !d.target.isPeer() {
 		query.WithoutFile = func(r *discovery.Result) { own <- r }
 	}
 	// The resolution goes on when a server answers before the delegation file
@@ -301,4 +302,23 @@ func (c *Client) noteDiscovery(r *discovery.Result) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.status.Discovery = d
+}
+
+// peerStatus returns the status of the peer that d leads to, or nil if the
+// client stands for a user. The server has proved a name that stands for the
+// peer's domain: in a certificate, by the delegation file, or by a signed
+// record.
+func (c *Client) peerStatus(d *dialed) *connectip.PeerStatus {
+	if !c.target.isPeer() {
+		return nil
+	}
+	identity := federation.Certificate
+	switch r := c.dialer.result; {
+	case d.record.Signed && d.name == d.record.Target && d.name != c.target.pair.To:
+		identity = federation.DNSSEC
+	case r.Delegated != (discovery.Name{}) && d.name != c.target.pair.To:
+		identity = federation.WellKnown
+	}
+	return &connectip.PeerStatus{Domain: c.target.pair.To, Local: c.target.pair.From,
+		Identity: identity.String()}
 }

@@ -58,6 +58,9 @@ func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.Requ
 		req.Header.Set(connectip.InstallationHeader, c.cfg.Installation)
 	}
 	c.dialer.identify(req.Header)
+	if c.target.isPeer() {
+		c.target.pair.SetFields(req.Header)
+	}
 	str, err := h3.OpenRequestStream(ctx)
 	if err != nil {
 		return nil, err
@@ -69,7 +72,31 @@ func (c *Client) request(ctx context.Context, h3 *http3.ClientConn) (*http3.Requ
 	if err != nil {
 		return nil, err
 	}
+	if c.target.isPeer() {
+		return str, c.target.checkPeerResponse(rsp)
+	}
 	return str, checkResponse(rsp)
+}
+
+// checkPeerResponse is checkResponse for a request for a pair.
+func (to *target) checkPeerResponse(rsp *http.Response) error {
+	switch rsp.StatusCode {
+	case http.StatusUnauthorized:
+		return fail(causeCredentials, nil,
+			fmt.Sprintf("the peer %s does not accept our identity", to.pair.To),
+			fmt.Sprintf("it has to have [[peer]] domain = %q, and a certificate that proves %s",
+				to.pair.From,
+				to.pair.From))
+	case http.StatusForbidden:
+		return fail(causeForbidden, nil,
+			fmt.Sprintf("the peer %s does not link with %s", to.pair.To, to.pair.From),
+			"compare [[peer]] at its end with [federation] here")
+	case http.StatusMisdirectedRequest:
+		return fail(causeAnswer, nil,
+			fmt.Sprintf("the server %s does not serve %s", to.host, to.pair.To),
+			"compare federation.peer with federation.domains of the server")
+	}
+	return checkResponse(rsp)
 }
 
 // readFinalResponse returns the first response that is not informational.

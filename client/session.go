@@ -126,6 +126,7 @@ func (c *Client) runSession(ctx context.Context) (connected time.Duration, err e
 	c.quicConn, c.currentSession = d.conn, s
 	c.status.Proxy.Endpoint = d.remote.String()
 	c.status.Proxy.AuthenticatedAs = d.name
+	c.status.Peer = c.peerStatus(d)
 	c.mu.Unlock()
 	c.cfg.Logger.Info("session started", "proxy", c.target.host, "remote", d.remote.String())
 
@@ -421,7 +422,12 @@ func (s *session) handleRoutes(routes []capsule.Route) error {
 	return nil
 }
 
+// handleDNS takes the proxy's DNS configuration. A peer has none for the names
+// of another owner.
 func (s *session) handleDNS(configurations []capsule.DNSConfiguration) error {
+	if s.c.target.isPeer() {
+		return nil
+	}
 	s.mu.Lock()
 	s.dns, s.hasDNS = configurations, true
 	s.mu.Unlock()
@@ -443,7 +449,11 @@ func (s *session) forgetDNS() {
 	}
 }
 
+// handlePREF64 takes the proxy's NAT64 prefixes, but not those of a peer.
 func (s *session) handlePREF64(prefixes []netip.Prefix) error {
+	if s.c.target.isPeer() {
+		return nil
+	}
 	s.mu.Lock()
 	s.nat64 = prefixes
 	s.mu.Unlock()

@@ -9,6 +9,7 @@ import (
 
 	"masquevpn/client"
 	"masquevpn/internal/discovery"
+	"masquevpn/internal/federation"
 	"masquevpn/routing"
 	"masquevpn/tun"
 )
@@ -60,6 +61,7 @@ func ParseClient(file string, data []byte) (*Client, error) {
 		}
 	}
 	c.parseDiscovery(root.table("discovery"))
+	c.parseFederation(root.table("federation"))
 
 	c.parseTLS(root.table("tls"))
 
@@ -164,6 +166,21 @@ func (c *Client) parseDiscovery(t *table) {
 	c.Discovery.DNSSEC = t.dnssec("dnssec")
 	c.Discovery.Nameservers = t.nameservers("nameservers")
 	c.WebCA = t.file("ca", "")
+}
+
+// parseFederation reads [federation]. Package client checks the other keys that
+// a gateway of a domain needs.
+func (c *Client) parseFederation(t *table) {
+	c.Federation.Domain, c.Federation.Peer = t.string("domain", ""), t.string("peer", "")
+	for key, value := range map[string]string{"domain": c.Federation.Domain,
+		"peer": c.Federation.Peer} {
+		if !t.has(key) {
+			continue
+		}
+		if _, ok := federation.ParseDomain(value); !ok {
+			t.add(key, "not a domain name", `write for example "example.org"`)
+		}
+	}
 }
 
 // whyNotDiscovered returns why discovery does not apply to a proxy.

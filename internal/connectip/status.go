@@ -29,6 +29,10 @@ type Status struct {
 
 	Proxy ProxyStatus `json:"proxy"`
 
+	// Peer describes the other owner whose networks a client links as a
+	// gateway of a domain. nil means that the client stands for a user.
+	Peer *PeerStatus `json:"peer,omitempty"`
+
 	// Discovery describes how a client found the proxy. nil means that it did
 	// not have to.
 	Discovery *DiscoveryStatus `json:"discovery,omitempty"`
@@ -66,6 +70,13 @@ type Status struct {
 	// CertificateUntil is the time when the client's certificate expires. nil
 	// means that it has none.
 	CertificateUntil *time.Time `json:"certificate_until,omitempty"`
+}
+
+// PeerStatus describes the other owner of a pair of domains.
+type PeerStatus struct {
+	Domain   string `json:"domain"`
+	Local    string `json:"local"`    // the own domain
+	Identity string `json:"identity"` // the proof of Domain, such as "certificate"
 }
 
 // DiscoveryStatus describes how a client found the proxy of a domain.
