@@ -26,6 +26,7 @@ import (
 	"masquevpn/internal/doctor"
 	"masquevpn/internal/fault"
 	"masquevpn/internal/files"
+	"masquevpn/routing"
 )
 
 const (
@@ -79,7 +80,7 @@ func (c *publish) run(ctx context.Context, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	p, err := newPublication(f, c.domain, local)
+	p, err := newPublication(f, c.domain, local, outerAddresses(local))
 	if err != nil {
 		return err
 	}
@@ -115,8 +116,10 @@ type publication struct {
 }
 
 // newPublication returns the publication for a configuration, without the
-// certificate. local has the addresses of the host.
-func newPublication(f *config.Proxy, domain string, local []netip.Addr) (*publication, error) {
+// certificate. local has the addresses of the host, and outer those among them
+// at which others may reach it.
+func newPublication(f *config.Proxy, domain string, local, outer []netip.Addr) (*publication,
+	error) {
 	p := &publication{source: f.Cert, acme: f.ACME != nil}
 	var err error
 	if p.name, err = discovery.ParseInput(f.Name); err != nil {
@@ -156,7 +159,7 @@ func newPublication(f *config.Proxy, domain string, local []netip.Addr) (*public
 			netip.AddrPortFrom(a.AddrPort().Addr().Unmap(), a.AddrPort().Port()))
 	}
 	p.port = p.listen[0].Port()
-	p.addrs = p.reachable(f, local)
+	p.addrs = p.reachable(f, local, outer)
 	return p, nil
 }
 
@@ -175,15 +178,38 @@ func localAddresses() ([]netip.Addr, error) {
 	return list, nil
 }
 
-// reachable returns the addresses at which others reach the proxy: those that
-// it listens on or, if these are unspecified, the host's. It returns private
-// ones only if there are no others.
-func (p *publication) reachable(f *config.Proxy, local []netip.Addr) []netip.Addr {
+// outerAddresses returns the addresses in local that are on the interfaces of
+// the default routes, or all of a family without a default route.
+func outerAddresses(local []netip.Addr) []netip.Addr {
+	list := slices.Clone(local)
+	for _, ipv6 := range []bool{false, true} {
+		iface, err := net.InterfaceByName(routing.DefaultInterface(ipv6))
+		if err != nil {
+			continue
+		}
+		addrs, err := iface.Addrs()
+		if err != nil {
+			continue
+		}
+		list = slices.DeleteFunc(list, func(a netip.Addr) bool {
+			return a.Is6() == ipv6 && !slices.ContainsFunc(addrs, func(n net.Addr) bool {
+				p, err := netip.ParsePrefix(n.String())
+				return err == nil && p.Addr() == a
+			})
+		})
+	}
+	return list
+}
+
+// reachable returns the addresses at which others reach the proxy: those among
+// outer that it listens on. It returns private ones only if there are no
+// others.
+func (p *publication) reachable(f *config.Proxy, local, outer []netip.Addr) []netip.Addr {
 	if p.name.Addr().IsValid() {
 		return []netip.Addr{p.name.Addr()}
 	}
 	var list []netip.Addr
-	for _, a := range local {
+	for _, a := range outer {
 		inPool := f.Pool4.IsValid() && f.Pool4.Contains(a) ||
 			f.Pool6.IsValid() && f.Pool6.Contains(a)
 		if a.IsGlobalUnicast() && !inPool && p.listensOn(netip.AddrPortFrom(a, p.port), local) {

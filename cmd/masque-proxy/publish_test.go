@@ -54,7 +54,7 @@ func published(t *testing.T, name, listen, domain string) *publication {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := newPublication(f, domain, hostAddresses)
+	p, err := newPublication(f, domain, hostAddresses, hostAddresses)
 	if err != nil {
 		t.Fatal(err)
 	}
