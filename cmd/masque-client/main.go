@@ -50,6 +50,8 @@ var manual = cli.Page{
 			Meaning: "The log of a tunnel started by up, its newest 2 to 4 MiB."},
 		{Term: "/run/masque/NAME.lock, /run/masque/NAME.journal",
 			Meaning: "The lock of a running tunnel, and a list of its changes to the host."},
+		{Term: "/etc/hosts, /etc/resolv.conf",
+			Meaning: "Names of hosts, which precede DNS, and the DNS servers that are asked about the proxy. Their answers count as validated with options trust-ad."},
 		{Term: "/usr/share/doc/masquevpn",
 			Meaning: "The manual of the client, docs/client.md, and a configuration with all keys, docs/reference/client.toml."},
 	},
