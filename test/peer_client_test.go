@@ -13,8 +13,8 @@ import (
 	"masquevpn/internal/pki"
 )
 
-// linkConfig links a.example, behind the proxy, with b.example, whose gateway is
-// a client.
+// linkConfig links a.example, behind the proxy, with b.example, whose gateway
+// is a client.
 const linkConfig = `
 [routes]
 advertise = ["192.0.2.0/24", "2001:db8:3::/64"]
