@@ -145,7 +145,7 @@ type peerHub struct {
 	owners *owners
 }
 
-func newPeerHub(t *testing.T, change func(*Config)) *peerHub {
+func newPeerHub(t testing.TB, change func(*Config)) *peerHub {
 	h := &peerHub{ca: newPeerCA(t), owners: new(owners)}
 	h.hub = newHub(t, func(c *Config) {
 		c.Sites = c.Sites[:1]

@@ -43,7 +43,7 @@ type running struct {
 }
 
 // startServer runs a proxy on loopback until the test ends.
-func startServer(t *testing.T, change func(*Config)) running {
+func startServer(t testing.TB, change func(*Config)) running {
 	t.Helper()
 	in := pkitest.New("localhost")
 	cfg := Config{
@@ -78,7 +78,7 @@ func startServer(t *testing.T, change func(*Config)) running {
 }
 
 // dial connects another client.
-func (r running) dial(t *testing.T, change func(*quic.Config)) (*quic.Conn, *http3.ClientConn) {
+func (r running) dial(t testing.TB, change func(*quic.Config)) (*quic.Conn, *http3.ClientConn) {
 	t.Helper()
 	conf := &quic.Config{EnableDatagrams: true}
 	if change != nil {
@@ -97,7 +97,7 @@ func (r running) dial(t *testing.T, change func(*quic.Config)) (*quic.Conn, *htt
 }
 
 // send sends one request and returns its stream.
-func send(t *testing.T, h3 *http3.ClientConn, method, protocol, path string,
+func send(t testing.TB, h3 *http3.ClientConn, method, protocol, path string,
 	header http.Header) *http3.RequestStream {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, "https://localhost"+path, nil)
@@ -121,7 +121,7 @@ func send(t *testing.T, h3 *http3.ClientConn, method, protocol, path string,
 }
 
 // request sends one request and returns the response and the stream.
-func request(t *testing.T, h3 *http3.ClientConn, method, protocol, path string,
+func request(t testing.TB, h3 *http3.ClientConn, method, protocol, path string,
 	header http.Header) (*http.Response, *http3.RequestStream) {
 	t.Helper()
 	str := send(t, h3, method, protocol, path, header)

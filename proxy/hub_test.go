@@ -35,7 +35,7 @@ func (byToken) Reserved(netip.Prefix, string) bool  { return false }
 // site.
 type hub struct {
 	running
-	t      *testing.T
+	t      testing.TB
 	h3     *http3.ClientConn
 	cfg    Config // the initial configuration
 	device *tuntest.Device
@@ -50,7 +50,7 @@ var (
 	hostNetwork = netip.MustParsePrefix("172.16.0.0/24")
 )
 
-func newHub(t *testing.T, change func(*Config)) *hub {
+func newHub(t testing.TB, change func(*Config)) *hub {
 	h := &hub{t: t, device: tuntest.New(1400), kernel: new(routingtest.Network),
 		log: new(logtest.Buffer)}
 	h.running = startServer(t, func(c *Config) {
