@@ -28,6 +28,7 @@ import (
 	"masquevpn/internal/connectip"
 	"masquevpn/internal/discovery"
 	"masquevpn/internal/federation"
+	"masquevpn/internal/pki/pkitest"
 )
 
 // peerCA is an authority of peers' certificates.
@@ -562,4 +563,65 @@ func TestPeerIsNoUser(t *testing.T) {
 	h.awaitInstalled(netB)
 	h.awaitAllowed(g, "10.2.0.5", "192.0.2.7")
 	h.awaitAllowed(user, user.own[0].String(), "192.0.2.7")
+}
+
+// TestFirstPeerByReload checks that a proxy which gets its first peer by a
+// reload asks new connections for a certificate, and that users with
+// certificates keep their access and their classes.
+func TestFirstPeerByReload(t *testing.T) {
+	in := pkitest.New("users")
+	pair, err := in.Authority.Client("a", time.Now(), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	user := pkitest.KeyPair(pair)
+	h := newPeerHub(t, func(c *Config) {
+		c.Methods = []string{MethodMTLS, MethodToken}
+		c.TLS.ClientCAs = in.Roots
+		c.Peers = nil
+	})
+	bad := h.ca.issue(t, "b.example")
+	ask := func(cert *tls.Certificate, header http.Header) int {
+		t.Helper()
+		_, h3 := h.dialAs(cert)
+		rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, header)
+		return rsp.StatusCode
+	}
+	if got := ask(&user, http.Header{}); got != 200 {
+		t.Errorf("a user before the reload: status %d", got)
+	}
+	cfg := h.cfg
+	cfg.Peers = []Peer{{Domain: "b.example", Networks: []netip.Prefix{netB}}}
+	if _, err := h.Reload(cfg); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name   string
+		cert   *tls.Certificate
+		header http.Header
+		want   int
+		class  string
+	}{
+		{"a user", &user, http.Header{}, 200, ""},
+		{"a user with a token", nil, http.Header{"Authorization": {"Bearer a"}}, 200, ""},
+		{"a user with both", &user, http.Header{"Authorization": {"Bearer a"}}, 200, ""},
+		{"a user with the token of another", &user, http.Header{"Authorization": {"Bearer b"}}, 401,
+			classMismatch},
+		{"a user with a bad certificate", bad, http.Header{}, 401, classBadCertificate},
+		{"a token with a bad certificate", bad, http.Header{"Authorization": {"Bearer a"}}, 401,
+			classBadCertificate},
+		{"the peer", bad, pairHeader("b.example", "a.example"), 200, ""},
+		{"the peer with a user's certificate", &user, pairHeader("b.example", "a.example"), 401,
+			federation.ClassBad},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			before := len(h.log.Lines("class=" + tc.class))
+			if got := ask(tc.cert, tc.header); got != tc.want {
+				t.Errorf("status %d, want %d", got, tc.want)
+			}
+			if tc.class != "" && len(h.log.Lines("class="+tc.class)) != before+1 {
+				t.Errorf("no line with class %s", tc.class)
+			}
+		})
+	}
 }

@@ -93,7 +93,7 @@ func (d *delegationChecks) end(c *delegationCheck, a federation.Answer, failed b
 
 // prove returns the identity that a delegation gives to chain, after failure
 // was all that it proves by itself. The error is errTooManyChecks if the owner
-// of the domain was not asked.
+// of the domain was not asked and what it said last decides nothing.
 func (d *delegationChecks) prove(ctx context.Context, v *federation.Verifier, pair pairKey,
 	p *federation.Peer, chain []*x509.Certificate, failure *federation.Failure) (federation.Proof,
 	*federation.Failure, error) {
@@ -104,7 +104,7 @@ func (d *delegationChecks) prove(ctx context.Context, v *federation.Verifier, pa
 	}
 	if check == nil {
 		found, failed := p.ByAnswer(chain, answer, failure, now)
-		if failed != nil {
+		if failed != nil && failed.Temporary {
 			err = errTooManyChecks
 		}
 		return found, failed, err

@@ -237,15 +237,27 @@ func (c *Conn) Unanswered() bool {
 // SetFiltered replaces the accepted entries of the peer's last capsules. Call
 // it when Filter would now return other entries.
 func (c *Conn) SetFiltered(assigned []netip.Prefix, routes []capsule.Route) error {
-	return c.changeLink(func() {
-		c.setAssigned(assigned)
-		c.link.peerAdvertised = routes
-	})
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	before, n := c.link.assigned, len(c.cfg.Static)
+	if len(before) >= n && slices.Equal(before[n:], assigned) &&
+		slices.Equal(c.link.peerAdvertised, routes) {
+		return nil
+	}
+	c.setAssigned(assigned)
+	c.link.peerAdvertised = routes
+	return c.updatePolicy()
 }
 
 // SetDenied replaces Config.Denied and Config.Withheld.
 func (c *Conn) SetDenied(denied, withheld []netip.Prefix) error {
-	return c.changeLink(func() { c.link.denied, c.link.withheld = denied, withheld })
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if slices.Equal(c.link.denied, denied) && slices.Equal(c.link.withheld, withheld) {
+		return nil
+	}
+	c.link.denied, c.link.withheld = denied, withheld
+	return c.updatePolicy()
 }
 
 // send calls change, updates the policy, and writes one capsule. In this order,
