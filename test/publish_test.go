@@ -209,12 +209,19 @@ func TestPublishIsWhatIsNeeded(t *testing.T) {
 			file := filepath.Join(t.TempDir(), user+".toml")
 			o.must(o.Proxy, "masque-proxy", "invite", user, "-c", o.config(), "--proxy", way.proxy,
 				"-o", file)
-			appendTo(t, file, tunTable()+fmt.Sprintf("\n[discovery]\nca = %q\n", o.file("ca.crt")))
+			appendTo(t, file, tunTable()+fmt.Sprintf("\n[discovery]\nca = %q\n"+
+				"[metrics]\nlisten = \"127.0.0.1:9484\"\n", o.file("ca.crt")))
 			o.up(o.Client, file)
 			if d := o.status(o.Client, user).Discovery; d == nil || d.Step != way.step {
 				t.Errorf("found by %+v, want %s", d, way.step)
 			}
 			o.ping(o.Client, lab.TargetIPv4, lab.TargetIPv6)
+			counted := newScraper(o.pair, o.Client)
+			counted.await(fmt.Sprintf("masque_discoveries_total{result=\"ok\",step=%q}",
+				way.step), 1)
+			if way.server != "" {
+				counted.await(`masque_well_known_requests_total{result="valid"}`, 1)
+			}
 			o.down(o.Client, user)
 		})
 	}
