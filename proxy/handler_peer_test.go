@@ -514,6 +514,55 @@ func TestPeerReload(t *testing.T) {
 	}
 }
 
+// TestPeerIsProvedAgain checks that a connection on which a peer was proved, and
+// whose pair has ended, is judged by the configuration of a reload.
+func TestPeerIsProvedAgain(t *testing.T) {
+	h := newPeerHub(t, nil)
+	_, h3 := h.dialAs(h.ca.issue(t, "b.example"))
+	h.link(h3, "b.example", "a.example").close()
+	h.eventually("the pair has ended", func() bool { return len(h.Sessions()) == 0 })
+	cfg := h.cfg
+	cfg.Peers = slices.Clone(cfg.Peers)
+	cfg.Peers[0].CA = newPeerCA(t).pool()
+	if _, err := h.Reload(cfg); err != nil {
+		t.Fatal(err)
+	}
+	rsp, _ := request(t, h3, "CONNECT", "connect-ip", anyPath, pairHeader("b.example", "a.example"))
+	if rsp.StatusCode != 401 {
+		t.Errorf("status %d, want 401", rsp.StatusCode)
+	}
+}
+
+// TestPeerByPin checks that a key in pins needs no authority, until a reload
+// removes it.
+func TestPeerByPin(t *testing.T) {
+	for _, policy := range []federation.Policy{federation.Trusted, federation.Encrypted} {
+		t.Run(policy.String(), func(t *testing.T) {
+			cert := newPeerCA(t).issue(t, "whoever.example")
+			leaf, err := x509.ParseCertificate(cert.Certificate[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			h := newPeerHub(t, func(c *Config) {
+				c.Peers[0].Policy = policy
+				c.Peers[0].Pins = [][32]byte{federation.PinOf(leaf)}
+			})
+			_, h3 := h.dialAs(cert)
+			g := h.link(h3, "b.example", "a.example", netB)
+			if n := len(h.log.Lines("identity=pin policy=" + policy.String())); n != 1 {
+				t.Errorf("%d lines have the identity, want 1", n)
+			}
+			cfg := h.cfg
+			cfg.Peers = slices.Clone(cfg.Peers)
+			cfg.Peers[0].Pins = [][32]byte{{1}}
+			if _, err := h.Reload(cfg); err != nil {
+				t.Fatal(err)
+			}
+			g.awaitReset()
+		})
+	}
+}
+
 // TestPeerExpires checks that a pair ends when its time is over.
 func TestPeerExpires(t *testing.T) {
 	h := newPeerHub(t, func(c *Config) { c.Peers[0].Expires = time.Now().Add(2 * time.Second) })

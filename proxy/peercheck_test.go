@@ -33,7 +33,8 @@ func (c *checker) prove(server string) (federation.Identity, error) {
 		c.t.Fatal(err)
 	}
 	chain := []*x509.Certificate{leaf}
-	v := &federation.Verifier{Resolver: c.owners.resolver()} // without a cache
+	// A new resolver has no cache.
+	v := &federation.Verifier{Resolver: c.owners.resolver()}
 	_, failure := c.peer.Direct(chain, c.owners.now())
 	if failure == nil {
 		c.t.Fatal("the certificate needs no delegation")

@@ -229,16 +229,24 @@ func (t *peers) follow(ss *ipSession) *revocation {
 // [[peer]] of each pair before it.
 func (t *peers) reloaded(former map[pairKey]*configured) {
 	t.checks.forget()
+	changed := make(map[pairKey]bool) // pairs that other proofs count for
+	for pair, old := range former {
+		p := t.of(pair)
+		changed[pair] = p == nil || !p.proofs.Equal(old.proofs)
+	}
 	for _, ss := range t.bindings.all() {
 		why := t.follow(ss)
-		p := t.of(ss.link.pair)
-		if old := former[ss.link.pair]; why == nil && old != nil && !old.proofs.Equal(p.proofs) {
+		if p := t.of(ss.link.pair); why == nil && changed[ss.link.pair] {
 			why = t.judgeAgain(ss, p)
 		}
 		if why != nil {
 			t.revoke(ss, why)
 		}
 	}
+	t.connections.forget(func(row *peerConn, pair pairKey) bool {
+		return changed[pair] && !slices.ContainsFunc(t.bindings.of(pair),
+			func(ss *ipSession) bool { return ss.link.conn == row })
+	})
 }
 
 // judgeAgain judges the identity of a session's peer by proofs that changed.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"maps"
 	"slices"
 	"strconv"
 	"sync"
@@ -132,6 +133,15 @@ func (t *connections) lost(row *peerConn, pair pairKey) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(row.proofs, pair)
+}
+
+// forget drops the proofs that drop reports.
+func (t *connections) forget(drop func(*peerConn, pairKey) bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, row := range t.rows {
+		maps.DeleteFunc(row.proofs, func(pair pairKey, _ proof) bool { return drop(row, pair) })
+	}
 }
 
 // begin counts a pair on a connection, unless a limit forbids it.
