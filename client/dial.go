@@ -32,12 +32,15 @@ type controlFunc = func(network, address string, c syscall.RawConn) error
 
 // dialer connects to one proxy. It is used by one goroutine at a time.
 type dialer struct {
-	target   target
-	token    string
-	dial     *dial.Dialer
-	dialTo   func(context.Context, []discovery.Group) (*dial.Conn, error) // dial.Dial
-	resolver *discovery.Resolver
-	logger   *slog.Logger
+	target target
+	token  string
+	dial   *dial.Dialer
+	logger *slog.Logger
+
+	// dialTo is dial.Dial, and closeConn closes its connection.
+	dialTo    func(context.Context, []discovery.Group) (*dial.Conn, error)
+	closeConn func(*dial.Conn)
+	resolver  *discovery.Resolver
 
 	// trusted are nameservers that are asked in place of all others, and that
 	// validate signatures. nameservers replace a nameserver on this host.
@@ -72,7 +75,7 @@ func newDialer(to target, config *tls.Config, token string, control controlFunc,
 	t.Time = to.clock.now
 	d := &dialer{target: to, token: token, logger: logger, hasRoute: hasRoute}
 	d.dial = &dial.Dialer{TLS: t, Control: control, Opened: d.outer.add, Logger: logger}
-	d.dialTo = d.dial.Dial
+	d.dialTo, d.closeConn = d.dial.Dial, (*dial.Conn).Close
 	d.resolver = d.newResolver(resolver.Config{})
 	return d
 }

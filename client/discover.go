@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/http/httptrace"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"masquevpn/internal/connectip"
@@ -39,11 +41,16 @@ type resolution struct {
 	err    error
 }
 
-// earlyDial dials the servers found without the delegation file.
+// earlyDial dials the servers found without the delegation file: fileDelay
+// after DNS, or at once if these are at the addresses of the domain, where the
+// web server is too. A server that answers before fileDelay waits for the file,
+// if the web server has been reached.
 type earlyDial struct {
 	result *discovery.Result
-	done   chan earlyOutcome // receives one value
-	cancel context.CancelFunc
+	cancel context.CancelFunc // nil before the start
+	done   chan earlyOutcome  // receives one value; nil before the start and after the value
+	conn   *dial.Conn         // the server that answered, until it is used or closed
+	err    error              // why none did
 }
 
 type earlyOutcome struct {
@@ -64,75 +71,93 @@ func (d *dialer) connect(ctx context.Context) (*dial.Conn, error) {
 	if query.DNSSEC != discovery.DNSSECRequire && !d.target.isPeer() {
 		query.WithoutFile = func(r *discovery.Result) { own <- r }
 	}
+	var webReached atomic.Bool
+	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		ConnectDone: func(network, _ string, err error) {
+			if network == "tcp" && err == nil {
+				webReached.Store(true)
+			}
+		}})
 	// The resolution goes on when a server answers before the delegation file
 	// is there, so that a failure of the file is known to the next one.
 	go func() {
-		r, err := d.resolver.Resolve(ctx, query)
+		r, err := d.resolver.Resolve(traced, query)
 		resolved <- resolution{r, err}
 	}()
-	var withoutFile *discovery.Result
-	var late <-chan time.Time
 	early := &earlyDial{} // not started
-	var failed error      // the error of early
+	var late <-chan time.Time
+	waited := false
 	for {
 		select {
-		case withoutFile = <-own:
+		case r := <-own:
 			late = time.After(fileDelay)
+			early.result = r
+			if r.Step == "address" {
+				d.dialEarly(ctx, early)
+			}
 		case <-late:
-			early = d.dialEarly(ctx, withoutFile)
+			waited = true
+			switch {
+			case early.conn != nil:
+				d.keep(early.result)
+				return early.conn, nil
+			case early.cancel == nil:
+				d.dialEarly(ctx, early)
+			}
 		case o := <-early.done:
-			if early.done = nil; o.err == nil {
+			early.done, early.conn, early.err = nil, o.conn, o.err
+			early.cancel()
+			// The web server of the domain has the same addresses. If it has
+			// not been reached after the two round trips of QUIC, the network
+			// drops packets to it.
+			if o.err == nil && (waited || !webReached.Load()) {
 				d.keep(early.result)
 				return o.conn, nil
 			}
-			failed = o.err
 		case r := <-resolved:
-			return d.connectResolved(ctx, r, early, failed)
+			return d.connectResolved(ctx, r, early)
 		}
 	}
 }
 
-// dialEarly starts to dial the servers of r.
-func (d *dialer) dialEarly(ctx context.Context, r *discovery.Result) *earlyDial {
-	ctx, cancel := context.WithCancel(ctx)
-	e := &earlyDial{result: r, done: make(chan earlyOutcome, 1), cancel: cancel}
-	groups := d.translated(ctx, r)
+// dialEarly starts e.
+func (d *dialer) dialEarly(ctx context.Context, e *earlyDial) {
+	ctx, e.cancel = context.WithCancel(ctx)
+	done := make(chan earlyOutcome, 1)
+	e.done = done
+	groups := d.translated(ctx, e.result)
 	go func() {
 		c, err := d.dialTo(ctx, groups)
-		e.done <- earlyOutcome{c, err}
+		done <- earlyOutcome{c, err}
 	}()
-	return e
 }
 
-// stop ends an early dial.
-func (e *earlyDial) stop() {
-	if e.done == nil {
-		return
+// stop ends e, and closes its connection.
+func (d *dialer) stop(e *earlyDial) {
+	if e.done != nil {
+		e.cancel()
+		o := <-e.done
+		e.conn = o.conn
 	}
-	e.cancel()
-	if o := <-e.done; o.err == nil {
-		o.conn.Close()
+	if e.conn != nil {
+		d.closeConn(e.conn)
 	}
 }
 
 // connectResolved connects to the servers of a finished resolution. If there is
 // no delegation file, an early dial has them already.
-func (d *dialer) connectResolved(ctx context.Context, r resolution, early *earlyDial,
-	failed error) (*dial.Conn, error) {
-	if r.err == nil && r.result.Delegated == (discovery.Name{}) {
-		switch {
-		case early.done != nil:
+func (d *dialer) connectResolved(ctx context.Context, r resolution, early *earlyDial) (
+	*dial.Conn, error) {
+	if r.err == nil && r.result.Delegated == (discovery.Name{}) && early.cancel != nil {
+		if early.done != nil {
 			o := <-early.done
-			d.keep(early.result)
-			d.failed = o.err != nil
-			return o.conn, o.err
-		case failed != nil:
-			d.keep(early.result)
-			d.failed = true
-			return nil, failed
+			early.conn, early.err = o.conn, o.err
 		}
+		d.keep(r.result)
+		d.failed = early.err != nil
+		return early.conn, early.err
 	}
-	early.stop()
+	d.stop(early)
 	result, err := d.resolved(r)
 	if err != nil {
 		return nil, err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http/httptrace"
 	"net/netip"
 	"net/url"
 	"strings"
@@ -22,6 +23,7 @@ import (
 type dialWorld struct {
 	*discoverytest.World
 	fileAfter time.Duration
+	dropped   bool                     // packets to the web server are lost
 	servers   map[string]time.Duration // keyed by address; others fail
 	start     time.Time
 	dialed    []string // times and addresses
@@ -54,6 +56,9 @@ func (w *dialWorld) Lookup(ctx context.Context, name string, t discovery.Type) (
 
 func (w *dialWorld) fetch(ctx context.Context, u *url.URL, addrs []netip.Addr) (*discovery.Response,
 	error) {
+	if !w.dropped {
+		httptrace.ContextClientTrace(ctx).ConnectDone("tcp", addrs[0].String(), nil)
+	}
 	select {
 	case <-time.After(w.fileAfter):
 		return w.World.Fetch(ctx, u, addrs)
@@ -87,50 +92,76 @@ func (w *dialWorld) dialer(t *testing.T) *dialer {
 	d := newDialer(to, nil, "", nil, slog.New(slog.DiscardHandler))
 	d.resolver = w.Resolver()
 	d.resolver.DNS, d.resolver.Fetch, d.resolver.Now = w, w.fetch, time.Now
-	d.dialTo = w.dial
+	d.dialTo, d.closeConn = w.dial, func(*dial.Conn) {}
 	d.hasRoute = func(netip.Addr) bool { return true }
 	return d
 }
 
-// A slow delegation file slows down nobody: half a second after DNS, the
-// servers found without it are dialed, and the first of both wins.
+// A slow delegation file slows down nobody: the servers found without it are
+// dialed too, and the first of both wins. A server at the domain's own address
+// is dialed at once, but waits half a second for a file whose web server is
+// reached.
 func TestSlowFile(t *testing.T) {
 	const ms = time.Millisecond
+	type servers = map[string]time.Duration
 	for _, tt := range []struct {
 		name      string
 		fileAfter time.Duration
-		hasFile   bool
-		servers   map[string]time.Duration
+		noFile    bool
+		dropped   bool // the web server is not reached
+		srv       bool // the domain has an SRV record
+		servers   servers
 		dialed    string
 		want      string // target of the server that wins; "" for none
 		took      time.Duration
 	}{
-		{"at once", 0, true, map[string]time.Duration{"192.0.2.1": 50 * ms, "192.0.2.80": 0},
-			"0s 192.0.2.1", "vpn.example.net", 50 * ms},
-		{"after 400 ms", 400 * ms, true,
-			map[string]time.Duration{"192.0.2.1": 50 * ms, "192.0.2.80": 0},
-			"400ms 192.0.2.1", "vpn.example.net", 450 * ms},
-		{"after 800 ms, the domain's own server is fast", 800 * ms, true,
-			map[string]time.Duration{"192.0.2.1": 50 * ms, "192.0.2.80": 100 * ms},
-			"500ms 192.0.2.80", "example.org", 600 * ms},
-		{"after 800 ms, the domain's own server is slow", 800 * ms, true,
-			map[string]time.Duration{"192.0.2.1": 50 * ms, "192.0.2.80": 400 * ms},
-			"500ms 192.0.2.80, 800ms 192.0.2.1", "vpn.example.net", 850 * ms},
-		{"after 800 ms, the domain has no server", 800 * ms, true,
-			map[string]time.Duration{"192.0.2.1": 50 * ms},
-			"500ms 192.0.2.80, 800ms 192.0.2.1", "vpn.example.net", 850 * ms},
-		{"never, and the domain's own server is slow", time.Hour, true,
-			map[string]time.Duration{"192.0.2.80": 4 * time.Second},
-			"500ms 192.0.2.80", "example.org", 4500 * ms},
-		{"there is none, which is known late", 800 * ms, false,
-			map[string]time.Duration{"192.0.2.80": time.Second}, "500ms 192.0.2.80", "example.org",
-			1500 * ms},
-		{"there is none, and no server", 800 * ms, false, nil, "500ms 192.0.2.80", "", 800 * ms},
+		{name: "fast", fileAfter: 50 * ms, servers: servers{"192.0.2.1": 50 * ms, "192.0.2.80": 0},
+			dialed: "0s 192.0.2.80, 50ms 192.0.2.1", want: "vpn.example.net", took: 100 * ms},
+		{name: "after 400 ms", fileAfter: 400 * ms,
+			servers: servers{"192.0.2.1": 50 * ms, "192.0.2.80": 0},
+			dialed:  "0s 192.0.2.80, 400ms 192.0.2.1", want: "vpn.example.net", took: 450 * ms},
+		{name: "after 800 ms, the domain's own server is fast", fileAfter: 800 * ms,
+			servers: servers{"192.0.2.1": 50 * ms, "192.0.2.80": 100 * ms}, dialed: "0s 192.0.2.80",
+			want: "example.org", took: 500 * ms},
+		{name: "after 800 ms, the domain's own server is slow", fileAfter: 800 * ms,
+			servers: servers{"192.0.2.1": 50 * ms, "192.0.2.80": 900 * ms},
+			dialed:  "0s 192.0.2.80, 800ms 192.0.2.1", want: "vpn.example.net", took: 850 * ms},
+		{name: "after 800 ms, the domain has no server", fileAfter: 800 * ms,
+			servers: servers{"192.0.2.1": 50 * ms}, dialed: "0s 192.0.2.80, 800ms 192.0.2.1",
+			want: "vpn.example.net", took: 850 * ms},
+		{name: "never, and the domain's own server is slow", fileAfter: time.Hour,
+			servers: servers{"192.0.2.80": 4 * time.Second}, dialed: "0s 192.0.2.80",
+			want: "example.org",
+			took: 4 * time.Second},
+		{name: "the network drops its packets", fileAfter: time.Hour, dropped: true,
+			servers: servers{"192.0.2.80": 100 * ms}, dialed: "0s 192.0.2.80", want: "example.org",
+			took: 100 * ms},
+		{name: "there is none, which is known late", fileAfter: 800 * ms, noFile: true,
+			servers: servers{"192.0.2.80": time.Second}, dialed: "0s 192.0.2.80",
+			want: "example.org",
+			took: time.Second},
+		{name: "there is none, which is known soon", fileAfter: 200 * ms, noFile: true,
+			servers: servers{"192.0.2.80": 100 * ms}, dialed: "0s 192.0.2.80", want: "example.org",
+			took: 200 * ms},
+		{name: "there is none, and no server", fileAfter: 800 * ms, noFile: true,
+			dialed: "0s 192.0.2.80",
+			took:   800 * ms},
+		{name: "SRV, after 400 ms", fileAfter: 400 * ms, srv: true,
+			servers: servers{"192.0.2.1": 50 * ms, "192.0.2.90": 0}, dialed: "400ms 192.0.2.1",
+			want: "vpn.example.net", took: 450 * ms},
+		{name: "SRV, never", fileAfter: time.Hour, srv: true, dropped: true,
+			servers: servers{"192.0.2.90": 100 * ms}, dialed: "500ms 192.0.2.90",
+			want: "p1.example.net",
+			took: 600 * ms},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w := newDialWorld(tt.hasFile)
-				w.fileAfter, w.servers = tt.fileAfter, tt.servers
+				w := newDialWorld(!tt.noFile)
+				w.fileAfter, w.servers, w.dropped = tt.fileAfter, tt.servers, tt.dropped
+				if tt.srv {
+					w.DNS["_masque._udp.example.org"] = discoverytest.Node{SRV: []string{"0 0 443 p1.example.net."}}
+					w.DNS["p1.example.net"] = discoverytest.Node{A: []netip.Addr{netip.MustParseAddr("192.0.2.90")}}
+				}
 				c, err := w.dialer(t).connect(t.Context())
 				took, got := time.Since(w.start), ""
 				if err == nil {
