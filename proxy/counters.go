@@ -43,6 +43,9 @@ type Counters struct {
 
 	// Panics counts sessions and requests that a panic ended.
 	Panics uint64
+
+	// Peers has the counts of peers, nil without one.
+	Peers *PeerCounts
 }
 
 // RequestCount is the number of requests with one outcome.
@@ -65,6 +68,7 @@ func (s *Server) Counters() *Counters {
 		MaxSessions: s.cfg().MaxSessions, MaxUDPFlows: s.cfg().MaxUDPFlows,
 		Requests: s.requests.list(), AuthFailures: s.auth.failed.counts(), Pool: s.poolUse(),
 	}
+	c.Peers = s.peers.counts()
 	c.KernelRepairs = s.host.healthNow().Repairs
 	if e := s.host.supervisor.Current(); e != nil {
 		e.overflow.Count(e.device, func(n int) {

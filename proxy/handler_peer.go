@@ -14,10 +14,21 @@ import (
 // methodPeer stands for the authentication method of peers.
 const methodPeer = "peer"
 
-// acceptPair decides on a request for a pair. The checks are in an order in
+// acceptPair decides on a request for a pair, and counts the answer.
+func (h handler) acceptPair(w http.ResponseWriter, r *http.Request) (session, *refusal) {
+	ss, refused := h.decidePair(w, r)
+	if refused != nil {
+		h.s.peers.counter.request(refused.status)
+	} else {
+		h.s.peers.counter.request(http.StatusOK)
+	}
+	return ss, refused
+}
+
+// decidePair decides on a request for a pair. The checks are in an order in
 // which strangers learn nothing: neither who is a peer, nor which domains the
 // proxy stands for.
-func (h handler) acceptPair(w http.ResponseWriter, r *http.Request) (session, *refusal) {
+func (h handler) decidePair(w http.ResponseWriter, r *http.Request) (session, *refusal) {
 	fields, refused := h.pairOf(r)
 	if refused != nil {
 		return nil, refused

@@ -372,6 +372,13 @@ func TestPeerCarriesPackets(t *testing.T) {
 			t.Errorf("%d sessions, want 3", got)
 		}
 	})
+	t.Run("counts", func(t *testing.T) {
+		got := h.Counters().Peers
+		ok := PeerVerification{"certificate", "ok"}
+		if got.Pairs["certificate"] != 2 || got.Requests[200] != 2 || got.Verifications[ok] != 2 {
+			t.Errorf("got %+v", got)
+		}
+	})
 	t.Run("log", func(t *testing.T) {
 		lines := h.log.Lines("peer connected")
 		if len(lines) != 2 || !strings.Contains(lines[0], "domain=b.example local=a.example "+
@@ -501,6 +508,9 @@ func TestPeerReload(t *testing.T) {
 			if tc.ends {
 				b.awaitReset()
 				h.awaitInstalled(netC)
+				if got := h.Counters().Peers.Revocations[tc.class]; got != 1 {
+					t.Errorf("%d revocations are counted, want 1", got)
+				}
 				lines := h.log.Lines("pair revoked")
 				if len(lines) != 1 || !strings.Contains(lines[0], "class="+tc.class) {
 					t.Errorf("lines %q", lines)
@@ -514,8 +524,8 @@ func TestPeerReload(t *testing.T) {
 	}
 }
 
-// TestPeerIsProvedAgain checks that a connection on which a peer was proved, and
-// whose pair has ended, is judged by the configuration of a reload.
+// TestPeerIsProvedAgain checks that a connection on which a peer was proved,
+// and whose pair has ended, is judged by the configuration of a reload.
 func TestPeerIsProvedAgain(t *testing.T) {
 	h := newPeerHub(t, nil)
 	_, h3 := h.dialAs(h.ca.issue(t, "b.example"))

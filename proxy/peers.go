@@ -44,6 +44,7 @@ type peers struct {
 	connections connections
 	bindings    bindings
 	checks      delegationChecks
+	counter     peerCounter
 
 	mu     sync.Mutex              // guards the field below
 	byPair map[pairKey]*configured // the pairs of the configuration
@@ -169,10 +170,12 @@ func (t *peers) identifyAs(ctx context.Context, c *quic.Conn, chain []*x509.Cert
 func (t *peers) prove(ctx context.Context, p *configured, chain []*x509.Certificate) (
 	federation.Proof, *federation.Failure, error) {
 	found, failure := p.proofs.Direct(chain, t.now())
-	if failure == nil || !p.proofs.Delegable(failure) {
-		return found, failure, nil
+	var err error
+	if failure != nil && p.proofs.Delegable(failure) {
+		found, failure, err = t.checks.prove(ctx, t.verifier(), p.pair(), p.proofs, chain, failure)
 	}
-	return t.checks.prove(ctx, t.verifier(), p.pair(), p.proofs, chain, failure)
+	t.counter.verified(found, failure, err)
+	return found, failure, err
 }
 
 // revocation is the reason why a pair ended. It resets the stream, which tells
@@ -198,6 +201,7 @@ func (t *peers) revoke(ss *ipSession, why *revocation) {
 	if why == errPeerIdentity || why == errPeerPolicy {
 		t.connections.lost(ss.link.conn, ss.link.pair)
 	}
+	t.counter.revoked(why)
 	ss.log.Warn("pair revoked", "class", why.class, "reason", why.text)
 	ss.stop(why)
 }
@@ -339,6 +343,7 @@ func (t *peers) lookAgain(ctx context.Context, ss *ipSession) {
 		v := t.verifier()
 		found, failure = p.proofs.ByAnswer(conn.chain, v.Ask(ask, p.proofs), failure, t.now())
 	}
+	t.counter.verified(found, failure, nil)
 	known, ok := t.connections.proof(conn, ss.link.pair)
 	unconfirmed := t.now().Sub(known.confirmed) >= maxUnconfirmed
 	switch {

@@ -51,6 +51,14 @@ func (p *process) values() metrics.Values {
 	for _, pool := range c.Pool {
 		v.Pool = append(v.Pool, metrics.Pool(pool))
 	}
+	if peers := c.Peers; peers != nil {
+		v.PeerPairs, v.PeerRequests, v.PeerRevocations = peers.Pairs, peers.Requests,
+			peers.Revocations
+		for o, n := range peers.Verifications {
+			v.PeerVerifications = append(v.PeerVerifications,
+				metrics.PeerVerification{Identity: o.Identity, Result: o.Result, Count: n})
+		}
+	}
 	v.CertificateExpiry = p.certificateUntil()
 	return v
 }

@@ -38,6 +38,13 @@ type Values struct {
 	// and WellKnownRequests requests for delegation files by their result.
 	Discoveries       []Discovery
 	WellKnownRequests map[string]uint64
+	// PeerPairs has the pairs with peers by identity, PeerRequests the requests
+	// for pairs by status, and PeerRevocations the pairs that were ended by
+	// reason.
+	PeerPairs         map[string]int
+	PeerRequests      map[int]uint64
+	PeerRevocations   map[string]uint64
+	PeerVerifications []PeerVerification
 	// Repairs counts repairs on this host, keyed by object. Both programs.
 	Repairs map[string]uint64
 	// Queues counts waiting packets. Both programs; zero is a value.
@@ -62,6 +69,12 @@ type Request struct {
 type Discovery struct {
 	Step, Result string
 	Count        uint64
+}
+
+// PeerVerification counts the looks at peers' certificates with one outcome.
+type PeerVerification struct {
+	Identity, Result string
+	Count            uint64
 }
 
 // Pool is the usage of one address family.
@@ -133,6 +146,18 @@ var (
 		"result")
 	wellKnown = counter("masque_well_known_requests_total",
 		"Requests for the delegation file of the proxy's domain.", "result")
+	peerPairs = gauge("masque_peer_pairs",
+		"Pairs of domains that are linked now, by the identity of the peer.",
+		"identity")
+	peerRequests = counter("masque_peer_requests_total",
+		"Requests of peers for pairs of domains, by the status of their answer.", "status")
+	peerRevocations = counter("masque_peer_revocations_total",
+		"Pairs of domains that were ended because the peer may no longer have them, by reason.",
+		"reason")
+	peerVerifications = counter("masque_peer_verifications_total",
+		"Looks at certificates of peers, by the identity that was found and the result.",
+		"identity",
+		"result")
 	rtt     = gauge("masque_rtt_seconds", "Smoothed round-trip time to the proxy, while connected.")
 	mtu     = gauge("masque_mtu_bytes", "Largest packet that the tunnel carries, while connected.")
 	repairs = counter("masque_kernel_repairs_total",
@@ -148,7 +173,8 @@ var (
 // all lists the metrics of both programs.
 var all = []metric{
 	buildInfo, sessions, limit, flows, flowLimit, requests, auth, pending, ended, packets, bytes,
-	dropped, icmp, noICMP, capsules, pool, reconnect, discoveries, wellKnown, rtt, mtu, repairs,
+	dropped, icmp, noICMP, capsules, pool, reconnect, discoveries, wellKnown, peerPairs,
+	peerRequests, peerRevocations, peerVerifications, rtt, mtu, repairs,
 	oldest, panics, expiry,
 }
 
@@ -213,6 +239,18 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for reason, n := range v.Reconnects {
 		send(reconnect, float64(n), reason)
+	}
+	for identity, n := range v.PeerPairs {
+		send(peerPairs, float64(n), identity)
+	}
+	for status, n := range v.PeerRequests {
+		send(peerRequests, float64(n), strconv.Itoa(status))
+	}
+	for reason, n := range v.PeerRevocations {
+		send(peerRevocations, float64(n), reason)
+	}
+	for _, p := range v.PeerVerifications {
+		send(peerVerifications, float64(p.Count), p.Identity, p.Result)
 	}
 	for _, d := range v.Discoveries {
 		send(discoveries, float64(d.Count), d.Step, d.Result)
