@@ -6,8 +6,8 @@ import "reflect"
 // lose no packets that are allowed before and after. Their clients get new
 // routes and DNS settings. A UDP flow ends if its target is denied now, and the
 // session of a user who becomes or ceases to be a site ends, so that its client
-// connects again. The session of a peer ends if its [[peer]] is gone or asks for
-// another identity. Limits apply to new sessions.
+// connects again. The session of a peer ends if its [[peer]] is gone or asks
+// for another identity. Limits apply to new sessions.
 //
 // Reload returns the configuration keys whose values in c differ and need a
 // restart. It ignores Sockets, TLS, Users, StatelessResetKey, Journal, Logger,
