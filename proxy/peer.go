@@ -80,10 +80,6 @@ type Peer struct {
 	// Server is where the peer is; the zero Name if discovery finds it.
 	Server discovery.Name
 
-	// Dialback lets the peer prove its domain by a connection back to it, which
-	// is weak.
-	Dialback bool
-
 	// RateUp and RateDown limit the IP packets from and to the peer, in bits
 	// per second. 0 means no limit.
 	RateUp, RateDown int64
@@ -246,12 +242,8 @@ func (c *Config) checkPeer(p *Peer, key func(string) string) error {
 		return usage(key("domain"), "%q is this proxy's own domain", p.Domain)
 	case len(p.Networks) == 0:
 		return usage(key("networks"), "the networks of %q are missing", p.Domain)
-	case p.Dialback && p.Policy != federation.Encrypted:
-		return usage(key("dialback"),
-			`it is weak identity, which policy "trusted" does not accept: `+
-				`write policy = "encrypted", or remove it`)
-	case p.Policy == federation.Encrypted && len(p.Pins) == 0 && !p.Dialback:
-		return usage(key("policy"), "accepts nobody: add pins, or dialback = true")
+	case p.Policy == federation.Encrypted && len(p.Pins) == 0:
+		return usage(key("policy"), `the keys of the peer are missing: add pins, or write "trusted"`)
 	case p.DNSSEC && c.Federation.DNSSEC == discovery.DNSSECOff:
 		return usage(key("delegation"),
 			`"dnssec" has no effect when federation.dnssec is "off": set that to "use"`)

@@ -52,15 +52,10 @@ func TestPeersConfig(t *testing.T) {
 		{"dnssec that is off", func(c *Config) { c.Peers[0].DNSSEC = true }, "peer[0].delegation",
 			`"dnssec" has no effect when federation.dnssec is "off": set that to "use"`},
 		{"accepts nobody", func(c *Config) { c.Peers[0].Policy = federation.Encrypted },
-			"peer[0].policy", "accepts nobody: add pins, or dialback = true"},
+			"peer[0].policy", `the keys of the peer are missing: add pins, or write "trusted"`},
 		{"pins alone", func(c *Config) {
 			c.Peers[0].Policy, c.Peers[0].Pins = federation.Encrypted, make([][32]byte, 1)
 		}, "", ""},
-		{"dialback with trusted", func(c *Config) {
-			c.Peers[0].Dialback = true
-		}, "peer[0].dialback",
-			`it is weak identity, which policy "trusted" does not accept: write policy = ` +
-				`"encrypted", or remove it`},
 		{"everybody may connect", func(c *Config) {
 			c.Methods, c.Users = []string{MethodNone}, nil
 		}, "peer[0].domain", `nobody proves a domain when auth.methods is "none"`},

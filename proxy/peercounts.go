@@ -76,7 +76,7 @@ func (t *peers) counts() *PeerCounts {
 		return nil
 	}
 	pairs := make(map[string]int)
-	for i := federation.Dialback; i <= federation.Certificate; i++ {
+	for i := federation.DNSSEC; i <= federation.Certificate; i++ {
 		pairs[i.String()] = 0
 	}
 	for _, ss := range t.bindings.all() {

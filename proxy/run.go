@@ -26,12 +26,6 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		s.cfg().Logger.Warn("authentication is off: everybody who reaches this proxy can use it",
 			"methods", MethodNone)
 	}
-	for _, p := range s.cfg().Peers {
-		if p.Dialback {
-			s.cfg().Logger.Warn("weak identity: whoever controls the DNS of "+p.Domain+" can be "+
-				p.Domain, "domain", p.Domain)
-		}
-	}
 	sockets, err := s.listen(ctx)
 	if err != nil {
 		return err

@@ -48,8 +48,8 @@ func parsePeer(t *table) proxy.Peer {
 	p := proxy.Peer{Domain: t.domain("domain"), Local: t.domain("local"),
 		Networks: t.prefixes("networks"), Reach: t.prefixes("reach"),
 		Policy: t.policy("policy"), Pins: t.pins("pins"),
-		Connect: t.bool("connect", true), Dialback: t.bool("dialback", false),
-		RateUp: t.rate("rate_up"), RateDown: t.rate("rate_down"), Expires: t.time("expires")}
+		Connect: t.bool("connect", true),
+		RateUp:  t.rate("rate_up"), RateDown: t.rate("rate_down"), Expires: t.time("expires")}
 	if !t.has("domain") {
 		t.add("domain", "is missing", `write the domain of the peer, for example "b.example"`)
 	}

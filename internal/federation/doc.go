@@ -12,8 +12,7 @@
 //   - its certificate is for the target of a signed SRV record of the domain
 //     ([DNSSEC])
 //
-// Each of these is strong. [Dialback] is weak: whoever controls the domain's
-// DNS can have it.
+// Control of the domain's DNS alone proves nothing.
 //
 // An acceptor has to look up and fetch what its peer's certificate does not
 // prove, so [Peer.Direct], which asks for nothing, comes before [Verifier.Ask].

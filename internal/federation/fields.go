@@ -10,9 +10,8 @@ import (
 
 // The request fields of a pair of domains.
 const (
-	FromHeader     = "Masque-From"     // the domain of the sender
-	ToHeader       = "Masque-To"       // the domain of the receiver
-	DialbackHeader = "Masque-Dialback" // a key that proves the domain of the sender
+	FromHeader = "Masque-From" // the domain of the sender
+	ToHeader   = "Masque-To"   // the domain of the receiver
 )
 
 // maxField limits the part of a field that appears in errors, in characters.

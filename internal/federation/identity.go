@@ -6,21 +6,15 @@ type Identity int
 // The identities.
 const (
 	None        Identity = iota // nothing is proved
-	Dialback                    // the domain's server confirmed a key
 	DNSSEC                      // signed SRV record
 	WellKnown                   // delegation file of the domain
 	Pin                         // key that was exchanged beforehand
 	Certificate                 // certificate for the domain
 )
 
-// Strong reports whether i is more than control of the domain's DNS proves.
-func (i Identity) Strong() bool { return i >= DNSSEC }
-
 // String returns the name of i in the output of programs.
 func (i Identity) String() string {
 	switch i {
-	case Dialback:
-		return "dialback"
 	case DNSSEC:
 		return "dnssec"
 	case WellKnown:
@@ -41,8 +35,8 @@ type Policy int
 
 // The policies.
 const (
-	Trusted   Policy = iota // a strong identity
-	Encrypted               // any identity
+	Trusted   Policy = iota // the peer proves its domain in any of the ways
+	Encrypted               // the same; the operator names keys of the peer
 )
 
 // String returns the policy's name in a configuration.
@@ -55,5 +49,5 @@ func (p Policy) String() string {
 
 // Accepts reports whether the identity i satisfies p.
 func (p Policy) Accepts(i Identity) bool {
-	return i.Strong() || p == Encrypted && i != None
+	return i != None
 }
