@@ -68,7 +68,9 @@ func (s *Server) Counters() *Counters {
 		MaxSessions: s.cfg().MaxSessions, MaxUDPFlows: s.cfg().MaxUDPFlows,
 		Requests: s.requests.list(), AuthFailures: s.auth.failed.counts(), Pool: s.poolUse(),
 	}
-	c.Peers = s.peers.counts()
+	if c.Peers = s.peers.counts(); c.Peers != nil {
+		c.Peers.States = s.peerStates()
+	}
 	c.KernelRepairs = s.host.healthNow().Repairs
 	if e := s.host.supervisor.Current(); e != nil {
 		e.overflow.Count(e.device, func(n int) {

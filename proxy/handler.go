@@ -195,7 +195,9 @@ func (h handler) ended(ss session, level slog.Level, err error) {
 	if tunnel, ok := ss.(*ipSession); ok && b.link != nil {
 		h.s.peers.ended(tunnel)
 	}
-	h.s.connLimiter.SessionEnds(b.limitedConn, b.owner().key(), ss.limits().maxOfUser)
+	if b.limitedConn != nil {
+		h.s.connLimiter.SessionEnds(b.limitedConn, b.owner().key(), ss.limits().maxOfUser)
+	}
 	close(b.done)
 }
 

@@ -179,7 +179,7 @@ func (ss *ipSession) serve(w http.ResponseWriter, remote string, ended endFunc) 
 
 // run carries the session on its stream until the stream or ss.ctx ends, and
 // releases everything that the session holds.
-func (ss *ipSession) run(str *http3.Stream) (err error) {
+func (ss *ipSession) run(str connectip.Stream) (err error) {
 	defer rescue.Catch(func(e *rescue.Error) {
 		err = e
 		ss.panicked(e)
@@ -199,7 +199,7 @@ func (ss *ipSession) run(str *http3.Stream) (err error) {
 }
 
 // open creates ss.conn on the stream of the session.
-func (ss *ipSession) open(str *http3.Stream) *connectip.Conn {
+func (ss *ipSession) open(str connectip.Stream) *connectip.Conn {
 	ss.device.Device, ss.device.ss = ss.shared.device, &ss.sessionBase
 	ss.mu.Lock()
 	defer ss.mu.Unlock()

@@ -14,6 +14,9 @@ type PeerCounts struct {
 	// peer.
 	Pairs map[string]int
 
+	// States is the number of configured pairs in each state.
+	States map[PeerState]int
+
 	Requests      map[int]uint64    // requests for pairs, by status
 	Revocations   map[string]uint64 // pairs that this proxy ended, by reason
 	Verifications map[PeerVerification]uint64

@@ -193,6 +193,7 @@ var (
 		"its identity is too weak for the policy of its [[peer]]"}
 	errPeerExpired  = &revocation{"expired", "its [[peer]] has expired"}
 	errPeerIdentity = &revocation{"identity", "the peer no longer proves its domain"}
+	errPeerDouble   = &revocation{"duplicate", "another connection carries the pair"}
 	errPeerKicked   = &revocation{"operator", "ended by the operator"}
 )
 

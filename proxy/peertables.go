@@ -26,6 +26,8 @@ const (
 	// unusedTimeout is the time after which a connection without pairs is
 	// closed.
 	unusedTimeout = time.Minute
+	// duplicateDelay is how long two sessions carry a pair if both ends dialed.
+	duplicateDelay = time.Second
 )
 
 var (
@@ -180,11 +182,16 @@ type link struct {
 // bindings is the table of the sessions that carry each pair, the newest first.
 // The networks of a pair lead to the first; the next takes over when it ends.
 type bindings struct {
+	// changed is told of a pair whose sessions changed. It is called with mu
+	// held.
+	changed func(pairKey)
+
 	mu   sync.Mutex // guards the field below
 	rows map[pairKey][]*ipSession
 }
 
-// add adds a session to the row of its pair.
+// add adds a session to the row of its pair. If both ends have dialed, one of
+// the sessions ends after duplicateDelay.
 func (t *bindings) add(ss *ipSession) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -193,6 +200,36 @@ func (t *bindings) add(ss *ipSession) {
 	}
 	pair := ss.link.pair
 	t.rows[pair] = append([]*ipSession{ss}, t.rows[pair]...)
+	if t.doubled(pair) {
+		time.AfterFunc(duplicateDelay, func() { t.settle(pair) })
+	}
+	t.changed(pair)
+}
+
+// doubled reports whether both ends dialed for a pair. t.mu is held.
+func (t *bindings) doubled(pair pairKey) bool {
+	row := t.rows[pair]
+	return slices.ContainsFunc(row, func(ss *ipSession) bool {
+		return ss.link.conn.dialed != row[0].link.conn.dialed
+	})
+}
+
+// settle ends the sessions of a pair on connections that the greater domain in
+// byte order dialed, if there are others. So both ends keep the same one.
+func (t *bindings) settle(pair pairKey) {
+	t.mu.Lock()
+	var ending []*ipSession
+	if t.doubled(pair) {
+		for _, ss := range t.rows[pair] {
+			if ss.link.conn.dialed == (pair.local > pair.domain) {
+				ending = append(ending, ss)
+			}
+		}
+	}
+	t.mu.Unlock()
+	for _, ss := range ending {
+		ss.stop(errPeerDouble)
+	}
 }
 
 // remove removes a session that has ended.
@@ -206,6 +243,7 @@ func (t *bindings) remove(ss *ipSession) {
 	if t.rows[pair] = rest; len(rest) == 0 {
 		delete(t.rows, pair)
 	}
+	t.changed(pair)
 }
 
 // of returns the sessions of a pair, the newest first.

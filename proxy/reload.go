@@ -53,6 +53,7 @@ func (s *Server) Reload(c Config) (restart []string, err error) {
 		s.cfg().Logger.Warn("cannot read the host's own addresses", "error", err)
 	}
 	s.peers.reloaded(former)
+	s.peerDialer.setPeers(next.Peers, &next.Federation)
 	for _, ss := range s.sessions.list() {
 		ss.configChanged(rights[ss.base().owner()] != nil)
 	}

@@ -139,6 +139,10 @@ func (s *Server) serve(ctx context.Context, sockets []*udpconn.Conn) error {
 	g.Go(func() error { return s.endExpired(gctx) })
 	g.Go(func() error { return s.peers.recheck(gctx) })
 	g.Go(func() error {
+		s.peerDialer.run(gctx, s.cfg().Peers, &s.cfg().Federation)
+		return nil
+	})
+	g.Go(func() error {
 		<-gctx.Done()
 		// The sessions end before their connections, so that clients learn the
 		// reason and can come back at once.

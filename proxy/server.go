@@ -23,6 +23,7 @@ type Server struct {
 
 	connLimiter *connlimit.Limiter
 	smallMTU    smallmtu.Hints
+	peerDialer  *peerDialer
 	auth        authenticator
 
 	requests requestCounts
@@ -77,6 +78,7 @@ func New(cfg Config) (*Server, error) {
 	s.names.cfg = s.cfg
 	s.peers = &peers{cfg: s.cfg, log: s.peerLog}
 	s.peers.set(&cfg)
+	s.peerDialer = s.dialPeers()
 	s.auth.cfg, s.auth.log = s.cfg, s.peerLog
 	s.host = newHost(s.cfg, cfg.Logger, s.pool, s.sites, s.sessions, s.access)
 	s.device, s.deviceName = s.host.supervisor.Device(), s.host.name

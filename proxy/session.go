@@ -101,7 +101,7 @@ type sessionBase struct {
 	installation string
 
 	quic        *quic.Conn
-	limitedConn *connlimit.Conn // quic in Server.connLimiter
+	limitedConn *connlimit.Conn // quic in Server.connLimiter; nil if this proxy dialed
 
 	// link is the pair that the session carries; nil for a session of a user,
 	// or of a client without authentication.
