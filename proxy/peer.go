@@ -243,7 +243,8 @@ func (c *Config) checkPeer(p *Peer, key func(string) string) error {
 	case len(p.Networks) == 0:
 		return usage(key("networks"), "the networks of %q are missing", p.Domain)
 	case p.Policy == federation.Encrypted && len(p.Pins) == 0:
-		return usage(key("policy"), `the keys of the peer are missing: add pins, or write "trusted"`)
+		return usage(key("policy"),
+			`the keys of the peer are missing: add pins, or write "trusted"`)
 	case p.DNSSEC && c.Federation.DNSSEC == discovery.DNSSECOff:
 		return usage(key("delegation"),
 			`"dnssec" has no effect when federation.dnssec is "off": set that to "use"`)

@@ -80,7 +80,7 @@ type peerDialer struct {
 	watchers sync.WaitGroup // those that await the end of connections
 
 	mu    sync.Mutex      // guards the fields below
-	ctx   context.Context // of run; nil before
+	ctx   context.Context // ended when the dialer stops
 	links map[pairKey]*peerLink
 	conns []*sharedConn
 	dials []*pendingDial

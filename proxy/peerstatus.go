@@ -101,6 +101,18 @@ func (t *peers) describe(ss *ipSession, p *PeerStatus) {
 	p.Reason, p.RetryIn = "", 0
 }
 
+// peerTotals returns the numbers of pairs, nil without a [[peer]].
+func (c *Counters) peerTotals() *PeerTotals {
+	if c.Peers == nil {
+		return nil
+	}
+	t := &PeerTotals{Connected: c.Peers.States[PeerConnected]}
+	for _, n := range c.Peers.States {
+		t.Configured += n
+	}
+	return t
+}
+
 // peerStates returns the number of pairs in each state.
 func (s *Server) peerStates() map[PeerState]int {
 	states := make(map[PeerState]int)

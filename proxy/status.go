@@ -19,14 +19,17 @@ type Status struct {
 	// Warnings are sentences for the operator.
 	Warnings []string `json:"warnings,omitempty"`
 
-	Listen    []string         `json:"listen"`
-	Template  string           `json:"template"`
-	Interface string           `json:"interface"`
-	Sessions  int              `json:"sessions"`  // tunnels
-	UDPFlows  int              `json:"udp_flows"` // sessions for UDP proxying
-	Leased    map[string]int   `json:"leased"`    // number of leases by family
-	Packets   connectip.Counts `json:"packets"`
-	Bytes     connectip.Counts `json:"bytes"`
+	Listen    []string `json:"listen"`
+	Template  string   `json:"template"`
+	Interface string   `json:"interface"`
+	Sessions  int      `json:"sessions"`  // tunnels
+	UDPFlows  int      `json:"udp_flows"` // sessions for UDP proxying
+	// Peers has the numbers of peers; nil without a [[peer]].
+	Peers *PeerTotals `json:"peers,omitempty"`
+
+	Leased  map[string]int   `json:"leased"` // number of leases by family
+	Packets connectip.Counts `json:"packets"`
+	Bytes   connectip.Counts `json:"bytes"`
 
 	Drops    map[string]uint64 `json:"drops"`    // dropped packets by reason
 	Requests map[string]uint64 `json:"requests"` // requests by status code
@@ -71,6 +74,7 @@ func (s *Server) Status() Status {
 		Schema: connectip.StatusSchema, Name: s.cfg().Name, State: StateRunning, Since: s.started,
 		Listen:   s.listening(),
 		Template: s.templates[0].String(), Interface: s.host.name(),
+		Peers:    c.peerTotals(),
 		Sessions: c.Sessions,
 		UDPFlows: c.UDPFlows,
 		Leased:   map[string]int{"ipv4": v4, "ipv6": v6},

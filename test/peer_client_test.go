@@ -50,7 +50,9 @@ func newLink(t *testing.T, certificateFor string) (p *pair, file string) {
 	p.startProxy()
 	check(t, p.Client.Resolve("a.example", lab.ProxyIPv4, lab.ProxyIPv6))
 	for _, n := range []string{"10.2.0.5/32", "fd00:2::5/128"} {
-		check(t, p.Client.AddAddr("lo", netip.MustParsePrefix(n)))
+		addr := netip.MustParsePrefix(n)
+		check(t, p.Client.AddAddr("lo", addr))
+		p.ping(p.Client, addr.Addr()) // the kernel has installed its route
 	}
 	file = filepath.Join(dir, "link.toml")
 	check(t, os.WriteFile(file, []byte(fmt.Sprintf(`proxy = "a.example"

@@ -91,6 +91,7 @@ func (p *process) handler() http.Handler {
 		}
 		control.Reply(w, reloaded{Restart: append([]string{}, restart...)})
 	})
+	p.handlePeers(mux)
 	return mux
 }
 

@@ -52,7 +52,8 @@ func newRoot() *cobra.Command {
 	o := &options{Globals: globals}
 	root.AddCommand(o.runCommand(), initCommand(), inviteCommand(), o.userCommand(),
 		o.checkCommand(),
-		o.statusCommand(), o.sessionsCommand(), o.kickCommand(), o.reloadCommand(),
+		o.statusCommand(), o.sessionsCommand(), o.peersCommand(), o.kickCommand(),
+		o.reloadCommand(),
 		o.captureCommand(), publishCommand(), cli.ResolveCommand(program, resolveOptions))
 	return root
 }

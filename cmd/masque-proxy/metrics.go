@@ -54,6 +54,10 @@ func (p *process) values() metrics.Values {
 	if peers := c.Peers; peers != nil {
 		v.PeerPairs, v.PeerRequests, v.PeerRevocations = peers.Pairs, peers.Requests,
 			peers.Revocations
+		v.PeerStates = make(map[string]int)
+		for state, n := range peers.States {
+			v.PeerStates[string(state)] = n
+		}
 		for o, n := range peers.Verifications {
 			v.PeerVerifications = append(v.PeerVerifications,
 				metrics.PeerVerification{Identity: o.Identity, Result: o.Result, Count: n})

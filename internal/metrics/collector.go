@@ -42,6 +42,7 @@ type Values struct {
 	// for pairs by status, and PeerRevocations the pairs that were ended by
 	// reason.
 	PeerPairs         map[string]int
+	PeerStates        map[string]int // configured peers by state
 	PeerRequests      map[int]uint64
 	PeerRevocations   map[string]uint64
 	PeerVerifications []PeerVerification
@@ -146,6 +147,8 @@ var (
 		"result")
 	wellKnown = counter("masque_well_known_requests_total",
 		"Requests for the delegation file of the proxy's domain.", "result")
+	peerStates = gauge("masque_peers",
+		"Peers of the configuration, by their state.", "state")
 	peerPairs = gauge("masque_peer_pairs",
 		"Pairs of domains that are linked now, by the identity of the peer.",
 		"identity")
@@ -173,7 +176,7 @@ var (
 // all lists the metrics of both programs.
 var all = []metric{
 	buildInfo, sessions, limit, flows, flowLimit, requests, auth, pending, ended, packets, bytes,
-	dropped, icmp, noICMP, capsules, pool, reconnect, discoveries, wellKnown, peerPairs,
+	dropped, icmp, noICMP, capsules, pool, reconnect, discoveries, wellKnown, peerPairs, peerStates,
 	peerRequests, peerRevocations, peerVerifications, rtt, mtu, repairs,
 	oldest, panics, expiry,
 }
@@ -239,6 +242,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for reason, n := range v.Reconnects {
 		send(reconnect, float64(n), reason)
+	}
+	for state, n := range v.PeerStates {
+		send(peerStates, float64(n), state)
 	}
 	for identity, n := range v.PeerPairs {
 		send(peerPairs, float64(n), identity)

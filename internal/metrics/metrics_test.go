@@ -40,6 +40,7 @@ func full() Values {
 		Reconnects: map[string]uint64{"timeout": 4},
 
 		PeerPairs:         map[string]int{"pin": 2},
+		PeerStates:        map[string]int{"idle": 3},
 		PeerRequests:      map[int]uint64{200: 5},
 		PeerRevocations:   map[string]uint64{"expired": 1},
 		PeerVerifications: []PeerVerification{{"none", "not_delegated", 4}},
@@ -111,7 +112,8 @@ func TestMetrics(t *testing.T) {
 		"masque_kernel_repairs_total what=rule 2s",
 		"masque_oldest_packet_seconds stage=inbox 3s",
 		"masque_oldest_packet_seconds stage=sender 0s", "masque_panics_total 6s",
-		"masque_peer_pairs identity=pin 2s", "masque_peer_requests_total status=200 5s",
+		"masque_peer_pairs identity=pin 2s", "masque_peers state=idle 3s",
+		"masque_peer_requests_total status=200 5s",
 		"masque_peer_revocations_total reason=expired 1s",
 		"masque_peer_verifications_total identity=none result=not_delegated 4s",
 		"masque_discoveries_total result=ok step=well-known/srv 3s",
