@@ -80,7 +80,7 @@ type peerDialer struct {
 	watchers sync.WaitGroup // those that await the end of connections
 
 	mu    sync.Mutex      // guards the fields below
-	ctx   context.Context // ended when the dialer stops
+	ctx   context.Context // the context of run; nil before it
 	links map[pairKey]*peerLink
 	conns []*sharedConn
 	dials []*pendingDial
