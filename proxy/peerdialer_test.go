@@ -13,6 +13,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -36,6 +38,8 @@ type peerWorld struct {
 	servers map[netip.Addr]*fakeServer
 	peers   []Peer
 
+	// mu guards the fields while time passes in after.
+	mu          sync.Mutex
 	resolutions int
 	theirs      map[pairKey]bool // pairs that the peers carry
 	conns       []*fakeConn      // all so far
@@ -58,7 +62,7 @@ type fakeConn struct {
 	record discovery.Record
 	chain  []*x509.Certificate
 	ended  chan struct{}
-	closed time.Duration // after the start
+	closed atomic.Int64 // a time.Duration after the start
 	carry  map[string]chan error
 }
 
@@ -71,7 +75,7 @@ func (c *fakeConn) close() {
 	select {
 	case <-c.ended:
 	default:
-		c.closed = time.Since(c.w.start)
+		c.closed.Store(int64(time.Since(c.w.start)))
 		close(c.ended)
 	}
 }
@@ -79,6 +83,8 @@ func (c *fakeConn) close() {
 func (c *fakeConn) ask(_ context.Context, p *Peer, _ federation.Proof, _ string) (int, carryFunc,
 	error) {
 	at := time.Since(c.w.start).Round(time.Millisecond)
+	c.w.mu.Lock()
+	defer c.w.mu.Unlock()
 	c.w.asked = append(c.w.asked, c.name+" "+p.Domain+" "+at.String())
 	if s := c.to.statuses[p.Domain]; s != 0 {
 		return s, nil, nil
@@ -111,7 +117,11 @@ func runPeers(t *testing.T, prepare, test func(w *peerWorld)) {
 		w.newAuthority()
 		w.d = newPeerDialer(slog.New(slog.DiscardHandler))
 		w.d.jitter = 0
-		w.d.carried = func(k pairKey) bool { return w.theirs[k] }
+		w.d.carried = func(k pairKey) bool {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return w.theirs[k]
+		}
 		w.d.resolve, w.d.connect = w.resolve, w.connect
 		prepare(w)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -157,6 +167,8 @@ func (w *peerWorld) server(addr string, names ...string) *fakeServer {
 }
 
 func (w *peerWorld) resolve(_ context.Context, p *Peer) (*discovery.Result, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.resolutions++
 	if r := w.results[p.Domain]; r != nil {
 		return r, nil
@@ -172,6 +184,8 @@ func (w *peerWorld) connect(ctx context.Context, _ *Peer, _ *federation.Peer,
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	s := w.servers[r.Addrs()[0].Addr()]
 	if s == nil || s.down {
 		return nil, errors.New("no answer")
@@ -215,6 +229,10 @@ func (w *peerWorld) issue(names []string) []*x509.Certificate {
 
 // after lets time pass until d after the start.
 func (w *peerWorld) after(d time.Duration) {
+	func() { // orders the test's accesses before those of the dialer
+		w.mu.Lock()
+		defer w.mu.Unlock()
+	}()
 	time.Sleep(time.Until(w.start.Add(d)))
 	synctest.Wait()
 }
@@ -420,11 +438,11 @@ func TestPeerConnectionUnused(t *testing.T) {
 		w.after(time.Second)
 		w.d.setPeers(nil, &Federation{})
 		w.after(60 * time.Second)
-		if c := w.conns[0].closed; c != 0 {
+		if c := time.Duration(w.conns[0].closed.Load()); c != 0 {
 			t.Errorf("closed after %v, want 1m1s", c)
 		}
 		w.after(62 * time.Second)
-		if got, want := w.conns[0].closed, 61*time.Second; got != want || len(w.d.conns) != 0 {
+		if got, want := time.Duration(w.conns[0].closed.Load()), 61*time.Second; got != want || len(w.d.conns) != 0 {
 			t.Errorf("closed after %v, want %v", got, want)
 		}
 	})
